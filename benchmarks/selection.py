@@ -1,11 +1,15 @@
-"""Which rows are trained on: what it costs to choose few of many, and how many wrong labels are found.
+"""What rows and tokens are trained on: what it costs to choose them, and how many wrong labels are found.
 
     OMP_NUM_THREADS=1 python -m benchmarks.selection cost
+    python -m benchmarks.selection options --data FOLDER
     OMP_NUM_THREADS=1 python -m benchmarks.selection label-noise --data FOLDER
 
 cost: a lineage has learned a first task, and an arrival of that many generated rows is its second. A share of it is
 chosen by a score and learned. Each number of rows has a process of its own. The tiny base model shows what rows cost
 besides the model; a real base adds its weights and its activations, which do not depend on the number of rows.
+
+options: the seconds of every option before the training and in a step, with a real base. The rows are the second
+arrival of a lineage. The options take turns in random order.
 
 label-noise: precision and recall of `selection.noise`. A share of a task's labels is replaced by another label of the
 task. The base model reads the rows once, since their texts stay the same.
@@ -14,8 +18,11 @@ task. The base model reads the rows once, since their texts stay the same.
 from __future__ import annotations
 
 import random
+import statistics
 import tempfile
 import time
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +39,10 @@ from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import SuiteTask, load_suite
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
-from deal_core.method_config import MethodConfig, SelectionConfig
+from deal_core.method_config import MethodConfig, SelectionConfig, TokenMaskConfig
 from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features, suspected_labels
+from deal_core.training.token_mask import mask_tokens
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
@@ -43,6 +51,20 @@ FIRST_ROWS = 200
 NUMBERS_OF_ROWS = (10_000, 100_000)
 NOISY_TASKS = ("agnews", "dbpedia", "amazon")
 WRONG_SHARES = (0.0, 0.1, 0.3)
+KEPT, STEPS = 75, 8
+"""Rows that are chosen, and steps of a trial of `options`."""
+PLAIN = "no option"
+OPTIONS: dict[str, tuple[MethodConfig, float]] = {
+    PLAIN: (MethodConfig(), 0.0),
+    "selection.score: random": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="random")), 0.0),
+    "selection.score: length": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="length")), 0.0),
+    "selection.score: loss": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="loss")), 0.0),
+    "selection.score: gradient": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="gradient")), 0.0),
+    "selection.noise: leave_out": (MethodConfig(selection=SelectionConfig(noise="leave_out")), 0.0),
+    "token_mask.share: 0.2": (MethodConfig(token_mask=TokenMaskConfig(share=0.2)), 0.0),
+    "train.prompt_loss_weight: 0.1": (MethodConfig(), 0.1),
+}
+"""Option → the method's settings, and the weight of the texts in the loss."""
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
@@ -107,6 +129,60 @@ def cost(
     """Seconds and peak memory of an arrival, by its number of rows."""
     runs = [alone(choose_and_train, number, score, keep, max_scored) for number in rows or NUMBERS_OF_ROWS]
     write_result(out, {"score": score, "keep": keep, "max_scored": max_scored, "runs": runs})
+
+
+def _seconds(
+    base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path, folder: Path
+) -> tuple[float, float]:
+    """Seconds before the training, and of a step, for one arrival."""
+    started, method = time.perf_counter(), setup.method
+    if method.selection.is_on:
+        chosen = choose_rows(rows, setup, lambda: base, parent_folder=parent, journal=folder / "selection.json")
+        rows = rows.select(chosen.rows)
+    if method.token_mask.is_on:
+        rows = mask_tokens(rows, setup, lambda: base, parent_folder=parent, file=folder / "mask.safetensors").rows
+    before = time.perf_counter() - started
+    return before, _train(base, rows, setup, parent, folder / "version").seconds / STEPS
+
+
+@app.command()
+def options(
+    data: Annotated[Path, typer.Option(help="Folder of tasks.")],
+    rows: Annotated[int, typer.Option(help="Training rows of the arrival.")] = 300,
+    repeats: Annotated[int, typer.Option(help="Trials of every option.")] = 3,
+    base: Base = DEFAULT_BASE,
+    out: Out = RESULTS / "option_seconds.json",
+) -> None:
+    """Median seconds of every option before the training, and of a step."""
+    disable_progress_bars()
+    first, second = NOISY_TASKS[1], NOISY_TASKS[0]
+    suite, model = load_suite(data, (first, second)), load_base(base, HomeSettings().cache_dir)
+    train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, max_steps=STEPS)
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as temporary:
+        parent = Path(temporary) / "parent"
+        setup = TrainingSetup(
+            task=suite[first].schema, strategy="deal", adapter=AdapterConfig(), method=MethodConfig(), train=train
+        )
+        _train(model, Dataset.from_list(list(suite[first].train[:rows])), setup, None, parent)
+        arrival = Dataset.from_list(list(suite[second].train[:rows]))
+        for number in range(repeats):
+            for name in random.Random(number).sample(list(OPTIONS), len(OPTIONS)):
+                method, text_weight = OPTIONS[name]
+                task = suite[second].schema
+                if method.token_mask.is_on:
+                    task = replace(task, labels=())  # a mask is for texts
+                each = replace(
+                    setup, task=task, old_tasks=(suite[first].schema,), method=method,
+                    train=replace(train, prompt_loss_weight=text_weight),
+                )  # fmt: skip
+                folder = Path(temporary) / f"{number}-{len(found[name])}-{list(OPTIONS).index(name)}"
+                folder.mkdir()
+                found[name].append(_seconds(model, arrival, each, parent, folder))
+    medians = {name: dict(zip(("before", "step"), map(statistics.median, zip(*trials, strict=True)), strict=True))
+               for name, trials in found.items()}  # fmt: skip
+    settings = {"base": model.name, "task": second, "rows": rows, "kept": KEPT, "n": repeats}
+    write_result(out, {**settings, "options": medians})
 
 
 def corrupted(task: SuiteTask, share: float) -> tuple[list[str], set[int]]:

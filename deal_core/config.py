@@ -53,7 +53,8 @@ Schedule = Literal["constant", "linear"]
 ReportTool = Literal["tensorboard", "wandb", "trackio"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False, "report_to": (),
-              "prompt_loss_weight": 0.0, "preference_beta": 0.1, "preference_learning_rate": 3e-4},
+              "prompt_loss_weight": 0.0, "preference_beta": 0.1, "preference_learning_rate": 3e-4,
+              "recentre_steps": 0},
     "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
@@ -113,6 +114,9 @@ class TrainConfig:
     """β of the loss of preferences (DPO): with a larger one the model stays nearer to its parent version."""
     preference_learning_rate: Positive = 3e-4
     """In place of learning_rate for tasks that learn preferences: at 1e-3 the model forgets plain English."""
+    recentre_steps: CountOrZero = 0
+    """Steps after the training in which the version unlearns a preference for some labels; they need test rows' texts,
+    see docs/judging.md. 0: none."""
     seed: Seed = 0
     """Seed of the adapter's initialisation and of the order of rows."""
     num_processes: Count = 1
@@ -141,6 +145,8 @@ class TrainConfig:
         return self.max_steps or max(math.ceil(num_rows / rows_per_step) * self.num_epochs, self.min_steps)
 
 
+MAX_LABEL_TEXTS = 50
+"""Most texts of a task that a version is re-centred on; more texts change little (docs/benchmark.md)."""
 PREFERENCE = "preference"
 """The metric of tasks that learn preferences."""
 METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss", PREFERENCE)

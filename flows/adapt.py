@@ -167,7 +167,7 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
         reporter().said(f"    {note}")
     report = await stages.run(
         "evaluate", evaluate_version, job.base, job.parent, trained.adapter, dataset, spec.evaluate,
-        spec.train.max_prompt_tokens, trained.summary.notes,
+        spec.train, trained.summary.notes,
     )
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     if spec.gate.judge != "none" and job.parent is not None:

@@ -39,7 +39,7 @@ from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import EvaluateConfig
+from deal_core.config import MAX_LABEL_TEXTS, EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.general_ability import perplexity
@@ -51,6 +51,7 @@ from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
 from deal_core.regular_file import complete_file
 from deal_core.selection.label_noise import features
 from deal_core.training.prepare import prepare_rows
+from deal_core.training.recentre import LabelTexts, recentre_adapter
 from deal_core.training.token_mask import require_no_labels
 from deal_core.training.train import TrainingSetup, train_adapter
 
@@ -99,6 +100,7 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
         require_no_labels(_method(run), run.tasks[name].schema)
+        _unscored(run, name)
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"
         scores = _score(run, run.base.model, cell.tasks, 0, 1) if untouched else _score_heads(run)
@@ -141,9 +143,16 @@ def _method(run: CellRun) -> MethodConfig:
 
 
 def _scored(cell: Cell, number: int) -> tuple[str, ...]:
+    if _is_joint(cell) or cell.strategy == "per_task":
+        return _known(cell, number)
+    return cell.scored_after(number)
+
+
+def _known(cell: Cell, number: int) -> tuple[str, ...]:
+    """The tasks that a version has learned."""
     if _is_joint(cell):
         return cell.tasks
-    return (cell.tasks[number],) if cell.strategy == "per_task" else cell.scored_after(number)
+    return cell.tasks[number if cell.strategy == "per_task" else 0 : number + 1]
 
 
 def _folder(run: CellRun, number: int) -> Path:
@@ -193,6 +202,10 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         checkpoint_folder=run.work / f"{number}-checkpoints",
         on_log=on_log,
     )
+    recentred = recentre_adapter(
+        run.base, folder, [_unscored(run, name) for name in _known(cell, number)], cell.train,
+        lambda done, total, stage: run.on_progress(number + 0.7, num_versions, f"{learned[0]}: {stage}"),
+    )
     trained = time.perf_counter()
     scored = _scored(cell, number)
     with adapter_on(run.base.model, folder) as model:
@@ -205,13 +218,35 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         "rows_per_second": result.rows_per_second,
         "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
-        "notes": [*prepared.notes, *result.notes],
+        "notes": [*prepared.notes, *result.notes, *recentred],
         "machine": describe_machine(),
     }
     if prepared.chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
         version["chosen"] = list(prepared.chosen.rows)
     with complete_file(folder / VERSION_FILE) as part:
         part.write_text(json.dumps(version))
+
+
+def _unscored(run: CellRun, name: str) -> LabelTexts:
+    """Development rows of a task that the cell does not score.
+
+    Raises:
+        ConfigError: The cell re-centres labels, and it scores all of them.
+    """
+    task, cell = run.tasks[name], run.cell
+    rows = task.part("dev")
+    if cell.part == "dev":
+        rows = rows[cell.max_test_rows or len(rows) :]
+    if cell.train.recentre_steps and not rows:
+        raise ConfigError(
+            f"train.recentre_steps needs development rows that are not scored, and all of {name} are; give "
+            "--max-test-rows 100."
+        )
+    rows = rows[:MAX_LABEL_TEXTS]
+    return LabelTexts(
+        task=task.schema, inputs=[row["input"] for row in rows], outputs=[row["output"] for row in rows],
+        max_prompt_tokens=cell.train.max_prompt_tokens,
+    )  # fmt: skip
 
 
 def _rows(run: CellRun, name: str) -> Dataset:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from deal_core.config import EvaluateConfig
+from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.evaluation.answer_scores import right_answers, score_answers
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
@@ -18,6 +18,7 @@ from tasks.adaptation.frozen_rows import (
     KeptAnswers,
     TestSet,
     answered_rows,
+    judging_rows,
     keep_answers,
     load_test_set,
     read_answers,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 def evaluate_version(
     base: BaseRef, parent: VersionRef | None, adapter: AdapterRef, dataset: DatasetRef, config: EvaluateConfig,
-    max_prompt_tokens: int, notes: tuple[str, ...] = (),
+    train: TrainConfig, notes: tuple[str, ...] = (),
 ) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 
@@ -48,11 +49,11 @@ def evaluate_version(
 
     If a task's test rows were forgotten, the arrival's test rows replace them. If they are renewed, the rows before
     stay as a slice. If a task gains labels, the new version is asked with the new labels and the parent without them,
-    as each of them serves.
+    as each of them serves. Rows on whose texts the version was re-centred do not count.
     """
     from tasks.adaptation.scorer import Scorer, collapse_notes
 
-    asked = _rows_to_ask(current_store(), parent, dataset, config, max_prompt_tokens)
+    asked = _rows_to_ask(current_store(), parent, dataset, config, train)
     scorer = Scorer(base, config)
     recentred = asked.tasks_with_labels if config.recentre else set()
     found = _score(scorer, asked, parent, adapter, recentred)
@@ -95,11 +96,13 @@ class _Asked:
 
 
 def _rows_to_ask(
-    store: ObjectStore, parent: VersionRef | None, dataset: DatasetRef, config: EvaluateConfig, max_prompt_tokens: int
+    store: ObjectStore, parent: VersionRef | None, dataset: DatasetRef, config: EvaluateConfig, train: TrainConfig
 ) -> _Asked:
     record = read_record(store, parent.adapter_uri) if parent else None
     renewal = find_renewal(store, record, dataset)
     old = [load_test_set(store, known) for known in record.tasks if known != renewal.known] if record else []
+    judging = judging_rows if train.recentre_steps else lambda each: each
+    old = list(map(judging, old))
     old += _slice_sets(store, record, renewal.slices) if record else []
     old = within_budget(old, dataset.task, config.max_old_rows)
     new: list[TestSet] = []
@@ -107,9 +110,10 @@ def _rows_to_ask(
     if renewal.known is not None:
         new = [_widened(load_test_set(store, renewal.known.judged_by(dataset)), dataset)]
     elif record is None or (known := record.task(dataset.task)) is None:
-        new = [load_test_set(store, new_task(store, dataset, max_prompt_tokens, config.max_new_tokens))]
+        new = [load_test_set(store, new_task(store, dataset, train.max_prompt_tokens, config.max_new_tokens))]
     else:
         notes = tuple(_notes_on_known_task(store, record.lineage, known, dataset))
+    new = list(map(judging, new))
     answered = read_answers(store, parent.adapter_uri).now if parent else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}

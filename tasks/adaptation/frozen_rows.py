@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.config import MEASURED
+from deal_core.config import MAX_LABEL_TEXTS, MEASURED
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
@@ -106,6 +106,21 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
     ]  # fmt: skip
 
 
+def label_texts(test_set: TestSet) -> TestSet:
+    """The rows of a task with labels on whose texts a version is re-centred. They do not judge it."""
+    return replace(test_set, rows=test_set.rows.select(_by_digest(test_set.rows)[_num_judging(test_set) :]))
+
+
+def judging_rows(test_set: TestSet) -> TestSet:
+    """The other rows: at least half of a task's rows, and all rows of a task without labels."""
+    return replace(test_set, rows=first_rows(test_set.rows, _num_judging(test_set)))
+
+
+def _num_judging(test_set: TestSet) -> int:
+    num_rows = len(test_set.rows)
+    return num_rows - min(MAX_LABEL_TEXTS, num_rows // 2) if test_set.has_labels else num_rows
+
+
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:
     """Keep the rows with these digests. If no row has one of them, the set stays whole."""
     found = [number for number, digest in enumerate(test_set.rows["sha256"]) if digest in answers]
@@ -130,8 +145,12 @@ def share_rows(num_rows: Mapping[str, int], max_rows: int) -> dict[str, int]:
 
 def first_rows(rows: Dataset, num_rows: int) -> Dataset:
     """Return the rows with the smallest digests (column sha256). So a larger share contains every smaller share."""
+    return rows.select(_by_digest(rows)[:num_rows])
+
+
+def _by_digest(rows: Dataset) -> list[int]:
     digests = rows["sha256"]
-    return rows.select(sorted(range(len(rows)), key=digests.__getitem__)[:num_rows])
+    return sorted(range(len(rows)), key=digests.__getitem__)
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deal_core.adapter.files import digests_of, sha256_together
-from deal_core.config import TrainConfig
+from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.tracker import TrackedRun, open_tracker
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.frozen_rows import TestSet, label_texts, load_test_set
+from tasks.adaptation.ingest import new_task, read_manifest
 from tasks.base import lend_base, release_base
 from tasks.context import current_store, work_folder
 from tasks.lineage.record import read_record
+from tasks.lineage.tombstones import forgotten_tests
 from tasks.lineage.version_files import borrowed_parent
 from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
@@ -43,7 +45,7 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 
     If `method.selection` is on, the rows are chosen first. If `method.token_mask` is on, tokens of their answers are
-    masked then. Files in the work folder keep both.
+    masked then. Files in the work folder keep both. `train.recentre_steps` follow the training.
 
     Raises:
         AdapterStateError: The parent's adapter does not fit the base model.
@@ -66,7 +68,8 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
                 job.base, setup, learned.file, parent_folder, folder,
                 _on_log(tracked, train.num_steps(learned.num_rows)),
             )  # fmt: skip
-        result = replace(result, notes=(*learned.notes, *result.notes))
+        recentred = _recentre(store, job, train, folder / "adapter") if train.recentre_steps else ()
+        result = replace(result, notes=(*learned.notes, *result.notes, *recentred))
         tracked.flush()
         summary = TrainSummary(adapter_sha256=sha256_together(digests_of(folder / "adapter")), **asdict(result))
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
@@ -79,6 +82,32 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         parent_version=parent.version if parent else None,
     )  # fmt: skip
     return TrainedAdapter(adapter=reference, summary=summary)
+
+
+def _recentre(store: ObjectStore, job: AdaptationJob, train: TrainConfig, adapter: Path) -> tuple[str, ...]:
+    """Let the adapter unlearn a preference for some labels, on texts that do not judge it; return notes."""
+    from deal_core.training.recentre import LabelTexts, recentre_adapter
+
+    texts = []
+    for test_set in _test_sets(store, job, train):
+        found = label_texts(test_set)
+        texts.append(LabelTexts(
+            task=found.schema, inputs=list(found.rows["input"]), outputs=list(found.rows["output"]),
+            max_prompt_tokens=found.max_prompt_tokens,
+        ))  # fmt: skip
+    return recentre_adapter(lend_base(job.base), adapter, texts, train, advance("train"))
+
+
+def _test_sets(store: ObjectStore, job: AdaptationJob, train: TrainConfig) -> Iterator[TestSet]:
+    """The test rows of all tasks that the new version knows. Forgotten rows are left out."""
+    dataset, record = job.dataset, read_record(store, job.parent.adapter_uri) if job.parent else None
+    known = list(record.tasks) if record else []
+    if record is None or record.task(dataset.task) is None:
+        known.append(new_task(store, dataset, train.max_prompt_tokens, EvaluateConfig().max_new_tokens))
+    for each in known:
+        if forgotten_tests(store, each.schema.name, each.dataset_uri) is None:
+            found = load_test_set(store, each)
+            yield replace(found, schema=dataset.widen(found.schema))
 
 
 def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainingSetup:
