@@ -100,7 +100,7 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
         require_no_labels(_method(run), run.tasks[name].schema)
-        _unscored(run, name)
+        _label_texts(run, name)
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"
         scores = _score(run, run.base.model, cell.tasks, 0, 1) if untouched else _score_heads(run)
@@ -203,7 +203,7 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         on_log=on_log,
     )
     recentred = recentre_adapter(
-        run.base, folder, [_unscored(run, name) for name in _known(cell, number)], cell.train,
+        run.base, folder, [_label_texts(run, name) for name in _known(cell, number)], cell.train,
         lambda done, total, stage: run.on_progress(number + 0.7, num_versions, f"{learned[0]}: {stage}"),
     )
     trained = time.perf_counter()
@@ -227,22 +227,19 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         part.write_text(json.dumps(version))
 
 
-def _unscored(run: CellRun, name: str) -> LabelTexts:
-    """Development rows of a task that the cell does not score.
+def _label_texts(run: CellRun, name: str) -> LabelTexts:
+    """Training rows of a task that the cell does not train on.
 
     Raises:
-        ConfigError: The cell re-centres labels, and it scores all of them.
+        ConfigError: The cell re-centres labels, and there are no such rows.
     """
     task, cell = run.tasks[name], run.cell
-    rows = task.part("dev")
-    if cell.part == "dev":
-        rows = rows[cell.max_test_rows or len(rows) :]
+    rows = task.train[cell.rows : cell.rows + MAX_LABEL_TEXTS]
     if cell.train.recentre_steps and not rows:
         raise ConfigError(
-            f"train.recentre_steps needs development rows that are not scored, and all of {name} are; give "
-            "--max-test-rows 100."
+            f"train.recentre_steps needs texts that are not trained on, and {name} has {len(task.train)} training "
+            f"rows; give --rows {max(1, len(task.train) - MAX_LABEL_TEXTS)}."
         )
-    rows = rows[:MAX_LABEL_TEXTS]
     return LabelTexts(
         task=task.schema, inputs=[row["input"] for row in rows], outputs=[row["output"] for row in rows],
         max_prompt_tokens=cell.train.max_prompt_tokens,

@@ -265,3 +265,14 @@ def test_features_do_not_depend_on_the_batch(base: BaseModel):
     together_ND = found(texts)
     torch.testing.assert_close(together_ND, torch.cat([found([text]) for text in texts]))
     assert not torch.allclose(together_ND[0], together_ND[2]), "the features tell texts apart"
+
+
+def test_labels_are_recentred_on_rows_that_the_cell_does_not_train_on(run):
+    """Every version after its training, on all tasks that it has learned."""
+    closing = replace(TRAIN, recentre_steps=2)
+    for strategy, counts in {"seq_lora": [1, 2], "per_task": [1, 1], "joint": [2]}.items():
+        versions = run(strategy, rows=12, train=closing)["versions"]
+        said = [note for version in versions for note in version["notes"] if note.startswith("re-centred")]
+        assert [note.split(" of ")[1][0] for note in said] == [str(count) for count in counts]
+    with pytest.raises(ConfigError, match=r"colours has 16 training rows; give --rows 1"):
+        run("seq_lora", rows=16, train=closing)
