@@ -58,7 +58,6 @@ LATER: dict[str, dict[str, Any]] = {
     "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
-    "evaluate": {"recentre": False},
     "rehearsal": {"max_stored_rows": None, "balance_stored": False},
 }
 """Section → settings that the first release did not have → the value that changes nothing."""
@@ -180,10 +179,6 @@ class EvaluateConfig:
     max_old_rows: Count = 5000
     """Most test rows of all earlier tasks together that a new version answers. A task's rows stay the same from version
     to version, or become fewer of the same rows, so versions are compared on common rows."""
-    recentre: Flag = False
-    """Answer tasks with labels by label scores with an offset per label, so that no label is preferred. The offsets
-    are found on the test rows' texts and the labels' shares there; `deal serve` and `deal predict` use them, plain PEFT
-    does not."""
 
 
 @settings("data")

@@ -21,8 +21,7 @@ from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
-from deal_core.evaluation.generation import GivenAnswer, first_answer_logits
-from deal_core.evaluation.recentring import answer_task
+from deal_core.evaluation.generation import GivenAnswer, answer_task, first_answer_logits
 from infra.settings import HomeSettings
 from infra.tracking.database import open_reader
 from infra.tracking.facts import VersionInfo, require_through_gate

@@ -18,8 +18,7 @@ from deal_core.adapter.state import CANDIDATE_NAME, SavedAdapter, activate, load
 from deal_core.base_model.load import BaseModel, Precision, load_base
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
-from deal_core.evaluation.generation import Confidence, GivenAnswer
-from deal_core.evaluation.recentring import answer_task
+from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_task
 
 UNKNOWN_VERSION = "unknown"
 MAX_ROWS = 64

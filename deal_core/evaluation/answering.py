@@ -10,9 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
-
-from pydantic import Field
+from typing import Any, ClassVar, NamedTuple
 
 from deal_core.data.chats import as_messages
 from deal_core.data.check import normal_input
@@ -21,10 +19,6 @@ from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.schema_version import Kept, VersionedJson
 
 SERVED_FILE = "deal.json"
-
-LabelOffsets = Annotated[tuple[float, ...], Field(exclude_if=lambda offsets: not offsets)]
-"""What is added to each label's log-probability before one is chosen, in the labels' order. Without offsets, the model
-answers greedily, and JSON has no such field."""
 
 
 class InputRow(NamedTuple):
@@ -36,12 +30,11 @@ class InputRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedTask:
-    """A task's schema, its limits for prompt and answer, and how a label is chosen."""
+    """A task's schema and its limits for prompt and answer."""
 
     schema: TaskSchema
     max_prompt_tokens: int
     max_new_tokens: int
-    label_offsets: LabelOffsets = ()
 
     def readable(self, text: str, place: str) -> str:
         """The input in the form in which the task's rows are stored.

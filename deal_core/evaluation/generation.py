@@ -29,6 +29,7 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, common_prefix, pad_batch, read_cache
 from deal_core.data.prompts import answer_text, encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema, label_key
+from deal_core.evaluation.answering import ServedTask
 
 OnProgress = Callable[[int], None]
 """Called with the number of rows just read or answered."""
@@ -56,11 +57,9 @@ class Confidence(NamedTuple):
     confidence: float
     """Task with labels: the share of the answer's label among the labels' first tokens, at the first answer token. An
     answer that is no label has the largest share. Labels with the same first token share one number. Free text: the
-    mean probability of the answer's tokens, with its end token. Re-centred labels: the share of the whole label, with
-    the offsets."""
+    mean probability of the answer's tokens, with its end token."""
     label_mass: float | None
-    """Probability of all labels' first tokens together, at the first answer token; None: the task has no labels.
-    Re-centred labels: that of the whole labels."""
+    """Probability of all labels' first tokens together, at the first answer token; None: the task has no labels."""
 
 
 class ConfidenceRecorder(LogitsProcessor):
@@ -125,6 +124,17 @@ class GivenAnswer(NamedTuple):
     confidence: Confidence
     is_cut: bool
     """Whether the answer reached its longest length before its end."""
+
+
+def answer_task(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: ServedTask, inputs: Sequence[str],
+    on_progress: OnProgress | None = None,
+) -> list[GivenAnswer]:
+    """Answer every input as a version serves the task."""
+    return answer_inputs(
+        model, tokenizer, task.schema, inputs, EvaluateConfig(max_new_tokens=task.max_new_tokens),
+        max_prompt_tokens=task.max_prompt_tokens, on_progress=on_progress,
+    )  # fmt: skip
 
 
 @torch.inference_mode()

@@ -1,25 +1,20 @@
-"""Answer a labelled task without a preference for some of its labels.
+"""Offsets that take a preference for some labels of a task away.
 
 A model can know a task and still answer one label too often. Its accuracy then falls although nothing was forgotten. An
 offset per label takes the preference away: the answer is argmax(log p(label | prompt) + offset). This is Batch
-Calibration (arXiv 2309.17249) with the labels' shares among the test rows instead of equal ones.
+Calibration (arXiv 2309.17249) with the labels' true shares instead of equal ones.
+`deal_core.training.recentre` lets an adapter learn the offsets.
 
 Shapes: N rows, L labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
-from transformers import PreTrainedTokenizerBase
 
-from deal_core.config import EvaluateConfig
-from deal_core.evaluation.answering import ServedTask
-from deal_core.evaluation.generation import Confidence, GivenAnswer, LanguageModel, OnProgress, answer_inputs
-from deal_core.evaluation.label_scores import Floats, label_log_probs
+from deal_core.evaluation.label_scores import Floats
 
 NUM_ROUNDS = 200
 """Rounds of the fixed point that finds the offsets; it settles within some dozens."""
@@ -27,9 +22,6 @@ DAMPING = 0.7
 """Share of each round's correction that is applied."""
 PRIOR_ROWS = 10
 """Rows that speak for no offset: with as many rows of its own, a task gets half of its offsets."""
-
-Fit = Callable[[Floats, NDArray[np.int64]], Floats]
-"""A function from log-probabilities (N, L) and the rows' labels (N) to offsets (L)."""
 
 
 def offsets(log_probs_NL: Floats, shares_L: Floats) -> Floats:
@@ -44,7 +36,7 @@ def offsets(log_probs_NL: Floats, shares_L: Floats) -> Floats:
 
 
 def label_offsets(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> Floats:
-    """Return the offsets to answer with. Only the shares of the labels `targets_N` count, not whose label is which.
+    """Return the offsets to learn. Only the shares of the labels `targets_N` count, not whose label is which.
 
     Few rows give smaller offsets. Every label counts once more than it occurs. A label without rows has offset 0, the
     mean of the others: it may be too new to have test rows.
@@ -58,58 +50,15 @@ def label_offsets(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> Floats:
     return offsets_L
 
 
-def recentred_scores(
-    log_probs_NL: Floats, targets_N: NDArray[np.int64], halves_N: NDArray[np.int64], fit: Fit = label_offsets
-) -> Floats:
-    """Return log p + offset of every row and label. The offsets of a row come from the rows of the other half, 0 or 1.
+def recentred_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
+    """Accuracy if every label is answered as often as it occurs. It does not change if one label is favoured.
 
-    Without rows in the other half, a row has no offsets.
+    The offsets of a row come from the rows of the other half. Without rows there, a row has no offsets.
     """
-    scores_NL = log_probs_NL.copy()
+    scores_NL, halves_N = log_probs_NL.copy(), np.arange(len(targets_N)) % 2
     for half in (0, 1):
         others = halves_N != half
         if others.any():
-            scores_NL[~others] += fit(log_probs_NL[others], targets_N[others])
-    return scores_NL
-
-
-def recentred_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
-    """Accuracy if every label is answered as often as it occurs. It does not change if one label is favoured."""
-    scores_NL = recentred_scores(log_probs_NL, targets_N, np.arange(len(targets_N)) % 2, _full_offsets)
+            counts_L = np.bincount(targets_N[others], minlength=log_probs_NL.shape[1])
+            scores_NL[~others] += offsets(log_probs_NL[others], counts_L / counts_L.sum())
     return float((scores_NL.argmax(1) == targets_N).sum() / max(1, len(targets_N)))
-
-
-def _full_offsets(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> Floats:
-    counts_L = np.bincount(targets_N, minlength=log_probs_NL.shape[1])
-    return offsets(log_probs_NL, counts_L / max(1, len(targets_N)))
-
-
-def answer_task(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: ServedTask, inputs: Sequence[str],
-    on_progress: OnProgress | None = None,
-) -> list[GivenAnswer]:
-    """Answer every input as the version serves the task: greedily, or with the label of the largest score."""
-    config = EvaluateConfig(max_new_tokens=task.max_new_tokens)
-    if not task.label_offsets:
-        return answer_inputs(
-            model, tokenizer, task.schema, inputs, config, max_prompt_tokens=task.max_prompt_tokens,
-            on_progress=on_progress,
-        )  # fmt: skip
-    log_probs_NL = label_log_probs(
-        model, tokenizer, task.schema, inputs, config, max_prompt_tokens=task.max_prompt_tokens,
-        on_progress=on_progress,
-    ).double().numpy()  # fmt: skip
-    return best_labels(task.schema.labels, log_probs_NL, log_probs_NL + np.array(task.label_offsets))
-
-
-def best_labels(labels: Sequence[str], log_probs_NL: Floats, scores_NL: Floats) -> list[GivenAnswer]:
-    """Return the label of each row's largest score as its answer.
-
-    The confidence of an answer is its share among the labels by their scores. The mass is what all labels have together
-    by their log-probabilities.
-    """
-    shares_NL, masses_N = softmax(scores_NL, axis=1), np.exp(log_probs_NL).sum(1)
-    return [
-        GivenAnswer(labels[shares.argmax()], Confidence(float(shares.max()), float(min(1.0, mass))), is_cut=False)
-        for shares, mass in zip(shares_NL, masses_N, strict=True)
-    ]

@@ -81,7 +81,7 @@ class EvaluationReport(VersionedJson):
     """
 
     kept: ClassVar[Kept] = Kept(
-        "The evaluation report", ValueError, version=4, reads=(1, 2, 3, 4), later=("judged", "label_offsets")
+        "The evaluation report", ValueError, version=4, reads=(1, 2, 3, 4), later=("judged",)
     )  # fmt: skip
     """Fields that a later version added may be missing."""
 
@@ -119,8 +119,6 @@ class EvaluationReport(VersionedJson):
     own under its name."""
     labels: Mapping[str, tuple[LabelFigures, ...]] = field(default_factory=dict)
     """Per labelled task, the new version's recall and share of answers of each label."""
-    label_offsets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Per task with re-centred labels, the offset that each label is answered with."""
     judged: Mapping[str, Judged] = field(default_factory=dict)
     """Per task of free answers, the judge's comparison with the champion; empty if no judge was asked."""
 

@@ -55,13 +55,9 @@ def evaluate_version(
 
     asked = _rows_to_ask(current_store(), parent, dataset, config, train)
     scorer = Scorer(base, config)
-    recentred = asked.tasks_with_labels if config.recentre else set()
-    found = _score(scorer, asked, parent, adapter, recentred)
+    found = _score(scorer, asked, parent, adapter)
     _keep(current_store(), adapter, asked, found)
-    notes = (*notes, *asked.notes)
-    if dataset.task not in recentred:  # a re-centred label may be of any length
-        notes = (*notes, *_length_notes(scorer, asked, dataset))
-    notes = (*notes, *collapse_notes(found.now))
+    notes = (*notes, *asked.notes, *_length_notes(scorer, asked, dataset), *collapse_notes(found.now))
     return _report(dataset, asked, found, scorer.num_rows, notes)
 
 
@@ -81,13 +77,8 @@ class _Asked:
     unanswered: list[TestSet]
     """The rows of `old` without one."""
     all: list[TestSet]
-    """As the new version is asked: with the labels that its task gains, without the parent's label offsets."""
+    """As the new version is asked: with the labels that its task gains."""
     notes: tuple[str, ...]
-
-    @property
-    def tasks_with_labels(self) -> set[str]:
-        """Names of the tasks, without slices, that a version answers with labels."""
-        return {each.schema.name for each in self.all if each.has_labels} - self.slices.keys()
 
     @property
     def slices(self) -> dict[str, str]:
@@ -119,7 +110,7 @@ def _rows_to_ask(
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     return _Asked(
         record=record, renewal=renewal, old=old, new=new, answered=answered, unanswered=_unanswered(old, answered),
-        all=_without_offsets([*(_widened(each, dataset, renewal.slices) for each in old), *new]), notes=notes,
+        all=[*(_widened(each, dataset, renewal.slices) for each in old), *new], notes=notes,
     )  # fmt: skip
 
 
@@ -136,22 +127,19 @@ class _Found:
     facts: AdapterFacts
 
 
-def _score(
-    scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: AdapterRef, recentred: set[str]
-) -> _Found:
+def _score(scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: AdapterRef) -> _Found:
     from deal_core.adapter.state import adapter_norm
     from tasks.adaptation.scorer import Scored
 
     answered = asked.answered
     scorer.expect(asked.new, [*asked.new, *asked.unanswered] if parent else [], asked.all)
     with borrowed_parent(current_store(), parent) as before, borrowed_adapter(current_store(), adapter) as folder:
-        on_base = scorer.score(None, _without_offsets(asked.new), general=True, recentred=recentred)
-        as_new = recentred if asked.renewal.known is None else ()  # a known task is asked as the parent serves it
-        on_parent = scorer.score(before, asked.new, recentred=as_new) if parent else Scored({}, {}, None)
+        on_base = scorer.score(None, asked.new, general=True)
+        on_parent = scorer.score(before, asked.new) if parent else Scored({}, {}, None)
         if asked.unanswered:
             more = scorer.score(before, asked.unanswered).answers
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
-        now = scorer.score(folder, asked.all, general=True, explain=True, recentred=recentred, slices=asked.slices)
+        now = scorer.score(folder, asked.all, general=True, explain=True)
         facts = AdapterFacts(
             norm=adapter_norm(folder), parent_norm=adapter_norm(before) if before else None,
             is_changed=parent is None or parent.adapter_sha256 != adapter.sha256,
@@ -219,7 +207,6 @@ def _report(
         metrics={each.schema.name: each.schema.metric for each in asked.all},
         slices=asked.slices,
         labels={name: each.labels for name, each in now.evaluations.items() if each.labels},
-        label_offsets=now.label_offsets,
     )  # fmt: skip
 
 
@@ -253,17 +240,10 @@ def _slice_sets(store: ObjectStore, record: LineageRecord, slices: Sequence[Know
 
 
 def _widened(test_set: TestSet, dataset: DatasetRef, slices: Sequence[KnownSlice] = ()) -> TestSet:
-    """The test set with the labels that its task gains with the arrival. They have no offset."""
+    """The test set with the labels that its task gains with the arrival."""
     is_slice = any(each.name == test_set.schema.name and each.of == dataset.task for each in slices)
     schema = test_set.schema
-    widened = schema.with_labels(dataset.new_labels) if is_slice else dataset.widen(schema)
-    offsets = test_set.label_offsets
-    added = (0.0,) * (len(widened.labels) - len(offsets)) if offsets else ()
-    return replace(test_set, schema=widened, label_offsets=offsets + added)
-
-
-def _without_offsets(sets: Sequence[TestSet]) -> list[TestSet]:
-    return [replace(each, label_offsets=()) for each in sets]
+    return replace(test_set, schema=schema.with_labels(dataset.new_labels) if is_slice else dataset.widen(schema))
 
 
 def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:
@@ -300,7 +280,7 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     scorer = Scorer(record.base, config)
     scorer.expect(sets)
     with borrowed_adapter(store, version) as folder:
-        found = scorer.score(folder, sets, recentred={each.schema.name for each in sets if each.label_offsets})
+        found = scorer.score(folder, sets)
     if not has_reference(store, version.adapter_uri):
         write_reference(store, version.adapter_uri, version.lineage, sets, found.evaluations)
     return VersionScores(

@@ -73,9 +73,8 @@ def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
     with reading_stored(store, f"{uri}/{TEST_FILE}", f"the test rows of task '{name}'", remedy):
         rows = Dataset(read_test_rows(store, uri, (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)))
     return TestSet(
-        schema=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens,
-        label_offsets=known.label_offsets,
-    )  # fmt: skip
+        schema=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
+    )
 
 
 def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:

@@ -27,9 +27,8 @@ def served_version(record: LineageRecord) -> ServedVersion:
 def served_task(known: KnownTask) -> ServedTask:
     """Return the task's part of `served_version`."""
     return ServedTask(
-        schema=known.schema, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens,
-        label_offsets=known.label_offsets,
-    )  # fmt: skip
+        schema=known.schema, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
+    )
 
 
 def example_rows(record: LineageRecord) -> list[dict[str, str]]:
@@ -114,17 +113,9 @@ def _limits(record: LineageRecord) -> list[str]:
         *(f"- {known.schema.name}: prompts of more than {known.max_prompt_tokens} tokens lose the end of their text, "
           f"answers end after {known.max_new_tokens} tokens." for known in record.tasks),
     ]  # fmt: skip
-    lines += recentred_limits(record)
     if few:
         lines.append(f"- Fewer than 100 test rows judge {', '.join(few)}: the accuracies there are rough.")
     return [*lines, "- It has the biases of the base model and of the data. They were not measured."]
-
-
-def recentred_limits(record: LineageRecord) -> list[str]:
-    """Say which tasks are answered otherwise by the files of the version alone."""
-    names = ", ".join(known.schema.name for known in record.tasks if known.label_offsets)
-    text = f"- {names}: judged with the label offsets of `deal.json`; the model alone answers without."
-    return [text] if names else []
 
 
 def _example(schema: TaskSchema) -> str:

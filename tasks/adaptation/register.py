@@ -42,10 +42,7 @@ def register_version(
     renewal = find_renewal(store, before, dataset)
     if renewal.new_slice is None or renewal.new_slice in report.slices:  # not asked for after the evaluation
         known = tuple(task.judged_by(dataset) if task == renewal.known else task for task in known)
-    known = tuple(
-        replace(task, schema=dataset.widen(task.schema), label_offsets=report.label_offsets.get(task.schema.name, ()))
-        for task in known
-    )
+    known = tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
     record = LineageRecord(
         lineage=run.lineage, base=base, strategy=job.strategy, adapter=job.adapter, tasks=known, matrix=report.matrix,
         slices=tuple(each for each in renewal.slices if each.name in report.slices), memory=spec.memory,

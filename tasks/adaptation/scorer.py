@@ -5,29 +5,22 @@ The module imports torch, so a stage imports it only when it scores.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answer_scores import collapsed, number_labels, plain_answer
 from deal_core.evaluation.general_ability import perplexity
-from deal_core.evaluation.generation import GivenAnswer, LanguageModel, OnProgress
-from deal_core.evaluation.label_scores import Floats, label_log_probs
-from deal_core.evaluation.recentring import (
-    answer_task,
-    best_labels,
-    label_offsets,
-    recentred_accuracy,
-    recentred_scores,
-)
+from deal_core.evaluation.generation import LanguageModel
+from deal_core.evaluation.label_scores import label_log_probs
+from deal_core.evaluation.recentring import recentred_accuracy
 from deal_core.evaluation.report import Scores
-from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_answers, evaluate_task
+from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task
 from deal_core.safe_text import brief
 from tasks.adaptation.frozen_rows import Answers, TestSet
 from tasks.base import lend_base
@@ -45,8 +38,6 @@ class Scored:
     """Perplexity on plain English; None: not measured, or not defined."""
     recentred: Mapping[str, float] = field(default_factory=dict)
     """By task whose answers have collapsed: the accuracy if every label were answered as often as it occurs."""
-    label_offsets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """By task with re-centred labels: the offsets to serve it with."""
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -75,8 +66,7 @@ class Scorer:
         self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
 
     def score(
-        self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False, explain: bool = False,
-        recentred: Collection[str] = (), slices: Mapping[str, str] | None = None,
+        self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False, explain: bool = False
     ) -> Scored:
         """Score one adapter (None: the untouched base model) on each test set.
 
@@ -85,68 +75,34 @@ class Scorer:
             sets: the test sets.
             general: score it on plain English too.
             explain: measure what the collapse of a task's answers costs.
-            recentred: names of tasks whose labels are re-centred. The offsets of a row come from other rows.
-            slices: for each slice its task, whose offsets the slice is answered with.
         """
         found, answers, costs = {}, {}, {}
-        offsets: dict[str, tuple[float, ...]] = {}
-        slices = slices or {}
         with adapter_on(self._base.model, adapter_folder) as model:
-            for test_set in sorted(sets, key=lambda each: each.schema.name in slices):
-                name = test_set.schema.name
-                if name in recentred:
-                    evaluation, own = self._recentre(model, test_set)
-                    offsets |= {name: own} if own else {}
-                else:
-                    own = offsets.get(slices.get(name, ""), test_set.label_offsets)
-                    evaluation = self._evaluate(model, replace(test_set, label_offsets=own))
+            for test_set in sets:
+                evaluation = self._evaluate(model, test_set)
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
-                if explain and name not in offsets and collapsed(evaluation.labels) is not None:
+                if explain and collapsed(evaluation.labels) is not None:
                     costs[evaluation.task] = self._recentred_accuracy(model, test_set)
             known = perplexity(model, self._base.tokenizer) if general else None
-        return Scored(found, answers, known, costs, offsets)
+        return Scored(found, answers, known, costs)
 
     def _evaluate(self, model: LanguageModel, test_set: TestSet) -> TaskEvaluation:
-        on_progress = partial(self._advance, test_set.schema.name)
-        if test_set.label_offsets:  # the version serves the task with them
-            inputs = list(test_set.rows["input"])
-            return _evaluation(test_set, answer_task(model, self._base.tokenizer, test_set, inputs, on_progress))
         config = replace(self._config, max_new_tokens=test_set.max_new_tokens)
         return evaluate_task(
             model, self._base.tokenizer, test_set.schema, test_set.rows, config,
-            max_prompt_tokens=test_set.max_prompt_tokens, on_progress=on_progress,
+            max_prompt_tokens=test_set.max_prompt_tokens, on_progress=partial(self._advance, test_set.schema.name),
         )  # fmt: skip
 
-    def _recentre(self, model: LanguageModel, test_set: TestSet) -> tuple[TaskEvaluation, tuple[float, ...]]:
-        """Score the answers with re-centred labels; return the offsets to serve the task with, too.
-
-        A damaged model, whose scores are not finite, has no offsets.
-        """
-        log_probs_NL, targets_N = self._label_scores(model, test_set, partial(self._advance, test_set.schema.name))
-        if not np.isfinite(log_probs_NL).all():
-            return self._evaluate(model, test_set), ()
-        halves_N = np.array([int(digest[-1], 16) % 2 for digest in test_set.rows["sha256"]])
-        scores_NL = recentred_scores(log_probs_NL, targets_N, halves_N)
-        offsets_L = label_offsets(log_probs_NL, targets_N)
-        evaluation = _evaluation(test_set, best_labels(test_set.schema.labels, log_probs_NL, scores_NL))
-        return evaluation, tuple(round(float(each), 4) for each in offsets_L)
-
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
-        return recentred_accuracy(*self._label_scores(model, test_set))
-
-    def _label_scores(
-        self, model: LanguageModel, test_set: TestSet, on_progress: OnProgress | None = None
-    ) -> tuple[Floats, NDArray[np.int64]]:
-        """The labels' log-probabilities (N, L), and the number of each row's right label (N)."""
         numbers = number_labels(test_set.schema.labels)
         targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
         log_probs_NL = label_log_probs(
             model, self._base.tokenizer, test_set.schema, list(test_set.rows["input"]), self._config,
-            max_prompt_tokens=test_set.max_prompt_tokens, on_progress=on_progress,
+            max_prompt_tokens=test_set.max_prompt_tokens,
         )  # fmt: skip
-        return log_probs_NL.double().numpy(), np.array(targets)
+        return recentred_accuracy(log_probs_NL.double().numpy(), np.array(targets))
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""
@@ -155,11 +111,6 @@ class Scorer:
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows
         self._report(self._done, self._total, name)
-
-
-def _evaluation(test_set: TestSet, given: Sequence[GivenAnswer]) -> TaskEvaluation:
-    confidences = tuple(each.confidence for each in given)
-    return evaluate_answers(test_set.schema, test_set.rows, [each.text for each in given], confidences)
 
 
 def collapse_notes(scored: Scored) -> tuple[str, ...]:
@@ -174,6 +125,6 @@ def collapse_notes(scored: Scored) -> tuple[str, ...]:
         notes.append(
             f"{name}: {100 * label.share:.0f} % of the answers are {answer}, but {rows:.0f} % of the test rows are. If "
             f"every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % instead of "
-            f"{100 * found.accuracy:.1f} %; evaluate.recentre answers that way"
+            f"{100 * found.accuracy:.1f} %; train.recentre_steps make the next version answer that way"
         )
     return tuple(notes)

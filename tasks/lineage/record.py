@@ -16,7 +16,6 @@ from pydantic import ConfigDict
 from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
-from deal_core.evaluation.answering import LabelOffsets
 from deal_core.evaluation.metrics import AccuracyMatrix, KeptMatrix
 from deal_core.method_config import Memory
 from deal_core.schema_version import Kept, VersionedJson
@@ -39,7 +38,6 @@ class KnownTask:
     """Longest prompt in evaluation and serving. Later arrivals do not change it."""
     max_new_tokens: int = EvaluateConfig().max_new_tokens
     """Longest answer in evaluation and serving."""
-    label_offsets: LabelOffsets = ()
 
     def judged_by(self, dataset: DatasetRef) -> KnownTask:
         """Return the task with the test rows of another dataset."""

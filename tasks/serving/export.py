@@ -27,7 +27,7 @@ from infra.store.base import ObjectStore, temporary_folder
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.frozen_rows import first_rows, load_test_set
-from tasks.adaptation.model_card import NOT_STATED, example_rows, recentred_limits, served_task, served_version
+from tasks.adaptation.model_card import NOT_STATED, example_rows, served_task, served_version
 from tasks.adaptation.promote import rejected_by_person
 from tasks.base import lend_base, release_base, require_base
 from tasks.context import current_store
@@ -307,7 +307,6 @@ def _merged_card(record: LineageRecord, info: VersionInfo, licence: str | None, 
         f"- base model: {record.base.name}, sha256 `{record.base.sha256}`",
         f"- licence of the base model: {licence or NOT_STATED}",
         f"- adapter: sha256 `{info.adapter_sha256}`",
-        *recentred_limits(record),
         f"- logits against the served version: {found.max_difference:.3g} at most on {found.num_prompts} prompts of "
         f"its tasks, in {found.precision}", "",
     ])  # fmt: skip

@@ -120,7 +120,7 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
     )  # fmt: skip
 
 
-def require_servable(config: dict[str, Any], record: LineageRecord, settings: VllmSettings) -> None:
+def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
     """Raise ConfigError, with every reason, if the server would refuse a version or answer otherwise than judged.
 
     `config` is the adapter's adapter_config.json.
@@ -143,11 +143,6 @@ def require_servable(config: dict[str, Any], record: LineageRecord, settings: Vl
         problems.append("its base model is an encoder-decoder, which vLLM serves no adapters on")
     if config.get("use_dora") or config.get("modules_to_save") or config.get("bias", "none") != "none":
         problems.append("it uses DoRA, a bias or whole modules, which vLLM does not take")
-    if recentred := [known.schema.name for known in record.tasks if known.label_offsets]:
-        problems.append(
-            f"the labels of {', '.join(recentred)} are re-centred, which vLLM does not do: learn with "
-            "evaluate.recentre false"
-        )
     if problems:
         raise ConfigError(f"The adapter cannot be served by vLLM: {'; '.join(problems)}. Nothing was changed.")
 
@@ -157,7 +152,7 @@ def _move(
 ) -> ServingRoute:
     """Load the champion, test it with one request, and write the route."""
     require_stored(store, champion.adapter_uri)
-    require_servable(config_of(store, champion), read_record(store, champion.adapter_uri), settings)
+    require_servable(config_of(store, champion), settings)
     name, names = model_name(champion), dict(before.names) if before else {}
     if names.setdefault(name, champion.adapter_sha256) != champion.adapter_sha256:
         raise ConfigError(
@@ -337,7 +332,7 @@ def publish(
     info = find_version(registry, lineage, version) if version else require_champion(registry, store, lineage)
     require_exportable(store, registry, info)
     config, record = config_of(store, info), read_record(store, info.adapter_uri)
-    require_servable(config, record, settings)
+    require_servable(config, settings)
     base = model or _base_for_vllm(record)
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / model_name(info)

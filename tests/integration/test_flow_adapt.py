@@ -521,5 +521,7 @@ def test_a_label_that_takes_over_the_answers_is_named_with_its_cost(tiny_base: P
     (note,) = [note for note in evaluation["notes"] if "of the answers" in note]
     assert re.fullmatch(
         r"tickets: 100 % of the answers are 'closed', but 50 % of the test rows are. If every label were answered as "
-        r"often as it occurs, accuracy would be \d+\.\d % instead of 50\.0 %; evaluate\.recentre answers that way", note
+        r"often as it occurs, accuracy would be \d+\.\d % instead of 50\.0 %; train\.recentre_steps make the next "
+        "version answer that way",
+        note,
     )  # fmt: skip

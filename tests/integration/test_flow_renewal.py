@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,9 @@ from deal_core.errors import ConfigError
 from flows.adapt import AdaptResult
 from flows.cli.app import app
 from flows.forget import forget
-from infra.tracking.registry import open_registry
-from tasks.adaptation.frozen_rows import load_test_set, read_answers
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
-from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
-from tasks.predict import Asked, answering
 from tests.adapting import PASS, run
 from tests.in_process import put_back
 
@@ -77,24 +72,6 @@ def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
     later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"))
     assert later.status == "promoted" and set(later.accuracies) == {"colours", "colours.old-1"}
     assert read_record(current_store(), f"adapters/l/{later.run_key[:16]}").slices == record.slices
-
-
-@pytest.mark.nightly
-def test_earlier_rows_are_answered_with_the_offsets_of_their_task(home: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """As a server would answer them: `evaluate.recentre` fits no offsets on them."""
-    settings: dict[str, Any] = {"strategy": "seq_lora", "train": {**TRAIN, "max_steps": 4}, "gate": PASS}
-    run(tiny_base, file_of(tmp_path, "january", "warm", "cold"), evaluate={"recentre": True}, **settings)
-    renew(home)
-    now = run(tiny_base, file_of(tmp_path, "july", "cold", "warm"), evaluate={"recentre": True}, **settings)
-    store, uri = current_store(), f"adapters/l/{now.run_key[:16]}"
-    record, kept = read_record(store, uri), read_answers(store, uri)
-    (known,), (earlier,) = record.tasks, record.slices
-    assert any(known.label_offsets) and kept is not None
-    rows = load_test_set(store, replace(known, dataset_uri=earlier.dataset_uri)).rows
-    asked = Asked(find_version(open_registry(), "l", "2"), record, known)
-    with answering(asked) as answer:
-        served = [given.text for given in answer(list(rows["input"]), lambda count: None)]
-    assert served == [kept.now["colours.old-1"][digest] for digest in rows["sha256"]]
 
 
 @pytest.mark.nightly

@@ -173,11 +173,11 @@ def test_an_adapter_that_the_server_would_not_take_moves_nothing(
 
 
 def test_limits_are_those_of_the_settings() -> None:
-    require_servable({**CONFIG, "r": 64}, RECORD, VllmSettings(max_lora_rank=64))
+    require_servable({**CONFIG, "r": 64}, VllmSettings(max_lora_rank=64))
     router = VllmSettings(target_modules=frozenset({"router"}))
-    require_servable({**CONFIG, "target_modules": ["router"]}, RECORD, router)
+    require_servable({**CONFIG, "target_modules": ["router"]}, router)
     with pytest.raises(ConfigError, match="q_proj, v_proj"):
-        require_servable(CONFIG, RECORD, router)
+        require_servable(CONFIG, router)
 
 
 def test_a_server_that_comes_back_in_time_is_bridged(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:

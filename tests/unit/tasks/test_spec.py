@@ -89,7 +89,7 @@ def test_a_missing_spec_is_a_config_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     ["train: {max_steps: 3}", "deal: {energy: 0.9}", "gate: {max_drop_points: 1}", "evaluate: {max_new_tokens: 3}",
-     "evaluate: {recentre: true}", "data: {test_share: 0.3}",
+     "train: {recentre_steps: 50}", "data: {test_share: 0.3}",
      "task: {name: t, data: x, prompt: chat}", "train: {quantize: 4bit}"],
 )  # fmt: skip
 def test_every_setting_makes_another_run(change: str) -> None:

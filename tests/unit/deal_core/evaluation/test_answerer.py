@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.errors import AdapterStateError, ConfigError
-from deal_core.evaluation import recentring
+from deal_core.evaluation import generation
 from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
 from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs
@@ -97,7 +97,7 @@ def test_answers_that_were_cut_are_told_row_by_row(answerer: Answerer, monkeypat
     def generate(*given: Any, **limits: Any) -> list[GivenAnswer]:
         return [GivenAnswer(text.upper(), Confidence(1.0, None), "long" in text) for text in given[3]]
 
-    monkeypatch.setattr(recentring, "answer_inputs", generate)
+    monkeypatch.setattr(generation, "answer_inputs", generate)
     chat = json.dumps([{"role": "user", "content": "long"}])
     texts = ["a", "long", "b", "c", "long", "d", "e", "long"]
     rows = [InputRow(text, "colours") for text in texts]
@@ -112,7 +112,7 @@ class HeldModel:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[list[str]] = []
         self.is_inside, self.may_go_on = threading.Event(), threading.Event()
-        monkeypatch.setattr(recentring, "answer_inputs", self._generate)
+        monkeypatch.setattr(generation, "answer_inputs", self._generate)
 
     def _generate(self, model: Any, tokenizer: Any, task: Any, inputs: Any, config: Any, **limits: Any) -> Any:
         self.batches.append(inputs)
@@ -169,7 +169,7 @@ def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkey
             raise RuntimeError("the model broke")
         return [GivenAnswer(text.upper(), Confidence(1.0, None), False) for text in inputs]
 
-    monkeypatch.setattr(recentring, "answer_inputs", generate)
+    monkeypatch.setattr(generation, "answer_inputs", generate)
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(answerer.answer, [InputRow("first")])
         assert inside.wait(WAIT_SECONDS)

@@ -1,34 +1,13 @@
-"""Offsets take a preference for some labels away, and answers are chosen with them."""
+"""Offsets take a preference for some labels away."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-import torch
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 
 from benchmarks.protocol import constrained_accuracy, ranking_auc
-from deal_core.config import EvaluateConfig
-from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.answering import ServedTask
-from deal_core.evaluation.generation import answer_inputs
-from deal_core.evaluation.label_scores import label_log_probs
-from deal_core.evaluation.recentring import (
-    PRIOR_ROWS,
-    answer_task,
-    label_offsets,
-    offsets,
-    recentred_accuracy,
-    recentred_scores,
-)
-
-TASK = ServedTask(
-    schema=TaskSchema(name="shades", labels=("red", "dark green", "light blue"), instruction="Which shade is it?"),
-    max_prompt_tokens=64, max_new_tokens=8,
-)  # fmt: skip
-TEXTS = ["rose", "grass and moss in the rain", "sky", "the sea on a day without wind", "ice"]
+from deal_core.evaluation.recentring import PRIOR_ROWS, label_offsets, offsets, recentred_accuracy
 
 
 def scored(num_rows: int = 900, signal: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
@@ -79,42 +58,7 @@ def test_few_rows_give_small_offsets(num_rows, weight):
     assert found[2] == 0 and found.sum() == pytest.approx(0)
 
 
-def test_a_row_is_not_answered_by_its_own_label_or_score():
-    """Nor by those of any row that shares its offsets."""
-    log_probs, targets = scored(40)
-    halves = np.arange(40) % 2
-    before = recentred_scores(log_probs, targets, halves)
-    others, changed = targets.copy(), log_probs.copy()
-    others[::4] = 2
-    changed[2::2] = log_softmax(changed[2::2] + np.array([9.0, 0.0, 0.0]), axis=1)
-    after = recentred_scores(changed, others, halves)
-    assert after[0] == pytest.approx(before[0]), "its offsets come from the rows 1, 3, 5, …"
-    assert np.abs(after[1::2] - before[1::2]).max() > 1
-
-
 def test_one_row_is_answered_without_offsets():
     log_probs = np.log([[0.1, 0.7, 0.2]])
-    assert recentred_scores(log_probs, np.array([0]), np.array([0])).tolist() == log_probs.tolist()
-
-
-def test_the_label_with_the_largest_score_is_answered(base):
-    scores = label_log_probs(base.model, base.tokenizer, TASK.schema, TEXTS, EvaluateConfig(), max_prompt_tokens=64)
-    plain = scores.double().numpy()
-    between = np.sort(plain[:, 0] - plain[:, 1])[1:3].mean()  # two texts on one side, three on the other
-    task = replace(TASK, label_offsets=(0.0, float(between), -50.0))
-    seen: list[int] = []
-    given = answer_task(base.model, base.tokenizer, task, TEXTS, seen.append)
-    choices = (plain + np.array(task.label_offsets)).argmax(1)
-    assert sorted(choices) == [0, 0, 0, 1, 1] and seen == [5]
-    assert [each.text for each in given] == [TASK.schema.labels[choice] for choice in choices]
-    shares = softmax(plain + np.array(task.label_offsets), axis=1)
-    assert [each.confidence.confidence for each in given] == pytest.approx(shares.max(1), abs=1e-4)
-    assert [each.confidence.label_mass for each in given] == pytest.approx(np.exp(plain).sum(1), rel=1e-3)
-    assert answer_task(base.model, base.tokenizer, task, []) == []
-
-
-def test_without_offsets_the_model_answers_by_itself(base):
-    torch.manual_seed(0)
-    config = EvaluateConfig(max_new_tokens=8)
-    expected = answer_inputs(base.model, base.tokenizer, TASK.schema, TEXTS, config, max_prompt_tokens=64)
-    assert answer_task(base.model, base.tokenizer, TASK, TEXTS) == expected
+    assert recentred_accuracy(log_probs, np.array([1])) == 1
+    assert recentred_accuracy(log_probs, np.array([0])) == 0
