@@ -12,14 +12,17 @@ unlabelled    before each task, one pass over `NUM_TEXTS` further texts of the t
 anchors       `deal`, and `NUM_ANCHORS` more questions a step: old tasks about `CONTENT_FREE` texts, held to the answers
               that the adapter gave when it had just learned the task (after arXiv 2102.09690, which calibrates answers
               by content-free texts)
+recentred     the last version of `plain` after `--recentre-steps` of `deal_core.training.recentre`, on training rows
+              that it has not learned
 
 The rules, written before the first run. consistency: its mean accuracy is above that of both `plain` and `rate`, lower
-end of the interval over rows above 0, with both seeds. unlabelled and anchors: above `plain` in the same sense. Else an
-idea is left out.
+end of the interval over rows above 0, with both seeds. unlabelled, anchors and recentred: above `plain` in the same
+sense. Else an idea is left out.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -36,10 +39,11 @@ from torch import Tensor, nn
 
 from benchmarks.output import RESULTS, Base, Out, write_result
 from benchmarks.versions import Versions
+from deal_core.adapter.files import METHOD_FILE
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import load_suite
-from deal_core.config import TrainConfig
+from deal_core.config import MAX_LABEL_TEXTS, TrainConfig
 from deal_core.data.collate import IGNORED, NOT_READ, answer_and_text_loss
 from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import RehearsalConfig
@@ -50,10 +54,11 @@ from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.strategy import MethodState, TaskContext
 from deal_core.training import train as training
 from deal_core.training.objective import AnswerLoss, count_tokens
+from deal_core.training.recentre import LabelTexts, recentre_adapter
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
-Arm = Literal["plain", "rate", "consistency", "unlabelled", "anchors"]
+Arm = Literal["plain", "rate", "consistency", "unlabelled", "anchors", "recentred"]
 STEP, WEIGHT = 0.1, 5.0
 """The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
 NUM_TEXTS = 300
@@ -163,9 +168,12 @@ def _hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
-    """Learn all tasks in their order; return the name of the last version."""
+    """Learn all tasks in their order, as far as they are not learned; return the name of the last version."""
     parent = None
     for number in range(len(versions.tasks)):
+        if arm != "anchors" and (versions.folder / str(number) / METHOD_FILE).is_file():  # its answers are in memory
+            parent = str(number)
+            continue
         setup = versions.setup(number, range(number))
         if arm == "unlabelled":
             once = replace(versions.train, num_epochs=1, prompt_loss_weight=1.0)
@@ -180,6 +188,22 @@ def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
     return parent
 
 
+def recentre(versions: Versions, last: str, num_rows: int) -> str:
+    """Re-centre a copy of the last version on the rows after those that were learned; return the copy's name."""
+    texts = []
+    for number, task in enumerate(versions.tasks):
+        rows = versions.rows(number, num_rows, num_rows + MAX_LABEL_TEXTS)
+        texts.append(LabelTexts(
+            task=task.schema, inputs=list(rows["input"]), outputs=list(rows["output"]),
+            max_prompt_tokens=versions.train.max_prompt_tokens,
+        ))  # fmt: skip
+    name = f"{last}-recentred-{versions.train.recentre_steps}"
+    shutil.copytree(versions.folder / last, versions.folder / name, dirs_exist_ok=True)
+    for note in recentre_adapter(versions.base, versions.folder / name, texts, versions.train):
+        typer.echo(note)
+    return name
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Folder of tasks.")],
     arm: Annotated[list[str], typer.Option(help="Arms.")],
@@ -188,6 +212,10 @@ def main(
     strategy: Annotated[str, typer.Option(help="Strategy.")] = "seq_lora",
     rows: Annotated[int, typer.Option(help="Training rows per task; the first rows are used.")] = 150,
     max_test_rows: Annotated[int, typer.Option(help="Development rows per task.")] = 200,
+    recentre_steps: Annotated[int, typer.Option(help="Steps of the arm recentred.")] = 50,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keeps the versions; a second call continues.", show_default="a temporary one")
+    ] = None,
     base: Base = DEFAULT_BASE,
     out: Out = RESULTS / "arms.json",
 ) -> None:
@@ -198,13 +226,18 @@ def main(
     trials: list[dict[str, Any]] = []
     for each in arm:
         for number in seed or [0]:
-            train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number)
+            train = TrainConfig(
+                max_prompt_tokens=160, checkpoint_steps=0, seed=number, recentre_steps=recentre_steps
+            )  # fmt: skip
             if each == "rate":
                 train = replace(train, learning_rate=2 * train.learning_rate)
-            with TemporaryDirectory() as folder:
-                versions = Versions(model, [suite[name] for name in names], Path(folder), strategy, train)
+            with TemporaryDirectory() as temporary:
+                folder = (keep or Path(temporary)) / f"{'plain' if each == 'recentred' else each}-{number}"
+                versions = Versions(model, [suite[name] for name in names], folder, strategy, train)
                 with anchored() if each == "anchors" else nullcontext():
                     last = learn_all(versions, each, rows)  # type: ignore[arg-type]
+                if each == "recentred":
+                    last = recentre(versions, last, rows)
                 scores = versions.score(last, max_test_rows)
             outcomes = {name: outcome_text(found.outcomes) for name, found in scores.items()}
             accuracy = {name: 100 * text.count("1") / len(text) for name, text in outcomes.items()}

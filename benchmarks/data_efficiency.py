@@ -59,7 +59,22 @@ def trial_of(cell: CellJson) -> Trial | None:
     return Trial(cell, group, ", ".join(changes) or ALL)
 
 
-def line_of(trial: Trial, group: Mapping[str, Trial]) -> dict[str, Any]:
+def seconds_of(option: str, cell: CellJson, measured: Mapping[str, Any]) -> float | None:
+    """Seconds of an arrival with an option, from the seconds before the training and of a step; None: not measured.
+
+    All scores that read the model read it once, in the same way.
+    """
+    name = {ALL: "no option"}.get(option, option.partition(",")[0])
+    if name not in measured["options"] and name.startswith("selection.score"):
+        name = "selection.score: loss"
+    settings, found = cell["settings"], measured["options"].get(name)
+    if found is None or settings["train"]["max_prompt_tokens"] != measured["max_prompt_tokens"]:
+        return None
+    num_steps = sum(version["num_steps"] for version in cell["versions"]) / len(cell["versions"])
+    return float(found["before"] * settings["rows"] / measured["rows"] + found["step"] * num_steps)
+
+
+def line_of(trial: Trial, group: Mapping[str, Trial], measured: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one option, accuracies in points, against random rows and all rows of its group."""
     cell, versions = trial.cell, trial.cell["versions"]
     settings, matrix = cell["settings"], matrix_of(cell)
@@ -68,6 +83,7 @@ def line_of(trial: Trial, group: Mapping[str, Trial]) -> dict[str, Any]:
     return {
         "option": trial.option,
         "rows": kept or settings["rows"],
+        "seconds": seconds_of(trial.option, cell, measured) if settings["strategy"] == "deal" else None,
         "steps": sum(version["num_steps"] for version in versions),
         "accuracy": 100 * sum(map(accuracy, scores)) / len(scores),
         "perplexity": cell["perplexity"]["adapted"] / cell["perplexity"]["base"],
@@ -83,7 +99,7 @@ def _interval(first: Sequence[float], second: Sequence[float]) -> list[float]:
     return [100 * value for value in (found.mean, found.low, found.high)]
 
 
-def tables(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
+def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One table per group of cells with an option: its settings and its lines, best first."""
     groups: dict[str, dict[str, Trial]] = defaultdict(dict)
     for trial in filter(None, map(trial_of, cells)):
@@ -94,7 +110,7 @@ def tables(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
             cell = next(iter(group.values())).cell
             settings, machine = cell["settings"], cell["versions"][-1].get("machine", {})
             suite, order = name_of(tuple(settings["tasks"]))
-            lines = [line_of(trial, group) for trial in group.values()]
+            lines = [line_of(trial, group, measured) for trial in group.values()]
             found.append({
                 "suite": suite, "order": order, "seed": settings["seed"], "strategy": settings["strategy"],
                 "rows": settings["rows"], "tasks": settings["tasks"],
@@ -126,7 +142,9 @@ def main(
     page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/data_efficiency.md"),
 ) -> None:
     """Fill the page."""
-    found = {"clean": tables(read_cells(cells)), "noisy": tables(read_cells(noisy)), "arms": arms(trials),
+    measured = read(RESULTS / "option_seconds.json")
+    found = {"clean": tables(read_cells(cells), measured), "noisy": tables(read_cells(noisy), measured),
+             "seconds": measured, "arms": arms(trials),
              "merging": merging(RESULTS / "merging.json"), "unlabelled": arms(RESULTS / "arms_unlabelled.json"),
              "preferences": read(RESULTS / "preferences.json")}  # fmt: skip
     page.write_text(templates().get_template("data_efficiency.md.j2").render(found))

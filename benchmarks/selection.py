@@ -181,7 +181,8 @@ def options(
                 found[name].append(_seconds(model, arrival, each, parent, folder))
     medians = {name: dict(zip(("before", "step"), map(statistics.median, zip(*trials, strict=True)), strict=True))
                for name, trials in found.items()}  # fmt: skip
-    settings = {"base": model.name, "task": second, "rows": rows, "kept": KEPT, "n": repeats}
+    settings = {"base": model.name, "task": second, "rows": rows, "kept": KEPT, "n": repeats,
+                "max_prompt_tokens": train.max_prompt_tokens}  # fmt: skip
     write_result(out, {**settings, "options": medians})
 
 

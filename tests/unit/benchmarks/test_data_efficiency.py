@@ -14,13 +14,17 @@ from deal_core.benchmark.cell import settings_read
 from deal_core.method_config import MethodConfig, SelectionConfig
 
 ROOT = Path(__file__).parents[3]
+MEASURED: dict[str, Any] = {
+    "rows": 100, "max_prompt_tokens": 160,
+    "options": {"no option": {"before": 0.0, "step": 2.0}, "selection.score: loss": {"before": 5.0, "step": 2.0}},
+}  # fmt: skip
 
 
 def cell(bits: str, *, method: MethodConfig | None = None, seed: int = 0, **train: Any) -> dict[str, Any]:
     settings = {
         "strategy": "deal", "tasks": ["yahoo", "agnews"], "seed": seed, "rows": 300, "scored": "last",
         "method": json.loads(json.dumps(settings_read("deal", method or MethodConfig()))),
-        "train": train, "revision": 2,
+        "train": {"max_prompt_tokens": 160, **train}, "revision": 2,
     }  # fmt: skip
     scores = {"yahoo": {"correct": bits[:4]}, "agnews": {"correct": bits[4:]}}
     versions = [{"scores": {}, "num_steps": 10}, {"scores": scores, "num_steps": 10}]
@@ -35,13 +39,14 @@ def test_an_option_is_compared_with_random_rows_and_with_all_rows():
     (table,) = tables([
         cell("11110000", method=keeping(score="loss")), cell("11000000", method=keeping()),
         cell("11110011", max_steps=30),
-    ])  # fmt: skip
+    ], MEASURED)  # fmt: skip
     lines = {line["option"]: line for line in table["lines"]}
     assert list(lines) == [ALL, "selection.score: loss", RANDOM], "best first"
     chosen = lines["selection.score: loss"]
     assert (chosen["accuracy"], chosen["rows"], chosen["steps"], chosen["perplexity"]) == (50, 75, 20, 1.1)
     assert {name: found[0] for name, found in chosen["against"].items()} == {RANDOM: 25, ALL: -25}
     assert set(lines[RANDOM]["against"]) == {ALL} and lines[ALL]["rows"] == 300
+    assert (lines[ALL]["seconds"], chosen["seconds"]) == (20, 35), "ten steps; 300 rows are read before"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,7 @@ def test_an_option_is_compared_with_random_rows_and_with_all_rows():
     ids=["seed", "rate", "method"],
 )  # fmt: skip
 def test_cells_that_differ_in_more_than_the_option_are_not_compared(other: dict[str, Any]):
-    assert tables([cell("11000000", method=keeping()), other]) == []
+    assert tables([cell("11000000", method=keeping()), other], MEASURED) == []
 
 
 def test_the_page_is_the_one_that_the_stored_results_give(tmp_path: Path):
