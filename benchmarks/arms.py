@@ -244,6 +244,7 @@ def main(
             mean = sum(accuracy.values()) / len(accuracy)
             trials.append({"arm": each, "seed": number, "mean": mean, "accuracy": accuracy, "outcomes": outcomes})
             settings = {"base": model.name, "strategy": strategy, "rows": rows, "tasks": names}
+            settings |= {"recentre_steps": recentre_steps} if "recentred" in arm else {}
             write_result(out, {**settings, "trials": trials})
 
 

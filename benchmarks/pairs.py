@@ -35,7 +35,8 @@ from deal_core.benchmark.summary import (
 from deal_core.evaluation.metrics import paired_interval
 
 OUT, CELLS = RESULTS / "pairs.json", RESULTS / "development"
-SETTINGS = ("method.rehearsal.balance_stored", "method.rehearsal.parent_share", "train.prompt_loss_weight")
+SETTINGS = ("method.rehearsal.balance_stored", "method.rehearsal.parent_share", "train.prompt_loss_weight",
+            "train.recentre_steps")  # fmt: skip
 LEAST_GAIN, FEWEST_CELLS, SHARE = 1.0, 4, 0.8
 
 

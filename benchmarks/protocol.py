@@ -37,7 +37,8 @@ CELLS = RESULTS / "development"
 CELL_FOLDERS = (RESULTS / "continual", CELLS)
 JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
 FIGURES = ("greedy", "labels", "re-centred", "AUC")
-SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight")
+SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight",
+         "recentre_steps")  # fmt: skip
 """Training settings that make a protocol."""
 
 
@@ -135,6 +136,7 @@ def describe(train: Mapping[str, Any]) -> str:
     parts += [f"at least {train['min_steps']} steps"] if train["min_steps"] else []
     parts += ["labels balanced"] if train["balance_labels"] else []
     parts += [f"texts weigh {train['prompt_loss_weight']:g}"] if train.get("prompt_loss_weight") else []
+    parts += [f"{train['recentre_steps']} steps re-centre"] if train.get("recentre_steps") else []
     return ", ".join(parts)
 
 

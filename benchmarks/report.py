@@ -32,6 +32,7 @@ from deal_core.benchmark.summary import (
     summarise,
 )
 from deal_core.config import TrainConfig
+from deal_core.evaluation.metrics import paired_interval
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
@@ -46,6 +47,16 @@ NUM_SHOWN = 3
 """Methods in a picture: ours, and the best rivals."""
 WIDENING = ("inc_lora", "o_lora", "ella")
 """Strategies whose adapter grows, so that the share of its slots in use falls."""
+
+
+def recentred(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Trials of `benchmarks.arms` before and after steps that re-centre, and the difference in points (95 % CI)."""
+    rows = [[float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits] for trial in found["trials"]]
+    change = paired_interval(rows[1], rows[0])
+    return {
+        "trials": found["trials"], "difference": [100 * each for each in (change.mean, change.low, change.high)],
+        "steps": found["recentre_steps"], "arrival_steps": TrainConfig().num_steps(found["rows"]),
+    }  # fmt: skip
 
 
 def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
@@ -340,6 +351,7 @@ def main(
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "recentring": read(results / "recentring.json"),
+        "recentred": recentred(read(results / "arms_recentred.json")),
         "coverage": read(results / "paired_coverage.json"),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip
