@@ -65,6 +65,12 @@ def test_a_plan_counts_the_chosen_rows_and_says_what_choosing_costs(plan: Plan) 
     assert "72 training (18 chosen)" in text and "before the training" not in text  # random needs no model
 
 
+def test_a_plan_says_what_recentring_costs(plan: Plan) -> None:
+    found = json.loads(plan("--json", recentre_steps=40).stdout)
+    (note,) = (note for note in found["notes"] if "re-centre the labels" in note)
+    assert f"40 steps follow that re-centre the labels, about {round(40 * found['seconds_per_step']):,} s" in note
+
+
 def test_a_plan_says_what_masking_tokens_costs_and_refuses_labels(plan: Plan, tmp_path: Path) -> None:
     file = tmp_path / "notes.jsonl"
     rows = [{"prompt": f"Message {i}.", "completion": f"A thing, number {i}, is reported."} for i in range(40)]
