@@ -27,6 +27,8 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import answer_collator
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.errors import TrainingDivergedError
+from deal_core.evaluation.answer_scores import number_labels, plain_answer
 from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.label_scores import Floats, label_log_probs
 from deal_core.evaluation.recentring import label_offsets
@@ -66,13 +68,14 @@ def recentre_adapter(
 
     Raises:
         AdapterStateError: The adapter does not fit the base.
+        TrainingDivergedError: The adapter's scores are not finite.
     """
     tasks = [each for each in tasks if each.task.labels and each.inputs]
     if not (train.recentre_steps and tasks):
         return ()
     model = load_adapter(base.model, folder, is_trainable=True)
     try:
-        sets, shifts = _questions(base, model, tasks, train.seed, on_stage)
+        sets, shifts = _questions(base, model, tasks, train, on_stage)
         collate = answer_collator(base.model, base.tokenizer, is_recomputed=train.gradient_checkpointing)
         rehearsal = Rehearsal(
             [sets], collate, num_rows=train.batch_size, weight=1.0, temperature=1.0, seed=train.seed
@@ -89,17 +92,23 @@ def recentre_adapter(
 
 
 def _questions(
-    base: BaseModel, model: LanguageModel, tasks: Sequence[LabelTexts], seed: int, on_stage: OnStage
+    base: BaseModel, model: LanguageModel, tasks: Sequence[LabelTexts], train: TrainConfig, on_stage: OnStage
 ) -> tuple[list[list[Question]], list[float]]:
     """For each task, the questions, and how far the labels' shares in the answers were from their true shares."""
-    generator, total, done = random.Random(seed), sum(len(each.inputs) for each in tasks), 0
+    generator, total, done = random.Random(train.seed), sum(len(each.inputs) for each in tasks), 0
     sets, shifts = [], []
     for each in tasks:
         on_stage(done, total, f"finding the label offsets of {each.task.name}")
         log_probs_NL = label_log_probs(
             model, base.tokenizer, each.task, each.inputs, EvaluateConfig(), max_prompt_tokens=each.max_prompt_tokens
         ).double().numpy()  # fmt: skip
-        targets_N = np.array([each.task.labels.index(output) for output in each.outputs])
+        if not np.isfinite(log_probs_NL).all():
+            raise TrainingDivergedError(
+                f"The trained adapter scores labels of {each.task.name} with numbers that are not finite: the training "
+                f"diverged. Lower train.learning_rate (it is {train.learning_rate:g})."
+            )
+        numbers = number_labels(each.task.labels)
+        targets_N = np.array([numbers[plain_answer(output)] for output in each.outputs])
         targets_NL = softmax(log_probs_NL + label_offsets(log_probs_NL, targets_N), axis=1)
         labels = [encode_answer(base.tokenizer, each.task, label, each.max_prompt_tokens) for label in each.task.labels]
         prompts = [encode_prompt(base.tokenizer, each.task, text, each.max_prompt_tokens) for text in each.inputs]

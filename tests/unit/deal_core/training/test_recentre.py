@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 
 from deal_core.adapter.files import digests_of
@@ -18,6 +18,7 @@ from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import answer_collator
 from deal_core.data.prompts import encode_answer, encode_prompt
+from deal_core.errors import TrainingDivergedError
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.strategies.rehearsal import Rehearsal
 from deal_core.training.recentre import LabelTexts, question, recentre_adapter
@@ -81,6 +82,13 @@ def test_without_steps_labels_or_texts_nothing_changes(base, task, rows, parent)
     assert recentre_adapter(base, parent, [replace(texts, task=replace(task, labels=()))], CLOSING) == ()
     assert recentre_adapter(base, parent, [replace(texts, inputs=[], outputs=[])], CLOSING) == ()
     assert digests_of(parent) == before
+
+
+def test_an_adapter_that_diverged_is_refused(base, task, rows, parent):
+    file = parent / "adapter_model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(TrainingDivergedError, match=r"labels of colours .* Lower train.learning_rate \(it is 0.02\)"):
+        recentre_adapter(base, parent, [texts_of(task, rows(12, first=1000))], CLOSING)
 
 
 def test_a_question_targets_the_labels_probabilities():
