@@ -62,7 +62,7 @@ def trial_of(cell: CellJson) -> Trial | None:
 def seconds_of(option: str, cell: CellJson, measured: Mapping[str, Any]) -> float | None:
     """Seconds of an arrival with an option, from the seconds before the training and of a step; None: not measured.
 
-    All scores that read the model read it once, in the same way.
+    All scores that read the model read it once, in the same way. What chooses rows or tokens changes no step.
     """
     name = {ALL: "no option"}.get(option, option.partition(",")[0])
     if name not in measured["options"] and name.startswith("selection.score"):
@@ -71,7 +71,8 @@ def seconds_of(option: str, cell: CellJson, measured: Mapping[str, Any]) -> floa
     if found is None or settings["train"]["max_prompt_tokens"] != measured["max_prompt_tokens"]:
         return None
     num_steps = sum(version["num_steps"] for version in cell["versions"]) / len(cell["versions"])
-    return float(found["before"] * settings["rows"] / measured["rows"] + found["step"] * num_steps)
+    step = (found if name.startswith("train.") else measured["options"]["no option"])["step"]
+    return float(found["before"] * settings["rows"] / measured["rows"] + step * num_steps)
 
 
 def line_of(trial: Trial, group: Mapping[str, Trial], measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,12 +49,18 @@ WIDENING = ("inc_lora", "o_lora", "ella")
 """Strategies whose adapter grows, so that the share of its slots in use falls."""
 
 
-def recentred(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Trials of `benchmarks.arms` before and after steps that re-centre, and the difference in points (95 % CI)."""
+def recentred(found: Mapping[str, Any], cells: Sequence[CellJson]) -> dict[str, Any]:
+    """Trials of `benchmarks.arms` before and after steps that re-centre, and the difference in points (95 % CI).
+
+    Also the mean accuracy of the first development cell of plain LoRA with such steps after every arrival.
+    """
+    plain = next(cell for cell in cells if cell["settings"]["strategy"] == "seq_lora"
+                 and cell["settings"]["train"].get("recentre_steps") == found["recentre_steps"])  # fmt: skip
     rows = [[float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits] for trial in found["trials"]]
     change = paired_interval(rows[1], rows[0])
     return {
         "trials": found["trials"], "difference": [100 * each for each in (change.mean, change.low, change.high)],
+        "plain_lora": 100 * fmean(map(accuracy, final_scores(plain).values())),
         "steps": found["recentre_steps"], "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
 
@@ -297,7 +303,7 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
 def _has_chosen(line: Mapping[str, Any]) -> bool:
     """Whether the line's cell was among those that chose the training settings. Later cells tried other settings."""
     is_theirs = (line["order"], line["seed"]) in (("1", CHOICE_SEED), ("any", CHOICE_SEED))
-    is_plain = not line["train"]["prompt_loss_weight"]
+    is_plain = not (line["train"]["prompt_loss_weight"] or line["train"]["recentre_steps"])
     return is_theirs and is_plain and line["method"].removesuffix(" (chat prompts)") in CHOSEN_BY
 
 
@@ -351,7 +357,7 @@ def main(
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "recentring": read(results / "recentring.json"),
-        "recentred": recentred(read(results / "arms_recentred.json")),
+        "recentred": recentred(read(results / "arms_recentred.json"), development),
         "coverage": read(results / "paired_coverage.json"),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from deal_core.method_config import MethodConfig, SelectionConfig
 ROOT = Path(__file__).parents[3]
 MEASURED: dict[str, Any] = {
     "rows": 100, "max_prompt_tokens": 160,
-    "options": {"no option": {"before": 0.0, "step": 2.0}, "selection.score: loss": {"before": 5.0, "step": 2.0}},
+    "options": {"no option": {"before": 0.0, "step": 2.0}, "selection.score: loss": {"before": 5.0, "step": 9.0}},
 }  # fmt: skip
 
 
