@@ -13,9 +13,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
+from deal_core.base_model.load import load_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, AnswerCollator, answer_loss, encode_rows
 from deal_core.data.order import BucketSampler
@@ -27,6 +29,7 @@ from deal_core.strategies.rehearsal import Question
 from deal_core.strategies.strategy import MethodState
 from deal_core.training.objective import AnswerLoss
 from deal_core.training.trainer import AdapterTrainer, training_arguments
+from tests.unit.deal_core.conftest import train_into
 
 SHORT = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
 
@@ -447,3 +450,21 @@ def test_answers_that_repeat_are_spread_over_the_batches_and_others_keep_to_rows
     assert all(len({row["output"] for row in batch}) == 4 for batch in repeating)
     spread = [max(len(row["input"]) for row in batch) - min(len(row["input"]) for row in batch) for batch in own]
     assert max(spread) <= 4 * len("more "), "an answer may have a token more"
+
+
+def test_a_pruned_base_model_works_as_it_is(base, train, tmp_path):
+    """Its zeros stay zeros, and the adapter learns as on any base."""
+    for layer in base.model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            prune.l1_unstructured(layer, "weight", amount=0.5)
+            prune.remove(layer, "weight")
+    base.model.save_pretrained(tmp_path / "pruned")
+    base.tokenizer.save_pretrained(tmp_path / "pruned")
+    pruned = load_base(str(tmp_path / "pruned"), tmp_path / "cache", precision="fp32")
+    before = {name: weight.clone() for name, weight in pruned.model.named_parameters()}
+    assert sum(int((weight == 0).sum()) for weight in before.values()) > 10_000
+    first = train_into(tmp_path / "first", pruned, "seq_lora", train=replace(SHORT, max_steps=12))
+    assert first.losses[-1] < first.losses[0]
+    train_into(tmp_path / "second", pruned, "deal", parent=first.folder)
+    after = dict(pruned.model.named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
