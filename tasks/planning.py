@@ -222,7 +222,7 @@ def _notes(run: _Run, num_train: int, num_chosen: int, seconds: float | None) ->
         yield _about_reading("the rows are chosen first", num_read, seconds, train)
     if setup.method.token_mask.is_on:
         yield _about_reading("tokens are masked first", num_chosen, seconds, train)
-    if train.recentre_steps:
+    if train.recentre_steps and any(task.labels for task in (setup.task, *setup.old_tasks)):
         time = "" if seconds is None else f", about {round(seconds * train.recentre_steps):,} s"
         yield f"{train.recentre_steps} steps follow that re-centre the labels{time}; they are not counted above"
     if setup.task.learns_preferences:

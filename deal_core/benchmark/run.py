@@ -235,15 +235,14 @@ def _label_texts(run: CellRun, name: str) -> LabelTexts:
     """
     task, cell = run.tasks[name], run.cell
     rows = task.train[cell.rows : cell.rows + MAX_LABEL_TEXTS]
-    if cell.train.recentre_steps and not rows:
+    if cell.train.recentre_steps and task.schema.labels and not rows:
         raise ConfigError(
             f"train.recentre_steps needs texts that are not trained on, and {name} has {len(task.train)} training "
             f"rows; give --rows {max(1, len(task.train) - MAX_LABEL_TEXTS)}."
         )
     return LabelTexts(
-        task=task.schema, inputs=[row["input"] for row in rows], outputs=[row["output"] for row in rows],
-        max_prompt_tokens=cell.train.max_prompt_tokens,
-    )  # fmt: skip
+        task=task.schema, rows=Dataset.from_list(list(rows)), max_prompt_tokens=cell.train.max_prompt_tokens
+    )
 
 
 def _rows(run: CellRun, name: str) -> Dataset:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.answer_scores import number_labels, plain_answer
 from deal_core.evaluation.generation import (
     MAX_LOGIT_BYTES,
     LanguageModel,
@@ -57,6 +59,19 @@ def label_log_probs(
         if on_progress is not None:
             on_progress(len(batch))
     return found_NL
+
+
+def label_scores(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset, config: EvaluateConfig,
+    *, max_prompt_tokens: int,
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Return the labels' log-probabilities (N, L), and the number of each row's right label (N)."""
+    numbers = number_labels(task.labels)
+    targets_N = np.array([numbers[plain_answer(output)] for output in rows["output"]])
+    log_probs_NL = label_log_probs(
+        model, tokenizer, task, list(rows["input"]), config, max_prompt_tokens=max_prompt_tokens
+    )
+    return log_probs_NL.double().numpy(), targets_N
 
 
 def _score_decoder(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
 from scipy.special import softmax
@@ -28,9 +29,8 @@ from deal_core.data.collate import answer_collator
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import TrainingDivergedError
-from deal_core.evaluation.answer_scores import number_labels, plain_answer
 from deal_core.evaluation.generation import LanguageModel
-from deal_core.evaluation.label_scores import Floats, label_log_probs
+from deal_core.evaluation.label_scores import Floats, label_scores
 from deal_core.evaluation.recentring import label_offsets
 from deal_core.strategies.rehearsal import Question, Rehearsal
 
@@ -42,9 +42,8 @@ class LabelTexts:
     """Texts of a task with labels. No strategy trains on them, and no score counts them."""
 
     task: TaskSchema
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    """The texts' labels, of which only the counts are used."""
+    rows: Dataset
+    """Columns input and output; of the outputs, the labels, only the counts are used."""
     max_prompt_tokens: int
 
 
@@ -70,7 +69,7 @@ def recentre_adapter(
         AdapterStateError: The adapter does not fit the base.
         TrainingDivergedError: The adapter's scores are not finite.
     """
-    tasks = [each for each in tasks if each.task.labels and each.inputs]
+    tasks = [each for each in tasks if each.task.labels and len(each.rows)]
     if not (train.recentre_steps and tasks):
         return ()
     model = load_adapter(base.model, folder, is_trainable=True)
@@ -95,27 +94,26 @@ def _questions(
     base: BaseModel, model: LanguageModel, tasks: Sequence[LabelTexts], train: TrainConfig, on_stage: OnStage
 ) -> tuple[list[list[Question]], list[float]]:
     """For each task, the questions, and how far the labels' shares in the answers were from their true shares."""
-    generator, total, done = random.Random(train.seed), sum(len(each.inputs) for each in tasks), 0
+    generator, total, done = random.Random(train.seed), sum(len(each.rows) for each in tasks), 0
     sets, shifts = [], []
     for each in tasks:
         on_stage(done, total, f"finding the label offsets of {each.task.name}")
-        log_probs_NL = label_log_probs(
-            model, base.tokenizer, each.task, each.inputs, EvaluateConfig(), max_prompt_tokens=each.max_prompt_tokens
-        ).double().numpy()  # fmt: skip
+        log_probs_NL, targets_N = label_scores(
+            model, base.tokenizer, each.task, each.rows, EvaluateConfig(), max_prompt_tokens=each.max_prompt_tokens
+        )
         if not np.isfinite(log_probs_NL).all():
             raise TrainingDivergedError(
                 f"The trained adapter scores labels of {each.task.name} with numbers that are not finite: the training "
                 f"diverged. Lower train.learning_rate (it is {train.learning_rate:g})."
             )
-        numbers = number_labels(each.task.labels)
-        targets_N = np.array([numbers[plain_answer(output)] for output in each.outputs])
         targets_NL = softmax(log_probs_NL + label_offsets(log_probs_NL, targets_N), axis=1)
-        labels = [encode_answer(base.tokenizer, each.task, label, each.max_prompt_tokens) for label in each.task.labels]
-        prompts = [encode_prompt(base.tokenizer, each.task, text, each.max_prompt_tokens) for text in each.inputs]
+        task, limit = each.task, each.max_prompt_tokens
+        labels = [encode_answer(base.tokenizer, task, label, limit) for label in task.labels]
+        prompts = [encode_prompt(base.tokenizer, task, text, limit) for text in each.rows["input"]]
         sets.append([question(prompt, labels, goal_L, generator)
                      for prompt, goal_L in zip(prompts, targets_NL, strict=True)])  # fmt: skip
         shifts.append(_shift(log_probs_NL, targets_N))
-        done += len(each.inputs)
+        done += len(each.rows)
     return sets, shifts
 
 

@@ -92,9 +92,9 @@ def _rows_to_ask(
     record = read_record(store, parent.adapter_uri) if parent else None
     renewal = find_renewal(store, record, dataset)
     old = [load_test_set(store, known) for known in record.tasks if known != renewal.known] if record else []
-    judging = judging_rows if train.recentre_steps else lambda each: each
-    old = list(map(judging, old))
     old += _slice_sets(store, record, renewal.slices) if record else []
+    if train.recentre_steps:
+        old = list(map(judging_rows, old))
     old = within_budget(old, dataset.task, config.max_old_rows)
     new: list[TestSet] = []
     notes: tuple[str, ...] = ()
@@ -104,7 +104,8 @@ def _rows_to_ask(
         new = [load_test_set(store, new_task(store, dataset, train.max_prompt_tokens, config.max_new_tokens))]
     else:
         notes = tuple(_notes_on_known_task(store, record.lineage, known, dataset))
-    new = list(map(judging, new))
+    if train.recentre_steps:
+        new = list(map(judging_rows, new))
     answered = read_answers(store, parent.adapter_uri).now if parent else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}

@@ -259,6 +259,21 @@ def new_task(store: ObjectStore, dataset: DatasetRef, max_prompt_tokens: int, ma
     )  # fmt: skip
 
 
+def tasks_after(
+    store: ObjectStore, before: LineageRecord | None, dataset: DatasetRef, renewed: KnownTask | None,
+    max_prompt_tokens: int, max_new_tokens: int,
+) -> tuple[KnownTask, ...]:
+    """Return the tasks that a version knows after it learned the dataset, each with the test rows that judge it.
+
+    The limits are those of a new task. `renewed` is the task whose test rows the dataset's replace.
+    """
+    known = before.tasks if before else ()
+    if before is None or before.task(dataset.task) is None:
+        known = (*known, new_task(store, dataset, max_prompt_tokens, max_new_tokens))
+    known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
+    return tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
+
+
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:
     """Read the manifest of a dataset.
 

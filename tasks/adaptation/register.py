@@ -17,7 +17,7 @@ from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
-from tasks.adaptation.ingest import new_task
+from tasks.adaptation.ingest import tasks_after
 from tasks.context import current_store
 from tasks.lineage.history import version_ref
 from tasks.lineage.record import LineageRecord, read_record, scores_of, write_record
@@ -36,13 +36,12 @@ def register_version(
     store = current_store()
     run, base, dataset = job.run, job.base, job.dataset
     before = read_record(store, job.parent.adapter_uri) if job.parent else None
-    known = before.tasks if before else ()
-    if before is None or before.task(dataset.task) is None:
-        known = (*known, new_task(store, dataset, spec.train.max_prompt_tokens, spec.evaluate.max_new_tokens))
     renewal = find_renewal(store, before, dataset)
-    if renewal.new_slice is None or renewal.new_slice in report.slices:  # not asked for after the evaluation
-        known = tuple(task.judged_by(dataset) if task == renewal.known else task for task in known)
-    known = tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
+    is_judged = renewal.new_slice is None or renewal.new_slice in report.slices  # not asked for after the evaluation
+    known = tasks_after(
+        store, before, dataset, renewal.known if is_judged else None,
+        spec.train.max_prompt_tokens, spec.evaluate.max_new_tokens,
+    )  # fmt: skip
     record = LineageRecord(
         lineage=run.lineage, base=base, strategy=job.strategy, adapter=job.adapter, tasks=known, matrix=report.matrix,
         slices=tuple(each for each in renewal.slices if each.name in report.slices), memory=spec.memory,

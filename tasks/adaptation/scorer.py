@@ -10,14 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig
-from deal_core.evaluation.answer_scores import collapsed, number_labels, plain_answer
+from deal_core.evaluation.answer_scores import collapsed
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.generation import LanguageModel
-from deal_core.evaluation.label_scores import label_log_probs
+from deal_core.evaluation.label_scores import label_scores
 from deal_core.evaluation.recentring import recentred_accuracy
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task
@@ -96,13 +94,10 @@ class Scorer:
         )  # fmt: skip
 
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
-        numbers = number_labels(test_set.schema.labels)
-        targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
-        log_probs_NL = label_log_probs(
-            model, self._base.tokenizer, test_set.schema, list(test_set.rows["input"]), self._config,
+        return recentred_accuracy(*label_scores(
+            model, self._base.tokenizer, test_set.schema, test_set.rows, self._config,
             max_prompt_tokens=test_set.max_prompt_tokens,
-        )  # fmt: skip
-        return recentred_accuracy(log_probs_NL.double().numpy(), np.array(targets))
+        ))  # fmt: skip
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""

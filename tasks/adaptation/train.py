@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,11 +15,12 @@ from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.tracker import TrackedRun, open_tracker
-from tasks.adaptation.frozen_rows import TestSet, label_texts, load_test_set
-from tasks.adaptation.ingest import new_task, read_manifest
+from tasks.adaptation.frozen_rows import label_texts, load_test_set
+from tasks.adaptation.ingest import read_manifest, tasks_after
 from tasks.base import lend_base, release_base
 from tasks.context import current_store, work_folder
 from tasks.lineage.record import read_record
+from tasks.lineage.requests import find_renewal
 from tasks.lineage.tombstones import forgotten_tests
 from tasks.lineage.version_files import borrowed_parent
 from tasks.progress import advance
@@ -88,26 +89,16 @@ def _recentre(store: ObjectStore, job: AdaptationJob, train: TrainConfig, adapte
     """Let the adapter unlearn a preference for some labels, on texts that do not judge it; return notes."""
     from deal_core.training.recentre import LabelTexts, recentre_adapter
 
-    texts = []
-    for test_set in _test_sets(store, job, train):
-        found = label_texts(test_set)
-        texts.append(LabelTexts(
-            task=found.schema, inputs=list(found.rows["input"]), outputs=list(found.rows["output"]),
-            max_prompt_tokens=found.max_prompt_tokens,
-        ))  # fmt: skip
-    return recentre_adapter(lend_base(job.base), adapter, texts, train, advance("train"))
-
-
-def _test_sets(store: ObjectStore, job: AdaptationJob, train: TrainConfig) -> Iterator[TestSet]:
-    """The test rows of all tasks that the new version knows. Forgotten rows are left out."""
     dataset, record = job.dataset, read_record(store, job.parent.adapter_uri) if job.parent else None
-    known = list(record.tasks) if record else []
-    if record is None or record.task(dataset.task) is None:
-        known.append(new_task(store, dataset, train.max_prompt_tokens, EvaluateConfig().max_new_tokens))
-    for each in known:
-        if forgotten_tests(store, each.schema.name, each.dataset_uri) is None:
-            found = load_test_set(store, each)
-            yield replace(found, schema=dataset.widen(found.schema))
+    renewed = find_renewal(store, record, dataset).known
+    texts = []
+    for known in tasks_after(
+        store, record, dataset, renewed, train.max_prompt_tokens, EvaluateConfig().max_new_tokens
+    ):
+        if forgotten_tests(store, known.schema.name, known.dataset_uri) is None:
+            rows = label_texts(load_test_set(store, known)).rows
+            texts.append(LabelTexts(task=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens))
+    return recentre_adapter(lend_base(job.base), adapter, texts, train, advance("train"))
 
 
 def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainingSetup:

@@ -331,9 +331,9 @@ def publish(
     store, registry = current_store(), open_registry()
     info = find_version(registry, lineage, version) if version else require_champion(registry, store, lineage)
     require_exportable(store, registry, info)
-    config, record = config_of(store, info), read_record(store, info.adapter_uri)
+    config = config_of(store, info)
     require_servable(config, settings)
-    base = model or _base_for_vllm(record)
+    base = model or _base_for_vllm(read_record(store, info.adapter_uri))
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / model_name(info)
     is_new = not target.exists() and _write_folder(store, info, target, content)

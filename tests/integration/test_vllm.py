@@ -14,9 +14,7 @@ import pytest
 from safetensors.numpy import save
 
 from deal_core.adapter.files import as_recorded, digests_of
-from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
-from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.champions import serve_vllm
 from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmError
@@ -26,8 +24,6 @@ from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
 from tasks.context import current_store
-from tasks.lineage.record import LineageRecord, write_record
-from tasks.references import BaseRef
 from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
 
@@ -39,10 +35,6 @@ FACTS = VersionFacts(
     run_key="", task="bank", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64, config_sha256="c" * 64,
     adapter_uri="", adapter_sha256="", parent_version=None, accepted=True, reasons=(), average_accuracy=0.5,
     forgetting=None, backward_transfer=None, forward_transfer=None,
-)  # fmt: skip
-RECORD = LineageRecord(
-    lineage="l", base=BaseRef(source="base", name="base", sha256="b" * 64), strategy="deal", adapter=AdapterConfig(),
-    tasks=(), matrix=AccuracyMatrix(),
 )  # fmt: skip
 Sync = Callable[..., ServingRoute]
 
@@ -80,7 +72,6 @@ def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) 
         (folder / "adapter_model.safetensors").write_bytes(weights_of(version))
         uri = f"adapters/{lineage}/run-{version}"
         current_store().upload_folder(folder, uri)
-        write_record(current_store(), uri, RECORD)
         files = as_recorded(digests_of(folder))
         facts = replace(
             FACTS, run_key=f"{lineage}-{version}", adapter_uri=uri, adapter_sha256=version * 64, files_sha256=files
