@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.data_efficiency import arms
 from benchmarks.output import RESULTS, read, templates
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
@@ -32,7 +33,6 @@ from deal_core.benchmark.summary import (
     summarise,
 )
 from deal_core.config import TrainConfig
-from deal_core.evaluation.metrics import paired_interval
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
@@ -49,18 +49,13 @@ WIDENING = ("inc_lora", "o_lora", "ella")
 """Strategies whose adapter grows, so that the share of its slots in use falls."""
 
 
-def recentred(found: Mapping[str, Any], cells: Sequence[CellJson]) -> dict[str, Any]:
-    """Trials of `benchmarks.arms` before and after steps that re-centre, and the difference in points (95 % CI).
-
-    Also the mean accuracy of the first development cell of plain LoRA with such steps after every arrival.
-    """
+def recentred(path: Path, cells: Sequence[CellJson]) -> dict[str, Any]:
+    """What steps that re-centre give: by `benchmarks.arms`, and plain LoRA's development cell with them, in points."""
+    found = read(path)
     plain = next(cell for cell in cells if cell["settings"]["strategy"] == "seq_lora"
                  and cell["settings"]["train"].get("recentre_steps") == found["recentre_steps"])  # fmt: skip
-    rows = [[float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits] for trial in found["trials"]]
-    change = paired_interval(rows[1], rows[0])
     return {
-        "trials": found["trials"], "difference": [100 * each for each in (change.mean, change.low, change.high)],
-        "plain_lora": 100 * fmean(map(accuracy, final_scores(plain).values())),
+        "arms": arms(path), "plain_lora": 100 * fmean(map(accuracy, final_scores(plain).values())),
         "steps": found["recentre_steps"], "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
 
@@ -357,7 +352,7 @@ def main(
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "recentring": read(results / "recentring.json"),
-        "recentred": recentred(read(results / "arms_recentred.json"), development),
+        "recentred": recentred(results / "arms_recentred.json", development),
         "coverage": read(results / "paired_coverage.json"),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip

@@ -42,7 +42,7 @@ from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig, TokenMaskConfig
 from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features, suspected_labels
-from deal_core.training.token_mask import mask_tokens
+from deal_core.training.prepare import prepare_rows
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
@@ -135,14 +135,12 @@ def _seconds(
     base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path, folder: Path
 ) -> tuple[float, float]:
     """Seconds before the training, and of a step, for one arrival."""
-    started, method = time.perf_counter(), setup.method
-    if method.selection.is_on:
-        chosen = choose_rows(rows, setup, lambda: base, parent_folder=parent, journal=folder / "selection.json")
-        rows = rows.select(chosen.rows)
-    if method.token_mask.is_on:
-        rows = mask_tokens(rows, setup, lambda: base, parent_folder=parent, file=folder / "mask.safetensors").rows
+    started = time.perf_counter()
+    prepared = prepare_rows(
+        rows, setup, lambda: base, parent_folder=parent, folder=folder, on_stage=lambda done, total, stage: None
+    )
     before = time.perf_counter() - started
-    return before, _train(base, rows, setup, parent, folder / "version").seconds / STEPS
+    return before, _train(base, prepared.rows, setup, parent, folder / "version").seconds / STEPS
 
 
 @app.command()
