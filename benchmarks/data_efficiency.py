@@ -23,7 +23,15 @@ import typer
 from benchmarks.output import RESULTS, read, templates
 from deal_core.benchmark.cell import COMMON
 from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, accuracy, departures, end_scores, final_scores, matrix_of, read_cells
+from deal_core.benchmark.summary import (
+    CellJson,
+    accuracy,
+    departures,
+    final_scores,
+    matrix_of,
+    read_cells,
+    score_per_row,
+)
 from deal_core.evaluation.metrics import paired_interval
 
 TRAIN_OPTIONS = ("prompt_loss_weight", "max_steps")
@@ -89,7 +97,7 @@ def line_of(trial: Trial, group: Mapping[str, Trial], measured: Mapping[str, Any
         "accuracy": 100 * sum(map(accuracy, scores)) / len(scores),
         "perplexity": cell["perplexity"]["adapted"] / cell["perplexity"]["base"],
         "forgetting": None if matrix is None or matrix.forgetting is None else 100 * matrix.forgetting,
-        "against": {name: _interval(end_scores(cell), end_scores(group[name].cell)) for name in (RANDOM, ALL)
+        "against": {name: _interval(score_per_row([cell]), score_per_row([group[name].cell])) for name in (RANDOM, ALL)
                     if name in group and name != trial.option},
     }  # fmt: skip
 
@@ -121,13 +129,16 @@ def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[
     return sorted(found, key=lambda table: (-table["rows"], table["strategy"], table["order"], table["seed"]))
 
 
-def arms(path: Path) -> dict[str, dict[str, Any]]:
-    """Of the arms of `benchmarks.arms` with the first seed: the mean accuracy, and the difference from `plain`."""
+def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
+    """Of the arms of `benchmarks.arms` with the first seed: the mean accuracy, and the difference from `plain`.
+
+    Rows of a task before `first_row` do not count. All tasks have as many rows.
+    """
     trials = {trial["arm"]: trial for trial in reversed(read(path)["trials"])}
-    rows = {arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits]
+    rows = {arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits[first_row:]]
             for arm, trial in trials.items()}  # fmt: skip
-    return {arm: {"mean": trial["mean"], "difference": _interval(rows[arm], rows["plain"])}
-            for arm, trial in trials.items()}  # fmt: skip
+    return {arm: {"mean": 100 * fmean(each), "difference": _interval(each, rows["plain"])}
+            for arm, each in rows.items()}  # fmt: skip
 
 
 def merging(path: Path) -> dict[str, float]:

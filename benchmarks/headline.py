@@ -3,9 +3,10 @@
     python -m benchmarks.headline
 
 It reads the stored cells and trains nothing. Every figure is of the judged tasks: those whose own adapter beats the
-majority class and the base model. Without cells of these two bounds, they are JUDGED, which
-earlier settings lifted; without any of these, all tasks. Cells of other training
-settings (LEARNING) are in tables of their own; a table says whether its settings are today's defaults.
+majority class and the base model. Without cells of these two bounds, they are JUDGED, which earlier settings lifted;
+without any of these, all tasks. What is lost is the accuracy right after a task was learned minus that in the end; the
+worst task is compared with its best. Cells of other training settings (LEARNING) are in tables of their own; a table
+says whether its settings are today's defaults.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from deal_core.benchmark.summary import (
     accuracy,
     departures,
     final_scores,
+    lost_since_learned,
     matrix_of,
     order_of,
     protocols,
     read_cells,
+    round_alike,
     row_scores,
 )
 from deal_core.config import TrainConfig, as_stored
@@ -62,7 +65,7 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
             "train": train, "is_default": train == {name: getattr(TrainConfig(), name) for name in LEARNING},
             "arms": {name: _figures(protocol, each) for name, each in arms(protocol).items() if each},
         }  # fmt: skip
-    return {"schema_version": 2, "stored_share": STORED_SHARE, "tables": found}
+    return {"schema_version": 3, "stored_share": STORED_SHARE, "tables": found}
 
 
 def learning_of(cell: CellJson) -> dict[str, Any]:
@@ -81,11 +84,32 @@ def judged_tasks(protocol: Protocol) -> list[str]:
 def arms(protocol: Protocol) -> dict[str, list[CellJson]]:
     """The cells of each arm: retraining on all rows, ours with and without a memory, and the best rivals.
 
-    A rival with several settings takes part with the best one.
+    A rival with several settings takes part with the best one. Cells whose versions unlearned their preference for
+    labels, after their training, are arms of their own.
     """
-    judged = judged_tasks(protocol)
+    found = {
+        "joint": joint_of(protocol),
+        "joint, a tenth of the rows": [cell for cell in protocol.others if _is(cell, "joint_memory")],
+        "frozen features, a head per task": [cell for cell in protocol.others if _is(cell, "frozen_head")],
+    }
+    for is_recentred, suffix in ((False, ""), (True, ", re-centred")):
+        cells = [cell for cell in protocol.cells if _is_recentred(cell) is is_recentred]
+        found |= {f"{name}{suffix}": each for name, each in _trained_arms(cells, judged_tasks(protocol)).items()}
+    return found
+
+
+def joint_of(protocol: Protocol) -> list[CellJson]:
+    """The cells of retraining on all rows, without steps that re-centre."""
+    return [cell for cell in protocol.joint if not _is_recentred(cell)]
+
+
+def _is_recentred(cell: CellJson) -> bool:
+    return bool(cell["settings"]["train"].get("recentre_steps"))
+
+
+def _trained_arms(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, list[CellJson]]:
     groups: dict[tuple[str, str], list[CellJson]] = {}
-    for cell in protocol.cells:
+    for cell in cells:
         groups.setdefault((cell["settings"]["strategy"], departures(cell)), []).append(cell)
 
     def best(chosen: Callable[[CellJson], bool]) -> list[CellJson]:
@@ -95,11 +119,8 @@ def arms(protocol: Protocol) -> dict[str, list[CellJson]]:
     rival = best(lambda cell: cell["settings"]["strategy"] != OURS and cell.get("stores") == "nothing")
     name = rival[0]["settings"]["strategy"] if rival else "none"
     return {
-        "joint": list(protocol.joint),
-        "joint, a tenth of the rows": [cell for cell in protocol.others if _is(cell, "joint_memory")],
-        "frozen features, a head per task": [cell for cell in protocol.others if _is(cell, "frozen_head")],
         "memory rows": best(lambda cell: _has_memory(cell, OURS)),
-        "memory none": groups.get((OURS, ""), []),
+        "memory none": best(lambda cell: _is(cell, OURS) and not departures(cell, after_training=False)),
         f"best rival without memory: {name}": rival,
         "replay, equal memory": best(lambda cell: _has_memory(cell, "replay")),
     }
@@ -124,9 +145,9 @@ def judged_accuracy(cell: CellJson, judged: Sequence[str]) -> float:
 def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
     judged = judged_tasks(protocol)
     by_cell = [judged_accuracy(cell, judged) for cell in cells]
-    joint = {cell["settings"]["seed"]: cell for cell in protocol.joint}
+    joint = {cell["settings"]["seed"]: cell for cell in joint_of(protocol)}
     pairs = [(cell, joint[cell["settings"]["seed"]]) for cell in cells if cell["settings"]["seed"] in joint]
-    matrices = [matrix for cell in cells if (matrix := matrix_of(cell, protocol.base))]
+    lost = [each for cell in cells if (each := lost_since_learned(cell, judged)) is not None]
     trained = [version["seconds"]["train"] for cell in cells for version in cell["versions"] if "seconds" in version]
     found = {
         "num_cells": len(cells),
@@ -134,7 +155,7 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
         "seeds": sorted({cell["settings"]["seed"] for cell in cells}),
         "judged_accuracy": fmean(by_cell),
         "judged_accuracy_ci95_over_cells": t_interval(by_cell),
-        "forgetting": fmean(100 * (matrix.forgetting or 0.0) for matrix in matrices) if matrices else None,
+        "lost_since_learned": fmean(lost) if lost else None,
         "worst_task": worst_task(cells, judged),
         "seconds_per_training": fmean(trained) if trained else None,
         "adapter_bytes": cells[0]["versions"][-1].get("adapter_bytes"),
@@ -145,6 +166,7 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
             "ratio_to_joint": fmean(ratios),
             "ratio_to_joint_ci95_over_cells": t_interval(ratios),
             "ratio_to_joint_ci95_over_rows": bootstrap_ratio(pairs, judged),
+            "ratio_is_of_one_processor": all(round_alike(*pair) for pair in pairs),
         }
     return found
 
@@ -202,7 +224,7 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "of joint, %": lambda arm: f"{100 * arm['ratio_to_joint']:.1f}" if "ratio_to_joint" in arm else "–",
     "over rows": lambda arm: _percent_span(arm.get("ratio_to_joint_ci95_over_rows")),
     "over cells": lambda arm: _percent_span(arm.get("ratio_to_joint_ci95_over_cells")),
-    "forgetting": lambda arm: "–" if arm["forgetting"] is None else f"{arm['forgetting']:.1f}",
+    "lost": lambda arm: "–" if (lost := arm["lost_since_learned"]) is None else f"{lost:.1f}",
     "worst task": lambda arm: "–" if (worst := arm["worst_task"]) is None else f"{worst['task']} {worst['points']:.1f}",
     "s a training": lambda arm: "–" if arm["seconds_per_training"] is None else f"{arm['seconds_per_training']:.0f}",
     "MB": lambda arm: "–" if arm["adapter_bytes"] is None else f"{arm['adapter_bytes'] / 1e6:.1f}",

@@ -78,10 +78,16 @@ def main(
     ] = None,
     out: Out = RESULTS / "kept_labels.json",
 ) -> None:
-    """Write the figures of every cell of `deal` under today's training that keeps its answers to tasks with labels."""
+    """Write the figures of every cell of `deal` under today's training that keeps its answers to tasks with labels.
+
+    Cells whose versions unlearned their preference for labels are left out.
+    """
     found: list[dict[str, Any]] = []
     for cell, line in todays_cells(cells):
-        if cell["settings"]["strategy"] == "deal" and (pairs := [*pairs_of(cell, data)]):
+        settings = cell["settings"]
+        if settings["strategy"] != "deal" or settings["train"].get("recentre_steps"):
+            continue
+        if pairs := [*pairs_of(cell, data)]:
             found.append({**line, **figures(pairs)})
     write_result(out, {"cells": found})
 

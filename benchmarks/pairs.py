@@ -27,10 +27,10 @@ from deal_core.benchmark.summary import (
     CellJson,
     accuracy,
     departures,
-    end_scores,
     final_scores,
     method_name,
     read_cells,
+    score_per_row,
 )
 from deal_core.evaluation.metrics import paired_interval
 
@@ -66,7 +66,7 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
     for after, before in pairs:
         found = [final_scores(each) for each in (after, before)]
         with_it, without = (fmean(map(accuracy, each.values())) for each in found)
-        rows = [end_scores(each) for each in (after, before)]
+        rows = [score_per_row([each]) for each in (after, before)]
         settings = after["settings"]
         suite, order = name_of(tuple(settings["tasks"]))
         lines.append({

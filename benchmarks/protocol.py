@@ -37,8 +37,7 @@ CELLS = RESULTS / "development"
 CELL_FOLDERS = (RESULTS / "continual", CELLS)
 JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
 FIGURES = ("greedy", "labels", "re-centred", "AUC")
-SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight",
-         "recentre_steps")  # fmt: skip
+SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight")
 """Training settings that make a protocol."""
 
 
@@ -136,7 +135,6 @@ def describe(train: Mapping[str, Any]) -> str:
     parts += [f"at least {train['min_steps']} steps"] if train["min_steps"] else []
     parts += ["labels balanced"] if train["balance_labels"] else []
     parts += [f"texts weigh {train['prompt_loss_weight']:g}"] if train.get("prompt_loss_weight") else []
-    parts += [f"{train['recentre_steps']} steps re-centre"] if train.get("recentre_steps") else []
     return ", ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate.recentre` gives: accuracy with and without an offset per label, on rows that the offsets never saw.
+"""What offsets of labels give: accuracy with and without an offset per label, on rows that the offsets never saw.
 
     python -m benchmarks.recentring
 

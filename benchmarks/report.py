@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.data_efficiency import arms
+from benchmarks.headline import judged_tasks
 from benchmarks.output import RESULTS, read, templates
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
@@ -43,10 +45,29 @@ CHOSEN_BY = ("joint", "seq_lora", OURS_WITH_ROWS)
 """The methods whose mean chose the training settings."""
 CHOICE_SUITE, CHOICE_SEED = "4", 100
 """Suite and seed of the cells that chose the training settings."""
+CHOOSING_ROWS = 100
+"""The first development rows of a task, on which the number of steps that re-centre was chosen."""
 NUM_SHOWN = 3
 """Methods in a picture: ours, and the best rivals."""
 WIDENING = ("inc_lora", "o_lora", "ella")
 """Strategies whose adapter grows, so that the share of its slots in use falls."""
+
+
+def spread_of_seeds(cells: Sequence[CellJson]) -> dict[str, float]:
+    """By method, the largest difference of AA between two cells that differ only in the seed and round alike."""
+    groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
+    for cell in cells:
+        settings = {name: value for name, value in cell["settings"].items() if name not in ("seed", "scored")}
+        settings["train"] = {name: value for name, value in settings["train"].items() if name != "seed"}
+        if settings["strategy"] not in BOUNDS:
+            same = json.dumps([settings, cell["perplexity"].get("base")], sort_keys=True)
+            groups[method_name(settings["strategy"], departures(cell)), same].append(cell)
+    found: dict[str, float] = defaultdict(float)
+    for (method, _), group in groups.items():
+        if len(group) > 1:
+            scores = [100 * fmean(map(accuracy, final_scores(cell).values())) for cell in group]
+            found[method] = max(found[method], max(scores) - min(scores))
+    return dict(found)
 
 
 def recentred(path: Path, cells: Sequence[CellJson]) -> dict[str, Any]:
@@ -55,14 +76,14 @@ def recentred(path: Path, cells: Sequence[CellJson]) -> dict[str, Any]:
     plain = next(cell for cell in cells if cell["settings"]["strategy"] == "seq_lora"
                  and cell["settings"]["train"].get("recentre_steps") == found["recentre_steps"])  # fmt: skip
     return {
-        "arms": arms(path), "plain_lora": 100 * fmean(map(accuracy, final_scores(plain).values())),
+        "arms": arms(path, CHOOSING_ROWS), "plain_lora": 100 * fmean(map(accuracy, final_scores(plain).values())),
         "steps": found["recentre_steps"], "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
 
 
 def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     """What the page shows of one table: its protocol, its lines, its tasks and its pictures."""
-    rows = summarise(protocol)
+    rows = summarise(protocol, judged_tasks(protocol))
     settings = some_cell(protocol)["settings"]
     trained = [row for row in rows if row["orders"] == widest(rows, row) and row["minutes"] is not None]
     return {
@@ -283,13 +304,17 @@ def roundings(cells: Sequence[CellJson]) -> dict[str, list[str]]:
 
 
 def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
-    """What an arrival after the first takes beside its optimiser steps, median by strategy at its defaults."""
+    """What an arrival after the first takes beside its optimiser steps, median by strategy at its defaults.
+
+    `rows_per_second` counts a row once for every pass over it.
+    """
     found: dict[str, list[float]] = defaultdict(list)
     for cell in cells:
         settings = cell["settings"]
         if settings["strategy"] not in BOUNDS and not departures(cell):
             found[settings["strategy"]] += [
-                version["seconds"]["train"] - settings["rows"] / version["rows_per_second"]
+                version["seconds"]["train"]
+                - settings["train"]["num_epochs"] * settings["rows"] / version["rows_per_second"]
                 for version in cell["versions"][1:] if "rows_per_second" in version
             ]  # fmt: skip
     return {name: median(seconds) for name, seconds in sorted(found.items()) if seconds}
@@ -298,8 +323,8 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
 def _has_chosen(line: Mapping[str, Any]) -> bool:
     """Whether the line's cell was among those that chose the training settings. Later cells tried other settings."""
     is_theirs = (line["order"], line["seed"]) in (("1", CHOICE_SEED), ("any", CHOICE_SEED))
-    is_plain = not (line["train"]["prompt_loss_weight"] or line["train"]["recentre_steps"])
-    return is_theirs and is_plain and line["method"].removesuffix(" (chat prompts)") in CHOSEN_BY
+    method = line["method"].removesuffix(" (chat prompts)")
+    return is_theirs and not line["train"]["prompt_loss_weight"] and method in CHOSEN_BY
 
 
 def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -354,7 +379,9 @@ def main(
         "recentring": read(results / "recentring.json"),
         "recentred": recentred(results / "arms_recentred.json", development),
         "coverage": read(results / "paired_coverage.json"),
-        "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
+        "spread": spread_of_seeds(cells),
+        "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15
+                                        and training_of(cell["settings"]) == today]),
     }  # fmt: skip
     page.write_text(pages.get_template("page.md.j2").render(page_values))
     cells_page.write_text(pages.get_template("cells.md.j2").render(page_values))

@@ -63,6 +63,10 @@ LATER: dict[str, dict[str, Any]] = {
 """Section → settings that the first release did not have → the value that changes nothing."""
 
 
+REMOVED: dict[str, dict[str, Any]] = {"rehearsal": {"parent_share": 0.0}, "evaluate": {"recentre": False}}
+"""Section → settings that exist no more → the value with which a stored spec means the same without them."""
+
+
 def known_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a section without later settings that change nothing. Digests of these values stay the same."""
     later = LATER.get(section, {})
@@ -70,8 +74,13 @@ def known_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_stored(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section as it was stored, with the later settings that `known_before` left out; today's defaults may differ."""
-    return {**LATER.get(section, {}), **values}
+    """A section as it was stored, with the later settings that `known_before` left out; today's defaults may differ.
+
+    A removed setting is left out, unless its value changed something: such a spec cannot be read any more.
+    """
+    removed = REMOVED.get(section, {})
+    kept = {name: value for name, value in values.items() if name not in removed or value != removed[name]}
+    return {**LATER.get(section, {}), **kept}
 
 
 @settings("train")

@@ -43,19 +43,28 @@ def current_device() -> Device:
     return Device(name=name, is_cpu=device.type == "cpu", free_bytes=memory.available, total_bytes=memory.total)
 
 
-def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def bf16_instructions(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
     """The CPU's instructions for bf16 products, from the flags that Linux lists; empty if there is no list."""
-    try:
-        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ()
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    flags = _of_cpu("flags", cpuinfo).split()
     return tuple(name for name in ("avx512_bf16", "amx_bf16") if name in flags)
 
 
+def _of_cpu(key: str, cpuinfo: Path = CPUINFO) -> str:
+    """What Linux says of the first core; empty if it says nothing."""
+    try:
+        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.partition(":")[0].strip() == key), "")
+
+
 def describe_machine() -> dict[str, Any]:
-    """The facts that decide rounding and speed: cores, bf16 instructions, GPU, libraries."""
+    """The facts that decide rounding and speed: processor, cores, bf16 instructions, GPU, libraries."""
     return {
+        "cpu": _of_cpu("model name"),
         "cores": os.cpu_count(),
         "bf16_instructions": list(bf16_instructions()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

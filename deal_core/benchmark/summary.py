@@ -24,6 +24,8 @@ MEMORY_ROWS = [f"rehearsal.{name} {value}" for name, value in MEMORY["rows"].ite
 KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "knn": "all rows", "knn_means": "a mean per label",
                   "per_task": "an adapter per task", "joint_memory": "a tenth of the rows",
                   "joint": "all rows"}  # fmt: skip
+AFTER_TRAINING = ("recentre_steps",)
+"""Training settings that count as a part of a method: cells with other values share a table."""
 OTHER_BOUNDS = [name for name in BOUNDS if name not in ("base", "per_task", "joint")]
 CellJson = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, Any]]
@@ -58,11 +60,6 @@ def row_scores(score: Mapping[str, Any]) -> list[float]:
     return [float(each) for each in score["correct"]]
 
 
-def end_scores(cell: CellJson) -> list[float]:
-    """The score of every test row in the end, task by task."""
-    return [value for _, score in sorted(final_scores(cell).items()) for value in row_scores(score)]
-
-
 def accuracy(score: Mapping[str, Any]) -> float:
     """Mean score of a task's test rows; for labels, the share of right rows."""
     return fmean(row_scores(score))
@@ -78,6 +75,19 @@ def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | 
             for scores in (version["scores"] for version in cell["versions"])]  # fmt: skip
     untouched = tuple(accuracy(before[name]) if name in before else None for name in tasks)
     return AccuracyMatrix(tasks=tuple(tasks), trained=tuple(tasks), rows=tuple(map(tuple, rows)), base=untouched)
+
+
+def lost_since_learned(cell: CellJson, tasks: Collection[str]) -> float | None:
+    """Accuracy right after a task was learned minus that in the end, in points, mean over these tasks but the newest.
+
+    None: the cell is a bound's, or only its last version was scored.
+    """
+    settings, final = cell["settings"], final_scores(cell)
+    if settings["strategy"] in BOUNDS or settings["scored"] == "last":
+        return None
+    learned = zip(settings["tasks"][:-1], cell["versions"], strict=False)
+    return _points(accuracy(version["scores"][name]) - accuracy(final[name])
+                   for name, version in learned if name in tasks)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +154,7 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in _most_scored(cells):
         settings = cell["settings"]
-        train = {name: value for name, value in settings["train"].items() if name != "seed"}
+        train = {name: value for name, value in settings["train"].items() if name not in ("seed", *AFTER_TRAINING)}
         names = ("rows", "part", "max_test_rows", "adapter", "base", "data")
         prompt = [settings["prompt"]] if "prompt" in settings else []
         key = json.dumps([*(settings[name] for name in names), train, *prompt])
@@ -173,10 +183,10 @@ def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
     return list(found.values())
 
 
-def departures(cell: CellJson) -> str:
+def departures(cell: CellJson, *, after_training: bool = True) -> str:
     """Describe a cell's settings that differ from today's defaults, and a past revision, for people.
 
-    "memory rows" stands for MEMORY_ROWS.
+    "memory rows" stands for MEMORY_ROWS. Without `after_training` the settings AFTER_TRAINING are left out.
     """
     settings = cell["settings"]
     revision = settings.get("revision", 1)
@@ -189,6 +199,8 @@ def departures(cell: CellJson) -> str:
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
     if settings["strategy"] == OURS and {*MEMORY_ROWS} <= {*changes}:
         changes = ["memory rows", *(change for change in changes if change not in MEMORY_ROWS)]
+    if after_training:
+        changes += [f"train.{name} {value}" for name in AFTER_TRAINING if (value := settings["train"].get(name))]
     return ", ".join([*changes, *([f"revision {revision}"] if is_past else [])])
 
 
@@ -197,8 +209,12 @@ def method_name(strategy: str, changes: str) -> str:
     return strategy + (f" ({changes})" if changes else "")
 
 
-def summarise(protocol: Protocol) -> list[dict[str, Any]]:
-    """One dict per strategy, settings and order. With several orders, a dict over all orders comes first."""
+def summarise(protocol: Protocol, judged: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """One dict per strategy, settings and order. With several orders, a dict over all orders comes first.
+
+    `judged` names the tasks that measure something; None: the lifted tasks.
+    """
+    judged = protocol.lifted_tasks() if judged is None else judged
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in protocol.cells:
         groups[cell["settings"]["strategy"], departures(cell)].append(cell)
@@ -207,15 +223,15 @@ def summarise(protocol: Protocol) -> list[dict[str, Any]]:
     for (strategy, changes), group in groups.items():
         orders = sorted({order_of(cell) for cell in group})
         for chosen in [*([order] for order in orders), *([orders] if len(orders) > 1 else [])]:
-            row = _figures(protocol, _of(group, chosen))
+            row = _figures(protocol, _of(group, chosen), judged)
             if group is not ours:
-                row |= _difference(_of(group, chosen), _of(ours, chosen), protocol.lifted_tasks())
+                row |= _difference(_of(group, chosen), _of(ours, chosen), judged)
             rows.append({"strategy": strategy, "changes": changes, "orders": chosen, **row})
     bounds: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in (*([protocol.base] if protocol.base else []), *protocol.others, *protocol.per_task, *protocol.joint):
         bounds[cell["settings"]["strategy"], departures(cell)].append(cell)
     return [
-        *({"strategy": name, "changes": changes, "orders": ["any"], **_figures(protocol, each),
+        *({"strategy": name, "changes": changes, "orders": ["any"], **_figures(protocol, each, judged),
            "stores": KEPT_BY_BOUNDS[name]} for (name, changes), each in bounds.items()),
         *sorted(rows, key=lambda row: (-len(row["orders"]), row["orders"], row["strategy"], row["changes"])),
     ]  # fmt: skip
@@ -230,10 +246,9 @@ def _of(cells: Sequence[CellJson], orders: Sequence[str]) -> list[CellJson]:
     return [cell for cell in cells if order_of(cell) in orders]
 
 
-def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
+def _figures(protocol: Protocol, cells: Sequence[CellJson], judged: Collection[str]) -> dict[str, Any]:
     """Means over cells, shares in percent; None if a figure is undefined or was not measured."""
     finals = [final_scores(cell) for cell in cells]
-    lifted = protocol.lifted_tasks()
     matrices = [matrix_of(cell, protocol.base) for cell in cells]
     by_cell = [_average_accuracy(cell) for cell in cells]
     learned = [version for cell in cells for version in cell["versions"] if "rows_per_second" in version]
@@ -242,7 +257,9 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
         "num_cells": len(cells),
         "average_accuracy": _mean(by_cell),
         "average_accuracy_by_cell": by_cell,
-        "average_accuracy_lifted": _points(accuracy(final[name]) for final in finals for name in lifted),
+        "average_accuracy_judged": _points(accuracy(final[name]) for final in finals for name in judged),
+        "majority_judged": _points(final[name]["majority_rate"] for final in finals for name in judged),
+        "lost_judged": mean_of_all(lost_since_learned(cell, judged) for cell in cells),
         "accuracy_by_task": _accuracy_by_task(cells),
         **{
             name: _points(getattr(matrix, name) if matrix else None for matrix in matrices)
@@ -269,10 +286,11 @@ def _adapter_bytes(cell: CellJson) -> list[int] | None:
     return [sizes[0], sum(sizes) if cell["settings"]["strategy"] == "per_task" else sizes[-1]]
 
 
-def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], lifted: Sequence[str]) -> dict[str, Any]:
+def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], judged: Collection[str]) -> dict[str, Any]:
     """Points of AA by which cells beat the default `deal` on the same rows, over their common orders and seeds.
 
-    The result has the mean, the figures by order and seed, over the lifted tasks, and without the most decisive task.
+    The result has the mean, the figures by order and seed, over the judged tasks, and without the most decisive task.
+    It says whether the cells of each pair round alike, as on one kind of processor.
     """
     theirs, partners = ({_pair(cell): cell for cell in each} for each in (cells, ours))
     pairs = sorted(theirs.keys() & partners.keys())
@@ -286,16 +304,26 @@ def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], lifted: Seq
     found: dict[str, Any] = {
         "difference_points_ci95": _interval(cells, ours, by_task),
         "difference_num_cells": len(pairs),
+        "difference_is_of_one_processor": all(map(round_alike, cells, ours)),
         "difference_points_by_cell": {
             f"order {order}, seed {seed}": _average_accuracy(cell) - _average_accuracy(partner)
             for (order, seed), cell, partner in zip(pairs, cells, ours, strict=True)
         },
     }
-    if lifted:
-        found |= {"difference_lifted_points_ci95": _interval(cells, ours, lifted)}
+    if judged:
+        found |= {"difference_judged_points_ci95": _interval(cells, ours, judged)}
     if others := by_task.keys() - {heaviest}:
         found |= {"heaviest_task": heaviest, "difference_without_it_points_ci95": _interval(cells, ours, others)}
     return found
+
+
+def round_alike(cell: CellJson, other: CellJson) -> bool:
+    """Whether the base model has one perplexity in both cells. It differs where sums of bf16 products round otherwise.
+
+    Two trainings that do not round alike differ as with two seeds.
+    """
+    first, second = (each["perplexity"].get("base") for each in (cell, other))
+    return first is not None and second is not None and f"{first:.3f}" == f"{second:.3f}"
 
 
 def _average_accuracy(cell: CellJson) -> float:
@@ -310,7 +338,7 @@ def _accuracy_by_task(cells: Sequence[CellJson]) -> dict[str, float]:
 
 
 def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
-    interval = paired_interval(_score_per_row(cells, tasks), _score_per_row(ours, tasks))
+    interval = paired_interval(score_per_row(cells, tasks), score_per_row(ours, tasks))
     return [100 * value for value in asdict(interval).values()]
 
 
@@ -318,15 +346,15 @@ def _pair(cell: CellJson) -> tuple[str, int]:
     return order_of(cell), cell["settings"]["seed"]
 
 
-def _score_per_row(cells: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
+def score_per_row(cells: Sequence[CellJson], tasks: Collection[str] | None = None) -> list[float]:
     """For every test row of these tasks, the mean score over the cells at the end; all tasks have equal weight.
 
-    A row in several orders and seeds is one unit, because its answers are not independent.
+    None stands for all tasks. A row in several orders and seeds is one unit, because its answers are not independent.
     """
     shares: dict[str, list[list[float]]] = defaultdict(list)
     for cell in cells:
         for name, score in final_scores(cell).items():
-            if name in tasks:
+            if tasks is None or name in tasks:
                 shares[name].append(row_scores(score))
     num_rows = sum(len(answers[0]) for answers in shares.values())
     return [

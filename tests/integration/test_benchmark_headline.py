@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks.headline import CELLS, arms, bootstrap_ratio, headline, judged_accuracy, main, t_interval, worst_task
 from benchmarks.protocol import JUDGED
-from deal_core.benchmark.summary import CellJson, protocols, read_cells
+from deal_core.benchmark.summary import CellJson, departures, protocols, read_cells
 
 app = typer.Typer()
 app.command()(main)
@@ -27,7 +27,7 @@ def cells() -> list[CellJson]:
 def test_the_command_prints_one_object_and_tables_for_people() -> None:
     done = CliRunner().invoke(app, [])
     found = json.loads(done.stdout)
-    assert done.exit_code == 0 and found["schema_version"] == 2 and found["tables"]
+    assert done.exit_code == 0 and found["schema_version"] == 3 and found["tables"]
     for title, table in found["tables"].items():
         assert title in done.stderr
         ours = table["arms"].get("memory none", {})
@@ -55,6 +55,15 @@ def test_the_folder_of_the_cells_and_the_tables_are_options(tmp_path: Path) -> N
     assert none.exit_code == 0 and json.loads(none.stdout)["tables"] == {}
     quiet = CliRunner().invoke(app, ["--no-people"])
     assert json.loads(quiet.stdout)["tables"] and quiet.stderr == ""
+
+
+def test_versions_that_unlearned_their_preference_for_labels_are_an_arm_of_their_own(cells: list[CellJson]) -> None:
+    plain = next(cell for cell in cells if cell["settings"]["strategy"] == "deal" and not departures(cell))
+    recentred = deepcopy(dict(plain))
+    recentred["settings"]["train"]["recentre_steps"] = 50
+    table = next(iter(protocols([plain, recentred])))
+    found = {name: each for name, each in arms(table).items() if each}
+    assert found == {"memory none": [plain], "memory none, re-centred": [recentred]}
 
 
 def test_cells_of_other_training_settings_have_tables_of_their_own(cells: list[CellJson]) -> None:

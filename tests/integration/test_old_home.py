@@ -22,6 +22,7 @@ from flows.champions import evaluate
 from flows.cli.app import app
 from flows.forget import forget
 from flows.promote import find_left_behind, promote_to, roll_back
+from flows.requeue import requeue
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.history import read_champion_at, read_history, read_moves
@@ -125,6 +126,9 @@ def test_adapt_and_rollback() -> None:
     champion = open_registry().champion(LINEAGE)
     assert champion is not None and champion.version == "3"
     assert [move.number for move in read_moves(LINEAGE)] == list(range(1, 8))
+    roll_back(LINEAGE, "1", who="operator", why="test")
+    (again,) = asyncio.run(requeue(LINEAGE, ["3"]))
+    assert (again.status, again.version, again.parent_version) == ("promoted", "5", "1"), "its stored spec is read"
 
 
 def test_forget(old_home: Path) -> None:

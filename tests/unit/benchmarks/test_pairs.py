@@ -32,7 +32,7 @@ def test_every_task_weighs_the_same_whatever_its_rows():
     found = compare(0.5, [(cell("1110"), cell("1000"))])
     (pair,) = found["pairs"]
     assert (pair["with"], pair["without"], found["mean"]) == (87.5, 62.5, 25.0)
-    assert pair["difference_over_rows"]["mean"] == pytest.approx(40.0)  # two of five rows
+    assert pair["difference_over_rows"]["mean"] == pytest.approx(25.0)
     assert found["low"] is None and not found["gains"], "one cell shows nothing"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deal_core.benchmark.cell import make_cell
-from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, as_stored
 from deal_core.errors import ConfigError
 from deal_core.judging_config import GateConfig
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig, RivalConfig
@@ -128,3 +128,8 @@ def test_settings_stay_what_they_were_in_digests_and_json() -> None:
     assert (cell.digest(), cell.shared_digest()) == ("906b85b1e7c6", "1d25796542a8")
     assert json.loads(json.dumps(asdict(spec.deal))) == spec.model_dump(mode="json")["deal"]
     assert spec.deal == DealConfig(widths=(1.0, 2.0), a=6.0) and hash(spec.deal) == hash(replace(spec.deal))
+
+
+def test_a_stored_section_is_read_without_settings_that_are_gone_unless_they_changed_something():
+    assert "parent_share" not in as_stored("rehearsal", {"texts": "none", "parent_share": 0.0})
+    assert as_stored("rehearsal", {"texts": "none", "parent_share": 0.5})["parent_share"] == 0.5

@@ -126,13 +126,13 @@ def test_a_task_that_no_adapter_lifts_stays_out_of_the_average_that_decides():
     (protocol,) = protocols(cells)
     assert protocol.lifted() == {"agnews": True, "yahoo": False}  # 30 of 100 is not above 25 % by 95 %
     row = rows_of(cells)["deal", "yahoo, agnews"]
-    assert (row["average_accuracy"], row["average_accuracy_lifted"]) == pytest.approx((57.5, 90.0))
+    assert (row["average_accuracy"], row["average_accuracy_judged"]) == pytest.approx((57.5, 90.0))
     plain = made("seq_lora", [{"yahoo": wrong, "agnews": wrong}, {"yahoo": right, "agnews": wrong}])
     row = rows_of([*cells, plain])["seq_lora", "yahoo, agnews"]
     assert row["difference_points_ci95"][0] == pytest.approx(0.0)
-    assert row["difference_lifted_points_ci95"][0] == pytest.approx(-65.0)
+    assert row["difference_judged_points_ci95"][0] == pytest.approx(-65.0)
     assert rows_of(cells)["per_task", "any"]["average_accuracy"] == 60.0
-    assert rows_of(cells[2:])["deal", "yahoo, agnews"]["average_accuracy_lifted"] is None
+    assert rows_of(cells[2:])["deal", "yahoo, agnews"]["average_accuracy_judged"] is None
 
 
 def test_what_was_not_scored_is_no_figure():
@@ -150,6 +150,17 @@ def test_cells_of_another_protocol_stand_in_another_table():
     assert sorted(len(protocol.cells) for protocol in protocols(cells)) == [1, 2]
     cells = [made("deal", bits), made("deal", bits, prompt="chat")]
     assert [len(protocol.cells) for protocol in protocols(cells)] == [1, 1]
+
+
+def test_steps_that_recentre_are_a_part_of_the_method_so_both_stand_in_one_table():
+    bits = [{"yahoo": "11"}, {"yahoo": "10", "agnews": "11"}]
+    plain = made("deal", bits)
+    recentred = made("deal", [bits[0], {"yahoo": "11", "agnews": "11"}], train={"seed": 0, "recentre_steps": 50})
+    (protocol,) = protocols([plain, recentred])
+    rows = {row["changes"]: row for row in summarise(protocol)}
+    assert set(rows) == {"", "train.recentre_steps 50"}
+    assert rows["train.recentre_steps 50"]["difference_points_ci95"][0] == 25.0
+    assert departures(recentred, after_training=False) == ""
 
 
 def test_one_training_that_was_scored_twice_counts_once_with_what_was_scored_most():
