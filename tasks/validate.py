@@ -14,8 +14,10 @@ from deal_core.config import TrainConfig
 from deal_core.data.dataset import ValidationReport, validate_file
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.data.rows import Row
-from deal_core.data.schema import TaskSchema
+from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError
+from deal_core.evaluation.significance import smallest_clear_drop
+from deal_core.judging_config import GateConfig
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
 from infra.tracking.database import open_reader
@@ -132,11 +134,26 @@ def validate(
     if with_model and manifest.task.labels:
         checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
     example = report.example and _shown(manifest.task, report.example, choose_base(read, record))
-    return _result(file, report, kept, example, checked)
+    return _result(file, report, kept, example, checked, read.gate)
+
+
+def few_tests_warning(manifest: DatasetManifest, gate: GateConfig) -> tuple[str, ...]:
+    """Warn of test rows that cannot tell a drop of twice the gate's limit from noise; for tasks with labels."""
+    if not manifest.task.labels or not manifest.num_test:
+        return ()
+    clear = smallest_clear_drop(manifest.num_test, gate.confidence)
+    if clear is not None and clear <= 2 * gate.max_drop_points:
+        return ()
+    told = "no drop" if clear is None else f"a drop only from {clear:.1f} points on"
+    return (
+        f"{manifest.num_test} test rows can tell {told}, and one answer is {100 / manifest.num_test:.1f} points. They "
+        "stay the test rows of this task; give more with --test-data or a column split.",
+    )
 
 
 def _result(
-    file: str, report: ValidationReport, kept: _TrainingRows, example: ShownRow | None, checked: LabelCheck | None
+    file: str, report: ValidationReport, kept: _TrainingRows, example: ShownRow | None, checked: LabelCheck | None,
+    gate: GateConfig,
 ) -> ValidateResult:
     manifest, task = report.manifest, report.manifest.task
     numbers = ("num_read", "num_train", "num_test", "num_rejected", "num_turns")
@@ -147,7 +164,8 @@ def _result(
             RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
             for bad in report.bad_rows
         ),
-        num_several=report.num_several, example=example, sha256=manifest.sha256, warnings=kept.warnings(task),
+        num_several=report.num_several, example=example, sha256=manifest.sha256,
+        warnings=(*kept.warnings(task), *few_tests_warning(manifest, gate)),
         label_check=checked and checked.describe(),
         likely_wrong=() if checked is None else tuple(
             LikelyWrongLabel(

@@ -47,7 +47,7 @@ class Champion:
         self._changed = threading.Condition()
 
     def state(self) -> dict[str, Any]:
-        return {"version": self.version}
+        return {"lineage": self.lineage, "version": self.version, "champion": self.version, "problem": None}
 
     def model(self, is_given_up: Callable[[], bool], key: str | None = None) -> PyFuncModel:
         model = ServedModel(lambda rows: self.ask(rows, is_given_up))

@@ -159,27 +159,29 @@ class ArrivalReader:
         infers_labels = self.task.format == "labelled" and not self.task.labels
         if infers_labels or self._names_split:
             self._survey(infers_labels)
-        counts: Counter[str] = Counter()
+        counts: dict[Path, Counter[str]] = {path: Counter() for path, _, _ in self._files}
+        rejected: Counter[Path] = Counter()
         examples: list[BadRow] = []
-        num_rejected = num_several = 0
+        num_several = 0
         for path, (good, bad) in self._checked_batches():
             num_several += sum(len(row.references) > 1 for _, row in good["train"] + good["test"])
             repeated = self._keep_new(good["test"], good["train"], keep)
             for raw, problems in sorted([*bad, *repeated], key=lambda pair: pair[0].number):
-                num_rejected += 1
-                counts.update(problem.reason for problem in problems)
+                rejected[path] += 1
+                counts[path].update(problem.reason for problem in problems)
                 row = BadRow(file=path.name, row=raw.number, line=raw.line, problems=tuple(problems))
                 reject(row, raw.raw())
                 if len(examples) < MAX_EXAMPLES:
                     examples.append(row)
-        manifest = self._manifest(counts, num_rejected)
-        refusal, shape = self._refusal(manifest, examples), self._files[-1][-1].shape
+        manifest = self._manifest(sum(counts.values(), Counter()), rejected.total())
+        refusal = self._too_many_bad(counts, rejected, examples) or self._lacks_rows(manifest)
+        shape = self._files[-1][-1].shape
         return ValidationReport(
             manifest=manifest, bad_rows=tuple(examples), refusal=refusal, shape=shape, num_several=num_several
         )
 
     def _checked_batches(self) -> Iterator[tuple[Path, Checked]]:
-        self._num_read = 0
+        self._read: Counter[Path] = Counter()
         for path, file_split, columns in self._files:
             checker = RowChecker(self.task, columns, self._config.max_text_chars)
             for batch in read_batches(path, set(columns.names.values())):
@@ -192,9 +194,9 @@ class ArrivalReader:
                     else:
                         bad.append((raw, checked))
                 yield path, (good, bad)
-                self._num_read += len(batch)
+                self._read[path] += len(batch)
                 if self._landing.on_progress is not None:
-                    self._landing.on_progress(self._num_read)
+                    self._landing.on_progress(self._read.total())
 
     def _split_of(self, row: Row, file_split: Split | None) -> Split:
         """The split that the file has or that its column names; else the digest of the row's text decides.
@@ -288,7 +290,7 @@ class ArrivalReader:
             task=self.task,
             sha256=self._digest({"train": [train], "test": [test]}),
             source=landing.source.name,
-            num_read=self._num_read,
+            num_read=self._read.total(),
             num_train=len(self._kept["train"]),
             num_test=len(self._kept["test"]),
             num_rejected=num_rejected,
@@ -309,20 +311,32 @@ class ArrivalReader:
                 content.update(piece)
         return content.hexdigest()
 
-    def _refusal(self, manifest: DatasetManifest, examples: Sequence[BadRow]) -> str | None:
-        name, num_good = manifest.source, manifest.num_train + manifest.num_test
+    def _too_many_bad(
+        self, counts: Mapping[Path, Counter[str]], rejected: Counter[Path], examples: Sequence[BadRow]
+    ) -> str | None:
+        """The refusal of a file with too many bad rows. The good rows of a test file make up for none of them."""
         limit = self._config.max_bad_share
-        if not manifest.num_read:
-            return f"{name} has no rows; land a file with rows."
-        if manifest.num_rejected > limit * manifest.num_read:
-            share = manifest.num_rejected / manifest.num_read
-            counts = ", ".join(f"{count} × {reason}" for reason, count in manifest.problems.items())
-            first = "; ".join(bad.describe(self._config.include_texts) for bad in examples[:_SHOWN_EXAMPLES])
+        for path, num_rejected in rejected.items():
+            num_read = self._read[path]
+            if num_rejected <= limit * num_read:
+                continue
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in counts[path].most_common())
+            of_file = [bad for bad in examples if bad.file == path.name][:_SHOWN_EXAMPLES]
+            first = "; ".join(bad.describe(self._config.include_texts) for bad in of_file)
+            shown = f" The first: {first}." if first else ""
+            if counts[path]["label outside the task's set"]:
+                shown += f" A label that is new is added with: deal labels {self.task.name} --add LABEL."
             return (
-                f"{name}: {manifest.num_rejected} of {manifest.num_read} rows cannot be used ({share:.1%}, allowed are "
-                f"{limit:.1%}): {counts}. The first: {first}. Correct these rows and land the file again, or raise "
+                f"{path.name}: {num_rejected} of {num_read} rows cannot be used ({num_rejected / num_read:.1%}, "
+                f"allowed are {limit:.1%}): {reasons}.{shown} Correct these rows and land the file again, or raise "
                 "data.max_bad_share."
             )
+        return None
+
+    def _lacks_rows(self, manifest: DatasetManifest) -> str | None:
+        name, num_good = manifest.source, manifest.num_train + manifest.num_test
+        if not manifest.num_read:
+            return f"{name} has no rows; land a file with rows."
         if not manifest.num_train:
             return f"{name} leaves no row to train on ({num_good} good rows, all of them test rows); add training rows."
         if not manifest.num_test and not self._frozen:

@@ -112,7 +112,7 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
         )
     advice = (
         "Their weights still hold what they learned. If that has to go too, make a version before them champion "
-        "(deal history, deal promote), or start a new lineage."
+        "(deal history, deal rollback --to N), or start a new lineage."
     )
     return [heading("Versions that learned from it"), table, advice]
 

@@ -74,12 +74,19 @@ def deploy(
 
 
 @command(main_app, "looking")
-def status(deal: Session) -> CommandResult:
+def status(
+    deal: Session,
+    check: Annotated[bool, Option("--check", help="Exit with 1 also if an arrival or a run failed, an arrival waits "
+                                  "for deal requeue, or a file is skipped.")] = False,
+) -> CommandResult:
     """Show what runs, waits, failed (and why) or is damaged. Exit code 1: a process is gone or data is damaged."""
     from flows.server.status import read_status
 
     found = asyncio.run(read_status(deal.home))
     is_broken = bool(found.damaged) or any(not part.is_alive for part in found.parts)
+    if check:
+        is_broken |= bool(found.problems or found.failed)
+        is_broken |= any(each.failed or each.held_arrivals for each in found.lineages)
     return CommandResult(found, _show_status(found), failed=is_broken)
 
 
@@ -99,6 +106,8 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     shown += [heading("Lineages"), lineages]
     shown += [f"  {escape(f'{each.lineage} live: {each.monitor}')}" for each in status.lineages if each.monitor]
     shown += [f"  {escape(f'{each.lineage} rollout: {each.rollout}')}" for each in status.lineages if each.rollout]
+    rejected = [f"{each.lineage}: {each.rejected}" for each in status.lineages if each.rejected]
+    shown += [f"  [yellow]•[/] {escape(line)}" for line in rejected]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
     shown += [line for each in status.lineages for line in show_held(each.lineage, each.held_arrivals)]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]

@@ -84,6 +84,8 @@ class LineageStatus(BaseModel, frozen=True):
     """The last look at the champion's live traffic, in one line; None: nobody has looked."""
     rollout: str | None = None
     """The version that is tried on live traffic, in one line; None: none is."""
+    rejected: str | None = None
+    """The newest version and why it was rejected, in one line; None: it was not."""
 
 
 class Status(ServerRuns, frozen=True):
@@ -176,7 +178,21 @@ def _lineage(
         lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed,
         held=watched.held if watched else None, held_arrivals=waiting,
         monitor=_monitor(store, name, champion, damaged), rollout=_rollout(store, name),
+        rejected=None if registry is None else _rejected(registry, name),
     )
+
+
+def _rejected(registry: RegistryReader, name: str) -> str | None:
+    """Return the newest version in one line if its gate or a person rejected it."""
+    try:
+        newest = registry.versions(name, newest=1)
+    except DealError:  # `look_at_champion` names the damage
+        return None
+    if not newest or (newest[-1].accepted and newest[-1].approval != "refused"):
+        return None
+    found = newest[-1]
+    why = " ".join(found.reasons) if not found.accepted else "A person refused it."
+    return f"version {found.version} ({found.task}) was rejected: {why}"
 
 
 def _rollout(store: ObjectStore, name: str) -> str | None:

@@ -235,6 +235,7 @@ class Champion:
         self._meta = meta
 
     def _say(self, text: str) -> None:
+        LOG.info(text)
         with suppress(OSError):  # the reader of the command's output has ended
             self._print(text)
 

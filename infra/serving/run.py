@@ -143,14 +143,14 @@ class ImpatientProtocol(H11Protocol):
 
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
-    """Send the logs of the server and asyncio to a file of limited size, not to the screen."""
+    """Send what the server says, and warnings of its libraries, to a file of limited size, not to the screen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=1, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = (LOG, *map(logging.getLogger, ("infra.log_segments", "uvicorn.error", "asyncio")))
     for logger in loggers:
         logger.addHandler(handler)
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.INFO if logger is LOG else logging.WARNING)
         logger.propagate = False
     try:
         yield

@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -200,7 +200,7 @@ class Measured:
 
 
 class Meter(Collector):
-    """Figures of one server for Prometheus: its requests, and the rows and copies that it left out."""
+    """Figures of one server for Prometheus: its version and requests, and the rows and copies that it left out."""
 
     def __init__(self, serving: Champion) -> None:
         self._serving = serving
@@ -212,8 +212,15 @@ class Meter(Collector):
         self._open = Gauge("deal_requests_in_flight", "Requests in flight.", registry=registry)
         registry.register(self)
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        """Return the figures that the prediction log and the rollout count themselves."""
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Return the state of the champion, and the figures that prediction log and rollout count themselves."""
+        state = self._serving.state()
+        names = ("lineage", "version", "champion")
+        serving = GaugeMetricFamily("deal_serving", "The version that answers, and the champion.", labels=names)
+        serving.add_metric([state[name] or "" for name in names], 1)
+        yield serving
+        failed = "1 while the champion does not load or the registry does not answer."
+        yield GaugeMetricFamily("deal_serving_problem", failed, value=state["problem"] is not None)
         log, rollout = self._serving.log, self._serving.rollout
         lost, left_out = "Answers that are missing in the prediction log.", "Copies that no shadow has answered."
         yield CounterMetricFamily("deal_predictions_dropped", lost, value=log.num_dropped if log else 0)

@@ -124,12 +124,23 @@ class Registry(RegistryReader):
         """
         from mlflow.artifacts import download_artifacts
 
+        location = self._location(lineage, version)
+        if location.startswith("mlflow-artifacts:") and not self.uri.startswith("http"):
+            raise RegistryError(
+                f"The files of version {version} of {lineage!r} are kept by an MLflow server, such as that of deal up, "
+                "and none is set here. Give deal up first, or name the server in MLFLOW_TRACKING_URI."
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:
             target = Path(part) / "model"
             target.mkdir()
             with report_errors(f"fetch version {version} of {lineage!r}", self.uri), global_address(self.uri):
                 fetched = Path(download_artifacts(artifact_uri=f"models:/{lineage}/{version}", dst_path=str(target)))
+            if location and not any(fetched.iterdir()):
+                raise RegistryError(
+                    f"Version {version} of {lineage!r} has no files where MLflow says: {without_secrets(location)}. If "
+                    "the home was moved or copied, put it back at that path, or restore the folder from a backup."
+                )
             if not (fetched / "MLmodel").is_file():
                 raise RegistryError(
                     f"Version {version} of {lineage!r} was registered before versions could be served: MLflow has a "
@@ -138,6 +149,14 @@ class Registry(RegistryReader):
                 )
             self._require_recorded(lineage, version, fetched)
             fetched.rename(folder)
+
+    def _location(self, lineage: str, version: str) -> str:
+        """Return the address of a version's files; empty for a version of an earlier release."""
+        with report_errors(f"find version {version} of {lineage!r}", self.uri):
+            source = self.client.get_model_version(lineage, version).source or ""
+            if not source.startswith("models:/"):
+                return ""
+            return str(self.client.get_logged_model(source.removeprefix("models:/")).artifact_location)
 
     def _require_recorded(self, lineage: str, version: str, folder: Path) -> None:
         with report_errors(f"read the digests of version {version} of {lineage!r}", self.uri):

@@ -117,9 +117,11 @@ def collapse_notes(scored: Scored) -> tuple[str, ...]:
         assert label is not None
         answer = "no label of the task" if label.label is None else brief(label.label)
         rows = 100 * label.num_rows / found.num_rows
-        notes.append(
-            f"{name}: {100 * label.share:.0f} % of the answers are {answer}, but {rows:.0f} % of the test rows are. If "
-            f"every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % instead of "
-            f"{100 * found.accuracy:.1f} %; train.recentre_steps make the next version answer that way"
-        )
+        note = f"{name}: {100 * label.share:.0f} % of the answers are {answer}, but {rows:.0f} % of the test rows are"
+        if (recentred - found.accuracy) * found.num_rows >= 1:
+            note += (
+                f". If every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % "
+                f"instead of {100 * found.accuracy:.1f} %: train.recentre_steps lets the next version learn that"
+            )
+        notes.append(note)
     return tuple(notes)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from deal_core.errors import DealError, RegistryError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
-from deal_core.safe_text import without_secrets
+from deal_core.safe_text import listed, without_secrets
 from infra.promotions import Move, PromotionLog
 from infra.store import keys
 from infra.store.base import ObjectStore
@@ -178,9 +178,12 @@ def unknown_lineage(lineage: str) -> str:
             f"Lineage '{lineage}' has versions, but none is champion. See: deal history --lineage {lineage}; then: "
             f"deal promote N --lineage {lineage} for one that was accepted, or adapt again."
         )
-    return lost_in_registry(registry, current_store(), lineage) or (
+    store = current_store()
+    known = listed(known_lineages(store))
+    others = f"; this home has {known}" if known else ""
+    return lost_in_registry(registry, store, lineage) or (
         f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
-        "or name another home with --home or lineage with --lineage."
+        f"or name another home with --home or lineage with --lineage{others}."
     )
 
 

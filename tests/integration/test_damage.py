@@ -95,6 +95,12 @@ def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that
     assert [(each.lineage, each.champion, each.num_open) for each in found.lineages] == [
         ("watched", None, 0), ("l", "3", None),
     ]  # fmt: skip
+    assert [each.rejected for each in found.lineages] == [None, None]
+    tags = open_registry().client
+    tags.set_model_version_tag("l", "3", "deal.gate", "rejected")
+    tags.set_model_version_tag("l", "3", "deal.gate_reasons", json.dumps(["bank fell by 20 points."]))
+    assert look(home).lineages[1].rejected == "version 3 (clinic) was rejected: bank fell by 20 points."
+    tags.set_model_version_tag("l", "3", "deal.gate", "accepted")
     open_registry().client.delete_model_version("l", "3")
     found = look(home)
     assert [(each.lineage, each.champion) for each in found.lineages] == [("watched", None), ("l", None)]

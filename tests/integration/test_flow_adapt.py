@@ -520,8 +520,8 @@ def test_a_label_that_takes_over_the_answers_is_named_with_its_cost(tiny_base: P
     assert labels == [("closed", 12, 1.0, 1.0), ("open", 12, 0.0, 0.0)]
     (note,) = [note for note in evaluation["notes"] if "of the answers" in note]
     assert re.fullmatch(
-        r"tickets: 100 % of the answers are 'closed', but 50 % of the test rows are. If every label were answered as "
-        r"often as it occurs, accuracy would be \d+\.\d % instead of 50\.0 %; train\.recentre_steps make the next "
-        "version answer that way",
+        r"tickets: 100 % of the answers are 'closed', but 50 % of the test rows are(\. If every label were answered as "
+        r"often as it occurs, accuracy would be \d+\.\d % instead of 50\.0 %: train\.recentre_steps lets the next "
+        "version learn that)?",
         note,
     )  # fmt: skip

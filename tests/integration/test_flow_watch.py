@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import flows.cli.demo
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, TrainingDivergedError
+from flows.cli.app import app
 from flows.server.status import read_status
 from flows.watch import WatchResult, watch
 from infra.tracking.registry import Registry, open_registry
@@ -20,6 +22,7 @@ from tasks.context import current_store
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.progress import Interrupted, ask_to_stop, reporting_to
 from tasks.spec import LineageSpec, parse
+from tests.in_process import put_back
 from tests.receiver import Receiver
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -123,6 +126,9 @@ def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
     (status,) = asyncio.run(read_status(home)).lineages
     assert status.num_open == 0 and "deal watch --once --lineage l --spec SPEC" in status.failed[0]
     assert "tried again from" not in status.failed[0]
+    with put_back():
+        codes = [CliRunner().invoke(app, ["status", "--json", *words]).exit_code for words in ([], ["--check"])]
+    assert codes == [0, 1]
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "register", fail)
         failed, said = look(lineage(tiny_base))

@@ -28,7 +28,7 @@ from benchmarks.output import DEAL
 from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learn_versions, served, stale, texts_to_ask
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, RegistryError
 from deal_core.evaluation.answerer import Answerer
 from infra.predictions import read_feedback, read_predictions
 from infra.served_model import _load_pyfunc
@@ -133,10 +133,16 @@ def check_the_champion_is_followed(url: str, versions: Expected, tmp_path: Path)
         wait_for(lambda: state(url)["problem"] is not None)
         assert (state(url)["version"], state(url)["champion"]) == ("2", old)
         assert "registered before versions could be served" in str(state(url)["problem"])
+        metrics = httpx.get(f"{url}/metrics").text
+        assert f'deal_serving{{champion="{old}",lineage="{LINEAGE}",version="2"}} 1.0' in metrics
+        assert "deal_serving_problem 1.0" in metrics
         now = time.monotonic()
         clients.first_of("2", now, sent_since=now)
         move_to("1")
         wait_for(lambda: state(url)["problem"] is None)
+        assert "deal_serving_problem 0.0" in httpx.get(f"{url}/metrics").text
+    log = (HomeSettings().home / "logs" / f"serve-{LINEAGE}.log").read_text()
+    assert "Version 2 serves" in log and f"Version {old} does not load" in log and TEXTS[0] not in log
     assert [each.problem for each in clients.answers if each.problem] == []
     assert stale(clients.answers, moves) == 0
     return len(clients.answers)
@@ -171,6 +177,28 @@ def register_again(version: str, run_key: str) -> str:
 
 
 @pytest.mark.nightly
+def test_files_that_are_not_where_mlflow_says_are_named(versions: Expected, tmp_path: Path) -> None:
+    registry = open_registry()
+    location = registry._location(LINEAGE, "1")
+    folder = Path(location.removeprefix("file://"))
+    folder.rename(tmp_path / "moved")
+    try:
+        with pytest.raises(RegistryError, match=r"no files where MLflow says: .*If the home was moved or copied"):
+            registry.download(LINEAGE, "1", tmp_path / "version")
+    finally:
+        (tmp_path / "moved").rename(folder)
+    registry.download(LINEAGE, "1", tmp_path / "version")
+
+
+def test_files_that_a_server_keeps_need_that_server(
+    versions: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = open_registry()
+    monkeypatch.setattr(registry, "_location", lambda *names: "mlflow-artifacts:/1/models/m-1/artifacts")
+    with pytest.raises(RegistryError, match=r"kept by an MLflow server.*Give deal up first"):
+        registry.download(LINEAGE, "1", tmp_path / "version")
+
+
 def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, home = open_registry(), HomeSettings().home
     monkeypatch.setenv("DEAL_TRUSTED_HOSTS", "a.example b.example")

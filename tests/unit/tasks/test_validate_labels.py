@@ -16,12 +16,13 @@ KINDS = {"loan": "money and interest for a house", "card": "plastic that was los
 
 @pytest.fixture
 def check(home: Path, tiny_base: Path, tmp_path: Path):
-    """Validate rows of (text, label), all of them training rows but one."""
+    """Validate training rows of (text, label), with test rows of their own."""
 
-    def run(rows: list[tuple[str, str]], with_model: bool = False) -> ValidateResult:
+    def run(rows: list[tuple[str, str]], with_model: bool = False, num_test: int = 40) -> ValidateResult:
         file, test, spec = (tmp_path / name for name in ("rows.jsonl", "test.jsonl", "spec.yaml"))
         file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
-        test.write_text(json.dumps({"text": "a text of its own", "label": rows[0][1]}) + "\n")
+        test.write_text("".join(json.dumps({"text": f"a text of its own {number}", "label": rows[0][1]}) + "\n"
+                                for number in range(num_test)))  # fmt: skip
         values = {"base_model": str(tiny_base), "task": {"name": "t", "data": str(file), "test_data": str(test)}}
         spec.write_text(yaml.safe_dump(values))
         return validate(file, spec=spec, task="t", with_model=with_model)
@@ -43,6 +44,12 @@ def test_near_duplicates_and_rare_labels_are_warned_of_with_texts(check) -> None
     assert "1 of 33 training rows that were compared are near copies of another" in copies
     assert "please change the delivery address" in copies and "1 of 4 labels have few rows (rare 1)" in balance
     assert not check(rows_of(30)).warnings
+
+
+def test_too_few_test_rows_to_judge_are_warned_of(check) -> None:
+    (few,) = check(rows_of(30), num_test=8).warnings
+    assert "8 test rows can tell a drop only from 37.5 points on, and one answer is 12.5 points" in few
+    assert not check(rows_of(30), num_test=20).warnings
 
 
 def test_a_model_names_labels_that_are_probably_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:

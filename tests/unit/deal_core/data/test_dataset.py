@@ -201,6 +201,19 @@ def test_a_header_that_cannot_be_read_is_told_by_its_line(tmp_path: Path, row: s
     assert "Jane" not in str(refused.value)
 
 
+def test_a_refusal_for_unknown_labels_says_how_to_add_one(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "pets.jsonl", [{"text": f"text {number}", "label": "horse"} for number in range(9)])
+    with pytest.raises(ArrivalRefusedError, match=r"A label that is new is added with: deal labels \w+ --add LABEL"):
+        build(source, TaskSchema(name="pets", labels=("cat", "dog")), DataConfig())
+
+
+def test_good_test_rows_do_not_make_up_for_bad_training_rows(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "pets.jsonl", [*[{"text": "", "label": "cat"}] * 5, *GOOD[:5]])
+    tests = write_jsonl(tmp_path / "tests.jsonl", GOOD[10:])
+    with pytest.raises(ArrivalRefusedError, match=r"^pets\.jsonl: 5 of 10 rows cannot be used \(50\.0%, allowed"):
+        build(source, config=DataConfig(max_bad_share=0.2), test_source=tests)
+
+
 def test_an_arrival_is_refused_beyond_the_share_of_bad_rows_and_not_at_it(tmp_path: Path) -> None:
     bad = [{"text": "", "label": "cat"}] * 25
     source = write_jsonl(tmp_path / "pets.jsonl", [*bad, *GOOD])

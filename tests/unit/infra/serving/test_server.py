@@ -71,8 +71,8 @@ def test_rows_are_answered_in_each_of_mlflows_forms(port: int, body: Any) -> Non
 
 
 def test_health_and_version(port: int) -> None:
-    serving = {"status": "serving"}
-    for path, wanted in (("health", serving), ("ping", serving), ("version", {"version": "3"})):
+    serving, state = {"status": "serving"}, {"lineage": "l", "version": "3", "champion": "3", "problem": None}
+    for path, wanted in (("health", serving), ("ping", serving), ("version", state)):
         assert httpx.get(f"http://127.0.0.1:{port}/{path}").json() == wanted
 
 
