@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from scipy.special import ndtri, stdtrit
+from statistics import NormalDist
 
 SAME = 1e-9
 """Scores of a row that differ by less are equal."""
@@ -75,7 +74,11 @@ class PairedDrop:
         return 100 * self.total / (self.num_rows + 2) - self.noise(confidence)
 
     def _quantile(self, confidence: float) -> float:
-        return float(ndtri(confidence) if self.are_hits else stdtrit(max(1, self.num_rows - 1), confidence))
+        if self.are_hits:
+            return NormalDist().inv_cdf(confidence)
+        from scipy.special import stdtrit  # `deal validate` needs the normal quantile alone, and scipy loads slowly
+
+        return float(stdtrit(max(1, self.num_rows - 1), confidence))
 
     def _deviation(self) -> float:
         num_rows = self.num_rows + 2
