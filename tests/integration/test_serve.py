@@ -176,7 +176,6 @@ def register_again(version: str, run_key: str) -> str:
     return open_registry().register(LINEAGE, again, tracking_id=info.tracking_id, model_id=info.model_id).version
 
 
-@pytest.mark.nightly
 def test_files_that_are_not_where_mlflow_says_are_named(versions: Expected, tmp_path: Path) -> None:
     registry = open_registry()
     location = registry._location(LINEAGE, "1")
@@ -199,6 +198,7 @@ def test_files_that_a_server_keeps_need_that_server(
         registry.download(LINEAGE, "1", tmp_path / "version")
 
 
+@pytest.mark.nightly
 def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, home = open_registry(), HomeSettings().home
     monkeypatch.setenv("DEAL_TRUSTED_HOSTS", "a.example b.example")
