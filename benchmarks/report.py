@@ -34,7 +34,7 @@ from deal_core.benchmark.summary import (
     read_cells,
     summarise,
 )
-from deal_core.config import TrainConfig
+from deal_core.config import MAX_LABEL_TEXTS, TrainConfig
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
@@ -379,7 +379,7 @@ def main(
         "recentring": read(results / "recentring.json"),
         "recentred": recentred(results / "arms_recentred.json", development),
         "coverage": read(results / "paired_coverage.json"),
-        "spread": spread_of_seeds(cells),
+        "spread": spread_of_seeds(cells), "label_texts": MAX_LABEL_TEXTS,
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15
                                         and training_of(cell["settings"]) == today]),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_wa
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.evaluation.significance import smallest_clear_drop
+from deal_core.evaluation.significance import what_hits_tell
 from deal_core.judging_config import GateConfig
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
@@ -141,10 +141,9 @@ def few_tests_warning(manifest: DatasetManifest, gate: GateConfig) -> tuple[str,
     """Warn of test rows that cannot tell a drop of twice the gate's limit from noise; for tasks with labels."""
     if not manifest.task.labels or not manifest.num_test:
         return ()
-    clear = smallest_clear_drop(manifest.num_test, gate.confidence)
-    if clear is not None and clear <= 2 * gate.max_drop_points:
+    told = what_hits_tell(manifest.num_test, 2 * gate.max_drop_points, gate.confidence)
+    if told is None:
         return ()
-    told = "no drop" if clear is None else f"a drop only from {clear:.1f} points on"
     return (
         f"{manifest.num_test} test rows can tell {told}, and one answer is {100 / manifest.num_test:.1f} points. They "
         "stay the test rows of this task; give more with --test-data or a column split.",

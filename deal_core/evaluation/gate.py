@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import Literal
 
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
+from deal_core.evaluation.significance import PairedDrop, what_hits_tell
 from deal_core.judging_config import GateConfig
 
 _SLACK = 1e-9
@@ -228,10 +228,7 @@ def _what_rows_tell(paired: PairedDrop, limit: float, confidence: float) -> str 
     if not paired.are_hits:
         noise = paired.noise(confidence)
         return f"a drop only from about {noise:.1f} points on" if noise > limit else None
-    clear = smallest_clear_drop(paired.num_rows, confidence)
-    if clear is None:
-        return "no drop"
-    return f"a drop only from {clear:.1f} points on" if clear > limit else None
+    return what_hits_tell(paired.num_rows, limit, confidence)
 
 
 def _percent(share: float) -> str:

@@ -86,6 +86,17 @@ class PairedDrop:
         return float((self.squares + mean_square - self.total**2 / num_rows) ** 0.5 / num_rows)
 
 
+def what_hits_tell(num_rows: int, limit: float, confidence: float) -> str | None:
+    """What right and wrong answers to `num_rows` rows can distinguish from noise, in words.
+
+    None: they can distinguish a drop of `limit` points, so they are enough.
+    """
+    clear = smallest_clear_drop(num_rows, confidence)
+    if clear is None:
+        return "no drop"
+    return f"a drop only from {clear:.1f} points on" if clear > limit else None
+
+
 def smallest_clear_drop(num_rows: int, confidence: float) -> float | None:
     """The smallest drop in points that `num_rows` right answers can distinguish from noise; None: they cannot."""
     for num_lost in range(1, num_rows + 1):

@@ -7,6 +7,7 @@ fails, or MLflow does not answer, the loaded version continues to serve.
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -234,12 +235,12 @@ class Champion:
             torch.cuda.empty_cache()
         self._meta = meta
 
-    def _say(self, text: str) -> None:
-        LOG.info(text)
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        LOG.log(level, text)
         with suppress(OSError):  # the reader of the command's output has ended
             self._print(text)
 
     def _note(self, problem: str) -> None:
         if problem != self._problem:
-            self._say(problem)
+            self._say(problem, logging.WARNING)
         self._problem = problem

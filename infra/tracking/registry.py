@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
@@ -124,7 +125,8 @@ class Registry(RegistryReader):
         """
         from mlflow.artifacts import download_artifacts
 
-        location = self._location(lineage, version)
+        model = self._logged_model(lineage, version)
+        location = "" if model is None else str(model.artifact_location)
         if location.startswith("mlflow-artifacts:") and not self.uri.startswith("http"):
             raise RegistryError(
                 f"The files of version {version} of {lineage!r} are kept by an MLflow server, such as that of deal up, "
@@ -136,39 +138,26 @@ class Registry(RegistryReader):
             target.mkdir()
             with report_errors(f"fetch version {version} of {lineage!r}", self.uri), global_address(self.uri):
                 fetched = Path(download_artifacts(artifact_uri=f"models:/{lineage}/{version}", dst_path=str(target)))
-            if location and not any(fetched.iterdir()):
+            if model is not None and not any(fetched.iterdir()):
                 raise RegistryError(
                     f"Version {version} of {lineage!r} has no files where MLflow says: {without_secrets(location)}. If "
                     "the home was moved or copied, put it back at that path, or restore the folder from a backup."
                 )
-            if not (fetched / "MLmodel").is_file():
+            if model is None or not (fetched / "MLmodel").is_file():
                 raise RegistryError(
                     f"Version {version} of {lineage!r} was registered before versions could be served: MLflow has a "
                     "plain PEFT folder of it. Learn an arrival again (deal adapt … --again), which registers a new "
                     "version, or promote another one."
                 )
-            self._require_recorded(lineage, version, fetched)
+            _require_recorded(lineage, version, fetched, model)
             fetched.rename(folder)
 
-    def _location(self, lineage: str, version: str) -> str:
-        """Return the address of a version's files; empty for a version of an earlier release."""
+    def _logged_model(self, lineage: str, version: str) -> LoggedModel | None:
+        """Return what MLflow knows of a version's files; None: an earlier release registered it without them."""
         with report_errors(f"find version {version} of {lineage!r}", self.uri):
             source = self.client.get_model_version(lineage, version).source or ""
-            if not source.startswith("models:/"):
-                return ""
-            return str(self.client.get_logged_model(source.removeprefix("models:/")).artifact_location)
-
-    def _require_recorded(self, lineage: str, version: str, folder: Path) -> None:
-        with report_errors(f"read the digests of version {version} of {lineage!r}", self.uri):
-            source = self.client.get_model_version(lineage, version).source or ""
-            model = self.client.get_logged_model(source.removeprefix("models:/"))
-        recorded = as_recorded(json.loads(model.tags.get(FILES_SHA256, "{}")))
-        require_undamaged(
-            digests_of(folder, recorded), recorded, recorded, what=f"Version {version} of '{lineage}'",
-            where=without_secrets(str(model.artifact_location)),
-            remedy="Restore the folder from a backup, or go back to an earlier version: "
-                   f"deal rollback --lineage {lineage} (deal history --lineage {lineage} lists the versions).",
-        )
+            is_logged = source.startswith("models:/")
+            return self.client.get_logged_model(source.removeprefix("models:/")) if is_logged else None
 
     @retry_if_overtaken
     def set_alias(self, lineage: str, alias: Alias, version: str) -> None:
@@ -334,3 +323,13 @@ def _describe(facts: VersionFacts) -> str:
     origin = f"continues version {facts.parent_version}" if facts.parent_version else "starts from the base model"
     verdict = "accepted" if facts.accepted else "rejected: " + "; ".join(facts.reasons)
     return f"Learned **{facts.task}** with {facts.strategy}; {origin}. Gate: {verdict}"[:5000]
+
+
+def _require_recorded(lineage: str, version: str, folder: Path, model: LoggedModel) -> None:
+    recorded = as_recorded(json.loads(model.tags.get(FILES_SHA256, "{}")))
+    require_undamaged(
+        digests_of(folder, recorded), recorded, recorded, what=f"Version {version} of '{lineage}'",
+        where=without_secrets(str(model.artifact_location)),
+        remedy="Restore the folder from a backup, or go back to an earlier version: "
+               f"deal rollback --lineage {lineage} (deal history --lineage {lineage} lists the versions).",
+    )

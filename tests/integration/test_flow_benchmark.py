@@ -18,8 +18,7 @@ from deal_core.errors import ConfigError, DataValidationError
 from flows.benchmark import PROTOCOL, BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
 from flows.cli.app import app
 from tasks.adaptation.run import identify_base
-
-LABELS = {"colours": ("red", "green"), "sizes": ("large", "small")}
+from tests.suite_tasks import COLOURS_AND_SIZES, write_tasks
 
 BENCHMARK_DATA = os.environ.get("DEAL_BENCHMARK_DATA", "")
 """Folder of the field's tasks, which is no part of this project."""
@@ -32,23 +31,10 @@ def data(tmp_path: Path) -> Path:
     return write_tasks(tmp_path)
 
 
-def write_tasks(parent: Path) -> Path:
-    """A folder with two tasks as JSON lines."""
-    folder = parent / "data"
-    folder.mkdir()
-    tasks = {name: {"instruction": f"Which of the {name}?", "labels": labels} for name, labels in LABELS.items()}
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    for name, labels in LABELS.items():
-        for part, num_rows in (("train", 16), ("test", 8)):
-            rows = [{"text": f"{part} {i} of {labels[i % 2]}", "label": labels[i % 2]} for i in range(num_rows)]
-            (folder / f"{name}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 @pytest.fixture
 def spec(data: Path, tiny_base: Path) -> BenchmarkSpec:
     return spec_from_options(
-        data=str(data), tasks=list(LABELS), rows=8, base_model=str(tiny_base),
+        data=str(data), tasks=list(COLOURS_AND_SIZES), rows=8, base_model=str(tiny_base),
         train='{"batch_size": 4, "max_prompt_tokens": 64}', methods=[],
     )  # fmt: skip
 
@@ -121,7 +107,7 @@ def test_a_cell_that_fails_does_not_lose_the_others(spec: BenchmarkSpec) -> None
 
 def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: BenchmarkSpec) -> None:
     methods = spec_from_options(
-        data=str(spec.data), tasks=list(LABELS), base_model=spec.base_model, train="{}",
+        data=str(spec.data), tasks=list(COLOURS_AND_SIZES), base_model=spec.base_model, train="{}",
         methods=["{}", '{"deal": {"core": "frozen"}}', '{"rivals": {"ewc_weight": 3}}'],
         strategies=["deal", "seq_lora"], seeds=[0, 1],
     )  # fmt: skip
@@ -143,7 +129,7 @@ def test_the_commands_adapter_and_training_reach_the_cells(
 
     monkeypatch.setattr("flows.benchmark.benchmark", ask)
     words = ["benchmark", "--data", str(spec.data), "--base", spec.base_model, "--home", str(home), "--rows", "8"]
-    words += [word for name in LABELS for word in ("--task", name)]
+    words += [word for name in COLOURS_AND_SIZES for word in ("--task", name)]
     for options in ([], ["--adapter", '{"rank": 8}'], ["--train", '{"num_epochs": 2}'], ["--prompt", "chat"]):
         result = CliRunner().invoke(app, [*words, *options])
         assert result.exit_code == 0, result.output
@@ -178,7 +164,8 @@ def test_the_commands_adapter_and_training_reach_the_cells(
 )
 def test_unknown_settings_are_refused(options: dict[str, Any], message: str, data: Path, tiny_base: Path) -> None:
     given = {
-        "data": str(data), "tasks": list(LABELS), "train": "{}", "methods": [], "base_model": str(tiny_base), **options,
+        "data": str(data), "tasks": list(COLOURS_AND_SIZES), "train": "{}", "methods": [], "base_model": str(tiny_base),
+        **options,
     }  # fmt: skip
     with pytest.raises(ConfigError, match=message):
         cells_of(spec_from_options(**given), identify_base(str(tiny_base)))

@@ -23,7 +23,7 @@ from tasks.predict import predict
 from tasks.references import Arrival
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, run
-from tests.integration.test_flow_benchmark import write_tasks
+from tests.suite_tasks import write_tasks
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "plain_peft.py"
 TEXT = "I lost my card."

@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import best_rivals
+from benchmarks.report import best_rivals, seconds_beside_steps, spread_of_seeds
 from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell, revision_of
-from deal_core.benchmark.summary import departures, matrix_of, protocols, read_cells, summarise
+from deal_core.benchmark.summary import (
+    departures,
+    lost_since_learned,
+    matrix_of,
+    protocols,
+    read_cells,
+    summarise,
+)
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import DataValidationError
 from deal_core.method_config import MethodConfig
@@ -150,6 +157,34 @@ def test_cells_of_another_protocol_stand_in_another_table():
     assert sorted(len(protocol.cells) for protocol in protocols(cells)) == [1, 2]
     cells = [made("deal", bits), made("deal", bits, prompt="chat")]
     assert [len(protocol.cells) for protocol in protocols(cells)] == [1, 1]
+
+
+def test_what_is_lost_is_told_of_the_judged_tasks_but_the_newest():
+    cell = made("deal", [{"yahoo": "1111"}, {"yahoo": "1000", "agnews": "1100"}])
+    assert lost_since_learned(cell, ["yahoo", "agnews"]) == 75.0
+    assert lost_since_learned(cell, ["agnews"]) is None, "nothing was learned after it"
+    assert lost_since_learned({**cell, "settings": {**cell["settings"], "scored": "last"}}, ["yahoo"]) is None
+
+
+def test_a_pair_from_two_kinds_of_processor_is_told():
+    cells = [made("deal", [{"yahoo": "11"}, {"yahoo": "11", "agnews": "11"}]),
+             made("seq_lora", [{"yahoo": "11"}, {"yahoo": "10", "agnews": "11"}])]  # fmt: skip
+    assert rows_of(cells)["seq_lora", "yahoo, agnews"]["difference_is_of_one_processor"] is True
+    cells[1]["perplexity"] = {"base": 10.1, "adapted": 11.0}
+    assert rows_of(cells)["seq_lora", "yahoo, agnews"]["difference_is_of_one_processor"] is False
+
+
+def test_seeds_that_round_alike_are_compared_by_method():
+    last = {"yahoo": "11", "agnews": "11"}
+    cells = [made("deal", [{"yahoo": "11"}, last]), made("deal", [{"yahoo": "11"}, {**last, "yahoo": "10"}], seed=1),
+             made("deal", [{"yahoo": "11"}, {**last, "yahoo": "00"}], seed=2)]  # fmt: skip
+    cells[2]["perplexity"] = {"base": 10.1, "adapted": 11.0}
+    assert spread_of_seeds(cells) == {"deal": 25.0}
+
+
+def test_every_pass_over_a_row_is_a_part_of_the_steps():
+    cell = made("deal", [{"yahoo": "11"}, {"yahoo": "11", "agnews": "11"}], rows=30, train={"seed": 0, "num_epochs": 3})
+    assert seconds_beside_steps([cell]) == {"deal": 15.0}  # 60 s less 90 rows at 2 a second
 
 
 def test_steps_that_recentre_are_a_part_of_the_method_so_both_stand_in_one_table():

@@ -1,0 +1,29 @@
+"""What is said of answers that one label has taken over."""
+
+from __future__ import annotations
+
+import pytest
+
+from deal_core.evaluation.answer_scores import LabelFigures
+from deal_core.evaluation.score import TaskEvaluation
+from tasks.adaptation.scorer import Scored, collapse_notes
+
+
+@pytest.mark.parametrize(("recentred", "is_gain"), [(0.5, False), (0.54, False), (0.75, True)])
+def test_the_remedy_is_named_if_it_gains_a_row(recentred: float, is_gain: bool) -> None:
+    """Of ten rows one is a tenth."""
+    labels = (
+        LabelFigures(label="closed", num_rows=5, recall=1.0, share=1.0),
+        LabelFigures(label="open", num_rows=5, recall=0.0, share=0.0),
+    )
+    found = TaskEvaluation(
+        task="tickets", accuracy=0.5, rouge1=0.5, num_rows=10, majority_rate=0.5, answers=("closed",) * 10,
+        outcomes=(1.0,) * 5 + (0.0,) * 5, labels=labels,
+    )  # fmt: skip
+    (note,) = collapse_notes(Scored({"tickets": found}, {}, None, recentred={"tickets": recentred}))
+    first = "tickets: 100 % of the answers are 'closed', but 50 % of the test rows are"
+    assert note.startswith(first) and ("train.recentre_steps" in note) is is_gain
+    if is_gain:
+        assert "accuracy would be 75.0 % instead of 50.0 %" in note
+    else:
+        assert note == first
