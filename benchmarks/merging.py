@@ -17,12 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import torch
 import typer
 from datasets import disable_progress_bars
 
 from benchmarks.output import RESULTS, Base, Out, write_result
 from benchmarks.versions import Versions
-from deal_core.adapter.spectrum import Factors, weighted_sum
+from deal_core.adapter.spectrum import decompose
 from deal_core.adapter.stack import collect_stacks
 from deal_core.adapter.state import adapter_on, load_method_state, save_adapter
 from deal_core.base_model.load import load_base
@@ -31,10 +32,14 @@ from deal_core.benchmark.suites import load_suite
 from deal_core.config import TrainConfig
 from infra.settings import HomeSettings
 
+Factors = tuple[torch.Tensor, torch.Tensor]
+
 
 def weighted(parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Factors, float]:
     """Factors of the best approximation of Σ w·B·A of the parts' rank, and the share of ‖ΔW‖² that is cut off."""
-    rank, found = parts[0][0].shape[1], weighted_sum(parts, weights)
+    rank = parts[0][0].shape[1]
+    b_MOR = torch.cat([weight * b for (_, b), weight in zip(parts, weights, strict=True)], dim=2)
+    found = decompose(torch.cat([a for a, _ in parts], dim=1), b_MOR)
     power_MR = found.sigma_MR.square()
     y_A, y_B = found.truncate(rank).factors()
     return (y_A.mT, y_B), float(power_MR[:, rank:].sum() / power_MR.sum())

@@ -63,14 +63,24 @@ LATER: dict[str, dict[str, Any]] = {
 """Section → settings that the first release did not have → the value that changes nothing."""
 
 
-REMOVED: dict[str, dict[str, Any]] = {"rehearsal": {"parent_share": 0.0}, "evaluate": {"recentre": False}}
+FIRST_RELEASE: dict[str, dict[str, Any]] = {
+    "deal": {"sides": "both", "balanced": True, "recycle": True, "project": True, "interpolation": 1.0},
+}
+"""Section → settings that only the first releases had → the value that means today's method. Digests count them."""
+REMOVED: dict[str, dict[str, Any]] = {
+    "rehearsal": {"parent_share": 0.0}, "evaluate": {"recentre": False}, **FIRST_RELEASE,
+}
 """Section → settings that exist no more → the value with which a stored spec means the same without them."""
 
 
 def known_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section without later settings that change nothing. Digests of these values stay the same."""
+    """The values of a section as the first release had them, so that digests of these values stay the same.
+
+    Later settings that change nothing are left out. Settings that are gone are put back.
+    """
     later = LATER.get(section, {})
-    return {name: value for name, value in values.items() if name not in later or value != later[name]}
+    kept = {name: value for name, value in values.items() if name not in later or value != later[name]}
+    return {**FIRST_RELEASE.get(section, {}), **kept}
 
 
 def as_stored(section: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,7 @@ from deal_core.safe_text import brief
 
 Form = Literal["spectral", "literal"]
 Core = Literal["frozen", "soft", "free"]
-Sides = Literal["both", "A", "B"]
-Kernel = Literal["heat", "linear_decay", "spline", "haar"]
+Kernel = Literal["heat", "linear_decay", "spline"]
 
 
 def _changed(config: Any) -> list[str]:
@@ -39,32 +38,22 @@ def _changed(config: Any) -> list[str]:
 class DealConfig:
     """DEAL: retention of the adapter's core spectrum and controlled updating (arXiv 2509.18942, Eq. 7-12).
 
-    All but `core` and `interpolation` are for a soft or frozen core.
+    All but `core` are for a soft or frozen core.
     """
 
     form: Form = "spectral"
-    """spectral: slots of the (balanced) factors. literal: Eq. 8-12 on the raw factors, kept for comparison."""
+    """spectral: slots of the balanced factors. literal: Eq. 8-12 on the raw factors, kept for comparison."""
     core: Core = "soft"
     """frozen: core slots never change. soft: core slots may change, at the cost of the lambda1 term. free: the factors
     are trained without a decomposition, and only the rehearsal preserves old answers."""
-    sides: Sides = "both"
-    """Which factors are updated."""
-    balanced: Flag = True
-    """Rewrite the factors as P Σ^½ and Q Σ^½ when a task arrives. False leaves the factors unchanged."""
     energy: ShareAboveZero = 0.95
     """Core slots hold at least this share of ‖ΔW‖²_F."""
     free_share: ShareBelowOne = 0.25
     """At least this share of the slots stays free for the new task."""
-    recycle: Flag = True
-    """Empty the free slots and draw new seeds for them. False keeps their content: the new task continues from it, with
-    one factor of each free slot scaled to the length of a seed."""
     seed_scale: Positive = 1.0
     """Size of the free slots' seeds, in units of PEFT's. A larger value learns faster at the same learning rate."""
-    project: Flag = True
-    """Keep the free rows of A orthogonal to the core's row space; needs the balanced form."""
     kernel: Kernel = "heat"
-    """The retention filter: kernels of the singular value (heat, x·e^−x, quadratic spline), or haar: a gate on the
-    one-level Haar transform of the features, for comparison."""
+    """The retention filter's function of the singular value: heat, x·e^−x, or a quadratic spline."""
     widths: tuple[Positive, ...] = (0.25, 0.5, 1.0)
     """Widths σ_j of the kernels, in units of the largest singular value."""
     num_layers: CountOrZero = 1
@@ -79,8 +68,6 @@ class DealConfig:
     """Weight of the update's size."""
     b: AtLeastOne = 2.0
     """Exponent of the update's size."""
-    interpolation: ShareAboveZero = 1.0
-    """γ: the version is (1 − γ)·parent + γ·trained, at the same rank. 1 keeps the trained adapter unchanged."""
     tolerance: Positive = 0.1
     """ρ: relative deviation of a core slot at which the lambda1 term takes effect."""
 
@@ -94,16 +81,11 @@ class DealConfig:
             self.form == "spectral" or self.kernel == "heat",
             f"deal.kernel is {self.kernel!r}; the literal form has only the heat kernel.",
         )
-        idle = [f"deal.{name}" for name in _changed(self) if name not in ("core", "interpolation")]
+        idle = [f"deal.{name}" for name in _changed(self) if name != "core"]
         require(
             self.core != "free" or not idle,
             f"deal.core is free, which decomposes nothing, so {', '.join(idle)} would do nothing; leave it "
             "out, or set deal.core to soft or frozen.",
-        )
-        require(
-            self.balanced or not self.recycle or self.form == "literal" or self.core == "free",
-            "deal.balanced is false and deal.recycle is true: a slot of the raw factors mixes several directions, "
-            "so emptying a slot would lose what was learned; set deal.recycle to false too.",
         )
         require(self.a >= self.b, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b.")
 

@@ -225,7 +225,7 @@ class AdaptSpec(LineageSpec):
                                   "gate": {"alias_moves", "rollout", "rollout_share", "rollout_rows"}}
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
-        settings |= {name: known_before(name, settings[name]) for name in ("task", "rehearsal", "gate")}
+        settings |= {name: known_before(name, settings[name]) for name in ("task", "deal", "rehearsal", "gate")}
         idle = {name for name in LATER_RIVALS if not {"rivals", f"rivals.{name}"} & {*strategy_class(strategy).reads}}
         settings["rivals"] = {name: value for name, value in settings["rivals"].items() if name not in idle}
         settings |= {"adapter": asdict(adapter), "strategy": strategy}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter.retention import ControlledUpdate, HaarRetention, LiteralRetention, SpectralRetention
+from deal_core.adapter.retention import ControlledUpdate, LiteralRetention, SpectralRetention
 from deal_core.method_config import DealConfig
 
 TINY = 1e-12
@@ -25,10 +25,8 @@ class FactorNetwork(nn.Module):
 
     start_MNR: Tensor
 
-    def __init__(self, start_MNR: Tensor, *, is_trained: bool) -> None:
+    def __init__(self, start_MNR: Tensor) -> None:
         super().__init__()
-        self.is_trained = is_trained
-        """False for a side that `deal.sides` excludes; the side then has no parameters."""
         self.register_buffer("start_MNR", start_MNR.clone())
 
     @abstractmethod
@@ -60,20 +58,19 @@ class FactorNetwork(nn.Module):
 class LiteralFactor(FactorNetwork):
     """Eq. 8-12 as written, on the raw factor. The penalty is on θ₁'s deviation from its start: one on g erases Y."""
 
-    def __init__(self, start_MNR: Tensor, config: DealConfig, *, is_trained: bool) -> None:
-        super().__init__(start_MNR, is_trained=is_trained)
+    def __init__(self, start_MNR: Tensor, config: DealConfig) -> None:
+        super().__init__(start_MNR)
         self._config = config
         self.retention: LiteralRetention | None = None
-        self.update: ControlledUpdate | None = None
-        if is_trained:
-            if config.num_layers > 0:
-                self.retention = LiteralRetention(start_MNR, config.widths, config.num_layers)
-            self.update = ControlledUpdate(start_MNR, mixing=config.mixing)
+        if config.num_layers > 0:
+            self.retention = LiteralRetention(start_MNR, config.widths, config.num_layers)
+        self.update = ControlledUpdate(start_MNR, mixing=config.mixing)
 
     def forward(self) -> Tensor:
         """Return O: X̂ + X̂Ω + b."""
         out_MNR = self.start_MNR if self.retention is None else self.retention(self.start_MNR)
-        return out_MNR if self.update is None else self.update(out_MNR)
+        updated_MNR: Tensor = self.update(out_MNR)
+        return updated_MNR
 
     def penalty(self) -> Tensor:
         """λ₁‖θ₁ − θ₁⁰‖_a^a + λ₂‖θ₂‖_b^b with θ₁ = {g, C} and θ₂ = {Ω, b}."""
@@ -83,9 +80,8 @@ class LiteralFactor(FactorNetwork):
             starts = ((self.retention.filters_KMJN, 1 / len(config.widths)), (self.retention.centres_KMJ, 1.0))
             for theta, start in starts:
                 total = total + config.lambda1 * (theta - start).abs().pow(config.a).sum()
-        if self.update is not None:
-            for theta in self.update.parameters():
-                total = total + config.lambda2 * theta.abs().pow(config.b).sum()
+        for theta in self.update.parameters():
+            total = total + config.lambda2 * theta.abs().pow(config.b).sum()
         return total
 
 
@@ -98,46 +94,36 @@ class SpectralFactor(FactorNetwork):
     products, and a single pass over the numbers sets them and the penalty's gradients.
 
     Args:
-        start_MNR: The factor when the task arrives, free slots already recycled.
+        start_MNR: The balanced factor when the task arrives, free slots already recycled.
         sigma_MR: Singular values of ΔW.
         core_MR: True for core slots, which are the leading slots.
         guarded_MNR: Orthonormal directions that free slots must not use (zero columns elsewhere), or None.
-        is_trained: Whether this side is updated.
     """
 
     core_M1R: Tensor
     guarded_MNR: Tensor | None
 
     def __init__(
-        self, start_MNR: Tensor, sigma_MR: Tensor, core_MR: Tensor, config: DealConfig, guarded_MNR: Tensor | None,
-        *, is_trained: bool,
+        self, start_MNR: Tensor, sigma_MR: Tensor, core_MR: Tensor, config: DealConfig, guarded_MNR: Tensor | None
     ) -> None:
-        super().__init__(start_MNR, is_trained=is_trained)
+        super().__init__(start_MNR)
         self._config = config
         self.register_buffer("core_M1R", core_MR.unsqueeze(1))
         self.register_buffer("guarded_MNR", guarded_MNR)
-        self.retention: SpectralRetention | HaarRetention | None = None
-        self.update: ControlledUpdate | None = None
-        if not is_trained:
-            self._keep_out(self.start_MNR, slice(None), self.start_MNR.shape[2])
-        else:
-            is_soft = config.core == "soft"
-            if is_soft and config.num_layers > 0:
-                self.retention = self._make_retention(sigma_MR)
-            self.update = ControlledUpdate(
-                start_MNR, mixing=is_soft and config.mixing, trainable_MR=None if is_soft else ~core_MR
-            )
-
-    def _make_retention(self, sigma_MR: Tensor) -> SpectralRetention | HaarRetention:
-        return SpectralRetention(sigma_MR, self._config.kernel, self._config.widths, self._config.num_layers)
+        is_soft = config.core == "soft"
+        self.retention: SpectralRetention | None = None
+        if is_soft and config.num_layers > 0:
+            self.retention = SpectralRetention(sigma_MR, config.kernel, config.widths, config.num_layers)
+        self.update = ControlledUpdate(
+            start_MNR, mixing=is_soft and config.mixing, trainable_MR=None if is_soft else ~core_MR
+        )
 
     def forward(self) -> Tensor:
         """Return O: X̂ + X̂Ω + b, free slots projected out of the guarded directions."""
         out_MNR = self.start_MNR
         if self.retention is not None:
             out_MNR = torch.where(self.core_M1R, self.retention(out_MNR), out_MNR)
-        if self.update is not None:
-            out_MNR = self.update(out_MNR)
+        out_MNR = self.update(out_MNR)
         if self.guarded_MNR is not None:
             projected_MNR = out_MNR - self.guarded_MNR @ (self.guarded_MNR.mT @ out_MNR)
             out_MNR = torch.where(self.core_M1R, out_MNR, projected_MNR)
@@ -145,8 +131,6 @@ class SpectralFactor(FactorNetwork):
 
     def penalty(self) -> Tensor:
         """λ₁·mean_k(‖y'_k − y_k‖/(ρ‖y_k‖))^a over core slots, λ₂·mean|·|^b over Ω and the free columns of b."""
-        if self.update is None:
-            return self.start_MNR.new_zeros(())
         config = self._config
         core_MR = self.core_M1R.squeeze(1).float()
         deviation_MR = (self() - self.start_MNR).square().sum(1)
@@ -159,21 +143,21 @@ class SpectralFactor(FactorNetwork):
         return total
 
     def _mixing_size(self) -> Tensor:
-        mixing_MRR = None if self.update is None else self.update.mixing_MRR
+        mixing_MRR = self.update.mixing_MRR
         if mixing_MRR is None:
             return self.start_MNR.new_zeros(())
         return mixing_MRR.abs().pow(self._config.b).mean((1, 2)).sum()
 
     def _weight(self) -> Tensor | None:
         """W (M×R×R) as a function of g, c and Ω; None if W is the identity."""
-        mixing_MRR = None if self.update is None else self.update.mixing_MRR
+        mixing_MRR = self.update.mixing_MRR
         if self.retention is None and mixing_MRR is None:
             return None
         rank = self.start_MNR.shape[2]
         weight_MRR = torch.eye(rank, device=self.start_MNR.device).expand(len(self.start_MNR), -1, -1)
         if mixing_MRR is not None:
             weight_MRR = weight_MRR + mixing_MRR
-        if isinstance(self.retention, SpectralRetention):
+        if self.retention is not None:
             gains_MR = torch.where(self.core_M1R.squeeze(1), self.retention.gains(), 1.0)
             weight_MRR = gains_MR.unsqueeze(2) * weight_MRR
         return weight_MRR
@@ -201,21 +185,17 @@ class SpectralFactor(FactorNetwork):
         """Write O of every module into its target (N×R)."""
         weight_MRR = self._weight()
         for part, num_core in self._blocks():
-            out_BNR = self.start_MNR[part]
-            if self.update is not None:
-                offset_BNR = self.update.masked_offset(part)
-                out_BNR = (
-                    out_BNR + offset_BNR if weight_MRR is None
-                    else torch.baddbmm(offset_BNR, out_BNR, weight_MRR[part], out=torch.empty_like(offset_BNR))
-                )  # fmt: skip
-                self._keep_out(out_BNR, part, num_core)
+            start_BNR, offset_BNR = self.start_MNR[part], self.update.masked_offset(part)
+            out_BNR = (
+                start_BNR + offset_BNR if weight_MRR is None
+                else torch.baddbmm(offset_BNR, start_BNR, weight_MRR[part], out=torch.empty_like(offset_BNR))
+            )  # fmt: skip
+            self._keep_out(out_BNR, part, num_core)
             for target, value in zip(targets[part], out_BNR, strict=True):
                 target.copy_(value)
 
     def pull_back(self, gradients: Sequence[Tensor], *, penalised: bool) -> None:
         """Set the gradients of g, c, Ω and b; see `FactorNetwork.pull_back`."""
-        if self.update is None:
-            return
         offset, config, start_MNR = self.update.offset_MNR, self._config, self.start_MNR
         weight_MRR = self._weight()
         for parameter in self.parameters():
@@ -245,7 +225,6 @@ class SpectralFactor(FactorNetwork):
 
     def _add_wall(self, grad_BNR: Tensor, weight_MRR: Tensor | None, part: slice, num_core: int) -> None:
         """Add the λ₁ term's gradient with respect to O; only core columns have one."""
-        assert self.update is not None
         config, start_BNR = self._config, self.start_MNR[part]
         moved_BNC = self.update.offset_MNR[part, :, :num_core]
         if weight_MRR is not None:
@@ -260,18 +239,7 @@ class SpectralFactor(FactorNetwork):
 
     def _add_size(self, grad_BNR: Tensor, part: slice) -> None:
         """Add the λ₂ term's gradient with respect to b; only free columns have one."""
-        assert self.update is not None
         config, offset_BNR = self._config, self.update.offset_MNR[part]
         slope_BNR = offset_BNR if config.b == 2 else offset_BNR.sign() * offset_BNR.abs().pow(config.b - 1)
         factor_B1R = ~self.core_M1R[part] * (config.lambda2 * config.b / offset_BNR[0].numel())
         grad_BNR.addcmul_(slope_BNR, factor_B1R)
-
-
-class HaarFactor(SpectralFactor):
-    """A factor with the Haar gate instead of a function of the spectrum. Autograd computes its gradients."""
-
-    def _make_retention(self, sigma_MR: Tensor) -> HaarRetention:
-        return HaarRetention(self.start_MNR, self._config.num_layers)
-
-    write = FactorNetwork.write
-    pull_back = FactorNetwork.pull_back

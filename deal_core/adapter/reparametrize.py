@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from deal_core.adapter.factor import FactorNetwork, HaarFactor, LiteralFactor, SpectralFactor
-from deal_core.adapter.spectrum import Spectrum, count_core_slots, decompose
+from deal_core.adapter.factor import FactorNetwork, LiteralFactor, SpectralFactor
+from deal_core.adapter.spectrum import count_core_slots, decompose
 from deal_core.adapter.stack import LoraStack, draw_seeds
 from deal_core.method_config import DealConfig
 
@@ -50,21 +50,16 @@ class Reparametrization(nn.Module):
         self.num_core_slots.update(zip(stack.names, count_M.tolist(), strict=True))
         self.is_full += tuple(n for n, c, w in zip(stack.names, count_M, wanted_M, strict=True) if c < w)
         core_MR = torch.arange(rank, device=count_M.device).unsqueeze(0) < count_M.unsqueeze(1)
-        y_A, y_B = spectrum.factors() if config.balanced else (a_MRI.mT.clone(), b_MOR)
         power_MR = spectrum.sigma_MR.double().square()
         self._power += float(power_MR.sum())
-        if config.recycle:
-            self._recycled_power += float((power_MR * ~core_MR).sum())
-            y_A, y_B = _recycle(y_A, y_B, core_MR, config, generator)
-        elif config.balanced:
-            y_A, y_B = _rescale(spectrum, core_MR, config)
-        guarded = spectrum.right_MIR * core_MR.unsqueeze(1) if config.project and config.balanced else None
+        self._recycled_power += float((power_MR * ~core_MR).sum())
+        y_A, y_B = _recycle(*spectrum.factors(), core_MR, config, generator)
         # Aᵀ gets A's memory layout, so that copies between the two are contiguous
-        y_A, guarded = _as_lora_a(y_A), None if guarded is None else _as_lora_a(guarded)
-        factory = HaarFactor if config.kernel == "haar" else SpectralFactor
-        a_side = factory(y_A, spectrum.sigma_MR, core_MR, config, guarded, is_trained=config.sides != "B")
-        b_side = factory(y_B, spectrum.sigma_MR, core_MR, config, None, is_trained=config.sides != "A")
-        return a_side, b_side
+        y_A, guarded = _as_lora_a(y_A), _as_lora_a(spectrum.right_MIR * core_MR.unsqueeze(1))
+        return (
+            SpectralFactor(y_A, spectrum.sigma_MR, core_MR, config, guarded),
+            SpectralFactor(y_B, spectrum.sigma_MR, core_MR, config, None),
+        )
 
     @property
     def recycled_share(self) -> float:
@@ -85,8 +80,7 @@ class Reparametrization(nn.Module):
         """
         for stack, networks in zip(self._stacks, self._pairs, strict=True):
             for network, gradients in zip(networks, stack.target_gradients(), strict=True):
-                if network.is_trained:
-                    network.pull_back(gradients, penalised=penalised)
+                network.pull_back(gradients, penalised=penalised)
 
     def penalty(self) -> Tensor:
         """λ₁ and λ₂ terms of Eq. 12, summed over the modules; a scalar with a gradient."""
@@ -103,32 +97,11 @@ def _as_lora_a(y_MIR: Tensor) -> Tensor:
     return y_MIR.mT.contiguous().mT
 
 
-def _rescale(spectrum: Spectrum, core_MR: Tensor, config: DealConfig) -> tuple[Tensor, Tensor]:
-    """The balanced factors, with free slots rescaled: one factor as long as a seed of PEFT, the other with the rest.
-
-    The adapter's output does not change. No slot is near zero in both factors, because such a slot could not learn.
-    """
-    length = config.seed_scale / math.sqrt(3)  # of n numbers drawn from U(−1/√n, 1/√n)
-    root_M1R = spectrum.sigma_MR.sqrt().unsqueeze(1)
-    long_M1R = torch.where(core_MR.unsqueeze(1), root_M1R, length)
-    short_M1R = torch.where(core_MR.unsqueeze(1), root_M1R, spectrum.sigma_MR.unsqueeze(1) / length)
-    if config.sides == "A":
-        return spectrum.right_MIR * short_M1R, spectrum.left_MOR * long_M1R
-    return spectrum.right_MIR * long_M1R, spectrum.left_MOR * short_M1R
-
-
 def _recycle(
     y_A: Tensor, y_B: Tensor, core_MR: Tensor, config: DealConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Set the free slots of one factor to zero and seed the other as PEFT seeds a new LoRA, U(−1/√n, 1/√n), scaled.
-
-    By default B's free slots are zero and A's are seeded. If only A is trained, the roles swap: with B at zero, A would
-    never receive a gradient.
-    """
+    """Set the free slots of B to zero and seed those of A as PEFT seeds a new LoRA, U(−1/√n, 1/√n), scaled."""
     core_M1R = core_MR.unsqueeze(1)
-    if config.sides == "A":
-        seeds = config.seed_scale * draw_seeds(y_B, y_B.shape[2], generator)
-        return torch.where(core_M1R, y_A, 0.0), torch.where(core_M1R, y_B, seeds)
     seeds = config.seed_scale * draw_seeds(y_A, y_A.shape[1], generator)
     return torch.where(core_M1R, y_A, seeds), torch.where(core_M1R, y_B, 0.0)
 
@@ -138,7 +111,4 @@ def _literal_sides(
 ) -> tuple[FactorNetwork, FactorNetwork]:
     del generator  # the literal form seeds nothing
     a_MRI, b_MOR = stack.read()
-    return (
-        LiteralFactor(a_MRI.mT, config, is_trained=config.sides != "B"),
-        LiteralFactor(b_MOR, config, is_trained=config.sides != "A"),
-    )
+    return LiteralFactor(a_MRI.mT, config), LiteralFactor(b_MOR, config)

@@ -77,29 +77,6 @@ class SpectralRetention(nn.Module):
         return y_MNR * self.gains().unsqueeze(1)
 
 
-class HaarRetention(nn.Module):
-    """A gate on the one-level Haar transform of a factor's features; it replaces the function of the spectrum.
-
-    Features are transformed in pairs, (y₁ ± y₂)/√2. Each coefficient is multiplied by its own gate, then the transform
-    is inverted. A last unpaired feature stays unchanged. Gates are 1 at the start; K layers multiply their gates.
-    """
-
-    def __init__(self, y_MNR: Tensor, num_layers: int) -> None:
-        super().__init__()
-        num_modules, num_features, _ = y_MNR.shape
-        shape = (num_layers, num_modules, num_features - num_features % 2, 1)
-        self.gates_KMN1 = nn.Parameter(y_MNR.new_ones(shape))
-
-    def forward(self, y_MNR: Tensor) -> Tensor:
-        """Gate the coefficients of every direction of Y."""
-        num_paired = self.gates_KMN1.shape[2]
-        even_MPR, odd_MPR = y_MNR[:, :num_paired:2], y_MNR[:, 1:num_paired:2]
-        gates_low_MP1, gates_high_MP1 = self.gates_KMN1.prod(0).chunk(2, dim=1)
-        low_MPR, high_MPR = 0.5 * gates_low_MP1 * (even_MPR + odd_MPR), 0.5 * gates_high_MP1 * (even_MPR - odd_MPR)
-        paired_MNR = torch.stack((low_MPR + high_MPR, low_MPR - high_MPR), dim=2).flatten(1, 2)
-        return torch.cat((paired_MNR, y_MNR[:, num_paired:]), dim=1)
-
-
 class LiteralRetention(nn.Module):
     """Eq. 8-10 as written, on a raw factor: H ← Σ_j Ψ_j diag(g_j) Ψ_j⁻¹ H with Ψ_j = U diag(φ_j(s)) Uᵀ.
 

@@ -5,13 +5,10 @@ Shapes: M modules of one shape, O out features, I in features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Spectrum:
     right_MIR: Tensor
     """Q, orthonormal columns."""
 
-    def factors(self) -> Factors:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """Return the balanced factors Y_A = Q Σ^½ (M×I×R) and Y_B = P Σ^½ (M×O×R), with ΔW = Y_B Y_Aᵀ."""
         root_M1R = self.sigma_MR.sqrt().unsqueeze(1)
         return self.right_MIR * root_M1R, self.left_MOR * root_M1R
@@ -55,20 +52,3 @@ def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:
     below_MR = power_MR.cumsum(1) < energy * total_M1 * (1 - 1e-12)
     count_M = torch.where(total_M1.squeeze(1) > 0, below_MR.sum(1) + 1, 0)
     return count_M.clamp(max=sigma_MR.shape[1] - num_free)
-
-
-def interpolate(parent: Factors, trained: Factors, share: float) -> Factors:
-    """Return factors of the best rank-R approximation of (1 − share)·ΔW_parent + share·ΔW_trained.
-
-    Points between fine-tuned weights and the weights before trade new knowledge for old better than either end
-    (Wortsman et al., arXiv 2109.01903, for full weights). Both factor pairs are A (M×R×I) and B (M×O×R).
-    """
-    rank = trained[0].shape[1]
-    y_A, y_B = weighted_sum([parent, trained], [1 - share, share]).truncate(rank).factors()
-    return y_A.mT, y_B
-
-
-def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Spectrum:
-    """Return the spectrum of Σ w·B·A, without forming ΔW. Each pair of factors is A (M×R×I) and B (M×O×R)."""
-    b_MOR = torch.cat([weight * b for (_, b), weight in zip(parts, weights, strict=True)], dim=2)
-    return decompose(torch.cat([a for a, _ in parts], dim=1), b_MOR)

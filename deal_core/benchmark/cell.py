@@ -90,11 +90,9 @@ class Cell:
 
         Cells with the same digest share their first version, which is trained and scored once.
         """
-        method = {"deal.sides": "both", "rehearsal.texts": "arrival", **self.method}
-        is_plain = (
-            method["deal.sides"] == "both"
-            and not RehearsalConfig(texts=method["rehearsal.texts"]).keeps_rows
-            and not any(name.partition(".")[0] in COMMON for name in method)
+        texts = self.method.get("rehearsal.texts", "arrival")
+        is_plain = not RehearsalConfig(texts=texts).keeps_rows and not any(
+            name.partition(".")[0] in COMMON for name in self.method
         )
         if self.strategy not in ("seq_lora", "deal") or not is_plain:
             return None

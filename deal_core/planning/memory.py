@@ -179,16 +179,14 @@ def _method_bytes(model: ModelSize, shape: MethodShape) -> tuple[int, int, int]:
     if shape.strategy != "deal" or shape.is_first_task:
         return FP32 * factors, FP32 * 3 * factors, 0
     deal = shape.method.deal
-    parent = factors if deal.interpolation < 1 else 0
     if deal.core == "free":
-        return FP32 * (factors + parent), FP32 * 3 * factors, 0
-    guarded = num_A if deal.form == "spectral" and deal.project and deal.balanced else 0
-    trained = num_A * (deal.sides != "B") + num_B * (deal.sides != "A")
+        return FP32 * factors, FP32 * 3 * factors, 0
+    guarded = num_A if deal.form == "spectral" else 0
     mixing = 2 * len(model.modules) * shape.rank**2 if deal.core == "soft" and deal.mixing else 0
-    constants = factors + guarded + parent
-    adapter = factors + constants + trained + mixing
-    # gradients of A and B; for the trained parameters gradients and two moments
-    optimiser = factors + 3 * (trained + mixing)
+    # the adapter, its starting factors and the offset b
+    adapter = 3 * factors + guarded + mixing
+    # gradients of A and B; for b and Ω gradients and two moments
+    optimiser = factors + 3 * (factors + mixing)
     return FP32 * adapter, FP32 * optimiser, FP32 * 6 * factors
 
 

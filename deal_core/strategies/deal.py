@@ -9,8 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from deal_core.adapter.reparametrize import Reparametrization
-from deal_core.adapter.spectrum import Factors, interpolate
-from deal_core.adapter.stack import check_rank, draw_seeds
+from deal_core.adapter.stack import check_rank
 from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
 from deal_core.strategies.rehearsal import Rehearsal
 from deal_core.strategies.strategy import MethodState, Stores, Strategy, TaskContext
@@ -35,34 +34,18 @@ class Deal(Strategy):
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""
         super().prepare(model, state, context)
-        self.deal = self.config.deal
         self._rows = {} if state is None else state.stored_rows
         self._rehearsal = make_rehearsal(self.config.rehearsal, model, context, self._rows, self.seed)
         self.network: Reparametrization | None = None
-        is_between = state is not None and self.deal.interpolation < 1
-        self._parent: list[Factors] = [stack.read() for stack in self.stacks] if is_between else []
-        generator = self.fresh()
         if state is None:
-            self._start_first_task(generator)
             return
         check_rank(self.stacks)
-        if self.deal.core == "free":
+        if self.config.deal.core == "free":
             return
-        self.network = Reparametrization(self.stacks, self.deal, generator)
+        self.network = Reparametrization(self.stacks, self.config.deal, self.fresh())
         self.network.synchronise()
         self.network.materialise()
-        self._drift = self._rehearsal.drift(model) if self._rehearsal and self.deal.recycle else None
-
-    def _start_first_task(self, generator: torch.Generator) -> None:
-        """Freeze the untrained side. If only A is trained, B must not be zero, or A would never receive a gradient."""
-        if self.deal.sides == "both":
-            return
-        for stack in self.stacks:
-            if self.deal.sides == "A":
-                a_MRI, b_MOR = stack.read()
-                stack.write(torch.zeros_like(a_MRI), draw_seeds(b_MOR, b_MOR.shape[2], generator))
-            for param in stack.b_params if self.deal.sides == "A" else stack.a_params:
-                param.requires_grad_(False)
+        self._drift = self._rehearsal.drift(model) if self._rehearsal else None
 
     def rehearsal(self) -> Rehearsal | None:
         """Return the questions about old tasks."""
@@ -97,9 +80,7 @@ class Deal(Strategy):
 
     @torch.no_grad()
     def finish(self) -> MethodState:
-        """Interpolate between parent and trained adapter, and keep rows if the rehearsal stores them."""
-        for stack, parent in zip(self.stacks, self._parent, strict=False):
-            stack.write(*interpolate(parent, stack.read(), self.deal.interpolation))
+        """Keep rows if the rehearsal stores them."""
         kept = keep_rows(self.config.rehearsal, self.context, self._rows, self.seed)
         return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 

@@ -133,3 +133,5 @@ def test_settings_stay_what_they_were_in_digests_and_json() -> None:
 def test_a_stored_section_is_read_without_settings_that_are_gone_unless_they_changed_something():
     assert "parent_share" not in as_stored("rehearsal", {"texts": "none", "parent_share": 0.0})
     assert as_stored("rehearsal", {"texts": "none", "parent_share": 0.5})["parent_share"] == 0.5
+    assert as_stored("deal", {"core": "soft", "sides": "both"}) == {"core": "soft"}
+    assert as_stored("deal", {"core": "soft", "recycle": False})["recycle"] is False

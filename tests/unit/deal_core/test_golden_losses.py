@@ -21,9 +21,9 @@ STEPS = TrainConfig(
 SETTINGS = {
     "seq_lora": ("seq_lora", DealConfig()),
     "deal_free": ("deal", DealConfig(core="free")),
-    "deal_soft": ("deal", DealConfig(core="soft", interpolation=1.0)),
-    "deal_frozen": ("deal", DealConfig(core="frozen", interpolation=1.0)),
-    "deal_literal": ("deal", DealConfig(form="literal", interpolation=1.0)),
+    "deal_soft": ("deal", DealConfig(core="soft")),
+    "deal_frozen": ("deal", DealConfig(core="frozen")),
+    "deal_literal": ("deal", DealConfig(form="literal")),
 }
 
 

@@ -33,9 +33,7 @@ from deal_core.training.train import TrainingSetup
 from tests.unit.deal_core.conftest import at_night, make_rows, train_into
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
-OFF = DealConfig(
-    balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
-)
+OFF = DealConfig(form="literal", num_layers=0, mixing=False, lambda1=0, lambda2=0)
 
 
 @pytest.fixture(scope="module")

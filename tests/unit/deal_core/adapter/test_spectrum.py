@@ -1,11 +1,11 @@
-"""The balanced form, the split into slots, and interpolation at fixed rank."""
+"""The balanced form, and the split into slots."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from deal_core.adapter.spectrum import count_core_slots, decompose, interpolate
+from deal_core.adapter.spectrum import count_core_slots, decompose
 
 
 @pytest.fixture
@@ -51,24 +51,9 @@ def test_core_holds_the_energy_and_leaves_the_free_slots(sigma, energy, num_free
     assert count_core_slots(torch.tensor([sigma]), energy, num_free).tolist() == [count]
 
 
-def test_interpolation_is_exact_where_the_rank_allows_it(factors):
+def test_a_truncated_spectrum_is_the_best_approximation_of_that_rank(factors):
     a_MRI, b_MOR = factors
-    y_A, y_B = interpolate((a_MRI, b_MOR), (a_MRI, 3 * b_MOR), 0.25)
-    assert y_A.shape == a_MRI.shape and y_B.shape == b_MOR.shape
-    torch.testing.assert_close(y_B @ y_A, 1.5 * b_MOR @ a_MRI, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("share", "end"), [(0.0, 0), (1.0, 1)])
-def test_interpolation_ends_at_parent_and_trained(factors, share, end):
-    other = (factors[0].flip(2), factors[1].flip(1))
-    ends = (factors, other)
-    y_A, y_B = interpolate(*ends, share)
-    torch.testing.assert_close(y_B @ y_A, ends[end][1] @ ends[end][0], rtol=1e-4, atol=1e-4)
-
-
-def test_interpolation_is_the_best_approximation_of_that_rank(factors):
-    other = (factors[0].flip(2), factors[1].flip(1))
-    y_A, y_B = interpolate(factors, other, 0.5)
-    full = 0.5 * (factors[1] @ factors[0] + other[1] @ other[0])
-    lost = torch.linalg.svdvals(full)[:, 4:].square().sum().sqrt()
-    torch.testing.assert_close((y_B @ y_A - full).norm(), lost, rtol=1e-4, atol=1e-4)
+    full = b_MOR @ a_MRI
+    y_A, y_B = decompose(a_MRI, b_MOR).truncate(2).factors()
+    lost = torch.linalg.svdvals(full)[:, 2:].square().sum().sqrt()
+    torch.testing.assert_close((y_B @ y_A.mT - full).norm(), lost, rtol=1e-4, atol=1e-4)

@@ -272,7 +272,6 @@ def test_a_first_task_is_shared_where_it_is_plain_lora_and_keeps_nothing_else():
     assert cell(tasks=("c", "a", "x")).shared_digest() == shared
     assert cell(scored="ends").shared_digest() != shared and cell(seed=2).shared_digest() != shared
     assert cell(tasks=("c", "x", "a")).shared_digest() != shared  # the second task is scored before it is learned
-    assert cell(method=MethodConfig(deal=DealConfig(sides="A"))).shared_digest() is None
     for texts in ("stored", "both"):
         assert cell(method=MethodConfig(rehearsal=RehearsalConfig(texts=texts))).shared_digest() is None
     for strategy in set(OWN) - {"deal", "seq_lora"} | {"joint", "per_task"}:
