@@ -34,6 +34,8 @@ from deal_core.benchmark.summary import (
 )
 from deal_core.evaluation.metrics import paired_interval
 
+OPTION_PARTS = (*COMMON, "token_mask")
+"""Parts of the method's settings whose settings are options here. token_mask is gone; its cells are kept."""
 TRAIN_OPTIONS = ("prompt_loss_weight", "max_steps")
 """Settings of the training that are options here. max_steps holds all rows to the steps of the chosen ones."""
 ALL, RANDOM, KEEP = "all rows", "selection.score: random", "selection.keep"
@@ -53,7 +55,7 @@ def trial_of(cell: CellJson) -> Trial | None:
     """The trial of a cell; None if the cell departs from the defaults in more than options."""
     settings = json.loads(json.dumps(cell["settings"]))
     method = {name: settings["method"].pop(name) for name in list(settings["method"])
-              if name.partition(".")[0] in COMMON}  # fmt: skip
+              if name.partition(".")[0] in OPTION_PARTS}  # fmt: skip
     if departures({**cell, "settings": settings}):
         return None
     changes = [change.replace(" ", ": ", 1) for change in departures(cell).split(", ")
@@ -146,6 +148,12 @@ def merging(path: Path) -> dict[str, float]:
     return {name: fmean(scores) for name, scores in read(path)["trials"][0]["scores"].items()}
 
 
+def masked(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Option → its line, of the table that has the token mask."""
+    found = next(table["lines"] for table in tables if any("token_mask" in line["option"] for line in table["lines"]))
+    return {line["option"]: line for line in found}
+
+
 def main(
     cells: Annotated[Path, typer.Option(help="Folder of development cells.")] = RESULTS / "development",
     noisy: Annotated[Path, typer.Option(help="Folder of cells whose training rows have wrong labels.")] = RESULTS
@@ -155,7 +163,8 @@ def main(
 ) -> None:
     """Fill the page."""
     measured = read(RESULTS / "option_seconds.json")
-    found = {"clean": tables(read_cells(cells), measured), "noisy": tables(read_cells(noisy), measured),
+    clean = tables(read_cells(cells), measured)
+    found = {"clean": clean, "masked": masked(clean), "noisy": tables(read_cells(noisy), measured),
              "seconds": measured, "arms": arms(trials),
              "merging": merging(RESULTS / "merging.json"), "unlabelled": arms(RESULTS / "arms_unlabelled.json"),
              "preferences": read(RESULTS / "preferences.json")}  # fmt: skip

@@ -39,10 +39,9 @@ from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import SuiteTask, load_suite
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
-from deal_core.method_config import MethodConfig, SelectionConfig, TokenMaskConfig
+from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features, suspected_labels
-from deal_core.training.prepare import prepare_rows
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
@@ -61,7 +60,6 @@ OPTIONS: dict[str, tuple[MethodConfig, float]] = {
     "selection.score: loss": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="loss")), 0.0),
     "selection.score: gradient": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="gradient")), 0.0),
     "selection.noise: leave_out": (MethodConfig(selection=SelectionConfig(noise="leave_out")), 0.0),
-    "token_mask.share: 0.2": (MethodConfig(token_mask=TokenMaskConfig(share=0.2)), 0.0),
     "train.prompt_loss_weight: 0.1": (MethodConfig(), 0.1),
 }
 """Option → the method's settings, and the weight of the texts in the loss."""
@@ -136,11 +134,11 @@ def _seconds(
 ) -> tuple[float, float]:
     """Seconds before the training, and of a step, for one arrival."""
     started = time.perf_counter()
-    prepared = prepare_rows(
-        rows, setup, lambda: base, parent_folder=parent, folder=folder, on_stage=lambda done, total, stage: None
-    )
+    if setup.method.selection.is_on:
+        chosen = choose_rows(rows, setup, lambda: base, parent_folder=parent, journal=folder / "selection.json")
+        rows = rows.select(chosen.rows)
     before = time.perf_counter() - started
-    return before, _train(base, prepared.rows, setup, parent, folder / "version").seconds / STEPS
+    return before, _train(base, rows, setup, parent, folder / "version").seconds / STEPS
 
 
 @app.command()
@@ -167,11 +165,8 @@ def options(
         for number in range(repeats):
             for name in random.Random(number).sample(list(OPTIONS), len(OPTIONS)):
                 method, text_weight = OPTIONS[name]
-                task = suite[second].schema
-                if method.token_mask.is_on:
-                    task = replace(task, labels=())  # a mask is for texts
                 each = replace(
-                    setup, task=task, old_tasks=(suite[first].schema,), method=method,
+                    setup, task=suite[second].schema, old_tasks=(suite[first].schema,), method=method,
                     train=replace(train, prompt_loss_weight=text_weight),
                 )  # fmt: skip
                 folder = Path(temporary) / f"{number}-{len(found[name])}-{list(OPTIONS).index(name)}"

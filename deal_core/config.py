@@ -69,6 +69,7 @@ FIRST_RELEASE: dict[str, dict[str, Any]] = {
 """Section → settings that only the first releases had → the value that means today's method. Digests count them."""
 REMOVED: dict[str, dict[str, Any]] = {
     "rehearsal": {"parent_share": 0.0}, "evaluate": {"recentre": False}, **FIRST_RELEASE,
+    "token_mask": {"max_perplexity": None, "share": None, "choose": "high", "keep_end": True},
 }
 """Section → settings that exist no more → the value with which a stored spec means the same without them."""
 

@@ -1,4 +1,4 @@
-"""Settings of the methods: DEAL, rehearsal, rivals, the choice of rows, and the mask of answer tokens."""
+"""Settings of the methods: DEAL, rehearsal, rivals, and the choice of rows."""
 
 from __future__ import annotations
 
@@ -252,47 +252,11 @@ class SelectionConfig:
         return min(num_rows, self.keep if isinstance(self.keep, int) else max(1, round(self.keep * num_rows)))
 
 
-@settings("token_mask")
-class TokenMaskConfig:
-    """Which answer tokens carry no loss (after arXiv 2501.14315). Every strategy heeds it; tasks with labels cannot.
-
-    The parent, or the base model before a first arrival, reads every training row once with its answer given.
-    """
-
-    max_perplexity: AtLeastOne | None = None
-    """Tokens that the parent finds a larger perplexity for are masked, 1 / p(token). The paper takes 2.5."""
-    share: ShareAboveZero | None = None
-    """Share of all answer tokens that is masked, those with the largest perplexity. The paper's bound masks 0.2 to
-    0.24."""
-    choose: Literal["high", "random"] = "high"
-    """random: as many tokens are masked, but at random, whatever their perplexity; for comparison."""
-    keep_end: Flag = True
-    """The end token of an answer is never masked. A version that does not learn it does not stop."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.max_perplexity is None or self.share is None,
-            f"token_mask.max_perplexity is {self.max_perplexity} and token_mask.share is {self.share}; give only one.",
-        )
-        changed = [f"token_mask.{name}" for name in _changed(self)]
-        require(
-            self.is_on or not changed,
-            f"{', '.join(changed)} would do nothing: no token is masked. Give token_mask.share, such as 0.2, or "
-            "token_mask.max_perplexity, such as 2.5.",
-        )
-
-    @property
-    def is_on(self) -> bool:
-        """Whether tokens are masked."""
-        return self.max_perplexity is not None or self.share is not None
-
-
 @settings("method")
 class MethodConfig:
-    """Settings of all strategies; each reads its own part. All heed `selection` and `token_mask`."""
+    """Settings of all strategies; each reads its own part. All heed `selection`."""
 
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
     selection: SelectionConfig = SelectionConfig()
-    token_mask: TokenMaskConfig = TokenMaskConfig()

@@ -18,7 +18,6 @@ from deal_core.config import TrainConfig
 from deal_core.data.dataset import build_dataset
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
-from deal_core.method_config import TokenMaskConfig
 from deal_core.planning.memory import (
     HEADROOM,
     BatchShape,
@@ -36,7 +35,6 @@ from deal_core.planning.memory import (
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
-from deal_core.training.token_mask import require_no_labels
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
@@ -156,7 +154,6 @@ def plan(
                 strategy=strategy, adapter=adapter, method=spec.method, train=spec.train,
             ),
         )  # fmt: skip
-        require_no_labels(spec.method, manifest.task)
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
 
@@ -220,8 +217,6 @@ def _notes(run: _Run, num_train: int, num_chosen: int, seconds: float | None) ->
         yield f"the tensors that {setup.strategy} keeps for earlier tasks are not counted"
     if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
         yield _about_reading("the rows are chosen first", num_read, seconds, train)
-    if setup.method.token_mask.is_on:
-        yield _about_reading("tokens are masked first", num_chosen, seconds, train)
     if train.recentre_steps and any(task.labels for task in (setup.task, *setup.old_tasks)):
         time = "" if seconds is None else f", about {round(seconds * train.recentre_steps):,} s"
         yield f"{train.recentre_steps} steps follow that re-centre the labels{time}; they are not counted above"
@@ -276,9 +271,8 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
     train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
     with temporary_folder() as temporary, borrowed_parent(current_store(), run.champion) as parent_folder:
         base = load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize)
-        method = replace(run.setup.method, token_mask=TokenMaskConfig())  # train_adapter chooses and masks none
         train_adapter(
-            base, rows, replace(run.setup, train=train, method=method), parent_folder=parent_folder,
+            base, rows, replace(run.setup, train=train), parent_folder=parent_folder,
             output_folder=temporary / "adapter", checkpoint_folder=temporary / "checkpoints", on_log=on_log,
         )  # fmt: skip
     return (times[-1] - times[0]) / (len(times) - 1)

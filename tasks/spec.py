@@ -43,7 +43,6 @@ from deal_core.method_config import (
     RehearsalConfig,
     RivalConfig,
     SelectionConfig,
-    TokenMaskConfig,
 )
 from deal_core.safe_text import brief, holds_secret, shorten
 from deal_core.selection import check_score_name
@@ -168,7 +167,6 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
     selection: SelectionConfig = SelectionConfig()
-    token_mask: TokenMaskConfig = TokenMaskConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     data: DataConfig = DataConfig()
@@ -181,7 +179,6 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
         rehearsal = self.rehearsal.with_memory(self.memory)
         return MethodConfig(
             deal=self.deal, rehearsal=rehearsal, rivals=self.rivals, selection=self.selection,
-            token_mask=self.token_mask,
         )  # fmt: skip
 
     @model_validator(mode="after")
@@ -193,8 +190,7 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     @model_serializer(mode="wrap")
     def _without_idle_parts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out parts that came later where they are off: digests and stored JSON are those of earlier releases."""
-        idle = [name for name in ("selection", "token_mask") if not getattr(self, name).is_on]
-        return {name: value for name, value in dump(self).items() if name not in idle}
+        return {name: value for name, value in dump(self).items() if name != "selection" or self.selection.is_on}
 
     def with_task(self, task: TaskSpec) -> AdaptSpec:
         """Return the spec of one arrival in this lineage."""

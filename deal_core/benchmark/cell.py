@@ -25,7 +25,7 @@ UNTRAINED = ("base", "frozen_head", "knn", "knn_means")
 BOUNDS = (*UNTRAINED, "per_task", "joint_memory", "joint")
 """Bounds for comparison. The last three: an adapter per task, one adapter for the rows together that `memory: rows`
 would keep, and one adapter for all rows together."""
-COMMON = ("selection", "token_mask")
+COMMON = ("selection",)
 """Parts of MethodConfig that every strategy heeds. A cell has a part's settings only where the part is on."""
 
 

@@ -49,10 +49,9 @@ from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
 from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
 from deal_core.regular_file import complete_file
+from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features
-from deal_core.training.prepare import prepare_rows
 from deal_core.training.recentre import LabelTexts, recentre_adapter
-from deal_core.training.token_mask import require_no_labels
 from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
@@ -99,7 +98,6 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     cell = run.cell
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
-        require_no_labels(_method(run), run.tasks[name].schema)
         _label_texts(run, name)
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"
@@ -183,19 +181,20 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     )
     parent_folder = None if number == 0 or is_bound else _folder(run, number - 1)
     started = time.perf_counter()
-    prepared = prepare_rows(
-        _rows(run, learned[0]), setup, lambda: run.base,
-        parent_folder=parent_folder,
-        folder=run.work / f"{number}-prepared",
-        on_stage=lambda done, total, stage: run.on_progress(number, num_versions, f"{setup.task.name}: {stage}"),
-    )
-    num_steps = cell.train.num_steps(len(prepared.rows) + sum(len(_rows(run, name)) for name in learned[1:]))
+    rows, chosen = _rows(run, learned[0]), None
+    if setup.method.selection.is_on:
+        chosen = choose_rows(
+            rows, setup, lambda: run.base, parent_folder=parent_folder, journal=run.work / f"{number}-selection.json",
+            on_progress=lambda done, total: run.on_progress(number, num_versions, f"{setup.task.name}: choosing rows"),
+        )  # fmt: skip
+        rows = rows.select(chosen.rows)
+    num_steps = cell.train.num_steps(len(rows) + sum(len(_rows(run, name)) for name in learned[1:]))
 
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{learned[0]}: step {step} of {num_steps}")
 
     result = train_adapter(
-        run.base, prepared.rows, setup,
+        run.base, rows, setup,
         parent_folder=parent_folder,
         joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
         output_folder=folder,
@@ -218,11 +217,11 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         "rows_per_second": result.rows_per_second,
         "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
-        "notes": [*prepared.notes, *result.notes, *recentred],
+        "notes": [*(chosen.notes if chosen else ()), *result.notes, *recentred],
         "machine": describe_machine(),
     }
-    if prepared.chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
-        version["chosen"] = list(prepared.chosen.rows)
+    if chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
+        version["chosen"] = list(chosen.rows)
     with complete_file(folder / VERSION_FILE) as part:
         part.write_text(json.dumps(version))
 

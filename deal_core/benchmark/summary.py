@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
+from deal_core.config import REMOVED
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, mean_of_all, paired_interval
 from deal_core.method_config import MEMORY, MethodConfig
@@ -195,6 +196,7 @@ def departures(cell: CellJson, *, after_training: bool = True) -> str:
     today = {} if is_bound else json.loads(json.dumps(
         settings_read(settings["strategy"], MethodConfig())
         | {f"{part}.{name}": value for part in COMMON for name, value in asdict(MethodConfig())[part].items()}
+        | {f"{part}.{name}": value for part, values in REMOVED.items() for name, value in values.items()}
     ))  # fmt: skip
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
     if settings["strategy"] == OURS and {*MEMORY_ROWS} <= {*changes}:

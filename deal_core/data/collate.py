@@ -33,10 +33,8 @@ REJECTED_IDS = "rejected_ids"
 """Column of encoded rows: the tokens of the worse answer."""
 REFERENCE_MARGINS = "reference_margins"
 """Column of encoded rows, and part of a batch (B): log p(better) − log p(worse) of the parent version, in nats."""
-NOT_READ = ("labels", "prefix_ids", "text_labels", "counted_labels", REFERENCE_MARGINS)
+NOT_READ = ("labels", "prefix_ids", "text_labels", REFERENCE_MARGINS)
 """Parts of a batch that the model is not called with; an encoder-decoder's decoder reads the labels."""
-LOSS_MASK = "loss_mask"
-"""Column of rows: for each answer token whether it carries loss."""
 MIN_PREFIX = 8
 """Smallest number of common first tokens for which a shared prefix is computed once."""
 
@@ -82,7 +80,7 @@ def add_blank_row(encoded: Dataset) -> Dataset:
 
     blank = {**encoded[0], "answer_ids": [], "length": 0}
     blank |= {"text_end": blank["text_start"]} if "text_start" in blank else {}
-    blank |= {name: [] for name in (LOSS_MASK, REJECTED_IDS) if name in blank}
+    blank |= {REJECTED_IDS: []} if REJECTED_IDS in blank else {}
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
 
 
@@ -160,8 +158,6 @@ class AnswerCollator:
     then hold only what follows, but the mask counts the prefix."""
     scores_texts: bool = False
     """Whether a batch has `text_labels` too; rows then need the columns of `add_text_spans`."""
-    masks_answers: bool = False
-    """Whether a batch has `counted_labels` too; rows then need the column LOSS_MASK."""
 
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
@@ -176,8 +172,7 @@ class AnswerCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids (B×T), attention_mask (B×T, or B×(P+T)) and labels (B×K), the answers' tokens only.
 
-        With scores_texts also text_labels (B×T), the tokens of the texts only. With masks_answers also counted_labels
-        (B×K), the labels that carry loss.
+        With scores_texts also text_labels (B×T), the tokens of the texts only.
         """
         answers = [list(row["answer_ids"]) for row in rows]
         labels_of = [answer or [IGNORED] for answer in answers]
@@ -186,7 +181,7 @@ class AnswerCollator:
         if self.is_seq2seq:
             input_ids, mask = pad_batch(prompts, pad_id, side="right")
             labels, _ = pad_batch(labels_of, IGNORED, side="right")
-            return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **self._counted(rows, "right")}
+            return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         shared = self._shared(prompts, rows) if self.shares_prefix else 0
         tails = [p[shared:] + a for p, a in zip(prompts, answers, strict=True)]
         input_ids, mask = pad_batch(tails, pad_id, side="left")
@@ -197,23 +192,12 @@ class AnswerCollator:
             "attention_mask": mask,
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
             "labels": labels,
-            **self._counted(rows, "left"),
         }
         if self.scores_texts:
             texts = [_only(row["text_start"] - shared, row["text_end"] - shared, tail)
                      for row, tail in zip(rows, tails, strict=True)]  # fmt: skip
             batch["text_labels"], _ = pad_batch(texts, IGNORED, side="left")
         return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
-
-    def _counted(self, rows: Sequence[Mapping[str, Any]], side: str) -> dict[str, Tensor]:
-        """The labels that carry loss."""
-        if not self.masks_answers:
-            return {}
-        counted = [
-            [token if counts else IGNORED for token, counts in zip(row["answer_ids"], row[LOSS_MASK], strict=True)]
-            for row in rows
-        ]
-        return {"counted_labels": pad_batch([each or [IGNORED] for each in counted], IGNORED, side=side)[0]}
 
     def _shared(self, prompts: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]) -> int:
         """Length of the prefix that is computed once. A scored token's predecessor is never in it."""
@@ -229,8 +213,7 @@ def _only(start: int, end: int, tokens: Sequence[int]) -> list[int]:
 
 
 def answer_collator(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool, scores_texts: bool = False,
-    masks_answers: bool = False,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool, scores_texts: bool = False
 ) -> AnswerCollator:
     """Return the collator that pads rows to a batch for this model.
 
@@ -241,7 +224,7 @@ def answer_collator(
     can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
     return AnswerCollator(
         tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model),
-        scores_texts=scores_texts, masks_answers=masks_answers,
+        scores_texts=scores_texts,
     )  # fmt: skip
 
 
@@ -271,13 +254,8 @@ def _logits_of_last(model: nn.Module, inputs: Mapping[str, Tensor], num_tokens: 
 
 
 def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy of a collated batch's answers, summed over the tokens that carry loss; 0 if none does."""
-    return _summed_loss(answer_logits(model, inputs), counted_labels(inputs))
-
-
-def counted_labels(inputs: Mapping[str, Tensor]) -> Tensor:
-    """The labels (B×K) of a collated batch that carry loss; the others are IGNORED."""
-    return inputs["counted_labels"] if "counted_labels" in inputs else inputs["labels"]
+    """Cross-entropy of a collated batch's answers, summed over their tokens."""
+    return _summed_loss(answer_logits(model, inputs), inputs["labels"])
 
 
 def answer_and_text_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -288,7 +266,7 @@ def answer_and_text_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tupl
     num_scored = max(length - first, num_answer)
     logits_BSV = _logits_of_last(model, inputs, num_scored)
     return (
-        _summed_loss(logits_BSV[:, num_scored - num_answer :], counted_labels(inputs)),
+        _summed_loss(logits_BSV[:, num_scored - num_answer :], inputs["labels"]),
         _summed_loss(logits_BSV, inputs["text_labels"][:, length - num_scored :]),
     )
 

@@ -77,11 +77,11 @@ class TaskContext:
     adapter: AdapterConfig
     train: TrainConfig
 
-    def collator(self, *, scores_texts: bool = False, masks_answers: bool = False) -> AnswerCollator:
-        """Return the collator that pads rows to a batch for this base model. Without arguments no token is masked."""
+    def collator(self, *, scores_texts: bool = False) -> AnswerCollator:
+        """Return the collator that pads rows to a batch for this base model."""
         return answer_collator(
             self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing,
-            scores_texts=scores_texts, masks_answers=masks_answers,
+            scores_texts=scores_texts,
         )  # fmt: skip
 
 

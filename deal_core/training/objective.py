@@ -24,7 +24,6 @@ from deal_core.data.collate import (
     answer_and_text_loss,
     answer_logits,
     answer_loss,
-    counted_labels,
 )
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import REJECTED, TaskSchema
@@ -44,7 +43,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """Cross-entropy of the answers' tokens that count, and of the texts' tokens if these have a weight."""
+    """Cross-entropy of the answers' tokens, and of the texts' tokens if these have a weight."""
 
     text_weight: float = 0.0
 
@@ -56,8 +55,8 @@ class AnswerLoss:
         return answers + self.text_weight * texts
 
     def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Tokens of the answers that count, and the texts' tokens times their weight."""
-        num_answers = count_tokens([counted_labels(batch) for batch in batches])
+        """Tokens of the answers, and the texts' tokens times their weight."""
+        num_answers = count_tokens([batch["labels"] for batch in batches])
         if not self.text_weight:
             return num_answers
         return num_answers + self.text_weight * count_tokens([batch["text_labels"] for batch in batches])

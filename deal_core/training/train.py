@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import LOSS_MASK, add_text_spans, encode_rows, share_of_texts
+from deal_core.data.collate import add_text_spans, encode_rows, share_of_texts
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
@@ -77,8 +77,7 @@ class TrainingSetup:
         strategy: Name of the strategy.
         adapter: Shape of a new adapter; a parent's adapter keeps its own shape.
         method: Settings of the strategies; each strategy reads its own part. `selection` is not read here: a caller
-            chooses rows first, see `deal_core.selection.choose`. For `token_mask` a caller masks the chosen rows, see
-            `deal_core.training.token_mask`.
+            chooses rows first, see `deal_core.selection.choose`.
         train: Steps, batches and learning rate.
         reporting: Names for the tools of `train.report_to`; None: the training is not reported to them.
     """
@@ -109,8 +108,7 @@ def train_adapter(
 
     Args:
         base: The base model. It has no adapter again after the call.
-        rows: Training rows with columns input and output; LOSS_MASK if `setup.method.token_mask` is on; rejected if
-            the task learns preferences.
+        rows: Training rows with columns input and output, and rejected if the task learns preferences.
         setup: The task, the strategy and their settings.
         parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
         output_folder: Folder for the PEFT files and the method's state.
@@ -122,8 +120,7 @@ def train_adapter(
     Raises:
         DataValidationError: There is no row to train on.
         ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.ranks` starts them. Or
-            train.prompt_loss_weight is set for an encoder-decoder. Or token_mask is on and rows have no mask that fits.
-            Or the task learns preferences, and a setting needs answers alone.
+            train.prompt_loss_weight is set for an encoder-decoder, or the task learns preferences.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     task, strategy, train = setup.task, setup.strategy, setup.train
@@ -186,7 +183,7 @@ def _make_trainer(
     model: PeftModel, args: TrainingArguments, learner: Strategy, setup: TrainingSetup, context: TaskContext
 ) -> AdapterTrainer:
     train, task = context.train, context.task
-    collate = context.collator(scores_texts=train.prompt_loss_weight > 0, masks_answers=setup.method.token_mask.is_on)
+    collate = context.collator(scores_texts=train.prompt_loss_weight > 0)
     return AdapterTrainer(
         model=model,
         args=args,
@@ -200,7 +197,7 @@ def _make_trainer(
 
 
 def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> Dataset:
-    """Tokenise the rows of all tasks, with the spans of their texts if these count, and with the mask if it is on."""
+    """Tokenise the rows of all tasks, with the spans of their texts if these count."""
     train = setup.train
     _require_no_preferences(setup, tasks)
     if train.prompt_loss_weight and base.model.config.is_encoder_decoder:
@@ -220,8 +217,6 @@ def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSch
                  for part, (task, rows) in zip(parts, tasks, strict=True)]  # fmt: skip
     if train.prompt_loss_weight:
         parts = [add_text_spans(part) for part in parts]
-    if setup.method.token_mask.is_on:
-        parts = [_with_mask(part, rows) for part, (_, rows) in zip(parts, tasks, strict=True)]
     return concatenate_datasets(parts)
 
 
@@ -231,10 +226,10 @@ def _require_no_preferences(setup: TrainingSetup, tasks: Sequence[tuple[TaskSche
         return
     if len(tasks) > 1:
         raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
-    if setup.train.prompt_loss_weight or setup.method.token_mask.is_on:
-        found = "token_mask" if setup.method.token_mask.is_on else "train.prompt_loss_weight"
+    if setup.train.prompt_loss_weight:
         raise ConfigError(
-            f"{found} changes the loss of answers, and task {setup.task.name!r} learns preferences; leave it out."
+            f"train.prompt_loss_weight changes the loss of answers, and task {setup.task.name!r} learns preferences; "
+            "leave it out."
         )
 
 
@@ -248,17 +243,6 @@ def _objective(setup: TrainingSetup) -> Objective:
     if setup.task.learns_preferences:
         return PreferenceLoss(setup.train.preference_beta)
     return AnswerLoss(setup.train.prompt_loss_weight)
-
-
-def _with_mask(encoded: Dataset, rows: Dataset) -> Dataset:
-    """Add the rows' mask to their tokens."""
-    masks = rows[LOSS_MASK] if LOSS_MASK in rows.column_names else []
-    if [len(mask) for mask in masks] != [len(answer_ids) for answer_ids in encoded["answer_ids"]]:
-        raise ConfigError(
-            f"token_mask is on, and the rows have no column {LOSS_MASK} that fits their answers; "
-            "deal_core.training.token_mask.mask_tokens adds it."
-        )
-    return encoded.add_column(LOSS_MASK, list(masks))
 
 
 def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:

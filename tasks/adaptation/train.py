@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
 SUMMARY_FILE = "training.json"
 CHOSEN_FILE = "rows/chosen.parquet"
+SELECTION_FILE = "selection.json"
 
 
 class _LearnedRows(NamedTuple):
-    """The rows that are trained on, and what was chosen and masked, for people."""
+    """The rows that are trained on, and what was chosen, for people."""
 
     file: Path
     num_rows: int
@@ -45,12 +46,12 @@ class _LearnedRows(NamedTuple):
 def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 
-    If `method.selection` is on, the rows are chosen first. If `method.token_mask` is on, tokens of their answers are
-    masked then. Files in the work folder keep both. `train.recentre_steps` follow the training.
+    If `method.selection` is on, the rows are chosen first; a file in the work folder keeps the choice.
+    `train.recentre_steps` follow the training.
 
     Raises:
         AdapterStateError: The parent's adapter does not fit the base model.
-        ConfigError: A tool of `train.report_to` is not installed, or tokens of a task with labels are to be masked.
+        ConfigError: A tool of `train.report_to` is not installed.
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
@@ -120,22 +121,24 @@ def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: 
 def _choose(
     base: BaseRef, setup: TrainingSetup, every: _LearnedRows, parent_folder: Path | None, folder: Path
 ) -> _LearnedRows:
-    """Choose the rows that are trained on, mask tokens of their answers, and write the rows to CHOSEN_FILE.
+    """Choose the rows that are trained on, in this process before others start, and write them to CHOSEN_FILE.
 
-    Both are made in this process, before others start. If both are off, the rows stay as they are.
+    If the selection is off, the rows stay as they are.
     """
     from datasets import Dataset
 
-    from deal_core.training.prepare import prepare_rows
+    from deal_core.selection.choose import choose_rows
 
-    if not (setup.method.selection.is_on or setup.method.token_mask.is_on):
+    if not setup.method.selection.is_on:
         return every
+    report = advance("train")
     rows = Dataset.from_parquet(str(every.file), cache_dir=str(every.file.parent))
-    found = prepare_rows(
-        rows, setup, lambda: lend_base(base), parent_folder=parent_folder, folder=folder, on_stage=advance("train")
-    )
-    found.rows.to_parquet(folder / CHOSEN_FILE)
-    return _LearnedRows(folder / CHOSEN_FILE, len(found.rows), found.notes)
+    chosen = choose_rows(
+        rows, setup, lambda: lend_base(base), parent_folder=parent_folder, journal=folder / SELECTION_FILE,
+        on_progress=lambda done, total: report(done, total, "choosing rows"),
+    )  # fmt: skip
+    rows.select(chosen.rows).to_parquet(folder / CHOSEN_FILE)
+    return _LearnedRows(folder / CHOSEN_FILE, len(chosen.rows), chosen.notes)
 
 
 def _in_this_process(

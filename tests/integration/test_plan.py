@@ -71,19 +71,6 @@ def test_a_plan_says_what_recentring_costs(plan: Plan) -> None:
     assert f"40 steps follow that re-centre the labels, about {round(40 * found['seconds_per_step']):,} s" in note
 
 
-def test_a_plan_says_what_masking_tokens_costs_and_refuses_labels(plan: Plan, tmp_path: Path) -> None:
-    file = tmp_path / "notes.jsonl"
-    rows = [{"prompt": f"Message {i}.", "completion": f"A thing, number {i}, is reported."} for i in range(40)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mask = {"token_mask": {"share": 0.2}}
-    parts = {**mask, "task": {"name": "notes", "data": str(file)}, "selection": {"keep": 12}}
-    found = json.loads(plan("--json", max_steps=None, num_epochs=1, parts=parts).stdout)
-    (note,) = (note for note in found["notes"] if note.startswith("tokens are masked first"))
-    assert "a model reads 12 rows before the training, about" in note and found["num_steps"] == 2
-    refused = plan("--no-probe", parts=mask)
-    assert refused.exit_code != 0 and "are what it would mask" in " ".join(refused.output.split())
-
-
 def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:
     found = json.loads(plan("--json", num_processes=2).stdout)
     assert found["seconds_per_step"] > 0 and any("2 share it" in note for note in found["notes"])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from deal_core.adapter.state import adapter_on
@@ -19,17 +18,15 @@ from deal_core.benchmark.cell import BOUNDS, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
-from deal_core.data.collate import LOSS_MASK, AnswerCollator, answer_loss, encode_rows
+from deal_core.data.collate import AnswerCollator, answer_loss
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
-from deal_core.method_config import DealConfig, MethodConfig, TokenMaskConfig
+from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import OWN
-from deal_core.training.token_mask import mask_tokens
-from deal_core.training.train import TrainingSetup
 from tests.unit.deal_core.conftest import at_night, make_rows, train_into
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
@@ -100,32 +97,6 @@ def test_deal_differs_from_plain_lora_and_resumes(base, parent, train, tmp_path)
 def test_a_prompt_that_the_model_does_not_predict_cannot_count(train):
     with pytest.raises(ConfigError, match="prompt_loss_weight"):
         train("seq_lora", train=replace(STEPS, prompt_loss_weight=0.1))
-
-
-def test_masked_tokens_of_an_answer_are_read_and_carry_no_loss(base, rows, parent, train, tmp_path):
-    free = TaskSchema(name="stories", format="completion", instruction="Continue the text.")
-    method = MethodConfig(token_mask=TokenMaskConfig(share=0.5))
-    setup = TrainingSetup(task=free, strategy="seq_lora", adapter=AdapterConfig(rank=4), method=method, train=STEPS)
-    data = rows(6).map(lambda row: {"output": f"{row['output']} is the sky and the sea"})
-    masked = mask_tokens(data, setup, lambda: base, parent_folder=parent, file=tmp_path / "mask.safetensors").rows
-    collate = AnswerCollator(base.tokenizer, is_seq2seq=True, masks_answers=True)
-    encoded = encode_rows(data, base.tokenizer, free, max_prompt_tokens=64, max_answer_tokens=50)
-    batch = collate(list(encoded.add_column(LOSS_MASK, list(masked[LOSS_MASK]))))
-    with adapter_on(base.model, parent) as model, torch.no_grad():
-        found, whole, counted = answer_loss(model, batch), torch.zeros(()), torch.zeros(())
-        bounds = []
-        for row, mask in zip(encoded, masked[LOSS_MASK], strict=True):
-            labels = torch.tensor([row["answer_ids"]])
-            logits = model(input_ids=torch.tensor([row["prompt_ids"]]), labels=labels).logits
-            losses_K = cross_entropy(logits[0], labels[0], reduction="none")
-            whole, counted = whole + losses_K.sum(), counted + losses_K[torch.tensor(mask)].sum()
-            bounds.append((losses_K[:-1][torch.tensor(mask[:-1])], losses_K[~torch.tensor(mask)]))
-    torch.testing.assert_close(found, counted, rtol=1e-4, atol=1e-4)
-    assert found < whole and all(mask[-1] for mask in masked[LOSS_MASK])
-    kept, left_out = (torch.cat(each) for each in zip(*bounds, strict=True))
-    assert kept.max() <= left_out.min() + 1e-4
-    run = train("seq_lora", parent, rows=masked, task=free, train=STEPS, token_mask=method.token_mask)
-    assert run.losses != train("seq_lora", parent, rows=data, task=free, train=STEPS).losses
 
 
 def test_answers_and_plain_peft_agree(base, task, rows, train):

@@ -150,19 +150,6 @@ def test_a_rival_s_later_setting_changes_digests_only_where_it_is_read() -> None
     assert default.config_sha256(AdapterConfig(), "xgblora") != fewer.config_sha256(AdapterConfig(), "xgblora")
 
 
-def test_a_token_mask_changes_digests_and_json_only_where_it_is_on() -> None:
-    plain = {"task": {"name": "t", "data": "x"}}
-    off, on, other = (
-        parse(AdaptSpec, {**plain, **change}, "a")
-        for change in ({}, {"token_mask": {"share": 0.2}}, {"token_mask": {"max_perplexity": 2.5}})
-    )
-    digests = [spec.config_sha256(AdapterConfig(), "deal") for spec in (off, on, other)]
-    assert digests[0] == "f3b0267dccab92b2186cd9c6050d4005ebc852eedb7023d5a38496f421df0bee" and len(set(digests)) == 3
-    assert "token_mask" not in off.model_dump(mode="json") and on.model_dump()["token_mask"]["share"] == 0.2
-    assert settings_of(on, AdapterConfig(), "deal")["token_mask"]["share"] == 0.2
-    assert "token_mask" not in settings_of(off, AdapterConfig(), "deal") and on.method.token_mask.share == 0.2
-
-
 def test_how_many_processes_train_is_no_setting_of_the_run() -> None:
     adapter, plain = AdapterConfig(), {"task": {"name": "t", "data": "x"}}
     one, two = (parse(AdaptSpec, {**plain, "train": {"num_processes": number}}, "a") for number in (1, 2))

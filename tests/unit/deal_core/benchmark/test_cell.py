@@ -12,7 +12,7 @@ import pytest
 from deal_core.benchmark.cell import Cell, make_cell, revision_of
 from deal_core.benchmark.summary import departures
 from deal_core.config import AdapterConfig, TrainConfig, as_stored
-from deal_core.method_config import MethodConfig, SelectionConfig, TokenMaskConfig
+from deal_core.method_config import MethodConfig, SelectionConfig
 
 RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 
@@ -68,18 +68,6 @@ def test_a_selecting_cell_is_another_cell_and_shares_no_first_version(strategy: 
     assert departures({"settings": selecting.to_json()}) == (
         "selection.keep 0.3, selection.score loss, selection.pick low"
     )
-
-
-MASKING = MethodConfig(token_mask=TokenMaskConfig(share=0.24, choose="random"))
-
-
-@pytest.mark.parametrize("strategy", ["deal", "seq_lora", "ella"])
-def test_a_masking_cell_is_another_cell_and_shares_no_first_version(strategy: str) -> None:
-    plain, masking = made(strategy, MethodConfig()), made(strategy, MASKING)
-    assert not any(name.startswith("token_mask.") for name in plain.method)
-    assert plain.digest() != masking.digest() and masking.shared_digest() is None
-    assert departures({"settings": masking.to_json()}) == "token_mask.share 0.24, token_mask.choose random"
-    assert made("joint", MASKING).digest() == made("joint", MethodConfig()).digest()
 
 
 def test_a_bound_selects_nothing_and_keeps_its_digest() -> None:

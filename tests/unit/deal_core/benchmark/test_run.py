@@ -26,7 +26,7 @@ from deal_core.evaluation.answer_scores import score_answers
 from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
-from deal_core.method_config import MethodConfig, SelectionConfig, TokenMaskConfig
+from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.label_noise import features
 
 DEFAULTS = MethodConfig()
@@ -219,22 +219,6 @@ def test_a_bound_trains_on_all_rows_whatever_is_selected(run):
     for bound, num_steps in (("per_task", 4), ("joint", 8)):
         for version in run(bound, method, scored="last")["versions"]:
             assert version["num_steps"] == num_steps and "chosen" not in version
-
-
-def test_a_masking_cell_masks_chosen_rows_and_no_bound_does(run, monkeypatch):
-    method = MethodConfig(selection=SelectionConfig(keep=0.5), token_mask=TokenMaskConfig(share=0.3))
-    with pytest.raises(ConfigError, match="the labels of task 'colours' are what it would mask"):
-        run("seq_lora", method)
-    per_task = run("per_task", method, scored="last")
-    assert not any("carry no loss" in note for version in per_task["versions"] for note in version["notes"])
-    for name, known in TASKS.items():
-        free = replace(known, schema=TaskSchema(name=name, format="completion", instruction=f"Which of the {name}?"))
-        monkeypatch.setitem(TASKS, name, free)
-    versions = run("seq_lora", method, scored="last")["versions"]
-    for version, reader in zip(versions, ("base model", "parent"), strict=True):
-        assert version["notes"][0].startswith("8 of 16 training rows were chosen at random")
-        assert "answer tokens (" in version["notes"][1] and f"for the {reader}" in version["notes"][1]
-        assert version["num_steps"] == 2
 
 
 @pytest.mark.parametrize("bound", HEADS)

@@ -17,7 +17,7 @@ from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.score import evaluate_task
-from deal_core.method_config import MethodConfig, TokenMaskConfig
+from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import largest_batch
 from deal_core.training.objective import (
     PairCollator,
@@ -161,8 +161,6 @@ def test_a_killed_training_ends_as_one_that_was_not(train, parent, tmp_path):
 
 
 def test_settings_for_answers_alone_are_refused(train):
-    with pytest.raises(ConfigError, match="token_mask changes the loss of answers"):
-        train("seq_lora", rows=pairs(8), task=TASK, train=SHORT, token_mask=TokenMaskConfig(share=0.2))
     with pytest.raises(ConfigError, match="prompt_loss_weight changes the loss"):
         train("seq_lora", rows=pairs(8), task=TASK, train=replace(SHORT, prompt_loss_weight=0.1))
 

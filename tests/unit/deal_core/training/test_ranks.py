@@ -23,7 +23,6 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, rec
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import (
     IGNORED,
-    LOSS_MASK,
     AnswerCollator,
     add_blank_row,
     answer_loss,
@@ -31,7 +30,7 @@ from deal_core.data.collate import (
 )
 from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
-from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig, TokenMaskConfig
+from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.training.ranks import TrainingJob, describe, error_of, require_devices, train_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
@@ -41,7 +40,6 @@ from deal_core.training.trainer import find_checkpoint, require_in_step
 STEPS = TrainConfig(
     num_epochs=2, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=4, num_processes=2
 )
-ANY = TokenMaskConfig(share=0.5)
 ROOT = Path(__file__).parents[4]
 MAIN = "import sys; from pathlib import Path\nfrom deal_core.training.ranks import TrainingJob\n" \
     "from deal_core.training.ranks import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n" \
@@ -80,15 +78,6 @@ def retrained(job: TrainingJob, **changes: object) -> TrainingJob:
     return replace(job, setup=replace(job.setup, train=replace(job.setup.train, **changes)))
 
 
-def with_masks(base, job: TrainingJob) -> TrainingJob:
-    """Mask the labels of some rows, and leave the end tokens; the last batch has a blank row without a mask."""
-    rows = Dataset.from_parquet(str(job.rows_file))
-    lengths = [len(base.tokenizer(label)["input_ids"]) for label in rows["output"]]
-    masks = [[number % 3 > 0] * length + [True] for number, length in enumerate(lengths)]
-    rows.add_column(LOSS_MASK, masks).to_parquet(str(job.rows_file))
-    return job
-
-
 def train_in_one(base, job: TrainingJob, folder: Path) -> TrainingResult:
     return train_adapter(
         base, Dataset.from_parquet(str(job.rows_file)),
@@ -116,12 +105,9 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
 
 def test_two_processes_equal_one(base, job, tmp_path):
     job = retrained(job, group_by_length=False, prompt_loss_weight=0.1)
-    job = with_masks(base, replace(job, setup=replace(job.setup, method=MethodConfig(token_mask=ANY))))
     two = train_in_processes(job, tmp_path / "ranks")
     one = train_in_one(base, job, tmp_path)
     assert_same(one, two, tmp_path)
-    job = replace(job, setup=replace(job.setup, method=MethodConfig()))
-    assert train_in_one(base, job, tmp_path / "unmasked").losses != one.losses
 
 
 @pytest.mark.nightly
