@@ -22,7 +22,7 @@ from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import report_run
-from tasks.adaptation.resume import find_parent, keep_findings
+from tasks.adaptation.resume import changed_since, find_parent, keep_findings
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
@@ -160,18 +160,21 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
 
 async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptResult:
     """Run the stages from training to report."""
-    run, dataset = job.run, job.dataset
+    run, dataset, parent = job.run, job.dataset, job.parent
+    changed = changed_since(parent, spec) if parent else ()
+    for note in changed:
+        reporter().said(f"    {note}")
     trained = await stages.run("train", train_version, job, spec.method, spec.train)
     stages.done("train", _describe_training(trained.summary))
     for note in trained.summary.notes:
         reporter().said(f"    {note}")
     report = await stages.run(
-        "evaluate", evaluate_version, job.base, job.parent, trained.adapter, dataset, spec.evaluate,
-        spec.train, trained.summary.notes,
+        "evaluate", evaluate_version, job.base, parent, trained.adapter, dataset, spec.evaluate,
+        spec.train, (*changed, *trained.summary.notes),
     )
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
-    if spec.gate.judge != "none" and job.parent is not None:
-        report = await stages.run("judge", judge_version, report, job.parent, trained.adapter, dataset, spec.gate)
+    if spec.gate.judge != "none" and parent is not None:
+        report = await stages.run("judge", judge_version, report, parent, trained.adapter, dataset, spec.gate)
         stages.done("judge", _describe_judged(report))
     decision = await stages.run("gate", decide, report, spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))

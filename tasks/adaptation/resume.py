@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from deal_core.config import as_stored
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.errors import DataValidationError, RegistryError
+from deal_core.errors import DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed, without_secrets
 from infra.promotions import PromotionLog
@@ -25,10 +25,12 @@ from tasks.adaptation.report import report_run
 from tasks.adaptation.run import end_run, remove_work
 from tasks.context import current_store
 from tasks.data_files import local_file
+from tasks.lineage.choices import changed_settings
 from tasks.lineage.history import champion_deleted, require_in_registry, version_ref
 from tasks.lineage.version_files import reading_beside
 from tasks.notices import announce_version
 from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionRef
+from tasks.spec import AdaptSpec
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,15 @@ def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     """Return the spec of the run that made an adapter."""
     spec = read_findings(adapter_uri)["spec"]
     return {name: as_stored(name, part) if isinstance(part, dict) else part for name, part in spec.items()}
+
+
+def changed_since(parent: VersionRef, spec: AdaptSpec) -> tuple[str, ...]:
+    """Return a note about settings that differ from the parent's; none if the parent's spec is lost."""
+    try:
+        before = read_spec_of(parent.adapter_uri)
+    except StoreError:
+        return ()
+    return changed_settings(spec, before, parent.version)
 
 
 def read_findings(adapter_uri: str) -> Mapping[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +16,7 @@ from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
 REHEARSING = ("deal", "replay")
 """This project's strategies that ask kept rows again."""
-LOGGED_PARTS = ("memory", "deal", "rehearsal", "rivals", "selection", "token_mask", "train", "evaluate", "data", "gate")
+LOGGED_PARTS = ("memory", "deal", "rehearsal", "rivals", "selection", "train", "evaluate", "data", "gate")
 """Parts of a spec that a run's log shows."""
 
 
@@ -69,6 +71,38 @@ def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
     if record is None or record.memory != "rows" or spec.memory is not None or spec.rehearsal.decides_memory:
         return spec
     return spec.model_copy(update={"memory": "rows"}) if _asks_kept_rows(choose_strategy(spec, record)) else spec
+
+
+MAX_NAMED = 6
+"""Most settings that a note about changed settings names."""
+SAME_RESULT = {"memory", "data.include_texts", "data.retain_training_rows", "train.num_processes", "train.report_to",
+               "train.checkpoint_steps"}  # fmt: skip
+"""Settings that such a note leaves out: the lineage decides the memory, and the others change no version."""
+
+
+def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -> tuple[str, ...]:
+    """Return a note about settings that differ from those with which the parent version was learned; none if all agree.
+
+    Options without a spec have the defaults, and a person may not expect that.
+
+    Args:
+        spec: The spec of the run.
+        before: The spec of the parent's run as it was stored. Settings that only one of the two has are left out.
+        version: The parent's number.
+    """
+    now, then = ({f"{part}.{name}": value for part, values in each.items() if isinstance(values, Mapping)
+                  for name, value in values.items() if part in LOGGED_PARTS}
+                 for each in (spec.model_dump(mode="json"), before))  # fmt: skip
+    changed = [f"{name} {_shown(value)} (there {_shown(then[name])})" for name, value in now.items()
+               if name in then and name not in SAME_RESULT and then[name] != value]  # fmt: skip
+    if not changed:
+        return ()
+    more = f", and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""
+    return (f"settings that differ from version {version}'s: {', '.join(changed[:MAX_NAMED])}{more}",)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from deal_core.errors import ConfigError
 from deal_core.method_config import Memory
-from tasks.lineage.choices import choose_strategy, with_memory_of
+from tasks.lineage.choices import changed_settings, choose_strategy, with_memory_of
 from tasks.lineage.record import LineageRecord
 from tasks.spec import AdaptSpec, parse
 from tests.unit.test_stored_json import RECORD
@@ -48,3 +48,19 @@ def test_a_lineage_keeps_rows_until_its_spec_chooses(
     found = with_memory_of(spec(**given), record(before))
     assert found.memory == memory
     assert found.method.rehearsal.keeps_rows == (memory == "rows" or "texts" in given.get("rehearsal", {}))
+
+
+def test_settings_that_differ_from_the_parents_are_named() -> None:
+    longer = spec(train={"num_epochs": 6, "num_processes": 2}, gate={"max_drop_points": 3})
+    before = longer.model_dump(mode="json")
+    assert changed_settings(longer, before, "4") == ()
+    (note,) = changed_settings(spec(memory="rows"), before, "4")
+    assert note == (
+        "settings that differ from version 4's: train.num_epochs 3 (there 6), gate.max_drop_points 10.0 (there 3.0)"
+    )
+    del before["gate"], before["train"]["num_epochs"]
+    assert changed_settings(spec(), before, "4") == (), "an old spec may lack a setting"
+    (note,) = changed_settings(spec(train={name: 7 for name in ("num_epochs", "min_steps", "batch_size", "seed")},
+                                    evaluate={"max_new_tokens": 7}, rehearsal={"num_texts": 7, "rows_per_step": 7}),
+                               spec().model_dump(mode="json"), "1")  # fmt: skip
+    assert note.count("there") == 6 and note.endswith(", and 1 more")
