@@ -15,13 +15,17 @@ unlabelled    before each task, one pass over `NUM_TEXTS` further texts of the t
 anchors       `deal`, and `NUM_ANCHORS` more questions a step: old tasks about `CONTENT_FREE` texts, held to the answers
               that the adapter gave when it had just learned the task (after arXiv 2102.09690, which calibrates answers
               by content-free texts)
+own           `deal`, and its questions are about up to `MAX_LABEL_TEXTS` texts of the old tasks themselves, which it
+              has not learned, held to the parent's answers, re-centred. No step more than `plain`
+both          half of the questions as in `own`, half as in `plain`
 recentred     the last version of `plain` after `--recentre-steps` of `deal_core.training.recentre`, on training rows
               that it has not learned
 
 The rules, written before the first run. consistency: its mean accuracy is above that of both `plain` and `rate`, lower
-end of the interval over rows above 0, with both seeds. unlabelled and anchors: above `plain` in the same sense. Else an
-idea is left out. The same is asked of recentred, but after a first trial: its 50 steps were chosen among 25 and 50 on
-the first half of the development rows.
+end of the interval over rows above 0, with both seeds. unlabelled, anchors, own and both: above `plain` in the same
+sense. Of own and both, the one with the higher mean is taken up, if it is not behind `recentred` on the second half of
+the rows. Else an idea is left out. The same as of unlabelled is asked of recentred, but after a first trial: its 50
+steps were chosen among 25 and 50 on the first half of the development rows.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,14 +61,14 @@ from deal_core.strategies import deal
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.questions import _on_new_texts
 from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.strategies.strategy import MethodState, TaskContext
+from deal_core.strategies.strategy import SEED_STRIDE, MethodState, TaskContext
 from deal_core.training import train as training
 from deal_core.training.objective import AnswerLoss, count_tokens
-from deal_core.training.recentre import LabelTexts, recentre_adapter
+from deal_core.training.recentre import LabelTexts, _questions, recentre_adapter
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
-Arm = Literal["plain", "rate", "consistency", "unlabelled", "anchors", "recentred"]
+Arm = Literal["plain", "rate", "consistency", "unlabelled", "anchors", "own", "both", "recentred"]
 STEP, WEIGHT = 0.1, 5.0
 """The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
 NUM_TEXTS = 300
@@ -160,6 +164,25 @@ def anchored() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def asking_about_own_texts(versions: Versions, num_rows: int, *, is_shared: bool) -> Iterator[None]:
+    """Within the block, `deal` asks about texts of the old tasks; with `is_shared`, half of its questions are these."""
+    make = deal.make_rehearsal
+
+    def make_own(config: RehearsalConfig, model: PeftModel, context: TaskContext, *rest: Any) -> Rehearsal | None:
+        made = make(config, model, context, *rest) if is_shared else None
+        texts = texts_of(versions, range(len(context.old_tasks)), num_rows)
+        own, _ = _questions(context.base, model, texts, context.train, lambda done, total, stage: None)
+        arrived = made.kinds if made else []
+        return Rehearsal(
+            [own, *arrived], context.collator(), num_rows=config.rows_per_step, weight=config.weight, temperature=1.0,
+            seed=context.train.seed + SEED_STRIDE * len(texts),
+        )  # fmt: skip
+
+    with patch.object(deal, "make_rehearsal", make_own):
+        yield
+
+
 def _hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The hidden states, after every layer, from which the answers' tokens are predicted, each B×K×H, in fp32."""
     num_tokens = inputs["labels"].shape[1]
@@ -194,18 +217,32 @@ def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
     return parent
 
 
+def texts_of(versions: Versions, numbers: Iterable[int], num_rows: int) -> list[LabelTexts]:
+    """Training rows of tasks after those that are learned."""
+    return [
+        LabelTexts(task=versions.tasks[number].schema,
+                   rows=versions.rows(number, num_rows, num_rows + MAX_LABEL_TEXTS),
+                   max_prompt_tokens=versions.train.max_prompt_tokens)
+        for number in numbers
+    ]  # fmt: skip
+
+
 def recentre(versions: Versions, last: str, num_rows: int) -> str:
     """Re-centre a copy of the last version on the rows after those that were learned; return the copy's name."""
-    texts = [
-        LabelTexts(task=task.schema, rows=versions.rows(number, num_rows, num_rows + MAX_LABEL_TEXTS),
-                   max_prompt_tokens=versions.train.max_prompt_tokens)
-        for number, task in enumerate(versions.tasks)
-    ]  # fmt: skip
+    texts = texts_of(versions, range(len(versions.tasks)), num_rows)
     name = f"{last}-recentred-{versions.train.recentre_steps}"
     shutil.copytree(versions.folder / last, versions.folder / name, dirs_exist_ok=True)
     for note in recentre_adapter(versions.base, versions.folder / name, texts, versions.train):
         typer.echo(note)
     return name
+
+
+def _asking(arm: str, versions: Versions, num_rows: int) -> AbstractContextManager[None]:
+    """What an arm changes of the rehearsal."""
+    if arm == "anchors":
+        return anchored()
+    is_own = arm in ("own", "both")
+    return asking_about_own_texts(versions, num_rows, is_shared=arm == "both") if is_own else nullcontext()
 
 
 def main(
@@ -241,7 +278,7 @@ def main(
             with TemporaryDirectory() as temporary:
                 folder = (keep or Path(temporary)) / f"{'plain' if each == 'recentred' else each}-{number}-{digest}"
                 versions = Versions(model, [suite[name] for name in names], folder, strategy, train)
-                with anchored() if each == "anchors" else nullcontext():
+                with _asking(each, versions, rows):
                     last = learn_all(versions, each, rows)  # type: ignore[arg-type]
                 if each == "recentred":
                     last = recentre(versions, last, rows)
