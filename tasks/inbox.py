@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field, field_validator
 
 from deal_core.errors import ConfigError, StoreError
-from deal_core.yaml_file import MAX_BYTES, yaml_mapping
+from deal_core.yaml_file import MAX_BYTES, read_yaml, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
 from infra.store.keys import INBOX, TASK_FILE, task_file_of, task_of
@@ -315,6 +315,23 @@ def task_spec(store: ObjectStore, key: str) -> TaskSpec:
         if fields.test_data:
             values["test_data"] = store.uri_of(f"{PurePosixPath(key).parent}/{fields.test_data}")
         return parse(TaskSpec, values, store.uri_of(key))
+
+
+def task_beside(file: str) -> TaskSpec | None:
+    """Make the spec of a file on this machine from the task file in its folder; None: there is none.
+
+    Raises:
+        ConfigError: The task file is damaged or has a setting that is not valid.
+    """
+    folder = Path(file).resolve().parent
+    path = folder / TASK_FILE
+    if "://" in file or not path.is_file():
+        return None
+    fields = parse(TaskFile, read_yaml(path), str(path))
+    values = {"name": folder.name, "data": file, **fields.given()}
+    if fields.test_data:
+        values["test_data"] = str(folder / fields.test_data)
+    return parse(TaskSpec, values, str(path))
 
 
 def _test_file(store: ObjectStore, key: str) -> str | None:

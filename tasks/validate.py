@@ -20,10 +20,12 @@ from deal_core.evaluation.significance import what_hits_tell
 from deal_core.judging_config import GateConfig
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
+from infra.store.keys import TASK_FILE
 from infra.tracking.database import open_reader
 from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.base import local_tokenizer
 from tasks.context import current_store
+from tasks.inbox import task_beside
 from tasks.lineage.choices import choose_base
 from tasks.lineage.history import version_ref
 from tasks.lineage.record import read_record
@@ -32,6 +34,10 @@ from tasks.references import Arrival, VersionRef
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
+
+
+UNNAMED = "unnamed"
+"""The task of a file, if nobody names one."""
 
 
 class RefusedRow(BaseModel, frozen=True):
@@ -67,6 +73,8 @@ class ValidateResult(BaseModel, frozen=True):
     """The result of the checks of a file."""
 
     file: str
+    task_file: str | None = None
+    """The task file beside the file, whose settings apply."""
     accepted: bool
     refusal: str | None
     format: str
@@ -107,7 +115,7 @@ def validate(
     Args:
         file: Path or address of the file.
         spec: A spec with the task, the test file and the data settings. Its own data file is not read.
-        task: Name of the task if there is no spec.
+        task: Name of the task if there is no spec. If it is UNNAMED, a task file in the file's folder decides.
         lineage: Replaces the spec's lineage.
         test_data: Replaces the spec's file of test rows.
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
@@ -121,6 +129,9 @@ def validate(
     store, file = current_store(), str(file)
     arrival_options = {"task": None, "data": None} if spec else {"task": task, "data": file}
     read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
+    beside = task_beside(file) if spec is None and task == UNNAMED else None
+    if beside is not None:
+        read = read.model_copy(update={"task": beside})
     test_data = test_data or read.task.test_data
     champion = known_champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
@@ -134,7 +145,8 @@ def validate(
     if with_model and manifest.task.labels:
         checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
     example = report.example and _shown(manifest.task, report.example, choose_base(read, record))
-    return _result(file, report, kept, example, checked, read.gate)
+    result = _result(file, report, kept, example, checked, read.gate)
+    return result.model_copy(update={"task_file": beside and str(Path(file).parent / TASK_FILE)})
 
 
 def few_tests_warning(manifest: DatasetManifest, gate: GateConfig) -> tuple[str, ...]:

@@ -139,7 +139,9 @@ def validate(
     deal: Session,
     file: Annotated[str, Argument(help="File or address: CSV, JSON lines or Parquet.")],
     spec: Annotated[Path | None, Option(help="Spec whose task and data settings apply.", show_default=False)] = None,
-    task: Annotated[str, Option("--task", "-t", help="Task the file belongs to.")] = "unnamed",
+    task: Annotated[str, Option(
+        "--task", "-t", help="Task the file belongs to.", show_default="task.yaml in the file's folder"
+    )] = "unnamed",
     test_data: Annotated[str | None, Option(help="File of test rows.", show_default="the spec's")] = None,
     lineage: Annotated[str | None, Option(
         "--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"
@@ -178,6 +180,7 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
         + (f"; {result.num_turns} training rows are earlier turns of chats" if result.num_turns else ""),
         *([f"{result.num_several} rows have several right answers: the first one is learned, and the metric takes the "
            "best of them"] if result.num_several else []),
+        *([f"settings of {escape(result.task_file)} apply"] if result.task_file else []),
         f"recognised as {escape(result.shape or 'no known shape: no row can be read')}",
         f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
     ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from deal_core.errors import ConfigError, DataValidationError
 from tasks.validate import ValidateResult, validate
 
 KINDS = {"loan": "money and interest for a house", "card": "plastic that was lost in a shop", "app": "an update of it"}
@@ -68,3 +69,21 @@ def test_a_model_names_labels_that_are_probably_wrong(check, monkeypatch: pytest
     assert found.label_check is not None and "1 of 60 labels that were checked are probably wrong" in found.label_check
     (wrong,) = found.likely_wrong
     assert (wrong.text, wrong.label, wrong.likelier) == (*rows[7], kinds[7 % 3]) and wrong.share <= 0.1
+
+
+def test_a_task_file_beside_the_file_decides_unless_the_task_is_named(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bank"
+    folder.mkdir()
+    for name, first in (("may.jsonl", 0), ("test.jsonl", 60)):
+        rows = ({"words": text, "label": label} for text, label in rows_of(90)[first : first + 30])
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = {"columns": {"text": "words"}, "test_data": "test.jsonl", "labels": [*KINDS, "other"]}
+    (folder / "task.yaml").write_text(yaml.safe_dump(told))
+    found = validate(folder / "may.jsonl", spec=None, task="unnamed")
+    assert found.accepted and (found.num_train, found.num_test) == (30, 30) and "other" in found.labels
+    assert found.task_file == str(folder / "task.yaml")
+    with pytest.raises(DataValidationError, match="has the columns 'words'"):
+        validate(folder / "may.jsonl", spec=None, task="bank")
+    (folder / "task.yaml").write_text("labels: 5")
+    with pytest.raises(ConfigError, match=r"task\.yaml.*labels"):
+        validate(folder / "may.jsonl", spec=None, task="unnamed")

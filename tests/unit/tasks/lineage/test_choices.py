@@ -60,7 +60,7 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
     )
     del before["gate"], before["train"]["num_epochs"]
     assert changed_settings(spec(), before, "4") == (), "an old spec may lack a setting"
-    (note,) = changed_settings(spec(train={name: 7 for name in ("num_epochs", "min_steps", "batch_size", "seed")},
+    (note,) = changed_settings(spec(train=dict.fromkeys(("num_epochs", "min_steps", "batch_size", "seed"), 7),
                                     evaluate={"max_new_tokens": 7}, rehearsal={"num_texts": 7, "rows_per_step": 7}),
                                spec().model_dump(mode="json"), "1")  # fmt: skip
     assert note.count("there") == 6 and note.endswith(", and 1 more")
