@@ -1,9 +1,9 @@
 r"""Ideas of neighbouring papers, tried before they get a setting.
 
     OMP_NUM_THREADS=1 python -m benchmarks.arms --data FOLDER --arm plain --arm consistency --seed 0
-    OMP_NUM_THREADS=1 python -m benchmarks.arms --data FOLDER --arm plain --arm recentred --strategy deal --task yelp \
-        --task amazon --task MNLI --task IMDB --task SST-2 --task dbpedia --task agnews --task yahoo --task BoolQA \
-        --out benchmarks/results/arms_recentred.json
+    OMP_NUM_THREADS=1 python -m benchmarks.arms --data FOLDER --arm plain --arm own --arm recentred --strategy deal \
+        --task yelp --task amazon --task MNLI --task IMDB --task SST-2 --task dbpedia --task agnews --task yahoo \
+        --task BoolQA --out benchmarks/results/arms_recentred.json
 
 One adapter learns the tasks one after the other, and all tasks are scored on development rows in the end. The arms:
 
@@ -15,7 +15,7 @@ unlabelled    before each task, one pass over `NUM_TEXTS` further texts of the t
 anchors       `deal`, and `NUM_ANCHORS` more questions a step: old tasks about `CONTENT_FREE` texts, held to the answers
               that the adapter gave when it had just learned the task (after arXiv 2102.09690, which calibrates answers
               by content-free texts)
-own           `deal`, and its questions are about up to `MAX_LABEL_TEXTS` texts of the old tasks themselves, which it
+own           `deal`, and its questions are about up to `MAX_OWN_TEXTS` texts of the old tasks themselves, which it
               has not learned, held to the parent's answers, re-centred. No step more than `plain`
 both          half of the questions as in `own`, half as in `plain`
 recentred     the last version of `plain` after `--recentre-steps` of `deal_core.training.recentre`, on training rows
@@ -53,7 +53,7 @@ from deal_core.adapter.files import METHOD_FILE
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import load_suite
-from deal_core.config import MAX_LABEL_TEXTS, TrainConfig
+from deal_core.config import MAX_OWN_TEXTS, TrainConfig
 from deal_core.data.collate import IGNORED, NOT_READ, answer_and_text_loss
 from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import RehearsalConfig
@@ -61,10 +61,10 @@ from deal_core.strategies import deal
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.questions import _on_new_texts
 from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.strategies.strategy import SEED_STRIDE, MethodState, TaskContext
+from deal_core.strategies.strategy import SEED_STRIDE, MethodState, TaskContext, TaskTexts
 from deal_core.training import train as training
 from deal_core.training.objective import AnswerLoss, count_tokens
-from deal_core.training.recentre import LabelTexts, _questions, recentre_adapter
+from deal_core.training.recentre import _questions, recentre_adapter
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
@@ -217,11 +217,11 @@ def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
     return parent
 
 
-def texts_of(versions: Versions, numbers: Iterable[int], num_rows: int) -> list[LabelTexts]:
+def texts_of(versions: Versions, numbers: Iterable[int], num_rows: int) -> list[TaskTexts]:
     """Training rows of tasks after those that are learned."""
     return [
-        LabelTexts(task=versions.tasks[number].schema,
-                   rows=versions.rows(number, num_rows, num_rows + MAX_LABEL_TEXTS),
+        TaskTexts(task=versions.tasks[number].schema,
+                   rows=versions.rows(number, num_rows, num_rows + MAX_OWN_TEXTS),
                    max_prompt_tokens=versions.train.max_prompt_tokens)
         for number in numbers
     ]  # fmt: skip

@@ -34,7 +34,7 @@ from deal_core.benchmark.summary import (
     read_cells,
     summarise,
 )
-from deal_core.config import MAX_LABEL_TEXTS, TrainConfig
+from deal_core.config import MAX_OWN_TEXTS, TrainConfig
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
@@ -76,7 +76,8 @@ def recentred(path: Path, cells: Sequence[CellJson]) -> dict[str, Any]:
     plain = next(cell for cell in cells if cell["settings"]["strategy"] == "seq_lora"
                  and cell["settings"]["train"].get("recentre_steps") == found["recentre_steps"])  # fmt: skip
     return {
-        "arms": arms(path, CHOOSING_ROWS), "plain_lora": 100 * fmean(map(accuracy, final_scores(plain).values())),
+        "arms": arms(path, CHOOSING_ROWS), "all_rows": arms(path),
+        "plain_lora": 100 * fmean(map(accuracy, final_scores(plain).values())),
         "steps": found["recentre_steps"], "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
 
@@ -379,7 +380,7 @@ def main(
         "recentring": read(results / "recentring.json"),
         "recentred": recentred(results / "arms_recentred.json", development),
         "coverage": read(results / "paired_coverage.json"),
-        "spread": spread_of_seeds(cells), "label_texts": MAX_LABEL_TEXTS,
+        "spread": spread_of_seeds(cells), "label_texts": MAX_OWN_TEXTS,
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15
                                         and training_of(cell["settings"]) == today]),
     }  # fmt: skip

@@ -164,9 +164,9 @@ class TrainConfig:
         return self.max_steps or max(math.ceil(num_rows / rows_per_step) * self.num_epochs, self.min_steps)
 
 
-MAX_LABEL_TEXTS = 50
-"""Most texts of a task that a version is re-centred on. Offsets of 100 rows are about a point better than those of 36
-(docs/benchmark.md)."""
+MAX_OWN_TEXTS = 50
+"""Most texts of a task that a version learns its own answers to. Offsets of 100 rows are about a point better than
+those of 36 (docs/benchmark.md)."""
 PREFERENCE = "preference"
 """The metric of tasks that learn preferences."""
 METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss", PREFERENCE)

@@ -90,7 +90,7 @@ class DealConfig:
         require(self.a >= self.b, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b.")
 
 
-Texts = Literal["none", "arrival", "stored", "both"]
+Texts = Literal["none", "arrival", "own", "stored", "both"]
 Memory = Literal["none", "rows"]
 MEMORY: dict[Memory, dict[str, Any]] = {
     "none": {"texts": "arrival"},
@@ -105,7 +105,8 @@ class RehearsalConfig:
 
     texts: Texts = "arrival"
     """Texts that the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; no
-    old data is kept. stored: rows of the old tasks, kept with the adapter. both: half of each."""
+    old data is kept. own: test rows of the old tasks, which then do not judge, and the new task's texts for a task that
+    has no such rows. stored: rows of the old tasks, kept with the adapter. both: half of each."""
     stored_share: ShareAboveZero = 0.02
     """Share of an arrival's training rows that `stored` and `both` keep."""
     max_stored_rows: Count | None = None
@@ -153,7 +154,7 @@ class RehearsalConfig:
     @property
     def asks_about_arrival(self) -> bool:
         """Whether questions are made of the new task's texts."""
-        return self.texts in ("arrival", "both")
+        return self.texts in ("arrival", "own", "both")
 
 
 @settings("rivals")
@@ -260,3 +261,8 @@ class MethodConfig:
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
     selection: SelectionConfig = SelectionConfig()
+
+
+def asks_own_texts(strategy: str, method: MethodConfig) -> bool:
+    """Whether a strategy asks about texts of the old tasks themselves, test rows that then judge no version."""
+    return strategy == "deal" and method.rehearsal.texts == "own"

@@ -12,11 +12,13 @@ from pydantic import BaseModel
 from deal_core.evaluation.gate import decide
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
+from deal_core.method_config import asks_own_texts
 from deal_core.safe_text import listed
 from flows.lock import hold_lineage
 from infra.disk import disk_full
 from tasks.adaptation import run as runs
 from tasks.adaptation.evaluate import evaluate_version
+from tasks.adaptation.frozen_rows import Spared
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
@@ -171,6 +173,7 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
     report = await stages.run(
         "evaluate", evaluate_version, job.base, parent, trained.adapter, dataset, spec.evaluate,
         spec.train, (*changed, *trained.summary.notes),
+        spared=_spared(spec, job.strategy),
     )
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     if spec.gate.judge != "none" and parent is not None:
@@ -196,6 +199,13 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
         announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
     )
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
+
+
+def _spared(spec: AdaptSpec, strategy: str) -> Spared:
+    """The tasks whose test rows may teach the version by their texts."""
+    if asks_own_texts(strategy, spec.method):
+        return "all"
+    return "labelled" if spec.train.recentre_steps else "none"
 
 
 _PROMOTED = {"promoted": "is champion", "awaiting-approval": "awaits approval", "rollout": "is tried on live traffic"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -18,6 +18,7 @@ from deal_core.config import TrainConfig
 from deal_core.data.dataset import build_dataset
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
+from deal_core.method_config import asks_own_texts
 from deal_core.planning.memory import (
     HEADROOM,
     BatchShape,
@@ -35,10 +36,12 @@ from deal_core.planning.memory import (
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
+from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
+from tasks.adaptation.frozen_rows import spared_texts
 from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
@@ -107,6 +110,7 @@ class _Run:
     champion: VersionRef | None
     rank: int
     setup: TrainingSetup
+    old_texts: Sequence[TaskTexts] = ()
 
     def largest_batch(self, train: TrainConfig) -> int:
         setup = self.setup
@@ -153,6 +157,7 @@ def plan(
                 task=manifest.task, old_tasks=tuple(known.schema for known in record.tasks) if record else (),
                 strategy=strategy, adapter=adapter, method=spec.method, train=spec.train,
             ),
+            old_texts=spared_texts(store, record.tasks) if record and asks_own_texts(strategy, spec.method) else (),
         )  # fmt: skip
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
@@ -242,7 +247,7 @@ def _batch(run: _Run, rows: Dataset) -> BatchShape:
     except Exception as error:  # a damaged file can raise any error
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"The tokenizer of {run.source!r} cannot be read ({why}).") from error
-    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows)
+    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.old_texts)
 
 
 def _memory(

@@ -39,7 +39,7 @@ from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import MAX_LABEL_TEXTS, EvaluateConfig
+from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.general_ability import perplexity
@@ -47,12 +47,13 @@ from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
-from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
+from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig, asks_own_texts
 from deal_core.regular_file import complete_file
 from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features
-from deal_core.training.recentre import LabelTexts, recentre_adapter
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.strategies.strategy import TaskTexts
+from deal_core.training.recentre import recentre_adapter
+from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
@@ -98,7 +99,7 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     cell = run.cell
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
-        _label_texts(run, name)
+        _own_texts(run, name)
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"
         scores = _score(run, run.base.model, cell.tasks, 0, 1) if untouched else _score_heads(run)
@@ -193,16 +194,21 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{learned[0]}: step {step} of {num_steps}")
 
+    asks_own = asks_own_texts(cell.strategy, setup.method)
+    others = OtherRows(
+        joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
+        old_texts=[_own_texts(run, name) for name in cell.tasks[:number]] if asks_own else (),
+    )
     result = train_adapter(
         run.base, rows, setup,
         parent_folder=parent_folder,
-        joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
+        others=others,
         output_folder=folder,
         checkpoint_folder=run.work / f"{number}-checkpoints",
         on_log=on_log,
     )
     recentred = recentre_adapter(
-        run.base, folder, [_label_texts(run, name) for name in _known(cell, number)], cell.train,
+        run.base, folder, [_own_texts(run, name) for name in _known(cell, number)], cell.train,
         lambda done, total, stage: run.on_progress(number + 0.7, num_versions, f"{learned[0]}: {stage}"),
     )
     trained = time.perf_counter()
@@ -226,20 +232,22 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         part.write_text(json.dumps(version))
 
 
-def _label_texts(run: CellRun, name: str) -> LabelTexts:
+def _own_texts(run: CellRun, name: str) -> TaskTexts:
     """Training rows of a task that the cell does not train on.
 
     Raises:
-        ConfigError: The cell re-centres labels, and there are no such rows.
+        ConfigError: The cell needs such rows, and there are none.
     """
     task, cell = run.tasks[name], run.cell
-    rows = task.train[cell.rows : cell.rows + MAX_LABEL_TEXTS]
-    if cell.train.recentre_steps and task.schema.labels and not rows:
+    rows = task.train[cell.rows : cell.rows + MAX_OWN_TEXTS]
+    needs = "train.recentre_steps" if cell.train.recentre_steps and task.schema.labels else None
+    needs = "rehearsal.texts: own" if asks_own_texts(cell.strategy, _method(run)) else needs
+    if needs and not rows:
         raise ConfigError(
-            f"train.recentre_steps needs texts that are not trained on, and {name} has {len(task.train)} training "
-            f"rows; give --rows {max(1, len(task.train) - MAX_LABEL_TEXTS)}."
+            f"{needs} needs texts that are not trained on, and {name} has {len(task.train)} training "
+            f"rows; give --rows {max(1, len(task.train) - MAX_OWN_TEXTS)}."
         )
-    return LabelTexts(
+    return TaskTexts(
         task=task.schema, rows=Dataset.from_list(list(rows)), max_prompt_tokens=cell.train.max_prompt_tokens
     )
 

@@ -20,6 +20,7 @@ from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
 from deal_core.strategies.questions import tasks_to_ask
+from deal_core.strategies.strategy import TaskTexts
 
 FP32 = 4
 BYTES_OF = {"bf16": 2, "fp32": 4}
@@ -223,11 +224,12 @@ def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:
 
 def longest_of(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, old_tasks: Sequence[TaskSchema],
-    train: TrainConfig, num_rows: int,
+    train: TrainConfig, num_rows: int, old_texts: Sequence[TaskTexts] = (),
 ) -> BatchShape:
     """Return a batch of `num_rows` rows that are as long as the longest training row.
 
-    The old tasks are asked about the rows' texts during training, so the prompts of these questions count too.
+    The old tasks are asked about the rows' texts or about `old_texts` during training, so the prompts of these
+    questions count too.
 
     Raises:
         ConfigError: A prompt is too long even with an empty text.
@@ -238,6 +240,8 @@ def longest_of(
     outputs = heapq.nlargest(NUM_LONGEST, answered, key=len)
     prompts = [len(encode_prompt(tokenizer, each, text, train.max_prompt_tokens))
                for each in (task, *asked) for text in inputs]  # fmt: skip
+    prompts += [len(encode_prompt(tokenizer, each.task, text, each.max_prompt_tokens))
+                for each in old_texts for text in heapq.nlargest(NUM_LONGEST, each.rows["input"], key=len)]  # fmt: skip
     answers = [len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in outputs]
     for old in asked:
         answers += [len(encode_answer(tokenizer, old, label, train.max_answer_tokens)) for label in old.labels]

@@ -88,7 +88,7 @@ class Deal(Strategy):
         """Describe the rehearsal, the size of the adapter's core, and whether the adapter is full."""
         found = list(super().notes())
         config = self.config.rehearsal
-        if config.asks_about_arrival and (names := not_asked(self.context.old_tasks, self.context.task)):
+        if config.asks_about_arrival and (names := not_asked(config, self.context)):
             has_rows = config.keeps_rows and self._rows
             how = "rehearsed on stored rows only, if there are any" if has_rows else "not rehearsed"
             found.append(f"{how}, because the new task has the same prompt or rows of another format: {names}")

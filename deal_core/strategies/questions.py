@@ -16,8 +16,9 @@ from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate
 from deal_core.method_config import RehearsalConfig
+from deal_core.strategies.label_questions import recentred_questions
 from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack, with_target
-from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext
+from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext, TaskTexts
 
 MIN_SHARING = 8
 """With fewer questions per old task, all tasks share batches: a batch per task would be nearly empty."""
@@ -37,12 +38,14 @@ def make_rehearsal(
     """
     stored = [unpack(value) for _, value in sorted(rows.items())] if config.keeps_rows else []
     stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
-    seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
+    num_sets = max(len(stored), len(_with_own_texts(config, context)))
+    seed += SEED_STRIDE * num_sets  # every arrival gets a new order; otherwise only the same few rows are asked
     is_shared = bool(stored) and config.asks_about_arrival
     num_put = config.rows_per_step * context.train.num_steps(len(context.encoded)) // (2 if is_shared else 1)
+    own = _about_own_texts(config, model, context, seed, num_put)
     asked = _about_arrival(config, model, context, seed, num_put) if config.asks_about_arrival else []
     rehearsal = Rehearsal(
-        [stored, asked], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
+        [stored, [*own, *asked]], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
         temperature=config.temperature, seed=seed,
     )  # fmt: skip
     return rehearsal if rehearsal.kinds else None
@@ -80,8 +83,38 @@ def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema
     return list(by_wording.values())
 
 
-def not_asked(olds: Sequence[TaskSchema], new: TaskSchema) -> str:
+def _with_own_texts(config: RehearsalConfig, context: TaskContext) -> list[TaskTexts]:
+    """The old tasks that are asked about texts of their own."""
+    texts = context.old_texts if config.texts == "own" else ()
+    return [each for each in texts if len(each.rows) and each.task.name != context.task.name]
+
+
+def _without_own_texts(config: RehearsalConfig, context: TaskContext) -> list[TaskSchema]:
+    own = {each.task.name for each in _with_own_texts(config, context)}
+    return [old for old in context.old_tasks if old.name not in own]
+
+
+def _about_own_texts(
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, seed: int, num_put: int
+) -> list[list[Question]]:
+    """Questions about texts of the old tasks themselves. Answers to labelled tasks are re-centred."""
+    usable = _with_own_texts(config, context)
+    num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(usable)))
+    generator, found = random.Random(seed), []
+    for each in usable:
+        if each.task.labels:
+            questions, _ = recentred_questions(model, context.base.tokenizer, each, generator)
+        else:
+            texts = list(each.rows["input"])
+            drawn = generator.sample(texts, min(num_each, len(texts)))
+            questions = _answered(config, model, context, [(each.task, drawn)], each.max_prompt_tokens)
+        found.append(questions)
+    return found
+
+
+def not_asked(config: RehearsalConfig, context: TaskContext) -> str:
     """Return the names of the old tasks without questions; empty if every old task is asked."""
+    olds, new = _without_own_texts(config, context), context.task
     asked = {_wording(old) for old in tasks_to_ask(olds, new)}
     return ", ".join(old.name for old in olds if old.name != new.name and _wording(old) not in asked)
 
@@ -95,8 +128,8 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
 def _about_arrival(
     config: RehearsalConfig, model: PeftModel, context: TaskContext, seed: int, num_put: int
 ) -> list[list[Question]]:
-    """Questions about the new task's texts, for every old task that can be asked; no more than the steps use."""
-    olds = tasks_to_ask(context.old_tasks, context.task)
+    """Questions about the new task's texts, for the other old tasks that can be asked; no more than the steps use."""
+    olds = tasks_to_ask(_without_own_texts(config, context), context.task)
     num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(olds)))
     groups = [[old] for old in olds] if num_each >= MIN_SHARING else [olds]
     seeds = iter(range(seed, seed + len(olds)))
@@ -118,13 +151,23 @@ def _on_new_texts(
 
     The given tasks share batches. For a single task, the instruction is computed once for all texts.
     """
-    tokenizer, train, evaluate = context.base.tokenizer, context.train, EvaluateConfig()
     texts = list(context.rows["input"])
+    drawn = [(old, random.Random(seed).sample(texts, min(num_each, len(texts)))) for old, seed in olds]
+    in_order = _answered(config, model, context, drawn, context.train.max_prompt_tokens)
+    size = len(in_order) // max(1, len(olds))
+    return [in_order[start * size : (start + 1) * size] for start in range(len(olds))]
+
+
+def _answered(
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, asked: Sequence[tuple[TaskSchema, list[str]]],
+    max_prompt_tokens: int,
+) -> list[Question]:
+    """Questions about texts under each task's instruction, with the parent's answers, in the order of the texts."""
+    tokenizer, train, evaluate = context.base.tokenizer, context.train, EvaluateConfig()
     prompts: list[list[int]] = []
     limits: list[int] = []
-    for old, seed in olds:
-        drawn = random.Random(seed).sample(texts, min(num_each, len(texts)))
-        prompts += [encode_prompt(tokenizer, old, text, train.max_prompt_tokens) for text in drawn]
+    for old, drawn in asked:
+        prompts += [encode_prompt(tokenizer, old, text, max_prompt_tokens) for text in drawn]
         limits += [answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=train.max_answer_tokens))] * len(drawn)
     questions: dict[int, Question] = {}
     for batch, answers, logits_BKV in generate(
@@ -134,9 +177,7 @@ def _on_new_texts(
         for i, answer, logits_KV in zip(batch, answers, logits_BKV, strict=True):
             ids = _until_end(answer[: limits[i]], tokenizer.eos_token_id)
             questions[i] = with_target(Question(prompts[i], ids), logits_KV[: len(ids)], config.temperature)
-    in_order = [questions[i] for i in range(len(prompts))]
-    size = len(in_order) // max(1, len(olds))
-    return [in_order[start * size : (start + 1) * size] for start in range(len(olds))]
+    return [questions[i] for i in range(len(prompts))]
 
 
 def _until_end(answer: list[int], end: int | None) -> list[int]:

@@ -56,6 +56,16 @@ class MethodState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskTexts:
+    """Texts of a task that no strategy learns by their answers, and that no score counts."""
+
+    task: TaskSchema
+    rows: Dataset
+    """Columns input and output; of the outputs, only how often each label occurs is used."""
+    max_prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskContext:
     """Data that a strategy may read when a task arrives.
 
@@ -65,6 +75,7 @@ class TaskContext:
         rows: Training rows of the new task, columns input and output.
         encoded: The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut.
         old_tasks: Instructions and labels of the tasks that the parent has learned, in order; never their rows.
+        old_texts: Texts of these tasks that may be asked about; of a task without, there are none.
         adapter: Shape of a lineage's first adapter.
         train: Steps, batches and learning rate.
     """
@@ -74,6 +85,7 @@ class TaskContext:
     rows: Dataset
     encoded: Dataset
     old_tasks: tuple[TaskSchema, ...]
+    old_texts: tuple[TaskTexts, ...] = ()
     adapter: AdapterConfig
     train: TrainConfig
 

@@ -2,7 +2,7 @@
 
 The parent starts a launcher: `python -m deal_core.training.ranks launch JOB NUM_PROCESSES LOG_FOLDER`. The launcher is
 PyTorch's elastic agent. It starts the ranks: `python -m deal_core.training.ranks rank JOB`. Every rank calls
-`deal_core.training.train.train_adapter`. Rank 0 alone writes files and reports to the parent, one JSON object a line.
+`TrainingJob.run`. Rank 0 alone writes files and reports to the parent, one JSON object a line.
 A rank ends when its standard input ends, because that is the end of the parent.
 """
 
@@ -17,56 +17,27 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, TextIO
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from pydantic import TypeAdapter
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from deal_core import errors
-from deal_core.base_model.load import Precision, load_base
+from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError, DealError, RankError
-from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.job import TrainingJob
+from deal_core.training.train import TrainingResult
 from deal_core.training.trainer import OnLog
 
 END_SECONDS = 60.0
 """Time that the processes have to end before they are killed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingJob:
-    """The arguments of `train_adapter` in a form that can be written to a file.
-
-    Attributes:
-        base_source: As for `load_base`, like `cache_folder` and `precision`.
-        base_sha256: Digest of the base model that `base_source` must hold.
-        rows_file: Parquet file of the training rows.
-    """
-
-    base_source: str
-    base_sha256: str
-    cache_folder: Path
-    precision: Precision = "auto"
-    parent_folder: Path | None
-    rows_file: Path
-    setup: TrainingSetup
-    output_folder: Path
-    checkpoint_folder: Path
-
-    def write(self, path: Path) -> None:
-        """Write the job as JSON."""
-        path.write_bytes(TypeAdapter(TrainingJob).dump_json(self, indent=2))
-
-    @classmethod
-    def read(cls, path: Path) -> TrainingJob:
-        """Read the job from a file of `write`."""
-        return TypeAdapter(cls).validate_json(path.read_bytes())
 
 
 def train_in_processes(job: TrainingJob, folder: Path, on_log: OnLog | None = None) -> TrainingResult:
@@ -221,14 +192,7 @@ def _train(job: TrainingJob, on_log: OnLog) -> TrainingResult:
     base = load_base(job.base_source, job.cache_folder, precision=job.precision, quantize=job.setup.train.quantize)
     if base.sha256 != job.base_sha256:
         raise ConfigError(f"The base model {job.base_source} has changed since the run began; start it again.")
-    return train_adapter(
-        base, Dataset.from_parquet(str(job.rows_file), cache_dir=str(job.rows_file.parent)),
-        job.setup,
-        parent_folder=job.parent_folder,
-        output_folder=job.output_folder,
-        checkpoint_folder=job.checkpoint_folder,
-        on_log=on_log,
-    )
+    return job.run(base, on_log)
 
 
 def _take_stdout() -> TextIO:

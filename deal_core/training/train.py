@@ -20,7 +20,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
-from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext, TaskTexts
 from deal_core.training.objective import (
     AnswerLoss,
     Objective,
@@ -91,6 +91,19 @@ class TrainingSetup:
     reporting: Reporting | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherRows:
+    """Rows besides those of the new task.
+
+    Attributes:
+        joined: Further tasks with their rows, learned in the same run; for joint training.
+        old_texts: Texts of old tasks that may be asked about, for `rehearsal.texts: own`.
+    """
+
+    joined: Sequence[tuple[TaskSchema, Dataset]] = ()
+    old_texts: Sequence[TaskTexts] = ()
+
+
 def train_adapter(
     base: BaseModel,
     rows: Dataset,
@@ -99,7 +112,7 @@ def train_adapter(
     parent_folder: Path | None,
     output_folder: Path,
     checkpoint_folder: Path,
-    joined: Sequence[tuple[TaskSchema, Dataset]] = (),
+    others: OtherRows = OtherRows(),
     on_log: OnLog | None = None,
 ) -> TrainingResult:
     """Continue the parent's adapter (or start one) on the rows of a task, and save the result.
@@ -113,7 +126,7 @@ def train_adapter(
         parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
         output_folder: Folder for the PEFT files and the method's state.
         checkpoint_folder: Folder for the checkpoints.
-        joined: Further tasks with their rows, learned in the same run; for joint training.
+        others: Rows besides those of the new task.
         on_log: Called after every optimiser step with the step and its loss and gradient norm. After a resume it is
             first called for the earlier steps.
 
@@ -128,7 +141,7 @@ def train_adapter(
         train = replace(train, learning_rate=train.preference_learning_rate)
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
-    num_rows = len(rows) + sum(len(each_rows) for _, each_rows in joined)
+    num_rows = len(rows) + sum(len(each_rows) for _, each_rows in others.joined)
     args = training_arguments(train, checkpoint_folder, num_rows, setup.reporting)
     if args.world_size != train.num_processes:
         raise ConfigError(
@@ -143,12 +156,12 @@ def train_adapter(
         inherited = replace(parent_state, tensors=parent_state.stored_rows)  # other tensors are the old strategy's own
     model = _with_adapter(base, setup, parent_folder)
     try:
-        encoded = _encode(base, setup, [(task, rows), *joined])
+        encoded = _encode(base, setup, [(task, rows), *others.joined])
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
             encoded = add_reference(encoded, rows, model, base.tokenizer, task, train)
         context = TaskContext(
-            base=base, task=task, rows=rows, encoded=encoded, old_tasks=setup.old_tasks, adapter=setup.adapter,
-            train=train,
+            base=base, task=task, rows=rows, encoded=encoded, old_tasks=setup.old_tasks,
+            old_texts=tuple(others.old_texts), adapter=setup.adapter, train=train,
         )
         learner = make_strategy(strategy, setup.method, train.seed)
         learner.prepare(model, inherited, context)

@@ -16,6 +16,7 @@ from infra.store.keys import dataset_sha256
 from tasks.adaptation.frozen_rows import (
     Answers,
     KeptAnswers,
+    Spared,
     TestSet,
     answered_rows,
     judging_rows,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 def evaluate_version(
     base: BaseRef, parent: VersionRef | None, adapter: AdapterRef, dataset: DatasetRef, config: EvaluateConfig,
-    train: TrainConfig, notes: tuple[str, ...] = (),
+    train: TrainConfig, notes: tuple[str, ...] = (), *, spared: Spared = "none",
 ) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 
@@ -49,11 +50,11 @@ def evaluate_version(
 
     If a task's test rows were forgotten, the arrival's test rows replace them. If they are renewed, the rows before
     stay as a slice. If a task gains labels, the new version is asked with the new labels and the parent without them,
-    as each of them serves. Rows on whose texts the version was re-centred do not count.
+    as each of them serves. The rows that tasks spare (`spared`) do not count.
     """
     from tasks.adaptation.scorer import Scorer, collapse_notes
 
-    asked = _rows_to_ask(current_store(), parent, dataset, config, train)
+    asked = _rows_to_ask(current_store(), parent, dataset, config, train, spared)
     scorer = Scorer(base, config)
     found = _score(scorer, asked, parent, adapter)
     _keep(current_store(), adapter, asked, found)
@@ -87,14 +88,14 @@ class _Asked:
 
 
 def _rows_to_ask(
-    store: ObjectStore, parent: VersionRef | None, dataset: DatasetRef, config: EvaluateConfig, train: TrainConfig
+    store: ObjectStore, parent: VersionRef | None, dataset: DatasetRef, config: EvaluateConfig, train: TrainConfig,
+    spared: Spared,
 ) -> _Asked:
     record = read_record(store, parent.adapter_uri) if parent else None
     renewal = find_renewal(store, record, dataset)
     old = [load_test_set(store, known) for known in record.tasks if known != renewal.known] if record else []
     old += _slice_sets(store, record, renewal.slices) if record else []
-    if train.recentre_steps:
-        old = list(map(judging_rows, old))
+    old = [judging_rows(each, spared) for each in old]
     old = within_budget(old, dataset.task, config.max_old_rows)
     new: list[TestSet] = []
     notes: tuple[str, ...] = ()
@@ -104,8 +105,7 @@ def _rows_to_ask(
         new = [load_test_set(store, new_task(store, dataset, train.max_prompt_tokens, config.max_new_tokens))]
     else:
         notes = tuple(_notes_on_known_task(store, record.lineage, known, dataset))
-    if train.recentre_steps:
-        new = list(map(judging_rows, new))
+    new = [judging_rows(each, spared) for each in new]
     answered = read_answers(store, parent.adapter_uri).now if parent else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}

@@ -6,14 +6,14 @@ Answers stay in the object store next to the adapter. MLflow gets no answer.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.config import MAX_LABEL_TEXTS, MEASURED
+from deal_core.config import MAX_OWN_TEXTS
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
@@ -24,14 +24,18 @@ from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE
 from infra.store.stored import reading_stored
 from tasks.lineage.record import KnownTask, read_record
-from tasks.lineage.tombstones import require_test_rows
+from tasks.lineage.tombstones import forgotten_tests, require_test_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from deal_core.strategies.strategy import TaskTexts
+
 SCHEMA_VERSION = 1
 ANSWERS_FILE = "answers.json"
 
+Spared = Literal["none", "labelled", "all"]
+"""The tasks of which some test rows teach a version by their texts and do not judge it."""
 Answers = dict[str, dict[str, str]]
 """Answers by task and by digest (sha256) of the test row."""
 MAX_EXAMPLES = 10
@@ -47,11 +51,6 @@ class TestSet(ServedTask):
     """The frozen test rows of one task, and how the version whose record names the task serves it."""
 
     rows: Dataset
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether a version answers the rows with labels."""
-        return bool(self.schema.labels) and self.schema.metric not in MEASURED
 
 
 def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
@@ -105,19 +104,32 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
     ]  # fmt: skip
 
 
-def label_texts(test_set: TestSet) -> TestSet:
-    """The rows of a task with labels on whose texts a version is re-centred. They do not judge it."""
+def spared_rows(test_set: TestSet) -> TestSet:
+    """The rows of a task whose texts may teach a version, which they then do not judge."""
     return replace(test_set, rows=test_set.rows.select(_by_digest(test_set.rows)[_num_judging(test_set) :]))
 
 
-def judging_rows(test_set: TestSet) -> TestSet:
-    """The other rows: at least half of a task's rows, and all rows of a task without labels."""
+def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTexts]:
+    """The spared rows of tasks; none of a task whose test rows were forgotten."""
+    from deal_core.strategies.strategy import TaskTexts
+
+    return [
+        TaskTexts(task=known.schema, rows=spared_rows(load_test_set(store, known)).rows,
+                  max_prompt_tokens=known.max_prompt_tokens)
+        for known in tasks
+        if forgotten_tests(store, known.schema.name, known.dataset_uri) is None
+    ]  # fmt: skip
+
+
+def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
+    """The other rows, at least half of a task's rows; all rows of a task that spares none."""
+    if spared == "none" or (spared == "labelled" and not test_set.schema.labels):
+        return test_set
     return replace(test_set, rows=first_rows(test_set.rows, _num_judging(test_set)))
 
 
 def _num_judging(test_set: TestSet) -> int:
-    num_rows = len(test_set.rows)
-    return num_rows - min(MAX_LABEL_TEXTS, num_rows // 2) if test_set.has_labels else num_rows
+    return len(test_set.rows) - min(MAX_OWN_TEXTS, len(test_set.rows) // 2)
 
 
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:

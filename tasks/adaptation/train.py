@@ -9,24 +9,25 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.config import EvaluateConfig, TrainConfig
-from deal_core.method_config import MethodConfig
+from deal_core.method_config import MethodConfig, asks_own_texts
 from deal_core.regular_file import complete_file
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.tracker import TrackedRun, open_tracker
-from tasks.adaptation.frozen_rows import label_texts, load_test_set
+from tasks.adaptation.frozen_rows import spared_texts
 from tasks.adaptation.ingest import read_manifest, tasks_after
 from tasks.base import lend_base, release_base
 from tasks.context import current_store, work_folder
 from tasks.lineage.record import read_record
 from tasks.lineage.requests import find_renewal
-from tasks.lineage.tombstones import forgotten_tests
 from tasks.lineage.version_files import borrowed_parent
 from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
+    from deal_core.strategies.strategy import TaskTexts
+    from deal_core.training.job import TextsFile, TrainingJob
     from deal_core.training.train import TrainingResult, TrainingSetup
     from deal_core.training.trainer import OnLog
 
@@ -55,6 +56,8 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
+    from deal_core.training.job import TrainingJob
+
     store = current_store()
     run, parent, dataset = job.run, job.parent, job.dataset
     folder = work_folder(run.lineage, run.short_key)
@@ -65,11 +68,13 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         store.download_file(f"{dataset.uri}/{keys.TRAIN_FILE}", rows_file)
         with borrowed_parent(store, parent) as parent_folder:
             learned = _choose(job.base, setup, _LearnedRows(rows_file, dataset.num_train), parent_folder, folder)
-            learn = _in_this_process if train.num_processes == 1 else _in_processes
-            result = learn(
-                job.base, setup, learned.file, parent_folder, folder,
-                _on_log(tracked, train.num_steps(learned.num_rows)),
+            training = TrainingJob(
+                base_source=job.base.source, base_sha256=job.base.sha256, cache_folder=HomeSettings().cache_dir,
+                rows_file=learned.file, old_texts=_old_texts(store, job, setup, folder / "texts"), setup=setup,
+                parent_folder=parent_folder, output_folder=folder / "adapter",
+                checkpoint_folder=folder / "checkpoints",
             )  # fmt: skip
+            result = _train(training, job.base, folder, _on_log(tracked, train.num_steps(learned.num_rows)))
         recentred = _recentre(store, job, train, folder / "adapter") if train.recentre_steps else ()
         result = replace(result, notes=(*learned.notes, *result.notes, *recentred))
         tracked.flush()
@@ -88,18 +93,34 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
 
 def _recentre(store: ObjectStore, job: AdaptationJob, train: TrainConfig, adapter: Path) -> tuple[str, ...]:
     """Let the adapter unlearn a preference for some labels, on texts that do not judge it; return notes."""
-    from deal_core.training.recentre import LabelTexts, recentre_adapter
+    from deal_core.training.recentre import recentre_adapter
 
+    return recentre_adapter(lend_base(job.base), adapter, _texts(store, job, train), train, advance("train"))
+
+
+def _texts(store: ObjectStore, job: AdaptationJob, train: TrainConfig) -> list[TaskTexts]:
+    """Test rows of all tasks of the version that do not judge it."""
     dataset, record = job.dataset, read_record(store, job.parent.adapter_uri) if job.parent else None
     renewed = find_renewal(store, record, dataset).known
-    texts = []
-    for known in tasks_after(
+    return spared_texts(store, tasks_after(
         store, record, dataset, renewed, train.max_prompt_tokens, EvaluateConfig().max_new_tokens
-    ):
-        if forgotten_tests(store, known.schema.name, known.dataset_uri) is None:
-            rows = label_texts(load_test_set(store, known)).rows
-            texts.append(LabelTexts(task=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens))
-    return recentre_adapter(lend_base(job.base), adapter, texts, train, advance("train"))
+    ))  # fmt: skip
+
+
+def _old_texts(store: ObjectStore, job: AdaptationJob, setup: TrainingSetup, folder: Path) -> tuple[TextsFile, ...]:
+    """Write the texts of old tasks that the strategy may ask about to files in `folder`."""
+    from deal_core.training.job import TextsFile
+
+    if not asks_own_texts(job.strategy, setup.method):
+        return ()
+    folder.mkdir(exist_ok=True)
+    files = []
+    for number, each in enumerate(_texts(store, job, setup.train)):
+        if each.task.name != setup.task.name and len(each.rows):
+            file = folder / f"{number}.parquet"
+            each.rows.select_columns(["input", "output"]).to_parquet(file)
+            files.append(TextsFile(task=each.task, file=file, max_prompt_tokens=each.max_prompt_tokens))
+    return tuple(files)
 
 
 def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainingSetup:
@@ -141,34 +162,14 @@ def _choose(
     return _LearnedRows(folder / CHOSEN_FILE, len(chosen.rows), chosen.notes)
 
 
-def _in_this_process(
-    base: BaseRef, setup: TrainingSetup, rows_file: Path, parent_folder: Path | None, folder: Path, on_log: OnLog
-) -> TrainingResult:
-    """Train in this process. The rows stay on disk and are memory-mapped."""
-    from datasets import Dataset
-
-    from deal_core.training.train import train_adapter
-
-    return train_adapter(
-        lend_base(base), Dataset.from_parquet(str(rows_file), cache_dir=str(rows_file.parent)), setup,
-        parent_folder=parent_folder, output_folder=folder / "adapter", checkpoint_folder=folder / "checkpoints",
-        on_log=on_log,
-    )  # fmt: skip
-
-
-def _in_processes(
-    base: BaseRef, setup: TrainingSetup, rows_file: Path, parent_folder: Path | None, folder: Path, on_log: OnLog
-) -> TrainingResult:
-    """Train with several processes. Each process loads the base model."""
-    from deal_core.training.ranks import TrainingJob, train_in_processes
+def _train(training: TrainingJob, base: BaseRef, folder: Path, on_log: OnLog) -> TrainingResult:
+    """Train in this process, or in several processes that each load the base model."""
+    if training.setup.train.num_processes == 1:
+        return training.run(lend_base(base), on_log)
+    from deal_core.training.ranks import train_in_processes
 
     release_base()  # rank 0 needs the memory of this device
-    job = TrainingJob(
-        base_source=base.source, base_sha256=base.sha256, cache_folder=HomeSettings().cache_dir, rows_file=rows_file,
-        setup=setup, parent_folder=parent_folder, output_folder=folder / "adapter",
-        checkpoint_folder=folder / "checkpoints",
-    )  # fmt: skip
-    return train_in_processes(job, folder / "ranks", on_log)
+    return train_in_processes(training, folder / "ranks", on_log)
 
 
 def _on_log(tracked: TrackedRun, total: int) -> Callable[[int, Mapping[str, float]], None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.config import MAX_LABEL_TEXTS, EvaluateConfig
+from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.evaluate import score_version
@@ -27,7 +27,7 @@ def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(tiny_ba
     tasks = read_record(current_store(), info.adapter_uri).tasks
     assert result.tracking_id is not None
     evaluation = open_tracker().run(result.tracking_id).read_json("evaluation.json")
-    judging = {each.schema.name: each.num_test - min(MAX_LABEL_TEXTS, each.num_test // 2) for each in tasks}
+    judging = {each.schema.name: each.num_test - min(MAX_OWN_TEXTS, each.num_test // 2) for each in tasks}
     assert evaluation["num_rows"] == judging
     assert {name: len(each) for name, each in evaluation["parent_outcomes"].items()} == judging
     assert any(note.startswith("re-centred the labels of 2 tasks in 2 steps") for note in evaluation["notes"])

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError
+from deal_core.strategies.strategy import TaskTexts
 from deal_core.training import recentre
-from deal_core.training.recentre import LabelTexts
 from flows.adapt import AdaptResult
 from flows.cli.app import app
 from flows.forget import forget
@@ -84,7 +84,7 @@ def test_no_row_judges_a_version_that_was_recentred_on_its_text(
     """The new rows judge and teach; of the rows before, some judged and taught the parent."""
     taught: list[set[str]] = []
 
-    def record_texts(base: Any, folder: Any, tasks: Sequence[LabelTexts], *rest: Any) -> tuple[str, ...]:
+    def record_texts(base: Any, folder: Any, tasks: Sequence[TaskTexts], *rest: Any) -> tuple[str, ...]:
         taught.append({digest for each in tasks for digest in each.rows["sha256"]})
         return ()
 

@@ -32,7 +32,8 @@ from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.training.ranks import TrainingJob, describe, error_of, require_devices, train_in_processes
+from deal_core.training.job import TrainingJob
+from deal_core.training.ranks import describe, error_of, require_devices, train_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
 
@@ -41,7 +42,7 @@ STEPS = TrainConfig(
     num_epochs=2, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=4, num_processes=2
 )
 ROOT = Path(__file__).parents[4]
-MAIN = "import sys; from pathlib import Path\nfrom deal_core.training.ranks import TrainingJob\n" \
+MAIN = "import sys; from pathlib import Path\nfrom deal_core.training.job import TrainingJob\n" \
     "from deal_core.training.ranks import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n" \
     "train_in_processes(TrainingJob.read(job), folder, lambda step, _: print(step, flush=True))\n"
 

@@ -1,0 +1,60 @@
+"""With `rehearsal.texts: own` old tasks are asked about their own test rows, which then do not judge a version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.config import MAX_OWN_TEXTS
+from deal_core.strategies import deal
+from deal_core.strategies.strategy import TaskContext
+from infra.tracking.registry import open_registry
+from infra.tracking.tracker import open_tracker
+from tasks.adaptation.frozen_rows import read_answers
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.record import read_record
+from tests.adapting import BANK, CLINIC, run
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+OWN: dict[str, Any] = {"rehearsal": {"texts": "own"}}
+
+
+def evaluation_of(tracking_id: str | None) -> Mapping[str, Any]:
+    assert tracking_id is not None
+    return open_tracker().run(tracking_id).read_json("evaluation.json")
+
+
+def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught: list[dict[str, list[str]]] = []
+    make = deal.make_rehearsal
+
+    def record_texts(config: Any, model: Any, context: TaskContext, *rest: Any) -> Any:
+        taught.append({each.task.name: list(each.rows["input"]) for each in context.old_texts})
+        return make(config, model, context, *rest)
+
+    monkeypatch.setattr(deal, "make_rehearsal", record_texts)
+    assert run(tiny_base, BANK, **OWN).status == "promoted"
+    result = run(tiny_base, CLINIC, **OWN)
+    assert (result.status, result.version) == ("promoted", "2")
+    adapter_uri = find_version(open_registry(), "l", "2").adapter_uri
+    tasks = read_record(current_store(), adapter_uri).tasks
+    judging = {each.schema.name: each.num_test - min(MAX_OWN_TEXTS, each.num_test // 2) for each in tasks}
+    assert evaluation_of(result.tracking_id)["num_rows"] == judging
+    assert [set(each) for each in taught] == [set(), {"bank"}], "the new task's own rows are not asked about"
+    assert len(taught[1]["bank"]) == tasks[0].num_test - judging["bank"]
+    (note,) = (note for note in evaluation_of(result.tracking_id)["notes"] if "questions about old tasks" in note)
+    assert note.startswith("rehearsed 18 questions about old tasks (sets: 1)")
+    assert {name: len(each) for name, each in read_answers(current_store(), adapter_uri).now.items()} == judging
+
+
+@pytest.mark.nightly
+def test_several_processes_ask_about_the_same_texts(tiny_base: Path) -> None:
+    train = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
+    run(tiny_base, BANK, **OWN)
+    two = run(tiny_base, CLINIC, **OWN, train={**train, "num_processes": 2})
+    notes = evaluation_of(two.tracking_id)["notes"]
+    assert any(note.startswith("rehearsed 18 questions about old tasks (sets: 1)") for note in notes)

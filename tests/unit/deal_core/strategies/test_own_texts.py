@@ -1,0 +1,153 @@
+"""`rehearsal.texts: own`: old tasks are asked about texts of their own, and held to the parent's re-centred answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from deal_core.adapter.state import adapter_on
+from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.data.prompts import encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.generation import generate
+from deal_core.method_config import RehearsalConfig
+from deal_core.planning.memory import longest_of
+from deal_core.strategies.questions import make_rehearsal
+from deal_core.strategies.rehearsal import Question, Rehearsal
+from deal_core.strategies.strategy import TaskContext, TaskTexts
+from deal_core.training.train import OtherRows
+
+LONG = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
+SIZES = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
+SHAPES = TaskSchema(name="shapes", labels=("round", "flat"), instruction="Which shape is it?")
+STORY = TaskSchema(name="story", format="completion", instruction="Go on.")
+OWN = RehearsalConfig(texts="own")
+
+
+def texts(task: TaskSchema, outputs: Sequence[str]) -> TaskTexts:
+    rows = [{"input": f"{task.name} number {number}", "output": output} for number, output in enumerate(outputs)]
+    return TaskTexts(task=task, rows=Dataset.from_list(rows), max_prompt_tokens=64)
+
+
+@pytest.fixture
+def asked(base, task, rows, parent):
+    """The rehearsal of a new task over old ones, some of them with texts of their own."""
+
+    def make(olds: Sequence[TaskSchema], own: Sequence[TaskTexts]) -> Rehearsal:
+        context = TaskContext(
+            base=base, task=task, rows=rows(12), encoded=rows(12), old_tasks=tuple(olds), old_texts=tuple(own),
+            adapter=AdapterConfig(), train=LONG,
+        )  # fmt: skip
+        with adapter_on(base.model, parent) as model:
+            found = make_rehearsal(OWN, model, context, {}, seed=0)
+        assert found is not None
+        return found
+
+    return make
+
+
+def prompts_of(questions: Sequence[Question]) -> set[tuple[int, ...]]:
+    return {tuple(each.prompt_ids) for each in questions}
+
+
+def expected_prompts(base, task: TaskSchema, inputs: Sequence[str]) -> set[tuple[int, ...]]:
+    return {tuple(encode_prompt(base.tokenizer, task, text, 64)) for text in inputs}
+
+
+def test_a_task_with_texts_is_asked_about_these_and_any_other_about_the_new_ones(asked, base, rows):
+    own = texts(SIZES, ["large", "small"] * 5)
+    (kind,) = asked([SIZES, SHAPES], [own]).kinds
+    by_size = {len(prompts_of(each) & expected_prompts(base, SIZES, own.rows["input"])): each for each in kind}
+    assert set(by_size) == {10, 0}
+    assert prompts_of(by_size[0]) <= expected_prompts(base, SHAPES, rows(12)["input"])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_the_targets_have_the_labels_as_often_as_the_texts(asked, base, share):
+    """The parent has never learned this task, so that its own answers favour a label."""
+    outputs = ["large"] * round(50 * share) + ["small"] * round(50 * (1 - share))
+    ((questions,),) = asked([SIZES], [texts(SIZES, outputs)]).kinds
+    large = base.tokenizer(" large")["input_ids"][0]
+    chances = [dict(zip(each.tokens_KN[0].tolist(), each.shares_KN[0].tolist(), strict=True))[large]
+               for each in questions]  # fmt: skip
+    assert sum(chances) / len(chances) == pytest.approx(share, abs=0.15), "ten rows speak for no offset"
+
+
+def test_a_task_without_labels_is_held_to_the_parents_own_words(asked, base, parent):
+    own = texts(STORY, ["whatever was right"] * 6)
+    ((questions,),) = asked([STORY], [own]).kinds
+    prompts = [encode_prompt(base.tokenizer, STORY, text, 64) for text in own.rows["input"]]
+    words = {}
+    with adapter_on(base.model, parent) as model:
+        for batch, answers, _ in generate(
+            model, base.tokenizer, prompts, 50, max_batch_tokens=EvaluateConfig().max_batch_tokens
+        ):
+            words |= {tuple(prompts[i]): answer for i, answer in zip(batch, answers, strict=True)}
+    assert len(questions) == 6 and all(each.is_parents for each in questions)
+    for each in questions:
+        answer = words[tuple(each.prompt_ids)]
+        assert list(each.answer_ids) == list(answer[: len(each.answer_ids)])
+
+
+def test_the_labels_of_the_texts_themselves_are_not_learned(parent, train):
+    """Only the counts of the labels are used, so other rows may have them."""
+    first, second = texts(SIZES, ["large"] * 3 + ["small"] * 9), texts(SIZES, ["small"] * 9 + ["large"] * 3)
+    found = [
+        load_file(train("deal", parent, train=LONG, rehearsal=OWN, old_tasks=(SIZES,),
+                        others=OtherRows(old_texts=[own])).folder / "adapter_model.safetensors")
+        for own in (first, second, texts(SIZES, ["large"] * 9 + ["small"] * 3))
+    ]  # fmt: skip
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not all(torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_a_task_in_the_new_ones_words_is_held_by_its_own_texts(parent, train, task):
+    alike = replace(task, name="alike")
+    given = {"rehearsal": OWN, "old_tasks": (alike,)}
+    (_, note, *_) = train("deal", parent, **{**given, "old_tasks": (SIZES, alike)}).result.notes
+    assert note.endswith(": alike")
+    own = OtherRows(old_texts=[texts(alike, list(task.labels) * 4)])
+    notes = train("deal", parent, **given, others=own).result.notes
+    assert "rehearsed 12 questions about old tasks (sets: 1)" in notes[0]
+    assert not any("not rehearsed" in note for note in notes)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(parent, train, tmp_path):
+    given = {
+        "train": LONG, "rehearsal": OWN, "old_tasks": (SIZES, SHAPES),
+        "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)]),
+    }  # fmt: skip
+    whole = train("deal", parent, **given)
+
+    def die(step: int, values: object) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    folders = {"output_folder": tmp_path / "out", "checkpoint_folder": tmp_path / "cp"}
+    with pytest.raises(KeyboardInterrupt):
+        train("deal", parent, **given, **folders, on_log=die)
+    resumed = train("deal", parent, **given, **folders)
+    assert resumed.result.resumed_from_step == 4 and resumed.losses == whole.losses
+
+
+def test_a_plan_counts_the_longest_text_of_an_old_task(base, task, rows):
+    long = TaskTexts(task=SIZES, rows=Dataset.from_dict({"input": ["and more " * 40], "output": ["large"]}),
+                     max_prompt_tokens=60)  # fmt: skip
+    alone, with_texts = (
+        longest_of(rows(12), base.tokenizer, task, (SIZES,), LONG, 8, each).num_tokens for each in ((), [long])
+    )
+    assert alone < 60 < with_texts, "a prompt as long as the limit, and an answer"
+
+
+def test_the_next_arrival_asks_in_another_order(asked):
+    """More texts than the steps ask: otherwise the same few would be asked by every arrival."""
+    sizes, shapes = texts(SIZES, ["large", "small"] * 20), texts(SHAPES, ["round", "flat"] * 20)
+    first, second = asked([SIZES], [sizes]), asked([SIZES, SHAPES], [sizes, shapes])
+    drawn = [[tuple(each.prompt_ids) for step in range(3) for each in made.draw(step)] for made in (first, second)]
+    of_sizes = [prompt for prompt in drawn[1] if prompt in prompts_of(first.kinds[0][0])]
+    assert of_sizes != drawn[0][: len(of_sizes)]
