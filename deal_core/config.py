@@ -89,9 +89,13 @@ def as_stored(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
     A removed setting is left out, unless its value changed something: such a spec cannot be read any more.
     """
+    return {**LATER.get(section, {}), **without_removed(section, values)}
+
+
+def without_removed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without settings that exist no more and that change nothing."""
     removed = REMOVED.get(section, {})
-    kept = {name: value for name, value in values.items() if name not in removed or value != removed[name]}
-    return {**LATER.get(section, {}), **kept}
+    return {name: value for name, value in values.items() if name not in removed or value != removed[name]}
 
 
 @settings("train")
@@ -165,7 +169,7 @@ class TrainConfig:
 
 
 MAX_OWN_TEXTS = 50
-"""Most texts of a task that a version learns its own answers to. Offsets of 100 rows are about a point better than
+"""Most texts of a task whose re-centred answers a version learns. Offsets of 100 rows are about a point better than
 those of 36 (docs/benchmark.md)."""
 PREFERENCE = "preference"
 """The metric of tasks that learn preferences."""

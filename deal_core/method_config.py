@@ -122,6 +122,13 @@ class RehearsalConfig:
     temperature: Positive = 1.0
     """Temperature that softens both the parent's and the model's distribution in the questions' loss."""
 
+    def __post_init__(self) -> None:
+        require(
+            self.texts != "own" or self.temperature == 1,
+            f"rehearsal.temperature is {self.temperature}, and re-centred answers have none; set it to 1, or "
+            "rehearsal.texts to arrival.",
+        )
+
     def with_memory(self, memory: Memory | None) -> RehearsalConfig:
         """Return the settings with those that `memory` stands for.
 
@@ -264,5 +271,5 @@ class MethodConfig:
 
 
 def asks_own_texts(strategy: str, method: MethodConfig) -> bool:
-    """Whether a strategy asks about texts of the old tasks themselves, test rows that then judge no version."""
+    """Whether a strategy asks about texts of the old tasks themselves: test rows that do not judge its versions."""
     return strategy == "deal" and method.rehearsal.texts == "own"

@@ -12,13 +12,11 @@ from pydantic import BaseModel
 from deal_core.evaluation.gate import decide
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.method_config import asks_own_texts
 from deal_core.safe_text import listed
 from flows.lock import hold_lineage
 from infra.disk import disk_full
 from tasks.adaptation import run as runs
 from tasks.adaptation.evaluate import evaluate_version
-from tasks.adaptation.frozen_rows import Spared
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
@@ -28,7 +26,14 @@ from tasks.adaptation.resume import changed_since, find_parent, keep_findings
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
-from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, settings_of, with_memory_of
+from tasks.lineage.choices import (
+    choose_adapter,
+    choose_base,
+    choose_spared,
+    choose_strategy,
+    settings_of,
+    with_memory_of,
+)
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.settings import AskedSpec, arrival_of
 from tasks.notices import announce_failure, announce_version
@@ -148,7 +153,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     try:
         job = AdaptationJob(
             run=run, base=base, parent=parent, dataset=dataset, adapter=adapter, strategy=strategy,
-            config_sha256=config_sha256,
+            config_sha256=config_sha256, spared=choose_spared(spec, strategy, record),
         )
         result = await _learn(spec, job, stages)
     except BaseException:
@@ -173,7 +178,7 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
     report = await stages.run(
         "evaluate", evaluate_version, job.base, parent, trained.adapter, dataset, spec.evaluate,
         spec.train, (*changed, *trained.summary.notes),
-        spared=_spared(spec, job.strategy),
+        spared=job.spared,
     )
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     if spec.gate.judge != "none" and parent is not None:
@@ -199,13 +204,6 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
         announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
     )
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
-
-
-def _spared(spec: AdaptSpec, strategy: str) -> Spared:
-    """The tasks whose test rows may teach the version by their texts."""
-    if asks_own_texts(strategy, spec.method):
-        return "all"
-    return "labelled" if spec.train.recentre_steps else "none"
 
 
 _PROMOTED = {"promoted": "is champion", "awaiting-approval": "awaits approval", "rollout": "is tried on live traffic"}

@@ -327,11 +327,14 @@ def task_beside(file: str) -> TaskSpec | None:
     path = folder / TASK_FILE
     if "://" in file or not path.is_file():
         return None
-    fields = parse(TaskFile, read_yaml(path), str(path))
-    values = {"name": folder.name, "data": file, **fields.given()}
-    if fields.test_data:
-        values["test_data"] = str(folder / fields.test_data)
-    return parse(TaskSpec, values, str(path))
+    try:
+        fields = parse(TaskFile, read_yaml(path), str(path))
+        values = {"name": folder.name, "data": file, **fields.given()}
+        if fields.test_data:
+            values["test_data"] = str(folder / fields.test_data)
+        return parse(TaskSpec, values, f"{path}, with the folder's name as the task's name")
+    except ConfigError as error:
+        raise ConfigError(f"{error} If {TASK_FILE} is not about this file, name the task with --task.") from None
 
 
 def _test_file(store: ObjectStore, key: str) -> str | None:

@@ -37,7 +37,7 @@ from deal_core.planning.memory import (
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
 from deal_core.strategies.strategy import TaskTexts
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
@@ -157,7 +157,8 @@ def plan(
                 task=manifest.task, old_tasks=tuple(known.schema for known in record.tasks) if record else (),
                 strategy=strategy, adapter=adapter, method=spec.method, train=spec.train,
             ),
-            old_texts=spared_texts(store, record.tasks) if record and asks_own_texts(strategy, spec.method) else (),
+            old_texts=[each for each in spared_texts(store, record.tasks if record else ())
+                       if asks_own_texts(strategy, spec.method) and each.task.name != manifest.task.name],
         )  # fmt: skip
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
@@ -241,7 +242,9 @@ def _about_reading(why: str, num_read: int, seconds_per_step: float | None, trai
 def _batch(run: _Run, rows: Dataset) -> BatchShape:
     setup, num_rows = run.setup, run.largest_batch(run.setup.train)
     if run.base.folder is None:
-        return limits_of(setup.train, num_rows)
+        limits = limits_of(setup.train, num_rows)
+        longest = max([setup.train.max_prompt_tokens, *(each.max_prompt_tokens for each in run.old_texts)])
+        return replace(limits, num_tokens=longest + limits.num_answer_tokens)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(run.base.folder, trust_remote_code=False)
     except Exception as error:  # a damaged file can raise any error
@@ -256,7 +259,9 @@ def _memory(
     """The memory with other settings of the training and another precision than those of the run."""
     setup, on_cpu = run.setup, device.is_cpu
     answer = min(batch.num_answer_tokens, train.max_answer_tokens)
-    prompt = min(batch.num_tokens - batch.num_answer_tokens, train.max_prompt_tokens)
+    # a question about an old task's own text is as long as that task allows
+    longest = max([train.max_prompt_tokens, *(each.max_prompt_tokens for each in run.old_texts)])
+    prompt = min(batch.num_tokens - batch.num_answer_tokens, longest)
     batch = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
     adapter = replace(setup.adapter, rank=run.rank)
     activations = measure_activations(run.base.config, adapter, batch, precision, on_cpu=on_cpu)
@@ -278,6 +283,7 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
         base = load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize)
         train_adapter(
             base, rows, replace(run.setup, train=train), parent_folder=parent_folder,
-            output_folder=temporary / "adapter", checkpoint_folder=temporary / "checkpoints", on_log=on_log,
+            others=OtherRows(old_texts=run.old_texts), output_folder=temporary / "adapter",
+            checkpoint_folder=temporary / "checkpoints", on_log=on_log,
         )  # fmt: skip
     return (times[-1] - times[0]) / (len(times) - 1)

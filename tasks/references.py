@@ -134,6 +134,8 @@ class AdaptationJob(Reference):
     strategy: str
     config_sha256: str
     """Digest of all settings that can change the result."""
+    spared: Literal["labelled", "all"] | None = None
+    """As `LineageRecord.spared`."""
 
 
 class TrainSummary(Reference):

@@ -22,22 +22,19 @@ from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
 from infra.store.keys import TASK_FILE
 from infra.tracking.database import open_reader
+from tasks.adaptation.frozen_rows import num_judging_of
 from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.inbox import task_beside
-from tasks.lineage.choices import choose_base
+from tasks.lineage.choices import choose_base, choose_spared, choose_strategy
 from tasks.lineage.history import version_ref
-from tasks.lineage.record import read_record
+from tasks.lineage.record import Spared, read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.references import Arrival, VersionRef
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
-
-
-UNNAMED = "unnamed"
-"""The task of a file, if nobody names one."""
 
 
 class RefusedRow(BaseModel, frozen=True):
@@ -104,8 +101,9 @@ class ValidateResult(BaseModel, frozen=True):
 
 
 def validate(
-    file: str | Path, *, spec: Path | None, task: str, lineage: str | None = None, test_data: str | None = None,
-    with_model: bool = False, on_progress: Callable[[int], None] | None = None,
+    file: str | Path, *, spec: Path | None, task: str | None = None, lineage: str | None = None,
+    test_data: str | None = None, with_model: bool = False,
+    on_progress: Callable[[int], None] | None = None,
     on_model: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidateResult:
     """Check a file as ingest would, with the labels and test rows that the lineage has for the task.
@@ -115,7 +113,7 @@ def validate(
     Args:
         file: Path or address of the file.
         spec: A spec with the task, the test file and the data settings. Its own data file is not read.
-        task: Name of the task if there is no spec. If it is UNNAMED, a task file in the file's folder decides.
+        task: Name of the task if there is no spec. None: the task file in the file's folder decides, if there is one.
         lineage: Replaces the spec's lineage.
         test_data: Replaces the spec's file of test rows.
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
@@ -127,9 +125,9 @@ def validate(
         ConfigError: The task's name is not valid, or the spec contradicts the lineage.
     """
     store, file = current_store(), str(file)
-    arrival_options = {"task": None, "data": None} if spec else {"task": task, "data": file}
+    arrival_options = {"task": None, "data": None} if spec else {"task": task or "unnamed", "data": file}
     read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
-    beside = task_beside(file) if spec is None and task == UNNAMED else None
+    beside = task_beside(file) if spec is None and task is None else None
     if beside is not None:
         read = read.model_copy(update={"task": beside})
     test_data = test_data or read.task.test_data
@@ -145,26 +143,29 @@ def validate(
     if with_model and manifest.task.labels:
         checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
     example = report.example and _shown(manifest.task, report.example, choose_base(read, record))
-    result = _result(file, report, kept, example, checked, read.gate)
-    return result.model_copy(update={"task_file": beside and str(Path(file).parent / TASK_FILE)})
+    spared = choose_spared(read, choose_strategy(read, record), record)
+    warnings = (*kept.warnings(manifest.task), *few_tests_warning(manifest, read.gate, spared))
+    result = _result(file, report, example, checked, kept)
+    named = beside and str(Path(file).resolve().parent / TASK_FILE)
+    return result.model_copy(update={"task_file": named, "warnings": warnings})
 
 
-def few_tests_warning(manifest: DatasetManifest, gate: GateConfig) -> tuple[str, ...]:
+def few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spared = None) -> tuple[str, ...]:
     """Warn of test rows that cannot tell a drop of twice the gate's limit from noise; for tasks with labels."""
-    if not manifest.task.labels or not manifest.num_test:
+    num_judging = manifest.num_test if spared is None else num_judging_of(manifest.num_test)
+    if not manifest.task.labels or not num_judging:
         return ()
-    told = what_hits_tell(manifest.num_test, 2 * gate.max_drop_points, gate.confidence)
+    told = what_hits_tell(num_judging, 2 * gate.max_drop_points, gate.confidence)
     if told is None:
         return ()
     return (
-        f"{manifest.num_test} test rows can tell {told}, and one answer is {100 / manifest.num_test:.1f} points. They "
+        f"{num_judging} test rows can tell {told}, and one answer is {100 / num_judging:.1f} points. They "
         "stay the test rows of this task; give more with --test-data or a column split.",
     )
 
 
 def _result(
-    file: str, report: ValidationReport, kept: _TrainingRows, example: ShownRow | None, checked: LabelCheck | None,
-    gate: GateConfig,
+    file: str, report: ValidationReport, example: ShownRow | None, checked: LabelCheck | None, kept: _TrainingRows
 ) -> ValidateResult:
     manifest, task = report.manifest, report.manifest.task
     numbers = ("num_read", "num_train", "num_test", "num_rejected", "num_turns")
@@ -176,7 +177,6 @@ def _result(
             for bad in report.bad_rows
         ),
         num_several=report.num_several, example=example, sha256=manifest.sha256,
-        warnings=(*kept.warnings(task), *few_tests_warning(manifest, gate)),
         label_check=checked and checked.describe(),
         likely_wrong=() if checked is None else tuple(
             LikelyWrongLabel(

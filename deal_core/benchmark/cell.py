@@ -86,7 +86,7 @@ class Cell:
         return {"all": self.tasks[: version + 2], "ends": self.tasks[version : version + 1], "last": ()}[self.scored]
 
     def shared_digest(self) -> str | None:
-        """Digest of the first version if it is plain LoRA on all rows and tokens without kept rows; else None.
+        """Digest of the first version if it is plain LoRA on all rows without kept rows; else None.
 
         Cells with the same digest share their first version, which is trained and scored once.
         """

@@ -99,7 +99,8 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     cell = run.cell
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
-        _own_texts(run, name)
+        if name != cell.tasks[-1] or cell.train.recentre_steps:
+            _own_texts(run, name)
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"
         scores = _score(run, run.base.model, cell.tasks, 0, 1) if untouched else _score_heads(run)

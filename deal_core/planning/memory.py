@@ -243,7 +243,7 @@ def longest_of(
     prompts += [len(encode_prompt(tokenizer, each.task, text, each.max_prompt_tokens))
                 for each in old_texts for text in heapq.nlargest(NUM_LONGEST, each.rows["input"], key=len)]  # fmt: skip
     answers = [len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in outputs]
-    for old in asked:
+    for old in (*asked, *(each.task for each in old_texts)):
         answers += [len(encode_answer(tokenizer, old, label, train.max_answer_tokens)) for label in old.labels]
         answers += [] if old.labels else [train.max_answer_tokens]
     return BatchShape(

@@ -43,7 +43,7 @@ def recentred_questions(
     if not np.isfinite(log_probs_NL).all():
         raise TrainingDivergedError(
             f"The adapter scores labels of {task.name} with numbers that are not finite: its training diverged. Lower "
-            "train.learning_rate."
+            "train.learning_rate. If the champion diverged, take an earlier version: deal rollback."
         )
     goals_NL = softmax(log_probs_NL + label_offsets(log_probs_NL, targets_N), axis=1)
     labels = [encode_answer(tokenizer, task, label, limit) for label in task.labels]

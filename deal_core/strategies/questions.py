@@ -38,8 +38,7 @@ def make_rehearsal(
     """
     stored = [unpack(value) for _, value in sorted(rows.items())] if config.keeps_rows else []
     stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
-    num_sets = max(len(stored), len(_with_own_texts(config, context)))
-    seed += SEED_STRIDE * num_sets  # every arrival gets a new order; otherwise only the same few rows are asked
+    seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
     is_shared = bool(stored) and config.asks_about_arrival
     num_put = config.rows_per_step * context.train.num_steps(len(context.encoded)) // (2 if is_shared else 1)
     own = _about_own_texts(config, model, context, seed, num_put)

@@ -57,7 +57,7 @@ class MethodState:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskTexts:
-    """Texts of a task that no strategy learns by their answers, and that no score counts."""
+    """Texts of a task whose right answers no strategy learns. They do not judge the version."""
 
     task: TaskSchema
     rows: Dataset
@@ -75,7 +75,7 @@ class TaskContext:
         rows: Training rows of the new task, columns input and output.
         encoded: The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut.
         old_tasks: Instructions and labels of the tasks that the parent has learned, in order; never their rows.
-        old_texts: Texts of these tasks that may be asked about; of a task without, there are none.
+        old_texts: Texts of these tasks that may be asked about; a task may have none.
         adapter: Shape of a lineage's first adapter.
         train: Steps, batches and learning rate.
     """

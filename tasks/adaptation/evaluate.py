@@ -16,7 +16,6 @@ from infra.store.keys import dataset_sha256
 from tasks.adaptation.frozen_rows import (
     Answers,
     KeptAnswers,
-    Spared,
     TestSet,
     answered_rows,
     judging_rows,
@@ -27,7 +26,7 @@ from tasks.adaptation.frozen_rows import (
 )
 from tasks.adaptation.ingest import new_task, read_manifest
 from tasks.context import current_store
-from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, read_record
+from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, Spared, read_record
 from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 def evaluate_version(
     base: BaseRef, parent: VersionRef | None, adapter: AdapterRef, dataset: DatasetRef, config: EvaluateConfig,
-    train: TrainConfig, notes: tuple[str, ...] = (), *, spared: Spared = "none",
+    train: TrainConfig, notes: tuple[str, ...] = (), *, spared: Spared,
 ) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.config import MAX_OWN_TEXTS
+from deal_core.config import MAX_OWN_TEXTS, MEASURED
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
@@ -23,7 +23,7 @@ from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE
 from infra.store.stored import reading_stored
-from tasks.lineage.record import KnownTask, read_record
+from tasks.lineage.record import KnownTask, Spared, read_record
 from tasks.lineage.tombstones import forgotten_tests, require_test_rows
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 ANSWERS_FILE = "answers.json"
 
-Spared = Literal["none", "labelled", "all"]
-"""The tasks of which some test rows teach a version by their texts and do not judge it."""
 Answers = dict[str, dict[str, str]]
 """Answers by task and by digest (sha256) of the test row."""
 MAX_EXAMPLES = 10
@@ -106,7 +104,12 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
 
 def spared_rows(test_set: TestSet) -> TestSet:
     """The rows of a task whose texts may teach a version, which they then do not judge."""
-    return replace(test_set, rows=test_set.rows.select(_by_digest(test_set.rows)[_num_judging(test_set) :]))
+    return replace(test_set, rows=test_set.rows.select(_by_digest(test_set.rows)[num_judging_of(len(test_set.rows)) :]))
+
+
+def answers_labels(task: TaskSchema) -> bool:
+    """Whether a version answers the task's rows with labels, which a metric compares."""
+    return bool(task.labels) and task.metric not in MEASURED
 
 
 def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTexts]:
@@ -123,13 +126,14 @@ def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTex
 
 def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
     """The other rows, at least half of a task's rows; all rows of a task that spares none."""
-    if spared == "none" or (spared == "labelled" and not test_set.schema.labels):
+    if spared is None or (spared == "labelled" and not answers_labels(test_set.schema)):
         return test_set
-    return replace(test_set, rows=first_rows(test_set.rows, _num_judging(test_set)))
+    return replace(test_set, rows=first_rows(test_set.rows, num_judging_of(len(test_set.rows))))
 
 
-def _num_judging(test_set: TestSet) -> int:
-    return len(test_set.rows) - min(MAX_OWN_TEXTS, len(test_set.rows) // 2)
+def num_judging_of(num_rows: int) -> int:
+    """How many of a task's test rows judge, if it spares some."""
+    return num_rows - min(MAX_OWN_TEXTS, num_rows // 2)
 
 
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:

@@ -45,6 +45,7 @@ def register_version(
     record = LineageRecord(
         lineage=run.lineage, base=base, strategy=job.strategy, adapter=job.adapter, tasks=known, matrix=report.matrix,
         slices=tuple(each for each in renewal.slices if each.name in report.slices), memory=spec.memory,
+        spared=job.spared,
     )
     write_record(store, adapter.uri, record)
     facts = VersionFacts(

@@ -15,7 +15,7 @@ from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.tracker import TrackedRun, open_tracker
-from tasks.adaptation.frozen_rows import spared_texts
+from tasks.adaptation.frozen_rows import answers_labels, spared_texts
 from tasks.adaptation.ingest import read_manifest, tasks_after
 from tasks.base import lend_base, release_base
 from tasks.context import current_store, work_folder
@@ -95,7 +95,8 @@ def _recentre(store: ObjectStore, job: AdaptationJob, train: TrainConfig, adapte
     """Let the adapter unlearn a preference for some labels, on texts that do not judge it; return notes."""
     from deal_core.training.recentre import recentre_adapter
 
-    return recentre_adapter(lend_base(job.base), adapter, _texts(store, job, train), train, advance("train"))
+    texts = [each for each in _texts(store, job, train) if answers_labels(each.task)]
+    return recentre_adapter(lend_base(job.base), adapter, texts, train, advance("train"))
 
 
 def _texts(store: ObjectStore, job: AdaptationJob, train: TrainConfig) -> list[TaskTexts]:

@@ -10,8 +10,9 @@ from typing import Any
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
+from deal_core.method_config import SelectionConfig, asks_own_texts
 from deal_core.strategies import OWN, strategy_class
-from tasks.lineage.record import LineageRecord
+from tasks.lineage.record import LineageRecord, Spared
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
 REHEARSING = ("deal", "replay")
@@ -73,6 +74,14 @@ def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
     return spec.model_copy(update={"memory": "rows"}) if _asks_kept_rows(choose_strategy(spec, record)) else spec
 
 
+def choose_spared(spec: AdaptSpec, strategy: str, record: LineageRecord | None) -> Spared:
+    """Return the tasks whose test rows may teach this version or taught one before it, and so do not judge it."""
+    spared = record.spared if record else None
+    if asks_own_texts(strategy, spec.method):
+        return "all"
+    return spared or ("labelled" if spec.train.recentre_steps else None)
+
+
 MAX_NAMED = 6
 """Most settings that a note about changed settings names."""
 SAME_RESULT = {"memory", "data.include_texts", "data.retain_training_rows", "train.num_processes", "train.report_to",
@@ -90,11 +99,12 @@ def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -
         before: The spec of the parent's run as it was stored. Settings that only one of the two has are left out.
         version: The parent's number.
     """
-    now, then = ({f"{part}.{name}": value for part, values in each.items() if isinstance(values, Mapping)
+    off = {"selection": asdict(SelectionConfig())}  # a spec leaves it out where it is off
+    now, then = ({f"{part}.{name}": value for part, values in {**off, **each}.items() if isinstance(values, Mapping)
                   for name, value in values.items() if part in LOGGED_PARTS}
                  for each in (spec.model_dump(mode="json"), before))  # fmt: skip
-    changed = [f"{name} {_shown(value)} (there {_shown(then[name])})" for name, value in now.items()
-               if name in then and name not in SAME_RESULT and then[name] != value]  # fmt: skip
+    changed = [f"{name} {_shown(value)} (before: {_shown(then[name])})" for name, value in now.items()
+               if name in then and name not in SAME_RESULT and _shown(then[name]) != _shown(value)]  # fmt: skip
     if not changed:
         return ()
     more = f", and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -25,6 +25,8 @@ from tasks.lineage.version_files import reading_beside
 from tasks.references import BaseRef, DatasetRef
 
 RECORD_FILE = "record.json"
+Spared = Literal["labelled", "all"] | None
+"""The tasks of which some test rows do not judge, because their texts may teach a version; None: no task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,9 @@ class KnownSlice:
 class LineageRecord(VersionedJson):
     """The record of a lineage at one version."""
 
-    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1, later=("slices", "memory"))
+    kept: ClassVar[Kept] = Kept(
+        f"The lineage's {RECORD_FILE}", StoreError, version=1, later=("slices", "memory", "spared")
+    )
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     lineage: str
@@ -71,6 +75,9 @@ class LineageRecord(VersionedJson):
     slices: tuple[KnownSlice, ...] = ()
     memory: Memory | None = None
     """The spec's `memory`, which later arrivals share; None: the settings under `rehearsal` decided."""
+
+    spared: Spared = None
+    """Later versions spare at least as much: they continue what the texts taught."""
 
     def task(self, name: str) -> KnownTask | None:
         """Return the task of that name, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,21 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     (note,) = (note for note in evaluation_of(result.tracking_id)["notes"] if "questions about old tasks" in note)
     assert note.startswith("rehearsed 18 questions about old tasks (sets: 1)")
     assert {name: len(each) for name, each in read_answers(current_store(), adapter_uri).now.items()} == judging
+
+
+def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base: Path, tmp_path: Path) -> None:
+    """A task with free answers spares rows as well. The second version is learned with the defaults again."""
+    rows = [{"prompt": f"Order {n}: the tap in flat {n % 7} drips.", "completion": f"tap, flat {n % 7}",
+             "split": "test" if n % 2 else "train"} for n in range(40)]  # fmt: skip
+    file = tmp_path / "orders.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tiny_base, {"name": "orders", "data": str(file)}, **OWN).status == "promoted"
+    second = run(tiny_base, BANK)
+    assert second.status == "promoted"
+    judging = evaluation_of(second.tracking_id)["num_rows"]
+    assert judging == {"orders": 10, "bank": 18}
+    adapter_uri = find_version(open_registry(), "l", "2").adapter_uri
+    assert read_record(current_store(), adapter_uri).spared == "all"
 
 
 @pytest.mark.nightly

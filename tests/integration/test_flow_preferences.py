@@ -44,7 +44,7 @@ def test_preferences_are_learned_kept_and_judged_by_their_numbers(tiny_base: Pat
     second = run(tiny_base, BANK, train={**train, "max_steps": 3})
     assert second.status == "promoted" and second.metrics == {"tone": "preference", "bank": "exact"}
     _, page = read_page(str(second.tracking_id))
-    assert "settings that differ from version 1&#39;s: train.max_steps 3 (there 12), gate.min_gain_points" in page
+    assert "settings that differ from version 1&#39;s: train.max_steps 3 (before: 12), gate.min_gain_points" in page
 
     opposite = {"name": "tone", "data": write(tmp_path / "opposite.jsonl", is_swapped=True)}
     strict = {**PASS, "max_drop_points": 10, "min_gain_over_champion_points": 0}

@@ -79,11 +79,11 @@ def test_a_task_file_beside_the_file_decides_unless_the_task_is_named(home: Path
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = {"columns": {"text": "words"}, "test_data": "test.jsonl", "labels": [*KINDS, "other"]}
     (folder / "task.yaml").write_text(yaml.safe_dump(told))
-    found = validate(folder / "may.jsonl", spec=None, task="unnamed")
+    found = validate(folder / "may.jsonl", spec=None)
     assert found.accepted and (found.num_train, found.num_test) == (30, 30) and "other" in found.labels
     assert found.task_file == str(folder / "task.yaml")
     with pytest.raises(DataValidationError, match="has the columns 'words'"):
         validate(folder / "may.jsonl", spec=None, task="bank")
     (folder / "task.yaml").write_text("labels: 5")
     with pytest.raises(ConfigError, match=r"task\.yaml.*labels"):
-        validate(folder / "may.jsonl", spec=None, task="unnamed")
+        validate(folder / "may.jsonl", spec=None)

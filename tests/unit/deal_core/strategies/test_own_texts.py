@@ -14,9 +14,11 @@ from deal_core.adapter.state import adapter_on
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import generate
 from deal_core.method_config import RehearsalConfig
 from deal_core.planning.memory import longest_of
+from deal_core.strategies import deal
 from deal_core.strategies.questions import make_rehearsal
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.strategy import TaskContext, TaskTexts
@@ -144,10 +146,22 @@ def test_a_plan_counts_the_longest_text_of_an_old_task(base, task, rows):
     assert alone < 60 < with_texts, "a prompt as long as the limit, and an answer"
 
 
-def test_the_next_arrival_asks_in_another_order(asked):
+def test_the_next_arrival_asks_in_another_order(parent, train, monkeypatch):
     """More texts than the steps ask: otherwise the same few would be asked by every arrival."""
-    sizes, shapes = texts(SIZES, ["large", "small"] * 20), texts(SHAPES, ["round", "flat"] * 20)
-    first, second = asked([SIZES], [sizes]), asked([SIZES, SHAPES], [sizes, shapes])
-    drawn = [[tuple(each.prompt_ids) for step in range(3) for each in made.draw(step)] for made in (first, second)]
-    of_sizes = [prompt for prompt in drawn[1] if prompt in prompts_of(first.kinds[0][0])]
-    assert of_sizes != drawn[0][: len(of_sizes)]
+    asked: list[list[tuple[int, ...]]] = []
+    make = deal.make_rehearsal
+
+    def record(*given):
+        made = make(*given)
+        asked.append([tuple(each.prompt_ids) for step in range(2) for each in made.draw(step)])
+        return made
+
+    monkeypatch.setattr(deal, "make_rehearsal", record)
+    given = {"rehearsal": OWN, "old_tasks": (SIZES,), "others": OtherRows(old_texts=[texts(SIZES, ["large"] * 40)])}
+    train("deal", train("deal", parent, **given).folder, **given)
+    assert len(asked) == 2 and asked[0] != asked[1]
+
+
+def test_re_centred_answers_have_no_temperature():
+    with pytest.raises(ConfigError, match=r"rehearsal\.temperature is 2\.0, .* set it to 1"):
+        RehearsalConfig(texts="own", temperature=2.0)

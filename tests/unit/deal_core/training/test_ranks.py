@@ -32,7 +32,7 @@ from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.training.job import TrainingJob
+from deal_core.training.job import TextsFile, TrainingJob
 from deal_core.training.ranks import describe, error_of, require_devices, train_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
@@ -80,13 +80,8 @@ def retrained(job: TrainingJob, **changes: object) -> TrainingJob:
 
 
 def train_in_one(base, job: TrainingJob, folder: Path) -> TrainingResult:
-    return train_adapter(
-        base, Dataset.from_parquet(str(job.rows_file)),
-        replace(job.setup, train=replace(job.setup.train, num_processes=1)),
-        parent_folder=job.parent_folder,
-        output_folder=folder / "one",
-        checkpoint_folder=folder / "one-cp",
-    )
+    alone = retrained(job, num_processes=1)
+    return replace(alone, output_folder=folder / "one", checkpoint_folder=folder / "one-cp").run(base)
 
 
 def assert_same(one: TrainingResult, two: TrainingResult, folder: Path) -> None:
@@ -104,11 +99,18 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     return {each.environ()["RANK"]: each for each in below if each.cmdline()[-2:-1] == ["rank"]}
 
 
-def test_two_processes_equal_one(base, job, tmp_path):
+def test_two_processes_equal_one(base, job, rows, tmp_path):
     job = retrained(job, group_by_length=False, prompt_loss_weight=0.1)
+    (old,), file = job.setup.old_tasks, tmp_path / "texts" / "old.parquet"
+    file.parent.mkdir()
+    rows(12, first=100).to_parquet(str(file))
+    own = replace(job.setup, method=MethodConfig(rehearsal=RehearsalConfig(texts="own")))
+    texts = (TextsFile(task=old, file=file, max_prompt_tokens=64),)
+    job = replace(job, setup=own, old_texts=texts)
     two = train_in_processes(job, tmp_path / "ranks")
     one = train_in_one(base, job, tmp_path)
     assert_same(one, two, tmp_path)
+    assert two.notes[0].startswith("rehearsed 12 questions about old tasks (sets: 1)")
 
 
 @pytest.mark.nightly

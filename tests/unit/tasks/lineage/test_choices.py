@@ -8,8 +8,8 @@ import pytest
 
 from deal_core.errors import ConfigError
 from deal_core.method_config import Memory
-from tasks.lineage.choices import changed_settings, choose_strategy, with_memory_of
-from tasks.lineage.record import LineageRecord
+from tasks.lineage.choices import changed_settings, choose_spared, choose_strategy, with_memory_of
+from tasks.lineage.record import LineageRecord, Spared
 from tasks.spec import AdaptSpec, parse
 from tests.unit.test_stored_json import RECORD
 
@@ -56,11 +56,31 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
     assert changed_settings(longer, before, "4") == ()
     (note,) = changed_settings(spec(memory="rows"), before, "4")
     assert note == (
-        "settings that differ from version 4's: train.num_epochs 3 (there 6), gate.max_drop_points 10.0 (there 3.0)"
+        "settings that differ from version 4's: train.num_epochs 3 (before: 6), gate.max_drop_points 10.0 (before: 3.0)"
     )
+    (note,) = changed_settings(spec(selection={"keep": 0.2}), spec().model_dump(mode="json"), "1")
+    assert note.endswith("selection.keep 0.2 (before: null)"), "the part is not stored where it is off"
     del before["gate"], before["train"]["num_epochs"]
     assert changed_settings(spec(), before, "4") == (), "an old spec may lack a setting"
     (note,) = changed_settings(spec(train=dict.fromkeys(("num_epochs", "min_steps", "batch_size", "seed"), 7),
                                     evaluate={"max_new_tokens": 7}, rehearsal={"num_texts": 7, "rows_per_step": 7}),
                                spec().model_dump(mode="json"), "1")  # fmt: skip
-    assert note.count("there") == 6 and note.endswith(", and 1 more")
+    assert note.count("before") == 6 and note.endswith(", and 1 more")
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "spared"),
+    [
+        (None, {}, None),
+        (None, {"train": {"recentre_steps": 5}}, "labelled"),
+        (None, {"rehearsal": {"texts": "own"}}, "all"),
+        (None, {"rehearsal": {"texts": "own"}, "strategy": "seq_lora"}, None),
+        ("all", {}, "all"),
+        ("all", {"train": {"recentre_steps": 5}}, "all"),
+        ("labelled", {"rehearsal": {"texts": "own"}}, "all"),
+    ],
+)
+def test_rows_that_a_version_spared_stay_spared(before: Spared, given: dict[str, Any], spared: Spared) -> None:
+    """Later versions continue what the texts taught."""
+    parents = before and LineageRecord.from_json({**RECORD.to_json(), "spared": before})
+    assert choose_spared(spec(**given), given.get("strategy", "deal"), parents or None) == spared

@@ -20,7 +20,13 @@ from flows.cli.app import app
 from flows.cli.session import Session
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
-from tasks.lineage.settings import AskedSpec, asks_for_alias_moves, spec_from_options, watched_from_options
+from tasks.lineage.settings import (
+    AskedSpec,
+    asks_for_alias_moves,
+    read_lineage,
+    spec_from_options,
+    watched_from_options,
+)
 from tasks.spec import AdaptSpec, TaskSpec
 
 STORED = """\
@@ -253,3 +259,16 @@ def test_a_mistake_in_the_file_does_not_let_the_alias_decide(store: ObjectStore,
     store.put_bytes("lineages/support.yaml", text.encode())
     assert asks_for_alias_moves(store, "support") == asks
     assert not asks_for_alias_moves(store, "without-a-file")
+
+
+def test_a_lineages_file_of_an_earlier_release_is_read(store: ObjectStore) -> None:
+    """`deal lineage add` wrote all settings of a section. Those that are gone count only if they changed something."""
+    earlier = {"lineage": "support", "deal": {"lambda1": 0.2, "sides": "both", "recycle": True, "interpolation": 1.0},
+               "rehearsal": {"parent_share": 0.0, "rows_per_step": 2}}  # fmt: skip
+    store.put_bytes("lineages/support.yaml", yaml.safe_dump(earlier).encode())
+    found = read_lineage(store, "support")
+    assert (found.deal.lambda1, found.rehearsal.rows_per_step) == (0.2, 2)
+    earlier["deal"] |= {"sides": "A"}  # type: ignore[operator]
+    store.put_bytes("lineages/support.yaml", yaml.safe_dump(earlier).encode())
+    with pytest.raises(ConfigError, match=r"unknown key 'deal\.sides'"):
+        read_lineage(store, "support")
