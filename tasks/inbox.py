@@ -323,7 +323,7 @@ def task_beside(file: str) -> TaskSpec | None:
     Raises:
         ConfigError: The task file is damaged or has a setting that is not valid.
     """
-    folder = Path(file).resolve().parent
+    folder = Path(file).absolute().parent
     path = folder / TASK_FILE
     if "://" in file or not path.is_file():
         return None

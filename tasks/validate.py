@@ -146,7 +146,7 @@ def validate(
     spared = choose_spared(read, choose_strategy(read, record), record)
     warnings = (*kept.warnings(manifest.task), *few_tests_warning(manifest, read.gate, spared))
     result = _result(file, report, example, checked, kept)
-    named = beside and str(Path(file).resolve().parent / TASK_FILE)
+    named = beside and str(Path(file).absolute().parent / TASK_FILE)
     return result.model_copy(update={"task_file": named, "warnings": warnings})
 
 

@@ -13,6 +13,7 @@ import tasks.adaptation.train as train_stage
 from deal_core.adapter.state import load_method_state
 from deal_core.method_config import SelectionConfig
 from deal_core.strategies.rehearsal import unpack
+from deal_core.training.job import TrainingJob
 from infra.tracking.registry import open_registry
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
@@ -38,17 +39,18 @@ def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
         "train": TRAIN, "memory": "rows", "selection": {"score": "loss", "keep": 0.25, "noise": "name"},
     }  # fmt: skip
     trained_on: list[list[str]] = []
-    learn = train_stage._in_this_process
+    learn = train_stage._train
 
-    def die_once(base: Any, setup: Any, rows_file: Path, *rest: Any) -> Any:
+    def die_once(training: TrainingJob, *rest: Any) -> Any:
+        rows_file = training.rows_file
         trained_on.append(pq.read_table(rows_file).column("sha256").to_pylist())
         if len(trained_on) == 1:
             journal = json.loads((rows_file.parents[1] / "selection.json").read_text())
             assert len(journal["rows"]) == len(trained_on[0])
             raise _DiedError
-        return learn(base, setup, rows_file, *rest)
+        return learn(training, *rest)
 
-    monkeypatch.setattr(train_stage, "_in_this_process", die_once)
+    monkeypatch.setattr(train_stage, "_train", die_once)
     with pytest.raises(_DiedError):
         run(tiny_base, CLINIC, **settings)
     monkeypatch.setattr("deal_core.selection.choose._Choosing.make", None)  # a second choice would fail
