@@ -32,9 +32,11 @@ from deal_core.benchmark.summary import (
     order_of,
     protocols,
     read_cells,
+    score_per_row,
     summarise,
 )
 from deal_core.config import MAX_OWN_TEXTS, TrainConfig
+from deal_core.evaluation.metrics import paired_interval
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
@@ -70,16 +72,26 @@ def spread_of_seeds(cells: Sequence[CellJson]) -> dict[str, float]:
     return dict(found)
 
 
-def recentred(path: Path, cells: Sequence[CellJson]) -> dict[str, Any]:
-    """What steps that re-centre give: by `benchmarks.arms`, and plain LoRA's development cell with them, in points."""
+def recentred(path: Path) -> dict[str, Any]:
+    """What steps that re-centre, and texts of the old tasks' own, give by `benchmarks.arms`, in points."""
     found = read(path)
-    plain = next(cell for cell in cells if cell["settings"]["strategy"] == "seq_lora"
-                 and cell["settings"]["train"].get("recentre_steps") == found["recentre_steps"])  # fmt: skip
     return {
-        "arms": arms(path, CHOOSING_ROWS), "all_rows": arms(path),
-        "plain_lora": 100 * fmean(map(accuracy, final_scores(plain).values())),
-        "steps": found["recentre_steps"], "arrival_steps": TrainConfig().num_steps(found["rows"]),
+        "arms": arms(path, CHOOSING_ROWS), "all_rows": arms(path), "steps": found["recentre_steps"],
+        "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
+
+
+def recentred_lead(cells: Sequence[CellJson], steps: int) -> list[float]:
+    """Accuracy of `deal` minus that of plain LoRA on suite 15's judged tasks, both re-centred: points and interval."""
+    (protocol,) = (each for each in protocols(cells) if each.suite == "15"
+                   and each.cells[0]["settings"]["train"].get("schedule") == TrainConfig().schedule)  # fmt: skip
+    ours, rival = (
+        score_per_row([cell for cell in protocol.cells if cell["settings"]["train"].get("recentre_steps") == steps
+                       and cell["settings"]["strategy"] == strategy], judged_tasks(protocol))
+        for strategy in (OURS, "seq_lora")
+    )  # fmt: skip
+    found = paired_interval(ours, rival)
+    return [100 * each for each in (found.mean, found.low, found.high)]
 
 
 def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
@@ -378,7 +390,8 @@ def main(
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "recentring": read(results / "recentring.json"),
-        "recentred": recentred(results / "arms_recentred.json", development),
+        "recentred": recentred(results / "arms_recentred.json"),
+        "lead": recentred_lead(cells, read(results / "arms_recentred.json")["recentre_steps"]),
         "coverage": read(results / "paired_coverage.json"),
         "spread": spread_of_seeds(cells), "label_texts": MAX_OWN_TEXTS,
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15
