@@ -125,7 +125,8 @@ def validate(
         ConfigError: The task's name is not valid, or the spec contradicts the lineage.
     """
     store, file = current_store(), str(file)
-    arrival_options = {"task": None, "data": None} if spec else {"task": task or "unnamed", "data": file}
+    name = "unnamed" if task is None else task
+    arrival_options = {"task": None, "data": None} if spec else {"task": name, "data": file}
     read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
     beside = task_beside(file) if spec is None and task is None else None
     if beside is not None:
