@@ -37,6 +37,7 @@ import typer
 
 from benchmarks.output import DEAL, RESULTS, Base, Out, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
+from benchmarks.tiny_tasks import COLOURS_AND_SIZES, write_tasks
 from deal_core.base_model.sources import DEFAULT_BASE
 from infra.settings import TrackingSettings
 from infra.tracking.facts import VersionFacts
@@ -61,7 +62,7 @@ COMMANDS = {
 FILES = {"bank": "train.jsonl", "parcels": "messages.jsonl"}
 """The tasks that are adapted to, and their rows in examples/."""
 LEARNING = ("train", "evaluate")
-CELL_TASKS = {"colours": ("red", "green"), "sizes": ("large", "small"), "tastes": ("sweet", "sour")}
+CELL_TASKS = {**COLOURS_AND_SIZES, "tastes": ("sweet", "sour")}
 CELL_STRATEGIES = ("deal", "seq_lora", "ewc", "replay")
 NUM_TEST_ROWS = 64
 
@@ -168,17 +169,6 @@ def adaptation(
     write_result(out, {"base": base, "num_rows": rows, "num_measurements": measurements, **adaptations})
 
 
-def write_tasks(folder: Path, num_rows: int) -> None:
-    """Write tasks in the layout that `deal benchmark` reads."""
-    folder.mkdir()
-    tasks = {name: {"instruction": f"Which of the {name}?", "labels": labels} for name, labels in CELL_TASKS.items()}
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    for name, labels in CELL_TASKS.items():
-        for part, count in (("train", num_rows), ("test", NUM_TEST_ROWS)):
-            rows = [{"text": f"{part} {i} of {labels[i % 2]}", "label": labels[i % 2]} for i in range(count)]
-            (folder / f"{name}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def run_at_once(num_processes: int, folder: Path, options: Sequence[str]) -> tuple[float, float]:
     """Run `deal benchmark` so many times at once.
 
@@ -222,9 +212,9 @@ def cells(
     """The seconds of one process and of two, and the median ratio of measurements that stood side by side."""
     runs: dict[str, list[dict[str, float]]] = {"one": [], "two": []}
     with tempfile.TemporaryDirectory(prefix="deal-fan-out-") as work:
-        base, data = Path(work) / "tiny-base", Path(work) / "data"
+        base = Path(work) / "tiny-base"
         build_tiny_base(base)
-        write_tasks(data, rows)
+        data = write_tasks(Path(work), CELL_TASKS, num_train=rows, num_test=NUM_TEST_ROWS)
         options = ["--data", str(data), "--base", str(base), "--rows", str(rows)]
         options += [word for name in CELL_TASKS for word in ("--task", name)]
         options += [word for name in CELL_STRATEGIES for word in ("--strategy", name)]

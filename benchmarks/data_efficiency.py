@@ -99,12 +99,12 @@ def line_of(trial: Trial, group: Mapping[str, Trial], measured: Mapping[str, Any
         "accuracy": 100 * sum(map(accuracy, scores)) / len(scores),
         "perplexity": cell["perplexity"]["adapted"] / cell["perplexity"]["base"],
         "forgetting": None if matrix is None or matrix.forgetting is None else 100 * matrix.forgetting,
-        "against": {name: _interval(score_per_row([cell]), score_per_row([group[name].cell])) for name in (RANDOM, ALL)
+        "against": {name: difference(score_per_row([cell]), score_per_row([group[name].cell])) for name in (RANDOM, ALL)
                     if name in group and name != trial.option},
     }  # fmt: skip
 
 
-def _interval(first: Sequence[float], second: Sequence[float]) -> list[float]:
+def difference(first: Sequence[float], second: Sequence[float]) -> list[float]:
     """Mean and 95 % interval of the difference over test rows, in points."""
     found = paired_interval(first, second)
     return [100 * value for value in (found.mean, found.low, found.high)]
@@ -139,7 +139,7 @@ def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
     trials = {trial["arm"]: trial for trial in reversed(read(path)["trials"])}
     rows = {arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits[first_row:]]
             for arm, trial in trials.items()}  # fmt: skip
-    return {arm: {"mean": 100 * fmean(each), "difference": _interval(each, rows["plain"])}
+    return {arm: {"mean": 100 * fmean(each), "difference": difference(each, rows["plain"])}
             for arm, each in rows.items()}  # fmt: skip
 
 

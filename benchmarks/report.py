@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.data_efficiency import arms
+from benchmarks.data_efficiency import arms, difference
 from benchmarks.headline import judged_tasks
 from benchmarks.output import RESULTS, read, templates
 from benchmarks.protocol import describe as describe_training
@@ -36,7 +36,6 @@ from deal_core.benchmark.summary import (
     summarise,
 )
 from deal_core.config import MAX_OWN_TEXTS, TrainConfig
-from deal_core.evaluation.metrics import paired_interval
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
@@ -81,17 +80,14 @@ def recentred(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def recentred_lead(cells: Sequence[CellJson], steps: int) -> list[float]:
-    """Accuracy of `deal` minus that of plain LoRA on suite 15's judged tasks, both re-centred: points and interval."""
-    (protocol,) = (each for each in protocols(cells) if each.suite == "15"
-                   and each.cells[0]["settings"]["train"].get("schedule") == TrainConfig().schedule)  # fmt: skip
+def recentred_lead(protocol: Protocol, steps: int) -> list[float]:
+    """Accuracy of `deal` minus that of plain LoRA on the judged tasks, both re-centred: points and interval."""
     ours, rival = (
         score_per_row([cell for cell in protocol.cells if cell["settings"]["train"].get("recentre_steps") == steps
                        and cell["settings"]["strategy"] == strategy], judged_tasks(protocol))
         for strategy in (OURS, "seq_lora")
     )  # fmt: skip
-    found = paired_interval(ours, rival)
-    return [100 * each for each in (found.mean, found.low, found.high)]
+    return difference(ours, rival)
 
 
 def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
@@ -369,14 +365,16 @@ def main(
     pages = templates()
     pages.filters |= {"points": points, "interval": interval, "name": name_of, "training": describe_training}
     cells = read_cells(results / "continual")
-    tables = [describe(each, page.parent / "img") for each in protocols(cells)]
+    found = protocols(cells)
+    tables = [describe(each, page.parent / "img") for each in found]
     cost = read(results / "step_cost.json")
     development = read_cells(results / "development")
     tried = tried_lines(development)
     protocol = sorted(
         filter(_has_chosen, protocol_lines(development)), key=lambda line: (line["suite"], line["method"])
     )
-    today = settings_shown(TrainConfig())
+    today, steps = settings_shown(TrainConfig()), recentred(results / "arms_recentred.json")
+    (long,) = (each for each in found if each.suite == "15" and training_of(some_cell(each)["settings"]) == today)
     reported = protocol_lines([cell for cell in cells if training_of(cell["settings"]) == today])
     tables.sort(key=lambda table: table["suite"].zfill(3))
     page_values = {
@@ -390,8 +388,7 @@ def main(
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "recentring": read(results / "recentring.json"),
-        "recentred": recentred(results / "arms_recentred.json"),
-        "lead": recentred_lead(cells, read(results / "arms_recentred.json")["recentre_steps"]),
+        "recentred": steps, "lead": recentred_lead(long, steps["steps"]),
         "coverage": read(results / "paired_coverage.json"),
         "spread": spread_of_seeds(cells), "label_texts": MAX_OWN_TEXTS,
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15

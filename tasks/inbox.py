@@ -310,29 +310,34 @@ def task_spec(store: ObjectStore, key: str) -> TaskSpec:
         TaskFieldsError: The task file is damaged or has a setting that is not valid.
     """
     with reading_the_task():
-        fields = _read_task_file(store, task_file_of(key))
-        values = {"name": task_of(key), "data": store.uri_of(key), **fields.given()}
-        if fields.test_data:
-            values["test_data"] = store.uri_of(f"{PurePosixPath(key).parent}/{fields.test_data}")
-        return parse(TaskSpec, values, store.uri_of(key))
+        fields, data = _read_task_file(store, task_file_of(key)), store.uri_of(key)
+        tests = fields.test_data and store.uri_of(f"{PurePosixPath(key).parent}/{fields.test_data}")
+        return _make_spec(fields, task_of(key), data, tests, data)
 
 
-def task_beside(file: str) -> TaskSpec | None:
-    """Make the spec of a file on this machine from the task file in its folder; None: there is none.
+def _make_spec(fields: TaskFile, name: str, data: str, test_data: str | None, origin: str) -> TaskSpec:
+    """The spec of an arrival, from a task file and the addresses of its rows."""
+    tests = {"test_data": test_data} if test_data else {}
+    return parse(TaskSpec, {"name": name, "data": data, **fields.given(), **tests}, origin)
+
+
+def task_file_beside(file: str) -> Path | None:
+    """Return the task file in the folder of a file on this machine; None: there is none."""
+    path = Path(file).absolute().parent / TASK_FILE
+    return path if "://" not in file and path.is_file() else None
+
+
+def task_from_file(path: Path, file: str) -> TaskSpec:
+    """Make the spec of a file on this machine from the task file in its folder. The folder's name is the task's name.
 
     Raises:
         ConfigError: The task file is damaged or has a setting that is not valid.
     """
-    folder = Path(file).absolute().parent
-    path = folder / TASK_FILE
-    if "://" in file or not path.is_file():
-        return None
+    folder = path.parent
     try:
         fields = parse(TaskFile, read_yaml(path), str(path))
-        values = {"name": folder.name, "data": file, **fields.given()}
-        if fields.test_data:
-            values["test_data"] = str(folder / fields.test_data)
-        return parse(TaskSpec, values, f"{path}, with the folder's name as the task's name")
+        tests = fields.test_data and str(folder / fields.test_data)
+        return _make_spec(fields, folder.name, file, tests, f"{path}, with the folder's name as the task's name")
     except ConfigError as error:
         raise ConfigError(f"{error} If {TASK_FILE} is not about this file, name the task with --task.") from None
 

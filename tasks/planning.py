@@ -112,6 +112,10 @@ class _Run:
     setup: TrainingSetup
     old_texts: Sequence[TaskTexts] = ()
 
+    def longest_prompt(self, train: TrainConfig) -> int:
+        """A question about an old task's own text is as long as that task allows."""
+        return max([train.max_prompt_tokens, *(each.max_prompt_tokens for each in self.old_texts)])
+
     def largest_batch(self, train: TrainConfig) -> int:
         setup = self.setup
         return largest_batch(
@@ -157,8 +161,8 @@ def plan(
                 task=manifest.task, old_tasks=tuple(known.schema for known in record.tasks) if record else (),
                 strategy=strategy, adapter=adapter, method=spec.method, train=spec.train,
             ),
-            old_texts=[each for each in spared_texts(store, record.tasks if record else ())
-                       if asks_own_texts(strategy, spec.method) and each.task.name != manifest.task.name],
+            old_texts=spared_texts(store, [known for known in record.tasks if known.schema.name != manifest.task.name])
+            if record and asks_own_texts(strategy, spec.method) else (),
         )  # fmt: skip
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
@@ -243,8 +247,7 @@ def _batch(run: _Run, rows: Dataset) -> BatchShape:
     setup, num_rows = run.setup, run.largest_batch(run.setup.train)
     if run.base.folder is None:
         limits = limits_of(setup.train, num_rows)
-        longest = max([setup.train.max_prompt_tokens, *(each.max_prompt_tokens for each in run.old_texts)])
-        return replace(limits, num_tokens=longest + limits.num_answer_tokens)
+        return replace(limits, num_tokens=run.longest_prompt(setup.train) + limits.num_answer_tokens)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(run.base.folder, trust_remote_code=False)
     except Exception as error:  # a damaged file can raise any error
@@ -259,9 +262,7 @@ def _memory(
     """The memory with other settings of the training and another precision than those of the run."""
     setup, on_cpu = run.setup, device.is_cpu
     answer = min(batch.num_answer_tokens, train.max_answer_tokens)
-    # a question about an old task's own text is as long as that task allows
-    longest = max([train.max_prompt_tokens, *(each.max_prompt_tokens for each in run.old_texts)])
-    prompt = min(batch.num_tokens - batch.num_answer_tokens, longest)
+    prompt = min(batch.num_tokens - batch.num_answer_tokens, run.longest_prompt(train))
     batch = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
     adapter = replace(setup.adapter, rank=run.rank)
     activations = measure_activations(run.base.config, adapter, batch, precision, on_cpu=on_cpu)

@@ -21,6 +21,9 @@ Standing = Literal[
 
 A version awaits approval only while its parent is champion."""
 
+Spared = Literal["labelled", "all"] | None
+"""The tasks of which some test rows do not judge, because their texts may teach a version; None: no task."""
+
 
 class Reference(BaseModel, frozen=True, extra="forbid"):
     """Base class of the references."""
@@ -134,8 +137,7 @@ class AdaptationJob(Reference):
     strategy: str
     config_sha256: str
     """Digest of all settings that can change the result."""
-    spared: Literal["labelled", "all"] | None = None
-    """As `LineageRecord.spared`."""
+    spared: Spared = None
 
 
 class TrainSummary(Reference):

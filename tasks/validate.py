@@ -20,18 +20,17 @@ from deal_core.evaluation.significance import what_hits_tell
 from deal_core.judging_config import GateConfig
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
-from infra.store.keys import TASK_FILE
 from infra.tracking.database import open_reader
 from tasks.adaptation.frozen_rows import num_judging_of
 from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.base import local_tokenizer
 from tasks.context import current_store
-from tasks.inbox import task_beside
+from tasks.inbox import task_file_beside, task_from_file
 from tasks.lineage.choices import choose_base, choose_spared, choose_strategy
 from tasks.lineage.history import version_ref
-from tasks.lineage.record import Spared, read_record
+from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
-from tasks.references import Arrival, VersionRef
+from tasks.references import Arrival, Spared, VersionRef
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
@@ -128,9 +127,9 @@ def validate(
     name = "unnamed" if task is None else task
     arrival_options = {"task": None, "data": None} if spec else {"task": name, "data": file}
     read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
-    beside = task_beside(file) if spec is None and task is None else None
-    if beside is not None:
-        read = read.model_copy(update={"task": beside})
+    task_file = task_file_beside(file) if spec is None and task is None else None
+    if task_file is not None:
+        read = read.model_copy(update={"task": task_from_file(task_file, file)})
     test_data = test_data or read.task.test_data
     champion = known_champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
@@ -146,9 +145,8 @@ def validate(
     example = report.example and _shown(manifest.task, report.example, choose_base(read, record))
     spared = choose_spared(read, choose_strategy(read, record), record)
     warnings = (*kept.warnings(manifest.task), *few_tests_warning(manifest, read.gate, spared))
-    result = _result(file, report, example, checked, kept)
-    named = beside and str(Path(file).absolute().parent / TASK_FILE)
-    return result.model_copy(update={"task_file": named, "warnings": warnings})
+    result = _result(file, report, kept, example, checked)
+    return result.model_copy(update={"task_file": task_file and str(task_file), "warnings": warnings})
 
 
 def few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spared = None) -> tuple[str, ...]:
@@ -166,7 +164,7 @@ def few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spare
 
 
 def _result(
-    file: str, report: ValidationReport, example: ShownRow | None, checked: LabelCheck | None, kept: _TrainingRows
+    file: str, report: ValidationReport, kept: _TrainingRows, example: ShownRow | None, checked: LabelCheck | None
 ) -> ValidateResult:
     manifest, task = report.manifest, report.manifest.task
     numbers = ("num_read", "num_train", "num_test", "num_rejected", "num_turns")

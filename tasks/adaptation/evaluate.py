@@ -26,12 +26,12 @@ from tasks.adaptation.frozen_rows import (
 )
 from tasks.adaptation.ingest import new_task, read_manifest
 from tasks.context import current_store
-from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, Spared, read_record
+from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, read_record
 from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.monitoring.rows import has_reference, write_reference
-from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
+from tasks.references import AdapterRef, BaseRef, DatasetRef, Spared, VersionRef, VersionScores
 
 if TYPE_CHECKING:
     from tasks.adaptation.scorer import Scored, Scorer

@@ -23,8 +23,9 @@ from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE
 from infra.store.stored import reading_stored
-from tasks.lineage.record import KnownTask, Spared, read_record
+from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.tombstones import forgotten_tests, require_test_rows
+from tasks.references import Spared
 
 if TYPE_CHECKING:
     from datasets import Dataset

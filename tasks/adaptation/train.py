@@ -19,14 +19,13 @@ from tasks.adaptation.frozen_rows import answers_labels, spared_texts
 from tasks.adaptation.ingest import read_manifest, tasks_after
 from tasks.base import lend_base, release_base
 from tasks.context import current_store, work_folder
-from tasks.lineage.record import read_record
+from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import find_renewal
 from tasks.lineage.version_files import borrowed_parent
 from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from deal_core.strategies.strategy import TaskTexts
     from deal_core.training.job import TextsFile, TrainingJob
     from deal_core.training.train import TrainingResult, TrainingSetup
     from deal_core.training.trainer import OnLog
@@ -95,17 +94,15 @@ def _recentre(store: ObjectStore, job: AdaptationJob, train: TrainConfig, adapte
     """Let the adapter unlearn a preference for some labels, on texts that do not judge it; return notes."""
     from deal_core.training.recentre import recentre_adapter
 
-    texts = [each for each in _texts(store, job, train) if answers_labels(each.task)]
+    texts = spared_texts(store, [known for known in _tasks(store, job, train) if answers_labels(known.schema)])
     return recentre_adapter(lend_base(job.base), adapter, texts, train, advance("train"))
 
 
-def _texts(store: ObjectStore, job: AdaptationJob, train: TrainConfig) -> list[TaskTexts]:
-    """Test rows of all tasks of the version that do not judge it."""
+def _tasks(store: ObjectStore, job: AdaptationJob, train: TrainConfig) -> tuple[KnownTask, ...]:
+    """All tasks of the version, each with the test rows that it is judged on."""
     dataset, record = job.dataset, read_record(store, job.parent.adapter_uri) if job.parent else None
     renewed = find_renewal(store, record, dataset).known
-    return spared_texts(store, tasks_after(
-        store, record, dataset, renewed, train.max_prompt_tokens, EvaluateConfig().max_new_tokens
-    ))  # fmt: skip
+    return tasks_after(store, record, dataset, renewed, train.max_prompt_tokens, EvaluateConfig().max_new_tokens)
 
 
 def _old_texts(store: ObjectStore, job: AdaptationJob, setup: TrainingSetup, folder: Path) -> tuple[TextsFile, ...]:
@@ -116,8 +113,9 @@ def _old_texts(store: ObjectStore, job: AdaptationJob, setup: TrainingSetup, fol
         return ()
     folder.mkdir(exist_ok=True)
     files = []
-    for number, each in enumerate(_texts(store, job, setup.train)):
-        if each.task.name != setup.task.name and len(each.rows):
+    olds = [known for known in _tasks(store, job, setup.train) if known.schema.name != setup.task.name]
+    for number, each in enumerate(spared_texts(store, olds)):
+        if len(each.rows):
             file = folder / f"{number}.parquet"
             each.rows.select_columns(["input", "output"]).to_parquet(file)
             files.append(TextsFile(task=each.task, file=file, max_prompt_tokens=each.max_prompt_tokens))

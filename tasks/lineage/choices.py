@@ -12,7 +12,8 @@ from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from deal_core.method_config import SelectionConfig, asks_own_texts
 from deal_core.strategies import OWN, strategy_class
-from tasks.lineage.record import LineageRecord, Spared
+from tasks.lineage.record import LineageRecord
+from tasks.references import Spared
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
 REHEARSING = ("deal", "replay")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
@@ -22,11 +22,9 @@ from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
 from infra.tracking.facts import SCORES
 from tasks.lineage.version_files import reading_beside
-from tasks.references import BaseRef, DatasetRef
+from tasks.references import BaseRef, DatasetRef, Spared
 
 RECORD_FILE = "record.json"
-Spared = Literal["labelled", "all"] | None
-"""The tasks of which some test rows do not judge, because their texts may teach a version; None: no task."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
+from benchmarks.tiny_tasks import COLOURS_AND_SIZES, write_tasks
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError, DataValidationError
 from flows.benchmark import PROTOCOL, BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
 from flows.cli.app import app
 from tasks.adaptation.run import identify_base
-from tests.suite_tasks import COLOURS_AND_SIZES, write_tasks
 
 BENCHMARK_DATA = os.environ.get("DEAL_BENCHMARK_DATA", "")
 """Folder of the field's tasks, which is no part of this project."""

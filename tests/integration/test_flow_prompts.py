@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_tasks import write_tasks
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, read_served
@@ -23,7 +24,6 @@ from tasks.predict import predict
 from tasks.references import Arrival
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, run
-from tests.suite_tasks import write_tasks
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "plain_peft.py"
 TEXT = "I lost my card."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.suite_tasks import write_tasks
+from benchmarks.tiny_tasks import write_tasks
 
 LABELS = {"dbpedia": ("red", "green"), "agnews": ("large", "small")}
 

@@ -124,6 +124,23 @@ def train(base: BaseModel, tmp_path: Path) -> Train:
     return run
 
 
+@pytest.fixture
+def killed_and_resumed(train: Train, tmp_path: Path) -> Train:
+    """Train, die after the step `at`, and train again with the same arguments; return the second run."""
+
+    def run(strategy: str, parent: Path | None = None, *, at: int, **given: Any) -> Run:
+        def die(step: int, _: object) -> None:
+            if step == at:
+                raise InterruptedError
+
+        folders = {"output_folder": tmp_path / "killed", "checkpoint_folder": tmp_path / "killed-checkpoints"}
+        with pytest.raises(InterruptedError):
+            train(strategy, parent, **given, **folders, on_log=die)
+        return train(strategy, parent, **given, **folders)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def one_task_learned(loaded_base: BaseModel, made_once: MakeOnce) -> Path:
     """Folder of an adapter that has learned one task; tests take a copy, `parent`."""

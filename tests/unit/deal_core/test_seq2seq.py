@@ -78,19 +78,11 @@ def test_later_task_with_everything_off_is_plain_lora(base, parent, train):
         torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=1e-4)
 
 
-def test_deal_differs_from_plain_lora_and_resumes(base, parent, train, tmp_path):
+def test_deal_differs_from_plain_lora_and_resumes(base, parent, train, killed_and_resumed):
     whole = train("deal", parent, train=STEPS)
     plain = train("seq_lora", parent, train=STEPS)
     assert whole.losses != plain.losses
-
-    def die(step: int, _: object) -> None:
-        if step == 3:
-            raise InterruptedError
-
-    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
-    with pytest.raises(InterruptedError):
-        train("deal", parent, train=STEPS, on_log=die, **folders)
-    resumed = train("deal", parent, train=STEPS, **folders)
+    resumed = killed_and_resumed("deal", parent, at=3, train=STEPS)
     assert resumed.result.resumed_from_step == 2 and resumed.losses == whole.losses
 
 

@@ -119,21 +119,13 @@ def test_a_task_in_the_new_ones_words_is_held_by_its_own_texts(parent, train, ta
     assert not any("not rehearsed" in note for note in notes)
 
 
-def test_a_killed_run_ends_with_the_same_bytes(parent, train, tmp_path):
+def test_a_killed_run_ends_with_the_same_losses(parent, train, killed_and_resumed):
     given = {
         "train": LONG, "rehearsal": OWN, "old_tasks": (SIZES, SHAPES),
         "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)]),
     }  # fmt: skip
     whole = train("deal", parent, **given)
-
-    def die(step: int, values: object) -> None:
-        if step == 6:
-            raise KeyboardInterrupt
-
-    folders = {"output_folder": tmp_path / "out", "checkpoint_folder": tmp_path / "cp"}
-    with pytest.raises(KeyboardInterrupt):
-        train("deal", parent, **given, **folders, on_log=die)
-    resumed = train("deal", parent, **given, **folders)
+    resumed = killed_and_resumed("deal", parent, at=6, **given)
     assert resumed.result.resumed_from_step == 4 and resumed.losses == whole.losses
 
 

@@ -187,19 +187,11 @@ def test_what_recycling_does_to_old_answers_is_said_before_the_first_step(parent
         assert make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0).drift(model) is None
 
 
-def test_rehearsed_run_resumes(train, parent, tmp_path):
+def test_rehearsed_run_resumes(train, parent, killed_and_resumed):
     steps = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
     given = {"train": steps, "rehearsal": RehearsalConfig(texts="arrival"), "old_tasks": (OLD,)}
     whole = train("deal", parent, **given)
-
-    def die(step: int, _: object) -> None:
-        if step == 6:
-            raise InterruptedError
-
-    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
-    with pytest.raises(InterruptedError):
-        train("deal", parent, on_log=die, **given, **folders)
-    assert train("deal", parent, **given, **folders).losses == pytest.approx(whole.losses, rel=1e-5)
+    assert killed_and_resumed("deal", parent, at=6, **given).losses == pytest.approx(whole.losses, rel=1e-5)
 
 
 def test_stored_rows_are_put_in_another_order_by_every_arrival(base, parent, rows):

@@ -219,18 +219,10 @@ def test_slao_averages_b_over_the_tasks(train):
 
 
 @pytest.mark.parametrize("strategy", ["o_lora", *at_night("inc_lora", "ella")])
-def test_widening_resumes(strategy, train, parent, tmp_path):
+def test_widening_resumes(strategy, train, parent, killed_and_resumed):
     steps = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
     whole = train(strategy, parent, train=steps)
-
-    def die(step: int, _: object) -> None:
-        if step == 6:
-            raise InterruptedError
-
-    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
-    with pytest.raises(InterruptedError):
-        train(strategy, parent, train=steps, on_log=die, **folders)
-    resumed = train(strategy, parent, train=steps, **folders)
+    resumed = killed_and_resumed(strategy, parent, at=6, train=steps)
     assert resumed.result.resumed_from_step == 4
     assert resumed.losses == pytest.approx(whole.losses, rel=1e-5)
 

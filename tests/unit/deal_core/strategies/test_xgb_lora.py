@@ -166,19 +166,11 @@ def test_a_booster_starts_with_a_fresh_optimiser(train):
 
 
 @pytest.mark.parametrize(("last", "resumed_from"), [(5, 4), (7, 6)], ids=["at a merge", "between two merges"])
-def test_a_killed_run_ends_with_the_same_bytes(last, resumed_from, train, tmp_path):
+def test_a_killed_run_ends_with_the_same_bytes(last, resumed_from, train, killed_and_resumed):
     first = train("xgblora", train=STEPS, rivals=boosted(2, 0.4)).folder
     steps = replace(STEPS, checkpoint_steps=2)
     whole = train("xgblora", first, train=steps, rivals=boosted(2, 0.4))
-
-    def die(step: int, _: object) -> None:
-        if step == last:
-            raise InterruptedError
-
-    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
-    with pytest.raises(InterruptedError):
-        train("xgblora", first, train=steps, rivals=boosted(2, 0.4), on_log=die, **folders)
-    resumed = train("xgblora", first, train=steps, rivals=boosted(2, 0.4), **folders)
+    resumed = killed_and_resumed("xgblora", first, at=last, train=steps, rivals=boosted(2, 0.4))
     assert resumed.result.resumed_from_step == resumed_from
     assert (resumed.folder / WEIGHTS_FILE).read_bytes() == (whole.folder / WEIGHTS_FILE).read_bytes()
     assert resumed.result.notes == whole.result.notes

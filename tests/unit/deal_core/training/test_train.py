@@ -44,21 +44,13 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize(("strategy", "core"), [("deal", "soft"), ("deal", "free"), ("seq_lora", "free")])
 @pytest.mark.parametrize("killed_at", [4, 11])
-def test_interrupted_and_resumed_equals_uninterrupted(strategy, core, killed_at, parent, train, tmp_path):
+def test_interrupted_and_resumed_equals_uninterrupted(strategy, core, killed_at, parent, train, killed_and_resumed):
     """Six steps an epoch: the second case resumes in the second epoch."""
     config = TrainConfig(num_epochs=3, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=3)
     deal = DealConfig(core=core)
     whole = train(strategy, parent, train=config, deal=deal)
     assert whole.result.num_steps == 18 and whole.result.resumed_from_step is None
-
-    def die(step: int, _: object) -> None:
-        if step == killed_at:
-            raise KilledError
-
-    folders = {"output_folder": tmp_path / "again", "checkpoint_folder": tmp_path / "again-checkpoints"}
-    with pytest.raises(KilledError):
-        train(strategy, parent, train=config, deal=deal, on_log=die, **folders)
-    resumed = train(strategy, parent, train=config, deal=deal, **folders)
+    resumed = killed_and_resumed(strategy, parent, at=killed_at, train=config, deal=deal)
     assert resumed.result.resumed_from_step == killed_at - killed_at % 3
     assert resumed.losses == whole.losses
     expected, found = weights(whole.folder), weights(resumed.folder)

@@ -9,7 +9,8 @@ import pytest
 from deal_core.errors import ConfigError
 from deal_core.method_config import Memory
 from tasks.lineage.choices import changed_settings, choose_spared, choose_strategy, with_memory_of
-from tasks.lineage.record import LineageRecord, Spared
+from tasks.lineage.record import LineageRecord
+from tasks.references import Spared
 from tasks.spec import AdaptSpec, parse
 from tests.unit.test_stored_json import RECORD
 

@@ -1,4 +1,4 @@
-"""A folder of small tasks that `deal benchmark` and benchmarks read."""
+"""A folder of small tasks that `deal benchmark` reads: for tests, and for what measures the chain alone."""
 
 from __future__ import annotations
 
