@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import typer
@@ -35,16 +35,18 @@ from deal_core.benchmark.summary import (
     final_scores,
     lost_since_learned,
     matrix_of,
+    name_of_memory,
     order_of,
     protocols,
     read_cells,
     round_alike,
     row_scores,
 )
-from deal_core.config import TrainConfig, as_stored
+from deal_core.config import MAX_OWN_TEXTS, TrainConfig, as_stored
+from deal_core.method_config import MEMORY, Memory
 
 CELLS = RESULTS / "continual"
-STORED_SHARE = 0.1
+STORED_SHARE = MEMORY["rows"]["stored_share"]
 """Share of its rows that a task leaves in the memory."""
 LEARNING = ("learning_rate", "schedule", "num_epochs", "min_steps", "max_steps", "batch_size",
             "gradient_accumulation_steps", "balance_labels")  # fmt: skip
@@ -65,7 +67,7 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
             "train": train, "is_default": train == {name: getattr(TrainConfig(), name) for name in LEARNING},
             "arms": {name: _figures(protocol, each) for name, each in arms(protocol).items() if each},
         }  # fmt: skip
-    return {"schema_version": 3, "stored_share": STORED_SHARE, "tables": found}
+    return {"schema_version": 4, "stored_share": STORED_SHARE, "tables": found}
 
 
 def learning_of(cell: CellJson) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def _is_recentred(cell: CellJson) -> bool:
 def _trained_arms(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, list[CellJson]]:
     groups: dict[tuple[str, str], list[CellJson]] = {}
     for cell in cells:
-        groups.setdefault((cell["settings"]["strategy"], departures(cell)), []).append(cell)
+        groups.setdefault((cell["settings"]["strategy"], departures(cell, after_training=False)), []).append(cell)
 
     def best(chosen: Callable[[CellJson], bool]) -> list[CellJson]:
         fitting = [group for group in groups.values() if chosen(group[0])]
@@ -119,10 +121,12 @@ def _trained_arms(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str,
     rival = best(lambda cell: cell["settings"]["strategy"] != OURS and cell.get("stores") == "nothing")
     name = rival[0]["settings"]["strategy"] if rival else "none"
     return {
-        "memory rows": best(lambda cell: _has_memory(cell, OURS)),
-        "memory none": best(lambda cell: _is(cell, OURS) and not departures(cell, after_training=False)),
+        **{f"memory {memory}": groups.get((OURS, name_of_memory(memory)), []) for memory in get_args(Memory)},
         f"best rival without memory: {name}": rival,
-        "replay, equal memory": best(lambda cell: _has_memory(cell, "replay")),
+        "replay, as many rows as memory rows": best(lambda cell: _replays(cell, STORED_SHARE)),
+        "replay, as many rows as memory tests": best(
+            lambda cell: _replays(cell, MAX_OWN_TEXTS / cell["settings"]["rows"])
+        ),
     }
 
 
@@ -130,10 +134,8 @@ def _is(cell: CellJson, strategy: str) -> bool:
     return bool(cell["settings"]["strategy"] == strategy)
 
 
-def _has_memory(cell: CellJson, strategy: str) -> bool:
-    method = cell["settings"]["method"]
-    is_both = strategy != OURS or method.get("rehearsal.texts") == "both"
-    return cell["settings"]["strategy"] == strategy and is_both and method["rehearsal.stored_share"] == STORED_SHARE
+def _replays(cell: CellJson, share: float) -> bool:
+    return _is(cell, "replay") and round(cell["settings"]["method"]["rehearsal.stored_share"], 2) == round(share, 2)
 
 
 def judged_accuracy(cell: CellJson, judged: Sequence[str]) -> float:

@@ -168,6 +168,8 @@ class TrainConfig:
         return self.max_steps or max(math.ceil(num_rows / rows_per_step) * self.num_epochs, self.min_steps)
 
 
+MIN_JUDGING_ROWS = 50
+"""So many test rows of a task judge, if it has them, before a row's text may teach."""
 MAX_OWN_TEXTS = 50
 """Most texts of a task whose re-centred answers a version learns. Offsets of 100 rows are about a point better than
 those of 36 (docs/benchmark.md)."""

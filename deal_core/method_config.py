@@ -91,12 +91,13 @@ class DealConfig:
 
 
 Texts = Literal["none", "arrival", "own", "stored", "both"]
-Memory = Literal["none", "rows"]
+Memory = Literal["none", "tests", "rows"]
 MEMORY: dict[Memory, dict[str, Any]] = {
     "none": {"texts": "arrival"},
+    "tests": {"texts": "own"},
     "rows": {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200},
 }
-"""What a lineage may keep of its training rows → the settings of the rehearsal."""
+"""What a training may use of old tasks → the settings of the rehearsal."""
 
 
 @settings("rehearsal")

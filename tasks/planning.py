@@ -36,6 +36,7 @@ from deal_core.planning.memory import (
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
+from deal_core.strategies.questions import num_answered
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
@@ -225,6 +226,12 @@ def _notes(run: _Run, num_train: int, num_chosen: int, seconds: float | None) ->
         yield f"memory and time are those of one process with the whole batch; {train.num_processes} share it"
     if setup.strategy in ("o_lora", "ella", "ewc", "lwf") and setup.old_tasks:
         yield f"the tensors that {setup.strategy} keeps for earlier tasks are not counted"
+    if setup.strategy == "deal" and setup.method.rehearsal.texts != "none" and setup.old_tasks:
+        num_asked = num_answered(
+            setup.method.rehearsal, setup.task, setup.old_tasks, run.old_texts,
+            num_texts=num_chosen, num_steps=train.num_steps(num_chosen),
+        )  # fmt: skip
+        yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)
     if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
         yield _about_reading("the rows are chosen first", num_read, seconds, train)
     if train.recentre_steps and any(task.labels for task in (setup.task, *setup.old_tasks)):
@@ -240,7 +247,7 @@ def _about_reading(why: str, num_read: int, seconds_per_step: float | None, trai
     if seconds_per_step is not None:
         seconds = FORWARD_SHARE * seconds_per_step * num_read / (train.batch_size * train.gradient_accumulation_steps)
         time = f", about {round(seconds):,} s that are not counted above"
-    return f"{why}: a model reads {num_read:,} rows before the training{time}"
+    return f"{why}: a model reads {num_read:,} texts before the training{time}"
 
 
 def _batch(run: _Run, rows: Dataset) -> BatchShape:

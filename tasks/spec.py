@@ -161,8 +161,9 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     adapter: AdapterConfig | None = None
     """None: the shape of the lineage's adapter, or else the default shape."""
     memory: Memory | None = None
-    """none: no training row is kept. rows: a tenth of each arrival's training rows, at most 200, is kept with the
-    adapter and asked again. None: the settings under `rehearsal` decide, which keep none by default."""
+    """What a training may use of old tasks. none: instructions and labels. tests: up to 50 test rows of a task as well,
+    beyond its first 50, which then do not judge. rows: a tenth of each arrival's training rows, at most 200, which is
+    kept with the adapter. None: the lineage's, or else the settings under `rehearsal`."""
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()

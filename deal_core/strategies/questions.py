@@ -40,11 +40,13 @@ def make_rehearsal(
     stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
     seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
     is_shared = bool(stored) and config.asks_about_arrival
-    num_put = config.rows_per_step * context.train.num_steps(len(context.encoded)) // (2 if is_shared else 1)
-    own = _about_own_texts(config, model, context, seed, num_put)
-    asked = _about_arrival(config, model, context, seed, num_put) if config.asks_about_arrival else []
+    num_put = _num_put(config, context.train.num_steps(len(context.encoded)), is_shared)
+    own = _with_own_texts(config, context.old_texts, context.task)
+    others = _others(context.old_tasks, own)
+    about_own = _about_own_texts(config, model, context, own, seed, num_put)
+    asked = _about_arrival(config, model, context, others, seed, num_put) if config.asks_about_arrival else []
     rehearsal = Rehearsal(
-        [stored, [*own, *asked]], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
+        [stored, [*about_own, *asked]], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
         temperature=config.temperature, seed=seed,
     )  # fmt: skip
     return rehearsal if rehearsal.kinds else None
@@ -82,25 +84,46 @@ def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema
     return list(by_wording.values())
 
 
-def _with_own_texts(config: RehearsalConfig, context: TaskContext) -> list[TaskTexts]:
+def num_answered(
+    config: RehearsalConfig, new: TaskSchema, olds: Sequence[TaskSchema], old_texts: Sequence[TaskTexts], *,
+    num_texts: int, num_steps: int,
+) -> int:
+    """How many questions the parent answers before the first step of an arrival of `num_texts` rows."""
+    num_put = _num_put(config, num_steps, is_shared=config.texts == "both")
+    own = _with_own_texts(config, old_texts, new)
+    asked = tasks_to_ask(_others(olds, own), new) if config.asks_about_arrival else []
+    num_own = _num_each(config, num_put, own)
+    about_own = sum(len(each.rows) if each.task.labels else min(num_own, len(each.rows)) for each in own)
+    return about_own + len(asked) * min(_num_each(config, num_put, asked), num_texts)
+
+
+def _num_put(config: RehearsalConfig, num_steps: int, is_shared: bool) -> int:
+    """How many questions the steps put, without those about stored rows."""
+    return config.rows_per_step * num_steps // (2 if is_shared else 1)
+
+
+def _num_each(config: RehearsalConfig, num_put: int, tasks: Sequence[object]) -> int:
+    return math.ceil(min(config.num_texts, num_put) / max(1, len(tasks)))
+
+
+def _with_own_texts(config: RehearsalConfig, old_texts: Sequence[TaskTexts], new: TaskSchema) -> list[TaskTexts]:
     """The old tasks that are asked about texts of their own."""
-    texts = context.old_texts if config.texts == "own" else ()
-    return [each for each in texts if len(each.rows) and each.task.name != context.task.name]
+    return [each for each in old_texts if config.texts == "own" and len(each.rows) and each.task.name != new.name]
 
 
-def _without_own_texts(config: RehearsalConfig, context: TaskContext) -> list[TaskSchema]:
-    own = {each.task.name for each in _with_own_texts(config, context)}
-    return [old for old in context.old_tasks if old.name not in own]
+def _others(olds: Sequence[TaskSchema], own: Sequence[TaskTexts]) -> list[TaskSchema]:
+    """The old tasks that are not asked about texts of their own."""
+    names = {each.task.name for each in own}
+    return [old for old in olds if old.name not in names]
 
 
 def _about_own_texts(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, seed: int, num_put: int
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, own: Sequence[TaskTexts], seed: int, num_put: int
 ) -> list[list[Question]]:
     """Questions about texts of the old tasks themselves. Answers to labelled tasks are re-centred."""
-    usable = _with_own_texts(config, context)
-    num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(usable)))
+    num_each = _num_each(config, num_put, own)
     generator, found = random.Random(seed), []
-    for each in usable:
+    for each in own:
         if each.task.labels:
             questions, _ = recentred_questions(model, context.base.tokenizer, each, generator)
         else:
@@ -113,7 +136,8 @@ def _about_own_texts(
 
 def not_asked(config: RehearsalConfig, context: TaskContext) -> str:
     """Return the names of the old tasks without questions; empty if every old task is asked."""
-    olds, new = _without_own_texts(config, context), context.task
+    new = context.task
+    olds = _others(context.old_tasks, _with_own_texts(config, context.old_texts, new))
     asked = {_wording(old) for old in tasks_to_ask(olds, new)}
     return ", ".join(old.name for old in olds if old.name != new.name and _wording(old) not in asked)
 
@@ -125,11 +149,12 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
 
 
 def _about_arrival(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, seed: int, num_put: int
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, others: Sequence[TaskSchema], seed: int,
+    num_put: int,
 ) -> list[list[Question]]:
     """Questions about the new task's texts, for the other old tasks that can be asked; no more than the steps use."""
-    olds = tasks_to_ask(_without_own_texts(config, context), context.task)
-    num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(olds)))
+    olds = tasks_to_ask(others, context.task)
+    num_each = _num_each(config, num_put, olds)
     groups = [[old] for old in olds] if num_each >= MIN_SHARING else [olds]
     seeds = iter(range(seed, seed + len(olds)))
     return [

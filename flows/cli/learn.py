@@ -42,8 +42,8 @@ Strategy = Annotated[str | None, Option(
     "--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"
 )]
 Memory = Annotated[str | None, Option(
-    "--memory", help="none: keep no training row. rows: keep a tenth of them and ask about them again.",
-    show_default="the lineage's own, else none"
+    "--memory", show_default="the lineage's own, else none",
+    help="What old tasks are asked about. none: new texts. tests: test rows of theirs. rows: a kept tenth of theirs.",
 )]
 SpecLineage = Annotated[
     str | None, Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default")

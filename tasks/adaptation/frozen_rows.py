@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.config import MAX_OWN_TEXTS, MEASURED
+from deal_core.config import MAX_OWN_TEXTS, MEASURED, MIN_JUDGING_ROWS
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
@@ -126,7 +126,7 @@ def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTex
 
 
 def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
-    """The other rows, at least half of a task's rows; all rows of a task that spares none."""
+    """The other rows; all rows of a task that spares none."""
     if spared is None or (spared == "labelled" and not answers_labels(test_set.schema)):
         return test_set
     return replace(test_set, rows=first_rows(test_set.rows, num_judging_of(len(test_set.rows))))
@@ -134,7 +134,7 @@ def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
 
 def num_judging_of(num_rows: int) -> int:
     """How many of a task's test rows judge, if it spares some."""
-    return num_rows - min(MAX_OWN_TEXTS, num_rows // 2)
+    return max(num_rows - MAX_OWN_TEXTS, min(num_rows, MIN_JUDGING_ROWS))
 
 
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:

@@ -10,14 +10,14 @@ from typing import Any
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from deal_core.method_config import SelectionConfig, asks_own_texts
+from deal_core.method_config import Memory, SelectionConfig, asks_own_texts
 from deal_core.strategies import OWN, strategy_class
 from tasks.lineage.record import LineageRecord
 from tasks.references import Spared
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
-REHEARSING = ("deal", "replay")
-"""This project's strategies that ask kept rows again."""
+MEMORIES: dict[str, tuple[Memory, ...]] = {"deal": ("none", "tests", "rows"), "replay": ("rows",)}
+"""This project's strategies that ask about old tasks → the memories that they can train with."""
 LOGGED_PARTS = ("memory", "deal", "rehearsal", "rivals", "selection", "train", "evaluate", "data", "gate")
 """Parts of a spec that a run's log shows."""
 
@@ -50,29 +50,31 @@ def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
         ConfigError: The spec's memory and the strategy contradict each other.
     """
     strategy = spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
-    if strategy == "replay" and spec.memory == "none":
-        raise ConfigError("memory is none, but strategy replay learns from kept rows; set memory: rows.")
-    if spec.memory == "rows" and not _asks_kept_rows(strategy):
+    if spec.memory and not _heeds(strategy, spec.memory):
         raise ConfigError(
-            f"memory is rows, but strategy {strategy} asks no kept row again; leave memory out, or take the strategy "
-            f"{' or '.join(REHEARSING)}."
+            f"memory is {spec.memory}, but strategy {strategy} does not heed it; leave memory out, or take the "
+            f"strategy {' or '.join(name for name in MEMORIES if _heeds(name, spec.memory))}."
         )
     return strategy
 
 
-def _asks_kept_rows(strategy: str) -> bool:
-    return strategy in REHEARSING or (strategy not in OWN and "rehearsal" in strategy_class(strategy).reads)
+def _heeds(strategy: str, memory: Memory) -> bool:
+    if strategy in MEMORIES:
+        return memory in MEMORIES[strategy]
+    keeps_rows = strategy not in OWN and "rehearsal" in strategy_class(strategy).reads
+    return memory == "none" or (memory == "rows" and keeps_rows)
 
 
 def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
-    """Return the spec with the lineage's memory, if the lineage keeps rows and the spec does not choose.
+    """Return the spec with the lineage's memory, if the spec does not choose.
 
     A spec chooses with `memory`, with the settings of the rehearsal that `memory` stands for, or with a strategy that
-    asks no kept row again.
+    does not heed the lineage's memory.
     """
-    if record is None or record.memory != "rows" or spec.memory is not None or spec.rehearsal.decides_memory:
+    memory = record.memory if record else None
+    if memory is None or spec.memory is not None or spec.rehearsal.decides_memory:
         return spec
-    return spec.model_copy(update={"memory": "rows"}) if _asks_kept_rows(choose_strategy(spec, record)) else spec
+    return spec.model_copy(update={"memory": memory}) if _heeds(choose_strategy(spec, record), memory) else spec
 
 
 def choose_spared(spec: AdaptSpec, strategy: str, record: LineageRecord | None) -> Spared:

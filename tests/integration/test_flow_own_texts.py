@@ -1,4 +1,4 @@
-"""With `rehearsal.texts: own` old tasks are asked about their own test rows, which then do not judge a version."""
+"""With `memory: tests` old tasks are asked about their own test rows, which then do not judge a version."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from deal_core.config import MAX_OWN_TEXTS
 from deal_core.strategies import deal
 from deal_core.strategies.strategy import TaskContext
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
+from tasks.adaptation import frozen_rows
 from tasks.adaptation.frozen_rows import read_answers
 from tasks.context import current_store
 from tasks.lineage.history import find_version
@@ -21,7 +21,14 @@ from tasks.lineage.record import read_record
 from tests.adapting import BANK, CLINIC, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
-OWN: dict[str, Any] = {"rehearsal": {"texts": "own"}}
+OWN: dict[str, Any] = {"memory": "tests"}
+NUM_JUDGING = 20
+"""So many of a task's 36 test rows judge; the others may teach."""
+
+
+@pytest.fixture(autouse=True)
+def few_rows_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_rows, "MIN_JUDGING_ROWS", NUM_JUDGING)
 
 
 def evaluation_of(tracking_id: str | None) -> Mapping[str, Any]:
@@ -43,26 +50,26 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     assert (result.status, result.version) == ("promoted", "2")
     adapter_uri = find_version(open_registry(), "l", "2").adapter_uri
     tasks = read_record(current_store(), adapter_uri).tasks
-    judging = {each.schema.name: each.num_test - min(MAX_OWN_TEXTS, each.num_test // 2) for each in tasks}
+    judging = {each.schema.name: NUM_JUDGING for each in tasks}
     assert evaluation_of(result.tracking_id)["num_rows"] == judging
     assert [set(each) for each in taught] == [set(), {"bank"}], "the new task's own rows are not asked about"
-    assert len(taught[1]["bank"]) == tasks[0].num_test - judging["bank"]
+    assert len(taught[1]["bank"]) == tasks[0].num_test - NUM_JUDGING
     (note,) = (note for note in evaluation_of(result.tracking_id)["notes"] if "questions about old tasks" in note)
-    assert note.startswith("rehearsed 18 questions about old tasks (sets: 1)")
+    assert note.startswith("rehearsed 16 questions about old tasks (sets: 1)")
     assert {name: len(each) for name, each in read_answers(current_store(), adapter_uri).now.items()} == judging
 
 
 def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base: Path, tmp_path: Path) -> None:
     """A task with free answers spares rows as well. The second version is learned with the defaults again."""
     rows = [{"prompt": f"Order {n}: the tap in flat {n % 7} drips.", "completion": f"tap, flat {n % 7}",
-             "split": "test" if n % 2 else "train"} for n in range(40)]  # fmt: skip
+             "split": "test" if n % 2 else "train"} for n in range(60)]  # fmt: skip
     file = tmp_path / "orders.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(tiny_base, {"name": "orders", "data": str(file)}, **OWN).status == "promoted"
-    second = run(tiny_base, BANK)
+    second = run(tiny_base, BANK, memory="none")
     assert second.status == "promoted"
     judging = evaluation_of(second.tracking_id)["num_rows"]
-    assert judging == {"orders": 10, "bank": 18}
+    assert judging == {"orders": 20, "bank": 20}
     adapter_uri = find_version(open_registry(), "l", "2").adapter_uri
     assert read_record(current_store(), adapter_uri).spared == "all"
 
@@ -73,4 +80,4 @@ def test_several_processes_ask_about_the_same_texts(tiny_base: Path) -> None:
     run(tiny_base, BANK, **OWN)
     two = run(tiny_base, CLINIC, **OWN, train={**train, "num_processes": 2})
     notes = evaluation_of(two.tracking_id)["notes"]
-    assert any(note.startswith("rehearsed 18 questions about old tasks (sets: 1)") for note in notes)
+    assert any(note.startswith("rehearsed 16 questions about old tasks (sets: 1)") for note in notes)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig
+from deal_core.config import EvaluateConfig
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
+from tasks.adaptation import frozen_rows
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
 from tasks.lineage.history import find_version, version_ref
@@ -19,7 +20,10 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 TRAIN = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
 
 
-def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(tiny_base: Path) -> None:
+def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_rows, "MIN_JUDGING_ROWS", 20)  # of 36
     assert run(tiny_base, BANK).status == "promoted"
     result = run(tiny_base, CLINIC, train={**TRAIN, "recentre_steps": 2})
     assert (result.status, result.version) == ("promoted", "2")
@@ -27,7 +31,7 @@ def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(tiny_ba
     tasks = read_record(current_store(), info.adapter_uri).tasks
     assert result.tracking_id is not None
     evaluation = open_tracker().run(result.tracking_id).read_json("evaluation.json")
-    judging = {each.schema.name: each.num_test - min(MAX_OWN_TEXTS, each.num_test // 2) for each in tasks}
+    judging = {each.schema.name: 20 for each in tasks}
     assert evaluation["num_rows"] == judging
     assert {name: len(each) for name, each in evaluation["parent_outcomes"].items()} == judging
     assert any(note.startswith("re-centred the labels of 2 tasks in 2 steps") for note in evaluation["notes"])

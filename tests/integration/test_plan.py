@@ -59,7 +59,7 @@ def test_a_plan_counts_the_chosen_rows_and_says_what_choosing_costs(plan: Plan) 
     found = json.loads(plan("--json", num_epochs=2, max_steps=None, parts=parts).stdout)
     assert (found["num_train"], found["num_chosen"], found["num_steps"]) == (72, 18, 2 * 3)
     assert any(
-        "a model reads 72 rows before the training, about" in note and "not counted" in note for note in found["notes"]
+        "a model reads 72 texts before the training, about" in note and "not counted" in note for note in found["notes"]
     )
     text = plan("--no-probe", parts={"selection": {"keep": 0.25}}).stdout
     assert "72 training (18 chosen)" in text and "before the training" not in text  # random needs no model

@@ -19,7 +19,7 @@ from deal_core.evaluation.generation import generate
 from deal_core.method_config import RehearsalConfig
 from deal_core.planning.memory import longest_of
 from deal_core.strategies import deal
-from deal_core.strategies.questions import make_rehearsal
+from deal_core.strategies.questions import make_rehearsal, num_answered
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.strategy import TaskContext, TaskTexts
 from deal_core.training.train import OtherRows
@@ -40,13 +40,15 @@ def texts(task: TaskSchema, outputs: Sequence[str]) -> TaskTexts:
 def asked(base, task, rows, parent):
     """The rehearsal of a new task over old ones, some of them with texts of their own."""
 
-    def make(olds: Sequence[TaskSchema], own: Sequence[TaskTexts]) -> Rehearsal:
+    def make(
+        olds: Sequence[TaskSchema], own: Sequence[TaskTexts], config: RehearsalConfig = OWN
+    ) -> Rehearsal:
         context = TaskContext(
             base=base, task=task, rows=rows(12), encoded=rows(12), old_tasks=tuple(olds), old_texts=tuple(own),
             adapter=AdapterConfig(), train=LONG,
         )  # fmt: skip
         with adapter_on(base.model, parent) as model:
-            found = make_rehearsal(OWN, model, context, {}, seed=0)
+            found = make_rehearsal(config, model, context, {}, seed=0)
         assert found is not None
         return found
 
@@ -67,6 +69,13 @@ def test_a_task_with_texts_is_asked_about_these_and_any_other_about_the_new_ones
     by_size = {len(prompts_of(each) & expected_prompts(base, SIZES, own.rows["input"])): each for each in kind}
     assert set(by_size) == {10, 0}
     assert prompts_of(by_size[0]) <= expected_prompts(base, SHAPES, rows(12)["input"])
+
+
+@pytest.mark.parametrize("config", [OWN, RehearsalConfig(), RehearsalConfig(num_texts=6)])
+def test_a_plan_knows_how_many_questions_the_parent_answers(asked, task, config):
+    olds, own = [SIZES, SHAPES, STORY], [texts(SIZES, ["large", "small"] * 5), texts(STORY, ["this"] * 3)]
+    made = sum(len(questions) for kind in asked(olds, own, config).kinds for questions in kind)
+    assert made == num_answered(config, task, olds, own, num_texts=12, num_steps=LONG.num_steps(12))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])

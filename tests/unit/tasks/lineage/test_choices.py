@@ -24,10 +24,10 @@ def record(memory: Memory | None) -> LineageRecord:
 
 
 def test_a_memory_that_contradicts_the_strategy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="memory is none, but strategy replay"):
-        choose_strategy(spec(strategy="replay", memory="none"), None)
-    with pytest.raises(ConfigError, match="strategy seq_lora asks no kept row again"):
-        choose_strategy(spec(strategy="seq_lora", memory="rows"), None)
+    for strategy, memory in (("replay", "none"), ("replay", "tests"), ("seq_lora", "tests"), ("seq_lora", "rows")):
+        with pytest.raises(ConfigError, match=f"memory is {memory}, but strategy {strategy} does not heed it"):
+            choose_strategy(spec(strategy=strategy, memory=memory), None)
+    choose_strategy(spec(strategy="seq_lora", memory="none"), None)
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,13 @@ def test_a_memory_that_contradicts_the_strategy_is_refused() -> None:
         ("rows", {"rehearsal": {"texts": "stored"}}, None),
         ("rows", {"strategy": "seq_lora"}, None),
         ("rows", {"strategy": "replay"}, "rows"),
-        ("none", {}, None),
+        ("tests", {}, "tests"),
+        ("tests", {"strategy": "replay"}, None),
+        ("none", {}, "none"),
         (None, {}, None),
     ],
 )
-def test_a_lineage_keeps_rows_until_its_spec_chooses(
+def test_a_lineage_keeps_its_memory_until_a_spec_chooses(
     before: Memory | None, given: dict[str, Any], memory: Memory | None
 ) -> None:
     found = with_memory_of(spec(**given), record(before))
