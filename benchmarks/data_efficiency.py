@@ -29,6 +29,7 @@ from deal_core.benchmark.summary import (
     departures,
     final_scores,
     matrix_of,
+    name_of_memory,
     read_cells,
     score_per_row,
 )
@@ -40,6 +41,8 @@ TRAIN_OPTIONS = ("prompt_loss_weight", "max_steps")
 """Settings of the training that are options here. max_steps holds all rows to the steps of the chosen ones."""
 ALL, RANDOM, KEEP = "all rows", "selection.score: random", "selection.keep"
 """Two options that others are compared with, and the setting that says how many rows are kept."""
+TRIED_WITH = name_of_memory("none")
+"""What `departures` says of the memory that options were tried with."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,10 @@ def trial_of(cell: CellJson) -> Trial | None:
     settings = json.loads(json.dumps(cell["settings"]))
     method = {name: settings["method"].pop(name) for name in list(settings["method"])
               if name.partition(".")[0] in OPTION_PARTS}  # fmt: skip
-    if departures({**cell, "settings": settings}):
+    if departures({**cell, "settings": settings}) not in ("", TRIED_WITH):
         return None
     changes = [change.replace(" ", ": ", 1) for change in departures(cell).split(", ")
-               if change and not change.startswith(KEEP)]  # fmt: skip
+               if change and change != TRIED_WITH and not change.startswith(KEEP)]  # fmt: skip
     options = {name: settings["train"].pop(name, None) for name in TRAIN_OPTIONS}
     if weight := options["prompt_loss_weight"]:
         changes.append(f"train.prompt_loss_weight: {weight}")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from matplotlib.figure import Figure
@@ -22,6 +22,7 @@ from benchmarks.protocol import lines as protocol_lines
 from benchmarks.protocol import named_changes, settings_shown, training_of
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
+    COMPARED_WITH,
     OURS,
     CellJson,
     Protocol,
@@ -29,6 +30,7 @@ from deal_core.benchmark.summary import (
     departures,
     final_scores,
     method_name,
+    name_of_memory,
     order_of,
     protocols,
     read_cells,
@@ -36,12 +38,13 @@ from deal_core.benchmark.summary import (
     summarise,
 )
 from deal_core.config import MAX_OWN_TEXTS, TrainConfig
+from deal_core.method_config import Memory
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
               "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip
-OURS_WITH_ROWS, OURS_RECENTRED = f"{OURS} (memory rows)", f"{OURS} (train.recentre_steps 50)"
+OURS_WITHOUT, OURS_WITH_TESTS, OURS_WITH_ROWS = (method_name(OURS, name_of_memory(each)) for each in get_args(Memory))
 CHOSEN_BY = ("joint", "seq_lora", OURS_WITH_ROWS)
 """The methods whose mean chose the training settings."""
 CHOICE_SUITE, CHOICE_SEED = "4", 100
@@ -98,6 +101,8 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     return {
         "suite": protocol.suite, "settings": settings, "train": training_of(settings),
         "rows": rows, "tasks": task_lines(protocol, rows),
+        "compared": next((name for name in COMPARED_WITH if any(
+            (row["strategy"], row["changes"]) == (OURS, name) for row in rows)), ""),
         "widest": [row for row in rows if row["orders"] == widest(rows, row)],
         "is_judged": bool(protocol.lifted()), "num_alone": len(protocol.per_task),
         "pictures": draw(protocol, rows, images),
@@ -183,7 +188,7 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
 
 def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) -> list[tuple[str, str]]:
     """Draw `deal` and its best rivals on the first order that has cells of all, their common seeds; (file, caption)."""
-    ours = [name for name in (OURS, OURS_WITH_ROWS, OURS_RECENTRED) if name in map(name_of, rows)]
+    ours = [name for name in (OURS_WITH_TESTS, OURS_WITHOUT, OURS_WITH_ROWS) if name in map(name_of, rows)]
     order, cells = side_by_side(protocol, [*ours, *best_rivals(rows)[: max(1, NUM_SHOWN - len(ours))]])
     if not ours or not cells:
         return []
@@ -320,8 +325,8 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
     found: dict[str, list[float]] = defaultdict(list)
     for cell in cells:
         settings = cell["settings"]
-        if settings["strategy"] not in BOUNDS and not departures(cell):
-            found[settings["strategy"]] += [
+        if settings["strategy"] not in BOUNDS and departures(cell) in ("", *map(name_of_memory, get_args(Memory))):
+            found[method_name(settings["strategy"], departures(cell))] += [
                 version["seconds"]["train"]
                 - settings["train"]["num_epochs"] * settings["rows"] / version["rows_per_second"]
                 for version in cell["versions"][1:] if "rows_per_second" in version
@@ -388,6 +393,7 @@ def main(
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "recentring": read(results / "recentring.json"),
+        "ours_without": OURS_WITHOUT, "ours_with_tests": OURS_WITH_TESTS, "ours_with_rows": OURS_WITH_ROWS,
         "recentred": steps, "lead": recentred_lead(long, steps["steps"]),
         "coverage": read(results / "paired_coverage.json"),
         "spread": spread_of_seeds(cells), "label_texts": MAX_OWN_TEXTS,

@@ -173,6 +173,8 @@ MIN_JUDGING_ROWS = 50
 MAX_OWN_TEXTS = 50
 """Most texts of a task whose re-centred answers a version learns. Offsets of 100 rows are about a point better than
 those of 36 (docs/benchmark.md)."""
+MIN_OWN_TEXTS = 20
+"""A task with fewer rows to spare spares none: so few texts do not hold it."""
 PREFERENCE = "preference"
 """The metric of tasks that learn preferences."""
 METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss", PREFERENCE)

@@ -98,6 +98,8 @@ MEMORY: dict[Memory, dict[str, Any]] = {
     "rows": {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200},
 }
 """What a training may use of old tasks → the settings of the rehearsal."""
+DEFAULT_MEMORY: Memory = "tests"
+"""The memory of a new lineage of `deal` whose spec chooses none."""
 
 
 @settings("rehearsal")
@@ -126,8 +128,8 @@ class RehearsalConfig:
     def __post_init__(self) -> None:
         require(
             self.texts != "own" or self.temperature == 1,
-            f"rehearsal.temperature is {self.temperature}, and re-centred answers have none; set it to 1, or "
-            "rehearsal.texts to arrival.",
+            f"rehearsal.temperature is {self.temperature}, and re-centred answers have none; set it to 1, or memory to "
+            "none.",
         )
 
     def with_memory(self, memory: Memory | None) -> RehearsalConfig:

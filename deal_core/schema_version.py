@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -11,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 def require_schema_version(
     values: Any,
-    reads: int | Collection[int],
+    version: int,
     what: str,
     error: type[Exception],
     remedy: str = "use the release that wrote it",
@@ -20,19 +19,17 @@ def require_schema_version(
 
     Args:
         values: The JSON value that was read.
-        reads: The version, or the versions, that this release reads.
+        version: The version that this release reads.
         what: Name of the file or object in the message.
         error: Class of the error.
         remedy: What to do, for the message.
 
     Raises:
-        error: `values` is not a dict, or its `schema_version` is missing or not in `reads`.
+        error: `values` is not a dict, or its `schema_version` is missing or another.
     """
-    known = (reads,) if isinstance(reads, int) else tuple(reads)
     found = values.get("schema_version") if isinstance(values, dict) else None
-    if found not in known:
-        readable = " or ".join(map(str, known))
-        raise error(f"{what} has schema version {found}, this release reads {readable}; {remedy}.")
+    if found != version:
+        raise error(f"{what} has schema version {found}, this release reads {version}; {remedy}.")
     return {name: value for name, value in values.items() if name != "schema_version"}
 
 
@@ -51,14 +48,11 @@ def first_problem(error: ValidationError) -> str:
 
 
 class Kept(NamedTuple):
-    """Name and versions of a class's stored JSON; the fields are explained in `require_schema_version`."""
+    """Name and version of a class's stored JSON; the fields are explained in `require_schema_version`."""
 
     what: str
     error: type[Exception]
     version: int
-    """The version that is written."""
-    reads: tuple[int, ...] = ()
-    """The versions that are read; empty: only `version`."""
     remedy: str = "use the release that wrote it"
     later: tuple[str, ...] = ()
     """Fields that came later without a new version; an empty one is left out, as earlier releases do not know it."""
@@ -85,7 +79,7 @@ class VersionedJson:
             ValueError: A field is damaged. The message has no values, because they may be texts of rows.
         """
         kept = cls.kept
-        fields = require_schema_version(values, kept.reads or kept.version, kept.what, kept.error, kept.remedy)
+        fields = require_schema_version(values, kept.version, kept.what, kept.error, kept.remedy)
         try:
             read: Self = cls._adapter().validate_python(fields)
         except ValidationError as error:

@@ -97,7 +97,7 @@ class Lineage:
 
     def adapt(
         self, data: Rows, *, task: str | Mapping[str, Any], test_data: Rows | None = None, base: str | None = None,
-        strategy: str | None = None, memory: Literal["none", "rows"] | None = None,
+        strategy: str | None = None, memory: Literal["none", "tests", "rows"] | None = None,
         settings: Mapping[str, Any] | None = None, again: bool = False,
     ) -> Adaptation:
         """Learn one arrival, judge it, and promote it if it passes the gate. A stopped call goes on when repeated.
@@ -109,7 +109,7 @@ class Lineage:
             test_data: Rows to judge the task by; None: a share of the rows.
             base: The base model of a new lineage.
             strategy: How to learn; None: the lineage's own, else deal.
-            memory: Whether a tenth of the rows is kept; None: the lineage's own, else none.
+            memory: What old tasks are asked about, see docs/method.md; None: the lineage's own, else tests.
             settings: Other sections of a spec, such as {"train": {"num_epochs": 3}, "gate": {"max_drop_points": 5}}.
             again: Learn the rows even if the lineage has learned them.
 

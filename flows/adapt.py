@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -169,25 +170,23 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
     """Run the stages from training to report."""
     run, dataset, parent = job.run, job.dataset, job.parent
     changed = changed_since(parent, spec) if parent else ()
-    for note in changed:
-        reporter().said(f"    {note}")
+    _say(changed)
     trained = await stages.run("train", train_version, job, spec.method, spec.train)
     stages.done("train", _describe_training(trained.summary))
-    for note in trained.summary.notes:
-        reporter().said(f"    {note}")
+    _say(trained.summary.notes)
+    said = (*changed, *trained.summary.notes)
     report = await stages.run(
-        "evaluate", evaluate_version, job.base, parent, trained.adapter, dataset, spec.evaluate,
-        spec.train, (*changed, *trained.summary.notes),
+        "evaluate", evaluate_version, job.base, parent, trained.adapter, dataset, spec.evaluate, spec.train, said,
         spared=job.spared,
     )
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
+    _say(report.notes[len(said) :])
     if spec.gate.judge != "none" and parent is not None:
         report = await stages.run("judge", judge_version, report, parent, trained.adapter, dataset, spec.gate)
         stages.done("judge", _describe_judged(report))
     decision = await stages.run("gate", decide, report, spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
-    for note in decision.notes:
-        reporter().said(f"    {note}")
+    _say(decision.notes)
     report = replace(report, notes=(*report.notes, *decision.notes))
     keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), dataset, report, trained.summary)
     version = await stages.run("register", register_version, job, spec, trained.adapter, report, decision)
@@ -204,6 +203,11 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
         announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
     )
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
+
+
+def _say(notes: Iterable[str]) -> None:
+    for note in notes:
+        reporter().said(f"    {note}")
 
 
 _PROMOTED = {"promoted": "is champion", "awaiting-approval": "awaits approval", "rollout": "is tried on live traffic"}

@@ -81,6 +81,6 @@ def _tombstone(plan: ForgetPlan, reason: str) -> Tombstone:
 def _affected(plan: ForgetPlan) -> list[str]:
     """Return the lineages that have rows of the arrival or learned from it."""
     files = [parse_dataset_file(each.address) for each in plan.held]
-    owners = {each.lineage for each in files if each and each.lineage}
+    owners = {each.lineage for each in files if each}
     named = {each.lineage for each in plan.held if each.lineage} | {each.lineage for each in plan.learned}
     return sorted(named | owners | set(plan.unjudged))

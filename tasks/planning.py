@@ -231,7 +231,8 @@ def _notes(run: _Run, num_train: int, num_chosen: int, seconds: float | None) ->
             setup.method.rehearsal, setup.task, setup.old_tasks, run.old_texts,
             num_texts=num_chosen, num_steps=train.num_steps(num_chosen),
         )  # fmt: skip
-        yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)
+        if num_asked:
+            yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)
     if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
         yield _about_reading("the rows are chosen first", num_read, seconds, train)
     if train.recentre_steps and any(task.labels for task in (setup.task, *setup.old_tasks)):

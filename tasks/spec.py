@@ -163,7 +163,7 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     memory: Memory | None = None
     """What a training may use of old tasks. none: instructions and labels. tests: up to 50 test rows of a task as well,
     beyond its first 50, which then do not judge. rows: a tenth of each arrival's training rows, at most 200, which is
-    kept with the adapter. None: the lineage's, or else the settings under `rehearsal`."""
+    kept with the adapter. None: what the settings under `rehearsal` decide, or else the lineage's, or else tests."""
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()

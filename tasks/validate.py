@@ -26,7 +26,7 @@ from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.inbox import task_file_beside, task_from_file
-from tasks.lineage.choices import choose_base, choose_spared, choose_strategy
+from tasks.lineage.choices import choose_base, choose_spared, choose_strategy, with_memory_of
 from tasks.lineage.history import version_ref
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
@@ -133,6 +133,7 @@ def validate(
     test_data = test_data or read.task.test_data
     champion = known_champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
+    read = with_memory_of(read, record)
     arrival = Arrival(task=read.task.name, data=file, test_data=test_data, given=read.task.given())
     schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
@@ -151,7 +152,7 @@ def validate(
 
 def few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spared = None) -> tuple[str, ...]:
     """Warn of test rows that cannot tell a drop of twice the gate's limit from noise; for tasks with labels."""
-    num_judging = manifest.num_test if spared is None else num_judging_of(manifest.num_test)
+    num_judging = num_judging_of(manifest.task, manifest.num_test, spared)
     if not manifest.task.labels or not num_judging:
         return ()
     told = what_hits_tell(num_judging, 2 * gate.max_drop_points, gate.confidence)

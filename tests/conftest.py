@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -57,6 +59,27 @@ def no_full_collections() -> None:
     from accelerate.utils import memory
 
     memory.gc = SimpleNamespace(collect=lambda: 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> None:
+    """Do not wait until writes are on the disk: what a test writes need not survive the machine."""
+    from sqlalchemy import Engine, event
+
+    @event.listens_for(Engine, "connect")
+    def leave_it_to_the_system(connection: object, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    os.fsync = lambda _: None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_tree() -> None:
+    """Make typer's tree of `deal` commands once; every call of a test's runner makes it again otherwise."""
+    from typer import testing
+
+    testing._get_command = functools.cache(testing._get_command)
 
 
 @pytest.fixture(scope="session")

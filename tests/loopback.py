@@ -6,6 +6,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 
+SECONDS_TO_STOP = 0.01
+
 
 class Loopback:
     """Serves a handler on a free port, one thread per request; `address` has no slash at its end. It logs nothing."""
@@ -16,7 +18,7 @@ class Loopback:
         self.address = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(SECONDS_TO_STOP,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:

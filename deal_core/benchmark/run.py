@@ -200,6 +200,8 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
         old_texts=[_own_texts(run, name) for name in cell.tasks[:number]] if asks_own else (),
     )
+    without = [f"{each.task.name} has no training rows left to be asked about" for each in others.old_texts
+               if not len(each.rows)]  # fmt: skip
     result = train_adapter(
         run.base, rows, setup,
         parent_folder=parent_folder,
@@ -224,7 +226,7 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         "rows_per_second": result.rows_per_second,
         "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
-        "notes": [*(chosen.notes if chosen else ()), *result.notes, *recentred],
+        "notes": [*(chosen.notes if chosen else ()), *result.notes, *without, *recentred],
         "machine": describe_machine(),
     }
     if chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
@@ -234,18 +236,16 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
 
 
 def _own_texts(run: CellRun, name: str) -> TaskTexts:
-    """Training rows of a task that the cell does not train on.
+    """Training rows of a task that the cell does not train on; there may be none.
 
     Raises:
-        ConfigError: The cell needs such rows, and there are none.
+        ConfigError: Steps that re-centre need such rows, and there are none.
     """
     task, cell = run.tasks[name], run.cell
     rows = task.train[cell.rows : cell.rows + MAX_OWN_TEXTS]
-    needs = "train.recentre_steps" if cell.train.recentre_steps and task.schema.labels else None
-    needs = "rehearsal.texts: own" if asks_own_texts(cell.strategy, _method(run)) else needs
-    if needs and not rows:
+    if cell.train.recentre_steps and task.schema.labels and not rows:
         raise ConfigError(
-            f"{needs} needs texts that are not trained on, and {name} has {len(task.train)} training "
+            f"train.recentre_steps needs texts that are not trained on, and {name} has {len(task.train)} training "
             f"rows; give --rows {max(1, len(task.train) - MAX_OWN_TEXTS)}."
         )
     return TaskTexts(

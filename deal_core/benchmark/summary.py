@@ -16,15 +16,17 @@ from deal_core.benchmark.suites import name_of
 from deal_core.config import REMOVED
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, mean_of_all, paired_interval
-from deal_core.method_config import MEMORY, Memory, MethodConfig, RehearsalConfig
+from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, MethodConfig
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"
 MEMORIES = {
-    memory: {f"rehearsal.{name} {value}" for name, value in settings.items() if name != "max_stored_rows"}
+    memory: {f"rehearsal.{name}": value for name, value in settings.items() if name != "max_stored_rows"}
     for memory, settings in MEMORY.items()
 }
-"""`memory` → its departures, without the limit of stored rows: no cell stores so many."""
+"""`memory` → what it stands for, without the limit of stored rows: no cell stores so many."""
+COMPARED_WITH = (f"memory {DEFAULT_MEMORY}", "memory none", "")
+"""The cells of `deal` that a table's other cells are compared with: the first of these that it has."""
 KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "knn": "all rows", "knn_means": "a mean per label",
                   "per_task": "an adapter per task", "joint_memory": "a tenth of the rows",
                   "joint": "all rows"}  # fmt: skip
@@ -190,7 +192,7 @@ def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
 def departures(cell: CellJson, *, after_training: bool = True) -> str:
     """Describe a cell's settings that differ from today's defaults, and a past revision, for people.
 
-    "memory rows" and the like stand for MEMORIES. Without `after_training` the settings AFTER_TRAINING are left out.
+    A cell of `deal` says its memory. Without `after_training` the settings AFTER_TRAINING are left out.
     """
     settings = cell["settings"]
     revision = settings.get("revision", 1)
@@ -203,16 +205,17 @@ def departures(cell: CellJson, *, after_training: bool = True) -> str:
     ))  # fmt: skip
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
     for memory, meant in MEMORIES.items():
-        if settings["strategy"] == OURS and meant <= {*changes}:
-            changes = [f"memory {memory}", *(change for change in changes if change not in meant)]
+        if settings["strategy"] == OURS and meant.items() <= settings["method"].items():
+            others = [change for change in changes if change.partition(" ")[0] not in meant]
+            changes = [name_of_memory(memory), *others]
     if after_training:
         changes += [f"train.{name} {value}" for name in AFTER_TRAINING if (value := settings["train"].get(name))]
     return ", ".join([*changes, *([f"revision {revision}"] if is_past else [])])
 
 
 def name_of_memory(memory: Memory) -> str:
-    """What `departures` says of a cell of `deal` that departs from the defaults in its memory alone."""
-    return "" if MEMORY[memory].items() <= asdict(RehearsalConfig()).items() else f"memory {memory}"
+    """What `departures` says of a cell of `deal` with this memory, and defaults else."""
+    return f"memory {memory}"
 
 
 def method_name(strategy: str, changes: str) -> str:
@@ -229,7 +232,7 @@ def summarise(protocol: Protocol, judged: Collection[str] | None = None) -> list
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in protocol.cells:
         groups[cell["settings"]["strategy"], departures(cell)].append(cell)
-    ours = groups.get((OURS, "")) or groups.get((OURS, name_of_memory("none")), [])
+    ours = next((groups[OURS, name] for name in COMPARED_WITH if (OURS, name) in groups), [])
     rows = []
     for (strategy, changes), group in groups.items():
         orders = sorted({order_of(cell) for cell in group})

@@ -80,10 +80,7 @@ class EvaluationReport(VersionedJson):
     An accuracy is the mean score of a task's test rows by the task's metric, 0 to 1.
     """
 
-    kept: ClassVar[Kept] = Kept(
-        "The evaluation report", ValueError, version=4, reads=(1, 2, 3, 4), later=("judged",)
-    )  # fmt: skip
-    """Fields that a later version added may be missing."""
+    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=4, later=("judged",))
 
     task: str
     """The task that the version was trained on."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import check_rank
-from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
+from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked, with_own_texts
 from deal_core.strategies.rehearsal import Rehearsal
 from deal_core.strategies.strategy import SEED_STRIDE, MethodState, Stores, Strategy, TaskContext
 
@@ -35,8 +35,8 @@ class Deal(Strategy):
         """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""
         super().prepare(model, state, context)
         self._rows = {} if state is None else state.stored_rows
-        own = self.config.rehearsal.texts == "own"  # every arrival asks them in another order
-        seed = self.seed + SEED_STRIDE * self.num_arrivals if own else self.seed
+        own = with_own_texts(self.config.rehearsal, context.old_texts, context.task)
+        seed = self.seed + SEED_STRIDE * self.num_arrivals if own else self.seed  # every arrival asks in another order
         self._rehearsal = make_rehearsal(self.config.rehearsal, model, context, self._rows, seed)
         self.network: Reparametrization | None = None
         if state is None:

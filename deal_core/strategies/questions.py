@@ -41,7 +41,7 @@ def make_rehearsal(
     seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
     is_shared = bool(stored) and config.asks_about_arrival
     num_put = _num_put(config, context.train.num_steps(len(context.encoded)), is_shared)
-    own = _with_own_texts(config, context.old_texts, context.task)
+    own = with_own_texts(config, context.old_texts, context.task)
     others = _others(context.old_tasks, own)
     about_own = _about_own_texts(config, model, context, own, seed, num_put)
     asked = _about_arrival(config, model, context, others, seed, num_put) if config.asks_about_arrival else []
@@ -88,9 +88,12 @@ def num_answered(
     config: RehearsalConfig, new: TaskSchema, olds: Sequence[TaskSchema], old_texts: Sequence[TaskTexts], *,
     num_texts: int, num_steps: int,
 ) -> int:
-    """How many questions the parent answers before the first step of an arrival of `num_texts` rows."""
+    """How many questions the parent answers before the first step of an arrival of `num_texts` rows.
+
+    If rows are stored, half of the steps' questions are about these.
+    """
     num_put = _num_put(config, num_steps, is_shared=config.texts == "both")
-    own = _with_own_texts(config, old_texts, new)
+    own = with_own_texts(config, old_texts, new)
     asked = tasks_to_ask(_others(olds, own), new) if config.asks_about_arrival else []
     num_own = _num_each(config, num_put, own)
     about_own = sum(len(each.rows) if each.task.labels else min(num_own, len(each.rows)) for each in own)
@@ -106,7 +109,7 @@ def _num_each(config: RehearsalConfig, num_put: int, tasks: Sequence[object]) ->
     return math.ceil(min(config.num_texts, num_put) / max(1, len(tasks)))
 
 
-def _with_own_texts(config: RehearsalConfig, old_texts: Sequence[TaskTexts], new: TaskSchema) -> list[TaskTexts]:
+def with_own_texts(config: RehearsalConfig, old_texts: Sequence[TaskTexts], new: TaskSchema) -> list[TaskTexts]:
     """The old tasks that are asked about texts of their own."""
     return [each for each in old_texts if config.texts == "own" and len(each.rows) and each.task.name != new.name]
 
@@ -137,7 +140,7 @@ def _about_own_texts(
 def not_asked(config: RehearsalConfig, context: TaskContext) -> str:
     """Return the names of the old tasks without questions; empty if every old task is asked."""
     new = context.task
-    olds = _others(context.old_tasks, _with_own_texts(config, context.old_texts, new))
+    olds = _others(context.old_tasks, with_own_texts(config, context.old_texts, new))
     asked = {_wording(old) for old in tasks_to_ask(olds, new)}
     return ", ".join(old.name for old in olds if old.name != new.name and _wording(old) not in asked)
 

@@ -42,7 +42,7 @@ Strategy = Annotated[str | None, Option(
     "--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"
 )]
 Memory = Annotated[str | None, Option(
-    "--memory", show_default="the lineage's own, else none",
+    "--memory", show_default="the lineage's own, else tests",
     help="What old tasks are asked about. none: new texts. tests: test rows of theirs. rows: a kept tenth of theirs.",
 )]
 SpecLineage = Annotated[

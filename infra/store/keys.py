@@ -19,7 +19,8 @@
     monitor/LINEAGE.json                      the last look at a lineage's live traffic, and its open alarms
     monitor/LINEAGE/VERSION.parquet           live rows that later looks compare with, as numbers only
 
-Older stores have `datasets/TASK/SHA256/FILE`, because lineages shared a dataset.
+SHA256 is the digest of an arrival's good rows, FILES the digests of its files, SCHEMA that of the task, RUN that of a
+run.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class DatasetFile(NamedTuple):
     task: str
     sha256: str
     """Digest of the dataset's rows."""
-    lineage: str | None
-    """The lineage of the dataset; None in older stores, where lineages shared a dataset."""
+    lineage: str
+    """The lineage of the dataset."""
     name: str
 
 
@@ -82,8 +83,6 @@ def parse_dataset_file(key: str) -> DatasetFile | None:
     match key.split("/"):
         case [folder, task, sha256, lineage, _, name] if folder == DATASETS:
             return DatasetFile(task, sha256, lineage, name)
-        case [folder, task, sha256, name] if folder == DATASETS:
-            return DatasetFile(task, sha256, None, name)
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -94,8 +94,6 @@ def _rows_to_ask(
     renewal = find_renewal(store, record, dataset)
     old = [load_test_set(store, known) for known in record.tasks if known != renewal.known] if record else []
     old += _slice_sets(store, record, renewal.slices) if record else []
-    old = [judging_rows(each, spared) for each in old]
-    old = within_budget(old, dataset.task, config.max_old_rows)
     new: list[TestSet] = []
     notes: tuple[str, ...] = ()
     if renewal.known is not None:
@@ -104,7 +102,11 @@ def _rows_to_ask(
         new = [load_test_set(store, new_task(store, dataset, train.max_prompt_tokens, config.max_new_tokens))]
     else:
         notes = tuple(_notes_on_known_task(store, record.lineage, known, dataset))
+    newly = [each for each in old if record and record.spared != spared]
+    notes += tuple(_notes_on_spared([*newly, *new], spared))
     new = [judging_rows(each, spared) for each in new]
+    old = [judging_rows(each, spared) for each in old]
+    old = within_budget(old, dataset.task, config.max_old_rows)
     answered = read_answers(store, parent.adapter_uri).now if parent else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
@@ -112,6 +114,13 @@ def _rows_to_ask(
         record=record, renewal=renewal, old=old, new=new, answered=answered, unanswered=_unanswered(old, answered),
         all=[*(_widened(each, dataset, renewal.slices) for each in old), *new], notes=notes,
     )  # fmt: skip
+
+
+def _notes_on_spared(sets: Iterable[TestSet], spared: Spared) -> Iterator[str]:
+    for each in sets:
+        num_judging, name = len(judging_rows(each, spared).rows), each.schema.name
+        if num_judging < len(each.rows):
+            yield f"{num_judging} of {len(each.rows)} test rows of {name} judge; the texts of the others may teach"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +224,7 @@ def _notes_on_known_task(store: ObjectStore, lineage: str, known: KnownTask, dat
     is_frozen = dataset_sha256(known.dataset_uri) == dataset.sha256
     if dataset.num_test and not is_frozen and read_manifest(store, dataset.uri).split == "given":
         yield (
-            f"{dataset.task} stays judged on the {known.num_test} test rows of its first arrival; the "
+            f"{dataset.task} stays judged by the {known.num_test} test rows of its first arrival; the "
             f"{dataset.num_test} test rows of this arrival are neither learned nor asked"
         )
     if not dataset.num_test and is_renewal_asked(store, lineage, known):
@@ -274,7 +283,8 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     sets, unjudged = [], {}
     for known in record.tasks:
         try:
-            sets.append(answered_rows(load_test_set(store, known), answered.get(known.schema.name, {})))
+            judging = judging_rows(load_test_set(store, known), record.spared)
+            sets.append(answered_rows(judging, answered.get(known.schema.name, {})))
         except TestRowsForgottenError as error:
             unjudged[known.schema.name] = str(error)
     scorer = Scorer(record.base, config)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.config import MAX_OWN_TEXTS, MEASURED, MIN_JUDGING_ROWS
+from deal_core.config import MAX_OWN_TEXTS, MEASURED, MIN_JUDGING_ROWS, MIN_OWN_TEXTS
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
@@ -104,8 +104,9 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
 
 
 def spared_rows(test_set: TestSet) -> TestSet:
-    """The rows of a task whose texts may teach a version, which they then do not judge."""
-    return replace(test_set, rows=test_set.rows.select(_by_digest(test_set.rows)[num_judging_of(len(test_set.rows)) :]))
+    """The rows of a task whose texts may teach a version, which they then do not judge; there may be none."""
+    num_judging = len(test_set.rows) - num_spared_of(len(test_set.rows))
+    return replace(test_set, rows=test_set.rows.select(_by_digest(test_set.rows)[num_judging:]))
 
 
 def answers_labels(task: TaskSchema) -> bool:
@@ -127,14 +128,21 @@ def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTex
 
 def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
     """The other rows; all rows of a task that spares none."""
-    if spared is None or (spared == "labelled" and not answers_labels(test_set.schema)):
-        return test_set
-    return replace(test_set, rows=first_rows(test_set.rows, num_judging_of(len(test_set.rows))))
+    num_rows = len(test_set.rows)
+    num_judging = num_judging_of(test_set.schema, num_rows, spared)
+    return test_set if num_judging == num_rows else replace(test_set, rows=first_rows(test_set.rows, num_judging))
 
 
-def num_judging_of(num_rows: int) -> int:
-    """How many of a task's test rows judge, if it spares some."""
-    return max(num_rows - MAX_OWN_TEXTS, min(num_rows, MIN_JUDGING_ROWS))
+def num_judging_of(task: TaskSchema, num_rows: int, spared: Spared) -> int:
+    """How many of a task's test rows judge."""
+    is_sparing = spared == "all" or (spared == "labelled" and answers_labels(task))
+    return num_rows - num_spared_of(num_rows) if is_sparing else num_rows
+
+
+def num_spared_of(num_rows: int) -> int:
+    """How many of a task's test rows may teach by their texts, if some may."""
+    num_spared = min(MAX_OWN_TEXTS, num_rows - MIN_JUDGING_ROWS)
+    return num_spared if num_spared >= MIN_OWN_TEXTS else 0
 
 
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:

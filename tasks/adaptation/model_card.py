@@ -10,6 +10,7 @@ from deal_core.evaluation.answering import ServedTask, ServedVersion
 from infra.report import page as words
 from infra.store.keys import dataset_sha256
 from infra.tracking.facts import SCORES, VersionFacts
+from tasks.adaptation.frozen_rows import num_judging_of
 from tasks.lineage.record import KnownTask, LineageRecord
 
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
@@ -58,9 +59,9 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
         f"- licence: {licence or NOT_STATED}; the adapter alone is of no use without it",
         "", "The base model's weights are not part of this folder.", "",
         "## Data", "",
-        *words.markdown_table(("task", "format", "dataset whose test rows judge it (sha256)", "test rows"), [
-            (known.schema.name, known.schema.format, f"`{dataset_sha256(known.dataset_uri)}`", str(known.num_test))
-            for known in record.tasks
+        *words.markdown_table(("task", "format", "dataset whose test rows judge it (sha256)", "rows that judge"), [
+            (known.schema.name, known.schema.format, f"`{dataset_sha256(known.dataset_uri)}`",
+             str(_num_judging(record, known))) for known in record.tasks
         ]), "",
         f"Dataset of this version: {facts.task}, sha256 `{facts.dataset_sha256}`. Settings: sha256 "
         f"`{facts.config_sha256}`. Run: `{facts.run_key}`.", "",
@@ -105,8 +106,12 @@ def _scores(facts: VersionFacts) -> list[str]:
     ]
 
 
+def _num_judging(record: LineageRecord, known: KnownTask) -> int:
+    return num_judging_of(known.schema, known.num_test, record.spared)
+
+
 def _limits(record: LineageRecord) -> list[str]:
-    few = [known.schema.name for known in record.tasks if known.num_test < 100]
+    few = [known.schema.name for known in record.tasks if _num_judging(record, known) < 100]
     lines = [
         "- It was judged only on the tasks above; other abilities of the base model may have changed.",
         "- It answers greedily in the form of each task's rows, even to a text of another kind.",

@@ -157,7 +157,7 @@ def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
     """Return every lineage with an adapter or a dataset in the store, or a work folder on this machine."""
     found = {each.lineage for info in store.list(ADAPTERS) if (each := keys.parse_adapter_file(info.key))}
     datasets = [keys.parse_dataset_file(info.key) for info in store.list(DATASETS)]
-    found |= {each.lineage for each in datasets if each and each.lineage}
+    found |= {each.lineage for each in datasets if each}
     work = HomeSettings().home / "work"
     found |= {path.name for path in work.iterdir() if path.is_dir()} if work.is_dir() else set()
     return tuple(sorted(found))

@@ -10,7 +10,7 @@ from typing import Any
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from deal_core.method_config import Memory, SelectionConfig, asks_own_texts
+from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, SelectionConfig, asks_own_texts
 from deal_core.strategies import OWN, strategy_class
 from tasks.lineage.record import LineageRecord
 from tasks.references import Spared
@@ -66,12 +66,13 @@ def _heeds(strategy: str, memory: Memory) -> bool:
 
 
 def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
-    """Return the spec with the lineage's memory, if the spec does not choose.
+    """Return the spec with the lineage's memory, or with the default of a new lineage, if the spec does not choose.
 
     A spec chooses with `memory`, with the settings of the rehearsal that `memory` stands for, or with a strategy that
-    does not heed the lineage's memory.
+    does not heed that memory. A lineage that was made without a memory stays without.
     """
-    memory = record.memory if record else None
+    by_default = DEFAULT_MEMORY if spec.rehearsal.temperature == 1 else None  # re-centred answers have no temperature
+    memory = record.memory if record else by_default
     if memory is None or spec.memory is not None or spec.rehearsal.decides_memory:
         return spec
     return spec.model_copy(update={"memory": memory}) if _heeds(choose_strategy(spec, record), memory) else spec
@@ -87,9 +88,9 @@ def choose_spared(spec: AdaptSpec, strategy: str, record: LineageRecord | None) 
 
 MAX_NAMED = 6
 """Most settings that a note about changed settings names."""
-SAME_RESULT = {"memory", "data.include_texts", "data.retain_training_rows", "train.num_processes", "train.report_to",
+SAME_RESULT = {"data.include_texts", "data.retain_training_rows", "train.num_processes", "train.report_to",
                "train.checkpoint_steps"}  # fmt: skip
-"""Settings that such a note leaves out: the lineage decides the memory, and the others change no version."""
+"""Settings that such a note leaves out: they change no version. What `memory` stands for is left out too."""
 
 
 def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -> tuple[str, ...]:
@@ -106,8 +107,11 @@ def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -
     now, then = ({f"{part}.{name}": value for part, values in {**off, **each}.items() if isinstance(values, Mapping)
                   for name, value in values.items() if part in LOGGED_PARTS}
                  for each in (spec.model_dump(mode="json"), before))  # fmt: skip
+    by_memory = {f"rehearsal.{name}" for name in MEMORY["rows"]} if spec.memory and before.get("memory") else set()
+    left_out = SAME_RESULT | by_memory
+    now, then = {"memory": spec.memory, **now}, {"memory": before.get("memory"), **then}
     changed = [f"{name} {_shown(value)} (before: {_shown(then[name])})" for name, value in now.items()
-               if name in then and name not in SAME_RESULT and _shown(then[name]) != _shown(value)]  # fmt: skip
+               if name in then and name not in left_out and _shown(then[name]) != _shown(value)]  # fmt: skip
     if not changed:
         return ()
     more = f", and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""

@@ -116,6 +116,20 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         ("deal", 0), ("deal", 0), ("deal", 1), ("deal", 1), ("seq_lora", 0), ("seq_lora", 1),
     ]  # fmt: skip
     assert {cell.train.seed for cell in cells} == {0, 1}
+    assert {cell.method["rehearsal.texts"] for cell in cells if cell.strategy == "deal"} == {"own"}, "as a new lineage"
+
+
+@pytest.mark.parametrize(
+    ("method", "texts"), [('{"memory": "none"}', "arrival"), ('{"rehearsal": {"texts": "stored"}}', "stored")]
+)
+def test_a_method_can_have_a_memory(method: str, texts: str) -> None:
+    (found,) = spec_from_options(data="x", train="{}", methods=[method], suite="4").methods
+    assert found.rehearsal.texts == texts
+
+
+def test_an_unknown_memory_is_named() -> None:
+    with pytest.raises(ConfigError, match="memory is 'all'; give none, tests, rows"):
+        spec_from_options(data="x", train="{}", methods=['{"memory": "all"}'], suite="4")
 
 
 def test_the_commands_adapter_and_training_reach_the_cells(

@@ -21,7 +21,8 @@ from tasks.lineage.record import read_record
 from tests.adapting import BANK, CLINIC, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
-OWN: dict[str, Any] = {"memory": "tests"}
+OWN: dict[str, Any] = {}
+"""The default of a new lineage."""
 NUM_JUDGING = 20
 """So many of a task's 36 test rows judge; the others may teach."""
 
@@ -29,6 +30,7 @@ NUM_JUDGING = 20
 @pytest.fixture(autouse=True)
 def few_rows_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen_rows, "MIN_JUDGING_ROWS", NUM_JUDGING)
+    monkeypatch.setattr(frozen_rows, "MIN_OWN_TEXTS", 10)
 
 
 def evaluation_of(tracking_id: str | None) -> Mapping[str, Any]:
@@ -45,8 +47,11 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
         return make(config, model, context, *rest)
 
     monkeypatch.setattr(deal, "make_rehearsal", record_texts)
-    assert run(tiny_base, BANK, **OWN).status == "promoted"
-    result = run(tiny_base, CLINIC, **OWN)
+    first, result = run(tiny_base, BANK, **OWN), run(tiny_base, CLINIC, **OWN)
+    assert first.status == "promoted"
+    assert f"{NUM_JUDGING} of 36 test rows of bank judge; the texts of the others may teach" in evaluation_of(
+        first.tracking_id
+    )["notes"]
     assert (result.status, result.version) == ("promoted", "2")
     adapter_uri = find_version(open_registry(), "l", "2").adapter_uri
     tasks = read_record(current_store(), adapter_uri).tasks

@@ -24,7 +24,8 @@ def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frozen_rows, "MIN_JUDGING_ROWS", 20)  # of 36
-    assert run(tiny_base, BANK).status == "promoted"
+    monkeypatch.setattr(frozen_rows, "MIN_OWN_TEXTS", 10)
+    assert run(tiny_base, BANK, memory="none").status == "promoted"
     result = run(tiny_base, CLINIC, train={**TRAIN, "recentre_steps": 2})
     assert (result.status, result.version) == ("promoted", "2")
     info = find_version(open_registry(), "l", "2")

@@ -72,6 +72,7 @@ def test_a_lineage_without_a_version_is_empty_and_has_no_answers(home: Path) -> 
         lineage.predict("Number 3 is red.")
 
 
+@pytest.mark.nightly
 def test_a_mistake_is_one_clear_message(with_server: dict[str, str], home: Path, tmp_path: Path) -> None:
     lineage = Lineage("api", home=home, show=None, environment=with_server)
     with pytest.raises(CommandError, match=r"no_such\.csv") as error:

@@ -37,7 +37,9 @@ HARMLESS = {
 RUN = """
 import json, os, sys
 from flows.cli.app import app
+from infra import webhook
 
+webhook.MAX_PAUSE_SECONDS = 0.01
 for step in json.load(sys.stdin):
     os.environ.update(step["environment"])
     for words in step["commands"]:

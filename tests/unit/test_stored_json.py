@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def test_what_earlier_code_wrote_is_read(name: str) -> None:
 @pytest.mark.parametrize("found", [99, "1", None])
 def test_what_another_release_wrote_is_refused(name: str, found: object) -> None:
     value, error = STORED[name]
-    with pytest.raises(error, match=rf"has schema version {found}, this release reads 1( or 2 or 3 or 4)?; ") as raised:
+    with pytest.raises(error, match=rf"has schema version {found}, this release reads [14]; ") as raised:
         type(value).from_json({**golden(name), "schema_version": found})
     assert "\n" not in str(raised.value)
 
@@ -144,8 +143,3 @@ def test_a_task_from_before_answers_had_a_length_has_the_default() -> None:
     assert LineageRecord.from_json(values).tasks[0].max_new_tokens == EvaluateConfig().max_new_tokens
 
 
-@pytest.mark.parametrize(("name", "labels"), [("evaluation-2", {}), ("evaluation-3", REPORT.labels)])
-def test_an_evaluation_of_an_earlier_release_lacks_what_came_later(name: str, labels: Any) -> None:
-    """It has one character per row, and every task was judged by exact match."""
-    outcomes = {**REPORT.outcomes, "talk": (1.0, 0.0, 0.0)}
-    assert EvaluationReport.from_json(golden(name)) == replace(REPORT, labels=labels, outcomes=outcomes, metrics={})

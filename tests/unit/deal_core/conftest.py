@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import shutil
@@ -149,6 +150,18 @@ def one_task_learned(loaded_base: BaseModel, made_once: MakeOnce) -> Path:
     rows = make_rows(24, first=100)
     made = made_once("one-task", lambda folder: train_into(folder, base, "seq_lora", rows=rows, train=first))
     return made / "adapter"
+
+
+@pytest.fixture(scope="session")
+def trained_once(loaded_base: BaseModel, one_task_learned: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Train a second task, or the first with `is_first`, once for all tests that give these arguments and only read."""
+
+    @functools.cache
+    def run(strategy: str = "deal", *, is_first: bool = False, **given: Any) -> Run:
+        parent = None if is_first else one_task_learned
+        return train_into(tmp_path_factory.mktemp("trained"), copy.deepcopy(loaded_base), strategy, parent, **given)
+
+    return run
 
 
 @pytest.fixture

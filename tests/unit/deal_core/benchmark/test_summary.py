@@ -207,7 +207,8 @@ def test_one_training_that_was_scored_twice_counts_once_with_what_was_scored_mos
 
 def test_departures_from_the_defaults_are_named():
     method = {"deal.energy": 0.5, "rehearsal.texts": "arrival"}
-    assert departures(made("deal", [], method=method)) == "deal.energy 0.5"
+    assert departures(made("deal", [], method=method)) == "memory none, deal.energy 0.5"
+    assert departures(made("deal", [], method={"rehearsal.texts": "own"})) == "memory tests"
     assert departures(made("joint", [])) == ""
 
 

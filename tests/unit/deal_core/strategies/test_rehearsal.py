@@ -125,13 +125,11 @@ def test_old_answers_drift_less_when_they_are_asked_for(base, strategy, train, p
     "change", [{"texts": "none"}, {"num_texts": 3}, {"rows_per_step": 1}, {"weight": 0.1}, {"temperature": 3.0}],
     ids=str,
 )  # fmt: skip
-def test_every_setting_changes_the_result(change, parent, train):
-    def weights(config: RehearsalConfig):
-        folder = train("deal", parent, rehearsal=config, old_tasks=(OLD,)).folder
-        return load_file(folder / "adapter_model.safetensors")
-
-    default = weights(RehearsalConfig())
-    changed = weights(RehearsalConfig(**change))
+def test_every_setting_changes_the_result(change, trained_once):
+    default, changed = (
+        load_file(trained_once(rehearsal=config, old_tasks=(OLD,)).folder / "adapter_model.safetensors")
+        for config in (RehearsalConfig(), RehearsalConfig(**change))
+    )
     assert any(not torch.allclose(default[name], changed[name], rtol=1e-5, atol=1e-7) for name in default)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies import make_strategy
-from tests.unit.deal_core.conftest import at_night, train_into
+from tests.unit.deal_core.conftest import at_night
 
 OFF = DealConfig(form="literal", num_layers=0, mixing=False, lambda1=0, lambda2=0)
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
@@ -104,18 +102,6 @@ def test_a_free_core_takes_no_setting_that_would_do_nothing(change):
         DealConfig(core="free", **change)
 
 
-@pytest.fixture(scope="module")
-def trained_with(loaded_base, one_task_learned, tmp_path_factory):
-    """Return the folder of a second task with settings of `deal`; each of them is trained once."""
-
-    @functools.cache
-    def folder_of(config):
-        base, folder = copy.deepcopy(loaded_base), tmp_path_factory.mktemp("trained-with")
-        return train_into(folder, base, "deal", one_task_learned, deal=config).folder
-
-    return folder_of
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -136,10 +122,10 @@ def trained_with(loaded_base, one_task_learned, tmp_path_factory):
     ],
     ids=str,
 )
-def test_every_setting_changes_the_result(change, parent, train, trained_with):
+def test_every_setting_changes_the_result(change, parent, train, trained_once):
     start = {key: value for key, value in change.items() if key in ("lambda1", "lambda2") and len(change) > 1}
     start |= {"energy": 1.0} if "free_share" in change else {}
-    default = weights(trained_with(DealConfig(**start)))
+    default = weights(trained_once(deal=DealConfig(**start)).folder)
     changed = weights(train("deal", parent, deal=DealConfig(**change)).folder)
     assert any(not torch.allclose(default[name], changed[name], rtol=1e-5, atol=1e-7) for name in default)
 

@@ -44,11 +44,13 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize(("strategy", "core"), [("deal", "soft"), ("deal", "free"), ("seq_lora", "free")])
 @pytest.mark.parametrize("killed_at", [4, 11])
-def test_interrupted_and_resumed_equals_uninterrupted(strategy, core, killed_at, parent, train, killed_and_resumed):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    strategy, core, killed_at, parent, trained_once, killed_and_resumed
+):
     """Six steps an epoch: the second case resumes in the second epoch."""
     config = TrainConfig(num_epochs=3, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=3)
     deal = DealConfig(core=core)
-    whole = train(strategy, parent, train=config, deal=deal)
+    whole = trained_once(strategy, train=config, deal=deal)
     assert whole.result.num_steps == 18 and whole.result.resumed_from_step is None
     resumed = killed_and_resumed(strategy, parent, at=killed_at, train=config, deal=deal)
     assert resumed.result.resumed_from_step == killed_at - killed_at % 3
@@ -137,8 +139,8 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_losses(base, paren
     ],
     ids=str,
 )
-def test_every_setting_changes_the_result(change, train, rows):
-    default = weights(train(train=SHORT).folder)
+def test_every_setting_changes_the_result(change, train, trained_once):
+    default = weights(trained_once(is_first=True, train=SHORT).folder)
     changed = weights(train(train=replace(SHORT, **change)).folder)
     assert any(not torch.equal(default[name], changed[name]) for name in default)
 

@@ -133,7 +133,7 @@ def make_set(name: str, num_rows: int) -> TestSet:
     return TestSet(schema=TaskSchema(name=name), rows=rows, max_prompt_tokens=9, max_new_tokens=9)
 
 
-@pytest.mark.parametrize(("num_rows", "num_judging"), [(1, 1), (50, 50), (51, 50), (80, 50), (100, 50), (400, 350)])
+@pytest.mark.parametrize(("num_rows", "num_judging"), [(1, 1), (50, 50), (69, 69), (70, 50), (100, 50), (400, 350)])
 def test_only_rows_that_are_not_needed_to_judge_are_spared(num_rows: int, num_judging: int) -> None:
     rows = make_set("a", num_rows)
     judging, spared = judging_rows(rows, "all"), spared_rows(rows)

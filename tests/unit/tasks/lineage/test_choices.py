@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -43,12 +43,17 @@ def test_a_memory_that_contradicts_the_strategy_is_refused() -> None:
         ("tests", {"strategy": "replay"}, None),
         ("none", {}, "none"),
         (None, {}, None),
+        ("new", {}, "tests"),
+        ("new", {"memory": "none"}, "none"),
+        ("new", {"strategy": "seq_lora"}, None),
+        ("new", {"rehearsal": {"temperature": 2.0}}, None),
+        ("new", {"rehearsal": {"texts": "stored"}}, None),
     ],
 )
 def test_a_lineage_keeps_its_memory_until_a_spec_chooses(
-    before: Memory | None, given: dict[str, Any], memory: Memory | None
+    before: Memory | Literal["new"] | None, given: dict[str, Any], memory: Memory | None
 ) -> None:
-    found = with_memory_of(spec(**given), record(before))
+    found = with_memory_of(spec(**given), None if before == "new" else record(before))
     assert found.memory == memory
     assert found.method.rehearsal.keeps_rows == (memory == "rows" or "texts" in given.get("rehearsal", {}))
 
@@ -57,12 +62,17 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
     longer = spec(train={"num_epochs": 6, "num_processes": 2}, gate={"max_drop_points": 3})
     before = longer.model_dump(mode="json")
     assert changed_settings(longer, before, "4") == ()
-    (note,) = changed_settings(spec(memory="rows"), before, "4")
+    (note,) = changed_settings(spec(), before, "4")
     assert note == (
         "settings that differ from version 4's: train.num_epochs 3 (before: 6), gate.max_drop_points 10.0 (before: 3.0)"
     )
     (note,) = changed_settings(spec(selection={"keep": 0.2}), spec().model_dump(mode="json"), "1")
     assert note.endswith("selection.keep 0.2 (before: null)"), "the part is not stored where it is off"
+    earlier = {**before, "memory": "rows", "rehearsal": {**before["rehearsal"], "texts": "both"}}
+    (note,) = changed_settings(longer.model_copy(update={"memory": "tests"}), earlier, "4")
+    assert note.endswith('memory "tests" (before: "rows")'), "and not what that stands for"
+    (note,) = changed_settings(longer, {**earlier, "memory": None}, "4")
+    assert note.endswith('rehearsal.texts "arrival" (before: "both")')
     del before["gate"], before["train"]["num_epochs"]
     assert changed_settings(spec(), before, "4") == (), "an old spec may lack a setting"
     (note,) = changed_settings(spec(train=dict.fromkeys(("num_epochs", "min_steps", "batch_size", "seed"), 7),
@@ -74,13 +84,13 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
 @pytest.mark.parametrize(
     ("before", "given", "spared"),
     [
-        (None, {}, None),
-        (None, {"train": {"recentre_steps": 5}}, "labelled"),
-        (None, {"rehearsal": {"texts": "own"}}, "all"),
-        (None, {"rehearsal": {"texts": "own"}, "strategy": "seq_lora"}, None),
-        ("all", {}, "all"),
-        ("all", {"train": {"recentre_steps": 5}}, "all"),
-        ("labelled", {"rehearsal": {"texts": "own"}}, "all"),
+        (None, {"memory": "tests"}, "all"),
+        (None, {"memory": "none"}, None),
+        (None, {"memory": "none", "train": {"recentre_steps": 5}}, "labelled"),
+        (None, {"strategy": "seq_lora"}, None),
+        ("all", {"memory": "rows"}, "all"),
+        ("all", {"memory": "rows", "train": {"recentre_steps": 5}}, "all"),
+        ("labelled", {"memory": "tests"}, "all"),
     ],
 )
 def test_rows_that_a_version_spared_stay_spared(before: Spared, given: dict[str, Any], spared: Spared) -> None:
