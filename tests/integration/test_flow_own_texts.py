@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deal_core.config import EvaluateConfig
 from deal_core.strategies import deal
 from deal_core.strategies.strategy import TaskContext
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
-from tasks.adaptation import frozen_rows
-from tasks.adaptation.frozen_rows import read_answers
+from tasks.adaptation.evaluate import score_version
+from tasks.adaptation.frozen_rows import ANSWERS_FILE, read_answers
 from tasks.context import current_store
-from tasks.lineage.history import find_version
+from tasks.lineage.history import find_version, version_ref
 from tasks.lineage.record import read_record
 from tests.adapting import BANK, CLINIC, run
 
@@ -28,9 +29,8 @@ NUM_JUDGING = 20
 
 
 @pytest.fixture(autouse=True)
-def few_rows_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen_rows, "MIN_JUDGING_ROWS", NUM_JUDGING)
-    monkeypatch.setattr(frozen_rows, "MIN_OWN_TEXTS", 10)
+def spare_rows(few_rows_judge: Callable[[int], None]) -> None:
+    few_rows_judge(NUM_JUDGING)
 
 
 def evaluation_of(tracking_id: str | None) -> Mapping[str, Any]:
@@ -53,7 +53,8 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
         first.tracking_id
     )["notes"]
     assert (result.status, result.version) == ("promoted", "2")
-    adapter_uri = find_version(open_registry(), "l", "2").adapter_uri
+    info = find_version(open_registry(), "l", "2")
+    adapter_uri = info.adapter_uri
     tasks = read_record(current_store(), adapter_uri).tasks
     judging = {each.schema.name: NUM_JUDGING for each in tasks}
     assert evaluation_of(result.tracking_id)["num_rows"] == judging
@@ -62,6 +63,9 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     (note,) = (note for note in evaluation_of(result.tracking_id)["notes"] if "questions about old tasks" in note)
     assert note.startswith("rehearsed 16 questions about old tasks (sets: 1)")
     assert {name: len(each) for name, each in read_answers(current_store(), adapter_uri).now.items()} == judging
+
+    current_store().delete(f"{adapter_uri}/{ANSWERS_FILE}")  # as `deal forget` of another task does
+    assert score_version(version_ref(info), EvaluateConfig()).num_rows == judging
 
 
 def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base: Path, tmp_path: Path) -> None:

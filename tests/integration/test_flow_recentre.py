@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from deal_core.config import EvaluateConfig
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
-from tasks.adaptation import frozen_rows
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
 from tasks.lineage.history import find_version, version_ref
@@ -21,10 +21,9 @@ TRAIN = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "che
 
 
 def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, few_rows_judge: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr(frozen_rows, "MIN_JUDGING_ROWS", 20)  # of 36
-    monkeypatch.setattr(frozen_rows, "MIN_OWN_TEXTS", 10)
+    few_rows_judge(20)  # of 36
     assert run(tiny_base, BANK, memory="none").status == "promoted"
     result = run(tiny_base, CLINIC, train={**TRAIN, "recentre_steps": 2})
     assert (result.status, result.version) == ("promoted", "2")

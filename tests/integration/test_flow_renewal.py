@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,10 @@ def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
 
 
 def test_no_row_judges_a_version_that_was_recentred_on_its_text(
-    home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rows_judge: Callable[[int], None]
 ) -> None:
     """The new rows judge and teach; of the rows before, some judged and taught the parent."""
+    few_rows_judge(5)  # of 10
     taught: list[set[str]] = []
 
     def record_texts(base: Any, folder: Any, tasks: Sequence[TaskTexts], *rest: Any) -> tuple[str, ...]:
