@@ -228,12 +228,6 @@ def test_a_broken_adapter_is_vetoed(facts: AdapterFacts, word: str) -> None:
     assert decision.accepted is (not word) and word in " ".join(decision.reasons)
 
 
-def test_a_report_of_an_older_release_is_read() -> None:
-    new = {"outcomes", "parent_outcomes", "perplexity", "base_perplexity", "adapter", "majority_rate"}
-    old = {name: value for name, value in GOOD.to_json().items() if name not in new}
-    assert EvaluationReport.from_json({**old, "schema_version": 1}) == GOOD
-
-
 def test_a_task_that_is_only_guessed_is_not_learned_however_little_the_base_knows() -> None:
     shuffled = replace(make_report({"new": 0.222}, {}, base=0.0), majority_rate=1 / 6)
     (veto,) = decide(shuffled, GateConfig()).vetoes
