@@ -74,11 +74,15 @@ def spread_of_seeds(cells: Sequence[CellJson]) -> dict[str, float]:
     return dict(found)
 
 
-def recentred(path: Path) -> dict[str, Any]:
-    """What steps that re-centre, and texts of the old tasks' own, give by `benchmarks.arms`, in points."""
+def recentred(path: Path, *others: Path) -> dict[str, Any]:
+    """What steps that re-centre, and texts of the old tasks' own, give by `benchmarks.arms`, in points.
+
+    The trials of `path` have one seed, and those of each of the others have another.
+    """
     found = read(path)
     return {
-        "arms": arms(path, CHOOSING_ROWS), "all_rows": arms(path), "steps": found["recentre_steps"],
+        "arms": arms(path, CHOOSING_ROWS), "own": [arms(each)["own"] for each in (path, *others)],
+        "steps": found["recentre_steps"],
         "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
 
@@ -378,7 +382,7 @@ def main(
     protocol = sorted(
         filter(_has_chosen, protocol_lines(development)), key=lambda line: (line["suite"], line["method"])
     )
-    today, steps = settings_shown(TrainConfig()), recentred(results / "arms_recentred.json")
+    today, steps = settings_shown(TrainConfig()), recentred(results / "arms_recentred.json", results / "arms_own.json")
     (long,) = (each for each in found if each.suite == "15" and training_of(some_cell(each)["settings"]) == today)
     reported = protocol_lines([cell for cell in cells if training_of(cell["settings"]) == today])
     tables.sort(key=lambda table: table["suite"].zfill(3))
