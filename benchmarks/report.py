@@ -22,11 +22,11 @@ from benchmarks.protocol import lines as protocol_lines
 from benchmarks.protocol import named_changes, settings_shown, training_of
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
-    COMPARED_WITH,
     OURS,
     CellJson,
     Protocol,
     accuracy,
+    compared_with,
     departures,
     final_scores,
     method_name,
@@ -105,8 +105,7 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     return {
         "suite": protocol.suite, "settings": settings, "train": training_of(settings),
         "rows": rows, "tasks": task_lines(protocol, rows),
-        "compared": next((name for name in COMPARED_WITH if any(
-            (row["strategy"], row["changes"]) == (OURS, name) for row in rows)), ""),
+        "compared": compared_with({row["changes"] for row in rows if row["strategy"] == OURS}),
         "widest": [row for row in rows if row["orders"] == widest(rows, row)],
         "is_judged": bool(protocol.lifted()), "num_alone": len(protocol.per_task),
         "pictures": draw(protocol, rows, images),

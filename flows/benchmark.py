@@ -53,7 +53,7 @@ class BenchmarkSpec(BaseModel, frozen=True, extra="forbid"):
     tasks: tuple[str, ...] = ()
     """Tasks in the order of arrival, instead of a suite."""
     strategies: tuple[str, ...] = ("deal", "seq_lora")
-    methods: tuple[MethodConfig, ...] = (MethodConfig(rehearsal=RehearsalConfig(**MEMORY[DEFAULT_MEMORY])),)
+    methods: tuple[MethodConfig, ...] = (MethodConfig(rehearsal=RehearsalConfig().with_memory(DEFAULT_MEMORY)),)
     """Settings to compare. A strategy that does not read the differing fields has one cell for all of them."""
     seeds: tuple[Seed, ...] = (0,)
     rows: Count = 300
@@ -197,7 +197,7 @@ def spec_from_options(
 def _with_memory(method: dict[str, Any]) -> dict[str, Any]:
     """Put what the memory stands for into a method's settings; without a memory that of a new lineage."""
     memory = method.pop("memory", DEFAULT_MEMORY)
-    if memory not in MEMORY:
+    if memory not in list(MEMORY):  # a list compares with any JSON value
         raise ConfigError(f"memory is {brief(memory)}; give {', '.join(MEMORY)}.")
     rehearsal = method.get("rehearsal", {})
     return {**method, "rehearsal": {**MEMORY[memory], **rehearsal} if isinstance(rehearsal, dict) else rehearsal}

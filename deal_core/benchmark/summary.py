@@ -25,8 +25,6 @@ MEMORIES = {
     for memory, settings in MEMORY.items()
 }
 """`memory` → what it stands for, without the limit of stored rows: no cell stores so many."""
-COMPARED_WITH = (f"memory {DEFAULT_MEMORY}", "memory none", "")
-"""The cells of `deal` that a table's other cells are compared with: the first of these that it has."""
 KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "knn": "all rows", "knn_means": "a mean per label",
                   "per_task": "an adapter per task", "joint_memory": "a tenth of the rows",
                   "joint": "all rows"}  # fmt: skip
@@ -218,6 +216,11 @@ def name_of_memory(memory: Memory) -> str:
     return f"memory {memory}"
 
 
+def compared_with(changes: Collection[str]) -> str:
+    """Which of a table's cells of `deal`, by what `departures` says of them, the other cells are compared with."""
+    return next((name for name in map(name_of_memory, (DEFAULT_MEMORY, "none")) if name in changes), "")
+
+
 def method_name(strategy: str, changes: str) -> str:
     """A strategy, and in what it departs from the defaults."""
     return strategy + (f" ({changes})" if changes else "")
@@ -232,7 +235,7 @@ def summarise(protocol: Protocol, judged: Collection[str] | None = None) -> list
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in protocol.cells:
         groups[cell["settings"]["strategy"], departures(cell)].append(cell)
-    ours = next((groups[OURS, name] for name in COMPARED_WITH if (OURS, name) in groups), [])
+    ours = groups.get((OURS, compared_with({changes for strategy, changes in groups if strategy == OURS})), [])
     rows = []
     for (strategy, changes), group in groups.items():
         orders = sorted({order_of(cell) for cell in group})

@@ -21,6 +21,7 @@ from tasks.adaptation.frozen_rows import (
     judging_rows,
     keep_answers,
     load_test_set,
+    num_judging_of,
     read_answers,
     within_budget,
 )
@@ -118,9 +119,10 @@ def _rows_to_ask(
 
 def _notes_on_spared(sets: Iterable[TestSet], spared: Spared) -> Iterator[str]:
     for each in sets:
-        num_judging, name = len(judging_rows(each, spared).rows), each.schema.name
-        if num_judging < len(each.rows):
-            yield f"{num_judging} of {len(each.rows)} test rows of {name} judge; the texts of the others may teach"
+        num_rows, name = len(each.rows), each.schema.name
+        num_judging = num_judging_of(each.schema, num_rows, spared)
+        if num_judging < num_rows:
+            yield f"{num_judging} of {num_rows} test rows of {name} judge; the texts of the others may teach"
 
 
 @dataclass(frozen=True, kw_only=True)

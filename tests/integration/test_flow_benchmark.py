@@ -127,9 +127,10 @@ def test_a_method_can_have_a_memory(method: str, texts: str) -> None:
     assert found.rehearsal.texts == texts
 
 
-def test_an_unknown_memory_is_named() -> None:
-    with pytest.raises(ConfigError, match="memory is 'all'; give none, tests, rows"):
-        spec_from_options(data="x", train="{}", methods=['{"memory": "all"}'], suite="4")
+@pytest.mark.parametrize(("memory", "shown"), [('"all"', "'all'"), ("[]", r"\[\]"), ("null", "None")])
+def test_an_unknown_memory_is_named(memory: str, shown: str) -> None:
+    with pytest.raises(ConfigError, match=rf"memory is {shown}; give none, tests, rows\."):
+        spec_from_options(data="x", train="{}", methods=[f'{{"memory": {memory}}}'], suite="4")
 
 
 def test_the_commands_adapter_and_training_reach_the_cells(

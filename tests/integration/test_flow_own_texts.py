@@ -1,4 +1,4 @@
-"""With `memory: tests` old tasks are asked about their own test rows, which then do not judge a version."""
+"""With `memory: tests`, as a new lineage has it, old tasks are asked about their own test rows, which do not judge."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from tasks.adaptation.frozen_rows import ANSWERS_FILE, read_answers
 from tasks.context import current_store
 from tasks.lineage.history import find_version, version_ref
 from tasks.lineage.record import read_record
+from tasks.planning import plan
+from tasks.progress import LogReporter
+from tasks.spec import AdaptSpec, parse
+from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
-OWN: dict[str, Any] = {}
-"""The default of a new lineage."""
 NUM_JUDGING = 20
 """So many of a task's 36 test rows judge; the others may teach."""
 
@@ -39,6 +41,8 @@ def evaluation_of(tracking_id: str | None) -> Mapping[str, Any]:
 
 
 def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(LogReporter, "said", lambda _, message: said.append(message.strip()))
     taught: list[dict[str, list[str]]] = []
     make = deal.make_rehearsal
 
@@ -47,11 +51,10 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
         return make(config, model, context, *rest)
 
     monkeypatch.setattr(deal, "make_rehearsal", record_texts)
-    first, result = run(tiny_base, BANK, **OWN), run(tiny_base, CLINIC, **OWN)
+    first, result = run(tiny_base, BANK), run(tiny_base, CLINIC)
     assert first.status == "promoted"
-    assert f"{NUM_JUDGING} of 36 test rows of bank judge; the texts of the others may teach" in evaluation_of(
-        first.tracking_id
-    )["notes"]
+    spared = f"{NUM_JUDGING} of 36 test rows of bank judge; the texts of the others may teach"
+    assert spared in evaluation_of(first.tracking_id)["notes"] and said.count(spared) == 1
     assert (result.status, result.version) == ("promoted", "2")
     info = find_version(open_registry(), "l", "2")
     adapter_uri = info.adapter_uri
@@ -69,12 +72,12 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
 
 
 def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base: Path, tmp_path: Path) -> None:
-    """A task with free answers spares rows as well. The second version is learned with the defaults again."""
+    """A task with free answers spares rows as well. The second version is learned with another memory."""
     rows = [{"prompt": f"Order {n}: the tap in flat {n % 7} drips.", "completion": f"tap, flat {n % 7}",
              "split": "test" if n % 2 else "train"} for n in range(60)]  # fmt: skip
     file = tmp_path / "orders.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run(tiny_base, {"name": "orders", "data": str(file)}, **OWN).status == "promoted"
+    assert run(tiny_base, {"name": "orders", "data": str(file)}).status == "promoted"
     second = run(tiny_base, BANK, memory="none")
     assert second.status == "promoted"
     judging = evaluation_of(second.tracking_id)["num_rows"]
@@ -83,10 +86,26 @@ def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base
     assert read_record(current_store(), adapter_uri).spared == "all"
 
 
+def test_plan_and_validation_know_which_rows_teach(tiny_base: Path, few_rows_judge: Callable[[int], None]) -> None:
+    few_rows_judge(7)
+
+    def few(lineage: str = "l") -> bool:
+        found = validate(BANK["data"], spec=None, task="other", test_data=BANK["test_data"], lineage=lineage)
+        return any(warning.startswith("7 test rows can tell") for warning in found.warnings)
+
+    run(tiny_base, BANK, memory="none")
+    assert not few() and few("new")
+    run(tiny_base, BANK, memory="tests", again=True)
+    assert few()
+    spec = parse(AdaptSpec, {"lineage": "l", "base_model": str(tiny_base), "task": CLINIC}, "test")
+    notes = plan(spec, probe=False).notes
+    assert "the parent answers about old tasks: a model reads 29 texts before the training" in notes
+
+
 @pytest.mark.nightly
 def test_several_processes_ask_about_the_same_texts(tiny_base: Path) -> None:
     train = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
-    run(tiny_base, BANK, **OWN)
-    two = run(tiny_base, CLINIC, **OWN, train={**train, "num_processes": 2})
+    run(tiny_base, BANK)
+    two = run(tiny_base, CLINIC, train={**train, "num_processes": 2})
     notes = evaluation_of(two.tracking_id)["notes"]
     assert any(note.startswith("rehearsed 16 questions about old tasks (sets: 1)") for note in notes)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from deal_core.judging_config import RolloutTerms
+from deal_core.method_config import Memory
+from deal_pipeline import Lineage
 from tasks.lineage.choices import settings_of
 from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
 from tests.adapting import FIRST_TRAIN
@@ -205,6 +208,12 @@ def test_memory_stands_for_settings_of_the_rehearsal() -> None:
     assert digests[0] == digests[1] != digests[2] == digests[3]
     with pytest.raises(ConfigError, match=r"memory is rows, which decides rehearsal\.texts too"):
         parse(AdaptSpec, {**plain, "memory": "rows", "rehearsal": {"texts": "stored"}}, "a")
+
+
+def test_the_python_api_knows_every_memory() -> None:
+    """The API imports nothing of the pipeline, so that it starts at once."""
+    literal = f"Literal[{', '.join(map(repr, get_args(Memory)))}] | None"
+    assert inspect.signature(Lineage.adapt).parameters["memory"].annotation == literal
 
 
 def test_the_digest_of_a_run_s_settings_is_that_of_the_first_release() -> None:

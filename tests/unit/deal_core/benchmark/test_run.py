@@ -26,7 +26,7 @@ from deal_core.evaluation.answer_scores import score_answers
 from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
-from deal_core.method_config import MethodConfig, SelectionConfig
+from deal_core.method_config import MethodConfig, RehearsalConfig, SelectionConfig
 from deal_core.selection.label_noise import features
 
 DEFAULTS = MethodConfig()
@@ -249,6 +249,14 @@ def test_features_do_not_depend_on_the_batch(base: BaseModel):
     together_ND = found(texts)
     torch.testing.assert_close(together_ND, torch.cat([found([text]) for text in texts]))
     assert not torch.allclose(together_ND[0], together_ND[2]), "the features tell texts apart"
+
+
+def test_a_task_without_further_rows_is_named_and_asked_about_the_new_texts(run):
+    method = MethodConfig(rehearsal=RehearsalConfig(texts="own"))
+    without, rows_left = (run("deal", method, rows=rows)["versions"][1]["notes"] for rows in (16, 8))
+    note = "colours has no training rows left to be asked about"
+    assert note in without and note not in rows_left
+    assert any(each.startswith("rehearsed") for each in without)
 
 
 def test_labels_are_recentred_on_rows_that_the_cell_does_not_train_on(run):
