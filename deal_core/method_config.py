@@ -181,15 +181,6 @@ class RivalConfig:
     """Weight of LwF's distillation (arXiv 1606.09282)."""
     lwf_temperature: Positive = 2.0
     """T of LwF's distillation."""
-    xgb_boosters: Count = 8
-    """T of XGBLoRA (arXiv 2410.19694): rank-1 boosters per arrival, each trained for an equal part of the steps."""
-    xgb_layer_share: ShareAboveZero = 1 / 3
-    """Share of the layers, drawn at random, that a booster of XGBLoRA trains; the paper's best was 11 of 32."""
-
-
-LATER_RIVALS = ("xgb_boosters", "xgb_layer_share")
-"""Settings of RivalConfig that the first release did not have. They count in a run's digest if its strategy reads them;
-the digests of other strategies stay those of earlier releases."""
 
 
 Pick = Literal["high", "low", "band", "weighted"]

@@ -36,7 +36,6 @@ from deal_core.errors import ConfigError, DataValidationError
 from deal_core.judging_config import GateConfig, MonitorConfig
 from deal_core.limits import describe
 from deal_core.method_config import (
-    LATER_RIVALS,
     DealConfig,
     Memory,
     MethodConfig,
@@ -46,7 +45,7 @@ from deal_core.method_config import (
 )
 from deal_core.safe_text import brief, holds_secret, shorten
 from deal_core.selection import check_score_name
-from deal_core.strategies import check_strategy_name, find_strategies, strategy_class
+from deal_core.strategies import check_strategy_name, find_strategies
 from deal_core.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -223,8 +222,6 @@ class AdaptSpec(LineageSpec):
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
         settings |= {name: known_before(name, settings[name]) for name in ("task", "deal", "rehearsal", "gate")}
-        idle = {name for name in LATER_RIVALS if not {"rivals", f"rivals.{name}"} & {*strategy_class(strategy).reads}}
-        settings["rivals"] = {name: value for name, value in settings["rivals"].items() if name not in idle}
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -18,6 +18,7 @@ from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, mean_of_all, paired_interval
 from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, MethodConfig
 from deal_core.schema_version import require_schema_version
+from deal_core.strategies import find_strategies
 
 OURS = "deal"
 MEMORIES = {
@@ -190,20 +191,21 @@ def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
 def departures(cell: CellJson, *, after_training: bool = True) -> str:
     """Describe a cell's settings that differ from today's defaults, and a past revision, for people.
 
-    A cell of `deal` says its memory. Without `after_training` the settings AFTER_TRAINING are left out.
+    A cell of `deal` says its memory. Without `after_training` the settings AFTER_TRAINING are left out. A strategy that
+    is not installed has no defaults, so all of its settings are named.
     """
     settings = cell["settings"]
-    revision = settings.get("revision", 1)
-    is_past = revision < revision_of(settings["strategy"])
-    is_bound = settings["strategy"] in BOUNDS
-    today = {} if is_bound else json.loads(json.dumps(
-        settings_read(settings["strategy"], MethodConfig())
+    strategy, revision = settings["strategy"], settings.get("revision", 1)
+    is_installed = strategy in find_strategies()
+    is_past = (is_installed or strategy in BOUNDS) and revision < revision_of(strategy)
+    today = {} if strategy in BOUNDS else json.loads(json.dumps(
+        (settings_read(strategy, MethodConfig()) if is_installed else {})
         | {f"{part}.{name}": value for part in COMMON for name, value in asdict(MethodConfig())[part].items()}
         | {f"{part}.{name}": value for part, values in REMOVED.items() for name, value in values.items()}
     ))  # fmt: skip
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
     for memory, meant in MEMORIES.items():
-        if settings["strategy"] == OURS and meant.items() <= settings["method"].items():
+        if strategy == OURS and meant.items() <= settings["method"].items():
             others = [change for change in changes if change.partition(" ")[0] not in meant]
             changes = [name_of_memory(memory), *others]
     if after_training:

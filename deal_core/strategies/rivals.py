@@ -27,8 +27,10 @@ class SeqLora(Strategy):
     name = "seq_lora"
 
 
-class LastSlots(Strategy):
-    """Trains only the adapter's last slots; the slots before them stay as `past` has them.
+class IncLora(Strategy):
+    """Trains only the slots that a task adds; slots of earlier tasks stay fixed: ΔW = Σ_i B_i A_i.
+
+    The adapter grows with every task. The first task is plain LoRA.
 
     Attributes:
         a_new: A of the trained slots, M×R'×I, one per stack; empty if all of the adapter is trained.
@@ -36,11 +38,29 @@ class LastSlots(Strategy):
         past: A and B of the slots before them, one pair per stack.
     """
 
+    name = "inc_lora"
+    revision = 2  # new slots get other seeds with every arrival
+
+    @classmethod
+    def num_new_slots(cls, adapter: AdapterConfig) -> int:
+        """Return the adapter's rank: every later task adds a whole adapter."""
+        return adapter.rank
+
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Start without such slots; a subclass adds them."""
+        """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0. Every arrival gets other seeds."""
         super().prepare(model, state, context)
         self.a_new, self.b_new = nn.ParameterList(), nn.ParameterList()
         self.past: list[tuple[Tensor, Tensor]] = []
+        if state is None:
+            return
+        num_new = self.num_new_slots(context.adapter)
+        generator = self.fresh()
+        for stack in self.stacks:
+            a_MRI, b_MOR = stack.read()
+            self.past.append((a_MRI[:, :-num_new], b_MOR[:, :, :-num_new]))
+            self.a_new.append(nn.Parameter(draw_seeds(a_MRI[:, -num_new:], a_MRI.shape[2], generator)))
+            self.b_new.append(nn.Parameter(torch.zeros_like(b_MOR[:, :, -num_new:])))
+        self.write()
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return the trained slots' factors."""
@@ -72,35 +92,6 @@ class LastSlots(Strategy):
         for kind, parameters in (("a", self.a_new), ("b", self.b_new)):
             for i, parameter in enumerate(parameters):
                 parameter.copy_(tensors[f"{kind}.{i}"])
-        self.write()
-
-
-class IncLora(LastSlots):
-    """Trains only the slots that a task adds; slots of earlier tasks stay fixed: ΔW = Σ_i B_i A_i.
-
-    The adapter grows with every task. The first task is plain LoRA.
-    """
-
-    name = "inc_lora"
-    revision = 2  # new slots get other seeds with every arrival
-
-    @classmethod
-    def num_new_slots(cls, adapter: AdapterConfig) -> int:
-        """Return the adapter's rank: every later task adds a whole adapter."""
-        return adapter.rank
-
-    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0. Every arrival gets other seeds."""
-        super().prepare(model, state, context)
-        if state is None:
-            return
-        num_new = self.num_new_slots(context.adapter)
-        generator = self.fresh()
-        for stack in self.stacks:
-            a_MRI, b_MOR = stack.read()
-            self.past.append((a_MRI[:, :-num_new], b_MOR[:, :, :-num_new]))
-            self.a_new.append(nn.Parameter(draw_seeds(a_MRI[:, -num_new:], a_MRI.shape[2], generator)))
-            self.b_new.append(nn.Parameter(torch.zeros_like(b_MOR[:, :, -num_new:])))
         self.write()
 
 

@@ -112,9 +112,6 @@ class Strategy:
     model: PeftModel
     stacks: tuple[LoraStack, ...]
     context: TaskContext
-    starts_anew: bool = False
-    """Whether the last `after_step` put new values in place of the trained ones. The optimiser then forgets its state:
-    moments of the old values would move the new ones."""
 
     def __init__(self, config: MethodConfig, seed: int) -> None:
         self.config = config

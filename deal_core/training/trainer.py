@@ -109,7 +109,7 @@ class AdapterTrainer(Trainer):
 
     Order at every optimiser step: micro-batches as in plain LoRA → loss of the rehearsal → strategy.before_step
     (gradients of the factors become gradients of the method's parameters) → gradient of strategy.penalty → clip →
-    AdamW → strategy.after_step → the optimiser's state is cleared if strategy.starts_anew.
+    AdamW → strategy.after_step.
 
     With several processes, each takes its share of every batch and of the rehearsal. The gradients of the factors are
     averaged over the processes; from before_step on, all processes do the same.
@@ -247,12 +247,9 @@ class _StepStrategy(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
         **kwargs: object,
     ) -> None:
         self._strategy.after_step()
-        if self._strategy.starts_anew and optimizer is not None:
-            optimizer.state.clear()  # moments and step count; AdamW makes new ones at the next step
 
 
 class WatchSteps(TrainerCallback):

@@ -145,14 +145,6 @@ def test_selection_changes_digests_and_json_only_where_it_is_on() -> None:
         parse(AdaptSpec, {**plain, "selection": {"keep": 0.5, "score": "unknown"}}, "a")
 
 
-def test_a_rival_s_later_setting_changes_digests_only_where_it_is_read() -> None:
-    plain = {"task": {"name": "t", "data": "x"}}
-    default, fewer = (parse(AdaptSpec, {**plain, "rivals": rivals}, "a") for rivals in ({}, {"xgb_boosters": 3}))
-    for strategy in ("deal", "ewc"):
-        assert default.config_sha256(AdapterConfig(), strategy) == fewer.config_sha256(AdapterConfig(), strategy)
-    assert default.config_sha256(AdapterConfig(), "xgblora") != fewer.config_sha256(AdapterConfig(), "xgblora")
-
-
 def test_how_many_processes_train_is_no_setting_of_the_run() -> None:
     adapter, plain = AdapterConfig(), {"task": {"name": "t", "data": "x"}}
     one, two = (parse(AdaptSpec, {**plain, "train": {"num_processes": number}}, "a") for number in (1, 2))

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from deal_core.benchmark.cell import Cell, make_cell, revision_of
+from deal_core.benchmark.cell import BOUNDS, Cell, make_cell, revision_of
 from deal_core.benchmark.summary import departures
 from deal_core.config import AdapterConfig, TrainConfig, as_stored
 from deal_core.method_config import MethodConfig, SelectionConfig
+from deal_core.strategies import find_strategies
 
 RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 
@@ -21,7 +22,8 @@ def settings_in(folder: str) -> dict[str, dict[str, Any]]:
     """File names of the stored cells of today's revision, and the settings in them."""
     found = {path.name: json.loads(path.read_text(encoding="utf-8"))["settings"]
              for path in sorted((RESULTS / folder).glob("*-*.json"))}  # fmt: skip
-    return {name: each for name, each in found.items() if each.get("revision", 1) == revision_of(each["strategy"])}
+    known = {name: each for name, each in found.items() if each["strategy"] in (*find_strategies(), *BOUNDS)}
+    return {name: each for name, each in known.items() if each.get("revision", 1) == revision_of(each["strategy"])}
 
 
 def cell_of(settings: dict[str, Any]) -> Cell:

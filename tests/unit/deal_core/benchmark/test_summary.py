@@ -212,6 +212,13 @@ def test_departures_from_the_defaults_are_named():
     assert departures(made("joint", [])) == ""
 
 
+def test_a_cell_of_a_strategy_that_is_not_installed_is_read_with_all_of_its_settings():
+    cell = made("replay", [{"yahoo": "1"}, {"yahoo": "1", "agnews": "1"}], method={"rivals.strength": 4})
+    cell["settings"] |= {"strategy": "gone", "revision": 3}
+    assert departures(cell) == "rivals.strength 4"
+    assert {name for name, _ in rows_of([cell])} == {"gone"}
+
+
 def test_stored_rows_of_the_product_s_setting_are_called_memory_rows():
     method = {"rehearsal.texts": "both", "rehearsal.stored_share": 0.1}
     assert departures(made("deal", [], method=method)) == "memory rows"

@@ -114,13 +114,6 @@ def test_two_processes_equal_one(base, job, rows, tmp_path):
 
 
 @pytest.mark.nightly
-def test_boosters_of_two_processes_equal_those_of_one(base, job, tmp_path):
-    job = retrained(replace(job, setup=replace(job.setup, strategy="xgblora")), group_by_length=False)
-    two = train_in_processes(job, tmp_path / "ranks")
-    assert_same(train_in_one(base, job, tmp_path), two, tmp_path)
-
-
-@pytest.mark.nightly
 def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_path):
     # rows of similar length share a rank, whose batches then need less padding: equal to rounding, which AdamW enlarges
     job = retrained(job, group_by_length=False)
