@@ -225,6 +225,28 @@ def read_log(
     return table if columns is None else table.select(columns)
 
 
+def beyond_retention(store: ObjectStore, log: Log, *, now: datetime, days: int) -> tuple[list[ObjectInfo], list[Path]]:
+    """Return the segments, in the store and on this machine, whose rows are all older than `days` days.
+
+    A segment on this machine that was never moved into the store counts too. Its writer is gone, as a segment is
+    written for minutes.
+    """
+    last = now.astimezone(UTC).date() - timedelta(days=days + 1)  # the youngest row of a day may be a day younger
+    stored = [info for info in log.stored(store) if keys.segment_day(keys.file_name(info.key)) <= last]
+    return stored, [path for path in log.segments() if keys.segment_day(path.name) <= last]
+
+
+def remove_beyond_retention(store: ObjectStore, log: Log, *, days: int) -> int:
+    """Remove the segments whose rows are all older than `days` days; return their number."""
+    stored, local = beyond_retention(store, log, now=datetime.now(UTC), days=days)
+    for info in stored:
+        store.delete(info.key)
+    for path in local:
+        with _usable(path), suppress(FileNotFoundError):
+            path.unlink()
+    return len(stored) + len(local)
+
+
 def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:
     """Remove the rows about these answers, in the store and on this machine. Each step can be repeated."""
     ship(store, log, everything=True)

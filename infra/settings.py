@@ -135,7 +135,7 @@ class ServingSettings(_Settings):
     log_predictions: Literal["off", "numbers", "texts"] = "off"
     """What `deal serve` keeps of each answer (DEAL_LOG_PREDICTIONS): nothing, numbers and labels, or the texts too."""
     log_retention_days: int = Field(default=30, ge=1)
-    """Days after which `deal gc` removes rows of the prediction log and their feedback (DEAL_LOG_RETENTION_DAYS)."""
+    """Days after which `deal serve` and `deal gc` remove logged rows and their feedback (DEAL_LOG_RETENTION_DAYS)."""
 
 
 class VllmSettings(_Settings):

@@ -43,6 +43,12 @@ def current_device() -> Device:
     return Device(name=name, is_cpu=device.type == "cpu", free_bytes=memory.available, total_bytes=memory.total)
 
 
+def visible_gpus() -> list[str]:
+    """The CUDA devices that this process may use, as the variable CUDA_VISIBLE_DEVICES names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -28,7 +28,9 @@ def up(
     deal: Session,
     prefect_port: Annotated[int, Option(help="Prefect's port on loopback.")] = 4200,
     mlflow_port: Annotated[int, Option(help="MLflow's port on loopback.")] = 5000,
-    trainings: Annotated[int, Option(min=1, help="Lineages that may train at the same time.")] = 1,
+    trainings: Annotated[
+        int, Option(min=1, help="Lineages that may train at the same time; with several GPUs, each on its own.")
+    ] = 1,
 ) -> CommandResult:
     """Start servers, deployments and workers on this machine. New files in the inbox are then learned automatically."""
     from flows.server.local_stack import bring_up

@@ -45,6 +45,8 @@ class LocalProcess(BaseModel):
     started: str
     """The result of `start_of`. Another process that gets the same number later has another start."""
     log: Path
+    gpus: str = ""
+    """Its CUDA_VISIBLE_DEVICES; empty: those of `deal up`."""
 
     @property
     def is_server(self) -> bool:
@@ -107,19 +109,22 @@ def start_of(pid: int) -> str:
     return "" if state in "ZX" else f"{boot}+{ticks}"
 
 
-def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...]) -> None:
+def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...], gpus: str = "") -> None:
     """Start a process and record it in place of an earlier process of the same name. The caller holds the stack.
+
+    `gpus` is its CUDA_VISIBLE_DEVICES; empty: those of this process.
 
     Raises:
         OSError: The process cannot be started or recorded. If it cannot be recorded, it is killed.
     """
     log = ready_log(home / "logs" / f"{name}.log")
+    environment = _environment(home, stack, name) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=home, env=_environment(home, stack, name), stdin=subprocess.DEVNULL,
+            [sys.executable, *command], cwd=home, env=environment, stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )
-    part = LocalProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log)
+    part = LocalProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log, gpus=gpus)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]
     try:
         _record(home, stack)
@@ -247,7 +252,7 @@ def _restart(home: Path, name: str) -> None:
                 return
             if part.is_server:  # a dead worker's training may run to its end
                 kill_left_by(part, home)
-            start_part(home, stack, name, part.command)
+            start_part(home, stack, name, part.command, part.gpus)
             logger.warning("%s had died and was started again", name)
     except OSError as error:
         logger.error("%s died and cannot be started: %s", name, error)

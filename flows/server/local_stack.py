@@ -10,7 +10,7 @@ import importlib.util
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,38 @@ def _server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str
 
 
 def start_workers(home: Path, stack: LocalStack, num_trainings: int, say: Say) -> None:
-    """Start a worker for each pool, and the supervisor. At most `num_trainings` lineages train at the same time."""
-    for pool, limit in {GPU_POOL: num_trainings, CPU_POOL: 3}.items():
-        name = f"worker-{pool}"
-        say(f"{name} starts")
-        command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
-        start_part(home, stack, name, (*command, "--no-create-pool-if-not-found"))
+    """Start the workers of both pools, and the supervisor. At most `num_trainings` lineages train at the same time."""
+    gpus: list[str] = []
+    if num_trainings > 1:
+        from deal_core.base_model.device import visible_gpus  # imports torch
+
+        gpus = visible_gpus()
+    shares = share_gpus(gpus, num_trainings)
+    for number, (own, limit) in enumerate(shares, start=1):
+        name = f"worker-{GPU_POOL}" + (f"-{number}" if len(shares) > 1 else "")
+        _start_worker(home, stack, GPU_POOL, name, limit, say, own)
+    _start_worker(home, stack, CPU_POOL, f"worker-{CPU_POOL}", 3, say)
     start_part(home, stack, SUPERVISOR, ("-m", "flows.server.local_processes", str(home)))
+
+
+def share_gpus(gpus: Sequence[str], num_trainings: int) -> list[tuple[str, int]]:
+    """Return each worker's GPUs, as CUDA_VISIBLE_DEVICES names them, and how many trainings it runs at the same time.
+
+    Trainings share a GPU only if there are more trainings than GPUs. A single training has all GPUs.
+    """
+    num_workers = max(1, min(len(gpus), num_trainings))
+    return [
+        (",".join(gpus[number::num_workers]), len(range(number, num_trainings, num_workers)))
+        for number in range(num_workers)
+    ]
+
+
+def _start_worker(
+    home: Path, stack: LocalStack, pool: str, name: str, limit: int, say: Say, gpus: str = ""
+) -> None:
+    say(f"{name} starts")
+    command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
+    start_part(home, stack, name, (*command, "--no-create-pool-if-not-found"), gpus)
 
 
 def heal(home: Path, stack: LocalStack, say: Say) -> None:
@@ -136,7 +161,7 @@ def heal(home: Path, stack: LocalStack, say: Say) -> None:
         say(f"{part.name} starts again")
         if part.is_server:
             kill_left_by(part, home)
-        start_part(home, stack, part.name, part.command)
+        start_part(home, stack, part.name, part.command, part.gpus)
     _wait_for_servers(stack)
 
 
@@ -182,11 +207,12 @@ async def _restart_left_runs(client: PrefectClient) -> None:
 async def _wait_for_workers(client: PrefectClient, stack: LocalStack) -> None:
     deadline = time.monotonic() + START_SECONDS
     for pool in (GPU_POOL, CPU_POOL):
-        part = next(part for part in stack.parts if part.name == f"worker-{pool}")
-        while True:
-            workers = await client.read_workers_for_work_pool(pool)
-            if any(worker.name == part.name and worker.status == WorkerStatus.ONLINE for worker in workers):
-                break
-            if not part.is_alive() or time.monotonic() > deadline:
-                raise StartError(f"{part.name} did not come up; the end of {part.log} says why.")
+        waiting = {part.name: part for part in stack.parts if part.name.startswith(f"worker-{pool}")}
+        while waiting:
+            for worker in await client.read_workers_for_work_pool(pool):
+                if worker.status == WorkerStatus.ONLINE:
+                    waiting.pop(worker.name, None)
+            for part in waiting.values():
+                if not part.is_alive() or time.monotonic() > deadline:
+                    raise StartError(f"{part.name} did not come up; the end of {part.log} says why.")
             await asyncio.sleep(0.5)

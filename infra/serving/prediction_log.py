@@ -1,13 +1,15 @@
 """The prediction log of `deal serve`. It never slows or fails a request.
 
 Rows go through a bounded queue to one thread, which writes them to the disk twice a second. If the queue is full, or
-the disk is, rows are dropped and counted. Another thread moves segments into the object store.
+the disk is, rows are dropped and counted. Another thread moves segments into the object store, and removes those that
+are older than the retention.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -21,7 +23,7 @@ from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.monitoring.feedback import Feedback
 from deal_core.monitoring.predictions import Prediction, failures_of, predictions_of
-from infra.log_segments import WRITE_SECONDS, SegmentWriter, ship
+from infra.log_segments import WRITE_SECONDS, SegmentWriter, remove_beyond_retention, ship
 from infra.predictions import feedback_log, prediction_log
 from infra.settings import ServingSettings, StoreSettings
 from infra.store.base import ObjectStore
@@ -30,6 +32,8 @@ from infra.store.local import open_store
 MAX_QUEUED = 10_000
 """Rows that wait for the disk; further rows are dropped. The tasks of as many answers are remembered for feedback."""
 SHIP_SECONDS = 5.0
+CLEAN_SECONDS = 3600.0
+"""Time between two looks for segments that are older than the retention."""
 JOIN_SECONDS = 2.0
 
 LOG = logging.getLogger("deal.serving")
@@ -45,8 +49,11 @@ class _Waiting(NamedTuple):
 class PredictionLog:
     """The log of one server. `start` starts its threads, `close` writes what waits and ends them."""
 
-    def __init__(self, store: ObjectStore, home: Path, lineage: str, *, keeps_texts: bool) -> None:
+    def __init__(
+        self, store: ObjectStore, home: Path, lineage: str, *, keeps_texts: bool, retention_days: int
+    ) -> None:
         self.keeps_texts = keeps_texts
+        self._retention_days = retention_days
         self._store = store
         self._logs = (prediction_log(home, lineage), feedback_log(home, lineage))
         self._queue: Queue[_Waiting] = Queue(MAX_QUEUED)
@@ -59,7 +66,7 @@ class PredictionLog:
         self._shipper = threading.Thread(target=self._ship, name="prediction-log-shipper", daemon=True)
 
     def start(self) -> None:
-        """Start to write, and to ship what earlier servers left."""
+        """Start to write, to ship what earlier servers left, and to remove what is older than the retention."""
         self._writer.start()
         self._shipper.start()
 
@@ -156,7 +163,7 @@ class PredictionLog:
         return found
 
     def _ship(self) -> None:
-        told = ""
+        told, cleaned = "", -CLEAN_SECONDS
         is_last = False
         while not is_last:
             if is_last := self._ended.is_set():
@@ -164,6 +171,10 @@ class PredictionLog:
             try:
                 for log in self._logs:
                     ship(self._store, log, everything=is_last)
+                if not is_last and time.monotonic() - cleaned >= CLEAN_SECONDS:
+                    for log in self._logs:
+                        remove_beyond_retention(self._store, log, days=self._retention_days)
+                    cleaned = time.monotonic()
                 told = ""
             except Exception as error:  # the thread must not end; the segments wait on the disk
                 if str(error) != told:
@@ -175,9 +186,10 @@ class PredictionLog:
 
 def open_prediction_log(home: Path, lineage: str) -> PredictionLog | None:
     """Return the log that the settings ask for, not started yet; None: DEAL_LOG_PREDICTIONS is off."""
-    kept = ServingSettings().log_predictions
-    if kept == "off":
+    serving, settings = ServingSettings(), StoreSettings()
+    if serving.log_predictions == "off":
         return None
-    settings = StoreSettings()
     store = open_store(settings.store_uri, settings)
-    return PredictionLog(store, home, lineage, keeps_texts=kept == "texts")
+    return PredictionLog(
+        store, home, lineage, keeps_texts=serving.log_predictions == "texts", retention_days=serving.log_retention_days,
+    )

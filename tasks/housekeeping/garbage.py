@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from deal_core.data.schema import is_name
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
-from infra.log_segments import WRITE_SECONDS, Log, ship
+from infra.log_segments import WRITE_SECONDS, Log, beyond_retention, ship
 from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
 from infra.settings import HomeSettings
 from infra.store import keys
@@ -187,21 +187,17 @@ def ship_logs(store: ObjectStore) -> None:
 
 
 def old_logs(store: ObjectStore, lineages: Iterable[str], *, now: datetime, days: int) -> tuple[Removal, ...]:
-    """Return the days of the prediction logs and of the feedback that are older than the retention.
-
-    A segment that was never moved into the store counts too. Its writer is gone, as a segment is written for minutes.
-    """
-    last = now.astimezone(UTC).date() - timedelta(days=days + 1)  # the youngest row of a day may be a day younger
+    """Return the days of the prediction logs and of the feedback that are older than the retention."""
     home, found = HomeSettings().home, list[Removal]()
     logs: Mapping[Kind, Callable[[Path, str], Log]] = {"prediction log": prediction_log, "feedback": feedback_log}
     for lineage, (kind, open_log) in product(lineages, logs.items()):
         log = open_log(home, lineage)
+        infos, paths = beyond_retention(store, log, now=now, days=days)
         stored: dict[date, list[ObjectInfo]] = defaultdict(list)
-        for info in log.stored(store):
+        for info in infos:
             stored[keys.segment_day(keys.file_name(info.key))].append(info)
-        old = [_folder(keys.log_day_folder(log.name, lineage, day), infos) for day, infos in sorted(stored.items())
-               if day <= last]  # fmt: skip
-        old += [local_folder(path) for path in log.segments() if keys.segment_day(path.name) <= last]
+        old = [_folder(keys.log_day_folder(log.name, lineage, day), each) for day, each in sorted(stored.items())]
+        old += [local_folder(path) for path in paths]
         found += [_removal(lineage, kind, each, f"older than {days} days (DEAL_LOG_RETENTION_DAYS)") for each in old]
     return tuple(found)
 

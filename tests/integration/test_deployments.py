@@ -43,6 +43,17 @@ def start(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     return asyncio.run(ask())
 
 
+def schedules_of(name: str) -> list[dict[str, Any]]:
+    """The parameters of a deployment's schedules that are on."""
+
+    async def read() -> list[dict[str, Any]]:
+        async with get_client() as client:
+            found = await client.read_deployment_by_name(name)
+            return [each.parameters for each in found.schedules if each.active]
+
+    return asyncio.run(read())
+
+
 def test_what_stands_on_the_server(
     deployed: Path, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +75,7 @@ def check_the_forms_take_what_the_flows_take() -> None:
     for name, parameters in accepted.items():
         assert start(name, parameters).items() >= parameters.items()
     assert start("gc/gc", {})["dry_run"] is True, "a run that is started blindly removes nothing"
+    assert schedules_of("gc/gc") == [{"dry_run": False}], "the nightly run removes"
     refused: list[tuple[str, dict[str, Any]]] = [
         ("decide/decide", {**decided, "verdict": "perhaps"}),
         ("decide/decide", {**decided, "why": ""}),

@@ -69,7 +69,7 @@ def log_answers(
         lineage="l", base_source="b", base_name="b", base_sha256="0", newest_task=schema.name,
         tasks=(ServedTask(schema=schema, max_prompt_tokens=64, max_new_tokens=8),),
     )  # fmt: skip
-    log = PredictionLog(current_store(), home, "l", keeps_texts=keeps_texts)
+    log = PredictionLog(current_store(), home, "l", keeps_texts=keeps_texts, retention_days=30)
     log.start()
     confidences = [Confidence(each, 0.5) for each in sureness or [0.5] * len(texts)]
     answered = Answered([*texts.values()], served, "1", confidences)
@@ -80,7 +80,7 @@ def log_answers(
 
 def say(home: Path, *entries: dict[str, Any]) -> None:
     """Feedback by POST /feedback."""
-    log = PredictionLog(current_store(), home, "l", keeps_texts=True)
+    log = PredictionLog(current_store(), home, "l", keeps_texts=True, retention_days=30)
     log.start()
     log.take_feedback([read_entry(each, "", source="api", now=number).feedback for number, each in enumerate(entries)])
     log.close()

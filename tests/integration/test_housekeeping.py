@@ -215,7 +215,7 @@ def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: s
 
 def logged(home: Path, texts: list[str]) -> list[str]:
     """Log an answer of lineage l to each text, with feedback; return the ids of the answers."""
-    log = PredictionLog(current_store(), home, "l", keeps_texts=True)
+    log = PredictionLog(current_store(), home, "l", keeps_texts=True, retention_days=30)
     champion = Champion(log)
     log.start()
     ids = [*champion.ask([InputRow(text, "bank") for text in texts], lambda: False).ids]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from flows.server.local_processes import (
     stop,
     supervise,
 )
-from flows.server.local_stack import _restart_left_runs, bring_up, heal, start_servers
+from flows.server.local_stack import _restart_left_runs, bring_up, heal, share_gpus, start_servers
 from infra.settings import TrackingSettings
 from tests.in_process import put_back
 
@@ -100,6 +101,38 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_trainings", "shares"),
+    [
+        ([], 3, [("", 3)]),
+        (["0", "1"], 1, [("0,1", 1)]),
+        (["0", "1"], 2, [("0", 1), ("1", 1)]),
+        (["4", "5", "7"], 2, [("4,7", 1), ("5", 1)]),
+        (["0", "1"], 5, [("0", 3), ("1", 2)]),
+    ],
+)
+def test_trainings_share_a_gpu_only_if_there_are_more_of_them(
+    gpus: list[str], num_trainings: int, shares: list[tuple[str, int]]
+) -> None:
+    assert share_gpus(gpus, num_trainings) == shares
+
+
+def test_a_worker_keeps_its_gpus_when_it_is_started_again(home: Path) -> None:
+    made = stack()
+    start_part(home, made, "worker", SLEEP, "4,7")
+    try:
+        (first,) = made.parts
+        os.kill(first.pid, signal.SIGKILL)
+        os.waitpid(first.pid, 0)
+        _restart(home, "worker")
+        recorded = read_stack(home)
+        assert recorded is not None
+        (again,) = recorded.parts
+        assert again.pid != first.pid and psutil.Process(again.pid).environ()["CUDA_VISIBLE_DEVICES"] == "4,7"
+    finally:
+        stop(home)
 
 
 def test_the_databases_password_is_in_the_users_own_record_alone(home: Path) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from infra.predictions import (
 )
 from infra.serving import prediction_log as logging_module
 from infra.serving.prediction_log import PredictionLog, open_prediction_log
+from infra.store.keys import log_key
 from infra.store.local import FileStore
 from tasks.housekeeping.garbage import ship_logs
 from tests.served import WAIT_SECONDS, Champion, running
@@ -56,7 +58,7 @@ def store(tmp_path: Path) -> FileStore:
 
 @contextmanager
 def logging_to(store: FileStore, home: Path, *, keeps_texts: bool = False) -> Iterator[PredictionLog]:
-    log = PredictionLog(store, home, "l", keeps_texts=keeps_texts)
+    log = PredictionLog(store, home, "l", keeps_texts=keeps_texts, retention_days=30)
     log.start()
     try:
         yield log
@@ -148,7 +150,7 @@ from infra.store.local import FileStore
 from tests.served import Champion
 
 home = Path(sys.argv[1])
-log = PredictionLog(FileStore(home / "store"), home, "l", keeps_texts=False)
+log = PredictionLog(FileStore(home / "store"), home, "l", keeps_texts=False, retention_days=30)
 log.start()
 champion = Champion(log)
 while True:
@@ -216,7 +218,7 @@ def test_a_full_queue_and_a_dead_thread_drop_and_never_wait(
     tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging_module, "MAX_QUEUED", 5)
-    log = PredictionLog(store, tmp_path, "l", keeps_texts=False)  # its threads never run
+    log = PredictionLog(store, tmp_path, "l", keeps_texts=False, retention_days=30)  # its threads never run
     asking = threading.Thread(target=lambda: [ask(log, "a text") for _ in range(8)], daemon=True)
     asking.start()
     asking.join(WAIT_SECONDS)
@@ -300,10 +302,25 @@ def test_a_segment_that_cannot_be_opened_is_named(tmp_path: Path, store: FileSto
         read_predictions(store, tmp_path, "l")
 
 
+def test_a_server_removes_segments_beyond_the_retention_and_no_younger_ones(tmp_path: Path, store: FileStore) -> None:
+    with logging_to(store, tmp_path) as log:
+        ask(log, "a")
+    (young,) = (info.key for info in store.list("predictions"))
+    left = tmp_path / "predictions" / "l"
+    for days in (29, 40):
+        segment = f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-x"
+        store.put_bytes(log_key("predictions", "l", segment), store.get_bytes(young))
+    kept = {info.key for info in store.list("predictions")} - {log_key("predictions", "l", segment)}
+    (left / f"{segment}.jsonl").write_text("left by a server that was killed")
+    with logging_to(store, tmp_path):
+        wait_until(lambda: {info.key for info in store.list("predictions")} == kept and not list(left.glob("*")))
+    assert len(kept) == 2 and young in kept
+
+
 @pytest.mark.parametrize("lineage", ["../../data", "..", "", "a/b", ".hidden"])
 def test_a_log_is_no_other_folder(tmp_path: Path, store: FileStore, lineage: str) -> None:
     with pytest.raises(ConfigError, match="The lineage is"):
-        PredictionLog(store, tmp_path, lineage, keeps_texts=False)
+        PredictionLog(store, tmp_path, lineage, keeps_texts=False, retention_days=30)
 
 
 def test_rows_that_wait_are_moved_before_a_row_is_forgotten(

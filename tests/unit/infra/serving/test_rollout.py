@@ -109,7 +109,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
 
 @contextmanager
 def logged(store: FileStore, home: Path, registry: Registry) -> Iterator[Server]:
-    log = PredictionLog(store, home, "l", keeps_texts=True)
+    log = PredictionLog(store, home, "l", keeps_texts=True, retention_days=30)
     log.start()
     server = Server(log, registry)
     try:
