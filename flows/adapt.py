@@ -160,9 +160,9 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     except BaseException:
         runs.fail_run(run)
         raise
-    runs.end_run(run, "FINISHED")
     runs.remove_work(run)
     drop_training_rows(current_store(), dataset.uri)
+    runs.end_run(run, "FINISHED")  # last: a run that has not ended is completed by the lineage's next run
     return result
 
 

@@ -138,12 +138,12 @@ async def rollouts() -> list[RolloutResult]:
     """
     store = current_store()
     log, named = PromotionLog(store), open_registry().lineages_with("rollout")
-    names = [name for name in known_lineages(store) if name in named or log.open_rollout(name) is not None]
 
-    async def check(name: str) -> RolloutResult:
-        return check_rollout(name)
+    async def check(name: str) -> RolloutResult | None:
+        return check_rollout(name) if name in named or log.open_rollout(name) is not None else None
 
-    return await for_each(names, check, "could not be looked at")
+    found = await for_each(known_lineages(store), check, "could not be looked at")
+    return [each for each in found if each is not None]
 
 
 def check_rollout(lineage: str) -> RolloutResult:

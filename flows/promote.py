@@ -5,9 +5,7 @@ Promote, rollback and reject take effect at once, even while a run works on the 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Annotated, Literal
 
 from prefect import flow
@@ -34,7 +32,7 @@ from tasks.lineage.history import (
 )
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
 from tasks.notices import Kind, Notice, announce
-from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
+from tasks.progress import raise_if_stopped, to_the_end
 
 Verdict = Literal["approve", "reject"]
 Stated = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=1000)]
@@ -306,11 +304,4 @@ async def rebuild(lineage: str) -> RebuildResult:
     """
     raise_if_stopped()  # creates the request to stop, which the thread then shares
     async with hold_lineage(lineage, wait=False):
-        working = asyncio.create_task(asyncio.to_thread(rebuild_lineage, lineage))
-        try:
-            return await asyncio.shield(working)
-        except asyncio.CancelledError:
-            ask_to_stop()
-            with suppress(Interrupted):
-                await working
-            raise
+        return await to_the_end(rebuild_lineage, lineage)

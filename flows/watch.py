@@ -16,7 +16,7 @@ from prefect import flow, runtime
 from prefect.settings import get_current_settings
 from pydantic import BaseModel
 
-from deal_core.errors import DataValidationError, DealError, TrainingDivergedError, in_one_line
+from deal_core.errors import DataValidationError, DealError, StoreError, TrainingDivergedError, in_one_line
 from flows.adapt import AdaptResult, adapt_held
 from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from infra.store.base import ObjectInfo, ObjectStore
@@ -93,11 +93,20 @@ async def watch(
     worker = InboxWorker(store, spec, tasks, settle_seconds=poll_seconds, once=once, wait=True)
     if not once:
         reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
+    has_looked = False
     while True:
-        num_handled = await worker.handle_open()
+        try:
+            num_handled, is_held = await worker.handle_open(), worker.is_held()
+            has_looked = True
+        except StoreError as error:
+            if once or not has_looked or is_stopped():
+                raise
+            store.warn_once("watch", f"The watch tries again every {poll_seconds:g} s: {error}")
+            await asyncio.sleep(poll_seconds)
+            continue
         if once and worker.num_left and is_stopped():
             raise Interrupted
-        if worker.is_held():
+        if is_held:
             reporter().said(f"Lineage '{spec.lineage}' is held; let it learn with: deal lineage resume {spec.lineage}.")
             return worker.result()
         if is_stopped() or (once and not worker.num_left):
@@ -177,9 +186,8 @@ class InboxWorker:
                 for info in settled:
                     if is_stopped() or self.is_held():
                         break
-                    if info.key not in held:
-                        await self._handle(info, inbox.stamp(info))
-                    self.num_left -= 1
+                    if info.key in held or await self._handle(info, inbox.stamp(info)):
+                        self.num_left -= 1
         return len(settled)
 
     async def _hold_cancelled(self, inbox: InboxLook, arrivals: Sequence[ObjectInfo]) -> tuple[str, ...]:
@@ -198,23 +206,30 @@ class InboxWorker:
         """Return whether `deal lineage hold` has stopped the learning of what lands."""
         return why_held(self.store, self.spec.lineage) is not None
 
-    async def _handle(self, info: ObjectInfo, beside: str) -> None:
+    async def _handle(self, info: ObjectInfo, beside: str) -> bool:
+        """Adapt to a file. False: the file has changed since the look, so it may still be written."""
         store, lineage = self.store, self.spec.lineage
+        present = store.find(info.key)
+        if present is None or present.etag != info.etag:
+            return False
         if not read_state(store, lineage).is_open(info, datetime.now(UTC), beside=beside, retry_now=self.once):
-            return  # another run has handled the file since the look
+            return True  # another run has handled the file since the look
         found = await _adapt_to(store, self.spec, info)
+        gone = read_state(store, lineage).gone(store)
         run, state = found.run, read_state(store, lineage)  # a command may have written the state meanwhile
+        for key in gone:
+            state.files.pop(key, None)
         handled = state.record(
             info, found.outcome, found.message, now=datetime.now(UTC), beside=beside,
             version=run.version if run else None, is_final=found.is_final,
         )
-        state.drop_gone(store)
         write_state(store, lineage, state)
         if handled.due() is None:
             arrival_runs.drop_announcement(store, lineage, info, beside)
         self.files.append(Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version))
         if run and self.once:
             self.runs.append(run)
+        return True
 
     def result(self) -> WatchResult:
         """Return the files that were handled."""

@@ -234,8 +234,10 @@ def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tupl
                 info, "requeued", "Asked for again.", now=datetime.now(UTC), beside=inbox.stamp(info),
                 cancelled_run=state.files[info.key].cancelled_run,
             )  # fmt: skip
-            drop_announcement(store, lineage, info, inbox.stamp(info))
     if keys:
         write_state(store, lineage, state)
+        for info in inbox.arrivals:
+            if info.key in keys:
+                drop_announcement(store, lineage, info, inbox.stamp(info))
         reporter().said(f"{listed(keys)}: held no longer; the next look of a watch learns this.")
     return keys

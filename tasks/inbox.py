@@ -105,11 +105,9 @@ class InboxState(Stored):
         is_this = known is not None and known.outcome == "requeued" and known.etag == info.etag
         return known if is_this else None
 
-    def drop_gone(self, store: ObjectStore) -> None:
-        """Drop the notes of files that are gone. Notes with a version stay, because they name the arrival."""
-        for key, handled in list(self.files.items()):
-            if handled.version is None and not store.exists(key):
-                del self.files[key]
+    def gone(self, store: ObjectStore) -> list[str]:
+        """Return the keys of files that are gone and whose notes have no version. Others name the arrival."""
+        return [key for key, note in self.files.items() if note.version is None and not store.exists(key)]
 
 
 def read_state(store: ObjectStore, lineage: str) -> InboxState:
@@ -234,8 +232,13 @@ def look(store: ObjectStore, test_files: TestFiles | None = None) -> InboxLook:
     """
     listing = list(store.list(INBOX))
     known = {} if test_files is None else test_files
-    task_files = [(info.key, info.etag) for info in listing if info.key == task_file_of(info.key)]
-    found = {each: known[each] if each in known else _test_file(store, each[0]) for each in task_files}
+    found: TestFiles = {}
+    for key, etag in [(info.key, info.etag) for info in listing if info.key == task_file_of(info.key)]:
+        try:
+            found[key, etag] = known[key, etag] if (key, etag) in known else _test_file(store, key)
+        except StoreError as error:  # its test rows must not become an arrival
+            store.warn_once(key, f"Task '{task_of(key)}' learns nothing, as its task file cannot be read: {error}")
+            listing = [info for info in listing if task_of(info.key) != task_of(key)]
     known.clear()
     known.update(found)
     companions = {key for key in found.values() if key}

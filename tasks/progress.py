@@ -11,9 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
 import httpx
@@ -131,6 +132,22 @@ def advance(stage: str, total: float | None = None) -> Callable[..., None]:
     return callback
 
 
+async def to_the_end(call: Callable[Inputs, Output], *args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
+    """Run a call in a thread. If this is cancelled, as by SIGTERM, ask the run to stop, and wait for the thread.
+
+    Only the call itself can end its thread. Until then it uses what the caller holds, such as a lineage.
+    """
+    whole = partial(copy_context().run, partial(call, *args, **kwargs))
+    working = asyncio.get_running_loop().run_in_executor(None, whole)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        ask_to_stop()
+        with suppress(Exception):
+            await working
+        raise
+
+
 class Stages:
     """The stages of one run and how long each took."""
 
@@ -144,12 +161,8 @@ class Stages:
         raise_if_stopped()
         reporter().stage_started(name)
         started = time.perf_counter()
-        try:
-            output = await asyncio.to_thread(_as_task(name, call), *args, **kwargs)
-        except asyncio.CancelledError:  # for example SIGTERM; only the stage itself can end its thread
-            ask_to_stop()
-            raise
-        self.seconds[name] = time.perf_counter() - started
+        output = await to_the_end(_as_task(name, call), *args, **kwargs)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         return output
 
     def done(self, name: str, detail: str) -> None:

@@ -292,6 +292,13 @@ class WatchSteps(TrainerCallback):
                 )
         self._report(state.global_step, logs or {})
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Keep no checkpoint of the last step: from there, Trainer would take one step too many."""
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
     def _report(self, step: int, logs: Mapping[str, float]) -> None:
         if self._on_log is not None and "loss" in logs:
             self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})

@@ -173,7 +173,7 @@ def first_rows(rows: Dataset, num_rows: int) -> Dataset:
 
 
 def _by_digest(rows: Dataset) -> list[int]:
-    digests = rows["sha256"]
+    digests = list(rows["sha256"])
     return sorted(range(len(rows)), key=digests.__getitem__)
 
 

@@ -127,7 +127,7 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInf
 
 
 def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
-    """Complete the run of a lineage's newest version: promotion, report, notice, end, work folder, training rows.
+    """Complete the run of a lineage's newest version: promotion, report, notice, work folder, training rows, end.
 
     A complete run and a version that another version has overtaken stay as they are. Each step can be repeated. Only
     the promotion matters for the next arrival. A failure of another step is logged, and the next run tries it again.
@@ -150,13 +150,13 @@ def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef)
         if findings is not None:
             evaluation = EvaluationReport.from_json(findings["evaluation"])
             announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
-    with _logging(version, "end its MLflow run"):
-        end_run(run, status)
     with _logging(version, "remove its work folder"):
         remove_work(run)
     with _logging(version, "delete its training rows"):
         if findings is not None:
             drop_training_rows(current_store(), findings["dataset"]["uri"])
+    with _logging(version, "end its MLflow run"):
+        end_run(run, status)
 
 
 @contextmanager

@@ -129,8 +129,9 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
             unjudged.append(lineage)
         numbers = {each.version for each in affected}
         unfinished = _unregistered(versions, runs, numbers, arrival)
-        held += _work_folders(lineage, unfinished | {run.short_key for run in runs
-                                                     if run.dataset_sha256 in arrival.sha256s})
+        began = {run.short_key for run in runs if run.dataset_sha256 in arrival.sha256s}
+        ended = {version.run_key[:16] for version in versions if version.version in numbers}
+        held += _work_folders(lineage, unfinished | began | ended)
         held += _orphans(store, lineage, unfinished)
         held += _answers(store, asked)
         held += _references(store, judged, arrival.task)

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator
 
 from deal_core.config import without_removed
 from deal_core.data.schema import is_name
-from deal_core.errors import ConfigError, DealError, in_one_line
+from deal_core.errors import ConfigError, DealError, StoreError, in_one_line
 from deal_core.judging_config import MonitorConfig
 from deal_core.method_config import MEMORY
 from deal_core.safe_text import brief
@@ -118,7 +118,7 @@ def read_lineages(store: ObjectStore) -> Lineages:
     for name in list_settings(store) or [DEFAULT]:
         try:
             found.good.append(read_lineage(store, name))
-        except ConfigError as error:
+        except (ConfigError, StoreError) as error:
             found.problems[name] = in_one_line(error)
     return found
 

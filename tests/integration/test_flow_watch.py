@@ -13,12 +13,15 @@ from typer.testing import CliRunner
 
 import flows.cli.demo
 from benchmarks.tiny_base import NO_LIMITS
-from deal_core.errors import ConfigError, TrainingDivergedError
+from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.cli.app import app
 from flows.server.status import read_status
-from flows.watch import WatchResult, watch
+from flows.watch import Learned, WatchResult, watch
+from infra.store.base import ObjectInfo, ObjectStore
 from infra.tracking.registry import Registry, open_registry
 from tasks.context import current_store
+from tasks.inbox import InboxLook
+from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.progress import Interrupted, ask_to_stop, reporting_to
 from tasks.spec import LineageSpec, parse
@@ -153,6 +156,49 @@ def test_only_a_watch_that_shall_handle_everything_minds_being_stopped(tiny_base
     with reporting_to(Stopping()):
         result = asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
     assert outcomes(result) == [("parcels/c.jsonl", "refused")], "no arrival was left"
+
+
+def test_a_file_that_changes_while_another_is_learned_is_looked_at_again_before_it_is_read(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def look_at(*given: Any) -> InboxLook:
+        read.append(b"a look")
+        return look_at_inbox(*given)
+
+    async def learn(store: ObjectStore, spec: LineageSpec, info: ObjectInfo) -> Learned:
+        read.append(store.get_bytes(info.key))
+        if info.key.endswith("a.jsonl"):
+            land(home, "parcels/b.jsonl", PARCELS)
+        return Learned("refused", "")
+
+    monkeypatch.setattr("flows.watch.look", look_at)
+    monkeypatch.setattr("flows.watch._adapt_to", learn)
+    land(home, "parcels/a.jsonl", b"first", age=300)
+    land(home, "parcels/b.jsonl", PARCELS[:1000], age=200)
+    look(lineage(tiny_base))
+    assert read == [b"a look", b"first", b"a look", PARCELS]
+
+
+def test_a_watch_outlasts_a_store_that_is_away(tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[InboxLook] = []
+
+    def look_at(*given: Any) -> InboxLook:
+        looked.append(look_at_inbox(*given))
+        if len(looked) == 2:
+            raise StoreError("the store is away")
+        if len(looked) == 3:
+            ask_to_stop()
+        return looked[-1]
+
+    monkeypatch.setattr("flows.watch.look", look_at)
+    with reporting_to(Said()):
+        asyncio.run(watch(lineage(tiny_base), poll_seconds=0.01))
+    assert len(looked) == 3
+    looked[1:] = []
+    with reporting_to(Said()), pytest.raises(StoreError, match="the store is away"):
+        asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
 
 
 def test_test_rows_beside_an_arrival_are_no_arrival(tiny_base: Path, home: Path) -> None:

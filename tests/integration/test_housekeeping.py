@@ -268,6 +268,23 @@ def holding(home: Path, text: str) -> list[str]:
     return found
 
 
+def test_a_run_that_dies_before_it_ends_leaves_no_training_rows(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.adapt.runs.end_run", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tiny_base, BANK)
+    assert not [key for key in keys("datasets") if key.endswith("train.parquet")]
+    assert not list((home / "work" / "l").glob("*"))
+    version = open_registry().champion("l")
+    assert version is not None and not open_tracker().run(version.tracking_id).is_finished()
+    assert run(tiny_base, BANK).status == "repeat" and open_tracker().run(version.tracking_id).is_finished()
+
+
 def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     tiny_base: Path, home: Path, tmp_path: Path
 ) -> None:
@@ -283,6 +300,9 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     left = home / "tmp" / "left by a killed process"
     left.write_text(SECRET)
     os.utime(left, (0, 0))
+    texts = home / "work" / "l" / second.run_key[:16] / "texts" / "0.jsonl"  # its run died after it had registered
+    texts.parent.mkdir(parents=True)
+    texts.write_text(SECRET)
 
     plan = plan_forget(first.dataset.sha256[:8])
     assert [(each.version, each.is_direct, each.aliases) for each in plan.learned] == [
@@ -291,7 +311,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     assert plan.unjudged == ("l",) and holding(home, SECRET), "a plan changes nothing"
     assert {each.kind for each in plan.held} == {
         "test rows", "quarantine", "inbox file", "answers", "reference rows", "artifacts", "rows kept by the method",
-        "temporary files",
+        "temporary files", "work folder",
     }
 
     old = find_version(open_registry(), "l", "1")

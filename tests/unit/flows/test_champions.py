@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import flows.champions
-from deal_core.errors import DealError, RegistryError
+from deal_core.errors import DealError, RegistryError, StoreError
 from tasks.progress import Interrupted, LogReporter, reporting_to
 
 
@@ -52,6 +52,21 @@ def test_a_lineage_that_fails_holds_up_no_other(monkeypatch: pytest.MonkeyPatch,
 def test_an_evaluation_that_was_asked_to_stop_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Interrupted):
         champions(monkeypatch, Interrupted())
+
+
+def test_a_lineage_whose_log_is_damaged_keeps_no_other_rollout_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_rollout(name: str) -> None:
+        if name == "a":
+            raise StoreError("its log is damaged")
+
+    checked: list[str] = []
+    monkeypatch.setattr(flows.champions, "known_lineages", lambda store: ["a", "b", "c"])
+    monkeypatch.setattr(flows.champions, "PromotionLog", lambda store: SimpleNamespace(open_rollout=open_rollout))
+    monkeypatch.setattr(flows.champions, "open_registry", lambda: SimpleNamespace(lineages_with=lambda alias: {"c"}))
+    monkeypatch.setattr(flows.champions, "check_rollout", checked.append)
+    with pytest.raises(DealError, match=r"Of 3 lineages 1 could not be looked at\. a: .*its log is damaged"):
+        asyncio.run(flows.champions.rollouts.fn())
+    assert checked == ["c"]
 
 
 def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

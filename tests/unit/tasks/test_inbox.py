@@ -185,15 +185,14 @@ def test_a_state_that_changes_while_it_is_read_is_read_once_more(
     assert states.read(store, "a") == state
 
 
-def test_what_is_noted_of_files_that_are_gone_goes_unless_a_version_came_of_them(tmp_path: Path) -> None:
+def test_a_note_of_a_file_that_is_gone_goes_unless_a_version_came_of_it(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put_bytes("inbox/bank/there.csv", b"x")
     state = InboxState()
     for key in ("inbox/bank/there.csv", "inbox/bank/gone.csv"):
         state.record(info(key), "refused", "", now=NOW)
     state.record(info("inbox/bank/learned.csv"), "promoted", "", now=NOW, version="1")
-    state.drop_gone(store)
-    assert sorted(state.files) == ["inbox/bank/learned.csv", "inbox/bank/there.csv"]
+    assert state.gone(store) == ["inbox/bank/gone.csv"]
 
 
 def test_a_broken_state_says_what_to_do(tmp_path: Path) -> None:
@@ -236,6 +235,24 @@ def test_what_is_no_regular_file_is_no_arrival_and_holds_nothing_up(tmp_path: Pa
     assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bill/a.csv"]
     with pytest.raises(TaskFieldsError, match=r"task\.yaml' in .*: it is a FIFO, and only regular files are read"):
         task_spec(store, "inbox/bill/a.csv")
+
+
+def test_while_a_task_file_cannot_be_read_its_task_learns_nothing_and_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, cache = open_store(str(tmp_path)), dict[tuple[str, str], str | None]()
+    for key, content in (("bill/a.csv", b"x"), ("bill/tests.csv", b"x"), ("bill/task.yaml", b"test_data: tests.csv"),
+                         ("bank/a.csv", b"x")):  # fmt: skip
+        store.put_bytes(f"inbox/{key}", content)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "get_bytes", unreadable)
+        assert [arrival.key for arrival in look(store, cache).arrivals] == ["inbox/bank/a.csv"]
+    assert "Task 'bill' learns nothing, as its task file cannot be read: permission denied" in caplog.text
+    assert {arrival.key for arrival in look(store, cache).arrivals} == {"inbox/bank/a.csv", "inbox/bill/a.csv"}
+
+
+def unreadable(*_: object, **__: object) -> bytes:
+    raise StoreError("permission denied")
 
 
 def test_a_task_file_has_a_bound(tmp_path: Path) -> None:

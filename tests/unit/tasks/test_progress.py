@@ -109,10 +109,21 @@ def test_a_cancelled_flow_ends_the_thread_of_its_stage(told: Callable[[], Abstra
         stage.cancel()
         with pytest.raises(asyncio.CancelledError):
             await stage
+        assert ended.is_set(), "until then the thread uses what the flow holds"
 
     with told():
-        asyncio.run(flow())  # waits for the thread
-    assert ended.is_set() and not steps, "it ended before its last step"
+        asyncio.run(flow())
+    assert not steps, "it ended before its last step"
+
+
+def test_the_time_of_a_stage_is_that_of_all_its_runs() -> None:
+    async def flow() -> float:
+        stages = Stages()
+        for seconds in (0.05, 0.0):
+            await stages.run("repeat", time.sleep, seconds)
+        return stages.seconds["repeat"]
+
+    assert asyncio.run(flow()) >= 0.05
 
 
 def test_a_callback_belongs_to_the_run_that_made_it() -> None:

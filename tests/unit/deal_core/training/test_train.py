@@ -59,6 +59,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_training_that_died_after_its_last_step_takes_no_further_one(parent, train, tmp_path):
+    """Eight steps are no whole number of epochs."""
+    config = TrainConfig(max_steps=8, batch_size=4, learning_rate=5e-3, schedule="constant", checkpoint_steps=2)
+    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
+    whole = train("deal", parent, train=config, **folders)
+    expected = weights(whole.folder)
+    again = train("deal", parent, train=config, **folders)
+    assert again.result.num_steps == whole.result.num_steps == 8 and again.losses == whole.losses
+    found = weights(again.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_half_written_checkpoint_does_not_count(parent, train, tmp_path):
     config = TrainConfig(max_steps=8, batch_size=4, learning_rate=5e-3, checkpoint_steps=2)
     folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
