@@ -12,7 +12,6 @@ plain         the strategy as it is
 rate          the strategy at twice the learning rate: the control of `consistency`
 consistency   after Learning from the Undesirable (arXiv 2511.13052), in a cheaper form: the adapter takes one step of
               length `STEP` up the loss, and the hidden states of the answers' tokens there are held to those before it
-unlabelled    before each task, one pass over `NUM_TEXTS` further texts of the task without their labels
 anchors       `deal`, and `NUM_ANCHORS` more questions a step: old tasks about `CONTENT_FREE` texts, held to the answers
               that the adapter gave when it had just learned the task (after arXiv 2102.09690, which calibrates answers
               by content-free texts)
@@ -23,10 +22,10 @@ recentred     the last version of `plain` after `--recentre-steps` of `deal_core
               that it has not learned
 
 The rules, written before the first run. consistency: its mean accuracy is above that of both `plain` and `rate`, lower
-end of the interval over rows above 0, with both seeds. unlabelled, anchors, own and both: above `plain` in the same
+end of the interval over rows above 0, with both seeds. anchors, own and both: above `plain` in the same
 sense. Of own and both, the one with the higher mean is taken up, if it is not behind `recentred` on the second half of
-the rows. Else an idea is left out. own was taken up as `memory: tests`; both was not run. The same
-as of unlabelled is asked of recentred, but after a first trial: its 50 steps were chosen among 25 and 50 on the
+the rows. Else an idea is left out. own was taken up as `memory: tests`; both was not run. The same as of anchors
+is asked of recentred, but after a first trial: its 50 steps were chosen among 25 and 50 on the
 first half of the development rows.
 """
 
@@ -37,7 +36,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -56,7 +55,7 @@ from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import load_suite
 from deal_core.config import MAX_OWN_TEXTS, TrainConfig
-from deal_core.data.collate import IGNORED, NOT_READ, answer_and_text_loss
+from deal_core.data.collate import IGNORED, NOT_READ
 from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import RehearsalConfig
 from deal_core.strategies import deal
@@ -65,33 +64,18 @@ from deal_core.strategies.questions import _on_new_texts
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.strategy import SEED_STRIDE, MethodState, TaskContext, TaskTexts
 from deal_core.training import train as training
-from deal_core.training.objective import AnswerLoss, count_tokens
 from deal_core.training.recentre import _questions, recentre_adapter
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
-Arm = Literal["plain", "rate", "consistency", "unlabelled", "anchors", "own", "both", "recentred"]
+Arm = Literal["plain", "rate", "consistency", "anchors", "own", "both", "recentred"]
 STEP, WEIGHT = 0.1, 5.0
 """The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
-NUM_TEXTS = 300
 CONTENT_FREE = ("", "N/A", "-", "...", "none", "text", "the", "?")
 NUM_ANCHORS = 2
 TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
 """Order 1 of the suite of four."""
 TINY = 1e-12
-
-
-@dataclass(frozen=True)
-class _TextLoss(AnswerLoss):
-    """The texts alone: their answers are not learned."""
-
-    text_weight: float = 1.0
-
-    def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        return answer_and_text_loss(model, inputs)[1]
-
-    def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        return count_tokens([batch["text_labels"] for batch in batches])
 
 
 class _ConsistentTrainer(AdapterTrainer):
@@ -206,12 +190,6 @@ def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
             parent = str(number)
             continue
         setup = versions.setup(number, range(number))
-        if arm == "unlabelled":
-            once = replace(versions.train, num_epochs=1, prompt_loss_weight=1.0)
-            texts = versions.rows(number, num_rows, num_rows + NUM_TEXTS)
-            with patch.object(training, "_objective", lambda setup: _TextLoss()):
-                reading = replace(setup, train=once, strategy="seq_lora")
-                parent = versions.learn(f"{number}-texts", texts, reading, parent)
         trainer = _ConsistentTrainer if arm == "consistency" else AdapterTrainer
         with patch.object(training, "AdapterTrainer", trainer):
             parent = versions.learn(str(number), versions.rows(number, 0, num_rows), setup, parent)

@@ -38,7 +38,8 @@ from deal_core.evaluation.metrics import paired_interval
 OPTION_PARTS = (*COMMON, "token_mask")
 """Parts of the method's settings whose settings are options here. token_mask is gone; its cells are kept."""
 TRAIN_OPTIONS = ("prompt_loss_weight", "max_steps")
-"""Settings of the training that are options here. max_steps holds all rows to the steps of the chosen ones."""
+"""Settings of the training that are options here. prompt_loss_weight is gone; its cells are kept. max_steps holds all
+rows to the steps of the chosen ones."""
 ALL, RANDOM, KEEP = "all rows", "selection.score: random", "selection.keep"
 """Two options that others are compared with, and the setting that says how many rows are kept."""
 TRIED_WITH = name_of_memory("none")

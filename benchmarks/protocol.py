@@ -37,8 +37,10 @@ CELLS = RESULTS / "development"
 CELL_FOLDERS = (RESULTS / "continual", CELLS)
 JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
 FIGURES = ("greedy", "labels", "re-centred", "AUC")
-SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight")
+SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels")
 """Training settings that make a protocol."""
+GONE = "prompt_loss_weight"
+"""A training setting that exists no more, and makes a protocol of its own."""
 
 
 def constrained_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
@@ -93,7 +95,9 @@ def settings_shown(train: TrainConfig) -> dict[str, Any]:
 
 def training_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The training settings that make the protocol of a cell."""
-    return settings_shown(TrainConfig(**as_stored("train", settings["train"])))
+    stored = as_stored("train", settings["train"])
+    gone = {GONE: stored.pop(GONE)} if GONE in stored else {}
+    return settings_shown(TrainConfig(**stored)) | gone
 
 
 def todays_cells(folders: Iterable[Path] | None = None) -> Iterator[tuple[CellJson, dict[str, Any]]]:
@@ -134,7 +138,7 @@ def describe(train: Mapping[str, Any]) -> str:
     parts = [f"{epochs} epoch{'s' if epochs > 1 else ''}", f"rate {train['learning_rate']:g} {train['schedule']}"]
     parts += [f"at least {train['min_steps']} steps"] if train["min_steps"] else []
     parts += ["labels balanced"] if train["balance_labels"] else []
-    parts += [f"texts weigh {train['prompt_loss_weight']:g}"] if train.get("prompt_loss_weight") else []
+    parts += [f"texts weigh {train[GONE]:g}"] if GONE in train else []
     return ", ".join(parts)
 
 

@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.data_efficiency import arms, difference
 from benchmarks.headline import judged_tasks
 from benchmarks.output import RESULTS, read, templates
+from benchmarks.protocol import GONE, named_changes, settings_shown, training_of
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
-from benchmarks.protocol import named_changes, settings_shown, training_of
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -341,7 +341,7 @@ def _has_chosen(line: Mapping[str, Any]) -> bool:
     """Whether the line's cell was among those that chose the training settings. Later cells tried other settings."""
     is_theirs = (line["order"], line["seed"]) in (("1", CHOICE_SEED), ("any", CHOICE_SEED))
     method = line["method"].removesuffix(" (chat prompts)")
-    return is_theirs and not line["train"]["prompt_loss_weight"] and method in CHOSEN_BY
+    return is_theirs and GONE not in line["train"] and method in CHOSEN_BY
 
 
 def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

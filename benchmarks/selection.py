@@ -53,16 +53,15 @@ WRONG_SHARES = (0.0, 0.1, 0.3)
 KEPT, STEPS = 75, 8
 """Rows that are chosen, and steps of a trial of `options`."""
 PLAIN = "no option"
-OPTIONS: dict[str, tuple[MethodConfig, float]] = {
-    PLAIN: (MethodConfig(), 0.0),
-    "selection.score: random": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="random")), 0.0),
-    "selection.score: length": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="length")), 0.0),
-    "selection.score: loss": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="loss")), 0.0),
-    "selection.score: gradient": (MethodConfig(selection=SelectionConfig(keep=KEPT, score="gradient")), 0.0),
-    "selection.noise: leave_out": (MethodConfig(selection=SelectionConfig(noise="leave_out")), 0.0),
-    "train.prompt_loss_weight: 0.1": (MethodConfig(), 0.1),
+OPTIONS: dict[str, MethodConfig] = {
+    PLAIN: MethodConfig(),
+    "selection.score: random": MethodConfig(selection=SelectionConfig(keep=KEPT, score="random")),
+    "selection.score: length": MethodConfig(selection=SelectionConfig(keep=KEPT, score="length")),
+    "selection.score: loss": MethodConfig(selection=SelectionConfig(keep=KEPT, score="loss")),
+    "selection.score: gradient": MethodConfig(selection=SelectionConfig(keep=KEPT, score="gradient")),
+    "selection.noise: leave_out": MethodConfig(selection=SelectionConfig(noise="leave_out")),
 }
-"""Option → the method's settings, and the weight of the texts in the loss."""
+"""Option → the method's settings."""
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
@@ -164,11 +163,9 @@ def options(
         arrival = Dataset.from_list(list(suite[second].train[:rows]))
         for number in range(repeats):
             for name in random.Random(number).sample(list(OPTIONS), len(OPTIONS)):
-                method, text_weight = OPTIONS[name]
                 each = replace(
-                    setup, task=suite[second].schema, old_tasks=(suite[first].schema,), method=method,
-                    train=replace(train, prompt_loss_weight=text_weight),
-                )  # fmt: skip
+                    setup, task=suite[second].schema, old_tasks=(suite[first].schema,), method=OPTIONS[name]
+                )
                 folder = Path(temporary) / f"{number}-{len(found[name])}-{list(OPTIONS).index(name)}"
                 folder.mkdir()
                 found[name].append(_seconds(model, arrival, each, parent, folder))

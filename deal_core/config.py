@@ -53,7 +53,7 @@ Schedule = Literal["constant", "linear"]
 ReportTool = Literal["tensorboard", "wandb", "trackio"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False, "report_to": (),
-              "prompt_loss_weight": 0.0, "preference_beta": 0.1, "preference_learning_rate": 3e-4,
+              "preference_beta": 0.1, "preference_learning_rate": 3e-4,
               "recentre_steps": 0},
     "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
@@ -68,7 +68,8 @@ FIRST_RELEASE: dict[str, dict[str, Any]] = {
 }
 """Section → settings that only the first releases had → the value that means today's method. Digests count them."""
 REMOVED: dict[str, dict[str, Any]] = {
-    "rehearsal": {"parent_share": 0.0}, "evaluate": {"recentre": False}, **FIRST_RELEASE,
+    "train": {"prompt_loss_weight": 0.0}, "rehearsal": {"parent_share": 0.0}, "evaluate": {"recentre": False},
+    **FIRST_RELEASE,
     "token_mask": {"max_perplexity": None, "share": None, "choose": "high", "keep_end": True},
 }
 """Section → settings that exist no more → the value with which a stored spec means the same without them."""
@@ -131,8 +132,6 @@ class TrainConfig:
     balance_labels: Flag = True
     """Give every batch the labels in the shares that they have among all rows. Free answers count as labels if each of
     them stands in four rows on average."""
-    prompt_loss_weight: Share = 0.0
-    """Weight of a token of the text, if a token of the answer weighs 1; what all prompts of a task share counts 0."""
     preference_beta: Positive = 0.1
     """β of the loss of preferences (DPO): with a larger one the model stays nearer to its parent version."""
     preference_learning_rate: Positive = 3e-4

@@ -1,9 +1,6 @@
 """From rows to batches and losses: rows are tokenised once, and logits are computed only where a loss needs them.
 
-The loss of a batch is L = (Σ_answers CE + w·Σ_texts CE) / (N_answers + w·N_texts), over the tokens of an accumulated
-batch; w is the prompt loss weight. With w = 0 this is the loss of the answers alone; with w = 1 it is instruction
-modelling (arXiv 2405.14394) without the tokens that all prompts of a task share. Those, such as the instruction, would
-be learned by heart.
+The loss of a batch is L = Σ_answers CE / N_answers, over the answers' tokens of an accumulated batch.
 
 Shapes: B rows of a batch, P tokens of a prefix that all rows share, T tokens of the longest row without the prefix,
 K tokens of the longest answer.
@@ -14,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -33,7 +31,7 @@ REJECTED_IDS = "rejected_ids"
 """Column of encoded rows: the tokens of the worse answer."""
 REFERENCE_MARGINS = "reference_margins"
 """Column of encoded rows, and part of a batch (B): log p(better) − log p(worse) of the parent version, in nats."""
-NOT_READ = ("labels", "prefix_ids", "text_labels", REFERENCE_MARGINS)
+NOT_READ = ("labels", "prefix_ids", REFERENCE_MARGINS)
 """Parts of a batch that the model is not called with; an encoder-decoder's decoder reads the labels."""
 MIN_PREFIX = 8
 """Smallest number of common first tokens for which a shared prefix is computed once."""
@@ -79,39 +77,8 @@ def add_blank_row(encoded: Dataset) -> Dataset:
     from datasets import Dataset, concatenate_datasets  # here, because answering needs none of it
 
     blank = {**encoded[0], "answer_ids": [], "length": 0}
-    blank |= {"text_end": blank["text_start"]} if "text_start" in blank else {}
     blank |= {REJECTED_IDS: []} if REJECTED_IDS in blank else {}
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
-
-
-def add_text_spans(encoded: Dataset) -> Dataset:
-    """Add the columns text_start and text_end: which tokens of a prompt are neither its task's first nor last ones.
-
-    `encoded` has rows of one task, with a column prompt_ids.
-    """
-    prompts = encoded["prompt_ids"]
-    lengths = [len(prompt) for prompt in prompts]
-    num_first, num_last = _num_shared(prompts), _num_shared([prompt[::-1] for prompt in prompts])
-    num_last = min(num_last, min(lengths) - num_first)
-    first = max(num_first, 1)  # nothing predicts a prompt's first token
-    return encoded.add_column("text_start", [first] * len(lengths)).add_column(
-        "text_end", [max(length - num_last, first) for length in lengths]
-    )
-
-
-def share_of_texts(encoded: Dataset, weight: float) -> float:
-    """The texts' share of the loss's weight, w·N_texts / (N_answers + w·N_texts)."""
-    num_texts: int = sum(encoded["text_end"]) - sum(encoded["text_start"])
-    num_answers: int = sum(map(len, encoded["answer_ids"]))
-    return weight * num_texts / (num_answers + weight * num_texts)
-
-
-def _num_shared(prompts: Sequence[Sequence[int]]) -> int:
-    """Number of first tokens that all prompts share; those of the least and of the greatest prompt are enough."""
-    listed = [list(prompt) for prompt in prompts]
-    least, greatest = min(listed), max(listed)
-    pairs = zip(least, greatest, strict=False)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(least), len(greatest)))
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -121,7 +88,9 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """
     if len(prompts) < 2:
         return 0
-    shared = min(_num_shared(prompts), min(map(len, prompts)) - 1)
+    in_order = sorted(map(list, prompts))  # what the first and the last share, those between share too
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(in_order[0], in_order[-1], strict=False))
+    shared = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
     return shared if shared >= MIN_PREFIX else 0
 
 
@@ -156,8 +125,6 @@ class AnswerCollator:
     shares_prefix: bool = False
     """Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The other tensors
     then hold only what follows, but the mask counts the prefix."""
-    scores_texts: bool = False
-    """Whether a batch has `text_labels` too; rows then need the columns of `add_text_spans`."""
 
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
@@ -170,10 +137,7 @@ class AnswerCollator:
         return [*(group for group in by_start.values() if len(group) > 1), *([single] if single else [])]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return input_ids (B×T), attention_mask (B×T, or B×(P+T)) and labels (B×K), the answers' tokens only.
-
-        With scores_texts also text_labels (B×T), the tokens of the texts only.
-        """
+        """Return input_ids (B×T), attention_mask (B×T, or B×(P+T)) and labels (B×K), the answers' tokens only."""
         answers = [list(row["answer_ids"]) for row in rows]
         labels_of = [answer or [IGNORED] for answer in answers]
         prompts = [list(row["prompt_ids"]) for row in rows]
@@ -182,7 +146,7 @@ class AnswerCollator:
             input_ids, mask = pad_batch(prompts, pad_id, side="right")
             labels, _ = pad_batch(labels_of, IGNORED, side="right")
             return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-        shared = self._shared(prompts, rows) if self.shares_prefix else 0
+        shared = common_prefix(prompts) if self.shares_prefix else 0
         tails = [p[shared:] + a for p, a in zip(prompts, answers, strict=True)]
         input_ids, mask = pad_batch(tails, pad_id, side="left")
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
@@ -193,28 +157,10 @@ class AnswerCollator:
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
             "labels": labels,
         }
-        if self.scores_texts:
-            texts = [_only(row["text_start"] - shared, row["text_end"] - shared, tail)
-                     for row, tail in zip(rows, tails, strict=True)]  # fmt: skip
-            batch["text_labels"], _ = pad_batch(texts, IGNORED, side="left")
         return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
 
-    def _shared(self, prompts: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]) -> int:
-        """Length of the prefix that is computed once. A scored token's predecessor is never in it."""
-        shared = common_prefix(prompts)
-        if self.scores_texts:
-            shared = min(shared, *(row["text_start"] - 1 for row in rows))
-        return shared if shared >= MIN_PREFIX else 0
 
-
-def _only(start: int, end: int, tokens: Sequence[int]) -> list[int]:
-    """The tokens, ignored outside of start to end."""
-    return [token if start <= place < end else IGNORED for place, token in enumerate(tokens)]
-
-
-def answer_collator(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool, scores_texts: bool = False
-) -> AnswerCollator:
+def answer_collator(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool) -> AnswerCollator:
     """Return the collator that pads rows to a batch for this model.
 
     On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
@@ -222,19 +168,11 @@ def answer_collator(
     """
     is_seq2seq = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
     can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
-    return AnswerCollator(
-        tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model),
-        scores_texts=scores_texts,
-    )  # fmt: skip
+    return AnswerCollator(tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model))
 
 
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits (B×K×V) for the labels (B×K) of a collated batch, computed only at these positions."""
-    return _logits_of_last(model, inputs, inputs["labels"].shape[1])
-
-
-def _logits_of_last(model: nn.Module, inputs: Mapping[str, Tensor], num_tokens: int) -> Tensor:
-    """Logits for the last tokens of every row, or for the labels of an encoder-decoder.
+    """Logits (B×K×V) for the labels (B×K) of a collated batch, computed only at these positions.
 
     A shared prefix is computed once. Its gradients are the sum over the rows, so the result is that of whole rows.
     """
@@ -243,7 +181,7 @@ def _logits_of_last(model: nn.Module, inputs: Mapping[str, Tensor], num_tokens: 
         return cast(Tensor, model(**features, labels=inputs["labels"]).logits)
     # indices instead of a number: a number gives a slice that is not contiguous, and then the output layer on a CPU
     # copies its whole weight once per row
-    num_rows, length = inputs["input_ids"].shape
+    (num_rows, length), num_tokens = inputs["input_ids"].shape, inputs["labels"].shape[1]
     positions = torch.arange(length - num_tokens - 1, length - 1, device=inputs["labels"].device)
     if "prefix_ids" not in inputs:
         return cast(Tensor, model(**features, logits_to_keep=positions, use_cache=False).logits)
@@ -256,19 +194,6 @@ def _logits_of_last(model: nn.Module, inputs: Mapping[str, Tensor], num_tokens: 
 def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of a collated batch's answers, summed over their tokens."""
     return _summed_loss(answer_logits(model, inputs), inputs["labels"])
-
-
-def answer_and_text_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of a collated batch's answers and of its texts, each summed over its tokens."""
-    length, num_answer = inputs["input_ids"].shape[1], inputs["labels"].shape[1]
-    columns = inputs["text_labels"].ne(IGNORED).any(0).nonzero()
-    first = int(columns[0]) if len(columns) else length
-    num_scored = max(length - first, num_answer)
-    logits_BSV = _logits_of_last(model, inputs, num_scored)
-    return (
-        _summed_loss(logits_BSV[:, num_scored - num_answer :], inputs["labels"]),
-        _summed_loss(logits_BSV, inputs["text_labels"][:, length - num_scored :]),
-    )
 
 
 def _summed_loss(logits_BKV: Tensor, labels_BK: Tensor) -> Tensor:

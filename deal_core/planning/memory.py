@@ -83,13 +83,6 @@ class BatchShape:
     """T of the longest row, including the answer."""
     num_answer_tokens: int
     """K of the longest answer."""
-    scores_texts: bool = False
-    """Whether the texts count in the loss, so that nearly every token has logits."""
-
-    @property
-    def num_scored_tokens(self) -> int:
-        """Tokens of a row that have logits, at most."""
-        return self.num_tokens - 1 if self.scores_texts else self.num_answer_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +157,7 @@ def plan_memory(
     kept = activations.kept(model.num_layers, checkpointing=train.gradient_checkpointing)
     scores = batch.num_rows * model.num_heads * batch.num_tokens**2
     workspace = max(
-        LOGIT_COPIES * FP32 * batch.num_rows * batch.num_scored_tokens * model.vocab_size,
+        LOGIT_COPIES * FP32 * batch.num_rows * batch.num_answer_tokens * model.vocab_size,
         SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,  # beyond: the fused pass, which holds none
         3 * BYTES_OF[precision] * batch.num_rows * batch.num_tokens * model.intermediate_size,
         arrival - kept,  # used before the first batch, so never together with the activations
@@ -216,10 +209,7 @@ def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> in
 def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:
     """Return the largest batch that the settings allow."""
     num_tokens = train.max_prompt_tokens + train.max_answer_tokens
-    return BatchShape(
-        num_rows=num_rows, num_tokens=num_tokens, num_answer_tokens=train.max_answer_tokens,
-        scores_texts=train.prompt_loss_weight > 0,
-    )  # fmt: skip
+    return BatchShape(num_rows=num_rows, num_tokens=num_tokens, num_answer_tokens=train.max_answer_tokens)
 
 
 def longest_of(
@@ -246,10 +236,7 @@ def longest_of(
     for old in (*asked, *(each.task for each in old_texts)):
         answers += [len(encode_answer(tokenizer, old, label, train.max_answer_tokens)) for label in old.labels]
         answers += [] if old.labels else [train.max_answer_tokens]
-    return BatchShape(
-        num_rows=num_rows, num_tokens=max(prompts) + max(answers), num_answer_tokens=max(answers),
-        scores_texts=train.prompt_loss_weight > 0,
-    )  # fmt: skip
+    return BatchShape(num_rows=num_rows, num_tokens=max(prompts) + max(answers), num_answer_tokens=max(answers))
 
 
 MemoryOf = Callable[[TrainConfig, str], MemoryPlan]

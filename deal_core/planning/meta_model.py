@@ -150,7 +150,7 @@ def _empty_batch(batch: BatchShape, *, is_seq2seq: bool) -> dict[str, Tensor]:
     if is_seq2seq:
         labels = torch.zeros(rows, answer, dtype=torch.long)
         return {"input_ids": torch.zeros(rows, tokens - answer, dtype=torch.long), "labels": labels}
-    labels = torch.zeros(rows, batch.num_scored_tokens, dtype=torch.long)
+    labels = torch.zeros(rows, answer, dtype=torch.long)
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     # transformers uses a mask of four dimensions unchanged; to make one, it would read the content of another
     mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)

@@ -89,12 +89,9 @@ class TaskContext:
     adapter: AdapterConfig
     train: TrainConfig
 
-    def collator(self, *, scores_texts: bool = False) -> AnswerCollator:
+    def collator(self) -> AnswerCollator:
         """Return the collator that pads rows to a batch for this base model."""
-        return answer_collator(
-            self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing,
-            scores_texts=scores_texts,
-        )  # fmt: skip
+        return answer_collator(self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing)
 
 
 class Strategy:

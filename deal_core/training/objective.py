@@ -1,4 +1,4 @@
-"""The loss of a training batch: cross-entropy of answers (and texts), or preference of one answer over another (DPO).
+"""The loss of a training batch: cross-entropy of answers, or preference of one answer over another (DPO).
 
 Shapes: B rows of a batch, K tokens of the longest answer.
 """
@@ -21,7 +21,6 @@ from deal_core.data.collate import (
     REFERENCE_MARGINS,
     REJECTED_IDS,
     AnswerCollator,
-    answer_and_text_loss,
     answer_logits,
     answer_loss,
 )
@@ -43,23 +42,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """Cross-entropy of the answers' tokens, and of the texts' tokens if these have a weight."""
-
-    text_weight: float = 0.0
+    """Cross-entropy of the answers' tokens."""
 
     def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `Objective`. Logits are computed only for tokens that count."""
-        if not self.text_weight:
-            return answer_loss(model, inputs)
-        answers, texts = answer_and_text_loss(model, inputs)
-        return answers + self.text_weight * texts
+        """See `Objective`. Logits are computed only for the answers' tokens."""
+        return answer_loss(model, inputs)
 
     def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Tokens of the answers, and the texts' tokens times their weight."""
-        num_answers = count_tokens([batch["labels"] for batch in batches])
-        if not self.text_weight:
-            return num_answers
-        return num_answers + self.text_weight * count_tokens([batch["text_labels"] for batch in batches])
+        """Number of the answers' tokens."""
+        return torch.stack([batch["labels"].ne(IGNORED).sum() for batch in batches]).sum()
 
 
 @dataclass(frozen=True)
@@ -142,11 +133,6 @@ def describe_preferences(encoded: Dataset) -> str:
     if same:
         note += f"; in {same} rows both are the same up to train.max_answer_tokens, so these teach nothing"
     return note
-
-
-def count_tokens(labels: Sequence[Tensor]) -> Tensor:
-    """Number of labels that carry loss."""
-    return torch.stack([each.ne(IGNORED).sum() for each in labels]).sum()
 
 
 def _are_pairs(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import add_text_spans, encode_rows, share_of_texts
+from deal_core.data.collate import encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
@@ -133,7 +133,7 @@ def train_adapter(
     Raises:
         DataValidationError: There is no row to train on.
         ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.ranks` starts them. Or
-            train.prompt_loss_weight is set for an encoder-decoder, or the task learns preferences.
+            a task of several learns preferences.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     task, strategy, train = setup.task, setup.strategy, setup.train
@@ -177,7 +177,7 @@ def train_adapter(
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
         notes = (
-            *learner.notes(), *_lost(parent_state, state), *_cut(encoded, train), *_texts(encoded, train),
+            *learner.notes(), *_lost(parent_state, state), *_cut(encoded, train),
             *([describe_preferences(encoded)] if task.learns_preferences else []),
         )  # fmt: skip
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
@@ -196,7 +196,7 @@ def _make_trainer(
     model: PeftModel, args: TrainingArguments, learner: Strategy, setup: TrainingSetup, context: TaskContext
 ) -> AdapterTrainer:
     train, task = context.train, context.task
-    collate = context.collator(scores_texts=train.prompt_loss_weight > 0)
+    collate = context.collator()
     return AdapterTrainer(
         model=model,
         args=args,
@@ -210,14 +210,9 @@ def _make_trainer(
 
 
 def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> Dataset:
-    """Tokenise the rows of all tasks, with the spans of their texts if these count."""
+    """Tokenise the rows of all tasks."""
     train = setup.train
-    _require_no_preferences(setup, tasks)
-    if train.prompt_loss_weight and base.model.config.is_encoder_decoder:
-        raise ConfigError(
-            "train.prompt_loss_weight needs a model that predicts its prompt, and an encoder-decoder does not; set it "
-            "to 0."
-        )
+    _require_no_preferences(tasks)
     parts = [
         encode_rows(
             rows, base.tokenizer, task,
@@ -228,22 +223,13 @@ def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSch
     if setup.task.learns_preferences:
         parts = [add_rejected(part, rows, base.tokenizer, task, train.max_answer_tokens)
                  for part, (task, rows) in zip(parts, tasks, strict=True)]  # fmt: skip
-    if train.prompt_loss_weight:
-        parts = [add_text_spans(part) for part in parts]
     return concatenate_datasets(parts)
 
 
-def _require_no_preferences(setup: TrainingSetup, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> None:
-    """Refuse what preferences cannot be learned with."""
-    if not any(task.learns_preferences for task, _ in tasks):
-        return
-    if len(tasks) > 1:
+def _require_no_preferences(tasks: Sequence[tuple[TaskSchema, Dataset]]) -> None:
+    """Refuse to learn preferences together with other tasks."""
+    if len(tasks) > 1 and any(task.learns_preferences for task, _ in tasks):
         raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
-    if setup.train.prompt_loss_weight:
-        raise ConfigError(
-            f"train.prompt_loss_weight changes the loss of answers, and task {setup.task.name!r} learns preferences; "
-            "leave it out."
-        )
 
 
 def _are_labels(task: TaskSchema, encoded: Dataset) -> bool:
@@ -255,7 +241,7 @@ def _objective(setup: TrainingSetup) -> Objective:
     """The loss of the task's rows."""
     if setup.task.learns_preferences:
         return PreferenceLoss(setup.train.preference_beta)
-    return AnswerLoss(setup.train.prompt_loss_weight)
+    return AnswerLoss()
 
 
 def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
@@ -284,13 +270,6 @@ def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
             f"{num_answers} of {len(encoded)} training answers fill train.max_answer_tokens "
             f"({train.max_answer_tokens}): longer answers were cut"
         )
-
-
-def _texts(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
-    """A note about the texts' share of the loss."""
-    if train.prompt_loss_weight:
-        share = share_of_texts(encoded, train.prompt_loss_weight)
-        yield f"train.prompt_loss_weight {train.prompt_loss_weight:g}: the texts have {share:.0%} of the loss's weight"
 
 
 def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:

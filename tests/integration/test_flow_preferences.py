@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from deal_core.errors import ConfigError, DataValidationError
+from deal_core.errors import DataValidationError
 from flows.cli.plan import show_validation
 from tasks.adaptation.report import read_page
 from tasks.validate import validate
@@ -62,9 +61,6 @@ def test_a_file_is_shown_as_what_it_is(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_preferences_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    task: dict[str, Any] = {"name": "tone", "data": write(tmp_path / "tone.jsonl")}
-    with pytest.raises(ConfigError, match="prompt_loss_weight changes the loss of answers"):
-        run(tiny_base, task, train={"prompt_loss_weight": 0.1})
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps({"prompt": f"q {i}", "completion": "a"}) + "\n" for i in range(20)))
     with pytest.raises(DataValidationError, match="no columns chosen and rejected"):

@@ -17,7 +17,7 @@ def test_every_option_is_timed_as_often_as_asked(
     tried, out, measure = [], tmp_path / "seconds.json", selection._seconds
 
     def record(base: Any, rows: Any, setup: Any, *folders: Path) -> tuple[float, float]:
-        tried.append((setup.method, setup.train.prompt_loss_weight, len(rows), setup.train.max_steps))
+        tried.append((setup.method, len(rows), setup.train.max_steps))
         return measure(base, rows, setup, *folders)
 
     monkeypatch.setattr(selection, "_seconds", record)
@@ -25,6 +25,6 @@ def test_every_option_is_timed_as_often_as_asked(
     selection.options(data=data, rows=30, repeats=2, base=str(tiny_base), out=out)
     found = json.loads(out.read_text())
     assert sorted(found["options"]) == sorted(selection.OPTIONS) and (found["n"], found["rows"]) == (2, 30)
-    assert all(tried.count((*option, 30, 2)) >= 2 for option in selection.OPTIONS.values())
+    assert all(tried.count((option, 30, 2)) >= 2 for option in selection.OPTIONS.values())
     assert len(tried) == 2 * len(selection.OPTIONS)
     assert all(seconds["step"] > 0 for seconds in found["options"].values())

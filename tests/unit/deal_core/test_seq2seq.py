@@ -21,7 +21,6 @@ from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
@@ -84,11 +83,6 @@ def test_deal_differs_from_plain_lora_and_resumes(base, parent, train, killed_an
     assert whole.losses != plain.losses
     resumed = killed_and_resumed("deal", parent, at=3, train=STEPS)
     assert resumed.result.resumed_from_step == 2 and resumed.losses == whole.losses
-
-
-def test_a_prompt_that_the_model_does_not_predict_cannot_count(train):
-    with pytest.raises(ConfigError, match="prompt_loss_weight"):
-        train("seq_lora", train=replace(STEPS, prompt_loss_weight=0.1))
 
 
 def test_answers_and_plain_peft_agree(base, task, rows, train):

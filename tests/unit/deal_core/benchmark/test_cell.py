@@ -22,7 +22,9 @@ def settings_in(folder: str) -> dict[str, dict[str, Any]]:
     """File names of the stored cells of today's revision, and the settings in them."""
     found = {path.name: json.loads(path.read_text(encoding="utf-8"))["settings"]
              for path in sorted((RESULTS / folder).glob("*-*.json"))}  # fmt: skip
-    known = {name: each for name, each in found.items() if each["strategy"] in (*find_strategies(), *BOUNDS)}
+    known = {name: each for name, each in found.items()
+             if each["strategy"] in (*find_strategies(), *BOUNDS)
+             and "prompt_loss_weight" not in each["train"]}  # fmt: skip
     return {name: each for name, each in known.items() if each.get("revision", 1) == revision_of(each["strategy"])}
 
 

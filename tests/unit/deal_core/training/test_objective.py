@@ -15,7 +15,6 @@ from deal_core.adapter.state import adapter_on, attach_adapter
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, encode_rows
 from deal_core.data.schema import TaskSchema
-from deal_core.errors import ConfigError
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import largest_batch
@@ -158,11 +157,6 @@ def test_a_killed_training_ends_as_one_that_was_not(train, parent, tmp_path):
     assert again.result.resumed_from_step == 2
     one, other = (load_file(run.folder / "adapter_model.safetensors") for run in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_settings_for_answers_alone_are_refused(train):
-    with pytest.raises(ConfigError, match="prompt_loss_weight changes the loss"):
-        train("seq_lora", rows=pairs(8), task=TASK, train=replace(SHORT, prompt_loss_weight=0.1))
 
 
 def test_cut_answers_that_have_become_equal_are_named(train):

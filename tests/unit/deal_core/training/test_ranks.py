@@ -100,7 +100,7 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
 
 
 def test_two_processes_equal_one(base, job, rows, tmp_path):
-    job = retrained(job, group_by_length=False, prompt_loss_weight=0.1)
+    job = retrained(job, group_by_length=False)
     (old,), file = job.setup.old_tasks, tmp_path / "texts" / "old.parquet"
     file.parent.mkdir()
     rows(12, first=100).to_parquet(str(file))

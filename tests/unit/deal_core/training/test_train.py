@@ -147,7 +147,6 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_losses(base, paren
         {"group_by_length": False},
         {"balance_labels": False},
         {"schedule": "constant"},
-        {"prompt_loss_weight": 0.1},
     ],
     ids=str,
 )
