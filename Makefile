@@ -18,8 +18,8 @@ help: ## list the targets
 
 setup: $(VENV)/.stamp-dev ## make the virtual environment, with what development needs
 
-demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter learns each
-	$(BIN)/deal demo $(ARGS)
+demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter learns each; in demo-home
+	DEAL_HOME="$${DEAL_HOME:-demo-home}" $(BIN)/deal demo $(ARGS)
 
 # Processes of one thread each, so that no sum depends on the number of cores. Three for two cores: a test that waits for
 # a server or a process leaves its core to the third.
@@ -54,7 +54,7 @@ release-notes: ## print the changelog of VERSION; without one, of what is not re
 	@awk -v start='## [$(or $(VERSION),Unreleased)]' '/^## \[/ {shown = index($$0, start) == 1; next} shown {print; found = 1} \
 		END {if (!found) {print "CHANGELOG.md has no section " start > "/dev/stderr"; exit 1}}' CHANGELOG.md
 
-clean: ## remove the virtual environment and what the tools left; deal-home stays
+clean: ## remove the virtual environment and what the tools left; deal-home and demo-home stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

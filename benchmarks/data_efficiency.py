@@ -28,12 +28,12 @@ from deal_core.benchmark.summary import (
     accuracy,
     departures,
     final_scores,
+    interval_over_rows,
     matrix_of,
     name_of_memory,
     read_cells,
-    score_per_row,
 )
-from deal_core.evaluation.metrics import paired_interval
+from deal_core.evaluation.metrics import PairedInterval, paired_interval
 
 OPTION_PARTS = (*COMMON, "token_mask")
 """Parts of the method's settings whose settings are options here. token_mask is gone; its cells are kept."""
@@ -103,14 +103,13 @@ def line_of(trial: Trial, group: Mapping[str, Trial], measured: Mapping[str, Any
         "accuracy": 100 * sum(map(accuracy, scores)) / len(scores),
         "perplexity": cell["perplexity"]["adapted"] / cell["perplexity"]["base"],
         "forgetting": None if matrix is None or matrix.forgetting is None else 100 * matrix.forgetting,
-        "against": {name: difference(score_per_row([cell]), score_per_row([group[name].cell])) for name in (RANDOM, ALL)
+        "against": {name: in_points(interval_over_rows([cell], [group[name].cell])) for name in (RANDOM, ALL)
                     if name in group and name != trial.option},
     }  # fmt: skip
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Mean and 95 % interval of the difference over test rows, in points."""
-    found = paired_interval(first, second)
+def in_points(found: PairedInterval) -> list[float]:
+    """Mean and 95 % interval of a difference over test rows, in points."""
     return [100 * value for value in (found.mean, found.low, found.high)]
 
 
@@ -143,8 +142,9 @@ def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
     trials = {trial["arm"]: trial for trial in reversed(read(path)["trials"])}
     rows = {arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits[first_row:]]
             for arm, trial in trials.items()}  # fmt: skip
-    return {arm: {"mean": 100 * fmean(each), "difference": difference(each, rows["plain"])}
-            for arm, each in rows.items()}  # fmt: skip
+    strata = [len(bits[first_row:]) for bits in trials["plain"]["outcomes"].values()]
+    found = {arm: paired_interval(each, rows["plain"], strata=strata) for arm, each in rows.items()}
+    return {arm: {"mean": 100 * fmean(rows[arm]), "difference": in_points(each)} for arm, each in found.items()}
 
 
 def merging(path: Path) -> dict[str, float]:

@@ -122,7 +122,7 @@ def _trained_arms(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str,
     name = rival[0]["settings"]["strategy"] if rival else "none"
     return {
         **{f"memory {memory}": groups.get((OURS, name_of_memory(memory)), []) for memory in get_args(Memory)},
-        f"best rival without memory: {name}": rival,
+        f"best rival that keeps no rows: {name}": rival,
         "replay, as many rows as memory rows": best(lambda cell: _replays(cell, STORED_SHARE)),
         "replay, as many rows as memory tests": best(
             lambda cell: _replays(cell, MAX_OWN_TEXTS / cell["settings"]["rows"])

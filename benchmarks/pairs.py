@@ -22,31 +22,38 @@ import typer
 from scipy.stats import t
 
 from benchmarks.output import RESULTS, Out, write_result
+from benchmarks.protocol import settings_shown, training_of
+from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import (
     CellJson,
     accuracy,
     departures,
     final_scores,
+    interval_over_rows,
     method_name,
     read_cells,
-    score_per_row,
 )
-from deal_core.evaluation.metrics import paired_interval
+from deal_core.config import TrainConfig
+from deal_core.evaluation.metrics import PairedInterval, paired_interval
+from deal_core.evaluation.recentring import recentred_hits
+from deal_core.method_config import DealConfig
 
 OUT, CELLS = RESULTS / "pairs.json", RESULTS / "development"
 SETTINGS = ("method.rehearsal.balance_stored", "method.rehearsal.parent_share", "train.prompt_loss_weight",
-            "train.recentre_steps")  # fmt: skip
+            "train.recentre_steps", "method.deal.core")  # fmt: skip
+DEFAULTS = {"method.deal.core": DealConfig().core}
+"""Settings of SETTINGS that every cell has → the value that a pair is compared with."""
 LEAST_GAIN, FEWEST_CELLS, SHARE = 1.0, 4, 0.8
 
 
 def split(cell: CellJson, setting: str) -> tuple[str, Any]:
-    """All of a cell's settings but one, as JSON, and the value of that one; None if the cell does not have it."""
+    """All of a cell's settings but one, as JSON, and the value of that one; None if it is the default or missing."""
     part, _, name = setting.partition(".")
     settings = json.loads(json.dumps(cell["settings"]))
     value = settings[part].pop(name, None)
     settings["base_perplexity"] = cell["perplexity"]["base"]
-    return json.dumps(settings, sort_keys=True), value
+    return json.dumps(settings, sort_keys=True), None if value == DEFAULTS.get(setting) else value
 
 
 def pairs_of(cells: Sequence[CellJson], setting: str) -> Iterator[tuple[Any, CellJson, CellJson]]:
@@ -60,18 +67,37 @@ def pairs_of(cells: Sequence[CellJson], setting: str) -> Iterator[tuple[Any, Cel
             yield from ((value, cell, group[None]) for value, cell in group.items() if value is not None)
 
 
+def in_points(found: PairedInterval) -> dict[str, float]:
+    """Mean and interval in points."""
+    return {name: 100 * each for name, each in asdict(found).items()}
+
+
+def recentred_difference(cell: CellJson, other: CellJson) -> PairedInterval | None:
+    """As `interval_over_rows`, of re-centred answers; None if a cell keeps no log-probabilities of labels."""
+    hits: list[list[float]] = [[], []]
+    strata = []
+    for name in sorted(final_scores(cell)):
+        for found, each in zip(hits, (cell, other), strict=True):
+            answers = unpack_answers(final_scores(each)[name])
+            if answers is None:
+                return None
+            found += map(float, recentred_hits(answers.log_probs_NL, answers.targets_N))
+        strata.append(len(hits[0]) - sum(strata))
+    return paired_interval(*hits, strata=strata)
+
+
 def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str, Any]:
     """The figures of one value of a setting with one method."""
     lines = []
     for after, before in pairs:
         found = [final_scores(each) for each in (after, before)]
         with_it, without = (fmean(map(accuracy, each.values())) for each in found)
-        rows = [score_per_row([each]) for each in (after, before)]
+        over_rows, recentred = interval_over_rows([after], [before]), recentred_difference(after, before)
         settings = after["settings"]
         suite, order = name_of(tuple(settings["tasks"]))
         lines.append({
             "suite": suite, "order": order, "seed": settings["seed"], "with": 100 * with_it, "without": 100 * without,
-            "difference_over_rows": {name: 100 * each for name, each in asdict(paired_interval(*rows)).items()},
+            "difference_over_rows": in_points(over_rows), "recentred": recentred and in_points(recentred),
             "perplexity": [each["perplexity"]["adapted"] for each in (after, before)],
         })  # fmt: skip
     differences = [line["with"] - line["without"] for line in lines]
@@ -98,7 +124,9 @@ def main(
     out: Out = OUT,
 ) -> None:
     """Write the figures of every value of these settings, method by method."""
-    known, found = read_cells(cells), []
+    todays = settings_shown(TrainConfig())
+    known = [cell for cell in read_cells(cells) if training_of(cell["settings"]).items() >= todays.items()]
+    found: list[dict[str, Any]] = []
     for name in setting or SETTINGS:
         groups: dict[tuple[str, Any], list[tuple[CellJson, CellJson]]] = defaultdict(list)
         for value, after, before in pairs_of(known, name):

@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.data_efficiency import arms, difference
+from benchmarks.data_efficiency import arms, in_points
 from benchmarks.headline import judged_tasks
 from benchmarks.output import RESULTS, read, templates
 from benchmarks.protocol import GONE, named_changes, settings_shown, training_of
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
 from deal_core.benchmark.cell import BOUNDS
+from deal_core.benchmark.suites import name_of as suite_of
 from deal_core.benchmark.summary import (
     OURS,
     CellJson,
@@ -29,16 +30,17 @@ from deal_core.benchmark.summary import (
     compared_with,
     departures,
     final_scores,
+    interval_over_rows,
     method_name,
     name_of_memory,
     order_of,
     protocols,
     read_cells,
-    score_per_row,
     summarise,
 )
 from deal_core.config import MAX_OWN_TEXTS, TrainConfig
-from deal_core.method_config import Memory
+from deal_core.judging_config import GateConfig
+from deal_core.method_config import DEFAULT_MEMORY, Memory
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
@@ -82,6 +84,7 @@ def recentred(path: Path, *others: Path) -> dict[str, Any]:
     found = read(path)
     return {
         "arms": arms(path, CHOOSING_ROWS), "own": [arms(each)["own"] for each in (path, *others)],
+        "plain_spread": max(plain := [arms(each)["plain"]["mean"] for each in (path, *others)]) - min(plain),
         "steps": found["recentre_steps"],
         "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
@@ -90,11 +93,24 @@ def recentred(path: Path, *others: Path) -> dict[str, Any]:
 def recentred_lead(protocol: Protocol, steps: int) -> list[float]:
     """Accuracy of `deal` minus that of plain LoRA on the judged tasks, both re-centred: points and interval."""
     ours, rival = (
-        score_per_row([cell for cell in protocol.cells if cell["settings"]["train"].get("recentre_steps") == steps
-                       and cell["settings"]["strategy"] == strategy], judged_tasks(protocol))
+        [cell for cell in protocol.cells if cell["settings"]["train"].get("recentre_steps") == steps
+         and cell["settings"]["strategy"] == strategy]
         for strategy in (OURS, "seq_lora")
     )  # fmt: skip
-    return difference(ours, rival)
+    return in_points(interval_over_rows(ours, rival, judged_tasks(protocol)))
+
+
+def num_not_learned(protocol: Protocol) -> int:
+    """Tasks that the cells of the default memory learn less well than the gate's default `min_gain_points` asks for.
+
+    The gate compares with the commonest answer, and with the base model, whose answers the cells do not keep.
+    """
+    name, found = name_of_memory(DEFAULT_MEMORY), []
+    for cell in (cell for cell in protocol.cells if departures(cell) == name):
+        learned = [version["scores"][version["task"]] for version in cell["versions"]]
+        found.append(sum(100 * (accuracy(each) - each["majority_rate"]) < GateConfig().min_gain_points
+                         for each in learned))  # fmt: skip
+    return max(found, default=0)
 
 
 def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
@@ -105,6 +121,7 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     return {
         "suite": protocol.suite, "settings": settings, "train": training_of(settings),
         "rows": rows, "tasks": task_lines(protocol, rows),
+        "num_not_learned": num_not_learned(protocol),
         "compared": compared_with({row["changes"] for row in rows if row["strategy"] == OURS}),
         "widest": [row for row in rows if row["orders"] == widest(rows, row)],
         "is_judged": bool(protocol.lifted()), "num_alone": len(protocol.per_task),
@@ -116,7 +133,10 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
 
 
 def by_method(protocol: Protocol) -> dict[str, dict[str, Any]]:
-    """By method, over its cells: what it kept of each task, and how long a later arrival is trained."""
+    """By method, over its cells: what it kept of each task, how long a later arrival is trained, and other English.
+
+    The last is the perplexity of other English texts in the end, times the base model's.
+    """
     cells: dict[str, list[CellJson]] = defaultdict(list)
     for cell in protocol.cells:
         cells[method_name(cell["settings"]["strategy"], departures(cell))].append(cell)
@@ -125,7 +145,9 @@ def by_method(protocol: Protocol) -> dict[str, dict[str, Any]]:
         seconds = [version["seconds"]["train"] for cell in each for version in cell["versions"][1:]
                    if "seconds" in version]  # fmt: skip
         is_one_order = len({tuple(cell["settings"]["tasks"]) for cell in each}) == 1
-        found[name] = {"kept": points_of(each) if is_one_order else {}, "seconds": median(seconds) if seconds else None}
+        ratios = [cell["perplexity"]["adapted"] / cell["perplexity"]["base"] for cell in each if cell.get("perplexity")]
+        found[name] = {"kept": points_of(each) if is_one_order else {}, "seconds": median(seconds) if seconds else None,
+                       "perplexity_ratio": fmean(ratios) if ratios else None}  # fmt: skip
     return found
 
 
@@ -166,6 +188,12 @@ def widest(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Any:
     """The orders of the line that covers most of a strategy's cells."""
     same = [each["orders"] for each in rows if name_of(each) == name_of(row)]
     return max(same, key=len)
+
+
+def keeps(row: Mapping[str, Any]) -> str:
+    """What a line's method keeps of the old tasks' data."""
+    asks_texts = "recentre_steps" in row["changes"] or name_of_memory("tests") in row["changes"]
+    return f"{MAX_OWN_TEXTS} texts a task" if asks_texts and row["stores"] == "nothing" else row["stores"] or "–"
 
 
 def name_of(row: Mapping[str, Any]) -> str:
@@ -313,7 +341,7 @@ def roundings(cells: Sequence[CellJson]) -> dict[str, list[str]]:
         settings, before = cell["settings"], cell.get("perplexity", {}).get("base")
         name = method_name(settings["strategy"], departures(cell))
         figure = f"{before:.3f}" if before else "not recorded"
-        found[figure][f"suite {len(settings['tasks'])}, {name}"].add(settings["seed"])
+        found[figure][f"suite {suite_of(tuple(settings['tasks']))[0]}, {name}"].add(settings["seed"])
     return {
         figure: [f"{name}, seed {' and '.join(map(str, sorted(seeds)))}" for name, seeds in sorted(names.items())]
         for figure, names in sorted(found.items())
@@ -371,7 +399,8 @@ def main(
 ) -> None:
     """Fill the page with the stored figures."""
     pages = templates()
-    pages.filters |= {"points": points, "interval": interval, "name": name_of, "training": describe_training}
+    pages.filters |= {"points": points, "interval": interval, "name": name_of, "keeps": keeps}
+    pages.filters["training"] = describe_training
     cells = read_cells(results / "continual")
     found = protocols(cells)
     tables = [describe(each, page.parent / "img") for each in found]
@@ -398,8 +427,7 @@ def main(
         "recentring": read(results / "recentring.json"),
         "ours_without": OURS_WITHOUT, "ours_with_tests": OURS_WITH_TESTS, "ours_with_rows": OURS_WITH_ROWS,
         "recentred": steps, "lead": recentred_lead(long, steps["steps"]),
-        "coverage": read(results / "paired_coverage.json"),
-        "spread": spread_of_seeds(cells), "label_texts": MAX_OWN_TEXTS,
+        "spread": spread_of_seeds(cells), "coverage": read(results / "paired_coverage.json"),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15
                                         and training_of(cell["settings"]) == today]),
     }  # fmt: skip

@@ -20,6 +20,7 @@ class L2Sp(Strategy):
     """Adds WEIGHT · Σ (θ − θ_parent)² to the loss of every task but the first."""
 
     name = "l2_sp"
+    revision = 1  # raise it with every change, of WEIGHT too: the benchmark reuses the cells of a revision
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Keep the factors that the parent left."""

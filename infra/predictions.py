@@ -71,7 +71,7 @@ def read_predictions(
 def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
 
-    Of several entries for one answer, those that a person stands behind come first, then the newest. An entry with a
+    Of several entries for one answer, those that a person checked come first, then the newest. An entry with a
     label tells whether the answer was right if the log still has the answer and its task has labels. If the chosen
     entry does not tell it, the newest entry that does counts. An answer was chosen at random if one entry says so.
     `answers` are the rows of the log that matter to the caller; None: all are read.

@@ -15,7 +15,7 @@ from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, rev
 from deal_core.benchmark.suites import name_of
 from deal_core.config import REMOVED
 from deal_core.errors import DataValidationError
-from deal_core.evaluation.metrics import AccuracyMatrix, mean_of_all, paired_interval
+from deal_core.evaluation.metrics import AccuracyMatrix, PairedInterval, mean_of_all, paired_interval
 from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, MethodConfig
 from deal_core.schema_version import require_schema_version
 from deal_core.strategies import find_strategies
@@ -357,29 +357,33 @@ def _accuracy_by_task(cells: Sequence[CellJson]) -> dict[str, float]:
 
 
 def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
-    interval = paired_interval(score_per_row(cells, tasks), score_per_row(ours, tasks))
-    return [100 * value for value in asdict(interval).values()]
+    return [100 * value for value in asdict(interval_over_rows(cells, ours, tasks)).values()]
 
 
 def _pair(cell: CellJson) -> tuple[str, int]:
     return order_of(cell), cell["settings"]["seed"]
 
 
-def score_per_row(cells: Sequence[CellJson], tasks: Collection[str] | None = None) -> list[float]:
-    """For every test row of these tasks, the mean score over the cells at the end; all tasks have equal weight.
+def interval_over_rows(
+    cells: Sequence[CellJson], others: Sequence[CellJson], tasks: Collection[str] | None = None
+) -> PairedInterval:
+    """The mean accuracy of cells at the end minus that of others, with its interval over the test rows of each task.
 
-    None stands for all tasks. A row in several orders and seeds is one unit, because its answers are not independent.
+    A row in several orders and seeds is one unit, because its answers are not independent. None stands for all tasks.
     """
-    shares: dict[str, list[list[float]]] = defaultdict(list)
+    first, second = score_per_row(cells, tasks), score_per_row(others, tasks)
+    flat = [[score for _, scores in sorted(each.items()) for score in scores] for each in (first, second)]
+    return paired_interval(*flat, strata=[len(scores) for _, scores in sorted(first.items())])
+
+
+def score_per_row(cells: Sequence[CellJson], tasks: Collection[str] | None = None) -> dict[str, list[float]]:
+    """For every test row of these tasks, the mean score over the cells at the end, by task; None stands for all."""
+    scores: dict[str, list[list[float]]] = defaultdict(list)
     for cell in cells:
         for name, score in final_scores(cell).items():
             if tasks is None or name in tasks:
-                shares[name].append(row_scores(score))
-    num_rows = sum(len(answers[0]) for answers in shares.values())
-    return [
-        num_rows / (len(shares) * len(answers[0])) * sum(bits) / len(bits)
-        for _, answers in sorted(shares.items()) for bits in zip(*answers, strict=True)
-    ]  # fmt: skip
+                scores[name].append(row_scores(score))
+    return {name: [_mean(each) for each in zip(*answers, strict=True)] for name, answers in scores.items()}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy
+from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
 from deal_core.schema_version import Kept, VersionedJson
@@ -193,11 +194,13 @@ RESAMPLES_AT_ONCE = 500
 
 
 def paired_interval(
-    first: Sequence[float], second: Sequence[float], *, num_resamples: int = 10_000, seed: int = 0
+    first: Sequence[float], second: Sequence[float], *, strata: Sequence[int] = (), num_resamples: int = 10_000,
+    seed: int = 0,
 ) -> PairedInterval:
     """Bootstrap the mean of first − second, drawing pairs, and give the 2.5 and 97.5 percentiles.
 
-    Both samples have one value per unit (a row's score, a step's time), in the same order.
+    Both samples have one value per unit (a row's score, a step's time), in the same order. `strata` are the sizes of
+    groups that follow each other, such as tasks: pairs are drawn within their group, and all groups have equal weight.
 
     Raises:
         ValueError: the samples are empty or of different length.
@@ -205,12 +208,22 @@ def paired_interval(
     if len(first) != len(second) or len(first) == 0:
         raise ValueError(f"The samples have {len(first)} and {len(second)} values; give two of one length, not empty.")
     difference = numpy.asarray(first, dtype=numpy.float64) - numpy.asarray(second, dtype=numpy.float64)
-    values_V, counts_V = numpy.unique(difference, return_counts=True)
+    groups = numpy.split(difference, numpy.cumsum(strata or [len(difference)])[:-1])
     generator = numpy.random.default_rng(seed)
-    means: list[float] = []
-    while len(means) < num_resamples:  # a resample is how often it draws each value; hits have few values
-        size = min(RESAMPLES_AT_ONCE, num_resamples - len(means))
-        drawn_RV = generator.multinomial(len(difference), counts_V / len(difference), size)
-        means.extend(drawn_RV @ values_V / len(difference))
+    means = numpy.mean([_resampled_means(group, num_resamples, generator) for group in groups], axis=0)
     low, high = numpy.quantile(means, [0.025, 0.975])
-    return PairedInterval(mean=float(difference.mean()), low=float(low), high=float(high))
+    mean = numpy.mean([group.mean() for group in groups])
+    return PairedInterval(mean=float(mean), low=float(low), high=float(high))
+
+
+def _resampled_means(
+    values: NDArray[numpy.float64], num_resamples: int, generator: numpy.random.Generator
+) -> list[float]:
+    """The means of resamples. A resample is how often each value is drawn; hits have few values."""
+    values_V, counts_V = numpy.unique(values, return_counts=True)
+    means: list[float] = []
+    while len(means) < num_resamples:
+        size = min(RESAMPLES_AT_ONCE, num_resamples - len(means))
+        drawn_RV = generator.multinomial(len(values), counts_V / len(values), size)
+        means.extend(drawn_RV @ values_V / len(values))
+    return means

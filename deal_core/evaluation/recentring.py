@@ -51,7 +51,12 @@ def label_offsets(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> Floats:
 
 
 def recentred_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
-    """Accuracy if every label is answered as often as it occurs. It does not change if one label is favoured.
+    """Accuracy if every label is answered as often as it occurs. It does not change if one label is favoured."""
+    return float(recentred_hits(log_probs_NL, targets_N).sum() / max(1, len(targets_N)))
+
+
+def recentred_hits(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows are answered rightly if every label is answered as often as it occurs.
 
     The offsets of a row come from the rows of the other half. Without rows there, a row has no offsets.
     """
@@ -61,4 +66,4 @@ def recentred_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> fl
         if others.any():
             counts_L = np.bincount(targets_N[others], minlength=log_probs_NL.shape[1])
             scores_NL[~others] += offsets(log_probs_NL[others], counts_L / counts_L.sum())
-    return float((scores_NL.argmax(1) == targets_N).sum() / max(1, len(targets_N)))
+    return np.asarray(scores_NL.argmax(1) == targets_N)

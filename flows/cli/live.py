@@ -94,7 +94,7 @@ def status(deal: Session, lineage: Lineage = "default") -> CommandResult:
 
 @command(rollout_app, "looking")
 def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
-    """Promote or reject the version if the figures say so. A server does this every five minutes."""
+    """Promote or reject the version if the figures say so. A Prefect server does this every five minutes."""
     from flows.champions import check_rollout
 
     found = check_rollout(lineage)
@@ -198,7 +198,7 @@ def feedback(
     file: Annotated[Path, Argument(help="CSV, JSON lines or Parquet with id, and label, answer or is_right.")],
     lineage: Lineage = "default",
 ) -> CommandResult:
-    """Take right answers to logged requests, from a file that a person stands behind."""
+    """Take right answers to logged requests, from a file that a person has checked."""
     from tasks.monitoring.feedback import take_feedback_file
 
     taken = take_feedback_file(file, lineage)

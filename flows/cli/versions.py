@@ -80,7 +80,7 @@ def renew(
 
 @command(main_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
-    """Make a version champion that continues the current champion. The next arrival continues from it."""
+    """Make a version champion. Its parent must be the present champion."""
     from flows.promote import promote_to
 
     done = promote_to(lineage, version, who=deal.account, why=why)
@@ -91,7 +91,7 @@ def promote(deal: Session, version: Version, lineage: Lineage = "default", why: 
 def rollback(
     deal: Session,
     to: Annotated[
-        str | None, Option(help="Version to go back to.", show_default="the one that the champion continues")
+        str | None, Option(help="Version to go back to.", show_default="the champion's parent")
     ] = None,
     lineage: Lineage = "default",
     why: Why = "rolled back by hand",

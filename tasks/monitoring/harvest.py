@@ -1,6 +1,6 @@
 """Harvest: reviewed right answers become an ordinary file in the inbox. Each is harvested once.
 
-A row is harvested if a person stands behind its right answer and the prediction log has its text. What the model
+A row is harvested if a person checked its right answer and the prediction log has its text. What the model
 answered is never learned; a task that learns preferences learns to prefer the right answer to it.
 """
 

@@ -149,7 +149,7 @@ def test_the_newest_answer_to_a_text_counts(home: Path, labels: tuple[str, ...])
     said = [{"id": one, "label": second, "reviewer": "Jo"}, {"id": two, "label": first, "reviewer": "Jo"}]
     say(home, *said, {"id": two, "label": second})
     (row,) = landed(harvest_feedback("clinic", "l").key or "")
-    assert (row["finding"], row["answer_id"]) == (first, two), "what nobody stands behind changes nothing"
+    assert (row["finding"], row["answer_id"]) == (first, two), "what no person checked changes nothing"
     (three,) = log_answers(home, {FINDINGS[0]: second}, clinic(labels))
     say(home, {"id": three, "label": first, "reviewer": "Jo"})
     assert harvest_feedback("clinic", "l").key is None, "the same right answer to the same text"

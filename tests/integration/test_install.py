@@ -18,7 +18,9 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PACKAGES = ("deal_core", "deal_pipeline", "flows", "infra", "tasks")
-IGNORED = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "deal-home", "benchmark-work")
+IGNORED = shutil.ignore_patterns(
+    ".*", "*.egg-info", "__pycache__", "build", "dist", "deal-home", "demo-home", "benchmark-work"
+)
 
 NOT_IN_THE_TESTS = {"bitsandbytes", "setuptools", "trackio"}
 """The first needs a GPU, pip freeze leaves out the second, and TensorBoard and wandb stand for the third."""
