@@ -14,7 +14,7 @@ from deal_core.evaluation.gate import decide
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
-from flows.lock import hold_lineage
+from flows.lock import lock_lineage
 from infra.disk import disk_full
 from tasks.adaptation import run as runs
 from tasks.adaptation.evaluate import evaluate_version
@@ -96,12 +96,12 @@ async def adapt(spec: AskedSpec, again: bool = False) -> AdaptResult:
         ConfigError: The spec contradicts the lineage.
         DataValidationError: The whole file is refused.
     """
-    async with hold_lineage(spec.lineage):
+    async with lock_lineage(spec.lineage):
         return await learn_arrival(spec, again)
 
 
 @flow(name="adapt-arrival", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
-async def adapt_held(spec: AdaptSpec) -> AdaptResult:
+async def adapt_locked(spec: AdaptSpec) -> AdaptResult:
     """Learn one arrival as `adapt` does. The caller holds the lineage."""
     return await learn_arrival(spec, again=False)
 
@@ -109,7 +109,7 @@ async def adapt_held(spec: AdaptSpec) -> AdaptResult:
 async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     """Learn one arrival, and announce a failure. The caller holds the lineage."""
     try:
-        return await _learn_arrival(spec, again)
+        return await _prepare_and_learn(spec, again)
     except Interrupted:
         raise
     except Exception as error:
@@ -120,7 +120,7 @@ async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
         raise
 
 
-async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
+async def _prepare_and_learn(spec: AdaptSpec, again: bool) -> AdaptResult:
     """Run the stages of an adaptation."""
     require_judge(spec.gate)
     stages = Stages()
@@ -156,7 +156,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
             run=run, base=base, parent=parent, dataset=dataset, adapter=adapter, strategy=strategy,
             config_sha256=config_sha256, spared=choose_spared(spec, strategy, record),
         )
-        result = await _learn(spec, job, stages)
+        result = await _train_to_report(spec, job, stages)
     except BaseException:
         runs.fail_run(run)
         raise
@@ -166,7 +166,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     return result
 
 
-async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptResult:
+async def _train_to_report(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptResult:
     """Run the stages from training to report."""
     run, dataset, parent = job.run, job.dataset, job.parent
     changed = changed_since(parent, spec) if parent else ()

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
 from prefect import flow, runtime
 from pydantic import BaseModel
 
 from deal_core.config import EvaluateConfig
-from flows.promote import Decision, promote_to, reject_version
+from deal_core.errors import DealError, in_one_line
 from infra.promotions import PromotionLog
 from infra.settings import VllmSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.promote import settle_aliases
 from tasks.context import current_store
+from tasks.lineage.decisions import Decision, promote_to, reject_version
 from tasks.lineage.history import ROLLOUT, find_version, known_lineages, version_ref
-from tasks.lineage.settings import for_each, list_lineages
+from tasks.lineage.settings import list_lineages
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
-from tasks.progress import Stages, reporter
+from tasks.progress import Interrupted, Stages, reporter
 from tasks.serving.vllm import ServingRoute, sync_vllm
+
+logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
+
+
+async def for_each(names: Sequence[str], act: Callable[[str], Awaitable[Found]], failure: str) -> list[Found]:
+    """Call `act` for several lineages, one after another; return the results. A failed call does not stop the others.
+
+    Raises:
+        DealError: Calls failed; it says of which lineages, and why. `failure` says what: "could not be scored".
+    """
+    found, failed = [], []
+    for name in names:
+        try:
+            found.append(await act(name))
+        except Interrupted:
+            raise
+        except Exception as error:
+            logger.exception("Lineage %s %s", name, failure)
+            failed.append(f"{name}: {in_one_line(error)}")
+    if failed:
+        raise DealError(f"Of {len(names)} lineages {len(failed)} {failure}. {' '.join(failed)}")
+    return found
 
 
 class EvaluateResult(BaseModel, frozen=True):

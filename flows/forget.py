@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from prefect import flow
 from pydantic import BaseModel
 
-from flows.lock import hold_lineage
+from flows.lock import lock_lineage
 from infra.store.keys import parse_dataset_file
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
@@ -61,7 +61,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
     put_tombstone(store, _tombstone(plan, reason))
     async with AsyncExitStack() as stack:
         for lineage in _affected(plan):
-            await stack.enter_async_context(hold_lineage(lineage))
+            await stack.enter_async_context(lock_lineage(lineage))
         ship_logs(store)
         plan = plan_forgetting(store, registry, tracker, arrival)  # a run that has ended may have added data
         put_tombstone(store, tombstone := _tombstone(plan, reason))

@@ -9,7 +9,7 @@ from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DealError
-from flows.lock import LineageBusyError, hold_lineage
+from flows.lock import LineageBusyError, lock_lineage
 from infra.settings import ServingSettings
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
@@ -38,7 +38,7 @@ class GcResult(BaseModel, frozen=True):
 async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool = False) -> GcResult:
     """Remove old work folders, rejected adapters, training rows, logs and temporary files of crashed processes.
 
-    Logs are removed after DEAL_LOG_RETENTION_DAYS of this machine. Each lineage is held while its other files are
+    Logs are removed after DEAL_LOG_RETENTION_DAYS of this machine. Each lineage is locked while its other files are
     removed. A problem with one lineage does not stop the others.
 
     Args:
@@ -69,9 +69,9 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
 
     for name in known if lineage is None else {lineage} & {*known}:
         try:
-            async with hold_lineage(name, wait=False):
-                held = garbage.look_at_lineage(store, registry, tracker, name)
-                apply(garbage.plan_removals(held, now=now, older_than=limit))
+            async with lock_lineage(name, wait=False):
+                inventory = garbage.look_at_lineage(store, registry, tracker, name)
+                apply(garbage.plan_removals(inventory, now=now, older_than=limit))
         except LineageBusyError as error:
             reporter().said(f"{error} The lineage was skipped.")
             busy.append(name)

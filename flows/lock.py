@@ -26,7 +26,7 @@ class LineageBusyError(DealError):
 
 
 @asynccontextmanager
-async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None]:
+async def lock_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None]:
     """Hold the lineage, so that no other run works on it.
 
     A file lock in the home folder holds the lineage. It ends with the process. With a Prefect server, a global
@@ -42,7 +42,7 @@ async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None
 
 
 @patient
-async def is_held_on_server(lineage: str) -> bool:
+async def is_locked_on_server(lineage: str) -> bool:
     """Return whether a run holds the lineage on the Prefect server."""
     async with get_client() as client:
         try:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from prefect import flow
 
 from flows.adapt import AdaptResult, learn_arrival
-from flows.lock import hold_lineage
-from flows.promote import find_left_behind
+from flows.lock import lock_lineage
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from infra.version_log import VersionLog
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.arrival_runs import release
 from tasks.context import current_store
+from tasks.lineage.decisions import find_left_behind
 from tasks.lineage.history import NoVersionError, arrival_digests, descent, find_version, read_history
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.tombstones import refuse_forgotten
@@ -44,7 +44,7 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
     if released and not versions and (arrivals or not _has_versions(lineage)):
         return []
     registry = open_registry()
-    async with hold_lineage(lineage):
+    async with lock_lineage(lineage):
         numbers = versions or [each.version for each in find_left_behind(lineage)]
         found = [find_version(registry, lineage, number) for number in numbers]
         specs = [_spec_of(version) for version in found]

@@ -17,8 +17,8 @@ from prefect.settings import get_current_settings
 from pydantic import BaseModel
 
 from deal_core.errors import DataValidationError, DealError, StoreError, TrainingDivergedError, in_one_line
-from flows.adapt import AdaptResult, adapt_held
-from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
+from flows.adapt import AdaptResult, adapt_locked
+from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.keys import INBOX, task_of
 from infra.store.s3 import open_landing_queue
@@ -181,7 +181,7 @@ class InboxWorker:
         )
         self.num_left = len(settled) + len(growing)
         if settled:
-            async with hold_lineage(self.spec.lineage, wait=self.wait):
+            async with lock_lineage(self.spec.lineage, wait=self.wait):
                 held = await self._hold_cancelled(inbox, settled)
                 for info in settled:
                     if is_stopped() or self.is_held():
@@ -250,7 +250,7 @@ async def _adapt_to(store: ObjectStore, spec: LineageSpec, info: ObjectInfo) -> 
     """Adapt to one file. A refused file is not tried again, a failed one is."""
     reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
     try:
-        run = await adapt_held(await _spec_of(store, spec, info.key))
+        run = await adapt_locked(await _spec_of(store, spec, info.key))
     except DataValidationError as error:
         reporter().said(f"Refused: {in_one_line(error)}")
         return Learned("refused", in_one_line(error))
@@ -360,7 +360,7 @@ async def announce_open(
         arrival_runs.announce(store, name, info, inbox.stamp(info), released.get(info.key))
         reporter().said(f"{info.key} has landed for lineage '{name}'")
     num_announced = len(new)
-    if lost and not await is_held_on_server(name):
+    if lost and not await is_locked_on_server(name):
         held = await arrival_runs.hold_cancelled(store, name, inbox, lost, announced)
         for info in [info for info in lost if info.key not in held][:1]:  # its run handles all open files
             num_announced += arrival_runs.announce_again(

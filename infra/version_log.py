@@ -9,17 +9,13 @@ The ledger says which version learned a dataset. It is only added to, one object
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import datetime
-from typing import ClassVar
 
-from deal_core.errors import StoreError
-from deal_core.schema_version import Kept, VersionedJson
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.stored import Stored, reading_stored
+from infra.store.stored import Stored, read_stored, reading_stored
 from infra.tracking.facts import VersionFacts, VersionInfo
 
 
@@ -102,11 +98,8 @@ class VersionLog:
         self.store.put_bytes(keys.version_key(stored.lineage, stored.number), data.encode("utf-8", "replace"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LedgerEntry(VersionedJson):
+class LedgerEntry(Stored):
     """A dataset that a version of a lineage has learned."""
-
-    kept: ClassVar[Kept] = Kept("The ledger entry", StoreError, version=1)
 
     lineage: str
     sha256: str
@@ -127,15 +120,12 @@ class Ledger:
         Raises:
             StoreError: The entry is damaged, or another release wrote it.
         """
-        key = keys.ledger_key(lineage, sha256)
-        try:
-            content = self.store.get_bytes(key)
-        except ObjectNotFoundError:
-            return None
-        with reading_stored(self.store, key, "an entry of the ledger", "Delete it, if no other release wrote it."):
-            return LedgerEntry.from_json(json.loads(content))
+        return read_stored(
+            self.store, keys.ledger_key(lineage, sha256), LedgerEntry, what="an entry of the ledger",
+            remedy="Delete it, if no other release wrote it.",
+        )  # fmt: skip
 
     def record(self, entry: LedgerEntry) -> bool:
         """Write an entry unless it exists; return whether it was written. One of several concurrent writers writes."""
-        data = json.dumps(entry.to_json(), ensure_ascii=False, indent=2).encode()
+        data = entry.model_dump_json(indent=2).encode()
         return self.store.put_bytes(keys.ledger_key(entry.lineage, entry.sha256), data, if_absent=True)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
-from infra.store.keys import task_of
+from infra.store.keys import landed_key, task_of
 from tasks.inbox import HeldArrival, InboxLook, growing_pause, held_arrivals, look, read_state, write_state
 from tasks.progress import patient, reporter
 
@@ -122,7 +122,7 @@ def _note(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, numbe
 
 def _announcement_key(lineage: str, info: ObjectInfo, beside: str) -> str:
     digest = hashlib.sha256(f"{info.key}\n{info.etag}\n{beside}".encode()).hexdigest()
-    return f"landed/{lineage}/{digest[:32]}.json"
+    return landed_key(lineage, digest)
 
 
 def learning_deployment() -> filters.DeploymentFilter:

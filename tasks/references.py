@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from deal_core.config import AdapterConfig, Quantize
 from deal_core.data.schema import TaskSchema
 from deal_core.judging_config import RolloutTerms
+from infra.store.keys import short_run
 
 Standing = Literal[
     "learned", "awaiting approval", "in rollout", "left behind", "rejected by the gate", "rejected by a person",
@@ -122,7 +123,7 @@ class RunRef(Reference):
     @property
     def short_key(self) -> str:
         """The part of the key that folder names use."""
-        return self.run_key[:16]
+        return short_run(self.run_key)
 
 
 class AdaptationJob(Reference):

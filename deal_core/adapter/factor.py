@@ -43,16 +43,15 @@ class FactorNetwork(nn.Module):
         for target, value in zip(targets, self(), strict=True):
             target.copy_(value)
 
-    def pull_back(self, gradients: Sequence[Tensor], *, penalised: bool) -> None:
+    def pull_back(self, gradients: Sequence[Tensor]) -> None:
         """Set the parameters' gradients, given those of the loss with respect to the factor (N×R for every module).
 
-        With `penalised`, the gradient of the penalty is added.
+        The gradient of the penalty is added.
         """
         for parameter in self.parameters():
             parameter.grad = None
         torch.autograd.backward([self()], [torch.stack(list(gradients)).float()])
-        if penalised:
-            torch.autograd.backward(self.penalty())
+        torch.autograd.backward(self.penalty())
 
 
 class LiteralFactor(FactorNetwork):
@@ -194,7 +193,7 @@ class SpectralFactor(FactorNetwork):
             for target, value in zip(targets[part], out_BNR, strict=True):
                 target.copy_(value)
 
-    def pull_back(self, gradients: Sequence[Tensor], *, penalised: bool) -> None:
+    def pull_back(self, gradients: Sequence[Tensor]) -> None:
         """Set the gradients of g, c, Ω and b; see `FactorNetwork.pull_back`."""
         offset, config, start_MNR = self.update.offset_MNR, self._config, self.start_MNR
         weight_MRR = self._weight()
@@ -211,17 +210,17 @@ class SpectralFactor(FactorNetwork):
                 for row, gradient in zip(grad_BNR, gradients[part], strict=True):
                     row.copy_(gradient)
                 self._keep_out(grad_BNR, part, num_core)
-                if penalised and num_core and config.lambda1 > 0 and config.core == "soft":
+                if num_core and config.lambda1 > 0 and config.core == "soft":
                     self._add_wall(grad_BNR, weight_MRR, part, num_core)
                 if weight_MRR is not None and by_weight_MRR is not None:
                     torch.bmm(start_MNR[part].mT, grad_BNR, out=by_weight_MRR[part])
-                if penalised and config.lambda2 > 0:
+                if config.lambda2 > 0:
                     self._add_size(grad_BNR, part)
                 if self.update.trainable_M1R is not None:
                     grad_BNR.mul_(self.update.trainable_M1R[part])
         if weight_MRR is not None and by_weight_MRR is not None:
             total = (weight_MRR * by_weight_MRR).sum()
-            torch.autograd.backward(total + config.lambda2 * self._mixing_size() if penalised else total)
+            torch.autograd.backward(total + config.lambda2 * self._mixing_size())
 
     def _add_wall(self, grad_BNR: Tensor, weight_MRR: Tensor | None, part: slice, num_core: int) -> None:
         """Add the λ₁ term's gradient with respect to O; only core columns have one."""

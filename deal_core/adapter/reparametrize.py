@@ -73,14 +73,14 @@ class Reparametrization(nn.Module):
             for network, targets in zip(networks, stack.targets(), strict=True):
                 network.write(targets)
 
-    def pull_back(self, *, penalised: bool = False) -> None:
+    def pull_back(self) -> None:
         """Set the parameters' gradients by passing the factors' gradients back through the networks (chain rule).
 
-        With `penalised`, the gradient of `penalty` is added in the same pass over the numbers.
+        The gradient of `penalty` is added in the same pass over the numbers.
         """
         for stack, networks in zip(self._stacks, self._pairs, strict=True):
             for network, gradients in zip(networks, stack.target_gradients(), strict=True):
-                network.pull_back(gradients, penalised=penalised)
+                network.pull_back(gradients)
 
     def penalty(self) -> Tensor:
         """λ₁ and λ₂ terms of Eq. 12, summed over the modules; a scalar with a gradient."""

@@ -63,7 +63,7 @@ class Deal(Strategy):
         `penalty` is not used, because one more pass over a large model's numbers would cost as much as both steps here.
         """
         if self.network is not None:
-            self.network.pull_back(penalised=True)
+            self.network.pull_back()
 
     def after_step(self) -> None:
         """Materialise A and B from the stepped parameters."""

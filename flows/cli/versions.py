@@ -17,7 +17,7 @@ from flows.cli.session import CommandResult, Lineage, Session, command, main_app
 from infra.store.keys import INBOX
 
 if TYPE_CHECKING:
-    from flows.promote import Decision, LeftBehind
+    from tasks.lineage.decisions import Decision, LeftBehind
 
 
 Version = Annotated[str, Argument(help="Number of the version.")]
@@ -81,7 +81,7 @@ def renew(
 @command(main_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
     """Make a version champion. Its parent must be the present champion."""
-    from flows.promote import promote_to
+    from tasks.lineage.decisions import promote_to
 
     done = promote_to(lineage, version, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
@@ -97,7 +97,7 @@ def rollback(
     why: Why = "rolled back by hand",
 ) -> CommandResult:
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
-    from flows.promote import roll_back
+    from tasks.lineage.decisions import roll_back
 
     done = roll_back(lineage, to, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
@@ -111,7 +111,7 @@ def reject(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Reject a version. It can never become champion."""
-    from flows.promote import reject_version
+    from tasks.lineage.decisions import reject_version
 
     done = reject_version(lineage, version, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
@@ -147,10 +147,10 @@ def requeue(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
-    from flows.promote import find_left_behind
     from flows.requeue import requeue as requeue_flow
     from tasks.arrival_runs import release
     from tasks.inbox import find_held
+    from tasks.lineage.decisions import find_left_behind
     from tasks.lineage.history import NoVersionError
 
     arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]

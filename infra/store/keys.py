@@ -11,6 +11,7 @@
     labels/LINEAGE/TASK.json                  labels that were added by command
     renewals/LINEAGE/TASK.json                a request for new test rows
     watch/LINEAGE.json                        arrivals that a watch has handled
+    landed/LINEAGE/DIGEST.json                announcements of an arrival to the lineage
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     serving/LINEAGE.json                      the model name of a lineage in a vLLM server
     predictions/LINEAGE/DAY/SEGMENT.parquet   the prediction log
@@ -19,8 +20,8 @@
     monitor/LINEAGE.json                      the last look at a lineage's live traffic, and its open alarms
     monitor/LINEAGE/VERSION.parquet           live rows that later looks compare with, as numbers only
 
-SHA256 is the digest of an arrival's good rows, FILES the digests of its files, SCHEMA that of the task, RUN that of a
-run.
+SHA256 is the digest of an arrival's good rows, FILES the digests of its files, SCHEMA that of the task, RUN the first
+part of a run's key.
 """
 
 from __future__ import annotations
@@ -124,6 +125,16 @@ class AdapterFile(NamedTuple):
 def adapters_folder(lineage: str) -> str:
     """Return the folder of all adapters of a lineage."""
     return f"{ADAPTERS}/{lineage}"
+
+
+def short_run(run_key: str) -> str:
+    """Return the part of a run's key that names its folders."""
+    return run_key[:16]
+
+
+def landed_key(lineage: str, digest: str) -> str:
+    """Return the key of the announcement of an arrival. `digest` is that of its key, content and companions."""
+    return f"landed/{lineage}/{digest[:32]}.json"
 
 
 def adapter_uri(lineage: str, run: str) -> str:

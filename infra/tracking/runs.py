@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import FileInfo, Run, ViewType
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from infra.store import keys
 from infra.tracking.client import KIND, all_pages, found_or_none, report_errors
 from infra.tracking.facts import RUN_KEY
 from infra.tracking.tracker import Tracker
@@ -49,7 +50,7 @@ class RunInfo:
     @property
     def short_key(self) -> str:
         """The part of the key that is used in folder names."""
-        return self.run_key[:16]
+        return keys.short_run(self.run_key)
 
 
 def list_runs(tracker: Tracker, lineage: str) -> tuple[RunInfo, ...]:

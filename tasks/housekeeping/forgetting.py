@@ -37,7 +37,7 @@ ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
 
 
-class Held(BaseModel, frozen=True):
+class RowsPlace(BaseModel, frozen=True):
     """A place with rows of the arrival."""
 
     kind: Kind
@@ -72,7 +72,7 @@ class ForgetPlan(BaseModel, frozen=True):
     landed: tuple[str, ...] = ()
     """Digests of the landed rows, without the split."""
     files: tuple[str, ...]
-    held: tuple[Held, ...]
+    held: tuple[RowsPlace, ...]
     learned: tuple[AffectedVersion, ...]
     unjudged: tuple[str, ...]
     """Lineages whose champion is judged on the task by these rows, and cannot be judged on it afterwards."""
@@ -107,13 +107,13 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
     inbox_keys = [info.key for info in inbox_files]
     held = [*_rows_in_store(store, arrival), *(_stored("inbox file", info) for info in inbox_files)]
     held += [  # a killed process may have left rows of any arrival
-        Held(kind="temporary files", address=each.address, num_bytes=each.num_bytes)
+        RowsPlace(kind="temporary files", address=each.address, num_bytes=each.num_bytes)
         for each in find_leftovers(store, datetime.now(UTC))
     ]
     inputs = arrival_inputs(store, arrival, inbox_keys, manifests)
     logged = _logged(store, inputs.digests)
     held += [
-        Held(kind="logged answers", address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
+        RowsPlace(kind="logged answers", address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
              lineage=lineage)
         for lineage, ids in logged.items()
     ]  # fmt: skip
@@ -130,7 +130,7 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
         numbers = {each.version for each in affected}
         unfinished = _unregistered(versions, runs, numbers, arrival)
         began = {run.short_key for run in runs if run.dataset_sha256 in arrival.sha256s}
-        ended = {version.run_key[:16] for version in versions if version.version in numbers}
+        ended = {keys.short_run(version.run_key) for version in versions if version.version in numbers}
         held += _work_folders(lineage, unfinished | began | ended)
         held += _orphans(store, lineage, unfinished)
         held += _answers(store, asked)
@@ -189,13 +189,13 @@ def silence_watches(store: ObjectStore, landed: Collection[str], said: str) -> N
             write_state(store, lineage, state)
 
 
-def _stored(kind: Kind, info: ObjectInfo, version: VersionInfo | None = None) -> Held:
+def _stored(kind: Kind, info: ObjectInfo, version: VersionInfo | None = None) -> RowsPlace:
     """A file of the store, which may be a version's."""
     lineage, number = (version.lineage, version.version) if version else (None, None)
-    return Held(kind=kind, address=info.key, num_bytes=info.size, lineage=lineage, version=number)
+    return RowsPlace(kind=kind, address=info.key, num_bytes=info.size, lineage=lineage, version=number)
 
 
-def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
+def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[RowsPlace]:
     kinds: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
     datasets = [keys.dataset_folder(arrival.task, digest) for digest in arrival.sha256s]
     bad = [quarantine_folder(arrival.task, digest) for digest in (*arrival.sha256s, *arrival.files)]
@@ -244,24 +244,25 @@ def _unregistered(
     }  # fmt: skip
 
 
-def _orphans(store: ObjectStore, lineage: str, short_keys: Collection[str]) -> list[Held]:
+def _orphans(store: ObjectStore, lineage: str, short_keys: Collection[str]) -> list[RowsPlace]:
     folders = [keys.adapter_uri(lineage, key) for key in sorted(short_keys)]
     return [
-        Held(kind="adapter of no version", address=folder, num_bytes=sum(info.size for info in infos), lineage=lineage)
+        RowsPlace(kind="adapter of no version", address=folder, lineage=lineage,
+                  num_bytes=sum(info.size for info in infos))
         for folder in folders if (infos := list(store.list(folder)))
-    ]
+    ]  # fmt: skip
 
 
-def _work_folders(lineage: str, short_keys: Collection[str]) -> list[Held]:
+def _work_folders(lineage: str, short_keys: Collection[str]) -> list[RowsPlace]:
     folders = [work_folder(lineage, key) for key in sorted(short_keys)]
     return [
-        Held(kind="work folder", address=str(folder), lineage=lineage,
+        RowsPlace(kind="work folder", address=str(folder), lineage=lineage,
              num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
         for folder in folders if folder.is_dir()
     ]  # fmt: skip
 
 
-def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[Held]:
+def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[RowsPlace]:
     return [
         _stored("answers", info, version)
         for version in versions for info in store.list(version.adapter_uri)
@@ -269,26 +270,26 @@ def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[Held]:
     ]  # fmt: skip
 
 
-def _references(store: ObjectStore, versions: Iterable[VersionInfo], task: str) -> list[Held]:
+def _references(store: ObjectStore, versions: Iterable[VersionInfo], task: str) -> list[RowsPlace]:
     return [
-        Held(kind="reference rows", address=key, lineage=version.lineage, version=version.version)
+        RowsPlace(kind="reference rows", address=key, lineage=version.lineage, version=version.version)
         for version in versions
         if holds_task(store, key := f"{version.adapter_uri}/{REFERENCE_FILE}", task)
     ]
 
 
-def _artifacts(remover: ArtifactRemover, run_ids: Iterable[str]) -> list[Held]:
+def _artifacts(remover: ArtifactRemover, run_ids: Iterable[str]) -> list[RowsPlace]:
     found = ((run_id, artifacts_with_rows(remover.run_files(run_id))) for run_id in sorted(run_ids))
-    return [Held(kind="artifacts", address=", ".join(paths), run_id=run_id) for run_id, paths in found if paths]
+    return [RowsPlace(kind="artifacts", address=", ".join(paths), run_id=run_id) for run_id, paths in found if paths]
 
 
 def _kept_by_method(
     store: ObjectStore, versions: Sequence[VersionInfo], affected: Collection[str], arrival: KnownArrival
-) -> list[Held]:
+) -> list[RowsPlace]:
     concerned = [version for version in versions if version.version in affected and not version.adapter_removed]
     names = _method_rows(store, versions, arrival.sha256s) if concerned else {}
     return [
-        Held(kind="rows kept by the method", address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
+        RowsPlace(kind="rows kept by the method", address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
              lineage=version.lineage, version=version.version)
         for version in concerned if names.get(version.version)
     ]  # fmt: skip

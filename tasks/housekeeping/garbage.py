@@ -66,7 +66,7 @@ class Removal(BaseModel, frozen=True):
     """MLflow's model of this version."""
 
 
-class Holdings(NamedTuple):
+class Inventory(NamedTuple):
     """The inventory of a lineage that no process is working on."""
 
     lineage: str
@@ -81,7 +81,7 @@ class Holdings(NamedTuple):
     """Training rows that no arrival retains."""
 
 
-def plan_removals(held: Holdings, *, now: datetime, older_than: timedelta) -> tuple[Removal, ...]:
+def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta) -> tuple[Removal, ...]:
     """Return the removals in a fixed order.
 
     No process is working on the lineage, so a run with the status RUNNING has died. Such a run and a failed run may
@@ -90,28 +90,28 @@ def plan_removals(held: Holdings, *, now: datetime, older_than: timedelta) -> tu
     `older_than` is the least age of training rows, of a rejected version's adapter, and of the folders of an open run.
     """
     cutoff = now - older_than
-    version_of = {version.run_key[:16]: version for version in held.versions}
-    run_of = {run.short_key: run for run in held.runs}
-    kept = kept_versions(held.versions, cutoff)
-    champion = next((version.version for version in held.versions if "champion" in version.aliases), None)
+    version_of = {keys.short_run(version.run_key): version for version in inventory.versions}
+    run_of = {run.short_key: run for run in inventory.runs}
+    kept = kept_versions(inventory.versions, cutoff)
+    champion = next((version.version for version in inventory.versions if "champion" in version.aliases), None)
     found: list[Removal] = []
 
     def add(kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None) -> None:
-        found.append(_removal(held.lineage, kind, folder, reason, version))
+        found.append(_removal(inventory.lineage, kind, folder, reason, version))
 
-    for key, folder in sorted(held.work.items()):
+    for key, folder in sorted(inventory.work.items()):
         if version := version_of.get(key):  # steps after the registration need only the store
             add("work folder", folder, f"its run has registered version {version.version}")
         elif reason := _why_over(run_of.get(key), folder, champion, cutoff):
             add("work folder", folder, reason)
-    for key, folder in sorted(held.adapters.items()):
+    for key, folder in sorted(inventory.adapters.items()):
         if version := version_of.get(key):
             if version.version not in kept:
                 day = f"{version.created:%Y-%m-%d}"
                 add("adapter", folder, f"version {version.version} of {day} was rejected", version)
         elif reason := _why_over(run_of.get(key), folder, champion, cutoff):
             add("adapter", folder, f"no version names it: {reason}")
-    for folder in held.training_rows:
+    for folder in inventory.training_rows:
         if folder.modified < cutoff:  # a run on another machine may still read younger rows
             add("training rows", folder, "learned, or to be read anew from the file")
     return tuple(found)
@@ -220,7 +220,7 @@ def _without_answer(store: ObjectStore, lineage: str, now: datetime) -> set[str]
     return feedback_without_answer(store, HomeSettings().home, lineage, (now - FEEDBACK_AGE).timestamp())
 
 
-def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, lineage: str) -> Holdings:
+def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, lineage: str) -> Inventory:
     """Return the inventory of a lineage.
 
     Raises:
@@ -232,7 +232,7 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
     for info in store.list(keys.adapters_folder(lineage)):
         if each := keys.parse_adapter_file(info.key):
             adapters[each.run].append(info)
-    return Holdings(
+    return Inventory(
         lineage=lineage, versions=versions, runs=list_runs(tracker, lineage),
         adapters={key: _folder(keys.adapter_uri(lineage, key), infos) for key, infos in adapters.items()},
         work={path.name: local_folder(path) for path in _work_folders(lineage)},

@@ -29,7 +29,7 @@ RECORD_FILE = "record.json"
 
 @dataclass(frozen=True, kw_only=True)
 class KnownTask:
-    """A task that the lineage has learned. The test rows of `dataset_uri`, its first arrival, judge every version."""
+    """A task that the lineage has learned. The test rows of `dataset_uri` judge the versions of today."""
 
     schema: TaskSchema
     dataset_uri: str

@@ -6,9 +6,8 @@ lineage's file, and the file over the defaults.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -17,7 +16,7 @@ from pydantic import BeforeValidator
 
 from deal_core.config import without_removed
 from deal_core.data.schema import is_name
-from deal_core.errors import ConfigError, DealError, StoreError, in_one_line
+from deal_core.errors import ConfigError, StoreError, in_one_line
 from deal_core.judging_config import MonitorConfig
 from deal_core.method_config import MEMORY
 from deal_core.safe_text import brief
@@ -25,14 +24,11 @@ from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from tasks.context import current_store
-from tasks.progress import Interrupted
 from tasks.references import Arrival
 from tasks.spec import AdaptSpec, LineageSpec, Name, parse, read_lineage_values, resolve_base
 
-logger = logging.getLogger(__name__)
 DEFAULT = "default"
 Asked = TypeVar("Asked", bound=LineageSpec)
-Found = TypeVar("Found")
 
 
 class WatchedLineage(LineageSpec):
@@ -129,26 +125,6 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
     for name, problem in found.problems.items():
         store.warn_once(f"{name} {problem}", f"Lineage {name} is left out: {problem}")
     return found.good
-
-
-async def for_each(names: Sequence[str], act: Callable[[str], Awaitable[Found]], failure: str) -> list[Found]:
-    """Call `act` for several lineages, one after another; return the results. A failed call does not stop the others.
-
-    Raises:
-        DealError: Calls failed; it says of which lineages, and why. `failure` says what: "could not be scored".
-    """
-    found, failed = [], []
-    for name in names:
-        try:
-            found.append(await act(name))
-        except Interrupted:
-            raise
-        except Exception as error:
-            logger.exception("Lineage %s %s", name, failure)
-            failed.append(f"{name}: {in_one_line(error)}")
-    if failed:
-        raise DealError(f"Of {len(names)} lineages {len(failed)} {failure}. {' '.join(failed)}")
-    return found
 
 
 def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:

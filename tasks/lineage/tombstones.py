@@ -91,7 +91,7 @@ def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows
 
 def forgotten_tests(store: ObjectStore, task: str, dataset_uri: str) -> Tombstone | None:
     """Return the tombstone of a task's test rows, or None if the test rows are there."""
-    if store.exists(f"{dataset_uri}/test.parquet"):
+    if store.exists(f"{dataset_uri}/{keys.TEST_FILE}"):
         return None
     return find_tombstone(store, task, [dataset_sha256(dataset_uri)])
 

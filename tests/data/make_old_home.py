@@ -65,7 +65,7 @@ def _write_rows() -> None:
 def _learn() -> None:
     """Bank is promoted, clinic is rejected, parcels is promoted; a person goes back to bank and forth to parcels."""
     from benchmarks.tiny_base import NO_LIMITS
-    from flows.promote import promote_to, roll_back
+    from tasks.lineage.decisions import promote_to, roll_back
 
     passed: dict[str, Any] = dict(NO_LIMITS)
     found = [_adapt("bank", passed), _adapt("clinic", {**passed, "min_accuracy": 1.0}), _adapt("parcels", passed)]

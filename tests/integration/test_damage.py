@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from deal_core.errors import DealError
 from flows.cli.app import app
-from flows.promote import roll_back
 from flows.server.status import Status, read_status
 from infra.tracking.registry import open_registry
+from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import read_history
 from tasks.predict import predict
 from tests.adapting import BANK, run

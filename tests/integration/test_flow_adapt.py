@@ -116,7 +116,7 @@ def test_a_lineage_supplies_what_the_next_spec_leaves_open(
         asked.append(spec)
         raise Killed
 
-    monkeypatch.setattr("flows.adapt._learn", stop)
+    monkeypatch.setattr("flows.adapt._train_to_report", stop)
     with pytest.raises(Killed):
         run(tiny_base, CLINIC, again=True, strategy="deal", memory="none")
     assert (asked[0].strategy, asked[0].memory) == ("deal", "none")
@@ -436,7 +436,7 @@ def test_an_mlflow_that_does_not_end_the_run_does_not_hide_why_it_failed(
     def refuse(*args: Any) -> None:
         raise MlflowException("the server is away")
 
-    monkeypatch.setattr("flows.adapt._learn", break_down)
+    monkeypatch.setattr("flows.adapt._train_to_report", break_down)
     monkeypatch.setattr(MlflowClient, "set_terminated", refuse)
     with pytest.raises(DataValidationError, match="the cause"):
         run(tiny_base, BANK)

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli.app import app
 from flows.forget import forget
-from flows.promote import find_left_behind, roll_back
 from flows.requeue import requeue
 from infra.tracking.registry import open_registry
 from tasks.adaptation import scorer
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
+from tasks.lineage.decisions import find_left_behind, roll_back
 from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, run

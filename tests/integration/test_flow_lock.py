@@ -9,7 +9,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.lock import LineageBusyError, hold_lineage
+from flows.lock import LineageBusyError, lock_lineage
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -22,7 +22,7 @@ async def limit_of(lineage: str) -> tuple[int, int]:
 
 def test_the_limit_is_made_held_and_given_back() -> None:
     async def flow() -> None:
-        async with hold_lineage("server-lock"):
+        async with lock_lineage("server-lock"):
             assert await limit_of("server-lock") == (1, 1)
         assert await limit_of("server-lock") == (1, 0)
 
@@ -33,13 +33,13 @@ def test_a_second_run_waits_for_the_first() -> None:
     events: list[str] = []
 
     async def second() -> None:
-        async with hold_lineage("server-queue"):
+        async with lock_lineage("server-queue"):
             events.append("second in")
 
     async def flow() -> None:
-        async with hold_lineage("server-queue"):
+        async with lock_lineage("server-queue"):
             waiting = asyncio.create_task(second())
-            async with hold_lineage("server-other"):
+            async with lock_lineage("server-other"):
                 events.append("other in")
             assert not waiting.done()
             events.append("first out")
@@ -53,11 +53,11 @@ def test_a_run_that_began_before_the_server_keeps_the_servers_runs_off() -> None
     async def flow() -> None:
         async with AsyncExitStack() as stack:
             with temporary_settings(restore_defaults={PREFECT_API_URL}):
-                await stack.enter_async_context(hold_lineage("server-later"))
+                await stack.enter_async_context(lock_lineage("server-later"))
             with pytest.raises(LineageBusyError):
-                async with hold_lineage("server-later", wait=False):
+                async with lock_lineage("server-later", wait=False):
                     pass
-        async with hold_lineage("server-later", wait=False):
+        async with lock_lineage("server-later", wait=False):
             assert await limit_of("server-later") == (1, 1)
 
     asyncio.run(flow())

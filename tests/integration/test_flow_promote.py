@@ -19,7 +19,7 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import DataValidationError, RegistryError
 from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
-from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
+from flows.promote import decide
 from flows.requeue import requeue
 from infra.promotions import PromotionLog
 from infra.tracking.facts import VersionInfo
@@ -27,6 +27,7 @@ from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version, move_champion, settled_champion
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
+from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.spec import AdaptSpec, parse
@@ -106,7 +107,7 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(
     between = datetime.now(UTC)
     told: list[tuple[str, str | None, str | None]] = []
     monkeypatch.setattr(
-        "flows.promote.announce", lambda kind, notice: told.append((kind, notice.version, notice.who))
+        "tasks.lineage.decisions.announce", lambda kind, notice: told.append((kind, notice.version, notice.who))
     )
     done = roll_back("l", None, **BY)
     assert told == [("rolled-back", "1", "tester")]
@@ -371,11 +372,11 @@ def test_a_rejection_that_was_cut_short_holds(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("waiting")
 def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_slowly(registry: Registry, lineage: str, version: str) -> VersionInfo:
-        monkeypatch.setattr("flows.promote.find_version", find_version)
+        monkeypatch.setattr("tasks.lineage.decisions.find_version", find_version)
         roll_back("l", "1", **BY)
         return find_version(registry, lineage, version)
 
-    monkeypatch.setattr("flows.promote.find_version", find_slowly)
+    monkeypatch.setattr("tasks.lineage.decisions.find_version", find_slowly)
     with pytest.raises(RegistryError, match="try again"):
         reject_version("l", "3", **BY)
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
@@ -388,11 +389,11 @@ def test_the_end_of_a_request_does_not_undo_a_move_that_was_made_meanwhile(monke
     settled_champion(open_registry(), current_store(), "l")
 
     def find_slowly(registry: Registry, lineage: str, version: str) -> VersionInfo:
-        monkeypatch.setattr("flows.promote.find_version", find_version)
+        monkeypatch.setattr("tasks.lineage.decisions.find_version", find_version)
         promote_to("l", "3", **BY)
         return find_version(registry, lineage, version)
 
-    monkeypatch.setattr("flows.promote.find_version", find_slowly)
+    monkeypatch.setattr("tasks.lineage.decisions.find_version", find_slowly)
     with pytest.raises(RegistryError, match="try again"):
         decide("l", "1", "reject", why="not now", who="Ada")
     settled_champion(open_registry(), current_store(), "l")

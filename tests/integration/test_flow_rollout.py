@@ -13,13 +13,14 @@ from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
 from flows.champions import abort_rollout, check_rollout, finish_rollout, rollouts
 from flows.cli.app import app
-from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
+from flows.promote import decide
 from infra.promotions import PromotionLog
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
+from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.history import descent, find_version, standing_of
 from tests.in_process import KilledError
 from tests.registering import register

@@ -18,7 +18,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymen
 import tasks.inbox
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
-from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
+from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
 from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
@@ -187,8 +187,8 @@ def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeyp
     monkeypatch.setattr(tasks.inbox, "PAUSE", timedelta(0))
 
     async def look_while_held() -> int:
-        async with hold_lineage("lost"):
-            assert await is_held_on_server("lost")
+        async with lock_lineage("lost"):
+            assert await is_locked_on_server("lost")
             inbox = look_at_inbox(current_store())
             return (await announce_open(current_store(), inbox, lineage("lost"), InboxState(), {}, 0)).num_announced
 
@@ -264,9 +264,9 @@ def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base
     land(home, "parcels/a.jsonl")
 
     async def two() -> Any:
-        async with hold_lineage("busy"):
+        async with lock_lineage("busy"):
             with pytest.raises(LineageBusyError):
-                async with hold_lineage("busy", wait=False):
+                async with lock_lineage("busy", wait=False):
                     pass
             return await adapt_landed("busy", settle_seconds=0.01)
 
@@ -280,7 +280,7 @@ def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path
     worker = InboxWorker(current_store(), spec, (), settle_seconds=0.01, once=False, wait=True)
 
     async def two() -> None:
-        async with hold_lineage("shared"):
+        async with lock_lineage("shared"):
             waiting = asyncio.create_task(worker.handle_open())
             await asyncio.sleep(0)  # the flow has read the inbox, and waits
             (info,) = list_arrivals(current_store().list("inbox"))

@@ -25,7 +25,6 @@ from flows.cli.app import app
 from flows.cli.housekeeping import show_forget_plan
 from flows.forget import forget, plan_forget
 from flows.gc import GcResult, gc
-from flows.promote import roll_back
 from flows.requeue import requeue
 from infra.predictions import read_feedback, read_predictions
 from infra.serving.prediction_log import PredictionLog
@@ -36,6 +35,7 @@ from infra.tracking.tracker import open_tracker
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
+from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError

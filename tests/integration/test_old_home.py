@@ -21,10 +21,10 @@ from flows.adapt import AdaptResult, adapt
 from flows.champions import evaluate
 from flows.cli.app import app
 from flows.forget import forget
-from flows.promote import find_left_behind, promote_to, roll_back
 from flows.requeue import requeue
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
+from tasks.lineage.decisions import find_left_behind, promote_to, roll_back
 from tasks.lineage.history import read_champion_at, read_history, read_moves
 from tasks.lineage.tombstones import ForgottenRowsError
 from tasks.predict import predict

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
 from flows.cli.app import app
-from flows.promote import rebuild, roll_back
+from flows.promote import rebuild
 from infra.settings import TrackingSettings
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import LineageRebuild, open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import read_page
+from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import read_history
 from tasks.lineage.rebuild import RebuildResult
 from tasks.predict import predict

@@ -15,7 +15,6 @@ from deal_core.evaluation.answer_scores import LabelFigures
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
-from infra.version_log import LedgerEntry
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.references import BaseRef
 
@@ -52,10 +51,9 @@ SERVED = ServedVersion(
     tasks=tuple(ServedTask(schema=task, max_prompt_tokens=256, max_new_tokens=7) for task in TASKS),
     newest_task="talk",
 )  # fmt: skip
-ENTRY = LedgerEntry(lineage="support", sha256="ab" * 32, task="bank", run_key="23" * 32, version="4")
 STORED: dict[str, tuple[Any, type[Exception]]] = {
     "evaluation": (REPORT, ValueError), "matrix": (MATRIX, ValueError), "manifest": (MANIFEST, DataValidationError),
-    "record": (RECORD, StoreError), "deal": (SERVED, AdapterStateError), "ledger": (ENTRY, StoreError),
+    "record": (RECORD, StoreError), "deal": (SERVED, AdapterStateError),
 }  # fmt: skip
 
 
@@ -99,7 +97,7 @@ def test_a_matrix_inside_has_a_schema_version_of_its_own(name: str) -> None:
         type(STORED[name][0]).from_json(values)
 
 
-@pytest.mark.parametrize("name", ["evaluation", "manifest", "deal", "ledger"])
+@pytest.mark.parametrize("name", ["evaluation", "manifest", "deal"])
 def test_an_unknown_field_is_refused(name: str) -> None:
     with pytest.raises((TypeError, ValueError), match="surprise"):
         type(STORED[name][0]).from_json({**golden(name), "surprise": 1})

@@ -31,7 +31,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         async def fail(*args: Any) -> None:
             raise error
 
-        monkeypatch.setattr("flows.watch.adapt_held", fail)
+        monkeypatch.setattr("flows.watch.adapt_locked", fail)
         store = open_store(str(tmp_path))
         store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
         (info,) = list_arrivals(store.list("inbox"))

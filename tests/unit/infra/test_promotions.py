@@ -103,6 +103,13 @@ def test_a_ledger_entry_is_found_again_in_its_own_lineage_only(store: FileStore)
     assert ledger.find("base", "cd" * 32) is None
 
 
+def test_a_ledger_entry_is_written_as_by_earlier_releases(store: FileStore) -> None:
+    written = (Path(__file__).parents[2] / "golden" / "json" / "ledger.json").read_bytes()
+    made = LedgerEntry(lineage="support", sha256="ab" * 32, task="bank", run_key="23" * 32, version="4")
+    Ledger(store).record(made)
+    assert store.get_bytes(f"ledger/support/{'ab' * 32}.json") == written
+
+
 def test_the_first_ledger_entry_stays(store: FileStore) -> None:
     ledger = Ledger(store)
     with ThreadPoolExecutor(8) as pool:

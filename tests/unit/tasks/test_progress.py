@@ -14,7 +14,7 @@ import pytest
 import tenacity
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.lock import hold_lineage
+from flows.lock import lock_lineage
 from tasks.progress import Interrupted, Stages, advance, patient, raise_if_stopped, reporting_to
 
 AT_ONCE = {"wait": tenacity.wait_none()}
@@ -141,7 +141,7 @@ def test_one_run_per_lineage_at_a_time() -> None:
     recorder = Recorder()
 
     async def hold(name: str, lineage: str, entered: asyncio.Event, leave: asyncio.Event) -> None:
-        async with hold_lineage(lineage):
+        async with lock_lineage(lineage):
             events.append(f"{name} in")
             entered.set()
             await leave.wait()
@@ -168,11 +168,11 @@ def test_one_run_per_lineage_at_a_time() -> None:
 @pytest.mark.usefixtures("no_server")
 def test_a_lineage_is_free_again_after_a_failure() -> None:
     async def fail() -> None:
-        async with hold_lineage("l"):
+        async with lock_lineage("l"):
             raise RuntimeError
 
     async def hold() -> None:
-        async with hold_lineage("l"):
+        async with lock_lineage("l"):
             pass
 
     with pytest.raises(RuntimeError):
@@ -183,7 +183,7 @@ def test_a_lineage_is_free_again_after_a_failure() -> None:
 @pytest.mark.usefixtures("no_server")
 def test_the_lock_lies_in_the_home(home: Path) -> None:
     async def hold() -> None:
-        async with hold_lineage("l"):
+        async with lock_lineage("l"):
             assert (home / "locks" / "l.lock").exists()
 
     asyncio.run(hold())

@@ -13,7 +13,7 @@ from infra.store.base import temporary_folder
 from infra.store.local import FileStore
 from infra.tracking.facts import VersionInfo
 from infra.tracking.runs import RunInfo
-from tasks.housekeeping.garbage import Folder, Holdings, find_leftovers, kept_versions, plan_removals, remove_local
+from tasks.housekeeping.garbage import Folder, Inventory, find_leftovers, kept_versions, plan_removals, remove_local
 
 NOW = datetime(2026, 6, 30, tzinfo=UTC)
 LIMIT = timedelta(days=30)
@@ -47,21 +47,21 @@ def folder(number: int, modified: datetime = OLD) -> tuple[str, Folder]:
 def plan(**held: Any) -> list[tuple[str, str]]:
     values = {"versions": (), "runs": (), "adapters": {}, "work": {}, "training_rows": (), **held}
     return [(each.kind, each.address[-1]) for each in
-            plan_removals(Holdings(lineage="l", **values), now=NOW, older_than=LIMIT)]  # fmt: skip
+            plan_removals(Inventory(lineage="l", **values), now=NOW, older_than=LIMIT)]  # fmt: skip
 
 
 CHAMPION = version(1, accepted=True, aliases=("champion",))
 
 
 def test_an_old_rejected_adapter_goes_and_names_its_version() -> None:
-    held = Holdings("l", (CHAMPION, version(2, 1)), (), dict([folder(1), folder(2)]), {}, ())
+    held = Inventory("l", (CHAMPION, version(2, 1)), (), dict([folder(1), folder(2)]), {}, ())
     (removal,) = plan_removals(held, now=NOW, older_than=LIMIT)
     assert (removal.version, removal.model_id, removal.num_bytes) == ("2", "m2", 20)
     assert removal.reason == "version 2 of 2026-05-30 was rejected"
 
 
 def test_an_old_adapter_that_a_person_refused_goes_too() -> None:
-    held = Holdings("l", (CHAMPION, version(2, 1, accepted=True, approval="refused")), (), dict([folder(2)]), {}, ())
+    held = Inventory("l", (CHAMPION, version(2, 1, accepted=True, approval="refused")), (), dict([folder(2)]), {}, ())
     (removal,) = plan_removals(held, now=NOW, older_than=LIMIT)
     assert removal.version == "2"
 

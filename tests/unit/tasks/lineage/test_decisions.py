@@ -12,12 +12,12 @@ import pytest
 from deal_core.errors import RegistryError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.adapt import adapted, repeated
-from flows.promote import find_left_behind, promote_to, reject_version, roll_back
-from flows.promote import left_behind as left_behind_by
 from infra.promotions import Change, PromotionLog
 from infra.store.local import open_store
 from infra.tracking.facts import VersionInfo
 from tasks.adaptation.promote import rejected_by_person
+from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
+from tasks.lineage.decisions import left_behind as left_behind_by
 from tasks.references import DatasetRef, VersionRef
 
 
@@ -37,12 +37,12 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {str(number): known_version(number, parent) for number, parent in ((1, None), (2, 1), (3, 1))}
     registry = SimpleNamespace(versions=lambda lineage: list(known.values()))
     log = SimpleNamespace(moves=lambda lineage: [])
-    monkeypatch.setattr("flows.promote._look", lambda lineage: (registry, log, "2", None, known["2"]))
-    monkeypatch.setattr("flows.promote._require_usable", lambda *args: None)
-    monkeypatch.setattr("flows.promote.find_version", lambda registry, lineage, number: known[number])
+    monkeypatch.setattr("tasks.lineage.decisions._look", lambda lineage: (registry, log, "2", None, known["2"]))
+    monkeypatch.setattr("tasks.lineage.decisions._require_usable", lambda *args: None)
+    monkeypatch.setattr("tasks.lineage.decisions.find_version", lambda registry, lineage, number: known[number])
     for name in ("open_registry", "PromotionLog", "current_store"):
-        monkeypatch.setattr(f"flows.promote.{name}", lambda *args: None)
-    monkeypatch.setattr("flows.promote.settle_aliases", lambda *args: ("2", None))
+        monkeypatch.setattr(f"tasks.lineage.decisions.{name}", lambda *args: None)
+    monkeypatch.setattr("tasks.lineage.decisions.settle_aliases", lambda *args: ("2", None))
 
 
 @pytest.mark.usefixtures("versions")
@@ -79,8 +79,8 @@ def test_a_version_that_was_rejected_before_tells_by_whom_and_why(
             action="rejected", lineage="support", version=number, before="1", champion="1", who=who, why=why
         )
         last = log.add(last, change)
-    monkeypatch.setattr("flows.promote.PromotionLog", lambda store: log)
-    monkeypatch.setattr("flows.promote.find_version", lambda *args: version)
+    monkeypatch.setattr("tasks.lineage.decisions.PromotionLog", lambda store: log)
+    monkeypatch.setattr("tasks.lineage.decisions.find_version", lambda *args: version)
     with pytest.raises(RegistryError, match=told):
         reject_version("support", version.version, who="tester", why="a test")
 
@@ -106,7 +106,7 @@ def test_a_version_that_a_person_rejected_can_be_requeued() -> None:
 
 def left_behind(monkeypatch: pytest.MonkeyPatch, champion: int, *versions: VersionInfo) -> list[str]:
     registry = SimpleNamespace(versions=lambda lineage: versions, champion=lambda lineage: versions[champion - 1])
-    monkeypatch.setattr("flows.promote.open_registry", lambda: registry)
+    monkeypatch.setattr("tasks.lineage.decisions.open_registry", lambda: registry)
     return [each.version for each in find_left_behind("l")]
 
 
