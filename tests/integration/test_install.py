@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -92,6 +93,11 @@ def test_the_installed_command_answers(installed: Path, tmp_path: Path) -> None:
     typed = {"_DEAL_COMPLETE": "complete_bash", "COMP_WORDS": "deal hist", "COMP_CWORD": "1"}
     assert answer(**typed).split() == ["history"], "what the shell asks after `deal --install-completion`"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (PROJECT["version"], PROJECT["license"])
 
 
 def test_the_notes_of_a_release_are_its_section_of_the_changelog(tmp_path: Path) -> None:
