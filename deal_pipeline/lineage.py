@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import threading
 import uuid
@@ -122,7 +123,9 @@ class Lineage:
             arrival["test_data"] = self._as_file(test_data)
         with tempfile.TemporaryDirectory(prefix="deal-") as folder:
             spec = Path(folder) / "spec.yaml"
-            spec.write_text(json.dumps({**(settings or {}), "task": arrival}), encoding="utf-8")  # JSON is YAML
+            text = json.dumps({**(settings or {}), "task": arrival}, ensure_ascii=False)  # JSON is YAML
+            # but YAML does not join JSON's two escapes of one character
+            spec.write_text(re.sub("[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", text), encoding="utf-8")
             options = self._options({"--base": base, "--strategy": strategy, "--memory": memory})
             values = self._run(["adapt", str(spec), *options, *(["--again"] if again else [])])
         return Adaptation(

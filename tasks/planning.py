@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from deal_core.base_model.device import Device, current_device, parse_bytes
 from deal_core.base_model.load import BaseConfig, Precision, find_config, load_base, precision_name
 from deal_core.config import TrainConfig
-from deal_core.data.dataset import build_dataset
+from deal_core.data.dataset import ArrivalRefusedError, build_dataset
 from deal_core.data.schema import DatasetManifest
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import asks_own_texts
 from deal_core.planning.memory import (
     HEADROOM,
@@ -153,7 +153,10 @@ def plan(
     on_progress("reading the file")
     with temporary_folder() as folder:
         with landing_of(store, arrival, choose_schema(store, arrival, record), record, spec.data) as landing:
-            manifest = build_dataset(landing, folder / "dataset")  # by the rules of ingest
+            try:
+                manifest = build_dataset(landing, folder / "dataset")  # by the rules of ingest
+            except ArrivalRefusedError as error:
+                raise DataValidationError(f"{error.report.refusal} deal validate lists the bad rows.") from None
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
         run = _Run(
             source=source, base=base, precision=precision_name(precision), champion=champion,
@@ -288,6 +291,9 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
         times.append(time.perf_counter())
 
     train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
+    if run.setup.task.learns_preferences:  # the parent reads all of them first
+        num_rows = NUM_PROBE_STEPS * train.batch_size * train.gradient_accumulation_steps
+        rows = rows.select(range(0, len(rows), max(1, len(rows) // num_rows)))
     with temporary_folder() as temporary, borrowed_parent(current_store(), run.champion) as parent_folder:
         base = load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize)
         train_adapter(

@@ -141,11 +141,13 @@ def validate(
         report = validate_file(landing, kept.add)
     manifest = report.manifest
     checked = None
-    if with_model and manifest.task.labels:
+    if with_model and manifest.task.labels and kept.inputs:
         checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
     example = report.example and _shown(manifest.task, report.example, choose_base(read, record))
     spared = choose_spared(read, choose_strategy(read, record), record)
-    warnings = (*kept.warnings(manifest.task), *few_tests_warning(manifest, read.gate, spared))
+    brings_tests = landing.renews_tests or not landing.frozen_test_inputs
+    few = few_tests_warning(manifest, read.gate, spared) if brings_tests else ()
+    warnings = (*kept.warnings(manifest.task), *few)
     result = _result(file, report, kept, example, checked)
     return result.model_copy(update={"task_file": task_file and str(task_file), "warnings": warnings})
 

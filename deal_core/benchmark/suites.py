@@ -20,6 +20,8 @@ from deal_core.data.reading.lines import open_text
 from deal_core.data.reading.readers import look_at, read_rows
 from deal_core.data.schema import SURROGATE, PromptForm, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.evaluation.answer_scores import number_labels, plain_answer
+from deal_core.safe_text import listed
 
 Rows = tuple[dict[str, Any], ...]
 Part = Literal["dev", "reported"]
@@ -229,7 +231,7 @@ def _from_json_lines(folder: Path, name: str) -> SuiteTask:
     train, test = (_rows(files[part], *columns) for part in ("train", "test"))
     if not is_generation:
         schema = TaskSchema(name=name, labels=tuple(task["labels"]), instruction=task["instruction"])
-        return SuiteTask(schema=schema, train=train, test=test)
+        return _with_known_labels(SuiteTask(schema=schema, train=train, test=test), path)
     dev = _rows(files["dev"], *columns) if files["dev"].is_file() else None
     schema = TaskSchema(name=name, format="completion", instruction=task["instruction"], metric="rouge_l")
     return SuiteTask(schema=schema, train=train, test=test, dev=dev)
@@ -254,10 +256,21 @@ def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
         return tuple(rows)
 
     test = home / "test.json"
-    return SuiteTask(
+    found_task = SuiteTask(
         schema=TaskSchema(name=name, labels=tuple(labels), instruction=FAMILIES[family]),
         train=shuffled(home / "train.json"), test=shuffled(test if test.is_file() else home / "dev.json"),
     )  # fmt: skip
+    return _with_known_labels(found_task, home / "labels.json")
+
+
+def _with_known_labels(task: SuiteTask, path: Path) -> SuiteTask:
+    """Return the task; raise DataValidationError if a row has a label that `path` does not list."""
+    known = number_labels(task.schema.labels)
+    if odd := sorted({row["output"] for row in (*task.train, *task.test) if plain_answer(row["output"]) not in known}):
+        raise DataValidationError(
+            f"Rows of task {task.schema.name!r} have the labels {listed(odd)}, which {path} does not list; add them."
+        )
+    return task
 
 
 def _json(path: Path) -> Any:

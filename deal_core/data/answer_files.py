@@ -221,6 +221,8 @@ def _type_for(kinds: set[str]) -> pa.DataType:
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_floating(kind):  # JSON of pandas has NaN where nothing is
+        values = [None if _kind_of(value) == "null" else value for value in values]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return pa.array([_text(value) for value in values], kind)
     if pa.types.is_floating(kind):

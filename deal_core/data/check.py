@@ -85,6 +85,8 @@ class RowChecker:
 
     def _conversation(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
         """The messages before the wanted answer."""
+        if "messages" not in self._columns.names:  # a chat in two columns has its answer
+            return self._chat(values, None, problems).input
         column = self._columns.names["messages"]
         messages = chats.as_messages(values.get(column))
         if messages is not None and (messages[-1].get("role") or messages[-1].get("from")) in _ASKING:
@@ -151,6 +153,8 @@ class RowChecker:
         """The label that a cell names, and what is wrong with it."""
         problems: list[Problem] = []
         cell = " ".join(text.split())
+        if is_whole_number(cell) and cell not in self._label_names and label_key(cell) not in self._label_of_key:
+            cell = cell.partition(".")[0]  # whole numbers are floats in a CSV column with gaps
         label = self._label_names.get(cell, cell)
         if self._label_of_key and label_key(label) not in self._label_of_key:
             label = cell  # the task was learned with the cells as its labels

@@ -72,6 +72,12 @@ def resolve_columns(
         DataValidationError: A column or the format is missing or ambiguous.
     """
     formats = _possible_formats(task)
+    if not formats:
+        kinds = "; ".join(f"{one}: {' and '.join(columns)}" for one, columns in COLUMNS_OF_FORMAT.items())
+        raise DataValidationError(
+            f"task.columns names {' and '.join(task.columns)}, which are of different formats; name the columns of one "
+            f"of them ({kinds})."
+        )
     overview = _describe(file_columns, task, source, include_texts)
     found = {name: _matches(name, file_columns, task, source, overview) for name in CONVENTIONS}
     _find_context(found, task)
@@ -101,15 +107,19 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
     kind = task.format
     assert kind != "auto", "a task that was learned has a format"
     name = COLUMNS_OF_FORMAT[kind][0]
+    given = {each: same for each, same in task.columns.items() if each != name and same in file_columns}
     if column is not None:
-        task = replace(task, columns={name: column})
+        task = replace(task, columns={**given, name: column})
     elif name in task.columns and task.columns[name] not in file_columns:
-        task = replace(task, columns={})  # the names of the task's first file need not be this file's
+        task = replace(task, columns=given)  # the names of the task's first file need not be this file's
     overview = _describe(file_columns, task, source, include_texts=True)
     wanted = (name, *(optional for optional in OPTIONAL_OF_FORMAT[kind] if optional not in SPLITTING))
     found = {each: _matches(each, file_columns, task, source, overview) for each in wanted}
     if kind == "completion":
         _find_context(found, task)
+        if column is not None and task.joins_context and not found["context"]:
+            others = CONTEXTS.get(column.strip().casefold(), ())
+            found["context"] = [each for each in file_columns if each.strip().casefold() in others][:1]
     if not found[name]:
         raise DataValidationError(f"{source} has {overview}; no column is named like {name}. Name it with --column.")
     return Columns(format=kind, names={each: _only(found[each], each, source) for each in wanted if found[each]})

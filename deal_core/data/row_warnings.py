@@ -63,7 +63,7 @@ def balance_warning(counts: Mapping[str, int]) -> str | None:
     """Return a warning if labels have no rows, or far fewer than the commonest; None if no label is that rare."""
     most = max(counts.values(), default=0)
     rare = sorted((count, label) for label, count in counts.items() if count * MAX_RATIO <= most)
-    if not rare:
+    if not rare or not most:
         return None
     few = listed([f"{label} {count:,}" for count, label in rare], most=MAX_SHOWN)
     return (

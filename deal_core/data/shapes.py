@@ -106,7 +106,7 @@ def _find_preferences(look: FileLook, task: TaskSchema, source: str, include_tex
             "better and a worse answer, in the columns chosen and rejected. Answers alone belong to another task."
         )
     others = {name: column for name, column in task.columns.items() if name not in PREFERENCE_COLUMNS}
-    if _is_whole_chat(look, found["chosen"]):
+    if _is_whole_chat(look, found["chosen"], task):
         chat = replace(task, format="chat", columns={**others, "messages": found["chosen"]})
         return _with_rejected(resolve_columns(look.columns, chat, source, include_texts=include_texts), found)
     answers = replace(task, format="completion", columns={**others, "completion": found["chosen"]})
@@ -123,9 +123,16 @@ def _with_rejected(columns: Columns, found: Mapping[str, str]) -> Columns:
     return replace(columns, names={**columns.names, "rejected": found["rejected"]})
 
 
-def _is_whole_chat(look: FileLook, column: str) -> bool:
-    """Whether a column's example is a chat with the question in it, and not the assistant's answer alone."""
-    return len(as_messages(look.examples.get(column)) or ()) > 1
+def _is_whole_chat(look: FileLook, column: str, task: TaskSchema) -> bool:
+    """Whether a column's example is a chat with the question in it, and not the assistant's answer alone.
+
+    An example of Parquet has the first message alone. It is a chat's if no other column has the question as messages.
+    """
+    chosen = as_messages(look.examples.get(column)) or ()
+    prompts = [task.columns["prompt"]] if "prompt" in task.columns else [
+        name for name in look.columns if name.strip().casefold() in CONVENTIONS["prompt"]
+    ]  # fmt: skip
+    return len(chosen) > 1 or (bool(chosen) and not any(_example_message(look, name) for name in prompts))
 
 
 def _find_columns(look: FileLook, task: TaskSchema, source: str, include_texts: bool) -> Columns:

@@ -265,12 +265,13 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
         found.append(("train.gradient_checkpointing: true", replace(train, gradient_checkpointing=True), precision))
     smaller = train
     rows_per_step = train.batch_size * train.gradient_accumulation_steps
-    while smaller.batch_size > 1:
-        size = smaller.batch_size // 2
+    least = train.num_processes  # each process has a row of every batch
+    while smaller.batch_size > least:
+        size = max(least, smaller.batch_size // 2 // least * least)
         num_batches = -(-rows_per_step // size)
         smaller = replace(train, batch_size=size, gradient_accumulation_steps=num_batches)
         change = f"train.batch_size: {size} with gradient_accumulation_steps: {num_batches}"
-        if memory_of(smaller, precision).total <= limit or smaller.batch_size == 1:
+        if memory_of(smaller, precision).total <= limit or size == least:
             found.append((change, smaller, precision))
             break
     shorter = train

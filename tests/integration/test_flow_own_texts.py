@@ -95,6 +95,8 @@ def test_plan_and_validation_know_which_rows_teach(tiny_base: Path, few_rows_jud
 
     run(tiny_base, BANK, memory="none")
     assert not few() and few("new")
+    known = validate(BANK["data"], spec=None, task="bank", test_data=BANK["test_data"], lineage="l")
+    assert not [warning for warning in known.warnings if "can tell" in warning], "its own test rows judge"
     run(tiny_base, BANK, memory="tests", again=True)
     assert few()
     spec = parse(AdaptSpec, {"lineage": "l", "base_model": str(tiny_base), "task": CLINIC}, "test")

@@ -6,12 +6,15 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from prefect.settings import get_current_settings
 
+from deal_core.yaml_file import read_yaml
 from deal_pipeline import CommandError, Lineage, command
 from tests.adapting import PASS
 
@@ -78,6 +81,21 @@ def test_a_mistake_is_one_clear_message(with_server: dict[str, str], home: Path,
     with pytest.raises(CommandError, match=r"no_such\.csv") as error:
         lineage.adapt(tmp_path / "no_such.csv", task="colours")
     assert "Traceback" not in str(error.value)
+
+
+def test_settings_reach_the_command_whatever_characters_they_hold(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, read = ["\U0001f600 good", "bad\u2028", "caf\u00e9"], list[Any]()
+
+    def stop(arguments: Sequence[str], *_: object) -> None:
+        read.append(read_yaml(Path(arguments[1])))
+        raise CommandError("seen", 1)
+
+    monkeypatch.setattr("deal_pipeline.lineage.run_command", stop)
+    with pytest.raises(CommandError, match="seen"):
+        Lineage("api", home=home).adapt(tmp_path / "a.csv", task={"name": "mood", "labels": labels})
+    assert read[0]["task"]["labels"] == labels
 
 
 def test_every_message_was_shown_when_the_result_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,7 @@ NO_TASK = r"tasks\.json does not say what task 'agnews' asks; give it an 'instru
         ("tasks.json", b'{"agnews": {"instruction": "What is it?", "labels": "ab"}}', NO_TASK),
         ("tasks.json", b'{"agnews": {"labels": ["a", "b"]}}', NO_TASK),
         ("tasks.json", b'{"agnews": ["a", "b"]}', NO_TASK),
+        ("agnews.test.jsonl", b'{"text": "x", "label": "c"}\n', r"the labels c, which .*tasks\.json does not list"),
         ("agnews.train.jsonl", b"\n\n", r"agnews\.train\.jsonl holds no rows; give it at least one"),
     ],
 )

@@ -15,7 +15,7 @@ from deal_core.data.answer_files import AnswerFiles, Counts, in_chunks, own_name
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns, find_input
 from deal_core.data.reading.readers import read_rows
-from deal_core.data.rows import RawRow
+from deal_core.data.rows import RawRow, Row
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 
@@ -43,7 +43,7 @@ def json_lines(tmp_path: Path) -> Path:
     rows: list[dict[str, Any]] = [
         {"text": "a", "number": 1, "share": 0.5, "mixed": 1, "more": {"x": [float("nan")]}, "big": 2**70},
         {"text": "b", "number": None, "share": 2, "mixed": "one", "late": True},
-        {"text": "c", "number": 2**60, "share": float("nan"), "answer": "theirs"},
+        {"text": "c", "number": 2**60, "share": float("nan"), "answer": "theirs", "late": float("nan")},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -70,6 +70,7 @@ def test_parquet_keeps_types_where_the_values_have_one(json_lines: Path, tmp_pat
     assert (kinds["number"], kinds["share"], kinds["late"]) == ("int64", "double", "bool")
     assert table.column("number").to_pylist() == [1, None, 2**60]
     assert table.column("mixed").to_pylist() == ["1", "one", None]
+    assert table.column("late").to_pylist() == [None, True, None], "NaN is no value"
     assert table.column("more").to_pylist()[0] == '{"x": [null]}' and table.column("big").to_pylist()[0] == str(2**70)
     assert table.column("answer").to_pylist()[2] == "theirs"
     assert table.column("deal_answer").to_pylist() == ["answer 1", "answer 2", "answer 3"]
@@ -158,6 +159,19 @@ def test_a_question_has_the_context_that_was_learned_with_it() -> None:
     named = TaskSchema(name="t", format="completion", columns={"context": "passage"})
     assert find_input(["prompt", "passage"], named, "f.csv").names == {"prompt": "prompt", "context": "passage"}
     assert find_input(["prompt", "input"], task, "f.csv", "input").names == {"prompt": "input"}
+    both = TaskSchema(name="t", format="completion", columns={"prompt": "frage", "context": "absatz"})
+    assert find_input(["prompt", "absatz"], both, "f.csv").names == {"prompt": "prompt", "context": "absatz"}
+    assert find_input(["q", "absatz"], both, "f.csv", "q").names == {"prompt": "q", "context": "absatz"}
+    assert find_input(["instruction", "input"], task, "f.csv", "instruction").names == columns.names
+
+
+def test_a_chat_in_two_columns_is_asked_as_it_was_learned() -> None:
+    columns = Columns(format="chat", names={"prompt": "prompt", "completion": "completion"})
+    checker = RowChecker(TaskSchema(name="t", format="chat"), columns, max_text_chars=100)
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    row = RawRow(number=1, values={"prompt": [user], "completion": [answer]})
+    learned = checker.check(row)
+    assert isinstance(learned, Row) and checker.check_input(row) == learned.input == json.dumps([user])
 
 
 def test_an_input_is_checked_without_its_answer() -> None:

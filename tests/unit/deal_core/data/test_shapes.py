@@ -157,6 +157,17 @@ SHAPES = {
         datasets_lines, "rows.jsonl", "preferences of chats (chosen over rejected)",
         lambda i: (json.dumps([user(f"Q {i}")]), "good", "bad"),
     ),
+    "preference, implicit prompt in Parquet": Shape(
+        lambda i: {"chosen": [user(f"Q {i}"), assistant("good")], "rejected": [user(f"Q {i}"), assistant("bad")]},
+        datasets_parquet, "rows.parquet", "preferences of chats (chosen over rejected)",
+        lambda i: (json.dumps([user(f"Q {i}")]), "good", "bad"),
+    ),
+    "preference, whole chats in Parquet, and the prompt once more": Shape(
+        lambda i: {"prompt": f"Q {i}", "chosen": [user(f"Q {i}"), assistant("good")],
+                   "rejected": [user(f"Q {i}"), assistant("bad")]},
+        datasets_parquet, "rows.parquet", "preferences of chats (chosen over rejected)",
+        lambda i: (json.dumps([user(f"Q {i}")]), "good", "bad"),
+    ),
     "preference, without a prompt": Shape(
         lambda i: {"chosen": f"Human: {i} Assistant: good", "rejected": f"Human: {i} Assistant: bad"},
         datasets_lines, "rows.jsonl", "A file of preferences has a prompt in each row, or whole chats",
@@ -280,6 +291,27 @@ def test_numbers_for_labels_are_learned_once_they_are_named_or_listed(tmp_path: 
     assert build(numbers, tmp_path / "rows.csv", named) == wanted
     listed = TaskSchema(name="t", labels=("0", "1"))
     assert build(numbers, tmp_path / "rows.csv", listed) == sorted((f"Text {i}", str(i % 2)) for i in range(NUM_ROWS))
+
+
+def test_whole_numbers_that_a_gap_made_floats_are_the_same_labels(tmp_path: Path) -> None:
+    """An int column with gaps, written by pandas, has 0.0 and 1.0."""
+    content = [{"text": f"Text {i}", "label": None if i == 5 else i % 2} for i in range(NUM_ROWS)]
+    task = TaskSchema(name="t", labels=("bad", "good"), label_names={"0": "bad", "1": "good"})
+    pd.DataFrame(content).to_csv(tmp_path / "rows.csv", index=False)
+    assert "0.0" in (tmp_path / "rows.csv").read_text()
+    manifest = build_dataset(
+        Landing(source=tmp_path / "rows.csv", task=task, config=LENIENT), tmp_path / "dataset"
+    )
+    assert manifest.num_rejected == 1, "the gap"
+    wanted = sorted((f"Text {i}", ("bad", "good")[i % 2]) for i in range(NUM_ROWS) if i != 5)
+    assert stored_rows(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "question", "label": "topic"}, {"text": "a", "completion": "b"}])
+def test_columns_of_two_formats_are_refused_with_the_formats(columns: dict[str, str], tmp_path: Path) -> None:
+    content = rows(lambda i: dict.fromkeys(columns.values(), f"x {i}"))
+    with pytest.raises(DataValidationError, match=f"{' and '.join(columns)}, which are of different formats"):
+        build(content, tmp_path / "rows.jsonl", TaskSchema(name="t", format="auto", columns=columns))
 
 
 def test_numbers_are_never_taken_for_places_in_the_list_of_labels(tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:
         memory_of(replace(train, gradient_checkpointing=True), "fp32").total <= limit
     )
     assert found["train.batch_size"].change == "train.batch_size: 1 with gradient_accumulation_steps: 14"
+    several = find_remedies(memory_of, TrainConfig(batch_size=12, num_processes=4), "fp32", 1000)
+    assert several[1].change == "train.batch_size: 4 with gradient_accumulation_steps: 3", "each process has a row"
     assert found["train.batch_size"].fits and found["all of these together"].fits
     assert not found["weights in bf16, on a device that computes in it"].fits
     quantized = memory_of(replace(train, quantize="4bit"), "fp32").total
