@@ -66,8 +66,8 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
         plan = plan_forgetting(store, registry, tracker, arrival)  # a run that has ended may have added data
         put_tombstone(store, tombstone := _tombstone(plan, reason))
         keys = {each.address for each in plan.held if each.kind == "inbox file"} | {arrival.key}
-        forget_held(store, ArtifactRemover(tracker), plan, registry)
         silence_watches(store, {key for key in keys if key}, f"Its rows were {tombstone.said}.")
+        forget_held(store, ArtifactRemover(tracker), plan, registry)
     return ForgetResult(plan=plan, tombstone=tombstone)
 
 

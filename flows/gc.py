@@ -75,15 +75,15 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         except LineageBusyError as error:
             reporter().said(f"{error} The lineage was skipped.")
             busy.append(name)
-        except DealError as error:
+        except (DealError, OSError) as error:
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
     days, with_logs = ServingSettings().log_retention_days, logged if lineage is None else {lineage} & {*logged}
-    apply(garbage.old_logs(store, with_logs, now=now, days=days))
     for name in with_logs:
         try:
+            apply(garbage.old_logs(store, [name], now=now, days=days))
             apply(garbage.lonely_feedback(store, name, now=now))
-        except DealError as error:
+        except (DealError, OSError) as error:
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
     if lineage is None:

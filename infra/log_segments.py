@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ SEGMENT_ROWS = 50_000
 """A segment that is older, or has more rows, is not written any more."""
 TIME_FORM = "%Y%m%dT%H%M%S"
 """Form of the time (UTC) that a segment's name begins with."""
+SEGMENT_NAME = re.compile(r"\d{8}T.*\.parquet")
 TAKEN = (BlockingIOError, FileNotFoundError)
 """Errors of a segment that another process uses or has shipped."""
 WRITE_SECONDS = 0.5
@@ -83,7 +85,8 @@ class Log:
 
     def stored(self, store: ObjectStore, since: date | None = None) -> list[ObjectInfo]:
         """Return the segments in the store, oldest first; with `since`, those opened on this day or later."""
-        found = [info for info in store.list(keys.log_folder(self.name, self.lineage)) if info.key.endswith(".parquet")]
+        listing = store.list(keys.log_folder(self.name, self.lineage))
+        found = [info for info in listing if SEGMENT_NAME.fullmatch(keys.file_name(info.key))]
         return [info for info in found if since is None or keys.segment_day(keys.file_name(info.key)) >= since]
 
 

@@ -212,9 +212,9 @@ def _plain_json(value: object) -> object:
     """The value as JSON has it, without nulls: Parquet fills missing keys with null. None if it is no JSON."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return None if UNDECODABLE.search(text) or "\\u0000" in text else _without_nulls(json.loads(text))
     except (TypeError, ValueError, RecursionError):
         return None
-    return None if UNDECODABLE.search(text) or "\\u0000" in text else _without_nulls(json.loads(text))
 
 
 def _without_nulls(value: Any) -> Any:

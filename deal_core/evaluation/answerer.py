@@ -341,7 +341,7 @@ class _Request:
             self.served, self.version = served, version
             try:
                 self.asked = [served.asked(row, number) for number, row in enumerate(self.rows, 1)]
-            except ConfigError as error:
+            except Exception as error:  # another client's thread may be the one that runs here
                 self.error = error
             self.is_done = self.error is not None or not self.asked
         return not self.is_done

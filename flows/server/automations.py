@@ -45,6 +45,7 @@ NEVER_BEGAN = timedelta(hours=1)
 """Longest wait of a run for its image or for a GPU of the cluster."""
 PROCESS_NEVER_BEGAN = timedelta(minutes=3)
 """The same for a run that is a process of its worker and waits for nothing. A waiting run occupies its pool."""
+NEVER_STARTED = "A worker took it and never started it."
 MAX_RERUNS = 3
 """Prefect counts the first start too: after it the count is 1."""
 TITLES: dict[Kind, str] = {
@@ -79,7 +80,7 @@ def automations(never_began: timedelta) -> list[AutomationCore]:
         ),
         _automation(
             "runs that never began", "A run that a worker took and never started becomes Crashed.",
-            ChangeFlowRunState(state=StateType.CRASHED, message="A worker took it and never started it."),
+            ChangeFlowRunState(state=StateType.CRASHED, message=NEVER_STARTED),
             match=RUNS, match_related=OURS, after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
             expect={"prefect.flow-run.*"}, for_each=RUN, within=never_began,
         ),
@@ -88,7 +89,14 @@ def automations(never_began: timedelta) -> list[AutomationCore]:
             ChangeFlowRunState(
                 state=StateType.SCHEDULED, name="AwaitingRetry", message="Its process died; it starts again."
             ),
-            match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS + 1)]},
+            match={**RUNS, "prefect.run-count": [str(number) for number in range(1, MAX_RERUNS + 1)]},
+            match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each=RUN,
+        ),
+        _automation(
+            "runs to begin again", "A run that a worker took and never started starts again.",
+            ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="It starts again."),
+            # others at 0 ended before they began, as in a broken installation: they would do so again
+            match={**RUNS, "prefect.run-count": "0", "prefect.state-message": NEVER_STARTED},
             match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each=RUN,
         ),
     ]

@@ -290,14 +290,14 @@ async def read_server(problems: list[str]) -> ServerRuns:
 async def read_runs(
     client: PrefectClient, states: list[StateType], since: datetime | None = None, limit: int | None = None
 ) -> list[FlowRun]:
-    """Read the runs of this project's deployments that are in these states and started after `since`, newest first."""
+    """Read the runs of this project's deployments that are in these states and ended after `since`, newest first."""
     from prefect.client.schemas import filters
     from prefect.client.schemas.sorting import FlowRunSort
 
     return await client.read_flow_runs(
         flow_run_filter=filters.FlowRunFilter(
             state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=states)),
-            start_time=filters.FlowRunFilterStartTime(after_=since) if since else None,
+            end_time=filters.FlowRunFilterEndTime(after_=since) if since else None,
         ),
         deployment_filter=filters.DeploymentFilter(tags=filters.DeploymentFilterTags(all_=["deal"])),
         sort=FlowRunSort.START_TIME_DESC, limit=limit,

@@ -138,13 +138,16 @@ class Champion:
             ServingError: The champion does not load.
         """
         self._registry = open_registry()
-        with suppress(StoreError):  # a server can start while the store is away
+        is_settled = True
+        try:
             self._let_settle(self._registry.champion(self.lineage))
+        except StoreError:  # a server can start while the store is away
+            is_settled = False
         champion = self._registry.champion(self.lineage)
         if champion is None:
             raise NoChampionError(f"Lineage '{self.lineage}' has no champion.")
         require_through_gate(champion)
-        self._champion = champion.version
+        self._champion = champion.version if is_settled else None  # else `follow` settles it
         self._try(champion.version)
         if self._answerer is None:
             raise ServingError(self._problem or "")

@@ -21,6 +21,8 @@ from infra.settings import VllmSettings, host_of
 ANSWER_SECONDS = 120.0
 FIRST_PAUSE_SECONDS = 0.5
 AWAY = frozenset({429, 502, 503, 504})
+NO_ANSWER = (ValueError, KeyError, IndexError, TypeError)
+"""Errors in reading an answer that no vLLM server gave."""
 """Status codes of a server or proxy that is starting or too busy."""
 
 
@@ -65,10 +67,13 @@ class VllmClient:
     def models(self) -> dict[str, LoadedModel]:
         """Return the base model and the adapters of the server, by name."""
         answer = self._send("list its models", "GET", "/v1/models")
-        return {
-            entry["id"]: LoadedModel(entry["id"], str(entry.get("root") or ""), entry.get("parent"))
-            for entry in answer.json()["data"]
-        }
+        try:
+            return {
+                entry["id"]: LoadedModel(entry["id"], str(entry.get("root") or ""), entry.get("parent"))
+                for entry in answer.json()["data"]
+            }
+        except NO_ANSWER:
+            raise VllmError(f"{self._shown} lists no models as vLLM does; give the address of a vLLM server.") from None
 
     def load(self, name: str, path: str) -> None:
         """Load an adapter from a path on the server."""
@@ -90,10 +95,13 @@ class VllmClient:
     def complete(self, model: str, prompt: str, max_tokens: int) -> str:
         """Return a greedy completion by a model."""
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        answer = self._send(f"ask {model}", "POST", "/v1/completions", body).json()
-        if answer.get("model") != model or not answer.get("choices"):
-            raise VllmError(f"The vLLM server at {self._shown} gave no completion by {model!r}.")
-        return str(answer["choices"][0]["text"])
+        try:
+            answer = self._send(f"ask {model}", "POST", "/v1/completions", body).json()
+            if answer["model"] != model:
+                raise ValueError
+            return str(answer["choices"][0]["text"])
+        except NO_ANSWER:
+            raise VllmError(f"The vLLM server at {self._shown} gave no completion by {model!r}.") from None
 
     def _send(self, action: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         """Send a request; repeat it while the server does not answer."""

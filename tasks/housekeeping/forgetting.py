@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,13 @@ from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
 from tasks.housekeeping.arrivals import KnownArrival, arrival_inputs, manifests_of, with_every_split
-from tasks.housekeeping.garbage import find_leftovers, list_all_lineages, list_logged_lineages, remove_local
+from tasks.housekeeping.garbage import (
+    find_leftovers,
+    list_all_lineages,
+    list_logged_lineages,
+    remove_local,
+    require_registry_of,
+)
 from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record
 from tasks.lineage.version_files import replacing
@@ -31,8 +36,8 @@ from tasks.monitoring.harvest import harvested_from
 from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_task
 
 Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
-               "answers", "logged answers", "reference rows", "inbox file", "quarantine", "training rows",
-               "test rows"]  # fmt: skip
+               "answers", "logged answers", "reference rows", "quarantine", "training rows", "test rows",
+               "inbox file"]  # fmt: skip
 ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
 
@@ -122,6 +127,7 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
         versions, runs = registry.versions(lineage), list_runs(tracker, lineage)
+        require_registry_of(store, registry, lineage, versions)
         affected = affected_versions(versions, arrival.sha256s)
         learned += affected
         judged, asked = _judged_by(store, versions, arrival)
@@ -136,7 +142,8 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
         held += _answers(store, asked)
         held += _references(store, judged, arrival.task)
         own = {run.run_id for run in runs if run.dataset_sha256 in arrival.sha256s}
-        held += _artifacts(remover, own | {version.tracking_id for version in asked})
+        gone = {version.tracking_id for version in versions if version.version in numbers and version.adapter_removed}
+        held += _artifacts(remover, own | gone | {version.tracking_id for version in asked})
         held += _kept_by_method(store, versions, numbers, arrival)
     shared = {
         sha256 for sha256, manifest in manifests
@@ -162,7 +169,7 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
                     _empty_method_rows(store, remover, registry, each.lineage, (plan.sha256, *plan.splits))
                     emptied.add(each.lineage)
             case "work folder":
-                shutil.rmtree(each.address, ignore_errors=True)
+                remove_local(each.address)
             case "reference rows":
                 forget_reference(store, each.address, plan.task)
             case "temporary files":
@@ -219,7 +226,7 @@ def _judged_by(
     """The versions that the arrival's test rows judge, and the versions that answered them, also as a slice."""
     judged, asked = [], []
     for version in versions:
-        if version.adapter_removed or not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
+        if not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
             continue
         record = read_record(store, version.adapter_uri)
         known = record.task(arrival.task)

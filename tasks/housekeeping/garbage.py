@@ -227,7 +227,7 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
         RegistryError: The store has versions that the registry does not know, so the registry is the wrong one.
     """
     versions = registry.versions(lineage)
-    _require_registry_of(store, registry, lineage, versions)
+    require_registry_of(store, registry, lineage, versions)
     adapters: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in store.list(keys.adapters_folder(lineage)):
         if each := keys.parse_adapter_file(info.key):
@@ -268,17 +268,28 @@ def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: 
     store.delete(removal.address)
 
 
-def _require_registry_of(store: ObjectStore, registry: Registry, lineage: str, versions: Iterable[VersionInfo]) -> None:
+def require_registry_of(
+    store: ObjectStore, registry: Registry, lineage: str, versions: Sequence[VersionInfo]
+) -> None:
+    """Check that the registry knows every version that the store knows of. `versions` are those of the registry.
+
+    Raises:
+        RegistryError: It does not, so it is the wrong one, or has lost a version.
+    """
     known, ledger = {version.run_key for version in versions}, Ledger(store)
-    for info in store.list(keys.ledger_folder(lineage)):
-        entry = ledger.find(lineage, keys.file_name(info.key).removesuffix(".json"))
-        if entry is not None and entry.run_key not in known:
-            raise RegistryError(
-                f"The store has a ledger entry of version {entry.version} of '{lineage}', which MLflow at "
-                f"{without_secrets(registry.uri)} does not know; nothing of the lineage was removed. "
-                "Check MLFLOW_TRACKING_URI and DEAL_STORE_URI; if the version was deleted in MLflow, delete "
-                f"{store.uri_of(info.key)} too."
-            )
+    lost = {
+        info.key: entry.version for info in store.list(keys.ledger_folder(lineage))
+        if (entry := ledger.find(lineage, keys.file_name(info.key).removesuffix(".json"))) is not None
+        and entry.run_key not in known
+    }  # fmt: skip
+    for number in sorted(VersionLog(store).numbers(lineage) - {int(version.version) for version in versions}):
+        lost[keys.version_key(lineage, number)] = str(number)
+    for key, version in lost.items():
+        raise RegistryError(
+            f"The store knows version {version} of '{lineage}', which MLflow at {without_secrets(registry.uri)} does "
+            "not know; nothing of the lineage was removed. Check MLFLOW_TRACKING_URI and DEAL_STORE_URI; if the "
+            f"version was deleted in MLflow, delete {store.uri_of(key)} too."
+        )
 
 
 def _training_rows(store: ObjectStore, lineage: str) -> list[Folder]:

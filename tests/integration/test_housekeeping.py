@@ -199,12 +199,35 @@ def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(first: AdaptR
     assert list(json.loads(found.stdout)["problems"]) == ["l"]
     done = collect(older_than="0h")
     assert [each.address for each in done.removals if each.kind == "adapter"] == ["adapters/m/0123456789abcdef"]
-    assert "ledger entry of version 1 of 'l'" in done.problems["l"] and "was deleted in MLflow" in done.problems["l"]
+    assert "The store knows version 1 of 'l'" in done.problems["l"] and "was deleted in MLflow" in done.problems["l"]
     assert keys("adapters/m") == [] and keys("adapters/l") == before
-    (entry,) = keys("ledger/l")
-    assert f"delete {store.uri_of(entry)} too" in done.problems["l"]
-    store.delete(entry)
+    for known in (*keys("ledger/l"), *keys("versions/l")):
+        assert f"delete {store.uri_of(known)} too" in collect("l", "0h").problems["l"]
+        store.delete(known)
     assert not collect("l", "0h").problems, "as the message says"
+
+
+@pytest.mark.usefixtures("first")
+def test_what_cannot_be_removed_keeps_gc_from_nothing_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for lineage in ("k", "l"):
+        left = home / "work" / lineage / "0123456789abcdef"
+        left.mkdir(parents=True)
+        os.utime(left, (0, 0))
+    monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
+    old = f"{datetime.now(UTC) - timedelta(days=20):%Y%m%dT%H%M%S}-x"
+    current_store().put_bytes(log_key("predictions", "l", old), b"")
+    current_store().put_bytes("predictions/l/aside/broken.parquet", b"no segment")
+    remove = shutil.rmtree
+
+    def refuse(path: object, **options: object) -> None:
+        if "/work/k/" in str(path):
+            raise PermissionError("owned by root")
+        remove(str(path), **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tasks.housekeeping.garbage.shutil.rmtree", refuse)
+    done = collect(older_than="1d")
+    assert list(done.problems) == ["k"] and "owned by root" in done.problems["k"]
+    assert not list((home / "work" / "l").iterdir()) and keys("predictions") == ["predictions/l/aside/broken.parquet"]
 
 
 @pytest.mark.parametrize(("lineage", "age"), [("..", "30d"), ("l", "a month"), ("nobody", "1d")])
@@ -266,6 +289,37 @@ def holding(home: Path, text: str) -> list[str]:
         if text.encode() in content:
             found.append(str(path))
     return found
+
+
+def test_nothing_is_forgotten_with_a_registry_that_does_not_know_the_versions(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = run(tiny_base, land())
+    before = keys("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'another.db'}")
+    with pytest.raises(RegistryError, match="The store knows version 1 of 'l'"):
+        asyncio.run(forget(found.dataset.sha256))
+    assert keys("") == before
+
+
+def test_a_forgetting_that_was_cut_short_can_be_repeated(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of the machine cannot be removed at first; the file in the inbox goes last, as it finds the arrival."""
+    found = run(tiny_base, land())
+    work = home / "work" / "l" / found.run_key[:16]
+    work.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.housekeeping.garbage.shutil.rmtree", die)
+        with pytest.raises(PermissionError):
+            asyncio.run(forget("inbox/bank/may.jsonl"))
+    assert work.exists() and keys("inbox/bank")
+    asyncio.run(forget("inbox/bank/may.jsonl"))
+    assert not work.exists() and holding(home, SECRET) == [] == keys("inbox/bank")
+
+
+def die(*_: object, **__: object) -> None:
+    raise PermissionError("owned by root")
 
 
 def test_a_run_that_dies_before_it_ends_leaves_no_training_rows(

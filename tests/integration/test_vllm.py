@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy
 import pytest
 from safetensors.numpy import save
@@ -17,7 +18,7 @@ from deal_core.adapter.files import as_recorded, digests_of
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
 from flows.champions import serve_vllm
 from infra.serving import vllm
-from infra.serving.vllm import VllmAwayError, VllmError
+from infra.serving.vllm import VllmAwayError, VllmClient, VllmError
 from infra.settings import VllmSettings
 from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
@@ -335,6 +336,16 @@ def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion
     assert isinstance(routes, list) and [route.model for route in routes] == ["a-v1", "c-v1"]
     route = asyncio.run(serve_vllm.fn("c"))
     assert isinstance(route, ServingRoute) and route.model == "c-v1"
+
+
+@pytest.mark.parametrize("content", ["<html>a page</html>", "[]", '{"data": [{}]}'])
+def test_a_server_that_is_no_vllm_is_said(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = VllmClient(VllmSettings(url="http://127.0.0.1:9"))
+    monkeypatch.setattr(client, "_send", lambda *_: httpx.Response(200, text=content))
+    with pytest.raises(VllmError, match="lists no models as vLLM does"):
+        client.models()
+    with pytest.raises(VllmError, match="gave no completion by 'm'"):
+        client.complete("m", "text", 1)
 
 
 def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:

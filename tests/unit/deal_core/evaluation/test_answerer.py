@@ -182,6 +182,30 @@ def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkey
     assert answerer.answer([InputRow("fine")]) == ["FINE"]
 
 
+def test_one_caller_whose_rows_break_the_checks_fails_alone(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are checked in the thread of the caller that holds the model."""
+    asked = ServedVersion.asked
+
+    def check(served: ServedVersion, row: InputRow, number: int) -> Any:
+        if row.input == "poison":
+            raise RecursionError("too deep")
+        return asked(served, row, number)
+
+    monkeypatch.setattr(ServedVersion, "asked", check)
+    held = HeldModel(monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        good = pool.submit(answerer.answer, [InputRow(text) for text in TEXTS * 2])
+        assert held.is_inside.wait(WAIT_SECONDS)
+        bad = pool.submit(answerer.answer, [InputRow("poison")])
+        wait_until_waiting(answerer, 2)
+        held.may_go_on.set()
+        assert len(good.result()) == 2 * len(TEXTS)
+        with pytest.raises(RecursionError, match="too deep"):
+            bad.result()
+
+
 @pytest.mark.parametrize("changes", [{}, {"rank": 2}, {"rank": 7}, {"target_modules": ("q_proj", "o_proj")}])
 def test_another_version_answers_as_if_it_were_loaded_alone(
     answerer: Answerer, served_folder: Path, new_version: NewVersion, tmp_path: Path, changes: dict[str, Any]

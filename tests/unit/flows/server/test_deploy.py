@@ -15,6 +15,7 @@ from prefect.events.actions import DoNothing
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
 from flows.server import deploy
+from flows.server.automations import NEVER_BEGAN, NEVER_STARTED, automations
 from flows.server.deploy import deploy_all, prefect_file
 from tasks.arrival_runs import LANDED
 
@@ -75,3 +76,11 @@ def test_what_lands_starts_no_run_after_a_deploy_if_a_person_has_paused_that(
         for trigger in each.get("triggers", []):
             assert trigger.pop("enabled") is True
     assert deployed == plain
+
+
+def test_a_run_that_ended_before_it_began_is_not_started_again_without_end() -> None:
+    """Prefect counts a start when the run begins: in a broken installation the count stays 0."""
+    again = [each for each in automations(NEVER_BEGAN) if each.trigger.expect == {"prefect.flow-run.Crashed"}]
+    matches = [each.trigger.match.model_dump() for each in again]
+    assert [each["prefect.run-count"] for each in matches] == [["1", "2", "3"], "0"]
+    assert matches[1]["prefect.state-message"] == NEVER_STARTED, "what the automation before says"

@@ -173,6 +173,12 @@ def test_a_move_of_the_alias_is_settled_before_its_version_is_loaded(registry: R
     other = Champion("l", lambda text: None, settle=store_is_away)
     other.begin()
     assert other.version == "1"
+    registry.version = "4"
+    late = Champion("l", lambda text: None, settle=store_is_away)
+    late.begin()
+    assert late.version == "4", "as it is"
+    late._settle = set_back
+    assert late._let_settle(registry.champion("l")).version == "1", "once the store answers"  # type: ignore[union-attr]
 
 
 def test_another_base_model_is_loaded_only_where_the_version_has_one(registry: Registry, following: Following) -> None:
