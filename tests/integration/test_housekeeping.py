@@ -305,21 +305,22 @@ def test_nothing_is_forgotten_with_a_registry_that_does_not_know_the_versions(
 def test_a_forgetting_that_was_cut_short_can_be_repeated(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of the machine cannot be removed at first; the file in the inbox goes last, as it finds the arrival."""
-    found = run(tiny_base, land())
-    work = home / "work" / "l" / found.run_key[:16]
-    work.mkdir(parents=True)
+    """The file in the inbox goes last, as it finds the arrival."""
+    delete = FileStore.delete
+
+    def refuse(store: FileStore, key: str) -> None:
+        if key.startswith("quarantine/"):
+            raise StoreError("the store is away")
+        delete(store, key)
+
+    run(tiny_base, land())
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.housekeeping.garbage.shutil.rmtree", die)
-        with pytest.raises(PermissionError):
+        patch.setattr(FileStore, "delete", refuse)
+        with pytest.raises(StoreError):
             asyncio.run(forget("inbox/bank/may.jsonl"))
-    assert work.exists() and keys("inbox/bank")
+    assert keys("quarantine")
     asyncio.run(forget("inbox/bank/may.jsonl"))
-    assert not work.exists() and holding(home, SECRET) == [] == keys("inbox/bank")
-
-
-def die(*_: object, **__: object) -> None:
-    raise PermissionError("owned by root")
+    assert holding(home, SECRET) == [] == [*keys("inbox/bank"), *keys("quarantine")]
 
 
 def test_a_run_that_dies_before_it_ends_leaves_no_training_rows(
