@@ -123,9 +123,10 @@ def test_a_hold_stops_the_files_that_a_run_has_not_begun(tiny_base: Path, home: 
     worker = InboxWorker(store, read_lineage(store, "l"), (), settle_seconds=0, once=False, wait=True)
     handle = worker._handle
 
-    async def handle_and_hold(*arguments: Any) -> None:
-        await handle(*arguments)
+    async def handle_and_hold(*arguments: Any) -> bool:
+        is_done = await handle(*arguments)
         hold_lineage_file(store, "l", "enough")
+        return is_done
 
     worker._handle = handle_and_hold  # type: ignore[method-assign]
     asyncio.run(worker.handle_open())
