@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deal_core.data.chats import earlier_turns
@@ -21,7 +22,7 @@ from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.shapes import recognise
-from deal_core.errors import ConfigError, DataValidationError
+from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.tracking.registry import Registry
@@ -251,7 +252,10 @@ def _of_dataset(store: ObjectStore, schema: TaskSchema, sha256: str) -> Iterator
     """The inputs of a dataset's stored rows, with the name of their file, once for each lineage with the dataset."""
     for info in store.list(keys.dataset_folder(schema.name, sha256)):
         if (name := keys.file_name(info.key)) in (keys.TRAIN_FILE, keys.TEST_FILE):
-            table = pq.read_table(io.BytesIO(store.get_bytes(info.key)), columns=["input"])
+            try:
+                table = pq.read_table(io.BytesIO(store.get_bytes(info.key)), columns=["input"])
+            except pa.ArrowException:
+                raise StoreError(f"{store.uri_of(info.key)} is damaged; delete it and try again.") from None
             yield name, set(_digests(schema, table.column("input").to_pylist()))
 
 

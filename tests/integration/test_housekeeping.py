@@ -302,6 +302,19 @@ def test_nothing_is_forgotten_with_a_registry_that_does_not_know_the_versions(
     assert keys("") == before
 
 
+def test_damaged_rows_are_named_before_anything_is_forgotten(tiny_base: Path, home: Path) -> None:
+    found = run(tiny_base, land())
+    store, tests = current_store(), f"{found.dataset.uri}/test.parquet"
+    store.put_bytes(tests, b"PAR1 cut")
+    before = keys("")
+    with pytest.raises(StoreError, match=r"test\.parquet is damaged; delete it and try again"):
+        asyncio.run(forget(found.dataset.sha256))
+    assert keys("") == before
+    store.delete(tests)
+    asyncio.run(forget(found.dataset.sha256))
+    assert holding(home, SECRET) == []
+
+
 def test_a_forgetting_that_was_cut_short_can_be_repeated(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
