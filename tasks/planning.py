@@ -117,10 +117,18 @@ class _Run:
         """A question about an old task's own text is as long as that task allows."""
         return max([train.max_prompt_tokens, *(each.max_prompt_tokens for each in self.old_texts)])
 
+    @property
+    def num_asked_tasks(self) -> int:
+        """Old tasks that are asked about. The new task itself is asked about only by its kept rows, or by `lwf`."""
+        setup = self.setup
+        if setup.strategy in ("replay", "lwf") or setup.method.rehearsal.keeps_rows:
+            return len(setup.old_tasks)
+        return sum(old.name != setup.task.name for old in setup.old_tasks)
+
     def largest_batch(self, train: TrainConfig) -> int:
         setup = self.setup
         return largest_batch(
-            train, setup.method, num_old_tasks=len(setup.old_tasks), strategy=setup.strategy,
+            train, setup.method, num_old_tasks=self.num_asked_tasks, strategy=setup.strategy,
             learns_preferences=setup.task.learns_preferences,
         )  # fmt: skip
 
@@ -198,7 +206,7 @@ def _plan_rows(
         precision=run.precision, num_train=manifest.num_train, num_chosen=num_chosen, num_test=manifest.num_test,
         num_rejected=manifest.num_rejected, num_steps=steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
-        rehearsed_per_step=rehearsed_rows(setup.method, num_old_tasks=len(setup.old_tasks), strategy=setup.strategy),
+        rehearsed_per_step=rehearsed_rows(setup.method, num_old_tasks=run.num_asked_tasks, strategy=setup.strategy),
         batch_rows=batch.num_rows, longest_row_tokens=batch.num_tokens, longest_answer_tokens=batch.num_answer_tokens,
         lengths_from="limits" if run.base.folder is None else "rows", memory=vars(memory), total_bytes=memory.total,
         device=device.name, device_bytes=limit,

@@ -99,7 +99,10 @@ def test_plan_and_validation_know_which_rows_teach(tiny_base: Path, few_rows_jud
     assert not [warning for warning in known.warnings if "can tell" in warning], "its own test rows judge"
     run(tiny_base, BANK, memory="tests", again=True)
     assert few()
+    same = parse(AdaptSpec, {"lineage": "l", "base_model": str(tiny_base), "task": BANK}, "test")
+    assert plan(same, probe=False).rehearsed_per_step == 0, "the only task is asked about by no other text"
     spec = parse(AdaptSpec, {"lineage": "l", "base_model": str(tiny_base), "task": CLINIC}, "test")
+    assert plan(spec, probe=False).rehearsed_per_step == 4
     notes = plan(spec, probe=False).notes
     assert "the parent answers about old tasks: a model reads 29 texts before the training" in notes
 
