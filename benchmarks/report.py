@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -228,10 +229,10 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     on = f", order {order}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
     settings = some[0]["settings"]
     tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}x{settings['train']['num_epochs']}"
-    kept = {name: points_of(each) for name, each in cells.items()}
+    kept = {short(name): points_of(each) for name, each in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
     pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
-    fills = {name: curve for name, each in cells.items() if (curve := fill_so_far(each))}
+    fills = {short(name): curve for name, each in cells.items() if (curve := fill_so_far(each))}
     if fills:
         save_png(fill_figure(fills), images / f"{stem}-fill.png")
         text = f"share of the adapter's slots in use over the number of tasks learned{on}"
@@ -239,6 +240,11 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
         grown = f"; every task brings new slots to {' and '.join(widens)}" if widens else ""
         pictures.append((f"{stem}-fill.png", text + grown))
     return pictures
+
+
+def short(name: str) -> str:
+    """A method's name for a legend: the line's details are in the table above."""
+    return re.sub(r" \(rehearsal\.stored_share .*\)", " of stored rows", name)
 
 
 def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
