@@ -22,11 +22,12 @@ recentred     the last version of `plain` after `--recentre-steps` of `deal_core
               that it has not learned
 
 The rules, written before the first run. consistency: its mean accuracy is above that of both `plain` and `rate`, lower
-end of the interval over rows above 0, with both seeds. anchors, own and both: above `plain` in the same
-sense. Of own and both, the one with the higher mean is taken up, if it is not behind `recentred` on the second half of
-the rows. Else an idea is left out. own was taken up as `memory: tests`; both was not run. The same as of anchors
-is asked of recentred, but after a first trial: its 50 steps were chosen among 25 and 50 on the
-first half of the development rows.
+end of the interval over rows above 0, with both seeds. anchors, own and both: above `plain` in the same sense. Of own
+and both, the one with the higher mean is taken up, if it is not behind `recentred` on the second half of the rows. Else
+an idea is left out. The same as of anchors is asked of recentred, but after a first trial: its 50 steps were chosen
+among 25 and 50 on the first half of the development rows.
+
+The arm own was taken up as `memory: tests`. The arm both was not run.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from deal_core.benchmark.summary import (
     name_of_memory,
     read_cells,
 )
-from deal_core.evaluation.metrics import PairedInterval, paired_interval
+from deal_core.evaluation.metrics import paired_interval
 
 OPTION_PARTS = (*COMMON, "token_mask")
 """Parts of the method's settings whose settings are options here. token_mask is gone; its cells are kept."""
@@ -103,14 +103,9 @@ def line_of(trial: Trial, group: Mapping[str, Trial], measured: Mapping[str, Any
         "accuracy": 100 * sum(map(accuracy, scores)) / len(scores),
         "perplexity": cell["perplexity"]["adapted"] / cell["perplexity"]["base"],
         "forgetting": None if matrix is None or matrix.forgetting is None else 100 * matrix.forgetting,
-        "against": {name: in_points(interval_over_rows([cell], [group[name].cell])) for name in (RANDOM, ALL)
-                    if name in group and name != trial.option},
+        "against": {name: [*interval_over_rows([cell], [group[name].cell]).in_points().values()]
+                    for name in (RANDOM, ALL) if name in group and name != trial.option},
     }  # fmt: skip
-
-
-def in_points(found: PairedInterval) -> list[float]:
-    """Mean and 95 % interval of a difference over test rows, in points."""
-    return [100 * value for value in (found.mean, found.low, found.high)]
 
 
 def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -142,9 +137,9 @@ def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
     trials = {trial["arm"]: trial for trial in reversed(read(path)["trials"])}
     rows = {arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits[first_row:]]
             for arm, trial in trials.items()}  # fmt: skip
-    strata = [len(bits[first_row:]) for bits in trials["plain"]["outcomes"].values()]
-    found = {arm: paired_interval(each, rows["plain"], strata=strata) for arm, each in rows.items()}
-    return {arm: {"mean": 100 * fmean(rows[arm]), "difference": in_points(each)} for arm, each in found.items()}
+    strata = [len(bits[first_row:]) for _, bits in sorted(trials["plain"]["outcomes"].items())]
+    found = {arm: paired_interval(each, rows["plain"], strata=strata).in_points() for arm, each in rows.items()}
+    return {arm: {"mean": 100 * fmean(rows[arm]), "difference": [*each.values()]} for arm, each in found.items()}
 
 
 def merging(path: Path) -> dict[str, float]:

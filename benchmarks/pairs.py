@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
@@ -67,11 +66,6 @@ def pairs_of(cells: Sequence[CellJson], setting: str) -> Iterator[tuple[Any, Cel
             yield from ((value, cell, group[None]) for value, cell in group.items() if value is not None)
 
 
-def in_points(found: PairedInterval) -> dict[str, float]:
-    """Mean and interval in points."""
-    return {name: 100 * each for name, each in asdict(found).items()}
-
-
 def recentred_difference(cell: CellJson, other: CellJson) -> PairedInterval | None:
     """As `interval_over_rows`, of re-centred answers; None if a cell keeps no log-probabilities of labels."""
     hits: list[list[float]] = [[], []]
@@ -97,7 +91,7 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
         suite, order = name_of(tuple(settings["tasks"]))
         lines.append({
             "suite": suite, "order": order, "seed": settings["seed"], "with": 100 * with_it, "without": 100 * without,
-            "difference_over_rows": in_points(over_rows), "recentred": recentred and in_points(recentred),
+            "difference_over_rows": over_rows.in_points(), "recentred": recentred and recentred.in_points(),
             "perplexity": [each["perplexity"]["adapted"] for each in (after, before)],
         })  # fmt: skip
     differences = [line["with"] - line["without"] for line in lines]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.data_efficiency import arms, in_points
+from benchmarks.data_efficiency import arms
 from benchmarks.headline import judged_tasks
+from benchmarks.leads import by_kind, lead, points_of
 from benchmarks.output import RESULTS, read, templates
 from benchmarks.protocol import GONE, named_changes, settings_shown, training_of
 from benchmarks.protocol import describe as describe_training
@@ -31,7 +31,6 @@ from deal_core.benchmark.summary import (
     compared_with,
     departures,
     final_scores,
-    interval_over_rows,
     method_name,
     name_of_memory,
     order_of,
@@ -54,8 +53,13 @@ CHOICE_SUITE, CHOICE_SEED = "4", 100
 """Suite and seed of the cells that chose the training settings."""
 CHOOSING_ROWS = 100
 """The first development rows of a task, on which the number of steps that re-centre was chosen."""
+SHOWN_AS = {"rehearsal.stored_share 0.1, rehearsal.rows_per_step 1": "a tenth of the rows",
+            "rehearsal.stored_share 0.3333": "50 rows, four a step"}  # fmt: skip
+"""Settings of a method → what the page and its pictures call them."""
 NUM_SHOWN = 3
 """Methods in a picture: ours, and the best rivals."""
+LEADS = ((OURS_WITH_ROWS, OURS_WITHOUT), (OURS_WITH_TESTS, OURS_WITH_ROWS))
+"""Pairs of methods whose difference cells.md shows; that to the default stands in the tables."""
 WIDENING = ("inc_lora", "o_lora", "ella")
 """Strategies whose adapter grows, so that the share of its slots in use falls."""
 
@@ -89,16 +93,6 @@ def recentred(path: Path, *others: Path) -> dict[str, Any]:
         "steps": found["recentre_steps"],
         "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
-
-
-def recentred_lead(protocol: Protocol, steps: int) -> list[float]:
-    """Accuracy of `deal` minus that of plain LoRA on the judged tasks, both re-centred: points and interval."""
-    ours, rival = (
-        [cell for cell in protocol.cells if cell["settings"]["train"].get("recentre_steps") == steps
-         and cell["settings"]["strategy"] == strategy]
-        for strategy in (OURS, "seq_lora")
-    )  # fmt: skip
-    return in_points(interval_over_rows(ours, rival, judged_tasks(protocol)))
 
 
 def num_not_learned(protocol: Protocol) -> int:
@@ -229,10 +223,10 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     on = f", order {order}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
     settings = some[0]["settings"]
     tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}x{settings['train']['num_epochs']}"
-    kept = {short(name): points_of(each) for name, each in cells.items()}
+    kept = {shown(name): points_of(each) for name, each in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
     pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
-    fills = {short(name): curve for name, each in cells.items() if (curve := fill_so_far(each))}
+    fills = {shown(name): curve for name, each in cells.items() if (curve := fill_so_far(each))}
     if fills:
         save_png(fill_figure(fills), images / f"{stem}-fill.png")
         text = f"share of the adapter's slots in use over the number of tasks learned{on}"
@@ -242,9 +236,11 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     return pictures
 
 
-def short(name: str) -> str:
-    """A method's name for a legend: the line's details are in the table above."""
-    return re.sub(r" \(rehearsal\.stored_share .*\)", " of stored rows", name)
+def shown(name: str) -> str:
+    """A method's name as the page and its pictures show it."""
+    for settings, words in SHOWN_AS.items():
+        name = name.replace(settings, words)
+    return name
 
 
 def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
@@ -321,17 +317,6 @@ def best_rivals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(best.values())
 
 
-def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
-    """Per task the mean accuracy over cells right after it was learned, and in the end."""
-    found = {}
-    for column, task in enumerate(cells[0]["settings"]["tasks"]):
-        learned = [accuracy(scores[task]) for cell in cells if task in (scores := cell["versions"][column]["scores"])]
-        kept = [accuracy(final_scores(cell)[task]) for cell in cells]
-        if len(learned) == len(kept):
-            found[task] = (100 * sum(learned) / len(learned), 100 * sum(kept) / len(kept))
-    return found
-
-
 def fill_so_far(cells: Sequence[CellJson]) -> list[float]:
     """After each task the share of slots in use, mean over modules and cells; nothing where it was not measured."""
     curves = [[version.get("fill") for version in cell["versions"]] for cell in cells]
@@ -405,7 +390,7 @@ def main(
 ) -> None:
     """Fill the page with the stored figures."""
     pages = templates()
-    pages.filters |= {"points": points, "interval": interval, "name": name_of, "keeps": keeps}
+    pages.filters |= {"points": points, "interval": interval, "name": name_of, "keeps": keeps, "shown": shown}
     pages.filters["training"] = describe_training
     cells = read_cells(results / "continual")
     found = protocols(cells)
@@ -417,7 +402,10 @@ def main(
         filter(_has_chosen, protocol_lines(development)), key=lambda line: (line["suite"], line["method"])
     )
     today, steps = settings_shown(TrainConfig()), recentred(results / "arms_recentred.json", results / "arms_own.json")
-    (long,) = (each for each in found if each.suite == "15" and training_of(some_cell(each)["settings"]) == today)
+    current = [each for each in found if training_of(some_cell(each)["settings"]) == today]
+    current.sort(key=lambda each: each.suite.zfill(3))
+    (long,) = (each for each in current if each.suite == "15")
+    at = f"train.recentre_steps {steps['steps']}"
     reported = protocol_lines([cell for cell in cells if training_of(cell["settings"]) == today])
     tables.sort(key=lambda table: table["suite"].zfill(3))
     page_values = {
@@ -432,7 +420,10 @@ def main(
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "recentring": read(results / "recentring.json"),
         "ours_without": OURS_WITHOUT, "ours_with_tests": OURS_WITH_TESTS, "ours_with_rows": OURS_WITH_ROWS,
-        "recentred": steps, "lead": recentred_lead(long, steps["steps"]),
+        "recentred": steps,
+        "lead": lead(long, method_name(OURS, f"{name_of_memory('none')}, {at}"), method_name("seq_lora", at)),
+        "leads": [found_lead for each in current for pair in LEADS if (found_lead := lead(each, *pair))],
+        "kinds": by_kind(long),
         "spread": spread_of_seeds(cells), "coverage": read(results / "paired_coverage.json"),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15
                                         and training_of(cell["settings"]) == today]),

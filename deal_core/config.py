@@ -53,8 +53,7 @@ Schedule = Literal["constant", "linear"]
 ReportTool = Literal["tensorboard", "wandb", "trackio"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False, "report_to": (),
-              "preference_beta": 0.1, "preference_learning_rate": 3e-4,
-              "recentre_steps": 0},
+              "preference_beta": 0.1, "preference_learning_rate": 3e-4, "recentre_steps": 0},
     "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},

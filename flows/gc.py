@@ -81,7 +81,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
     days, with_logs = ServingSettings().log_retention_days, logged if lineage is None else {lineage} & {*logged}
     for name in with_logs:
         try:
-            apply(garbage.old_logs(store, [name], now=now, days=days))
+            apply(garbage.old_logs(store, name, now=now, days=days))
             apply(garbage.lonely_feedback(store, name, now=now))
         except (DealError, OSError) as error:
             reporter().said(f"Lineage '{name}': {error}")

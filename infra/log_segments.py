@@ -239,15 +239,14 @@ def beyond_retention(store: ObjectStore, log: Log, *, now: datetime, days: int) 
     return stored, [path for path in log.segments() if keys.segment_day(path.name) <= last]
 
 
-def remove_beyond_retention(store: ObjectStore, log: Log, *, days: int) -> int:
-    """Remove the segments whose rows are all older than `days` days; return their number."""
+def remove_beyond_retention(store: ObjectStore, log: Log, *, days: int) -> None:
+    """Remove the segments whose rows are all older than `days` days."""
     stored, local = beyond_retention(store, log, now=datetime.now(UTC), days=days)
     for info in stored:
         store.delete(info.key)
     for path in local:
         with _usable(path), suppress(FileNotFoundError):
             path.unlink()
-    return len(stored) + len(local)
 
 
 def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:

@@ -357,7 +357,7 @@ def _accuracy_by_task(cells: Sequence[CellJson]) -> dict[str, float]:
 
 
 def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
-    return [100 * value for value in asdict(interval_over_rows(cells, ours, tasks)).values()]
+    return [*interval_over_rows(cells, ours, tasks).in_points().values()]
 
 
 def _pair(cell: CellJson) -> tuple[str, int]:

@@ -88,8 +88,8 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """
     if len(prompts) < 2:
         return 0
-    in_order = sorted(map(list, prompts))  # what the first and the last share, those between share too
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(in_order[0], in_order[-1], strict=False))
+    listed = [list(prompt) for prompt in prompts]  # what the least and the greatest share, all between them share too
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(min(listed), max(listed), strict=False))
     shared = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
     return shared if shared >= MIN_PREFIX else 0
 

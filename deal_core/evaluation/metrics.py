@@ -189,6 +189,10 @@ class PairedInterval:
     low: float
     high: float
 
+    def in_points(self) -> dict[str, float]:
+        """Return mean, low and high times 100, in this order."""
+        return {name: 100 * value for name, value in vars(self).items()}
+
 
 RESAMPLES_AT_ONCE = 500
 

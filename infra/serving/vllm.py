@@ -21,9 +21,9 @@ from infra.settings import VllmSettings, host_of
 ANSWER_SECONDS = 120.0
 FIRST_PAUSE_SECONDS = 0.5
 AWAY = frozenset({429, 502, 503, 504})
+"""Status codes of a server or proxy that is starting or too busy."""
 NO_ANSWER = (ValueError, KeyError, IndexError, TypeError)
 """Errors in reading an answer that no vLLM server gave."""
-"""Status codes of a server or proxy that is starting or too busy."""
 
 
 class VllmError(DealError):

@@ -118,8 +118,8 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
     inputs = arrival_inputs(store, arrival, inbox_keys, manifests)
     logged = _logged(store, inputs.digests)
     held += [
-        RowsPlace(kind="logged answers", address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
-             lineage=lineage)
+        RowsPlace(kind="logged answers", lineage=lineage,
+                  address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}")
         for lineage, ids in logged.items()
     ]  # fmt: skip
     harvested = [key for key in harvested_from(store, set().union(*logged.values())) if key not in inbox_keys]
@@ -264,7 +264,7 @@ def _work_folders(lineage: str, short_keys: Collection[str]) -> list[RowsPlace]:
     folders = [work_folder(lineage, key) for key in sorted(short_keys)]
     return [
         RowsPlace(kind="work folder", address=str(folder), lineage=lineage,
-             num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+                  num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
         for folder in folders if folder.is_dir()
     ]  # fmt: skip
 
@@ -297,7 +297,7 @@ def _kept_by_method(
     names = _method_rows(store, versions, arrival.sha256s) if concerned else {}
     return [
         RowsPlace(kind="rows kept by the method", address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
-             lineage=version.lineage, version=version.version)
+                  lineage=version.lineage, version=version.version)
         for version in concerned if names.get(version.version)
     ]  # fmt: skip
 

@@ -9,10 +9,9 @@ import shutil
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
-from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -186,12 +185,13 @@ def ship_logs(store: ObjectStore) -> None:
             ship(store, log, everything=True)
 
 
-def old_logs(store: ObjectStore, lineages: Iterable[str], *, now: datetime, days: int) -> tuple[Removal, ...]:
-    """Return the days of the prediction logs and of the feedback that are older than the retention."""
+def old_logs(store: ObjectStore, lineage: str, *, now: datetime, days: int) -> tuple[Removal, ...]:
+    """Return the days of a lineage's prediction log and of its feedback that are older than the retention."""
     home, found = HomeSettings().home, list[Removal]()
-    logs: Mapping[Kind, Callable[[Path, str], Log]] = {"prediction log": prediction_log, "feedback": feedback_log}
-    for lineage, (kind, open_log) in product(lineages, logs.items()):
-        log = open_log(home, lineage)
+    logs: Mapping[Kind, Log] = {
+        "prediction log": prediction_log(home, lineage), "feedback": feedback_log(home, lineage)
+    }  # fmt: skip
+    for kind, log in logs.items():
         infos, paths = beyond_retention(store, log, now=now, days=days)
         stored: dict[date, list[ObjectInfo]] = defaultdict(list)
         for info in infos:
@@ -284,7 +284,8 @@ def require_registry_of(
     }  # fmt: skip
     for number in sorted(VersionLog(store).numbers(lineage) - {int(version.version) for version in versions}):
         lost[keys.version_key(lineage, number)] = str(number)
-    for key, version in lost.items():
+    if lost:
+        key, version = next(iter(lost.items()))
         raise RegistryError(
             f"The store knows version {version} of '{lineage}', which MLflow at {without_secrets(registry.uri)} does "
             "not know; nothing of the lineage was removed. Check MLFLOW_TRACKING_URI and DEAL_STORE_URI; if the "

@@ -21,6 +21,8 @@ from prefect.settings.models.server.services import ServerServicesDBVacuumSettin
 from prefect.states import Running
 
 from deal_core.errors import ConfigError
+from flows.server import local_stack
+from flows.server.deploy import GPU_POOL
 from flows.server.embedded import enter_home
 from flows.server.local_processes import (
     SUPERVISOR,
@@ -36,7 +38,7 @@ from flows.server.local_processes import (
     stop,
     supervise,
 )
-from flows.server.local_stack import _restart_left_runs, bring_up, heal, share_gpus, start_servers
+from flows.server.local_stack import _restart_left_runs, bring_up, heal, share_gpus, start_servers, start_workers
 from infra.settings import TrackingSettings
 from tests.in_process import put_back
 
@@ -117,6 +119,15 @@ def test_trainings_share_a_gpu_only_if_there_are_more_of_them(
     gpus: list[str], num_trainings: int, shares: list[tuple[str, int]]
 ) -> None:
     assert share_gpus(gpus, num_trainings) == shares
+
+
+def test_each_gpu_worker_starts_with_its_gpus_and_its_limit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(local_stack, "start_part", lambda _home, _stack, *part: started.append(part))
+    monkeypatch.setattr("deal_core.base_model.device.visible_gpus", lambda: ["4", "5"])
+    start_workers(home, stack(), 3, print)
+    own = [(command[command.index("--limit") + 1], *gpus) for name, command, *gpus in started if GPU_POOL in name]
+    assert own == [("2", "4"), ("1", "5")]
 
 
 def test_a_worker_keeps_its_gpus_when_it_is_started_again(home: Path) -> None:

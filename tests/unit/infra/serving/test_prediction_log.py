@@ -141,6 +141,26 @@ def test_off_writes_nothing_and_answers_are_the_same(
         assert opened is not None and opened.keeps_texts == keeps_texts
 
 
+def test_a_server_keeps_its_log_as_long_as_the_settings_say(
+    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "DEAL_LOG_PREDICTIONS": "numbers", "DEAL_LOG_RETENTION_DAYS": "7", "DEAL_STORE_URI": str(tmp_path / "store"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    segments = {days: log_key("predictions", "l", f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-x")
+                for days in (6, 20)}  # fmt: skip
+    for key in segments.values():
+        store.put_bytes(key, b"")
+    log = open_prediction_log(tmp_path, "l")
+    assert log is not None
+    log.start()
+    try:
+        wait_until(lambda: {info.key for info in store.list("predictions/l")} == {segments[6]})
+    finally:
+        log.close()
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

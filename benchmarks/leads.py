@@ -1,0 +1,73 @@
+"""What the pages say of one suite's reported cells: the lead of a method over another, and what each kind of task kept.
+
+`python -m benchmarks.report` prints both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from benchmarks.headline import joint_of, judged_tasks
+from deal_core.benchmark.summary import (
+    CellJson,
+    Protocol,
+    accuracy,
+    departures,
+    final_scores,
+    interval_over_rows,
+    method_name,
+    order_of,
+    round_alike,
+)
+
+KINDS = {"topics": ("dbpedia", "agnews", "yahoo"), "sentiments": ("IMDB", "SST-2"), "stars": ("yelp", "amazon")}
+"""Kind → the judged tasks of suite 15 that are of this kind."""
+
+
+def cells_of(protocol: Protocol, method: str) -> dict[tuple[str, int], CellJson]:
+    """The cells of a method, by order and seed."""
+    named = ((cell, method_name(cell["settings"]["strategy"], departures(cell))) for cell in protocol.cells)
+    return {(order_of(cell), cell["settings"]["seed"]): cell for cell, name in named if name == method}
+
+
+def lead(protocol: Protocol, first: str, second: str) -> dict[str, Any] | None:
+    """The accuracy of one method minus that of another on the judged tasks, in points; None without a common cell."""
+    ours, theirs = cells_of(protocol, first), cells_of(protocol, second)
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        return None
+    pair = [[cells[each] for each in common] for cells in (ours, theirs)]
+    return {
+        "suite": protocol.suite, "first": first, "second": second, "num_cells": len(common),
+        "is_of_one_processor": all(map(round_alike, *pair)),
+        **interval_over_rows(pair[0], pair[1], judged_tasks(protocol)).in_points(),
+    }  # fmt: skip
+
+
+def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
+    """Per task the mean accuracy over cells right after it was learned, and in the end."""
+    found = {}
+    for column, task in enumerate(cells[0]["settings"]["tasks"]):
+        learned = [accuracy(scores[task]) for cell in cells if task in (scores := cell["versions"][column]["scores"])]
+        kept = [accuracy(final_scores(cell)[task]) for cell in cells]
+        if len(learned) == len(kept):
+            found[task] = (100 * sum(learned) / len(learned), 100 * sum(kept) / len(kept))
+    return found
+
+
+def by_kind(protocol: Protocol) -> list[dict[str, Any]]:
+    """One line per method: by kind the mean accuracy right after learning and in the end. `joint`: the end alone."""
+    methods = sorted({method_name(cell["settings"]["strategy"], departures(cell)) for cell in protocol.cells})
+    lines: list[dict[str, Any]] = []
+    for method in methods:
+        points = points_of([*cells_of(protocol, method).values()])
+        lines.append({"method": method, **{
+            kind: tuple(fmean(points[task][i] for task in tasks) for i in (0, 1)) for kind, tasks in KINDS.items()
+        }})  # fmt: skip
+    finals = [final_scores(cell) for cell in joint_of(protocol)]
+    return [*lines, {"method": "joint", **{
+        kind: (None, 100 * fmean(accuracy(final[task]) for final in finals for task in tasks))
+        for kind, tasks in KINDS.items()
+    }}]  # fmt: skip
