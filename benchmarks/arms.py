@@ -18,6 +18,8 @@ anchors       `deal`, and `NUM_ANCHORS` more questions a step: old tasks about `
 own           `deal`, and its questions are about up to `MAX_OWN_TEXTS` texts of the old tasks themselves, which it
               has not learned, held to the parent's answers, re-centred. No step more than `plain`
 both          half of the questions as in `own`, half as in `plain`
+saved         as `own`, but the answers to a task's texts are those of the version that had just learned the task.
+              They are asked for once; in `own` every parent is asked again
 recentred     the last version of `plain` after `--recentre-steps` of `deal_core.training.recentre`, on training rows
               that it has not learned
 
@@ -27,6 +29,8 @@ and both, the one with the higher mean is taken up, if it is not behind `recentr
 an idea is left out. The same as of anchors is asked of recentred, but after a first trial: its 50 steps were chosen
 among 25 and 50 on the first half of the development rows.
 
+saved is taken up if the interval over rows of both seeds together, against `own`, lies above -1 point: it asks less.
+
 The arm own was taken up as `memory: tests`. The arm both was not run.
 """
 
@@ -34,6 +38,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,6 +48,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import typer
 from datasets import Dataset, disable_progress_bars
@@ -61,6 +67,7 @@ from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import RehearsalConfig
 from deal_core.strategies import deal
 from deal_core.strategies.deal import Deal
+from deal_core.strategies.label_questions import questions_with, recentred_goals
 from deal_core.strategies.questions import _on_new_texts
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.strategy import SEED_STRIDE, MethodState, TaskContext, TaskTexts
@@ -69,7 +76,7 @@ from deal_core.training.recentre import _questions, recentre_adapter
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
-Arm = Literal["plain", "rate", "consistency", "anchors", "own", "both", "recentred"]
+Arm = Literal["plain", "rate", "consistency", "anchors", "own", "both", "saved", "recentred"]
 STEP, WEIGHT = 0.1, 5.0
 """The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
 CONTENT_FREE = ("", "N/A", "-", "...", "none", "text", "the", "?")
@@ -170,6 +177,28 @@ def asking_about_own_texts(versions: Versions, num_rows: int, *, is_shared: bool
         yield
 
 
+@contextmanager
+def keeping_first_answers(versions: Versions, num_rows: int) -> Iterator[None]:
+    """Within the block, `deal` asks about texts of the old tasks, held to the answers right after their learning."""
+
+    def make_saved(config: RehearsalConfig, model: PeftModel, context: TaskContext, *_: Any) -> Rehearsal | None:
+        sets, tokenizer = [], context.base.tokenizer
+        generator = random.Random(context.train.seed + SEED_STRIDE * len(context.old_tasks))
+        for number, each in enumerate(texts_of(versions, range(len(context.old_tasks)), num_rows)):
+            path = versions.folder / f"answers-{number}.json"
+            if not path.is_file():  # the newest old task: the parent has just learned it
+                goals_NL, _ = recentred_goals(model, tokenizer, each)
+                path.write_text(json.dumps(goals_NL.tolist()))
+            sets.append(questions_with(tokenizer, each, np.array(json.loads(path.read_text())), generator))
+        return Rehearsal(
+            [sets], context.collator(), num_rows=config.rows_per_step, weight=config.weight, temperature=1.0,
+            seed=context.train.seed + SEED_STRIDE * len(sets),
+        )  # fmt: skip
+
+    with patch.object(deal, "make_rehearsal", make_saved):
+        yield
+
+
 def _hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The hidden states, after every layer, from which the answers' tokens are predicted, each B×K×H, in fp32."""
     num_tokens = inputs["labels"].shape[1]
@@ -222,6 +251,8 @@ def _asking(arm: str, versions: Versions, num_rows: int) -> AbstractContextManag
     """What an arm changes of the rehearsal."""
     if arm == "anchors":
         return anchored()
+    if arm == "saved":
+        return keeping_first_answers(versions, num_rows)
     is_own = arm in ("own", "both")
     return asking_about_own_texts(versions, num_rows, is_shared=arm == "both") if is_own else nullcontext()
 
