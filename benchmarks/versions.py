@@ -14,7 +14,7 @@ from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.evaluation.score import TaskEvaluation, evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,14 @@ class Versions:
         """Training rows of a task from `first` up to `last`."""
         return Dataset.from_list(list(self.tasks[number].train[first:last]))
 
-    def learn(self, name: str, rows: Dataset, setup: TrainingSetup, parent: str | None) -> str:
+    def learn(
+        self, name: str, rows: Dataset, setup: TrainingSetup, parent: str | None, others: OtherRows | None = None
+    ) -> str:
         """Train a version on top of another one; return its name."""
         train_adapter(
             self.base, rows, setup, parent_folder=self.folder / parent if parent else None,
-            output_folder=self.folder / name, checkpoint_folder=self.folder / f"{name}-checkpoints",
+            others=others or OtherRows(), output_folder=self.folder / name,
+            checkpoint_folder=self.folder / f"{name}-checkpoints",
         )  # fmt: skip
         return name
 

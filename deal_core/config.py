@@ -57,7 +57,7 @@ LATER: dict[str, dict[str, Any]] = {
     "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
-    "rehearsal": {"max_stored_rows": None, "balance_stored": False},
+    "rehearsal": {"max_stored_rows": None, "balance_stored": False, "answers": "parent"},
 }
 """Section → settings that the first release did not have → the value that changes nothing."""
 

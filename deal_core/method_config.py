@@ -91,6 +91,7 @@ class DealConfig:
 
 
 Texts = Literal["none", "arrival", "own", "stored", "both"]
+Answers = Literal["parent", "first"]
 Memory = Literal["none", "tests", "rows"]
 MEMORY: dict[Memory, dict[str, Any]] = {
     "none": {"texts": "arrival"},
@@ -110,6 +111,9 @@ class RehearsalConfig:
     """Texts that the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; no
     old data is kept. own: test rows of the old tasks, which then do not judge, and the new task's texts for a task that
     has no such rows. stored: rows of the old tasks, kept with the adapter. both: half of each."""
+    answers: Answers = "parent"
+    """Whose answers to their own texts the old tasks are held to (`own`). parent: the parent's, asked for with every
+    arrival. first: those right after the task was learned, asked for once and kept with the adapter."""
     stored_share: ShareAboveZero = 0.02
     """Share of an arrival's training rows that `stored` and `both` keep."""
     max_stored_rows: Count | None = None
@@ -160,6 +164,11 @@ class RehearsalConfig:
     def keeps_rows(self) -> bool:
         """Whether rows of old tasks are stored."""
         return self.texts in ("stored", "both")
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether answers to texts of old tasks are stored."""
+        return self.texts == "own" and self.answers == "first"
 
     @property
     def asks_about_arrival(self) -> bool:

@@ -25,7 +25,7 @@ from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.schema_version import require_schema_version
-from deal_core.strategies.strategy import STORED_ROWS, MethodState
+from deal_core.strategies.strategy import KEPT_ANSWERS, STORED_ROWS, MethodState
 
 SCHEMA_VERSION = 1
 
@@ -232,17 +232,21 @@ def load_method_state(folder: Path) -> MethodState:
     return MethodState(strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals)
 
 
-def stored_rows(folder: Path) -> dict[str, int]:
-    """Names and sizes of the tensors for old tasks' rows in a saved method state; there is one tensor per dataset."""
+def kept_of_tasks(folder: Path) -> dict[str, int]:
+    """Names and lengths of the tensors in a saved method state that hold rows of old tasks or answers to their texts.
+
+    Rows have one tensor per dataset.
+    """
     path = folder / METHOD_TENSORS_FILE
     if not path.is_file():
         return {}
     with safe_open(path, framework="pt") as file:
         names = sorted(file.keys())
-        return {name: file.get_slice(name).get_shape()[0] for name in names if name.startswith(STORED_ROWS)}
+        kept = [name for name in names if name.startswith((STORED_ROWS, KEPT_ANSWERS))]
+        return {name: file.get_slice(name).get_shape()[0] for name in kept}
 
 
-def empty_stored_rows(folder: Path, names: Collection[str]) -> None:
+def empty_tensors(folder: Path, names: Collection[str]) -> None:
     """Empty these tensors of a saved method state. The empty tensors stay, so the other tensors keep their names."""
     state = load_method_state(folder)
     tensors = {name: t.new_empty(0) if name in names else t for name, t in state.tensors.items()}

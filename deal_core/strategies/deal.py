@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import check_rank
-from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked, with_own_texts
+from deal_core.strategies.own_texts import with_own_texts
+from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
 from deal_core.strategies.rehearsal import Rehearsal
 from deal_core.strategies.strategy import SEED_STRIDE, MethodState, Stores, Strategy, TaskContext
 
@@ -28,8 +29,8 @@ class Deal(Strategy):
 
     @property
     def stores(self) -> Stores:
-        """"data" if the rehearsal keeps rows, else "nothing"."""
-        return "data" if self.config.rehearsal.keeps_rows else "nothing"
+        """"data" if the rehearsal keeps rows, or answers to texts of old tasks; else "nothing"."""
+        return "data" if self.config.rehearsal.keeps_rows or self.config.rehearsal.keeps_answers else "nothing"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""
@@ -37,7 +38,8 @@ class Deal(Strategy):
         self._rows = {} if state is None else state.stored_rows
         own = with_own_texts(self.config.rehearsal, context.old_texts, context.task)
         seed = self.seed + SEED_STRIDE * self.num_arrivals if own else self.seed  # every arrival asks in another order
-        self._rehearsal = make_rehearsal(self.config.rehearsal, model, context, self._rows, seed)
+        kept = {} if state is None else state.tensors
+        self._rehearsal, self._answers = make_rehearsal(self.config.rehearsal, model, context, kept, seed)
         self.network: Reparametrization | None = None
         if state is None:
             return
@@ -82,9 +84,9 @@ class Deal(Strategy):
 
     @torch.no_grad()
     def finish(self) -> MethodState:
-        """Keep rows if the rehearsal stores them."""
+        """Keep rows if the rehearsal stores them, and the answers that later arrivals are held to."""
         kept = keep_rows(self.config.rehearsal, self.context, self._rows, self.seed)
-        return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
+        return MethodState(strategy=self.name, stores=self.stores, tensors={**kept, **self._answers})
 
     def notes(self) -> tuple[str, ...]:
         """Describe the rehearsal, the size of the adapter's core, and whether the adapter is full."""

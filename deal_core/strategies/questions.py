@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 
 from peft import PeftModel
 from torch import Tensor
 
-from deal_core.config import EvaluateConfig
+from deal_core.config import MAX_OWN_TEXTS
 from deal_core.data.order import spread
-from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import answer_limit, generate
 from deal_core.method_config import RehearsalConfig
-from deal_core.strategies.label_questions import recentred_questions
-from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack, with_target
+from deal_core.strategies.answered import answered
+from deal_core.strategies.own_texts import ask_about_own_texts, with_own_texts, without_own_texts
+from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack
 from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext, TaskTexts
 
 MIN_SHARING = 8
@@ -25,31 +23,33 @@ MIN_SHARING = 8
 
 
 def make_rehearsal(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, rows: Mapping[str, Tensor], seed: int
-) -> Rehearsal | None:
-    """Return the rehearsal of an arriving task, or None if there are no questions.
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, kept: Mapping[str, Tensor], seed: int
+) -> tuple[Rehearsal | None, dict[str, Tensor]]:
+    """Return the rehearsal of an arriving task, and the answers to keep; None if there are no questions.
 
     Args:
         config: Kind and number of texts.
         model: The parent with its adapter, before any training step.
         context: The arrival.
-        rows: The stored rows of the parent's method state.
+        kept: The stored rows and the kept answers of the parent's method state.
         seed: Seed of all random choices.
     """
-    stored = [unpack(value) for _, value in sorted(rows.items())] if config.keeps_rows else []
+    stored = [unpack(kept[name]) for name in sorted(kept) if name.startswith(STORED_ROWS) and config.keeps_rows]
     stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
     seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
     is_shared = bool(stored) and config.asks_about_arrival
     num_put = _num_put(config, context.train.num_steps(len(context.encoded)), is_shared)
     own = with_own_texts(config, context.old_texts, context.task)
-    others = _others(context.old_tasks, own)
-    about_own = _about_own_texts(config, model, context, own, seed, num_put)
+    others = without_own_texts(context.old_tasks, own)
+    about_own, answers = ask_about_own_texts(
+        config, model, context, kept, num_each=_num_each(config, num_put, own), seed=seed
+    )
     asked = _about_arrival(config, model, context, others, seed, num_put) if config.asks_about_arrival else []
     rehearsal = Rehearsal(
         [stored, [*about_own, *asked]], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
         temperature=config.temperature, seed=seed,
     )  # fmt: skip
-    return rehearsal if rehearsal.kinds else None
+    return rehearsal if rehearsal.kinds else None, answers
 
 
 def keep_rows(
@@ -90,12 +90,16 @@ def num_answered(
 ) -> int:
     """How many questions the parent answers before the first step of an arrival of `num_texts` rows.
 
-    If rows are stored, half of the steps' questions are about these.
+    If rows are stored, half of the steps' questions are about these. With `answers: first` the parent answers for the
+    newest old task. It also answers for a task whose answers its state lacks, which is not counted.
     """
     num_put = _num_put(config, num_steps, is_shared=config.texts == "both")
     own = with_own_texts(config, old_texts, new)
-    asked = tasks_to_ask(_others(olds, own), new) if config.asks_about_arrival else []
+    asked = tasks_to_ask(without_own_texts(olds, own), new) if config.asks_about_arrival else []
     num_own = _num_each(config, num_put, own)
+    if config.answers == "first":
+        own = [each for each in own if each.task.name == olds[-1].name]
+        num_own = MAX_OWN_TEXTS
     about_own = sum(len(each.rows) if each.task.labels else min(num_own, len(each.rows)) for each in own)
     return about_own + len(asked) * min(_num_each(config, num_put, asked), num_texts)
 
@@ -109,38 +113,10 @@ def _num_each(config: RehearsalConfig, num_put: int, tasks: Sequence[object]) ->
     return math.ceil(min(config.num_texts, num_put) / max(1, len(tasks)))
 
 
-def with_own_texts(config: RehearsalConfig, old_texts: Sequence[TaskTexts], new: TaskSchema) -> list[TaskTexts]:
-    """The old tasks that are asked about texts of their own."""
-    return [each for each in old_texts if config.texts == "own" and len(each.rows) and each.task.name != new.name]
-
-
-def _others(olds: Sequence[TaskSchema], own: Sequence[TaskTexts]) -> list[TaskSchema]:
-    """The old tasks that are not asked about texts of their own."""
-    names = {each.task.name for each in own}
-    return [old for old in olds if old.name not in names]
-
-
-def _about_own_texts(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, own: Sequence[TaskTexts], seed: int, num_put: int
-) -> list[list[Question]]:
-    """Questions about texts of the old tasks themselves. Answers to labelled tasks are re-centred."""
-    num_each = _num_each(config, num_put, own)
-    generator, found = random.Random(seed), []
-    for each in own:
-        if each.task.labels:
-            questions, _ = recentred_questions(model, context.base.tokenizer, each, generator)
-        else:
-            texts = list(each.rows["input"])
-            drawn = generator.sample(texts, min(num_each, len(texts)))
-            questions = _answered(config, model, context, [(each.task, drawn)], each.max_prompt_tokens)
-        found.append(questions)
-    return found
-
-
 def not_asked(config: RehearsalConfig, context: TaskContext) -> str:
     """Return the names of the old tasks without questions; empty if every old task is asked."""
     new = context.task
-    olds = _others(context.old_tasks, with_own_texts(config, context.old_texts, new))
+    olds = without_own_texts(context.old_tasks, with_own_texts(config, context.old_texts, new))
     asked = {_wording(old) for old in tasks_to_ask(olds, new)}
     return ", ".join(old.name for old in olds if old.name != new.name and _wording(old) not in asked)
 
@@ -180,33 +156,8 @@ def _on_new_texts(
     """
     texts = list(context.rows["input"])
     drawn = [(old, random.Random(seed).sample(texts, min(num_each, len(texts)))) for old, seed in olds]
-    in_order = _answered(config, model, context, drawn, context.train.max_prompt_tokens)
+    in_order = answered(
+        model, context, drawn, max_prompt_tokens=context.train.max_prompt_tokens, temperature=config.temperature
+    )
     size = len(in_order) // max(1, len(olds))
     return [in_order[start * size : (start + 1) * size] for start in range(len(olds))]
-
-
-def _answered(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, asked: Sequence[tuple[TaskSchema, list[str]]],
-    max_prompt_tokens: int,
-) -> list[Question]:
-    """Questions about texts under each task's instruction, with the parent's answers, in the order of the texts."""
-    tokenizer, train, evaluate = context.base.tokenizer, context.train, EvaluateConfig()
-    prompts: list[list[int]] = []
-    limits: list[int] = []
-    for old, drawn in asked:
-        prompts += [encode_prompt(tokenizer, old, text, max_prompt_tokens) for text in drawn]
-        limits += [answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=train.max_answer_tokens))] * len(drawn)
-    questions: dict[int, Question] = {}
-    for batch, answers, logits_BKV in generate(
-        model, tokenizer, prompts, max(limits, default=1), max_batch_tokens=evaluate.max_batch_tokens, with_logits=True
-    ):
-        assert logits_BKV is not None
-        for i, answer, logits_KV in zip(batch, answers, logits_BKV, strict=True):
-            ids = _until_end(answer[: limits[i]], tokenizer.eos_token_id)
-            questions[i] = with_target(Question(prompts[i], ids), logits_KV[: len(ids)], config.temperature)
-    return [questions[i] for i in range(len(prompts))]
-
-
-def _until_end(answer: list[int], end: int | None) -> list[int]:
-    """The tokens up to and including the end token; all tokens if there is no end token."""
-    return answer[: answer.index(end) + 1] if end in answer else answer

@@ -262,7 +262,7 @@ class Replay(Strategy):
         super().prepare(model, state, context)
         self._stored = replace(self.config.rehearsal, texts="stored")
         self._rows = {} if state is None else state.stored_rows
-        self._rehearsal = make_rehearsal(self._stored, model, context, self._rows, self.seed)
+        self._rehearsal, _ = make_rehearsal(self._stored, model, context, self._rows, self.seed)
 
     def rehearsal(self) -> Rehearsal | None:
         """Return questions from stored rows, with their labels as targets."""

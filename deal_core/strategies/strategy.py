@@ -26,6 +26,8 @@ SEED_STRIDE = 1_000_003
 """Distance between the seeds of two arrivals; it is larger than usual distances between users' seeds."""
 STORED_ROWS = "rows."
 """Name prefix of tensors that hold rows of old tasks."""
+KEPT_ANSWERS = "answers."
+"""Name prefix of tensors that hold answers to texts of old tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,7 +166,7 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
                 remover.remove_run_files(each.run_id, each.address.split(", "))
             case "rows kept by the method":
                 if each.lineage and each.lineage not in emptied:
-                    _empty_method_rows(store, remover, registry, each.lineage, (plan.sha256, *plan.splits))
+                    _empty_method_rows(store, remover, registry, each.lineage, plan.task, (plan.sha256, *plan.splits))
                     emptied.add(each.lineage)
             case "work folder":
                 remove_local(each.address)
@@ -294,7 +294,7 @@ def _kept_by_method(
     store: ObjectStore, versions: Sequence[VersionInfo], affected: Collection[str], arrival: KnownArrival
 ) -> list[RowsPlace]:
     concerned = [version for version in versions if version.version in affected and not version.adapter_removed]
-    names = _method_rows(store, versions, arrival.sha256s) if concerned else {}
+    names = _method_rows(store, versions, arrival.task, arrival.sha256s) if concerned else {}
     return [
         RowsPlace(kind="rows kept by the method", address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
                   lineage=version.lineage, version=version.version)
@@ -303,34 +303,46 @@ def _kept_by_method(
 
 
 def _method_rows(
-    store: ObjectStore, versions: Sequence[VersionInfo], sha256s: Collection[str]
+    store: ObjectStore, versions: Sequence[VersionInfo], task: str, sha256s: Collection[str]
 ) -> dict[str, set[str]]:
-    """By version, the tensors of its method state with rows of the datasets, including inherited tensors."""
-    from deal_core.adapter.state import stored_rows
+    """By version, the tensors of its method state with rows of the task's datasets or answers to its texts.
+
+    A version has them if it, or a version before it, learned one of the datasets.
+    """
+    from deal_core.adapter.state import kept_of_tasks
+    from deal_core.strategies.own_texts import answers_name
+    from deal_core.strategies.strategy import STORED_ROWS
 
     sizes: dict[str, dict[str, int]] = {}
     wanted: dict[str, set[str]] = {}
+    learned: set[str] = set()
     for version in versions:
         parent = version.parent_version or ""
         with temporary_folder() as folder:
             _download_method(store, version.adapter_uri, folder)
-            names = sizes.setdefault(version.version, stored_rows(folder)).keys()
-        own = names - sizes.get(parent, {}).keys() if version.dataset_sha256 in sha256s else set()
-        wanted[version.version] = own | (wanted.get(parent, set()) & names)
+            names = sizes.setdefault(version.version, kept_of_tasks(folder)).keys()
+        found = wanted.get(parent, set()) & names
+        if version.dataset_sha256 in sha256s:
+            found |= {name for name in names - sizes.get(parent, {}).keys() if name.startswith(STORED_ROWS)}
+        if version.dataset_sha256 in sha256s or parent in learned:
+            learned.add(version.version)
+            found |= {name for name in names if name.startswith(answers_name(task))}
+        wanted[version.version] = found
     return {version: {name for name in names if sizes[version][name]} for version, names in wanted.items()}
 
 
 def _empty_method_rows(
-    store: ObjectStore, remover: ArtifactRemover, registry: Registry, lineage: str, sha256s: Collection[str]
+    store: ObjectStore, remover: ArtifactRemover, registry: Registry, lineage: str, task: str,
+    sha256s: Collection[str],
 ) -> None:
-    from deal_core.adapter.state import empty_stored_rows
+    from deal_core.adapter.state import empty_tensors
 
     versions = registry.versions(lineage)
-    names = _method_rows(store, versions, sha256s)
+    names = _method_rows(store, versions, task, sha256s)
     for info in [version for version in versions if names[version.version]]:
         with temporary_folder() as folder:
             _download_method(store, info.adapter_uri, folder)
-            empty_stored_rows(folder, names[info.version])
+            empty_tensors(folder, names[info.version])
             with replacing(store, registry, info, folder):
                 store.upload_folder(folder, info.adapter_uri)
             remover.replace_in_model(info.model_id, folder)

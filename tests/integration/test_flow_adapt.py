@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from deal_core.adapter.state import stored_rows
+from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
@@ -109,7 +109,7 @@ def test_a_lineage_supplies_what_the_next_spec_leaves_open(
     assert [record.memory for record in records] == ["rows", "rows"]
     assert (second.version, records[1].adapter.rank, records[1].base.source) == ("2", 4, str(tiny_base))
     with borrowed_adapter(store, versions[-1], with_method=True) as folder:
-        assert len(stored_rows(folder)) == 2, "of both arrivals"
+        assert len(kept_of_tasks(folder)) == 2, "of both arrivals"
     asked: list[AdaptSpec] = []
 
     async def stop(spec: AdaptSpec, job: AdaptationJob, stages: object) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from deal_core.adapter.state import stored_rows
+from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import read_entry
+from deal_core.strategies.own_texts import answers_name
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.cli.app import app
@@ -394,7 +396,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
         info = find_version(open_registry(), "l", number)
         local = tmp_path / number
         store.download_folder(info.adapter_uri, local)
-        assert [size == 0 for size in stored_rows(local).values()] == is_mine, "another task's rows stay"
+        assert [size == 0 for size in kept_of_tasks(local).values()] == is_mine, "another task's rows stay"
         copies = [path for path in home.joinpath("mlflow-artifacts").rglob("method.*") if info.model_id in str(path)]
         assert [copy.name for copy in copies] == (["method.safetensors"] if number == "1" else [])
         assert all(copy.read_bytes() == (local / copy.name).read_bytes() for copy in copies)
@@ -410,6 +412,33 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     with pytest.raises(TestRowsForgottenError, match="arrival of 'bank' with test rows"):
         run(tiny_base, CLINIC, again=True)
     _judged_anew(tiny_base, tmp_path, second)
+
+
+def test_kept_answers_to_the_texts_of_a_forgotten_arrival_are_gone(
+    tiny_base: Path, tmp_path: Path, few_rows_judge: Callable[[int], None]
+) -> None:
+    few_rows_judge(20)  # of 36
+    asked = {"texts": "own", "answers": "first"}
+    first = run(tiny_base, BANK, rehearsal=asked)
+    run(tiny_base, CLINIC, rehearsal=asked)
+    run(tiny_base, {**CLINIC, "name": "wards", "instruction": "Which ward?"}, rehearsal=asked)
+
+    def lengths(version: str) -> dict[str, list[int]]:
+        """By task, the lengths of the tensors with its answers."""
+        folder = tmp_path / f"{version}-{len(list(tmp_path.iterdir()))}"
+        current_store().download_folder(find_version(open_registry(), "l", version).adapter_uri, folder)
+        found = kept_of_tasks(folder)
+        return {task: [size for name, size in found.items() if name.startswith(answers_name(task))]
+                for task in ("bank", "clinic")}  # fmt: skip
+
+    assert lengths("1") == {"bank": [], "clinic": []}
+    assert all(lengths("2")["bank"]) and lengths("2")["clinic"] == []
+    assert all(lengths("3")["bank"]) and all(lengths("3")["clinic"])
+    plan = plan_forget(first.dataset.sha256[:8])
+    assert [each.version for each in plan.held if each.kind == "rows kept by the method"] == ["2", "3"]
+    asyncio.run(forget(first.dataset.sha256[:8]))
+    assert lengths("2")["bank"] == lengths("3")["bank"] == [0] * 5
+    assert all(lengths("3")["clinic"]), "another task's answers stay"
 
 
 def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult) -> None:

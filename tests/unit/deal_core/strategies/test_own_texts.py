@@ -1,4 +1,4 @@
-"""`rehearsal.texts: own`: old tasks are asked about texts of their own, and held to the parent's re-centred answers."""
+"""`rehearsal.texts: own`: old tasks are asked about texts of their own, and held to earlier answers, re-centred."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from deal_core.adapter.state import adapter_on
+from deal_core.adapter.state import adapter_on, kept_of_tasks, load_method_state
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -18,7 +18,8 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import generate
 from deal_core.method_config import RehearsalConfig
 from deal_core.planning.memory import longest_of
-from deal_core.strategies import deal
+from deal_core.strategies import deal, own_texts
+from deal_core.strategies.own_texts import answers_name
 from deal_core.strategies.questions import make_rehearsal, num_answered
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.strategy import TaskContext, TaskTexts
@@ -29,6 +30,7 @@ SIZES = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big
 SHAPES = TaskSchema(name="shapes", labels=("round", "flat"), instruction="Which shape is it?")
 STORY = TaskSchema(name="story", format="completion", instruction="Go on.")
 OWN = RehearsalConfig(texts="own")
+FIRST = RehearsalConfig(texts="own", answers="first")
 
 
 def texts(task: TaskSchema, outputs: Sequence[str]) -> TaskTexts:
@@ -37,18 +39,26 @@ def texts(task: TaskSchema, outputs: Sequence[str]) -> TaskTexts:
 
 
 @pytest.fixture
-def asked(base, task, rows, parent):
-    """The rehearsal of a new task over old ones, some of them with texts of their own."""
+def arrive(base, task, rows, parent):
+    """The rehearsal of a task that arrives after others, and the answers to keep."""
 
-    def make(
-        olds: Sequence[TaskSchema], own: Sequence[TaskTexts], config: RehearsalConfig = OWN
-    ) -> Rehearsal:
+    def make(olds, own, config=FIRST, *, kept=None, new=task):
         context = TaskContext(
-            base=base, task=task, rows=rows(12), encoded=rows(12), old_tasks=tuple(olds), old_texts=tuple(own),
+            base=base, task=new, rows=rows(12), encoded=rows(12), old_tasks=tuple(olds), old_texts=tuple(own),
             adapter=AdapterConfig(), train=LONG,
         )  # fmt: skip
         with adapter_on(base.model, parent) as model:
-            found = make_rehearsal(config, model, context, {}, seed=0)
+            return make_rehearsal(config, model, context, kept or {}, seed=0)
+
+    return make
+
+
+@pytest.fixture
+def asked(arrive):
+    """The rehearsal of a new task over old ones, some of them with texts of their own."""
+
+    def make(olds: Sequence[TaskSchema], own: Sequence[TaskTexts], config: RehearsalConfig = OWN) -> Rehearsal:
+        found, _ = arrive(olds, own, config)
         assert found is not None
         return found
 
@@ -71,10 +81,14 @@ def test_a_task_with_texts_is_asked_about_these_and_any_other_about_the_new_ones
     assert prompts_of(by_size[0]) <= expected_prompts(base, SHAPES, rows(12)["input"])
 
 
-@pytest.mark.parametrize("config", [OWN, RehearsalConfig(), RehearsalConfig(num_texts=6)])
-def test_a_plan_knows_how_many_questions_the_parent_answers(asked, task, config):
+@pytest.mark.parametrize("config", [OWN, FIRST, RehearsalConfig(), RehearsalConfig(num_texts=6)])
+def test_a_plan_knows_how_many_questions_the_parent_answers(arrive, task, config):
     olds, own = [SIZES, SHAPES, STORY], [texts(SIZES, ["large", "small"] * 5), texts(STORY, ["this"] * 3)]
-    made = sum(len(questions) for kind in asked(olds, own, config).kinds for questions in kind)
+    _, kept = arrive(olds, own, config)  # of the newest task, the parent's state has no answers
+    kept = {name: tensor for name, tensor in kept.items() if not name.startswith(answers_name(olds[-1].name))}
+    rehearsal, _ = arrive(olds, own, config, kept=kept)
+    num_kept = sum(len(tensor) for name, tensor in kept.items() if name.endswith("lengths_N"))
+    made = sum(len(questions) for kind in rehearsal.kinds for questions in kind) - num_kept
     assert made == num_answered(config, task, olds, own, num_texts=12, num_steps=LONG.num_steps(12))
 
 
@@ -128,9 +142,57 @@ def test_a_task_in_the_new_ones_words_is_held_by_its_own_texts(parent, train, ta
     assert not any("not rehearsed" in note for note in notes)
 
 
-def test_a_killed_run_ends_with_the_same_losses(parent, train, killed_and_resumed):
+def targets(rehearsal: Rehearsal) -> dict[tuple[int, ...], list[list[float]]]:
+    """The targets of all questions, by prompt, without tokens of share 0."""
+    return {
+        tuple(each.prompt_ids): [list(each.answer_ids), each.tokens_KN[each.shares_KN > 0].tolist(),
+                                 each.shares_KN[each.shares_KN > 0].tolist()]
+        for kind in rehearsal.kinds for questions in kind for each in questions
+    }  # fmt: skip
+
+
+def test_first_answers_are_asked_for_once(arrive, monkeypatch):
+    olds, own = [SIZES, STORY], [texts(SIZES, ["large", "small"] * 5), texts(STORY, ["this"] * 4)]
+    first, kept = arrive(olds, own)
+    asked = []
+    ask = own_texts._asked
+    monkeypatch.setattr(own_texts, "_asked", lambda *given: asked.append(given[2].task.name) or ask(*given))
+    again, kept_again = arrive(olds, own, kept=kept)
+    assert asked == [] and len(targets(first)) == 14 and targets(again) == targets(first)
+    assert kept.keys() == kept_again.keys() and all(torch.equal(kept[name], kept_again[name]) for name in kept)
+    other = [own[0], texts(STORY, ["this"] * 3)]  # other texts than those whose answers are kept
+    _, after = arrive(olds, other, kept=kept)
+    assert asked == ["story"] and after[f"{answers_name('story')}lengths_N"].shape == (3,)
+
+
+def test_a_task_that_arrives_again_is_asked_again_later(arrive):
+    own = [texts(SIZES, ["large", "small"] * 5), texts(SHAPES, ["round", "flat"] * 5)]
+    _, kept = arrive([SIZES, SHAPES], own)
+    _, after = arrive([SIZES, SHAPES], own, kept=kept, new=SIZES)
+    assert {name[: len(answers_name("sizes"))] for name in kept} == {answers_name("sizes"), answers_name("shapes")}
+    assert {name[: len(answers_name("sizes"))] for name in after} == {answers_name("shapes")}
+
+
+def test_a_version_keeps_the_answers_with_its_adapter(parent, train):
+    """The third version is held to what the first said, whatever the second says."""
+    given = {"rehearsal": FIRST, "old_tasks": (SIZES,), "train": LONG,
+             "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)])}  # fmt: skip
+    second = train("deal", parent, **given)
+    third = train("deal", second.folder, **given)
+    states = [load_method_state(each.folder) for each in (second, third)]
+    assert [state.stores for state in states] == ["data", "data"]
+    first, later = (state.tensors for state in states)
+    assert len(first) == 5 and all(torch.equal(first[name], later[name]) for name in first)
+    assert kept_of_tasks(third.folder).keys() == first.keys()
+    with_parents = train("deal", second.folder, **{**given, "rehearsal": OWN})
+    assert load_method_state(with_parents.folder).tensors == {}
+    assert third.losses != with_parents.losses
+
+
+@pytest.mark.parametrize("config", [OWN, FIRST])
+def test_a_killed_run_ends_with_the_same_losses(parent, train, killed_and_resumed, config):
     given = {
-        "train": LONG, "rehearsal": OWN, "old_tasks": (SIZES, SHAPES),
+        "train": LONG, "rehearsal": config, "old_tasks": (SIZES, SHAPES),
         "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)]),
     }  # fmt: skip
     whole = train("deal", parent, **given)
@@ -153,9 +215,9 @@ def test_the_next_arrival_asks_in_another_order(parent, train, monkeypatch):
     make = deal.make_rehearsal
 
     def record(*given):
-        made = make(*given)
+        made, answers = make(*given)
         asked.append([tuple(each.prompt_ids) for step in range(2) for each in made.draw(step)])
-        return made
+        return made, answers
 
     monkeypatch.setattr(deal, "make_rehearsal", record)
     given = {"rehearsal": OWN, "old_tasks": (SIZES,), "others": OtherRows(old_texts=[texts(SIZES, ["large"] * 40)])}

@@ -180,9 +180,10 @@ def test_what_recycling_does_to_old_answers_is_said_before_the_first_step(parent
         context = TaskContext(
             base=base, task=task, rows=rows(6), encoded=rows(6), old_tasks=(OLD,), adapter=AdapterConfig(), train=LONG,
         )  # fmt: skip
-        assert make_rehearsal(RehearsalConfig(), model, context, {}, seed=0).drift(model) == pytest.approx(0, abs=1e-4)
+        rehearsal, _ = make_rehearsal(RehearsalConfig(), model, context, {}, seed=0)
+        assert rehearsal.drift(model) == pytest.approx(0, abs=1e-4)
         stored = {"rows.0000": pack([Question([1], [2])])}
-        assert make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0).drift(model) is None
+        assert make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0)[0].drift(model) is None
 
 
 def test_rehearsed_run_resumes(train, parent, killed_and_resumed):
@@ -203,7 +204,7 @@ def test_stored_rows_are_put_in_another_order_by_every_arrival(base, parent, row
         )  # fmt: skip
         for num_tasks in (1, 2, 3):
             stored = {f"rows.{number:04d}": kept[number] for number in range(num_tasks)}
-            tasks = make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0).kinds[0]
+            tasks = make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0)[0].kinds[0]
             first = [question.prompt_ids for questions in tasks for question in questions[:10]]
             put.append({row for task, row in first if task == 0})
     assert len({frozenset(rows) for rows in put}) == 3
@@ -219,7 +220,7 @@ def test_both_asks_half_by_labels_of_stored_rows_and_half_by_the_parents_answers
             base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(OLD,),
             adapter=AdapterConfig(), train=replace(LONG, max_steps=2),
         )  # fmt: skip
-        rehearsal = make_rehearsal(RehearsalConfig(texts="both"), model, context, stored, seed=0)
+        rehearsal, _ = make_rehearsal(RehearsalConfig(texts="both"), model, context, stored, seed=0)
     by_label, (by_parent,) = rehearsal.kinds
     assert [sorted(q.answer_ids[0] for q in questions) for questions in by_label] == [list(range(40))] * num_stored
     assert len(by_parent) == 4, "as many as two steps put"
@@ -236,7 +237,7 @@ def test_the_parent_is_asked_once_and_its_answer_held_as_it_was(temperature, bas
             adapter=AdapterConfig(), train=replace(LONG, max_steps=2),
         )  # fmt: skip
         config = RehearsalConfig(temperature=temperature)
-        ((questions,),) = make_rehearsal(config, model, context, {}, seed=0).kinds
+        ((questions,),) = make_rehearsal(config, model, context, {}, seed=0)[0].kinds
         plain = [Question(q.prompt_ids, q.answer_ids) for q in questions]
         again = ask(model, context.collator(), plain, temperature=temperature)
     assert len(questions) == 6 and all(base.tokenizer.eos_token_id not in q.answer_ids[:-1] for q in questions)
@@ -259,7 +260,7 @@ def test_old_tasks_that_are_asked_together_answer_as_each_alone(base, parent, ro
         )  # fmt: skip
         for min_sharing in (0, 1000):
             monkeypatch.setattr("deal_core.strategies.questions.MIN_SHARING", min_sharing)
-            found.append(make_rehearsal(RehearsalConfig(), model, context, {}, seed=0).kinds[0])
+            found.append(make_rehearsal(RehearsalConfig(), model, context, {}, seed=0)[0].kinds[0])
     alone, together = found
     assert [len(task) for task in together] == [6, 6, 6]
     assert len({len(question.answer_ids) for task in alone for question in task}) > 1, "limits differ"
