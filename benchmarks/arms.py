@@ -4,7 +4,8 @@ r"""Ideas of neighbouring papers, tried before they get a setting.
     OMP_NUM_THREADS=1 python -m benchmarks.arms --data FOLDER --arm plain --arm own --arm recentred --strategy deal \
         --task yelp --task amazon --task MNLI --task IMDB --task SST-2 --task dbpedia --task agnews --task yahoo \
         --task BoolQA --out benchmarks/results/arms_recentred.json
-    (the same with --seed 1 and the arms plain and own gives benchmarks/results/arms_own.json)
+    (the same with --seed 1 and the arms plain and own gives arms_own.json, with --seed 0 --seed 1 and saved
+    arms_saved.json; benchmarks.report compares saved with own)
 
 One adapter learns the tasks one after the other, and all tasks are scored on development rows in the end. The arms:
 
@@ -35,7 +36,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -56,6 +57,7 @@ from deal_core.config import MAX_OWN_TEXTS, TrainConfig
 from deal_core.data.collate import IGNORED, NOT_READ
 from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import MethodConfig, RehearsalConfig
+from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training import train as training
 from deal_core.training.recentre import recentre_adapter
@@ -176,10 +178,13 @@ def main(
 ) -> None:
     """Learn the tasks with every arm and seed, and write the outcomes."""
     disable_progress_bars()
+    if strategy != "deal" and (idle := sorted(ASKED.keys() & set(arm))):
+        raise typer.BadParameter(f"{', '.join(idle)} changes what deal asks; give --strategy deal")
     names = tuple(task or TASKS)
     suite, model = load_suite(data, names), load_base(base, HomeSettings().cache_dir)
     settings = {"base": model.name, "strategy": strategy, "rows": rows, "tasks": names}
-    digest = hashlib.sha256(json.dumps([model.sha256, settings]).encode()).hexdigest()[:8]
+    made_by = [model.sha256, settings, strategy_class(strategy).revision, asdict(TrainConfig())]
+    digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
     settings |= {"recentre_steps": recentre_steps} if "recentred" in arm else {}
     trials: list[dict[str, Any]] = []
     for each in arm:

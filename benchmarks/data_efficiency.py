@@ -112,6 +112,8 @@ def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[
     """One table per group of cells with an option: its settings and its lines, best first."""
     groups: dict[str, dict[str, Trial]] = defaultdict(dict)
     for trial in filter(None, map(trial_of, cells)):
+        if trial.option in groups[trial.group]:
+            raise ValueError(f"Two cells with {trial.option!r} differ in {TRAIN_OPTIONS}; give them different names.")
         groups[trial.group][trial.option] = trial
     found = []
     for group in groups.values():

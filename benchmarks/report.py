@@ -39,6 +39,7 @@ from deal_core.benchmark.summary import (
     summarise,
 )
 from deal_core.config import MAX_OWN_TEXTS, TrainConfig
+from deal_core.evaluation.metrics import paired_interval
 from deal_core.judging_config import GateConfig
 from deal_core.method_config import DEFAULT_MEMORY, Memory
 from flows.cli.console import interval, points
@@ -89,10 +90,26 @@ def recentred(path: Path, *others: Path) -> dict[str, Any]:
     found = read(path)
     return {
         "arms": arms(path, CHOOSING_ROWS), "own": [arms(each)["own"] for each in (path, *others)],
+        "first": first_answers((path, *others), path.with_name("arms_saved.json")),
         "plain_spread": max(plain := [arms(each)["plain"]["mean"] for each in (path, *others)]) - min(plain),
         "steps": found["recentre_steps"],
         "arrival_steps": TrainConfig().num_steps(found["rows"]),
     }  # fmt: skip
+
+
+def first_answers(asked_again: Sequence[Path], asked_once: Path) -> list[float]:
+    """The arm saved of `benchmarks.arms` minus own, over all seeds of both: difference and interval, in points."""
+    own = {trial["seed"]: trial for path in asked_again for trial in read(path)["trials"] if trial["arm"] == "own"}
+    pairs = [(trial, own[trial["seed"]]) for trial in read(asked_once)["trials"]]
+    tasks = sorted(pairs[0][0]["outcomes"])
+
+    def mean_rows(trials: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [fmean(map(float, bits)) for task in tasks
+                for bits in zip(*(trial["outcomes"][task] for trial in trials), strict=True)]  # fmt: skip
+
+    saved, before = (mean_rows(trials) for trials in zip(*pairs, strict=True))
+    strata = [len(pairs[0][0]["outcomes"][task]) for task in tasks]
+    return [*paired_interval(saved, before, strata=strata).in_points().values()]
 
 
 def num_not_learned(protocol: Protocol) -> int:
@@ -188,6 +205,8 @@ def widest(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Any:
 def keeps(row: Mapping[str, Any]) -> str:
     """What a line's method keeps of the old tasks' data."""
     asks_texts = "recentre_steps" in row["changes"] or name_of_memory("tests") in row["changes"]
+    if "rehearsal.answers first" in row["changes"]:
+        return f"{MAX_OWN_TEXTS} texts a task, answers"
     return f"{MAX_OWN_TEXTS} texts a task" if asks_texts and row["stores"] == "nothing" else row["stores"] or "–"
 
 
@@ -339,21 +358,25 @@ def roundings(cells: Sequence[CellJson]) -> dict[str, list[str]]:
     }
 
 
-def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
-    """What an arrival after the first takes beside its optimiser steps, median by strategy at its defaults.
+def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
+    """What the second and the last arrival take beside their optimiser steps, medians by strategy at its defaults.
 
     `rows_per_second` counts a row once for every pass over it.
     """
-    found: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[list[float]]] = defaultdict(list)
     for cell in cells:
         settings = cell["settings"]
-        if settings["strategy"] not in BOUNDS and departures(cell) in ("", *map(name_of_memory, get_args(Memory))):
-            found[method_name(settings["strategy"], departures(cell))] += [
+        is_default = departures(cell) in ("", *map(name_of_memory, get_args(Memory)))
+        if is_default and settings["strategy"] not in BOUNDS and len(cell["versions"]) > 1:
+            found[method_name(settings["strategy"], departures(cell))].append([
                 version["seconds"]["train"]
                 - settings["train"]["num_epochs"] * settings["rows"] / version["rows_per_second"]
-                for version in cell["versions"][1:] if "rows_per_second" in version
-            ]  # fmt: skip
-    return {name: median(seconds) for name, seconds in sorted(found.items()) if seconds}
+                for version in (cell["versions"][1], cell["versions"][-1])
+            ])  # fmt: skip
+    return {
+        name: (median(second for second, _ in each), median(last for _, last in each))
+        for name, each in sorted(found.items())
+    }
 
 
 def _has_chosen(line: Mapping[str, Any]) -> bool:

@@ -140,7 +140,7 @@ class RehearsalConfig:
         """Return the settings with those that `memory` stands for.
 
         Raises:
-            ConfigError: One of these settings was changed as well.
+            ConfigError: One of these settings was changed as well, or a setting does nothing with this memory.
         """
         if memory is None:
             return self
@@ -149,7 +149,16 @@ class RehearsalConfig:
             not changed,
             f"memory is {memory}, which decides rehearsal.{', rehearsal.'.join(changed)} too; remove one of the two.",
         )
-        return replace(self, **MEMORY[memory])
+        return replace(self, **MEMORY[memory]).checked()
+
+    def checked(self) -> RehearsalConfig:
+        """Return the settings, or raise ConfigError if `answers` does nothing. Before the memory is known it may."""
+        require(
+            self.answers == "parent" or self.texts == "own",
+            f"rehearsal.answers is {self.answers}, which does nothing without texts of the old tasks' own; set memory "
+            "to tests, or leave rehearsal.answers out.",
+        )
+        return self
 
     @property
     def decides_memory(self) -> list[str]:
@@ -271,6 +280,9 @@ class MethodConfig:
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
     selection: SelectionConfig = SelectionConfig()
+
+    def __post_init__(self) -> None:
+        self.rehearsal.checked()
 
 
 def asks_own_texts(strategy: str, method: MethodConfig) -> bool:

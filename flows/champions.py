@@ -19,7 +19,6 @@ from tasks.adaptation.promote import settle_aliases
 from tasks.context import current_store
 from tasks.lineage.decisions import Decision, promote_to, reject_version
 from tasks.lineage.history import ROLLOUT, find_version, known_lineages, version_ref
-from tasks.lineage.settings import list_lineages
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
@@ -94,13 +93,13 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     """Score the champions of several lineages, one after another.
 
     Args:
-        lineages: Their names; empty: all lineages in the server's settings that have a champion.
+        lineages: Their names; empty: all lineages that have a champion.
 
     Raises:
         DealError: Some champions could not be scored. All others were scored.
     """
     registry = open_registry()
-    names = lineages or tuple(each.lineage for each in list_lineages(current_store()))
+    names = lineages or known_lineages(current_store())
 
     async def score(name: str) -> EvaluateResult | None:
         return await evaluate(name) if lineages or registry.champion(name) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 
-from prefect import flow
+from prefect import flow, runtime
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DealError
@@ -88,6 +88,8 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
             problems[name] = str(error)
     if lineage is None:
         apply(garbage.old_temporaries(store, now=now))
+    if problems and runtime.deployment.id:  # the run is to be red, so that people see it; the command has an exit code
+        raise DealError(" ".join(f"Lineage '{name}': {problem}" for name, problem in problems.items()))
     num_bytes = sum(removal.num_bytes for removal in removals)
     return GcResult(dry_run=dry_run, removals=tuple(removals), num_bytes=num_bytes, busy=tuple(busy), problems=problems)
 

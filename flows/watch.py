@@ -93,10 +93,11 @@ async def watch(
     worker = InboxWorker(store, spec, tasks, settle_seconds=poll_seconds, once=once, wait=True)
     if not once:
         reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
-    has_looked = False
+    has_looked = was_held = False
     while True:
         try:
-            num_handled, is_held = await worker.handle_open(), worker.is_held()
+            num_handled = 0 if worker.is_held() else await worker.handle_open()
+            is_held = worker.is_held()
             has_looked = True
         except StoreError as error:
             if once or not has_looked or is_stopped():
@@ -106,10 +107,10 @@ async def watch(
             continue
         if once and worker.num_left and is_stopped():
             raise Interrupted
-        if is_held:
+        if is_held and not was_held:
             reporter().said(f"Lineage '{spec.lineage}' is held; let it learn with: deal lineage resume {spec.lineage}.")
-            return worker.result()
-        if is_stopped() or (once and not worker.num_left):
+        was_held = is_held
+        if is_stopped() or (once and (is_held or not worker.num_left)):
             return worker.result()
         if num_handled or not worker.files:
             reporter().stage_started("waiting")
@@ -157,7 +158,7 @@ class InboxWorker:
     settle_seconds: float
     """A file is complete if it has not changed for this time or since the previous look."""
     once: bool
-    """Whether the watch ends. Then failed files are tried again at once, and all results are kept in memory."""
+    """Whether the watch ends. Then its first look tries failed files again, and all results are kept in memory."""
     wait: bool
     """Whether to wait for another run that holds the lineage."""
     files: list[Seen] = field(default_factory=list)
@@ -167,6 +168,7 @@ class InboxWorker:
     _stamps: Stamps = field(default_factory=dict)
     _test_files: TestFiles = field(default_factory=dict)
     _states: KnownStates = field(default_factory=KnownStates)
+    _has_looked: bool = False
 
     async def handle_open(self) -> int:
         """Look at the inbox and adapt to the open and complete files, oldest first. Return their number.
@@ -177,7 +179,7 @@ class InboxWorker:
         inbox = look(self.store, self._test_files)
         settled, growing = settle(
             inbox, self._states.read(self.store, self.spec.lineage), self.tasks, self._stamps,
-            settle_seconds=self.settle_seconds, retry_now=self.once,
+            settle_seconds=self.settle_seconds, retry_now=self._retries,
         )
         self.num_left = len(settled) + len(growing)
         if settled:
@@ -188,7 +190,13 @@ class InboxWorker:
                         break
                     if info.key in held or await self._handle(info, inbox.stamp(info)):
                         self.num_left -= 1
+        self._has_looked = True
         return len(settled)
+
+    @property
+    def _retries(self) -> bool:
+        """Whether this look tries failed files again, whatever their number of tries."""
+        return self.once and not self._has_looked
 
     async def _hold_cancelled(self, inbox: InboxLook, arrivals: Sequence[ObjectInfo]) -> tuple[str, ...]:
         """Hold arrivals of cancelled runs. Note the others, so that a person who cancels this run holds all of them."""
@@ -212,7 +220,7 @@ class InboxWorker:
         present = store.find(info.key)
         if present is None or present.etag != info.etag:
             return False
-        if not read_state(store, lineage).is_open(info, datetime.now(UTC), beside=beside, retry_now=self.once):
+        if not read_state(store, lineage).is_open(info, datetime.now(UTC), beside=beside, retry_now=self._retries):
             return True  # another run has handled the file since the look
         found = await _adapt_to(store, self.spec, info)
         gone = read_state(store, lineage).gone(store)

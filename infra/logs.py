@@ -55,7 +55,8 @@ class _Masked:
 def ready_log(log: Path) -> Path:
     """Make a log's folder; rename a log of more than 10 MB to LOG.1, which is replaced. Return the log's path.
 
-    Call this function before the log is opened. A process that has the log open still writes to the renamed log.
+    Call this function before the log is opened. A process that has the log open still writes to the renamed log, unless
+    it writes by a `WatchedFileHandler`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if is_full(log):

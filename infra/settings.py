@@ -10,7 +10,7 @@ Example:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -32,6 +32,8 @@ QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """Variables that turn off the telemetry and the screen output of Prefect and MLflow."""
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4"}
+"""For commands at which a person waits. Processes of `deal up` have the patience of MLflow's own default."""
 
 
 class _Settings(BaseSettings):
@@ -190,6 +192,19 @@ def host_of(url: str, setting: str) -> str:
     return host
 
 
+def make_places_absolute(environment: MutableMapping[str, str]) -> None:
+    """Make relative folders in the environment absolute: processes of `deal up` start in another directory."""
+    for name in ("DEAL_CACHE_DIR", "DEAL_VLLM_ADAPTER_DIR"):
+        if folder := environment.get(name):
+            environment[name] = os.path.realpath(os.path.expanduser(folder))
+    for name in ("DEAL_STORE_URI", "DEAL_ARTIFACT_URI"):
+        if (uri := environment.get(name)) and "://" not in uri:
+            environment[name] = Path(os.path.realpath(os.path.expanduser(uri))).as_uri()
+    scheme, _, path = environment.get("MLFLOW_TRACKING_URI", "").partition("sqlite:///")
+    if not scheme and path and not path.startswith(("/", ":")):
+        environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{os.path.realpath(path)}"
+
+
 def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables with which Prefect and MLflow run without a server, without output, and inside `home`.
 
@@ -200,7 +215,7 @@ def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ
     Raises:
         ConfigError: A database uri cannot contain the path of `home`.
     """
-    values = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4"}
+    values = {**QUIET, **IMPATIENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     if not environment.get("PREFECT_API_URL"):
         folder = _in_uri(home) / "prefect"
         values["PREFECT_HOME"] = str(folder)

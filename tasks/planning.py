@@ -112,6 +112,8 @@ class _Run:
     rank: int
     setup: TrainingSetup
     old_texts: Sequence[TaskTexts] = ()
+    learned_last: str | None = None
+    """The task of the parent's own arrival."""
 
     def longest_prompt(self, train: TrainConfig) -> int:
         """A question about an old task's own text is as long as that task allows."""
@@ -175,6 +177,7 @@ def plan(
             ),
             old_texts=spared_texts(store, [known for known in record.tasks if known.schema.name != manifest.task.name])
             if record and asks_own_texts(strategy, spec.method) else (),
+            learned_last=record.matrix.trained[-1] if record else None,
         )  # fmt: skip
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
@@ -240,7 +243,7 @@ def _notes(run: _Run, num_train: int, num_chosen: int, seconds: float | None) ->
     if setup.strategy == "deal" and setup.method.rehearsal.texts != "none" and setup.old_tasks:
         num_asked = num_answered(
             setup.method.rehearsal, setup.task, setup.old_tasks, run.old_texts,
-            num_texts=num_chosen, num_steps=train.num_steps(num_chosen),
+            num_texts=num_chosen, num_steps=train.num_steps(num_chosen), learned_last=run.learned_last,
         )  # fmt: skip
         if num_asked:
             yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)

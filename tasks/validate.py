@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
-from deal_core.data.dataset import ValidationReport, validate_file
+from deal_core.data.dataset import Landing, ValidationReport, validate_file
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
@@ -20,9 +20,10 @@ from deal_core.evaluation.significance import what_hits_tell
 from deal_core.judging_config import GateConfig
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
+from infra.store.base import ObjectStore
 from infra.tracking.database import open_reader
 from tasks.adaptation.frozen_rows import num_judging_of
-from tasks.adaptation.ingest import choose_schema, landing_of
+from tasks.adaptation.ingest import choose_schema, digests_of, landing_of, refuse_forgotten_files
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.inbox import task_file_beside, task_from_file
@@ -30,6 +31,7 @@ from tasks.lineage.choices import choose_base, choose_spared, choose_strategy, w
 from tasks.lineage.history import version_ref
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
+from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten
 from tasks.references import Arrival, Spared, VersionRef
 
 if TYPE_CHECKING:
@@ -139,6 +141,8 @@ def validate(
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
         kept = _TrainingRows()
         report = validate_file(landing, kept.add)
+        if report.refusal is None:
+            report = replace(report, refusal=_said_if_forgotten(store, arrival.task, landing, report.manifest))
     manifest = report.manifest
     checked = None
     if with_model and manifest.task.labels and kept.inputs:
@@ -150,6 +154,16 @@ def validate(
     warnings = (*kept.warnings(manifest.task), *few)
     result = _result(file, report, kept, example, checked)
     return result.model_copy(update={"task_file": task_file and str(task_file), "warnings": warnings})
+
+
+def _said_if_forgotten(store: ObjectStore, task: str, landing: Landing, manifest: DatasetManifest) -> str | None:
+    """The reason why a run refuses rows that were forgotten; None: they were not."""
+    try:
+        refuse_forgotten_files(store, task, landing)
+        refuse_forgotten(store, task, digests_of(manifest))
+    except ForgottenRowsError as error:
+        return str(error)
+    return None
 
 
 def few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spared = None) -> tuple[str, ...]:

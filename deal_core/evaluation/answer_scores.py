@@ -6,11 +6,13 @@ import importlib
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import regex
 from rapidfuzz.distance import LCSseq
 
 from deal_core.errors import ConfigError
@@ -29,7 +31,13 @@ COLLAPSE_SHARE, COLLAPSE_FACTOR = 0.5, 2.0
 references."""
 _WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese characters."""
-_WORD = re.compile(r"\w+")
+_WORD = regex.compile(r"\w+")
+"""The module `regex` counts combining marks, such as vowel signs, as parts of a word; `re` does not."""
+
+
+def _in_words(text: str) -> str:
+    """The text as words are compared: case-folded, and each letter with its marks in one form (NFC)."""
+    return unicodedata.normalize("NFC", text.casefold())
 
 
 def plain_answer(text: str) -> str:
@@ -47,10 +55,10 @@ def contains(answer: str, expected: str) -> float:
 
     A reference in a script that writes no spaces between words may stand anywhere.
     """
-    wanted, given = (" ".join(text.casefold().split()) for text in (expected, answer))
+    wanted, given = (" ".join(_in_words(text).split()) for text in (expected, answer))
     if _WITHOUT_SPACES.search(wanted):
         return float(wanted in given)
-    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given) is not None)
+    return float(regex.search(rf"(?<!\w){regex.escape(wanted)}(?!\w)", given) is not None)
 
 
 def rouge_l(answer: str, expected: str) -> float:
@@ -59,7 +67,7 @@ def rouge_l(answer: str, expected: str) -> float:
     Words are runs of letters, digits and underscores of any script, case-folded and not stemmed. Two texts without
     words are equal. A language without spaces between words gives long "words", so the score is coarse there.
     """
-    answer_words, expected_words = (_WORD.findall(text.casefold()) for text in (answer, expected))
+    answer_words, expected_words = (_WORD.findall(_in_words(text)) for text in (answer, expected))
     num_words = len(answer_words) + len(expected_words)
     return 2 * LCSseq.similarity(answer_words, expected_words) / num_words if num_words else 1.0
 

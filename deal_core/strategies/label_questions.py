@@ -36,18 +36,6 @@ def recentred_questions(
     Raises:
         TrainingDivergedError: The model's scores are not finite.
     """
-    goals_NL, shift = recentred_goals(model, tokenizer, texts)
-    return questions_with(tokenizer, texts, goals_NL, generator), shift
-
-
-def recentred_goals(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, texts: TaskTexts
-) -> tuple[Floats, float]:
-    """Return q for each text, N×L, and the share of the answers that had a label which others should have had.
-
-    Raises:
-        TrainingDivergedError: The model's scores are not finite.
-    """
     task, limit = texts.task, texts.max_prompt_tokens
     log_probs_NL, targets_N = label_scores(
         model, tokenizer, task, texts.rows, EvaluateConfig(), max_prompt_tokens=limit
@@ -58,18 +46,11 @@ def recentred_goals(
             "train.learning_rate. If the champion diverged, take an earlier version: deal rollback."
         )
     goals_NL = softmax(log_probs_NL + label_offsets(log_probs_NL, targets_N), axis=1)
-    return goals_NL, _shift(log_probs_NL, targets_N)
-
-
-def questions_with(
-    tokenizer: PreTrainedTokenizerBase, texts: TaskTexts, goals_NL: Floats, generator: random.Random
-) -> list[Question]:
-    """Return a question for each text, with its goal as the target."""
-    task, limit = texts.task, texts.max_prompt_tokens
     labels = [encode_answer(tokenizer, task, label, limit) for label in task.labels]
     prompts = [encode_prompt(tokenizer, task, text, limit) for text in texts.rows["input"]]
-    return [question(prompt, labels, goal_L, generator)
-            for prompt, goal_L in zip(prompts, goals_NL, strict=True)]  # fmt: skip
+    questions = [question(prompt, labels, goal_L, generator)
+                 for prompt, goal_L in zip(prompts, goals_NL, strict=True)]  # fmt: skip
+    return questions, _shift(log_probs_NL, targets_N)
 
 
 def _shift(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:

@@ -58,9 +58,9 @@ def keep_rows(
     """Return the stored rows of all tasks, with a sample of the new task's rows; empty if no rows are kept."""
     if not config.keeps_rows:
         return {}
-    new = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
-    kept = choose_kept(config, [tuple(question.answer_ids) for question in new], seed)
-    return {**rows, f"{STORED_ROWS}{len(rows):04d}": pack([new[place] for place in kept])}
+    kept = choose_kept(config, [tuple(answer_ids) for answer_ids in context.encoded["answer_ids"]], seed)
+    new = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded.select(kept)]
+    return {**rows, f"{STORED_ROWS}{len(rows):04d}": pack(new)}
 
 
 def choose_kept(config: RehearsalConfig, answers: Sequence[Hashable], seed: int) -> list[int]:
@@ -86,19 +86,19 @@ def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema
 
 def num_answered(
     config: RehearsalConfig, new: TaskSchema, olds: Sequence[TaskSchema], old_texts: Sequence[TaskTexts], *,
-    num_texts: int, num_steps: int,
+    num_texts: int, num_steps: int, learned_last: str | None,
 ) -> int:
     """How many questions the parent answers before the first step of an arrival of `num_texts` rows.
 
     If rows are stored, half of the steps' questions are about these. With `answers: first` the parent answers for the
-    newest old task. It also answers for a task whose answers its state lacks, which is not counted.
+    task that it learned last (`learned_last`). It also answers where its state lacks answers, which is not counted.
     """
     num_put = _num_put(config, num_steps, is_shared=config.texts == "both")
     own = with_own_texts(config, old_texts, new)
     asked = tasks_to_ask(without_own_texts(olds, own), new) if config.asks_about_arrival else []
     num_own = _num_each(config, num_put, own)
     if config.answers == "first":
-        own = [each for each in own if each.task.name == olds[-1].name]
+        own = [each for each in own if each.task.name == learned_last]
         num_own = MAX_OWN_TEXTS
     about_own = sum(len(each.rows) if each.task.labels else min(num_own, len(each.rows)) for each in own)
     return about_own + len(asked) * min(_num_each(config, num_put, asked), num_texts)
@@ -154,8 +154,13 @@ def _on_new_texts(
 
     The given tasks share batches. For a single task, the instruction is computed once for all texts.
     """
-    texts = list(context.rows["input"])
-    drawn = [(old, random.Random(seed).sample(texts, min(num_each, len(texts)))) for old, seed in olds]
+    num_texts = len(context.rows)
+
+    def draw(seed: int) -> list[str]:
+        places = random.Random(seed).sample(range(num_texts), min(num_each, num_texts))
+        return list(context.rows.select(places)["input"])
+
+    drawn = [(old, draw(seed)) for old, seed in olds]
     in_order = answered(
         model, context, drawn, max_prompt_tokens=context.train.max_prompt_tokens, temperature=config.temperature
     )

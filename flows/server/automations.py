@@ -117,11 +117,12 @@ def _automation(
 
 
 async def apply_automations(client: PrefectClient, never_began: timedelta) -> None:
-    """Create the automations on the server, or replace those of the same names."""
+    """Create the automations on the server, or replace those of the same names, which stay on or off."""
     for automation in automations(never_began):
         known = await client.read_automations_by_name(automation.name)
         if known:
-            await client.update_automation(known[0].id, automation)
+            kept = automation.model_copy(update={"enabled": known[0].enabled})
+            await client.update_automation(known[0].id, kept)
         else:
             await client.create_automation(automation)
         for double in known[1:]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import prefect
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.variables import Variable
@@ -70,8 +71,10 @@ async def deploy_all(
             await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
         await apply_automations(client, PROCESS_NEVER_BEGAN if gpu_pool_type == "process" else NEVER_BEGAN)
         await apply_notifications(client)
-        is_paused = any(not each.enabled for each in await client.read_automations_by_name(LANDED))
-    _deploy_file(home, is_paused)
+        paused = {LANDED} if any(not each.enabled for each in await client.read_automations_by_name(LANDED)) else set()
+        ours_alone = DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"]))
+        paused |= {each.name for each in await client.read_deployments(deployment_filter=ours_alone) if each.paused}
+    _deploy_file(home, paused)
     await Variable.aset(STORE_VARIABLE, ours["store"], overwrite=True)
 
 
@@ -98,15 +101,17 @@ async def _require_own(client: PrefectClient, ours: dict[str, str]) -> None:
         )
 
 
-def _deploy_file(home: Path, is_paused: bool) -> None:
-    """Deploy prefect.yaml.
+def _deploy_file(home: Path, paused: Collection[str]) -> None:
+    """Deploy prefect.yaml. What a person has paused stays paused: deployments, and the automation for landed files.
 
-    Prefect creates the automation for landed files anew and enables it, unless the file disables it (`is_paused`).
+    Prefect would enable them, unless the file says otherwise.
     """
     content = yaml.safe_load(prefect_file().read_text(encoding="utf-8"))
     for deployment in content["deployments"]:
+        if deployment["name"] in paused:
+            deployment["paused"] = True
         for trigger in deployment.get("triggers", []):
-            trigger["enabled"] = not (is_paused and trigger["name"] == LANDED)
+            trigger["enabled"] = trigger["name"] not in paused
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prefect.yaml"
         file.write_text(yaml.safe_dump(content), encoding="utf-8")

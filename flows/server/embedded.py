@@ -19,11 +19,13 @@ import webbrowser
 from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import copy_context
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
+from deal_core.regular_file import complete_file
 from deal_core.safe_text import without_secrets
 
 LOGGING_YAML = """\
@@ -33,7 +35,7 @@ disable_existing_loggers: false
 formatters:
   plain: {{class: infra.logs.PlainFormatter, format: "%(asctime)s %(levelname)s %(name)s: %(message)s"}}
 handlers:
-  file: {{class: logging.FileHandler, filename: {filename}, formatter: plain, delay: true}}
+  file: {{class: logging.handlers.WatchedFileHandler, filename: {filename}, formatter: plain, delay: true}}
   api: {{class: prefect.logging.handlers.APILogHandler}}
 loggers:
   prefect: {{level: INFO}}
@@ -74,8 +76,9 @@ def enter_home(home: Path | None) -> Path:
     """
     from infra.disk import disk_full
     from infra.logs import PlainFormatter, ready_log
-    from infra.settings import HomeSettings, embedded_environment
+    from infra.settings import HomeSettings, embedded_environment, make_places_absolute
 
+    make_places_absolute(os.environ)
     if home is not None:
         os.environ["DEAL_HOME"] = os.path.realpath(home.expanduser())
     folder = HomeSettings().home
@@ -85,7 +88,8 @@ def enter_home(home: Path | None) -> Path:
     quoted = "'" + str(log_file).replace("'", "''").replace("$", "$$") + "'"
     try:
         ready_log(log_file)
-        logging_file.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
+        with complete_file(logging_file) as part:  # another command may read it just now
+            part.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
     except OSError as error:
         if full := disk_full(error):
             raise full from None
@@ -99,7 +103,7 @@ def enter_home(home: Path | None) -> Path:
     logging.raiseExceptions = False  # if the disk is full and a log cannot be written, print nothing
     warnings.simplefilter("ignore")
     # a command without Prefect has no other handler, and Python's default handler prints to the screen
-    handler = logging.FileHandler(log_file, delay=True)
+    handler = WatchedFileHandler(log_file, delay=True)  # goes on in the new file after another command has renamed it
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     FAILURES.handlers, FAILURES.propagate = [handler], False
     return folder

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from deal_core.regular_file import complete_file
 from infra.logs import cut_log, is_full, ready_log
-from infra.settings import QUIET
+from infra.settings import IMPATIENT, QUIET
 
 STACK_FILE = "stack.json"
 SUPERVISOR = "supervisor"
@@ -164,7 +164,9 @@ def _environment(home: Path, stack: LocalStack, name: str) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     dropped = {"PREFECT_API_URL", "PREFECT_LOGGING_SETTINGS_PATH", "PYTHONWARNINGS"}
-    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in dropped and (key, value) not in IMPATIENT.items()
+    }
     servers = {} if name.endswith("-server") else stack.environment()
     if name == "mlflow-server":  # not as arguments: every user of the machine can read arguments
         servers = {"MLFLOW_BACKEND_STORE_URI": stack.backend_uri, "MLFLOW_ARTIFACTS_DESTINATION": stack.artifact_uri}

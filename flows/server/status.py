@@ -219,9 +219,10 @@ def _monitor(store: ObjectStore, name: str, champion: VersionInfo | None, damage
 def _arrivals(state: InboxState, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
     """Return the number of arrivals to learn, and a line for each arrival that was refused or failed."""
     bad = tuple(
-        f"{info.key}: {_reason(state.files[info.key])}"
+        f"{info.key}: {_reason(known)}"
         for info in inbox.of(lineage.tasks)
-        if info.key in state.files and state.files[info.key].outcome in ("refused", "failed")
+        if (known := state.files.get(info.key)) and known.outcome in ("refused", "failed")
+        and (known.etag, known.beside) == (info.etag, inbox.stamp(info))  # another file is there, or is to be tried
     )
     return len(inbox.open_for(state, lineage.tasks, retry_now=False)), bad
 
@@ -279,7 +280,7 @@ async def read_server(problems: list[str]) -> ServerRuns:
     try:
         async with get_client() as client:
             running = await _newest(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-            waiting = [run for run in await _newest(client, [StateType.SCHEDULED]) if run.since <= now]
+            waiting = await _newest(client, [StateType.SCHEDULED], due=now)  # most scheduled runs are of a later time
             failed = await _newest(client, [StateType.FAILED, StateType.CRASHED], since=now - DAY)
     except (httpx.HTTPError, PrefectException, RuntimeError) as error:
         problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
@@ -288,9 +289,13 @@ async def read_server(problems: list[str]) -> ServerRuns:
 
 
 async def read_runs(
-    client: PrefectClient, states: list[StateType], since: datetime | None = None, limit: int | None = None
+    client: PrefectClient, states: list[StateType], since: datetime | None = None, limit: int | None = None, *,
+    due: datetime | None = None,
 ) -> list[FlowRun]:
-    """Read the runs of this project's deployments that are in these states and ended after `since`, newest first."""
+    """Read the runs of this project's deployments that are in these states, newest first.
+
+    They ended after `since`, and were expected to start before `due`.
+    """
     from prefect.client.schemas import filters
     from prefect.client.schemas.sorting import FlowRunSort
 
@@ -298,18 +303,21 @@ async def read_runs(
         flow_run_filter=filters.FlowRunFilter(
             state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=states)),
             end_time=filters.FlowRunFilterEndTime(after_=since) if since else None,
+            expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=due) if due else None,
         ),
         deployment_filter=filters.DeploymentFilter(tags=filters.DeploymentFilterTags(all_=["deal"])),
         sort=FlowRunSort.START_TIME_DESC, limit=limit,
     )
 
 
-async def _newest(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
+async def _newest(
+    client: PrefectClient, states: list[StateType], since: datetime | None = None, *, due: datetime | None = None
+) -> list[RunStatus]:
     return [
         RunStatus(
             name=run.name, state=run.state_name or "unknown", run_id=str(run.id),
             since=run.start_time or run.expected_start_time or datetime.now(UTC),
             message=without_secrets((run.state and run.state.message) or ""),
         )
-        for run in await read_runs(client, states, since, NEWEST)
+        for run in await read_runs(client, states, since, NEWEST, due=due)
     ]

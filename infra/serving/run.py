@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -31,6 +32,7 @@ MAX_CONNECTIONS = 512
 GRACE_SECONDS = 10
 """Time for open requests when the server ends."""
 JOIN_SECONDS = 1.0
+API_KEY = "DEAL_SERVE_API_KEY"
 EVERYWHERE = ("0.0.0.0", "::", "")
 
 
@@ -50,14 +52,14 @@ def serve(
         Whether all threads have ended. False: a thread waits for MLflow and would delay the process's end by minutes.
 
     Raises:
-        ConfigError: The server cannot listen on the address, or the lineage has no valid name.
+        ConfigError: The server cannot listen on the address, the lineage has no valid name, or DEAL_SERVE_API_KEY is
+            empty.
         DealError: The champion cannot be loaded; see `Champion.begin`.
     """
+    api_key = _api_key(host, say)
     listener = _listen(host, port)
     log = open_prediction_log(home, lineage)
     champion, ended = Champion(lineage, say, log, settle), threading.Event()
-    secret = ServingSettings().serve_api_key
-    api_key = None if secret is None else secret.get_secret_value()
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
     with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
@@ -77,6 +79,16 @@ def serve(
     if follower.is_alive():
         follower.join(JOIN_SECONDS)
     return not follower.is_alive()
+
+
+def _api_key(host: str, say: Say) -> str | None:
+    """Return the token that clients must send; None: none."""
+    if not os.environ.get(API_KEY, "x").strip():
+        raise ConfigError(f"{API_KEY} is empty, so every client would be answered; give a token, or unset it.")
+    secret = ServingSettings().serve_api_key
+    if secret is None and f"{host}" not in (*LOOPBACK_NAMES, "::1"):
+        say(f"Clients need no token, and {host} may be reached by other machines; set {API_KEY}.")
+    return None if secret is None else secret.get_secret_value()
 
 
 def make_server(app: Any) -> uvicorn.Server:

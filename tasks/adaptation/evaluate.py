@@ -48,9 +48,10 @@ def evaluate_version(
     known task are frozen, so the base's accuracies come from the record and the parent's answers from the store. The
     parent is asked only rows without a stored answer.
 
-    If a task's test rows were forgotten, the arrival's test rows replace them. If they are renewed, the rows before
-    stay as a slice. If a task gains labels, the new version is asked with the new labels and the parent without them,
-    as each of them serves. The rows that tasks spare (`spared`) do not count.
+    If a task's test rows were forgotten, the arrival's test rows replace them. Other tasks whose test rows were
+    forgotten are then not judged, and keep the parent's figure. If test rows are renewed, the rows before stay as a
+    slice. If a task gains labels, the new version is asked with the new labels and the parent without them, as each of
+    them serves. The rows that tasks spare (`spared`) do not count.
     """
     from tasks.adaptation.scorer import Scorer, collapse_notes
 
@@ -79,6 +80,8 @@ class _Asked:
     """The rows of `old` without one."""
     all: list[TestSet]
     """As the new version is asked: with the labels that its task gains."""
+    unjudged: tuple[str, ...]
+    """Tasks without test rows."""
     notes: tuple[str, ...]
 
     @property
@@ -93,7 +96,9 @@ def _rows_to_ask(
 ) -> _Asked:
     record = read_record(store, parent.adapter_uri) if parent else None
     renewal = find_renewal(store, record, dataset)
-    old = [load_test_set(store, known) for known in record.tasks if known != renewal.known] if record else []
+    unjudged = _unjudged(store, record, renewal)
+    old = [load_test_set(store, known) for known in record.tasks
+           if known != renewal.known and known.schema.name not in unjudged] if record else []  # fmt: skip
     old += _slice_sets(store, record, renewal.slices) if record else []
     new: list[TestSet] = []
     notes: tuple[str, ...] = ()
@@ -105,6 +110,10 @@ def _rows_to_ask(
         notes = tuple(_notes_on_known_task(store, record.lineage, known, dataset))
     newly = [each for each in old if record and record.spared != spared]
     notes += tuple(_notes_on_spared([*newly, *new], spared))
+    notes += tuple(
+        f"{name} was not judged, because its test rows were forgotten; its figure is the parent's. Land test rows of "
+        f"{name}, and it is judged again" for name in unjudged
+    )
     new = [judging_rows(each, spared) for each in new]
     old = [judging_rows(each, spared) for each in old]
     old = within_budget(old, dataset.task, config.max_old_rows)
@@ -114,7 +123,18 @@ def _rows_to_ask(
     return _Asked(
         record=record, renewal=renewal, old=old, new=new, answered=answered, unanswered=_unanswered(old, answered),
         all=[*(_widened(each, dataset, renewal.slices) for each in old), *new], notes=notes,
+        unjudged=unjudged,
     )  # fmt: skip
+
+
+def _unjudged(store: ObjectStore, record: LineageRecord | None, renewal: Renewal) -> tuple[str, ...]:
+    """The tasks without test rows, if the arrival replaces forgotten test rows of its own task; else none may be."""
+    def is_lost(known: KnownTask) -> bool:
+        return forgotten_tests(store, known.schema.name, known.dataset_uri) is not None
+
+    if record is None or renewal.known is None or not is_lost(renewal.known):
+        return ()
+    return tuple(known.schema.name for known in record.tasks if known != renewal.known and is_lost(known))
 
 
 def _notes_on_spared(sets: Iterable[TestSet], spared: Spared) -> Iterator[str]:
@@ -194,6 +214,7 @@ def _report(
     for each in renewal.slices:
         if each.name not in now.accuracies:  # its rows were forgotten
             parent_accuracies.pop(each.name, None)
+    carried = {name: parent_accuracies.pop(name) for name in asked.unjudged}
     base_accuracy = ((record.base_accuracies() if record else {}) | found.on_base.accuracies)[dataset.task]
     parent_accuracy = (parent_accuracies | found.on_parent.accuracies).get(dataset.task)
     matrix = record.matrix if record else AccuracyMatrix()
@@ -212,7 +233,7 @@ def _report(
         base_accuracy=base_accuracy, base_perplexity=found.on_base.perplexity,
         parent_accuracy_new_task=parent_accuracy,
         matrix=matrix.with_row(
-            dataset.task, now.accuracies, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
+            dataset.task, {**carried, **now.accuracies}, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
         ),
         adapter=found.facts, majority_rate=now.evaluations[dataset.task].majority_rate,
         metrics={each.schema.name: each.schema.metric for each in asked.all},

@@ -177,7 +177,14 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     """
     registry, log = open_registry(), PromotionLog(current_store())
     number, last = settle_aliases(registry, log, lineage)
-    found = find_version(registry, lineage, version)
+    change = Change(action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who,
+                    why=why)
+    try:
+        found = find_version(registry, lineage, version)
+    except RegistryError:
+        if not is_deleted_while_tried(registry, log, lineage, version):
+            raise
+        return _write(log, last, change)
     name = f"Version {version} of '{lineage}'"
     if number == version:
         raise RegistryError(f"{name} is its champion; go back first: deal rollback --lineage {lineage}")
@@ -185,11 +192,17 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
         raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(found.reasons)}")
     if found.approval == "refused":
         raise RegistryError(f"{name} is rejected already, {_rejection(log, lineage, version)}")
-    done = _write(log, last, Change(action="rejected", lineage=lineage, version=version, before=number,
-                                    champion=number, who=who, why=why))
+    done = _write(log, last, change)
     settle_aliases(registry, log, lineage)
     _announce("rejected", found, who, why)
     return done
+
+
+def is_deleted_while_tried(registry: Registry, log: PromotionLog, lineage: str, version: str) -> bool:
+    """Whether somebody deleted the version in MLflow while it was tried on live traffic."""
+    tried = log.open_rollout(lineage)
+    is_known = registry.champion(lineage) is None or registry.version(lineage, version) is not None
+    return tried is not None and tried.version == version and not is_known
 
 
 def _rejection(log: PromotionLog, lineage: str, version: str) -> str:

@@ -84,8 +84,13 @@ def row_columns(schema: TaskSchema, text: str, right: str, given: str) -> dict[s
         values[schema.columns.get("messages", "messages")].append({"role": "assistant", "content": right})
     else:
         values[answer_column(schema)] = right
-    wanted = {"context": "", "split": "train"}  # columns that the task's files are said to have
-    return values | {schema.columns[name]: value for name, value in wanted.items() if name in schema.columns}
+    return values | said_columns(schema)
+
+
+def said_columns(schema: TaskSchema) -> dict[str, str]:
+    """Return the further columns that the task's files are said to have, with their values in a training row."""
+    wanted = {"context": "", "split": "train"}
+    return {schema.columns[name]: value for name, value in wanted.items() if name in schema.columns}
 
 
 def has_earlier_answers(schema: TaskSchema, text: str) -> bool:

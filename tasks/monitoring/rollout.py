@@ -15,6 +15,7 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
+from tasks.lineage.decisions import is_deleted_while_tried
 from tasks.lineage.history import find_version
 
 
@@ -41,12 +42,13 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
     opened = PromotionLog(store).open_rollout(lineage)
     if opened is None or opened.champion is None:
         return RolloutStatus(lineage=lineage)
-    terms = find_version(open_registry(), lineage, opened.version).rollout
+    registry, remedy = open_registry(), f"end its rollout with: deal rollout abort --lineage {lineage} --why REASON"
+    name = f"Version {opened.version} of '{lineage}'"
+    if is_deleted_while_tried(registry, PromotionLog(store), lineage, opened.version):
+        raise RegistryError(f"{name} was deleted in MLflow while it was tried on live traffic; {remedy}")
+    terms = find_version(registry, lineage, opened.version).rollout
     if terms is None:
-        raise RegistryError(
-            f"Version {opened.version} of '{lineage}' has lost its tag deal.rollout in MLflow; end its rollout with: "
-            f"deal rollout abort --lineage {lineage} --why REASON"
-        )
+        raise RegistryError(f"{name} has lost its tag deal.rollout in MLflow; {remedy}")
     home, since = HomeSettings().home, opened.when.timestamp()
     rows = read_predictions(store, home, lineage, since=since, of_rollout=True)
     report = judge(

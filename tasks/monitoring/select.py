@@ -32,7 +32,7 @@ from infra.settings import HomeSettings
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import task_inputs
 from tasks.lineage.record import choose_task, read_record
-from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns
+from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns, said_columns
 from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version, counting
 
 CHAMPION_ANSWER = "champion_answer"
@@ -161,6 +161,11 @@ def _answered_texts(
             f"Task '{schema.name}' has chats, and a table of chats has no column for the right answer. Let deal serve "
             "answer them with DEAL_LOG_PREDICTIONS=texts, then select without --data."
         )
+    if schema.learns_preferences:
+        raise ConfigError(
+            f"Task '{schema.name}' learns preferences, so a row needs two answers, and this file has one column for "
+            "them. Let deal serve answer the texts with DEAL_LOG_PREDICTIONS=texts, then select without --data."
+        )
     checker = RowChecker(schema, find_input([*survey_rows(data).types], schema, data.name, column), sys.maxsize)
     texts: dict[str, str] = {}
     num_unusable = 0
@@ -193,7 +198,7 @@ def _to_fill_in(schema: TaskSchema, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": row["id"] if isinstance(row["id"], str) else "", **input_columns(schema, row["input"]),
         answer_column(schema): "", CHAMPION_ANSWER: row["output"], "confidence": round(row["confidence"], 4),
-        "is_random": bool(row["is_random"]),
+        "is_random": bool(row["is_random"]), **said_columns(schema),
     }  # fmt: skip
 
 

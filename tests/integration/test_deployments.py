@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -12,12 +13,14 @@ from uuid import UUID
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
+from prefect.states import Scheduled
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, RegistryError
 from flows.cli.app import app
 from flows.promote import decide, reject
 from flows.server.deploy import _require_own, deploy_all
+from flows.server.status import NEWEST, ServerRuns, read_server
 from infra.promotions import Move
 from infra.tracking.registry import open_registry
 from tasks.adaptation.promote import complete_version
@@ -59,6 +62,7 @@ def test_what_stands_on_the_server(
 ) -> None:
     """One test, as the deploy that its steps share takes long."""
     check_the_forms_take_what_the_flows_take()
+    check_a_late_run_is_shown_among_many_of_a_later_time()
     check_the_notice_of_a_version_that_waits_leads_to_the_form(receiver)
     check_another_home_or_store_is_not_overwritten(deployed, tmp_path, monkeypatch)
 
@@ -86,6 +90,21 @@ def check_the_forms_take_what_the_flows_take() -> None:
     for name, parameters in refused:
         with pytest.raises(PrefectHTTPStatusError, match=r"409|422"):
             start(name, parameters)
+
+
+def check_a_late_run_is_shown_among_many_of_a_later_time() -> None:
+    now, problems = datetime.now(UTC), []
+
+    async def read() -> ServerRuns:
+        async with get_client() as client:
+            found = await client.read_deployment_by_name("gc/gc")
+            for minutes in (-5, *range(60, 60 + NEWEST)):
+                due = Scheduled(scheduled_time=now + timedelta(minutes=minutes))
+                await client.create_flow_run_from_deployment(found.id, state=due, name=f"due-{minutes}")
+        return await read_server(problems)
+
+    names = [run.name for run in asyncio.run(read()).waiting]
+    assert "due--5" in names and not {name for name in names if name.startswith("due-6")} and not problems
 
 
 def check_the_notice_of_a_version_that_waits_leads_to_the_form(receiver: Receiver) -> None:
@@ -132,8 +151,21 @@ def check_another_home_or_store_is_not_overwritten(
         with pytest.raises(ConfigError, match=r"the store is .*home/store, here it is .*elsewhere"):
             asyncio.run(deploy_all(deployed))
     (other / "logs").mkdir(exist_ok=True)
+
+    async def stopped(pauses: bool) -> tuple[bool, bool]:
+        """Whether the deployment gc is paused and the automation for silent runs is off; first stop both."""
+        async with get_client() as client:
+            found = await client.read_deployment_by_name("gc/gc")
+            (silent,) = await client.read_automations_by_name("deal: silent runs")
+            if pauses:
+                await client.pause_deployment(found.id)
+                await client.pause_automation(silent.id)
+            return found.paused, not silent.enabled
+
+    assert asyncio.run(stopped(pauses=True)) == (False, False)
     asyncio.run(deploy_all(other, replace=True))
     assert home_on_the_server() == str(other)
+    assert asyncio.run(stopped(pauses=False)) == (True, True), "a deploy starts nothing that a person has stopped"
 
 
 @pytest.fixture

@@ -114,6 +114,16 @@ def test_a_person_or_the_rollout_rejects_the_version() -> None:
             act("l", **BY)
 
 
+def test_a_rollout_whose_version_was_deleted_in_mlflow_can_be_aborted() -> None:
+    begin("a")
+    open_registry().client.delete_model_version("l", "4")
+    with pytest.raises(RegistryError, match=r"Version 4 of .l. was deleted in MLflow .* deal rollout abort"):
+        check_rollout("l")
+    assert abort_rollout("l", **BY).action == "rejected"
+    assert (in_rollout(), champion(), newest_move()) == (None, "3", ("rejected", "4", "3", "Ada"))
+    assert check_rollout("l").status.version is None
+
+
 @pytest.mark.parametrize("by_form", [False, True])
 def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
     complete_version(open_registry(), register("a", rollout=TERMS, approval="awaiting"))

@@ -279,6 +279,13 @@ def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Pa
     result, _ = look(lineage(tiny_base), tasks=("clinic",))
     assert outcomes(result) == [("clinic/bad.jsonl", "refused")]
 
+    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert [line.split(":")[0] for line in status.failed] == ["inbox/clinic/bad.jsonl"] and status.num_open == 1
+    land(home, "clinic/bad.jsonl", b"corrected\n", age=50)
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.failed == () and status.num_open == 2, "the corrected file waits"
+
 
 @pytest.mark.parametrize("name", ["clinic/task.yaml", "parcels/messages.jsonl"])
 def test_the_demo_leaves_other_files_of_its_names_alone(tiny_base: Path, home: Path, tmp_path: Path, name: str) -> None:

@@ -32,7 +32,7 @@ from tasks.inbox import task_spec
 from tasks.monitoring import harvest as harvesting
 from tasks.monitoring.feedback import row_columns, take_feedback_file
 from tasks.monitoring.harvest import harvest_feedback
-from tasks.monitoring.select import select_to_label
+from tasks.monitoring.select import _answered_texts, select_to_label
 from tasks.predict import predict_file
 from tests.adapting import CLINIC, run
 from tests.in_process import put_back
@@ -308,6 +308,12 @@ def test_unlabelled_texts_of_a_file_are_answered_chosen_and_learned(
     assert (learned.dataset.num_train, learned.dataset.num_rejected) == (4, 0)
     with pytest.raises(DataValidationError, match="Row 1 has no id of an answer"):
         take_feedback_file(tmp_path / "filled.csv", "l")
+
+
+def test_texts_of_a_file_get_no_pairs_of_answers(tmp_path: Path) -> None:
+    tone = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
+    with pytest.raises(ConfigError, match="a row needs two answers"):
+        _answered_texts(tmp_path / "new.csv", None, tone, None, frozenset(), lambda done, total: None)  # type: ignore[arg-type]
 
 
 def test_without_texts_there_is_nothing_to_select(home: Path, tmp_path: Path, labels: tuple[str, ...]) -> None:

@@ -6,9 +6,10 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from deal_core.adapter.state import kept_of_tasks
-from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
+from deal_core.errors import ConfigError, DataValidationError, DealError, RegistryError, StoreError
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import read_entry
 from deal_core.strategies.own_texts import answers_name
@@ -191,7 +192,9 @@ def test_gc_with_another_registry_removes_nothing(
     assert keys("") == before
 
 
-def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(first: AdaptResult, home: Path) -> None:
+def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(
+    first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_registry().client.delete_model_version("l", "1")
     store = current_store()
     store.put_bytes("adapters/m/0123456789abcdef/adapter_config.json", b"{}")
@@ -199,6 +202,10 @@ def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(first: AdaptR
     found = CliRunner().invoke(app, ["gc", "--older-than", "1h", "--dry-run", "--home", str(home), "--json"])
     assert found.exit_code == 1, found.output
     assert list(json.loads(found.stdout)["problems"]) == ["l"]
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.gc.runtime", SimpleNamespace(deployment=SimpleNamespace(id="of a server")))
+        with pytest.raises(DealError, match="Lineage 'l': The store knows version 1"):
+            collect(older_than="1000d")  # a run of a server is red, so that people see it
     done = collect(older_than="0h")
     assert [each.address for each in done.removals if each.kind == "adapter"] == ["adapters/m/0123456789abcdef"]
     assert "The store knows version 1 of 'l'" in done.problems["l"] and "was deleted in MLflow" in done.problems["l"]
@@ -406,6 +413,8 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     task = land()
     with pytest.raises(DataValidationError, match=r"forgotten on .* \(the customer asked\)"):
         run(tiny_base, task)
+    told = validate(task["data"], spec=None, task="bank", test_data=task["test_data"], lineage="l")
+    assert not told.accepted and "forgotten on" in (told.refusal or ""), "as the run says"
     assert keys("datasets/bank") == []
     scores = asyncio.run(evaluate("l"))
     assert set(scores.accuracies) == {"clinic"} and "forgotten" in scores.unjudged["bank"]
@@ -441,8 +450,10 @@ def test_kept_answers_to_the_texts_of_a_forgotten_arrival_are_gone(
     assert all(lengths("3")["clinic"]), "another task's answers stay"
 
 
-def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult) -> None:
-    """The next arrival of the task has the test rows."""
+def _judged_anew(
+    tiny_base: Path, tmp_path: Path, before: AdaptResult, unjudged: Collection[str] = frozenset()
+) -> None:
+    """The next arrival of the task has the test rows. Other tasks without them keep their figures."""
     arrival = tmp_path / "june.jsonl"
     rows = [{"text": f"Message {number} about my card.", "label": "lost card"} for number in range(12)]
     rows = [{**row, "split": "test" if number < 4 else "train"} for number, row in enumerate(rows)]
@@ -455,7 +466,25 @@ def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult) -> None:
     assert record.matrix.rows[0] == tuple(before.matrix["rows"][0]), "figures of before the parent stay"
     renewed = (record.matrix.rows[1][0], record.matrix.base[0])
     assert all(value is not None and (4 * value).is_integer() for value in renewed), "measured on the four new rows"
-    assert asyncio.run(evaluate("l")).unjudged == {}
+    assert set(asyncio.run(evaluate("l")).unjudged) == set(unjudged)
+    places = [record.matrix.tasks.index(task) for task in unjudged]
+    assert all(record.matrix.rows[2][place] == record.matrix.rows[1][place] for place in places)
+    assert third.tracking_id is not None
+    notes = open_tracker().run(third.tracking_id).read_json("evaluation.json")["notes"]
+    assert sum("was not judged" in note for note in notes) == len(unjudged)
+
+
+def test_two_tasks_without_test_rows_are_judged_again_one_after_the_other(
+    tiny_base: Path, tmp_path: Path, first: AdaptResult
+) -> None:
+    second = run(tiny_base, CLINIC)
+    for each in (first, second):
+        asyncio.run(forget(each.dataset.sha256))
+    with pytest.raises(TestRowsForgottenError):
+        run(tiny_base, {**CLINIC, "name": "wards", "instruction": "Which ward?"})
+    _judged_anew(tiny_base, tmp_path, second, unjudged={"clinic"})
+    repaired = run(tiny_base, CLINIC, again=True)
+    assert repaired.status == "promoted" and asyncio.run(evaluate("l")).unjudged == {}
 
 
 def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first: AdaptResult) -> None:

@@ -19,8 +19,7 @@ def three_lineages(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = SimpleNamespace(champion=lambda name: None if name == "b" else name)
     monkeypatch.setattr(flows.champions, "open_registry", lambda: registry)
     monkeypatch.setattr(flows.champions, "current_store", lambda: None)
-    known = [SimpleNamespace(lineage=name) for name in "abc"]
-    monkeypatch.setattr(flows.champions, "list_lineages", lambda store: known)
+    monkeypatch.setattr(flows.champions, "known_lineages", lambda store: ("a", "b", "c"))
 
 
 def champions(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
-from flows.watch import InboxWorker
+from flows.watch import InboxWorker, watch
 from infra.store.local import open_store
 from tasks.inbox import Handled, list_arrivals, read_state
-from tasks.spec import LineageSpec
+from tasks.lineage.settings import WatchedLineage, add_lineage, hold_lineage_file
+from tasks.spec import LineageSpec, parse
 
 
 @pytest.fixture
@@ -68,3 +70,70 @@ def test_a_task_file_that_cannot_be_read_is_announced(
     handled = failing(AssertionError("no adaptation begins"))
     assert handled.message == str(error) and handled.due() is not None
     assert told == [("l", "bank", error)]
+
+
+def test_one_call_tries_a_failed_file_once_while_another_file_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    async def fail(*args: Any) -> None:
+        tried.append("a.csv")
+        raise StoreError("The hub does not answer.")
+
+    monkeypatch.setattr("flows.watch.adapt_locked", fail)
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
+    store = open_store(str(tmp_path))
+    store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
+    os.utime(tmp_path / "inbox/bank/a.csv", (0, 0))
+    spec = LineageSpec(lineage="l")
+
+    def looks() -> int:
+        worker = InboxWorker(store, spec, (), settle_seconds=60, once=True, wait=True)
+        for number in range(3):
+            store.put_bytes("inbox/bank/growing.csv", b"text,label\n" * (number + 1))
+            asyncio.run(worker.handle_open())
+            assert worker.num_left == 1
+        return len(tried)
+
+    assert looks() == 1
+    assert looks() == 2, "the next call tries it again at once"
+
+
+def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[object] = []
+    ends: list[bool] = []
+
+    async def learn(*args: Any) -> None:
+        learned.append(hold_lineage_file(store, "l", "enough"))
+        raise ConfigError("It was tried, which is all that counts here.")
+
+    async def none_cancelled(*args: Any) -> tuple[str, ...]:
+        return ()
+
+    monkeypatch.setattr("flows.watch.adapt_locked", learn)
+    monkeypatch.setattr("flows.watch.is_stopped", lambda: bool(ends))
+    monkeypatch.setattr(InboxWorker, "_hold_cancelled", none_cancelled)  # it asks a server, if there is one
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
+    store = open_store(str(tmp_path / "store"))
+    monkeypatch.setattr("flows.watch.current_store", lambda: store)
+    add_lineage(store, parse(WatchedLineage, {"lineage": "l"}, "test"))
+    hold_lineage_file(store, "l", "the labels are being corrected")
+    store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
+
+    async def hold_and_resume() -> None:
+        watching = asyncio.create_task(watch.fn(LineageSpec(lineage="l"), (), False, 0.01))
+        await asyncio.sleep(0.2)
+        assert not watching.done() and not learned, "it waits"
+        hold_lineage_file(store, "l", None)
+        while not learned:
+            assert not watching.done()
+            await asyncio.sleep(0.01)
+        assert not watching.done()
+        ends.append(True)
+        await watching
+        ends.clear()
+        once = await watch.fn(LineageSpec(lineage="l"), (), True, 0.01)
+        assert once.files == () and len(learned) == 1, "held again, so this call ends"
+
+    asyncio.run(hold_and_resume())

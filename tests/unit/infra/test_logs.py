@@ -42,6 +42,11 @@ def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         enter_home(tmp_path)
         FAILURES.error("label \x1b[31m")
         text = (tmp_path / "logs" / "logging.yml").read_text()
+        log = tmp_path / "logs" / "deal.log"
+        monkeypatch.setattr("infra.logs.MAX_BYTES", 3)
+        logs.ready_log(log)  # as the next command does; this one, such as a watch, goes on
+        FAILURES.error("label \x1b[31m")
+        assert "WatchedFileHandler" in yaml.safe_load(text)["handlers"]["file"]["class"]
     assert (tmp_path / "logs" / "deal.log").read_text().endswith(r"label \x1b[31m" + "\n")
     assert yaml.safe_load(text)["formatters"]["plain"]["class"] == "infra.logs.PlainFormatter"
 

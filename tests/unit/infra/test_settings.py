@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from infra.settings import HomeSettings, StoreSettings, TrackingSettings, embedded_environment, host_of
+from infra.settings import (
+    HomeSettings,
+    StoreSettings,
+    TrackingSettings,
+    embedded_environment,
+    host_of,
+    make_places_absolute,
+)
 from infra.store.local import open_store
 
 NAMES = (
@@ -31,6 +38,24 @@ def test_everything_is_under_one_folder_by_default(tmp_path: Path) -> None:
     assert TrackingSettings().tracking_uri == f"sqlite:///{home}/mlflow.db"
     assert TrackingSettings().artifact_uri == (home / "mlflow-artifacts").as_uri()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_relative_places_become_absolute(tmp_path: Path) -> None:
+    given = {
+        "DEAL_CACHE_DIR": "cache", "DEAL_STORE_URI": "store", "DEAL_ARTIFACT_URI": "s3://bucket/artifacts",
+        "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
+    }  # fmt: skip
+    make_places_absolute(given)
+    assert given == {
+        "DEAL_CACHE_DIR": f"{tmp_path}/cache", "DEAL_STORE_URI": f"file://{tmp_path}/store",
+        "DEAL_ARTIFACT_URI": "s3://bucket/artifacts", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }  # fmt: skip
+    again = dict(given)
+    make_places_absolute(again)
+    assert again == given
+    for uri in ("http://localhost:5000", "sqlite:///:memory:", "postgresql://u@h/db"):
+        make_places_absolute(other := {"MLFLOW_TRACKING_URI": uri})
+        assert other == {"MLFLOW_TRACKING_URI": uri}
 
 
 def test_the_home_folder_moves_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -92,9 +92,10 @@ def test_kubernetes_takes_the_job() -> None:
 
 
 def test_docker_gets_its_gpus_and_shared_memory() -> None:
-    made = configuration("docker", gpus=-1, shm_size="8g")
-    assert made.container_create_kwargs["device_requests"] == [
-        {"Driver": "nvidia", "Count": -1, "Capabilities": [["gpu"]]}
-    ]
+    one = {"Driver": "nvidia", "Count": 1, "Capabilities": [["gpu"]]}
+    assert configuration("docker").container_create_kwargs["device_requests"] == [one]
+    assert configuration("docker", device_requests=[]).container_create_kwargs.get("device_requests", []) == []
+    made = configuration("docker", device_requests=[{**one, "Count": -1}], shm_size="8g")
+    assert made.container_create_kwargs["device_requests"] == [{**one, "Count": -1}]
     assert made.container_create_kwargs["shm_size"] == "8g"
     assert made.image == "deal-worker:gpu"

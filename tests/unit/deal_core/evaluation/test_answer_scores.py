@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,16 @@ def test_a_collapse_is_a_label_that_is_answered_far_too_often(answers, expected)
     figures = label_figures(list(answers), list("aaabbbbccc"), ("a", "b", "c"))
     found = collapsed(figures)
     assert (found.label if found else None) == expected
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("मैं घर गया", "मैं घर गयी"), ("กิน", "กัน"), ("كَتَبَ", "كُتِبَ"), ("caf\u00e9", "cafe")],
+)
+def test_vowel_signs_and_accents_belong_to_their_words(right: str, wrong: str) -> None:
+    assert rouge_l(unicodedata.normalize("NFD", right), right) == 1 > rouge_l(wrong, right)
+
+
+def test_a_word_does_not_end_before_a_vowel_sign() -> None:
+    assert contains("राम ने कमला को देखा", "कमल") == 0
+    assert contains("राम ने कमल को देखा", "कमल") == 1

@@ -16,7 +16,7 @@ from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import generate
-from deal_core.method_config import RehearsalConfig
+from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import longest_of
 from deal_core.strategies import deal, own_texts
 from deal_core.strategies.own_texts import answers_name
@@ -81,15 +81,19 @@ def test_a_task_with_texts_is_asked_about_these_and_any_other_about_the_new_ones
     assert prompts_of(by_size[0]) <= expected_prompts(base, SHAPES, rows(12)["input"])
 
 
+@pytest.mark.parametrize("last", [0, 2])  # the first task may have arrived again
 @pytest.mark.parametrize("config", [OWN, FIRST, RehearsalConfig(), RehearsalConfig(num_texts=6)])
-def test_a_plan_knows_how_many_questions_the_parent_answers(arrive, task, config):
+def test_a_plan_knows_how_many_questions_the_parent_answers(arrive, task, config, last):
     olds, own = [SIZES, SHAPES, STORY], [texts(SIZES, ["large", "small"] * 5), texts(STORY, ["this"] * 3)]
-    _, kept = arrive(olds, own, config)  # of the newest task, the parent's state has no answers
-    kept = {name: tensor for name, tensor in kept.items() if not name.startswith(answers_name(olds[-1].name))}
+    _, kept = arrive(olds, own, config)  # of the task that it learned last, the parent's state has no answers
+    kept = {name: tensor for name, tensor in kept.items() if not name.startswith(answers_name(olds[last].name))}
     rehearsal, _ = arrive(olds, own, config, kept=kept)
     num_kept = sum(len(tensor) for name, tensor in kept.items() if name.endswith("lengths_N"))
     made = sum(len(questions) for kind in rehearsal.kinds for questions in kind) - num_kept
-    assert made == num_answered(config, task, olds, own, num_texts=12, num_steps=LONG.num_steps(12))
+    num_steps = LONG.num_steps(12)
+    assert made == num_answered(
+        config, task, olds, own, num_texts=12, num_steps=num_steps, learned_last=olds[last].name
+    )
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
@@ -223,6 +227,14 @@ def test_the_next_arrival_asks_in_another_order(parent, train, monkeypatch):
     given = {"rehearsal": OWN, "old_tasks": (SIZES,), "others": OtherRows(old_texts=[texts(SIZES, ["large"] * 40)])}
     train("deal", train("deal", parent, **given).folder, **given)
     assert len(asked) == 2 and asked[0] != asked[1]
+
+
+def test_first_answers_need_texts_of_their_own():
+    first = RehearsalConfig(answers="first")  # a spec may read the memory from its lineage later
+    assert first.with_memory("tests").keeps_answers
+    for refuse in (lambda: first.with_memory("none"), lambda: MethodConfig(rehearsal=first)):
+        with pytest.raises(ConfigError, match=r"rehearsal\.answers is first, .* set memory to tests"):
+            refuse()
 
 
 def test_re_centred_answers_have_no_temperature():

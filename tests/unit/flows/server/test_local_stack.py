@@ -39,7 +39,7 @@ from flows.server.local_processes import (
     supervise,
 )
 from flows.server.local_stack import _restart_left_runs, bring_up, heal, share_gpus, start_servers, start_workers
-from infra.settings import TrackingSettings
+from infra.settings import IMPATIENT, TrackingSettings
 from tests.in_process import put_back
 
 SLEEP = ("-c", "import time; time.sleep(600)")
@@ -74,7 +74,8 @@ def test_a_command_asks_the_server_whose_database_the_environment_names(
     made = stack()
     start_part(home, made, "worker", SLEEP)
     try:
-        for named, used in ((made.backend_uri, made.mlflow_url), ("sqlite:///other.db", "sqlite:///other.db")):
+        other = f"sqlite:///{Path.cwd()}/other.db"
+        for named, used in ((made.backend_uri, made.mlflow_url), ("sqlite:///other.db", other)):
             with put_back():
                 monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
                 enter_home(home)
@@ -267,6 +268,14 @@ def test_other_pages_of_a_browser_cannot_command_the_server(home: Path) -> None:
     environment = _environment(home, stack(), "prefect-server")
     assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:1,http://localhost:1"
     assert environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+
+
+def test_workers_are_more_patient_than_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in IMPATIENT.items():
+        monkeypatch.setenv(name, value)
+    assert not _environment(home, stack(), "deal-gpu").keys() & IMPATIENT.keys()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
+    assert _environment(home, stack(), "deal-gpu")["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "9"
 
 
 def test_the_server_removes_old_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

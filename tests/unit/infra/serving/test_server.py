@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from deal_core.errors import ConfigError
 from infra.serving import run, server
+from infra.serving.run import API_KEY, _api_key
 from tests.served import WAIT_SECONDS, Champion, running
 
 JSON = {"Content-Type": "application/json"}
@@ -273,3 +275,15 @@ def test_the_log_takes_what_the_libraries_warn_of(tmp_path: Path) -> None:
     with run._logged_to(tmp_path / "logs" / "log"):
         logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
     assert (tmp_path / "logs" / "log").read_text().endswith("Invalid HTTP request received.\n")
+
+
+def test_an_empty_token_is_refused_and_an_open_door_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.delenv(API_KEY, raising=False)
+    assert _api_key("127.0.0.1", said.append) is None and said == []
+    assert _api_key("0.0.0.0", said.append) is None and "may be reached by other machines" in said[0]
+    monkeypatch.setenv(API_KEY, " ")
+    with pytest.raises(ConfigError, match="DEAL_SERVE_API_KEY is empty"):
+        _api_key("127.0.0.1", said.append)
+    monkeypatch.setenv(API_KEY, "token")
+    assert _api_key("0.0.0.0", said.append) == "token" and len(said) == 1

@@ -26,6 +26,8 @@ ASKED = [{"role": "user", "content": "Hi", "tools": [{"name": "add"}]}]
          {"talk": [{"role": "user", "content": "Hi"}], "tools": [{"name": "add"}], "answer": ""}, "answer"),
         (TaskSchema(name="t", labels=("a", "b"), columns={"label": "answer"}), "x", {"text": "x", "answer": ""},
          "label"),
+        (TaskSchema(name="t", format="completion", columns={"context": "about", "split": "part"}), "x",
+         {"prompt": "x", "completion": "", "about": "", "part": "train"}, "answer"),
     ],
 )  # fmt: skip
 def test_feedback_reads_the_column_that_a_person_has_filled_in(
