@@ -49,6 +49,8 @@ def sha256_of_file(path: Path) -> str:
 def complete_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path. After the block its file becomes `target` in one step; after an error it is deleted.
 
+    The content is on the disk before the name is: after a power cut the file is complete, or as it was before.
+
     Raises:
         OSError: The target is a folder, or its folder cannot be written to.
     """
@@ -57,9 +59,20 @@ def complete_file(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         yield part
+        flush_to_disk(part)
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder with its files, is on the disk. Else a power cut may leave empty files."""
+    for each in [path] if path.is_file() else [*path.rglob("*"), path]:
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def irregularity(mode: int) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import pandas as pd
+import pyarrow as pa
 
 from deal_pipeline.command import Command, CommandError, Show, end, run_command
 
@@ -39,7 +40,7 @@ class Adaptation:
 
     Attributes:
         version: The version that was made, or that had learned the same data before.
-        status: How it ended: promoted, rejected, awaiting or repeat.
+        status: How it ended: promoted, rejected, awaiting approval, rollout or repeat.
         accepted: Whether the gate has let the version pass.
         reasons: Why the gate has rejected the version.
         scores: Task → score of the version on its test rows, 0 to 1, by the task's metric.
@@ -119,8 +120,8 @@ class Lineage:
         """
         arrival = {"name": task} if isinstance(task, str) else dict(task)
         arrival["data"] = self._as_file(data)
-        if test_data is not None:
-            arrival["test_data"] = self._as_file(test_data)
+        if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
+            arrival["test_data"] = self._as_file(test_rows)
         with tempfile.TemporaryDirectory(prefix="deal-") as folder:
             spec = Path(folder) / "spec.yaml"
             text = json.dumps({**(settings or {}), "task": arrival}, ensure_ascii=False)  # JSON is YAML
@@ -224,10 +225,20 @@ class Lineage:
         home = self._environment.get("DEAL_HOME") or os.environ.get("DEAL_HOME") or "deal-home"
         place = Path(home).expanduser().resolve() / "tables" / f"{uuid.uuid4().hex}.parquet"
         place.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(data, pd.DataFrame):
-            data.to_parquet(place, index=False)
-        else:
-            data.to_parquet(place)
+        if isinstance(data, Mapping):  # a DatasetDict
+            raise CommandError(f"The data has the splits {', '.join(map(str, data))}; give one of them.", 2)
+        try:
+            if isinstance(data, pd.DataFrame):
+                data.to_parquet(place, index=False)
+            else:
+                data.to_parquet(place)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            place.unlink(missing_ok=True)
+            why = " ".join(str(error).split())
+            raise CommandError(
+                f"The table cannot be kept as Parquet: {why}. Give each column its own name and one type, or leave it "
+                "out.", 2
+            ) from None
         return str(place)
 
     def _run(self, arguments: Sequence[str]) -> Any:

@@ -6,12 +6,13 @@ StoreError if the store does not answer or a segment is damaged.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deal_core.data.schema import label_key
 from deal_core.monitoring.predictions import ROLLOUT_COLUMNS
@@ -47,40 +48,49 @@ def feedback_log(home: Path, lineage: str) -> Log:
 def read_predictions(
     store: ObjectStore, home: Path, lineage: str, *,
     task: str | None = None, version: str | None = None, since: float | None = None, of_rollout: bool = False,
+    columns: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Return logged answers, oldest first, with the columns of `Prediction`. A row counts once.
 
     `task`, `version` and `since` (seconds since 1970, UTC) leave out other answers. Only a rollout has rows without an
-    answer that was returned. They, and their columns, are left out unless `of_rollout` is True.
+    answer that was returned. They, and their columns, are left out unless `of_rollout` is True. `columns` are read, and
+    those that choose rows; None: all. Texts take most of the memory.
 
     Texts and truth values that are missing are None, missing numbers NaN.
     """
     # a row may be a little older than its segment
     day = None if since is None else (datetime.fromtimestamp(since, UTC) - timedelta(days=1)).date()
-    found = _frame(read_log(store, prediction_log(home, lineage), day))
-    for name, value in (("task", task), ("version", version)):
+    wanted = None if columns is None else [*dict.fromkeys([*columns, "time", "task", "version", *ROLLOUT_COLUMNS])]
+    rows = read_log(store, prediction_log(home, lineage), day, columns=wanted)
+    for name, value in (("task", task), ("version", version)):  # before texts become Python's, which are much larger
         if value is not None:
-            found = found[found[name] == value]
+            rows = rows.filter(pc.field(name) == value)
     if since is not None:
-        found = found[found["time"] >= since]
+        rows = rows.filter(pc.field("time") >= since)
     if not of_rollout:
-        found = found[found["shadow_of"].isna() & found["is_failed"].isna()].drop(columns=[*ROLLOUT_COLUMNS])
-    return found.sort_values("time", kind="stable", ignore_index=True)
+        rows = rows.filter(pc.field("shadow_of").is_null() & pc.field("is_failed").is_null())
+        rows = rows.drop_columns([*ROLLOUT_COLUMNS])
+    return _frame(rows).sort_values("time", kind="stable", ignore_index=True)
 
 
 def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
 
     Of several entries for one answer, those that a person checked come first, then the newest. An entry with a
-    label tells whether the answer was right if the log still has the answer and its task has labels. If the chosen
-    entry does not tell it, the newest entry that does counts. An answer was chosen at random if one entry says so.
+    label tells whether the answer was right if the log still has the answer. So does a right answer in the words of a
+    task without labels: another answer was wrong. If the chosen entry does not tell it, the newest entry that does
+    counts. An answer was chosen at random if one entry says so.
     `answers` are the rows of the log that matter to the caller; None: all are read.
     """
     found = _frame(read_log(store, feedback_log(home, lineage))).drop(columns="entry")
     if found["label"].notna().any():
         if answers is None:
-            answers = _frame(read_log(store, prediction_log(home, lineage), columns=["id", "label", "is_label"]))
-        given = {row.id: row.label if row.is_label else "" for row in answers.itertuples() if row.is_label is not None}
+            columns = ["id", "label", "is_label", "output"]
+            answers = _frame(read_log(store, prediction_log(home, lineage), columns=columns))
+        given = {
+            row.id: row.output if row.is_label is None else row.label if row.is_label else ""
+            for row in answers.itertuples() if row.is_label is not None or row.output is not None
+        }  # fmt: skip
         is_right = [
             label_key(given[row.id]) == label_key(row.label) if row.label is not None and row.id in given
             else row.is_right

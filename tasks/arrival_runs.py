@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import count, takewhile
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ def announce_again(
     The pauses grow, because the arrival's run may be waiting for a worker. Return whether the pause was over.
     """
     known = read_announcement(store, lineage, info, beside)
-    if known is None or now - known.at < growing_pause(known.number):
+    if known is None or timedelta(0) <= now - known.at < growing_pause(known.number):  # a clock may have gone back
         return False
     announce(store, lineage, info, beside, released, number=known.number + 1)
     return True

@@ -40,7 +40,7 @@ def require_base(reference: BaseRef, sha256: str) -> None:
     if sha256 != reference.sha256:
         raise ConfigError(
             f"The base model {reference.source} has changed ({reference.sha256[:12]} before, {sha256[:12]} now); "
-            "bring the old one back, or start a new lineage."
+            "bring the old one back, such as by OWNER/NAME@COMMIT of the Hub, or start a new lineage."
         )
 
 

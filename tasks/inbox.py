@@ -81,7 +81,7 @@ class InboxState(Stored):
         if handled.outcome == "failed" and retry_now:
             return True
         due = handled.due()
-        return due is not None and now >= due
+        return due is not None and (now >= due or now < handled.at)  # the clock may have gone back
 
     def record(
         self, info: ObjectInfo, outcome: Outcome, message: str, *,
@@ -118,7 +118,8 @@ def read_state(store: ObjectStore, lineage: str) -> InboxState:
     """
     found = read_stored(
         store, keys.watch_key(lineage), InboxState, what="the state of a watch",
-        remedy="Delete it: the watch then looks at every file in the inbox again, and adapts to none twice.",
+        remedy="Restore it from a backup. Or hold the lineage, then delete it: what was learned is recognised, but "
+        "arrivals that were rejected or held are tried again.",
     )  # fmt: skip
     return found or InboxState()
 

@@ -142,8 +142,10 @@ async def to_the_end(call: Callable[Inputs, Output], *args: Inputs.args, **kwarg
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
+        from anyio import CancelScope
+
         ask_to_stop()
-        with suppress(Exception):
+        with CancelScope(shield=True), suppress(Exception):  # Prefect cancels every wait again, until its scope ends
             await working
         raise
 

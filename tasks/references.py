@@ -66,6 +66,8 @@ class DatasetRef(Reference):
     """As `DatasetManifest.landed_sha256`."""
     new_labels: tuple[str, ...] = ()
     """Labels that were added by command and that the task lacks in the parent version."""
+    renews_tests: bool = False
+    """Whether `deal tests renew` had asked for new test rows when the rows were checked."""
 
     def widen(self, schema: TaskSchema) -> TaskSchema:
         """Add the new labels to the schema of the dataset's task; other schemas stay as they are."""

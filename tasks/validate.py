@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 class RefusedRow(BaseModel, frozen=True):
     """A row that would go to quarantine."""
 
+    file: str
     row: int
     line: int | None
     reasons: tuple[str, ...]
@@ -114,7 +115,7 @@ def validate(
     Args:
         file: Path or address of the file.
         spec: A spec with the task, the test file and the data settings. Its own data file is not read.
-        task: Name of the task if there is no spec. None: the task file in the file's folder decides, if there is one.
+        task: Name of the task, without a spec. None: the task file in the file's folder decides, if there is one.
         lineage: Replaces the spec's lineage.
         test_data: Replaces the spec's file of test rows.
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
@@ -125,6 +126,8 @@ def validate(
         DataValidationError: The file cannot be read to its end.
         ConfigError: The task's name is not valid, or the spec contradicts the lineage.
     """
+    if spec is not None and task is not None:
+        raise ConfigError("The spec names the task; give either --spec or --task.")
     store, file = current_store(), str(file)
     name = "unnamed" if task is None else task
     arrival_options = {"task": None, "data": None} if spec else {"task": name, "data": file}
@@ -189,7 +192,8 @@ def _result(
         file=file, accepted=report.refusal is None, refusal=report.refusal, format=task.format, shape=report.shape,
         labels=task.labels, **{name: getattr(manifest, name) for name in numbers}, problems=dict(manifest.problems),
         bad_rows=tuple(
-            RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
+            RefusedRow(file=bad.file, row=bad.row, line=bad.line,
+                       reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
             for bad in report.bad_rows
         ),
         num_several=report.num_several, example=example, sha256=manifest.sha256,

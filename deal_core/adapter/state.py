@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE
 from deal_core.adapter.spectrum import count_core_slots, decompose
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
+from deal_core.base_model.sources import HUB_ID
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.schema_version import require_schema_version
@@ -190,7 +191,11 @@ def _widen(name: str, factor: torch.Tensor, num_new_slots: int) -> torch.Tensor:
 def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_name: str) -> None:
     """Write the adapter as a plain PEFT folder that names its base model, and the method's state in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
+    found = HUB_ID.fullmatch(base_name)
+    config = model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path, config.revision = (
+        (found["repository"], found["revision"]) if found else (base_name, None)
+    )
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     _order_config(folder / CONFIG_FILE)

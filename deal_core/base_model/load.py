@@ -215,7 +215,7 @@ def _read_config(folder: Path, source: str, **options: str) -> Any:
 def _config_from_hub(source: str) -> BaseConfig:
     """The config from the Hub or its local cache; `folder` is set only if the cache has the weights."""
     try:
-        folder = sources.fetch_snapshot(source, "model", ["config.json"])
+        folder = sources.fetch_model(source, ["config.json"])
     except ConfigError as error:
         raise ConfigError(
             f"{error} Without its config.json the model's size is unknown; give a local folder that has it. "

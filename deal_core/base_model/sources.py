@@ -47,7 +47,8 @@ HUB_DATASET = re.compile(
     r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?"
 )
 """The address of a dataset of the Hub: hf://datasets/OWNER/NAME[@REVISION][:SPLIT]."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+"""OWNER/NAME[@REVISION]: a branch, a tag or a commit."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
@@ -79,6 +80,13 @@ def fetch_snapshot(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"The {kind} {repository!r} could not be fetched from the Hub ({reason}).") from error
     return Path(folder)
+
+
+def fetch_model(source: str, patterns: Sequence[str], *, ignored: Sequence[str] = ()) -> Path:
+    """Fetch files of a model by its Hub id; the errors are those of `fetch_snapshot`."""
+    found = HUB_ID.fullmatch(source)
+    assert found is not None, "the caller has checked it"
+    return fetch_snapshot(found["repository"], "model", patterns, revision=found["revision"], ignored=ignored)
 
 
 def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None = None) -> Path:
@@ -183,8 +191,8 @@ def sha256_of_model(folder: Path, memo_folder: Path | None) -> str:
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()
     memo = memo_folder / f"{key}.txt"
-    if memo.is_file():
-        return memo.read_text(encoding="ascii").strip()
+    if memo.is_file() and re.fullmatch("[0-9a-f]{64}", known := memo.read_text(encoding="ascii").strip()):
+        return known
     digest = _digest_of(files)
     with complete_file(memo) as part:
         part.write_text(digest + "\n", encoding="ascii")
@@ -229,7 +237,7 @@ def _from_hub(source: str) -> Path:
         raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {KINDS}")
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # README.md: the licence
     try:
-        folder = fetch_snapshot(source, "model", patterns, ignored=["*/*"])
+        folder = fetch_model(source, patterns, ignored=["*/*"])
     except ConfigError as error:
         raise ConfigError(f"{error} {KINDS}") from error
     return _checked_folder(folder, source)

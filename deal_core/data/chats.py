@@ -43,10 +43,13 @@ def as_messages(value: object) -> list[dict[str, Any]] | None:
     return None
 
 
-def parse_messages(value: object, tools: object = None) -> list[Message] | Problem:
+def parse_messages(
+    value: object, tools: object = None, *, learns_every_turn: bool = False
+) -> list[Message] | Problem:
     """The messages of a cell, in the form in which they are stored. The last one is the assistant's answer.
 
-    `tools` is the cell of the chat's tools. It counts only if the chat uses a tool.
+    `tools` is the cell of the chat's tools. It counts only if the chat uses a tool. An answer that would be learned,
+    although its `weight` is 0 (OpenAI's word for "not to be learned"), is a problem.
     """
 
     def malformed(why: str, shown: str | None = None) -> Problem:
@@ -69,6 +72,12 @@ def parse_messages(value: object, tools: object = None) -> list[Message] | Probl
         )
         known = ", ".join(role if role in _MAY_FOLLOW else "(another)" for role in roles)
         return malformed(f"roles {shorten(known)}; {wanted}", f"roles {shorten(', '.join(roles))}; {wanted}")
+    is_left_out = [message["role"] == "assistant" and cell.get("weight") == 0
+                   for message, cell in zip(messages, cells, strict=True)]  # fmt: skip
+    if is_left_out[-1]:
+        return malformed("the last answer has weight 0, so there is no answer to learn")
+    if learns_every_turn and any(is_left_out):
+        return malformed("an earlier answer has weight 0, and all are learned; set task.assistant_turns to last")
     why = _add_tools(messages, cells, tools)
     return malformed(why) if why else messages
 

@@ -43,6 +43,7 @@ class RowChecker:
         self._label_of_key = {label_key(label): label for label in task.labels}
         self._label_names = {**columns.label_names, **task.label_names}
         self._label_of = lru_cache(self._find_label)
+        self._learns_every_turn = task.format == "chat" and task.assistant_turns == "all"
 
     def check(self, raw: RawRow) -> Row | list[Problem]:
         """The good row, or all its problems. If the task has no labels yet, every label is good."""
@@ -207,7 +208,9 @@ class RowChecker:
         cell = values[wanted[0]] if len(wanted) == 1 else _joined([values[column] for column in wanted])
         cell, answers = chats.split_answers(cell)
         names = self._columns.names
-        messages = chats.parse_messages(cell, values.get(names["tools"]) if "tools" in names else None)
+        messages = chats.parse_messages(
+            cell, values.get(names["tools"]) if "tools" in names else None, learns_every_turn=self._learns_every_turn
+        )
         if isinstance(messages, Problem):
             problems.append(messages)
             return _NO_ROW

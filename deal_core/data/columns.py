@@ -125,6 +125,17 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
     return Columns(format=kind, names={each: _only(found[each], each, source) for each in wanted if found[each]})
 
 
+def late_keys(task: TaskSchema, columns: Columns) -> frozenset[str]:
+    """Keys of JSON rows that would be read if the first rows of the file had them. Without them they are not."""
+    wanted = [name for name in OPTIONAL_OF_FORMAT[columns.format] if name not in columns.names and name != "is_random"]
+    keys = {task.columns.get(name, name) for name in wanted if name != "split" or columns.splitting is None}
+    if "context" in wanted and "context" not in task.columns:
+        joins = "prompt" not in task.columns and (task.format == "auto" or task.joins_context)
+        prompt = columns.names.get("prompt", "").strip().casefold()
+        keys = keys - {"context"} | {*(CONTEXTS.get(prompt, ()) if joins else ())}
+    return frozenset(keys - {*columns.names.values()})
+
+
 def _find_context(found: dict[str, list[str]], task: TaskSchema) -> None:
     """Decide which column is the prompt's context. A column that `task.columns` gives for the prompt has none.
 

@@ -19,7 +19,7 @@ from deal_core.safe_text import listed
 ANSWER_LISTS = ("answers", "references")
 """Names of a column that lists the right answers of each row, if no column is named like a single answer."""
 _ONE_ANSWER = set(CONVENTIONS["completion"])
-_ANSWERS = {*CONVENTIONS["completion"], *CONVENTIONS["messages"], *CONVENTIONS["label"]}
+_ANSWERS = {*CONVENTIONS["completion"], *CONVENTIONS["messages"]}
 
 
 def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> Columns:
@@ -94,11 +94,13 @@ def _find_preferences(look: FileLook, task: TaskSchema, source: str, include_tex
     """
     named, have = set(task.columns), {name.strip().casefold(): name for name in look.columns}
     is_asked = task.learns_preferences or not named.isdisjoint(PREFERENCE_COLUMNS)
-    has_others = not named.isdisjoint(("completion", "messages")) or not have.keys().isdisjoint(_ANSWERS)
-    if not is_asked and (task.format != "auto" or task.labels or has_others):
+    is_labelled = all(not have.keys().isdisjoint(CONVENTIONS[name]) for name in ("text", "label"))
+    has_others = not (named.isdisjoint(("completion", "messages")) and have.keys().isdisjoint(_ANSWERS))
+    if not is_asked and (task.format != "auto" or task.labels or has_others or is_labelled):
         return None
-    found = {each: task.columns.get(each, have.get(each, "")) for each in PREFERENCE_COLUMNS}
-    if missing := [name or each for each, name in found.items() if name not in look.columns]:
+    wanted = {each: task.columns.get(each, have.get(each)) for each in PREFERENCE_COLUMNS}
+    found = {each: name for each, name in wanted.items() if name is not None and name in look.columns}
+    if missing := [name or each for each, name in wanted.items() if each not in found]:
         if not is_asked:
             return None
         raise DataValidationError(

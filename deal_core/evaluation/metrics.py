@@ -21,7 +21,7 @@ class AccuracyMatrix(VersionedJson):
     before it (needed for forward transfer). A benchmark may fill only the first and last cells after that.
     """
 
-    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1, later=("slices",))
+    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1, later=("slices", "measured_from"))
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     tasks: tuple[str, ...] = ()
@@ -32,6 +32,8 @@ class AccuracyMatrix(VersionedJson):
     """Accuracy of the untouched base model on each task."""
     slices: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Column with earlier test rows of a task → the task. Averages, forgetting and transfer leave these columns out."""
+    measured_from: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Task whose test rows were replaced → the first row of the matrix whose figure is of the present test rows."""
 
     def __post_init__(self) -> None:
         if tuple(name for name in self.tasks if name not in self.slices) != tuple(dict.fromkeys(self.trained)):
@@ -83,7 +85,8 @@ class AccuracyMatrix(VersionedJson):
             return (*row[:column], value, *row[column + 1 :])
 
         rows = (*self.rows[:-1], put(self.rows[-1], last_accuracy))
-        return replace(self, rows=rows, base=put(self.base, base_accuracy))
+        since = {**self.measured_from, task: len(rows) - 1}
+        return replace(self, rows=rows, base=put(self.base, base_accuracy), measured_from=since)
 
     def with_slice(self, task: str, name: str) -> AccuracyMatrix:
         """The matrix with the present test rows of a task as the slice `name`: a copy of the task's column."""
@@ -103,8 +106,9 @@ class AccuracyMatrix(VersionedJson):
     def forgetting_by_task(self) -> dict[str, float]:
         """Forgetting_i = max over i ≤ t < T of R[t][i], minus R[T][i], for every task learned before the last version.
 
-        The maximum starts at the first version trained on the task. Versions that were not evaluated on the task do not
-        count. A negative value is a gain. The dict is empty with one task.
+        The maximum starts at the first version trained on the task, or at the first one that was measured on the task's
+        present test rows. Versions that were not evaluated on the task do not count. A negative value is a gain. The
+        dict is empty with one task.
         """
         return {task: self._best(column, first) - self._known(-1, column) for task, column, first in self._old_tasks()}
 
@@ -127,7 +131,10 @@ class AccuracyMatrix(VersionedJson):
 
     @property
     def backward_transfer(self) -> float | None:
-        """BWT = mean_{i<T}(R[T][i] − R[i][i]), R[i][i] by the first version trained on task i; None with one task."""
+        """BWT = mean_{i<T}(R[T][i] − R[i][i]); None with one task.
+
+        R[i][i] is of the first version trained on task i, or the first one measured on the task's present test rows.
+        """
         old = self._old_tasks()
         return mean_of_all(self._known(-1, column) - self._known(first, column) for _, column, first in old)
 
@@ -135,11 +142,12 @@ class AccuracyMatrix(VersionedJson):
     def forward_transfer(self) -> float | None:
         """FWT = mean_{i>1}(R[i−1][i] − base_i): how much earlier tasks improve a task before its own training.
 
-        None with one task, or if the parent or the base was not evaluated on a task before its training.
+        None with one task, or if the parent or the base was not evaluated on a task before its training. Tasks whose
+        test rows were replaced do not count.
         """
         gains: list[float | None] = []
         for column, first in enumerate(self.first_versions()):
-            if first > 0 and self.tasks[column] not in self.slices:
+            if first > 0 and self.tasks[column] not in (*self.slices, *self.measured_from):
                 before, untouched = self.rows[first - 1][column], self.base[column]
                 gains.append(None if before is None or untouched is None else before - untouched)
         return mean_of_all(gains)
@@ -149,12 +157,18 @@ class AccuracyMatrix(VersionedJson):
         return [self.trained.index(self.slices.get(task, task)) for task in self.tasks]
 
     def _old_tasks(self) -> list[tuple[str, int, int]]:
-        """Task, column and first version of every task learned before the last version; empty with a single task."""
+        """Task, column and first version of every task learned before the last version; empty with a single task.
+
+        The first version is one whose figure is of the present test rows.
+        """
         if len(self.tasks) - len(self.slices) < 2:
             return []
         columns = enumerate(zip(self.tasks, self.first_versions(), strict=True))
         last = len(self.rows) - 1
-        return [(task, column, first) for column, (task, first) in columns if first < last and task not in self.slices]
+        return [
+            (task, column, max(first, self.measured_from.get(task, 0))) for column, (task, first) in columns
+            if first < last and task not in self.slices
+        ]  # fmt: skip
 
     def _best(self, column: int, first: int) -> float:
         """The best accuracy of a column from a version on, without the last version."""

@@ -192,7 +192,10 @@ def _against(live: Hits, reference: Hits | None, shift: float) -> LiveAccuracy:
 
 def _decide(found: TaskDrift, level: float, config: MonitorConfig, before: float | None) -> TaskDrift:
     """Mark the alarms: significant and large."""
-    tests = tuple(replace(each, is_alarm=each.p_value < level and each.effect >= each.limit) for each in found.tests)
+    at_most = max(level, two_samples.SMALLEST)
+    tests = tuple(
+        replace(each, is_alarm=each.p_value <= at_most and each.effect >= each.limit) for each in found.tests
+    )
     estimated, measured = (
         None if each is None else replace(each, is_alarm=_has_dropped(each, level, config))
         for each in (found.estimated, found.measured)

@@ -26,7 +26,9 @@ MIN_COUNT = 5
 MIN_EXPECTED = 5.0
 """Smallest expected count of a cell for the χ² approximation (Cochran, 1954)."""
 NUM_TABLES = 99_999
-"""Random tables that stand for chance where the approximation does not hold. The smallest p-value is 1e-5."""
+"""Random tables that stand for chance where the approximation does not hold."""
+SMALLEST = 1 / (NUM_TABLES + 1)
+"""The smallest p-value by random tables. It counts as significant at any level: many tests must not hide an alarm."""
 NUM_FOLDS = 5
 MIN_TEXTS = 5 * NUM_FOLDS
 """Fewest texts on each side that the classifier of texts can learn from."""

@@ -24,18 +24,21 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from deal_core.config import ReportTool, TrainConfig
 from deal_core.data.collate import add_blank_row
 from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, TrainingDivergedError
+from deal_core.regular_file import flush_to_disk
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
 
 OnLog = Callable[[int, Mapping[str, float]], None]
 STRATEGY_TENSORS = "strategy.safetensors"
 COMPLETE = "COMPLETE"
+NUM_CHECKPOINTS = 2
+"""Checkpoints that are kept."""
 TOLERANCE = 1e-4
 """Largest allowed difference from rank 0, relative to the parameter's norm; equal steps on equal devices give 0."""
 TINY = 1e-12
@@ -86,7 +89,7 @@ def training_arguments(
         logging_steps=1,
         save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
         save_steps=max(save_steps, 1),
-        save_total_limit=2,
+        save_total_limit=None,  # `_save_checkpoint` removes old ones
         seed=train.seed,
         gradient_checkpointing=train.gradient_checkpointing,
         report_to=[] if reporting is None else [*train.report_to],
@@ -230,7 +233,9 @@ class AdapterTrainer(Trainer):
                 {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
                 folder / STRATEGY_TENSORS,
             )
+        flush_to_disk(folder)
         (folder / COMPLETE).touch()  # written last: a folder without it does not count
+        rotate_checkpoints(str(self.args.output_dir), save_total_limit=NUM_CHECKPOINTS)  # by step: a clock may go back
 
 
 def _divisor(weight: Tensor) -> Tensor:

@@ -187,9 +187,10 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
     if result.example:
         shown += [heading("One row as the model sees it"), *_show_row(result.example)]
     if result.bad_rows:
-        table = new_table("row", "line", "reason", right=["row", "line"])
+        table = new_table("file", "row", "line", "reason", right=["row", "line"])
         for bad in result.bad_rows:
-            table.add_row(str(bad.row), "–" if bad.line is None else str(bad.line), escape("\n".join(bad.reasons)))
+            line = "–" if bad.line is None else str(bad.line)
+            table.add_row(escape(bad.file), str(bad.row), line, escape("\n".join(bad.reasons)))
         shown += [heading(f"Bad rows (the first {len(result.bad_rows)})"), table]
     if result.label_check is not None:
         shown.append(escape(result.label_check))

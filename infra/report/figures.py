@@ -20,6 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.safe_text import shorten
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
 """Okabe and Ito's palette, without its yellow, which is hardly visible on white."""
@@ -29,6 +30,10 @@ COLOUR_MAP = colormaps["YlGnBu"]
 """Values from low to high are light to dark, also in a grey print."""
 GAP = 0.12
 """Space between the base model's row and the versions' rows, in rows."""
+INCHES_PER_NAME = 0.2
+"""Height that the name of a task takes beside the lines."""
+MAX_NAME = 28
+"""Characters of a task's name beside its line."""
 DARK_FROM = 68.0
 """Cells from this per cent have white numbers."""
 
@@ -113,26 +118,28 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
 
     Without names, the versions are numbered from 1.
     """
-    figure = new_figure(7.5, 4.2)
+    shown = [column for column, value in enumerate(matrix.rows[-1] if matrix.rows else ()) if value is not None]
+    tall = max(4.2, 1.0 + INCHES_PER_NAME * len(shown))
+    figure = new_figure(7.5, tall)
     axes = figure.subplots()
     if not matrix.rows:
         say_empty(axes, "no version yet")
         return figure
     last = len(matrix.rows)
     ends = []
-    shown = [column for column, value in enumerate(matrix.rows[-1]) if value is not None]
     for column in shown:  # earlier test rows that were forgotten have no value
         first = matrix.first_versions()[column]
-        values = [100 * float(row[column] or 0) for row in matrix.rows[first:]]
-        _mark(axes, column, list(range(first + 1, last + 1)), values)
-        ends.append(values[-1])
+        known = {step + 1: 100 * value for step, row in enumerate(matrix.rows[first:], first)
+                 if (value := row[column]) is not None}  # fmt: skip
+        _mark(axes, column, list(known), list(known.values()))
+        ends.append(known[last])
     tidy(axes)
     axes.set_ylim(0, 100)
     axes.set_xlim(0.9, max(last, 1.1))
-    for column, end, height in zip(shown, ends, spread(ends, gap=5.5), strict=True):
+    for column, end, height in zip(shown, ends, spread(ends, gap=5.5 * 4.2 / tall), strict=True):
         beside = axes.get_yaxis_transform()
         _mark(axes, column, [1.03], [height], transform=beside)
-        axes.text(1.05, height, f"{end:.1f}  {matrix.tasks[column]}", transform=beside, va="center",
+        axes.text(1.05, height, f"{end:.1f}  {shorten(matrix.tasks[column], MAX_NAME)}", transform=beside, va="center",
                   fontsize=9, color="#333333")
     axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
     axes.set_xlabel("version", color=MUTED)

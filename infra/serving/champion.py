@@ -104,7 +104,7 @@ class Champion:
         assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)
-        if (found := self.rollout.ask(named, is_given_up, key, version)) is not None:
+        if (found := self.rollout.ask(named, served, is_given_up, key, version)) is not None:
             return found._replace(served=served)
         try:
             answered = self._answerer.ask(rows, is_given_up)

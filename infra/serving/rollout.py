@@ -108,17 +108,21 @@ class Rollout:
         self._ended.set()
 
     def ask(
-        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], key: str | None, version: str | None
+        self, rows: Sequence[InputRow], served: ServedVersion, is_given_up: Callable[[], bool], key: str | None,
+        version: str | None,
     ) -> Answered | None:
-        """Let the candidate answer a request of the canary's share; None: the champion has to answer.
+        """Let the candidate answer a request of the canary's share; None: the champion (`served`) has to answer.
 
-        Each row names its task. Requests with the same `key` go to the same version; without a key, the same requests
-        do. `version` is the version that the request names, if it names one.
+        Each row names its task; a task that the champion does not know is not the candidate's to answer. Requests with
+        the same `key` go to the same version; without a key, the same requests do. `version` is the version that the
+        request names, if it names one.
         """
         trial = self.trial
         if trial is None or trial.kind != "canary" or version not in (None, trial.version):
             return None
         if version is None and not trial.takes(key or digest(rows)):
+            return None
+        if any(served.task(row.task) is None for row in rows):
             return None
         return self._ask(trial, rows, is_given_up)
 

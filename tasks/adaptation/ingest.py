@@ -59,8 +59,14 @@ def landing_of(
             source=source, task=schema, config=config, test_source=test_source,
             frozen_test_inputs=_frozen_test_inputs(store, record, arrival.task),
             renews_tests=bool(record and known and is_renewal_asked(store, record.lineage, known)),
-            on_progress=on_progress,
+            on_progress=on_progress, new_label_remedy=_new_label_remedy(arrival, record),
         )  # fmt: skip
+
+
+def _new_label_remedy(arrival: Arrival, record: LineageRecord | None) -> str:
+    if record is None or record.task(arrival.task) is None:
+        return "A label that is new is added to the task's labels: task.labels in the spec or the task file."
+    return f"A label that is new is added with: deal labels {arrival.task} --add LABEL --lineage {record.lineage}."
 
 
 def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
@@ -175,6 +181,7 @@ def ingest_arrival(
         before = record.task(arrival.task) if record else None
         new_labels = schema.labels[len(before.schema.labels) :] if before else ()
         dataset = _publish(store, folder, manifest, lineage, new_labels)
+        dataset = dataset.model_copy(update={"renews_tests": landing.renews_tests})
         if not again:
             _withdraw_forgotten(store, dataset)
         return dataset

@@ -7,10 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pydantic import ValidationError
+
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.method_config import MethodConfig, asks_own_texts
-from deal_core.regular_file import complete_file
+from deal_core.regular_file import complete_file, flush_to_disk
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
@@ -60,7 +62,7 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
     store = current_store()
     run, parent, dataset = job.run, job.parent, job.dataset
     folder = work_folder(run.lineage, run.short_key)
-    if not (folder / SUMMARY_FILE).is_file():
+    if (summary := _finished(folder)) is None:
         tracked = open_tracker().run(run.tracking_id)
         setup = _setup(store, job, method, train)
         rows_file = folder / "rows" / keys.TRAIN_FILE
@@ -78,9 +80,9 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         result = replace(result, notes=(*learned.notes, *result.notes, *recentred))
         tracked.flush()
         summary = TrainSummary(adapter_sha256=sha256_together(digests_of(folder / "adapter")), **asdict(result))
+        flush_to_disk(folder / "adapter")
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
             part.write_text(summary.model_dump_json(), encoding="utf-8")
-    summary = TrainSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
     uri = keys.adapter_uri(run.lineage, run.short_key)
     store.upload_folder(folder / "adapter", uri)
     reference = AdapterRef(
@@ -88,6 +90,23 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         parent_version=parent.version if parent else None,
     )  # fmt: skip
     return TrainedAdapter(adapter=reference, summary=summary)
+
+
+def _finished(folder: Path) -> TrainSummary | None:
+    """The summary of a training that an earlier try has finished; None: there is none, so train or go on.
+
+    After a power cut a file may have lost its content.
+    """
+    if not (folder / SUMMARY_FILE).is_file():
+        return None
+    try:
+        summary = TrainSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
+        if summary.adapter_sha256 == sha256_together(digests_of(folder / "adapter")):
+            return summary
+    except (ValidationError, OSError):
+        pass
+    (folder / SUMMARY_FILE).unlink()
+    return None
 
 
 def _recentre(store: ObjectStore, job: AdaptationJob, train: TrainConfig, adapter: Path) -> tuple[str, ...]:

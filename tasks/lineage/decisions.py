@@ -23,6 +23,7 @@ from tasks.lineage.history import (
     champion_deleted,
     descent,
     find_version,
+    is_deleted_while_tried,
     no_version,
     require_in_registry,
     standing_of,
@@ -196,13 +197,6 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     settle_aliases(registry, log, lineage)
     _announce("rejected", found, who, why)
     return done
-
-
-def is_deleted_while_tried(registry: Registry, log: PromotionLog, lineage: str, version: str) -> bool:
-    """Whether somebody deleted the version in MLflow while it was tried on live traffic."""
-    tried = log.open_rollout(lineage)
-    is_known = registry.champion(lineage) is None or registry.version(lineage, version) is not None
-    return tried is not None and tried.version == version and not is_known
 
 
 def _rejection(log: PromotionLog, lineage: str, version: str) -> str:

@@ -117,6 +117,13 @@ def find_version(registry: RegistryReader, lineage: str, version: str | None) ->
     return found
 
 
+def is_deleted_while_tried(registry: RegistryReader, log: PromotionLog, lineage: str, version: str) -> bool:
+    """Whether somebody deleted the version in MLflow while it was tried on live traffic."""
+    tried = log.open_rollout(lineage)
+    is_known = registry.champion(lineage) is None or registry.version(lineage, version) is not None
+    return tried is not None and tried.version == version and not is_known
+
+
 def descent(versions: Sequence[VersionInfo], version: VersionInfo | None) -> tuple[VersionInfo, ...]:
     """Return a version and its ancestors, newest first. Without a version the result is empty."""
     by_number = {each.version: each for each in versions}

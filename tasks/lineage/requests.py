@@ -164,7 +164,8 @@ class Renewal(NamedTuple):
 def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> Renewal:
     """Return what an arrival does to the test rows of its task.
 
-    They are replaced if they were forgotten, or if `deal tests renew` asked for it and the arrival has other test rows.
+    They are replaced if they were forgotten, or if `deal tests renew` had asked for it when the arrival was checked
+    and the arrival has other test rows. A request that comes later is for the next arrival.
     """
     known = record.task(dataset.task) if record else None
     if record is None or known is None:
@@ -172,7 +173,7 @@ def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: Data
     if forgotten_tests(store, dataset.task, known.dataset_uri) is not None:
         return Renewal(known, record.slices, None)
     has_others = dataset.num_test > 0 and known.dataset_uri != dataset.uri
-    if not has_others or not is_renewal_asked(store, record.lineage, known):
+    if not has_others or not dataset.renews_tests:
         return Renewal(None, record.slices, None)
     name = next_slice(dataset.task, _names(record))
     new = KnownSlice(name=name, of=dataset.task, dataset_uri=known.dataset_uri, num_test=known.num_test)

@@ -125,7 +125,7 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
     store, now = current_store(), time.time()
     tasks = task_schemas(store, lineage)
     own = {name: (answer_column(as_landed(store, each)), each) for name, each in tasks.items()}
-    logged = read_predictions(store, HomeSettings().home, lineage)
+    logged = read_predictions(store, HomeSettings().home, lineage, columns=["id", "input"])
     task_of: dict[str, str] = dict(zip(logged["id"], logged["task"], strict=True))
     has_text = dict(zip(logged["id"], logged["input"].notna(), strict=True))
     keeps_texts = any([*has_text.values()][-1:])  # what the log keeps now, for an answer that it does not have

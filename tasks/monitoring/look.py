@@ -153,7 +153,7 @@ def _accuracies(task: TaskDrift) -> dict[str, float]:
 
 
 def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: MonitorConfig) -> None:
-    """Keep the window of each task that has enough rows, as a look counts them."""
+    """Keep the window of each task that has enough rows, as a look counts them. Other tasks keep their earlier rows."""
     windows = [window(rows, config.window_rows) for _, rows in live.groupby("task")]
     enough = [rows for rows in windows if len(rows) >= config.min_rows]
     if not enough:
@@ -162,6 +162,8 @@ def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: M
             "monitor.min_rows asks for; wait for more traffic."
         )
     kept = pd.concat(enough)[BASELINE_COLUMNS]
+    if (before := _baseline(store, info)) is not None:
+        kept = pd.concat([kept, before[~before["task"].isin(kept["task"])][BASELINE_COLUMNS]])
     write_frame(store, baseline_key(info.lineage, info.version), kept.sample(frac=1, random_state=0))
 
 

@@ -15,8 +15,7 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
-from tasks.lineage.decisions import is_deleted_while_tried
-from tasks.lineage.history import find_version
+from tasks.lineage.history import find_version, is_deleted_while_tried
 
 
 class RolloutStatus(BaseModel, frozen=True):
@@ -50,7 +49,8 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
     if terms is None:
         raise RegistryError(f"{name} has lost its tag deal.rollout in MLflow; {remedy}")
     home, since = HomeSettings().home, opened.when.timestamp()
-    rows = read_predictions(store, home, lineage, since=since, of_rollout=True)
+    columns = ["id", "label", "is_label", "confidence", "seconds", "output"]
+    rows = read_predictions(store, home, lineage, since=since, of_rollout=True, columns=columns)
     report = judge(
         rows, read_feedback(store, home, lineage, answers=rows), terms, champion=opened.champion,
         candidate=opened.version,

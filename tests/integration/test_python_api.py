@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
@@ -109,3 +110,31 @@ def test_every_message_was_shown_when_the_result_is_there(monkeypatch: pytest.Mo
 
     assert command.run_command([], {}, show) == [1]
     assert shown == ["line"] * 100
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (pd.DataFrame({"text": ["a", "b"], "label": [1, "x"]}), "label"),
+        (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "Duplicate column names"),
+        ({"train": None, "test": None}, "has the splits train, test; give one of them"),
+    ],
+)
+def test_a_table_that_parquet_cannot_hold_is_an_error_of_the_project(table: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=said):
+        Lineage(home=tmp_path).adapt(table, task="t")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_relative_file_of_test_rows_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs: list[dict[str, Any]] = []
+
+    def run(arguments: Sequence[str], *_: object) -> Any:
+        specs.append(json.loads(Path(arguments[1]).read_text()))
+        raise CommandError("enough", 1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deal_pipeline.lineage.run_command", run)
+    with pytest.raises(CommandError, match="enough"):
+        Lineage(home=tmp_path).adapt("a.csv", task={"name": "t", "test_data": Path("test.csv")})
+    assert specs[0]["task"]["test_data"] == str(tmp_path / "test.csv")

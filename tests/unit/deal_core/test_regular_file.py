@@ -103,3 +103,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(IsADirectoryError), complete_file(Path(".")) as part:
         part.touch()
     assert [each.name for each in tmp_path.iterdir()] == ["new"]
+
+
+def test_the_content_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("flushed"))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("named"), replace(*paths)))
+    with complete_file(tmp_path / "a") as part:
+        part.write_text("x")
+    assert done == ["flushed", "named"]

@@ -12,10 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 import tenacity
+from anyio import CancelScope
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.lock import lock_lineage
-from tasks.progress import Interrupted, Stages, advance, patient, raise_if_stopped, reporting_to
+from tasks.progress import Interrupted, Stages, advance, patient, raise_if_stopped, reporting_to, to_the_end
 
 AT_ONCE = {"wait": tenacity.wait_none()}
 
@@ -219,3 +220,20 @@ def test_patience_ends_with_the_servers_own_error() -> None:
 
     with pytest.raises(httpx.ConnectError, match="refused"):
         patient(ask).retry_with(**AT_ONCE, stop=tenacity.stop_after_attempt(3))()
+
+
+def test_a_call_that_is_cancelled_again_and_again_is_waited_for() -> None:
+    """Prefect cancels by a scope of anyio, which cancels every wait until the scope ends."""
+    ended = threading.Event()
+
+    def work() -> None:
+        time.sleep(0.3)
+        ended.set()
+
+    async def cancel() -> None:
+        with CancelScope() as scope:
+            asyncio.get_running_loop().call_later(0.05, scope.cancel)
+            await to_the_end(work)
+        assert ended.is_set()
+
+    asyncio.run(cancel())

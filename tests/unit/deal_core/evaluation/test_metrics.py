@@ -148,3 +148,17 @@ def test_other_test_rows_change_the_base_and_the_last_version_alone() -> None:
     assert (changed.base[1:], changed.rows[:-1], changed.rows[-1][1:]) == (
         THREE.base[1:], THREE.rows[:-1], THREE.rows[-1][1:]
     )  # fmt: skip
+
+
+def test_figures_of_replaced_test_rows_are_not_compared_with_the_present_ones() -> None:
+    """The task stays as good as it was, on harder rows; nothing is forgotten."""
+    matrix = AccuracyMatrix().with_row("bank", {"bank": 0.95}, base_accuracy=0.1, parent_accuracy=None)
+    matrix = matrix.with_row("clinic", {"bank": 0.95, "clinic": 0.8}, base_accuracy=0.1, parent_accuracy=0.2)
+    renewed = matrix.with_slice("bank", "bank.old-1").remeasured("bank", base_accuracy=0.1, last_accuracy=0.7)
+    found = renewed.with_row(
+        "clinic", {"bank": 0.65, "bank.old-1": 0.95, "clinic": 0.8}, base_accuracy=None, parent_accuracy=None
+    )
+    assert found.forgetting_by_task["bank"] == pytest.approx(0.05), "since the rows were replaced"
+    assert found.backward_transfer == pytest.approx((-0.05 + 0) / 2)
+    assert found.forward_transfer == pytest.approx(0.1), "of clinic"
+    assert AccuracyMatrix.from_json(found.to_json()) == found

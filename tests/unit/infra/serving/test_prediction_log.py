@@ -408,7 +408,7 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
     rows = {row.id: (row.label, row.is_right, row.is_random, row.reviewer) for row in found.itertuples()}
     assert rows == {
         right: ("a", True, True, None), wrong: ("b", False, False, "Jo"), thumb: (None, False, False, None),
-        unknown: ("b", None, False, None), talk: ("Hello", None, False, None),
+        unknown: ("b", None, False, None), talk: ("Hello", False, False, None),
     }  # fmt: skip
     assert set(found["source"]) == {"api"} and not feedback_log(tmp_path, "l").segments()
 

@@ -224,3 +224,10 @@ def test_a_version_that_does_not_load_is_told_once_and_the_champion_serves(tmp_p
 def test_a_row_without_a_task_means_the_champions_newest_task() -> None:
     rows = with_tasks([InputRow("a"), InputRow("b", "talk")], Served.served)
     assert [row.task for row in rows] == [TASKS[0].name, "talk"]
+
+
+def test_a_task_that_only_the_candidate_knows_is_not_the_canarys(tmp_path: Path, store: FileStore) -> None:
+    with logged(store, tmp_path, Registry(share=1.0)) as server:
+        server.keep_up()
+        assert server.ask(ROWS, key="a").version == "2"
+        assert server.ask([InputRow("a", "new")], key="a").version == "1", "which refuses a task that it does not know"

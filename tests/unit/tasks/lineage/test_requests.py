@@ -17,7 +17,7 @@ from infra.store.local import FileStore
 from tasks.adaptation.ingest import choose_schema
 from tasks.adaptation.run import make_run_key
 from tasks.lineage.record import KnownTask, LineageRecord
-from tasks.lineage.requests import added_labels, keep_labels
+from tasks.lineage.requests import added_labels, find_renewal, keep_labels
 from tasks.references import Arrival, BaseRef, DatasetRef
 
 BANK = TaskSchema(name="bank", labels=("lost card", "fee"), instruction="Which?")
@@ -106,3 +106,17 @@ def test_a_new_task_learns_every_turn_and_a_known_one_what_it_learned(store: Fil
     stored_before = TaskSchema(name="bank", format="chat")  # no release before said anything of turns
     assert schema(store, stored_before).assistant_turns == "last"
     assert schema(store, stored_before, assistant_turns="all").assistant_turns == "all"
+
+
+@pytest.mark.parametrize("was_asked", [False, True])
+def test_a_request_for_new_test_rows_that_comes_during_a_run_is_for_the_next_arrival(
+    store: FileStore, was_asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.lineage.requests.is_renewal_asked", lambda *_: True)
+    task = KnownTask(schema=BANK, dataset_uri="old", num_test=9, max_prompt_tokens=9, max_new_tokens=9)
+    record = LineageRecord(
+        lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
+    )
+    dataset = DATASET.model_copy(update={"renews_tests": was_asked})
+    store.put_bytes("old/test.parquet", b"")
+    assert (find_renewal(store, record, dataset).known is not None) == was_asked
