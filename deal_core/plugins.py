@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from deal_core.errors import ConfigError, in_one_line
+
+
+@cache
+def _installed(group: str, places: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of the packages in these places (`sys.path`). Reading them takes about 50 ms."""
+    del places
+    return tuple(entry_points(group=group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +38,8 @@ class Plugins:
     def find(self) -> dict[str, EntryPoint]:
         """Return every class that can be used, by name, this project's first."""
         own = {name: EntryPoint(name, value, self.group) for name, value in self.own.items()}
-        return {**own, **{each.name: each for each in entry_points(group=self.group) if each.name not in own}}
+        others = _installed(self.group, tuple(sys.path))
+        return {**own, **{each.name: each for each in others if each.name not in own}}
 
     def entry(self, name: str) -> EntryPoint:
         """Return the entry point called `name`.
