@@ -7,11 +7,12 @@ training's figures go to the caller and, if wanted, to TensorBoard, Weights & Bi
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ from deal_core.config import ReportTool, TrainConfig
 from deal_core.data.collate import add_blank_row
 from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, TrainingDivergedError
-from deal_core.regular_file import flush_to_disk
+from deal_core.regular_file import complete_file, flush_to_disk
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
 
 OnLog = Callable[[int, Mapping[str, float]], None]
 STRATEGY_TENSORS = "strategy.safetensors"
 COMPLETE = "COMPLETE"
+HISTORY_FILE = "steps.jsonl"
 NUM_CHECKPOINTS = 2
 """Checkpoints that are kept."""
 TOLERANCE = 1e-4
@@ -146,6 +148,8 @@ class AdapterTrainer(Trainer):
         self._loss_shifts_labels = False
         self.remove_callback(PrinterCallback)
         self.add_callback(_StepStrategy(strategy))
+        self._history = _History(Path(str(self.args.output_dir)) / HISTORY_FILE, is_writer=self.args.should_save)
+        self.add_callback(self._history)
 
     def run(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint if one is given.
@@ -222,7 +226,11 @@ class AdapterTrainer(Trainer):
         return self.accelerator.clip_grad_norm_(self.strategy.parameters(), float("inf"))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        steps, self.state.log_history = self.state.log_history, []  # the whole history at each checkpoint takes long
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.state.log_history = steps
         self.accelerator.wait_for_everyone()  # each process writes its own file
         if not self.args.should_save:
             return
@@ -233,6 +241,7 @@ class AdapterTrainer(Trainer):
                 {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
                 folder / STRATEGY_TENSORS,
             )
+        self._history.keep(steps)
         flush_to_disk(folder)
         (folder / COMPLETE).touch()  # written last: a folder without it does not count
         rotate_checkpoints(str(self.args.output_dir), save_total_limit=NUM_CHECKPOINTS)  # by step: a clock may go back
@@ -255,6 +264,36 @@ class _StepStrategy(TrainerCallback):
         **kwargs: object,
     ) -> None:
         self._strategy.after_step()
+
+
+class _History(TrainerCallback):
+    """Keeps the figures of all steps in one file beside the checkpoints, and gives them back after a resume."""
+
+    def __init__(self, file: Path, *, is_writer: bool) -> None:
+        self._file, self._is_writer, self._num_kept = file, is_writer, 0
+
+    def keep(self, steps: Sequence[Mapping[str, float]]) -> None:
+        """Append the steps that the file does not have."""
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(each) + "\n" for each in steps[self._num_kept :])
+        flush_to_disk(self._file)
+        self._num_kept = len(steps)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Read the steps up to the checkpoint's. Checkpoints of earlier releases have them themselves."""
+        known = state.log_history or [each for each in self._read() if each["step"] <= state.global_step]
+        state.log_history, self._num_kept = list(known), 0
+        if self._is_writer and args.save_strategy != "no":
+            with complete_file(self._file) as part:
+                part.touch()
+            self.keep(known)
+
+    def _read(self) -> Iterator[dict[str, float]]:
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        with suppress(ValueError):  # a kill may have cut the last line, which is of a step after the checkpoint
+            yield from map(json.loads, lines)
 
 
 class WatchSteps(TrainerCallback):

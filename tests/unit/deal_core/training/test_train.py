@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from dataclasses import replace
@@ -81,6 +82,22 @@ def test_a_half_written_checkpoint_does_not_count(parent, train, tmp_path):
     resumed = train("deal", parent, train=config, **folders)
     assert resumed.result.resumed_from_step == int(newest.name.split("-")[1]) - 2
     assert resumed.losses == whole.losses
+
+
+def test_checkpoints_go_by_their_steps_and_hold_no_history(parent, train, tmp_path):
+    """A clock that is set back makes the newest checkpoint look the oldest."""
+    folder = tmp_path / "c"
+
+    def set_back(step, logs):
+        for path in folder.glob("checkpoint-*"):
+            os.utime(path, (4e9, 4e9))
+
+    config = TrainConfig(max_steps=8, batch_size=4, learning_rate=5e-3, checkpoint_steps=2)
+    train("seq_lora", parent, train=config, checkpoint_folder=folder, on_log=set_back)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"] == []
+    lines = (folder / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_training_that_diverges_ends_at_once_and_leaves_no_checkpoint(parent, train, tmp_path):
