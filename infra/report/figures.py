@@ -32,6 +32,8 @@ GAP = 0.12
 """Space between the base model's row and the versions' rows, in rows."""
 INCHES_PER_NAME = 0.2
 """Height that the name of a task takes beside the lines."""
+HIGHEST_NAME = 97.0
+"""Position of the topmost name on an axis of 100, below the title."""
 MAX_NAME = 28
 """Characters of a task's name beside its line."""
 DARK_FROM = 68.0
@@ -136,7 +138,9 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
     tidy(axes)
     axes.set_ylim(0, 100)
     axes.set_xlim(0.9, max(last, 1.1))
-    for column, end, height in zip(shown, ends, spread(ends, gap=5.5 * 4.2 / tall), strict=True):
+    heights = spread(ends, gap=min(5.5 * 4.2 / tall, HIGHEST_NAME / len(shown)))
+    beyond = min(0.0, HIGHEST_NAME - max(heights)) or max(0.0, -min(heights))  # names stay beside the lines
+    for column, end, height in zip(shown, ends, (each + beyond for each in heights), strict=True):
         beside = axes.get_yaxis_transform()
         _mark(axes, column, [1.03], [height], transform=beside)
         axes.text(1.05, height, f"{end:.1f}  {shorten(matrix.tasks[column], MAX_NAME)}", transform=beside, va="center",

@@ -217,13 +217,15 @@ def test_the_names_of_fifty_tasks_stay_on_the_picture() -> None:
     names = [f"a task with a long name, number {number}" for number in range(50)]
     matrix = AccuracyMatrix()
     for number, name in enumerate(names):
-        before = {each: 0.5 + 0.4 * (place % 3) / 3 for place, each in enumerate(names[: number + 1])}
+        before = {each: 0.5 + 0.45 * (place % 4) / 3 for place, each in enumerate(names[: number + 1])}
         matrix = matrix.with_row(name, before, base_accuracy=0.1, parent_accuracy=0.2 if number else None)
     figure = accuracy_over_versions(matrix)
     figure.draw_without_rendering()
     width, height = figure.canvas.get_width_height()
     labels = [text for text in figure.axes[0].texts if "a task" in text.get_text()]
     boxes = [label.get_window_extent() for label in labels]
+    title = figure.axes[0].title.get_window_extent()
     assert len(boxes) == 50 and all(box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+    assert not any(title.overlaps(box) for box in boxes)
     tops = sorted(box.y0 for box in boxes)
     assert min(after - before for before, after in pairwise(tops)) > 0.8 * boxes[0].height, "none hides another"
