@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 from pydantic import BaseModel
 
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, StoreError
 from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
@@ -162,8 +163,9 @@ def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: M
             "monitor.min_rows asks for; wait for more traffic."
         )
     kept = pd.concat(enough)[BASELINE_COLUMNS]
-    if (before := _baseline(store, info)) is not None:
-        kept = pd.concat([kept, before[~before["task"].isin(kept["task"])][BASELINE_COLUMNS]])
+    with suppress(StoreError):  # damaged rows are replaced as a whole
+        if (before := _baseline(store, info)) is not None:
+            kept = pd.concat([kept, before[~before["task"].isin(kept["task"])][BASELINE_COLUMNS]])
     write_frame(store, baseline_key(info.lineage, info.version), kept.sample(frac=1, random_state=0))
 
 
