@@ -34,7 +34,7 @@ INCHES_PER_NAME = 0.2
 """Height that the name of a task takes beside the lines."""
 HIGHEST_NAME = 97.0
 """Position of the topmost name on an axis of 100, below the title."""
-MAX_NAME = 28
+MAX_NAME = 40
 """Characters of a task's name beside its line."""
 DARK_FROM = 68.0
 """Cells from this per cent have white numbers."""
