@@ -68,7 +68,7 @@ def test_a_checked_file_shows_the_prompt_that_is_asked_for(tiny_base: Path, tmp_
     spec.write_text(
         f"base_model: {tiny_base}\ntask: {{name: bank, data: {BANK['data']}, instruction: Which one, prompt: chat}}\n"
     )
-    found = validate(BANK["data"], spec=spec, task="bank")
+    found = validate(BANK["data"], spec=spec)
     assert found.example is not None and found.example.prompt.startswith("<|im_start|>user\nWhich one\nOption: ")
     assert not found.example.answer.startswith(" ") and found.example.note is None
 

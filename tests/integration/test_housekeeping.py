@@ -628,7 +628,9 @@ def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: P
     spec = tmp_path / "spec.yaml"
     spec.write_text(json.dumps({"task": {"name": "fresh", "data": "x.jsonl", "test_data": "own.jsonl"}}))
     (tmp_path / "own.jsonl").write_text(json.dumps({"text": "Message 3", "label": "lost card"}) + "\n")
-    told = validate(file, spec=spec, task="ignored")
+    told = validate(file, spec=spec)
+    with pytest.raises(ConfigError, match="give either --spec or --task"):
+        validate(file, spec=spec, task="fresh")
     assert (told.num_test, told.problems) == (1, {"text of a test row": 1})
 
 

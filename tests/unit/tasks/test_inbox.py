@@ -198,7 +198,7 @@ def test_a_note_of_a_file_that_is_gone_goes_unless_a_version_came_of_it(tmp_path
 def test_a_broken_state_says_what_to_do(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put_bytes("watch/a.json", b"{nonsense")
-    with pytest.raises(StoreError, match="Delete it"):
+    with pytest.raises(StoreError, match="hold the lineage, then delete it"):
         read_state(store, "a")
 
 

@@ -26,7 +26,7 @@ def check(home: Path, tiny_base: Path, tmp_path: Path):
                                 for number in range(num_test)))  # fmt: skip
         values = {"base_model": str(tiny_base), "task": {"name": "t", "data": str(file), "test_data": str(test)}}
         spec.write_text(yaml.safe_dump(values))
-        return validate(file, spec=spec, task="t", with_model=with_model)
+        return validate(file, spec=spec, with_model=with_model)
 
     return run
 
