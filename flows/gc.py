@@ -48,6 +48,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
 
     Raises:
         ConfigError: The age cannot be read, or there is no such lineage.
+        DealError: In a run of a server: not everything could be removed.
     """
     limit, now = parse_age(older_than), datetime.now(UTC)
     store, registry, tracker = current_store(), open_registry(), open_tracker()

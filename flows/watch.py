@@ -96,8 +96,8 @@ async def watch(
     has_looked = was_held = False
     while True:
         try:
-            num_handled = 0 if worker.is_held() else await worker.handle_open()
             is_held = worker.is_held()
+            num_handled = 0 if is_held else await worker.handle_open()
             has_looked = True
         except StoreError as error:
             if once or not has_looked or is_stopped():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
-from deal_core.data.dataset import Landing, ValidationReport, validate_file
+from deal_core.data.dataset import ValidationReport, validate_file
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
@@ -23,7 +23,7 @@ from infra.settings import HomeSettings, TrackingSettings
 from infra.store.base import ObjectStore
 from infra.tracking.database import open_reader
 from tasks.adaptation.frozen_rows import num_judging_of
-from tasks.adaptation.ingest import choose_schema, digests_of, landing_of, refuse_forgotten_files
+from tasks.adaptation.ingest import choose_schema, landing_of, refuse_forgotten_rows
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.inbox import task_file_beside, task_from_file
@@ -145,7 +145,7 @@ def validate(
         kept = _TrainingRows()
         report = validate_file(landing, kept.add)
         if report.refusal is None:
-            report = replace(report, refusal=_said_if_forgotten(store, arrival.task, landing, report.manifest))
+            report = replace(report, refusal=_said_if_forgotten(store, arrival.task, report.manifest))
     manifest = report.manifest
     checked = None
     if with_model and manifest.task.labels and kept.inputs:
@@ -159,11 +159,13 @@ def validate(
     return result.model_copy(update={"task_file": task_file and str(task_file), "warnings": warnings})
 
 
-def _said_if_forgotten(store: ObjectStore, task: str, landing: Landing, manifest: DatasetManifest) -> str | None:
+def _said_if_forgotten(store: ObjectStore, task: str, manifest: DatasetManifest) -> str | None:
     """The reason why a run refuses rows that were forgotten; None: they were not."""
+    source, *tests = manifest.files
     try:
-        refuse_forgotten_files(store, task, landing)
-        refuse_forgotten(store, task, digests_of(manifest))
+        refuse_forgotten(store, task, [source])
+        refuse_forgotten(store, task, tests, "test rows")
+        refuse_forgotten_rows(store, task, manifest)
     except ForgottenRowsError as error:
         return str(error)
     return None

@@ -44,6 +44,8 @@ class Columns:
     """Content of a label cell → label, if the file itself names its labels."""
     shape: str = ""
     """What the file was recognised as, for people."""
+    unread: frozenset[str] = frozenset()
+    """Keys that the first rows of a JSON file lack, and that would be read if the first rows had them."""
 
     @property
     def has_preferences(self) -> bool:
@@ -57,7 +59,8 @@ class Columns:
 
     def without(self, *dropped: str) -> Columns:
         """The same without some optional columns."""
-        return replace(self, names={name: column for name, column in self.names.items() if name not in dropped})
+        names = {name: column for name, column in self.names.items() if name not in dropped}
+        return replace(self, names=names, unread=self.unread - {*dropped})
 
 
 def resolve_columns(
@@ -126,7 +129,7 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
 
 
 def late_keys(task: TaskSchema, columns: Columns) -> frozenset[str]:
-    """Keys of JSON rows that would be read if the first rows of the file had them. Without them they are not."""
+    """Keys of rows that are not read with these columns, and would be if the first rows of the file had them."""
     wanted = [name for name in OPTIONAL_OF_FORMAT[columns.format] if name not in columns.names and name != "is_random"]
     keys = {task.columns.get(name, name) for name in wanted if name != "split" or columns.splitting is None}
     if "context" in wanted and "context" not in task.columns:

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ import numpy as np
 from deal_core.config import DataConfig
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import RowChecker, is_whole_number, numbers_for_labels, too_many_labels
-from deal_core.data.columns import SPLITTING, Columns, late_keys
+from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.digest_set import DigestSet, merge_digests
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.data.reading.readers import file_kind, look_at, read_batches
+from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import BadRow, Problem, RawRow, Reason, Row
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
@@ -170,7 +170,7 @@ class ArrivalReader:
             self._survey(infers_labels)
         counts: dict[Path, Counter[str]] = {path: Counter() for path, _, _ in self._files}
         rejected: Counter[Path] = Counter()
-        examples: list[tuple[Path, BadRow]] = []
+        examples: dict[Path, list[BadRow]] = {path: [] for path, _, _ in self._files}
         num_several = 0
         for path, (good, bad) in self._checked_batches():
             num_several += sum(len(row.references) > 1 for _, row in good["train"] + good["test"])
@@ -180,13 +180,13 @@ class ArrivalReader:
                 counts[path].update(problem.reason for problem in problems)
                 row = BadRow(file=path.name, row=raw.number, line=raw.line, problems=tuple(problems))
                 reject(row, raw.raw())
-                if rejected[path] <= MAX_EXAMPLES:
-                    examples.append((path, row))
+                if len(examples[path]) < MAX_EXAMPLES:
+                    examples[path].append(row)
         manifest = self._manifest(sum(counts.values(), Counter()), rejected.total())
         refusal = self._too_many_bad(counts, rejected, examples) or self._lacks_rows(manifest)
         shape = self._files[-1][-1].shape
         return ValidationReport(
-            manifest=manifest, bad_rows=tuple(row for _, row in examples), refusal=refusal, shape=shape,
+            manifest=manifest, bad_rows=tuple(chain.from_iterable(examples.values())), refusal=refusal, shape=shape,
             num_several=num_several,
         )
 
@@ -194,13 +194,12 @@ class ArrivalReader:
         self._read: Counter[Path] = Counter()
         for path, file_split, columns in self._files:
             checker = RowChecker(self.task, columns, self._config.max_text_chars)
-            late = self._late_keys(path, file_split, columns)
             for batch in read_batches(path, set(columns.names.values())):
                 good: dict[Split, GoodPairs] = {"train": [], "test": []}
                 bad: BadPairs = []
                 for raw in batch:
-                    if late and not late.isdisjoint(raw.values):
-                        key = min(late.intersection(raw.values))
+                    if late := columns.unread.intersection(raw.values):
+                        key = min(late)
                         raise DataValidationError(
                             f"{path.name}: row {raw.number} has the key {key}, which the first rows lack, so it would "
                             "not be read. Put a row with this key first, or leave the key out."
@@ -214,13 +213,6 @@ class ArrivalReader:
                 self._read[path] += len(batch)
                 if self._landing.on_progress is not None:
                     self._landing.on_progress(self._read.total())
-
-    def _late_keys(self, path: Path, file_split: Split | None, columns: Columns) -> frozenset[str]:
-        """Keys that the first rows of a JSON file lack, and that would be read if they had them."""
-        if file_kind(path) != "jsonl":
-            return frozenset()
-        dropped = {"split"} if file_split is not None else set()
-        return late_keys(self._landing.task, columns) - {*look_at(path).columns} - dropped
 
     def _split_of(self, row: Row, file_split: Split | None) -> Split:
         """The split that the file has or that its column names; else the digest of the row's text decides.
@@ -336,8 +328,7 @@ class ArrivalReader:
         return content.hexdigest()
 
     def _too_many_bad(
-        self, counts: Mapping[Path, Counter[str]], rejected: Counter[Path],
-        examples: Sequence[tuple[Path, BadRow]],
+        self, counts: Mapping[Path, Counter[str]], rejected: Counter[Path], examples: Mapping[Path, Sequence[BadRow]]
     ) -> str | None:
         """The refusal of a file with too many bad rows. The good rows of a test file make up for none of them."""
         limit = self._config.max_bad_share
@@ -346,11 +337,10 @@ class ArrivalReader:
             if num_rejected <= limit * num_read:
                 continue
             reasons = ", ".join(f"{count} × {reason}" for reason, count in counts[path].most_common())
-            of_file = [bad for own, bad in examples if own == path][:_SHOWN_EXAMPLES]
-            first = "; ".join(bad.describe(self._config.include_texts) for bad in of_file)
+            first = "; ".join(bad.describe(self._config.include_texts) for bad in examples[path][:_SHOWN_EXAMPLES])
             shown = f" The first: {first}." if first else ""
             remedies = {**REMEDIES, "label outside the task's set": self._landing.new_label_remedy}
-            shown += "".join(f" {said}" for reason, said in remedies.items() if said and counts[path][reason])
+            shown += "".join(f" {said}" for reason, said in remedies.items() if counts[path][reason])
             return (
                 f"{path.name}: {num_rejected} of {num_read} rows cannot be used ({num_rejected / num_read:.1%}, "
                 f"allowed are {limit:.1%}): {reasons}.{shown} Correct these rows and land the file again, or raise "

@@ -10,7 +10,7 @@ from typing import Any
 from deal_core.config import PREFERENCE
 from deal_core.data.chats import as_messages
 from deal_core.data.check import list_of_answers
-from deal_core.data.columns import CONVENTIONS, Columns, resolve_columns
+from deal_core.data.columns import CONVENTIONS, Columns, late_keys, resolve_columns
 from deal_core.data.reading.readers import FileLook, file_kind, look_at
 from deal_core.data.schema import COLUMNS_OF_FORMAT, PREFERENCE_COLUMNS, TaskSchema
 from deal_core.errors import DataValidationError
@@ -39,8 +39,12 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
             f"{path.name} was written by columns, and one object per row is needed. Write it with "
             'DataFrame.to_json(path, orient="records", lines=True).'
         )
+    def recognised(columns: Columns) -> Columns:
+        unread = late_keys(task, columns) - {*known.columns} if file_kind(path) == "jsonl" else frozenset()
+        return replace(columns, shape=_shape_of(columns, look) if known.columns else "", unread=unread)
+
     if preferences := _find_preferences(look, task, path.name, include_texts):
-        return replace(preferences, shape=_shape_of(preferences, look) if known.columns else "")
+        return recognised(preferences)
     columns = _find_columns(look, task, path.name, include_texts)
     if _are_rated(columns, look, task):
         raise DataValidationError(
@@ -50,8 +54,9 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
             f"{columns.names['completion']}}} to learn them all."
         )
     names = look.class_names.get(columns.names.get("label", ""), ())
-    columns = replace(columns, label_names={str(number): " ".join(name.split()) for number, name in enumerate(names)})
-    return replace(columns, shape=_shape_of(columns, look) if known.columns else "")
+    return recognised(
+        replace(columns, label_names={str(number): " ".join(name.split()) for number, name in enumerate(names)})
+    )
 
 
 def completed_task(task: TaskSchema, files: Sequence[Columns], source: str) -> TaskSchema:

@@ -41,8 +41,8 @@ def without_own_texts(olds: Sequence[TaskSchema], own: Sequence[TaskTexts]) -> l
 
 
 def ask_about_own_texts(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, kept: Mapping[str, Tensor], *, num_each: int,
-    seed: int,
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, own: Sequence[TaskTexts],
+    kept: Mapping[str, Tensor], *, num_each: int, seed: int,
 ) -> tuple[list[list[Question]], dict[str, Tensor]]:
     """Return the questions of each old task with own texts, and the answers to keep with the next version.
 
@@ -50,6 +50,7 @@ def ask_about_own_texts(
         config: Whose answers are the targets.
         model: The parent with its adapter, before any training step.
         context: The arrival.
+        own: The old tasks that are asked about texts of their own, see `with_own_texts`.
         kept: The answers that the parent's method state holds.
         num_each: Most texts without labels that are asked about, if the answers are not kept.
         seed: Seed of all random choices.
@@ -57,7 +58,7 @@ def ask_about_own_texts(
     generator = random.Random(seed)
     found: list[list[Question]] = []
     keeps: dict[str, Tensor] = {}
-    for each in with_own_texts(config, context.old_texts, context.task):
+    for each in own:
         if config.answers == "parent":
             found.append(_asked(model, context, each, generator, num_each))
             continue

@@ -42,7 +42,7 @@ def make_rehearsal(
     own = with_own_texts(config, context.old_texts, context.task)
     others = without_own_texts(context.old_tasks, own)
     about_own, answers = ask_about_own_texts(
-        config, model, context, kept, num_each=_num_each(config, num_put, own), seed=seed
+        config, model, context, own, kept, num_each=_num_each(config, num_put, own), seed=seed
     )
     asked = _about_arrival(config, model, context, others, seed, num_put) if config.asks_about_arrival else []
     rehearsal = Rehearsal(

@@ -275,7 +275,7 @@ class _History(TrainerCallback):
     def keep(self, steps: Sequence[Mapping[str, float]]) -> None:
         """Append the steps that the file does not have."""
         with self._file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(each) + "\n" for each in steps[self._num_kept :])
+            stream.write(_as_lines(steps[self._num_kept :]))
         flush_to_disk(self._file)
         self._num_kept = len(steps)
 
@@ -283,17 +283,22 @@ class _History(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Read the steps up to the checkpoint's. Checkpoints of earlier releases have them themselves."""
-        known = state.log_history or [each for each in self._read() if each["step"] <= state.global_step]
-        state.log_history, self._num_kept = list(known), 0
+        state.log_history = state.log_history or [
+            each for each in self._read() if each["step"] <= state.global_step
+        ]
+        self._num_kept = len(state.log_history)
         if self._is_writer and args.save_strategy != "no":
             with complete_file(self._file) as part:
-                part.touch()
-            self.keep(known)
+                part.write_text(_as_lines(state.log_history), encoding="utf-8")
 
     def _read(self) -> Iterator[dict[str, float]]:
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
         with suppress(ValueError):  # a kill may have cut the last line, which is of a step after the checkpoint
             yield from map(json.loads, lines)
+
+
+def _as_lines(steps: Sequence[Mapping[str, float]]) -> str:
+    return "".join(json.dumps(each) + "\n" for each in steps)
 
 
 class WatchSteps(TrainerCallback):

@@ -86,7 +86,7 @@ def _api_key(host: str, say: Say) -> str | None:
     if not os.environ.get(API_KEY, "x").strip():
         raise ConfigError(f"{API_KEY} is empty, so every client would be answered; give a token, or unset it.")
     secret = ServingSettings().serve_api_key
-    if secret is None and f"{host}" not in (*LOOPBACK_NAMES, "::1"):
+    if secret is None and host not in (*LOOPBACK_NAMES, "::1"):
         say(f"Clients need no token, and {host} may be reached by other machines; set {API_KEY}.")
     return None if secret is None else secret.get_secret_value()
 

@@ -135,12 +135,6 @@ def _frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_n
     return frozenset(stored_input_digest(kind, stored) for stored in inputs)
 
 
-def _lost_its_tests(store: ObjectStore, record: LineageRecord | None, task: str) -> bool:
-    """Whether the task's test rows were forgotten, so that the arrival's test rows replace them."""
-    known = record.task(task) if record else None
-    return known is not None and forgotten_tests(store, task, known.dataset_uri) is not None
-
-
 def ingest_arrival(
     arrival: Arrival, config: DataConfig, parent: VersionRef | None, lineage: str, again: bool = False
 ) -> DatasetRef:
@@ -158,8 +152,10 @@ def ingest_arrival(
     record = read_record(store, parent.adapter_uri) if parent else None
     with reading_the_task():
         schema = choose_schema(store, arrival, record)
-    for known in record.tasks if record else ():  # fail before the training, not after it
-        if known.schema.name != arrival.task and not _lost_its_tests(store, record, arrival.task):
+    before = record.task(arrival.task) if record else None
+    brings_lost_tests = before is not None and forgotten_tests(store, arrival.task, before.dataset_uri) is not None
+    for known in record.tasks if record and not brings_lost_tests else ():  # fail before the training, not after it
+        if known.schema.name != arrival.task:
             require_test_rows(store, known.schema.name, known.dataset_uri)
     with (
         landing_of(store, arrival, schema, record, config, advance("ingest")) as landing,
@@ -167,7 +163,9 @@ def ingest_arrival(
     ):
         folder = temporary / "dataset"
         if not again:
-            refuse_forgotten_files(store, arrival.task, landing)
+            refuse_forgotten(store, arrival.task, [sha256_of_input(landing.source)])
+            if landing.test_source is not None:
+                refuse_forgotten(store, arrival.task, [sha256_of_input(landing.test_source)], "test rows")
         try:
             manifest = build_dataset(landing, folder)
         except ArrivalRefusedError as error:
@@ -177,8 +175,7 @@ def ingest_arrival(
             message = str(error).replace(str(folder / QUARANTINE_FILE), store.uri_of(kept) if kept else "")
             raise ArrivalRefusedError(message, error.report) from None
         if not again:
-            refuse_forgotten(store, arrival.task, digests_of(manifest))
-        before = record.task(arrival.task) if record else None
+            refuse_forgotten_rows(store, arrival.task, manifest)
         new_labels = schema.labels[len(before.schema.labels) :] if before else ()
         dataset = _publish(store, folder, manifest, lineage, new_labels)
         dataset = dataset.model_copy(update={"renews_tests": landing.renews_tests})
@@ -233,23 +230,16 @@ def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
     `deal forget` writes the tombstone before it looks for rows, so one of the two processes always finds the other.
     """
     try:
-        refuse_forgotten(store, dataset.task, digests_of(dataset))
+        refuse_forgotten_rows(store, dataset.task, dataset)
     except ForgottenRowsError:
         store.delete(dataset.uri)
         store.delete(quarantine_folder(dataset.task, dataset.sha256))
         raise
 
 
-def refuse_forgotten_files(store: ObjectStore, task: str, landing: Landing) -> None:
-    """Raise ForgottenRowsError if the file of the rows, or that of the test rows, was forgotten."""
-    refuse_forgotten(store, task, [sha256_of_input(landing.source)])
-    if landing.test_source is not None:
-        refuse_forgotten(store, task, [sha256_of_input(landing.test_source)], "test rows")
-
-
-def digests_of(rows: DatasetManifest | DatasetRef) -> list[str]:
-    """The digests under which the rows may have a tombstone: with this split, and as they landed."""
-    return [digest for digest in (rows.sha256, rows.landed_sha256) if digest]
+def refuse_forgotten_rows(store: ObjectStore, task: str, rows: DatasetManifest | DatasetRef) -> None:
+    """Raise ForgottenRowsError if the rows have a tombstone: with this split, or as they landed."""
+    refuse_forgotten(store, task, [digest for digest in (rows.sha256, rows.landed_sha256) if digest])
 
 
 def drop_training_rows(store: ObjectStore, dataset_uri: str) -> None:

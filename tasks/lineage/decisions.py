@@ -23,7 +23,7 @@ from tasks.lineage.history import (
     champion_deleted,
     descent,
     find_version,
-    is_deleted_while_tried,
+    is_deleted,
     no_version,
     require_in_registry,
     standing_of,
@@ -183,9 +183,10 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     try:
         found = find_version(registry, lineage, version)
     except RegistryError:
-        if not is_deleted_while_tried(registry, log, lineage, version):
+        tried = log.open_rollout(lineage)
+        if tried is None or tried.version != version or not is_deleted(registry, lineage, version):
             raise
-        return _write(log, last, change)
+        return _write(log, last, change)  # ends the rollout of a version that somebody deleted in MLflow
     name = f"Version {version} of '{lineage}'"
     if number == version:
         raise RegistryError(f"{name} is its champion; go back first: deal rollback --lineage {lineage}")

@@ -117,11 +117,9 @@ def find_version(registry: RegistryReader, lineage: str, version: str | None) ->
     return found
 
 
-def is_deleted_while_tried(registry: RegistryReader, log: PromotionLog, lineage: str, version: str) -> bool:
-    """Whether somebody deleted the version in MLflow while it was tried on live traffic."""
-    tried = log.open_rollout(lineage)
-    is_known = registry.champion(lineage) is None or registry.version(lineage, version) is not None
-    return tried is not None and tried.version == version and not is_known
+def is_deleted(registry: RegistryReader, lineage: str, version: str) -> bool:
+    """Whether the registry knows the lineage's champion, but not this version any more."""
+    return registry.champion(lineage) is not None and registry.version(lineage, version) is None
 
 
 def descent(versions: Sequence[VersionInfo], version: VersionInfo | None) -> tuple[VersionInfo, ...]:

@@ -15,7 +15,7 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
-from tasks.lineage.history import find_version, is_deleted_while_tried
+from tasks.lineage.history import find_version, is_deleted
 
 
 class RolloutStatus(BaseModel, frozen=True):
@@ -43,9 +43,12 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
         return RolloutStatus(lineage=lineage)
     registry, remedy = open_registry(), f"end its rollout with: deal rollout abort --lineage {lineage} --why REASON"
     name = f"Version {opened.version} of '{lineage}'"
-    if is_deleted_while_tried(registry, PromotionLog(store), lineage, opened.version):
-        raise RegistryError(f"{name} was deleted in MLflow while it was tried on live traffic; {remedy}")
-    terms = find_version(registry, lineage, opened.version).rollout
+    try:
+        terms = find_version(registry, lineage, opened.version).rollout
+    except RegistryError:
+        if not is_deleted(registry, lineage, opened.version):
+            raise
+        raise RegistryError(f"{name} was deleted in MLflow while it was tried on live traffic; {remedy}") from None
     if terms is None:
         raise RegistryError(f"{name} has lost its tag deal.rollout in MLflow; {remedy}")
     home, since = HomeSettings().home, opened.when.timestamp()
