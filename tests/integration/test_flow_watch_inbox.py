@@ -212,6 +212,7 @@ def test_a_lineage_that_waits_for_a_worker_is_announced_ever_more_seldom(home: P
             (key,) = (entry.key for entry in current_store().list("landed"))
             current_store().put_bytes(key, moved.model_dump_json().encode())
     assert minutes == [1, 3, 7, 15, 31, 63, 127, 191]
+    assert announce_again(current_store(), "default", info, "", at - timedelta(days=1)), "the clock was set back"
 
 
 def test_what_is_wrong_with_one_lineage_holds_up_no_other(home: Path) -> None:

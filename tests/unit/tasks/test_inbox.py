@@ -96,6 +96,12 @@ def test_a_failed_run_is_tried_again_for_ever_ever_more_seldom() -> None:
     assert minutes == [1, 2, 4, 8, 16, 32, 64, 64, 64]
 
 
+def test_a_clock_that_was_set_back_keeps_no_failed_arrival_waiting() -> None:
+    state = InboxState()
+    state.record(info(), "failed", "", now=NOW + timedelta(days=365))
+    assert state.is_open(info(), NOW, retry_now=False)
+
+
 def test_a_run_that_would_fail_again_is_tried_again_only_when_asked() -> None:
     state = InboxState()
     assert state.record(info(), "failed", "", now=NOW, beside="1", is_final=True).due() is None

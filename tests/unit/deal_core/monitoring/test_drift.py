@@ -153,6 +153,15 @@ def test_tests_of_all_tasks_share_the_level() -> None:
     assert two.task("clinic").num_reference == 200, "each task has its own rows"
 
 
+def test_many_tests_hide_no_alarm_whose_chance_comes_from_random_tables() -> None:
+    """Three labels with few expected rows: the p-value of a total change is the smallest that random tables give."""
+    before = logged_rows(300, 1, shares={"loan": 0.97, "fraud": 0.02, "fee": 0.01})
+    after = logged_rows(120, 2, shares={"loan": 0.02, "fraud": 0.97, "fee": 0.01})
+    found = look(after, before, MonitorConfig(alpha=1e-6))
+    (test,) = (each for each in found.tests if each.name == "labels")
+    assert test.p_value <= two_samples.SMALLEST and test.is_alarm
+
+
 def labels(**counts: int) -> pd.Series:
     return pd.Series([label for label, count in counts.items() for _ in range(count)])
 

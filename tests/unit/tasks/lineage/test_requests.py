@@ -14,7 +14,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.local import FileStore
-from tasks.adaptation.ingest import choose_schema
+from tasks.adaptation.ingest import _new_label_remedy, choose_schema
 from tasks.adaptation.run import make_run_key
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, find_renewal, keep_labels
@@ -120,3 +120,14 @@ def test_a_request_for_new_test_rows_that_comes_during_a_run_is_for_the_next_arr
     dataset = DATASET.model_copy(update={"renews_tests": was_asked})
     store.put_bytes("old/test.parquet", b"")
     assert (find_renewal(store, record, dataset).known is not None) == was_asked
+
+
+def test_a_file_with_a_new_label_is_told_how_the_label_is_added() -> None:
+    task = KnownTask(schema=BANK, dataset_uri="d", num_test=1, max_prompt_tokens=9, max_new_tokens=9)
+    record = LineageRecord(
+        lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
+    )
+    bank, clinic = (Arrival(task=name, data="x.csv") for name in ("bank", "clinic"))
+    assert "deal labels bank --add LABEL --lineage l" in _new_label_remedy(bank, record)
+    assert "task.labels in the spec" in _new_label_remedy(clinic, record), "no version has learned it"
+    assert "task.labels in the spec" in _new_label_remedy(bank, None)
