@@ -25,7 +25,7 @@ PAGES = {
     "README.md": "index.md", "docs/README.md": "pages.md", "docs/quickstart.ipynb": "quickstart.md",
     "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/cells.md": "cells.md",
     "benchmarks/scaling.md": "scaling.md",
-    "LICENSE": "LICENSE.txt",
+    "LICENSE": "LICENSE.txt", "CITATION.cff": "CITATION.cff",
 }  # fmt: skip
 """File in the repository → its name on the site. Other files of docs/ keep their names."""
 FILES = {page: file for file, page in PAGES.items()}
