@@ -30,6 +30,7 @@ def answers() -> pd.DataFrame:
     ], ignore_index=True)  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_false_alarms_power_and_estimates_of_known_shifts() -> None:
     found = measure(answers(), num_looks=60, num_draws=10, num_text_draws=0, windows=(100, 300))["tasks"]["bank"]
     assert found["false_alarms"]["alarms"] <= 0.05 and found["false_alarms"]["rows_of_a_half"] == 200

@@ -57,14 +57,12 @@ def schedules_of(name: str) -> list[dict[str, Any]]:
     return asyncio.run(read())
 
 
-def test_what_stands_on_the_server(
-    deployed: Path, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("deployed")
+def test_what_stands_on_the_server(receiver: Receiver) -> None:
     """One test, as the deploy that its steps share takes long."""
     check_the_forms_take_what_the_flows_take()
     check_a_late_run_is_shown_among_many_of_a_later_time()
     check_the_notice_of_a_version_that_waits_leads_to_the_form(receiver)
-    check_another_home_or_store_is_not_overwritten(deployed, tmp_path, monkeypatch)
 
 
 def check_the_forms_take_what_the_flows_take() -> None:
@@ -123,7 +121,8 @@ def check_the_notice_of_a_version_that_waits_leads_to_the_form(receiver: Receive
     assert asyncio.run(name_of()) == "decide"
 
 
-def check_another_home_or_store_is_not_overwritten(
+@pytest.mark.nightly
+def test_another_home_or_store_is_not_overwritten(
     deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def home_on_the_server() -> str:

@@ -169,6 +169,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     assert second.scores is not None and second.scores.forgetting is not None
 
 
+@pytest.mark.nightly
 def test_old_tasks_are_judged_within_a_budget_and_versions_on_the_same_rows(
     tiny_base: Path, first: AdaptResult
 ) -> None:
@@ -369,6 +370,7 @@ def test_a_promotion_cut_short_is_completed_by_the_next_run(
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("gate", [PASS, FAIL])
 def test_a_report_cut_short_is_completed_by_the_next_run(
     tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, gate: dict[str, Any]
@@ -394,6 +396,7 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "they are learned"
 
 
+@pytest.mark.nightly
 def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
     tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

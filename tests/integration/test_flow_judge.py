@@ -41,6 +41,7 @@ def answers_of(run_key: str, task: str) -> list[str]:
     return list(kept.now[task].values())
 
 
+@pytest.mark.nightly
 def test_the_judge_rejects_a_version_and_its_failure_lets_it_pass_with_a_note(
     notes: dict[str, str], server: FakeJudge, tiny_base: Path, home: Path  # noqa: F811
 ) -> None:

@@ -109,6 +109,7 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
     assert deal("adapt", "--task", "bank", "--data", str(more))["status"] == "repeat"
 
 
+@pytest.mark.nightly
 def test_old_test_rows_are_asked_of_each_version_by_its_own_labels(
     deal: Deal, tiny_base: Path, more: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

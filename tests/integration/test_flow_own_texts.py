@@ -71,6 +71,7 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     assert score_version(version_ref(info), EvaluateConfig()).num_rows == judging
 
 
+@pytest.mark.nightly
 def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base: Path, tmp_path: Path) -> None:
     """A task with free answers spares rows as well. The second version is learned with another memory."""
     rows = [{"prompt": f"Order {n}: the tap in flat {n % 7} drips.", "completion": f"tap, flat {n % 7}",

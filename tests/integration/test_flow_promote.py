@@ -121,6 +121,7 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(
     assert read_champion_at("l", between) == "2" and read_champion_at("l", datetime.now(UTC)) == "1"
 
 
+@pytest.mark.nightly
 def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, lineage: None) -> None:
     roll_back("l", None, **BY)
     repeat = learn(tiny_base, "parcels")

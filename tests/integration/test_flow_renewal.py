@@ -56,21 +56,22 @@ def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
     home: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     before = learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
-    assert before.status == "promoted" and before.accuracies["colours"] == 1.0
+    assert before.status == "promoted" and before.accuracies["colours"] > 0.8
 
     shifted = learn(tiny_base, file_of(tmp_path, "june", "cold", "warm"))
     assert shifted.rejected and any("colours: accuracy" in reason for reason in shifted.reasons)
 
     assert renew(home) == {"lineage": "l", "task": "colours", "num_test": 10, "was_asked": False}
     now = learn(tiny_base, file_of(tmp_path, "july", "cold", "warm"))
-    assert now.status == "promoted" and now.accuracies["colours"] == 1.0 and now.accuracies["colours.old-1"] < 0.5
+    assert now.status == "promoted" and now.accuracies["colours"] > 0.8 and now.accuracies["colours.old-1"] < 0.5
     report, page = read_page(str(now.tracking_id))
     assert "deal tests renew asked for them; the 10 rows before stay as colours.old-1" in page
     assert report.version == now.version
 
     record = read_record(current_store(), f"adapters/l/{now.run_key[:16]}")
     assert [(each.name, each.of, each.num_test) for each in record.slices] == [("colours.old-1", "colours", 10)]
-    assert record.matrix.average_accuracy == 1.0 and record.matrix.forgetting is None, "the task alone counts"
+    assert record.matrix.average_accuracy == now.accuracies["colours"], "the task alone counts"
+    assert record.matrix.forgetting is None
 
     # The request has ended: the next arrival is judged on July's rows, and both slices are measured again.
     later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"))

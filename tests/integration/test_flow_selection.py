@@ -30,6 +30,7 @@ class _DiedError(Exception):
     pass
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> 
     assert [info.strategy for info in open_registry().versions("m")] == ["seq_lora"]
 
 
+@pytest.mark.nightly
 def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

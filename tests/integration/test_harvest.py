@@ -102,6 +102,7 @@ def clinic(labels: tuple[str, ...]) -> TaskSchema:
     return TaskSchema(name="clinic", labels=labels)
 
 
+@pytest.mark.nightly
 def test_what_a_person_has_corrected_lands_once_and_is_learned(
     tiny_base: Path, home: Path, tmp_path: Path, labels: tuple[str, ...]
 ) -> None:

@@ -300,6 +300,7 @@ def holding(home: Path, text: str) -> list[str]:
     return found
 
 
+@pytest.mark.nightly
 def test_nothing_is_forgotten_with_a_registry_that_does_not_know_the_versions(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -311,6 +312,7 @@ def test_nothing_is_forgotten_with_a_registry_that_does_not_know_the_versions(
     assert keys("") == before
 
 
+@pytest.mark.nightly
 def test_damaged_rows_are_named_before_anything_is_forgotten(tiny_base: Path, home: Path) -> None:
     found = run(tiny_base, land())
     store, tests = current_store(), f"{found.dataset.uri}/test.parquet"
@@ -324,6 +326,7 @@ def test_damaged_rows_are_named_before_anything_is_forgotten(tiny_base: Path, ho
     assert holding(home, SECRET) == []
 
 
+@pytest.mark.nightly
 def test_a_forgetting_that_was_cut_short_can_be_repeated(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +426,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     _judged_anew(tiny_base, tmp_path, second)
 
 
+@pytest.mark.nightly
 def test_kept_answers_to_the_texts_of_a_forgotten_arrival_are_gone(
     tiny_base: Path, tmp_path: Path, few_rows_judge: Callable[[int], None]
 ) -> None:
@@ -474,6 +478,7 @@ def _judged_anew(
     assert sum("was not judged" in note for note in notes) == len(unjudged)
 
 
+@pytest.mark.nightly
 def test_two_tasks_without_test_rows_are_judged_again_one_after_the_other(
     tiny_base: Path, tmp_path: Path, first: AdaptResult
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_spec_says_otherwise_only_where_it_says_so(deal: Deal, support: dict[s
     assert deal("adapt", str(path))["status"] == "promoted"
 
 
+@pytest.mark.nightly
 def test_deal_watch_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any], tmp_path: Path) -> None:
     land("bank/other.jsonl")
     land("parcels/a.jsonl")
@@ -99,6 +100,7 @@ def test_deal_watch_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, A
     assert (seen["key"], seen["outcome"]) == ("inbox/bank/other.jsonl", "promoted")
 
 
+@pytest.mark.nightly
 def test_a_run_that_a_server_starts_for_a_person_keeps_to_the_lineage_s_file(support: dict[str, Any]) -> None:
     given: Any = {"lineage": "support", "task": {"name": "parcels", "data": str(ROWS)}, "gate": {"confidence": 0.9}}
     assert asyncio.run(adapt(given)).status == "awaiting approval"

@@ -112,6 +112,7 @@ def test_history_and_predict(old_home: Path) -> None:
     assert asyncio.run(evaluate(LINEAGE)).version == "3"
 
 
+@pytest.mark.nightly
 def test_adapt_and_rollback() -> None:
     assert learn("bank").status == "repeat", "rows that were learned before are known by their digest"
     learned = learn("clinic")

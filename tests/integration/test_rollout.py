@@ -103,6 +103,7 @@ def look() -> RolloutResult:
     return found
 
 
+@pytest.mark.nightly
 def test_a_version_is_tried_on_live_traffic(first: Path, tiny_base: Path) -> None:
     """One test, as its steps share a server, whose start takes long."""
     with served("l") as (url, process):

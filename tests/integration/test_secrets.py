@@ -121,6 +121,7 @@ def spec_of(folder: Path, base: Path | str, **changes: Any) -> str:
     return str(path)
 
 
+@pytest.mark.nightly
 def test_no_secret_is_shown_or_kept_where_nothing_answers(
     tiny_base: Path, tmp_path: Path, free_port: int, prefect_database: Path
 ) -> None:

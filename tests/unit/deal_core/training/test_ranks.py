@@ -99,6 +99,7 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     return {each.environ()["RANK"]: each for each in below if each.cmdline()[-2:-1] == ["rank"]}
 
 
+@pytest.mark.nightly
 def test_two_processes_equal_one(base, job, rows, tmp_path):
     job = retrained(job, group_by_length=False)
     (old,), file = job.setup.old_tasks, tmp_path / "texts" / "old.parquet"

@@ -179,6 +179,7 @@ while True:
 """
 
 
+@pytest.mark.nightly
 def test_a_killed_server_loses_only_what_it_had_not_written(tmp_path: Path, store: FileStore) -> None:
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -103,6 +103,7 @@ def test_an_item_beyond_the_longest_line_is_refused_before_it_is_read(
         list(read_rows(path))
 
 
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_list(tmp_path: Path) -> None:
     path = tmp_path / "rows.json.gz"
     with gzip.open(path, "wt") as file:
