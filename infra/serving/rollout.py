@@ -91,9 +91,9 @@ class Rollout:
             return {}
         return {"rollout": {**(vars(self.trial) if self.trial else {}), "problem": self.problem}}
 
-    def keep_up(self, champion: str | None) -> None:
-        """Load the version that the alias names, or remove it. `champion` is the version that answers now."""
-        wanted = self._wanted(self._registry.with_alias(self._lineage, "rollout"), champion)
+    def keep_up(self, candidate: VersionInfo | None, champion: str | None) -> None:
+        """Load the version with the alias rollout, or remove it. `champion` is the version that answers now."""
+        wanted = self._wanted(candidate, champion)
         if wanted == self.trial:
             return
         if self.trial is not None:

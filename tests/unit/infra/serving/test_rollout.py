@@ -74,10 +74,6 @@ class Registry:
             rolled_out="7", rollout=RolloutTerms(kind, share, 200, 10.0, 0.95),
         )  # fmt: skip
 
-    def with_alias(self, lineage: str, alias: str) -> SimpleNamespace | None:
-        assert (lineage, alias) == ("l", "rollout")
-        return self.found
-
     def download(self, lineage: str, version: str, folder: Path) -> None:
         folder.mkdir()
 
@@ -94,7 +90,7 @@ class Server:
         self.champion.rollout = rollout
 
     def keep_up(self) -> None:
-        self.rollout.keep_up("1")
+        self.rollout.keep_up(self.registry.found, "1")  # type: ignore[arg-type]
 
     def ask(self, rows: Sequence[InputRow] = ROWS, key: str | None = None, version: str | None = None) -> Answered:
         return self.champion.ask(rows, lambda: False, key, version)
