@@ -147,6 +147,8 @@ class TrainSummary(Reference):
     """Figures of a training, kept in the work folder until the run is registered."""
 
     adapter_sha256: str
+    num_rows: int | None = None
+    """Training rows that were learned from, after `selection` has chosen; None: an earlier release wrote the file."""
     num_steps: int
     seconds: float
     rows_per_second: float

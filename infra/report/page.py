@@ -47,7 +47,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
         "report": report,
         "evaluation": evaluation,
         "verdict": verdict_of(report),
-        "origin": origin_of(report),
+        "origin": origin_of(report), "learned_rows": learned_rows_of(report),
         "scores": scores_of(report, evaluation),
         "matrix": matrix_rows(evaluation.matrix, versions),
         "charts": _charts(report, evaluation, versions, live),
@@ -128,6 +128,12 @@ def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
 def origin_of(report: RunReport) -> str:
     """Return the name of the version's parent."""
     return f"version {report.parent_version}" if report.parent_version else "the base model"
+
+
+def learned_rows_of(report: RunReport) -> str:
+    """Return how many training rows the version learned from. `selection` may have left out some."""
+    landed, learned = count(report.quality.num_train, "row"), report.training.num_rows
+    return landed if learned in (None, report.quality.num_train) else f"{learned} of {landed}"
 
 
 def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str, str]]:

@@ -85,6 +85,8 @@ class Training(ReportPart):
     """The result of the training."""
 
     strategy: str
+    num_rows: int | None = None
+    """Training rows that were learned from, after `selection` has chosen; None: not recorded."""
     num_steps: int
     seconds: float
     rows_per_second: float

@@ -88,7 +88,7 @@ def _library_versions() -> dict[str, str]:
 
 def _training(strategy: str, summary: TrainSummary) -> Training:
     losses = [(step, loss) for step, loss in summary.losses if math.isfinite(loss)]
-    shared = ("num_steps", "seconds", "rows_per_second", "resumed_from_step", "fill")
+    shared = ("num_rows", "num_steps", "seconds", "rows_per_second", "resumed_from_step", "fill")
     return Training(
         strategy=strategy, losses=tuple(thin(losses, MAX_LOSSES)), **{name: getattr(summary, name) for name in shared}
     )

@@ -79,7 +79,9 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         recentred = _recentre(store, job, train, folder / "adapter") if train.recentre_steps else ()
         result = replace(result, notes=(*learned.notes, *result.notes, *recentred))
         tracked.flush()
-        summary = TrainSummary(adapter_sha256=sha256_together(digests_of(folder / "adapter")), **asdict(result))
+        summary = TrainSummary(
+            adapter_sha256=sha256_together(digests_of(folder / "adapter")), num_rows=learned.num_rows, **asdict(result)
+        )
         flush_to_disk(folder / "adapter")
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
             part.write_text(summary.model_dump_json(), encoding="utf-8")

@@ -64,6 +64,7 @@ def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
     assert second.tracking_id is not None
     _, page = read_page(second.tracking_id)
     assert f"{kept} of {second.dataset.num_train} training rows were chosen by loss (the highest)" in page
+    assert f"learned from {kept} of {second.dataset.num_train} rows" in page
     assert "labels that were checked" in page or "no label could be checked" in page
     with borrowed_adapter(current_store(), version, with_method=True) as folder:
         stored = [len(unpack(rows)) for _, rows in sorted(load_method_state(folder).stored_rows.items())]
