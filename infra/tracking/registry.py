@@ -141,7 +141,8 @@ class Registry(RegistryReader):
             if model is not None and not any(fetched.iterdir()):
                 raise RegistryError(
                     f"Version {version} of {lineage!r} has no files where MLflow says: {without_secrets(location)}. If "
-                    "the home was moved or copied, put it back at that path, or restore the folder from a backup."
+                    "the home was moved or copied, move its mlflow.db* away and give: deal lineage rebuild "
+                    f"{lineage}. Else restore the folder from a backup."
                 )
             if model is None or not (fetched / "MLmodel").is_file():
                 raise RegistryError(

@@ -89,6 +89,25 @@ def test_a_lost_database_is_said_and_the_lineage_goes_on_after_a_rebuild(
     assert roll_back("l", None, **BY).champion == "3"
 
 
+@pytest.mark.usefixtures("known")
+def test_a_home_that_has_moved_serves_after_a_rebuild(
+    home: Path, mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuilt()
+    moved = home.rename(tmp_path / "moved")
+    monkeypatch.setenv("DEAL_HOME", str(moved))
+    with pytest.raises(RegistryError, match=r"no files where MLflow says: .*: deal lineage rebuild l\."):
+        open_registry().download("l", "3", tmp_path / "before")
+    moved = moved.rename(tmp_path / "moved again")  # else MLflow's open connections go on with the old database
+    monkeypatch.setenv("DEAL_HOME", str(moved))
+    for part in moved.glob("mlflow.db*"):
+        part.unlink()
+    shutil.copy(mlflow_database, moved / "mlflow.db")
+    rebuilt()
+    open_registry().download("l", "3", tmp_path / "after")
+    assert (tmp_path / "after" / "MLmodel").is_file()
+
+
 def test_numbers_of_versions_that_nobody_knows_stay_unused(home: Path, known: list[dict[str, Any]]) -> None:
     for number in (2, 3):
         (home / "store" / "versions" / "l" / f"{number:08d}.json").unlink()
