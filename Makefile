@@ -58,7 +58,7 @@ clean: ## remove the virtual environment and what the tools left; deal-home and 
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The newest pip needs a third of the time to choose versions that the pip of Python 3.11 needs.
+# The pip of Python 3.11 takes much longer to choose versions than the newest one.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found; install one, or give PYTHON=/path/to/python." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "The venv module is missing; on Debian and Ubuntu install python3-venv." >&2; exit 1; }
