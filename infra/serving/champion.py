@@ -27,7 +27,6 @@ from infra.serving.prediction_log import LOG, PredictionLog
 from infra.serving.rollout import Rollout, with_tasks
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
-from infra.tracking.database import open_reader
 from infra.tracking.facts import VersionInfo, require_through_gate
 from infra.tracking.registry import open_registry
 
@@ -138,13 +137,13 @@ class Champion:
             RegistryError: The champion may not serve, or the registry does not answer.
             ServingError: The champion does not load.
         """
-        self._registry, self._reader = open_registry(), open_reader()
+        self._registry = open_registry()
         is_settled = True
         try:
-            self._let_settle(self._reader.champion(self.lineage))
+            self._let_settle(self._registry.champion(self.lineage))
         except StoreError:  # a server can start while the store is away
             is_settled = False
-        champion = self._reader.champion(self.lineage)
+        champion = self._registry.champion(self.lineage)
         if champion is None:
             raise NoChampionError(f"Lineage '{self.lineage}' has no champion.")
         require_through_gate(champion)
@@ -159,9 +158,9 @@ class Champion:
         pause = POLL_SECONDS
         while not stopped.wait(pause):
             try:
-                self._keep_up_with(self._let_settle(self._reader.champion(self.lineage)))
+                self._keep_up_with(self._let_settle(self._registry.champion(self.lineage)))
                 if self.rollout is not None:
-                    self.rollout.keep_up(self._reader.with_alias(self.lineage, "rollout"), self.version)
+                    self.rollout.keep_up(self._registry.with_alias(self.lineage, "rollout"), self.version)
             except Exception as error:  # the thread must not end
                 if not isinstance(error, RegistryError):
                     LOG.exception("Following the alias failed")
@@ -183,7 +182,7 @@ class Champion:
         if self._settle is None or champion is None or champion.version == self._champion:
             return champion
         self._settle()
-        return self._reader.champion(self.lineage)
+        return self._registry.champion(self.lineage)
 
     def _keep_up_with(self, champion: VersionInfo | None) -> None:
         if champion is None:

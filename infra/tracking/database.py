@@ -37,9 +37,9 @@ def open_reader(settings: TrackingSettings | None = None) -> RegistryReader:
     file = database_file(settings.tracking_uri)
     if file is not None and _schema_of(file) in KNOWN_SCHEMAS:
         return DatabaseReader(settings.tracking_uri, file)
-    from infra.tracking.registry import open_registry  # imports MLflow
+    from infra.tracking.mlflow_reader import MlflowReader  # imports MLflow
 
-    return open_registry(settings)
+    return MlflowReader(settings)
 
 
 def database_file(uri: str) -> Path | None:
@@ -100,6 +100,14 @@ class DatabaseReader(RegistryReader):
             f"read version {number} of {lineage!r}", "AND version = :number", name=lineage, number=number, limit=1
         )
         return found[0] if found else None
+
+    def _with_run_key(self, run_key: str) -> list[VersionRow]:
+        with self._reading("search versions", {"key": RUN_KEY, "value": run_key}) as select:
+            found = select(
+                "SELECT name, version FROM model_version_tags WHERE workspace = :workspace AND key = :key "
+                "AND value = :value"
+            )
+        return list(filter(None, (self._version(name, str(number)) for name, number in found)))
 
     def _read_models(self, action: str, condition: str = "", **values: Any) -> list[ModelRow]:
         where = f"WHERE workspace = :workspace {condition}"

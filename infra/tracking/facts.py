@@ -176,6 +176,10 @@ class RegistryReader(ABC):
     def _version(self, lineage: str, number: str) -> VersionRow | None:
         """Return one version of a registered model, if there is one."""
 
+    @abstractmethod
+    def _with_run_key(self, run_key: str) -> Iterable[VersionRow]:
+        """Return the versions with a run key, of whatever registered model."""
+
     def versions(self, lineage: str, *, newest: int | None = None) -> tuple[VersionInfo, ...]:
         """Return all or the `newest` versions of a lineage, oldest first; empty if the lineage is unknown."""
         own = (row for row in self._versions(lineage, newest) if RUN_KEY in row.tags)
@@ -208,6 +212,11 @@ class RegistryReader(ABC):
         """Return the version with a number, if there is one."""
         found = self._version(lineage, number)
         return None if found is None else as_version(found, self._aliases(lineage))
+
+    def find_version(self, run_key: str) -> VersionInfo | None:
+        """Return the oldest version with a run key; None: no version has it."""
+        oldest = min(self._with_run_key(run_key), key=lambda row: int(row.number), default=None)
+        return None if oldest is None else as_version(oldest, self._aliases(oldest.name))
 
     def _aliases(self, lineage: str) -> Mapping[str, str]:
         """Return the version number of each alias."""

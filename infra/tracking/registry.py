@@ -1,17 +1,19 @@
 """Adapter versions in MLflow's model registry. Each lineage has one registered model with the lineage's name.
 
-The facts of a version are its tags, so the registry alone has the history of the lineage.
+The facts of a version are its tags, so the registry alone has the history of the lineage. What changes the registry is
+here; `infra.tracking.facts` has what reads it.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
+from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
-from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from deal_core.adapter.files import as_recorded, digests_of, require_undamaged
@@ -20,25 +22,21 @@ from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
 from infra.tracking.client import (
     FILES_SHA256,
-    PAGE,
-    all_pages,
-    found_or_none,
     global_address,
     open_client,
     report_errors,
     retry_if_overtaken,
 )
+from infra.tracking.database import open_reader
 from infra.tracking.facts import (
     OWNER,
     REBUILDING,
-    RUN_KEY,
     Alias,
     ModelRow,
     RegistryReader,
     VersionFacts,
     VersionInfo,
     VersionRow,
-    as_version,
 )
 
 DESCRIPTION = "Versions of one adapter, task by task."
@@ -50,11 +48,17 @@ def open_registry(settings: TrackingSettings | None = None) -> Registry:
 
 
 class Registry(RegistryReader):
-    """Versions and aliases of lineages, by MLflow's client."""
+    """Versions and aliases of lineages. MLflow's client writes them; they are read as by `open_reader`."""
 
     def __init__(self, settings: TrackingSettings) -> None:
         self.uri = settings.tracking_uri
-        self.client = open_client(settings)
+        self._settings = settings
+        self._reader = open_reader(settings)
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """MLflow's client, which is opened for the first write."""
+        return open_client(self._settings)
 
     def register(self, lineage: str, facts: VersionFacts, *, tracking_id: str, model_id: str) -> VersionInfo:
         """Register a version, or return the version that was registered with the same run key.
@@ -101,17 +105,19 @@ class Registry(RegistryReader):
 
     def find_model(self, lineage: str) -> ModelRow | None:
         """Return the registered model with this name, if there is one."""
-        with report_errors(f"read {lineage!r}", self.uri):
-            found = found_or_none(self.client.get_registered_model, lineage)
-        return None if found is None else _model_row(found)
+        return self._reader.find_model(lineage)
 
-    def find_version(self, run_key: str) -> VersionInfo | None:
-        """Return the oldest version with a run key; None: no version has it."""
-        found = list(self._search(f"tags.`{RUN_KEY}` = '{run_key}'", None))
-        if not found:
-            return None
-        oldest = min(found, key=lambda row: int(row.number))
-        return as_version(oldest, self._aliases(oldest.name))
+    def _models(self) -> Iterable[ModelRow]:
+        return self._reader._models()
+
+    def _versions(self, lineage: str, at_most: int | None) -> Iterable[VersionRow]:
+        return self._reader._versions(lineage, at_most)
+
+    def _version(self, lineage: str, number: str) -> VersionRow | None:
+        return self._reader._version(lineage, number)
+
+    def _with_run_key(self, run_key: str) -> Iterable[VersionRow]:
+        return self._reader._with_run_key(run_key)
 
     def download(self, lineage: str, version: str, folder: Path) -> None:
         """Download a version's logged model into a new folder, which appears when it is complete.
@@ -168,7 +174,7 @@ class Registry(RegistryReader):
             RegistryError: The version does not exist, or the gate rejected it.
         """
         with report_errors(f"set {lineage}@{alias}", self.uri):
-            found = found_or_none(self.client.get_model_version, lineage, version)
+            found = self._version(lineage, version)
             if found is None:
                 raise RegistryError(f"Lineage {lineage!r} has no version {version}; look into its history.")
             if found.tags.get("deal.gate") != "accepted":
@@ -204,26 +210,6 @@ class Registry(RegistryReader):
                     f"MLflow at {without_secrets(self.uri)} has a registered model {name!r} that is no lineage of "
                     "this pipeline; give the lineage another name."
                 ) from None
-
-    def _models(self) -> Iterator[ModelRow]:
-        with report_errors("search lineages", self.uri):
-            yield from map(_model_row, all_pages(self.client.search_registered_models, order_by=["name"]))
-
-    def _versions(self, lineage: str, at_most: int | None) -> Iterator[VersionRow]:
-        return self._search(f"name = '{lineage}'", at_most)
-
-    def _version(self, lineage: str, number: str) -> VersionRow | None:
-        with report_errors(f"read version {number} of {lineage!r}", self.uri):
-            found = found_or_none(self.client.get_model_version, lineage, number)
-        return None if found is None else _version_row(found)
-
-    def _search(self, condition: str, at_most: int | None) -> Iterator[VersionRow]:
-        with report_errors("search versions", self.uri):
-            found = all_pages(
-                self.client.search_model_versions, condition, max_results=min(at_most or PAGE, PAGE),
-                order_by=["version_number DESC"],
-            )
-            yield from map(_version_row, found)
 
 
 class LineageRebuild:
@@ -307,17 +293,6 @@ class LineageRebuild:
     def _delete(self, number: int) -> None:
         with report_errors(f"leave out version {number} of {self._lineage!r}", self._registry.uri):
             self._client.delete_model_version(self._lineage, str(number))
-
-
-def _model_row(model: RegisteredModel) -> ModelRow:
-    return ModelRow(model.name, model.tags, {alias: str(number) for alias, number in model.aliases.items()})
-
-
-def _version_row(version: ModelVersion) -> VersionRow:
-    return VersionRow(
-        name=version.name, number=str(version.version), run_id=version.run_id, source=version.source,
-        created_ms=version.creation_timestamp, tags=version.tags,
-    )
 
 
 def _describe(facts: VersionFacts) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from infra.settings import TrackingSettings
 from infra.tracking.database import open_reader
-from infra.tracking.registry import Registry
+from infra.tracking.mlflow_reader import MlflowReader
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -56,7 +56,8 @@ def test_a_command_imports_only_what_it_needs(
     out, home = str(tmp_path / "out.jsonl"), ["--home", str(copied_home)]
     words = [[out if word == "OUT" else word for word in arguments] + home for arguments, _ in commands]
     reader = open_reader(TrackingSettings(tracking_uri=f"sqlite:///{copied_home / 'mlflow.db'}"))
-    needed = {"mlflow", "sqlalchemy", "fastapi", "pandas"} if isinstance(reader, Registry) else set()  # a new MLflow
+    is_new_mlflow = isinstance(reader, MlflowReader)
+    needed = {"mlflow", "sqlalchemy", "fastapi", "pandas"} if is_new_mlflow else set()
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(words)], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -21,9 +21,10 @@ from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
 from infra.settings import TrackingSettings
-from infra.tracking import registry as registry_module
+from infra.tracking import mlflow_reader
 from infra.tracking.database import DatabaseReader, open_reader
 from infra.tracking.facts import VersionFacts, VersionInfo
+from infra.tracking.mlflow_reader import MlflowReader
 from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import TrackedRun, Tracker, open_tracker
 
@@ -419,15 +420,15 @@ def test_a_registered_model_of_somebody_else_is_left_alone(tracker: Tracker, reg
 
 
 def test_all_versions_come_however_many_there_are(
-    tracker: Tracker, registry: Registry, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    tracker: Tracker, registry: Registry, settings: TrackingSettings, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_module, "PAGE", 4)
+    monkeypatch.setattr(mlflow_reader, "PAGE", 4)
     for number in range(11):
         register(tracker, registry, adapter, "pages", replace(FACTS, run_key=f"pages-{number}"))
-    numbers = [str(number) for number in range(1, 12)]
-    assert [version.version for version in registry.versions("pages")] == numbers
+    numbers, reader = [str(number) for number in range(1, 12)], MlflowReader(settings)
+    assert [version.version for version in reader.versions("pages")] == numbers
     for newest in (1, 3, 4, 9, 11, 30):
-        assert [version.version for version in registry.versions("pages", newest=newest)] == numbers[-newest:]
+        assert [version.version for version in reader.versions("pages", newest=newest)] == numbers[-newest:]
 
 
 def test_a_reader_of_the_file_finds_what_mlflows_client_finds(
@@ -446,17 +447,20 @@ def test_a_reader_of_the_file_finds_what_mlflows_client_finds(
     registry.client.delete_model_version("file", "5")
     registry.client.create_registered_model("somebody-elses")
 
+    client = MlflowReader(settings)
     for newest in (None, 1, 2, 9):
-        assert reader.versions("file", newest=newest) == registry.versions("file", newest=newest)
+        assert reader.versions("file", newest=newest) == client.versions("file", newest=newest)
     assert [version.version for version in reader.versions("file")] == ["1", "2", "3", "4"]
     for number in ("1", "3", "5", "6", "7"):
-        assert reader.version("file", number) == registry.version("file", number)
+        assert reader.version("file", number) == client.version("file", number)
     for alias in ("champion", "previous", "challenger"):
-        assert reader.with_alias("file", alias) == registry.with_alias("file", alias)
-        assert reader.lineages_with(alias) == registry.lineages_with(alias)
+        assert reader.with_alias("file", alias) == client.with_alias("file", alias)
+        assert reader.lineages_with(alias) == client.lineages_with(alias)
     for name in ("file", "somebody-elses", "unknown", "fi%e"):
-        assert reader.find_model(name) == registry.find_model(name)
-        assert reader.versions(name) == registry.versions(name)
+        assert reader.find_model(name) == client.find_model(name)
+        assert reader.versions(name) == client.versions(name)
+    for key in ("file-1", "file-5", "unknown"):
+        assert reader.find_version(key) == client.find_version(key)
 
 
 def test_a_registry_that_is_no_known_file_is_read_by_mlflow(
@@ -469,7 +473,9 @@ def test_a_registry_that_is_no_known_file_is_read_by_mlflow(
     with closing(sqlite3.connect(newer)) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'of-another-release'")
     asked: list[str] = []
-    monkeypatch.setattr("infra.tracking.registry.open_registry", lambda found: asked.append(found.tracking_uri))
+    monkeypatch.setattr(
+        "infra.tracking.mlflow_reader.MlflowReader", lambda found: asked.append(found.tracking_uri)
+    )
     addresses = [f"sqlite:///{newer}", f"sqlite:///{tmp_path}/none.db", "http://127.0.0.1:1", "sqlite:///:memory:"]
     for address in addresses:
         open_reader(settings.model_copy(update={"tracking_uri": address}))

@@ -84,8 +84,7 @@ def write_mlmodel(folder: Path, **flavors: dict[str, Any]) -> None:
 def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Registry:
     registry = Registry()
     monkeypatch.setenv("DEAL_HOME", str(tmp_path))
-    for name in ("open_registry", "open_reader"):
-        monkeypatch.setattr(serving, name, lambda: registry)
+    monkeypatch.setattr(serving, "open_registry", lambda: registry)
     monkeypatch.setattr(serving, "load_answerer", Answerer)
     monkeypatch.setattr(serving, "load_base_of", lambda served, *_, **__: served.base_sha256)
     monkeypatch.setattr(serving, "POLL_SECONDS", 0.01)
