@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
 import shutil
 import socket
@@ -20,11 +21,16 @@ from typing import Any
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# No test uses TLS, and reading all authorities takes longer than most requests to a server do.
+os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "data" / "authority.pem")
 
 import pytest
 from filelock import FileLock
 
 from tests.receiver import Receiver
+
+# Fewer garbage collections than Python's 700, 10, 10: most of what they look at is imported code.
+gc.set_threshold(50_000, 20, 20)
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 START_SECONDS = 300
