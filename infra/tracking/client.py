@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
+from infra.tracking.database import database_file, schema_of
 
 MLFLOW = "mlflow-skinny"
 """The distribution that has MLflow's client. `mlflow` adds the server, in the same version; a worker does without."""
@@ -42,9 +43,11 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
     """Return a client of the tracking server or database. The folder of an SQLite file is created.
 
     Raises:
-        RegistryError: The address does not answer.
+        RegistryError: The address does not answer, or the database cannot be read.
     """
     uri = settings.tracking_uri
+    if (file := database_file(uri)) is not None:
+        schema_of(file)
     with report_errors("open MLflow", uri):
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def open_reader(settings: TrackingSettings | None = None) -> RegistryReader:
     """Return a reader of the registry of `settings`, or of the environment; errors are those of `open_client`."""
     settings = settings or TrackingSettings()
     file = database_file(settings.tracking_uri)
-    if file is not None and _schema_of(file) in KNOWN_SCHEMAS:
+    if file is not None and schema_of(file) in KNOWN_SCHEMAS:
         return DatabaseReader(settings.tracking_uri, file)
     from infra.tracking.mlflow_reader import MlflowReader  # imports MLflow
 
@@ -55,15 +55,24 @@ def database_file(uri: str) -> Path | None:
     return Path(path) if is_plain and not uses_workspaces else None
 
 
-def _schema_of(file: Path) -> str | None:
-    """Return the revision of a database's tables; None: there is no database, or it cannot be read."""
+def schema_of(file: Path) -> str | None:
+    """Return the revision of a database's tables; None: there is no database, or it has no revision.
+
+    Raises:
+        RegistryError: The file cannot be read. MLflow's client would try for minutes.
+    """
     if not file.is_file():
         return None
     try:
         with closing(_connect(file)) as database:
             found = database.execute("SELECT version_num FROM alembic_version").fetchall()
-    except sqlite3.Error:
-        return None  # MLflow's client says what is wrong
+    except sqlite3.Error as error:
+        if "no such table" in str(error):
+            return None  # MLflow's client makes the tables
+        raise RegistryError(
+            f"Cannot read MLflow's database {file}: {error}. If the file is damaged, restore it from a backup; without "
+            "one, move it away and give for each lineage: deal lineage rebuild LINEAGE"
+        ) from error
     return str(found[0][0]) if len(found) == 1 else None
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields, replace
@@ -488,3 +488,14 @@ def test_a_registry_that_is_no_known_file_is_read_by_mlflow(
 def test_a_file_that_cannot_be_read_is_named(settings: TrackingSettings, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match=r"Cannot search versions at sqlite:///.*/none\.db: unable to open"):
         DatabaseReader(f"sqlite:///{tmp_path}/none.db", tmp_path / "none.db").versions("any")
+
+
+@pytest.mark.parametrize("opened", [open_tracker, open_reader, open_registry])
+def test_a_database_that_cannot_be_read_is_named_at_once(
+    opened: Callable[[TrackingSettings], object], settings: TrackingSettings, tmp_path: Path
+) -> None:
+    """MLflow's client tries a database that fails ten times, for more than a minute."""
+    broken = tmp_path / "broken.db"
+    broken.write_bytes(b"no database" * 1000)
+    with pytest.raises(RegistryError, match=r"broken\.db: file is not a database.*lineage rebuild"):
+        opened(settings.model_copy(update={"tracking_uri": f"sqlite:///{broken}"}))
