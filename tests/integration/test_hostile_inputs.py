@@ -87,7 +87,7 @@ def take(folder: Path, name: str, content: bytes) -> tuple[int, int] | str:
     """Numbers of good and bad rows, or why the file was refused."""
     source = folder / name
     source.write_bytes(content)
-    started = time.monotonic()
+    started = time.process_time()
     found: tuple[int, int] | str
     try:
         task, config = TaskSchema(name="t", format="auto"), DataConfig(max_bad_share=1.0)
@@ -95,7 +95,7 @@ def take(folder: Path, name: str, content: bytes) -> tuple[int, int] | str:
         found = made.num_train + made.num_test, made.num_rejected
     except DataValidationError as error:
         found = str(error)
-    assert time.monotonic() - started < MAX_SECONDS, (name, content[:200])
+    assert time.process_time() - started < MAX_SECONDS, (name, content[:200])
     if isinstance(found, str):
         assert len(found) > 20 and not {"\0", "\x1b"} & set(found), found
     return found

@@ -259,7 +259,7 @@ def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monk
             silent.settimeout(WAIT_SECONDS)
             with silent.accept()[0]:
                 process.send_signal(signal.SIGINT)
-                said, _ = process.communicate(timeout=60)  # it takes one or two; MLflow gives up after ten minutes
+                said, _ = process.communicate(timeout=WAIT_SECONDS)  # MLflow gives up after ten minutes
         finally:
             process.kill()
         assert (process.returncode, said) == (0, b"")
