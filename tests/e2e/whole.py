@@ -35,7 +35,7 @@ SECRET = "a-planted-secret-key"
 DONE = "prefect.flow-run.Completed"
 HEARTBEAT = "prefect.flow-run.heartbeat"
 CRASHED = "prefect.flow-run.Crashed"
-WAIT_SECONDS = 240
+WAIT_SECONDS = 900
 
 
 @dataclass
