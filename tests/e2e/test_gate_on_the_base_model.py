@@ -1,4 +1,4 @@
-"""The gate on a real model: shuffled labels and a training that wipes out an old task do not pass, a good arrival does.
+"""The gate on a real model: wrong labels and a training that wipes out an old task do not pass, a good arrival does.
 
 Nightly: four adaptations of the built-in base model.
 """
@@ -6,7 +6,6 @@ Nightly: four adaptations of the built-in base model.
 from __future__ import annotations
 
 import csv
-import random
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,18 @@ def adapt(home: Path, name: str, *, expect: int = 0, data: Path | None = None, *
     return deal(home, "adapt", str(path), expect=expect)
 
 
-def shuffled(target: Path) -> Path:
-    """The clinic's training notes, each with the finding of another."""
+def mislabelled(target: Path) -> Path:
+    """The clinic's training notes, each finding replaced by the next one of the alphabet.
+
+    Shuffled findings would not do: what a model knows of their names can lift it above the base model all the same.
+    """
     with (EXAMPLES / "clinic" / "train.csv").open(newline="") as file:
         header, *rows = list(csv.reader(file))
     column = header.index("finding")
-    findings = [row[column] for row in rows]
-    random.Random(0).shuffle(findings)
-    for row, finding in zip(rows, findings, strict=True):
-        row[column] = finding
+    findings = sorted({row[column] for row in rows})
+    following = dict(zip(findings, [*findings[1:], findings[0]], strict=True))
+    for row in rows:
+        row[column] = following[row[column]]
     with target.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return target
@@ -66,7 +68,7 @@ def champion(home: Path) -> str:
 def test_what_is_poisoned_or_forgets_is_vetoed_and_what_is_good_passes(home: Path, tmp_path: Path) -> None:
     assert adapt(home, "bank")["status"] == "promoted" and champion(home) == "1"
 
-    poisoned = adapt(home, "clinic", data=shuffled(tmp_path / "poisoned.csv"), expect=REJECTED)
+    poisoned = adapt(home, "clinic", data=mislabelled(tmp_path / "poisoned.csv"), expect=REJECTED)
     assert poisoned["status"] == "rejected" and any(reason.startswith("clinic: ") for reason in poisoned["reasons"])
     assert champion(home) == "1"
 
