@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
-from infra.tracking.database import database_file, schema_of
+from infra.tracking.database_file import database_file, schema_of
 
 MLFLOW = "mlflow-skinny"
 """The distribution that has MLflow's client. `mlflow` adds the server, in the same version; a worker does without."""

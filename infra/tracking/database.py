@@ -6,25 +6,22 @@ read only if this module knows its tables. Every other registry, such as a serve
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
+from infra.tracking.database_file import connect, database_file, schema_of
 from infra.tracking.facts import RUN_KEY, ModelRow, RegistryReader, VersionRow
 
 KNOWN_SCHEMAS = frozenset({"dc11669786a5"})
 """Revisions of MLflow's tables that this module can read. Where the installed MLflow has one of them, a test compares
 this reader with MLflow's client."""
-WAIT_SECONDS = 30.0
-"""Longest wait for a writer of the database."""
 WORKSPACE = "default"
 """MLflow's workspace where workspaces are not used."""
 DELETED = "Deleted_Internal"
@@ -40,46 +37,6 @@ def open_reader(settings: TrackingSettings | None = None) -> RegistryReader:
     from infra.tracking.mlflow_reader import MlflowReader  # imports MLflow
 
     return MlflowReader(settings)
-
-
-def database_file(uri: str) -> Path | None:
-    """Return the file of an SQLite database; None: the address names no such file, or MLflow uses workspaces.
-
-    Example:
-        >>> database_file("sqlite:////srv/deal/mlflow.db")
-        PosixPath('/srv/deal/mlflow.db')
-    """
-    path = uri.removeprefix("sqlite:///")
-    is_plain = path not in ("", uri) and not path.startswith(":") and not {"?", "%", "#"} & set(path)
-    uses_workspaces = any(name.startswith("MLFLOW_") and "WORKSPACE" in name for name in os.environ)
-    return Path(path) if is_plain and not uses_workspaces else None
-
-
-def schema_of(file: Path) -> str | None:
-    """Return the revision of a database's tables; None: there is no database, or it has no revision.
-
-    Raises:
-        RegistryError: The file cannot be read. MLflow's client would try for minutes.
-    """
-    if not file.is_file():
-        return None
-    try:
-        with closing(_connect(file)) as database:
-            found = database.execute("SELECT version_num FROM alembic_version").fetchall()
-    except sqlite3.Error as error:
-        if "no such table" in str(error):
-            return None  # MLflow's client makes the tables
-        raise RegistryError(
-            f"Cannot read MLflow's database {file}: {error}. If the file is damaged, restore it from a backup; without "
-            "one, move it away and give for each lineage: deal lineage rebuild LINEAGE"
-        ) from error
-    return str(found[0][0]) if len(found) == 1 else None
-
-
-def _connect(file: Path) -> sqlite3.Connection:
-    """Open a database. Reading creates no file."""
-    address = f"file:{quote(os.path.abspath(file))}?mode=ro"
-    return sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS, isolation_level=None)
 
 
 class DatabaseReader(RegistryReader):
@@ -149,7 +106,7 @@ class DatabaseReader(RegistryReader):
     def _reading(self, action: str, values: dict[str, Any]) -> Iterator[Callable[[str], list[tuple[Any, ...]]]]:
         """Give a function that runs a query with these values. All queries see the same state of the database."""
         try:
-            with closing(_connect(self._file)) as database:
+            with closing(connect(self._file)) as database:
                 database.execute("BEGIN")
                 yield lambda query: database.execute(query, {"workspace": WORKSPACE, **values}).fetchall()
         except sqlite3.Error as error:
