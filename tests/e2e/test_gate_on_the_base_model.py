@@ -42,10 +42,7 @@ def adapt(home: Path, name: str, *, expect: int = 0, data: Path | None = None, *
 
 
 def mislabelled(target: Path) -> Path:
-    """The clinic's training notes, each finding replaced by the next one of the alphabet.
-
-    Shuffled findings would not do: what a model knows of their names can lift it above the base model all the same.
-    """
+    """The clinic's training notes, each finding replaced by the next one of the alphabet."""
     with (EXAMPLES / "clinic" / "train.csv").open(newline="") as file:
         header, *rows = list(csv.reader(file))
     column = header.index("finding")
@@ -68,7 +65,9 @@ def champion(home: Path) -> str:
 def test_what_is_poisoned_or_forgets_is_vetoed_and_what_is_good_passes(home: Path, tmp_path: Path) -> None:
     assert adapt(home, "bank")["status"] == "promoted" and champion(home) == "1"
 
-    poisoned = adapt(home, "clinic", data=mislabelled(tmp_path / "poisoned.csv"), expect=REJECTED)
+    # The names of the findings alone lift the base model, which knows none, to a third: more than `min_gain_points`.
+    gate = {"min_accuracy": 0.6}
+    poisoned = adapt(home, "clinic", data=mislabelled(tmp_path / "poisoned.csv"), gate=gate, expect=REJECTED)
     assert poisoned["status"] == "rejected" and any(reason.startswith("clinic: ") for reason in poisoned["reasons"])
     assert champion(home) == "1"
 
@@ -78,7 +77,7 @@ def test_what_is_poisoned_or_forgets_is_vetoed_and_what_is_good_passes(home: Pat
     assert any(reason.startswith("bank: accuracy fell by") for reason in wiping["reasons"]), wiping["reasons"]
     assert champion(home) == "1"
 
-    good = adapt(home, "clinic")
+    good = adapt(home, "clinic", gate=gate)
     assert (good["status"], good["version"], good["parent_version"]) == ("promoted", "4", "1")
     assert champion(home) == "4"
     assert deal(home, "rollback", "--lineage", "demo")["champion"] == "1" == champion(home)
