@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_SECONDS = 30
-"""Of processor time: the slowest case takes 2 to 10, by processor and what else it does."""
+"""Of processor time. On a slow processor the slowest case takes a third of it."""
 MAX_BYTES = 2**30
 
 
