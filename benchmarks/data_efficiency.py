@@ -132,7 +132,7 @@ def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[
 
 
 def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
-    """Of the arms of `benchmarks.arms` with the first seed: the mean accuracy, and the difference from `plain`.
+    """Of the arms of `benchmarks.method.arms` with the first seed: the mean accuracy, and the difference from `plain`.
 
     Rows of a task before `first_row` do not count. All tasks have as many rows.
     """
@@ -145,7 +145,7 @@ def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
 
 
 def merging(path: Path) -> dict[str, float]:
-    """Of the first seed of `benchmarks.merging`: by version, the mean accuracy over the three tasks."""
+    """Of the first seed of `benchmarks.method.merging`: by version, the mean accuracy over the three tasks."""
     return {name: fmean(scores) for name, scores in read(path)["trials"][0]["scores"].items()}
 
 
@@ -159,7 +159,7 @@ def main(
     cells: Annotated[Path, typer.Option(help="Folder of development cells.")] = RESULTS / "development",
     noisy: Annotated[Path, typer.Option(help="Folder of cells whose training rows have wrong labels.")] = RESULTS
     / "noisy",
-    trials: Annotated[Path, typer.Option(help="Result of benchmarks.arms.")] = RESULTS / "arms.json",
+    trials: Annotated[Path, typer.Option(help="Result of benchmarks.method.arms.")] = RESULTS / "arms.json",
     page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/data_efficiency.md"),
 ) -> None:
     """Fill the page."""

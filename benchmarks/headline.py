@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
 
+from benchmarks.method.protocol import JUDGED, describe
 from benchmarks.output import RESULTS
-from benchmarks.protocol import JUDGED, describe
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,

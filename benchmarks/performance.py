@@ -22,14 +22,14 @@ FEW = 4
 
 
 def command(name: str, **options: Any) -> str:
-    """What measured: the benchmark's module and command, with those options that were not its defaults.
+    """What measured: the module of benchmarks.speed and its command, with those options that were not its defaults.
 
     Example:
         >>> command("stack landing", landings=5), command("evaluation", texts=True, measurements=3)
         ('`stack landing`', '`evaluation --texts --measurements 3`')
     """
     module, _, function = name.replace("-", "_").partition(" ")
-    main = getattr(importlib.import_module(f"benchmarks.{module}"), function or "main")
+    main = getattr(importlib.import_module(f"benchmarks.speed.{module}"), function or "main")
     defaults = inspect.signature(main).parameters
     given = [f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}")
              for option, value in options.items() if value != defaults[option].default]  # fmt: skip

@@ -16,11 +16,11 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.data_efficiency import arms
 from benchmarks.headline import judged_tasks
-from benchmarks.leads import by_kind, lead, points_of
+from benchmarks.method.leads import by_kind, lead, points_of
+from benchmarks.method.protocol import GONE, named_changes, settings_shown, training_of
+from benchmarks.method.protocol import describe as describe_training
+from benchmarks.method.protocol import lines as protocol_lines
 from benchmarks.output import RESULTS, read, templates
-from benchmarks.protocol import GONE, named_changes, settings_shown, training_of
-from benchmarks.protocol import describe as describe_training
-from benchmarks.protocol import lines as protocol_lines
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.suites import name_of as suite_of
 from deal_core.benchmark.summary import (
@@ -83,7 +83,7 @@ def spread_of_seeds(cells: Sequence[CellJson]) -> dict[str, float]:
 
 
 def recentred(path: Path, *others: Path) -> dict[str, Any]:
-    """What steps that re-centre, and texts of the old tasks' own, give by `benchmarks.arms`, in points.
+    """What steps that re-centre, and texts of the old tasks' own, give by `benchmarks.method.arms`, in points.
 
     The trials of `path` have one seed, and those of each of the others have another.
     """
@@ -98,7 +98,7 @@ def recentred(path: Path, *others: Path) -> dict[str, Any]:
 
 
 def first_answers(asked_again: Sequence[Path], asked_once: Path) -> list[float]:
-    """The arm saved of `benchmarks.arms` minus own, over all seeds of both: difference and interval, in points."""
+    """The arm saved of `benchmarks.method.arms` minus own, over all seeds of both: points, and their interval."""
     own = {trial["seed"]: trial for path in asked_again for trial in read(path)["trials"] if trial["arm"] == "own"}
     pairs = [(trial, own[trial["seed"]]) for trial in read(asked_once)["trials"]]
     tasks = sorted(pairs[0][0]["outcomes"])

@@ -32,8 +32,8 @@ import torch
 import typer
 from datasets import Dataset, disable_progress_bars
 
-from benchmarks.ingest import CHUNK_ROWS, TASK, text_of
 from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
+from benchmarks.speed.ingest import CHUNK_ROWS, TASK, text_of
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE

@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks.output import DEAL, RESULTS, Out, bare_environment
-from benchmarks.stack import free_ports, inbox_of, texts_to_land
+from benchmarks.speed.stack import free_ports, inbox_of, texts_to_land
 from benchmarks.tiny_base import NO_LIMITS, build_tiny_base
 from infra.settings import TrackingSettings
 from infra.store.local import open_store

@@ -1,6 +1,6 @@
 """Attention for training on a CPU: PyTorch's fused forward pass, and a backward pass made of matrix products.
 
-On a CPU, PyTorch's fused backward pass is slower than separate matrix products (`python -m benchmarks.steps cost`
+On a CPU, PyTorch's fused backward pass is slower than separate matrix products (`python -m benchmarks.speed.steps cost`
 measures both). The backward pass here computes the probabilities of one layer at a time again, so it keeps no more
 memory between the passes than the fused one. PyTorch's own attention is used without gradients, with dropout, beyond
 MAX_SCORES and on other devices.

@@ -16,7 +16,7 @@ import tenacity
 import yaml
 from prefect.client.orchestration import PrefectClient
 
-from benchmarks.serving import served
+from benchmarks.speed.serving import served
 from benchmarks.tiny_base import NO_LIMITS
 from infra.store.keys import monitor_key
 from infra.tracking.tracker import open_tracker

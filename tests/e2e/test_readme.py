@@ -71,7 +71,7 @@ def run_here(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.usefixtures("prefect_api")
 def test_the_commands_run_in_the_order_of_the_page(checkout: Path) -> None:
-    """They run in this process; tests/integration/test_python_api.py starts one that has an API of its own.
+    """They run in this process; tests/integration/package/test_python_api.py starts one that has an API of its own.
 
     Left out are `model fetch`, which downloads, and the servers, which have tests of their own.
     """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from benchmarks.protocol import ranking_auc
+from benchmarks.method.protocol import ranking_auc
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits

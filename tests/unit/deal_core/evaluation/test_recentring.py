@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from benchmarks.protocol import constrained_accuracy, ranking_auc
+from benchmarks.method.protocol import constrained_accuracy, ranking_auc
 from deal_core.evaluation.recentring import PRIOR_ROWS, label_offsets, offsets, recentred_accuracy
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 
-from benchmarks.scaling import Hardware, row_flops, step_cost, step_time
+from benchmarks.speed.scaling import Hardware, row_flops, step_cost, step_time
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import LoraStack
 from deal_core.adapter.state import attach_adapter

@@ -1,0 +1,96 @@
+"""Whether the labels of the rows that `deal` keeps move the answers to old tasks.
+
+    python -m benchmarks.method.kept_labels --data FOLDER
+
+A tenth of 150 rows is 15 rows. A plain random sample of them lacks labels of a task with ten or more, and has too many
+of others. The cells keep the answers to test rows. For every label of an old task two numbers are compared:
+
+- kept: its share among the kept rows minus its share among the training rows;
+- answered: its share among the answers in the end minus its share among the test rows.
+
+Cells that keep no rows are given the sample that they would have kept. They show what chance alone does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks.method.protocol import todays_cells
+from benchmarks.output import RESULTS, Out, write_result
+from deal_core.benchmark.answers import unpack_answers
+from deal_core.benchmark.suites import load_suite
+from deal_core.benchmark.summary import CellJson, final_scores
+from deal_core.evaluation.answer_scores import plain_answer
+from deal_core.method_config import MEMORY, RehearsalConfig
+from deal_core.strategies.questions import choose_kept
+
+
+def kept_of(config: RehearsalConfig, rows: Sequence[dict[str, Any]], seed: int) -> Counter[str]:
+    """How often each label stands among the rows that are kept of an arrival."""
+    labels = [plain_answer(row["output"]) for row in rows]
+    return Counter(labels[place] for place in choose_kept(config, labels, seed))
+
+
+def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
+    """(kept, answered) of every label of every task but the last, which was learned after all rows were kept."""
+    settings, scores = cell["settings"], final_scores(cell)
+    answers_to = {name: unpack_answers(scores[name]) for name in settings["tasks"]}
+    if None in answers_to.values():
+        return
+    suite = load_suite(folder, tuple(settings["tasks"]))
+    chosen = {each.name: settings["method"][f"rehearsal.{each.name}"] for each in fields(RehearsalConfig)
+              if f"rehearsal.{each.name}" in settings["method"]}  # fmt: skip
+    config = RehearsalConfig(**(chosen if chosen["texts"] in ("stored", "both") else MEMORY["rows"]))
+    for name in settings["tasks"][:-1]:
+        found, rows = answers_to[name], suite[name].train[: settings["rows"]]
+        assert found is not None
+        kept, all_rows = kept_of(config, rows, settings["seed"]), Counter(plain_answer(row["output"]) for row in rows)
+        answers, targets = Counter(map(plain_answer, found.texts())), Counter(found.targets_N.tolist())
+        for number, label in enumerate(map(plain_answer, found.labels)):
+            yield (
+                kept[label] / kept.total() - all_rows[label] / len(rows),
+                (answers[label] - targets[number]) / len(found.targets_N),
+            )
+
+
+def figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The correlation with its 95 % interval by Fisher's z, and the slope of the line through the pairs."""
+    kept, answered = np.array(pairs).T
+    r = float(np.corrcoef(kept, answered)[0, 1])
+    z, error = np.arctanh(r), 1.96 / np.sqrt(len(pairs) - 3)
+    return {
+        "num_labels": len(pairs), "correlation": r, "low": float(np.tanh(z - error)), "high": float(np.tanh(z + error)),
+        "slope": float(np.polyfit(kept, answered, 1)[0]),
+    }  # fmt: skip
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of tasks.")],
+    cells: Annotated[
+        list[Path] | None, typer.Option(help="Folders of cells.", show_default="continual, development")
+    ] = None,
+    out: Out = RESULTS / "kept_labels.json",
+) -> None:
+    """Write the figures of every cell of `deal` under today's training that keeps its answers to tasks with labels.
+
+    Cells whose versions unlearned their preference for labels are left out.
+    """
+    found: list[dict[str, Any]] = []
+    for cell, line in todays_cells(cells):
+        settings = cell["settings"]
+        if settings["strategy"] != "deal" or settings["train"].get("recentre_steps"):
+            continue
+        if pairs := [*pairs_of(cell, data)]:
+            found.append({**line, **figures(pairs)})
+    write_result(out, {"cells": found})
+
+
+if __name__ == "__main__":
+    typer.run(main)

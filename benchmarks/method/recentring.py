@@ -1,0 +1,67 @@
+"""What offsets of labels give: accuracy with and without an offset per label, on rows that the offsets never saw.
+
+    python -m benchmarks.method.recentring
+
+The cells keep the log-probability of every label for every test row. For each task with labels, `--rows` test rows are
+drawn, and the offsets are found on them as a version finds them. The other test rows are answered with the offsets.
+This is repeated `NUM_DRAWS` times. Suite 15 stands for its seven tasks that measure something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks.method.protocol import JUDGED, todays_cells
+from benchmarks.output import RESULTS, Out, write_result
+from deal_core.benchmark.answers import LabelledAnswers, unpack_answers
+from deal_core.benchmark.summary import CellJson, final_scores
+from deal_core.evaluation.recentring import label_offsets
+
+NUM_DRAWS = 20
+
+
+def gained(task: LabelledAnswers, num_rows: int, seed: int) -> tuple[float, float]:
+    """Accuracy of the greedy answers and of those with offsets, on the rows that were not drawn."""
+    drawn = np.random.default_rng(seed).permutation(len(task.targets_N))
+    fitted, others = drawn[:num_rows], drawn[num_rows:]
+    is_right = np.array([answer == target for answer, target in zip(task.answers, task.targets_N, strict=True)])
+    offsets_L = label_offsets(task.log_probs_NL[fitted], task.targets_N[fitted])
+    choices = (task.log_probs_NL[others] + offsets_L).argmax(1)
+    return float(is_right[others].mean()), float((choices == task.targets_N[others]).mean())
+
+
+def figures(cell: CellJson, row_counts: Sequence[int]) -> dict[str, Any] | None:
+    """Mean accuracy over JUDGED in points: greedy, and by the number of drawn rows; None if there are no scores."""
+    answers = (unpack_answers(score) for name, score in final_scores(cell).items() if name in JUDGED)
+    known = [each for each in answers if each is not None]
+    if not known:
+        return None
+    pairs = {count: [gained(each, count, seed) for each in known for seed in range(NUM_DRAWS)] for count in row_counts}
+    greedy = fmean(before for each in pairs.values() for before, _ in each)
+    return {"greedy": 100 * greedy, **{str(count): 100 * fmean(after for _, after in each)
+                                       for count, each in pairs.items()}}  # fmt: skip
+
+
+def main(
+    rows: Annotated[list[int] | None, typer.Option(help="Rows to find offsets on.", show_default="36, 100")] = None,
+    cells: Annotated[
+        list[Path] | None, typer.Option(help="Folders of cells.", show_default="continual, development")
+    ] = None,
+    out: Out = RESULTS / "recentring.json",
+) -> None:
+    """Write the figures of every cell under today's training that keeps the scores of its labels."""
+    counts, found = rows or [36, 100], []
+    for cell, line in todays_cells(cells):
+        if values := figures(cell, counts):
+            found.append({**line, **values})
+    write_result(out, {"row_counts": counts, "num_draws": NUM_DRAWS, "cells": found})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,74 @@
+"""docs/benchmark.md, benchmarks/cells.md and docs/performance.md equal the output of their commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer import BadParameter
+
+from benchmarks import performance
+from benchmarks.report import main
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_page_is_the_one_that_the_stored_cells_give(tmp_path: Path) -> None:
+    main(results=RESULTS, page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
+    assert (tmp_path / "cells.md").read_text() == (ROOT / "benchmarks" / "cells.md").read_text()
+    assert (tmp_path / "benchmark.md").read_text() == (ROOT / "docs" / "benchmark.md").read_text()
+    shown = {line.split("](")[1].rstrip(")") for line in (tmp_path / "benchmark.md").read_text().splitlines()
+             if line.startswith("![")}  # fmt: skip
+    assert shown and all((tmp_path / name).is_file() and (ROOT / "docs" / name).is_file() for name in shown)
+
+
+@pytest.mark.nightly
+def test_a_cell_more_or_less_is_another_page(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path / "results")
+    next((tmp_path / "results" / "continual").glob("seq_lora-*.json")).unlink()
+    main(results=tmp_path / "results", page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
+    assert (tmp_path / "benchmark.md").read_text() != (ROOT / "docs" / "benchmark.md").read_text()
+
+
+def test_a_result_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "continual").mkdir()
+    with pytest.raises(BadParameter, match=r"step_cost\.json is not there"):
+        main(results=tmp_path, page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
+
+
+def test_the_page_of_performance_is_the_one_that_the_stored_results_give(tmp_path: Path) -> None:
+    performance.main(results=RESULTS, page=tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_page_of_performance_names_the_options_that_were_not_the_defaults() -> None:
+    assert performance.command("stack landing", landings=5) == "`stack landing`"
+    told = performance.command("commands cells", measurements=2, rows=600, seeds=7)
+    assert told == "`commands cells --measurements 2 --seeds 7`"
+
+
+def test_three_values_have_a_range_and_prove_nothing_on_either_side_of_a_limit() -> None:
+    interval = (1.5, -0.25, 1.75)
+    assert performance.spread(interval, 3, 2) == "range of 3: −0.25 to 1.75"
+    assert performance.spread(interval, 20, 2) == "n = 20, 95 % interval of the mean −0.25 to 1.75"
+    verdicts = {(limit, count): performance.not_above(limit, interval, count)
+                for limit in (-1, 1, 2) for count in (3, 20)}  # fmt: skip
+    assert verdicts == {
+        (-1, 3): "**missed**", (1, 3): "n = 3, not told apart", (2, 3): "reached",
+        (-1, 20): "**missed**", (1, 20): "reached", (2, 20): "reached",
+    }  # fmt: skip
+
+
+def test_a_figure_that_is_no_longer_reached_is_said_to_be_missed(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path / "results")
+    stored = tmp_path / "results" / "command_start.json"
+    result = json.loads(stored.read_text())
+    for seconds, word in ((0.4, "reached"), (0.6, "**missed**")):
+        result["median_processor_seconds"]["help"] = seconds
+        stored.write_text(json.dumps(result))
+        performance.main(results=tmp_path / "results", page=tmp_path / "performance.md")
+        (line,) = [line for line in (tmp_path / "performance.md").read_text().splitlines() if "`deal --help`" in line]
+        assert f"{seconds:.2f} s" in line and f"| {word} |" in line

@@ -1,0 +1,342 @@
+"""The watch flow: arrivals are adapted once and in order, and an unusable arrival is reported once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import flows.cli.demo
+from benchmarks.tiny_base import NO_LIMITS
+from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
+from flows.cli.app import app
+from flows.server.status import read_status
+from flows.watch import Learned, WatchResult, watch
+from infra.store.base import ObjectInfo, ObjectStore
+from infra.tracking.registry import Registry, open_registry
+from tasks.context import current_store
+from tasks.inbox import InboxLook
+from tasks.inbox import look as look_at_inbox
+from tasks.lineage.settings import WatchedLineage, add_lineage
+from tasks.progress import Interrupted, ask_to_stop, reporting_to
+from tasks.spec import LineageSpec, parse
+from tests.in_process import put_back
+from tests.receiver import Receiver
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+class Said:
+    """Keeps the messages of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def said(self, message: str) -> None:
+        self.lines.append(message)
+
+    def stage_started(self, stage: str) -> None: ...
+
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None: ...
+
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None: ...
+
+
+def lineage(base: Path, **settings: Any) -> LineageSpec:
+    values = {
+        "lineage": "l", "base_model": str(base), "gate": NO_LIMITS,
+        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0}, **settings,
+    }  # fmt: skip
+    return parse(LineageSpec, values, "test")
+
+
+def look(spec: LineageSpec, **options: Any) -> tuple[WatchResult, list[str]]:
+    said = Said()
+    with reporting_to(said):
+        result = asyncio.run(watch(spec, once=True, poll_seconds=0.01, **options))
+    return result, said.lines
+
+
+def land(home: Path, name: str, content: bytes, age: int = 100) -> Path:
+    path = home / "store" / "inbox" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    stamp = 1_700_000_000 - age
+    os.utime(path, (stamp, stamp))
+    return path
+
+
+def outcomes(result: WatchResult) -> list[tuple[str, str]]:
+    return [(seen.key.removeprefix("inbox/"), seen.outcome) for seen in result.files]
+
+
+PARCELS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
+
+
+def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> None:
+    clinic = yaml.safe_dump({"columns": {"text": "note", "label": "finding"}, "instruction": "What is it?"})
+    land(home, "bank/bad.jsonl", b"nonsense\n", age=300)
+    land(home, "clinic/task.yaml", clinic.encode())
+    land(home, "clinic/b.csv", (EXAMPLES / "clinic" / "train.csv").read_bytes(), age=200)
+    land(home, "parcels/a.jsonl", PARCELS, age=100)
+    result, _ = look(lineage(tiny_base))
+    wanted = [("bank/bad.jsonl", "refused"), ("clinic/b.csv", "promoted"), ("parcels/a.jsonl", "promoted")]
+    assert outcomes(result) == wanted, "a bad file does not stop the others"
+    assert [run.version for run in result.runs] == ["1", "2"]
+    manifest = current_store().get_bytes(f"{result.runs[0].dataset.uri}/manifest.json").decode()
+    assert "What is it?" in manifest
+    assert look(lineage(tiny_base))[0].files == ()
+
+    land(home, "parcels/again.jsonl", PARCELS, age=90)
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/again.jsonl", "repeat")], "the same content"
+    (home / "store" / "inbox" / "clinic" / "task.yaml").unlink()
+    land(home, "clinic/c.csv", (EXAMPLES / "clinic" / "test.csv").read_bytes(), age=80)
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("clinic/c.csv", "promoted")], "the lineage knows which columns the task has"
+    assert [info.version for info in open_registry().versions("l")] == ["1", "2", "3"]
+
+    other, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora"), tasks=("parcels",))
+    assert outcomes(other) == [("parcels/a.jsonl", "promoted"), ("parcels/again.jsonl", "repeat")]
+    assert [info.strategy for info in open_registry().versions("m")] == ["seq_lora"]
+
+
+@pytest.mark.nightly
+def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was wrong with it is corrected, a server comes back, and a training that diverged is asked for again."""
+
+    def diverge(*args: Any, **kwargs: Any) -> None:
+        raise TrainingDivergedError("The training diverged.")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the server is away")
+
+    land(home, "parcels/a.jsonl", b"nonsense\n")
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "refused")]
+    land(home, "parcels/a.jsonl", PARCELS, age=50)
+    with monkeypatch.context() as patch:
+        patch.setattr("deal_core.training.job.train_adapter", diverge)
+        failed, _ = look(lineage(tiny_base))
+    assert outcomes(failed) == [("parcels/a.jsonl", "failed")] and failed.num_refused == 1
+    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.num_open == 0 and "deal watch --once --lineage l --spec SPEC" in status.failed[0]
+    assert "tried again from" not in status.failed[0]
+    with put_back():
+        codes = [CliRunner().invoke(app, ["status", "--json", *words]).exit_code for words in ([], ["--check"])]
+    assert codes == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "register", fail)
+        failed, said = look(lineage(tiny_base))
+    assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
+    assert any("RuntimeError: the server is away" in line for line in said)
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
+
+
+def test_only_a_watch_that_shall_handle_everything_minds_being_stopped(tiny_base: Path, home: Path) -> None:
+    class Stopping(Said):
+        def said(self, message: str) -> None:
+            if message.startswith("Refused:"):
+                ask_to_stop()
+
+    for name in "abc":
+        land(home, f"parcels/{name}.jsonl", b"nonsense\n")
+    with reporting_to(Stopping()):
+        result = asyncio.run(watch(lineage(tiny_base), poll_seconds=0.01))
+    assert outcomes(result) == [("parcels/a.jsonl", "refused")]
+    with reporting_to(Stopping()), pytest.raises(Interrupted):
+        asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
+    with reporting_to(Stopping()):
+        result = asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
+    assert outcomes(result) == [("parcels/c.jsonl", "refused")], "no arrival was left"
+
+
+def test_a_file_that_changes_while_another_is_learned_is_looked_at_again_before_it_is_read(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def look_at(*given: Any) -> InboxLook:
+        read.append(b"a look")
+        return look_at_inbox(*given)
+
+    async def learn(store: ObjectStore, spec: LineageSpec, info: ObjectInfo) -> Learned:
+        read.append(store.get_bytes(info.key))
+        if info.key.endswith("a.jsonl"):
+            land(home, "parcels/b.jsonl", PARCELS)
+        return Learned("refused", "")
+
+    monkeypatch.setattr("flows.watch.look", look_at)
+    monkeypatch.setattr("flows.watch._adapt_to", learn)
+    land(home, "parcels/a.jsonl", b"first", age=300)
+    land(home, "parcels/b.jsonl", PARCELS[:1000], age=200)
+    look(lineage(tiny_base))
+    assert read == [b"a look", b"first", b"a look", PARCELS]
+
+
+def test_a_watch_outlasts_a_store_that_is_away(tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[InboxLook] = []
+
+    def look_at(*given: Any) -> InboxLook:
+        looked.append(look_at_inbox(*given))
+        if len(looked) == 2:
+            raise StoreError("the store is away")
+        if len(looked) == 3:
+            ask_to_stop()
+        return looked[-1]
+
+    monkeypatch.setattr("flows.watch.look", look_at)
+    with reporting_to(Said()):
+        asyncio.run(watch(lineage(tiny_base), poll_seconds=0.01))
+    assert len(looked) == 3
+    looked[1:] = []
+    with reporting_to(Said()), pytest.raises(StoreError, match="the store is away"):
+        asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
+
+
+def test_test_rows_beside_an_arrival_are_no_arrival(tiny_base: Path, home: Path) -> None:
+    land(home, "bank/task.yaml", b"test_data: held-out.jsonl\n")
+    land(home, "bank/held-out.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes(), age=300)
+    land(home, "bank/train.jsonl", (EXAMPLES / "bank" / "train.jsonl").read_bytes())
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("bank/train.jsonl", "promoted")]
+    assert (result.runs[0].dataset.num_train, result.runs[0].dataset.num_test) == (72, 36)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"bank/bad.jsonl": b'{"text": "", "label": "a"}\n' * 3}, "cannot be used"),
+        ({"bank/x.txt": b"text"}, "x.txt"),
+        ({"bank/task.yaml": b"instructions: typo\n", "bank/x.csv": b"text,label\na,b\n"}, "unknown key 'instructions'"),
+        ({"bank/task.yaml": b"template: no text\n", "bank/x.csv": b"text,label\na,b\n"}, "{text}"),
+        ({"bank/task.yaml": b"test_data: ../test.csv\n", "bank/x.csv": b"text,label\na,b\n"}, "'test_data': no file"),
+        ({"-odd name/x.csv": b"text,label\na,b\n"}, "name"),
+    ],
+)
+def test_what_cannot_be_used_is_said_once(
+    tiny_base: Path, home: Path, receiver: Receiver, files: dict[str, bytes], message: str
+) -> None:
+    for name, content in files.items():
+        land(home, name, content)
+    result, said = look(lineage(tiny_base))
+    assert [outcome for _, outcome in outcomes(result)] == ["refused"]
+    assert any(line.startswith("Refused:") and message in line for line in said)
+    again, said = look(lineage(tiny_base))
+    assert again.files == () and said == []
+    assert result.num_refused == 1
+    (notice,) = receiver.told()
+    task = next(iter(files)).partition("/")[0]
+    assert (notice["event"], notice["payload"]["task"]) == ("deal.adaptation.failed", task)
+    assert message in notice["payload"]["error"]
+
+
+@pytest.mark.nightly
+def test_a_corrected_task_file_opens_what_was_refused_and_nothing_else(tiny_base: Path, home: Path) -> None:
+    land(home, "parcels/task.yaml", b"labels: [no, such]\n")
+    land(home, "parcels/a.jsonl", PARCELS)
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "refused")]
+    land(home, "parcels/task.yaml", b"instruction: What is the matter?\n", age=50)
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
+    land(home, "parcels/task.yaml", b"instruction: What is the matter\n", age=20)
+    assert outcomes(look(lineage(tiny_base))[0]) == []
+
+
+@pytest.mark.nightly
+def test_a_base_model_that_cannot_be_had_closes_no_arrival(tiny_base: Path, home: Path, tmp_path: Path) -> None:
+    land(home, "parcels/a.jsonl", PARCELS)
+    failed, said = look(lineage(tmp_path / "away"))
+    assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
+    assert any(line.startswith("Failed: ") and "There is no file or folder" in line for line in said)
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.num_open == 1 and not status.failed, "lineage 'default' has not tried it"
+    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.num_open == 0 and "tried again from" in status.failed[0]
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
+
+
+def test_the_status_tells_of_files_that_no_watch_can_see(home: Path) -> None:
+    land(home, "bank/two\nlines.csv", b"text,label\na,b\n")
+    (problem,) = asyncio.run(read_status(home)).problems
+    assert "'inbox/bank/two\\nlines.csv'" in problem and "control character" in problem and "rename" in problem
+    for number in range(100):
+        land(home, f"bank/\n{number}.csv", b"text,label\na,b\n")
+    problems = asyncio.run(read_status(home)).problems
+    assert len(problems) == 21 and problems[-1].startswith("81 more files")
+
+
+def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Path) -> None:
+    land(home, "bank/bad.jsonl", b"nonsense\n")
+    land(home, "clinic/bad.jsonl", b"nonsense\n")
+    result, _ = look(lineage(tiny_base), tasks=("clinic",))
+    assert outcomes(result) == [("clinic/bad.jsonl", "refused")]
+
+    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert [line.split(":")[0] for line in status.failed] == ["inbox/clinic/bad.jsonl"] and status.num_open == 1
+    land(home, "clinic/bad.jsonl", b"corrected\n", age=50)
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.failed == () and status.num_open == 2, "the corrected file waits"
+
+
+@pytest.mark.parametrize("name", ["clinic/task.yaml", "parcels/messages.jsonl"])
+def test_the_demo_leaves_other_files_of_its_names_alone(tiny_base: Path, home: Path, tmp_path: Path, name: str) -> None:
+    mine = land(home, name, b"mine")
+    leftover = land(home, "bank/test.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes())
+    with pytest.raises(ConfigError, match=rf"{name} is not the demo's own file"):
+        asyncio.run(flows.cli.demo.run_demo(picture=tmp_path / "demo.png", compare=False, base_model=str(tiny_base)))
+    assert mine.read_bytes() == b"mine" and leftover.is_file()
+    assert open_registry().versions("demo") == ()
+
+
+@pytest.mark.nightly
+def test_the_demo_compares_two_lineages_on_the_same_arrivals(
+    tiny_base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "pictures" / "demo.png"
+    mine = land(home, "other/other.jsonl", b"mine")
+    land(home, "bank/test.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes())  # left by a demo that was stopped
+    monkeypatch.setattr(flows.cli.demo, "ORDER", ("bank", "parcels"))
+    for name in flows.cli.demo.ORDER:
+        folder = tmp_path / "examples" / name
+        folder.mkdir(parents=True)
+        for path in (EXAMPLES / name).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        spec = yaml.safe_load((folder / "spec.yaml").read_text())
+        spec |= {"gate": NO_LIMITS}
+        spec["train"] |= {"max_steps": 2, "checkpoint_steps": 0}
+        (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+
+    def demo() -> flows.cli.demo.DemoResult:
+        return asyncio.run(
+            flows.cli.demo.run_demo(
+                picture=picture, compare=True, base_model=str(tiny_base), examples=tmp_path / "examples"
+            )
+        )
+
+    result = demo()
+    champions = [(outcome.lineage, outcome.champion) for outcome in result.outcomes]
+    assert champions == [("demo", "2"), ("demo-seq-lora", "2")]
+    deal, rival = result.outcomes
+    assert [run.task for run in deal.runs] == ["bank", "parcels"] == [run.task for run in rival.runs]
+    assert [run.dataset.sha256 for run in deal.runs] == [run.dataset.sha256 for run in rival.runs]
+    assert deal.matrix is not None and rival.matrix is not None
+    assert deal.matrix["rows"][0][0] == rival.matrix["rows"][0][0], "the first task is plain LoRA for both strategies"
+    assert not result.rejected and not result.failed
+    left = [info.key for info in current_store().list("inbox")]
+    assert left == ["inbox/other/other.jsonl"], "other lineages must not learn the demo's files"
+    assert mine.read_bytes() == b"mine"
+    assert result.picture == picture and picture.read_bytes().startswith(b"\x89PNG")
+
+    again = demo()
+    assert [run.status for run in again.outcomes[0].runs] == ["repeat"] * 2
+    assert again.outcomes[0].matrix == deal.matrix

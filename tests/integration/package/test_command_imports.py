@@ -1,0 +1,68 @@
+"""A command that only reads or answers imports no library that it does not need: the imports are most of its start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.settings import TrackingSettings
+from infra.tracking.database import open_reader
+from infra.tracking.mlflow_reader import MlflowReader
+
+ROOT = Path(__file__).parents[3]
+RUN = """
+import contextlib, io, json, sys
+from flows.cli.app import main
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = main()
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps({"code": code, "modules": [name for name in sys.modules if "." not in name]}))
+"""
+SERVICES = {"prefect", "mlflow", "sqlalchemy", "fastapi"}
+LEARNING = {"torch", "transformers", "peft", "accelerate", "sklearn", "scipy"}
+TABLES = {"pandas", "datasets"}
+
+
+LIGHT = SERVICES | LEARNING | TABLES
+READING = [
+    (["history", "--lineage", "l"], LIGHT),
+    (["history", "--matrix", "--lineage", "l"], LIGHT),
+    (["history", "--moves", "--lineage", "l"], LIGHT),
+    (["history", "--at", "2030-01-01", "--lineage", "l"], LIGHT),
+    (["status"], LIGHT),
+    (["validate", str(ROOT / "examples" / "bank" / "train.jsonl"), "--task", "bank"], SERVICES | LEARNING),
+]
+ROLLOUT = [(["rollout", "status", "--lineage", "l"], {"prefect", "sklearn"})]
+ANSWERING = [
+    (["predict", "I lost my card.", "--lineage", "l"], SERVICES | TABLES | {"sklearn"}),
+    (["predict", "--data", str(ROOT / "examples" / "bank" / "test.jsonl"), "--out", "OUT", "--lineage", "l"],
+     SERVICES | TABLES),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("commands", [READING, ANSWERING, ROLLOUT], ids=["reading", "answering", "rollout"])
+def test_a_command_imports_only_what_it_needs(
+    copied_home: Path, tmp_path: Path, commands: list[tuple[list[str], set[str]]]
+) -> None:
+    """The commands run one after another in one process; what one imports counts for the next ones too."""
+    out, home = str(tmp_path / "out.jsonl"), ["--home", str(copied_home)]
+    words = [[out if word == "OUT" else word for word in arguments] + home for arguments, _ in commands]
+    reader = open_reader(TrackingSettings(tracking_uri=f"sqlite:///{copied_home / 'mlflow.db'}"))
+    is_new_mlflow = isinstance(reader, MlflowReader)
+    needed = {"mlflow", "sqlalchemy", "fastapi", "pandas"} if is_new_mlflow else set()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(words)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands), done.stderr
+    for (arguments, unneeded), each in zip(commands, found, strict=True):
+        assert each["code"] in (0, None), (arguments, done.stderr)
+        assert not (unneeded - needed).intersection(each["modules"]), arguments

@@ -1,0 +1,108 @@
+"""The documentation's site builds without a warning, and its links, settings and commands are right."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import click
+import pytest
+import typer.main
+
+from deal_core.config import TrainConfig
+from deal_core.judging_config import GateConfig
+from deal_core.method_config import SelectionConfig
+from flows.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMAND_BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+class Html(HTMLParser):
+    """The links, the ids, and what a page loads."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.loads: list[str] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.ids |= {values["id"]} if "id" in values else set()
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif tag in ("img", "script", "link", "iframe") and (address := values.get("src") or values.get("href")):
+            self.loads.append(address)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_link_leads_somewhere_and_no_page_loads_from_elsewhere(site: Path) -> None:
+    pages = {path: Html(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    assert len(pages) > 20
+    for path, page in pages.items():
+        assert not [address for address in page.loads if urlsplit(address).netloc], path
+        for address in [*page.links, *page.loads]:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{path.relative_to(site)} links to {address}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.relative_to(site)} links to {address}"
+
+
+def test_every_setting_has_its_line_with_its_meaning(site: Path) -> None:
+    page = (site / "settings" / "index.html").read_text()
+    rows = dict(re.findall(r"<tr>\s*<td><code>(\w+)</code></td>\s*<td>.*?</td>\s*<td>(.*?)</td>", page, re.DOTALL))
+    kinds = (TrainConfig, GateConfig, SelectionConfig)
+    names = {field.name for kind in kinds for field in fields(kind)}
+    names |= {"lineage", "instruction"}
+    assert names <= rows.keys()
+    assert [name for name in names - {"lineage"} if not rows[name].strip()] == []
+    assert "more than 0. Default <code>0.001</code>" in page, "limits and defaults come from the fields"
+
+
+def shown_commands() -> list[tuple[str, list[str]]]:
+    """Every `deal` command in a block of the pages."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in COMMAND_BLOCK.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in re.split(r"&&|\||;", line.partition(" #")[0]):
+                    words = shlex.split(part) if part.strip().startswith("deal ") else []
+                    found += [(page.name, words[1:])] if words else []
+    return found
+
+
+@pytest.mark.parametrize(("page", "arguments"), shown_commands(), ids=lambda value: " ".join(value)[:60])
+def test_the_program_takes_every_command_that_a_page_shows(page: str, arguments: list[str]) -> None:
+    """The names of commands and options; README's commands are run by test_readme.py."""
+    command: click.Command = typer.main.get_command(app)
+    context = click.Context(command)
+    left = list(arguments)
+    while subcommands := getattr(command, "commands", None):
+        if left[0] in ("-h", "--help", "--version", "--install-completion"):
+            return
+        assert left[0] in subcommands, f"{page}: there is no command {left[0]}"
+        command = subcommands[left.pop(0)]
+        context = click.Context(command, parent=context)
+    command.make_parser(context).parse_args(left)
