@@ -17,7 +17,9 @@ from scipy.special import softmax
 from deal_core.evaluation.label_scores import Floats
 
 NUM_ROUNDS = 200
-"""Rounds of the fixed point that finds the offsets; it settles within some dozens."""
+"""Most rounds of the fixed point that finds the offsets; it settles within some dozens."""
+TOLERANCE = 1e-7
+"""The rounds end when no offset changes by more."""
 DAMPING = 0.7
 """Share of each round's correction that is applied."""
 PRIOR_ROWS = 10
@@ -30,7 +32,10 @@ def offsets(log_probs_NL: Floats, shares_L: Floats) -> Floats:
     offsets_L: Floats = np.zeros(log_probs_NL.shape[1])
     for _ in range(NUM_ROUNDS):
         mean_L = softmax(log_probs_NL + offsets_L, axis=1).mean(0)
-        offsets_L += DAMPING * (np.log(goal_L) - np.log(np.maximum(mean_L, 1e-12)))
+        change_L = DAMPING * (np.log(goal_L) - np.log(np.maximum(mean_L, 1e-12)))
+        offsets_L += change_L
+        if np.abs(change_L).max() <= TOLERANCE:
+            break
     centred_L: Floats = offsets_L - offsets_L.mean()
     return centred_L
 
