@@ -1,7 +1,8 @@
 """Judge a rollout: is the candidate worse than the champion on live traffic, and when is that decided?
 
-Every figure is a share of good rows: right, not failed, an answer that is a label, not said to be wrong. A difference
-is the candidate's share minus the champion's, in points (0.01), with an interval.
+Every figure is a share of good rows: right, not failed, an answer that is a label, not said to be wrong by a user. A
+difference is the candidate's share minus the champion's, in points (0.01), with an interval. Where one of the two has
+no such rows, there is no figure.
 
     shadow: both have answered the same rows, so the rows are paired (`PairedDrop`)
     canary: each has answered other rows, so two shares are compared (Agresti and Caffo, 2000, The American Statistician
@@ -9,7 +10,8 @@ is the candidate's share minus the champion's, in points (0.01), with an interva
 
 A rollout is looked at when the candidate has 1/8, 1/4, 1/2 and 1 of the wanted rows, then whenever they have doubled.
 Between two looks nothing new is counted. Look k = 0, 1, … may be wrong with (1 − confidence) / ((k + 1)(k + 2)),
-divided by the number of figures. The sum over all looks is 1 − confidence, however often the figures are asked for.
+divided by the number of figures that the kind of rollout can have. So the sum over all looks and figures is at most
+1 − confidence, however often they are asked for.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from deal_core.judging_config import RolloutKind, RolloutTerms
 
 FIRST_LOOK = 3
 """The first look has the wanted rows / 2^FIRST_LOOK."""
+NUM_FIGURES: dict[RolloutKind, int] = {"shadow": 3, "canary": 4}
+"""Most figures that a rollout can have. A number that grows with the first feedback would break the bound, since the
+looks before had a greater part of the error."""
 Verdict = Literal["goes on", "abort", "finish"]
 Figure = Literal["accuracy", "not said to be wrong", "answered", "answers that are labels"]
 
@@ -119,13 +124,13 @@ def judge(
     """Judge a rollout of the version `candidate` while the version `champion` serves.
 
     `rows` are those of the prediction log since it began, with those of the rollout. `feedback` is as `read_feedback`
-    returns it, with the columns id, time, label and is_right.
+    returns it, with the columns id, time, label, is_right, source, is_random and reviewer.
     """
     rows = rows[rows["version"].isin([champion, candidate])].sort_values("time", kind="stable")
     of_shadow = rows["shadow_of"].notna()
     mine = rows[(rows["version"] == candidate) & (of_shadow == (terms.kind == "shadow"))]
     theirs = rows[(rows["version"] == champion) & ~of_shadow]
-    said = feedback.drop_duplicates("id", keep="last").set_index("id")[["time", "label", "is_right"]]
+    said = _by_answer(feedback)
     pairs = _pairs(theirs, mine, said) if terms.kind == "shadow" else None
     judged = (pairs[pairs["said"].notna()] if pairs is not None else _judged(mine, said)).sort_values("said")
     by_feedback = not judged.empty
@@ -149,7 +154,8 @@ def _decide(
     worse = tuple(_say(each) for each in differences if each.is_worse)
     if worse:
         return "abort", worse
-    if look is None or look.num_rows < terms.num_rows:
+    needed: Figure = "accuracy" if by_feedback else "answered"
+    if look is None or look.num_rows < terms.num_rows or needed not in [each.figure for each in differences]:
         return "goes on", ()
     for each in differences:
         if each.figure == "accuracy" and -each.points > terms.max_drop_points:
@@ -177,11 +183,21 @@ def _arm(version: str, rows: pd.DataFrame, said: pd.DataFrame, judged: pd.DataFr
     )  # fmt: skip
 
 
+def _by_answer(feedback: pd.DataFrame) -> pd.DataFrame:
+    """Feedback by the id of its answer: time, label, is_right and `complaint`.
+
+    A complaint says that the answer was wrong, and nobody asked for it. Whoever reviews answers, or draws some at
+    random, chooses how many of each version, so their number says nothing.
+    """
+    said = feedback.drop_duplicates("id", keep="last").set_index("id")
+    is_asked_for = said["is_random"].eq(True) | said["reviewer"].notna() | said["source"].eq("command")
+    return said[["time", "label", "is_right"]].assign(complaint=said["is_right"].eq(False) & ~is_asked_for)
+
+
 def _judged(rows: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
-    """Answers with feedback: `said`, the time of the feedback, and `right`."""
-    found = rows[["id", "time"]].merge(
-        said[["time", "is_right"]].rename(columns={"time": "said", "is_right": "right"}), left_on="id", right_index=True
-    )
+    """Answers with feedback: `said`, the time of the feedback, `right` and `complaint`."""
+    names = {"time": "said", "is_right": "right", "complaint": "complaint"}
+    found = rows[["id", "time"]].merge(said[[*names]].rename(columns=names), left_on="id", right_index=True)
     found = found[found["right"].notna()]
     return found.assign(right=found["right"].astype(bool))
 
@@ -225,12 +241,11 @@ def _agree(row: dict[str, object]) -> bool | None:
 
 def _of_shadow(pairs: pd.DataFrame, judged: pd.DataFrame, terms: RolloutTerms) -> list[ShareDifference]:
     found: list[ShareDifference] = []
-    num_figures = 3 if len(judged) else 2
     if look := last_look(len(judged), terms.num_rows):
         rows = judged.head(look.num_rows)
-        found.append(_paired("accuracy", rows["before"], rows["right"], _level(look, num_figures, terms)))
+        found.append(_paired("accuracy", rows["before"], rows["right"], _level(look, terms)))
     if look := last_look(len(pairs), terms.num_rows):
-        rows, level = pairs.head(look.num_rows), _level(look, num_figures, terms)
+        rows, level = pairs.head(look.num_rows), _level(look, terms)
         answered = ~rows["failed"].astype(bool)
         found.append(_paired("answered", answered | True, answered, level))
         labelled = rows.dropna(subset=["is_label", "is_label_before"])
@@ -242,33 +257,31 @@ def _of_shadow(pairs: pd.DataFrame, judged: pd.DataFrame, terms: RolloutTerms) -
 def _of_canary(
     theirs: pd.DataFrame, mine: pd.DataFrame, their_judged: pd.DataFrame, judged: pd.DataFrame, terms: RolloutTerms
 ) -> list[ShareDifference]:
-    found: list[ShareDifference] = []
-    num_figures = 4 if len(judged) else 2
+    compared: list[tuple[Figure, pd.Series, pd.Series, float]] = []
     if look := last_look(len(judged), terms.num_rows):
-        level, rows = _level(look, num_figures, terms), judged.head(look.num_rows)
+        level, rows = _level(look, terms), judged.head(look.num_rows)
         until = rows["said"].max()
         others = their_judged[their_judged["said"] <= until]
-        found.append(_unpaired("accuracy", others["right"], rows["right"], level))
-        found.append(_unpaired(
+        compared.append(("accuracy", others["right"], rows["right"], level))
+        compared.append((
             "not said to be wrong", _not_wrong(theirs, others, until), _not_wrong(mine, rows, until), level
         ))  # fmt: skip
     if look := last_look(len(mine), terms.num_rows):
-        level, rows = _level(look, num_figures, terms), mine.head(look.num_rows)
+        level, rows = _level(look, terms), mine.head(look.num_rows)
         others = theirs[theirs["time"] <= rows["time"].max()]
-        found.append(_unpaired("answered", others["is_failed"].isna(), rows["is_failed"].isna(), level))
+        compared.append(("answered", others["is_failed"].isna(), rows["is_failed"].isna(), level))
         before, now = (side["is_label"].dropna().astype(bool) for side in (others, rows))
-        if len(before) and len(now):
-            found.append(_unpaired("answers that are labels", before, now, level))
-    return found
+        compared.append(("answers that are labels", before, now, level))
+    return [_unpaired(*each) for each in compared if len(each[1]) and len(each[2])]
 
 
 def _not_wrong(rows: pd.DataFrame, judged: pd.DataFrame, until: float) -> pd.Series:
-    """Which answers up to a time no feedback says to be wrong."""
-    return ~rows.loc[rows["time"] <= until, "id"].isin(judged.loc[~judged["right"], "id"])
+    """Which answers up to a time no complaint says to be wrong."""
+    return ~rows.loc[rows["time"] <= until, "id"].isin(judged.loc[judged["complaint"], "id"])
 
 
-def _level(look: Look, num_figures: int, terms: RolloutTerms) -> float:
-    return 1 - (1 - terms.confidence) / ((look.number + 1) * (look.number + 2) * num_figures)
+def _level(look: Look, terms: RolloutTerms) -> float:
+    return 1 - (1 - terms.confidence) / ((look.number + 1) * (look.number + 2) * NUM_FIGURES[terms.kind])
 
 
 def _paired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> ShareDifference:
@@ -281,12 +294,12 @@ def _paired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> 
 
 
 def _unpaired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> ShareDifference:
-    """Compare two shares of good rows, by the interval of Agresti and Caffo."""
+    """Compare two shares of good rows, by the interval of Agresti and Caffo. Both sides have rows."""
     sides = [(int(side.sum()), len(side)) for side in (before, now)]
     (first, first_rows), (second, second_rows) = (((good + 1) / (number + 2), number + 2) for good, number in sides)
     deviation = math.sqrt(first * (1 - first) / first_rows + second * (1 - second) / second_rows)
     middle, noise = 100 * (second - first), 100 * float(ndtri(level)) * deviation
-    raw = [good / number if number else 0.0 for good, number in sides]
+    raw = [good / number for good, number in sides]
     return ShareDifference(
         figure=figure, points=100 * (raw[1] - raw[0]), low=middle - noise, high=middle + noise, num_rows=sides[1][1],
         is_paired=False, is_worse=middle + noise < 0,

@@ -11,12 +11,14 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
+from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
 from flows.cli.console import heading, new_table, show_adaptation, show_held
 from flows.cli.session import CommandResult, Lineage, Session, command, main_app
-from infra.store.keys import INBOX
+from infra.store.keys import INBOX, task_of
 
 if TYPE_CHECKING:
+    from tasks.inbox import HeldArrival
     from tasks.lineage.decisions import Decision, LeftBehind
 
 
@@ -155,6 +157,8 @@ def requeue(
 
     arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]
     versions = [each for each in what or [] if not each.startswith(f"{INBOX}/")]
+    if arrivals and learn:
+        raise ConfigError("Give either arrivals or --learn, not both; --learn lets every held arrival go on.")
     if arrivals and not versions:
         released = release(deal.store, lineage, arrivals)
         shown = [f"{key} goes on: a watch learns it at its next look." for key in released]
@@ -167,10 +171,16 @@ def requeue(
             if not held:
                 raise
             found = ()  # its first arrival is held
-        return CommandResult(found, [*_show_left_behind(lineage, found), *show_held(lineage, held)])
+        shown_all = [*_show_left_behind(lineage, found), *show_held(lineage, held)]
+        return CommandResult([*found, *map(_as_left_behind, held)], shown_all)
     runs = deal.run(lambda: requeue_flow(lineage, versions, arrivals))
     shown_runs = [line for run in runs for line in show_adaptation(run)] or _show_left_behind(lineage, ())
     return CommandResult(runs, shown_runs, rejected=any(run.rejected for run in runs))
+
+
+def _as_left_behind(held: HeldArrival) -> dict[str, str | None]:
+    """A held arrival with the keys of a version that was left behind. It has no version and no dataset yet."""
+    return {"version": None, "task": task_of(held.key), "dataset_sha256": None, **held.model_dump()}
 
 
 def _show_left_behind(lineage: str, found: Sequence[LeftBehind]) -> Sequence[RenderableType]:

@@ -195,13 +195,16 @@ def stop(home: Path) -> list[str]:
 
 
 def _end(parts: Iterable[LocalProcess]) -> list[str]:
-    """End processes and their children at the same time. Return the names of those that still ran."""
+    """End processes and their children at the same time. Return the names of those that still ran.
+
+    The supervisor's children are the processes that it started again. Each of these is ended by its own name.
+    """
     alive = [part for part in parts if part.is_alive()]
     family: list[psutil.Process] = []
     for part in alive:
         with suppress(psutil.Error):
             first = psutil.Process(part.pid)
-            family += [first, *first.children(recursive=True)]
+            family += [first, *(() if part.name == SUPERVISOR else first.children(recursive=True))]
     for part in alive:
         with suppress(ProcessLookupError):
             os.killpg(part.pid, signal.SIGTERM)

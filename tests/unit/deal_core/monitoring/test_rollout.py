@@ -43,15 +43,15 @@ class Traffic:
         return [*(self.random.random(number) < accuracy)]
 
     def judged(self, rows: int = 200, said: pd.DataFrame | None = None) -> RolloutReport:
-        feedback = pd.DataFrame(columns=["id", "time", "label", "is_right"]) if said is None else said
-        return judge(pd.concat(self.frames), feedback, terms(self.kind, rows), champion="1", candidate="2")
+        given = feedback(self.frames[0].head(0)) if said is None else said
+        return judge(pd.concat(self.frames), given, terms(self.kind, rows), champion="1", candidate="2")
 
 
-def feedback(rows: pd.DataFrame, *, labels: bool = True) -> pd.DataFrame:
-    """What a person says about each row: the right label, or whether the answer was right."""
+def feedback(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
+    """What a user says about each row: the right label, and whether the answer was right."""
     return pd.DataFrame({
-        "id": rows["id"], "time": rows["time"], "label": LABELS[0] if labels else None,
-        "is_right": rows["label"] == LABELS[0],
+        "id": rows["id"], "time": rows["time"], "label": LABELS[0], "is_right": rows["label"] == LABELS[0],
+        "source": "api", "is_random": False, "reviewer": None, **columns,
     })  # fmt: skip
 
 
@@ -160,6 +160,49 @@ def test_a_canary_of_which_only_errors_are_reported_is_aborted_by_their_number()
     accuracy, errors = found.differences[:2]
     assert accuracy.points == 0.0 and not accuracy.is_worse
     assert errors.figure == "not said to be wrong" and errors.is_worse and found.verdict == "abort"
+
+
+@pytest.mark.parametrize("asked", [{"is_random": True}, {"reviewer": "Jo"}, {"source": "command"}])
+def test_as_many_reviewed_rows_of_each_version_say_nothing_about_the_number_of_errors(asked: dict[str, Any]) -> None:
+    traffic, said = Traffic("canary"), []
+    for version, number in (("1", 1800), ("2", 200)):
+        rows = traffic.add(version, [each % 10 > 0 for each in range(number)])
+        said.append(feedback(rows.head(200), time=1e6, **asked))
+    found = traffic.judged(said=pd.concat(said))
+    accuracy, errors = found.differences[:2]
+    assert (accuracy.points, errors.points) == (0.0, 0.0) and found.verdict == "finish"
+    assert (found.champion.num_judged, found.candidate.num_judged, found.candidate.num_right) == (200, 200, 180)
+
+
+def test_a_canary_without_feedback_on_the_champion_goes_on() -> None:
+    traffic, said = canary(0.97, 0.97, 200)
+    mine = said[said["id"].isin(traffic.frames[1]["id"])]
+    found = traffic.judged(said=mine)
+    assert (found.num_counted, found.by_feedback, found.champion.num_judged) == (200, True, 0)
+    assert (found.verdict, found.reasons) == ("goes on", ())
+    assert "accuracy" not in [each.figure for each in found.differences]
+    assert traffic.judged(said=said).verdict == "finish"
+    assert traffic.judged(said=mine[~mine["is_right"]].head(5)).verdict == "goes on", "complaints alone"
+
+
+def test_a_canary_is_compared_with_no_rows_of_the_champion_in_nothing() -> None:
+    traffic = Traffic("canary")
+    traffic.add("2", [True] * 200)
+    found = traffic.judged()
+    assert (found.differences, found.verdict) == ((), "goes on")
+
+
+@pytest.mark.parametrize(("kind", "num_figures"), [("shadow", 3), ("canary", 4)])
+def test_the_first_feedback_does_not_change_the_intervals_of_the_other_figures(
+    kind: RolloutKind, num_figures: int
+) -> None:
+    traffic = Traffic(kind)
+    said = feedback(traffic.add("1", [True] * 200))
+    traffic.add("2", [True] * 200, shadow=kind == "shadow", is_failed=True)
+    own = feedback(traffic.frames[1])
+    before, after = traffic.judged(), traffic.judged(said=pd.concat([said, own]))
+    kept = {each.figure: each for each in after.differences}
+    assert all(kept[each.figure] == each for each in before.differences) and len(kept) == num_figures
 
 
 def test_rows_of_other_versions_and_copies_do_not_count_for_a_canary() -> None:

@@ -177,6 +177,41 @@ def test_stop_ends_what_was_started_and_runs_whose_worker_is_gone_and_nothing_el
         other.wait()
 
 
+NOTES = ("-c", """import signal, sys, time
+def end(*_):
+    with open("ended", "a") as file:
+        print(sys.argv[1], file=file)
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(600)""")
+"""A process that notes its name in the home folder when it is asked to end."""
+
+
+def test_what_the_supervisor_started_again_ends_as_everything_else(home: Path) -> None:
+    made = stack()
+    for name in ("prefect-server", "worker"):
+        start_part(home, made, name, (*NOTES, name))
+    first = {part.name: part.pid for part in made.parts}
+    start_part(home, made, SUPERVISOR, ("-m", "flows.server.local_processes", str(home)))
+    try:
+        for pid in first.values():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.1), stop=tenacity.stop_after_delay(120)):
+            with attempt:
+                again = read_stack(home)
+                assert again is not None
+                assert all(part.is_alive() and part.pid != first.get(part.name) for part in again.parts)
+                assert all(part.log.read_text().endswith("ready\n") for part in again.parts if part.name in first)
+        supervisor = psutil.Process(next(part.pid for part in again.parts if part.name == SUPERVISOR))
+        assert len(supervisor.children()) == 2
+        assert stop(home) == [SUPERVISOR, "worker", "prefect-server"]
+        assert (home / "ended").read_text().split() == ["worker", "prefect-server"]
+    finally:
+        stop(home)
+
+
 def test_another_process_with_a_parts_number_is_not_taken_for_it(tmp_path: Path) -> None:
     part = LocalProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
     assert part.is_alive()
