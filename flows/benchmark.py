@@ -217,7 +217,7 @@ async def _run(
     spec: BenchmarkSpec, stages: Stages, base: BaseRef, cell: Cell, method: MethodConfig
 ) -> CellOutcome | None:
     """Run one cell; None if it is busy. A failed cell does not stop the others."""
-    work = HomeSettings().home / "work" / "benchmark"
+    work = HomeSettings().home / "benchmark-work"  # not in work/, whose folders are lineages
     try:
         status = await stages.run("cell", make_cell_file, base, cell, method, spec.data, spec.folder, work)
     except Interrupted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
@@ -14,7 +15,7 @@ from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
-from tasks.housekeeping.arrivals import find_arrival
+from tasks.housekeeping.arrivals import KnownArrival, find_arrival, with_every_split
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
 from tasks.housekeeping.garbage import ship_logs
 from tasks.lineage.tombstones import Tombstone, put_tombstone
@@ -45,7 +46,8 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
     """Remove an arrival's rows from all places and splits.
 
     The tombstone is written first, so that a run that begins now refuses the rows. Then the affected lineages are held;
-    a run that works on one of them is waited for. If this call is interrupted, repeat it with the same argument.
+    a run that works on one of them is waited for. If such a run has spread the rows to another lineage, that lineage is
+    held too. If this call is interrupted, repeat it with the same argument.
 
     Args:
         named: As for `plan_forget`.
@@ -57,24 +59,28 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
     """
     store, registry, tracker = current_store(), open_registry(), open_tracker()
     arrival = find_arrival(store, registry, named)
+    put_tombstone(store, _tombstone(with_every_split(store, registry, arrival), reason))
     plan = plan_forgetting(store, registry, tracker, arrival)
-    put_tombstone(store, _tombstone(plan, reason))
-    async with AsyncExitStack() as stack:
-        for lineage in _affected(plan):
-            await stack.enter_async_context(lock_lineage(lineage))
-        ship_logs(store)
-        plan = plan_forgetting(store, registry, tracker, arrival)  # a run that has ended may have added data
-        put_tombstone(store, tombstone := _tombstone(plan, reason))
-        keys = {each.address for each in plan.held if each.kind == "inbox file"} | {arrival.key}
-        silence_watches(store, {key for key in keys if key}, f"Its rows were {tombstone.said}.")
-        forget_held(store, ArtifactRemover(tracker), plan, registry)
-    return ForgetResult(plan=plan, tombstone=tombstone)
+    while True:
+        held = _affected(plan)
+        async with AsyncExitStack() as stack:
+            for lineage in held:
+                await stack.enter_async_context(lock_lineage(lineage))
+            ship_logs(store)
+            plan = plan_forgetting(store, registry, tracker, arrival)  # a run that has ended may have added data
+            if set(_affected(plan)) <= set(held):
+                versions = [f"{each.lineage}/{each.version}" for each in plan.learned]
+                put_tombstone(store, tombstone := _tombstone(plan, reason, versions))
+                keys = {each.address for each in plan.held if each.kind == "inbox file"} | {arrival.key}
+                silence_watches(store, {key for key in keys if key}, f"Its rows were {tombstone.said}.")
+                forget_held(store, ArtifactRemover(tracker), plan, registry)
+                return ForgetResult(plan=plan, tombstone=tombstone)
 
 
-def _tombstone(plan: ForgetPlan, reason: str) -> Tombstone:
+def _tombstone(arrival: KnownArrival | ForgetPlan, reason: str, versions: Sequence[str] = ()) -> Tombstone:
     return Tombstone(
-        task=plan.task, sha256=plan.sha256, files=plan.files, splits=plan.splits, landed=plan.landed, reason=reason,
-        at=datetime.now(UTC), versions=tuple(f"{each.lineage}/{each.version}" for each in plan.learned),
+        task=arrival.task, sha256=arrival.sha256, files=arrival.files, splits=arrival.splits, landed=arrival.landed,
+        reason=reason, at=datetime.now(UTC), versions=tuple(versions),
     )
 
 

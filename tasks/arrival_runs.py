@@ -159,11 +159,12 @@ async def hold_cancelled(
     since = {key: known.at for key, known in seen.items() if known is not None}
     runs = await cancelled_runs(lineage, min(since.values())) if since else []
     held = []
+    before, state = state, read_state(store, lineage)  # another process may have recorded a result meanwhile
     for info in [info for info in arrivals if info.key in since]:
-        released = state.requeued(info)
+        released = before.requeued(info)
         over = released.cancelled_run if released else None  # by the server's clock, it may look newer than the release
         run = next((run for run in runs if run.at >= since[info.key] and run.id != over), None)
-        if run is not None:
+        if run is not None and state.files.get(info.key) == before.files.get(info.key):
             message = f"Its run {run.name} was cancelled on {run.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC."
             state.record(info, "held", message, now=datetime.now(UTC), beside=inbox.stamp(info), cancelled_run=run.id)
             held.append(info)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from filelock import FileLock
+
 from deal_core.errors import StoreError
 from infra.settings import HomeSettings
 
@@ -26,6 +28,8 @@ MAX_PART_BYTES = 255
 RESERVED = ".incoming"
 """First part of no key: a folder store writes unfinished files there, and an S3 store its test object."""
 TEMPORARY = "tmp"
+LOCK = ".lock"
+"""Name of the file that the user of a temporary folder locks."""
 _warned: set[tuple[str, str]] = set()
 """Pairs of a store's address and a key that this process has logged a warning about."""
 
@@ -218,9 +222,10 @@ class ObjectStore(ABC):
 def temporary_folder() -> Iterator[Path]:
     """Yield a new, empty folder in HOME/tmp, which is deleted after the block. Only its user can read it.
 
-    A killed process leaves the folder, which may contain rows. `deal gc` and `deal forget` find it.
+    A killed process leaves the folder, which may contain rows. `deal gc` and `deal forget` find it by its lock, which
+    nobody holds any more.
     """
     place = HomeSettings().home / TEMPORARY
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(dir=place) as folder, FileLock(Path(folder) / LOCK, thread_local=False):
+        yield Path(tempfile.mkdtemp(dir=folder))

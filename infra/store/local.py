@@ -90,12 +90,18 @@ class FileStore(ObjectStore):
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield the files below a folder."""
         folder = folder_of(prefix)
+        top, *below = Path(folder).parts or ("",)
+        if any((self.root / top / Path(*below[:depth])).is_symlink() for depth in range(1, len(below) + 1)):
+            return
         found = []
         with self._report_errors("list", prefix):
             for parent, folders, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
                 if Path(parent) == self.root and RESERVED in folders:
                     folders.remove(RESERVED)
                 found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
+                if Path(parent) != self.root:  # os.walk does not follow links; a top folder may be one
+                    links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+                    found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in links]
         for key in sorted(found, key=os.fsencode):
             with suppress(FileNotFoundError):  # deleted meanwhile, or a link to nothing
                 yield self._listed(key)
@@ -144,6 +150,8 @@ class FileStore(ObjectStore):
         path = self.root / key
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
+            if path.is_dir():
+                return _info_of(key, status, "it is a link to a folder, which is not read; put the folder there")
             if self._leads_out(key):
                 return _info_of(key, status, f"it is a link that leads out of {key.split('/')[0]}/; put the file there")
             try:

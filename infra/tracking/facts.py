@@ -232,7 +232,7 @@ def is_being_rebuilt(registry: RegistryReader, lineage: str) -> bool:
 
 def as_version(version: VersionRow, aliases: Mapping[str, str]) -> VersionInfo:
     """Return the facts of a version. `aliases` are those of its registered model."""
-    tags = {key.removeprefix("deal."): value for key, value in version.tags.items()}
+    tags = {key.removeprefix("deal."): value for key, value in version.tags.items() if key.startswith("deal.")}
     values: dict[str, Any] = {field.name: tags.get(field.name) for field in fields(VersionInfo)}
     values |= {each.name: tags.get(each.name, "") for each in fields(VersionFacts) if each.type == "str"}
     values |= {name: float(tags[name]) for name in SCORES if name in tags}

@@ -6,7 +6,7 @@ Commands that only check a file import this module too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +172,8 @@ def ingest_arrival(
             # named by the digest of the file: all datasets without a good row have the same digest
             files = error.report.manifest.files
             kept = _publish_quarantine(store, folder, arrival.task, files[0], files)
+            if not again:
+                _withdraw_if_forgotten(store, arrival.task, files, [kept] if kept else [])
             message = str(error).replace(str(folder / QUARANTINE_FILE), store.uri_of(kept) if kept else "")
             raise ArrivalRefusedError(message, error.report) from None
         if not again:
@@ -180,7 +182,9 @@ def ingest_arrival(
         dataset = _publish(store, folder, manifest, lineage, new_labels)
         dataset = dataset.model_copy(update={"renews_tests": landing.renews_tests})
         if not again:
-            _withdraw_forgotten(store, dataset)
+            digests = filter(None, (dataset.sha256, dataset.landed_sha256, *manifest.files))
+            places = [dataset.uri, quarantine_folder(dataset.task, dataset.sha256)]
+            _withdraw_if_forgotten(store, arrival.task, digests, places)
         return dataset
 
 
@@ -224,16 +228,17 @@ def _publish_quarantine(
     return key
 
 
-def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
-    """Delete the dataset if its rows were forgotten while they were stored.
+def _withdraw_if_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], places: Sequence[str]) -> None:
+    """Delete what was stored at `places` if its rows or files were forgotten meanwhile, and raise ForgottenRowsError.
 
     `deal forget` writes the tombstone before it looks for rows, so one of the two processes always finds the other.
+    Before the rows are stored, a tombstone may have the digests of their files alone.
     """
     try:
-        refuse_forgotten_rows(store, dataset.task, dataset)
+        refuse_forgotten(store, task, sha256s)
     except ForgottenRowsError:
-        store.delete(dataset.uri)
-        store.delete(quarantine_folder(dataset.task, dataset.sha256))
+        for place in places:
+            store.delete(place)
         raise
 
 

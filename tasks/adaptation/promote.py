@@ -44,7 +44,8 @@ def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
 
     This is so if the champion is neither the version nor its parent.
     """
-    if version.approval is not None or version.promoted is not None or version.rolled_out is not None:
+    is_decided = version.approval in ("given", "refused")
+    if is_decided or version.promoted is not None or version.rolled_out is not None:
         return False
     champion = registry.champion(version.lineage)
     return (champion.version if champion else None) not in (version.parent_version, version.version)

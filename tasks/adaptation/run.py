@@ -42,7 +42,9 @@ def find_repeat(dataset: DatasetRef, lineage: str) -> VersionRef | None:
         return None
     learned = [version for version in line if version.dataset_sha256 == dataset.sha256]
     known = learned[0] if learned else registry.find_version(entry.run_key)
-    return version_ref(known, standing_of(known, line)) if known else None
+    if known is None or (standing := standing_of(known, line)).startswith("rejected"):
+        return None  # it was champion for a while; whether this run repeats it is for the run key to say
+    return version_ref(known, standing)
 
 
 def find_registered(run_key: str) -> VersionRef | None:

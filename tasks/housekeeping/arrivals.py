@@ -106,6 +106,8 @@ def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArriv
     tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
     landed = {found for sha256, found, _ in known if sha256 == arrival.sha256 and found}
     landed |= set(tombstone.landed if tombstone else ())
+    # an arrival that is known only by its file may have become a dataset meanwhile, in each lineage another one
+    landed |= {found for _, found, files in known if found and arrival.sha256 in files}
     same = [(sha256, files) for sha256, found, files in known if found in landed]
     splits = {sha256 for sha256, _ in same} | set(tombstone.splits if tombstone else ())
     files = dict.fromkeys((*arrival.files, *(digest for _, files in same for digest in files)))
@@ -132,6 +134,12 @@ def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
             f"{key} landed as {len(found)} datasets: {', '.join(sorted(found))}; give the digest of one of them."
         )
     if found:
+        known = _known(store, task, min(found), key=None)
+        if landed and known.files and not landed & set(known.files):
+            raise ConfigError(
+                f"{key} has another content than the arrival {known.sha256}, which landed there before. Give this "
+                "digest to forget that arrival. The present file was not learned: delete it, if it must go."
+            )
         return _known(store, task, min(found), key=key)
     if not landed:
         raise ConfigError(f"There is no {store.uri_of(key)}, and no watch has handled one; check the key.")

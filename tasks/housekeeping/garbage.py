@@ -15,6 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from deal_core.data.schema import is_name
@@ -24,7 +25,7 @@ from infra.log_segments import WRITE_SECONDS, Log, beyond_retention, ship
 from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
 from infra.settings import HomeSettings
 from infra.store import keys
-from infra.store.base import RESERVED, TEMPORARY, ObjectInfo, ObjectStore
+from infra.store.base import LOCK, RESERVED, TEMPORARY, ObjectInfo, ObjectStore
 from infra.store.keys import ADAPTERS, DATASETS, FEEDBACK, PREDICTIONS, TRAIN_FILE
 from infra.store.local import FileStore
 from infra.tracking.facts import VersionInfo
@@ -35,7 +36,7 @@ from infra.version_log import Ledger, VersionLog
 from tasks.adaptation.ingest import retains_training_rows
 
 AGE = timedelta(days=1)
-"""Age at which a temporary file counts as left by a killed process."""
+"""Age at which a temporary file without a lock counts as left by a killed process."""
 FEEDBACK_AGE = timedelta(days=7)
 """Age at which feedback is expected to have its answer in the store. Servers move answers there within minutes."""
 Kind = Literal["work folder", "adapter", "training rows", "prediction log", "feedback", "feedback without an answer",
@@ -315,7 +316,7 @@ def _folder(address: str, infos: list[ObjectInfo]) -> Folder:
 
 
 def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
-    """Return old temporary folders and unfinished files of a folder store."""
+    """Return the temporary folders of dead processes, and the old unfinished files of a folder store."""
     places = [HomeSettings().home / TEMPORARY]
     if isinstance(store, FileStore):
         places.append(store.root / RESERVED)
@@ -323,7 +324,16 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
     for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
         with suppress(FileNotFoundError):  # its process has just removed it
             found.append(local_folder(path))
-    return [folder for folder in found if folder.modified < now - AGE]
+    return [folder for folder in found if folder.modified < now - AGE or _is_deserted(Path(folder.address))]
+
+
+def _is_deserted(folder: Path) -> bool:
+    """Return whether a temporary folder has a lock that no process holds."""
+    with suppress(Timeout, FileNotFoundError):  # in use, or removed meanwhile
+        if (folder / LOCK).is_file():
+            with FileLock(folder / LOCK, timeout=0):
+                return True
+    return False
 
 
 def remove_local(address: str) -> None:

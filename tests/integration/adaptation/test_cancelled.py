@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -161,6 +161,28 @@ def test_a_hold_does_not_need_the_watcher(home: Path, lineages: None, monkeypatc
     monkeypatch.setattr("tasks.arrival_runs._PAGE", 1)
     assert learn("l") == [] and is_held()
     assert learn("other") == [KEY]
+
+
+def test_a_result_that_is_recorded_while_the_server_is_asked_stays(
+    home: Path, lineages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced(home)
+    land(home, "b.jsonl", b"more nonsense\n")
+    announced(home, "b.jsonl")
+    run_ends("l", Cancelled())
+    ask = tasks.arrival_runs.cancelled_runs
+
+    async def ask_slowly(lineage: str, since: datetime) -> Any:
+        state = read_state(current_store(), lineage)
+        (info,) = (each for each in current_store().list("inbox") if each.key == KEY)
+        state.record(info, "refused", "no good row", now=datetime.now(UTC))
+        write_state(current_store(), lineage, state)
+        return await ask(lineage, since)
+
+    monkeypatch.setattr(tasks.arrival_runs, "cancelled_runs", ask_slowly)
+    look()
+    found = read_state(current_store(), "l").files
+    assert {key: each.outcome for key, each in found.items()} == {KEY: "refused", "inbox/parcels/b.jsonl": "held"}
 
 
 def test_the_time_of_a_file_says_nothing(home: Path, lineages: None) -> None:

@@ -55,7 +55,7 @@ def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> 
     assert json.loads((spec.folder / "summary.json").read_text()) == [table]
     assert [row["strategy"] for row in table["rows"]] == ["deal", "seq_lora"]
     assert "difference_points_ci95" in table["rows"][1]
-    left = {path.name for path in (home / "work" / "benchmark").iterdir() if path.is_dir()}
+    left = {path.name for path in (home / "benchmark-work").iterdir() if path.is_dir()}
     assert left == {"first-versions"}, "a cell's versions are deleted after its figures were stored"
 
     before = stamps(spec)
@@ -68,7 +68,7 @@ def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> 
 def test_a_cell_that_another_process_holds_is_left_to_it(spec: BenchmarkSpec, home: Path) -> None:
     """The other process ends without a result, so this process runs the cell after all others."""
     held = cells_of(spec, identify_base(spec.base_model))[0][0]
-    result = asyncio.run(run_while_held(spec, home / "work" / "benchmark" / f"{held.digest()}.lock", "seq_lora"))
+    result = asyncio.run(run_while_held(spec, home / "benchmark-work" / f"{held.digest()}.lock", "seq_lora"))
     assert [(cell.file.split("-")[0], cell.status) for cell in result.cells] == [("seq_lora", "done"), ("deal", "done")]
 
 
@@ -77,7 +77,7 @@ def test_cells_whose_first_version_another_process_makes_come_after_all_others(s
     deal, plain, _ = (cell for cell, _ in cells_of(spec, identify_base(spec.base_model)))
     shared = deal.shared_digest()
     assert shared is not None and shared == plain.shared_digest()
-    lock = home / "work" / "benchmark" / "first-versions" / f"{shared}.lock"
+    lock = home / "benchmark-work" / "first-versions" / f"{shared}.lock"
     result = asyncio.run(run_while_held(spec, lock, "base"))
     first, *others = (cell.file.split("-")[0] for cell in result.cells)
     assert (first, {*others}) == ("base", {"deal", "seq_lora"})

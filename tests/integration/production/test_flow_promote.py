@@ -203,6 +203,33 @@ def test_a_refused_version_never_serves(tiny_base: Path, waiting: None) -> None:
     assert "was rejected" in learn(tiny_base, "clinic", approval="person").message
 
 
+def test_a_version_that_would_wait_is_refused_if_its_parent_lost_the_championship_during_its_run(
+    tiny_base: Path, waiting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Registry.register
+
+    def approve_the_other(registry: Registry, *args: Any, **kwargs: Any) -> Any:
+        made = whole(registry, *args, **kwargs)
+        promote_to("l", "3", **BY)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "register", approve_the_other)
+        with pytest.raises(RegistryError, match=r"version 3 is champion now.*Run the same command again"):
+            learn(tiny_base, "clinic", again=True, approval="person")
+    assert aliases() == {"champion": "3", "previous": "2", "challenger": "3"}, "no request for version 4 is open"
+    assert learn(tiny_base, "clinic, more", approval="person").status == "awaiting approval", "the lineage goes on"
+
+
+@pytest.mark.usefixtures("lineage")
+def test_an_arrival_that_was_promoted_and_then_rejected_is_learned_with_other_settings(tiny_base: Path) -> None:
+    roll_back("l", "1", **BY)
+    reject_version("l", "2", **BY)
+    same = learn(tiny_base, "parcels")
+    assert (same.status, same.version) == ("repeat", "2") and "change the settings" in same.message
+    assert learn(tiny_base, "parcels", max_drop_points=99).status == "promoted"
+
+
 @pytest.mark.usefixtures("waiting")
 def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remedy() -> None:
     roll_back("l", "1", **BY)

@@ -463,6 +463,15 @@ def test_a_reader_of_the_file_finds_what_mlflows_client_finds(
         assert reader.find_version(key) == client.find_version(key)
 
 
+def test_tags_that_people_set_are_no_facts(tracker: Tracker, registry: Registry, settings: TrackingSettings,
+                                           adapter: Path) -> None:  # fmt: skip
+    before = register(tracker, registry, adapter, "tagged", replace(FACTS, run_key="tagged-1"))
+    for name in ("gate", "task", "created", "rollout", "approval", "promoted", "files_sha256", "forgetting"):
+        registry.client.set_model_version_tag("tagged", "1", name, "by Ada")
+    for reader in (open_reader(settings), MlflowReader(settings)):
+        assert reader.versions("tagged") == (before,)
+
+
 def test_a_registry_that_is_no_known_file_is_read_by_mlflow(
     settings: TrackingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

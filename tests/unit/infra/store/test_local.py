@@ -226,7 +226,10 @@ def test_a_link_in_a_store_does_not_leave_its_top_folder(tmp_path: Path, caplog:
     (inbox / "folder").symlink_to(tmp_path)
     out = ["absolute", "sideways", "upwards"]
     assert [info.key for info in store.list("inbox")] == ["inbox/t/a.csv", "inbox/t/within.csv"]
-    assert sorted(store.unusable_keys("inbox")) == [f"inbox/t/{name}.csv" for name in out]
+    problems = store.unusable_keys("inbox")
+    assert sorted(problems) == ["inbox/folder", *(f"inbox/t/{name}.csv" for name in out)]
+    assert problems["inbox/folder"] == "it is a link to a folder, which is not read; put the folder there"
+    assert list(store.list("inbox/folder")) == []
     assert store.get_bytes("inbox/t/within.csv") == b"x"
     for key in (*(f"inbox/t/{name}.csv" for name in out), "inbox/folder/secret.csv"):
         with pytest.raises(UnusableObjectError, match=r"a link that leads out of inbox/; put the file there"):

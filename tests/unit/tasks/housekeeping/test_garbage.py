@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -134,10 +136,23 @@ def later(hours: int = 25) -> datetime:
 
 def test_a_temporary_folder_is_the_users_own_and_goes_with_its_use(store: FileStore, tmp_path: Path) -> None:
     with temporary_folder() as folder:
-        assert folder.parent == tmp_path / "home" / "tmp"
-        assert folder.stat().st_mode & 0o077 == 0
+        assert folder.parent.parent == tmp_path / "home" / "tmp"
+        assert folder.stat().st_mode & 0o077 == folder.parent.stat().st_mode & 0o077 == 0
         (folder / "rows").write_text("x")
+        assert find_leftovers(store, later(0)) == []
     assert list((tmp_path / "home" / "tmp").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_found_at_once(store: FileStore, tmp_path: Path) -> None:
+    leave = (
+        "import os; from infra.store.base import temporary_folder\n"
+        "with temporary_folder() as folder: (folder / 'rows').write_text('rows'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", leave], check=False).returncode == 9
+    (left,) = find_leftovers(store, later(0))
+    assert Path(left.address).parent == tmp_path / "home" / "tmp" and left.num_bytes == 4
+    remove_local(left.address)
+    assert find_leftovers(store, later(0)) == []
 
 
 def test_what_was_left_for_a_day_is_found_and_removed_and_the_store_is_whole(store: FileStore, tmp_path: Path) -> None:
