@@ -146,7 +146,8 @@ def texts_of(versions: Versions, numbers: Iterable[int], num_rows: int) -> list[
     return [
         TaskTexts(task=versions.tasks[number].schema,
                    rows=versions.rows(number, num_rows, num_rows + MAX_OWN_TEXTS),
-                   max_prompt_tokens=versions.train.max_prompt_tokens)
+                   max_prompt_tokens=versions.train.max_prompt_tokens,
+                   max_new_tokens=versions.train.max_answer_tokens)
         for number in numbers
     ]  # fmt: skip
 

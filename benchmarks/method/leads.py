@@ -49,8 +49,9 @@ def lead(protocol: Protocol, first: str, second: str) -> dict[str, Any] | None:
 def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
     """Per task the mean accuracy over cells right after it was learned, and in the end."""
     found = {}
-    for column, task in enumerate(cells[0]["settings"]["tasks"]):
-        learned = [accuracy(scores[task]) for cell in cells if task in (scores := cell["versions"][column]["scores"])]
+    for task in cells[0]["settings"]["tasks"]:
+        after = [cell["versions"][cell["settings"]["tasks"].index(task)]["scores"] for cell in cells]
+        learned = [accuracy(scores[task]) for scores in after if task in scores]
         kept = [accuracy(final_scores(cell)[task]) for cell in cells]
         if len(learned) == len(kept):
             found[task] = (100 * sum(learned) / len(learned), 100 * sum(kept) / len(kept))

@@ -131,10 +131,12 @@ class SpectralFactor(FactorNetwork):
     def penalty(self) -> Tensor:
         """λ₁·mean_k(‖y'_k − y_k‖/(ρ‖y_k‖))^a over core slots, λ₂·mean|·|^b over Ω and the free columns of b."""
         config = self._config
-        core_MR = self.core_M1R.squeeze(1).float()
+        is_core_MR = self.core_M1R.squeeze(1)
+        core_MR = is_core_MR.float()
         deviation_MR = (self() - self.start_MNR).square().sum(1)
         scale_MR = config.tolerance**2 * self.start_MNR.square().sum(1) + TINY
-        wall_MR = (deviation_MR / scale_MR + TINY) ** (config.a / 2) * core_MR
+        ratio_MR = torch.where(is_core_MR, deviation_MR / scale_MR, 0.0)  # a free column may start at zero
+        wall_MR = (ratio_MR + TINY) ** (config.a / 2) * core_MR
         wall = (wall_MR.sum(1) / core_MR.sum(1).clamp(min=1)).sum()
         free_M1R = 1 - core_MR.unsqueeze(1)
         size = (self.update.offset_MNR * free_M1R).abs().pow(config.b).mean((1, 2)).sum()
@@ -231,9 +233,10 @@ class SpectralFactor(FactorNetwork):
             moved_BNC = torch.baddbmm(moved_BNC, start_BNR, change_BRR[..., :num_core])
         deviation_B1C = moved_BNC.square().sum(1, keepdim=True)
         scale_B1C = config.tolerance**2 * start_BNR[..., :num_core].square().sum(1, keepdim=True) + TINY
-        slope_B1C = (deviation_B1C / scale_B1C + TINY) ** (config.a / 2 - 1) / scale_B1C
         core_B1C, num_B11 = self.core_M1R[part, :, :num_core], self.core_M1R[part].sum(2, keepdim=True)
-        factor_B1C = config.lambda1 * config.a * slope_B1C * core_B1C / num_B11.clamp(min=1)
+        ratio_B1C = torch.where(core_B1C, deviation_B1C / scale_B1C, 0.0)  # a free column may start at zero
+        slope_B1C = torch.where(core_B1C, (ratio_B1C + TINY) ** (config.a / 2 - 1) / scale_B1C, 0.0)
+        factor_B1C = config.lambda1 * config.a * slope_B1C / num_B11.clamp(min=1)
         grad_BNR[..., :num_core].addcmul_(moved_BNC, factor_B1C)
 
     def _add_size(self, grad_BNR: Tensor, part: slice) -> None:

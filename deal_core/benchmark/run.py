@@ -249,8 +249,9 @@ def _own_texts(run: CellRun, name: str) -> TaskTexts:
             f"rows; give --rows {max(1, len(task.train) - MAX_OWN_TEXTS)}."
         )
     return TaskTexts(
-        task=task.schema, rows=Dataset.from_list(list(rows)), max_prompt_tokens=cell.train.max_prompt_tokens
-    )
+        task=task.schema, rows=Dataset.from_list(list(rows)), max_prompt_tokens=cell.train.max_prompt_tokens,
+        max_new_tokens=cell.train.max_answer_tokens,
+    )  # fmt: skip
 
 
 def _rows(run: CellRun, name: str) -> Dataset:

@@ -95,7 +95,12 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def read_cache(model: nn.Module, input_ids: Tensor) -> Cache | None:
-    """Read tokens (1×P) and return their keys and values; None if the model has no cache."""
+    """Read tokens (1×P) and return their keys and values; None if the model has no cache.
+
+    MPT counts positions by places in the cache (ALiBi), padding included, so padding after a prefix would change it.
+    """
+    if model.config.model_type == "mpt":  # type: ignore[union-attr]
+        return None
     return cast(Cache | None, getattr(model(input_ids=input_ids, use_cache=True, logits_to_keep=1), "cache", None))
 
 

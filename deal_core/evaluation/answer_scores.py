@@ -33,6 +33,8 @@ _WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u3
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese characters."""
 _WORD = regex.compile(r"\w+")
 """The module `regex` counts combining marks, such as vowel signs, as parts of a word; `re` does not."""
+_BEFORE_NUMBER, _AFTER_NUMBER = r"(?<!\d[.,])(?<!(?:^|[^\w])[-\u2212])", r"(?![.,]\d)"
+"""What may not stand around a number: other digits of the same number, or its sign. A hyphen after a word is none."""
 
 
 def _in_words(text: str) -> str:
@@ -41,24 +43,30 @@ def _in_words(text: str) -> str:
 
 
 def plain_answer(text: str) -> str:
-    """Return an answer as answers are compared: stripped and case-folded."""
-    return text.strip().casefold()
+    """Return an answer as answers are compared: stripped, case-folded and in one form (NFC).
+
+    Tokenizers may give a letter with a mark in another form than a file does.
+    """
+    return _in_words(text.strip())
 
 
 def exact_match(answer: str, expected: str) -> bool:
-    """Whether two answers are the same after strip and case-fold."""
+    """Whether two answers are the same; see `plain_answer`."""
     return plain_answer(answer) == plain_answer(expected)
 
 
 def contains(answer: str, expected: str) -> float:
     """1 if the reference stands in the answer as whole words, else 0. Case and white space do not count.
 
-    A reference in a script that writes no spaces between words may stand anywhere.
+    A reference in a script that writes no spaces between words may stand anywhere. A number is one word with its sign,
+    its decimals and its groups of digits: 5 does not stand in 5.75, -5 or 1,005.
     """
     wanted, given = (" ".join(_in_words(text).split()) for text in (expected, answer))
     if _WITHOUT_SPACES.search(wanted):
         return float(wanted in given)
-    return float(regex.search(rf"(?<!\w){regex.escape(wanted)}(?!\w)", given) is not None)
+    before = _BEFORE_NUMBER if wanted[:1].isdigit() else ""
+    after = _AFTER_NUMBER if wanted[-1:].isdigit() else ""
+    return float(regex.search(rf"{before}(?<!\w){regex.escape(wanted)}(?!\w){after}", given) is not None)
 
 
 def rouge_l(answer: str, expected: str) -> float:

@@ -19,7 +19,7 @@ from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
-from deal_core.strategies.questions import tasks_to_ask
+from deal_core.strategies.questions import longest_old_answer, tasks_to_ask
 from deal_core.strategies.strategy import TaskTexts
 
 FP32 = 4
@@ -233,9 +233,10 @@ def longest_of(
     prompts += [len(encode_prompt(tokenizer, each.task, text, each.max_prompt_tokens))
                 for each in old_texts for text in heapq.nlargest(NUM_LONGEST, each.rows["input"], key=len)]  # fmt: skip
     answers = [len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in outputs]
-    for old in (*asked, *(each.task for each in old_texts)):
-        answers += [len(encode_answer(tokenizer, old, label, train.max_answer_tokens)) for label in old.labels]
-        answers += [] if old.labels else [train.max_answer_tokens]
+    longest = longest_old_answer(train)
+    for old, limit in (*((old, longest) for old in asked), *((each.task, each.max_new_tokens) for each in old_texts)):
+        answers += [len(encode_answer(tokenizer, old, label, limit)) for label in old.labels]
+        answers += [] if old.labels else [limit]
     return BatchShape(num_rows=num_rows, num_tokens=max(prompts) + max(answers), num_answer_tokens=max(answers))
 
 

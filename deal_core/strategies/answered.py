@@ -17,15 +17,15 @@ from deal_core.strategies.strategy import TaskContext
 
 def answered(
     model: PeftModel, context: TaskContext, asked: Sequence[tuple[TaskSchema, list[str]]], *, max_prompt_tokens: int,
-    temperature: float = 1.0,
+    max_new_tokens: int, temperature: float = 1.0,
 ) -> list[Question]:
     """Questions about texts under each task's instruction, with the model's answers, in the order of the texts."""
-    tokenizer, train, evaluate = context.base.tokenizer, context.train, EvaluateConfig()
+    tokenizer, evaluate = context.base.tokenizer, EvaluateConfig()
     prompts: list[list[int]] = []
     limits: list[int] = []
     for old, drawn in asked:
         prompts += [encode_prompt(tokenizer, old, text, max_prompt_tokens) for text in drawn]
-        limits += [answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=train.max_answer_tokens))] * len(drawn)
+        limits += [answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=max_new_tokens))] * len(drawn)
     questions: dict[int, Question] = {}
     for batch, answers, logits_BKV in generate(
         model, tokenizer, prompts, max(limits, default=1), max_batch_tokens=evaluate.max_batch_tokens, with_logits=True

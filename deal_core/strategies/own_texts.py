@@ -84,7 +84,10 @@ def _asked(
     inputs = list(texts.rows["input"])
     if num_each is not None:
         inputs = generator.sample(inputs, min(num_each, len(inputs)))
-    return answered(model, context, [(texts.task, inputs)], max_prompt_tokens=texts.max_prompt_tokens)
+    return answered(
+        model, context, [(texts.task, inputs)], max_prompt_tokens=texts.max_prompt_tokens,
+        max_new_tokens=texts.max_new_tokens,
+    )  # fmt: skip
 
 
 def answers_name(task: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from peft import PeftModel
 from torch import Tensor
 
-from deal_core.config import MAX_OWN_TEXTS
+from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig, TrainConfig
 from deal_core.data.order import spread
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import RehearsalConfig
@@ -82,6 +82,11 @@ def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema
     by_wording = {_wording(old): old for old in askable if old.name != new.name}
     by_wording.pop(_wording(new), None)
     return list(by_wording.values())
+
+
+def longest_old_answer(train: TrainConfig) -> int:
+    """Return the most tokens of an answer about the new task's texts: the old task's answers may be the longer ones."""
+    return max(train.max_answer_tokens, EvaluateConfig().max_new_tokens)
 
 
 def num_answered(
@@ -162,7 +167,8 @@ def _on_new_texts(
 
     drawn = [(old, draw(seed)) for old, seed in olds]
     in_order = answered(
-        model, context, drawn, max_prompt_tokens=context.train.max_prompt_tokens, temperature=config.temperature
-    )
+        model, context, drawn, max_prompt_tokens=context.train.max_prompt_tokens,
+        max_new_tokens=longest_old_answer(context.train), temperature=config.temperature,
+    )  # fmt: skip
     size = len(in_order) // max(1, len(olds))
     return [in_order[start * size : (start + 1) * size] for start in range(len(olds))]

@@ -65,6 +65,8 @@ class TaskTexts:
     rows: Dataset
     """Columns input and output; of the outputs, only how often each label occurs is used."""
     max_prompt_tokens: int
+    max_new_tokens: int
+    """Longest answer of the task. It is that of its first arrival, whatever later arrivals of other tasks have."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,14 @@ class TextsFile:
     task: TaskSchema
     file: Path
     max_prompt_tokens: int
+    max_new_tokens: int
 
     def read(self) -> TaskTexts:
         """Return the texts. The rows stay on disk and are memory-mapped."""
-        return TaskTexts(task=self.task, rows=read_rows(self.file), max_prompt_tokens=self.max_prompt_tokens)
+        return TaskTexts(
+            task=self.task, rows=read_rows(self.file), max_prompt_tokens=self.max_prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,10 +56,14 @@ def recentre_adapter(
         rehearsal = Rehearsal(
             [sets], collate, num_rows=train.batch_size, weight=1.0, temperature=1.0, seed=train.seed
         )
+        if train.gradient_checkpointing:
+            base.model.gradient_checkpointing_enable({"use_reentrant": False})
         _learn(model, rehearsal, train, on_stage)
         save_adapter(model, folder, load_method_state(folder), base_name=base.name)
     finally:
         model.unload()
+        if train.gradient_checkpointing:
+            base.model.gradient_checkpointing_disable()
     worst = max(range(len(tasks)), key=shifts.__getitem__)
     return (
         f"re-centred the labels of {len(tasks)} tasks in {train.recentre_steps} steps; before, "

@@ -183,6 +183,8 @@ def train_adapter(
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
+        if train.gradient_checkpointing:
+            base.model.gradient_checkpointing_disable()
 
 
 def _with_adapter(base: BaseModel, setup: TrainingSetup, parent_folder: Path | None) -> PeftModel:

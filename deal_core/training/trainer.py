@@ -92,7 +92,7 @@ def training_arguments(
         save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
         save_steps=max(save_steps, 1),
         save_total_limit=None,  # `_save_checkpoint` removes old ones
-        seed=train.seed,
+        seed=train.seed % 2**32,  # NumPy takes no others
         gradient_checkpointing=train.gradient_checkpointing,
         report_to=[] if reporting is None else [*train.report_to],
         project="huggingface" if reporting is None else reporting.project,

@@ -120,7 +120,7 @@ def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTex
 
     return [
         TaskTexts(task=known.schema, rows=spared_rows(load_test_set(store, known)).rows,
-                  max_prompt_tokens=known.max_prompt_tokens)
+                  max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens)
         for known in tasks
         if forgotten_tests(store, known.schema.name, known.dataset_uri) is None
     ]  # fmt: skip

@@ -139,7 +139,9 @@ def _old_texts(store: ObjectStore, job: AdaptationJob, setup: TrainingSetup, fol
         if len(each.rows):
             file = folder / f"{number}.parquet"
             each.rows.select_columns(["input", "output"]).to_parquet(file)
-            files.append(TextsFile(task=each.task, file=file, max_prompt_tokens=each.max_prompt_tokens))
+            files.append(TextsFile(
+                task=each.task, file=file, max_prompt_tokens=each.max_prompt_tokens, max_new_tokens=each.max_new_tokens
+            ))  # fmt: skip
     return tuple(files)
 
 

@@ -169,6 +169,18 @@ def test_one_pass_sets_the_gradients_of_loss_and_penalty(name, block_bytes, monk
         torch.testing.assert_close(torch.stack(targets), out, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("a", [8, 20])
+def test_a_steep_wall_has_finite_gradients(a, monkeypatch):
+    """The paper's grid goes up to 20. Free columns of B start at zero, so their relative deviation has no bound."""
+    whole = lambda side: iter([(slice(0, len(side.start_MNR)), side.start_MNR.shape[2])])  # noqa: E731 as on a GPU
+    monkeypatch.setattr(factor.SpectralFactor, "_blocks", whole)
+    network, stack = network_of(DealConfig(a=a, b=2))
+    step(network, stack, 3)
+    penalty = torch.autograd.grad(network.penalty(), list(network.parameters()), allow_unused=True)
+    for found in (*(parameter.grad for parameter in network.parameters()), *penalty):
+        assert found is None or torch.isfinite(found).all()
+
+
 def penalty_gradients(config: DealConfig) -> list[Tensor]:
     network, stack = network_of(config)
     step(network, stack, 5)

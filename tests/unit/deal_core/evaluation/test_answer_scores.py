@@ -36,6 +36,7 @@ WORDS = st.lists(st.sampled_from("abc"), max_size=7)
         (" Card Lost\n", "card lost", True),
         ("STRASSE", "straße", True),
         ("card  lost", "card lost", False),
+        ("re\u0301clamation", "r\u00e9clamation", True),
         ("", "a", False),
     ],
 )
@@ -87,6 +88,15 @@ def test_rouge_l_knows_words_of_every_script() -> None:
         ("discard it", "card", 0),
         ("C++!", "c++", 1),
         ("答案是北京。", "北京", 1),
+        ("It costs 5.", "5", 1),
+        ("pages 3-5", "5", 1),
+        ("$5, or 6", "5", 1),
+        ("The total is 5.75 euros.", "5", 0),
+        ("a ratio of 0.5", "5", 0),
+        ("1,500 euros", "500", 0),
+        ("the answer is -5", "5", 0),
+        ("−5", "5", 0),
+        ("the answer is -5", "-5", 1),
     ],
 )
 def test_an_answer_contains_the_reference_as_whole_words(answer: str, expected: str, score: int) -> None:

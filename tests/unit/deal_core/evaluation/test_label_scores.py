@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM
 
 from benchmarks.method.protocol import ranking_auc
 from deal_core.adapter.state import adapter_on
@@ -46,6 +46,14 @@ def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, 
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert len(set(found.argmax(1).tolist())) > 1 or found.std() > 0.1
     assert sum(seen) == len(TEXTS) and (len(seen) > 1) == (max_batch_tokens == 64), "told batch by batch"
+
+
+@torch.no_grad()
+def test_positions_that_count_padding_give_them_too(base):
+    torch.manual_seed(0)
+    model = MptForCausalLM(MptConfig(vocab_size=base.model.config.vocab_size, d_model=32, n_heads=2, n_layers=2)).eval()
+    found = label_log_probs(model, base.tokenizer, TASK, TEXTS, EvaluateConfig(), max_prompt_tokens=64)
+    torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ FIRST = RehearsalConfig(texts="own", answers="first")
 
 def texts(task: TaskSchema, outputs: Sequence[str]) -> TaskTexts:
     rows = [{"input": f"{task.name} number {number}", "output": output} for number, output in enumerate(outputs)]
-    return TaskTexts(task=task, rows=Dataset.from_list(rows), max_prompt_tokens=64)
+    return TaskTexts(task=task, rows=Dataset.from_list(rows), max_prompt_tokens=64, max_new_tokens=50)
 
 
 @pytest.fixture
@@ -123,6 +124,17 @@ def test_a_task_without_labels_is_held_to_the_parents_own_words(asked, base, par
         assert list(each.answer_ids) == list(answer[: len(each.answer_ids)])
 
 
+@pytest.mark.parametrize("config", [OWN, RehearsalConfig()])
+def test_a_new_tasks_short_answers_do_not_cut_those_of_an_old_task(arrive, monkeypatch, config):
+    own = [texts(STORY, ["whatever was right"] * 6)] if config == OWN else []
+    lengths = []
+    for limit in (50, 2):
+        monkeypatch.setattr(sys.modules[__name__], "LONG", replace(LONG, max_answer_tokens=limit))
+        found, _ = arrive([STORY], own, config)
+        lengths.append([len(each.answer_ids) for kind in found.kinds for questions in kind for each in questions])
+    assert max(lengths[0]) > 2 and lengths[1] == lengths[0]
+
+
 def test_the_labels_of_the_texts_themselves_are_not_learned(parent, train):
     """Only the counts of the labels are used, so other rows may have them."""
     first, second = texts(SIZES, ["large"] * 3 + ["small"] * 9), texts(SIZES, ["small"] * 9 + ["large"] * 3)
@@ -206,7 +218,7 @@ def test_a_killed_run_ends_with_the_same_losses(parent, train, killed_and_resume
 
 def test_a_plan_counts_the_longest_text_of_an_old_task(base, task, rows):
     long = TaskTexts(task=SIZES, rows=Dataset.from_dict({"input": ["and more " * 40], "output": ["large"]}),
-                     max_prompt_tokens=60)  # fmt: skip
+                     max_prompt_tokens=60, max_new_tokens=50)  # fmt: skip
     alone, with_texts = (
         longest_of(rows(12), base.tokenizer, task, (SIZES,), LONG, 8, each).num_tokens for each in ((), [long])
     )

@@ -106,7 +106,7 @@ def test_two_processes_equal_one(base, job, rows, tmp_path):
     file.parent.mkdir()
     rows(12, first=100).to_parquet(str(file))
     own = replace(job.setup, method=MethodConfig(rehearsal=RehearsalConfig(texts="own")))
-    texts = (TextsFile(task=old, file=file, max_prompt_tokens=64),)
+    texts = (TextsFile(task=old, file=file, max_prompt_tokens=64, max_new_tokens=50),)
     job = replace(job, setup=own, old_texts=texts)
     two = train_in_processes(job, tmp_path / "ranks")
     one = train_in_one(base, job, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ CLOSING = TrainConfig(recentre_steps=40, batch_size=8, learning_rate=2e-2, max_p
 
 
 def texts_of(task, rows: Dataset) -> TaskTexts:
-    return TaskTexts(task=task, rows=rows, max_prompt_tokens=64)
+    return TaskTexts(task=task, rows=rows, max_prompt_tokens=64, max_new_tokens=50)
 
 
 def shares(base, task, folder: Path, texts: TaskTexts) -> np.ndarray:
@@ -69,6 +70,25 @@ def test_only_the_counts_of_the_labels_are_used(base, task, rows, favours_red, t
         recentre_adapter(base, folder, [replace(texts, rows=rows)], CLOSING)
         results.append(load_file(folder / "adapter_model.safetensors"))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_activations_are_recomputed_if_the_training_does_that(base, task, rows, parent, tmp_path):
+    texts, results, seen = texts_of(task, rows(12, first=1000)), [], []
+    closing = replace(CLOSING, recentre_steps=2)
+
+    def note(layer, *_) -> None:
+        if layer.training:
+            seen.append(base.model.is_gradient_checkpointing)
+
+    for recomputes in (False, True):
+        folder = shutil.copytree(parent, tmp_path / str(recomputes))
+        with base.model.model.layers[0].input_layernorm.register_forward_hook(note):
+            recentre_adapter(base, folder, [texts], replace(closing, gradient_checkpointing=recomputes))
+        results.append(load_file(folder / "adapter_model.safetensors"))
+    assert seen.count(True) == 2 * closing.recentre_steps, "once forward, once again for the backward pass"
+    for name, plain in results[0].items():
+        torch.testing.assert_close(results[1][name], plain, rtol=1e-4, atol=1e-5)
+    assert not base.model.is_gradient_checkpointing
 
 
 def test_what_the_strategy_keeps_stays(base, task, rows, parent, train):

@@ -147,6 +147,12 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_losses(base, paren
         saved = train("deal", parent, train=replace(SHORT, gradient_checkpointing=True))
     assert calls == 2 * SHORT.max_steps  # once forward, once again for the backward pass
     assert saved.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert train("deal", parent, train=SHORT).losses == plain.losses, "the base model is as it was"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**53])
+def test_every_seed_that_the_settings_take_trains(train, seed):
+    assert len(train("deal", train=replace(SHORT, max_steps=1, seed=seed)).losses) == 1
 
 
 @pytest.mark.parametrize(
