@@ -157,7 +157,7 @@ def _known_secrets(environment: Mapping[str, str]) -> set[str]:
 
 def _secrets_of(name: str, value: str) -> Iterator[str]:
     if _SECRET_NAME.search(name):
-        yield value
+        yield from (value, value.strip())  # a file's last line break is not part of a token
         yield value.partition(":")[2] if name.upper().endswith("AUTH_STRING") else ""
         if "://" in value:
             path = urlsplit(value).path.strip("/")

@@ -245,6 +245,11 @@ class Lineage:
         return run_command(arguments, self._environment, self._show)
 
 
+def _token(environment: Mapping[str, str]) -> str:
+    """Return the token that the server asks for, as it reads it; "": none."""
+    return (environment.get(KEY) or os.environ.get(KEY) or "").strip()
+
+
 class _Server:
     """A `deal serve` of this program. It ends with the object, or with the program."""
 
@@ -252,7 +257,7 @@ class _Server:
         command = Command(["serve", "--lineage", lineage, "--port", "0"], environment)
         self._process = command.process
         self.close = weakref.finalize(self, end, command.process)
-        self._key = environment.get(KEY) or os.environ.get(KEY)
+        self._key = _token(environment)
         for line in command.output:
             event = json.loads(line)
             if "url" in event:

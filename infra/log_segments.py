@@ -52,6 +52,10 @@ NUM_READERS = 8
 """Segments that are read from the store at the same time."""
 
 
+class LocalSegmentError(StoreError):
+    """A segment on this machine cannot be used."""
+
+
 @dataclass(frozen=True)
 class Log:
     """One kind of log of a lineage, in a home folder and in a store."""
@@ -147,16 +151,22 @@ def new_segment() -> str:
 def ship(store: ObjectStore, log: Log, *, everything: bool = False) -> int:
     """Move the segments of this machine that are no longer written, or all, into the store; return their number.
 
-    The writer of a segment that was moved goes on with a new one.
+    The writer of a segment that was moved goes on with a new one. A segment that cannot be used stays, and the others
+    are moved; the first such error is raised in the end.
     """
-    num_shipped = 0
+    num_shipped, errors = 0, list[LocalSegmentError]()
     finished = f"{datetime.now(UTC) - timedelta(seconds=SEGMENT_SECONDS):{TIME_FORM}}"
     for path in log.segments():
         if everything or path.name < finished:
-            with _usable(path), suppress(*TAKEN), _locked(path, "rb", waits=True):
-                put_table(store, log, path.stem, read_segment(path, log.schema))
-                path.unlink()
-                num_shipped += 1
+            try:
+                with _usable(path), suppress(*TAKEN), _locked(path, "rb", waits=True):
+                    put_table(store, log, path.stem, read_segment(path, log.schema))
+                    path.unlink()
+                    num_shipped += 1
+            except LocalSegmentError as error:
+                errors.append(error)
+    if errors:
+        raise errors[0]
     return num_shipped
 
 
@@ -172,18 +182,19 @@ def put_table(store: ObjectStore, log: Log, segment: str, table: pa.Table) -> No
 
 
 def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read a segment on this machine; raise FileNotFoundError if it was moved. A half-written line is skipped."""
+    """Read a segment on this machine; raise FileNotFoundError if it was moved. A damaged line is skipped."""
     with _usable(path):
         content = path.read_bytes()
     *lines, _ = content.split(b"\n")  # after the last line end stands nothing, or a half-written line
     rows = []
     for line in lines:
         with suppress(ValueError):  # a power cut may leave such lines
-            rows.append(json.loads(line))
+            if isinstance(row := json.loads(line), dict):
+                rows.append(row)
     try:
         return pa.Table.from_pylist(rows, schema=schema)
     except (pa.ArrowException, AttributeError, TypeError):
-        raise StoreError(f"{path} has a row of another form; move the file elsewhere.") from None
+        raise LocalSegmentError(f"{path} has a row of another form; move the file elsewhere.") from None
 
 
 def get_table(store: ObjectStore, key: str, log: Log, columns: Sequence[str] | None = None) -> pa.Table:
@@ -275,12 +286,12 @@ def _locked(path: Path, mode: Literal["rb", "r+b", "xb"], *, waits: bool = False
 
 @contextmanager
 def _usable(path: Path) -> Iterator[None]:
-    """Raise StoreError if a file of a log cannot be used, for example because another user owns it."""
+    """Raise LocalSegmentError if a file of a log cannot be used, for example because another user owns it."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StoreError(
+        raise LocalSegmentError(
             f"{path} cannot be used ({error.strerror}); give the command as the user who runs deal serve."
         ) from None

@@ -129,7 +129,7 @@ def normal_chat(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages that a client asks with, in the form in which rows are stored; their order is not checked."""
     normal = [{**each, "content": normal_line_ends(each["content"] or "")} for each in messages]
     for message in normal:
-        if calls := _normal_calls(message.get("tool_calls")):
+        if calls := normal_calls(message.get("tool_calls")):
             message["tool_calls"] = calls
     return normal
 
@@ -178,7 +178,7 @@ def _add_tools(messages: Sequence[Message], cells: Sequence[Mapping[str, Any]], 
         return "the last message calls a tool and has no text, so there is no answer to learn"
     for message, cell, calls_tool, after in zip(messages, cells, calling, followers, strict=True):
         if calls_tool:
-            calls = _normal_calls(cell["tool_calls"])
+            calls = normal_calls(cell["tool_calls"])
             if calls is None:
                 return f"tool_calls is not a list of {_CALL}"
             if after != "tool":
@@ -200,7 +200,7 @@ def _add_tools(messages: Sequence[Message], cells: Sequence[Mapping[str, Any]], 
     return None if tools is None or tools == "" else "tools is not a list of tools"
 
 
-def _normal_calls(calls: object) -> list[Message] | None:
+def normal_calls(calls: object) -> list[Message] | None:
     """Tool calls in the form that chat templates expect, with arguments as an object; None if they are malformed."""
     plain = _plain_json(calls)
     if not isinstance(plain, list) or not all(isinstance(call, dict) for call in plain):

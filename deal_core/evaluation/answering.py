@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from deal_core.data.chats import as_messages
+from deal_core.data.chats import as_messages, normal_calls
 from deal_core.data.check import normal_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
@@ -115,4 +115,5 @@ def _is_message(message: Mapping[str, Any]) -> bool:
         {"role", "content"} <= rest.keys()
         and all(isinstance(value, str) for value in rest.values())
         and all(isinstance(each, list) and all(isinstance(part, dict) for part in each) for each in lists)
+        and normal_calls(message.get("tool_calls", [])) is not None
     )

@@ -99,22 +99,26 @@ class Champion:
         """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`.
 
         In a canary's rollout, requests with the same `key` go to the same version. `version` is the version that the
-        request names, if it names one.
+        request names, if it names one. The champion may move while it computes: an answer of another version than the
+        named one is not logged, and the caller must not return it.
         """
         assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)
-        if (found := self.rollout.ask(named, served, is_given_up, key, version)) is not None:
-            return found._replace(served=served)
+        tried = self.rollout.ask(named, served, is_given_up, key, version)
+        if isinstance(tried, Answered):
+            return tried._replace(served=served)
         try:
             answered = self._answerer.ask(rows, is_given_up)
-        except (ConfigError, GivenUpError):
+        except (ConfigError, GivenUpError):  # what both versions refuse counts for neither
             raise
         except Exception:
+            self.rollout.count(tried)
             if self.log is not None and self.rollout.trial is not None:  # a rollout compares failures too
                 self.log.note_failure(rows, served, self._answerer.version, time.perf_counter() - begun)
             raise
-        if self.log is None:
+        self.rollout.count(tried)
+        if self.log is None or version not in (None, answered.version):
             return answered
         answered = self.log.note(rows, answered, time.perf_counter() - begun)
         self.rollout.copy(named, answered, key)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
 
+from deal_core.data.chats import normal_calls
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedVersion
@@ -287,7 +288,7 @@ def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[
     messages = values.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise _wrong("messages is no list of messages; give role and content for each.")
-    read = [{"role": str(each.get("role")), "content": _content(each)} for each in messages]
+    read = [_message(each) for each in messages]
     if takes_chat:
         return [json.dumps(read, ensure_ascii=False)]
     if [each["role"] for each in read] != ["user"]:
@@ -297,8 +298,22 @@ def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[
     return [read[0]["content"]]
 
 
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with the keys that rows of chats are stored with (see `deal_core.data.chats`)."""
+    role, calls = message.get("role"), message.get("tool_calls")
+    if not isinstance(role, str):
+        raise _wrong("A message's role is no text; give role and content for each message.")
+    if calls and normal_calls(calls) is None:
+        raise _wrong('tool_calls is no list of {"function": {"name": …, "arguments": …}}.')
+    names = ("tool_calls", "tool_call_id", "name") if role == "tool" else ("tool_calls",)
+    kept = {name: message[name] for name in names if message.get(name)}  # clients send null for what is not there
+    return {"role": role, "content": _content(message), **kept}
+
+
 def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
     parts = content if isinstance(content, list) else []
     if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
         return "\n".join(part["text"] for part in parts)  # as training joins them

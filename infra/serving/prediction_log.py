@@ -12,8 +12,9 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
@@ -163,25 +164,34 @@ class PredictionLog:
         return found
 
     def _ship(self) -> None:
-        told, cleaned = "", -CLEAN_SECONDS
+        told, cleaned = set[str](), -CLEAN_SECONDS
         is_last = False
         while not is_last:
             if is_last := self._ended.is_set():
                 self._writer.join()
-            try:
-                for log in self._logs:
-                    ship(self._store, log, everything=is_last)
-                if not is_last and time.monotonic() - cleaned >= CLEAN_SECONDS:
-                    for log in self._logs:
-                        remove_beyond_retention(self._store, log, days=self._retention_days)
-                    cleaned = time.monotonic()
-                told = ""
-            except Exception as error:  # the thread must not end; the segments wait on the disk
-                if str(error) != told:
-                    LOG.warning("Segments of the prediction log were not moved into the store: %s", error,
-                                exc_info=not isinstance(error, DealError | OSError))
-                told = str(error)
+            errors = _errors_of(partial(ship, self._store, log, everything=is_last) for log in self._logs)
+            if not is_last and time.monotonic() - cleaned >= CLEAN_SECONDS:
+                remove = partial(remove_beyond_retention, self._store, days=self._retention_days)
+                unremoved = _errors_of(partial(remove, log) for log in self._logs)
+                errors += unremoved
+                cleaned = cleaned if unremoved else time.monotonic()
+            for error in errors:
+                if str(error) not in told:
+                    LOG.warning("Segments of the prediction log were not moved or removed: %s", error,
+                                exc_info=None if isinstance(error, DealError | OSError) else error)
+            told = {str(error) for error in errors}
             self._ended.wait(SHIP_SECONDS)
+
+
+def _errors_of(steps: Iterable[Callable[[], object]]) -> list[Exception]:
+    """Take steps that do not need each other, and return their errors: the thread must not end."""
+    found: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            found.append(error)
+    return found
 
 
 def open_prediction_log(home: Path, lineage: str) -> PredictionLog | None:

@@ -11,7 +11,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
@@ -58,8 +57,20 @@ class Copy(NamedTuple):
     """The ids of its answers."""
 
 
+class Refused(NamedTuple):
+    """A request that the candidate has refused. The arguments of `PredictionLog.note_failure`."""
+
+    rows: Sequence[InputRow]
+    served: ServedVersion
+    version: str
+    seconds: float
+
+
 class Rollout:
-    """The candidate of one server. `keep_up` loads and removes it; the other methods never fail a request."""
+    """The candidate of one server. `keep_up` loads and removes it.
+
+    The other methods fail no request, except one that names the candidate's version.
+    """
 
     def __init__(
         self, registry: Registry, lineage: str, answerer: Answerer, log: PredictionLog | None,
@@ -110,12 +121,14 @@ class Rollout:
     def ask(
         self, rows: Sequence[InputRow], served: ServedVersion, is_given_up: Callable[[], bool], key: str | None,
         version: str | None,
-    ) -> Answered | None:
-        """Let the candidate answer a request of the canary's share; None: the champion (`served`) has to answer.
+    ) -> Answered | Refused | None:
+        """Let the candidate answer a request of the canary's share; otherwise the champion (`served`) has to answer.
 
         Each row names its task; a task that the champion does not know is not the candidate's to answer. Requests with
         the same `key` go to the same version; without a key, the same requests do. `version` is the version that the
-        request names, if it names one.
+        request names, if it names one. Then the candidate's error is raised, as the champion must not answer instead.
+
+        A refusal is returned; the caller gives it to `count`, unless the champion refuses the request too.
         """
         trial = self.trial
         if trial is None or trial.kind != "canary" or version not in (None, trial.version):
@@ -124,7 +137,20 @@ class Rollout:
             return None
         if any(served.task(row.task) is None for row in rows):
             return None
-        return self._ask(trial, rows, is_given_up)
+        begun = time.perf_counter()
+        try:
+            return self._ask(trial, rows, is_given_up)
+        except Exception as error:
+            if version is not None:
+                raise
+            _report(error, trial)
+            is_refused = isinstance(error, ConfigError)
+            return Refused(rows, served, trial.version, time.perf_counter() - begun) if is_refused else None
+
+    def count(self, refused: Refused | None) -> None:
+        """Log a refusal as the candidate's failure; None: there is none."""
+        if refused is not None and self._log is not None:
+            self._log.note_failure(*refused)
 
     def copy(self, rows: Sequence[InputRow], answered: Answered, key: str | None) -> None:
         """Let the shadow answer a copy of a request later. If too many wait, there is no copy."""
@@ -186,27 +212,42 @@ class Rollout:
 
     def _ask(
         self, trial: Trial, rows: Sequence[InputRow], is_given_up: Callable[[], bool], copy: Copy | None = None
-    ) -> Answered | None:
-        """Let the candidate answer, and log what comes of it; None: there is no answer."""
+    ) -> Answered:
+        """Let the candidate answer, and log the answer or the failure. The refusal of a request is not logged.
+
+        The champion has answered what is copied, so there a refusal is a failure.
+        """
         assert self._log is not None, "there is no trial without a log"
         begun, served = time.perf_counter(), copy.served if copy else self._answerer.served
         ids = copy.ids if copy else ()
         try:
             answered = self._answerer.ask(rows, is_given_up, by_candidate=True, in_background=copy is not None)
         except GivenUpError:
-            return None
+            raise
         except Exception as error:
-            if not isinstance(error, ConfigError):
-                LOG.exception("Version %s failed on a request", trial.version)
-            self._log.note_failure(rows, served, trial.version, time.perf_counter() - begun, ids)
-            return None
+            if copy is not None or not isinstance(error, ConfigError):
+                self._log.note_failure(rows, served, trial.version, time.perf_counter() - begun, ids)
+            raise
+        if answered.version != trial.version:  # another candidate has taken its place meanwhile
+            raise GivenUpError(f"Version {trial.version} is not tried any more; ask again.")
         return self._log.note(rows, answered, time.perf_counter() - begun, ids)
 
     def _answer_copies(self) -> None:
         while not self._ended.is_set():
-            with suppress(Empty):
+            try:
                 copy = self._copies.get(timeout=LOOK_SECONDS)
+            except Empty:
+                continue
+            try:
                 self._ask(copy.trial, copy.rows, lambda trial=copy.trial: self.trial != trial, copy)  # type: ignore[misc]
+            except Exception as error:  # the thread must not end
+                _report(error, copy.trial)
+
+
+def _report(error: Exception, trial: Trial) -> None:
+    """Write what broke into the server's log. Requests that were refused or given up are no defect."""
+    if not isinstance(error, ConfigError | GivenUpError):
+        LOG.error("Version %s failed on a request", trial.version, exc_info=error)
 
 
 def with_tasks(rows: Sequence[InputRow], served: ServedVersion) -> list[InputRow]:

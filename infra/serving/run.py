@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -18,6 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deal_core.errors import ConfigError
+from deal_core.safe_text import brief
 from infra.logs import MAX_BYTES
 from infra.serving.champion import Champion, Say
 from infra.serving.prediction_log import LOG, open_prediction_log
@@ -34,6 +36,8 @@ GRACE_SECONDS = 10
 JOIN_SECONDS = 1.0
 API_KEY = "DEAL_SERVE_API_KEY"
 EVERYWHERE = ("0.0.0.0", "::", "")
+HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w.-]+|\[[\da-f]*:[\da-f.:]+\]", re.ASCII | re.IGNORECASE)
+"""A trusted host: *, a name, *. and a name, or an IPv6 address in brackets, as in the header of a request."""
 
 
 def serve(
@@ -52,11 +56,11 @@ def serve(
         Whether all threads have ended. False: a thread waits for MLflow and would delay the process's end by minutes.
 
     Raises:
-        ConfigError: The server cannot listen on the address, the lineage has no valid name, or DEAL_SERVE_API_KEY is
-            empty.
+        ConfigError: The server cannot listen on the address, the lineage or a trusted host has no valid name, or
+            DEAL_SERVE_API_KEY is empty.
         DealError: The champion cannot be loaded; see `Champion.begin`.
     """
-    api_key = _api_key(host, say)
+    api_key, trusted = _api_key(host, say), _trusted(host, trusted_hosts)
     listener = _listen(host, port)
     log = open_prediction_log(home, lineage)
     champion, ended = Champion(lineage, say, log, settle), threading.Event()
@@ -69,7 +73,7 @@ def serve(
             if log is not None:
                 log.start()  # not before: now the lineage is known
             ready(_url(listener), str(champion.version))
-            app = make_app(champion, _trusted(host, trusted_hosts), api_key)
+            app = make_app(champion, trusted, api_key)
             make_server(app).run([listener])
         finally:
             ended.set()
@@ -82,13 +86,13 @@ def serve(
 
 
 def _api_key(host: str, say: Say) -> str | None:
-    """Return the token that clients must send; None: none."""
+    """Return the token that clients must send, without white space around it; None: none."""
     if not os.environ.get(API_KEY, "x").strip():
         raise ConfigError(f"{API_KEY} is empty, so every client would be answered; give a token, or unset it.")
     secret = ServingSettings().serve_api_key
     if secret is None and host not in (*LOOPBACK_NAMES, "::1"):
         say(f"Clients need no token, and {host} may be reached by other machines; set {API_KEY}.")
-    return None if secret is None else secret.get_secret_value()
+    return None if secret is None else secret.get_secret_value().strip()
 
 
 def make_server(app: Any) -> uvicorn.Server:
@@ -173,8 +177,20 @@ def _logged_to(path: Path) -> Iterator[None]:
 
 
 def _trusted(host: str, more: Sequence[str]) -> list[str]:
-    own = [] if host in EVERYWHERE else [f"[{host}]" if ":" in host else host]
-    return [*LOOPBACK_NAMES, *own, *more]
+    """Return the host names that clients may use; raise ConfigError if one of `more` can match no request."""
+    names = [_in_brackets(name) for name in more]
+    for name in names:
+        if not HOST_PATTERN.fullmatch(name):
+            raise ConfigError(
+                f"The trusted host is {brief(name)}; give a name without a port, such as model.example, or *.example "
+                "for all names below it, or * for all hosts."
+            )
+    return [*LOOPBACK_NAMES, *([] if host in EVERYWHERE else [_in_brackets(host)]), *names]
+
+
+def _in_brackets(host: str) -> str:
+    """Return a host as requests name it: an IPv6 address in brackets."""
+    return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
 
 
 def _url(listener: socket.socket) -> str:

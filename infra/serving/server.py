@@ -30,6 +30,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -128,7 +129,21 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
             Route("/metrics", metrics),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
+        exception_handlers={404: _refuse_route, 405: _refuse_route},
     )
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    """Answer a request for a path or with a method that the server does not have."""
+    assert isinstance(error, HTTPException)
+    path, headers = request.url.path, error.headers or {}
+    message = f"{path[:100]} takes no {request.method[:20]}; send {headers.get('Allow')}."
+    if error.status_code == 404:
+        known = ", ".join(route.path for route in request.app.routes)
+        message = f"There is no {path[:100]} here; the paths are {known}."
+    is_api = path == "/v1" or path.startswith("/v1/")
+    body = api_refusal(RefusalError(error.status_code, message)) if is_api else {"error": message}
+    return JSONResponse(body, error.status_code, headers)
 
 
 def _require_key(request: Request, api_key: str | None) -> None:

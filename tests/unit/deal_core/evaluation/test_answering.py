@@ -39,6 +39,7 @@ def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version:
         (InputRow('[{"role": "user"}]', "help"), "Row 2 is of the chat task"),
         (InputRow('[{"role": "user", "content": null}]', "help"), "Row 2 is of the chat task"),
         (InputRow('[{"role": "user", "content": "a", "tools": "add"}]', "help"), "Row 2 is of the chat task"),
+        (InputRow('[{"role": "user", "content": "a", "tool_calls": [{"function": 3}]}]', "help"), "Row 2 is of the"),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: InputRow, message: str) -> None:

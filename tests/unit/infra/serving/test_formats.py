@@ -45,6 +45,48 @@ def test_a_task_of_chats_takes_every_message(client: openai.OpenAI) -> None:
     assert [message["content"] for message in asked] == ["s", "a text", "ok", "more\ntext"]
 
 
+def test_a_chat_with_tools_keeps_what_its_task_is_stored_with(client: openai.OpenAI) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"x": 1}'}}
+    asked = [
+        {**USER, "name": "jo"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "found", "tool_call_id": "c1", "name": "find"},
+        {"role": "assistant", "content": "ok", "tool_calls": None}, USER,
+    ]  # fmt: skip
+    answer = client.chat.completions.create(model="l/talk", messages=asked)  # type: ignore[arg-type]
+    assert json.loads(answer.choices[0].message.content.lower()) == [  # type: ignore[union-attr]
+        USER, {"role": "assistant", "content": "", "tool_calls": [call]}, asked[2],
+        {"role": "assistant", "content": "ok"}, USER,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ({"content": "a text"}, "role is no text"),
+        ({"role": None, "content": "a text"}, "role is no text"),
+        ({"role": "assistant", "content": None}, "content is no text"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "content is no text"),
+        ({"role": "assistant", "content": None, "tool_calls": "find"}, "tool_calls is no list"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"function": "find"}]}, "tool_calls is no list"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": 3}}]}, "tool_calls is no list"),
+    ],
+)
+def test_a_message_of_another_form_is_refused(
+    client: openai.OpenAI, message: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=sentence):
+        client.chat.completions.create(model="l/talk", messages=[message, USER])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("POST", "/v1/embeddings", 404), ("GET", "/v1", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405),
+])  # fmt: skip
+def test_what_is_not_below_v1_is_refused_in_openais_form(port: int, method: str, path: str, status: int) -> None:
+    found = httpx.request(method, f"http://127.0.0.1:{port}{path}")
+    assert found.status_code == status
+    assert found.json()["error"].keys() == {"message", "type", "param", "code"} and path in found.text
+
+
 def test_completions_of_several_prompts_keep_their_order(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="l", prompt=["one", "two"])
     assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "ONE"), (1, "TWO")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deal_core.errors import AdapterStateError
+from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow
 from deal_core.evaluation.generation import Confidence
@@ -20,6 +21,7 @@ from deal_core.judging_config import RolloutKind, RolloutTerms
 from infra.predictions import read_predictions
 from infra.serving import rollout as serving
 from infra.serving.champion import Champion
+from infra.serving.formats import Caller, HttpAnswer, RefusalError, complete
 from infra.serving.prediction_log import PredictionLog
 from infra.serving.rollout import Rollout, Trial, with_tasks
 from infra.store.local import FileStore
@@ -30,11 +32,13 @@ ROWS = [InputRow("a", "bank")]
 
 
 class Answerer:
-    """Two versions: the champion answers in capitals, the candidate as it is told."""
+    """Two versions: the champion answers in capitals, the candidate not, unless they are told otherwise."""
 
-    version, served = "1", Served.served
+    served = Served.served
 
     def __init__(self) -> None:
+        self.version = "1"
+        self.answer_of_champion: Callable[[str], str] = str.upper
         self.answer: Callable[[str], str] = lambda text: text
         self.candidate: str | None = None
         self.is_damaged = False
@@ -60,9 +64,9 @@ class Answerer:
             raise GivenUpError("gone")
         if in_background:
             assert self.may_answer.wait(WAIT_SECONDS)
-        answer, version = (self.answer, str(self.candidate)) if by_candidate else (str.upper, self.version)
-        sure = [Confidence(0.5, 0.5)] * len(rows)
-        return Answered([answer(row.input) for row in rows], self.served, version, sure)
+        answers = [*map(self.answer if by_candidate else self.answer_of_champion, [row.input for row in rows])]
+        version = str(self.candidate) if by_candidate else self.version
+        return Answered(answers, self.served, version, [Confidence(0.5, 0.5)] * len(rows))
 
 
 class Registry:
@@ -154,19 +158,90 @@ def test_a_canary_answers_its_users_and_the_names_that_ask_for_it(tmp_path: Path
     assert len(versions) == 1 + 40 * 6 + 1 and {*versions} == {"1", "2"}
 
 
-def test_where_a_canary_fails_the_champion_answers_and_the_log_counts_it(tmp_path: Path, store: FileStore) -> None:
-    def broken(text: str) -> str:
-        raise RuntimeError("no answer")
+def broken(text: str) -> str:
+    raise RuntimeError("no answer")
 
-    with logged(store, tmp_path, Registry()) as server:
+
+def refusing(text: str) -> str:
+    raise ConfigError("The base model's chat template cannot write a chat of task talk.")
+
+
+@pytest.mark.parametrize("failing", [broken, refusing])
+def test_where_a_canary_fails_the_champion_answers_and_the_log_counts_it(
+    tmp_path: Path, store: FileStore, failing: Callable[[str], str]
+) -> None:
+    with logged(store, tmp_path, Registry(share=1.0)) as server:
         server.keep_up()
-        server.answerer.answer = broken
-        found = server.ask(version="2")
+        server.answerer.answer = failing
+        found = server.ask()
         assert (found.version, found.answers) == ("1", ["A"])
-    failed, answered = rows_of(store, tmp_path)
+    failed, answered = sorted(rows_of(store, tmp_path), key=lambda row: str(row["version"]), reverse=True)
     assert (failed["version"], failed["is_failed"], failed["input"]) == ("2", True, None)
     assert (answered["version"], answered["is_failed"]) == ("1", None)
     assert [*read_predictions(store, tmp_path, "l")["version"]] == ["1"]
+
+
+def test_a_request_that_both_versions_refuse_counts_for_neither(tmp_path: Path, store: FileStore) -> None:
+    with logged(store, tmp_path, Registry(share=1.0)) as server:
+        server.keep_up()
+        server.answerer.answer = server.answerer.answer_of_champion = refusing
+        with pytest.raises(ConfigError, match="chat template"):
+            server.ask()
+        server.answerer.answer_of_champion = broken
+        with pytest.raises(RuntimeError):
+            server.ask()
+    rows = {(row["version"], row["is_failed"]) for row in rows_of(store, tmp_path)}
+    assert rows == {("1", True), ("2", True)} and len(rows_of(store, tmp_path)) == 2, "of the second request alone"
+
+
+def test_a_shadow_that_refuses_what_the_champion_has_answered_has_failed(tmp_path: Path, store: FileStore) -> None:
+    with logged(store, tmp_path, Registry("shadow", 1.0)) as server:
+        server.keep_up()
+        server.answerer.answer = refusing
+        (returned,) = server.ask().ids
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not (failed := [row for row in rows_of(store, tmp_path) if row["is_failed"]]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert [(row["version"], row["shadow_of"]) for row in failed] == [("2", returned)]
+
+
+def complete_with(server: Server, model: str) -> HttpAnswer:
+    """POST /v1/completions, without HTTP."""
+    body = json.dumps({"model": model, "prompt": "a"}).encode()
+    return complete(server.champion, body, Caller(lambda: False), is_chat=False)  # type: ignore[arg-type]
+
+
+def test_no_other_version_answers_for_the_canary_that_a_request_names(tmp_path: Path, store: FileStore) -> None:
+    def exchanged(text: str) -> str:
+        server.answerer.candidate = "3"
+        return text
+
+    with logged(store, tmp_path, Registry()) as server:
+        server.keep_up()
+        assert complete_with(server, "l@2").version == "2"
+        for answer, status in ((broken, 500), (refusing, 400), (exchanged, 503)):
+            server.answerer.answer = answer
+            with pytest.raises(RefusalError) as refusal:
+                complete_with(server, "l@2")
+            assert refusal.value.status == status
+    rows = [(row["version"], row["is_failed"]) for row in rows_of(store, tmp_path)]
+    assert rows == [("2", None), ("2", True)], "no row of an answer that nobody got"
+
+
+def test_an_answer_of_a_champion_that_has_moved_is_not_logged(tmp_path: Path, store: FileStore) -> None:
+    def moved(text: str) -> str:
+        server.answerer.version = "7"
+        return text
+
+    with logged(store, tmp_path, Registry("shadow", 1.0)) as server:
+        server.keep_up()
+        server.answerer.answer_of_champion = moved
+        with pytest.raises(RefusalError, match="Version 1 does not answer here; version 7 does") as refusal:
+            complete_with(server, "l@1")
+        assert refusal.value.status == 404
+        assert complete_with(server, "l").version == "7"
+    assert [row["version"] for row in rows_of(store, tmp_path) if not row["shadow_of"]] == ["7"]
 
 
 def test_a_shadow_answers_copies_and_what_it_cannot_do_is_dropped(

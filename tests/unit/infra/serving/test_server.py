@@ -147,6 +147,39 @@ def test_names_are_trusted_that_the_server_was_told() -> None:
     assert set(run._trusted("0.0.0.0", [])) == set(server.LOOPBACK_NAMES)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["*internal", "10.0.0.*", "a.*.example", "**", "model.example:443", "[::1]:5001", "http://model.example", "a/b",
+     "a.example,b.example", ""],
+)  # fmt: skip
+def test_a_trusted_host_that_can_match_no_request_is_refused_before_the_server_listens(
+    name: str, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="The trusted host is"):
+        run.serve(
+            "l", tmp_path, host="127.0.0.1", port=taken.getsockname()[1], trusted_hosts=["a.example", name],
+            say=lambda text: None, ready=lambda url, version: None, settle=lambda: None,
+        )  # fmt: skip
+
+
+def test_names_below_a_name_and_ipv6_addresses_can_be_trusted(champion: Champion, tmp_path: Path) -> None:
+    told = ["*.example", "fe80::1", "[fe80::2]", "my_host-1.internal"]
+    assert run._trusted("127.0.0.1", [*told, "*"])[-1] == "*"
+    with running(champion, tmp_path / "log", *run._trusted("127.0.0.1", told)) as port:
+        for host in ("model.example", "a.b.example:80", f"[fe80::1]:{port}", "[fe80::2]", "my_host-1.internal"):
+            assert httpx.get(f"http://127.0.0.1:{port}/health", headers={"Host": host}).is_success, host
+        for host in ("example", "[fe80::3]", "internal"):
+            assert httpx.get(f"http://127.0.0.1:{port}/health", headers={"Host": host}).status_code == 400, host
+
+
+def test_a_path_or_a_method_that_the_server_does_not_have_is_refused_in_one_sentence(port: int) -> None:
+    url = f"http://127.0.0.1:{port}"
+    assert "There is no /nope here; the paths are /invocations" in httpx.get(f"{url}/nope").json()["error"]
+    wrong = httpx.get(f"{url}/invocations")
+    assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
+    assert wrong.json() == {"error": "/invocations takes no GET; send POST."}
+
+
 def test_what_is_too_large_is_refused_before_it_is_read(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_BODY_BYTES", 1 << 20)
     found = post(port, b"x" * ((1 << 20) + 1))
@@ -287,3 +320,5 @@ def test_an_empty_token_is_refused_and_an_open_door_is_named(monkeypatch: pytest
         _api_key("127.0.0.1", said.append)
     monkeypatch.setenv(API_KEY, "token")
     assert _api_key("0.0.0.0", said.append) == "token" and len(said) == 1
+    monkeypatch.setenv(API_KEY, "token\n")  # as a secret that was made from a file
+    assert _api_key("0.0.0.0", said.append) == "token"
