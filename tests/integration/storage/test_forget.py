@@ -1,303 +1,39 @@
-"""Retention, gc, forget, validation with a lineage's test rows, and bulk prediction, on a base model of two layers."""
+"""`deal forget`, on a base model of two layers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from mlflow import MlflowClient
-from typer.testing import CliRunner
 
 from deal_core.adapter.state import kept_of_tasks
-from deal_core.errors import ConfigError, DataValidationError, DealError, RegistryError, StoreError
-from deal_core.evaluation.answering import InputRow
-from deal_core.monitoring.feedback import read_entry
+from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from deal_core.strategies.own_texts import answers_name
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
-from flows.cli.app import app
 from flows.cli.housekeeping import show_forget_plan
 from flows.forget import forget, plan_forget
-from flows.gc import GcResult, gc
 from flows.requeue import requeue
 from infra.predictions import read_feedback, read_predictions
-from infra.serving.prediction_log import PredictionLog
-from infra.store.keys import log_key
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
-from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
-from tasks.predict import FileAnswers, predict, predict_file
 from tasks.validate import validate
-from tests.adapting import BANK, CLINIC, FAIL, run
-from tests.served import Champion
-
-SECRET = "Zanzibar-4711"
+from tests.adapting import BANK, CLINIC, run
+from tests.integration.storage.conftest import SECRET, holding, keys, land, logged
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
-
-@pytest.fixture(scope="module")
-def kept_home(
-    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, AdaptResult]:
-    """A home whose lineage has learned a landed file by replay, one bad row and one with a secret in it."""
-    folder = tmp_path_factory.mktemp("kept-home")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEAL_HOME", str(folder))
-        return folder, run(tiny_base, land(), strategy="replay", rehearsal={"stored_share": 0.2})
-
-
-@pytest.fixture
-def first(home: Path, kept_home: tuple[Path, AdaptResult]) -> AdaptResult:
-    """The first task's result, in a copy of its home."""
-    folder, result = kept_home
-    shutil.copytree(folder, home, dirs_exist_ok=True)
-    return result
-
-
-def land() -> dict[str, Any]:
-    """Put the bank's rows and its test rows into the inbox; return the task."""
-    store = current_store()
-    bad = json.dumps({"text": "", "label": f"lost card {SECRET}"}) + "\n"
-    good = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"}) + "\n"
-    store.put_bytes("inbox/bank/may.jsonl", (Path(BANK["data"]).read_text() + good + bad).encode())
-    store.put_bytes("inbox/bank/test.jsonl", Path(BANK["test_data"]).read_bytes())
-    return {
-        **BANK, "data": store.uri_of("inbox/bank/may.jsonl"), "test_data": store.uri_of("inbox/bank/test.jsonl")
-    }  # fmt: skip
-
-
-def collect(*arguments: Any, **options: Any) -> GcResult:
-    return asyncio.run(gc(*arguments, **options))
-
-
-def keys(prefix: str) -> list[str]:
-    return [info.key for info in current_store().list(prefix)]
-
-
-# --- retention
-
-
-def test_training_rows_stay_only_where_an_arrival_asks_for_it(tiny_base: Path, first: AdaptResult) -> None:
-    train = f"{first.dataset.uri}/train.parquet"
-    store = current_store()
-    assert not store.exists(train) and store.exists(f"{first.dataset.uri}/test.parquet")
-    test_rows = store.get_bytes(f"{first.dataset.uri}/test.parquet")
-    assert run(tiny_base, land()).status == "repeat"
-    assert not store.exists(train), "a repeated run leaves none"
-    assert store.get_bytes(f"{first.dataset.uri}/test.parquet") == test_rows
-    rejected = run(tiny_base, CLINIC, gate=FAIL)
-    assert not store.exists(f"{rejected.dataset.uri}/train.parquet")
-    retained = run(tiny_base, CLINIC, data={"retain_training_rows": True})
-    assert retained.status == "promoted" and store.exists(f"{retained.dataset.uri}/train.parquet")
-    assert run(tiny_base, CLINIC).status == "repeat"
-    assert "training rows" not in {each.kind for each in collect("l", "0h", dry_run=True).removals}
-    assert store.exists(f"{retained.dataset.uri}/train.parquet")
-
-
-def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_base: Path, first: AdaptResult) -> None:
-    other = run(tiny_base, {**land(), "instruction": "Which one?"}, lineage="m")
-    assert other.dataset.sha256 == first.dataset.sha256 and other.dataset.uri != first.dataset.uri
-    store = current_store()
-    asked = [read_manifest(store, result.dataset.uri).task.instruction for result in (first, other)]
-    assert asked == ["What is it about?", "Which one?"]
-    uris = [read_record(store, f"adapters/{lineage}/{result.run_key[:16]}").tasks[0].dataset_uri
-            for lineage, result in (("l", first), ("m", other))]  # fmt: skip
-    assert uris == [first.dataset.uri, other.dataset.uri]
-
-
-# --- gc
-
-
-def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptResult, home: Path) -> None:
-    rejected = run(tiny_base, CLINIC, gate=FAIL)
-    store = current_store()
-    store.put_bytes("adapters/l/0123456789abcdef/adapter_config.json", b"{}")
-    store.put_bytes(f"{rejected.dataset.uri}/train.parquet", b"left by a crash")
-    work = home / "work" / "l" / "fedcba9876543210"
-    work.mkdir(parents=True)
-    (work / "checkpoint").write_bytes(bytes(100))
-    for left in (home / "tmp" / "x", home / "store" / ".incoming" / "y"):
-        left.parent.mkdir(exist_ok=True)
-        left.write_bytes(bytes(7))
-        os.utime(left, (0, 0))
-    assert collect("l").removals == (), "all files are younger than thirty days"
-    before = {path for path in home.joinpath("store").rglob("*") if path.is_file()}
-    planned = collect(older_than="0h", dry_run=True)
-    assert {path for path in home.joinpath("store").rglob("*") if path.is_file()} == before and work.is_dir()
-    adapters = sorted(["0123456789abcdef", rejected.run_key[:16]])
-    assert [(each.kind, each.address.rsplit("/", 1)[1]) for each in planned.removals] == [
-        ("work folder", "fedcba9876543210"), *(("adapter", key) for key in adapters),
-        ("training rows", "train.parquet"), ("temporary files", "y"), ("temporary files", "x"),
-    ]  # fmt: skip
-    done = collect(older_than="0h")
-    assert (done.removals, done.num_bytes) == (planned.removals, planned.num_bytes)
-    assert not work.exists() and not [key for key in adapters if keys(f"adapters/l/{key}")]
-    assert collect(older_than="0h").removals == ()
-
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    told = client.get_model_version("l", "2")
-    assert "deal.adapter_removed" in told.tags
-    model_id = told.source.removeprefix("models:/")
-    assert not client.list_logged_model_artifacts(model_id)
-    kept = client.get_model_version("l", "1").source.removeprefix("models:/")
-    assert client.list_logged_model_artifacts(kept), "the champion's stay"
-    with pytest.raises(RegistryError, match="adapter of version 2 of 'l' was removed on"):
-        find_version(open_registry(), "l", "2")
-    assert predict("hello", lineage="l", task=None, version=None).version == "1"
-
-
-@pytest.mark.nightly
-def test_gc_cut_short_is_completed_by_the_next(
-    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rejected = run(tiny_base, CLINIC, gate=FAIL)
-
-    def die(store: FileStore, prefix: str) -> int:
-        raise StoreError("the network is away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FileStore, "delete", die)
-        assert collect("l", "0h").problems == {"l": "the network is away"}
-    assert keys(f"adapters/l/{rejected.run_key[:16]}")
-    assert [each.version for each in collect("l", "0h").removals] == ["2"]
-    assert not keys(f"adapters/l/{rejected.run_key[:16]}")
-
-
-def test_gc_with_another_registry_removes_nothing(
-    first: AdaptResult, mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = shutil.copy(mlflow_database, tmp_path / "other.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
-    before = keys("")
-    (problem,) = collect(older_than="0h").problems.values()
-    assert "does not know; nothing of the lineage was removed" in problem
-    assert keys("") == before
-
-
-def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(
-    first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_registry().client.delete_model_version("l", "1")
-    store = current_store()
-    store.put_bytes("adapters/m/0123456789abcdef/adapter_config.json", b"{}")
-    before = keys("adapters/l")
-    found = CliRunner().invoke(app, ["gc", "--older-than", "1h", "--dry-run", "--home", str(home), "--json"])
-    assert found.exit_code == 1, found.output
-    assert list(json.loads(found.stdout)["problems"]) == ["l"]
-    with monkeypatch.context() as patch:
-        patch.setattr("flows.gc.runtime", SimpleNamespace(deployment=SimpleNamespace(id="of a server")))
-        with pytest.raises(DealError, match="Lineage 'l': The store knows version 1"):
-            collect(older_than="1000d")  # a run of a server is red, so that people see it
-    done = collect(older_than="0h")
-    assert [each.address for each in done.removals if each.kind == "adapter"] == ["adapters/m/0123456789abcdef"]
-    assert "The store knows version 1 of 'l'" in done.problems["l"] and "was deleted in MLflow" in done.problems["l"]
-    assert keys("adapters/m") == [] and keys("adapters/l") == before
-    for known in (*keys("ledger/l"), *keys("versions/l")):
-        assert f"delete {store.uri_of(known)} too" in collect("l", "0h").problems["l"]
-        store.delete(known)
-    assert not collect("l", "0h").problems, "as the message says"
-
-
-@pytest.mark.usefixtures("first")
-def test_what_cannot_be_removed_keeps_gc_from_nothing_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for lineage in ("k", "l"):
-        left = home / "work" / lineage / "0123456789abcdef"
-        left.mkdir(parents=True)
-        os.utime(left, (0, 0))
-    monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
-    old = f"{datetime.now(UTC) - timedelta(days=20):%Y%m%dT%H%M%S}-x"
-    current_store().put_bytes(log_key("predictions", "l", old), b"")
-    current_store().put_bytes("predictions/l/aside/broken.parquet", b"no segment")
-    remove = shutil.rmtree
-
-    def refuse(path: object, **options: object) -> None:
-        if "/work/k/" in str(path):
-            raise PermissionError("owned by root")
-        remove(str(path), **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("tasks.housekeeping.garbage.shutil.rmtree", refuse)
-    done = collect(older_than="1d")
-    assert list(done.problems) == ["k"] and "owned by root" in done.problems["k"]
-    assert not list((home / "work" / "l").iterdir()) and keys("predictions") == ["predictions/l/aside/broken.parquet"]
-
-
-@pytest.mark.parametrize(("lineage", "age"), [("..", "30d"), ("l", "a month"), ("nobody", "1d")])
-def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: str) -> None:
-    with pytest.raises(ConfigError):
-        collect(lineage, age)
-
-
-def logged(home: Path, texts: list[str]) -> list[str]:
-    """Log an answer of lineage l to each text, with feedback; return the ids of the answers."""
-    log = PredictionLog(current_store(), home, "l", keeps_texts=True, retention_days=30)
-    champion = Champion(log)
-    log.start()
-    ids = [*champion.ask([InputRow(text, "bank") for text in texts], lambda: False).ids]
-    log.take_feedback([read_entry({"id": each, "label": "a"}, "", source="api", now=1.0).feedback for each in ids])
-    log.close()
-    return ids
-
-
-@pytest.mark.usefixtures("first")
-def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = current_store()
-    logged(home, ["one"])
-    assert len(read_predictions(store, home, "l")) == len(read_feedback(store, home, "l")) == 1
-    (young,), (said,) = keys("predictions"), keys("feedback")
-    for number, days in enumerate((10, 11, 12)):
-        segment = f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-{number}"
-        for log, new in (("predictions", young), ("feedback", said)):
-            store.put_bytes(log_key(log, "l", segment), store.get_bytes(new))
-    left = home / "predictions" / "l" / f"{datetime.now(UTC) - timedelta(days=20):%Y%m%dT%H%M%S}-x.jsonl"
-    left.write_text("left by a server that was killed")
-    assert not collect("l").removals
-    monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
-    planned = collect("l", dry_run=True).removals
-    assert sorted(each.kind for each in planned) == [*["feedback"] * 2, *["prediction log"] * 3]
-    assert left.exists() and len(keys("predictions")) == 4, "a plan removes nothing"
-    assert collect("l").removals == planned
-    assert not left.exists() and len(keys("predictions")) == len(keys("feedback")) == 2
-    assert young in keys("predictions") and not collect("l").removals
-    store.delete("predictions")
-    (planned_feedback,) = planned = collect("l", dry_run=True).removals
-    assert planned_feedback.kind == "feedback without an answer" and len(read_feedback(store, home, "l")) == 1
-    assert collect("l").removals == planned and not collect("l").removals
-    assert read_feedback(store, home, "l").empty
-
-
-# --- forget
-
-
-def holding(home: Path, text: str) -> list[str]:
-    """Files in the home that contain a text, as plain text or in a Parquet file, without databases and logs."""
-    found = []
-    for path in (path for part in ("store", "mlflow-artifacts", "work") for path in home.joinpath(part).rglob("*")):
-        if not path.is_file():
-            continue
-        content = path.read_bytes()
-        if path.suffix == ".parquet":
-            content = json.dumps(pq.read_table(path).to_pylist()).encode()
-        if text.encode() in content:
-            found.append(str(path))
-    return found
 
 
 @pytest.mark.nightly
@@ -615,94 +351,3 @@ def test_a_refused_file_is_forgotten_by_its_key(tiny_base: Path) -> None:
     store.put_bytes("inbox/bank/other name.jsonl", content)
     with pytest.raises(DataValidationError, match="forgotten on"):
         run(tiny_base, {**task, "data": store.uri_of("inbox/bank/other name.jsonl")})
-
-
-# --- validate
-
-
-def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: Path) -> None:
-    file = tmp_path / "june.jsonl"
-    test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])
-    rows = [test_row, {"text": "Something else.", "label": "a new label"}]
-    rows += [{"text": f"Message {number}", "label": "lost card"} for number in range(20)]
-    file.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
-    found = validate(file, spec=None, task="bank", lineage="l")
-    assert found.accepted and found.problems == {"text of a test row": 1, "label outside the task's set": 1}
-    assert set(validate(file, spec=None, task="bank", lineage="unknown").problems) == set()
-
-    spec = tmp_path / "spec.yaml"
-    spec.write_text(json.dumps({"task": {"name": "fresh", "data": "x.jsonl", "test_data": "own.jsonl"}}))
-    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "Message 3", "label": "lost card"}) + "\n")
-    told = validate(file, spec=spec)
-    with pytest.raises(ConfigError, match="give either --spec or --task"):
-        validate(file, spec=spec, task="fresh")
-    assert (told.num_test, told.problems) == (1, {"text of a test row": 1})
-
-
-# --- prediction in bulk
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    file = tmp_path / "questions.csv"
-    texts = [json.loads(line)["text"] for line in Path(BANK["test_data"]).read_text().splitlines()[:10]]
-    file.write_text("id,text\n" + "".join(f'{number},"{text}"\n' for number, text in enumerate(texts)) + "10,\n")
-    return file
-
-
-def answer(data: Path, out: Path, **options: Any) -> FileAnswers:
-    values: dict[str, Any] = {"lineage": "l", "task": None, "version": None, "column": None, "chunk_rows": 4}
-    return predict_file(data, out=out, **{**values, **options})
-
-
-def test_a_file_is_answered_and_a_killed_call_goes_on_to_the_same_bytes(
-    tiny_base: Path, first: AdaptResult, questions: Path, tmp_path: Path
-) -> None:
-    class Killed(BaseException):
-        """The death of a process."""
-
-    def die(done: int, total: int) -> None:
-        assert total == 11
-        if done > 4:
-            raise Killed
-
-    for suffix in ("jsonl", "parquet"):
-        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
-        result = answer(questions, whole)
-        assert (result.num_rows, result.num_bad, result.num_resumed, result.version) == (11, 1, 0, "1")
-        with pytest.raises(Killed):
-            answer(questions, cut, on_progress=die)
-        assert not cut.exists() and (tmp_path / f"cut.{suffix}.partial").is_dir()
-        assert answer(questions, cut).num_resumed == 4
-        assert cut.read_bytes() == whole.read_bytes()
-    rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
-    assert rows == pq.read_table(tmp_path / "whole.parquet").to_pylist()
-    assert [row["id"] for row in rows] == [str(number) for number in range(11)]
-    assert rows[10]["answer"] is None and rows[10]["problem"] == "empty text: text is empty"
-    assert {(row["task"], row["lineage"], row["version"]) for row in rows} == {("bank", "l", "1")}
-    assert rows[3]["answer"] == predict(rows[3]["text"], lineage="l", task=None, version=None).answer
-
-    with pytest.raises(Killed):
-        answer(questions, tmp_path / "later.jsonl", on_progress=die)
-    questions.write_text(questions.read_text() + "11,one more\n")
-    with pytest.raises(ConfigError, match=r"begun with sha256 .*delete the folder"):
-        answer(questions, tmp_path / "later.jsonl")
-
-
-def test_the_commands_do_what_their_functions_do(
-    first: AdaptResult, home: Path, questions: Path, tmp_path: Path
-) -> None:
-    def deal(*words: str, expect: int = 0) -> Any:
-        found = CliRunner().invoke(app, [*words, "--home", str(home), "--json"])
-        assert found.exit_code == expect, found.output
-        return json.loads(found.stdout) if expect == 0 else found.output
-
-    out = tmp_path / "answers.jsonl"
-    deal("predict", "--data", str(questions), "--lineage", "l", "--out", str(out))
-    assert all(json.loads(line)["version"] == "1" for line in out.read_text().splitlines())
-    assert deal("gc", "--dry-run", "--older-than", "1h")["dry_run"] is True
-    digest = first.dataset.sha256[:8]
-    assert deal("forget", digest, "--dry-run")["learned"][0]["version"] == "1"
-    assert "give --yes" in deal("forget", digest, expect=2) and holding(home, SECRET)
-    assert deal("forget", digest, "--yes", "--reason", "asked")["tombstone"]["versions"] == ["l/1"]
-    assert not holding(home, SECRET)

@@ -1,0 +1,87 @@
+"""A lineage that has learned a landed file, and ways to look at its store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from deal_core.evaluation.answering import InputRow
+from deal_core.monitoring.feedback import read_entry
+from flows.adapt import AdaptResult
+from flows.gc import GcResult, gc
+from infra.serving.prediction_log import PredictionLog
+from tasks.context import current_store
+from tests.adapting import BANK, run
+from tests.conftest import MakeOnce
+from tests.served import Champion
+
+SECRET = "Zanzibar-4711"
+
+
+@pytest.fixture(scope="session")
+def kept_home(tiny_base: Path, home_made_once: MakeOnce) -> Path:
+    """A home whose lineage has learned a landed file by replay, one bad row and one with a secret in it."""
+
+    def make(folder: Path) -> None:
+        result = run(tiny_base, land(), strategy="replay", rehearsal={"stored_share": 0.2})
+        (folder / "result.json").write_text(result.model_dump_json())
+
+    return home_made_once("kept-home", make)
+
+
+@pytest.fixture
+def first(copy_to_home: Callable[[Path], Path], kept_home: Path) -> AdaptResult:
+    """The first task's result, in a copy of its home."""
+    result = copy_to_home(kept_home) / "result.json"
+    return AdaptResult.model_validate_json(result.read_text())
+
+
+def land() -> dict[str, Any]:
+    """Put the bank's rows and its test rows into the inbox; return the task."""
+    store = current_store()
+    bad = json.dumps({"text": "", "label": f"lost card {SECRET}"}) + "\n"
+    good = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"}) + "\n"
+    store.put_bytes("inbox/bank/may.jsonl", (Path(BANK["data"]).read_text() + good + bad).encode())
+    store.put_bytes("inbox/bank/test.jsonl", Path(BANK["test_data"]).read_bytes())
+    return {
+        **BANK, "data": store.uri_of("inbox/bank/may.jsonl"), "test_data": store.uri_of("inbox/bank/test.jsonl")
+    }  # fmt: skip
+
+
+def collect(*arguments: Any, **options: Any) -> GcResult:
+    return asyncio.run(gc(*arguments, **options))
+
+
+def keys(prefix: str) -> list[str]:
+    return [info.key for info in current_store().list(prefix)]
+
+
+def logged(home: Path, texts: list[str]) -> list[str]:
+    """Log an answer of lineage l to each text, with feedback; return the ids of the answers."""
+    log = PredictionLog(current_store(), home, "l", keeps_texts=True, retention_days=30)
+    champion = Champion(log)
+    log.start()
+    ids = [*champion.ask([InputRow(text, "bank") for text in texts], lambda: False).ids]
+    log.take_feedback([read_entry({"id": each, "label": "a"}, "", source="api", now=1.0).feedback for each in ids])
+    log.close()
+    return ids
+
+
+def holding(home: Path, text: str) -> list[str]:
+    """Files in the home that contain a text, as plain text or in a Parquet file, without databases and logs."""
+    found = []
+    for path in (path for part in ("store", "mlflow-artifacts", "work") for path in home.joinpath(part).rglob("*")):
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".parquet":
+            content = json.dumps(pq.read_table(path).to_pylist()).encode()
+        if text.encode() in content:
+            found.append(str(path))
+    return found

@@ -1,0 +1,206 @@
+"""What stays after learning, and what `deal gc` removes, on a base model of two layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
+from flows.adapt import AdaptResult
+from flows.cli.app import app
+from infra.predictions import read_feedback, read_predictions
+from infra.store.keys import log_key
+from infra.store.local import FileStore
+from infra.tracking.registry import open_registry
+from tasks.adaptation.ingest import read_manifest
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.record import read_record
+from tasks.predict import predict
+from tests.adapting import CLINIC, FAIL, run
+from tests.integration.storage.conftest import collect, keys, land, logged
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def test_training_rows_stay_only_where_an_arrival_asks_for_it(tiny_base: Path, first: AdaptResult) -> None:
+    train = f"{first.dataset.uri}/train.parquet"
+    store = current_store()
+    assert not store.exists(train) and store.exists(f"{first.dataset.uri}/test.parquet")
+    test_rows = store.get_bytes(f"{first.dataset.uri}/test.parquet")
+    assert run(tiny_base, land()).status == "repeat"
+    assert not store.exists(train), "a repeated run leaves none"
+    assert store.get_bytes(f"{first.dataset.uri}/test.parquet") == test_rows
+    rejected = run(tiny_base, CLINIC, gate=FAIL)
+    assert not store.exists(f"{rejected.dataset.uri}/train.parquet")
+    retained = run(tiny_base, CLINIC, data={"retain_training_rows": True})
+    assert retained.status == "promoted" and store.exists(f"{retained.dataset.uri}/train.parquet")
+    assert run(tiny_base, CLINIC).status == "repeat"
+    assert "training rows" not in {each.kind for each in collect("l", "0h", dry_run=True).removals}
+    assert store.exists(f"{retained.dataset.uri}/train.parquet")
+
+
+def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_base: Path, first: AdaptResult) -> None:
+    other = run(tiny_base, {**land(), "instruction": "Which one?"}, lineage="m")
+    assert other.dataset.sha256 == first.dataset.sha256 and other.dataset.uri != first.dataset.uri
+    store = current_store()
+    asked = [read_manifest(store, result.dataset.uri).task.instruction for result in (first, other)]
+    assert asked == ["What is it about?", "Which one?"]
+    uris = [read_record(store, f"adapters/{lineage}/{result.run_key[:16]}").tasks[0].dataset_uri
+            for lineage, result in (("l", first), ("m", other))]  # fmt: skip
+    assert uris == [first.dataset.uri, other.dataset.uri]
+
+
+def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptResult, home: Path) -> None:
+    rejected = run(tiny_base, CLINIC, gate=FAIL)
+    store = current_store()
+    store.put_bytes("adapters/l/0123456789abcdef/adapter_config.json", b"{}")
+    store.put_bytes(f"{rejected.dataset.uri}/train.parquet", b"left by a crash")
+    work = home / "work" / "l" / "fedcba9876543210"
+    work.mkdir(parents=True)
+    (work / "checkpoint").write_bytes(bytes(100))
+    for left in (home / "tmp" / "x", home / "store" / ".incoming" / "y"):
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(bytes(7))
+        os.utime(left, (0, 0))
+    assert collect("l").removals == (), "all files are younger than thirty days"
+    before = {path for path in home.joinpath("store").rglob("*") if path.is_file()}
+    planned = collect(older_than="0h", dry_run=True)
+    assert {path for path in home.joinpath("store").rglob("*") if path.is_file()} == before and work.is_dir()
+    adapters = sorted(["0123456789abcdef", rejected.run_key[:16]])
+    assert [(each.kind, each.address.rsplit("/", 1)[1]) for each in planned.removals] == [
+        ("work folder", "fedcba9876543210"), *(("adapter", key) for key in adapters),
+        ("training rows", "train.parquet"), ("temporary files", "y"), ("temporary files", "x"),
+    ]  # fmt: skip
+    done = collect(older_than="0h")
+    assert (done.removals, done.num_bytes) == (planned.removals, planned.num_bytes)
+    assert not work.exists() and not [key for key in adapters if keys(f"adapters/l/{key}")]
+    assert collect(older_than="0h").removals == ()
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    told = client.get_model_version("l", "2")
+    assert "deal.adapter_removed" in told.tags
+    model_id = told.source.removeprefix("models:/")
+    assert not client.list_logged_model_artifacts(model_id)
+    kept = client.get_model_version("l", "1").source.removeprefix("models:/")
+    assert client.list_logged_model_artifacts(kept), "the champion's stay"
+    with pytest.raises(RegistryError, match="adapter of version 2 of 'l' was removed on"):
+        find_version(open_registry(), "l", "2")
+    assert predict("hello", lineage="l", task=None, version=None).version == "1"
+
+
+@pytest.mark.nightly
+def test_gc_cut_short_is_completed_by_the_next(
+    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejected = run(tiny_base, CLINIC, gate=FAIL)
+
+    def die(store: FileStore, prefix: str) -> int:
+        raise StoreError("the network is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "delete", die)
+        assert collect("l", "0h").problems == {"l": "the network is away"}
+    assert keys(f"adapters/l/{rejected.run_key[:16]}")
+    assert [each.version for each in collect("l", "0h").removals] == ["2"]
+    assert not keys(f"adapters/l/{rejected.run_key[:16]}")
+
+
+def test_gc_with_another_registry_removes_nothing(
+    first: AdaptResult, mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copy(mlflow_database, tmp_path / "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    before = keys("")
+    (problem,) = collect(older_than="0h").problems.values()
+    assert "does not know; nothing of the lineage was removed" in problem
+    assert keys("") == before
+
+
+def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(
+    first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_registry().client.delete_model_version("l", "1")
+    store = current_store()
+    store.put_bytes("adapters/m/0123456789abcdef/adapter_config.json", b"{}")
+    before = keys("adapters/l")
+    found = CliRunner().invoke(app, ["gc", "--older-than", "1h", "--dry-run", "--home", str(home), "--json"])
+    assert found.exit_code == 1, found.output
+    assert list(json.loads(found.stdout)["problems"]) == ["l"]
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.gc.runtime", SimpleNamespace(deployment=SimpleNamespace(id="of a server")))
+        with pytest.raises(DealError, match="Lineage 'l': The store knows version 1"):
+            collect(older_than="1000d")  # a run of a server is red, so that people see it
+    done = collect(older_than="0h")
+    assert [each.address for each in done.removals if each.kind == "adapter"] == ["adapters/m/0123456789abcdef"]
+    assert "The store knows version 1 of 'l'" in done.problems["l"] and "was deleted in MLflow" in done.problems["l"]
+    assert keys("adapters/m") == [] and keys("adapters/l") == before
+    for known in (*keys("ledger/l"), *keys("versions/l")):
+        assert f"delete {store.uri_of(known)} too" in collect("l", "0h").problems["l"]
+        store.delete(known)
+    assert not collect("l", "0h").problems, "as the message says"
+
+
+@pytest.mark.usefixtures("first")
+def test_what_cannot_be_removed_keeps_gc_from_nothing_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for lineage in ("k", "l"):
+        left = home / "work" / lineage / "0123456789abcdef"
+        left.mkdir(parents=True)
+        os.utime(left, (0, 0))
+    monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
+    old = f"{datetime.now(UTC) - timedelta(days=20):%Y%m%dT%H%M%S}-x"
+    current_store().put_bytes(log_key("predictions", "l", old), b"")
+    current_store().put_bytes("predictions/l/aside/broken.parquet", b"no segment")
+    remove = shutil.rmtree
+
+    def refuse(path: object, **options: object) -> None:
+        if "/work/k/" in str(path):
+            raise PermissionError("owned by root")
+        remove(str(path), **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tasks.housekeeping.garbage.shutil.rmtree", refuse)
+    done = collect(older_than="1d")
+    assert list(done.problems) == ["k"] and "owned by root" in done.problems["k"]
+    assert not list((home / "work" / "l").iterdir()) and keys("predictions") == ["predictions/l/aside/broken.parquet"]
+
+
+@pytest.mark.parametrize(("lineage", "age"), [("..", "30d"), ("l", "a month"), ("nobody", "1d")])
+def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: str) -> None:
+    with pytest.raises(ConfigError):
+        collect(lineage, age)
+
+
+
+@pytest.mark.usefixtures("first")
+def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = current_store()
+    logged(home, ["one"])
+    assert len(read_predictions(store, home, "l")) == len(read_feedback(store, home, "l")) == 1
+    (young,), (said,) = keys("predictions"), keys("feedback")
+    for number, days in enumerate((10, 11, 12)):
+        segment = f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-{number}"
+        for log, new in (("predictions", young), ("feedback", said)):
+            store.put_bytes(log_key(log, "l", segment), store.get_bytes(new))
+    left = home / "predictions" / "l" / f"{datetime.now(UTC) - timedelta(days=20):%Y%m%dT%H%M%S}-x.jsonl"
+    left.write_text("left by a server that was killed")
+    assert not collect("l").removals
+    monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
+    planned = collect("l", dry_run=True).removals
+    assert sorted(each.kind for each in planned) == [*["feedback"] * 2, *["prediction log"] * 3]
+    assert left.exists() and len(keys("predictions")) == 4, "a plan removes nothing"
+    assert collect("l").removals == planned
+    assert not left.exists() and len(keys("predictions")) == len(keys("feedback")) == 2
+    assert young in keys("predictions") and not collect("l").removals
+    store.delete("predictions")
+    (planned_feedback,) = planned = collect("l", dry_run=True).removals
+    assert planned_feedback.kind == "feedback without an answer" and len(read_feedback(store, home, "l")) == 1
+    assert collect("l").removals == planned and not collect("l").removals
+    assert read_feedback(store, home, "l").empty

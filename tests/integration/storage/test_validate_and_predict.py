@@ -1,0 +1,106 @@
+"""Validation with a lineage's test rows, and prediction in bulk, on a base model of two layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from deal_core.errors import ConfigError
+from flows.adapt import AdaptResult
+from flows.cli.app import app
+from tasks.predict import FileAnswers, predict, predict_file
+from tasks.validate import validate
+from tests.adapting import BANK
+from tests.integration.storage.conftest import SECRET, holding
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: Path) -> None:
+    file = tmp_path / "june.jsonl"
+    test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])
+    rows = [test_row, {"text": "Something else.", "label": "a new label"}]
+    rows += [{"text": f"Message {number}", "label": "lost card"} for number in range(20)]
+    file.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
+    found = validate(file, spec=None, task="bank", lineage="l")
+    assert found.accepted and found.problems == {"text of a test row": 1, "label outside the task's set": 1}
+    assert set(validate(file, spec=None, task="bank", lineage="unknown").problems) == set()
+
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(json.dumps({"task": {"name": "fresh", "data": "x.jsonl", "test_data": "own.jsonl"}}))
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "Message 3", "label": "lost card"}) + "\n")
+    told = validate(file, spec=spec)
+    with pytest.raises(ConfigError, match="give either --spec or --task"):
+        validate(file, spec=spec, task="fresh")
+    assert (told.num_test, told.problems) == (1, {"text of a test row": 1})
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.csv"
+    texts = [json.loads(line)["text"] for line in Path(BANK["test_data"]).read_text().splitlines()[:10]]
+    file.write_text("id,text\n" + "".join(f'{number},"{text}"\n' for number, text in enumerate(texts)) + "10,\n")
+    return file
+
+
+def answer(data: Path, out: Path, **options: Any) -> FileAnswers:
+    values: dict[str, Any] = {"lineage": "l", "task": None, "version": None, "column": None, "chunk_rows": 4}
+    return predict_file(data, out=out, **{**values, **options})
+
+
+def test_a_file_is_answered_and_a_killed_call_goes_on_to_the_same_bytes(
+    tiny_base: Path, first: AdaptResult, questions: Path, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        """The death of a process."""
+
+    def die(done: int, total: int) -> None:
+        assert total == 11
+        if done > 4:
+            raise Killed
+
+    for suffix in ("jsonl", "parquet"):
+        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+        result = answer(questions, whole)
+        assert (result.num_rows, result.num_bad, result.num_resumed, result.version) == (11, 1, 0, "1")
+        with pytest.raises(Killed):
+            answer(questions, cut, on_progress=die)
+        assert not cut.exists() and (tmp_path / f"cut.{suffix}.partial").is_dir()
+        assert answer(questions, cut).num_resumed == 4
+        assert cut.read_bytes() == whole.read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert rows == pq.read_table(tmp_path / "whole.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [str(number) for number in range(11)]
+    assert rows[10]["answer"] is None and rows[10]["problem"] == "empty text: text is empty"
+    assert {(row["task"], row["lineage"], row["version"]) for row in rows} == {("bank", "l", "1")}
+    assert rows[3]["answer"] == predict(rows[3]["text"], lineage="l", task=None, version=None).answer
+
+    with pytest.raises(Killed):
+        answer(questions, tmp_path / "later.jsonl", on_progress=die)
+    questions.write_text(questions.read_text() + "11,one more\n")
+    with pytest.raises(ConfigError, match=r"begun with sha256 .*delete the folder"):
+        answer(questions, tmp_path / "later.jsonl")
+
+
+def test_the_commands_do_what_their_functions_do(
+    first: AdaptResult, home: Path, questions: Path, tmp_path: Path
+) -> None:
+    def deal(*words: str, expect: int = 0) -> Any:
+        found = CliRunner().invoke(app, [*words, "--home", str(home), "--json"])
+        assert found.exit_code == expect, found.output
+        return json.loads(found.stdout) if expect == 0 else found.output
+
+    out = tmp_path / "answers.jsonl"
+    deal("predict", "--data", str(questions), "--lineage", "l", "--out", str(out))
+    assert all(json.loads(line)["version"] == "1" for line in out.read_text().splitlines())
+    assert deal("gc", "--dry-run", "--older-than", "1h")["dry_run"] is True
+    digest = first.dataset.sha256[:8]
+    assert deal("forget", digest, "--dry-run")["learned"][0]["version"] == "1"
+    assert "give --yes" in deal("forget", digest, expect=2) and holding(home, SECRET)
+    assert deal("forget", digest, "--yes", "--reason", "asked")["tombstone"]["versions"] == ["l/1"]
+    assert not holding(home, SECRET)
