@@ -50,19 +50,23 @@ STORED_SHARE = MEMORY["rows"]["stored_share"]
 """Share of its rows that a task leaves in the memory."""
 LEARNING = ("learning_rate", "schedule", "num_epochs", "min_steps", "max_steps", "batch_size",
             "gradient_accumulation_steps", "balance_labels")  # fmt: skip
+OTHER_SETTINGS = ("part", "max_test_rows", "prompt", "base", "adapter", "data")
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 
 def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
     """Return the figures of every table, by suite, training rows per task and training settings."""
-    found = {}
+    found: dict[str, Any] = {}
     for protocol in protocols(cells):
         some = next(iter((*protocol.cells, *protocol.joint)), None)
         if some is None:
             continue
         settings, train = some["settings"], learning_of(some)
-        found[f"suite {protocol.suite}, {settings['rows']} rows, {describe(train)}"] = {
+        title = f"suite {protocol.suite}, {settings['rows']} rows, {describe(train)}"
+        if title in found:  # the rest of what tells protocols apart
+            title += "".join(f", {name} {settings[name]}" for name in OTHER_SETTINGS if name in settings)
+        found[title] = {
             "part": settings["part"], "base": settings["base"], "judged_tasks": judged_tasks(protocol),
             "train": train, "is_default": train == {name: getattr(TrainConfig(), name) for name in LEARNING},
             "arms": {name: _figures(protocol, each) for name, each in arms(protocol).items() if each},
@@ -72,7 +76,8 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
 
 def learning_of(cell: CellJson) -> dict[str, Any]:
     """The training settings of a cell that decide how much it learns."""
-    train = TrainConfig(**as_stored("train", cell["settings"]["train"]))
+    stored = as_stored("train", cell["settings"]["train"])
+    train = TrainConfig(**{name: stored[name] for name in LEARNING if name in stored})
     return {name: getattr(train, name) for name in LEARNING}
 
 

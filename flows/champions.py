@@ -9,13 +9,13 @@ from typing import TypeVar
 from prefect import flow, runtime
 from pydantic import BaseModel
 
-from deal_core.config import EvaluateConfig
 from deal_core.errors import DealError, in_one_line
 from infra.promotions import PromotionLog
 from infra.settings import VllmSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.promote import settle_aliases
+from tasks.adaptation.resume import evaluate_settings
 from tasks.context import current_store
 from tasks.lineage.decisions import Decision, promote_to, reject_version
 from tasks.lineage.history import ROLLOUT, find_version, known_lineages, version_ref
@@ -74,7 +74,7 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
     """
     stages = Stages()
     found = version_ref(find_version(open_registry(), lineage, version))
-    scores = await stages.run("evaluate", score_version, found, EvaluateConfig())
+    scores = await stages.run("evaluate", score_version, found, evaluate_settings(found))
     stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
     for task, value in scores.accuracies.items():
         if (before := scores.recorded.get(task, 0.0)) > value:

@@ -54,9 +54,10 @@ class HomeSettings(_Settings):
 class LockSettings(_Settings):
     """The lock of a run on its lineage in a Prefect server."""
 
-    lease_seconds: float = Field(default=300.0, ge=60.0)
-    """Time after which a lock that is not renewed ends (DEAL_LEASE_SECONDS). A run renews its lock after three quarters
-    of this time and repeats a failed renewal for about a minute. So five minutes bridge one minute without the server.
+    lease_seconds: float = Field(default=300.0, ge=60.0, le=86_400.0)
+    """Time after which a lock that is not renewed ends (DEAL_LEASE_SECONDS), a day at most, as Prefect demands. A run
+    renews its lock after three quarters of this time and repeats a failed renewal for about a minute. So five minutes
+    bridge one minute without the server.
     """
 
 

@@ -306,7 +306,7 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
         num_rows = NUM_PROBE_STEPS * train.batch_size * train.gradient_accumulation_steps
         rows = rows.select(range(0, len(rows), max(1, len(rows) // num_rows)))
     with temporary_folder() as temporary, borrowed_parent(current_store(), run.champion) as parent_folder:
-        base = load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize)
+        base = load_base(run.source, HomeSettings().cache_dir, precision=run.precision, quantize=train.quantize)
         train_adapter(
             base, rows, replace(run.setup, train=train), parent_folder=parent_folder,
             others=OtherRows(old_texts=run.old_texts), output_folder=temporary / "adapter",

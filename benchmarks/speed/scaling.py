@@ -110,7 +110,7 @@ def row_flops(model: ModelSize, batch: BatchShape, *, rank: int, checkpointing: 
         checkpointing: Whether the layers' forward pass is made twice.
     """
     tokens, answer = batch.num_tokens, batch.num_answer_tokens
-    linear = 2 * model.parameters["linear layers"] * tokens
+    linear = 2 * (model.parameters["linear layers"] + model.parameters["other matrices"]) * tokens
     scores = 4 * model.num_layers * model.attention_size * tokens**2  # Q·Kᵀ and P·V; causality is not made use of
     head = 2 * model.vocab_size * model.hidden_size * answer
     adapter = 2 * sum(model.num_factor_numbers(rank)) * tokens

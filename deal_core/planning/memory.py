@@ -7,7 +7,7 @@ are fp32. The frozen weights have the run's precision.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from datasets import Dataset
@@ -33,7 +33,9 @@ LOGIT_COPIES = 3
 HEADROOM = 0.9
 """Share of a device's memory that a plan may fill; the rest is for the allocator and for uncounted memory."""
 NUM_LONGEST = 64
-"""Number of rows that are tokenised: the rows with the most characters."""
+"""Number of texts that become prompts: those with the most tokens."""
+MAX_TOKENISED = 2_000
+"""Most texts that are all tokenised to find the longest ones."""
 MIN_PROMPT_TOKENS = 64
 
 
@@ -43,8 +45,8 @@ class ModelSize:
 
     model_type: str
     parameters: Mapping[str, int]
-    """Number of parameters by kind: "linear layers", "embeddings", "output layer", "norms and biases". An output layer
-    that is tied to the embeddings counts as embeddings."""
+    """Number of parameters by kind: "linear layers", "other matrices" such as the experts of a mixture, "embeddings",
+    "output layer", "norms and biases". An output layer that is tied to the embeddings counts as embeddings."""
     num_layers: int
     """L; of an encoder-decoder, pairs of layers."""
     hidden_size: int
@@ -225,19 +227,30 @@ def longest_of(
         ConfigError: A prompt is too long even with an empty text.
     """
     asked = tasks_to_ask(old_tasks, task)
-    inputs = heapq.nlargest(NUM_LONGEST, rows["input"], key=len)
+    inputs = _longest(tokenizer, rows["input"])
     answered = [*rows["output"], *(rows[REJECTED.name] if task.learns_preferences else [])]
-    outputs = heapq.nlargest(NUM_LONGEST, answered, key=len)
+    outputs = _longest(tokenizer, answered)
     prompts = [len(encode_prompt(tokenizer, each, text, train.max_prompt_tokens))
                for each in (task, *asked) for text in inputs]  # fmt: skip
     prompts += [len(encode_prompt(tokenizer, each.task, text, each.max_prompt_tokens))
-                for each in old_texts for text in heapq.nlargest(NUM_LONGEST, each.rows["input"], key=len)]  # fmt: skip
+                for each in old_texts for text in _longest(tokenizer, each.rows["input"])]  # fmt: skip
     answers = [len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in outputs]
     longest = longest_old_answer(train)
     for old, limit in (*((old, longest) for old in asked), *((each.task, each.max_new_tokens) for each in old_texts)):
         answers += [len(encode_answer(tokenizer, old, label, limit)) for label in old.labels]
         answers += [] if old.labels else [limit]
     return BatchShape(num_rows=num_rows, num_tokens=max(prompts) + max(answers), num_answer_tokens=max(answers))
+
+
+def _longest(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """The texts with the most tokens. Of many texts, only those with the most characters or bytes are tokenised."""
+    some: Collection[str] = texts
+    if len(texts) > MAX_TOKENISED:
+        measures: tuple[Callable[[str], int], ...] = (
+            len, lambda text: len(text.encode()), lambda text: len(text.encode()) - len(text)
+        )  # fmt: skip
+        some = {text for measure in measures for text in heapq.nlargest(NUM_LONGEST, texts, key=measure)}
+    return heapq.nlargest(NUM_LONGEST, some, key=lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
 
 
 MemoryOf = Callable[[TrainConfig, str], MemoryPlan]

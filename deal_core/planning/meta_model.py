@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from deal_core.adapter.stack import collect_stacks
 from deal_core.adapter.state import attach_adapter
@@ -95,9 +96,13 @@ def _count_by_kind(model: nn.Module) -> dict[str, int]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     output = model.get_output_embeddings()  # type: ignore[operator]
     head = id(output.weight) if isinstance(output, nn.Linear) else None
-    counts = dict.fromkeys(("linear layers", "embeddings", "output layer", "norms and biases"), 0)
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
+    kinds = ("linear layers", "other matrices", "embeddings", "output layer", "norms and biases")
+    counts = dict.fromkeys(kinds, 0)
     for parameter in model.parameters():  # tied parameters come once
-        kind = "linear layers" if parameter.ndim > 1 else "norms and biases"
+        kind = "other matrices" if parameter.ndim > 1 else "norms and biases"
+        if id(parameter) in linear:
+            kind = "linear layers"
         if id(parameter) in embeddings:
             kind = "embeddings"
         elif id(parameter) == head:

@@ -165,8 +165,9 @@ def add(
     from tasks.lineage.settings import WatchedLineage, add_lineage
     from tasks.spec import parse, read_lineage_values
 
-    lineage = parse(WatchedLineage, read_lineage_values(spec), str(spec))
-    address = add_lineage(deal.store, lineage)
+    values = read_lineage_values(spec)
+    lineage = parse(WatchedLineage, values, str(spec))
+    address = add_lineage(deal.store, lineage, values)
     shown = escape(f"{lineage.lineage} is in {address}")
     return CommandResult({"lineage": lineage.lineage, "file": address}, [shown])
 

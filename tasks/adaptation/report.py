@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -164,10 +165,16 @@ def report_run(
     tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
     if in_prefect:
         patient(create_markdown_artifact)(
-            key=re.sub("[^a-z0-9]+", "-", f"adapt-{run.lineage}".lower()).strip("-"),
+            key=artifact_key(run.lineage),
             markdown=markdown_of(found, report),
             description=f"Version {version.version} of {run.lineage}: {report.task}",
         )
+
+
+def artifact_key(lineage: str) -> str:
+    """The key of a lineage's artifacts. Prefect takes small letters, digits and hyphens: other names need a digest."""
+    key = re.sub("[^a-z0-9]+", "-", lineage.lower()).strip("-")
+    return f"adapt-{key}" if key == lineage else f"adapt-{key}-{hashlib.sha256(lineage.encode()).hexdigest()[:8]}"
 
 
 def read_page(tracking_id: str) -> tuple[RunReport, str]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from deal_core.config import as_stored
+from deal_core.config import EvaluateConfig, as_stored
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.errors import DataValidationError, RegistryError, StoreError
+from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed, without_secrets
 from infra.promotions import PromotionLog
@@ -81,6 +81,14 @@ def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     """Return the spec of the run that made an adapter."""
     spec = read_findings(adapter_uri)["spec"]
     return {name: as_stored(name, part) if isinstance(part, dict) else part for name, part in spec.items()}
+
+
+def evaluate_settings(version: VersionRef) -> EvaluateConfig:
+    """Return how the run of a version evaluated it; the defaults if the spec is lost."""
+    try:
+        return EvaluateConfig(**read_spec_of(version.adapter_uri).get("evaluate", {}))
+    except (StoreError, ConfigError):
+        return EvaluateConfig()
 
 
 def changed_since(parent: VersionRef, spec: AdaptSpec) -> tuple[str, ...]:

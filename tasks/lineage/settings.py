@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -127,9 +128,16 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
     return found.good
 
 
-def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:
-    """Write or replace a lineage's file; return its address. A lineage that is held stays held."""
+def add_lineage(store: ObjectStore, lineage: WatchedLineage, values: Mapping[str, Any] | None = None) -> str:
+    """Write or replace a lineage's file; return its address. A lineage that is held stays held.
+
+    `values` are what the lineage was read from. Settings that are not among them are not written, so that later
+    releases' defaults reach the lineage.
+    """
     given = lineage.model_dump(mode="json", exclude_unset=True)
+    for section, each in (values or {}).items():
+        if isinstance(each, Mapping) and isinstance(given.get(section), dict):
+            given[section] = {name: value for name, value in given[section].items() if name in each}
     if lineage.held is None and (why := why_held(store, lineage.lineage)) is not None:
         given["held"] = why
     return _write_values(store, lineage.lineage, given)
@@ -160,11 +168,14 @@ def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> Watc
 
 
 def why_held(store: ObjectStore, lineage: str) -> str | None:
-    """Return why a lineage learns nothing that lands; None: it learns, or has no valid file."""
-    try:
-        return read_lineage(store, lineage).held
-    except ConfigError:
-        return None
+    """Return why a lineage learns nothing that lands; None: it learns, or its file cannot be read.
+
+    A mistake in another setting does not end the hold.
+    """
+    with suppress(ConfigError):
+        held = (_read_values(store, lineage) or {}).get("held")
+        return None if held is None else str(held)
+    return None
 
 
 def asks_for_alias_moves(store: ObjectStore, lineage: str) -> bool:

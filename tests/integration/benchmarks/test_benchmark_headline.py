@@ -67,6 +67,17 @@ def test_versions_that_unlearned_their_preference_for_labels_are_an_arm_of_their
     assert found == {"memory none": [plain], "memory none, re-centred": [recentred]}
 
 
+def test_no_table_takes_the_place_of_another(cells: list[CellJson]) -> None:
+    others = []
+    for cell in cells:
+        other: dict[str, Any] = deepcopy(dict(cell))
+        other["settings"] |= {"max_test_rows": 7}
+        others.append(other)
+    alone, all_cells = headline(cells)["tables"], headline([*cells, *others])["tables"]
+    more = all_cells.keys() - alone.keys()
+    assert len(more) == len(alone) and all("max_test_rows 7" in title for title in more)
+
+
 def test_cells_of_other_training_settings_have_tables_of_their_own(cells: list[CellJson]) -> None:
     others = []
     for cell in cells:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
 
 from benchmarks.speed.scaling import Hardware, row_flops, step_cost, step_time
 from deal_core.adapter.reparametrize import Reparametrization
@@ -25,12 +26,15 @@ from deal_core.data.collate import answer_loss
 from deal_core.errors import ConfigError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.planning.memory import (
+    MAX_TOKENISED,
+    NUM_LONGEST,
     ActivationSize,
     BatchShape,
     MethodShape,
     ModelSize,
     find_remedies,
     largest_batch,
+    longest_of,
     plan_memory,
     rehearsed_rows,
 )
@@ -146,6 +150,31 @@ def test_only_the_linear_layers_are_quantized() -> None:
     for quantize, num_bytes in (("8bit", linear), ("4bit", 4.127 / 8 * linear)):
         train = TrainConfig(quantize=quantize)  # type: ignore[arg-type]
         assert planned(size, precision="bf16", train=train).weights == pytest.approx(num_bytes + rest, abs=1)
+
+
+def test_experts_that_are_no_linear_layers_are_not_quantized() -> None:
+    mixture = MixtralConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    size = measure_model(mixture, AdapterConfig(target_modules=("q_proj", "v_proj")))
+    layer = 2 * 64 * 64 + 2 * 64 * 32  # queries and output, keys and values
+    assert size.parameters["linear layers"] == 2 * layer
+    assert size.parameters["other matrices"] == 2 * (3 * 4 * 64 * 128 + 4 * 64), "experts and router"
+
+
+@pytest.mark.parametrize("most", [0, MAX_TOKENISED])
+def test_the_longest_row_is_found_among_scripts_with_more_tokens_per_character(base, task, most, monkeypatch) -> None:
+    monkeypatch.setattr("deal_core.planning.memory.MAX_TOKENISED", most)
+    latin, other = [f"plain words {number}" + " and more" * 50 for number in range(NUM_LONGEST)], ["漢字仮名" * 40]
+    train = TrainConfig(max_prompt_tokens=4096)
+    lengths = [
+        longest_of(Dataset.from_dict({"input": texts, "output": ["red"] * len(texts)}), base.tokenizer, task, (), train,
+                   8).num_tokens
+        for texts in (latin, other, [*latin, *other])
+    ]  # fmt: skip
+    assert lengths[2] == max(lengths[:2]) and len(other[0]) < len(latin[0])
+    assert lengths[1] > lengths[0], "of the characters a byte-level tokenizer makes several tokens each"
 
 
 def test_rehearsed_questions_count_where_they_are_asked() -> None:

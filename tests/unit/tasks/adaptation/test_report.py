@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from deal_core.evaluation.metrics import AccuracyMatrix
-from tasks.adaptation.report import NEWEST, markdown_of, problem_of, thin
+from tasks.adaptation.report import NEWEST, artifact_key, markdown_of, problem_of, thin
 from tests.report_sample import sample_evaluation, sample_report
 
 
@@ -14,6 +15,12 @@ def page_after(num_versions: int) -> str:
     for _ in range(num_versions):
         matrix = matrix.with_row("bank", {"bank": 0.9}, base_accuracy=0.25, parent_accuracy=None)
     return markdown_of(sample_report(), replace(sample_evaluation(), task="bank", matrix=matrix))
+
+
+def test_no_two_lineages_share_a_page() -> None:
+    assert artifact_key("quiet") == "adapt-quiet"
+    keys = {artifact_key(name) for name in ("support-eu", "support_eu", "Support-EU", "support.eu")}
+    assert len(keys) == 4 and all(re.fullmatch("[a-z0-9-]+", key) for key in keys)
 
 
 def test_only_the_newest_versions_are_in_its_matrix_and_it_says_how_many_are_not() -> None:

@@ -23,9 +23,11 @@ from infra.store.local import FileStore
 from tasks.lineage.settings import (
     AskedSpec,
     asks_for_alias_moves,
+    hold_lineage_file,
     read_lineage,
     spec_from_options,
     watched_from_options,
+    why_held,
 )
 from tasks.spec import AdaptSpec, TaskSpec
 
@@ -53,6 +55,26 @@ def write(path: Path, text: str) -> Path:
 
 def adapt(store: ObjectStore, path: Path | None = None, **given: str | None) -> AdaptSpec:
     return spec_from_options(store, path, **{"task": None, "data": None, "test_data": None, **given})
+
+
+def test_a_lineage_file_has_what_was_given_and_keeps_a_hold_through_mistakes(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    text = "lineage: l\ntrain: {learning_rate: 0.0001}\nrehearsal: {num_texts: 64}\n"
+    path = write(tmp_path / "l.yaml", text)
+
+    def add() -> Any:
+        found = CliRunner().invoke(app, ["lineage", "add", str(path), "--home", str(tmp_path)])
+        assert found.exit_code == 0, found.output
+        return yaml.safe_load(store.get_bytes("lineages/l.yaml"))
+
+    assert add() == yaml.safe_load(text), "later defaults of the other settings reach the lineage"
+    hold_lineage_file(store, "l", "the labels are being corrected")
+    store.put_bytes("lineages/l.yaml", store.get_bytes("lineages/l.yaml") + b"no_setting: 1\n")
+    with pytest.raises(ConfigError):
+        read_lineage(store, "l")
+    assert why_held(store, "l") == "the labels are being corrected"
+    assert add() == {**yaml.safe_load(text), "held": "the labels are being corrected"}
 
 
 def test_options_alone_make_a_spec(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
