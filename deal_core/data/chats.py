@@ -23,7 +23,6 @@ MAX_EARLIER_TURNS = 100
 it, so a chat of thousands of turns would fill the memory."""
 UNDECODABLE = re.compile("[\x00\ud800-\udfff]")
 NOT_UTF8 = "a byte that is not UTF-8, or a NUL"
-_ROLE_OF_SHAREGPT = {"human": "user", "gpt": "assistant"}
 _MAY_FOLLOW = {
     "system": ("",),
     "user": ("", "system", "assistant"),
@@ -31,6 +30,8 @@ _MAY_FOLLOW = {
     "tool": ("assistant", "tool"),
 }
 """The roles before a role; "": the chat begins."""
+_ROLES = {**{role: role for role in _MAY_FOLLOW}, "human": "user", "gpt": "assistant", "developer": "system"}
+"""Names of a role → the role. ShareGPT says human and gpt, and OpenAI says developer."""
 _PLAIN_TURNS = ["user", "assistant"] * 8
 _CALL = '{"function": {"name": …, "arguments": …}}'
 
@@ -63,6 +64,8 @@ def parse_messages(
     messages = [_role_and_content(message) for message in cells]
     if not all(isinstance(message["role"], str) and isinstance(message["content"], str) for message in messages):
         return malformed("a message's role or content is missing or is not a text")
+    if _begins_blank(messages):
+        messages, cells = messages[1:], cells[1:]
     if bad := UNDECODABLE.search("\n".join(part for message in messages for part in message.values())):
         return Problem("bad encoding", f"{shorten(bad.group())} in {shorten(value)}", NOT_UTF8)
     roles = [message["role"] for message in messages]
@@ -127,7 +130,10 @@ def earlier_turns(stored: str) -> list[Row]:
 
 def normal_chat(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages that a client asks with, in the form in which rows are stored; their order is not checked."""
-    normal = [{**each, "content": normal_line_ends(each["content"] or "")} for each in messages]
+    normal = [{**each, "role": role_of(each), "content": normal_line_ends(each["content"] or "")} for each in messages]
+    if _begins_blank(normal):
+        offered = {"tools": normal[0]["tools"]} if "tools" in normal[0] else {}
+        normal = [{**normal[1], **offered}, *normal[2:]]
     for message in normal:
         if calls := normal_calls(message.get("tool_calls")):
             message["tool_calls"] = calls
@@ -141,13 +147,25 @@ def _from_json(value: object) -> object:
     return value
 
 
+def role_of(message: Mapping[str, Any]) -> Any:
+    """The message's role by our name; a role that is not known stays as it is."""
+    role = message.get("role")
+    role = message.get("from") if role is None else role  # ShareGPT
+    return _ROLES.get(role.casefold(), role) if isinstance(role, str) else role
+
+
+def _begins_blank(messages: Sequence[Message]) -> bool:
+    """Whether the chat begins with a system message that says nothing. Exports write one if there was none."""
+    return len(messages) > 1 and messages[0]["role"] == "system" and not messages[0]["content"].strip()
+
+
 def _role_and_content(message: Mapping[str, Any]) -> Message:
     role, content = message.get("role"), message.get("content")
     if type(role) is str and type(content) is str:  # most messages; with the next fast path, a chat takes a fifth less
-        return {"role": role, "content": normal_line_ends(content)}
+        return {"role": role if role in _MAY_FOLLOW else role_of(message), "content": normal_line_ends(content)}
     if role is None and "from" in message:  # ShareGPT
-        role, content = message["from"], message.get("value")
-        role = _ROLE_OF_SHAREGPT.get(role, role) if isinstance(role, str) else role
+        content = message.get("value")
+    role = role_of(message)
     if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         texts = [part.get("text") for part in content]
         content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None

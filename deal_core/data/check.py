@@ -19,7 +19,7 @@ _SPLITS: dict[str, dict[str, Split]] = {
     "split": {"train": "train", "test": "test"}, "is_random": {"false": "train", "true": "test"},
 }  # fmt: skip
 """Column → what a cell may say → split."""
-_ASKING = ("user", "human", "tool")
+_ASKING = ("user", "tool")
 """Roles whose message the assistant answers next."""
 _WHOLE_NUMBER = re.compile(r"[+-]?\d+(\.0+)?")
 _NAME_IT = 'a whole number; name it in the spec, labels: {"0": NAME, "1": NAME}'
@@ -42,6 +42,7 @@ class RowChecker:
         self._max_text_chars = max_text_chars
         self._label_of_key = {label_key(label): label for label in task.labels}
         self._label_names = {**columns.label_names, **task.label_names}
+        self._name_of_key = _names_by_key(self._label_names)
         self._label_of = lru_cache(self._find_label)
         self._learns_every_turn = task.format == "chat" and task.assistant_turns == "all"
 
@@ -90,7 +91,7 @@ class RowChecker:
             return self._chat(values, None, problems).input
         column = self._columns.names["messages"]
         messages = chats.as_messages(values.get(column))
-        if messages is not None and (messages[-1].get("role") or messages[-1].get("from")) in _ASKING:
+        if messages is not None and chats.role_of(messages[-1]) in _ASKING:
             messages = [*messages, {"role": "assistant", "content": "-"}]  # the checks expect an answer at the end
         row = self._chat({**values, column: messages} if messages else values, None, problems)
         return row.input
@@ -154,14 +155,15 @@ class RowChecker:
         """The label that a cell names, and what is wrong with it."""
         problems: list[Problem] = []
         cell = " ".join(text.split())
-        if is_whole_number(cell) and cell not in self._label_names and label_key(cell) not in self._label_of_key:
+        if is_whole_number(cell) and self._name_of(cell) is None and label_key(cell) not in self._label_of_key:
             cell = cell.partition(".")[0]  # whole numbers are floats in a CSV column with gaps
-        label = self._label_names.get(cell, cell)
+        name = self._name_of(cell)
+        label = cell if name is None else name
         if self._label_of_key and label_key(label) not in self._label_of_key:
             label = cell  # the task was learned with the cells as its labels
         if not label:
             problems.append(_told("empty label", f"{self._columns.names['label']} is empty"))
-        elif not self._label_of_key and self._label_names and cell not in self._label_names:
+        elif not self._label_of_key and self._label_names and name is None:
             problems.append(Problem("label outside the task's set", shorten(cell), "the file has no name for it"))
         elif not self._label_of_key:
             self._of_right_length(label, self._columns.names["label"], problems)
@@ -169,6 +171,10 @@ class RowChecker:
             why = _NAME_IT if is_whole_number(label) else ""
             problems.append(Problem("label outside the task's set", shorten(label), why))
         return self._label_of_key.get(label_key(label), label), problems
+
+    def _name_of(self, cell: str) -> str | None:
+        """The label that a mapping gives for a cell; None if it gives none."""
+        return self._label_names.get(cell, self._name_of_key.get(label_key(cell)))
 
     def _split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
         """The split that the file names, or None."""
@@ -222,6 +228,14 @@ class RowChecker:
             self._of_right_length("".join(texts), column, problems)
         others = [self._answer(each, f"a right answer in {column}", problems) for each in answers[1:]]
         return _NO_ROW if problems else chats.chat_row(messages, others)
+
+
+def _names_by_key(names: Mapping[str, str]) -> dict[str, str]:
+    """The labels by the keys of their cells. Cells of one key that name different labels count as they are spelled."""
+    of_key: dict[str, dict[str, str]] = {}
+    for cell, name in names.items():
+        of_key.setdefault(label_key(cell), {})[label_key(name)] = name
+    return {key: name for key, found in of_key.items() if len(found) == 1 for name in found.values()}
 
 
 def list_of_answers(cell: object) -> Sequence[str] | None:

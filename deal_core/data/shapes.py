@@ -135,11 +135,11 @@ def _is_whole_chat(look: FileLook, column: str, task: TaskSchema) -> bool:
 
     An example of Parquet has the first message alone. It is a chat's if no other column has the question as messages.
     """
-    chosen = as_messages(look.examples.get(column)) or ()
+    chosen = _example_messages(look, column)
     prompts = [task.columns["prompt"]] if "prompt" in task.columns else [
         name for name in look.columns if name.strip().casefold() in CONVENTIONS["prompt"]
     ]  # fmt: skip
-    return len(chosen) > 1 or (bool(chosen) and not any(_example_message(look, name) for name in prompts))
+    return len(chosen) > 1 or (bool(chosen) and not any(_example_messages(look, name) for name in prompts))
 
 
 def _find_columns(look: FileLook, task: TaskSchema, source: str, include_texts: bool) -> Columns:
@@ -185,16 +185,16 @@ def _chat_in_two_columns(look: FileLook, task: TaskSchema, source: str) -> Colum
     except DataValidationError:
         return None
     names = {name: column for name, column in columns.names.items() if name != "context"}
-    if not all(_example_message(look, names[name]) for name in ("prompt", "completion")):
+    if not all(_example_messages(look, names[name]) for name in ("prompt", "completion")):
         return None
     tools = task.columns.get("tools", "tools")
     return Columns(format="chat", names={**names, **({"tools": tools} if tools in look.columns else {})})
 
 
-def _example_message(look: FileLook, column: str) -> Mapping[str, Any]:
-    """The first message of a column's example; empty if the column's cells are no messages."""
-    messages = as_messages(look.examples.get(column))
-    return messages[0] if messages else {}
+def _example_messages(look: FileLook, column: str) -> Sequence[Mapping[str, Any]]:
+    """The messages of a column's example; empty if its cells are no messages, such as other lists written as JSON."""
+    messages = as_messages(look.examples.get(column)) or ()
+    return messages if any("role" in message or "from" in message for message in messages) else ()
 
 
 def _are_rated(columns: Columns, look: FileLook, task: TaskSchema) -> bool:
@@ -223,7 +223,7 @@ def _take_chosen(look: FileLook, have: Mapping[str, str]) -> str:
     chosen = have["chosen"]
     if any(name in have for name in ("prompt", "instruction", "question")):
         return f"set task.columns to {{completion: {chosen}}}"
-    if _example_message(look, chosen):
+    if _example_messages(look, chosen):
         return f"set task.columns to {{messages: {chosen}}}"
     return "write the rows with the columns prompt and completion"
 
@@ -247,5 +247,5 @@ def _shape_of(columns: Columns, look: FileLook) -> str:
     told = " with tools" if "tools" in names else ""
     if "messages" not in names:
         return f"chats in two columns{told} ({names['prompt']}, {names['completion']})"
-    is_sharegpt = "from" in _example_message(look, names["messages"])
+    is_sharegpt = any("from" in message for message in _example_messages(look, names["messages"])[:1])
     return f"{'ShareGPT chats' if is_sharegpt else 'chats'}{told} ({names['messages']})"

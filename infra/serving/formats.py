@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
 
-from deal_core.data.chats import normal_calls
+from deal_core.data.chats import normal_calls, role_of
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedVersion
@@ -300,7 +300,7 @@ def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message with the keys that rows of chats are stored with (see `deal_core.data.chats`)."""
-    role, calls = message.get("role"), message.get("tool_calls")
+    role, calls = role_of(message), message.get("tool_calls")
     if not isinstance(role, str):
         raise _wrong("A message's role is no text; give role and content for each message.")
     if calls and normal_calls(calls) is None:

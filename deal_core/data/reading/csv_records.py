@@ -32,8 +32,10 @@ class CsvFile:
         self._stream = open_text(path, newline="")
         self._feed = _Feed(numbered_lines(self._stream))
         try:
-            delimiter = _find_delimiter(self._feed.peek())
-            self._reader = csv.reader(self._feed, delimiter=delimiter, strict=True, skipinitialspace=True)
+            header = self._feed.peek()
+            delimiter = _find_delimiter(header)
+            drops = _has_blanks(header, delimiter)
+            self._reader = csv.reader(self._feed, delimiter=delimiter, strict=True, skipinitialspace=drops)
             self.header = self._read_header()
         except BaseException:
             self._stream.close()
@@ -137,6 +139,14 @@ def _find_delimiter(header: str) -> str:
         return len(next(csv.reader([header], delimiter=delimiter), []))
 
     return max(_DELIMITERS, key=count_columns)
+
+
+def _has_blanks(header: str, delimiter: str) -> bool:
+    """Whether a blank follows a delimiter of the header. In such a file the blanks are no part of the cells."""
+    read, dropped = (
+        next(csv.reader([header], delimiter=delimiter, skipinitialspace=drops), []) for drops in (False, True)
+    )
+    return read[1:] != dropped[1:]
 
 
 def _distinct(header: tuple[str, ...]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +16,7 @@ from deal_core.errors import DataValidationError
 from deal_core.safe_text import shorten
 
 _LIST_OF_ROWS = re.compile(r"\[\s*(\{|$)")
+_EMPTY_LIST = re.compile(r"\[\s*\]")
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _PIECE_CHARS = 2**18
 
@@ -27,13 +28,22 @@ def read_json(path: Path) -> Iterator[tuple[RawRow, int]]:
     the fault.
 
     Raises:
-        DataValidationError: A list is not JSON, does not end, or has an item of more than MAX_LINE_CHARS characters.
+        DataValidationError: A list is not JSON, does not end, or has an item of more than MAX_LINE_CHARS characters. Or
+            the file begins with an object over several lines.
     """
     with open_text(path, newline="\n") as stream:
         lines = (line for line in numbered_lines(stream) if line.text.strip())
-        first = next(lines, None)
-        if first is None or _LIST_OF_ROWS.match(first.text) is None:
-            for line in chain([first] if first else [], lines):
+        first = list(islice(lines, 2))
+        beginning, following = (*(line.text.strip() for line in first), "", "")[:2]
+        if beginning == "{" and following.startswith(('"', "}")):
+            raise DataValidationError(
+                f"{path.name} begins with one JSON object over several lines; write a list of rows ([{{…}}, {{…}}]) "
+                "or one object per line."
+            )
+        if not following and _EMPTY_LIST.fullmatch(beginning):
+            return
+        if _LIST_OF_ROWS.match(beginning) is None:
+            for line in chain(first, lines):
                 yield _row_of_line(line), len(line.text)
             return
     with open_text(path, newline="\n") as stream:

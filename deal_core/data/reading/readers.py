@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +45,9 @@ class FileLook:
     columns: tuple[str, ...]
     """Names with repetitions; of JSON lines the keys in the first thousand readable rows."""
     examples: Mapping[str, Any] = field(default_factory=dict)
-    """One cell of a column: of JSON lines the first that is not empty, of Parquet a stand-in of the column's type. A
-    CSV has none, because all its cells are texts."""
+    """One cell of a column: of JSON lines the first that is not empty, of Parquet a stand-in of the column's type. All
+    cells of a CSV are texts, so it has only booleans: of columns whose first thousand cells say true, false or nothing.
+    """
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of the classes 0, 1, 2, … of a column, from the file's own metadata (`ClassLabel` of `datasets`)."""
 
@@ -84,7 +86,7 @@ def look_at(path: Path) -> FileLook:
                 return _look_at_schema(file.schema_arrow)
         if kind == "csv":
             with CsvFile(path) as file:
-                return FileLook(file.header)
+                return _look_at_csv(file)
         return _look_at_json(path)
 
 
@@ -101,6 +103,17 @@ def _look_at_json(path: Path) -> FileLook:
         if num_readable == _SURVEYED_ROWS:
             break
     return FileLook(tuple(names), examples)
+
+
+def _look_at_csv(file: CsvFile) -> FileLook:
+    booleans, found = {*file.header}, set[str]()
+    for row, _ in islice(file.rows(), _SURVEYED_ROWS):
+        said = {name: cell.strip().casefold() for name, cell in row.values.items() if name in booleans}
+        found.update(name for name, cell in said.items() if cell)
+        booleans -= {name for name, cell in said.items() if cell not in ("true", "false", "")}
+        if not booleans:
+            break
+    return FileLook(file.header, dict.fromkeys(booleans & found, True))
 
 
 def _look_at_schema(schema: pa.Schema) -> FileLook:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -11,6 +13,7 @@ from urllib.parse import unquote
 
 import datasets
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, validate_file
@@ -120,6 +123,26 @@ def offline_hub(rows: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("suffix", "num_rows"), [("", 30), (":test", 10), ("@v2", 30), ("@v2:test", 10)])
 def test_a_split_of_a_dataset_of_the_hub_is_read(suffix: str, num_rows: int, tmp_path: Path) -> None:
     assert read(f"hf://datasets/ours/reviews{suffix}", FileStore(tmp_path / "store")) == num_rows
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "train.csv.gz", "data/train.jsonl.gz", "train.json.gz", "train.tsv.gz"])
+def test_a_dataset_of_the_hub_may_be_packed_or_have_tabs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    content = table().replace(b",", b"\t") if "tsv" in name else table()
+    if "json" in name:
+        content = b"".join(b'{"text": "Text %d", "label": "%s"}\n' % (i, (b"bad", b"good")[i % 2]) for i in range(40))
+    (tmp_path / "hub" / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    def fetch(repository: str, kind: str, patterns: list[str], revision: str | None) -> Path:
+        (tmp_path / "fetched" / "data").mkdir(parents=True)
+        for each in filter_repo_objects([name], allow_patterns=patterns):
+            shutil.copy(tmp_path / "hub" / each, tmp_path / "fetched" / each)
+        return tmp_path / "fetched"
+
+    monkeypatch.setattr("tasks.data_files.fetch_snapshot", fetch)
+    assert read("hf://datasets/ours/reviews", FileStore(tmp_path / "store")) == 40
 
 
 @pytest.mark.usefixtures("offline_hub")

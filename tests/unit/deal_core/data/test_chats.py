@@ -40,6 +40,38 @@ def test_the_forms_of_a_message_become_one() -> None:
     assert parse_messages(more, TOOLS) == wanted, "a chat without tools is stored as ever"
 
 
+@pytest.mark.parametrize(
+    ("system", "asker", "answerer"),
+    [("system", "human", "gpt"), ("developer", "user", "assistant"), ("Developer", "Human", "GPT"),
+     ("SYSTEM", "User", "Assistant")],
+)  # fmt: skip
+def test_every_name_of_a_role_is_stored_and_asked_as_ours(system: str, asker: str, answerer: str) -> None:
+    wanted = [{"role": "system", "content": "Be brief."}, *chat("Hi", "Hello", "And?", "So.")]
+    roles = [system, asker, answerer, asker, answerer]
+    plain = [{"role": role, "content": message["content"]} for role, message in zip(roles, wanted, strict=True)]
+    sharegpt = [{"from": message["role"], "value": message["content"]} for message in plain]
+    assert parse_messages(plain) == parse_messages(sharegpt) == wanted
+    assert normal_chat(plain[:-1]) == wanted[:-1]
+    checker = RowChecker(TaskSchema(name="t", format="chat"), Columns(format="chat", names={"messages": "m"}), 1000)
+    for asked in (plain[:-1], sharegpt[:-1]):
+        assert checker.check_input(RawRow(1, {"m": asked})) == json.dumps(wanted[:-1])
+
+
+@pytest.mark.parametrize("blank", ["", " \r\n"])
+def test_a_blank_system_message_at_the_beginning_says_nothing(blank: str) -> None:
+    empty = {"role": "system", "content": blank}
+    wanted = chat("Hi", "Hello", "And?", "So.")
+    assert parse_messages([empty, *wanted]) == wanted
+    weighed = [empty, *[{**message, "weight": 1} for message in wanted]]
+    weighed[-1]["weight"] = 0
+    assert isinstance(parse_messages(weighed), Problem), "each message keeps its own cell"
+    called = [*chat("1 + 1?"), CALLING, RESULT, *chat("", "2.")[1:]]
+    assert parse_messages([empty, *called], TOOLS) == parse_messages(called, TOOLS)
+    assert normal_chat([empty, *wanted[:-1]]) == wanted[:-1]
+    assert normal_chat([{**empty, "tools": TOOLS}, *wanted[:1]]) == [{**wanted[0], "tools": TOOLS}]
+    assert normal_chat([{**empty, "content": ""}]) == [{**empty, "content": ""}], "a chat has a message"
+
+
 def test_a_chat_with_tools_keeps_what_a_template_needs() -> None:
     asked, answer = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2."}
     messages = [asked, CALLING, RESULT, answer]

@@ -18,6 +18,7 @@ from deal_core.errors import DataValidationError
 LINE_PARTS = st.sampled_from(["a", '"', ",", '""', '","', ' "', "x" * 7, "\r", "é"])
 LINES = st.lists(st.lists(LINE_PARTS, max_size=4).map("".join), max_size=14)
 HEADER = "text,label\n"
+HEADERS = st.sampled_from([HEADER, "text, label\n", '"text, or",label\n'])
 
 
 def rows_of(path: Path) -> list[tuple[int, bool, list[str]]]:
@@ -29,7 +30,7 @@ def rows_of(path: Path) -> list[tuple[int, bool, list[str]]]:
         ]
 
 
-def expected_rows(content: str, max_chars: int) -> Iterator[tuple[int, bool, list[str]]]:
+def expected_rows(content: str, max_chars: int, drops_blanks: bool) -> Iterator[tuple[int, bool, list[str]]]:
     """The same by the literal rule: a line that begins no record is a bad row, and reading continues after it.
 
     Each try reads to its end, so a file of lines that open a quote is read once per line.
@@ -41,7 +42,7 @@ def expected_rows(content: str, max_chars: int) -> Iterator[tuple[int, bool, lis
         fitting = [line for line, chars in zip(lines[place:], total, strict=True) if chars <= max_chars]
         left = iter(fitting)
         try:
-            record = next(csv.reader(left, strict=True, skipinitialspace=True))
+            record = next(csv.reader(left, strict=True, skipinitialspace=drops_blanks))
         except (csv.Error, StopIteration):
             record, num_lines = None, 1
         else:
@@ -54,17 +55,18 @@ def expected_rows(content: str, max_chars: int) -> Iterator[tuple[int, bool, lis
 
 
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lines=LINES, ends_in_line_end=st.booleans(), max_chars=st.integers(12, 40))
+@given(lines=LINES, header=HEADERS, ends_in_line_end=st.booleans(), max_chars=st.integers(18, 40))
 def test_rows_are_those_of_the_rule(
-    lines: list[str], ends_in_line_end: bool, max_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lines: list[str], header: str, ends_in_line_end: bool, max_chars: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """This holds for records above the bound too, where a later record reaches further than an earlier one."""
     lines = [line.replace("\r", "") for line in lines if len(line) < max_chars]
     content = "\n".join(lines) + "\n" * ends_in_line_end
-    (tmp_path / "rows.csv").write_text(HEADER + content)
+    (tmp_path / "rows.csv").write_text(header + content)
     with monkeypatch.context() as patch:
         patch.setattr(csv_records, "MAX_LINE_CHARS", max_chars)
-        assert rows_of(tmp_path / "rows.csv") == list(expected_rows(content, max_chars))
+        assert rows_of(tmp_path / "rows.csv") == list(expected_rows(content, max_chars, header == "text, label\n"))
 
 
 def test_a_file_with_many_quotes_that_are_never_closed_is_refused(

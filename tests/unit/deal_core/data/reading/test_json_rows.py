@@ -42,6 +42,36 @@ def test_a_list_has_the_rows_of_json_lines(tmp_path: Path, name: str, indent: in
     assert all(lines.splitlines()[row.line - 1].lstrip(b"[").lstrip()[:1] == b"{" for row in found if row.line)
 
 
+@pytest.mark.parametrize("blanks", [" ", "\t", "\n  ", "\r\n"])
+def test_blanks_may_stand_before_a_list(tmp_path: Path, blanks: str) -> None:
+    path = write(tmp_path / "rows.json", f"{blanks}{json.dumps(ROWS)}\n")
+    assert [row.values for row in read_rows(path)] == ROWS
+
+
+@pytest.mark.parametrize("content", ["[]", " [ ]\n\n", "[\n]\n"])
+def test_an_empty_list_has_no_rows(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path / "rows.json", content)
+    assert (list(read_rows(path)), look_at(path).columns) == ([], ())
+
+
+def test_an_empty_list_among_json_lines_is_one_bad_row(tmp_path: Path) -> None:
+    bad, good = read_rows(write(tmp_path / "rows.jsonl", '[]\n{"text": "a"}\n'))
+    assert bad.fault is not None and good.values == {"text": "a"}
+
+
+@pytest.mark.parametrize("content", [{"data": ROWS}, ROWS[0]])
+def test_an_object_over_several_lines_is_refused_with_what_to_write(tmp_path: Path, content: Any) -> None:
+    path = write(tmp_path / "rows.json", json.dumps(content, indent=2))
+    for read in (look_at, lambda path: list(read_rows(path))):
+        with pytest.raises(DataValidationError, match=r"rows\.json begins with one JSON object .* one object per line"):
+            read(path)
+
+
+def test_a_line_that_is_only_a_brace_among_json_lines_is_one_bad_row(tmp_path: Path) -> None:
+    bad, good = read_rows(write(tmp_path / "rows.jsonl", '{\n{"text": "a"}\n'))
+    assert bad.fault is not None and good.values == {"text": "a"}
+
+
 @pytest.mark.parametrize("piece", [1, 2, 7])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), min_size=1, max_size=5))

@@ -33,8 +33,7 @@ def to_bytes(kind: str, rows: list[dict[str, Any]]) -> bytes:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if kind == "csv":
         text = io.StringIO(newline="")
-        # a reader drops blanks after a delimiter, which is all that a quote at the beginning keeps
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), quoting=csv.QUOTE_ALL)
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().encode()
@@ -101,6 +100,14 @@ def test_a_csv_may_use_semicolons_or_tabs(tmp_path: Path, delimiter: str) -> Non
 def test_a_blank_after_the_delimiter_does_not_make_quotes_part_of_a_value(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", 'text, label\n"one, two", "a"\nthree, b\n')
     assert read(path) == [{"text": "one, two", "label": "a"}, {"text": "three", "label": "b"}]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_cell_keeps_its_indentation_if_the_header_has_no_blank_after_a_delimiter(
+    tmp_path: Path, delimiter: str
+) -> None:
+    path = write(tmp_path / "rows.csv", f'prompt{delimiter}completion\n  def f():{delimiter}    return 1\n')
+    assert read(path) == [{"prompt": "  def f():", "completion": "    return 1"}]
 
 
 def test_a_csv_row_knows_its_row_and_its_line(tmp_path: Path) -> None:
@@ -309,6 +316,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(rows=st.lists(st.fixed_dictionaries({"text": TEXTS, "label": TEXTS}), min_size=1, max_size=8))
 @example(rows=[{"text": "", "label": " "}])
+@example(rows=[{"text": "    return 1", "label": "\t\tpass"}])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_any_text_comes_back_as_it_was_written(tmp_path: Path, kind: str, rows: list[dict[str, str]]) -> None:
     path = write(tmp_path / f"rows.{kind}", to_bytes(kind, rows))
