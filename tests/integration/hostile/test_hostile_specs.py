@@ -55,6 +55,8 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
             return
     name = arguments[1 if event in ("os.symlink", "os.link") else 0]
     path = os.path.abspath(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else "/dev/null"
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # the name is relative to an open folder
+        path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), os.fsdecode(name))
     folder, last = os.path.split(path)
     path = os.path.realpath(path) if event == "open" else os.path.join(os.path.realpath(folder), last)
     if path != "/dev/null" and not Path(path).is_relative_to(_watched[0]):

@@ -22,7 +22,8 @@ from tasks.adaptation.ingest import ingest_arrival
 from tasks.context import current_store
 from tasks.inbox import InboxState, write_state
 from tasks.lineage.tombstones import ForgottenRowsError
-from tasks.references import Arrival
+from tasks.progress import LogReporter, reporting_to
+from tasks.references import Arrival, DatasetRef
 from tests.adapting import BANK
 
 KEY = "inbox/bank/may.jsonl"
@@ -39,6 +40,11 @@ def land(*, labels: tuple[str, str] = ("a", "b")) -> Arrival:
 
 def stored(*folders: str) -> list[str]:
     return [info.key for folder in folders for info in current_store().list(folder)]
+
+
+def ingest(arrival: Arrival, lineage: str, *, again: bool = False) -> DatasetRef:
+    with reporting_to(LogReporter()):  # without it, all later tests of the process would share its stop
+        return ingest_arrival(arrival, DataConfig(), None, lineage, again)
 
 
 def forget_file() -> ForgetResult:
@@ -63,7 +69,7 @@ def forgotten_while_read(monkeypatch: pytest.MonkeyPatch) -> list[ForgetResult]:
 def test_a_file_that_is_forgotten_while_it_is_read_is_not_learned(forgotten_while_read: list[ForgetResult]) -> None:
     arrival = land()
     with pytest.raises(ForgottenRowsError, match="a customer asked"):
-        ingest_arrival(arrival, DataConfig(), None, "l")
+        ingest(arrival, "l")
     (result,) = forgotten_while_read
     assert [each.kind for each in result.plan.held] == ["inbox file"], "no dataset was there yet"
     assert not stored("datasets", "quarantine", "inbox")
@@ -74,7 +80,7 @@ def test_a_refused_file_that_is_forgotten_while_it_is_read_leaves_no_rows(
 ) -> None:
     arrival = land(labels=("x", "y"))
     with pytest.raises(ForgottenRowsError):
-        ingest_arrival(arrival, DataConfig(), None, "l")
+        ingest(arrival, "l")
     assert len(forgotten_while_read) == 1 and not stored("datasets", "quarantine", "inbox")
 
 
@@ -89,7 +95,7 @@ def test_a_file_is_forgotten_in_lineages_that_name_its_labels_otherwise_too(monk
 
 def test_a_lineage_that_gets_the_rows_meanwhile_is_held_too(monkeypatch: pytest.MonkeyPatch) -> None:
     arrival = land()
-    ingest_arrival(arrival, DataConfig(), None, "l")
+    ingest(arrival, "l")
     held = spread_after_the_first_look(monkeypatch, arrival, {"m": LABELS["labels"]})
     forget_file()
     assert held == ["l", "l", "m"] and not stored("datasets", "inbox")
@@ -105,7 +111,7 @@ def spread_after_the_first_look(
         plans.append(plan(*arguments))
         for lineage, labels in labels_of.items() if len(plans) == 1 else ():
             asked = arrival.model_copy(update={"given": {"labels": labels}})
-            ingest_arrival(asked, DataConfig(), None, lineage, again=True)
+            ingest(asked, lineage, again=True)
         return plans[-1]
 
     def lock(lineage: str) -> AbstractAsyncContextManager[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import flows.champions
+from deal_core.config import EvaluateConfig
 from deal_core.errors import DealError, RegistryError, StoreError
 from tasks.progress import Interrupted, LogReporter, reporting_to
 
@@ -76,6 +77,7 @@ def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPa
     )  # fmt: skip
     monkeypatch.setattr(flows.champions, "find_version", lambda *_: None)
     monkeypatch.setattr(flows.champions, "version_ref", lambda _: SimpleNamespace(version="3"))
+    monkeypatch.setattr(flows.champions, "evaluate_settings", lambda _: EvaluateConfig())
     monkeypatch.setattr(flows.champions, "score_version", lambda *_: scores)
 
     class Screen(LogReporter):

@@ -147,7 +147,7 @@ def test_a_broken_file_of_json_lines_is_named_with_its_line(file, content, messa
         ("train.json", '[{"label": "a"}]', r"Row 1 .*train\.json lacks 'sentence' or 'label'; give"),
         ("train.json", "[1]", r"Row 1 .*train\.json cannot be read"),
         ("dev.json", "", r"dev\.json holds no rows; give it at least one"),
-        ("train.json", "[]", r"train\.json cannot be read"),
+        ("train.json", "[]", r"train\.json holds no rows; give it at least one"),
         ("labels.json", '["a", "b"', r"labels\.json cannot be read as JSON \("),
         ("labels.json", "[1, 2]", r"labels\.json does not hold labels; make it a list of texts"),
     ],
