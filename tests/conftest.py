@@ -80,6 +80,16 @@ def no_waiting_for_the_disk() -> None:
     os.fsync = lambda _: None
 
 
+@pytest.fixture(autouse=True)
+def a_stop_of_its_own() -> Iterator[None]:
+    """Let no test stop the runs of a later one: calls of one thread without a reporter share their context."""
+    from tasks import progress
+
+    before = progress._current.set(None)
+    yield
+    progress._current.reset(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_command_tree() -> None:
     """Make typer's tree of `deal` commands once; every call of a test's runner makes it again otherwise."""
