@@ -15,7 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import BaseModel
 
 from deal_core.data.schema import is_name
@@ -329,7 +329,7 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
 
 def _is_deserted(folder: Path) -> bool:
     """Return whether a temporary folder has a lock that no process holds."""
-    with suppress(Timeout, FileNotFoundError):  # in use, or removed meanwhile
+    with suppress(OSError):  # in use, removed meanwhile, or another user's
         if (folder / LOCK).is_file():
             with FileLock(folder / LOCK, timeout=0):
                 return True
