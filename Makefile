@@ -11,7 +11,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly lint type wheel constraints notebook site release-notes clean
+.PHONY: help setup demo test nightly lint format type wheel constraints notebook site release-notes clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -29,8 +29,13 @@ test: $(VENV)/.stamp-dev ## run the tests
 nightly: $(VENV)/.stamp-dev ## run the tests that take too long for every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly $(ARGS)
 
-lint: $(VENV)/.stamp-dev ## check style
+lint: $(VENV)/.stamp-dev ## check style; `make format` mends most of it
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+format: $(VENV)/.stamp-dev ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 type: $(VENV)/.stamp-dev ## check types
 	$(BIN)/mypy

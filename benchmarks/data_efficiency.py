@@ -58,12 +58,18 @@ class Trial:
 def trial_of(cell: CellJson) -> Trial | None:
     """The trial of a cell; None if the cell departs from the defaults in more than options."""
     settings = json.loads(json.dumps(cell["settings"]))
-    method = {name: settings["method"].pop(name) for name in list(settings["method"])
-              if name.partition(".")[0] in OPTION_PARTS}  # fmt: skip
+    method = {
+        name: settings["method"].pop(name)
+        for name in list(settings["method"])
+        if name.partition(".")[0] in OPTION_PARTS
+    }
     if departures({**cell, "settings": settings}) not in ("", TRIED_WITH):
         return None
-    changes = [change.replace(" ", ": ", 1) for change in departures(cell).split(", ")
-               if change and change != TRIED_WITH and not change.startswith(KEEP)]  # fmt: skip
+    changes = [
+        change.replace(" ", ": ", 1)
+        for change in departures(cell).split(", ")
+        if change and change != TRIED_WITH and not change.startswith(KEEP)
+    ]
     options = {name: settings["train"].pop(name, None) for name in TRAIN_OPTIONS}
     if weight := options["prompt_loss_weight"]:
         changes.append(f"train.prompt_loss_weight: {weight}")
@@ -103,9 +109,12 @@ def line_of(trial: Trial, group: Mapping[str, Trial], measured: Mapping[str, Any
         "accuracy": 100 * sum(map(accuracy, scores)) / len(scores),
         "perplexity": cell["perplexity"]["adapted"] / cell["perplexity"]["base"],
         "forgetting": None if matrix is None or matrix.forgetting is None else 100 * matrix.forgetting,
-        "against": {name: [*interval_over_rows([cell], [group[name].cell]).in_points().values()]
-                    for name in (RANDOM, ALL) if name in group and name != trial.option},
-    }  # fmt: skip
+        "against": {
+            name: [*interval_over_rows([cell], [group[name].cell]).in_points().values()]
+            for name in (RANDOM, ALL)
+            if name in group and name != trial.option
+        },
+    }
 
 
 def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -122,12 +131,18 @@ def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[
             settings, machine = cell["settings"], cell["versions"][-1].get("machine", {})
             suite, order = name_of(tuple(settings["tasks"]))
             lines = [line_of(trial, group, measured) for trial in group.values()]
-            found.append({
-                "suite": suite, "order": order, "seed": settings["seed"], "strategy": settings["strategy"],
-                "rows": settings["rows"], "tasks": settings["tasks"],
-                "processor": "AMX" if "amx_bf16" in machine.get("bf16_instructions", []) else "AVX-512",
-                "lines": sorted(lines, key=lambda line: -line["accuracy"]),
-            })  # fmt: skip
+            found.append(
+                {
+                    "suite": suite,
+                    "order": order,
+                    "seed": settings["seed"],
+                    "strategy": settings["strategy"],
+                    "rows": settings["rows"],
+                    "tasks": settings["tasks"],
+                    "processor": "AMX" if "amx_bf16" in machine.get("bf16_instructions", []) else "AVX-512",
+                    "lines": sorted(lines, key=lambda line: -line["accuracy"]),
+                }
+            )
     return sorted(found, key=lambda table: (-table["rows"], table["strategy"], table["order"], table["seed"]))
 
 
@@ -137,8 +152,10 @@ def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
     Rows of a task before `first_row` do not count. All tasks have as many rows.
     """
     trials = {trial["arm"]: trial for trial in reversed(read(path)["trials"])}
-    rows = {arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits[first_row:]]
-            for arm, trial in trials.items()}  # fmt: skip
+    rows = {
+        arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits[first_row:]]
+        for arm, trial in trials.items()
+    }
     strata = [len(bits[first_row:]) for _, bits in sorted(trials["plain"]["outcomes"].items())]
     found = {arm: paired_interval(each, rows["plain"], strata=strata).in_points() for arm, each in rows.items()}
     return {arm: {"mean": 100 * fmean(rows[arm]), "difference": [*each.values()]} for arm, each in found.items()}
@@ -165,10 +182,16 @@ def main(
     """Fill the page."""
     measured = read(RESULTS / "option_seconds.json")
     clean = tables(read_cells(cells), measured)
-    found = {"clean": clean, "masked": masked(clean), "noisy": tables(read_cells(noisy), measured),
-             "seconds": measured, "arms": arms(trials),
-             "merging": merging(RESULTS / "merging.json"), "unlabelled": arms(RESULTS / "arms_unlabelled.json"),
-             "preferences": read(RESULTS / "preferences.json")}  # fmt: skip
+    found = {
+        "clean": clean,
+        "masked": masked(clean),
+        "noisy": tables(read_cells(noisy), measured),
+        "seconds": measured,
+        "arms": arms(trials),
+        "merging": merging(RESULTS / "merging.json"),
+        "unlabelled": arms(RESULTS / "arms_unlabelled.json"),
+        "preferences": read(RESULTS / "preferences.json"),
+    }
     page.write_text(templates().get_template("data_efficiency.md.j2").render(found))
     typer.echo(f"{page} written")
 

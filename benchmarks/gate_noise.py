@@ -91,9 +91,11 @@ def covered(draw: Draw, num_rows: int, num_draws: int) -> dict[str, float]:
         upper[number] = -PairedDrop.of(second.tolist(), first.tolist()).lower_bound(COVERED)
     holds_lower, holds_upper = lower <= true, upper >= true
     return {
-        "true_drop": true, "lower": 100 * float(holds_lower.mean()), "upper": 100 * float(holds_upper.mean()),
+        "true_drop": true,
+        "lower": 100 * float(holds_lower.mean()),
+        "upper": 100 * float(holds_upper.mean()),
         "both": 100 * float((holds_lower & holds_upper).mean()),
-    }  # fmt: skip
+    }
 
 
 @app.command()
@@ -104,8 +106,9 @@ def coverage(
     """The coverage by case and number of rows."""
     lines = [
         {"case": case, "rows": num_rows, **covered(draw, num_rows, draws)}
-        for case, draw in CASES.items() for num_rows in (30, 100, 300)
-    ]  # fmt: skip
+        for case, draw in CASES.items()
+        for num_rows in (30, 100, 300)
+    ]
     write_result(out, {"confidence": COVERED, "draws": draws, "lines": lines})
 
 
@@ -124,9 +127,11 @@ def told_from(
     drops = [PairedDrop.of(before[:num_rows], after[:num_rows]) for before, after in pairs]
     noise = NormalDist().inv_cdf(confidence) * statistics.mean(drop.standard_error for drop in drops)
     return {
-        "rows_per_task": num_rows, "noise_of_one_drop": noise, "noise_of_the_mean_drop": noise / math.sqrt(NUM_TASKS),
+        "rows_per_task": num_rows,
+        "noise_of_one_drop": noise,
+        "noise_of_the_mean_drop": noise / math.sqrt(NUM_TASKS),
         "smallest_clear_drop": smallest_clear_drop(num_rows, confidence),
-    }  # fmt: skip
+    }
 
 
 @app.command()
@@ -139,11 +144,17 @@ def budget(
     pairs = [pair for cell in found if cell["settings"]["scored"] == "all" for pair in outcomes(cell)]
     whole = min(len(before) for before, _ in pairs)
     num_rows, confidence = EvaluateConfig().max_old_rows, GateConfig().confidence
-    write_result(out, {
-        "num_pairs": len(pairs), "num_tasks": NUM_TASKS, "max_old_rows": num_rows,
-        "rows_per_task_within_it": num_rows // NUM_TASKS, "confidence": confidence,
-        "lines": [told_from(pairs, each, confidence) for each in (25, 50, 100, 200, whole) if each <= whole],
-    })  # fmt: skip
+    write_result(
+        out,
+        {
+            "num_pairs": len(pairs),
+            "num_tasks": NUM_TASKS,
+            "max_old_rows": num_rows,
+            "rows_per_task_within_it": num_rows // NUM_TASKS,
+            "confidence": confidence,
+            "lines": [told_from(pairs, each, confidence) for each in (25, 50, 100, 200, whole) if each <= whole],
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -48,8 +48,16 @@ from deal_core.method_config import MEMORY, Memory
 CELLS = RESULTS / "continual"
 STORED_SHARE = MEMORY["rows"]["stored_share"]
 """Share of its rows that a task leaves in the memory."""
-LEARNING = ("learning_rate", "schedule", "num_epochs", "min_steps", "max_steps", "batch_size",
-            "gradient_accumulation_steps", "balance_labels")  # fmt: skip
+LEARNING = (
+    "learning_rate",
+    "schedule",
+    "num_epochs",
+    "min_steps",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "balance_labels",
+)
 OTHER_SETTINGS = ("part", "max_test_rows", "prompt", "base", "adapter", "data")
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -67,10 +75,13 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
         if title in found:  # the rest of what tells protocols apart
             title += "".join(f", {name} {settings[name]}" for name in OTHER_SETTINGS if name in settings)
         found[title] = {
-            "part": settings["part"], "base": settings["base"], "judged_tasks": judged_tasks(protocol),
-            "train": train, "is_default": train == {name: getattr(TrainConfig(), name) for name in LEARNING},
+            "part": settings["part"],
+            "base": settings["base"],
+            "judged_tasks": judged_tasks(protocol),
+            "train": train,
+            "is_default": train == {name: getattr(TrainConfig(), name) for name in LEARNING},
             "arms": {name: _figures(protocol, each) for name, each in arms(protocol).items() if each},
-        }  # fmt: skip
+        }
     return {"schema_version": 4, "stored_share": STORED_SHARE, "tables": found}
 
 
@@ -186,7 +197,7 @@ def worst_task(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, An
         if matrix is None:
             continue
         for name, column in zip(matrix.tasks, zip(*matrix.rows, strict=True), strict=True):
-            measured = [value for value in column[matrix.trained.index(name):] if value is not None]
+            measured = [value for value in column[matrix.trained.index(name) :] if value is not None]
             if name in losses:
                 losses[name].append(100 * (measured[-1] - max(measured)))
     means = {name: fmean(values) for name, values in losses.items() if values}

@@ -89,15 +89,23 @@ def ask(folder: Path, data: Path, tasks: Sequence[str], base: str | None, precis
             for condition, rows in conditions(data, name):
                 texts = [task.readable(row["text"], "A row") for row in rows]
                 given = answer_inputs(
-                    adapted, model.tokenizer, task.schema, texts, EvaluateConfig(max_new_tokens=task.max_new_tokens),
+                    adapted,
+                    model.tokenizer,
+                    task.schema,
+                    texts,
+                    EvaluateConfig(max_new_tokens=task.max_new_tokens),
                     max_prompt_tokens=task.max_prompt_tokens,
                 )
                 for number, (row, text, answer) in enumerate(zip(rows, texts, given, strict=True)):
-                    found.append({
-                        **_facts(task, text, answer.text, row["label"]), "id": f"{name}/{condition}/{number}",
-                        "confidence": answer.confidence.confidence, "label_mass": answer.confidence.label_mass,
-                        "condition": condition,
-                    })  # fmt: skip
+                    found.append(
+                        {
+                            **_facts(task, text, answer.text, row["label"]),
+                            "id": f"{name}/{condition}/{number}",
+                            "confidence": answer.confidence.confidence,
+                            "label_mass": answer.confidence.label_mass,
+                            "condition": condition,
+                        }
+                    )
                 typer.echo(f"{name}, {condition}: {len(rows)} answers", err=True)
     return pd.DataFrame(found, columns=list(KEPT))
 
@@ -122,8 +130,11 @@ def false_alarms(rows: pd.DataFrame, num_looks: int, config: MonitorConfig) -> d
     level = [config.alpha / max(1, each.num_tests) for each in looks]
     significant = [_is_significant(each, limit) for each, limit in zip(looks, level, strict=True)]
     return {
-        "num_looks": num_looks, "rows_of_a_half": len(rows) // 2, "alarms": _share([bool(x.alarms) for x in looks]),
-        "significant": _share(significant), "promised": config.alpha,
+        "num_looks": num_looks,
+        "rows_of_a_half": len(rows) // 2,
+        "alarms": _share([bool(x.alarms) for x in looks]),
+        "significant": _share(significant),
+        "promised": config.alpha,
     }
 
 
@@ -165,14 +176,24 @@ def power(answers: pd.DataFrame, num_draws: int, config: MonitorConfig, windows:
                 repeated = len(left) < size
                 live = left.iloc[draw.choice(len(left), size, replace=repeated)]
                 looks.append(_look(reference, live, config))
-            kinds = {kind: _share([any(a.kind == kind for a in x.alarms) for x in looks]) for kind in
-                     ("drift", "quality")}  # fmt: skip
-            tests = {test.name: _share([any(t.name == test.name and t.is_alarm for t in x.tests) for x in looks])
-                     for test in looks[0].tests}  # fmt: skip
-            lines.append({
-                "condition": condition, "window": size, "alarms": _share([bool(x.alarms) for x in looks]), **kinds,
-                "tests": tests, "with_replacement": repeated, "num_draws": num_draws,
-            })  # fmt: skip
+            kinds = {
+                kind: _share([any(a.kind == kind for a in x.alarms) for x in looks]) for kind in ("drift", "quality")
+            }
+            tests = {
+                test.name: _share([any(t.name == test.name and t.is_alarm for t in x.tests) for x in looks])
+                for test in looks[0].tests
+            }
+            lines.append(
+                {
+                    "condition": condition,
+                    "window": size,
+                    "alarms": _share([bool(x.alarms) for x in looks]),
+                    **kinds,
+                    "tests": tests,
+                    "with_replacement": repeated,
+                    "num_draws": num_draws,
+                }
+            )
     return lines
 
 
@@ -196,11 +217,16 @@ def atc(answers: pd.DataFrame, num_draws: int, config: MonitorConfig) -> list[di
                 pairs.append((estimated.accuracy, float(live.tail(config.window_rows)["score"].mean())))
         if pairs:
             estimates, truths = np.array(pairs).T
-            lines.append({
-                "condition": condition, "true": float(truths.mean()), "estimated": float(estimates.mean()),
-                "mean_error_points": float(100 * np.abs(estimates - truths).mean()),
-                "largest_error_points": float(100 * np.abs(estimates - truths).max()), "num_draws": len(pairs),
-            })  # fmt: skip
+            lines.append(
+                {
+                    "condition": condition,
+                    "true": float(truths.mean()),
+                    "estimated": float(estimates.mean()),
+                    "mean_error_points": float(100 * np.abs(estimates - truths).mean()),
+                    "largest_error_points": float(100 * np.abs(estimates - truths).max()),
+                    "num_draws": len(pairs),
+                }
+            )
     return lines
 
 

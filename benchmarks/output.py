@@ -53,9 +53,13 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
 def templates() -> Environment:
     """The templates of the pages that benchmarks write. A value that is missing is an error."""
     return Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
 
 
 def read(path: Path) -> Any:

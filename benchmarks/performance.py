@@ -12,10 +12,28 @@ import typer
 
 from benchmarks.output import RESULTS, read, templates
 
-NAMES = ("step_cost", "sft_trainer", "evaluation", "evaluation_fp32", "evaluation_texts", "adaptation",
-         "command_start", "number_of_tasks", "evaluation_budget", "ingest", "large_shapes", "fan_out",
-         "landing", "serving", "serving_log", "serving_log_tiny", "monitoring", "selection", "label_noise",
-         "two_lineages")  # fmt: skip
+NAMES = (
+    "step_cost",
+    "sft_trainer",
+    "evaluation",
+    "evaluation_fp32",
+    "evaluation_texts",
+    "adaptation",
+    "command_start",
+    "number_of_tasks",
+    "evaluation_budget",
+    "ingest",
+    "large_shapes",
+    "fan_out",
+    "landing",
+    "serving",
+    "serving_log",
+    "serving_log_tiny",
+    "monitoring",
+    "selection",
+    "label_noise",
+    "two_lineages",
+)
 """Results on the page."""
 FEW = 4
 """Of fewer values the bootstrap's interval is their smallest to their largest: it says nothing of noise."""
@@ -31,8 +49,11 @@ def command(name: str, **options: Any) -> str:
     module, _, function = name.replace("-", "_").partition(" ")
     main = getattr(importlib.import_module(f"benchmarks.speed.{module}"), function or "main")
     defaults = inspect.signature(main).parameters
-    given = [f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}")
-             for option, value in options.items() if value != defaults[option].default]  # fmt: skip
+    given = [
+        f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for option, value in options.items()
+        if value != defaults[option].default
+    ]
     return f"`{name}{''.join(given)}`"
 
 
@@ -44,8 +65,10 @@ def spread(interval: Sequence[float], count: int, digits: int) -> str:
         ('range of 3: 1.25 to 1.75', 'n = 20, 95 % interval of the mean 1.25 to 1.75')
     """
     _, low, high = (f"{value:.{digits}f}".replace("-", "−") for value in interval)
-    return f"range of {count}: {low} to {high}" if count < FEW else (
-        f"n = {count}, 95 % interval of the mean {low} to {high}"
+    return (
+        f"range of {count}: {low} to {high}"
+        if count < FEW
+        else (f"n = {count}, 95 % interval of the mean {low} to {high}")
     )
 
 

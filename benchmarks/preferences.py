@@ -32,9 +32,12 @@ from infra.settings import HomeSettings
 
 RATES = (1e-4, 3e-4, 1e-3)
 TASK = TaskSchema(
-    name="orders", format="completion", metric="preference", learns_preferences=True,
+    name="orders",
+    format="completion",
+    metric="preference",
+    learns_preferences=True,
     instruction="Write a work order of one sentence about the following message of a tenant.",
-)  # fmt: skip
+)
 TRAIN = TrainConfig(max_prompt_tokens=192, max_answer_tokens=40, checkpoint_steps=0)
 
 
@@ -60,25 +63,41 @@ def main(
     figures: list[dict[str, Any]] = []
     for rate in RATES:
         setup = TrainingSetup(
-            task=TASK, strategy="deal", adapter=AdapterConfig(), method=MethodConfig(),
+            task=TASK,
+            strategy="deal",
+            adapter=AdapterConfig(),
+            method=MethodConfig(),
             train=replace(TRAIN, preference_learning_rate=rate),
-        )  # fmt: skip
+        )
         with TemporaryDirectory() as folder:
             adapter = Path(folder) / "adapter"
             result = train_adapter(
-                model, train_rows, setup, parent_folder=None, output_folder=adapter,
+                model,
+                train_rows,
+                setup,
+                parent_folder=None,
+                output_folder=adapter,
                 checkpoint_folder=Path(folder) / "checkpoints",
-            )  # fmt: skip
+            )
             with adapter_on(model.model, adapter) as version:
                 judged = evaluate_task(
-                    version, model.tokenizer, TASK, test_rows, EvaluateConfig(max_new_tokens=40),
+                    version,
+                    model.tokenizer,
+                    TASK,
+                    test_rows,
+                    EvaluateConfig(max_new_tokens=40),
                     max_prompt_tokens=TRAIN.max_prompt_tokens,
-                )  # fmt: skip
+                )
                 ratio = perplexity(version, model.tokenizer) / before
-        figures.append({
-            "rate": rate, "preferred": judged.accuracy, "perplexity_ratio": ratio, "loss": result.losses[-1][1],
-            "steps": result.num_steps,
-        })  # fmt: skip
+        figures.append(
+            {
+                "rate": rate,
+                "preferred": judged.accuracy,
+                "perplexity_ratio": ratio,
+                "loss": result.losses[-1][1],
+                "steps": result.num_steps,
+            }
+        )
         typer.echo(str(figures[-1]))
     write_result(out, {"base": model.name, "train": len(train_rows), "test": len(test_rows), "rates": figures})
 

@@ -45,8 +45,12 @@ from deal_core.method_config import DEFAULT_MEMORY, Memory
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
-COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
-              "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip
+COST_NAMES = {
+    "seq_lora": "plain LoRA",
+    "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
+    "deal_without_rehearsal": "the spectral core alone",
+    "deal": "DEAL",
+}
 OURS_WITHOUT, OURS_WITH_TESTS, OURS_WITH_ROWS = (method_name(OURS, name_of_memory(each)) for each in get_args(Memory))
 CHOSEN_BY = ("joint", "seq_lora", OURS_WITH_ROWS)
 """The methods whose mean chose the training settings."""
@@ -54,8 +58,10 @@ CHOICE_SUITE, CHOICE_SEED = "4", 100
 """Suite and seed of the cells that chose the training settings."""
 CHOOSING_ROWS = 100
 """The first development rows of a task, on which the number of steps that re-centre was chosen."""
-SHOWN_AS = {"rehearsal.stored_share 0.1, rehearsal.rows_per_step 1": "a tenth of the rows",
-            "rehearsal.stored_share 0.3333": "50 rows, four a step"}  # fmt: skip
+SHOWN_AS = {
+    "rehearsal.stored_share 0.1, rehearsal.rows_per_step 1": "a tenth of the rows",
+    "rehearsal.stored_share 0.3333": "50 rows, four a step",
+}
 """Settings of a method → what the page and its pictures call them."""
 NUM_SHOWN = 3
 """Methods in a picture: ours, and the best rivals."""
@@ -89,12 +95,13 @@ def recentred(path: Path, *others: Path) -> dict[str, Any]:
     """
     found = read(path)
     return {
-        "arms": arms(path, CHOOSING_ROWS), "own": [arms(each)["own"] for each in (path, *others)],
+        "arms": arms(path, CHOOSING_ROWS),
+        "own": [arms(each)["own"] for each in (path, *others)],
         "first": first_answers((path, *others), path.with_name("arms_saved.json")),
         "plain_spread": max(plain := [arms(each)["plain"]["mean"] for each in (path, *others)]) - min(plain),
         "steps": found["recentre_steps"],
         "arrival_steps": TrainConfig().num_steps(found["rows"]),
-    }  # fmt: skip
+    }
 
 
 def first_answers(asked_again: Sequence[Path], asked_once: Path) -> list[float]:
@@ -104,8 +111,11 @@ def first_answers(asked_again: Sequence[Path], asked_once: Path) -> list[float]:
     tasks = sorted(pairs[0][0]["outcomes"])
 
     def mean_rows(trials: Sequence[Mapping[str, Any]]) -> list[float]:
-        return [fmean(map(float, bits)) for task in tasks
-                for bits in zip(*(trial["outcomes"][task] for trial in trials), strict=True)]  # fmt: skip
+        return [
+            fmean(map(float, bits))
+            for task in tasks
+            for bits in zip(*(trial["outcomes"][task] for trial in trials), strict=True)
+        ]
 
     saved, before = (mean_rows(trials) for trials in zip(*pairs, strict=True))
     strata = [len(pairs[0][0]["outcomes"][task]) for task in tasks]
@@ -120,8 +130,9 @@ def num_not_learned(protocol: Protocol) -> int:
     name, found = name_of_memory(DEFAULT_MEMORY), []
     for cell in (cell for cell in protocol.cells if departures(cell) == name):
         learned = [version["scores"][version["task"]] for version in cell["versions"]]
-        found.append(sum(100 * (accuracy(each) - each["majority_rate"]) < GateConfig().min_gain_points
-                         for each in learned))  # fmt: skip
+        found.append(
+            sum(100 * (accuracy(each) - each["majority_rate"]) < GateConfig().min_gain_points for each in learned)
+        )
     return max(found, default=0)
 
 
@@ -131,17 +142,22 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     settings = some_cell(protocol)["settings"]
     trained = [row for row in rows if row["orders"] == widest(rows, row) and row["minutes"] is not None]
     return {
-        "suite": protocol.suite, "settings": settings, "train": training_of(settings),
-        "rows": rows, "tasks": task_lines(protocol, rows),
+        "suite": protocol.suite,
+        "settings": settings,
+        "train": training_of(settings),
+        "rows": rows,
+        "tasks": task_lines(protocol, rows),
         "num_not_learned": num_not_learned(protocol),
         "compared": compared_with({row["changes"] for row in rows if row["strategy"] == OURS}),
         "widest": [row for row in rows if row["orders"] == widest(rows, row)],
-        "is_judged": bool(protocol.lifted()), "num_alone": len(protocol.per_task),
+        "is_judged": bool(protocol.lifted()),
+        "num_alone": len(protocol.per_task),
         "pictures": draw(protocol, rows, images),
         "differences": [row for row in rows if row["orders"] == widest(rows, row) and "heaviest_task" in row],
-        "num_trained": sum(row["num_cells"] for row in trained), "core_hours": core_hours(trained),
+        "num_trained": sum(row["num_cells"] for row in trained),
+        "core_hours": core_hours(trained),
         "by_method": by_method(protocol),
-    }  # fmt: skip
+    }
 
 
 def by_method(protocol: Protocol) -> dict[str, dict[str, Any]]:
@@ -154,12 +170,16 @@ def by_method(protocol: Protocol) -> dict[str, dict[str, Any]]:
         cells[method_name(cell["settings"]["strategy"], departures(cell))].append(cell)
     found = {}
     for name, each in cells.items():
-        seconds = [version["seconds"]["train"] for cell in each for version in cell["versions"][1:]
-                   if "seconds" in version]  # fmt: skip
+        seconds = [
+            version["seconds"]["train"] for cell in each for version in cell["versions"][1:] if "seconds" in version
+        ]
         is_one_order = len({tuple(cell["settings"]["tasks"]) for cell in each}) == 1
         ratios = [cell["perplexity"]["adapted"] / cell["perplexity"]["base"] for cell in each if cell.get("perplexity")]
-        found[name] = {"kept": points_of(each) if is_one_order else {}, "seconds": median(seconds) if seconds else None,
-                       "perplexity_ratio": fmean(ratios) if ratios else None}  # fmt: skip
+        found[name] = {
+            "kept": points_of(each) if is_one_order else {},
+            "seconds": median(seconds) if seconds else None,
+            "perplexity_ratio": fmean(ratios) if ratios else None,
+        }
     return found
 
 
@@ -181,18 +201,24 @@ def task_lines(protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> dict[st
     lifted = protocol.lifted()
     lines = [
         {
-            "task": name, "num_rows": len(score["correct"]), "majority": 100 * score["majority_rate"],
-            "lifted": lifted.get(name), "values": [row["accuracy_by_task"].get(name) for row in columns.values()],
+            "task": name,
+            "num_rows": len(score["correct"]),
+            "majority": 100 * score["majority_rate"],
+            "lifted": lifted.get(name),
+            "values": [row["accuracy_by_task"].get(name) for row in columns.values()],
         }
         for name, score in sorted(some.items())
-    ]  # fmt: skip
+    ]
     return {"columns": list(columns), "num_cells": [row["num_cells"] for row in columns.values()], "lines": lines}
 
 
 def lift_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
     """What an adapter of its own brings each task, in points; best first."""
-    lines = [{"task": name, "lift": lift, "points": {name: 100 * value for name, value in vars(lift).items()}}
-             for protocol in protocols(cells) for name, lift in protocol.lifts().items()]  # fmt: skip
+    lines = [
+        {"task": name, "lift": lift, "points": {name: 100 * value for name, value in vars(lift).items()}}
+        for protocol in protocols(cells)
+        for name, lift in protocol.lifts().items()
+    ]
     return sorted(lines, key=lambda line: line["lift"].base - line["lift"].alone)
 
 
@@ -223,12 +249,22 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
         num_test = sum(len(score["correct"]) for score in final_scores(cell).values())
         settings = cell["settings"]
         given = {
-            "suite": protocol.suite, "rows": settings["rows"], "num_test": num_test, "train": training_of(settings)
-        }  # fmt: skip
-        lines += [{**given, **row, "changes": named_changes(row["changes"], settings)}
-                  for row in summarise(protocol)]  # fmt: skip
-    return sorted(lines, key=lambda line: (line["suite"].zfill(3), line["orders"], -line["rows"], line["num_test"],
-                                           -line["average_accuracy"]))  # fmt: skip
+            "suite": protocol.suite,
+            "rows": settings["rows"],
+            "num_test": num_test,
+            "train": training_of(settings),
+        }
+        lines += [{**given, **row, "changes": named_changes(row["changes"], settings)} for row in summarise(protocol)]
+    return sorted(
+        lines,
+        key=lambda line: (
+            line["suite"].zfill(3),
+            line["orders"],
+            -line["rows"],
+            line["num_test"],
+            -line["average_accuracy"],
+        ),
+    )
 
 
 def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) -> list[tuple[str, str]]:
@@ -287,8 +323,10 @@ def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Mapping[str
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy, %: hollow right after the task was learned, filled in the end", color=MUTED)
-    handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6, label=name)
-               for colour, name in zip(COLOURS, learned_and_kept, strict=False)]  # fmt: skip
+    handles = [
+        Line2D([], [], color=colour, marker="o", linewidth=1.6, label=name)
+        for colour, name in zip(COLOURS, learned_and_kept, strict=False)
+    ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
     return figure
 
@@ -368,11 +406,13 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, tuple[float, fl
         settings = cell["settings"]
         is_default = departures(cell) in ("", *map(name_of_memory, get_args(Memory)))
         if is_default and settings["strategy"] not in BOUNDS and len(cell["versions"]) > 1:
-            found[method_name(settings["strategy"], departures(cell))].append([
-                version["seconds"]["train"]
-                - settings["train"]["num_epochs"] * settings["rows"] / version["rows_per_second"]
-                for version in (cell["versions"][1], cell["versions"][-1])
-            ])  # fmt: skip
+            found[method_name(settings["strategy"], departures(cell))].append(
+                [
+                    version["seconds"]["train"]
+                    - settings["train"]["num_epochs"] * settings["rows"] / version["rows_per_second"]
+                    for version in (cell["versions"][1], cell["versions"][-1])
+                ]
+            )
     return {
         name: (median(second for second, _ in each), median(last for _, last in each))
         for name, each in sorted(found.items())
@@ -393,23 +433,23 @@ def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     trains = {describe_training(line["train"]): line["train"] for line in of_suite}
     for line in of_suite:
         by[describe_training(line["train"])][line["method"]] = fmean([line["greedy"], line["re-centred"]])
-    complete = {name: [found[method] for method in CHOSEN_BY]
-                for name, found in by.items() if {*CHOSEN_BY} <= {*found}}  # fmt: skip
+    complete = {name: [found[method] for method in CHOSEN_BY] for name, found in by.items() if {*CHOSEN_BY} <= {*found}}
     return {
         "methods": CHOSEN_BY,
-        "lines": [{"train": trains[name], "values": values, "mean": fmean(values)}
-                  for name, values in complete.items()],
-    }  # fmt: skip
+        "lines": [
+            {"train": trains[name], "values": values, "mean": fmean(values)} for name, values in complete.items()
+        ],
+    }
 
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
-    page: Annotated[
-        Path, typer.Option(help="Page to write; its pictures go to img beside it.")
-    ] = Path("docs/benchmark.md"),
-    cells_page: Annotated[
-        Path, typer.Option(help="Page of the development cells to write.")
-    ] = Path("benchmarks/cells.md"),
+    page: Annotated[Path, typer.Option(help="Page to write; its pictures go to img beside it.")] = Path(
+        "docs/benchmark.md"
+    ),
+    cells_page: Annotated[Path, typer.Option(help="Page of the development cells to write.")] = Path(
+        "benchmarks/cells.md"
+    ),
 ) -> None:
     """Fill the page with the stored figures."""
     pages = templates()
@@ -435,22 +475,31 @@ def main(
         "current": [table for table in tables if table["train"] == today],
         "low": [table for table in tables if table["train"] != today],
         "reported": sorted(reported, key=lambda line: (line["suite"], line["order"], line["seed"], line["method"])),
-        "tables": tables, "tried": tried, "num_tried": len(tried),
-        "protocol": protocol, "chosen": choice_of(protocol), "cost": cost, "cost_names": COST_NAMES,
+        "tables": tables,
+        "tried": tried,
+        "num_tried": len(tried),
+        "protocol": protocol,
+        "chosen": choice_of(protocol),
+        "cost": cost,
+        "cost_names": COST_NAMES,
         "lifts": lift_lines(read_cells(results / "superni")),
         "roundings": roundings(cells),
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "recentring": read(results / "recentring.json"),
-        "ours_without": OURS_WITHOUT, "ours_with_tests": OURS_WITH_TESTS, "ours_with_rows": OURS_WITH_ROWS,
+        "ours_without": OURS_WITHOUT,
+        "ours_with_tests": OURS_WITH_TESTS,
+        "ours_with_rows": OURS_WITH_ROWS,
         "recentred": steps,
         "lead": lead(long, method_name(OURS, f"{name_of_memory('none')}, {at}"), method_name("seq_lora", at)),
         "leads": [found_lead for each in current for pair in LEADS if (found_lead := lead(each, *pair))],
         "kinds": by_kind(long),
-        "spread": spread_of_seeds(cells), "coverage": read(results / "paired_coverage.json"),
-        "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15
-                                        and training_of(cell["settings"]) == today]),
-    }  # fmt: skip
+        "spread": spread_of_seeds(cells),
+        "coverage": read(results / "paired_coverage.json"),
+        "beside": seconds_beside_steps(
+            [cell for cell in cells if len(cell["settings"]["tasks"]) == 15 and training_of(cell["settings"]) == today]
+        ),
+    }
     page.write_text(pages.get_template("page.md.j2").render(page_values))
     cells_page.write_text(pages.get_template("cells.md.j2").render(page_values))
     typer.echo(f"{page} and {cells_page} written")

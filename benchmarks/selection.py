@@ -100,17 +100,24 @@ def choose_and_train(num_rows: int, score: str, keep: float, max_scored: int) ->
         selected = time.perf_counter()
         result = _train(base, rows.select(chosen.rows), setup, folder / "first", folder / "second")
         return {
-            "rows": num_rows, "chosen": len(chosen.rows), "steps": result.num_steps, "notes": list(chosen.notes),
+            "rows": num_rows,
+            "chosen": len(chosen.rows),
+            "steps": result.num_steps,
+            "notes": list(chosen.notes),
             "seconds": {"choose": selected - started, "train": time.perf_counter() - selected},
             "peak_bytes": {"before": before, "after": peak_bytes()},
-        }  # fmt: skip
+        }
 
 
 def _train(base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path | None, out: Path) -> TrainingResult:
     return train_adapter(
-        base, rows, setup, parent_folder=parent, output_folder=out,
+        base,
+        rows,
+        setup,
+        parent_folder=parent,
+        output_folder=out,
         checkpoint_folder=out.with_name(f"{out.name}-checkpoints"),
-    )  # fmt: skip
+    )
 
 
 @app.command()
@@ -128,9 +135,7 @@ def cost(
     write_result(out, {"score": score, "keep": keep, "max_scored": max_scored, "runs": runs})
 
 
-def _seconds(
-    base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path, folder: Path
-) -> tuple[float, float]:
+def _seconds(base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path, folder: Path) -> tuple[float, float]:
     """Seconds before the training, and of a step, for one arrival."""
     started = time.perf_counter()
     if setup.method.selection.is_on:
@@ -163,16 +168,22 @@ def options(
         arrival = Dataset.from_list(list(suite[second].train[:rows]))
         for number in range(repeats):
             for name in random.Random(number).sample(list(OPTIONS), len(OPTIONS)):
-                each = replace(
-                    setup, task=suite[second].schema, old_tasks=(suite[first].schema,), method=OPTIONS[name]
-                )
+                each = replace(setup, task=suite[second].schema, old_tasks=(suite[first].schema,), method=OPTIONS[name])
                 folder = Path(temporary) / f"{number}-{len(found[name])}-{list(OPTIONS).index(name)}"
                 folder.mkdir()
                 found[name].append(_seconds(model, arrival, each, parent, folder))
-    medians = {name: dict(zip(("before", "step"), map(statistics.median, zip(*trials, strict=True)), strict=True))
-               for name, trials in found.items()}  # fmt: skip
-    settings = {"base": model.name, "task": second, "rows": rows, "kept": KEPT, "n": repeats,
-                "max_prompt_tokens": train.max_prompt_tokens}  # fmt: skip
+    medians = {
+        name: dict(zip(("before", "step"), map(statistics.median, zip(*trials, strict=True)), strict=True))
+        for name, trials in found.items()
+    }
+    settings = {
+        "base": model.name,
+        "task": second,
+        "rows": rows,
+        "kept": KEPT,
+        "n": repeats,
+        "max_prompt_tokens": train.max_prompt_tokens,
+    }
     write_result(out, {**settings, "options": medians})
 
 
@@ -193,10 +204,12 @@ def found_in(features_ND: Any, labels: list[str], wrong: set[int]) -> dict[str, 
     """Figures of one task with wrong labels: how many rows are suspected, and how many of these are wrong."""
     checked = suspected_labels(features_ND, labels, seed=0)
     return {
-        "wrong": len(wrong), "suspected": len(checked.suspects),
+        "wrong": len(wrong),
+        "suspected": len(checked.suspects),
         "suspected_and_wrong": sum(each.row in wrong for each in checked.suspects),
-        "agreement": checked.agreement, "skill": checked.skill,
-    }  # fmt: skip
+        "agreement": checked.agreement,
+        "skill": checked.skill,
+    }
 
 
 @app.command()
@@ -214,9 +227,13 @@ def label_noise(
     figures: dict[str, dict[str, Any]] = {}
     for name in names:
         features_ND = features(
-            model.model, model.tokenizer, suite[name].schema, [row["input"] for row in suite[name].train[:rows]],
-            max_prompt_tokens=TrainConfig().max_prompt_tokens, max_batch_tokens=EvaluateConfig().max_batch_tokens,
-        )  # fmt: skip
+            model.model,
+            model.tokenizer,
+            suite[name].schema,
+            [row["input"] for row in suite[name].train[:rows]],
+            max_prompt_tokens=TrainConfig().max_prompt_tokens,
+            max_batch_tokens=EvaluateConfig().max_batch_tokens,
+        )
         figures[name] = {}
         for share in WRONG_SHARES:
             labels, wrong = corrupted(suite[name], share)

@@ -52,10 +52,25 @@ Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
 ReportTool = Literal["tensorboard", "wandb", "trackio"]
 LATER: dict[str, dict[str, Any]] = {
-    "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False, "report_to": (),
-              "preference_beta": 0.1, "preference_learning_rate": 3e-4, "recentre_steps": 0},
-    "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
-             "rollout": "none", "rollout_share": None, "rollout_rows": 200},
+    "train": {
+        "quantize": "none",
+        "schedule": "constant",
+        "min_steps": 0,
+        "balance_labels": False,
+        "report_to": (),
+        "preference_beta": 0.1,
+        "preference_learning_rate": 3e-4,
+        "recentre_steps": 0,
+    },
+    "gate": {
+        "max_old_slice_drop_points": None,
+        "alias_moves": "follow",
+        "judge": "none",
+        "max_judged_rows": 100,
+        "rollout": "none",
+        "rollout_share": None,
+        "rollout_rows": 200,
+    },
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
     "rehearsal": {"max_stored_rows": None, "balance_stored": False, "answers": "parent"},
 }
@@ -67,7 +82,9 @@ FIRST_RELEASE: dict[str, dict[str, Any]] = {
 }
 """Section → settings that only the first releases had → the value that means today's method. Digests count them."""
 REMOVED: dict[str, dict[str, Any]] = {
-    "train": {"prompt_loss_weight": 0.0}, "rehearsal": {"parent_share": 0.0}, "evaluate": {"recentre": False},
+    "train": {"prompt_loss_weight": 0.0},
+    "rehearsal": {"parent_share": 0.0},
+    "evaluate": {"recentre": False},
     **FIRST_RELEASE,
     "token_mask": {"max_perplexity": None, "share": None, "choose": "high", "keep_end": True},
 }

@@ -42,7 +42,6 @@ class RolloutTerms:
     """One-sided level of the intervals, over all looks together."""
 
 
-
 @settings("gate")
 class GateConfig:
     """Limits that a new version must keep to become champion. A point is 0.01 of accuracy; None turns a limit off.

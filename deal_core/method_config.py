@@ -242,9 +242,7 @@ class SelectionConfig:
     leave_out: they are not trained on either."""
 
     def __post_init__(self) -> None:
-        require(
-            self.band[0] < self.band[1], f"selection.band is {self.band}; give the smaller quantile first."
-        )
+        require(self.band[0] < self.band[1], f"selection.band is {self.band}; give the smaller quantile first.")
         changed = [name for name in _changed(self) if name not in ("keep", "noise", "max_scored")]
         require(
             self.keep is not None or not changed,

@@ -71,8 +71,14 @@ class Command:
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], show: Show | None = None) -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments, "--json"], env={**os.environ, **environment}, text=True, encoding="utf-8",
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            [*COMMAND, *arguments, "--json"],
+            env={**os.environ, **environment},
+            text=True,
+            encoding="utf-8",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         assert self.process.stdout is not None and self.process.stderr is not None
         self.output = self.process.stdout

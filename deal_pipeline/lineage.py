@@ -80,7 +80,11 @@ class Lineage:
     """
 
     def __init__(
-        self, name: str = "default", *, home: str | Path | None = None, show: Show | None = print,
+        self,
+        name: str = "default",
+        *,
+        home: str | Path | None = None,
+        show: Show | None = print,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
@@ -98,9 +102,16 @@ class Lineage:
         self.close()
 
     def adapt(
-        self, data: Rows, *, task: str | Mapping[str, Any], test_data: Rows | None = None, base: str | None = None,
-        strategy: str | None = None, memory: Literal["none", "tests", "rows"] | None = None,
-        settings: Mapping[str, Any] | None = None, again: bool = False,
+        self,
+        data: Rows,
+        *,
+        task: str | Mapping[str, Any],
+        test_data: Rows | None = None,
+        base: str | None = None,
+        strategy: str | None = None,
+        memory: Literal["none", "tests", "rows"] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        again: bool = False,
     ) -> Adaptation:
         """Learn one arrival, judge it, and promote it if it passes the gate. A stopped call goes on when repeated.
 
@@ -130,9 +141,14 @@ class Lineage:
             options = self._options({"--base": base, "--strategy": strategy, "--memory": memory})
             values = self._run(["adapt", str(spec), *options, *(["--again"] if again else [])])
         return Adaptation(
-            version=values["version"], status=values["status"], accepted=not values["rejected"],
-            reasons=tuple(values["reasons"]), scores=values["accuracies"], metrics=values["metrics"],
-            message=values["message"], values=values,
+            version=values["version"],
+            status=values["status"],
+            accepted=not values["rejected"],
+            reasons=tuple(values["reasons"]),
+            scores=values["accuracies"],
+            metrics=values["metrics"],
+            message=values["message"],
+            values=values,
         )
 
     def evaluate(self, version: str | int | None = None) -> pd.DataFrame:
@@ -237,7 +253,8 @@ class Lineage:
             why = " ".join(str(error).split())
             raise CommandError(
                 f"The table cannot be kept as Parquet: {why}. Give each column its own name and one type, or leave it "
-                "out.", 2
+                "out.",
+                2,
             ) from None
         return str(place)
 

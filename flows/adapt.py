@@ -144,7 +144,12 @@ async def _prepare_and_learn(spec: AdaptSpec, again: bool) -> AdaptResult:
     config_sha256 = spec.config_sha256(adapter, strategy)
     attempt = await stages.run("repeat", runs.count_attempts, spec.lineage, dataset) if again else 0
     run_key = runs.make_run_key(
-        lineage=spec.lineage, base=base, dataset=dataset, parent=parent, config_sha256=config_sha256, attempt=attempt,
+        lineage=spec.lineage,
+        base=base,
+        dataset=dataset,
+        parent=parent,
+        config_sha256=config_sha256,
+        attempt=attempt,
     )
     if known := await stages.run("repeat", runs.find_registered, run_key):
         drop_training_rows(current_store(), dataset.uri)
@@ -153,8 +158,14 @@ async def _prepare_and_learn(spec: AdaptSpec, again: bool) -> AdaptResult:
     run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
     try:
         job = AdaptationJob(
-            run=run, base=base, parent=parent, dataset=dataset, adapter=adapter, strategy=strategy,
-            config_sha256=config_sha256, spared=choose_spared(spec, strategy, record),
+            run=run,
+            base=base,
+            parent=parent,
+            dataset=dataset,
+            adapter=adapter,
+            strategy=strategy,
+            config_sha256=config_sha256,
+            spared=choose_spared(spec, strategy, record),
         )
         result = await _train_to_report(spec, job, stages)
     except BaseException:
@@ -176,7 +187,15 @@ async def _train_to_report(spec: AdaptSpec, job: AdaptationJob, stages: Stages) 
     _say(trained.summary.notes)
     said = (*changed, *trained.summary.notes)
     report = await stages.run(
-        "evaluate", evaluate_version, job.base, parent, trained.adapter, dataset, spec.evaluate, spec.train, said,
+        "evaluate",
+        evaluate_version,
+        job.base,
+        parent,
+        trained.adapter,
+        dataset,
+        spec.evaluate,
+        spec.train,
+        said,
         spared=job.spared,
     )
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
@@ -195,7 +214,14 @@ async def _train_to_report(spec: AdaptSpec, job: AdaptationJob, stages: Stages) 
         await stages.run("promote", promote_version, version)
         stages.done("promote", f"version {version.version} {_PROMOTED[version.outcome]}")
     await stages.run(
-        "report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds),
+        "report",
+        report_run,
+        run,
+        version,
+        dataset,
+        report,
+        trained.summary,
+        dict(stages.seconds),
         include_texts=spec.data.include_texts,
     )
     stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
@@ -243,18 +269,22 @@ def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
         "in rollout": f"{trained} and {_in_rollout(version)}.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
-                       f"deal requeue {number}{option}.",
+        f"deal requeue {number}{option}.",
         "rejected by a person": f"{trained} and was rejected; change the settings or give --again.",
         "rejected by its rollout": f"{trained} and was rejected by its rollout; change the settings or give --again.",
         "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
-                                "give --again.",
+        "give --again.",
     }
     message = "Nothing to do: " + said[version.standing or "learned"]
     return _result(version, dataset, status="repeat", message=message)
 
 
 def adapted(
-    version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary, tracking_id: str,
+    version: VersionRef,
+    dataset: DatasetRef,
+    report: EvaluationReport,
+    summary: TrainSummary,
+    tracking_id: str,
     seconds: dict[str, float],
 ) -> AdaptResult:
     """Return the result of a run that trained."""
@@ -267,10 +297,18 @@ def adapted(
     elif version.outcome == "rollout":
         status, verdict = "rollout", _in_rollout(version)
     return _result(
-        version, dataset, status=status, message=f"Version {version.version} of {version.lineage} {verdict}.",
-        tracking_id=tracking_id, accuracies=dict(report.accuracies), scores=Scores.of(report.matrix),
-        matrix=report.matrix.to_json(), metrics=dict(report.metrics), num_steps=summary.num_steps,
-        resumed_from_step=summary.resumed_from_step, seconds=seconds,
+        version,
+        dataset,
+        status=status,
+        message=f"Version {version.version} of {version.lineage} {verdict}.",
+        tracking_id=tracking_id,
+        accuracies=dict(report.accuracies),
+        scores=Scores.of(report.matrix),
+        matrix=report.matrix.to_json(),
+        metrics=dict(report.metrics),
+        num_steps=summary.num_steps,
+        resumed_from_step=summary.resumed_from_step,
+        seconds=seconds,
     )
 
 
@@ -285,7 +323,13 @@ def _in_rollout(version: VersionRef) -> str:
 
 def _result(version: VersionRef, dataset: DatasetRef, **fields: Any) -> AdaptResult:
     return AdaptResult(
-        rejected=not version.accepted, lineage=version.lineage, task=dataset.task, version=version.version,
-        parent_version=version.parent_version, reasons=version.reasons, dataset=dataset, run_key=version.run_key,
+        rejected=not version.accepted,
+        lineage=version.lineage,
+        task=dataset.task,
+        version=version.version,
+        parent_version=version.parent_version,
+        reasons=version.reasons,
+        dataset=dataset,
+        run_key=version.run_key,
         **fields,
     )

@@ -164,9 +164,19 @@ def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfi
         data = digest_of(suite)
         for seed, strategy, method in product(spec.seeds, spec.strategies, spec.methods):
             cell = make_cell(
-                strategy, tasks, method=method, seed=seed, train=replace(spec.train, seed=seed), rows=spec.rows,
-                part=spec.part, max_test_rows=spec.max_test_rows, scored=spec.scored, adapter=spec.adapter,
-                base=f"{base.name} {base.sha256}", data=data, prompt=spec.prompt,
+                strategy,
+                tasks,
+                method=method,
+                seed=seed,
+                train=replace(spec.train, seed=seed),
+                rows=spec.rows,
+                part=spec.part,
+                max_test_rows=spec.max_test_rows,
+                scored=spec.scored,
+                adapter=spec.adapter,
+                base=f"{base.name} {base.sha256}",
+                data=data,
+                prompt=spec.prompt,
             )
             found.setdefault(cell.file_name, (cell, method))
     return list(found.values())
@@ -186,7 +196,9 @@ def spec_from_options(
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     values = {
-        **given, "data": tasks_folder(data), "adapter": _json_object(adapter),
+        **given,
+        "data": tasks_folder(data),
+        "adapter": _json_object(adapter),
         "train": {**PROTOCOL, **LONGER.get(given.get("suite", ""), {}), **_json_object(train)},
     }
     if methods:

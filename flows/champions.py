@@ -83,8 +83,13 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
                 f"below the {before:.1%} that its own run found."
             )
     return EvaluateResult(
-        lineage=lineage, version=found.version, accuracies=scores.accuracies, recorded=scores.recorded,
-        num_rows=scores.num_rows, unjudged=scores.unjudged, seconds=stages.seconds["evaluate"],
+        lineage=lineage,
+        version=found.version,
+        accuracies=scores.accuracies,
+        recorded=scores.recorded,
+        num_rows=scores.num_rows,
+        unjudged=scores.unjudged,
+        seconds=stages.seconds["evaluate"],
     )
 
 

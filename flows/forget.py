@@ -79,8 +79,14 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
 
 def _tombstone(arrival: KnownArrival | ForgetPlan, reason: str, versions: Sequence[str] = ()) -> Tombstone:
     return Tombstone(
-        task=arrival.task, sha256=arrival.sha256, files=arrival.files, splits=arrival.splits, landed=arrival.landed,
-        reason=reason, at=datetime.now(UTC), versions=tuple(versions),
+        task=arrival.task,
+        sha256=arrival.sha256,
+        files=arrival.files,
+        splits=arrival.splits,
+        landed=arrival.landed,
+        reason=reason,
+        at=datetime.now(UTC),
+        versions=tuple(versions),
     )
 
 

@@ -102,7 +102,10 @@ async def _enter(stack: AsyncExitStack, name: str) -> bool:
     continues from its checkpoint.
     """
     slot = concurrency(
-        name, strict=True, max_retries=0, lease_duration=LockSettings().lease_seconds,
+        name,
+        strict=True,
+        max_retries=0,
+        lease_duration=LockSettings().lease_seconds,
         raise_on_lease_renewal_failure=True,
     )
     try:

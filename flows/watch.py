@@ -178,8 +178,12 @@ class InboxWorker:
         """
         inbox = look(self.store, self._test_files)
         settled, growing = settle(
-            inbox, self._states.read(self.store, self.spec.lineage), self.tasks, self._stamps,
-            settle_seconds=self.settle_seconds, retry_now=self._retries,
+            inbox,
+            self._states.read(self.store, self.spec.lineage),
+            self.tasks,
+            self._stamps,
+            settle_seconds=self.settle_seconds,
+            retry_now=self._retries,
         )
         self.num_left = len(settled) + len(growing)
         if settled:
@@ -228,8 +232,13 @@ class InboxWorker:
         for key in gone:
             state.files.pop(key, None)
         handled = state.record(
-            info, found.outcome, found.message, now=datetime.now(UTC), beside=beside,
-            version=run.version if run else None, is_final=found.is_final,
+            info,
+            found.outcome,
+            found.message,
+            now=datetime.now(UTC),
+            beside=beside,
+            version=run.version if run else None,
+            is_final=found.is_final,
         )
         write_state(store, lineage, state)
         if handled.due() is None:
@@ -349,7 +358,11 @@ async def _announce_all(
 
 
 async def announce_open(
-    store: ObjectStore, inbox: InboxLook, lineage: WatchedLineage, state: InboxState, seen: Stamps,
+    store: ObjectStore,
+    inbox: InboxLook,
+    lineage: WatchedLineage,
+    state: InboxState,
+    seen: Stamps,
     settle_seconds: float,
 ) -> Announced:
     """Announce a lineage's open and complete files; hold those of cancelled runs.

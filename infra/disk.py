@@ -14,7 +14,11 @@ from infra.settings import StoreSettings, TrackingSettings
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXTS = (
-    "no space left on device", "database or disk is full", "storagefull", "disk quota exceeded", "file too large",
+    "no space left on device",
+    "database or disk is full",
+    "storagefull",
+    "disk quota exceeded",
+    "file too large",
     "not enough free disk space",
 )
 """Texts of libraries whose errors have no number."""

@@ -58,7 +58,8 @@ class Judge:
         key = settings.api_key
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
-            timeout=settings.seconds, follow_redirects=False,
+            timeout=settings.seconds,
+            follow_redirects=False,
         )
         self._num_failed = 0
         """Failed requests in a row. Threads share it."""

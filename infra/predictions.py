@@ -20,18 +20,40 @@ from infra.log_segments import Log, read_log, remove_rows
 from infra.store.base import ObjectStore
 from infra.store.keys import FEEDBACK, PREDICTIONS
 
-PREDICTION_SCHEMA = pa.schema([
-    ("id", pa.string()), ("time", pa.float64()), ("lineage", pa.string()), ("version", pa.string()),
-    ("task", pa.string()), ("input_sha256", pa.string()), ("chars", pa.int64()), ("label", pa.string()),
-    ("is_label", pa.bool_()), ("confidence", pa.float64()), ("label_mass", pa.float64()),
-    ("num_answer_chars", pa.int64()), ("seconds", pa.float64()), ("input", pa.string()), ("output", pa.string()),
-    ("shadow_of", pa.string()), ("is_failed", pa.bool_()),
-])
+PREDICTION_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("time", pa.float64()),
+        ("lineage", pa.string()),
+        ("version", pa.string()),
+        ("task", pa.string()),
+        ("input_sha256", pa.string()),
+        ("chars", pa.int64()),
+        ("label", pa.string()),
+        ("is_label", pa.bool_()),
+        ("confidence", pa.float64()),
+        ("label_mass", pa.float64()),
+        ("num_answer_chars", pa.int64()),
+        ("seconds", pa.float64()),
+        ("input", pa.string()),
+        ("output", pa.string()),
+        ("shadow_of", pa.string()),
+        ("is_failed", pa.bool_()),
+    ]
+)
 """The columns of `Prediction`, as they are stored."""
-FEEDBACK_SCHEMA = pa.schema([
-    ("entry", pa.string()), ("id", pa.string()), ("time", pa.float64()), ("label", pa.string()),
-    ("is_right", pa.bool_()), ("source", pa.string()), ("is_random", pa.bool_()), ("reviewer", pa.string()),
-])
+FEEDBACK_SCHEMA = pa.schema(
+    [
+        ("entry", pa.string()),
+        ("id", pa.string()),
+        ("time", pa.float64()),
+        ("label", pa.string()),
+        ("is_right", pa.bool_()),
+        ("source", pa.string()),
+        ("is_random", pa.bool_()),
+        ("reviewer", pa.string()),
+    ]
+)
 """The columns of `Feedback`, as they are stored. An answer may have several entries; `entry` tells them apart."""
 
 
@@ -46,8 +68,14 @@ def feedback_log(home: Path, lineage: str) -> Log:
 
 
 def read_predictions(
-    store: ObjectStore, home: Path, lineage: str, *,
-    task: str | None = None, version: str | None = None, since: float | None = None, of_rollout: bool = False,
+    store: ObjectStore,
+    home: Path,
+    lineage: str,
+    *,
+    task: str | None = None,
+    version: str | None = None,
+    since: float | None = None,
+    of_rollout: bool = False,
     columns: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Return logged answers, oldest first, with the columns of `Prediction`. A row counts once.
@@ -89,10 +117,12 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.D
             answers = _frame(read_log(store, prediction_log(home, lineage), columns=columns))
         given = {
             row.id: row.output if row.is_label is None else row.label if row.is_label else ""
-            for row in answers.itertuples() if row.is_label is not None or row.output is not None
-        }  # fmt: skip
+            for row in answers.itertuples()
+            if row.is_label is not None or row.output is not None
+        }
         is_right = [
-            label_key(given[row.id]) == label_key(row.label) if row.label is not None and row.id in given
+            label_key(given[row.id]) == label_key(row.label)
+            if row.label is not None and row.id in given
             else row.is_right
             for row in found.itertuples()
         ]

@@ -35,8 +35,14 @@ from infra.tracking.client import installed_version
 LOADER = "infra.served_model"
 """This module, as registered models name it."""
 PROJECT = "deal-pipeline"
-MLFLOW_FILES = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
-                "serving_input_example.json")
+MLFLOW_FILES = (
+    "MLmodel",
+    "conda.yaml",
+    "python_env.yaml",
+    "requirements.txt",
+    "input_example.json",
+    "serving_input_example.json",
+)
 REQUIREMENTS = ("accelerate", "mlflow", "pandas", "peft", "safetensors", "torch", "transformers")
 """The libraries that serving needs. This project is not listed: it is in no public index, where anyone could register
 its name."""
@@ -78,12 +84,14 @@ class ServedModel:
             found = self.ask(rows)
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        table = pd.DataFrame({
-            "output": found.answers,
-            "task": [row.task or found.served.newest_task for row in rows],
-            "version": found.version,
-            "lineage": found.served.lineage,
-        })
+        table = pd.DataFrame(
+            {
+                "output": found.answers,
+                "task": [row.task or found.served.newest_task for row in rows],
+                "version": found.version,
+                "lineage": found.served.lineage,
+            }
+        )
         if found.ids:
             table["id"], table["confidence"] = list(found.ids), [each.confidence for each in found.confidences]
         table.attrs[VERSION] = found.version  # so that a table without rows names the version too
@@ -135,8 +143,14 @@ def _version_of(folder: Path, lineage: str) -> str:
 
 
 def write_served_folder(
-    adapter: Path, target: Path, *, card: str, served: Mapping[str, Any], served_file: str,
-    example: Sequence[Mapping[str, str]], run_id: str,
+    adapter: Path,
+    target: Path,
+    *,
+    card: str,
+    served: Mapping[str, Any],
+    served_file: str,
+    example: Sequence[Mapping[str, str]],
+    run_id: str,
 ) -> None:
     """Write the folder of a version's logged model: the files of the plain PEFT folder `adapter`, and MLflow's files.
 
@@ -157,8 +171,12 @@ def write_served_folder(
     with temporary_folder() as temporary:
         folder = temporary / "model"
         mlflow.pyfunc.save_model(
-            str(folder), loader_module=LOADER, mlflow_model=Model(run_id=run_id), signature=SIGNATURE,
-            input_example=pd.DataFrame(list(example)), pip_requirements=pinned,
+            str(folder),
+            loader_module=LOADER,
+            mlflow_model=Model(run_id=run_id),
+            signature=SIGNATURE,
+            input_example=pd.DataFrame(list(example)),
+            pip_requirements=pinned,
             metadata={PROJECT: project, "base_model": served["base_name"], "base_sha256": served["base_sha256"]},
         )
         for name in MLFLOW_FILES:  # by name, because MLflow also copies the uv files of the working folder

@@ -40,7 +40,10 @@ class StoredVersion(Stored):
         """Make the copy of a registered version."""
         facts = VersionFacts(**{field.name: getattr(info, field.name) for field in fields(VersionFacts)})
         return cls(
-            lineage=info.lineage, version=info.version, created=info.created, adapter_removed=info.adapter_removed,
+            lineage=info.lineage,
+            version=info.version,
+            created=info.created,
+            adapter_removed=info.adapter_removed,
             facts=facts,
         )
 
@@ -121,9 +124,12 @@ class Ledger:
             StoreError: The entry is damaged, or another release wrote it.
         """
         return read_stored(
-            self.store, keys.ledger_key(lineage, sha256), LedgerEntry, what="an entry of the ledger",
+            self.store,
+            keys.ledger_key(lineage, sha256),
+            LedgerEntry,
+            what="an entry of the ledger",
             remedy="Delete it, if no other release wrote it.",
-        )  # fmt: skip
+        )
 
     def record(self, entry: LedgerEntry) -> bool:
         """Write an entry unless it exists; return whether it was written. One of several concurrent writers writes."""

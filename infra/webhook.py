@@ -57,7 +57,9 @@ class Webhook:
         """
         attempts = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(httpx.TransportError) | tenacity.retry_if_result(_is_busy),
-            wait=self._wait, stop=tenacity.stop_after_attempt(MAX_ATTEMPTS), retry_error_callback=_last_result,
+            wait=self._wait,
+            stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
+            retry_error_callback=_last_result,
         )
         try:
             with httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False) as client:
@@ -75,8 +77,11 @@ class Webhook:
         """Post the body once; return the status of the answer."""
         timestamp = str(int(time.time()))
         headers = {
-            "Content-Type": "application/json", "User-Agent": "deal-pipeline", "webhook-id": str(delivery),
-            "webhook-timestamp": timestamp, "webhook-signature": sign(self._secret, str(delivery), timestamp, body),
+            "Content-Type": "application/json",
+            "User-Agent": "deal-pipeline",
+            "webhook-id": str(delivery),
+            "webhook-timestamp": timestamp,
+            "webhook-signature": sign(self._secret, str(delivery), timestamp, body),
         }
         with client.stream("POST", self._url, content=body, headers=headers) as response:
             return response.status_code

@@ -55,7 +55,12 @@ class Announcement(BaseModel, extra="forbid"):
 
 
 def announce(
-    store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, released: datetime | None = None, *,
+    store: ObjectStore,
+    lineage: str,
+    info: ObjectInfo,
+    beside: str,
+    released: datetime | None = None,
+    *,
     number: int = 0,
 ) -> None:
     """Announce an arrival to the server, then note the announcement. A repeat after a crash counts once.
@@ -142,7 +147,10 @@ class CancelledRun(NamedTuple):
 
 
 async def hold_cancelled(
-    store: ObjectStore, lineage: str, inbox: InboxLook, arrivals: Sequence[ObjectInfo],
+    store: ObjectStore,
+    lineage: str,
+    inbox: InboxLook,
+    arrivals: Sequence[ObjectInfo],
     announced: Mapping[str, Announcement],
 ) -> tuple[str, ...]:
     """Hold those of a lineage's open arrivals whose run was cancelled; return their keys.
@@ -191,8 +199,10 @@ async def cancelled_runs(lineage: str, since: datetime) -> list[CancelledRun]:
                     state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(CANCELLATION)))
                 ),
                 deployment_filter=learning_deployment(),
-                sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=_PAGE, offset=offset,
-            )  # fmt: skip
+                sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+                limit=_PAGE,
+                offset=offset,
+            )
             runs += page
             if len(page) < _PAGE:
                 break
@@ -232,9 +242,13 @@ def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tupl
     for info in inbox.arrivals:
         if info.key in keys:
             state.record(
-                info, "requeued", "Asked for again.", now=datetime.now(UTC), beside=inbox.stamp(info),
+                info,
+                "requeued",
+                "Asked for again.",
+                now=datetime.now(UTC),
+                beside=inbox.stamp(info),
                 cancelled_run=state.files[info.key].cancelled_run,
-            )  # fmt: skip
+            )
     if keys:
         write_state(store, lineage, state)
         for info in inbox.arrivals:

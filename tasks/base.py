@@ -66,9 +66,11 @@ def load(source: str, quantize: Quantize) -> BaseModel:
         _loaded.clear()
         report = advance("base")
         _loaded[key] = load_base(
-            source, HomeSettings().cache_dir, quantize=quantize,
+            source,
+            HomeSettings().cache_dir,
+            quantize=quantize,
             on_progress=lambda doing, done, total: report(done, total, doing),
-        )  # fmt: skip
+        )
     return _loaded[key]
 
 

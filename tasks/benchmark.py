@@ -37,10 +37,17 @@ def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, 
             if path.is_file():
                 return "stored"
             report = advance("cell")
-            result = run_cell(CellRun(
-                base=lend_base(base), cell=cell, tasks=with_prompts(load_suite(data, cell.tasks), cell.prompt),
-                method=method, work=folder, shared=work / "first-versions", on_progress=report,
-            ))  # fmt: skip
+            result = run_cell(
+                CellRun(
+                    base=lend_base(base),
+                    cell=cell,
+                    tasks=with_prompts(load_suite(data, cell.tasks), cell.prompt),
+                    method=method,
+                    work=folder,
+                    shared=work / "first-versions",
+                    on_progress=report,
+                )
+            )
             with complete_file(path) as part:
                 part.write_text(json.dumps({"settings": cell.to_json(), **result}, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)

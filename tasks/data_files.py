@@ -16,9 +16,17 @@ from infra.store.base import ObjectStore, temporary_folder
 from infra.store.local import FileStore, open_store
 
 HUB_FILES = (
-    "README.md", "*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv",
-    "*.jsonl.gz", "*.json.gz", "*.csv.gz", "*.tsv.gz",
-)  # fmt: skip
+    "README.md",
+    "*.parquet",
+    "*.jsonl",
+    "*.json",
+    "*.csv",
+    "*.tsv",
+    "*.jsonl.gz",
+    "*.json.gz",
+    "*.csv.gz",
+    "*.tsv.gz",
+)
 """Files of a dataset's repository that are fetched: rows, and the page that names the splits. Never a script."""
 CLOUDS = ("gs", "abfs", "abfss", "az")
 """Schemes that the extra `cloud` reads."""

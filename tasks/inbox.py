@@ -30,7 +30,7 @@ MAX_DOUBLINGS = 6
 
 Outcome = Literal[
     "promoted", "awaiting approval", "rollout", "rejected", "repeat", "refused", "failed", "held", "requeued"
-]  # fmt: skip
+]
 TestFiles = dict[tuple[str, str], str | None]
 """The file of test rows that a task file names, by the task file's key and ETag."""
 
@@ -93,8 +93,15 @@ class InboxState(Stored):
         return due is not None and (now >= due or now < handled.at)  # the clock may have gone back
 
     def record(
-        self, info: ObjectInfo, outcome: Outcome, message: str, *,
-        now: datetime, beside: str = "", version: str | None = None, is_final: bool = False,
+        self,
+        info: ObjectInfo,
+        outcome: Outcome,
+        message: str,
+        *,
+        now: datetime,
+        beside: str = "",
+        version: str | None = None,
+        is_final: bool = False,
         cancelled_run: str | None = None,
     ) -> Handled:
         """Note the result for a file."""
@@ -102,9 +109,16 @@ class InboxState(Stored):
         is_retry = before and (before.etag, before.beside, before.outcome) == (info.etag, beside, "failed")
         num_tries = before.num_tries + 1 if before and is_retry else 1
         handled = Handled(
-            etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, beside=beside,
-            is_final=is_final, at=now, cancelled_run=cancelled_run,
-        )  # fmt: skip
+            etag=info.etag,
+            outcome=outcome,
+            message=message,
+            version=version,
+            num_tries=num_tries,
+            beside=beside,
+            is_final=is_final,
+            at=now,
+            cancelled_run=cancelled_run,
+        )
         self.files[info.key] = handled
         return handled
 
@@ -126,10 +140,13 @@ def read_state(store: ObjectStore, lineage: str) -> InboxState:
         StoreError: The state is damaged, or another release wrote it.
     """
     found = read_stored(
-        store, keys.watch_key(lineage), InboxState, what="the state of a watch",
+        store,
+        keys.watch_key(lineage),
+        InboxState,
+        what="the state of a watch",
         remedy="Restore it from a backup. Or hold the lineage, then delete it: what was learned is recognised, but "
         "arrivals that were rejected or held are tried again.",
-    )  # fmt: skip
+    )
     return found or InboxState()
 
 
@@ -267,8 +284,13 @@ class Settled(NamedTuple):
 
 
 def settle(
-    inbox: InboxLook, state: InboxState, tasks: Collection[str], stamps: dict[str, str], *,
-    settle_seconds: float, retry_now: bool,
+    inbox: InboxLook,
+    state: InboxState,
+    tasks: Collection[str],
+    stamps: dict[str, str],
+    *,
+    settle_seconds: float,
+    retry_now: bool,
 ) -> Settled:
     """Return the arrivals of a look that a lineage has to handle. Without tasks, all tasks count.
 

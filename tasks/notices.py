@@ -104,11 +104,17 @@ def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
 def announce_version(version: VersionRef, *, task: str, evaluation: EvaluationReport, tracking_id: str) -> None:
     """Announce how the run of a version ended. Receivers count repeated calls once."""
     notice = Notice(
-        lineage=version.lineage, task=task, version=version.version, parent_version=version.parent_version,
-        reasons=version.reasons, accuracies=dict(evaluation.accuracies), tracking_id=tracking_id,
-        average_accuracy=evaluation.matrix.average_accuracy, forgetting=evaluation.matrix.forgetting,
+        lineage=version.lineage,
+        task=task,
+        version=version.version,
+        parent_version=version.parent_version,
+        reasons=version.reasons,
+        accuracies=dict(evaluation.accuracies),
+        tracking_id=tracking_id,
+        average_accuracy=evaluation.matrix.average_accuracy,
+        forgetting=evaluation.matrix.forgetting,
         run_key=version.run_key,
-    )  # fmt: skip
+    )
     announce(version.outcome, notice, once=version.run_key)
 
 
@@ -124,11 +130,19 @@ def _tell_server(event: str, identity: uuid.UUID, occurred: datetime, notice: No
         return
     run_id = runtime.flow_run.id
     related = [{"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.role": "flow-run"}]
-    _post_event({
-        "id": str(identity), "event": event, "occurred": occurred.isoformat(), "related": related if run_id else [],
-        "resource": {"prefect.resource.id": f"deal.lineage.{notice.lineage}", "prefect.resource.name": notice.lineage},
-        "payload": notice.model_dump(mode="json"),
-    })  # fmt: skip
+    _post_event(
+        {
+            "id": str(identity),
+            "event": event,
+            "occurred": occurred.isoformat(),
+            "related": related if run_id else [],
+            "resource": {
+                "prefect.resource.id": f"deal.lineage.{notice.lineage}",
+                "prefect.resource.name": notice.lineage,
+            },
+            "payload": notice.model_dump(mode="json"),
+        }
+    )
 
 
 def _decide_url(notice: Notice) -> str | None:

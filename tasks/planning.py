@@ -130,13 +130,20 @@ class _Run:
     def largest_batch(self, train: TrainConfig) -> int:
         setup = self.setup
         return largest_batch(
-            train, setup.method, num_old_tasks=self.num_asked_tasks, strategy=setup.strategy,
+            train,
+            setup.method,
+            num_old_tasks=self.num_asked_tasks,
+            strategy=setup.strategy,
             learns_preferences=setup.task.learns_preferences,
-        )  # fmt: skip
+        )
 
 
 def plan(
-    spec: AdaptSpec, *, device_memory: str | None = None, precision: Precision = "auto", probe: bool = True,
+    spec: AdaptSpec,
+    *,
+    device_memory: str | None = None,
+    precision: Precision = "auto",
+    probe: bool = True,
     on_progress: OnProgress = lambda doing: None,
 ) -> PlanResult:
     """Compute what the run of a spec takes. Nothing is stored and no weights are fetched.
@@ -169,16 +176,24 @@ def plan(
                 raise DataValidationError(f"{error.report.refusal} deal validate lists the bad rows.") from None
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
         run = _Run(
-            source=source, base=base, precision=precision_name(precision), champion=champion,
+            source=source,
+            base=base,
+            precision=precision_name(precision),
+            champion=champion,
             rank=adapter_rank(adapter, strategy, num_versions),
             setup=TrainingSetup(
-                task=manifest.task, old_tasks=tuple(known.schema for known in record.tasks) if record else (),
-                strategy=strategy, adapter=adapter, method=spec.method, train=spec.train,
+                task=manifest.task,
+                old_tasks=tuple(known.schema for known in record.tasks) if record else (),
+                strategy=strategy,
+                adapter=adapter,
+                method=spec.method,
+                train=spec.train,
             ),
             old_texts=spared_texts(store, [known for known in record.tasks if known.schema.name != manifest.task.name])
-            if record and asks_own_texts(strategy, spec.method) else (),
+            if record and asks_own_texts(strategy, spec.method)
+            else (),
             learned_last=record.matrix.trained[-1] if record else None,
-        )  # fmt: skip
+        )
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
 
@@ -204,19 +219,34 @@ def _plan_rows(
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
     steps = train.num_steps(num_chosen)
     return PlanResult(
-        base=run.source, model_type=model.model_type, parameters=dict(model.parameters),
-        adapter_parameters=sum(model.num_factor_numbers(run.rank)), rank=run.rank, strategy=setup.strategy,
-        precision=run.precision, num_train=manifest.num_train, num_chosen=num_chosen, num_test=manifest.num_test,
-        num_rejected=manifest.num_rejected, num_steps=steps,
+        base=run.source,
+        model_type=model.model_type,
+        parameters=dict(model.parameters),
+        adapter_parameters=sum(model.num_factor_numbers(run.rank)),
+        rank=run.rank,
+        strategy=setup.strategy,
+        precision=run.precision,
+        num_train=manifest.num_train,
+        num_chosen=num_chosen,
+        num_test=manifest.num_test,
+        num_rejected=manifest.num_rejected,
+        num_steps=steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
         rehearsed_per_step=rehearsed_rows(setup.method, num_old_tasks=run.num_asked_tasks, strategy=setup.strategy),
-        batch_rows=batch.num_rows, longest_row_tokens=batch.num_tokens, longest_answer_tokens=batch.num_answer_tokens,
-        lengths_from="limits" if run.base.folder is None else "rows", memory=vars(memory), total_bytes=memory.total,
-        device=device.name, device_bytes=limit,
+        batch_rows=batch.num_rows,
+        longest_row_tokens=batch.num_tokens,
+        longest_answer_tokens=batch.num_answer_tokens,
+        lengths_from="limits" if run.base.folder is None else "rows",
+        memory=vars(memory),
+        total_bytes=memory.total,
+        device=device.name,
+        device_bytes=limit,
         verdict="refused" if refused else "fits" if memory.total <= HEADROOM * limit else "tight",
-        remedies=remedies, seconds_per_step=seconds, expected_seconds=None if seconds is None else seconds * steps,
+        remedies=remedies,
+        seconds_per_step=seconds,
+        expected_seconds=None if seconds is None else seconds * steps,
         notes=tuple(notes),
-    )  # fmt: skip
+    )
 
 
 def _time_step(
@@ -242,9 +272,14 @@ def _notes(run: _Run, num_train: int, num_chosen: int, seconds: float | None) ->
         yield f"the tensors that {setup.strategy} keeps for earlier tasks are not counted"
     if setup.strategy == "deal" and setup.method.rehearsal.texts != "none" and setup.old_tasks:
         num_asked = num_answered(
-            setup.method.rehearsal, setup.task, setup.old_tasks, run.old_texts,
-            num_texts=num_chosen, num_steps=train.num_steps(num_chosen), learned_last=run.learned_last,
-        )  # fmt: skip
+            setup.method.rehearsal,
+            setup.task,
+            setup.old_tasks,
+            run.old_texts,
+            num_texts=num_chosen,
+            num_steps=train.num_steps(num_chosen),
+            learned_last=run.learned_last,
+        )
         if num_asked:
             yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)
     if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
@@ -288,9 +323,7 @@ def _memory(
     batch = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
     adapter = replace(setup.adapter, rank=run.rank)
     activations = measure_activations(run.base.config, adapter, batch, precision, on_cpu=on_cpu)
-    shape = MethodShape(
-        rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None
-    )
+    shape = MethodShape(rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None)
     return plan_memory(model, activations, batch, shape, train=train, precision=precision, on_cpu=on_cpu)
 
 
@@ -308,8 +341,13 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
     with temporary_folder() as temporary, borrowed_parent(current_store(), run.champion) as parent_folder:
         base = load_base(run.source, HomeSettings().cache_dir, precision=run.precision, quantize=train.quantize)
         train_adapter(
-            base, rows, replace(run.setup, train=train), parent_folder=parent_folder,
-            others=OtherRows(old_texts=run.old_texts), output_folder=temporary / "adapter",
-            checkpoint_folder=temporary / "checkpoints", on_log=on_log,
-        )  # fmt: skip
+            base,
+            rows,
+            replace(run.setup, train=train),
+            parent_folder=parent_folder,
+            others=OtherRows(old_texts=run.old_texts),
+            output_folder=temporary / "adapter",
+            checkpoint_folder=temporary / "checkpoints",
+            on_log=on_log,
+        )
     return (times[-1] - times[0]) / (len(times) - 1)

@@ -85,12 +85,16 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     likeliest = logits.topk(NUM_TOKENS)
     tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
     return Answer(
-        answer=given.text, prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
+        answer=given.text,
+        prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
         base_model=str(resolve_base(record.base.source, HomeSettings().cache_dir)),
-        adapter=store.uri_of(info.adapter_uri), precision=str(base.model.dtype).removeprefix("torch."),
+        adapter=store.uri_of(info.adapter_uri),
+        precision=str(base.model.dtype).removeprefix("torch."),
         first_token_logits=dict(zip(tokens, likeliest.values.tolist(), strict=True)),
-        task=known.schema.name, lineage=lineage, version=info.version,
-    )  # fmt: skip
+        task=known.schema.name,
+        lineage=lineage,
+        version=info.version,
+    )
 
 
 def choose_version(lineage: str, number: str | None) -> VersionInfo:
@@ -145,8 +149,15 @@ class Asked(NamedTuple):
 
 
 def predict_file(
-    data: Path, *, lineage: str, task: str | None, version: str | None, out: Path | None, column: str | None,
-    on_progress: OnProgress = lambda done, total: None, chunk_rows: int = CHUNK_ROWS,
+    data: Path,
+    *,
+    lineage: str,
+    task: str | None,
+    version: str | None,
+    out: Path | None,
+    column: str | None,
+    on_progress: OnProgress = lambda done, total: None,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> FileAnswers:
     """Answer every row of a file with the prompt of a task.
 
@@ -179,10 +190,16 @@ def predict_file(
     files = AnswerFiles(output, survey.types, own_names(survey.types))
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
     state = {
-        "schema_version": SCHEMA_VERSION, "file": data.name, "sha256": sha256_of_input(data), "lineage": lineage,
-        "task": asked.known.schema.name, "version": info.version, "adapter": info.adapter_uri,
-        "column": next(iter(columns.names.values())), "chunk_rows": chunk_rows,
-    }  # fmt: skip
+        "schema_version": SCHEMA_VERSION,
+        "file": data.name,
+        "sha256": sha256_of_input(data),
+        "lineage": lineage,
+        "task": asked.known.schema.name,
+        "version": info.version,
+        "adapter": info.adapter_uri,
+        "column": next(iter(columns.names.values())),
+        "chunk_rows": chunk_rows,
+    }
     num_bad = num_done = num_resumed = index = 0
     with _alone(output), ExitStack() as stack:
         files.begin(state)
@@ -199,10 +216,17 @@ def predict_file(
             on_progress(num_done, survey.num_rows)
         files.merge(index + 1)
     return FileAnswers(
-        data=str(data), out=str(output), num_rows=num_done, num_bad=num_bad, num_resumed=num_resumed,
-        columns=dict(files.names), task=asked.known.schema.name, lineage=lineage, version=info.version,
+        data=str(data),
+        out=str(output),
+        num_rows=num_done,
+        num_bad=num_bad,
+        num_resumed=num_resumed,
+        columns=dict(files.names),
+        task=asked.known.schema.name,
+        lineage=lineage,
+        version=info.version,
         seconds=time.perf_counter() - started,
-    )  # fmt: skip
+    )
 
 
 def _default_output(data: Path) -> Path:
@@ -249,7 +273,8 @@ def _answer_chunk(
     answers = iter(answer([text for text in checked if isinstance(text, str)], on_rows))
     who = {"task": asked.known.schema.name, "lineage": asked.info.lineage, "version": asked.info.version}
     return [
-        {"answer": next(answers).text, **who} if isinstance(each, str)
+        {"answer": next(answers).text, **who}
+        if isinstance(each, str)
         else {"problem": "; ".join(f"{reason}: {value}" for reason, value, _ in each), **who}
         for each in checked
-    ]  # fmt: skip
+    ]

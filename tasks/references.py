@@ -15,7 +15,12 @@ from deal_core.judging_config import RolloutTerms
 from infra.store.keys import short_run
 
 Standing = Literal[
-    "learned", "awaiting approval", "in rollout", "left behind", "rejected by the gate", "rejected by a person",
+    "learned",
+    "awaiting approval",
+    "in rollout",
+    "left behind",
+    "rejected by the gate",
+    "rejected by a person",
     "rejected by its rollout",
 ]
 """left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.

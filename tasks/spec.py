@@ -178,8 +178,11 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
         """Settings of the strategies."""
         rehearsal = self.rehearsal.with_memory(self.memory)
         return MethodConfig(
-            deal=self.deal, rehearsal=rehearsal, rivals=self.rivals, selection=self.selection,
-        )  # fmt: skip
+            deal=self.deal,
+            rehearsal=rehearsal,
+            rivals=self.rivals,
+            selection=self.selection,
+        )
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
@@ -215,10 +218,17 @@ class AdaptSpec(LineageSpec):
         `adapter` and `strategy` have the lineage's values where the spec has none.
         """
         settings = self.model_dump(
-            mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
-                                  "memory": True, "monitor": True, "task": {"name", "data", "test_data", "columns"},
-                                  "data": {"retain_training_rows", "include_texts"},
-                                  "gate": {"alias_moves", "rollout", "rollout_share", "rollout_rows"}}
+            mode="json",
+            exclude={
+                "lineage": True,
+                "base_model": True,
+                "schema_version": True,
+                "memory": True,
+                "monitor": True,
+                "task": {"name", "data", "test_data", "columns"},
+                "data": {"retain_training_rows", "include_texts"},
+                "gate": {"alias_moves", "rollout", "rollout_share", "rollout_rows"},
+            },
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
         settings |= {name: known_before(name, settings[name]) for name in ("task", "deal", "rehearsal", "gate")}

@@ -103,8 +103,13 @@ class ValidateResult(BaseModel, frozen=True):
 
 
 def validate(
-    file: str | Path, *, spec: Path | None, task: str | None = None, lineage: str | None = None,
-    test_data: str | None = None, with_model: bool = False,
+    file: str | Path,
+    *,
+    spec: Path | None,
+    task: str | None = None,
+    lineage: str | None = None,
+    test_data: str | None = None,
+    with_model: bool = False,
     on_progress: Callable[[int], None] | None = None,
     on_model: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidateResult:
@@ -191,22 +196,36 @@ def _result(
     manifest, task = report.manifest, report.manifest.task
     numbers = ("num_read", "num_train", "num_test", "num_rejected", "num_turns")
     return ValidateResult(
-        file=file, accepted=report.refusal is None, refusal=report.refusal, format=task.format, shape=report.shape,
-        labels=task.labels, **{name: getattr(manifest, name) for name in numbers}, problems=dict(manifest.problems),
+        file=file,
+        accepted=report.refusal is None,
+        refusal=report.refusal,
+        format=task.format,
+        shape=report.shape,
+        labels=task.labels,
+        **{name: getattr(manifest, name) for name in numbers},
+        problems=dict(manifest.problems),
         bad_rows=tuple(
-            RefusedRow(file=bad.file, row=bad.row, line=bad.line,
-                       reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
+            RefusedRow(
+                file=bad.file,
+                row=bad.row,
+                line=bad.line,
+                reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems),
+            )
             for bad in report.bad_rows
         ),
-        num_several=report.num_several, example=example, sha256=manifest.sha256,
+        num_several=report.num_several,
+        example=example,
+        sha256=manifest.sha256,
         label_check=checked and checked.describe(),
-        likely_wrong=() if checked is None else tuple(
+        likely_wrong=()
+        if checked is None
+        else tuple(
             LikelyWrongLabel(
                 text=kept.inputs[each.row], label=each.label, likelier=each.likelier, share=round(each.share, 4)
             )
             for each in checked.suspects
         ),
-    )  # fmt: skip
+    )
 
 
 class _TrainingRows:

@@ -11,17 +11,24 @@ from flows.adapt import AdaptResult, adapt
 from tasks.spec import AdaptSpec, parse
 
 BANK = {
-    "name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl"),
-    "test_data": str(EXAMPLES / "bank" / "test.jsonl"), "instruction": "What is it about?",
-}  # fmt: skip
+    "name": "bank",
+    "data": str(EXAMPLES / "bank" / "train.jsonl"),
+    "test_data": str(EXAMPLES / "bank" / "test.jsonl"),
+    "instruction": "What is it about?",
+}
 CLINIC = {
-    "name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
-    "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
-}  # fmt: skip
+    "name": "clinic",
+    "data": str(EXAMPLES / "clinic" / "train.csv"),
+    "test_data": str(EXAMPLES / "clinic" / "test.csv"),
+    "columns": {"text": "note", "label": "finding"},
+}
 PASS: dict[str, Any] = dict(NO_LIMITS)
 FIRST_TRAIN: dict[str, Any] = {
-    "learning_rate": 5e-4, "num_epochs": 1, "schedule": "constant", "balance_labels": False,
-}  # fmt: skip
+    "learning_rate": 5e-4,
+    "num_epochs": 1,
+    "schedule": "constant",
+    "balance_labels": False,
+}
 """The defaults of the first release that have changed since."""
 FAIL = {**PASS, "min_accuracy": 1.0}
 
@@ -29,8 +36,11 @@ FAIL = {**PASS, "min_accuracy": 1.0}
 def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: Any) -> AdaptResult:
     """Adapt lineage `l` to a task in three steps, behind a gate that passes everything; settings replace these."""
     values = {
-        "lineage": "l", "base_model": str(base), "task": task, "gate": PASS,
+        "lineage": "l",
+        "base_model": str(base),
+        "task": task,
+        "gate": PASS,
         "train": {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0},
         **settings,
-    }  # fmt: skip
+    }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))

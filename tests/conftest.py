@@ -39,12 +39,16 @@ LONG = {"test_deployments.py", "test_python_api.py", "test_rollout.py", "test_se
 PREFECT_SERVER = pytest.StashKey[Any]()
 """The server of the fixture `prefect_api`, once a test has asked for it."""
 UNUSED = (
-    "PREFECT_LOGGING_TO_API_ENABLED", "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED",
-    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED", "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED",
-    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED", "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED",
+    "PREFECT_LOGGING_TO_API_ENABLED",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED",
-    "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED", "PREFECT_SERVER_SERVICES_CLEANUP_RECONCILER_ENABLED",
-)  # fmt: skip
+    "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED",
+    "PREFECT_SERVER_SERVICES_CLEANUP_RECONCILER_ENABLED",
+)
 """What no test of the session's Prefect server needs: log lines on it, its records of the tasks' states, which are half
 of its work, and loops that look at it every few seconds."""
 last_test = "no test"
@@ -235,13 +239,27 @@ def mlflow_server(tmp_path: Path, free_port: int, mlflow_database: Path) -> Iter
     shutil.copy(mlflow_database, folder / "mlflow.db")
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(free_port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
-            "--artifacts-destination", str(folder / "artifacts"),
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(free_port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{folder}/mlflow.db",
+            "--artifacts-destination",
+            str(folder / "artifacts"),
         ],
-        cwd=folder, env={**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env={**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert process.stdout is not None
     log = []
     try:

@@ -78,8 +78,12 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
     environment = {**others, "DEAL_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile"],
-        input="".join(lines), capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+        input="".join(lines),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+    )
     found = [Found(*json.loads(line)) for line in done.stdout.splitlines()]
     if len(found) < len(lines):
         name = json.loads(lines[len(found)])[0]
@@ -113,9 +117,14 @@ def _run(name: str, file: str, spec: str | None, task: str) -> Found:
         error = raised
     signal.setitimer(signal.ITIMER_PROF, 0)
     return Found(
-        name, type(error).__name__ if error else None, isinstance(error, DealError), str(error or ""), num_good,
-        time.process_time() - started, _peak_bytes(),
-    )  # fmt: skip
+        name,
+        type(error).__name__ if error else None,
+        isinstance(error, DealError),
+        str(error or ""),
+        num_good,
+        time.process_time() - started,
+        _peak_bytes(),
+    )
 
 
 def _peak_bytes() -> int:

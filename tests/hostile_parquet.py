@@ -50,26 +50,39 @@ def odd_columns() -> dict[str, pa.Array]:
     return {
         **{str(kind): numbers.cast(kind) for kind in (pa.int8(), pa.uint64(), pa.float32(), pa.float64())},
         "halves": pa.array(range(40), pa.float32()).cast(pa.float16()),
-        "no numbers": pa.array([float("nan"), float("inf"), -0.0, 1e308] * 10), "bools": pa.array([True, None] * 20),
-        "moments": _moments(pa.timestamp("us")), "nanoseconds": _moments(pa.timestamp("ns")),
-        "seconds": _moments(pa.timestamp("ms"), 10**14), "Mars": _moments(pa.timestamp("us", "Mars/Base"), 10**15),
-        "an empty zone": _moments(pa.timestamp("us", "+99:99"), 10**15), "times": _moments(pa.time64("us"), 5),
-        "far times": _moments(pa.time64("ns"), 2**62), "durations": _moments(pa.duration("s"), 2**62),
+        "no numbers": pa.array([float("nan"), float("inf"), -0.0, 1e308] * 10),
+        "bools": pa.array([True, None] * 20),
+        "moments": _moments(pa.timestamp("us")),
+        "nanoseconds": _moments(pa.timestamp("ns")),
+        "seconds": _moments(pa.timestamp("ms"), 10**14),
+        "Mars": _moments(pa.timestamp("us", "Mars/Base"), 10**15),
+        "an empty zone": _moments(pa.timestamp("us", "+99:99"), 10**15),
+        "times": _moments(pa.time64("us"), 5),
+        "far times": _moments(pa.time64("ns"), 2**62),
+        "durations": _moments(pa.duration("s"), 2**62),
         "days": pa.array([2**30, -(2**30)] * 20, pa.int32()).view(pa.date32()),
         "decimals": pa.array([decimal.Decimal("9" * 76)] * 40, pa.decimal256(76, 0)),
         "fractions": pa.array([decimal.Decimal("0." + "3" * 30)] * 40, pa.decimal128(38, 30)),
-        "bytes": texts, "large bytes": texts.cast(pa.large_binary()), "views": pa.array(TEXT, pa.string_view()),
+        "bytes": texts,
+        "large bytes": texts.cast(pa.large_binary()),
+        "views": pa.array(TEXT, pa.string_view()),
         "fixed bytes": pa.array([b"abcd"] * 40, pa.binary(4)),
         "no UTF-8": pa.array([b"\xff\xfe"] * 40).view(pa.string()),
-        "surrogates": pa.array([b"\xed\xa0\x80"] * 40).view(pa.string()), "NULs": pa.array(["a\0b"] * 40),
+        "surrogates": pa.array([b"\xed\xa0\x80"] * 40).view(pa.string()),
+        "NULs": pa.array(["a\0b"] * 40),
         "lists": pa.array([["a"], [], None, [None]] * 10),
         "large lists": pa.array([["a"]] * 40, pa.large_list(pa.string())),
-        "fixed lists": pa.array([["a", "b"]] * 40, pa.list_(pa.string(), 2)), "structs": pa.array([{"a": None}] * 40),
-        "maps": pa.array([[("a", 1), ("a", 2)]] * 40, pa.map_(pa.string(), pa.int32())), "nulls": pa.nulls(40),
-        "a dictionary": pa.array(TEXT).dictionary_encode(), "a dictionary of numbers": numbers.dictionary_encode(),
-        "uuids": pa.array([bytes(16)] * 40, pa.uuid()), "json": pa.array(['{"a": 1}'] * 40, pa.json_()),
-        "lists 60 deep": _nested(60), "dates": pa.array([datetime.date(1, 1, 1)] * 40),
-    }  # fmt: skip
+        "fixed lists": pa.array([["a", "b"]] * 40, pa.list_(pa.string(), 2)),
+        "structs": pa.array([{"a": None}] * 40),
+        "maps": pa.array([[("a", 1), ("a", 2)]] * 40, pa.map_(pa.string(), pa.int32())),
+        "nulls": pa.nulls(40),
+        "a dictionary": pa.array(TEXT).dictionary_encode(),
+        "a dictionary of numbers": numbers.dictionary_encode(),
+        "uuids": pa.array([bytes(16)] * 40, pa.uuid()),
+        "json": pa.array(['{"a": 1}'] * 40, pa.json_()),
+        "lists 60 deep": _nested(60),
+        "dates": pa.array([datetime.date(1, 1, 1)] * 40),
+    }
 
 
 def types() -> Iterator[Case]:
@@ -80,8 +93,12 @@ def types() -> Iterator[Case]:
             continue  # this version of Arrow does not write it
         yield Case(f"parquet, {name} in another column", "a.parquet", beside, NUM_GOOD)
         # all rows bad in that column, so that each is listed whole
-        yield Case(f"parquet, {name} beside bad rows", "a.parquet", written(
-            {"text": [*TEXT[:-9], *[""] * 9], "label": LABEL, "other": column}), NUM_GOOD - 9)  # fmt: skip
+        yield Case(
+            f"parquet, {name} beside bad rows",
+            "a.parquet",
+            written({"text": [*TEXT[:-9], *[""] * 9], "label": LABEL, "other": column}),
+            NUM_GOOD - 9,
+        )
         yield Case(f"parquet, {name} as text", "a.parquet", written({"text": column, "label": LABEL}))
         yield Case(f"parquet, {name} as label", "a.parquet", written({"text": TEXT, "label": column}))
         yield Case(f"parquet, {name} as messages", "a.parquet", written({"messages": column}))
@@ -90,7 +107,9 @@ def types() -> Iterator[Case]:
 def shapes() -> Iterator[Case]:
     good = {"text": TEXT, "label": LABEL}
     for name, table in {
-        "no rows": pa.table(good).slice(0, 0), "no columns": pa.table({}), "one row": pa.table(good).slice(0, 1),
+        "no rows": pa.table(good).slice(0, 0),
+        "no columns": pa.table({}),
+        "one row": pa.table(good).slice(0, 1),
         "two texts": pa.Table.from_arrays([pa.array(TEXT)] * 2 + [pa.array(LABEL)], ["text", "text", "label"]),
         "no names": pa.Table.from_arrays([pa.array(TEXT), pa.array(LABEL)], ["", ""]),
         "odd names": pa.Table.from_arrays([pa.array(TEXT), pa.array(LABEL)], ["\x1b[31m", "a\0b"]),
@@ -124,8 +143,14 @@ def damages() -> Iterator[Case]:
         yield Case(f"parquet with a footer of length {name}", "a.parquet", whole[:-8] + end + b"PAR1")
     yield Case("parquet that is encrypted", "a.parquet", whole[:-4] + b"PARE")
     for name, content in {
-        "its magic": b"PAR1", "its magic twice": b"PAR1PAR1", "nothing": b"", "text": b"text,label\n", "ORC": b"ORC",
-        "Arrow": b"ARROW1\0\0" + bytes(99), "SQLite": b"SQLite format 3\0" + bytes(99), "NULs": bytes(10_000),
+        "its magic": b"PAR1",
+        "its magic twice": b"PAR1PAR1",
+        "nothing": b"",
+        "text": b"text,label\n",
+        "ORC": b"ORC",
+        "Arrow": b"ARROW1\0\0" + bytes(99),
+        "SQLite": b"SQLite format 3\0" + bytes(99),
+        "NULs": bytes(10_000),
     }.items():
         yield Case(f"parquet of {name}", "a.parquet", content)
 
@@ -134,14 +159,25 @@ def bombs() -> Iterator[Case]:
     """Small files that unpack to much, each of another kind."""
     good = {"text": TEXT, "label": LABEL}
     long = "x" * 20_000_000
-    yield Case("bomb: a dictionary", "a.parquet", partial(
-        written, {"text": repeated(long, [0] * 1000), "label": ["late"] * 1000}))  # fmt: skip
-    yield Case("bomb: a dictionary of texts of 300 kB", "a.parquet", partial(
-        written, {"text": repeated("y" * 300_000, [0] * 90_000), "label": repeated("late", [0] * 90_000)}))  # fmt: skip
-    yield Case("bomb: a dictionary as label", "a.parquet", partial(
-        written, {**good, "label": repeated(long, [0] * 40)}))  # fmt: skip
-    yield Case("bomb: one row of it", "a.parquet", partial(
-        written, {"text": repeated(long, [0, *range(1, 41)], *TEXT), "label": ["late", *LABEL]}), NUM_GOOD)  # fmt: skip
+    yield Case(
+        "bomb: a dictionary",
+        "a.parquet",
+        partial(written, {"text": repeated(long, [0] * 1000), "label": ["late"] * 1000}),
+    )
+    yield Case(
+        "bomb: a dictionary of texts of 300 kB",
+        "a.parquet",
+        partial(written, {"text": repeated("y" * 300_000, [0] * 90_000), "label": repeated("late", [0] * 90_000)}),
+    )
+    yield Case(
+        "bomb: a dictionary as label", "a.parquet", partial(written, {**good, "label": repeated(long, [0] * 40)})
+    )
+    yield Case(
+        "bomb: one row of it",
+        "a.parquet",
+        partial(written, {"text": repeated(long, [0, *range(1, 41)], *TEXT), "label": ["late", *LABEL]}),
+        NUM_GOOD,
+    )
     lists = pa.ListArray.from_arrays(pa.array([0, *[1000] * 40], pa.int32()), repeated(long, [0] * 1000))
     yield Case("bomb: a list of a dictionary", "a.parquet", partial(written, {**good, "other": lists}))
     for million in (8, 50):
@@ -151,8 +187,11 @@ def bombs() -> Iterator[Case]:
         content = partial(written, {**good, "other": nulls})
         yield Case(f"bomb: a list of {million} million", "a.parquet", content, (NUM_GOOD - 1) * (million == 8))
     nothing = pa.nulls(50_000_000, pa.int8())
-    yield Case("bomb: 50 million nulls", "a.parquet", partial(
-        written, {"text": nothing, "label": nothing}, row_group_size=10**8))  # fmt: skip
+    yield Case(
+        "bomb: 50 million nulls",
+        "a.parquet",
+        partial(written, {"text": nothing, "label": nothing}, row_group_size=10**8),
+    )
     nothing = pa.nulls(40_000, pa.string())
     yield Case("bomb: 40,000 nulls", "a.parquet", partial(written, {"text": nothing, "label": nothing}))
     for column, texts in (("text", ["z" * 500_000] * 600), ("other", [["z" * 500_000] * 600] + [None] * 599)):
@@ -165,11 +204,17 @@ def bombs() -> Iterator[Case]:
         content = partial(written, {"text": ["x" * megabytes * 10**6], "label": ["late"]}, use_dictionary=False)
         yield Case(f"bomb: a text of {megabytes} MB", "a.parquet", content)
     wide = ["🚚" + "x" * 900_000] * 60
-    yield Case("bomb: texts that take four bytes a character", "a.parquet", partial(
-        written, {"text": wide, "label": ["late"] * 60}))  # fmt: skip
+    yield Case(
+        "bomb: texts that take four bytes a character",
+        "a.parquet",
+        partial(written, {"text": wide, "label": ["late"] * 60}),
+    )
     many = {f"c{number}": repeated("x" * 900_000, [0] * 300) for number in range(40)}
-    yield Case("bomb: many columns of dictionaries", "a.parquet", partial(
-        written, {"text": ["late"] * 300, "label": ["late"] * 300, **many}))  # fmt: skip
+    yield Case(
+        "bomb: many columns of dictionaries",
+        "a.parquet",
+        partial(written, {"text": ["late"] * 300, "label": ["late"] * 300, **many}),
+    )
 
 
 def _say(role: Any, content: Any) -> dict[str, Any]:
@@ -178,19 +223,38 @@ def _say(role: Any, content: Any) -> dict[str, Any]:
 
 ANSWER = _say("assistant", "Yes.")
 BAD_CHATS: dict[str, Any] = {
-    "nothing": [], "null": None, "a text": "hello", "a number": 17, "an object": {"role": "user"}, "texts": ["a", "b"],
-    "numbers": [1, 2], "no answer": [_say("user", "Late?")], "answer alone": [ANSWER], "two answers": [ANSWER, ANSWER],
-    "two systems": [_say("system", "a"), _say("system", "b"), _say("user", "c"), ANSWER], "no role": [{"content": "a"}],
-    "no content": [{"role": "user"}, ANSWER], "null content": [_say("user", None), ANSWER],
-    "a list as content": [_say("user", [{"type": "text", "text": "a"}]), ANSWER], "blank": [_say("user", " "), ANSWER],
-    "an unknown role": [_say("robot", "a"), ANSWER], "a role of NULs": [_say("\0", "a"), ANSWER],
-    "a surrogate": [_say("user", "\ud800"), ANSWER], "NUL": [_say("user", "a\0b"), ANSWER], "true": [True, False],
-    "a long role": [_say("x" * 100_000, "a"), ANSWER], "a long content": [_say("user", "x" * 900_000), ANSWER],
-    "many turns": [_say("user", "a"), ANSWER] * 9000 + [_say("user", "end")], "JSON of text": json.dumps("a"),
-    "JSON cut off": json.dumps([_say("user", "a"), ANSWER])[:-3], "deep JSON": "[" * 50_000,
+    "nothing": [],
+    "null": None,
+    "a text": "hello",
+    "a number": 17,
+    "an object": {"role": "user"},
+    "texts": ["a", "b"],
+    "numbers": [1, 2],
+    "no answer": [_say("user", "Late?")],
+    "answer alone": [ANSWER],
+    "two answers": [ANSWER, ANSWER],
+    "two systems": [_say("system", "a"), _say("system", "b"), _say("user", "c"), ANSWER],
+    "no role": [{"content": "a"}],
+    "no content": [{"role": "user"}, ANSWER],
+    "null content": [_say("user", None), ANSWER],
+    "a list as content": [_say("user", [{"type": "text", "text": "a"}]), ANSWER],
+    "blank": [_say("user", " "), ANSWER],
+    "an unknown role": [_say("robot", "a"), ANSWER],
+    "a role of NULs": [_say("\0", "a"), ANSWER],
+    "a surrogate": [_say("user", "\ud800"), ANSWER],
+    "NUL": [_say("user", "a\0b"), ANSWER],
+    "true": [True, False],
+    "a long role": [_say("x" * 100_000, "a"), ANSWER],
+    "a long content": [_say("user", "x" * 900_000), ANSWER],
+    "many turns": [_say("user", "a"), ANSWER] * 9000 + [_say("user", "end")],
+    "JSON of text": json.dumps("a"),
+    "JSON cut off": json.dumps([_say("user", "a"), ANSWER])[:-3],
+    "deep JSON": "[" * 50_000,
     "NaN": [_say("user", float("nan"))],
-    "deep lists": json.loads("[" * 500 + "]" * 500), "an integer": "9" * 5000, "open objects": '[{"role":' * 20_000,
-}  # fmt: skip
+    "deep lists": json.loads("[" * 500 + "]" * 500),
+    "an integer": "9" * 5000,
+    "open objects": '[{"role":' * 20_000,
+}
 
 
 def chats() -> Iterator[Case]:
@@ -199,13 +263,21 @@ def chats() -> Iterator[Case]:
     for name, messages in BAD_CHATS.items():
         line = json.dumps({"messages": messages}).encode() + b"\n"
         yield Case(f"chats, {name}", "a.jsonl", lines + line, NUM_GOOD)
-    yield Case("chats as texts of JSON", "a.csv", b"messages\n" + b"".join(
-        b'"%b"\n' % json.dumps(row["messages"]).encode().replace(b'"', b'""') for row in good), NUM_GOOD)  # fmt: skip
+    yield Case(
+        "chats as texts of JSON",
+        "a.csv",
+        b"messages\n" + b"".join(b'"%b"\n' % json.dumps(row["messages"]).encode().replace(b'"', b'""') for row in good),
+        NUM_GOOD,
+    )
     yield Case("chats in parquet", "a.parquet", written(pa.Table.from_pylist(good)), NUM_GOOD)
     contents = [part for text in TEXT for part in (text, "yes")] + ["q", "x" * 5_000_000]
-    values = pa.StructArray.from_arrays([
-        pa.array(["user", "assistant"] * 41), pa.array(contents).dictionary_encode(),
-    ], ["role", "content"])  # fmt: skip
+    values = pa.StructArray.from_arrays(
+        [
+            pa.array(["user", "assistant"] * 41),
+            pa.array(contents).dictionary_encode(),
+        ],
+        ["role", "content"],
+    )
     messages = pa.ListArray.from_arrays(pa.array(range(0, 83, 2), pa.int32()), values)
     yield Case("chats in parquet, one of 5 MB", "a.parquet", written({"messages": messages}), NUM_GOOD)
 

@@ -21,8 +21,15 @@ OTHER_WORDS = ("match", "goal", "team", "league", "coach", "win", "season", "sco
 
 
 def logged_rows(
-    num_rows: int, seed: int, *, task: str = "bank", version: str = "1", shares: Mapping[str | None, float] = SHARES,
-    sureness: tuple[float, float] = (6.0, 2.0), words: Sequence[str] | None = None, **columns: Any,
+    num_rows: int,
+    seed: int,
+    *,
+    task: str = "bank",
+    version: str = "1",
+    shares: Mapping[str | None, float] = SHARES,
+    sureness: tuple[float, float] = (6.0, 2.0),
+    words: Sequence[str] | None = None,
+    **columns: Any,
 ) -> pd.DataFrame:
     """Draw rows of a labelled task, one a minute. A row is right with the probability of its confidence.
 
@@ -40,35 +47,62 @@ def logged_rows(
     labels = random.choice(np.array([*shares], dtype=object), num_rows, p=[*shares.values()])
     confidence = random.beta(*sureness, num_rows)
     texts = None if words is None else [" ".join(random.choice(words, 12)) for _ in range(num_rows)]
-    return pd.DataFrame({
-        "id": [f"{task}-{seed}-{number}" for number in range(num_rows)],
-        "time": 60.0 * np.arange(num_rows), "lineage": "support", "version": version, "task": task,
-        "input_sha256": [f"{task}-{seed}-{number}" for number in range(num_rows)],
-        "chars": random.poisson(80, num_rows), "label": labels, "is_label": [label is not None for label in labels],
-        "confidence": confidence, "label_mass": random.beta(9, 1, num_rows),
-        "num_answer_chars": [len(label or "something else") for label in labels], "seconds": 0.1,
-        "input": texts, "output": None,
-        "score": (random.random(num_rows) < confidence).astype(float), **columns,
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "id": [f"{task}-{seed}-{number}" for number in range(num_rows)],
+            "time": 60.0 * np.arange(num_rows),
+            "lineage": "support",
+            "version": version,
+            "task": task,
+            "input_sha256": [f"{task}-{seed}-{number}" for number in range(num_rows)],
+            "chars": random.poisson(80, num_rows),
+            "label": labels,
+            "is_label": [label is not None for label in labels],
+            "confidence": confidence,
+            "label_mass": random.beta(9, 1, num_rows),
+            "num_answer_chars": [len(label or "something else") for label in labels],
+            "seconds": 0.1,
+            "input": texts,
+            "output": None,
+            "score": (random.random(num_rows) < confidence).astype(float),
+            **columns,
+        }
+    )
 
 
 def free_rows(num_rows: int, seed: int, *, answer_chars: float = 40.0, **columns: Any) -> pd.DataFrame:
     """Draw rows of a task with free answers, whose scores are graded."""
     random = np.random.default_rng(seed)
     return logged_rows(
-        num_rows, seed, task="notes",
-        **{"label": None, "is_label": None, "label_mass": np.nan, "score": random.random(num_rows),
-           "num_answer_chars": random.poisson(answer_chars, num_rows), **columns},
-    )  # fmt: skip
+        num_rows,
+        seed,
+        task="notes",
+        **{
+            "label": None,
+            "is_label": None,
+            "label_mass": np.nan,
+            "score": random.random(num_rows),
+            "num_answer_chars": random.poisson(answer_chars, num_rows),
+            **columns,
+        },
+    )
 
 
-def feedback_on(rows: pd.DataFrame, is_right: Sequence[bool], *, is_random: bool = True, time: float = 0.0
-                ) -> pd.DataFrame:  # fmt: skip
+def feedback_on(
+    rows: pd.DataFrame, is_right: Sequence[bool], *, is_random: bool = True, time: float = 0.0
+) -> pd.DataFrame:
     """Feedback on the first rows."""
-    return pd.DataFrame({
-        "id": rows["id"].iloc[: len(is_right)].to_numpy(), "time": time, "label": None, "is_right": [*is_right],
-        "source": "test", "is_random": is_random, "reviewer": None,
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "id": rows["id"].iloc[: len(is_right)].to_numpy(),
+            "time": time,
+            "label": None,
+            "is_right": [*is_right],
+            "source": "test",
+            "is_random": is_random,
+            "reviewer": None,
+        }
+    )
 
 
 def put_predictions(store: ObjectStore, lineage: str, rows: pd.DataFrame, segment: str) -> None:

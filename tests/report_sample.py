@@ -27,31 +27,59 @@ def sample_evaluation() -> EvaluationReport:
     last = {"bank": 0.75, "clinic": 0.85, TASKS[2]: 0.25}
     matrix = matrix.with_row(TASKS[2], last, base_accuracy=0.21, parent_accuracy=0.22)
     return EvaluationReport(
-        task=TASKS[2], accuracies=last, parent_accuracies={"bank": 0.9, "clinic": 0.8}, base_accuracy=0.21,
-        parent_accuracy_new_task=0.22, num_rows=dict.fromkeys(TASKS, 20), matrix=matrix, notes=("A note.",),
-        labels={"bank": (
-            LabelFigures(label="lost card", num_rows=12, recall=0.75, share=0.45),
-            LabelFigures(label="fee <dispute>", num_rows=8, recall=None, share=0.5),
-            LabelFigures(label=None, num_rows=0, recall=None, share=0.05),
-        )},
-    )  # fmt: skip
+        task=TASKS[2],
+        accuracies=last,
+        parent_accuracies={"bank": 0.9, "clinic": 0.8},
+        base_accuracy=0.21,
+        parent_accuracy_new_task=0.22,
+        num_rows=dict.fromkeys(TASKS, 20),
+        matrix=matrix,
+        notes=("A note.",),
+        labels={
+            "bank": (
+                LabelFigures(label="lost card", num_rows=12, recall=0.75, share=0.45),
+                LabelFigures(label="fee <dispute>", num_rows=8, recall=None, share=0.5),
+                LabelFigures(label=None, num_rows=0, recall=None, share=0.05),
+            )
+        },
+    )
 
 
 def sample_report(**changes: Any) -> RunReport:
     """The report that goes with `sample_evaluation`."""
     row = Example(row=DIGEST, text="Where is my card?", expected="lost card", before="lost card", now="fee dispute")
     values: dict[str, Any] = {
-        "lineage": "support", "version": "4", "task": TASKS[2], "parent_version": "2", "verdict": "rejected",
-        "reasons": REASONS, "created": datetime(2026, 5, 4, 12, 30, tzinfo=UTC), "include_texts": True,
+        "lineage": "support",
+        "version": "4",
+        "task": TASKS[2],
+        "parent_version": "2",
+        "verdict": "rejected",
+        "reasons": REASONS,
+        "created": datetime(2026, 5, 4, 12, 30, tzinfo=UTC),
+        "include_texts": True,
         "training": Training(
-            strategy="deal", num_steps=120, seconds=812.2, rows_per_second=3.2, resumed_from_step=40,
+            strategy="deal",
+            num_steps=120,
+            seconds=812.2,
+            rows_per_second=3.2,
+            resumed_from_step=40,
             losses=tuple((step, 3 * math.exp(-step / 30)) for step in range(1, 121)),
-            fill={f"model.layers.{layer}.self_attn.{name}": (layer + 1) / 30
-                  for layer in range(30) for name in ("q_proj", "v_proj")},
+            fill={
+                f"model.layers.{layer}.self_attn.{name}": (layer + 1) / 30
+                for layer in range(30)
+                for name in ("q_proj", "v_proj")
+            },
         ),
         "quality": Quality(
-            source="may.csv", format="labelled", split="hash", num_labels=6, num_read=130, num_train=96, num_test=20,
-            num_rejected=14, problems={"empty text": 10, "label outside the task's set": 4},
+            source="may.csv",
+            format="labelled",
+            split="hash",
+            num_labels=6,
+            num_read=130,
+            num_train=96,
+            num_test=20,
+            num_rejected=14,
+            problems={"empty text": 10, "label outside the task's set": 4},
             quarantine=f"quarantine/{TASKS[2]}/{DIGEST}/{DIGEST}.jsonl",
             bad_rows=(
                 QuarantinedRow(file="may.csv", row=12, line=14, problems=("label outside the task's set: 'cardd'",)),
@@ -63,14 +91,31 @@ def sample_report(**changes: Any) -> RunReport:
         ),
         "seconds": {"ingest": 0.4, "train": 812.2, "evaluate": 122.0},
         "lineage_so_far": tuple(
-            Link(version=version, task=task, strategy="deal", parent_version=parent, accepted=version in "12",
-                 average_accuracy=0.8, forgetting=None)
-            for version, task, parent in (("1", "bank", None), ("2", "clinic", "1"), ("3", "clinic", "2"),
-                                          ("4", TASKS[2], "2"))
+            Link(
+                version=version,
+                task=task,
+                strategy="deal",
+                parent_version=parent,
+                accepted=version in "12",
+                average_accuracy=0.8,
+                forgetting=None,
+            )
+            for version, task, parent in (
+                ("1", "bank", None),
+                ("2", "clinic", "1"),
+                ("3", "clinic", "2"),
+                ("4", TASKS[2], "2"),
+            )
         ),
         "origin": Origin(
-            base="tiny", base_sha256="cd" * 32, dataset_sha256=DIGEST, adapter_sha256="ef" * 32,
-            config_sha256="01" * 32, run_key="23" * 32, tracking_id="45" * 16, libraries={"Python": "3.12.1"},
+            base="tiny",
+            base_sha256="cd" * 32,
+            dataset_sha256=DIGEST,
+            adapter_sha256="ef" * 32,
+            config_sha256="01" * 32,
+            run_key="23" * 32,
+            tracking_id="45" * 16,
+            libraries={"Python": "3.12.1"},
         ),
-    }  # fmt: skip
+    }
     return RunReport(**{**values, **changes})

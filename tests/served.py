@@ -32,10 +32,13 @@ class Champion:
     lineage = "l"
     version = "3"
     served = ServedVersion(
-        lineage="l", base_source="b", base_name="b", base_sha256="0",
+        lineage="l",
+        base_source="b",
+        base_name="b",
+        base_sha256="0",
         tasks=tuple(ServedTask(schema=task, max_prompt_tokens=64, max_new_tokens=8) for task in TASKS),
         newest_task="bank",
-    )  # fmt: skip
+    )
 
     def __init__(self, log: PredictionLog | None = None) -> None:
         self.log = log
@@ -54,7 +57,10 @@ class Champion:
         return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=model)
 
     def ask(
-        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], key: str | None = None,
+        self,
+        rows: Sequence[InputRow],
+        is_given_up: Callable[[], bool],
+        key: str | None = None,
         version: str | None = None,
     ) -> Answered:
         if any(row.task == "nope" for row in rows):

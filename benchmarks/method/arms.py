@@ -69,7 +69,8 @@ Arm = Literal["plain", "rate", "consistency", "own", "saved", "recentred"]
 STEP, WEIGHT = 0.1, 5.0
 """The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
 ASKED: dict[str, RehearsalConfig] = {
-    "own": RehearsalConfig(texts="own"), "saved": RehearsalConfig(texts="own", answers="first"),
+    "own": RehearsalConfig(texts="own"),
+    "saved": RehearsalConfig(texts="own", answers="first"),
 }
 """The rehearsals of the arms that ask about texts of the old tasks themselves."""
 TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
@@ -144,12 +145,14 @@ def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
 def texts_of(versions: Versions, numbers: Iterable[int], num_rows: int) -> list[TaskTexts]:
     """Training rows of tasks after those that are learned."""
     return [
-        TaskTexts(task=versions.tasks[number].schema,
-                   rows=versions.rows(number, num_rows, num_rows + MAX_OWN_TEXTS),
-                   max_prompt_tokens=versions.train.max_prompt_tokens,
-                   max_new_tokens=versions.train.max_answer_tokens)
+        TaskTexts(
+            task=versions.tasks[number].schema,
+            rows=versions.rows(number, num_rows, num_rows + MAX_OWN_TEXTS),
+            max_prompt_tokens=versions.train.max_prompt_tokens,
+            max_new_tokens=versions.train.max_answer_tokens,
+        )
         for number in numbers
-    ]  # fmt: skip
+    ]
 
 
 def recentre(versions: Versions, last: str, num_rows: int) -> str:
@@ -190,9 +193,7 @@ def main(
     trials: list[dict[str, Any]] = []
     for each in arm:
         for number in seed or [0]:
-            train = TrainConfig(
-                max_prompt_tokens=160, checkpoint_steps=0, seed=number, recentre_steps=recentre_steps
-            )  # fmt: skip
+            train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number, recentre_steps=recentre_steps)
             if each == "rate":
                 train = replace(train, learning_rate=2 * train.learning_rate)
             with TemporaryDirectory() as temporary:

@@ -45,8 +45,11 @@ def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
     if None in answers_to.values():
         return
     suite = load_suite(folder, tuple(settings["tasks"]))
-    chosen = {each.name: settings["method"][f"rehearsal.{each.name}"] for each in fields(RehearsalConfig)
-              if f"rehearsal.{each.name}" in settings["method"]}  # fmt: skip
+    chosen = {
+        each.name: settings["method"][f"rehearsal.{each.name}"]
+        for each in fields(RehearsalConfig)
+        if f"rehearsal.{each.name}" in settings["method"]
+    }
     config = RehearsalConfig(**(chosen if chosen["texts"] in ("stored", "both") else MEMORY["rows"]))
     for name in settings["tasks"][:-1]:
         found, rows = answers_to[name], suite[name].train[: settings["rows"]]
@@ -66,9 +69,12 @@ def figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     r = float(np.corrcoef(kept, answered)[0, 1])
     z, error = np.arctanh(r), 1.96 / np.sqrt(len(pairs) - 3)
     return {
-        "num_labels": len(pairs), "correlation": r, "low": float(np.tanh(z - error)), "high": float(np.tanh(z + error)),
+        "num_labels": len(pairs),
+        "correlation": r,
+        "low": float(np.tanh(z - error)),
+        "high": float(np.tanh(z + error)),
         "slope": float(np.polyfit(kept, answered, 1)[0]),
-    }  # fmt: skip
+    }
 
 
 def main(

@@ -40,10 +40,13 @@ def lead(protocol: Protocol, first: str, second: str) -> dict[str, Any] | None:
         return None
     pair = [[cells[each] for each in common] for cells in (ours, theirs)]
     return {
-        "suite": protocol.suite, "first": first, "second": second, "num_cells": len(common),
+        "suite": protocol.suite,
+        "first": first,
+        "second": second,
+        "num_cells": len(common),
         "is_of_one_processor": all(map(round_alike, *pair)),
         **interval_over_rows(pair[0], pair[1], judged_tasks(protocol)).in_points(),
-    }  # fmt: skip
+    }
 
 
 def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
@@ -64,11 +67,23 @@ def by_kind(protocol: Protocol) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for method in methods:
         points = points_of([*cells_of(protocol, method).values()])
-        lines.append({"method": method, **{
-            kind: tuple(fmean(points[task][i] for task in tasks) for i in (0, 1)) for kind, tasks in KINDS.items()
-        }})  # fmt: skip
+        lines.append(
+            {
+                "method": method,
+                **{
+                    kind: tuple(fmean(points[task][i] for task in tasks) for i in (0, 1))
+                    for kind, tasks in KINDS.items()
+                },
+            }
+        )
     finals = [final_scores(cell) for cell in joint_of(protocol)]
-    return [*lines, {"method": "joint", **{
-        kind: (None, 100 * fmean(accuracy(final[task]) for final in finals for task in tasks))
-        for kind, tasks in KINDS.items()
-    }}]  # fmt: skip
+    return [
+        *lines,
+        {
+            "method": "joint",
+            **{
+                kind: (None, 100 * fmean(accuracy(final[task]) for final in finals for task in tasks))
+                for kind, tasks in KINDS.items()
+            },
+        },
+    ]

@@ -39,8 +39,13 @@ from deal_core.evaluation.recentring import recentred_hits
 from deal_core.method_config import DealConfig
 
 OUT, CELLS = RESULTS / "pairs.json", RESULTS / "development"
-SETTINGS = ("method.rehearsal.balance_stored", "method.rehearsal.parent_share", "train.prompt_loss_weight",
-            "train.recentre_steps", "method.deal.core")  # fmt: skip
+SETTINGS = (
+    "method.rehearsal.balance_stored",
+    "method.rehearsal.parent_share",
+    "train.prompt_loss_weight",
+    "train.recentre_steps",
+    "method.deal.core",
+)
 DEFAULTS = {"method.deal.core": DealConfig().core}
 """Settings of SETTINGS that every cell has → the value that a pair is compared with."""
 LEAST_GAIN, FEWEST_CELLS, SHARE = 1.0, 4, 0.8
@@ -89,14 +94,26 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
         over_rows, recentred = interval_over_rows([after], [before]), recentred_difference(after, before)
         settings = after["settings"]
         suite, order = name_of(tuple(settings["tasks"]))
-        lines.append({
-            "suite": suite, "order": order, "seed": settings["seed"], "with": 100 * with_it, "without": 100 * without,
-            "difference_over_rows": over_rows.in_points(), "recentred": recentred and recentred.in_points(),
-            "perplexity": [each["perplexity"]["adapted"] for each in (after, before)],
-        })  # fmt: skip
+        lines.append(
+            {
+                "suite": suite,
+                "order": order,
+                "seed": settings["seed"],
+                "with": 100 * with_it,
+                "without": 100 * without,
+                "difference_over_rows": over_rows.in_points(),
+                "recentred": recentred and recentred.in_points(),
+                "perplexity": [each["perplexity"]["adapted"] for each in (after, before)],
+            }
+        )
     differences = [line["with"] - line["without"] for line in lines]
-    return {"value": value, "num_cells": len(lines), "mean": fmean(differences), **_over_cells(differences),
-            "pairs": lines}  # fmt: skip
+    return {
+        "value": value,
+        "num_cells": len(lines),
+        "mean": fmean(differences),
+        **_over_cells(differences),
+        "pairs": lines,
+    }
 
 
 def _over_cells(differences: Sequence[float]) -> Mapping[str, Any]:
@@ -125,8 +142,9 @@ def main(
         groups: dict[tuple[str, Any], list[tuple[CellJson, CellJson]]] = defaultdict(list)
         for value, after, before in pairs_of(known, name):
             groups[method_name(before["settings"]["strategy"], departures(before)), value].append((after, before))
-        found += [{"setting": name, "method": method, **compare(value, pairs)}
-                  for (method, value), pairs in groups.items()]  # fmt: skip
+        found += [
+            {"setting": name, "method": method, **compare(value, pairs)} for (method, value), pairs in groups.items()
+        ]
     write_result(out, {"arms": found})
 
 

@@ -107,8 +107,10 @@ def todays_cells(folders: Iterable[Path] | None = None) -> Iterator[tuple[CellJs
         if training_of(settings) == settings_shown(TrainConfig()):
             suite, order = name_of(tuple(settings["tasks"]))
             method = method_name(settings["strategy"], departures(cell))
-            yield cell, {"suite": suite, "order": order, "seed": settings["seed"], "part": settings["part"],
-                         "method": method}  # fmt: skip
+            yield (
+                cell,
+                {"suite": suite, "order": order, "seed": settings["seed"], "part": settings["part"], "method": method},
+            )
 
 
 def named_changes(changes: str, settings: Mapping[str, Any]) -> str:
@@ -125,11 +127,15 @@ def lines(cells: Sequence[CellJson]) -> Iterator[dict[str, Any]]:
         suite, order = name_of(tuple(settings["tasks"]))
         changes = named_changes(departures(cell), settings)
         yield {
-            "suite": suite, "order": "any" if settings["strategy"] == "joint" else order, "seed": settings["seed"],
-            "train": training_of(settings), "method": method_name(settings["strategy"], changes),
+            "suite": suite,
+            "order": "any" if settings["strategy"] == "joint" else order,
+            "seed": settings["seed"],
+            "train": training_of(settings),
+            "method": method_name(settings["strategy"], changes),
             "seconds": sum(version.get("seconds", {}).get("train", 0.0) for version in cell["versions"]),
-            "bf16": cell["versions"][-1].get("machine", {}).get("bf16_instructions", []), **found,
-        }  # fmt: skip
+            "bf16": cell["versions"][-1].get("machine", {}).get("bf16_instructions", []),
+            **found,
+        }
 
 
 def describe(train: Mapping[str, Any]) -> str:
@@ -149,10 +155,15 @@ def table_of(found: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right" if column in FIGURES else "left", overflow="fold")
     for line in sorted(found, key=lambda each: (each["suite"], each["method"], describe(each["train"]))):
         table.add_row(
-            line["suite"], line["order"], str(line["seed"]), line["method"], describe(line["train"]),
-            *(f"{line[name]:.1f}" for name in FIGURES), f"{line['seconds'] / 60:.0f}",
+            line["suite"],
+            line["order"],
+            str(line["seed"]),
+            line["method"],
+            describe(line["train"]),
+            *(f"{line[name]:.1f}" for name in FIGURES),
+            f"{line['seconds'] / 60:.0f}",
             ", ".join(f"{name} {value:.0f}" for name, value in line["by_task"].items()),
-        )  # fmt: skip
+        )
     return table
 
 

@@ -44,8 +44,10 @@ def figures(cell: CellJson, row_counts: Sequence[int]) -> dict[str, Any] | None:
         return None
     pairs = {count: [gained(each, count, seed) for each in known for seed in range(NUM_DRAWS)] for count in row_counts}
     greedy = fmean(before for each in pairs.values() for before, _ in each)
-    return {"greedy": 100 * greedy, **{str(count): 100 * fmean(after for _, after in each)
-                                       for count, each in pairs.items()}}  # fmt: skip
+    return {
+        "greedy": 100 * greedy,
+        **{str(count): 100 * fmean(after for _, after in each) for count, each in pairs.items()},
+    }
 
 
 def main(

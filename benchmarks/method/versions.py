@@ -30,9 +30,13 @@ class Versions:
     def setup(self, number: int, olds: Sequence[int]) -> TrainingSetup:
         """The training of a task after others, by their numbers, with default settings of the method."""
         return TrainingSetup(
-            task=self.tasks[number].schema, old_tasks=tuple(self.tasks[old].schema for old in olds),
-            strategy=self.strategy, adapter=AdapterConfig(), method=MethodConfig(), train=self.train,
-        )  # fmt: skip
+            task=self.tasks[number].schema,
+            old_tasks=tuple(self.tasks[old].schema for old in olds),
+            strategy=self.strategy,
+            adapter=AdapterConfig(),
+            method=MethodConfig(),
+            train=self.train,
+        )
 
     def rows(self, number: int, first: int, last: int) -> Dataset:
         """Training rows of a task from `first` up to `last`."""
@@ -43,10 +47,14 @@ class Versions:
     ) -> str:
         """Train a version on top of another one; return its name."""
         train_adapter(
-            self.base, rows, setup, parent_folder=self.folder / parent if parent else None,
-            others=others or OtherRows(), output_folder=self.folder / name,
+            self.base,
+            rows,
+            setup,
+            parent_folder=self.folder / parent if parent else None,
+            others=others or OtherRows(),
+            output_folder=self.folder / name,
             checkpoint_folder=self.folder / f"{name}-checkpoints",
-        )  # fmt: skip
+        )
         return name
 
     def score(self, name: str, max_test_rows: int) -> dict[str, TaskEvaluation]:
@@ -56,7 +64,11 @@ class Versions:
             for task in self.tasks:
                 rows = Dataset.from_list(list(task.part("dev", max_test_rows)))
                 found[task.schema.name] = evaluate_task(
-                    model, self.base.tokenizer, task.schema, rows, EvaluateConfig(max_new_tokens=20),
+                    model,
+                    self.base.tokenizer,
+                    task.schema,
+                    rows,
+                    EvaluateConfig(max_new_tokens=20),
                     max_prompt_tokens=self.train.max_prompt_tokens,
-                )  # fmt: skip
+                )
         return found

@@ -46,10 +46,22 @@ from infra.tracking.tracker import open_tracker
 
 LINEAGE = "long"
 FACTS = VersionFacts(
-    run_key="key", task="billing", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64,
-    config_sha256="c" * 64, adapter_uri="adapters/long/key", adapter_sha256="a" * 64, parent_version=None,
-    accepted=True, reasons=(), average_accuracy=0.75, forgetting=0.01, backward_transfer=-0.01, forward_transfer=0.1,
-)  # fmt: skip
+    run_key="key",
+    task="billing",
+    strategy="deal",
+    base_sha256="b" * 64,
+    dataset_sha256="d" * 64,
+    config_sha256="c" * 64,
+    adapter_uri="adapters/long/key",
+    adapter_sha256="a" * 64,
+    parent_version=None,
+    accepted=True,
+    reasons=(),
+    average_accuracy=0.75,
+    forgetting=0.01,
+    backward_transfer=-0.01,
+    forward_transfer=0.1,
+)
 COMMANDS = {
     "python": [sys.executable, "-c", ""],
     "import_mlflow": [sys.executable, "-c", "import mlflow"],
@@ -110,11 +122,15 @@ def start(
                 subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
                 if number:  # the first reads the files from the disk
                     seconds[name].append(processor_seconds() - before)
-    write_result(out, {
-        "num_versions": versions, "num_measurements": measurements,
-        "median_processor_seconds": {name: median(found) for name, found in seconds.items()},
-        "slowest_processor_seconds": {name: max(found) for name, found in seconds.items()},
-    })  # fmt: skip
+    write_result(
+        out,
+        {
+            "num_versions": versions,
+            "num_measurements": measurements,
+            "median_processor_seconds": {name: median(found) for name, found in seconds.items()},
+            "slowest_processor_seconds": {name: max(found) for name, found in seconds.items()},
+        },
+    )
 
 
 def write_spec(name: str, num_rows: int, base: str, folder: Path) -> Path:
@@ -125,10 +141,21 @@ def write_spec(name: str, num_rows: int, base: str, folder: Path) -> Path:
             row = rows[number % len(rows)]
             file.write(json.dumps({"text": f"{number}. {row['text']}", "label": row["label"]}) + "\n")
     spec = folder / f"{name}.yaml"
-    spec.write_text(json.dumps({  # JSON is YAML
-        "schema_version": 1, "lineage": "parts", "base_model": base, "gate": NO_LIMITS,
-        "task": {"name": name, "data": f"{name}.jsonl", "instruction": "What is the topic of the following message?"},
-    }))  # fmt: skip
+    spec.write_text(
+        json.dumps(
+            {  # JSON is YAML
+                "schema_version": 1,
+                "lineage": "parts",
+                "base_model": base,
+                "gate": NO_LIMITS,
+                "task": {
+                    "name": name,
+                    "data": f"{name}.jsonl",
+                    "instruction": "What is the topic of the following message?",
+                },
+            }
+        )
+    )
     return spec
 
 
@@ -196,10 +223,12 @@ def measure_cells(num_processes: int, folder: Path, options: Sequence[str]) -> d
     """What the command takes with every cell to do, and with none."""
     whole, without = run_at_once(num_processes, folder, options), run_at_once(num_processes, folder, options)
     return {
-        "seconds": whole[0], "seconds_without_cells": without[0],
-        "processor_seconds": whole[1], "processor_seconds_without_cells": without[1],
+        "seconds": whole[0],
+        "seconds_without_cells": without[0],
+        "processor_seconds": whole[1],
+        "processor_seconds_without_cells": without[1],
         "num_cells": len(list((folder / "benchmark").glob("*-*.json"))),
-    }  # fmt: skip
+    }
 
 
 @app.command()
@@ -227,19 +256,25 @@ def cells(
         {name: [run[figure] - run[f"{figure}_without_cells"] for run in found] for name, found in runs.items()}
         for figure in ("seconds", "processor_seconds")
     )
-    write_result(out, {
-        "rows": rows, "seeds": seeds, "cores": os.cpu_count(), "num_measurements": measurements,
-        "median_seconds": {name: median(run["seconds"] for run in found) for name, found in runs.items()},
-        "median_seconds_of_cells": {name: median(found) for name, found in of_cells.items()},
-        "median_processor_seconds_of_cells": {name: median(found) for name, found in work_of_cells.items()},
-        "median_ratio": median(
-            two["seconds"] / one["seconds"] for one, two in zip(runs["one"], runs["two"], strict=True)
-        ),
-        "median_ratio_of_cells": median(
-            two / one for one, two in zip(of_cells["one"], of_cells["two"], strict=True)
-        ),
-        "measurements": runs,
-    })  # fmt: skip
+    write_result(
+        out,
+        {
+            "rows": rows,
+            "seeds": seeds,
+            "cores": os.cpu_count(),
+            "num_measurements": measurements,
+            "median_seconds": {name: median(run["seconds"] for run in found) for name, found in runs.items()},
+            "median_seconds_of_cells": {name: median(found) for name, found in of_cells.items()},
+            "median_processor_seconds_of_cells": {name: median(found) for name, found in work_of_cells.items()},
+            "median_ratio": median(
+                two["seconds"] / one["seconds"] for one, two in zip(runs["one"], runs["two"], strict=True)
+            ),
+            "median_ratio_of_cells": median(
+                two / one for one, two in zip(of_cells["one"], of_cells["two"], strict=True)
+            ),
+            "measurements": runs,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -69,13 +69,21 @@ def learn(base: BaseModel, tasks: Sequence[Task], steps: int, folder: Path) -> N
     """Train one adapter on all tasks."""
     (task, rows), *others = tasks
     setup = TrainingSetup(
-        task=task, strategy="seq_lora", adapter=AdapterConfig(), method=MethodConfig(),
+        task=task,
+        strategy="seq_lora",
+        adapter=AdapterConfig(),
+        method=MethodConfig(),
         train=TrainConfig(max_steps=steps, checkpoint_steps=0),
-    )  # fmt: skip
+    )
     train_adapter(
-        base, rows, setup, parent_folder=None, others=OtherRows(joined=others), output_folder=folder,
+        base,
+        rows,
+        setup,
+        parent_folder=None,
+        others=OtherRows(joined=others),
+        output_folder=folder,
         checkpoint_folder=folder / "checkpoints",
-    )  # fmt: skip
+    )
 
 
 @torch.inference_mode()
@@ -101,9 +109,7 @@ def answer_as_evaluated(model: PeftModel, base: BaseModel, tasks: Sequence[Task]
     """Generate as an adaptation's evaluation does."""
     config, answers = EvaluateConfig(max_new_tokens=max_new_tokens), []
     for task, rows in tasks:
-        given = answer_inputs(
-            model, base.tokenizer, task, rows["input"], config, max_prompt_tokens=MAX_PROMPT_TOKENS
-        )
+        given = answer_inputs(model, base.tokenizer, task, rows["input"], config, max_prompt_tokens=MAX_PROMPT_TOKENS)
         answers += [each.text for each in given]
     return answers
 
@@ -152,14 +158,23 @@ def main(
         return sum(a == b for a, b in zip(answered, wanted, strict=True)) / len(wanted)
 
     kind = "_texts" if texts else "_fp32" if precision == "fp32" else ""
-    write_result(out or RESULTS / f"evaluation{kind}.json", {
-        "base": base, "precision": str(ours.model.dtype), "num_rows": len(references), "num_measurements": measurements,
-        "median_rows_per_second": {name: len(references) / statistics.median(found) for name, found in seconds.items()},
-        "best_loop": best, "times_best_loop": times(best, "deal"),
-        "identical_answers": {name: share(answers["deal"], answers[name]) for name in LOOPS},
-        "accuracy": {name: share(answers[name], references) for name in variants if name != "first_token_only"},
-        "label_scoring_at_most_times": times("deal", "first_token_only"),
-    })  # fmt: skip
+    write_result(
+        out or RESULTS / f"evaluation{kind}.json",
+        {
+            "base": base,
+            "precision": str(ours.model.dtype),
+            "num_rows": len(references),
+            "num_measurements": measurements,
+            "median_rows_per_second": {
+                name: len(references) / statistics.median(found) for name, found in seconds.items()
+            },
+            "best_loop": best,
+            "times_best_loop": times(best, "deal"),
+            "identical_answers": {name: share(answers["deal"], answers[name]) for name in LOOPS},
+            "accuracy": {name: share(answers[name], references) for name in variants if name != "first_token_only"},
+            "label_scoring_at_most_times": times("deal", "first_token_only"),
+        },
+    )
 
 
 if __name__ == "__main__":

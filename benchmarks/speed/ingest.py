@@ -136,11 +136,16 @@ def build_with_datasets(source: Path, labels: Sequence[str], folder: Path, confi
     with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
         kind = "parquet" if source.suffix == ".parquet" else "json"
         rows = datasets.load_dataset(kind, data_files=str(source), split="train", cache_dir=str(folder / "cache"))
-        checked = rows.map(check, batched=True, with_indices=True, remove_columns=rows.column_names,
-                           new_fingerprint="checked")  # fmt: skip
+        checked = rows.map(
+            check, batched=True, with_indices=True, remove_columns=rows.column_names, new_fingerprint="checked"
+        )
     for split in ("train", "test"):
-        part = checked.filter(lambda is_test, split=split: [each == (split == "test") for each in is_test],
-                              batched=True, input_columns="is_test", new_fingerprint=split)  # fmt: skip
+        part = checked.filter(
+            lambda is_test, split=split: [each == (split == "test") for each in is_test],
+            batched=True,
+            input_columns="is_test",
+            new_fingerprint=split,
+        )
         part.remove_columns("is_test").to_parquet(folder / f"{split}.parquet")
 
 

@@ -67,9 +67,12 @@ def figures(times: list[tuple[float, float]]) -> dict[str, Any]:
     """Medians, smallest and largest, in seconds."""
     walls, cpus = zip(*times, strict=True)
     return {
-        "n": len(times), "median_wall_seconds": statistics.median(walls), "median_cpu_seconds": statistics.median(cpus),
-        "min_wall_seconds": min(walls), "max_wall_seconds": max(walls),
-    }  # fmt: skip
+        "n": len(times),
+        "median_wall_seconds": statistics.median(walls),
+        "median_cpu_seconds": statistics.median(cpus),
+        "min_wall_seconds": min(walls),
+        "max_wall_seconds": max(walls),
+    }
 
 
 def measure(config: DealConfig, num_tasks: int, num_steps: int) -> dict[str, Any]:
@@ -95,11 +98,12 @@ def measure(config: DealConfig, num_tasks: int, num_steps: int) -> dict[str, Any
         pieces["method"].append((wall + wall_after, cpu + cpu_after))
     # the first ones warm allocators and kernels up
     return {
-        "threads": torch.get_num_threads(), "load_average_1min": psutil.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        "load_average_1min": psutil.getloadavg()[0],
         "once_per_task": figures(once[1:]),
         "every_step": {name: figures(times[3:]) for name, times in pieces.items()},
         "core_slots_per_module": statistics.mean(network.num_core_slots.values()),
-    }  # fmt: skip
+    }
 
 
 def main(
@@ -116,10 +120,17 @@ def main(
         torch.set_num_threads(count)
         runs.append(measure(config, tasks, steps))
     result = {
-        "shapes": {name: list(shape) for name, shape in SHAPES.items()}, "layers": LAYERS, "rank": RANK, "core": core,
-        "dtype": "fp32", "device": "cpu", "cpus": os.cpu_count(), "torch": torch.__version__,
-        "limits": {"task_seconds": LIMIT_TASK_SECONDS, "step_seconds": LIMIT_STEP_SECONDS}, "runs": runs,
-    }  # fmt: skip
+        "shapes": {name: list(shape) for name, shape in SHAPES.items()},
+        "layers": LAYERS,
+        "rank": RANK,
+        "core": core,
+        "dtype": "fp32",
+        "device": "cpu",
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "limits": {"task_seconds": LIMIT_TASK_SECONDS, "step_seconds": LIMIT_STEP_SECONDS},
+        "runs": runs,
+    }
     write_result(out, result)
 
 

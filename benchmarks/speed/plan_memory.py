@@ -50,8 +50,9 @@ class Case:
 
     def train(self) -> TrainConfig:
         """Three steps."""
-        return TrainConfig(max_steps=3, batch_size=self.batch_size, checkpoint_steps=0,
-                           gradient_checkpointing=self.checkpointing)  # fmt: skip
+        return TrainConfig(
+            max_steps=3, batch_size=self.batch_size, checkpoint_steps=0, gradient_checkpointing=self.checkpointing
+        )
 
     def rows(self) -> Dataset:
         """Rows of numbers, all about equally long."""
@@ -83,14 +84,16 @@ def predict(case: Case, source: str, num_old_tasks: int) -> tuple[MemoryPlan, Ba
     olds = [OLD_TASK] * num_old_tasks
     num_rows = largest_batch(train, MethodConfig(), num_old_tasks=num_old_tasks, strategy="deal")
     batch = longest_of(case.rows(), tokenizer, TASK, olds, train, num_rows)
-    shape = MethodShape(
-        rank=ADAPTER.rank, strategy="deal", method=MethodConfig(), is_first_task=num_old_tasks == 0
-    )
+    shape = MethodShape(rank=ADAPTER.rank, strategy="deal", method=MethodConfig(), is_first_task=num_old_tasks == 0)
     plan = plan_memory(
         measure_model(found.config, ADAPTER),
-        measure_activations(found.config, ADAPTER, batch, case.precision, on_cpu=True), batch, shape,
-        train=train, precision=case.precision, on_cpu=True,
-    )  # fmt: skip
+        measure_activations(found.config, ADAPTER, batch, case.precision, on_cpu=True),
+        batch,
+        shape,
+        train=train,
+        precision=case.precision,
+        on_cpu=True,
+    )
     return plan, batch
 
 
@@ -98,13 +101,21 @@ def learn(case: Case, source: str, parent: Path | None, out: Path) -> None:
     """Take three steps, and keep the adapter in `out`."""
     disable_progress_bars()
     setup = TrainingSetup(
-        task=TASK, strategy="deal", adapter=ADAPTER, method=MethodConfig(), train=case.train(),
+        task=TASK,
+        strategy="deal",
+        adapter=ADAPTER,
+        method=MethodConfig(),
+        train=case.train(),
         old_tasks=() if parent is None else (OLD_TASK,),
-    )  # fmt: skip
+    )
     train_adapter(
-        load_base(source, HomeSettings().cache_dir, precision=case.precision), case.rows(), setup,
-        parent_folder=parent, output_folder=out, checkpoint_folder=out / "checkpoints",
-    )  # fmt: skip
+        load_base(source, HomeSettings().cache_dir, precision=case.precision),
+        case.rows(),
+        setup,
+        parent_folder=parent,
+        output_folder=out,
+        checkpoint_folder=out / "checkpoints",
+    )
 
 
 def run_case(case: Case, source: str, parent: Path | None) -> dict[str, Any]:
@@ -115,9 +126,11 @@ def run_case(case: Case, source: str, parent: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         learn(case, source, parent, Path(work))
     return {
-        "predicted": {**vars(predicted), "total": predicted.total}, "num_tokens": batch.num_tokens,
-        "measured_peak": resident("VmHWM") - before, "before": before,
-    }  # fmt: skip
+        "predicted": {**vars(predicted), "total": predicted.total},
+        "num_tokens": batch.num_tokens,
+        "measured_peak": resident("VmHWM") - before,
+        "before": before,
+    }
 
 
 def main(

@@ -177,12 +177,15 @@ def describe(name: str, config: Any) -> dict[str, Any]:
     model = measure_model(config, adapter)
     factors = model.num_factor_numbers(RANK)
     return {
-        "name": name, "parameters": model.parameters, "num_parameters": model.num_parameters,
-        "num_adapter": sum(factors), "modules": len(model.modules),
+        "name": name,
+        "parameters": model.parameters,
+        "num_parameters": model.num_parameters,
+        "num_adapter": sum(factors),
+        "modules": len(model.modules),
         "flops_row": row_flops(model, BATCH, rank=RANK, checkpointing=False),
         "flops_row_checkpointing": row_flops(model, BATCH, rank=RANK, checkpointing=True),
         "lines": [line(config, model, *setup) for setup in SETUPS],
-    }  # fmt: skip
+    }
 
 
 def line(config: Any, model: ModelSize, devices: int, sharded: bool, checkpointing: bool) -> dict[str, Any]:
@@ -193,24 +196,46 @@ def line(config: Any, model: ModelSize, devices: int, sharded: bool, checkpointi
     memory = plan_memory(model, activations, BATCH, shape, train=train, precision="bf16", on_cpu=False)
     total = memory.total - (memory.weights * (1 - 1 / devices) if sharded else 0)
     cost = step_cost(
-        model, BATCH, memory.activations, rank=RANK, precision="bf16", checkpointing=checkpointing, rehearsed=REHEARSED,
-        num_devices=devices, is_sharded=sharded,
-    )  # fmt: skip
+        model,
+        BATCH,
+        memory.activations,
+        rank=RANK,
+        precision="bf16",
+        checkpointing=checkpointing,
+        rehearsed=REHEARSED,
+        num_devices=devices,
+        is_sharded=sharded,
+    )
     times = [step_time(cost, H100, utilisation=share) for share in UTILISATIONS]
     return {
-        "devices": devices, "sharded": sharded, "checkpointing": checkpointing, "memory": memory, "total": total,
-        "fits": total <= HEADROOM * H100.memory_bytes, "cost": cost, "times": times,
+        "devices": devices,
+        "sharded": sharded,
+        "checkpointing": checkpointing,
+        "memory": memory,
+        "total": total,
+        "fits": total <= HEADROOM * H100.memory_bytes,
+        "cost": cost,
+        "times": times,
         "rows_per_second": [devices * BATCH.num_rows / each.seconds for each in times],
-    }  # fmt: skip
+    }
 
 
 def main(page: Annotated[Path, typer.Option(help="Page to write.")] = Path("benchmarks/scaling.md")) -> None:
     """Fill the page."""
     models = [describe(name, config) for name, config in MODELS.items()]
-    page.write_text(templates().get_template("scaling.md.j2").render(
-        models=models, hardware=H100, batch=BATCH, rank=RANK, rehearsed=REHEARSED, utilisations=UTILISATIONS,
-        headroom=HEADROOM,
-    ))  # fmt: skip
+    page.write_text(
+        templates()
+        .get_template("scaling.md.j2")
+        .render(
+            models=models,
+            hardware=H100,
+            batch=BATCH,
+            rank=RANK,
+            rehearsed=REHEARSED,
+            utilisations=UTILISATIONS,
+            headroom=HEADROOM,
+        )
+    )
     typer.echo(f"{page} written")
 
 

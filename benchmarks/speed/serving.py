@@ -49,9 +49,13 @@ from tasks.context import current_store
 LINEAGE = "served"
 TASKS: tuple[Mapping[str, Any], ...] = (
     {"name": "bank", "data": str(EXAMPLES / "bank/train.jsonl"), "test_data": str(EXAMPLES / "bank/test.jsonl")},
-    {"name": "clinic", "data": str(EXAMPLES / "clinic/train.csv"), "test_data": str(EXAMPLES / "clinic/test.csv"),
-     "columns": {"text": "note", "label": "finding"}},
-)  # fmt: skip
+    {
+        "name": "clinic",
+        "data": str(EXAMPLES / "clinic/train.csv"),
+        "test_data": str(EXAMPLES / "clinic/test.csv"),
+        "columns": {"text": "note", "label": "finding"},
+    },
+)
 MOVE_SECONDS = 300.0
 """A move that takes longer is given up."""
 MEMORY_SECONDS = 0.25
@@ -103,8 +107,11 @@ class Clients:
     def first_of(self, version: str, since: float, sent_since: float = 0.0) -> float:
         """Seconds from `since` to the first answer of a version, waited for, to a request sent after `sent_since`."""
         while time.monotonic() - since < MOVE_SECONDS:
-            times = [each.answered for each in list(self.answers)
-                     if each.version == version and each.answered > since and each.sent > sent_since]  # fmt: skip
+            times = [
+                each.answered
+                for each in list(self.answers)
+                if each.version == version and each.answered > since and each.sent > sent_since
+            ]
             if times:
                 return min(times) - since
             time.sleep(0.02)
@@ -155,8 +162,7 @@ def learn_versions(base: str, **train: Any) -> None:
 
     train = {"max_prompt_tokens": 192, "checkpoint_steps": 0, **train}
     for task in TASKS:
-        values = {"lineage": LINEAGE, "base_model": base, "task": task, "train": train,
-                  "gate": NO_LIMITS}  # fmt: skip
+        values = {"lineage": LINEAGE, "base_model": base, "task": task, "train": train, "gate": NO_LIMITS}
         asyncio.run(adapt(parse(AdaptSpec, values, "benchmark")))
 
 
@@ -186,9 +192,11 @@ def served(
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`deal serve` of a lineage: its address and process; ended afterwards. Environment None: that of this process."""
     process = subprocess.Popen(
-        [*DEAL, "serve", "--lineage", lineage, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True,
+        [*DEAL, "serve", "--lineage", lineage, "--port", "0", "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
         env=environment,
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -253,19 +261,28 @@ def measure_moves(num_clients: int, seconds: float, num_moves: int) -> dict[str,
     problems = [each.problem for each in answers if each.problem]
     latencies = sorted(each.answered - each.sent for each in answers)
     return {
-        "num_clients": num_clients, "seconds": round(time.monotonic() - started, 1), "num_requests": len(answers),
-        "num_failed": len(problems), "problems": sorted(set(problems))[:5],
-        "num_stale": stale(answers, moves), "num_texts_that_tell_the_versions_apart": sum(
+        "num_clients": num_clients,
+        "seconds": round(time.monotonic() - started, 1),
+        "num_requests": len(answers),
+        "num_failed": len(problems),
+        "problems": sorted(set(problems))[:5],
+        "num_stale": stale(answers, moves),
+        "num_texts_that_tell_the_versions_apart": sum(
             first != second for first, second in zip(*expected.values(), strict=True)
         ),
         "answered_by": {version: sum(each.version == version for each in answers) for version in versions},
         "seconds_from_alias_to_first_answer": [round(value, 1) for value in took],
-        "memory_gb": {"median": round(statistics.median(memory.bytes_seen) / 1e9, 2),
-                      "max": round(max(memory.bytes_seen) / 1e9, 2)},
+        "memory_gb": {
+            "median": round(statistics.median(memory.bytes_seen) / 1e9, 2),
+            "max": round(max(memory.bytes_seen) / 1e9, 2),
+        },
         "requests_per_second": round(len(answers) / (answers[-1].answered - started), 1),
-        "latency_seconds": {"median": round(statistics.median(latencies), 3),
-                            "p99": round(latencies[int(0.99 * len(latencies))], 3), "max": round(latencies[-1], 3)},
-    }  # fmt: skip
+        "latency_seconds": {
+            "median": round(statistics.median(latencies), 3),
+            "p99": round(latencies[int(0.99 * len(latencies))], 3),
+            "max": round(latencies[-1], 3),
+        },
+    }
 
 
 @contextmanager
@@ -324,11 +341,17 @@ def measure_log(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]
     logged = len(read_predictions(current_store(), HomeSettings().home, LINEAGE))
     ratios = sorted(on / off for off, on in zip(*rates.values(), strict=True))
     return {
-        "num_clients": num_clients, "seconds_per_turn": seconds, "num_rounds": rounds, "num_logged": logged,
+        "num_clients": num_clients,
+        "seconds_per_turn": seconds,
+        "num_rounds": rounds,
+        "num_logged": logged,
         "requests_per_second": {kept: round(statistics.median(values), 2) for kept, values in rates.items()},
-        "ratio": {"median": round(statistics.median(ratios), 3), "min": round(ratios[0], 3),
-                  "max": round(ratios[-1], 3)},
-    }  # fmt: skip
+        "ratio": {
+            "median": round(statistics.median(ratios), 3),
+            "min": round(ratios[0], 3),
+            "max": round(ratios[-1], 3),
+        },
+    }
 
 
 @app.command()

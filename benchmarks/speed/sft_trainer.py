@@ -131,9 +131,7 @@ def example_task(name: str) -> SuiteTask:
 
 def encode(rows: Rows, task: TaskSchema, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Tokenise rows without cutting any."""
-    return encode_rows(
-        Dataset.from_list(list(rows)), tokenizer, task, max_prompt_tokens=UNCUT, max_answer_tokens=UNCUT
-    )
+    return encode_rows(Dataset.from_list(list(rows)), tokenizer, task, max_prompt_tokens=UNCUT, max_answer_tokens=UNCUT)
 
 
 def fitting(
@@ -158,13 +156,18 @@ def make_parent(setup: Setup) -> dict[str, Any]:
         task=setup.first, strategy="deal", adapter=setup.adapter, method=MethodConfig(), train=setup.train
     )
     train_adapter(
-        base, Dataset.from_list(list(setup.first_rows)), learning, parent_folder=None, output_folder=setup.parent,
+        base,
+        Dataset.from_list(list(setup.first_rows)),
+        learning,
+        parent_folder=None,
+        output_folder=setup.parent,
         checkpoint_folder=setup.parent / "checkpoints",
-    )  # fmt: skip
+    )
     return {
-        "precision": str(base.model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+        "precision": str(base.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "held_out_loss_before": held_out_loss(base, setup.parent, setup),
-    }  # fmt: skip
+    }
 
 
 def measure(variant: str, setup: Setup, seed: int, folder: Path) -> dict[str, Any]:
@@ -174,24 +177,34 @@ def measure(variant: str, setup: Setup, seed: int, folder: Path) -> dict[str, An
     train = train_with_trl if variant in TRL else train_here
     found = train(variant, setup.load_base(), setup, folder)
     return {
-        "seed": seed, **found, "rows_per_second": len(setup.rows) * setup.train.num_epochs / found["seconds"],
+        "seed": seed,
+        **found,
+        "rows_per_second": len(setup.rows) * setup.train.num_epochs / found["seconds"],
         "peak_memory_mib": peak_bytes() / 2**20,
         "held_out_loss": held_out_loss(setup.load_base(), folder, setup),
-    }  # fmt: skip
+    }
 
 
 def train_here(strategy: str, base: BaseModel, setup: Setup, folder: Path) -> dict[str, Any]:
     """Train with this project's trainer. Timed: all between rows in memory and the adapter on disk."""
     rows = Dataset.from_list(list(setup.rows))
     learning = TrainingSetup(
-        task=setup.task, strategy=strategy, adapter=setup.adapter, method=MethodConfig(), train=setup.train,
+        task=setup.task,
+        strategy=strategy,
+        adapter=setup.adapter,
+        method=MethodConfig(),
+        train=setup.train,
         old_tasks=(setup.first,),
-    )  # fmt: skip
+    )
     started = time.perf_counter()
     result = train_adapter(
-        base, rows, learning, parent_folder=setup.parent, output_folder=folder,
+        base,
+        rows,
+        learning,
+        parent_folder=setup.parent,
+        output_folder=folder,
         checkpoint_folder=folder / "checkpoints",
-    )  # fmt: skip
+    )
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "loop_seconds": result.seconds, "num_steps": result.num_steps}
 
@@ -206,11 +219,19 @@ def train_with_trl(variant: str, base: BaseModel, setup: Setup, folder: Path) ->
         for row in setup.rows
     ]
     args = SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=setup.train.batch_size,
-        num_train_epochs=setup.train.num_epochs, learning_rate=setup.train.learning_rate,
-        lr_scheduler_type="constant", max_grad_norm=setup.train.max_grad_norm, seed=setup.train.seed, bf16=False,
-        save_strategy="no", report_to="none", disable_tqdm=True, **TRL[variant],
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=setup.train.batch_size,
+        num_train_epochs=setup.train.num_epochs,
+        learning_rate=setup.train.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=setup.train.max_grad_norm,
+        seed=setup.train.seed,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **TRL[variant],
+    )
     dataset = Dataset.from_list(rows)
     started = time.perf_counter()
     model = PeftModel.from_pretrained(base.model, str(setup.parent), is_trainable=True)
@@ -221,9 +242,11 @@ def train_with_trl(variant: str, base: BaseModel, setup: Setup, folder: Path) ->
     ended = time.perf_counter()
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
     return {
-        "seconds": ended - started, "loop_seconds": ended - constructed, "num_steps": trainer.state.global_step,
+        "seconds": ended - started,
+        "loop_seconds": ended - constructed,
+        "num_steps": trainer.state.global_step,
         **count_tokens(trainer.train_dataset["input_ids"], trainer.train_dataset["labels"]),
-    }  # fmt: skip
+    }
 
 
 def count_tokens(sequences: Iterable[list[int]], labels: Iterable[list[int]]) -> dict[str, int]:
@@ -301,9 +324,14 @@ def main(
         tasks = {name: example_task(name) for name in names} if data is None else load_suite(data, names)
         tokenizer = AutoTokenizer.from_pretrained(resolve_base(base, HomeSettings().cache_dir))
         train = TrainConfig(
-            schedule="constant", balance_labels=False, checkpoint_steps=0, batch_size=batch_size, num_epochs=epochs,
-            learning_rate=learning_rate, max_prompt_tokens=max_prompt_tokens,
-        )  # fmt: skip
+            schedule="constant",
+            balance_labels=False,
+            checkpoint_steps=0,
+            batch_size=batch_size,
+            num_epochs=epochs,
+            learning_rate=learning_rate,
+            max_prompt_tokens=max_prompt_tokens,
+        )
         adapter = AdapterConfig(rank=rank)
     except DealError as error:
         raise typer.BadParameter(str(error)) from None
@@ -311,12 +339,16 @@ def main(
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory(prefix="deal-sft-") as work:
         setup = Setup(
-            base=base, first=tasks[first].schema, task=schema, adapter=adapter, train=train,
+            base=base,
+            first=tasks[first].schema,
+            task=schema,
+            adapter=adapter,
+            train=train,
             first_rows=fitting(tasks[first].train, tasks[first].schema, tokenizer, train, rows),
             rows=fitting(tasks[task].train, schema, tokenizer, train, rows),
             held_out=fitting(tasks[task].test, schema, tokenizer, train, test_rows),
             parent=Path(work) / "parent",
-        )  # fmt: skip
+        )
         before = alone(make_parent, setup)
         order = random.Random(0)
         for seed in range(measurements):
@@ -330,13 +362,25 @@ def main(
     }
     require_same_work(runs, work_done)
     lengths = encoded["length"]
-    write_result(out, {
-        "base": base, "tasks": names, "num_rows": len(setup.rows), "num_held_out_rows": len(setup.held_out),
-        "tokens_per_row": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
-        "batch_size": batch_size, "epochs": epochs, "learning_rate": learning_rate, "rank": rank, **work_done, **before,
-        "trl": version, "variants": {name: compare(found, runs[REFERENCE]) for name, found in runs.items()},
-        "measurements": runs,
-    })  # fmt: skip
+    write_result(
+        out,
+        {
+            "base": base,
+            "tasks": names,
+            "num_rows": len(setup.rows),
+            "num_held_out_rows": len(setup.held_out),
+            "tokens_per_row": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
+            "batch_size": batch_size,
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "rank": rank,
+            **work_done,
+            **before,
+            "trl": version,
+            "variants": {name: compare(found, runs[REFERENCE]) for name, found in runs.items()},
+            "measurements": runs,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -79,10 +79,17 @@ def stack_of(
         stack = deal(home, "up", "--prefect-port", prefect_port, "--mlflow-port", mlflow_port, *options)
         try:
             for lineage in lineages:
-                spec.write_text(json.dumps({  # JSON is YAML
-                    "lineage": lineage, "base_model": str(base), "tasks": [f"task-{lineage}"], "gate": NO_LIMITS,
-                    "train": train,
-                }))  # fmt: skip
+                spec.write_text(
+                    json.dumps(
+                        {  # JSON is YAML
+                            "lineage": lineage,
+                            "base_model": str(base),
+                            "tasks": [f"task-{lineage}"],
+                            "gate": NO_LIMITS,
+                            "train": train,
+                        }
+                    )
+                )
                 deal(home, "lineage", "add", str(spec))
             yield home, stack
         finally:
@@ -143,13 +150,16 @@ def landing(
             for number, text in enumerate(texts_to_land(landings))
         ]
     from_event = [run["running"] - run["event"] for run in runs]
-    write_result(out, {
-        "num_landings": landings,
-        "median_seconds_from_landing": {name: statistics.median(run[name] for run in runs) for name in runs[0]},
-        "median_seconds_from_event_to_running": statistics.median(from_event),
-        "slowest_seconds_from_event_to_running": max(from_event),
-        "landings": runs,
-    })  # fmt: skip
+    write_result(
+        out,
+        {
+            "num_landings": landings,
+            "median_seconds_from_landing": {name: statistics.median(run[name] for run in runs) for name in runs[0]},
+            "median_seconds_from_event_to_running": statistics.median(from_event),
+            "slowest_seconds_from_event_to_running": max(from_event),
+            "landings": runs,
+        },
+    )
 
 
 async def seconds_to_learn(
@@ -190,10 +200,16 @@ def two_lineages(
             for number in range(rounds)
         ]
     ratios = [2 * pair["one"] / pair["two"] for pair in pairs]
-    write_result(out, {
-        "num_rounds": rounds, "steps": steps, "cores": os.cpu_count(), "seconds": pairs,
-        "times_as_much": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
-    })  # fmt: skip
+    write_result(
+        out,
+        {
+            "num_rounds": rounds,
+            "steps": steps,
+            "cores": os.cpu_count(),
+            "seconds": pairs,
+            "times_as_much": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+        },
+    )
 
 
 if __name__ == "__main__":

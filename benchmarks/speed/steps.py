@@ -75,9 +75,14 @@ class Stepper:
         self._strategy = make_strategy(strategy, method, 0)
         rows = Dataset.from_list([{"input": f"{i} is a number. " * num_tokens} for i in range(16)])
         context = TaskContext(
-            base=base, task=TaskSchema(name="new"), rows=rows, encoded=rows, old_tasks=(OLD_TASK,),
-            adapter=AdapterConfig(), train=TrainConfig(max_prompt_tokens=num_tokens - 2),
-        )  # fmt: skip
+            base=base,
+            task=TaskSchema(name="new"),
+            rows=rows,
+            encoded=rows,
+            old_tasks=(OLD_TASK,),
+            adapter=AdapterConfig(),
+            train=TrainConfig(max_prompt_tokens=num_tokens - 2),
+        )
         self._strategy.prepare(self._model, load_method_state(parent), context)
         self._rehearsal = self._strategy.rehearsal()
         self._num_steps = 0
@@ -166,14 +171,23 @@ def cost(
     for name in VARIANTS:
         median_ratio, mean_ratio = ratios_of(seconds[name], seconds[PLAIN])
         variants[name] = {
-            "median_step_seconds": statistics.median(seconds[name]), "median_of_paired_ratios": median_ratio,
-            "mean_of_paired_ratios_ci95": mean_ratio, "peak_memory_mib": peaks[name],
+            "median_step_seconds": statistics.median(seconds[name]),
+            "median_of_paired_ratios": median_ratio,
+            "mean_of_paired_ratios_ci95": mean_ratio,
+            "peak_memory_mib": peaks[name],
             "peak_memory_ratio": peaks[name] / peaks[PLAIN],
-        }  # fmt: skip
-    write_result(out, {
-        "base": base, "num_steps": steps, "batch": [batch_size, tokens], "rank": rank,
-        "threads": torch.get_num_threads(), "variants": variants,
-    })  # fmt: skip
+        }
+    write_result(
+        out,
+        {
+            "base": base,
+            "num_steps": steps,
+            "batch": [batch_size, tokens],
+            "rank": rank,
+            "threads": torch.get_num_threads(),
+            "variants": variants,
+        },
+    )
 
 
 def old_task(number: int) -> TaskSchema:
@@ -189,17 +203,24 @@ def adapt(num_old: int, base: str, parent: Path, steps: int) -> dict[str, float]
     rows = Dataset.from_list([{"input": row["text"], "output": row["label"]} for row in map(json.loads, lines)])
     labels = tuple(sorted(set(rows["output"])))
     setup = TrainingSetup(
-        strategy="deal", task=TaskSchema(name="bank", labels=labels, instruction="What is it about?"),
-        adapter=AdapterConfig(), method=MethodConfig(), train=TrainConfig(max_steps=steps, checkpoint_steps=0),
+        strategy="deal",
+        task=TaskSchema(name="bank", labels=labels, instruction="What is it about?"),
+        adapter=AdapterConfig(),
+        method=MethodConfig(),
+        train=TrainConfig(max_steps=steps, checkpoint_steps=0),
         old_tasks=tuple(old_task(number) for number in range(num_old)),
-    )  # fmt: skip
+    )
     loaded = load_base(base, HomeSettings().cache_dir)
     with tempfile.TemporaryDirectory() as work:
         started = time.perf_counter()
         train_adapter(
-            loaded, rows, setup, parent_folder=parent, output_folder=Path(work),
+            loaded,
+            rows,
+            setup,
+            parent_folder=parent,
+            output_folder=Path(work),
             checkpoint_folder=Path(work) / "checkpoints",
-        )  # fmt: skip
+        )
         seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in Path(work).glob("*.safetensors"))
     return {"seconds": seconds, "peak_memory_mib": peak_bytes() / 2**20, "adapter_bytes": size}
@@ -225,9 +246,11 @@ def number_of_tasks(
         second, fiftieth = ([run[name] for run in runs[num_old]] for num_old in (SECOND, FIFTIETH))
         median_ratio, mean_ratio = ratios_of(fiftieth, second)
         result[name] = {
-            "median_of_the_second": statistics.median(second), "median_of_the_fiftieth": statistics.median(fiftieth),
-            "median_ratio": median_ratio, "mean_ratio_ci95": mean_ratio,
-        }  # fmt: skip
+            "median_of_the_second": statistics.median(second),
+            "median_of_the_fiftieth": statistics.median(fiftieth),
+            "median_ratio": median_ratio,
+            "mean_ratio_ci95": mean_ratio,
+        }
     write_result(out, result)
 
 

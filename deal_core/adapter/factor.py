@@ -188,9 +188,10 @@ class SpectralFactor(FactorNetwork):
         for part, num_core in self._blocks():
             start_BNR, offset_BNR = self.start_MNR[part], self.update.masked_offset(part)
             out_BNR = (
-                start_BNR + offset_BNR if weight_MRR is None
+                start_BNR + offset_BNR
+                if weight_MRR is None
                 else torch.baddbmm(offset_BNR, start_BNR, weight_MRR[part], out=torch.empty_like(offset_BNR))
-            )  # fmt: skip
+            )
             self._keep_out(out_BNR, part, num_core)
             for target, value in zip(targets[part], out_BNR, strict=True):
                 target.copy_(value)

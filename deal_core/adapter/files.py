@@ -55,13 +55,19 @@ def find_damage(found: Mapping[str, str], recorded: Recorded, names: Collection[
     if TOGETHER in recorded:
         found, names = {TOGETHER: sha256_together(found)}, {TOGETHER}
     return [
-        _difference(name, found.get(name), recorded.get(name, ())) for name in sorted(names)
+        _difference(name, found.get(name), recorded.get(name, ()))
+        for name in sorted(names)
         if (name in found or name in recorded) and found.get(name) not in recorded.get(name, ())
-    ]  # fmt: skip
+    ]
 
 
 def require_undamaged(
-    found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES, *, what: str, where: str,
+    found: Mapping[str, str],
+    recorded: Recorded,
+    names: Collection[str] = ADAPTER_FILES,
+    *,
+    what: str,
+    where: str,
     remedy: str,
 ) -> None:
     """Refuse files whose bytes differ from the recorded ones; the first arguments are those of `find_damage`.

@@ -37,11 +37,22 @@ CANDIDATE_NAME = "deal_candidate"
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2",
-         "granite"),
+        (
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+            "olmo2",
+            "granite",
+        ),
         ("q_proj", "v_proj"),
     ),
-}  # fmt: skip
+}
 """Model type → names of its query and value projections, which carry the adapter by default (arXiv 2509.18942)."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -206,9 +217,12 @@ def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_nam
 
 def _write_header(folder: Path, state: MethodState) -> None:
     header = {
-        "schema_version": SCHEMA_VERSION, "strategy": state.strategy, "stores": state.stores,
-        "num_bytes": state.num_bytes, "num_arrivals": state.num_arrivals,
-    }  # fmt: skip
+        "schema_version": SCHEMA_VERSION,
+        "strategy": state.strategy,
+        "stores": state.stores,
+        "num_bytes": state.num_bytes,
+        "num_arrivals": state.num_arrivals,
+    }
     (folder / METHOD_FILE).write_text(json.dumps(header, indent=2) + "\n")
 
 

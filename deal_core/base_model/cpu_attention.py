@@ -27,8 +27,16 @@ MAX_SCORES = 2**26
 
 
 def attend(
-    module: nn.Module, query_BHTD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, attention_mask: Tensor | None,
-    *, dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend like transformers' "sdpa". Returns the output, shape B×T×H×D, and None for the weights."""
     is_known = query_BHTD.shape[2] == key_BGSD.shape[2] or attention_mask is not None  # all keys, or those of the mask
@@ -36,9 +44,16 @@ def attend(
     is_plain = is_plain and query_BHTD.shape[:3].numel() * key_BGSD.shape[2] <= MAX_SCORES
     if not (torch.is_grad_enabled() and query_BHTD.device.type == "cpu" and is_plain):
         found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query_BHTD, key_BGSD, value_BGSD, attention_mask,
-            dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
-        )  # fmt: skip
+            module,
+            query_BHTD,
+            key_BGSD,
+            value_BGSD,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
         return found
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and query_BHTD.shape[2] > 1
@@ -56,9 +71,14 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale,
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

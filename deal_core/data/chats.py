@@ -44,9 +44,7 @@ def as_messages(value: object) -> list[dict[str, Any]] | None:
     return None
 
 
-def parse_messages(
-    value: object, tools: object = None, *, learns_every_turn: bool = False
-) -> list[Message] | Problem:
+def parse_messages(value: object, tools: object = None, *, learns_every_turn: bool = False) -> list[Message] | Problem:
     """The messages of a cell, in the form in which they are stored. The last one is the assistant's answer.
 
     `tools` is the cell of the chat's tools. It counts only if the chat uses a tool. An answer that would be learned,
@@ -75,8 +73,10 @@ def parse_messages(
         )
         known = ", ".join(role if role in _MAY_FOLLOW else "(another)" for role in roles)
         return malformed(f"roles {shorten(known)}; {wanted}", f"roles {shorten(', '.join(roles))}; {wanted}")
-    is_left_out = [message["role"] == "assistant" and cell.get("weight") == 0
-                   for message, cell in zip(messages, cells, strict=True)]  # fmt: skip
+    is_left_out = [
+        message["role"] == "assistant" and cell.get("weight") == 0
+        for message, cell in zip(messages, cells, strict=True)
+    ]
     if is_left_out[-1]:
         return malformed("the last answer has weight 0, so there is no answer to learn")
     if learns_every_turn and any(is_left_out):

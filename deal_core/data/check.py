@@ -16,8 +16,9 @@ from deal_core.data.schema import Format, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten
 
 _SPLITS: dict[str, dict[str, Split]] = {
-    "split": {"train": "train", "test": "test"}, "is_random": {"false": "train", "true": "test"},
-}  # fmt: skip
+    "split": {"train": "train", "test": "test"},
+    "is_random": {"false": "train", "true": "test"},
+}
 """Column → what a cell may say → split."""
 _ASKING = ("user", "tool")
 """Roles whose message the assistant answers next."""

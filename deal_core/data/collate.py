@@ -49,7 +49,11 @@ Row = TypeVar("Row", bound=HasPrompt)
 
 
 def encode_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, *, max_prompt_tokens: int,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    *,
+    max_prompt_tokens: int,
     max_answer_tokens: int,
 ) -> Dataset:
     """Tokenise rows of (input, output) into columns prompt_ids, answer_ids, length and is_prompt_cut."""
@@ -59,7 +63,11 @@ def encode_rows(
 
 
 def encode_row(
-    row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, task: TaskSchema, *, max_prompt_tokens: int,
+    row: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    *,
+    max_prompt_tokens: int,
     max_answer_tokens: int,
 ) -> dict[str, Any]:
     """Tokenise one row of (input, output) into prompt_ids, answer_ids, length and is_prompt_cut."""

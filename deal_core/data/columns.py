@@ -11,8 +11,19 @@ from deal_core.data.schema import COLUMNS_OF_FORMAT, OPTIONAL_OF_FORMAT, Format,
 from deal_core.errors import DataValidationError
 
 CONVENTIONS: dict[str, tuple[str, ...]] = {
-    "text": ("text", "sentence", "body", "content", "document", "review", "comment", "utterance", "note", "message",
-             "description"),
+    "text": (
+        "text",
+        "sentence",
+        "body",
+        "content",
+        "document",
+        "review",
+        "comment",
+        "utterance",
+        "note",
+        "message",
+        "description",
+    ),
     "label": ("label", "category", "class", "intent", "topic", "sentiment"),
     "prompt": ("prompt", "instruction", "question", "input"),
     "completion": ("completion", "response", "answer", "output", "target"),
@@ -23,7 +34,7 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
     "rejected": ("rejected",),
     "split": ("split",),
     "is_random": ("is_random",),
-}  # fmt: skip
+}
 """Possible names of a column; case and outer blanks do not count. The first wins; of the others a file may have one."""
 CONTEXTS: dict[str, tuple[str, ...]] = {"instruction": ("input", "context"), "question": ("context",)}
 """A prompt's column → columns whose text belongs under the prompt, as in Alpaca and Dolly files."""

@@ -186,7 +186,10 @@ class ArrivalReader:
         refusal = self._too_many_bad(counts, rejected, examples) or self._lacks_rows(manifest)
         shape = self._files[-1][-1].shape
         return ValidationReport(
-            manifest=manifest, bad_rows=tuple(chain.from_iterable(examples.values())), refusal=refusal, shape=shape,
+            manifest=manifest,
+            bad_rows=tuple(chain.from_iterable(examples.values())),
+            refusal=refusal,
+            shape=shape,
             num_several=num_several,
         )
 

@@ -21,8 +21,14 @@ class BucketSampler(Sampler[int]):
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool,
-        labels: Sequence[Hashable] | None = None, blank: int | None = None,
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        group_by_length: bool,
+        labels: Sequence[Hashable] | None = None,
+        blank: int | None = None,
     ) -> None:
         self._lengths = list(lengths)
         self._batch_size = batch_size

@@ -14,10 +14,19 @@ from deal_core.data.schema import Format, Split
 from deal_core.safe_text import shorten
 
 Reason = Literal[
-    "malformed line", "missing column", "bad encoding", "empty text", "over-long text", "empty label",
-    "label outside the task's set", "malformed messages", "unknown split", "duplicate row", "text of a test row",
+    "malformed line",
+    "missing column",
+    "bad encoding",
+    "empty text",
+    "over-long text",
+    "empty label",
+    "label outside the task's set",
+    "malformed messages",
+    "unknown split",
+    "duplicate row",
+    "text of a test row",
     "equal answers",
-]  # fmt: skip
+]
 BATCH_ROWS = 4096
 BATCH_CHARS = 2**19
 """Most rows and characters of a batch. A single row may be larger."""

@@ -115,8 +115,14 @@ class TaskSchema:
             )
         if self.format not in (*COLUMNS_OF_FORMAT, "auto"):
             raise ConfigError(f"task.format is {brief(self.format)}; use one of {', '.join(COLUMNS_OF_FORMAT)}, auto.")
-        _check_characters({"labels": self.labels, "instruction": self.instruction, "template": self.template or "",
-                           "columns": tuple(self.columns.values())})  # fmt: skip
+        _check_characters(
+            {
+                "labels": self.labels,
+                "instruction": self.instruction,
+                "template": self.template or "",
+                "columns": tuple(self.columns.values()),
+            }
+        )
         _check_labels(self.labels, self.format)
         if self.metric != "auto":
             check_metric(self.metric)
@@ -181,9 +187,13 @@ def stored_columns(task: TaskSchema, split: Split) -> pa.Schema:
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Leave out later fields that have their defaults: schemas that do not use them are stored as ever."""
     defaults = {
-        "label_names": {}, "assistant_turns": "last", "joins_context": False, "metric": "exact", "prompt": "plain",
+        "label_names": {},
+        "assistant_turns": "last",
+        "joins_context": False,
+        "metric": "exact",
+        "prompt": "plain",
         "learns_preferences": False,
-    }  # fmt: skip
+    }
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 

@@ -39,6 +39,7 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
             f"{path.name} was written by columns, and one object per row is needed. Write it with "
             'DataFrame.to_json(path, orient="records", lines=True).'
         )
+
     def recognised(columns: Columns) -> Columns:
         unread = late_keys(task, columns) - {*known.columns} if file_kind(path) == "jsonl" else frozenset()
         return replace(columns, shape=_shape_of(columns, look) if known.columns else "", unread=unread)
@@ -85,10 +86,13 @@ def completed_task(task: TaskSchema, files: Sequence[Columns], source: str) -> T
             "give each row a better and a worse answer."
         )
     return replace(
-        task, format=kind, metric=metric, learns_preferences=learns_preferences,
+        task,
+        format=kind,
+        metric=metric,
+        learns_preferences=learns_preferences,
         joins_context=kind == "completion" and (task.format == "auto" or task.joins_context),
         assistant_turns=task.assistant_turns if kind == "chat" and not learns_preferences else "last",
-    )  # fmt: skip
+    )
 
 
 def _find_preferences(look: FileLook, task: TaskSchema, source: str, include_texts: bool) -> Columns | None:
@@ -136,9 +140,11 @@ def _is_whole_chat(look: FileLook, column: str, task: TaskSchema) -> bool:
     An example of Parquet has the first message alone. It is a chat's if no other column has the question as messages.
     """
     chosen = _example_messages(look, column)
-    prompts = [task.columns["prompt"]] if "prompt" in task.columns else [
-        name for name in look.columns if name.strip().casefold() in CONVENTIONS["prompt"]
-    ]  # fmt: skip
+    prompts = (
+        [task.columns["prompt"]]
+        if "prompt" in task.columns
+        else [name for name in look.columns if name.strip().casefold() in CONVENTIONS["prompt"]]
+    )
     return len(chosen) > 1 or (bool(chosen) and not any(_example_messages(look, name) for name in prompts))
 
 

@@ -46,7 +46,11 @@ class Answered(NamedTuple):
 
 
 def load_answerer(
-    folder: Path, cache_folder: Path, base_source: str | None = None, *, precision: Precision = "auto",
+    folder: Path,
+    cache_folder: Path,
+    base_source: str | None = None,
+    *,
+    precision: Precision = "auto",
     version: str = UNKNOWN_VERSION,
 ) -> Answerer:
     """Load a version for answering: its base model, found by name and checked by digest, and the adapter.
@@ -115,8 +119,12 @@ class Answerer:
         return self.ask(rows).answers
 
     def ask(
-        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool] = lambda: False, *,
-        by_candidate: bool = False, in_background: bool = False,
+        self,
+        rows: Sequence[InputRow],
+        is_given_up: Callable[[], bool] = lambda: False,
+        *,
+        by_candidate: bool = False,
+        in_background: bool = False,
     ) -> Answered:
         """Answer rows, all with the same version: with `by_candidate` the candidate.
 
@@ -140,9 +148,12 @@ class Answerer:
         assert request.served is not None
         given = request.given
         return Answered(
-            [each.text for each in given], request.served, request.version, [each.confidence for each in given],
+            [each.text for each in given],
+            request.served,
+            request.version,
+            [each.confidence for each in given],
             is_cut=[each.is_cut for each in given],
-        )  # fmt: skip
+        )
 
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
         """Let another version answer from now on. Its files are read first; only then does answering pause.

@@ -58,11 +58,15 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
     found = [_Drop.of(report, task, config.confidence) for task in report.parent_accuracies]
     drops, of_slices = ([each for each in found if (each.task in report.slices) == old] for old in (False, True))
     vetoes = [
-        *_below_floors(report, config), *_no_gain(report, config),
-        *_drops(drops, config.max_drop_points), *_drops(of_slices, config.max_old_slice_drop_points),
-        *_mean_drop(drops, config), *_judged(report, config),
-        *_general_ability(report, config), *_adapter(report, config),
-    ]  # fmt: skip
+        *_below_floors(report, config),
+        *_no_gain(report, config),
+        *_drops(drops, config.max_drop_points),
+        *_drops(of_slices, config.max_old_slice_drop_points),
+        *_mean_drop(drops, config),
+        *_judged(report, config),
+        *_general_ability(report, config),
+        *_adapter(report, config),
+    ]
     return GateDecision(tuple(vetoes), tuple(_notes(drops, config)))
 
 
@@ -93,10 +97,13 @@ def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
     noise = paired.noise(config.confidence) if paired else 0.0
     if shortfall > noise + 100 * _SLACK:
         yield Veto(
-            kind="gain", task=task, value=gain, limit=wanted,
+            kind="gain",
+            task=task,
+            value=gain,
+            limit=wanted,
             message=f"{task}: {report.metric_name(task)} {_percent(report.accuracies[task])} is {gain:+.1f} points "
-                    f"from the champion's {_percent(before)}, beyond noise; at least {wanted:+.1f} is required.",
-        )  # fmt: skip
+            f"from the champion's {_percent(before)}, beyond noise; at least {wanted:+.1f} is required.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +124,14 @@ class _Drop:
     def of(cls, report: EvaluationReport, task: str, confidence: float) -> _Drop:
         paired = report.paired_drop(task)
         return cls(
-            task=task, metric=report.metric_name(task), before=report.parent_accuracies[task],
-            after=report.accuracies[task], num_rows=report.num_rows.get(task, 0), paired=paired,
+            task=task,
+            metric=report.metric_name(task),
+            before=report.parent_accuracies[task],
+            after=report.accuracies[task],
+            num_rows=report.num_rows.get(task, 0),
+            paired=paired,
             is_clear=paired is None or paired.lower_bound(confidence) > 0,
-        )  # fmt: skip
+        )
 
     @property
     def points(self) -> float:
@@ -128,17 +139,22 @@ class _Drop:
 
     @property
     def said(self) -> str:
-        return f"{self.task}: {self.metric} fell by {self.points:.1f} points, from {_percent(self.before)} to " \
-               f"{_percent(self.after)}"
+        return (
+            f"{self.task}: {self.metric} fell by {self.points:.1f} points, from {_percent(self.before)} to "
+            f"{_percent(self.after)}"
+        )
 
 
 def _drops(drops: list[_Drop], limit: float | None) -> Iterator[Veto]:
     for drop in drops:
         if limit is not None and drop.points > limit + 100 * _SLACK and drop.is_clear:
             yield Veto(
-                kind="drop", task=drop.task, value=drop.points, limit=limit,
+                kind="drop",
+                task=drop.task,
+                value=drop.points,
+                limit=limit,
                 message=f"{drop.said}; the limit is {limit:.1f} points.",
-            )  # fmt: skip
+            )
 
 
 def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
@@ -146,13 +162,16 @@ def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
     if limit is None or len(drops) < 2:
         return
     mean = sum(drop.points for drop in drops) / len(drops)
-    variance = sum(drop.paired.standard_error ** 2 for drop in drops if drop.paired)
-    noise = NormalDist().inv_cdf(config.confidence) * variance ** 0.5 / len(drops)
+    variance = sum(drop.paired.standard_error**2 for drop in drops if drop.paired)
+    noise = NormalDist().inv_cdf(config.confidence) * variance**0.5 / len(drops)
     if mean > limit + 100 * _SLACK and mean > noise:
         yield Veto(
-            kind="mean_drop", task=None, value=mean, limit=limit,
+            kind="mean_drop",
+            task=None,
+            value=mean,
+            limit=limit,
             message=f"The {len(drops)} old tasks fell by {mean:.1f} points on average; the limit is {limit:.1f}.",
-        )  # fmt: skip
+        )
 
 
 def _judged(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
@@ -163,11 +182,14 @@ def _judged(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
         drop, limit = judged.drop, config.max_drop_points
         if drop.num_rows and drop.points > limit + 100 * _SLACK and drop.lower_bound(config.confidence) > 0:
             yield Veto(
-                kind="judge", task=task, value=drop.points, limit=limit,
+                kind="judge",
+                task=task,
+                value=drop.points,
+                limit=limit,
                 message=f"{task}: the judge {judged.model} prefers the champion in {judged.num_lost} of "
-                        f"{drop.num_rows} test rows and this version in {judged.num_won}: {drop.points:.1f} points "
-                        f"more for the champion; the limit is {limit:.1f} points.",
-            )  # fmt: skip
+                f"{drop.num_rows} test rows and this version in {judged.num_won}: {drop.points:.1f} points "
+                f"more for the champion; the limit is {limit:.1f} points.",
+            )
 
 
 def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
@@ -177,10 +199,13 @@ def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[V
     ratio = now / before
     if not ratio <= limit:
         yield Veto(
-            kind="general_ability", task=None, value=ratio, limit=limit,
+            kind="general_ability",
+            task=None,
+            value=ratio,
+            limit=limit,
             message=f"General ability: perplexity of plain English is {now:.1f}, {ratio:.2f} times the base model's "
-                    f"{before:.1f}; the limit is {limit:.2f} times.",
-        )  # fmt: skip
+            f"{before:.1f}; the limit is {limit:.2f} times.",
+        )
 
 
 def _adapter(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
@@ -198,8 +223,10 @@ def _adapter(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
         if not 1 / config.max_norm_ratio <= ratio <= config.max_norm_ratio:
             yield _of_adapter(
                 f"The adapter's norm {facts.norm:.3g} is {ratio:.2f} times that of the version it continues; it may be "
-                f"{1 / config.max_norm_ratio:.2f} to {config.max_norm_ratio:.2f} times.", ratio, config.max_norm_ratio,
-            )  # fmt: skip
+                f"{1 / config.max_norm_ratio:.2f} to {config.max_norm_ratio:.2f} times.",
+                ratio,
+                config.max_norm_ratio,
+            )
 
 
 def _of_adapter(message: str, value: float | None = None, limit: float | None = None) -> Veto:
@@ -214,8 +241,10 @@ def _notes(drops: list[_Drop], config: GateConfig) -> Iterator[str]:
         limit = max(config.max_drop_points, 100 / drop.num_rows) + 100 * _SLACK
         told = _what_rows_tell(drop.paired, limit, config.confidence)
         if told:
-            yield f"{drop.task}: too few test rows to judge: {drop.num_rows} can tell {told}; the limit is " \
-                  f"{config.max_drop_points:.1f}."
+            yield (
+                f"{drop.task}: too few test rows to judge: {drop.num_rows} can tell {told}; the limit is "
+                f"{config.max_drop_points:.1f}."
+            )
         if drop.points > config.max_drop_points + 100 * _SLACK and not drop.is_clear:
             yield f"{drop.said}: over the limit, but within the noise of {drop.num_rows} test rows."
 

@@ -72,8 +72,9 @@ class ConfidenceRecorder(LogitsProcessor):
         # the first token of an answer does not depend on the limit, which must only leave room for the end token
         first = [encode_answer(tokenizer, task, label, 2)[0] for label in task.labels]
         self._tokens = sorted(set(first))
-        self._place = {label_key(label): self._tokens.index(token)
-                       for label, token in zip(task.labels, first, strict=True)}  # fmt: skip
+        self._place = {
+            label_key(label): self._tokens.index(token) for label, token in zip(task.labels, first, strict=True)
+        }
         self._end = tokenizer.eos_token_id
         self.begin()
 
@@ -101,10 +102,11 @@ class ConfidenceRecorder(LogitsProcessor):
         shares = self._log_probs_BU.softmax(-1).tolist()
         masses = self._log_probs_BU.exp().sum(-1).tolist()
         return [
-            Confidence(_share(row[self._place[key]] if (key := label_key(answer)) in self._place else max(row)),
-                       _share(mass))
+            Confidence(
+                _share(row[self._place[key]] if (key := label_key(answer)) in self._place else max(row)), _share(mass)
+            )
             for row, mass, answer in zip(shares, masses, answers, strict=True)
-        ]  # fmt: skip
+        ]
 
     def _of_text(self, shares: Sequence[float], new: Sequence[int]) -> Confidence:
         ends = [place for place, token in enumerate(new) if token == self._end]
@@ -127,20 +129,34 @@ class GivenAnswer(NamedTuple):
 
 
 def answer_task(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: ServedTask, inputs: Sequence[str],
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: ServedTask,
+    inputs: Sequence[str],
     on_progress: OnProgress | None = None,
 ) -> list[GivenAnswer]:
     """Answer every input as a version serves the task."""
     return answer_inputs(
-        model, tokenizer, task.schema, inputs, EvaluateConfig(max_new_tokens=task.max_new_tokens),
-        max_prompt_tokens=task.max_prompt_tokens, on_progress=on_progress,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        task.schema,
+        inputs,
+        EvaluateConfig(max_new_tokens=task.max_new_tokens),
+        max_prompt_tokens=task.max_prompt_tokens,
+        on_progress=on_progress,
+    )
 
 
 @torch.inference_mode()
 def answer_inputs(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, inputs: Sequence[str],
-    config: EvaluateConfig, *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> list[GivenAnswer]:
     """Generate one greedy answer per input with its confidence, in the inputs' order.
 
@@ -174,8 +190,14 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-    *, max_batch_tokens: int, with_logits: bool = False, recorder: ConfidenceRecorder | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    max_batch_tokens: int,
+    with_logits: bool = False,
+    recorder: ConfidenceRecorder | None = None,
 ) -> Iterator[Generated]:
     """Continue prompts (token ids) greedily, in batches of similar length. A prefix that all share is computed once.
 
@@ -257,8 +279,13 @@ def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefi
 
 
 def _generate(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-    prefix: Prefix, with_logits: bool, recorder: ConfidenceRecorder | None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    prefix: Prefix,
+    with_logits: bool,
+    recorder: ConfidenceRecorder | None,
 ) -> tuple[list[list[int]], Tensor | None]:
     is_seq2seq, device = model.config.is_encoder_decoder, device_of(model)
     pad, side = int(tokenizer.pad_token_id or 0), "right" if is_seq2seq else "left"
@@ -270,11 +297,18 @@ def _generate(
         input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
         more["cache"] = prefix.repeated(len(prompts))
     output = cast(GenerationMixin, model).generate(
-        input_ids=input_ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
-        do_sample=False, num_beams=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([] if recorder is None else [recorder]), output_logits=with_logits,
-        return_dict_in_generate=True, **more,
-    )  # fmt: skip
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
+        output_logits=with_logits,
+        return_dict_in_generate=True,
+        **more,
+    )
     assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))
     new_tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
     return new_tokens, None if output.logits is None else torch.stack(output.logits, dim=1)

@@ -35,8 +35,14 @@ Floats = NDArray[np.float64]
 
 @torch.inference_mode()
 def label_log_probs(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, inputs: Sequence[str],
-    config: EvaluateConfig, *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> Tensor:
     """Return log p(label | prompt) for every row and label of a labelled task.
 
@@ -62,8 +68,13 @@ def label_log_probs(
 
 
 def label_scores(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset, config: EvaluateConfig,
-    *, max_prompt_tokens: int,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Return the labels' log-probabilities (N, L), and the number of each row's right label (N)."""
     numbers = number_labels(task.labels)
@@ -84,9 +95,13 @@ def _score_decoder(
     lengths_B1 = mask.sum(1, keepdim=True)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, prefix.length :]
     output = model(
-        input_ids=input_ids.to(device), attention_mask=mask, position_ids=positions, cache=prefix.repeated(num_rows),
-        use_cache=True, logits_to_keep=torch.tensor([-1], device=device),
-    )  # fmt: skip
+        input_ids=input_ids.to(device),
+        attention_mask=mask,
+        position_ids=positions,
+        cache=prefix.repeated(num_rows),
+        use_cache=True,
+        logits_to_keep=torch.tensor([-1], device=device),
+    )
     cache, first_BV = output.cache, output.logits[:, -1].float().log_softmax(-1)
     can_be_cut = can_be_continued(cache)  # else every label extends a copy
     found = []
@@ -95,10 +110,12 @@ def _score_decoder(
         if len(label) > 1:
             ids = torch.tensor([list(label[:-1])], device=device).expand(num_rows, -1)
             logits_BKV = model(
-                input_ids=ids, attention_mask=torch.cat([mask, torch.ones_like(ids)], 1),
-                position_ids=lengths_B1 + torch.arange(ids.shape[1], device=device), use_cache=True,
+                input_ids=ids,
+                attention_mask=torch.cat([mask, torch.ones_like(ids)], 1),
+                position_ids=lengths_B1 + torch.arange(ids.shape[1], device=device),
+                use_cache=True,
                 cache=cache if can_be_cut else copy.deepcopy(cache),
-            ).logits  # fmt: skip
+            ).logits
             score_B = score_B + _chosen(logits_BKV, label[1:])
             if can_be_cut:
                 cache.crop(-ids.shape[1])

@@ -86,8 +86,14 @@ class ReadBatch:
 
 
 def measure(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset,
-    *, max_prompt_tokens: int, max_answer_tokens: int, on_progress: OnProgress | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> MeasuredAnswers:
     """Read every row (columns input and output) once and measure its answer. Rows are tokenised and cut as in training.
 
@@ -97,9 +103,14 @@ def measure(
     """
     found_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
     for read in read_answers(
-        model, tokenizer, task, rows, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens,
+        model,
+        tokenizer,
+        task,
+        rows,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_answer_tokens,
         on_progress=on_progress,
-    ):  # fmt: skip
+    ):
         figures = (read.losses, read.is_token.double(), read.hits.double(), read.squares)
         found_N4[read.rows] = torch.stack([each_BK.sum(1) for each_BK in figures], 1).cpu()
     loss_N, num_tokens_N, num_hits_N, squares_N = found_N4.unbind(1)
@@ -110,8 +121,14 @@ def measure(
 
 @torch.inference_mode()
 def read_answers(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset,
-    *, max_prompt_tokens: int, max_answer_tokens: int, on_progress: OnProgress | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> Iterator[ReadBatch]:
     """Read every row once, with its answer given. See `measure` for the arguments."""
     model.eval()
@@ -120,11 +137,14 @@ def read_answers(
         chunk = rows[start : start + CHUNK_ROWS]
         encoded = [
             encode_row(
-                {"input": text, "output": answer}, tokenizer, task,
-                max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens,
+                {"input": text, "output": answer},
+                tokenizer,
+                task,
+                max_prompt_tokens=max_prompt_tokens,
+                max_answer_tokens=max_answer_tokens,
             )
             for text, answer in zip(chunk["input"], chunk["output"], strict=True)
-        ]  # fmt: skip
+        ]
         longest = max(len(row["answer_ids"]) for row in encoded)
         max_rows = max(1, MAX_LOGIT_BYTES // (12 * longest * model.config.vocab_size))
         lengths = [row["length"] for row in encoded]
@@ -132,16 +152,24 @@ def read_answers(
             collated = collate([encoded[i] for i in batch])
             features = {name: value.to(device_of(model)) for name, value in collated.items()}
             yield ReadBatch(
-                rows=[start + i for i in batch], labels_BK=features["labels"],
+                rows=[start + i for i in batch],
+                labels_BK=features["labels"],
                 logits_BKV=answer_logits(model, features).float(),
-            )  # fmt: skip
+            )
             if on_progress is not None:
                 on_progress(len(batch))
 
 
 def token_probabilities(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, inputs: Sequence[str],
-    references: Sequence[str], config: EvaluateConfig, *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    references: Sequence[str],
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> list[float]:
     """Return exp(−L) for every row, L the mean negative log-likelihood of the reference's tokens and its end token.
 
@@ -149,16 +177,27 @@ def token_probabilities(
     """
     rows = Dataset.from_dict({"input": list(inputs), "output": list(references)})
     found = measure(
-        model, tokenizer, task, rows, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=config.max_new_tokens + 1,
+        model,
+        tokenizer,
+        task,
+        rows,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=config.max_new_tokens + 1,
         on_progress=on_progress,
-    )  # fmt: skip
+    )
     shares: list[float] = (-found.mean_loss).exp().nan_to_num(nan=0.0).clamp(max=1.0).tolist()
     return shares
 
 
 def preferred(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset, config: EvaluateConfig,
-    *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> list[float]:
     """Return for every row whether the model prefers the better answer (output) to the worse one (rejected).
 
@@ -180,9 +219,14 @@ def preferred(
 
     def margins() -> list[float]:
         better_N, worse_N = measure(
-            model, tokenizer, task, both, max_prompt_tokens=max_prompt_tokens,
-            max_answer_tokens=config.max_new_tokens + 1, on_progress=report,
-        ).loss_N.view(2, -1)  # fmt: skip
+            model,
+            tokenizer,
+            task,
+            both,
+            max_prompt_tokens=max_prompt_tokens,
+            max_answer_tokens=config.max_new_tokens + 1,
+            on_progress=report,
+        ).loss_N.view(2, -1)
         found: list[float] = (worse_N - better_N).tolist()
         return found
 

@@ -37,8 +37,10 @@ class AccuracyMatrix(VersionedJson):
 
     def __post_init__(self) -> None:
         if tuple(name for name in self.tasks if name not in self.slices) != tuple(dict.fromkeys(self.trained)):
-            raise ValueError(f"The matrix has tasks {self.tasks} for versions trained on {self.trained}; "
-                             "give every task once, in order of first arrival.")
+            raise ValueError(
+                f"The matrix has tasks {self.tasks} for versions trained on {self.trained}; "
+                "give every task once, in order of first arrival."
+            )
         if len(self.trained) != len(self.rows) or len(self.base) != len(self.tasks):
             raise ValueError(
                 f"The matrix has {len(self.rows)} rows for {len(self.trained)} versions and {len(self.base)} base "
@@ -50,8 +52,10 @@ class AccuracyMatrix(VersionedJson):
         for column, first in enumerate(self.first_versions()):
             is_slice = self.tasks[column] in self.slices  # its rows may be forgotten
             if not is_slice and (self.rows[first][column] is None or self.rows[-1][column] is None):
-                raise ValueError(f"The matrix lacks an accuracy of {self.tasks[column]!r}; evaluate the version that "
-                                 "learned a task, and the last one, on it.")
+                raise ValueError(
+                    f"The matrix lacks an accuracy of {self.tasks[column]!r}; evaluate the version that "
+                    "learned a task, and the last one, on it."
+                )
 
     def with_row(
         self, task: str, accuracies: Mapping[str, float], *, base_accuracy: float | None, parent_accuracy: float | None
@@ -92,9 +96,12 @@ class AccuracyMatrix(VersionedJson):
         """The matrix with the present test rows of a task as the slice `name`: a copy of the task's column."""
         column = self.tasks.index(task)
         return replace(
-            self, tasks=(*self.tasks, name), rows=tuple((*row, row[column]) for row in self.rows),
-            base=(*self.base, self.base[column]), slices={**self.slices, name: task},
-        )  # fmt: skip
+            self,
+            tasks=(*self.tasks, name),
+            rows=tuple((*row, row[column]) for row in self.rows),
+            base=(*self.base, self.base[column]),
+            slices={**self.slices, name: task},
+        )
 
     @property
     def average_accuracy(self) -> float | None:
@@ -166,9 +173,10 @@ class AccuracyMatrix(VersionedJson):
         columns = enumerate(zip(self.tasks, self.first_versions(), strict=True))
         last = len(self.rows) - 1
         return [
-            (task, column, max(first, self.measured_from.get(task, 0))) for column, (task, first) in columns
+            (task, column, max(first, self.measured_from.get(task, 0)))
+            for column, (task, first) in columns
             if first < last and task not in self.slices
-        ]  # fmt: skip
+        ]
 
     def _best(self, column: int, first: int) -> float:
         """The best accuracy of a column from a version on, without the last version."""
@@ -212,7 +220,11 @@ RESAMPLES_AT_ONCE = 500
 
 
 def paired_interval(
-    first: Sequence[float], second: Sequence[float], *, strata: Sequence[int] = (), num_resamples: int = 10_000,
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    strata: Sequence[int] = (),
+    num_resamples: int = 10_000,
     seed: int = 0,
 ) -> PairedInterval:
     """Bootstrap the mean of first − second, drawing pairs, and give the 2.5 and 97.5 percentiles.

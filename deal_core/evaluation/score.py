@@ -48,8 +48,14 @@ class TaskEvaluation:
 
 
 def evaluate_task(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset, config: EvaluateConfig,
-    *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> TaskEvaluation:
     """Answer every row's input, and score the answer against the row's right answers by the task's metric.
 
@@ -61,15 +67,24 @@ def evaluate_task(
     inputs = list(rows["input"])
     confidences: tuple[Confidence, ...] = ()
     if task.metric == PREFERENCE:
-        answers = [f"{score:.1f}" for score in preferred(
-            model, tokenizer, task, rows, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
-        )]  # fmt: skip
+        answers = [
+            f"{score:.1f}"
+            for score in preferred(
+                model, tokenizer, task, rows, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
+            )
+        ]
     elif task.metric == "loss":
         pairs = [(place, answer) for place, found in enumerate(right_answers(rows)) for answer in all_of(found)]
         shares = token_probabilities(
-            model, tokenizer, task, [inputs[place] for place, _ in pairs], [answer for _, answer in pairs], config,
-            max_prompt_tokens=max_prompt_tokens, on_progress=on_progress if len(pairs) == len(inputs) else None,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            task,
+            [inputs[place] for place, _ in pairs],
+            [answer for _, answer in pairs],
+            config,
+            max_prompt_tokens=max_prompt_tokens,
+            on_progress=on_progress if len(pairs) == len(inputs) else None,
+        )
         best = [0.0] * len(inputs)
         for (place, _), share in zip(pairs, shares, strict=True):
             best[place] = max(best[place], share)

@@ -25,15 +25,22 @@ MAX_MOVED = 3
 """Labels that a reason mentions."""
 
 DISTRIBUTIONS: dict[TestName, str] = {
-    "confidence": "confidence", "label mass": "label_mass", "length of inputs": "chars",
+    "confidence": "confidence",
+    "label mass": "label_mass",
+    "length of inputs": "chars",
     "length of answers": "num_answer_chars",
-}  # fmt: skip
+}
 """A test of two distributions → the column that it compares."""
 
 
 def compare(
-    reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig, *, feedback: pd.DataFrame | None = None,
-    before: Mapping[str, float] | None = None, baseline: pd.DataFrame | None = None,
+    reference: pd.DataFrame,
+    live: pd.DataFrame,
+    config: MonitorConfig,
+    *,
+    feedback: pd.DataFrame | None = None,
+    before: Mapping[str, float] | None = None,
+    baseline: pd.DataFrame | None = None,
 ) -> DriftReport:
     """Compare the live rows of one version with its reference, task by task.
 
@@ -52,11 +59,15 @@ def compare(
     names = sorted({*reference["task"], *live["task"]})
     found = [
         _look(
-            name, reference[reference["task"] == name], live[live["task"] == name], config, feedback,
+            name,
+            reference[reference["task"] == name],
+            live[live["task"] == name],
+            config,
+            feedback,
             None if baseline is None else baseline[baseline["task"] == name],
         )
         for name in names
-    ]  # fmt: skip
+    ]
     num_tests = sum(each.num_tests for each in found)
     level = config.alpha / max(1, num_tests)
     decided = tuple(_decide(each, level, config, (before or {}).get(each.task)) for each in found)
@@ -76,7 +87,11 @@ def window(live: pd.DataFrame, num_rows: int) -> pd.DataFrame:
 
 
 def _look(
-    name: str, reference: pd.DataFrame, logged: pd.DataFrame, config: MonitorConfig, feedback: pd.DataFrame | None,
+    name: str,
+    reference: pd.DataFrame,
+    logged: pd.DataFrame,
+    config: MonitorConfig,
+    feedback: pd.DataFrame | None,
     baseline: pd.DataFrame | None,
 ) -> TaskDrift:
     """Make the tests of one task. Whether they are alarms depends on the number of tests of all tasks."""
@@ -86,14 +101,22 @@ def _look(
     if feedback is not None and not reference.empty:
         measured = measured_accuracy(reference, logged, feedback, config.window_rows)
     found = TaskDrift(
-        task=name, status="no reference" if reference.empty else "too few rows", num_logged=len(logged),
-        num_live=len(live), num_reference=len(compared), is_rebased=compared is not reference, measured=measured,
+        task=name,
+        status="no reference" if reference.empty else "too few rows",
+        num_logged=len(logged),
+        num_live=len(live),
+        num_reference=len(compared),
+        is_rebased=compared is not reference,
+        measured=measured,
     )
     if reference.empty or len(live) < config.min_rows:
         return found
     return replace(
-        found, status="compared", tests=tuple(_tests(compared, live, config)),
-        estimated=estimated_accuracy(reference, live), label_shares=_label_shares(compared, live),
+        found,
+        status="compared",
+        tests=tuple(_tests(compared, live, config)),
+        estimated=estimated_accuracy(reference, live),
+        label_shares=_label_shares(compared, live),
         confidences=_histograms(compared["confidence"], live["confidence"]),
     )
 
@@ -104,9 +127,11 @@ def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -
     if has_labels:
         differences["labels"] = two_samples.label_shares(reference["label"].dropna(), live["label"].dropna())
         differences["no label"] = two_samples.share_grew(
-            int((reference["is_label"] == False).sum()), len(reference),  # noqa: E712
-            int((live["is_label"] == False).sum()), len(live),  # noqa: E712
-        )  # fmt: skip
+            int(reference["is_label"].eq(False).sum()),  # of an unknown kind it is None: no label is missing there
+            len(reference),
+            int(live["is_label"].eq(False).sum()),
+            len(live),
+        )
     for name, column in DISTRIBUTIONS.items():
         if name == "length of answers" and has_labels:  # the label decides it
             continue
@@ -117,8 +142,9 @@ def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -
         differences["texts"] = two_samples.texts([*reference["input"].dropna()], [*live["input"].dropna()])
     return [
         DriftTest(name=name, limit=limits.get(name, config.min_distance), **vars(each))
-        for name, each in differences.items() if each is not None
-    ]  # fmt: skip
+        for name, each in differences.items()
+        if each is not None
+    ]
 
 
 class Hits(NamedTuple):
@@ -185,17 +211,20 @@ def _against(live: Hits, reference: Hits | None, shift: float) -> LiveAccuracy:
     wrong = reference.num_rows - reference.num_right
     grew = two_samples.share_grew(wrong, reference.num_rows, live.num_rows - live.num_right, live.num_rows)
     return LiveAccuracy(
-        accuracy=accuracy, low=low, high=high, num_rows=live.num_rows,
-        reference=reference.num_right / reference.num_rows + shift, drop_points=100 * grew.effect, p_value=grew.p_value,
-    )  # fmt: skip
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        num_rows=live.num_rows,
+        reference=reference.num_right / reference.num_rows + shift,
+        drop_points=100 * grew.effect,
+        p_value=grew.p_value,
+    )
 
 
 def _decide(found: TaskDrift, level: float, config: MonitorConfig, before: float | None) -> TaskDrift:
     """Mark the alarms: significant and large."""
     at_most = max(level, two_samples.SMALLEST)
-    tests = tuple(
-        replace(each, is_alarm=each.p_value <= at_most and each.effect >= each.limit) for each in found.tests
-    )
+    tests = tuple(replace(each, is_alarm=each.p_value <= at_most and each.effect >= each.limit) for each in found.tests)
     estimated, measured = (
         None if each is None else replace(each, is_alarm=_has_dropped(each, level, config))
         for each in (found.estimated, found.measured)
@@ -231,7 +260,8 @@ def _reason(test: DriftTest, label_shares: Mapping[str, tuple[float, float]]) ->
     moved = sorted(label_shares.items(), key=lambda item: -abs(item[1][1] - item[1][0]))
     shown = [
         f"{label or 'no label'} {100 * before:.0f} % → {100 * now:.0f} %"
-        for label, (before, now) in moved[:MAX_MOVED] if abs(now - before) >= MIN_MOVED
+        for label, (before, now) in moved[:MAX_MOVED]
+        if abs(now - before) >= MIN_MOVED
     ]
     return f"{said}; {', '.join(shown)}" if test.name in ("labels", "no label") and shown else said
 

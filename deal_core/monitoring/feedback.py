@@ -117,17 +117,24 @@ def read_entry(values: Any, place: str, *, source: Source, now: float) -> Feedba
     is_right = _truth(given, "is_right", place)
     label = None if is_right is not None else _text(given, said[0], MAX_CHARS, place)
     feedback = Feedback(
-        id=found[1], time=now, label=label, is_right=is_right, source=source,
-        is_random=bool(_truth(given, "is_random", place)), reviewer=_text(given, "reviewer", 200, place),
-    )  # fmt: skip
+        id=found[1],
+        time=now,
+        label=label,
+        is_right=is_right,
+        source=source,
+        is_random=bool(_truth(given, "is_random", place)),
+        reviewer=_text(given, "reviewer", 200, place),
+    )
     return FeedbackEntry(feedback, is_answer=said == ["answer"])
 
 
 def is_empty(value: Any) -> bool:
     """Return whether a cell is empty: null, NaN, or a text of blanks."""
-    return value is None or (isinstance(value, float) and math.isnan(value)) or (
-        isinstance(value, str) and not value.strip()
-    )  # fmt: skip
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not value.strip())
+    )
 
 
 def _text(given: Mapping[str, Any], name: str, max_chars: int, place: str) -> str | None:
@@ -150,7 +157,11 @@ def _truth(given: Mapping[str, Any], name: str, place: str) -> bool | None:
 
 
 def select_rows(
-    rows: pd.DataFrame, number: int, *, random_share: float = RANDOM_SHARE, known: Collection[str] = frozenset(),
+    rows: pd.DataFrame,
+    number: int,
+    *,
+    random_share: float = RANDOM_SHARE,
+    known: Collection[str] = frozenset(),
     seed: int = 0,
 ) -> pd.DataFrame:
     """Choose the answered rows of one task that are worth labelling. An input is chosen once, with its newest answer.

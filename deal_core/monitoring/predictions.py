@@ -77,12 +77,21 @@ def predictions_of(
     given = zip(rows, answered.answers, answered.confidences, strict=True)
     for number, (row, answer, (confidence, label_mass)) in enumerate(given, 1):
         task, text = answered.served.asked(row, number)
-        found.append(Prediction(
-            id=uuid.uuid4().hex, time=now, lineage=answered.served.lineage, version=answered.version,
-            **answer_facts(task.schema, text, answer), confidence=confidence, label_mass=label_mass, seconds=seconds,
-            input=text if keeps_texts else None, output=answer if keeps_texts else None,
-            shadow_of=shadow_of[number - 1] if shadow_of else None,
-        ))  # fmt: skip
+        found.append(
+            Prediction(
+                id=uuid.uuid4().hex,
+                time=now,
+                lineage=answered.served.lineage,
+                version=answered.version,
+                **answer_facts(task.schema, text, answer),
+                confidence=confidence,
+                label_mass=label_mass,
+                seconds=seconds,
+                input=text if keeps_texts else None,
+                output=answer if keeps_texts else None,
+                shadow_of=shadow_of[number - 1] if shadow_of else None,
+            )
+        )
     return found
 
 
@@ -97,10 +106,20 @@ def failures_of(
     for number, row in enumerate(rows, 1):
         task, text = served.asked(row, number)
         facts = {**answer_facts(task.schema, text, ""), "label": None, "is_label": None}
-        found.append(Prediction(
-            id=uuid.uuid4().hex, time=now, lineage=served.lineage, version=version, **facts, confidence=0.0,
-            label_mass=None, seconds=seconds, shadow_of=shadow_of[number - 1] if shadow_of else None, is_failed=True,
-        ))  # fmt: skip
+        found.append(
+            Prediction(
+                id=uuid.uuid4().hex,
+                time=now,
+                lineage=served.lineage,
+                version=version,
+                **facts,
+                confidence=0.0,
+                label_mass=None,
+                seconds=seconds,
+                shadow_of=shadow_of[number - 1] if shadow_of else None,
+                is_failed=True,
+            )
+        )
     return found
 
 
@@ -109,9 +128,13 @@ def answer_facts(schema: TaskSchema, text: str, answer: str) -> dict[str, Any]:
     assert schema.format != "auto", "a task that was learned has a format"
     label = _spelled(schema.labels).get(label_key(answer))
     return {
-        "task": schema.name, "input_sha256": stored_input_digest(schema.format, text).hex(), "chars": len(text),
-        "label": label, "is_label": label is not None if schema.labels else None, "num_answer_chars": len(answer),
-    }  # fmt: skip
+        "task": schema.name,
+        "input_sha256": stored_input_digest(schema.format, text).hex(),
+        "chars": len(text),
+        "label": label,
+        "is_label": label is not None if schema.labels else None,
+        "num_answer_chars": len(answer),
+    }
 
 
 @lru_cache(maxsize=256)

@@ -21,9 +21,14 @@ NUM_BINS = 20
 
 TestName = Literal["labels", "no label", "confidence", "label mass", "length of inputs", "length of answers", "texts"]
 UNITS: dict[TestName, str] = {
-    "labels": "PSI", "no label": "share", "confidence": "D", "label mass": "D", "length of inputs": "D",
-    "length of answers": "D", "texts": "AUC",
-}  # fmt: skip
+    "labels": "PSI",
+    "no label": "share",
+    "confidence": "D",
+    "label mass": "D",
+    "length of inputs": "D",
+    "length of answers": "D",
+    "texts": "AUC",
+}
 """A test → the unit of its effect."""
 
 

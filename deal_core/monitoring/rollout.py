@@ -141,10 +141,17 @@ def judge(
         differences, agree = _of_canary(theirs, mine, _judged(theirs, said), judged, terms), pd.Series(dtype=bool)
     verdict, reasons = _decide(differences, look, by_feedback, terms)
     return RolloutReport(
-        kind=terms.kind, champion=_arm(champion, theirs, said), candidate=_arm(candidate, mine, said, judged),
-        num_pairs=0 if pairs is None else len(pairs), agreement=None if agree.empty else float(agree.mean()),
-        num_counted=look.num_rows if look else 0, num_wanted=terms.num_rows, by_feedback=by_feedback,
-        differences=tuple(differences), verdict=verdict, reasons=reasons,
+        kind=terms.kind,
+        champion=_arm(champion, theirs, said),
+        candidate=_arm(candidate, mine, said, judged),
+        num_pairs=0 if pairs is None else len(pairs),
+        agreement=None if agree.empty else float(agree.mean()),
+        num_counted=look.num_rows if look else 0,
+        num_wanted=terms.num_rows,
+        by_feedback=by_feedback,
+        differences=tuple(differences),
+        verdict=verdict,
+        reasons=reasons,
     )
 
 
@@ -161,8 +168,9 @@ def _decide(
         if each.figure == "accuracy" and -each.points > terms.max_drop_points:
             return "abort", (f"{_say(each)}; a loss of {terms.max_drop_points:g} points is allowed",)
     if not by_feedback:
-        return "finish", (f"{look.num_rows} answers without feedback: neither more failures nor more answers that are "
-                          "no label",)  # fmt: skip
+        return "finish", (
+            f"{look.num_rows} answers without feedback: neither more failures nor more answers that are no label",
+        )
     return "finish", tuple(_say(each) for each in differences if each.figure == "accuracy")
 
 
@@ -176,11 +184,15 @@ def _arm(version: str, rows: pd.DataFrame, said: pd.DataFrame, judged: pd.DataFr
     labelled = answered["is_label"].dropna().astype(bool)
     known = _judged(rows, said) if judged is None else judged
     return Arm(
-        version=version, num_rows=len(rows), num_failed=len(rows) - len(answered), num_judged=len(known),
-        num_right=int(known["right"].sum()), share_no_label=None if labelled.empty else float(1 - labelled.mean()),
+        version=version,
+        num_rows=len(rows),
+        num_failed=len(rows) - len(answered),
+        num_judged=len(known),
+        num_right=int(known["right"].sum()),
+        share_no_label=None if labelled.empty else float(1 - labelled.mean()),
         confidence=None if answered.empty else float(answered["confidence"].mean()),
         seconds=None if answered.empty else float(answered["seconds"].median()),
-    )  # fmt: skip
+    )
 
 
 def _by_answer(feedback: pd.DataFrame) -> pd.DataFrame:
@@ -214,13 +226,17 @@ def _pairs(theirs: pd.DataFrame, mine: pd.DataFrame, said: pd.DataFrame) -> pd.D
         entries = [entry_of[name] for name in (row["id_before"], row["id"]) if name in entry_of]
         given = next((entry for entry in entries if pd.notna(entry["label"])), None)
         knows = given is not None and row["is_label_before"] is not None
-        found.append({
-            "failed": row["is_failed"] is True, "agree": _agree(row),
-            "is_label": row["is_label"], "is_label_before": row["is_label_before"],
-            "said": given["time"] if given is not None and knows else math.nan,
-            "right": given is not None and _is(row["label"], given["label"]),
-            "before": given is not None and _is(row["label_before"], given["label"]),
-        })  # fmt: skip
+        found.append(
+            {
+                "failed": row["is_failed"] is True,
+                "agree": _agree(row),
+                "is_label": row["is_label"],
+                "is_label_before": row["is_label_before"],
+                "said": given["time"] if given is not None and knows else math.nan,
+                "right": given is not None and _is(row["label"], given["label"]),
+                "before": given is not None and _is(row["label_before"], given["label"]),
+            }
+        )
     columns = ["failed", "agree", "is_label", "is_label_before", "said", "right", "before"]
     return pd.DataFrame(found, columns=columns).astype({"said": float, "right": bool, "before": bool})
 
@@ -263,9 +279,9 @@ def _of_canary(
         until = rows["said"].max()
         others = their_judged[their_judged["said"] <= until]
         compared.append(("accuracy", others["right"], rows["right"], level))
-        compared.append((
-            "not said to be wrong", _not_wrong(theirs, others, until), _not_wrong(mine, rows, until), level
-        ))  # fmt: skip
+        compared.append(
+            ("not said to be wrong", _not_wrong(theirs, others, until), _not_wrong(mine, rows, until), level)
+        )
     if look := last_look(len(mine), terms.num_rows):
         level, rows = _level(look, terms), mine.head(look.num_rows)
         others = theirs[theirs["time"] <= rows["time"].max()]
@@ -288,9 +304,14 @@ def _paired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> 
     drop = PairedDrop.of(before.astype(float).tolist(), now.astype(float).tolist())
     middle, noise = -100 * drop.total / (drop.num_rows + 2), drop.noise(level)
     return ShareDifference(
-        figure=figure, points=0.0 - drop.points, low=middle - noise, high=middle + noise, num_rows=drop.num_rows,
-        is_paired=True, is_worse=middle + noise < 0,
-    )  # fmt: skip
+        figure=figure,
+        points=0.0 - drop.points,
+        low=middle - noise,
+        high=middle + noise,
+        num_rows=drop.num_rows,
+        is_paired=True,
+        is_worse=middle + noise < 0,
+    )
 
 
 def _unpaired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> ShareDifference:
@@ -301,6 +322,11 @@ def _unpaired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -
     middle, noise = 100 * (second - first), 100 * float(ndtri(level)) * deviation
     raw = [good / number for good, number in sides]
     return ShareDifference(
-        figure=figure, points=100 * (raw[1] - raw[0]), low=middle - noise, high=middle + noise, num_rows=sides[1][1],
-        is_paired=False, is_worse=middle + noise < 0,
-    )  # fmt: skip
+        figure=figure,
+        points=100 * (raw[1] - raw[0]),
+        low=middle - noise,
+        high=middle + noise,
+        num_rows=sides[1][1],
+        is_paired=False,
+        is_worse=middle + noise < 0,
+    )

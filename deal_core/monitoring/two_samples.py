@@ -130,9 +130,15 @@ def texts(reference: Sequence[str], live: Sequence[str]) -> Difference | None:
     from_live, from_reference = scores[is_live == 1], scores[is_live == 0]
     test = stats.mannwhitneyu(from_live, from_reference, alternative="greater", method="asymptotic")
     interval = stats.bootstrap(
-        (from_live, from_reference), _auc, n_resamples=NUM_RESAMPLES, confidence_level=INTERVAL, method="percentile",
-        vectorized=True, batch=100, rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+        (from_live, from_reference),
+        _auc,
+        n_resamples=NUM_RESAMPLES,
+        confidence_level=INTERVAL,
+        method="percentile",
+        vectorized=True,
+        batch=100,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
     auc = float(_auc(from_live, from_reference))
     return Difference(effect=auc, p_value=float(test.pvalue), low=float(interval.low), high=float(interval.high))
 

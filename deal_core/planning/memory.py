@@ -147,8 +147,14 @@ class MethodShape:
 
 
 def plan_memory(
-    model: ModelSize, activations: ActivationSize, batch: BatchShape, shape: MethodShape, *, train: TrainConfig,
-    precision: str, on_cpu: bool,
+    model: ModelSize,
+    activations: ActivationSize,
+    batch: BatchShape,
+    shape: MethodShape,
+    *,
+    train: TrainConfig,
+    precision: str,
+    on_cpu: bool,
 ) -> MemoryPlan:
     """Add up the memory of a training step.
 
@@ -215,8 +221,13 @@ def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:
 
 
 def longest_of(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, old_tasks: Sequence[TaskSchema],
-    train: TrainConfig, num_rows: int, old_texts: Sequence[TaskTexts] = (),
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    old_tasks: Sequence[TaskSchema],
+    train: TrainConfig,
+    num_rows: int,
+    old_texts: Sequence[TaskTexts] = (),
 ) -> BatchShape:
     """Return a batch of `num_rows` rows that are as long as the longest training row.
 
@@ -230,10 +241,14 @@ def longest_of(
     inputs = _longest(tokenizer, rows["input"])
     answered = [*rows["output"], *(rows[REJECTED.name] if task.learns_preferences else [])]
     outputs = _longest(tokenizer, answered)
-    prompts = [len(encode_prompt(tokenizer, each, text, train.max_prompt_tokens))
-               for each in (task, *asked) for text in inputs]  # fmt: skip
-    prompts += [len(encode_prompt(tokenizer, each.task, text, each.max_prompt_tokens))
-                for each in old_texts for text in _longest(tokenizer, each.rows["input"])]  # fmt: skip
+    prompts = [
+        len(encode_prompt(tokenizer, each, text, train.max_prompt_tokens)) for each in (task, *asked) for text in inputs
+    ]
+    prompts += [
+        len(encode_prompt(tokenizer, each.task, text, each.max_prompt_tokens))
+        for each in old_texts
+        for text in _longest(tokenizer, each.rows["input"])
+    ]
     answers = [len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in outputs]
     longest = longest_old_answer(train)
     for old, limit in (*((old, longest) for old in asked), *((each.task, each.max_new_tokens) for each in old_texts)):
@@ -247,8 +262,10 @@ def _longest(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[s
     some: Collection[str] = texts
     if len(texts) > MAX_TOKENISED:
         measures: tuple[Callable[[str], int], ...] = (
-            len, lambda text: len(text.encode()), lambda text: len(text.encode()) - len(text)
-        )  # fmt: skip
+            len,
+            lambda text: len(text.encode()),
+            lambda text: len(text.encode()) - len(text),
+        )
         some = {text for measure in measures for text in heapq.nlargest(NUM_LONGEST, texts, key=measure)}
     return heapq.nlargest(NUM_LONGEST, some, key=lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
 

@@ -47,12 +47,18 @@ def measure_model(config: Any, adapter: AdapterConfig) -> ModelSize:
     num_heads = int(config.num_attention_heads)
     head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // num_heads
     return ModelSize(
-        model_type=str(config.model_type), parameters=parameters, num_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size), attention_size=num_heads * int(head_size),
-        intermediate_size=int(getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 0)
-                              or 4 * config.hidden_size),
-        num_heads=num_heads, vocab_size=int(config.vocab_size), modules=modules,
-    )  # fmt: skip
+        model_type=str(config.model_type),
+        parameters=parameters,
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        attention_size=num_heads * int(head_size),
+        intermediate_size=int(
+            getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 0) or 4 * config.hidden_size
+        ),
+        num_heads=num_heads,
+        vocab_size=int(config.vocab_size),
+        modules=modules,
+    )
 
 
 def measure_activations(
@@ -173,7 +179,13 @@ class _Kept(torch.autograd.Function):
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, is_fused: bool,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    is_fused: bool,
     **options: Any,
 ) -> tuple[Tensor, None]:
     if is_fused:

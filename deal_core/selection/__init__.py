@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 GROUP = "deal_pipeline.scores"
 _SCORES = "deal_core.selection.score"
 OWN = {
-    "random": f"{_SCORES}:RandomScore", "loss": f"{_SCORES}:LossScore", "length": f"{_SCORES}:LengthScore",
-    "difficulty": f"{_SCORES}:DifficultyScore", "errors": f"{_SCORES}:ErrorScore",
+    "random": f"{_SCORES}:RandomScore",
+    "loss": f"{_SCORES}:LossScore",
+    "length": f"{_SCORES}:LengthScore",
+    "difficulty": f"{_SCORES}:DifficultyScore",
+    "errors": f"{_SCORES}:ErrorScore",
     "gradient": f"{_SCORES}:GradientScore",
-}  # fmt: skip
+}
 """This project's scores. Another package cannot replace them."""
 PLUGINS = Plugins(kind="Score", setting="selection.score", group=GROUP, own=OWN)
 

@@ -63,8 +63,13 @@ class ChosenRows(VersionedJson):
 
 
 def choose_rows(
-    rows: Dataset, setup: TrainingSetup, lend_base: Callable[[], BaseModel], *, parent_folder: Path | None,
-    journal: Path, on_progress: OnProgress = lambda done, total: None,
+    rows: Dataset,
+    setup: TrainingSetup,
+    lend_base: Callable[[], BaseModel],
+    *,
+    parent_folder: Path | None,
+    journal: Path,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> ChosenRows:
     """Choose training rows by `setup.method.selection`. A second call with the same arguments reads the first's choice.
 
@@ -108,7 +113,11 @@ class _Choosing:
     """One choice while it is made. Rows are meant by their numbers in all training rows."""
 
     def __init__(
-        self, rows: Dataset, setup: TrainingSetup, lend_base: Callable[[], BaseModel], parent_folder: Path | None,
+        self,
+        rows: Dataset,
+        setup: TrainingSetup,
+        lend_base: Callable[[], BaseModel],
+        parent_folder: Path | None,
         on_progress: OnProgress,
     ) -> None:
         self._rows, self._task, self._train = rows, setup.task, setup.train
@@ -156,9 +165,12 @@ class _Choosing:
 
     def _candidates(self, rows: Sequence[int], measured: MeasuredAnswers | None, purpose: int = SCORE) -> Candidates:
         return Candidates(
-            rows=self._rows.select(rows), task=self._task, measured=measured, config=self._config,
+            rows=self._rows.select(rows),
+            task=self._task,
+            measured=measured,
+            config=self._config,
             seed=self._seed(purpose),
-        )  # fmt: skip
+        )
 
     def _pick(
         self, scores_N: Tensor, rows: Sequence[int], budget: int, config: SelectionConfig, purpose: int
@@ -177,19 +189,24 @@ class _Choosing:
         base = self._lend_base()
         with adapter_on(base.model, self._parent_folder) as model:
             return measure(
-                model, base.tokenizer, self._task, self._rows.select(rows),
-                max_prompt_tokens=self._train.max_prompt_tokens, max_answer_tokens=self._train.max_answer_tokens,
+                model,
+                base.tokenizer,
+                self._task,
+                self._rows.select(rows),
+                max_prompt_tokens=self._train.max_prompt_tokens,
+                max_answer_tokens=self._train.max_answer_tokens,
                 on_progress=counting(self._on_progress, len(rows)),
-            )  # fmt: skip
+            )
 
     def _about_choice(self, chosen: Sequence[int]) -> Iterator[str]:
         """Notes: how many rows were chosen, by what, and how many of each label."""
         config, name = self._config, self._score.name
         how = {
-            "high": "the highest", "low": "the lowest",
+            "high": "the highest",
+            "low": "the lowest",
             "weighted": f"at random, by exp({name} / {config.temperature:g})",
             "band": f"at random between the quantiles {config.band[0]:g} and {config.band[1]:g}",
-        }[config.pick]  # fmt: skip
+        }[config.pick]
         by = "at random" if name == "random" else f"by {name} ({how})"
         yield f"{len(chosen):,} of {len(self._rows):,} training rows were chosen {by}{self._of_labels(chosen)}"
         if self._lacks_parent:

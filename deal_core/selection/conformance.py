@@ -50,9 +50,10 @@ def _score(cls: type[RowScore], task: TaskSchema) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         num_tokens_N = torch.tensor([2.0 + row % 3 for row in rows], dtype=torch.float64)
         measured = MeasuredAnswers(
-            loss_N=3 * torch.rand(len(rows), generator=generator, dtype=torch.float64), num_tokens_N=num_tokens_N,
+            loss_N=3 * torch.rand(len(rows), generator=generator, dtype=torch.float64),
+            num_tokens_N=num_tokens_N,
             gradient_N=num_tokens_N.double().sqrt(),
             num_hits_N=(num_tokens_N - torch.tensor([row % 2 for row in rows])).double(),
-        )  # fmt: skip
+        )
     config = SelectionConfig(keep=0.5, score=cls.name)
     return cls().score(Candidates(rows=data, task=task, measured=measured, config=config, seed=3))

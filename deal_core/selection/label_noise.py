@@ -82,8 +82,14 @@ class LabelCheck:
 
 @torch.inference_mode()
 def features(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, inputs: Sequence[str],
-    *, max_prompt_tokens: int, max_batch_tokens: int, on_progress: OnProgress | None = None,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    *,
+    max_prompt_tokens: int,
+    max_batch_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> Tensor:
     """Return the last layer's hidden state at the end of every prompt; for T5, the mean over the encoder's states.
 
@@ -108,7 +114,10 @@ def features(
 
 
 def check_labels(
-    base: BaseModel, task: TaskSchema, rows: Dataset, train: TrainConfig,
+    base: BaseModel,
+    task: TaskSchema,
+    rows: Dataset,
+    train: TrainConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelCheck:
     """Look for rows whose label is probably wrong. The base model, without an adapter, reads every row once.
@@ -119,12 +128,16 @@ def check_labels(
     count = counting(on_progress, len(rows))
     found = [
         features(
-            base.model, base.tokenizer, task, rows[start : start + CHUNK_ROWS]["input"],
-            max_prompt_tokens=train.max_prompt_tokens, max_batch_tokens=EvaluateConfig().max_batch_tokens,
+            base.model,
+            base.tokenizer,
+            task,
+            rows[start : start + CHUNK_ROWS]["input"],
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_batch_tokens=EvaluateConfig().max_batch_tokens,
             on_progress=count,
         )
         for start in range(0, len(rows), CHUNK_ROWS)
-    ]  # fmt: skip
+    ]
     return suspected_labels(torch.cat(found), list(rows["output"]), seed=train.seed)
 
 

@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 GROUP = "deal_pipeline.strategies"
 RIVALS = "deal_core.strategies.rivals"
 OWN = {
-    "deal": "deal_core.strategies.deal:Deal", "seq_lora": f"{RIVALS}:SeqLora", "inc_lora": f"{RIVALS}:IncLora",
-    "o_lora": f"{RIVALS}:OLora", "ella": f"{RIVALS}:Ella", "ewc": f"{RIVALS}:Ewc", "lwf": f"{RIVALS}:Lwf",
-    "replay": f"{RIVALS}:Replay", "slao": f"{RIVALS}:Slao",
-}  # fmt: skip
+    "deal": "deal_core.strategies.deal:Deal",
+    "seq_lora": f"{RIVALS}:SeqLora",
+    "inc_lora": f"{RIVALS}:IncLora",
+    "o_lora": f"{RIVALS}:OLora",
+    "ella": f"{RIVALS}:Ella",
+    "ewc": f"{RIVALS}:Ewc",
+    "lwf": f"{RIVALS}:Lwf",
+    "replay": f"{RIVALS}:Replay",
+    "slao": f"{RIVALS}:Slao",
+}
 """This project's strategies. Another package cannot replace them."""
 PLUGINS = Plugins(kind="Strategy", setting="strategy", group=GROUP, own=OWN)
 

@@ -16,8 +16,13 @@ from deal_core.strategies.strategy import TaskContext
 
 
 def answered(
-    model: PeftModel, context: TaskContext, asked: Sequence[tuple[TaskSchema, list[str]]], *, max_prompt_tokens: int,
-    max_new_tokens: int, temperature: float = 1.0,
+    model: PeftModel,
+    context: TaskContext,
+    asked: Sequence[tuple[TaskSchema, list[str]]],
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
 ) -> list[Question]:
     """Questions about texts under each task's instruction, with the model's answers, in the order of the texts."""
     tokenizer, evaluate = context.base.tokenizer, EvaluateConfig()

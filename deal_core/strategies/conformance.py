@@ -93,20 +93,31 @@ def _stop_at(last: int) -> Callable[[int, object], None]:
 
 
 def _learn(
-    base: BaseModel, strategy: str, task: TaskSchema, parent: Path | None, output: Path,
+    base: BaseModel,
+    strategy: str,
+    task: TaskSchema,
+    parent: Path | None,
+    output: Path,
     on_log: Callable[[int, object], None] | None = None,
 ) -> None:
     old_tasks = () if parent is None else (SHAPES,)
     rows = [{"input": f"{task.name} number {number}", "output": task.labels[number % 2]} for number in range(NUM_ROWS)]
     train_adapter(
-        base, Dataset.from_list(rows),
+        base,
+        Dataset.from_list(rows),
         TrainingSetup(
-            task=task, old_tasks=old_tasks, strategy=strategy, adapter=AdapterConfig(rank=4, alpha=8),
-            method=MethodConfig(), train=STEPS,
+            task=task,
+            old_tasks=old_tasks,
+            strategy=strategy,
+            adapter=AdapterConfig(rank=4, alpha=8),
+            method=MethodConfig(),
+            train=STEPS,
         ),
-        parent_folder=parent, output_folder=output, checkpoint_folder=output.with_name(f"{output.name}-checkpoints"),
+        parent_folder=parent,
+        output_folder=output,
+        checkpoint_folder=output.with_name(f"{output.name}-checkpoints"),
         on_log=on_log,
-    )  # fmt: skip
+    )
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -122,9 +133,19 @@ def _build_base(folder: Path) -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )).save_pretrained(folder)  # fmt: skip
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                initializer_range=0.2,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -29,7 +29,7 @@ class Deal(Strategy):
 
     @property
     def stores(self) -> Stores:
-        """"data" if the rehearsal keeps rows, or answers to texts of old tasks; else "nothing"."""
+        """Return "data" if the rehearsal keeps rows, or answers to texts of old tasks; else "nothing"."""
         return "data" if self.config.rehearsal.keeps_rows or self.config.rehearsal.keeps_answers else "nothing"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:

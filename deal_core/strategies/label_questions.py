@@ -48,16 +48,16 @@ def recentred_questions(
     goals_NL = softmax(log_probs_NL + label_offsets(log_probs_NL, targets_N), axis=1)
     labels = [encode_answer(tokenizer, task, label, limit) for label in task.labels]
     prompts = [encode_prompt(tokenizer, task, text, limit) for text in texts.rows["input"]]
-    questions = [question(prompt, labels, goal_L, generator)
-                 for prompt, goal_L in zip(prompts, goals_NL, strict=True)]  # fmt: skip
+    questions = [question(prompt, labels, goal_L, generator) for prompt, goal_L in zip(prompts, goals_NL, strict=True)]
     return questions, _shift(log_probs_NL, targets_N)
 
 
 def _shift(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
     """The total variation between the labels' shares in the answers and among the texts."""
     num_texts, num_labels = log_probs_NL.shape
-    shares_L, true_L = (np.bincount(each, minlength=num_labels) / num_texts
-                        for each in (log_probs_NL.argmax(1), targets_N))  # fmt: skip
+    shares_L, true_L = (
+        np.bincount(each, minlength=num_labels) / num_texts for each in (log_probs_NL.argmax(1), targets_N)
+    )
     return float(np.abs(shares_L - true_L).sum() / 2)
 
 

@@ -41,8 +41,14 @@ def without_own_texts(olds: Sequence[TaskSchema], own: Sequence[TaskTexts]) -> l
 
 
 def ask_about_own_texts(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, own: Sequence[TaskTexts],
-    kept: Mapping[str, Tensor], *, num_each: int, seed: int,
+    config: RehearsalConfig,
+    model: PeftModel,
+    context: TaskContext,
+    own: Sequence[TaskTexts],
+    kept: Mapping[str, Tensor],
+    *,
+    num_each: int,
+    seed: int,
 ) -> tuple[list[list[Question]], dict[str, Tensor]]:
     """Return the questions of each old task with own texts, and the answers to keep with the next version.
 
@@ -85,9 +91,12 @@ def _asked(
     if num_each is not None:
         inputs = generator.sample(inputs, min(num_each, len(inputs)))
     return answered(
-        model, context, [(texts.task, inputs)], max_prompt_tokens=texts.max_prompt_tokens,
+        model,
+        context,
+        [(texts.task, inputs)],
+        max_prompt_tokens=texts.max_prompt_tokens,
         max_new_tokens=texts.max_new_tokens,
-    )  # fmt: skip
+    )
 
 
 def answers_name(task: str) -> str:
@@ -108,9 +117,7 @@ def pack_answers(questions: Sequence[Question], name: str) -> dict[str, Tensor]:
     }
 
 
-def unpack_answers(
-    tensors: Mapping[str, Tensor], name: str, prompts: Sequence[Sequence[int]]
-) -> list[Question] | None:
+def unpack_answers(tensors: Mapping[str, Tensor], name: str, prompts: Sequence[Sequence[int]]) -> list[Question] | None:
     """Read the questions that `pack_answers` wrote; None if there are none, or if they are about other prompts."""
     digest = tensors.get(f"{name}prompts")
     if digest is None or not torch.equal(digest, _digest(prompts)):

@@ -46,9 +46,13 @@ def make_rehearsal(
     )
     asked = _about_arrival(config, model, context, others, seed, num_put) if config.asks_about_arrival else []
     rehearsal = Rehearsal(
-        [stored, [*about_own, *asked]], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
-        temperature=config.temperature, seed=seed,
-    )  # fmt: skip
+        [stored, [*about_own, *asked]],
+        context.collator(),
+        num_rows=config.rows_per_step,
+        weight=config.weight,
+        temperature=config.temperature,
+        seed=seed,
+    )
     return rehearsal if rehearsal.kinds else None, answers
 
 
@@ -90,8 +94,14 @@ def longest_old_answer(train: TrainConfig) -> int:
 
 
 def num_answered(
-    config: RehearsalConfig, new: TaskSchema, olds: Sequence[TaskSchema], old_texts: Sequence[TaskTexts], *,
-    num_texts: int, num_steps: int, learned_last: str | None,
+    config: RehearsalConfig,
+    new: TaskSchema,
+    olds: Sequence[TaskSchema],
+    old_texts: Sequence[TaskTexts],
+    *,
+    num_texts: int,
+    num_steps: int,
+    learned_last: str | None,
 ) -> int:
     """How many questions the parent answers before the first step of an arrival of `num_texts` rows.
 
@@ -133,7 +143,11 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
 
 
 def _about_arrival(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, others: Sequence[TaskSchema], seed: int,
+    config: RehearsalConfig,
+    model: PeftModel,
+    context: TaskContext,
+    others: Sequence[TaskSchema],
+    seed: int,
     num_put: int,
 ) -> list[list[Question]]:
     """Questions about the new task's texts, for the other old tasks that can be asked; no more than the steps use."""
@@ -167,8 +181,12 @@ def _on_new_texts(
 
     drawn = [(old, draw(seed)) for old, seed in olds]
     in_order = answered(
-        model, context, drawn, max_prompt_tokens=context.train.max_prompt_tokens,
-        max_new_tokens=longest_old_answer(context.train), temperature=config.temperature,
-    )  # fmt: skip
+        model,
+        context,
+        drawn,
+        max_prompt_tokens=context.train.max_prompt_tokens,
+        max_new_tokens=longest_old_answer(context.train),
+        temperature=config.temperature,
+    )
     size = len(in_order) // max(1, len(olds))
     return [in_order[start * size : (start + 1) * size] for start in range(len(olds))]

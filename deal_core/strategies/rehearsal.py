@@ -181,9 +181,7 @@ def with_target(question: Question, logits_KV: Tensor, temperature: float) -> Qu
 def pack(questions: Sequence[Question]) -> Tensor:
     """Write prompts and answers as one tensor of integers, for a method's state."""
     flat = [
-        number
-        for q in questions
-        for number in (len(q.prompt_ids), len(q.answer_ids), *q.prompt_ids, *q.answer_ids)
+        number for q in questions for number in (len(q.prompt_ids), len(q.answer_ids), *q.prompt_ids, *q.answer_ids)
     ]
     return torch.tensor(flat, dtype=torch.int32)
 

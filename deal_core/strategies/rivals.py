@@ -205,8 +205,10 @@ class Ewc(Strategy):
         chosen = list(range(len(self.context.encoded)))
         random.Random(self.seed).shuffle(chosen)
         chosen = chosen[:NUM_FISHER_ROWS]
-        fisher = {name: self.fisher[name].to(p.device).clone() if self.fisher else torch.zeros_like(p)
-                  for name, p in self._named()}  # fmt: skip
+        fisher = {
+            name: self.fisher[name].to(p.device).clone() if self.fisher else torch.zeros_like(p)
+            for name, p in self._named()
+        }
         for i in chosen:
             self.model.zero_grad()
             inputs = {key: value.to(device) for key, value in collate([self.context.encoded[i]]).items()}
@@ -234,9 +236,13 @@ class Lwf(Strategy):
         rows = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
         questions = ask(model, context.collator(), rows, temperature=rivals.lwf_temperature)
         self._rehearsal = Rehearsal(
-            [[questions]], context.collator(), num_rows=rehearsal.rows_per_step, weight=rivals.lwf_weight,
-            temperature=rivals.lwf_temperature, seed=self.seed,
-        )  # fmt: skip
+            [[questions]],
+            context.collator(),
+            num_rows=rehearsal.rows_per_step,
+            weight=rivals.lwf_weight,
+            temperature=rivals.lwf_temperature,
+            seed=self.seed,
+        )
 
     def rehearsal(self) -> Rehearsal | None:
         """Return the parent's answers on the new rows."""

@@ -27,9 +27,11 @@ class TextsFile:
     def read(self) -> TaskTexts:
         """Return the texts. The rows stay on disk and are memory-mapped."""
         return TaskTexts(
-            task=self.task, rows=read_rows(self.file), max_prompt_tokens=self.max_prompt_tokens,
+            task=self.task,
+            rows=read_rows(self.file),
+            max_prompt_tokens=self.max_prompt_tokens,
             max_new_tokens=self.max_new_tokens,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +68,15 @@ class TrainingJob:
     def run(self, base: BaseModel, on_log: OnLog | None = None) -> TrainingResult:
         """Do the job in this process; with several processes, each of them calls this."""
         return train_adapter(
-            base, read_rows(self.rows_file), self.setup, parent_folder=self.parent_folder,
+            base,
+            read_rows(self.rows_file),
+            self.setup,
+            parent_folder=self.parent_folder,
             others=OtherRows(old_texts=[each.read() for each in self.old_texts]),
-            output_folder=self.output_folder, checkpoint_folder=self.checkpoint_folder, on_log=on_log,
-        )  # fmt: skip
+            output_folder=self.output_folder,
+            checkpoint_folder=self.checkpoint_folder,
+            on_log=on_log,
+        )
 
 
 def read_rows(file: Path) -> Dataset:

@@ -117,11 +117,15 @@ def add_reference(
     worse_rows = rows.select_columns(["input", REJECTED.name]).rename_column(REJECTED.name, "output")
     better_N, worse_N = (
         measure(
-            model, tokenizer, task, each,
-            max_prompt_tokens=train.max_prompt_tokens, max_answer_tokens=train.max_answer_tokens,
+            model,
+            tokenizer,
+            task,
+            each,
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_answer_tokens=train.max_answer_tokens,
         ).loss_N
         for each in (rows, worse_rows)
-    )  # fmt: skip
+    )
     return encoded.add_column(REFERENCE_MARGINS, (worse_N - better_N).tolist())
 
 

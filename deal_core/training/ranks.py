@@ -100,9 +100,13 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
     with log_file.open("wb") as log:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "deal_core.training.ranks", "launch", *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(int(arguments[1])),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=_environment(int(arguments[1])),
             start_new_session=True,  # only this process handles a keyboard interrupt, at its next step
-        )  # fmt: skip
+        )
     assert launcher.stdin is not None and launcher.stdout is not None
     # ranks that outlive the launcher would keep standard output open, and this process would wait forever
     threading.Thread(target=_close_after, args=(launcher, launcher.stdin), daemon=True).start()

@@ -25,7 +25,10 @@ OnStage = Callable[[int, int, str], None]
 
 
 def recentre_adapter(
-    base: BaseModel, folder: Path, tasks: Sequence[TaskTexts], train: TrainConfig,
+    base: BaseModel,
+    folder: Path,
+    tasks: Sequence[TaskTexts],
+    train: TrainConfig,
     on_stage: OnStage = lambda done, total, stage: None,
 ) -> tuple[str, ...]:
     """Train a saved adapter for `train.recentre_steps` on its own re-centred answers, and save it in its place.
@@ -53,9 +56,7 @@ def recentre_adapter(
     try:
         sets, shifts = _questions(base, model, tasks, train, on_stage)
         collate = answer_collator(base.model, base.tokenizer, is_recomputed=train.gradient_checkpointing)
-        rehearsal = Rehearsal(
-            [sets], collate, num_rows=train.batch_size, weight=1.0, temperature=1.0, seed=train.seed
-        )
+        rehearsal = Rehearsal([sets], collate, num_rows=train.batch_size, weight=1.0, temperature=1.0, seed=train.seed)
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
         _learn(model, rehearsal, train, on_stage)

@@ -160,8 +160,14 @@ def train_adapter(
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
             encoded = add_reference(encoded, rows, model, base.tokenizer, task, train)
         context = TaskContext(
-            base=base, task=task, rows=rows, encoded=encoded, old_tasks=setup.old_tasks,
-            old_texts=tuple(others.old_texts), adapter=setup.adapter, train=train,
+            base=base,
+            task=task,
+            rows=rows,
+            encoded=encoded,
+            old_tasks=setup.old_tasks,
+            old_texts=tuple(others.old_texts),
+            adapter=setup.adapter,
+            train=train,
         )
         learner = make_strategy(strategy, setup.method, train.seed)
         learner.prepare(model, inherited, context)
@@ -177,9 +183,11 @@ def train_adapter(
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
         notes = (
-            *learner.notes(), *_lost(parent_state, state), *_cut(encoded, train),
+            *learner.notes(),
+            *_lost(parent_state, state),
+            *_cut(encoded, train),
             *([describe_preferences(encoded)] if task.learns_preferences else []),
-        )  # fmt: skip
+        )
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
@@ -217,14 +225,19 @@ def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSch
     _require_no_preferences(tasks)
     parts = [
         encode_rows(
-            rows, base.tokenizer, task,
-            max_prompt_tokens=train.max_prompt_tokens, max_answer_tokens=train.max_answer_tokens,
+            rows,
+            base.tokenizer,
+            task,
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_answer_tokens=train.max_answer_tokens,
         )
         for task, rows in tasks
-    ]  # fmt: skip
+    ]
     if setup.task.learns_preferences:
-        parts = [add_rejected(part, rows, base.tokenizer, task, train.max_answer_tokens)
-                 for part, (task, rows) in zip(parts, tasks, strict=True)]  # fmt: skip
+        parts = [
+            add_rejected(part, rows, base.tokenizer, task, train.max_answer_tokens)
+            for part, (task, rows) in zip(parts, tasks, strict=True)
+        ]
     return concatenate_datasets(parts)
 
 

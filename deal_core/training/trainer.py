@@ -166,10 +166,13 @@ class AdapterTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         num_rows, num_processes = len(self._lengths), self.args.world_size
         return BucketSampler(
-            self._lengths, self.args.train_batch_size * num_processes, self.args.seed,
-            group_by_length=self._group_by_length, labels=self._labels,
+            self._lengths,
+            self.args.train_batch_size * num_processes,
+            self.args.seed,
+            group_by_length=self._group_by_length,
+            labels=self._labels,
             blank=num_rows if num_processes > 1 else None,
-        )  # fmt: skip
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the strategy's parameters, which need not be parameters of the model."""
@@ -205,9 +208,11 @@ class AdapterTrainer(Trainer):
         if self.accelerator.sync_gradients:
             if self._rehearsal is not None:
                 rehearsed = self._rehearsal.loss(
-                    self.model_wrapped, self.state.global_step,
-                    rank=self.args.process_index, num_processes=self.args.world_size,
-                )  # fmt: skip
+                    self.model_wrapped,
+                    self.state.global_step,
+                    rank=self.args.process_index,
+                    num_processes=self.args.world_size,
+                )
                 if rehearsed is not None:
                     torch.autograd.backward(rehearsed)
             self.strategy.before_step()
@@ -283,9 +288,7 @@ class _History(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Read the steps up to the checkpoint's. Checkpoints of earlier releases have them themselves."""
-        state.log_history = state.log_history or [
-            each for each in self._read() if each["step"] <= state.global_step
-        ]
+        state.log_history = state.log_history or [each for each in self._read() if each["step"] <= state.global_step]
         self._num_kept = len(state.log_history)
         if self._is_writer and args.save_strategy != "no":
             with complete_file(self._file) as part:

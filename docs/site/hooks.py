@@ -22,11 +22,16 @@ from docs.site.reference import commands_page, settings_page
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "README.md": "index.md", "docs/README.md": "pages.md", "docs/quickstart.ipynb": "quickstart.md",
-    "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/cells.md": "cells.md",
+    "README.md": "index.md",
+    "docs/README.md": "pages.md",
+    "docs/quickstart.ipynb": "quickstart.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/cells.md": "cells.md",
     "benchmarks/scaling.md": "scaling.md",
-    "LICENSE": "LICENSE.txt", "CITATION.cff": "CITATION.cff",
-}  # fmt: skip
+    "LICENSE": "LICENSE.txt",
+    "CITATION.cff": "CITATION.cff",
+}
 """File in the repository → its name on the site. Other files of docs/ keep their names."""
 FILES = {page: file for file, page in PAGES.items()}
 CODE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)

@@ -18,14 +18,20 @@ from flows.cli.app import app
 from tasks.spec import AdaptSpec
 
 LIMITS = {
-    "minimum": "at least {}", "exclusiveMinimum": "more than {}", "maximum": "at most {}",
+    "minimum": "at least {}",
+    "exclusiveMinimum": "more than {}",
+    "maximum": "at most {}",
     "exclusiveMaximum": "less than {}",
-}  # fmt: skip
+}
 NO_LIMITS = (2**31 - 1, 2**53, -(2**53))
 TYPES = {
-    "integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "array": "list",
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "list",
     "object": "mapping",
-}  # fmt: skip
+}
 
 
 def settings_page() -> str:
@@ -34,10 +40,15 @@ def settings_page() -> str:
     sections = {name: kind for name in schema["properties"] if (kind := _class_of(name))}
     top = {name: field for name, field in schema["properties"].items() if name not in sections}
     lines = [
-        "# Settings of a spec", "",
+        "# Settings of a spec",
+        "",
         "The fields of a spec and of a lineage's file, with their defaults. The page is generated from the code. The "
-        "[guide](guide.md) has an example.", "", "## At the top", "", *_table(AdaptSpec, top),
-    ]  # fmt: skip
+        "[guide](guide.md) has an example.",
+        "",
+        "## At the top",
+        "",
+        *_table(AdaptSpec, top),
+    ]
     for section, kind in sections.items():
         part = schema["$defs"][_reference(schema["properties"][section])]
         summary = " ".join((_text(kind) or "").split("\n\n")[0].split())

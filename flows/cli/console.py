@@ -99,8 +99,12 @@ class Screen:
             yield
             return
         columns = (
-            SpinnerColumn(), TextColumn("{task.description:<9}", markup=False), BarColumn(bar_width=30),
-            TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            SpinnerColumn(),
+            TextColumn("{task.description:<9}", markup=False),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
         with Progress(*columns, console=self.err, transient=True) as self._progress:
             if doing:
@@ -192,8 +196,10 @@ def matrix_table(matrix: Mapping[str, Any]) -> Table:
     table = new_table("after learning", *matrix["tasks"], right=matrix["tasks"])
     table.add_row("(base model)", *(percent(value) for value in matrix["base"]), style="dim")
     for trained, row in zip(matrix["trained"], matrix["rows"], strict=True):
-        cells = [f"[bold]{percent(value)}[/]" if task == trained else percent(value)
-                 for task, value in zip(matrix["tasks"], row, strict=True)]
+        cells = [
+            f"[bold]{percent(value)}[/]" if task == trained else percent(value)
+            for task, value in zip(matrix["tasks"], row, strict=True)
+        ]
         table.add_row(trained, *cells)
     return table
 
@@ -215,6 +221,8 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
 def named_scores(scores: Scores) -> dict[str, str]:
     """The scores of a version in percent, under their short names."""
     return {
-        "AA": percent(scores.average_accuracy), "forgetting": percent(scores.forgetting),
-        "BWT": percent(scores.backward_transfer), "FWT": percent(scores.forward_transfer),
+        "AA": percent(scores.average_accuracy),
+        "forgetting": percent(scores.forgetting),
+        "BWT": percent(scores.backward_transfer),
+        "FWT": percent(scores.forward_transfer),
     }

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
 
-
 @command(main_app, "looking")
 def gc(
     deal: Session,
@@ -106,9 +105,12 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
     table = new_table("lineage", "version", "task", "how", "gate", "alias", right=["version"])
     for each in learned:
         table.add_row(
-            escape(each.lineage), each.version, escape(each.task),
+            escape(each.lineage),
+            each.version,
+            escape(each.task),
             "trained on it" if each.is_direct else "continues one that was",
-            "accepted" if each.accepted else "rejected", " ".join(each.aliases),
+            "accepted" if each.accepted else "rejected",
+            " ".join(each.aliases),
         )
     advice = (
         "Their weights still hold what they learned. If that has to go too, make a version before them champion "

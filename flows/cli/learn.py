@@ -35,16 +35,27 @@ if TYPE_CHECKING:
     from tasks.predict import FileAnswers
 
 
-Base = Annotated[str | None, Option(
-    "--base", help="Hub id, local folder or GGUF file.", show_default="the lineage's own, else smollm2-135m-instruct"
-)]
-Strategy = Annotated[str | None, Option(
-    "--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"
-)]
-Memory = Annotated[str | None, Option(
-    "--memory", show_default="the lineage's own, else tests",
-    help="What old tasks are asked about. none: new texts. tests: test rows of theirs. rows: a kept tenth of theirs.",
-)]
+Base = Annotated[
+    str | None,
+    Option(
+        "--base",
+        help="Hub id, local folder or GGUF file.",
+        show_default="the lineage's own, else smollm2-135m-instruct",
+    ),
+]
+Strategy = Annotated[
+    str | None,
+    Option("--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"),
+]
+Memory = Annotated[
+    str | None,
+    Option(
+        "--memory",
+        show_default="the lineage's own, else tests",
+        help="What old tasks are asked about. none: new texts. tests: test rows of theirs. "
+        "rows: a kept tenth of theirs.",
+    ),
+]
 SpecLineage = Annotated[
     str | None, Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default")
 ]
@@ -96,11 +107,14 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
     if result.picture is not None:
         shown.append(f"Picture:      {escape(str(result.picture))}")
     option, first = home_option(home), result.outcomes[0].lineage
-    return [*shown, escape(
-        f"Look closer:  deal history --lineage {first}{option}\n"
-        f"              deal ui{option}\n"
-        f'              deal predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
-    )]
+    return [
+        *shown,
+        escape(
+            f"Look closer:  deal history --lineage {first}{option}\n"
+            f"              deal ui{option}\n"
+            f'              deal predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
+        ),
+    ]
 
 
 @command(main_app, "starting")
@@ -122,8 +136,15 @@ def adapt(
     from tasks.lineage.settings import spec_from_options
 
     adapt_spec = spec_from_options(
-        deal.store, spec, task=task, data=data, test_data=test_data,
-        lineage=lineage, base_model=base, strategy=strategy, memory=memory,
+        deal.store,
+        spec,
+        task=task,
+        data=data,
+        test_data=test_data,
+        lineage=lineage,
+        base_model=base,
+        strategy=strategy,
+        memory=memory,
     )
 
     def start() -> Coroutine[Any, Any, AdaptResult]:
@@ -140,9 +161,10 @@ def watch(
     deal: Session,
     once: Annotated[bool, Option("--once", help="Handle the files that are there, then end.")] = False,
     spec: Annotated[Path | None, Option(help="Lineage settings (a spec without its task).", show_default=False)] = None,
-    task: Annotated[list[str] | None, Option(
-        "--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"
-    )] = None,
+    task: Annotated[
+        list[str] | None,
+        Option("--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"),
+    ] = None,
     lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
@@ -200,10 +222,15 @@ def evaluate(deal: Session, lineage: Lineage = "default", version: Version = Non
 def history(
     deal: Session,
     lineage: Lineage = "default",
-    at: Annotated[datetime | None, Option(
-        metavar="TIME", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
-        help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.", show_default=False
-    )] = None,
+    at: Annotated[
+        datetime | None,
+        Option(
+            metavar="TIME",
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
+            help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.",
+            show_default=False,
+        ),
+    ] = None,
     moves: Annotated[bool, Option("--moves", help="Show the promotion log instead.")] = False,
     matrix: Annotated[
         bool, Option("--matrix", help="Show instead how well the versions up to the champion answer each task.")
@@ -251,8 +278,15 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
         if "rollout" in entry.aliases:
             gate += ", in rollout"
         table.add_row(
-            entry.version, entry.parent_version or "base", percent(entry.average_accuracy), percent(entry.forgetting),
-            entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",
+            entry.version,
+            entry.parent_version or "base",
+            percent(entry.average_accuracy),
+            percent(entry.forgetting),
+            entry.task,
+            entry.strategy,
+            gate,
+            " ".join(entry.aliases),
+            f"{entry.created.astimezone():%m-%d %H:%M}",
         )
     reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
     return [heading(f"Lineage {lineage}"), table, *reasons]
@@ -262,8 +296,12 @@ def _moves(moves: Sequence[Move]) -> RenderableType:
     table = new_table("when", "what", "version", "champion", "who", "why", right=["version", "champion"])
     for move in moves:
         table.add_row(
-            f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}", move.action, move.version, move.champion or "–",
-            escape(move.who), escape(move.why),
+            f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}",
+            move.action,
+            move.version,
+            move.champion or "–",
+            escape(move.who),
+            escape(move.why),
         )
     return table
 
@@ -301,7 +339,12 @@ def predict(
             return CommandResult(answer, [escape(answer.answer)])
         assert data is not None
         outcome = predict_file(
-            data, lineage=lineage, task=task, version=version, out=out, column=column,
+            data,
+            lineage=lineage,
+            task=task,
+            version=version,
+            out=out,
+            column=column,
             on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
         )
     return CommandResult(outcome, [*map(escape, _about_file(outcome))])

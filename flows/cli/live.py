@@ -30,11 +30,15 @@ rollout_app = typer.Typer(help="A new version on live traffic, before it becomes
 def monitor(
     deal: Session,
     lineage: Lineage = "default",
-    data: Annotated[Path | None, Option(
-        "--data", "-d",
-        help="File of answers instead of the prediction log: its columns, or as deal predict --data writes.",
-        show_default=False
-    )] = None,
+    data: Annotated[
+        Path | None,
+        Option(
+            "--data",
+            "-d",
+            help="File of answers instead of the prediction log: its columns, or as deal predict --data writes.",
+            show_default=False,
+        ),
+    ] = None,
     rebase: Annotated[
         bool, Option("--rebase", help="Compare with the present live rows from now on, not with the test rows.")
     ] = False,
@@ -52,7 +56,8 @@ def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
         return [escape(result.problem or "")]
     drift = result.drift
     shown: list[RenderableType] = [
-        heading(f"Live traffic of {result.lineage}, version {result.version}"), _tests(drift.tasks),
+        heading(f"Live traffic of {result.lineage}, version {result.version}"),
+        _tests(drift.tasks),
     ]
     alarms = [f"{each.task}: {alarm.kind}: {alarm.reason}" for each in drift.tasks for alarm in each.alarms]
     shown += [f"  [red]•[/] {escape(alarm)}" for alarm in alarms] or ["No alarm."]
@@ -132,7 +137,9 @@ def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
     for name, before, now in zip(_FIGURES, _figures(report.champion), _figures(report.candidate), strict=True):
         sides.add_row(name, before, now)
     shown: list[RenderableType] = [
-        heading(f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"), sides, *_compared(report),
+        heading(f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"),
+        sides,
+        *_compared(report),
     ]
     if report.num_pairs:
         shown.append(f"Same answer to {percent(report.agreement)} % of {report.num_pairs} rows.")
@@ -169,10 +176,15 @@ def select(
     lineage: Lineage = "default",
     number: Annotated[int, Option("--number", "-n", min=1, help="Most texts in the file.")] = 50,
     random_share: Annotated[float, Option(max=1.0, help="Share that is drawn at random, above 0.")] = 0.25,
-    data: Annotated[Path | None, Option(
-        "--data", "-d", help="File of texts that the champion answers first: CSV, JSON lines or Parquet.",
-        show_default="the prediction log"
-    )] = None,
+    data: Annotated[
+        Path | None,
+        Option(
+            "--data",
+            "-d",
+            help="File of texts that the champion answers first: CSV, JSON lines or Parquet.",
+            show_default="the prediction log",
+        ),
+    ] = None,
     column: Column = None,
     out: Annotated[
         Path | None, Option("--out", "-o", help="New .csv or .jsonl file.", show_default="TASK-to-label.csv")
@@ -186,7 +198,13 @@ def select(
 
     calm_libraries()
     done = select_to_label(
-        task, lineage, data=data, column=column, out=out, number=number, random_share=random_share,
+        task,
+        lineage,
+        data=data,
+        column=column,
+        out=out,
+        number=number,
+        random_share=random_share,
         on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
     )
     return CommandResult(done, _show_selected(done))
@@ -236,9 +254,13 @@ def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
         shown.append(f"{done.num_unusable} rows have no text that can be labelled.")
     fill_in = f"Fill in the column {done.column}"
     if done.data is None:
-        shown.append(f"{fill_in}, then give: deal feedback {done.out} --lineage {done.lineage}, and: deal harvest "
-                     f"{done.task} --lineage {done.lineage}")
+        shown.append(
+            f"{fill_in}, then give: deal feedback {done.out} --lineage {done.lineage}, and: deal harvest "
+            f"{done.task} --lineage {done.lineage}"
+        )
     else:
-        shown.append(f"{fill_in} and delete the rows that are left empty, then give: deal adapt --task {done.task} "
-                     f"--data {done.out} --lineage {done.lineage}")
+        shown.append(
+            f"{fill_in} and delete the rows that are left empty, then give: deal adapt --task {done.task} "
+            f"--data {done.out} --lineage {done.lineage}"
+        )
     return [escape(each) for each in shown]

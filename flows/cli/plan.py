@@ -29,9 +29,9 @@ model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 def plan(
     deal: Session,
     spec: Annotated[Path, Argument(help="Spec file (YAML).", show_default=False)],
-    device_memory: Annotated[str | None, Option(
-        help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"
-    )] = None,
+    device_memory: Annotated[
+        str | None, Option(help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here")
+    ] = None,
     precision: Annotated[str, Option(help="Precision of the weights: bf16, fp32, or auto (this machine's).")] = "auto",
     probe: Annotated[
         bool, Option("--probe/--no-probe", help="Time three training steps if the base model is on this machine.")
@@ -45,7 +45,10 @@ def plan(
     calm_libraries()
     asked = spec_from_options(deal.store, spec, task=None, data=None, test_data=None)
     found = plan_run(
-        asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
+        asked,
+        device_memory=device_memory,
+        precision=precision,
+        probe=probe,  # type: ignore[arg-type]
         on_progress=deal.screen.stage_started,
     )
     return CommandResult(found, _show_plan(found), failed=found.refused)
@@ -139,13 +142,15 @@ def validate(
     deal: Session,
     file: Annotated[str, Argument(help="File or address: CSV, JSON lines or Parquet.")],
     spec: Annotated[Path | None, Option(help="Spec whose task and data settings apply.", show_default=False)] = None,
-    task: Annotated[str | None, Option(
-        "--task", "-t", help="Task the file belongs to.", show_default="task.yaml in the file's folder"
-    )] = None,
+    task: Annotated[
+        str | None,
+        Option("--task", "-t", help="Task the file belongs to.", show_default="task.yaml in the file's folder"),
+    ] = None,
     test_data: Annotated[str | None, Option(help="File of test rows.", show_default="the spec's")] = None,
-    lineage: Annotated[str | None, Option(
-        "--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"
-    )] = None,
+    lineage: Annotated[
+        str | None,
+        Option("--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"),
+    ] = None,
     with_model: Annotated[
         bool, Option("--with-model", help="Also let the base model look for wrong labels; takes time.")
     ] = False,
@@ -154,7 +159,12 @@ def validate(
     from tasks.validate import validate as validate_rows
 
     outcome = validate_rows(
-        file, spec=spec, task=task, lineage=lineage, test_data=test_data, with_model=with_model,
+        file,
+        spec=spec,
+        task=task,
+        lineage=lineage,
+        test_data=test_data,
+        with_model=with_model,
         on_progress=lambda done: deal.screen.advanced("validate", done, None),
         on_model=lambda done, total: deal.screen.advanced("labels", done, total),
     )
@@ -178,8 +188,14 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
         f"{escape(result.file)} {verdict}: {result.num_read} rows read, {result.num_train} training, "
         f"{result.num_test} test, {result.num_rejected} bad"
         + (f"; {result.num_turns} training rows are earlier turns of chats" if result.num_turns else ""),
-        *([f"{result.num_several} rows have several right answers: the first one is learned, and the metric takes the "
-           "best of them"] if result.num_several else []),
+        *(
+            [
+                f"{result.num_several} rows have several right answers: the first one is learned, and the metric takes "
+                "the best of them"
+            ]
+            if result.num_several
+            else []
+        ),
         *([f"settings of {escape(result.task_file)} apply"] if result.task_file else []),
         f"recognised as {escape(result.shape or 'no known shape: no row can be read')}",
         f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
@@ -211,15 +227,18 @@ def benchmark(
     data: Annotated[
         str, Option("--data", "-d", help="Folder of tasks, or hf://datasets/OWNER/NAME.", show_default=False)
     ],
-    suite: Annotated[str | None, Option(
-        help="3, 4, 8, 9 or 15 (labels), superni or superni8 (texts).", show_default=False
-    )] = None,
+    suite: Annotated[
+        str | None, Option(help="3, 4, 8, 9 or 15 (labels), superni or superni8 (texts).", show_default=False)
+    ] = None,
     order: Annotated[list[str] | None, Option(help="Order of the suite's tasks.", show_default="1")] = None,
     task: Annotated[list[str] | None, Option("--task", "-t", help="Tasks of your own, in order.")] = None,
-    strategy: Annotated[list[str] | None, Option(
-        help="A strategy, or a bound: base, frozen_head, knn, knn_means, per_task, joint_memory, joint.",
-        show_default="deal, seq_lora"
-    )] = None,
+    strategy: Annotated[
+        list[str] | None,
+        Option(
+            help="A strategy, or a bound: base, frozen_head, knn, knn_means, per_task, joint_memory, joint.",
+            show_default="deal, seq_lora",
+        ),
+    ] = None,
     seed: Annotated[list[int] | None, Option(help="Seed of weights and row order.", show_default="0")] = None,
     rows: Annotated[int, Option(help="Training rows per task.")] = 300,
     part: Annotated[str, Option(help="Test rows: dev (for choosing settings) or reported.")] = "reported",
@@ -232,9 +251,10 @@ def benchmark(
         str, Option(help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules.")
     ] = "{}",
     train: Annotated[str, Option(help="Changes to the training settings, as JSON.")] = "{}",
-    method: Annotated[list[str] | None, Option(
-        help="Changes to the methods' settings, and the memory, as JSON. Repeat it to compare several."
-    )] = None,
+    method: Annotated[
+        list[str] | None,
+        Option(help="Changes to the methods' settings, and the memory, as JSON. Repeat it to compare several."),
+    ] = None,
     base: Annotated[str | None, Option(help="Base model.", show_default="smollm2-135m-instruct")] = None,
     out: Annotated[Path | None, Option(help="Folder of the cells.", show_default="HOME/benchmark")] = None,
 ) -> CommandResult:
@@ -243,9 +263,22 @@ def benchmark(
     from flows.benchmark import spec_from_options
 
     spec = spec_from_options(
-        data=data, suite=suite, orders=order, tasks=task, strategies=strategy, seeds=seed, rows=rows,
-        part=part, max_test_rows=max_test_rows, scored=scored, prompt=prompt, base_model=base, out=out,
-        adapter=adapter, train=train, methods=method or [],
+        data=data,
+        suite=suite,
+        orders=order,
+        tasks=task,
+        strategies=strategy,
+        seeds=seed,
+        rows=rows,
+        part=part,
+        max_test_rows=max_test_rows,
+        scored=scored,
+        prompt=prompt,
+        base_model=base,
+        out=out,
+        adapter=adapter,
+        train=train,
+        methods=method or [],
     )
     outcome = deal.run(lambda: benchmark_flow(spec), trains=True)
     return CommandResult(outcome, _show_benchmark(outcome), failed=outcome.num_failed > 0)
@@ -261,9 +294,12 @@ def _show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
         for row in found["rows"]:
             table.add_row(
                 escape(method_name(row["strategy"], row["changes"])),
-                " and ".join(row["orders"]), str(row["num_cells"]),
-                *(points(row[name]) for name in ("average_accuracy", "forgetting", "backward_transfer",
-                                                 "forward_transfer")),
+                " and ".join(row["orders"]),
+                str(row["num_cells"]),
+                *(
+                    points(row[name])
+                    for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
+                ),
                 interval(row.get("difference_points_ci95")),
             )
         rows, part = found["protocol"][:2]

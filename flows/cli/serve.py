@@ -31,10 +31,14 @@ def serve(
     host: Annotated[
         str, Option(help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")
     ] = "127.0.0.1",
-    trusted_host: Annotated[list[str] | None, Option(
-        envvar="DEAL_TRUSTED_HOSTS", show_default=False,
-        help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all."
-    )] = None,
+    trusted_host: Annotated[
+        list[str] | None,
+        Option(
+            envvar="DEAL_TRUSTED_HOSTS",
+            show_default=False,
+            help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all.",
+        ),
+    ] = None,
 ) -> None:
     """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
     from infra.serving.champion import NoChampionError
@@ -59,7 +63,13 @@ def serve(
 
     try:
         has_ended = serve_champion(
-            lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready,
+            lineage,
+            deal.home,
+            host=host,
+            port=port,
+            trusted_hosts=trusted_host or (),
+            say=say,
+            ready=ready,
             settle=lambda: settled_champion(open_registry(), deal.store, lineage),
         )
     except NoChampionError:
@@ -93,15 +103,21 @@ def sync(
 @command(vllm_app, "publishing")
 def publish(
     deal: Session,
-    folder: Annotated[Path, Argument(
-        envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
-    )],
+    folder: Annotated[
+        Path,
+        Argument(
+            envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
+        ),
+    ],
     lineage: Lineage = "default",
     version: Annotated[str | None, Option("--version", "-v", help="Its number.", show_default="the champion")] = None,
-    model: Annotated[str | None, Option(
-        help="The model that `vllm serve` was started with, word for word.",
-        show_default="the base model's Hub id or folder"
-    )] = None,
+    model: Annotated[
+        str | None,
+        Option(
+            help="The model that `vllm serve` was started with, word for word.",
+            show_default="the base model's Hub id or folder",
+        ),
+    ] = None,
 ) -> CommandResult:
     """Write a version's folder for vLLM's filesystem resolver. Every replica finds it by its name."""
     from infra.settings import VllmSettings

@@ -35,9 +35,11 @@ def up(
     """Start servers, deployments and workers on this machine. New files in the inbox are then learned automatically."""
     from flows.server.local_stack import bring_up
 
-    stack = asyncio.run(bring_up(
-        deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings, say=deal.screen.said
-    ))
+    stack = asyncio.run(
+        bring_up(
+            deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings, say=deal.screen.said
+        )
+    )
     shown = [
         "[bold green]Everything is up.[/] Files that land in the inbox are adapted automatically.",
         f"  runs        {stack.prefect_url}",
@@ -78,8 +80,14 @@ def deploy(
 @command(main_app, "looking")
 def status(
     deal: Session,
-    check: Annotated[bool, Option("--check", help="Exit with 1 also if an arrival or a run failed, an arrival waits "
-                                  "for deal requeue, or a file is skipped.")] = False,
+    check: Annotated[
+        bool,
+        Option(
+            "--check",
+            help="Exit with 1 also if an arrival or a run failed, an arrival waits "
+            "for deal requeue, or a file is skipped.",
+        ),
+    ] = False,
 ) -> CommandResult:
     """Show what runs, waits, failed (and why) or is damaged. Exit code 1: a process is gone or data is damaged."""
     from flows.server.status import read_status

@@ -32,16 +32,23 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
 
-Home = Annotated[Path | None, Option(
-    "--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].", show_default=False,
-    rich_help_panel="Common"
-)]
+Home = Annotated[
+    Path | None,
+    Option(
+        "--home",
+        metavar="DIR",
+        help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
+        show_default=False,
+        rich_help_panel="Common",
+    ),
+]
 Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
 Lineage = Annotated[str, Option("--lineage", "-l", help="Name of the lineage.")]
-Column = Annotated[str | None, Option(
-    "--column", help="With --data: the column that holds the texts.", show_default="found by its name"
-)]
+Column = Annotated[
+    str | None,
+    Option("--column", help="With --data: the column that holds the texts.", show_default="found by its name"),
+]
 
 main_app = typer.Typer()
 """The commands that belong to no group, such as `deal adapt`."""
@@ -92,8 +99,12 @@ class Session:
             return "unknown account"
 
     def run(
-        self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *,
-        makes_room: bool = False, trains: bool = False,
+        self,
+        start: Callable[[], Coroutine[Any, Any, Result]],
+        doing: str = "starting",
+        *,
+        makes_room: bool = False,
+        trains: bool = False,
     ) -> Result:
         """Run a flow and show its stages. Ctrl-C stops it at its next step, a second Ctrl-C at once.
 

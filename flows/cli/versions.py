@@ -92,9 +92,7 @@ def promote(deal: Session, version: Version, lineage: Lineage = "default", why: 
 @command(main_app, "rolling back")
 def rollback(
     deal: Session,
-    to: Annotated[
-        str | None, Option(help="Version to go back to.", show_default="the champion's parent")
-    ] = None,
+    to: Annotated[str | None, Option(help="Version to go back to.", show_default="the champion's parent")] = None,
     lineage: Lineage = "default",
     why: Why = "rolled back by hand",
 ) -> CommandResult:
@@ -125,8 +123,10 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
         serves = f"version {done.champion} serves on" if done.champion else "no version serves"
         return [f"[bold]Version {done.version} of {escape(done.lineage)} is rejected; {serves}.[/]"]
     if done.action == "rollout":
-        return [f"[bold]Version {done.version} of {escape(done.lineage)} is tried on live traffic; version "
-                f"{done.champion} serves on.[/]"]
+        return [
+            f"[bold]Version {done.version} of {escape(done.lineage)} is tried on live traffic; version "
+            f"{done.champion} serves on.[/]"
+        ]
     before = f"version {done.before}" if done.before else "none"
     shown: list[RenderableType] = [
         f"[bold green]Champion of {escape(done.lineage)}: version {done.champion}[/] (before: {before})"
@@ -139,13 +139,17 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
 @command(main_app, "reading")
 def requeue(
     deal: Session,
-    what: Annotated[list[str] | None, Argument(
-        help="Versions to learn again, or held arrivals inbox/TASK/FILE that go on.", show_default=False
-    )] = None,
-    learn: Annotated[bool, Option(
-        "--learn",
-        help="Learn all arrivals that were left behind, and let all held ones go on. Without it they are listed."
-    )] = False,
+    what: Annotated[
+        list[str] | None,
+        Argument(help="Versions to learn again, or held arrivals inbox/TASK/FILE that go on.", show_default=False),
+    ] = None,
+    learn: Annotated[
+        bool,
+        Option(
+            "--learn",
+            help="Learn all arrivals that were left behind, and let all held ones go on. Without it they are listed.",
+        ),
+    ] = False,
     lineage: Lineage = "default",
 ) -> CommandResult:
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""

@@ -74,43 +74,70 @@ def automations(never_began: timedelta) -> list[AutomationCore]:
     """Return the automations for lost runs. A run that does not begin within `never_began` counts as crashed."""
     return [
         _automation(
-            "silent runs", "A run that sends no heartbeat has lost its process and becomes Crashed.",
+            "silent runs",
+            "A run that sends no heartbeat has lost its process and becomes Crashed.",
             ChangeFlowRunState(state=StateType.CRASHED, message="No heartbeat: its process is gone."),
-            match=RUNS, match_related=OURS, after={HEARTBEAT}, expect={HEARTBEAT, *OVER}, for_each=RUN, within=SILENT,
+            match=RUNS,
+            match_related=OURS,
+            after={HEARTBEAT},
+            expect={HEARTBEAT, *OVER},
+            for_each=RUN,
+            within=SILENT,
         ),
         _automation(
-            "runs that never began", "A run that a worker took and never started becomes Crashed.",
+            "runs that never began",
+            "A run that a worker took and never started becomes Crashed.",
             ChangeFlowRunState(state=StateType.CRASHED, message=NEVER_STARTED),
-            match=RUNS, match_related=OURS, after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
-            expect={"prefect.flow-run.*"}, for_each=RUN, within=never_began,
+            match=RUNS,
+            match_related=OURS,
+            after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
+            expect={"prefect.flow-run.*"},
+            for_each=RUN,
+            within=never_began,
         ),
         _automation(
-            "crashed runs", "A run whose process died starts again and continues from its last checkpoint.",
+            "crashed runs",
+            "A run whose process died starts again and continues from its last checkpoint.",
             ChangeFlowRunState(
                 state=StateType.SCHEDULED, name="AwaitingRetry", message="Its process died; it starts again."
             ),
             match={**RUNS, "prefect.run-count": [str(number) for number in range(1, MAX_RERUNS + 1)]},
-            match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each=RUN,
+            match_related=THEIRS,
+            expect={"prefect.flow-run.Crashed"},
+            for_each=RUN,
         ),
         _automation(
-            "runs to begin again", "A run that a worker took and never started starts again.",
+            "runs to begin again",
+            "A run that a worker took and never started starts again.",
             ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="It starts again."),
             # others at 0 ended before they began, as in a broken installation: they would do so again
             match={**RUNS, "prefect.run-count": "0", "prefect.state-message": NEVER_STARTED},
-            match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each=RUN,
+            match_related=THEIRS,
+            expect={"prefect.flow-run.Crashed"},
+            for_each=RUN,
         ),
     ]
 
 
 def _automation(
-    name: str, description: str, action: ActionTypes, *, within: timedelta | None = None, enabled: bool = True,
+    name: str,
+    description: str,
+    action: ActionTypes,
+    *,
+    within: timedelta | None = None,
+    enabled: bool = True,
     **trigger: Any,
 ) -> AutomationCore:
     """Return an automation that reacts to an expected event or, with `within`, to its absence for so long."""
     return AutomationCore(
-        name=f"deal: {name}", description=description, enabled=enabled, actions=[action],
+        name=f"deal: {name}",
+        description=description,
+        enabled=enabled,
+        actions=[action],
         trigger=EventTrigger(
-            posture=Posture.Proactive if within else Posture.Reactive, within=within or timedelta(0), threshold=1,
+            posture=Posture.Proactive if within else Posture.Reactive,
+            within=within or timedelta(0),
+            threshold=1,
             **trigger,
         ),
     )
@@ -143,7 +170,10 @@ def notifications(block_id: UUID | None) -> list[AutomationCore]:
             for kind, event in EVENTS.items()
         ),
         _notifying(
-            "automations that failed", ACTION_FAILED, working, "The automation {{ event.resource.name }} failed",
+            "automations that failed",
+            ACTION_FAILED,
+            working,
+            "The automation {{ event.resource.name }} failed",
             "{{ event.payload.reason }}\nA run did not begin or did not come back; deal status shows what is open.",
             block_id,
         ),
@@ -155,9 +185,12 @@ def _notifying(
 ) -> AutomationCore:
     """Return an automation that sends one kind of event through the block."""
     return _automation(
-        f"tell of {what}", f"Sends {event} through a notification block; see docs/notifications.md.",
+        f"tell of {what}",
+        f"Sends {event} through a notification block; see docs/notifications.md.",
         SendNotification(block_document_id=block_id, subject=subject, body=body) if block_id else DoNothing(),
-        enabled=False, match=match, expect={event},
+        enabled=False,
+        match=match,
+        expect={event},
     )
 
 

@@ -90,7 +90,8 @@ async def _require_own(client: PrefectClient, ours: dict[str, str]) -> None:
         return
     theirs = {"home": homes[0], "store": str(await Variable.aget(STORE_VARIABLE, default=""))}
     differing = [
-        f"the {name} is {theirs[name]}, here it is {here}" for name, here in ours.items()
+        f"the {name} is {theirs[name]}, here it is {here}"
+        for name, here in ours.items()
         if theirs[name] not in ("", here)
     ]
     if differing:
@@ -117,7 +118,11 @@ def _deploy_file(home: Path, paused: Collection[str]) -> None:
         file.write_text(yaml.safe_dump(content), encoding="utf-8")
         command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file))
         done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
+            [sys.executable, "-m", *command],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=False,
             env={**os.environ, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
         )
     log = home / "logs" / "deploy.log"
@@ -158,7 +163,8 @@ def pool_template(pool_type: PoolType) -> dict[str, Any]:
     packages = json.loads((Path(prefect.__file__).parent / PREFECTS_POOLS).read_text(encoding="utf-8"))
     templates = {
         worker["type"]: worker["default_base_job_configuration"]
-        for workers in packages.values() for worker in workers.values()
+        for workers in packages.values()
+        for worker in workers.values()
     }
     changes = yaml.safe_load(POOL_CHANGES.read_text(encoding="utf-8"))
     return _changed(templates[pool_type], changes.get(pool_type, {}))

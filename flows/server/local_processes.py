@@ -121,8 +121,13 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
     environment = _environment(home, stack, name) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=home, env=environment, stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            [sys.executable, *command],
+            cwd=home,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     part = LocalProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log, gpus=gpus)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]

@@ -90,8 +90,10 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 raise ConfigError(f"Something listens on port {port} already; give another with --{name}-port.")
     stack = LocalStack(
-        prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}",
-        backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
+        prefect_url=f"http://127.0.0.1:{prefect_port}",
+        mlflow_url=f"http://127.0.0.1:{mlflow_port}",
+        backend_uri=settings.tracking_uri,
+        artifact_uri=settings.artifact_uri,
     )
     for name, command in _server_commands(prefect_port, mlflow_port).items():
         say(f"{name} starts")
@@ -104,7 +106,15 @@ def _server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str
     return {
         "prefect-server": ("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
         "mlflow-server": (
-            "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(mlflow_port),
+            "--workers",
+            "1",
             "--uvicorn-opts=--no-access-log",  # `deal serve` sends a request every two seconds
         ),
     }
@@ -137,9 +147,7 @@ def share_gpus(gpus: Sequence[str], num_trainings: int) -> list[tuple[str, int]]
     ]
 
 
-def _start_worker(
-    home: Path, stack: LocalStack, pool: str, name: str, limit: int, say: Say, gpus: str = ""
-) -> None:
+def _start_worker(home: Path, stack: LocalStack, pool: str, name: str, limit: int, say: Say, gpus: str = "") -> None:
     say(f"{name} starts")
     command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
     start_part(home, stack, name, (*command, "--no-create-pool-if-not-found"), gpus)

@@ -109,9 +109,12 @@ async def read_status(home: Path) -> Status:
     server = await read_server(problems)
     lineages = _lineages(problems, damaged)
     return Status(
-        **vars(server), mlflow_url=stack.mlflow_url if stack else None,
+        **vars(server),
+        mlflow_url=stack.mlflow_url if stack else None,
         parts=[PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log)) for part in parts],
-        lineages=lineages, problems=problems, damaged=damaged,
+        lineages=lineages,
+        problems=problems,
+        damaged=damaged,
     )
 
 
@@ -154,7 +157,11 @@ def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
 
 
 def _lineage(
-    store: ObjectStore, registry: RegistryReader | None, name: str, watched: WatchedLineage | None, inbox: InboxLook,
+    store: ObjectStore,
+    registry: RegistryReader | None,
+    name: str,
+    watched: WatchedLineage | None,
+    inbox: InboxLook,
     damaged: list[str],
 ) -> LineageStatus:
     champion: VersionInfo | None = None
@@ -175,9 +182,14 @@ def _lineage(
         except DealError as error:
             damaged.append(f"Lineage {name}: {in_one_line(error)}")
     return LineageStatus(
-        lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed,
-        held=watched.held if watched else None, held_arrivals=waiting,
-        monitor=_monitor(store, name, champion, damaged), rollout=_rollout(store, name),
+        lineage=name,
+        champion=champion.version if champion else None,
+        num_open=num_open,
+        failed=failed,
+        held=watched.held if watched else None,
+        held_arrivals=waiting,
+        monitor=_monitor(store, name, champion, damaged),
+        rollout=_rollout(store, name),
         rejected=None if registry is None else _rejected(registry, name),
     )
 
@@ -221,7 +233,8 @@ def _arrivals(state: InboxState, lineage: WatchedLineage, inbox: InboxLook) -> t
     bad = tuple(
         f"{info.key}: {_reason(known)}"
         for info in inbox.of(lineage.tasks)
-        if (known := state.files.get(info.key)) and known.outcome in ("refused", "failed")
+        if (known := state.files.get(info.key))
+        and known.outcome in ("refused", "failed")
         and (known.etag, known.beside) == (info.etag, inbox.stamp(info))  # another file is there, or is to be tried
     )
     return len(inbox.open_for(state, lineage.tasks, retry_now=False)), bad
@@ -289,7 +302,11 @@ async def read_server(problems: list[str]) -> ServerRuns:
 
 
 async def read_runs(
-    client: PrefectClient, states: list[StateType], since: datetime | None = None, limit: int | None = None, *,
+    client: PrefectClient,
+    states: list[StateType],
+    since: datetime | None = None,
+    limit: int | None = None,
+    *,
     due: datetime | None = None,
 ) -> list[FlowRun]:
     """Read the runs of this project's deployments that are in these states, newest first.
@@ -306,7 +323,8 @@ async def read_runs(
             expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=due) if due else None,
         ),
         deployment_filter=filters.DeploymentFilter(tags=filters.DeploymentFilterTags(all_=["deal"])),
-        sort=FlowRunSort.START_TIME_DESC, limit=limit,
+        sort=FlowRunSort.START_TIME_DESC,
+        limit=limit,
     )
 
 
@@ -315,7 +333,9 @@ async def _newest(
 ) -> list[RunStatus]:
     return [
         RunStatus(
-            name=run.name, state=run.state_name or "unknown", run_id=str(run.id),
+            name=run.name,
+            state=run.state_name or "unknown",
+            run_id=str(run.id),
             since=run.start_time or run.expected_start_time or datetime.now(UTC),
             message=without_secrets((run.state and run.state.message) or ""),
         )

@@ -26,8 +26,13 @@ from infra.report.figures import (
 from infra.report.run_report import RunReport
 
 PAGE_COLOURS = {
-    COLOURS[0]: "var(--accent)", COLOURS[1]: "var(--second)", COLOURS[-1]: "var(--text)", "#333333": "var(--text)",
-    MUTED: "var(--muted)", "#DDDDDD": "var(--line)", "#EFEFEF": "var(--line)",
+    COLOURS[0]: "var(--accent)",
+    COLOURS[1]: "var(--second)",
+    COLOURS[-1]: "var(--text)",
+    "#333333": "var(--text)",
+    MUTED: "var(--muted)",
+    "#DDDDDD": "var(--line)",
+    "#EFEFEF": "var(--line)",
 }
 """The page's variable for each colour of a figure; `page.css` has two values for each, for light and dark screens."""
 _COLOUR = re.compile("|".join(PAGE_COLOURS), re.IGNORECASE)
@@ -49,8 +54,9 @@ def charts_of(
     drawn = {
         "tasks": inline_svg(tasks, "tasks", "Accuracy of every task, version by version"),
         "loss": inline_svg(loss_curve(report.training.losses), "loss", "Training loss over optimiser steps"),
-        "fill": inline_svg(fill_bars(report.training.fill), "fill",
-                           "Share of the adapter's slots in use, layer by layer"),
+        "fill": inline_svg(
+            fill_bars(report.training.fill), "fill", "Share of the adapter's slots in use, layer by layer"
+        ),
     }
     for number, each in enumerate(() if live is None else live.drift.tasks):
         if each.status == "compared":

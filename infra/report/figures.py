@@ -96,8 +96,9 @@ def draw_heatmap(axes: Axes, matrix: AccuracyMatrix) -> None:
         axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
     for version, task in enumerate(matrix.trained, start=1):
         corner = (matrix.tasks.index(task), version)
-        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.4, zorder=3,
-                                 clip_on=False))
+        axes.add_patch(
+            Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.4, zorder=3, clip_on=False)
+        )
     axes.set_xlim(0, len(matrix.tasks))
     axes.set_ylim(len(values), -GAP)
     name_columns(axes, matrix.tasks, offset=0.5)
@@ -131,8 +132,11 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
     ends = []
     for column in shown:  # earlier test rows that were forgotten have no value
         first = matrix.first_versions()[column]
-        known = {step + 1: 100 * value for step, row in enumerate(matrix.rows[first:], first)
-                 if (value := row[column]) is not None}  # fmt: skip
+        known = {
+            step + 1: 100 * value
+            for step, row in enumerate(matrix.rows[first:], first)
+            if (value := row[column]) is not None
+        }
         _mark(axes, column, list(known), list(known.values()))
         ends.append(known[last])
     tidy(axes)
@@ -143,8 +147,15 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
     for column, end, height in zip(shown, ends, (each + beyond for each in heights), strict=True):
         beside = axes.get_yaxis_transform()
         _mark(axes, column, [1.03], [height], transform=beside)
-        axes.text(1.05, height, f"{end:.1f}  {shorten(matrix.tasks[column], MAX_NAME)}", transform=beside, va="center",
-                  fontsize=9, color="#333333")
+        axes.text(
+            1.05,
+            height,
+            f"{end:.1f}  {shorten(matrix.tasks[column], MAX_NAME)}",
+            transform=beside,
+            va="center",
+            fontsize=9,
+            color="#333333",
+        )
     axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("accuracy, %", color=MUTED)
@@ -181,14 +192,28 @@ def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
         return figure
     steps, values = (numpy.array(column) for column in zip(*points, strict=True))
     many = len(points) >= 60
-    axes.plot(steps, values, color=COLOURS[0], linewidth=1.2, alpha=0.35 if many else 1.0,
-              marker="" if many else "o", markersize=3.5)
+    axes.plot(
+        steps,
+        values,
+        color=COLOURS[0],
+        linewidth=1.2,
+        alpha=0.35 if many else 1.0,
+        marker="" if many else "o",
+        markersize=3.5,
+    )
     if many:
         half = len(points) // 30
         smooth = numpy.convolve(values, numpy.ones(2 * half + 1) / (2 * half + 1), "valid")
         axes.plot(steps[half : len(steps) - half], smooth, color=COLOURS[0], linewidth=2.2)
-        axes.text(1, 1.02, f"line: running mean of {2 * half + 1} points", transform=axes.transAxes, ha="right",
-                  fontsize=9, color=MUTED)
+        axes.text(
+            1,
+            1.02,
+            f"line: running mean of {2 * half + 1} points",
+            transform=axes.transAxes,
+            ha="right",
+            fontsize=9,
+            color=MUTED,
+        )
     tidy(axes)
     axes.set_ylim(0, float(values.max()) * 1.06 or 1)
     axes.set_xlim(left=0)
@@ -216,8 +241,15 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
         panel.bar(list(shares), heights, color=COLOURS[0], width=0.82)
         mean = sum(heights) / len(heights)
         panel.axhline(mean, color=COLOURS[1], linewidth=1.4)
-        panel.text(1.008, mean / 100, f"mean\n{mean:.0f} %", transform=panel.transAxes, va="center", fontsize=9,
-                   color=COLOURS[1])
+        panel.text(
+            1.008,
+            mean / 100,
+            f"mean\n{mean:.0f} %",
+            transform=panel.transAxes,
+            va="center",
+            fontsize=9,
+            color=COLOURS[1],
+        )
         tidy(panel)
         panel.set_ylim(0, 100)
         panel.set_yticks([0, 50, 100])
@@ -287,5 +319,12 @@ def _draw_bars(axes: Axes, matrices: dict[str, AccuracyMatrix]) -> None:
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_title("at the end, all tasks\n", fontsize=12, fontweight="bold", loc="left")
     axes.text(0, 1.03, "accuracy in %", transform=axes.transAxes, fontsize=9.5, color=MUTED)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=len(series), frameon=False, fontsize=8.5,
-                handlelength=1.0, columnspacing=1.2)
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.99),
+        ncols=len(series),
+        frameon=False,
+        fontsize=8.5,
+        handlelength=1.0,
+        columnspacing=1.2,
+    )

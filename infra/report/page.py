@@ -47,7 +47,8 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
         "report": report,
         "evaluation": evaluation,
         "verdict": verdict_of(report),
-        "origin": origin_of(report), "learned_rows": learned_rows_of(report),
+        "origin": origin_of(report),
+        "learned_rows": learned_rows_of(report),
         "scores": scores_of(report, evaluation),
         "matrix": matrix_rows(evaluation.matrix, versions),
         "charts": _charts(report, evaluation, versions, live),
@@ -76,8 +77,12 @@ def _charts(
 def _environment() -> Environment:
     """Return the environment of the templates; it compiles each of them once in a process."""
     environment = Environment(
-        loader=PackageLoader("infra.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
+        loader=PackageLoader("infra.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"percent": percent, "points": points, "duration": duration, "count": count}
     return environment

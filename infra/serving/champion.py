@@ -93,7 +93,10 @@ class Champion:
         return None if self.rollout is None else self.rollout.canary
 
     def ask(
-        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], key: str | None = None,
+        self,
+        rows: Sequence[InputRow],
+        is_given_up: Callable[[], bool],
+        key: str | None = None,
         version: str | None = None,
     ) -> Answered:
         """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`.

@@ -256,13 +256,16 @@ def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: b
     task = served.task(task_name)
     if task is None:
         names = ", ".join(each.schema.name for each in served.tasks)
-        raise RefusalError(404, f"model names the task {task_name!r}; the version that answers knows {names}.",
-                           code=NOT_FOUND)
+        raise RefusalError(
+            404, f"model names the task {task_name!r}; the version that answers knows {names}.", code=NOT_FOUND
+        )
     read = _chat_input if is_chat else _prompts
     texts = read(values, task.schema.format == "chat", task.schema.name)
     return ApiRequest(
         rows=tuple(InputRow(text, task.schema.name) for text in texts),
-        version=version, is_chat=is_chat, is_stream=values.get("stream") is True,
+        version=version,
+        is_chat=is_chat,
+        is_stream=values.get("stream") is True,
         user=values["user"] if isinstance(values.get("user"), str) else None,
     )
 
@@ -279,8 +282,9 @@ def _version_and_task(values: Mapping[str, Any], served: ServedVersion) -> tuple
     rest, _, task = model.partition("/")
     lineage, _, version = rest.partition("@")
     if lineage != served.lineage:
-        raise RefusalError(404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.",
-                           code=NOT_FOUND)
+        raise RefusalError(
+            404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.", code=NOT_FOUND
+        )
     return version or None, task or None
 
 

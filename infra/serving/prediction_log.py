@@ -50,9 +50,7 @@ class _Waiting(NamedTuple):
 class PredictionLog:
     """The log of one server. `start` starts its threads, `close` writes what waits and ends them."""
 
-    def __init__(
-        self, store: ObjectStore, home: Path, lineage: str, *, keeps_texts: bool, retention_days: int
-    ) -> None:
+    def __init__(self, store: ObjectStore, home: Path, lineage: str, *, keeps_texts: bool, retention_days: int) -> None:
         self.keeps_texts = keeps_texts
         self._retention_days = retention_days
         self._store = store
@@ -97,7 +95,11 @@ class PredictionLog:
         return answered._replace(ids=[each.id for each in made])
 
     def note_failure(
-        self, rows: Sequence[InputRow], served: ServedVersion, version: str, seconds: float,
+        self,
+        rows: Sequence[InputRow],
+        served: ServedVersion,
+        version: str,
+        seconds: float,
         shadow_of: Sequence[str] = (),
     ) -> None:
         """Log that a version failed on a request. The rows fit `served`. No error reaches the caller."""
@@ -177,8 +179,11 @@ class PredictionLog:
                 cleaned = cleaned if unremoved else time.monotonic()
             for error in errors:
                 if str(error) not in told:
-                    LOG.warning("Segments of the prediction log were not moved or removed: %s", error,
-                                exc_info=None if isinstance(error, DealError | OSError) else error)
+                    LOG.warning(
+                        "Segments of the prediction log were not moved or removed: %s",
+                        error,
+                        exc_info=None if isinstance(error, DealError | OSError) else error,
+                    )
             told = {str(error) for error in errors}
             self._ended.wait(SHIP_SECONDS)
 
@@ -201,5 +206,9 @@ def open_prediction_log(home: Path, lineage: str) -> PredictionLog | None:
         return None
     store = open_store(settings.store_uri, settings)
     return PredictionLog(
-        store, home, lineage, keeps_texts=serving.log_predictions == "texts", retention_days=serving.log_retention_days,
+        store,
+        home,
+        lineage,
+        keeps_texts=serving.log_predictions == "texts",
+        retention_days=serving.log_retention_days,
     )

@@ -73,7 +73,11 @@ class Rollout:
     """
 
     def __init__(
-        self, registry: Registry, lineage: str, answerer: Answerer, log: PredictionLog | None,
+        self,
+        registry: Registry,
+        lineage: str,
+        answerer: Answerer,
+        log: PredictionLog | None,
         note: Callable[[str], None],
     ) -> None:
         self._registry, self._lineage = registry, lineage
@@ -110,8 +114,9 @@ class Rollout:
         if self.trial is not None:
             self.trial = None
             self._answerer.drop_candidate()
-        if wanted is not None and (self._failed is None or self._failed[0] != wanted
-                                   or time.monotonic() - self._failed[1] > PAUSE_SECONDS):
+        if wanted is not None and (
+            self._failed is None or self._failed[0] != wanted or time.monotonic() - self._failed[1] > PAUSE_SECONDS
+        ):
             self._try(wanted)
 
     def stop(self) -> None:
@@ -119,7 +124,11 @@ class Rollout:
         self._ended.set()
 
     def ask(
-        self, rows: Sequence[InputRow], served: ServedVersion, is_given_up: Callable[[], bool], key: str | None,
+        self,
+        rows: Sequence[InputRow],
+        served: ServedVersion,
+        is_given_up: Callable[[], bool],
+        key: str | None,
         version: str | None,
     ) -> Answered | Refused | None:
         """Let the candidate answer a request of the canary's share; otherwise the champion (`served`) has to answer.

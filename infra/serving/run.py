@@ -41,8 +41,15 @@ HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w.-]+|\[[\da-f]*:[\da-f.:]+\]", re.ASCII
 
 
 def serve(
-    lineage: str, home: Path, *, host: str, port: int, trusted_hosts: Sequence[str],
-    say: Say, ready: Callable[[str, str], None], settle: Callable[[], object],
+    lineage: str,
+    home: Path,
+    *,
+    host: str,
+    port: int,
+    trusted_hosts: Sequence[str],
+    say: Say,
+    ready: Callable[[str, str], None],
+    settle: Callable[[], object],
 ) -> bool:
     """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second SIGINT ends them.
 
@@ -97,11 +104,20 @@ def _api_key(host: str, say: Say) -> str | None:
 
 def make_server(app: Any) -> uvicorn.Server:
     """Return a server of the web application with this module's limits."""
-    return _Server(uvicorn.Config(
-        app, loop="asyncio", http=ImpatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    ))
+    return _Server(
+        uvicorn.Config(
+            app,
+            loop="asyncio",
+            http=ImpatientProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
 
 
 class _Server(uvicorn.Server):

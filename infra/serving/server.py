@@ -125,7 +125,10 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
             answering("/feedback", give_feedback, lambda refusal: {"error": str(refusal)}),
             answering("/v1/chat/completions", partial(complete, is_chat=True), api_refusal),
             answering("/v1/completions", partial(complete, is_chat=False), api_refusal),
-            Route("/v1/models", models), Route("/health", health), Route("/ping", health), Route("/version", version),
+            Route("/v1/models", models),
+            Route("/health", health),
+            Route("/ping", health),
+            Route("/version", version),
             Route("/metrics", metrics),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
@@ -220,10 +223,12 @@ class Meter(Collector):
     def __init__(self, serving: Champion) -> None:
         self._serving = serving
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter("deal_requests", "Requests that ended.", ["path", "status", "version"],
-                                 registry=registry)
-        self._seconds = Histogram("deal_request_seconds", "Seconds of a request.", ["path"], buckets=BUCKETS,
-                                  registry=registry)
+        self._requests = Counter(
+            "deal_requests", "Requests that ended.", ["path", "status", "version"], registry=registry
+        )
+        self._seconds = Histogram(
+            "deal_request_seconds", "Seconds of a request.", ["path"], buckets=BUCKETS, registry=registry
+        )
         self._open = Gauge("deal_requests_in_flight", "Requests in flight.", registry=registry)
         registry.register(self)
 

@@ -106,8 +106,10 @@ class VllmClient:
     def _send(self, action: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         """Send a request; repeat it while the server does not answer."""
         retrying = Retrying(
-            stop=stop_after_attempt(self._max_attempts), wait=wait_exponential(FIRST_PAUSE_SECONDS, max=10),
-            retry=retry_if_exception_type(VllmAwayError), reraise=True,
+            stop=stop_after_attempt(self._max_attempts),
+            wait=wait_exponential(FIRST_PAUSE_SECONDS, max=10),
+            retry=retry_if_exception_type(VllmAwayError),
+            reraise=True,
         )
         return retrying(self._send_once, action, method, path, body)
 

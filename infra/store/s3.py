@@ -161,7 +161,11 @@ class S3Store(ObjectStore):
         for remaining in reversed(range(NUM_TRIES)):
             try:
                 self.client.put_object(
-                    Bucket=self.bucket, Key=name, Body=data, IfNoneMatch="*", Metadata={"writer": writer},
+                    Bucket=self.bucket,
+                    Key=name,
+                    Body=data,
+                    IfNoneMatch="*",
+                    Metadata={"writer": writer},
                     **self._encryption,
                 )
                 return True

@@ -93,10 +93,12 @@ class DatabaseReader(RegistryReader):
             if not rows:
                 return []
             values |= {"newest": rows[0][0], "oldest": rows[-1][0]}
-            tags = _by_owner(select(
-                "SELECT version, key, value FROM model_version_tags WHERE workspace = :workspace AND name = :name "
-                "AND version BETWEEN :oldest AND :newest"
-            ))
+            tags = _by_owner(
+                select(
+                    "SELECT version, key, value FROM model_version_tags WHERE workspace = :workspace AND name = :name "
+                    "AND version BETWEEN :oldest AND :newest"
+                )
+            )
         return [
             VersionRow(values["name"], str(number), run_id, source, created, tags[number])
             for number, run_id, source, created in rows

@@ -47,7 +47,9 @@ class MlflowReader(RegistryReader):
     def _search(self, condition: str, at_most: int | None) -> Iterator[VersionRow]:
         with report_errors("search versions", self.uri):
             found = all_pages(
-                self._client.search_model_versions, condition, max_results=min(at_most or PAGE, PAGE),
+                self._client.search_model_versions,
+                condition,
+                max_results=min(at_most or PAGE, PAGE),
                 order_by=["version_number DESC"],
             )
             yield from map(_version_row, found)
@@ -59,6 +61,10 @@ def _model_row(model: RegisteredModel) -> ModelRow:
 
 def _version_row(version: ModelVersion) -> VersionRow:
     return VersionRow(
-        name=version.name, number=str(version.version), run_id=version.run_id, source=version.source,
-        created_ms=version.creation_timestamp, tags=version.tags,
+        name=version.name,
+        number=str(version.version),
+        run_id=version.run_id,
+        source=version.source,
+        created_ms=version.creation_timestamp,
+        tags=version.tags,
     )

@@ -92,7 +92,11 @@ class Registry(RegistryReader):
         tags = facts.tags() | {f"deal.{name}": value for name, value in (more or {}).items()}
         with report_errors(f"make a version of {lineage!r}", self.uri), global_address(self.uri):
             made = self.client.create_model_version(
-                lineage, source=f"models:/{model_id}", run_id=tracking_id, tags=tags, description=_describe(facts),
+                lineage,
+                source=f"models:/{model_id}",
+                run_id=tracking_id,
+                tags=tags,
+                description=_describe(facts),
                 model_id=model_id,
             )
         return int(made.version)
@@ -304,8 +308,11 @@ def _describe(facts: VersionFacts) -> str:
 def _require_recorded(lineage: str, version: str, folder: Path, model: LoggedModel) -> None:
     recorded = as_recorded(json.loads(model.tags.get(FILES_SHA256, "{}")))
     require_undamaged(
-        digests_of(folder, recorded), recorded, recorded, what=f"Version {version} of '{lineage}'",
+        digests_of(folder, recorded),
+        recorded,
+        recorded,
+        what=f"Version {version} of '{lineage}'",
         where=without_secrets(str(model.artifact_location)),
         remedy="Restore the folder from a backup, or go back to an earlier version: "
-               f"deal rollback --lineage {lineage} (deal history --lineage {lineage} lists the versions).",
+        f"deal rollback --lineage {lineage} (deal history --lineage {lineage} lists the versions).",
     )

@@ -62,8 +62,13 @@ class Tracker:
         self.client = open_client(settings)
 
     def start(
-        self, lineage: str, run_key: str, *, name: str,
-        params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None,
+        self,
+        lineage: str,
+        run_key: str,
+        *,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
         """Return the run with `run_key`; start it if it does not exist.
 
@@ -140,7 +145,9 @@ class TrackedRun:
             where, reason = self.client.tracking_uri, str(error).split("\n")[0]
             logger.warning(
                 "Metrics wait for MLflow at %s, the next try is in %.0f s: %s",
-                without_secrets(where), self._pause, without_secrets(reason),
+                without_secrets(where),
+                self._pause,
+                without_secrets(reason),
             )
         self._next_send = monotonic() + self._pause
 
@@ -215,8 +222,9 @@ class TrackedRun:
         """
         with self._report_errors(f"read {file}"), temporary_folder() as folder:
             if not self.has_file(file):
-                raise RegistryError(f"Run {self.run_id} has no {file}; it was not finished, or an earlier release "
-                                    "made it.")
+                raise RegistryError(
+                    f"Run {self.run_id} has no {file}; it was not finished, or an earlier release made it."
+                )
             path = Path(self.client.download_artifacts(self.run_id, file, str(folder)))
             try:
                 return json.loads(path.read_text(encoding="utf-8"))
@@ -233,9 +241,16 @@ class TrackedRun:
             run = self.client.get_run(self.run_id)
             own = f"source_run_id = '{self.run_id}' AND tags.`{ADAPTER_SHA256}` = '{sha256}'"
             found = self.client.search_logged_models([run.info.experiment_id], own, max_results=1)
-            model = found[0] if found else self.client.create_logged_model(
-                run.info.experiment_id, name=re.sub(r"[^A-Za-z0-9_-]", "-", name), source_run_id=self.run_id,
-                tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256}, model_type=MODEL_TYPE,
+            model = (
+                found[0]
+                if found
+                else self.client.create_logged_model(
+                    run.info.experiment_id,
+                    name=re.sub(r"[^A-Za-z0-9_-]", "-", name),
+                    source_run_id=self.run_id,
+                    tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256},
+                    model_type=MODEL_TYPE,
+                )
             )
             model_id = str(model.model_id)
             if str(model.status) != "READY":

@@ -39,8 +39,15 @@ if TYPE_CHECKING:
 
 
 def evaluate_version(
-    base: BaseRef, parent: VersionRef | None, adapter: AdapterRef, dataset: DatasetRef, config: EvaluateConfig,
-    train: TrainConfig, notes: tuple[str, ...] = (), *, spared: Spared,
+    base: BaseRef,
+    parent: VersionRef | None,
+    adapter: AdapterRef,
+    dataset: DatasetRef,
+    config: EvaluateConfig,
+    train: TrainConfig,
+    notes: tuple[str, ...] = (),
+    *,
+    spared: Spared,
 ) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 
@@ -91,14 +98,25 @@ class _Asked:
 
 
 def _rows_to_ask(
-    store: ObjectStore, parent: VersionRef | None, dataset: DatasetRef, config: EvaluateConfig, train: TrainConfig,
+    store: ObjectStore,
+    parent: VersionRef | None,
+    dataset: DatasetRef,
+    config: EvaluateConfig,
+    train: TrainConfig,
     spared: Spared,
 ) -> _Asked:
     record = read_record(store, parent.adapter_uri) if parent else None
     renewal = find_renewal(store, record, dataset)
     unjudged = _unjudged(store, record, renewal)
-    old = [load_test_set(store, known) for known in record.tasks
-           if known != renewal.known and known.schema.name not in unjudged] if record else []  # fmt: skip
+    old = (
+        [
+            load_test_set(store, known)
+            for known in record.tasks
+            if known != renewal.known and known.schema.name not in unjudged
+        ]
+        if record
+        else []
+    )
     old += _slice_sets(store, record, renewal.slices) if record else []
     new: list[TestSet] = []
     notes: tuple[str, ...] = ()
@@ -112,7 +130,8 @@ def _rows_to_ask(
     notes += tuple(_notes_on_spared([*newly, *new], spared))
     notes += tuple(
         f"{name} was not judged, because its test rows were forgotten; its figure is the parent's. Land test rows of "
-        f"{name}, and it is judged again" for name in unjudged
+        f"{name}, and it is judged again"
+        for name in unjudged
     )
     new = [judging_rows(each, spared) for each in new]
     old = [judging_rows(each, spared) for each in old]
@@ -121,14 +140,21 @@ def _rows_to_ask(
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     return _Asked(
-        record=record, renewal=renewal, old=old, new=new, answered=answered, unanswered=_unanswered(old, answered),
-        all=[*(_widened(each, dataset, renewal.slices) for each in old), *new], notes=notes,
+        record=record,
+        renewal=renewal,
+        old=old,
+        new=new,
+        answered=answered,
+        unanswered=_unanswered(old, answered),
+        all=[*(_widened(each, dataset, renewal.slices) for each in old), *new],
+        notes=notes,
         unjudged=unjudged,
-    )  # fmt: skip
+    )
 
 
 def _unjudged(store: ObjectStore, record: LineageRecord | None, renewal: Renewal) -> tuple[str, ...]:
     """The tasks without test rows, if the arrival replaces forgotten test rows of its own task; else none may be."""
+
     def is_lost(known: KnownTask) -> bool:
         return forgotten_tests(store, known.schema.name, known.dataset_uri) is not None
 
@@ -172,9 +198,10 @@ def _score(scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: Ad
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
         now = scorer.score(folder, asked.all, general=True, explain=True)
         facts = AdapterFacts(
-            norm=adapter_norm(folder), parent_norm=adapter_norm(before) if before else None,
+            norm=adapter_norm(folder),
+            parent_norm=adapter_norm(before) if before else None,
             is_changed=parent is None or parent.adapter_sha256 != adapter.sha256,
-        )  # fmt: skip
+        )
     return _Found(on_base=on_base, on_parent=on_parent, now=now, answered=answered, facts=facts)
 
 
@@ -227,19 +254,26 @@ def _report(
             dataset.task, base_accuracy=base_accuracy, last_accuracy=found.on_parent.accuracies[dataset.task]
         )
     return EvaluationReport(
-        task=dataset.task, num_rows=num_rows, notes=notes,
-        accuracies=now.accuracies, outcomes=now.outcomes, perplexity=now.perplexity,
-        parent_accuracies=parent_accuracies, parent_outcomes={**earlier, **found.on_parent.outcomes},
-        base_accuracy=base_accuracy, base_perplexity=found.on_base.perplexity,
+        task=dataset.task,
+        num_rows=num_rows,
+        notes=notes,
+        accuracies=now.accuracies,
+        outcomes=now.outcomes,
+        perplexity=now.perplexity,
+        parent_accuracies=parent_accuracies,
+        parent_outcomes={**earlier, **found.on_parent.outcomes},
+        base_accuracy=base_accuracy,
+        base_perplexity=found.on_base.perplexity,
         parent_accuracy_new_task=parent_accuracy,
         matrix=matrix.with_row(
             dataset.task, {**carried, **now.accuracies}, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
         ),
-        adapter=found.facts, majority_rate=now.evaluations[dataset.task].majority_rate,
+        adapter=found.facts,
+        majority_rate=now.evaluations[dataset.task].majority_rate,
         metrics={each.schema.name: each.schema.metric for each in asked.all},
         slices=asked.slices,
         labels={name: each.labels for name, each in now.evaluations.items() if each.labels},
-    )  # fmt: skip
+    )
 
 
 def _notes_on_known_task(store: ObjectStore, lineage: str, known: KnownTask, dataset: DatasetRef) -> Iterator[str]:

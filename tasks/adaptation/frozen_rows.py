@@ -98,9 +98,10 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
     shares = share_rows(old, max_rows)
     return [
         replace(test_set, rows=first_rows(test_set.rows, shares[test_set.schema.name]))
-        if test_set.schema.name in shares else test_set
+        if test_set.schema.name in shares
+        else test_set
         for test_set in sets
-    ]  # fmt: skip
+    ]
 
 
 def spared_rows(test_set: TestSet) -> TestSet:
@@ -119,11 +120,15 @@ def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTex
     from deal_core.strategies.strategy import TaskTexts
 
     return [
-        TaskTexts(task=known.schema, rows=spared_rows(load_test_set(store, known)).rows,
-                  max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens)
+        TaskTexts(
+            task=known.schema,
+            rows=spared_rows(load_test_set(store, known)).rows,
+            max_prompt_tokens=known.max_prompt_tokens,
+            max_new_tokens=known.max_new_tokens,
+        )
         for known in tasks
         if forgotten_tests(store, known.schema.name, known.dataset_uri) is None
-    ]  # fmt: skip
+    ]
 
 
 def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
@@ -259,9 +264,14 @@ def _compare(
         return tuple(_example(row, before, now, scores, include_texts) for row, *scores in found[:MAX_EXAMPLES])
 
     return Changed(
-        task=schema.name, metric=schema.metric, num_rows=len(common), num_gained=len(gained), num_lost=len(lost),
-        gained=examples(gained), lost=examples(lost),
-    )  # fmt: skip
+        task=schema.name,
+        metric=schema.metric,
+        num_rows=len(common),
+        num_gained=len(gained),
+        num_lost=len(lost),
+        gained=examples(gained),
+        lost=examples(lost),
+    )
 
 
 def _example(

@@ -41,7 +41,11 @@ OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all", "j
 
 @contextmanager
 def landing_of(
-    store: ObjectStore, arrival: Arrival, schema: TaskSchema, record: LineageRecord | None, config: DataConfig,
+    store: ObjectStore,
+    arrival: Arrival,
+    schema: TaskSchema,
+    record: LineageRecord | None,
+    config: DataConfig,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Landing]:
     """Yield the arrival's files on this machine, with all that its rows are checked by.
@@ -56,11 +60,15 @@ def landing_of(
         local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
     ):
         yield Landing(
-            source=source, task=schema, config=config, test_source=test_source,
+            source=source,
+            task=schema,
+            config=config,
+            test_source=test_source,
             frozen_test_inputs=_frozen_test_inputs(store, record, arrival.task),
             renews_tests=bool(record and known and is_renewal_asked(store, record.lineage, known)),
-            on_progress=on_progress, new_label_remedy=_new_label_remedy(arrival, record),
-        )  # fmt: skip
+            on_progress=on_progress,
+            new_label_remedy=_new_label_remedy(arrival, record),
+        )
 
 
 def _new_label_remedy(arrival: Arrival, record: LineageRecord | None) -> str:
@@ -210,10 +218,16 @@ def _publish(
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
     return DatasetRef(
-        task=manifest.task.name, uri=uri, sha256=manifest.sha256, num_train=manifest.num_train,
-        num_test=manifest.num_test, num_rejected=manifest.num_rejected, quarantine=quarantine,
-        landed_sha256=manifest.landed_sha256, new_labels=new_labels,
-    )  # fmt: skip
+        task=manifest.task.name,
+        uri=uri,
+        sha256=manifest.sha256,
+        num_train=manifest.num_train,
+        num_test=manifest.num_test,
+        num_rejected=manifest.num_rejected,
+        quarantine=quarantine,
+        landed_sha256=manifest.landed_sha256,
+        new_labels=new_labels,
+    )
 
 
 def _publish_quarantine(
@@ -267,14 +281,21 @@ def retains_training_rows(store: ObjectStore, dataset_uri: str) -> bool:
 def new_task(store: ObjectStore, dataset: DatasetRef, max_prompt_tokens: int, max_new_tokens: int) -> KnownTask:
     """Return the task of a dataset whose test rows judge it from now on."""
     return KnownTask(
-        schema=read_manifest(store, dataset.uri).task, dataset_uri=dataset.uri, num_test=dataset.num_test,
-        max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens,
-    )  # fmt: skip
+        schema=read_manifest(store, dataset.uri).task,
+        dataset_uri=dataset.uri,
+        num_test=dataset.num_test,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+    )
 
 
 def tasks_after(
-    store: ObjectStore, before: LineageRecord | None, dataset: DatasetRef, renewed: KnownTask | None,
-    max_prompt_tokens: int, max_new_tokens: int,
+    store: ObjectStore,
+    before: LineageRecord | None,
+    dataset: DatasetRef,
+    renewed: KnownTask | None,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
 ) -> tuple[KnownTask, ...]:
     """Return the tasks that a version knows after it learned the dataset, each with the test rows that judge it.
 

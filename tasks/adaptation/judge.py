@@ -82,10 +82,13 @@ def _pairs_of_tasks(
         now = kept.now.get(name, {})
         common = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in now and digest in before]
         rows = first_rows(test_set.rows.select(common), max_rows)
-        yield name, [
-            _Pair(readable_prompt(known.schema, text), all_of(answers), now[key], before[key])
-            for text, answers, key in zip(rows["input"], right_answers(rows), rows["sha256"], strict=True)
-        ]
+        yield (
+            name,
+            [
+                _Pair(readable_prompt(known.schema, text), all_of(answers), now[key], before[key])
+                for text, answers, key in zip(rows["input"], right_answers(rows), rows["sha256"], strict=True)
+            ],
+        )
 
 
 def _tasks(store: ObjectStore, parent: VersionRef, dataset: DatasetRef) -> list[KnownTask]:

@@ -20,9 +20,13 @@ def served_version(record: LineageRecord) -> ServedVersion:
     """Return the facts that serving needs without the object store."""
     base = record.base
     return ServedVersion(
-        lineage=record.lineage, base_source=base.source, base_name=base.name, base_sha256=base.sha256,
-        tasks=tuple(map(served_task, record.tasks)), newest_task=record.matrix.trained[-1],
-    )  # fmt: skip
+        lineage=record.lineage,
+        base_source=base.source,
+        base_name=base.name,
+        base_sha256=base.sha256,
+        tasks=tuple(map(served_task, record.tasks)),
+        newest_task=record.matrix.trained[-1],
+    )
 
 
 def served_task(known: KnownTask) -> ServedTask:
@@ -49,38 +53,67 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
     origin = f"continues version {facts.parent_version}" if facts.parent_version else "starts from the base model"
     verdict = "accepted" if facts.accepted else "rejected: " + " ".join(facts.reasons)
     lines = [
-        *_front_matter(record, licence), "",
-        f"# {record.lineage}: {', '.join(known.schema.name for known in record.tasks)}", "",
+        *_front_matter(record, licence),
+        "",
+        f"# {record.lineage}: {', '.join(known.schema.name for known in record.tasks)}",
+        "",
         f"A LoRA adapter (PEFT) of **{base.name}**. It learned the task **{facts.task}** last, with the strategy "
-        f"{facts.strategy}, and {origin}. Its gate: {verdict}.", "",
-        "## Base model", "",
+        f"{facts.strategy}, and {origin}. Its gate: {verdict}.",
+        "",
+        "## Base model",
+        "",
         f"- name: {base.name}",
         f"- digest of weights, config and tokenizer (sha256): `{base.sha256}`",
         f"- licence: {licence or NOT_STATED}; the adapter alone is of no use without it",
-        "", "The base model's weights are not part of this folder.", "",
-        "## Data", "",
-        *words.markdown_table(("task", "format", "dataset whose test rows judge it (sha256)", "rows that judge"), [
-            (known.schema.name, known.schema.format, f"`{dataset_sha256(known.dataset_uri)}`",
-             str(_num_judging(record, known))) for known in record.tasks
-        ]), "",
+        "",
+        "The base model's weights are not part of this folder.",
+        "",
+        "## Data",
+        "",
+        *words.markdown_table(
+            ("task", "format", "dataset whose test rows judge it (sha256)", "rows that judge"),
+            [
+                (
+                    known.schema.name,
+                    known.schema.format,
+                    f"`{dataset_sha256(known.dataset_uri)}`",
+                    str(_num_judging(record, known)),
+                )
+                for known in record.tasks
+            ],
+        ),
+        "",
         f"Dataset of this version: {facts.task}, sha256 `{facts.dataset_sha256}`. Settings: sha256 "
-        f"`{facts.config_sha256}`. Run: `{facts.run_key}`.", "",
-        "## Accuracy", "",
+        f"`{facts.config_sha256}`. Run: `{facts.run_key}`.",
+        "",
+        "## Accuracy",
+        "",
         "Share of exact matches in % on the tasks' frozen test rows: a row for each version, a column for each task.",
         *filter(None, [scored_otherwise({known.schema.name: known.schema.metric for known in record.tasks})]),
-        "", *_matrix(record), "", *_scores(facts), "",
-        "## Limits", "", *_limits(record), "",
-        "## Use", "",
-        "With PEFT alone:", "",
+        "",
+        *_matrix(record),
+        "",
+        *_scores(facts),
+        "",
+        "## Limits",
+        "",
+        *_limits(record),
+        "",
+        "## Use",
+        "",
+        "With PEFT alone:",
+        "",
         "```python",
         "from peft import PeftModel",
         f"from transformers import {loader}",
         f'base = {loader}.from_pretrained("{loadable}")',
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
-        "```", "",
+        "```",
+        "",
         "As a server, with MLflow and deal-pipeline installed: "
-        f"`mlflow models serve -m models:/{record.lineage}@champion --env-manager local`", "",
-    ]  # fmt: skip
+        f"`mlflow models serve -m models:/{record.lineage}@champion --env-manager local`",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -115,9 +148,12 @@ def _limits(record: LineageRecord) -> list[str]:
     lines = [
         "- It was judged only on the tasks above; other abilities of the base model may have changed.",
         "- It answers greedily in the form of each task's rows, even to a text of another kind.",
-        *(f"- {known.schema.name}: prompts of more than {known.max_prompt_tokens} tokens lose the end of their text, "
-          f"answers end after {known.max_new_tokens} tokens." for known in record.tasks),
-    ]  # fmt: skip
+        *(
+            f"- {known.schema.name}: prompts of more than {known.max_prompt_tokens} tokens lose the end of their text, "
+            f"answers end after {known.max_new_tokens} tokens."
+            for known in record.tasks
+        ),
+    ]
     if few:
         lines.append(f"- Fewer than 100 test rows judge {', '.join(few)}: the accuracies there are rough.")
     return [*lines, "- It has the biases of the base model and of the data. They were not measured."]

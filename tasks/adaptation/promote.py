@@ -71,24 +71,42 @@ def complete_version(registry: Registry, version: VersionInfo) -> None:
     elif version.approval is None:
         if version.promoted is None:
             move_champion(
-                registry, PromotionLog(store), version, expected=version.parent_version, action="promoted", who=GATE,
-                why="passed its gate", run=version.run_key,
-            )  # fmt: skip
+                registry,
+                PromotionLog(store),
+                version,
+                expected=version.parent_version,
+                action="promoted",
+                who=GATE,
+                why="passed its gate",
+                run=version.run_key,
+            )
         note_learned(Ledger(store), version)
     registry.set_alias(version.lineage, "challenger", version.version)
 
 
 def note_learned(ledger: Ledger, version: VersionInfo) -> None:
     """Enter the version's dataset in the ledger of learned datasets."""
-    ledger.record(LedgerEntry(
-        lineage=version.lineage, sha256=version.dataset_sha256, task=version.task, run_key=version.run_key,
-        version=version.version,
-    ))  # fmt: skip
+    ledger.record(
+        LedgerEntry(
+            lineage=version.lineage,
+            sha256=version.dataset_sha256,
+            task=version.task,
+            run_key=version.run_key,
+            version=version.version,
+        )
+    )
 
 
 def move_champion(
-    registry: Registry, log: PromotionLog, version: VersionInfo, *, expected: str | None, action: Action, who: str,
-    why: str, run: str | None = None,
+    registry: Registry,
+    log: PromotionLog,
+    version: VersionInfo,
+    *,
+    expected: str | None,
+    action: Action,
+    who: str,
+    why: str,
+    run: str | None = None,
 ) -> None:
     """Make a version the champion in place of the expected champion. Do nothing if the version is champion already.
 
@@ -102,9 +120,15 @@ def move_champion(
     if champion == version.version:
         return
     change = Change(
-        action=action, lineage=version.lineage, version=version.version, before=champion, champion=version.version,
-        who=who, why=why, run=run,
-    )  # fmt: skip
+        action=action,
+        lineage=version.lineage,
+        version=version.version,
+        before=champion,
+        champion=version.version,
+        who=who,
+        why=why,
+        run=run,
+    )
     _add(registry, log, last, change, is_due=champion == expected)
 
 
@@ -124,9 +148,16 @@ def begin_rollout(
     if opened is not None and opened.version == version.version:
         return
     change = Change(
-        action="rollout", lineage=version.lineage, version=version.version, before=champion, champion=champion,
-        who=who, why=why, run=run, rollout=version.rollout.kind,
-    )  # fmt: skip
+        action="rollout",
+        lineage=version.lineage,
+        version=version.version,
+        before=champion,
+        champion=champion,
+        who=who,
+        why=why,
+        run=run,
+        rollout=version.rollout.kind,
+    )
     _add(registry, log, last, change, is_due=champion == version.parent_version)
 
 
@@ -207,10 +238,18 @@ def _asked_by_hand(registry: Registry, log: PromotionLog, move: Move | None, lin
 
 def _request(log: PromotionLog, last: Move, version: VersionInfo) -> Move | None:
     """Write the request for a version to the log; None: the log has a newer move."""
-    return log.add(last, Change(
-        action="requested", lineage=version.lineage, version=version.version, before=last.champion,
-        champion=last.champion, who="MLflow", why="the alias champion was moved to it in MLflow",
-    ))  # fmt: skip
+    return log.add(
+        last,
+        Change(
+            action="requested",
+            lineage=version.lineage,
+            version=version.version,
+            before=last.champion,
+            champion=last.champion,
+            who="MLflow",
+            why="the alias champion was moved to it in MLflow",
+        ),
+    )
 
 
 def _announce_request(version: VersionInfo, requested: Move) -> None:
@@ -250,8 +289,10 @@ def _set_alias(registry: Registry, lineage: str, alias: Alias, version: str) -> 
     if registry.version(lineage, version) is None:
         logger.warning(
             "Version %s, %s of '%s' by the promotion log, was deleted in MLflow; no version has this alias.",
-            version, alias, lineage,
-        )  # fmt: skip
+            version,
+            alias,
+            lineage,
+        )
         return False
     registry.set_alias(lineage, alias, version)
     return True
@@ -263,9 +304,10 @@ def _tag(registry: Registry, move: Move) -> None:
     if version is None:
         return
     is_tagged = {
-        "rejected": version.approval == "refused", "promoted": version.promoted == str(move.number),
+        "rejected": version.approval == "refused",
+        "promoted": version.promoted == str(move.number),
         "rollout": version.rolled_out == str(move.number),
-    }  # fmt: skip
+    }
     if not is_tagged.get(move.action, True):
         registry.tag_version(move.lineage, move.version, tags_of(move))
 

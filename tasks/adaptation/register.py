@@ -39,26 +39,44 @@ def register_version(
     renewal = find_renewal(store, before, dataset)
     is_judged = renewal.new_slice is None or renewal.new_slice in report.slices  # not asked for after the evaluation
     known = tasks_after(
-        store, before, dataset, renewal.known if is_judged else None,
-        spec.train.max_prompt_tokens, spec.evaluate.max_new_tokens,
-    )  # fmt: skip
+        store,
+        before,
+        dataset,
+        renewal.known if is_judged else None,
+        spec.train.max_prompt_tokens,
+        spec.evaluate.max_new_tokens,
+    )
     record = LineageRecord(
-        lineage=run.lineage, base=base, strategy=job.strategy, adapter=job.adapter, tasks=known, matrix=report.matrix,
-        slices=tuple(each for each in renewal.slices if each.name in report.slices), memory=spec.memory,
+        lineage=run.lineage,
+        base=base,
+        strategy=job.strategy,
+        adapter=job.adapter,
+        tasks=known,
+        matrix=report.matrix,
+        slices=tuple(each for each in renewal.slices if each.name in report.slices),
+        memory=spec.memory,
         spared=job.spared,
     )
     write_record(store, adapter.uri, record)
     facts = VersionFacts(
-        run_key=run.run_key, task=dataset.task, strategy=job.strategy, base_sha256=base.sha256,
-        dataset_sha256=dataset.sha256, landed_sha256=dataset.landed_sha256, config_sha256=job.config_sha256,
-        adapter_uri=adapter.uri, adapter_sha256=adapter.sha256, parent_version=adapter.parent_version,
-        accepted=decision.accepted, reasons=decision.reasons,
+        run_key=run.run_key,
+        task=dataset.task,
+        strategy=job.strategy,
+        base_sha256=base.sha256,
+        dataset_sha256=dataset.sha256,
+        landed_sha256=dataset.landed_sha256,
+        config_sha256=job.config_sha256,
+        adapter_uri=adapter.uri,
+        adapter_sha256=adapter.sha256,
+        parent_version=adapter.parent_version,
+        accepted=decision.accepted,
+        reasons=decision.reasons,
         vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
         approval="awaiting" if decision.accepted and spec.gate.approval == "person" else None,
         flow_run=runtime.flow_run.id,
         rollout=spec.gate.rollout_terms if decision.accepted and adapter.parent_version else None,
         **scores_of(report.matrix),
-    )  # fmt: skip
+    )
     with borrowed_adapter(store, adapter, with_method=True) as folder:
         facts = replace(facts, files_sha256=as_recorded(digests_of(folder)))
         model_id = log_adapter(run, dataset.task, folder, record, facts)
@@ -78,9 +96,13 @@ def log_adapter(run: RunRef, task_name: str, folder: Path, record: LineageRecord
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     licence = licence_of_base(record.base.source, base_folder)
     write_served_folder(
-        folder, model, card=write_card(record, facts, licence, config["task_type"]),
-        served=served_version(record).to_json(), served_file=SERVED_FILE, example=example_rows(record),
+        folder,
+        model,
+        card=write_card(record, facts, licence, config["task_type"]),
+        served=served_version(record).to_json(),
+        served_file=SERVED_FILE,
+        example=example_rows(record),
         run_id=run.tracking_id,
-    )  # fmt: skip
+    )
     tracked = open_tracker().run(run.tracking_id)
     return tracked.log_adapter(model, f"{run.lineage}-{task_name}", sha256=facts.adapter_sha256)

@@ -47,7 +47,11 @@ NEWEST = 30
 
 
 def _gather_report(
-    run: RunRef, version: VersionRef, dataset: DatasetRef, summary: TrainSummary, seconds: Mapping[str, float],
+    run: RunRef,
+    version: VersionRef,
+    dataset: DatasetRef,
+    summary: TrainSummary,
+    seconds: Mapping[str, float],
     include_texts: bool,
 ) -> RunReport:
     """Collect everything about a registered version that its page shows, apart from the evaluation."""
@@ -56,24 +60,36 @@ def _gather_report(
     own = known[version.version]
     parent = known.get(version.parent_version or "")
     return RunReport(
-        lineage=version.lineage, version=version.version, task=dataset.task, parent_version=version.parent_version,
+        lineage=version.lineage,
+        version=version.version,
+        task=dataset.task,
+        parent_version=version.parent_version,
         verdict="promoted" if version.outcome == "rollout" and own.promoted is not None else version.outcome,
-        reasons=version.reasons, created=own.created, include_texts=include_texts,
-        training=_training(own.strategy, summary), quality=_quality(store, dataset, include_texts),
+        reasons=version.reasons,
+        created=own.created,
+        include_texts=include_texts,
+        training=_training(own.strategy, summary),
+        quality=_quality(store, dataset, include_texts),
         changed=compare_answers(
             store, version.adapter_uri, parent.adapter_uri if parent else None, include_texts=include_texts
         ),
         seconds=dict(seconds),
         lineage_so_far=tuple(
             Link(**{name: getattr(info, name) for name in Link.model_fields})
-            for info in known.values() if int(info.version) <= int(version.version)
+            for info in known.values()
+            if int(info.version) <= int(version.version)
         ),
         origin=Origin(
-            base=read_record(store, version.adapter_uri).base.name, libraries=_library_versions(),
-            tracking_id=run.tracking_id, run_key=own.run_key, base_sha256=own.base_sha256,
-            dataset_sha256=own.dataset_sha256, adapter_sha256=own.adapter_sha256, config_sha256=own.config_sha256,
+            base=read_record(store, version.adapter_uri).base.name,
+            libraries=_library_versions(),
+            tracking_id=run.tracking_id,
+            run_key=own.run_key,
+            base_sha256=own.base_sha256,
+            dataset_sha256=own.dataset_sha256,
+            adapter_sha256=own.adapter_sha256,
+            config_sha256=own.config_sha256,
         ),
-    )  # fmt: skip
+    )
 
 
 def _library_versions() -> dict[str, str]:
@@ -113,11 +129,18 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
     if key is not None and not store.exists(key):  # forgotten since
         key = None
     return Quality(
-        source=manifest.source, format=manifest.task.format, split=manifest.split,
-        num_labels=len(manifest.task.labels), num_read=manifest.num_read, num_train=manifest.num_train,
-        num_test=manifest.num_test, num_rejected=manifest.num_rejected, problems=dict(manifest.problems),
-        quarantine=key, bad_rows=_bad_rows(store, key, include_texts) if key is not None else (),
-    )  # fmt: skip
+        source=manifest.source,
+        format=manifest.task.format,
+        split=manifest.split,
+        num_labels=len(manifest.task.labels),
+        num_read=manifest.num_read,
+        num_train=manifest.num_train,
+        num_test=manifest.num_test,
+        num_rejected=manifest.num_rejected,
+        problems=dict(manifest.problems),
+        quarantine=key,
+        bad_rows=_bad_rows(store, key, include_texts) if key is not None else (),
+    )
 
 
 def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[QuarantinedRow, ...]:
@@ -125,11 +148,13 @@ def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[Quaran
         entries = [json.loads(line) for line in islice(lines, MAX_EXAMPLES)]
     return tuple(
         QuarantinedRow(
-            file=entry["file"], row=entry["row"], line=entry["line"],
+            file=entry["file"],
+            row=entry["row"],
+            line=entry["line"],
             problems=tuple(problem_of(each, include_texts) for each in (entry, *entry.get("more", ()))),
         )
         for entry in entries
-    )  # fmt: skip
+    )
 
 
 def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
@@ -139,20 +164,30 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
 
 
 def report_run(
-    run: RunRef, version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary,
-    seconds: Mapping[str, float], *, include_texts: bool = False, in_prefect: bool = True,
+    run: RunRef,
+    version: VersionRef,
+    dataset: DatasetRef,
+    report: EvaluationReport,
+    summary: TrainSummary,
+    seconds: Mapping[str, float],
+    *,
+    include_texts: bool = False,
+    in_prefect: bool = True,
 ) -> None:
     """Write the report of a run to MLflow and, with `in_prefect`, to Prefect.
 
     `seconds` is the wall time by stage. The page shows texts of rows only with `include_texts`.
     """
     tracked = open_tracker().run(run.tracking_id)
-    tracked.log_metrics({  # undefined scores are left out
-        **scores_of(report.matrix),
-        "base_accuracy": report.base_accuracy, "parent_accuracy_new_task": report.parent_accuracy_new_task,
-        **{f"accuracy/{name}": value for name, value in report.accuracies.items()},
-        **{f"forgetting/{name}": value for name, value in report.matrix.forgetting_by_task.items()},
-    })  # fmt: skip
+    tracked.log_metrics(
+        {  # undefined scores are left out
+            **scores_of(report.matrix),
+            "base_accuracy": report.base_accuracy,
+            "parent_accuracy_new_task": report.parent_accuracy_new_task,
+            **{f"accuracy/{name}": value for name, value in report.accuracies.items()},
+            **{f"forgetting/{name}": value for name, value in report.matrix.forgetting_by_task.items()},
+        }
+    )
     num_landed = dataset.num_train + dataset.num_test + dataset.num_rejected
     num_rows = {"ingest": num_landed, "evaluate": sum(report.num_rows.values())}
     for stage, duration in seconds.items():
@@ -212,10 +247,12 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
     num_older = max(len(learned) - NEWEST, 0)
     left_out = f"{words.count(num_older, 'older version')} left out here; the whole page has all."
     rows = [
-        [f"{row.name} {row.trained}".strip(), *(f"**{cell.text}**" if cell.is_trained else cell.text
-                                                for cell in row.cells)]
+        [
+            f"{row.name} {row.trained}".strip(),
+            *(f"**{cell.text}**" if cell.is_trained else cell.text for cell in row.cells),
+        ]
         for row in (base, *learned[num_older:])
-    ]  # fmt: skip
+    ]
     changed = [[each.task, f"+{each.num_gained}", f"−{each.num_lost}", str(each.num_rows)] for each in report.changed]
     stages = [[name, words.duration(value)] for name, value in report.seconds.items()]
     quality = report.quality
@@ -227,7 +264,8 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         f"Continues {words.origin_of(report)}.",
         f"{quality.num_train} training rows, {quality.num_test} test rows, {quality.num_rejected} in quarantine.",
         "",
-        *words.markdown_table(["after learning, %", *matrix.tasks], rows), "",
+        *words.markdown_table(["after learning, %", *matrix.tasks], rows),
+        "",
         *([left_out, ""] if num_older else ()),
         *(f"- {note}" for note in evaluation.notes),
         "",
@@ -266,6 +304,10 @@ def save_report(lineage: str, version: str, file: Path) -> WrittenReport:
     except OSError as error:
         raise ConfigError(f"The page cannot go to {file} ({error.strerror}); give another --out.") from None
     return WrittenReport(
-        lineage=lineage, version=version, verdict=report.verdict, summary=words.verdict_of(report),
-        reasons=report.reasons, file=file.resolve(),
-    )  # fmt: skip
+        lineage=lineage,
+        version=version,
+        verdict=report.verdict,
+        summary=words.verdict_of(report),
+        reasons=report.reasons,
+        file=file.resolve(),
+    )

@@ -71,9 +71,11 @@ def keep_findings(
     With them, the report can be written after a crash, and the arrival can be learned again after a rollback.
     """
     values = {
-        "spec": spec, "dataset": dataset.model_dump(), "evaluation": report.to_json(),
+        "spec": spec,
+        "dataset": dataset.model_dump(),
+        "evaluation": report.to_json(),
         "training": summary.model_dump(mode="json"),
-    }  # fmt: skip
+    }
     current_store().put_bytes(f"{adapter_uri}/{FINDINGS_FILE}", json.dumps(values, allow_nan=False).encode())
 
 
@@ -176,8 +178,12 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
         reason = without_secrets(str(error).split("\n")[0])
         logger.error(
             "Cannot %s, version %s of '%s': %s: %s; the lineage continues without it.",
-            doing, version.version, version.lineage, type(error).__name__, reason,
-        )  # fmt: skip
+            doing,
+            version.version,
+            version.lineage,
+            type(error).__name__,
+            reason,
+        )
 
 
 def report_findings(
@@ -185,7 +191,12 @@ def report_findings(
 ) -> None:
     """Write the report of a version again from its findings; for `in_prefect` see `report_run`."""
     report_run(
-        run, reference, DatasetRef.model_validate(findings["dataset"]),
-        EvaluationReport.from_json(findings["evaluation"]), TrainSummary.model_validate(findings["training"]), {},
-        include_texts=findings["spec"]["data"]["include_texts"], in_prefect=in_prefect,
-    )  # fmt: skip
+        run,
+        reference,
+        DatasetRef.model_validate(findings["dataset"]),
+        EvaluationReport.from_json(findings["evaluation"]),
+        TrainSummary.model_validate(findings["training"]),
+        {},
+        include_texts=findings["spec"]["data"]["include_texts"],
+        in_prefect=in_prefect,
+    )

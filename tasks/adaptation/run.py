@@ -55,9 +55,10 @@ def find_registered(run_key: str) -> VersionRef | None:
 def find_own(dataset: DatasetRef, lineage: str) -> VersionRef | None:
     """Return the version that this flow run trained on the dataset before it was interrupted, or None."""
     own = [
-        version for version in open_registry().versions(lineage)
+        version
+        for version in open_registry().versions(lineage)
         if version.flow_run and version.flow_run == runtime.flow_run.id and version.dataset_sha256 == dataset.sha256
-    ]  # fmt: skip
+    ]
     return _with_standing(own[0] if own else None)  # if a version was registered twice, the first one counts
 
 

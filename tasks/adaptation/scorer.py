@@ -89,15 +89,26 @@ class Scorer:
     def _evaluate(self, model: LanguageModel, test_set: TestSet) -> TaskEvaluation:
         config = replace(self._config, max_new_tokens=test_set.max_new_tokens)
         return evaluate_task(
-            model, self._base.tokenizer, test_set.schema, test_set.rows, config,
-            max_prompt_tokens=test_set.max_prompt_tokens, on_progress=partial(self._advance, test_set.schema.name),
-        )  # fmt: skip
+            model,
+            self._base.tokenizer,
+            test_set.schema,
+            test_set.rows,
+            config,
+            max_prompt_tokens=test_set.max_prompt_tokens,
+            on_progress=partial(self._advance, test_set.schema.name),
+        )
 
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
-        return recentred_accuracy(*label_scores(
-            model, self._base.tokenizer, test_set.schema, test_set.rows, self._config,
-            max_prompt_tokens=test_set.max_prompt_tokens,
-        ))  # fmt: skip
+        return recentred_accuracy(
+            *label_scores(
+                model,
+                self._base.tokenizer,
+                test_set.schema,
+                test_set.rows,
+                self._config,
+                max_prompt_tokens=test_set.max_prompt_tokens,
+            )
+        )
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""

@@ -70,11 +70,16 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         with borrowed_parent(store, parent) as parent_folder:
             learned = _choose(job.base, setup, _LearnedRows(rows_file, dataset.num_train), parent_folder, folder)
             training = TrainingJob(
-                base_source=job.base.source, base_sha256=job.base.sha256, cache_folder=HomeSettings().cache_dir,
-                rows_file=learned.file, old_texts=_old_texts(store, job, setup, folder / "texts"), setup=setup,
-                parent_folder=parent_folder, output_folder=folder / "adapter",
+                base_source=job.base.source,
+                base_sha256=job.base.sha256,
+                cache_folder=HomeSettings().cache_dir,
+                rows_file=learned.file,
+                old_texts=_old_texts(store, job, setup, folder / "texts"),
+                setup=setup,
+                parent_folder=parent_folder,
+                output_folder=folder / "adapter",
                 checkpoint_folder=folder / "checkpoints",
-            )  # fmt: skip
+            )
             result = _train(training, job.base, folder, _on_log(tracked, train.num_steps(learned.num_rows)))
         recentred = _recentre(store, job, train, folder / "adapter") if train.recentre_steps else ()
         result = replace(result, notes=(*learned.notes, *result.notes, *recentred))
@@ -88,9 +93,12 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
     uri = keys.adapter_uri(run.lineage, run.short_key)
     store.upload_folder(folder / "adapter", uri)
     reference = AdapterRef(
-        lineage=run.lineage, run_key=run.run_key, uri=uri, sha256=summary.adapter_sha256,
+        lineage=run.lineage,
+        run_key=run.run_key,
+        uri=uri,
+        sha256=summary.adapter_sha256,
         parent_version=parent.version if parent else None,
-    )  # fmt: skip
+    )
     return TrainedAdapter(adapter=reference, summary=summary)
 
 
@@ -139,9 +147,14 @@ def _old_texts(store: ObjectStore, job: AdaptationJob, setup: TrainingSetup, fol
         if len(each.rows):
             file = folder / f"{number}.parquet"
             each.rows.select_columns(["input", "output"]).to_parquet(file)
-            files.append(TextsFile(
-                task=each.task, file=file, max_prompt_tokens=each.max_prompt_tokens, max_new_tokens=each.max_new_tokens
-            ))  # fmt: skip
+            files.append(
+                TextsFile(
+                    task=each.task,
+                    file=file,
+                    max_prompt_tokens=each.max_prompt_tokens,
+                    max_new_tokens=each.max_new_tokens,
+                )
+            )
     return tuple(files)
 
 
@@ -155,10 +168,14 @@ def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: 
     reporting = Reporting(project=run.lineage, run=f"{run.lineage}-{task.name}-{run.short_key}", folder=folder)
     old_tasks = read_record(store, job.parent.adapter_uri).tasks if job.parent else ()
     return TrainingSetup(
-        task=task, old_tasks=tuple(known.schema for known in old_tasks),
-        strategy=job.strategy, adapter=job.adapter, method=method, train=train,
+        task=task,
+        old_tasks=tuple(known.schema for known in old_tasks),
+        strategy=job.strategy,
+        adapter=job.adapter,
+        method=method,
+        train=train,
         reporting=reporting if train.report_to else None,
-    )  # fmt: skip
+    )
 
 
 def _choose(
@@ -177,9 +194,13 @@ def _choose(
     report = advance("train")
     rows = Dataset.from_parquet(str(every.file), cache_dir=str(every.file.parent))
     chosen = choose_rows(
-        rows, setup, lambda: lend_base(base), parent_folder=parent_folder, journal=folder / SELECTION_FILE,
+        rows,
+        setup,
+        lambda: lend_base(base),
+        parent_folder=parent_folder,
+        journal=folder / SELECTION_FILE,
         on_progress=lambda done, total: report(done, total, "choosing rows"),
-    )  # fmt: skip
+    )
     rows.select(chosen.rows).to_parquet(folder / CHOSEN_FILE)
     return _LearnedRows(folder / CHOSEN_FILE, len(chosen.rows), chosen.notes)
 

@@ -63,9 +63,11 @@ class KnownArrival:
         handled = {(each.key, each.etag) for each in known if each.sha256 in self.sha256s}
         listing = store.list(keys.inbox_folder(self.task))
         return [
-            info for info in listing if keys.file_name(info.key) != keys.TASK_FILE
+            info
+            for info in listing
+            if keys.file_name(info.key) != keys.TASK_FILE
             and (info.key == self.key or (info.key, info.etag) in handled or _digest_of(store, info.key) in self.files)
-        ]  # fmt: skip
+        ]
 
 
 def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArrival:
@@ -101,8 +103,9 @@ def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArriv
     known += [
         (version.dataset_sha256, version.landed_sha256, ())
         for lineage in list_all_lineages(store)
-        for version in registry.versions(lineage) if version.task == arrival.task
-    ]  # fmt: skip
+        for version in registry.versions(lineage)
+        if version.task == arrival.task
+    ]
     tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
     landed = {found for sha256, found, _ in known if sha256 == arrival.sha256 and found}
     landed |= set(tombstone.landed if tombstone else ())
@@ -212,7 +215,9 @@ class ArrivalInputs(NamedTuple):
 
 
 def arrival_inputs(
-    store: ObjectStore, arrival: KnownArrival, inbox_keys: Sequence[str],
+    store: ObjectStore,
+    arrival: KnownArrival,
+    inbox_keys: Sequence[str],
     manifests: Iterable[tuple[str, DatasetManifest]],
 ) -> ArrivalInputs:
     """Return the digests of the inputs of an arrival, from its stored rows and from its files in the inbox.

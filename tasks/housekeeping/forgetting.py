@@ -35,9 +35,20 @@ from tasks.lineage.version_files import replacing
 from tasks.monitoring.harvest import harvested_from
 from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_task
 
-Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
-               "answers", "logged answers", "reference rows", "quarantine", "training rows", "test rows",
-               "inbox file"]  # fmt: skip
+Kind = Literal[
+    "artifacts",
+    "rows kept by the method",
+    "work folder",
+    "temporary files",
+    "adapter of no version",
+    "answers",
+    "logged answers",
+    "reference rows",
+    "quarantine",
+    "training rows",
+    "test rows",
+    "inbox file",
+]
 ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
 
@@ -98,9 +109,13 @@ def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str])
         is_direct = version.dataset_sha256 in sha256s
         if is_direct or version.parent_version in found:
             found[version.version] = AffectedVersion(
-                lineage=version.lineage, version=version.version, task=version.task, is_direct=is_direct,
-                accepted=version.accepted, aliases=version.aliases,
-            )  # fmt: skip
+                lineage=version.lineage,
+                version=version.version,
+                task=version.task,
+                is_direct=is_direct,
+                accepted=version.accepted,
+                aliases=version.aliases,
+            )
     return tuple(found.values())
 
 
@@ -118,10 +133,13 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
     inputs = arrival_inputs(store, arrival, inbox_keys, manifests)
     logged = _logged(store, inputs.digests)
     held += [
-        RowsPlace(kind="logged answers", lineage=lineage,
-                  address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}")
+        RowsPlace(
+            kind="logged answers",
+            lineage=lineage,
+            address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
+        )
         for lineage, ids in logged.items()
-    ]  # fmt: skip
+    ]
     harvested = [key for key in harvested_from(store, set().union(*logged.values())) if key not in inbox_keys]
     learned: list[AffectedVersion] = []
     unjudged: list[str] = []
@@ -146,14 +164,24 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
         held += _artifacts(remover, own | gone | {version.tracking_id for version in asked})
         held += _kept_by_method(store, versions, numbers, arrival)
     shared = {
-        sha256 for sha256, manifest in manifests
+        sha256
+        for sha256, manifest in manifests
         if sha256 not in arrival.sha256s and set(manifest.files) & set(arrival.files)
-    }  # fmt: skip
+    }
     return ForgetPlan(
-        task=arrival.task, sha256=arrival.sha256, splits=arrival.splits, landed=arrival.landed, files=arrival.files,
-        held=tuple(held), learned=tuple(learned), unjudged=tuple(unjudged), shared_with=tuple(sorted(shared)),
-        inputs=inputs.digests, harvested=tuple(harvested), knows_training_rows=inputs.has_training_rows,
-    )  # fmt: skip
+        task=arrival.task,
+        sha256=arrival.sha256,
+        splits=arrival.splits,
+        landed=arrival.landed,
+        files=arrival.files,
+        held=tuple(held),
+        learned=tuple(learned),
+        unjudged=tuple(unjudged),
+        shared_with=tuple(sorted(shared)),
+        inputs=inputs.digests,
+        harvested=tuple(harvested),
+        knows_training_rows=inputs.has_training_rows,
+    )
 
 
 def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, registry: Registry) -> None:
@@ -207,10 +235,14 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[RowsPlace]
     datasets = [keys.dataset_folder(arrival.task, digest) for digest in arrival.sha256s]
     bad = [quarantine_folder(arrival.task, digest) for digest in (*arrival.sha256s, *arrival.files)]
     return [
-        *(_stored(kinds[name], info) for folder in datasets for info in store.list(folder)
-          if (name := keys.file_name(info.key)) in kinds),
+        *(
+            _stored(kinds[name], info)
+            for folder in datasets
+            for info in store.list(folder)
+            if (name := keys.file_name(info.key)) in kinds
+        ),
         *(_stored("quarantine", info) for folder in bad for info in store.list(folder)),
-    ]  # fmt: skip
+    ]
 
 
 def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
@@ -245,36 +277,44 @@ def _unregistered(
     """Short keys of the runs without a version that learned from the arrival or continue an affected version."""
     registered = {version.run_key for version in versions}
     return {
-        run.short_key for run in runs
-        if run.run_key not in registered
-        and (run.dataset_sha256 in arrival.sha256s or run.parent_version in affected)
-    }  # fmt: skip
+        run.short_key
+        for run in runs
+        if run.run_key not in registered and (run.dataset_sha256 in arrival.sha256s or run.parent_version in affected)
+    }
 
 
 def _orphans(store: ObjectStore, lineage: str, short_keys: Collection[str]) -> list[RowsPlace]:
     folders = [keys.adapter_uri(lineage, key) for key in sorted(short_keys)]
     return [
-        RowsPlace(kind="adapter of no version", address=folder, lineage=lineage,
-                  num_bytes=sum(info.size for info in infos))
-        for folder in folders if (infos := list(store.list(folder)))
-    ]  # fmt: skip
+        RowsPlace(
+            kind="adapter of no version", address=folder, lineage=lineage, num_bytes=sum(info.size for info in infos)
+        )
+        for folder in folders
+        if (infos := list(store.list(folder)))
+    ]
 
 
 def _work_folders(lineage: str, short_keys: Collection[str]) -> list[RowsPlace]:
     folders = [work_folder(lineage, key) for key in sorted(short_keys)]
     return [
-        RowsPlace(kind="work folder", address=str(folder), lineage=lineage,
-                  num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-        for folder in folders if folder.is_dir()
-    ]  # fmt: skip
+        RowsPlace(
+            kind="work folder",
+            address=str(folder),
+            lineage=lineage,
+            num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        )
+        for folder in folders
+        if folder.is_dir()
+    ]
 
 
 def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[RowsPlace]:
     return [
         _stored("answers", info, version)
-        for version in versions for info in store.list(version.adapter_uri)
+        for version in versions
+        for info in store.list(version.adapter_uri)
         if keys.file_name(info.key) == ANSWERS_FILE
-    ]  # fmt: skip
+    ]
 
 
 def _references(store: ObjectStore, versions: Iterable[VersionInfo], task: str) -> list[RowsPlace]:
@@ -296,10 +336,15 @@ def _kept_by_method(
     concerned = [version for version in versions if version.version in affected and not version.adapter_removed]
     names = _method_rows(store, versions, arrival.task, arrival.sha256s) if concerned else {}
     return [
-        RowsPlace(kind="rows kept by the method", address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
-                  lineage=version.lineage, version=version.version)
-        for version in concerned if names.get(version.version)
-    ]  # fmt: skip
+        RowsPlace(
+            kind="rows kept by the method",
+            address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
+            lineage=version.lineage,
+            version=version.version,
+        )
+        for version in concerned
+        if names.get(version.version)
+    ]
 
 
 def _method_rows(
@@ -332,7 +377,11 @@ def _method_rows(
 
 
 def _empty_method_rows(
-    store: ObjectStore, remover: ArtifactRemover, registry: Registry, lineage: str, task: str,
+    store: ObjectStore,
+    remover: ArtifactRemover,
+    registry: Registry,
+    lineage: str,
+    task: str,
     sha256s: Collection[str],
 ) -> None:
     from deal_core.adapter.state import empty_tensors

@@ -39,8 +39,15 @@ AGE = timedelta(days=1)
 """Age at which a temporary file without a lock counts as left by a killed process."""
 FEEDBACK_AGE = timedelta(days=7)
 """Age at which feedback is expected to have its answer in the store. Servers move answers there within minutes."""
-Kind = Literal["work folder", "adapter", "training rows", "prediction log", "feedback", "feedback without an answer",
-               "temporary files"]  # fmt: skip
+Kind = Literal[
+    "work folder",
+    "adapter",
+    "training rows",
+    "prediction log",
+    "feedback",
+    "feedback without an answer",
+    "temporary files",
+]
 
 
 class Folder(NamedTuple):
@@ -120,9 +127,14 @@ def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta)
 def _removal(lineage: str, kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None) -> Removal:
     number, model_id = (version.version, version.model_id) if version else (None, None)
     return Removal(
-        lineage=lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes, reason=reason, version=number,
+        lineage=lineage,
+        kind=kind,
+        address=folder.address,
+        num_bytes=folder.num_bytes,
+        reason=reason,
+        version=number,
         model_id=model_id,
-    )  # fmt: skip
+    )
 
 
 def kept_versions(versions: Sequence[VersionInfo], cutoff: datetime) -> set[str]:
@@ -190,8 +202,9 @@ def old_logs(store: ObjectStore, lineage: str, *, now: datetime, days: int) -> t
     """Return the days of a lineage's prediction log and of its feedback that are older than the retention."""
     home, found = HomeSettings().home, list[Removal]()
     logs: Mapping[Kind, Log] = {
-        "prediction log": prediction_log(home, lineage), "feedback": feedback_log(home, lineage)
-    }  # fmt: skip
+        "prediction log": prediction_log(home, lineage),
+        "feedback": feedback_log(home, lineage),
+    }
     for kind, log in logs.items():
         infos, paths = beyond_retention(store, log, now=now, days=days)
         stored: dict[date, list[ObjectInfo]] = defaultdict(list)
@@ -212,9 +225,15 @@ def lonely_feedback(store: ObjectStore, lineage: str, *, now: datetime) -> tuple
     ids = _without_answer(store, lineage, now)
     if not ids:
         return ()
-    return (Removal(lineage=lineage, kind="feedback without an answer", num_bytes=0,
-                    address=f"{len(ids)} answers of {keys.log_folder(FEEDBACK, lineage)}",
-                    reason="the log does not have the answers any more"),)  # fmt: skip
+    return (
+        Removal(
+            lineage=lineage,
+            kind="feedback without an answer",
+            num_bytes=0,
+            address=f"{len(ids)} answers of {keys.log_folder(FEEDBACK, lineage)}",
+            reason="the log does not have the answers any more",
+        ),
+    )
 
 
 def _without_answer(store: ObjectStore, lineage: str, now: datetime) -> set[str]:
@@ -234,11 +253,13 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
         if each := keys.parse_adapter_file(info.key):
             adapters[each.run].append(info)
     return Inventory(
-        lineage=lineage, versions=versions, runs=list_runs(tracker, lineage),
+        lineage=lineage,
+        versions=versions,
+        runs=list_runs(tracker, lineage),
         adapters={key: _folder(keys.adapter_uri(lineage, key), infos) for key, infos in adapters.items()},
         work={path.name: local_folder(path) for path in _work_folders(lineage)},
         training_rows=_training_rows(store, lineage),
-    )  # fmt: skip
+    )
 
 
 def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]:
@@ -269,9 +290,7 @@ def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: 
     store.delete(removal.address)
 
 
-def require_registry_of(
-    store: ObjectStore, registry: Registry, lineage: str, versions: Sequence[VersionInfo]
-) -> None:
+def require_registry_of(store: ObjectStore, registry: Registry, lineage: str, versions: Sequence[VersionInfo]) -> None:
     """Check that the registry knows every version that the store knows of. `versions` are those of the registry.
 
     Raises:
@@ -279,10 +298,11 @@ def require_registry_of(
     """
     known, ledger = {version.run_key for version in versions}, Ledger(store)
     lost = {
-        info.key: entry.version for info in store.list(keys.ledger_folder(lineage))
+        info.key: entry.version
+        for info in store.list(keys.ledger_folder(lineage))
         if (entry := ledger.find(lineage, keys.file_name(info.key).removesuffix(".json"))) is not None
         and entry.run_key not in known
-    }  # fmt: skip
+    }
     for number in sorted(VersionLog(store).numbers(lineage) - {int(version.version) for version in versions}):
         lost[keys.version_key(lineage, number)] = str(number)
     if lost:

@@ -88,8 +88,13 @@ def choose_spared(spec: AdaptSpec, strategy: str, record: LineageRecord | None) 
 
 MAX_NAMED = 6
 """Most settings that a note about changed settings names."""
-SAME_RESULT = {"data.include_texts", "data.retain_training_rows", "train.num_processes", "train.report_to",
-               "train.checkpoint_steps"}  # fmt: skip
+SAME_RESULT = {
+    "data.include_texts",
+    "data.retain_training_rows",
+    "train.num_processes",
+    "train.report_to",
+    "train.checkpoint_steps",
+}
 """Settings that such a note leaves out: they change no version. What `memory` stands for is left out too."""
 
 
@@ -104,14 +109,24 @@ def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -
         version: The parent's number.
     """
     off = {"selection": asdict(SelectionConfig())}  # a spec leaves it out where it is off
-    now, then = ({f"{part}.{name}": value for part, values in {**off, **each}.items() if isinstance(values, Mapping)
-                  for name, value in values.items() if part in LOGGED_PARTS}
-                 for each in (spec.model_dump(mode="json"), before))  # fmt: skip
+    now, then = (
+        {
+            f"{part}.{name}": value
+            for part, values in {**off, **each}.items()
+            if isinstance(values, Mapping)
+            for name, value in values.items()
+            if part in LOGGED_PARTS
+        }
+        for each in (spec.model_dump(mode="json"), before)
+    )
     by_memory = {f"rehearsal.{name}" for name in MEMORY["rows"]} if spec.memory and before.get("memory") else set()
     left_out = SAME_RESULT | by_memory
     now, then = {"memory": spec.memory, **now}, {"memory": before.get("memory"), **then}
-    changed = [f"{name} {_shown(value)} (before: {_shown(then[name])})" for name, value in now.items()
-               if name in then and name not in left_out and _shown(then[name]) != _shown(value)]  # fmt: skip
+    changed = [
+        f"{name} {_shown(value)} (before: {_shown(then[name])})"
+        for name, value in now.items()
+        if name in then and name not in left_out and _shown(then[name]) != _shown(value)
+    ]
     if not changed:
         return ()
     more = f", and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""

@@ -75,8 +75,13 @@ def decide_on(lineage: str, version: str, verdict: Verdict, *, who: str, why: st
             f"--lineage {lineage}."
         )
     if verdict == "reject":
-        return _write(log, last, Change(action="declined", lineage=lineage, version=version, before=number,
-                                        champion=number, who=who, why=why))
+        return _write(
+            log,
+            last,
+            Change(
+                action="declined", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
+            ),
+        )
     act = promote_to if found.parent_version == number else roll_back
     return act(lineage, version, who=who, why=why)
 
@@ -115,7 +120,8 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
         line = descent(registry.versions(lineage), champion)
         origin = f"version {found.parent_version}" if found.parent_version else "the base model"
         remedy = (
-            f"deal rollback --to {version} --lineage {lineage}" if any(each.version == version for each in line)
+            f"deal rollback --to {version} --lineage {lineage}"
+            if any(each.version == version for each in line)
             else f"deal requeue {version} --lineage {lineage}, which learns its arrival again on top of the champion"
         )
         raise RegistryError(
@@ -165,7 +171,11 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     move_champion(registry, log, found, expected=number, action="rolled back", who=who, why=why)
     _announce("rolled-back", found, who, why)
     return Decision(
-        action="rolled back", lineage=lineage, version=to, before=number, champion=to,
+        action="rolled back",
+        lineage=lineage,
+        version=to,
+        before=number,
+        champion=to,
         left_behind=left_behind(line, descent(versions, found)),
     )
 
@@ -178,8 +188,9 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     """
     registry, log = open_registry(), PromotionLog(current_store())
     number, last = settle_aliases(registry, log, lineage)
-    change = Change(action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who,
-                    why=why)
+    change = Change(
+        action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
+    )
     try:
         found = find_version(registry, lineage, version)
     except RegistryError:
@@ -212,7 +223,8 @@ def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tu
     """Return the arrivals that one line of versions has learned and another has not, oldest first."""
     known = {digest for version in now for digest in version.digests}
     return tuple(
-        LeftBehind.model_validate(version) for version in reversed(before)
+        LeftBehind.model_validate(version)
+        for version in reversed(before)
         if not arrival_digests(version, before) & known
     )
 

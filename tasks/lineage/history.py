@@ -202,11 +202,16 @@ def champion_deleted(lineage: str, number: str) -> str:
 
 def known_lineages(store: ObjectStore) -> tuple[str, ...]:
     """Return every lineage with an adapter, a version or a promotion in the store, in alphabetical order."""
-    return tuple(sorted({
-        keys.lineage_of(info.key)
-        for folder in (keys.ADAPTERS, keys.VERSIONS, keys.PROMOTIONS)
-        for info in store.list(folder) if info.key.count("/") >= 2
-    }))  # fmt: skip
+    return tuple(
+        sorted(
+            {
+                keys.lineage_of(info.key)
+                for folder in (keys.ADAPTERS, keys.VERSIONS, keys.PROMOTIONS)
+                for info in store.list(folder)
+                if info.key.count("/") >= 2
+            }
+        )
+    )
 
 
 def stored_numbers(store: ObjectStore, lineage: str) -> frozenset[int]:

@@ -85,10 +85,12 @@ def rebuild_lineage(lineage: str) -> RebuildResult:
     rebuild.end(aliases)
     known = {each.number for each in versions}
     return RebuildResult(
-        lineage=lineage, versions=tuple(each.version for each in versions), problems=tuple(problems),
+        lineage=lineage,
+        versions=tuple(each.version for each in versions),
+        problems=tuple(problems),
         left_out=tuple(str(number) for number in range(1, last + 1) if number not in known),
         aliases={str(alias): version for alias, version in aliases.items()},
-    )  # fmt: skip
+    )
 
 
 def tags_after(moves: Iterable[Move]) -> dict[str, dict[str, str]]:
@@ -107,9 +109,10 @@ def aliases_after(versions: Sequence[StoredVersion], moves: Sequence[Move]) -> d
     tags = tags_after(moves)
     replaced = [move.before for move in moves if move.before is not None and move.before != move.champion]
     ended = [
-        stored.version for stored in versions
+        stored.version
+        for stored in versions
         if stored.facts.accepted and (stored.facts.approval or tags.get(stored.version))
-    ]  # fmt: skip
+    ]
     wanted: dict[Alias, str | None] = {
         "champion": moves[-1].champion if moves else None,
         "previous": replaced[-1] if replaced else None,

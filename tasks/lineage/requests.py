@@ -44,10 +44,12 @@ def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str,
         StoreError: The file is damaged, or another release wrote it.
     """
     found = read_stored(
-        store, labels_key(lineage, task_name), AddedLabels,
+        store,
+        labels_key(lineage, task_name),
+        AddedLabels,
         what=f"the labels that task '{task_name}' of '{lineage}' has gained",
         remedy="Restore it from a backup of the store, or delete it and add the labels again (deal labels --add).",
-    )  # fmt: skip
+    )
     return found.labels if found else ()
 
 
@@ -133,9 +135,12 @@ def is_renewal_asked(store: ObjectStore, lineage: str, known: KnownTask) -> bool
     """
     name = known.schema.name
     request = read_stored(
-        store, renewal_key(lineage, name), RenewalRequest, what=f"the request for new test rows of task '{name}'",
+        store,
+        renewal_key(lineage, name),
+        RenewalRequest,
+        what=f"the request for new test rows of task '{name}'",
         remedy="Delete it, and ask again with: deal tests renew.",
-    )  # fmt: skip
+    )
     return request is not None and request.dataset_uri == known.dataset_uri
 
 

@@ -218,8 +218,13 @@ def remove_lineage(store: ObjectStore, lineage: str) -> str:
 
 
 def spec_from_options(
-    store: ObjectStore, path: Path | None, *,
-    task: str | None, data: str | None, test_data: str | None, **lineage_options: str | None,
+    store: ObjectStore,
+    path: Path | None,
+    *,
+    task: str | None,
+    data: str | None,
+    test_data: str | None,
+    **lineage_options: str | None,
 ) -> AdaptSpec:
     """Make the spec of one adaptation from a command's options, its spec file and the lineage's file.
 

@@ -58,9 +58,12 @@ def find_tombstone(store: ObjectStore, task: str, sha256s: Iterable[str]) -> Tom
     """
     for sha256 in sha256s:
         found = read_stored(
-            store, keys.tombstone_key(task, sha256), Tombstone, what="the tombstone of forgotten rows",
+            store,
+            keys.tombstone_key(task, sha256),
+            Tombstone,
+            what="the tombstone of forgotten rows",
             remedy="Restore it from a backup of the store: it keeps the rows from being learned again.",
-        )  # fmt: skip
+        )
         if found is not None:
             return found
     return None

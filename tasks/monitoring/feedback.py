@@ -154,9 +154,12 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
         raise DataValidationError(f"{path.name} has no feedback; fill in the column {', '.join(SAID)} of a row.")
     _store(store, lineage, found)
     return FeedbackResult(
-        lineage=lineage, file=str(path), num_taken=len(found), num_blank=num_blank,
+        lineage=lineage,
+        file=str(path),
+        num_taken=len(found),
+        num_blank=num_blank,
         num_unknown=sum(each.id not in task_of for each in found),
-    )  # fmt: skip
+    )
 
 
 def _in_names_of_feedback(values: Mapping[str, Any], own: Iterable[tuple[str, TaskSchema]]) -> Mapping[str, Any]:
@@ -179,8 +182,10 @@ def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
     """
     record = read_record(store, find_version(open_registry(), lineage, None).adapter_uri)
     schemas = [known.schema for known in record.tasks]
-    return {each.name: each.with_labels(added_labels(store, lineage, each.name)) if each.labels else each
-            for each in schemas}  # fmt: skip
+    return {
+        each.name: each.with_labels(added_labels(store, lineage, each.name)) if each.labels else each
+        for each in schemas
+    }
 
 
 def _store(store: ObjectStore, lineage: str, entries: Sequence[Feedback]) -> None:

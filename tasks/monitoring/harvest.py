@@ -90,10 +90,16 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
     if task not in schemas:
         raise ConfigError(f"Lineage '{lineage}' knows no task '{task}'; it knows {', '.join(schemas)}.")
     with _alone(lineage, task):
-        done = read_stored(
-            store, harvest_key(lineage, task), Harvested, what="the note of harvested feedback",
-            remedy="Restore it; if it is deleted, the feedback that is still in the log lands again.",
-        ) or Harvested()  # fmt: skip
+        done = (
+            read_stored(
+                store,
+                harvest_key(lineage, task),
+                Harvested,
+                what="the note of harvested feedback",
+                remedy="Restore it; if it is deleted, the feedback that is still in the log lands again.",
+            )
+            or Harvested()
+        )
         if done.pending is not None:  # the process before may have died before or after it wrote the file
             landed = done.pending.rows if store.exists(done.pending.key) else ()
             done = Harvested(rows=(*done.rows, *landed))
@@ -110,10 +116,12 @@ def harvested_from(store: ObjectStore, answer_ids: Set[str]) -> list[str]:
     if not answer_ids:
         return []
     return [
-        info.key for info in store.list(INBOX)
-        if keys.is_arrival(info.key) and keys.file_name(info.key).startswith(FILE_PREFIX)
+        info.key
+        for info in store.list(INBOX)
+        if keys.is_arrival(info.key)
+        and keys.file_name(info.key).startswith(FILE_PREFIX)
         and not answer_ids.isdisjoint(_answer_ids(store.get_bytes(info.key)))
-    ]  # fmt: skip
+    ]
 
 
 def _answer_ids(content: bytes) -> Iterator[str]:
@@ -168,10 +176,13 @@ def _origin(said: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any
         return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
     return {
-        "answer_id": answer["id"], "answered_by": f"{answer['lineage']}@{answer['version']}",
-        "answered_at": when(answer["time"]), "reviewed_by": said["reviewer"] or said["source"],
-        "reviewed_at": when(said["time"]), "is_random": bool(said["is_random"]),
-    }  # fmt: skip
+        "answer_id": answer["id"],
+        "answered_by": f"{answer['lineage']}@{answer['version']}",
+        "answered_at": when(answer["time"]),
+        "reviewed_by": said["reviewer"] or said["source"],
+        "reviewed_at": when(said["time"]),
+        "is_random": bool(said["is_random"]),
+    }
 
 
 def _land(store: ObjectStore, lineage: str, task: str, rows: Sequence[_Row], done: Harvested) -> str:

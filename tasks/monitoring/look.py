@@ -76,20 +76,29 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     info = find_version(open_registry(), lineage, None)
     record = read_record(store, info.adapter_uri)
     live, num_faulty = (
-        (logged_rows(store, lineage, info.version), 0) if data is None
+        (logged_rows(store, lineage, info.version), 0)
+        if data is None
         else rows_of_file(Path(data), record, info.version)
     )
     found = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live), num_faulty=num_faulty)
     reference = read_reference(store, info.adapter_uri)
     if reference is None:
-        return found.model_copy(update={"problem": (
-            f"Version {info.version} has no reference; write one with: deal evaluate --lineage {lineage}."
-        )})  # fmt: skip
+        return found.model_copy(
+            update={
+                "problem": (
+                    f"Version {info.version} has no reference; write one with: deal evaluate --lineage {lineage}."
+                )
+            }
+        )
     if live.empty:
-        return found.model_copy(update={"problem": (
-            f"The prediction log has no answer of version {info.version}. DEAL_LOG_PREDICTIONS switches it on for deal "
-            "serve; answers of another server are compared with: deal monitor --data FILE."
-        )})  # fmt: skip
+        return found.model_copy(
+            update={
+                "problem": (
+                    f"The prediction log has no answer of version {info.version}. DEAL_LOG_PREDICTIONS switches it on "
+                    "for deal serve; answers of another server are compared with: deal monitor --data FILE."
+                )
+            }
+        )
     config = monitor_settings(store, lineage)
     if live["input"].notna().any():
         reference = with_texts(store, record, reference)
@@ -110,9 +119,12 @@ def _note(store: ObjectStore, info: VersionInfo, found: MonitorResult, report: D
     tracking_id = _track(info, report, state)
     for alarm in new:
         notice = Notice.of(
-            info, task=alarm.task, reasons=alarm.reasons, tracking_id=tracking_id,
+            info,
+            task=alarm.task,
+            reasons=alarm.reasons,
+            tracking_id=tracking_id,
             accuracies=_accuracies(report.task(alarm.task)),
-        )  # fmt: skip
+        )
         announce(alarm.kind, notice, once=alarm.identity(info.version))
     write_monitor_state(store, state)
     _drop_old_baselines(store, info)
@@ -136,10 +148,12 @@ def metrics_of(report: DriftReport) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for each in report.tasks:
         values: dict[str, float | None] = {
-            "num_live": each.num_live, "num_logged": each.num_logged, "alarms": len(each.alarms),
+            "num_live": each.num_live,
+            "num_logged": each.num_logged,
+            "alarms": len(each.alarms),
             "estimated_accuracy": each.estimated.accuracy if each.estimated else None,
             "measured_accuracy": each.measured.accuracy if each.measured else None,
-        }  # fmt: skip
+        }
         for test in each.tests:
             name = test.name.replace(" ", "_")
             values |= {name: test.effect, f"{name}_p": test.p_value}

@@ -55,13 +55,20 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
     columns = ["id", "label", "is_label", "confidence", "seconds", "output"]
     rows = read_predictions(store, home, lineage, since=since, of_rollout=True, columns=columns)
     report = judge(
-        rows, read_feedback(store, home, lineage, answers=rows), terms, champion=opened.champion,
+        rows,
+        read_feedback(store, home, lineage, answers=rows),
+        terms,
+        champion=opened.champion,
         candidate=opened.version,
     )
     return RolloutStatus(
-        lineage=lineage, version=opened.version, champion=opened.champion, since=opened.when, terms=terms,
+        lineage=lineage,
+        version=opened.version,
+        champion=opened.champion,
+        since=opened.when,
+        terms=terms,
         report=report,
-    )  # fmt: skip
+    )
 
 
 def require_open(store: ObjectStore, lineage: str) -> Move:

@@ -57,16 +57,21 @@ def _reference_rows(lineage: str, test_set: TestSet, found: TaskEvaluation) -> l
     """One task's answers as rows. A row's id is the digest of the test row; the version is not known yet."""
     if not found.confidences:
         return []
-    rows = zip(test_set.rows["sha256"], test_set.rows["input"], found.answers, found.confidences, found.outcomes,
-               strict=True)  # fmt: skip
+    rows = zip(
+        test_set.rows["sha256"], test_set.rows["input"], found.answers, found.confidences, found.outcomes, strict=True
+    )
     shared = {"lineage": lineage, "version": None, "time": None, "seconds": None, "input": None, "output": None}
     return [
         {
-            **shared, **answer_facts(test_set.schema, text, answer), "id": digest,
-            "confidence": confidence.confidence, "label_mass": confidence.label_mass, "score": score,
+            **shared,
+            **answer_facts(test_set.schema, text, answer),
+            "id": digest,
+            "confidence": confidence.confidence,
+            "label_mass": confidence.label_mass,
+            "score": score,
         }
         for digest, text, answer, confidence, score in rows
-    ]  # fmt: skip
+    ]
 
 
 def has_reference(store: ObjectStore, adapter_uri: str) -> bool:
@@ -195,8 +200,9 @@ def rows_of_file(path: Path, record: LineageRecord, version: str) -> FileRows:
         others = ", ".join(sorted(set(known)))
         raise ConfigError(
             f"{path.name} has no answer of version {version} of {record.lineage}"
-            + (f", only of version {others}" if others else "") + "; give a file that this version has answered."
-        )  # fmt: skip
+            + (f", only of version {others}" if others else "")
+            + "; give a file that this version has answered."
+        )
     return FileRows(own.assign(version=version, lineage=record.lineage), num_faulty)
 
 
@@ -224,9 +230,13 @@ def _answered(
         text = checkers[schema.name].check_input(row)
         if isinstance(text, str):
             yield {
-                **dict.fromkeys(COLUMNS), **answer_facts(schema, text, answer), "input": text, "output": answer,
-                "lineage": values.get(own["lineage"]), "version": values.get(own["version"]),
-            }  # fmt: skip
+                **dict.fromkeys(COLUMNS),
+                **answer_facts(schema, text, answer),
+                "input": text,
+                "output": answer,
+                "lineage": values.get(own["lineage"]),
+                "version": values.get(own["version"]),
+            }
 
 
 def _typed(found: pd.DataFrame, record: LineageRecord) -> pd.DataFrame:
@@ -234,6 +244,8 @@ def _typed(found: pd.DataFrame, record: LineageRecord) -> pd.DataFrame:
     empty = found.map(lambda value: None if value == "" else value)
     numbers = {name: pd.to_numeric(empty[name], errors="coerce") for name in NUMBERS}
     labels = {task.schema.name for task in record.tasks if task.schema.labels}
-    is_label = [label is not None and not pd.isna(label) if task in labels else None
-                for task, label in zip(empty["task"], empty["label"], strict=True)]  # fmt: skip
+    is_label = [
+        label is not None and not pd.isna(label) if task in labels else None
+        for task, label in zip(empty["task"], empty["label"], strict=True)
+    ]
     return empty.assign(**numbers, is_label=pd.array(is_label, dtype="boolean"))

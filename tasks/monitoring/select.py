@@ -63,8 +63,15 @@ class SelectResult(BaseModel, frozen=True):
 
 
 def select_to_label(
-    task: str, lineage: str, *, data: Path | None = None, column: str | None = None, out: Path | None = None,
-    number: int = 50, random_share: float = RANDOM_SHARE, on_progress: OnProgress = lambda done, total: None,
+    task: str,
+    lineage: str,
+    *,
+    data: Path | None = None,
+    column: str | None = None,
+    out: Path | None = None,
+    number: int = 50,
+    random_share: float = RANDOM_SHARE,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> SelectResult:
     """Write a file of texts that are worth labelling: those with the least certain answers, and a random share.
 
@@ -113,10 +120,18 @@ def select_to_label(
         )
     _write_new(output, [_to_fill_in(schema, row) for row in chosen.to_dict("records")])
     return SelectResult(
-        lineage=lineage, task=task, version=info.version, out=str(output), column=answer_column(schema),
-        data=None if data is None else str(data), num_rows=len(chosen), num_random=int(chosen["is_random"].sum()),
-        num_inputs=len(inputs), num_known=len(inputs & known), num_unusable=num_unusable,
-    )  # fmt: skip
+        lineage=lineage,
+        task=task,
+        version=info.version,
+        out=str(output),
+        column=answer_column(schema),
+        data=None if data is None else str(data),
+        num_rows=len(chosen),
+        num_random=int(chosen["is_random"].sum()),
+        num_inputs=len(inputs),
+        num_known=len(inputs & known),
+        num_unusable=num_unusable,
+    )
 
 
 def _require_new(output: Path) -> None:
@@ -196,10 +211,14 @@ def _answer(texts: Sequence[str], asked: Asked, on_progress: OnProgress) -> list
 
 def _to_fill_in(schema: TaskSchema, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "id": row["id"] if isinstance(row["id"], str) else "", **input_columns(schema, row["input"]),
-        answer_column(schema): "", CHAMPION_ANSWER: row["output"], "confidence": round(row["confidence"], 4),
-        "is_random": bool(row["is_random"]), **said_columns(schema),
-    }  # fmt: skip
+        "id": row["id"] if isinstance(row["id"], str) else "",
+        **input_columns(schema, row["input"]),
+        answer_column(schema): "",
+        CHAMPION_ANSWER: row["output"],
+        "confidence": round(row["confidence"], 4),
+        "is_random": bool(row["is_random"]),
+        **said_columns(schema),
+    }
 
 
 def _write_new(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

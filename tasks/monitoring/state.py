@@ -64,9 +64,12 @@ def read_monitor_state(store: ObjectStore, lineage: str) -> MonitorState | None:
         StoreError: The file is damaged, or has another schema version.
     """
     return read_stored(
-        store, monitor_key(lineage), MonitorState, what=f"the state of the monitor of '{lineage}'",
+        store,
+        monitor_key(lineage),
+        MonitorState,
+        what=f"the state of the monitor of '{lineage}'",
         remedy="Delete it: the next look writes a new one, and announces its alarms again.",
-    )  # fmt: skip
+    )
 
 
 def write_monitor_state(store: ObjectStore, state: MonitorState) -> None:
@@ -97,9 +100,13 @@ def next_state(
                 alarms.append(alarm)
     alarms += known.values()  # the look had no rows of these tasks
     state = MonitorState(
-        lineage=lineage, version=version, looked=now, num_looks=num_looks, alarms=tuple(alarms),
+        lineage=lineage,
+        version=version,
+        looked=now,
+        num_looks=num_looks,
+        alarms=tuple(alarms),
         tasks={task.task: describe(task) for task in report.tasks},
-    )  # fmt: skip
+    )
     return state, tuple(new)
 
 

@@ -201,7 +201,11 @@ def _merge(
 
 
 def _export_to_hub(
-    store: ObjectStore, registry: Registry, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt],
+    store: ObjectStore,
+    registry: Registry,
+    info: VersionInfo,
+    record: LineageRecord,
+    prompts: Sequence[Prompt],
     target: str,
 ) -> Exported:
     if not REPOSITORY.fullmatch(target):
@@ -292,21 +296,35 @@ def _compared(
             f"logit differs by {largest:.3g} in {precision}, and {TOLERANCE:g} is allowed. Nothing was exported."
         )
     return Exported(
-        lineage=info.lineage, version=info.version, to=to, address=address, num_prompts=len(served),
-        max_difference=largest, tolerance=TOLERANCE, precision=precision,
-    )  # fmt: skip
+        lineage=info.lineage,
+        version=info.version,
+        to=to,
+        address=address,
+        num_prompts=len(served),
+        max_difference=largest,
+        tolerance=TOLERANCE,
+        precision=precision,
+    )
 
 
 def _merged_card(record: LineageRecord, info: VersionInfo, licence: str | None, found: Exported) -> str:
     tasks = ", ".join(known.schema.name for known in record.tasks)
-    return "\n".join([
-        "---", "library_name: transformers", *([f"license: {json.dumps(licence)}"] if licence else []), "---",
-        f"# {info.lineage}, version {info.version}: {tasks}", "",
-        f"{record.base.name} with the LoRA adapter of version {info.version} merged into its weights. The file "
-        "`deal.json` has the prompt of each task.", "",
-        f"- base model: {record.base.name}, sha256 `{record.base.sha256}`",
-        f"- licence of the base model: {licence or NOT_STATED}",
-        f"- adapter: sha256 `{info.adapter_sha256}`",
-        f"- logits against the served version: {found.max_difference:.3g} at most on {found.num_prompts} prompts of "
-        f"its tasks, in {found.precision}", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            *([f"license: {json.dumps(licence)}"] if licence else []),
+            "---",
+            f"# {info.lineage}, version {info.version}: {tasks}",
+            "",
+            f"{record.base.name} with the LoRA adapter of version {info.version} merged into its weights. The file "
+            "`deal.json` has the prompt of each task.",
+            "",
+            f"- base model: {record.base.name}, sha256 `{record.base.sha256}`",
+            f"- licence of the base model: {licence or NOT_STATED}",
+            f"- adapter: sha256 `{info.adapter_sha256}`",
+            f"- logits against the served version: {found.max_difference:.3g} at most on {found.num_prompts} prompts "
+            f"of its tasks, in {found.precision}",
+            "",
+        ]
+    )

@@ -115,9 +115,12 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
         StoreError: The route is damaged, or another release wrote it.
     """
     return read_stored(
-        store, keys.route_key(lineage), ServingRoute, what=f"the route by which vLLM serves '{lineage}'",
+        store,
+        keys.route_key(lineage),
+        ServingRoute,
+        what=f"the route by which vLLM serves '{lineage}'",
         remedy="Restore it from a backup of the store, or delete it: deal vllm sync writes it anew.",
-    )  # fmt: skip
+    )
 
 
 def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
@@ -178,10 +181,16 @@ def _move(
         raise
     is_same = before is not None and before.model == name and before.url == without_secrets(client.url)
     route = ServingRoute(
-        lineage=champion.lineage, url=without_secrets(client.url), model=name, version=champion.version,
-        adapter_sha256=champion.adapter_sha256, champion=champion.version, state="in step", names=names,
+        lineage=champion.lineage,
+        url=without_secrets(client.url),
+        model=name,
+        version=champion.version,
+        adapter_sha256=champion.adapter_sha256,
+        champion=champion.version,
+        state="in step",
+        names=names,
         since=before.since if before and is_same else datetime.now(UTC),
-    )  # fmt: skip
+    )
     if route != before:
         write_stored(store, keys.route_key(route.lineage), route)
     return route
@@ -252,10 +261,13 @@ def _require_recorded(store: ObjectStore, champion: VersionInfo, folder: Path, i
         require_recorded(store, champion, folder)
         return
     require_undamaged(
-        digests_of(folder), champion.files_sha256 or {}, PEFT_FILES,
-        what=f"The server's copy of version {champion.version} of '{champion.lineage}'", where=str(folder),
+        digests_of(folder),
+        champion.files_sha256 or {},
+        PEFT_FILES,
+        what=f"The server's copy of version {champion.version} of '{champion.lineage}'",
+        where=str(folder),
         remedy="Remove that folder and run this again: the adapter is copied anew.",
-    )  # fmt: skip
+    )
 
 
 def _copy_name(name: str, adapter_sha256: str) -> str:

@@ -28,11 +28,15 @@ def main(archive: Path) -> None:
     (PLACE / "data").mkdir(parents=True)
     os.chdir(PLACE)
     os.environ |= {
-        "DEAL_HOME": "home", "DEAL_CACHE_DIR": "/tmp/deal-home-0.2-cache", "PREFECT_HOME": "/tmp/deal-home-0.2-prefect",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{PLACE}/home/mlflow.db", "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DEAL_HOME": "home",
+        "DEAL_CACHE_DIR": "/tmp/deal-home-0.2-cache",
+        "PREFECT_HOME": "/tmp/deal-home-0.2-prefect",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{PLACE}/home/mlflow.db",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
         "DEAL_SERVING_PRECISION": "fp32",
-    }  # fmt: skip
+    }
     from benchmarks.tiny_base import build_tiny_base
 
     build_tiny_base(PLACE / "base")
@@ -78,11 +82,13 @@ def _adapt(task: str, gate: dict[str, Any]) -> str:
     from flows.adapt import adapt
 
     values: Any = {
-        "lineage": LINEAGE, "base_model": "base", "gate": gate,
+        "lineage": LINEAGE,
+        "base_model": "base",
+        "gate": gate,
         "task": {"name": task, "data": f"data/{task}-train.jsonl", "test_data": f"data/{task}-test.jsonl"},
         "train": {"max_steps": 3, "max_prompt_tokens": 128, "max_answer_tokens": 12, "checkpoint_steps": 0},
         "data": {"retain_training_rows": True},
-    }  # fmt: skip
+    }
     return str(asyncio.run(adapt(values)).status)  # Prefect reads the spec from a mapping
 
 

@@ -22,7 +22,11 @@ def deal(home: Path, *arguments: str, expect: int = 0) -> Any:
     }
     done = subprocess.run(
         [*DEAL, *arguments, "--home", str(home), "--json"],
-        cwd=home.parent, env={**kept, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=home.parent,
+        env={**kept, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == expect, done.stdout + done.stderr
     return json.loads(done.stdout)

@@ -31,11 +31,18 @@ PLACES = ("at the bank", "in the shop", "on the phone", "at the clinic", "with t
 NUM_ASKED = 150
 ROWS_A_REQUEST = 50
 SETTINGS: dict[str, Any] = {
-    "lineage": LINEAGE, "tasks": [TASK], "memory": "rows",
+    "lineage": LINEAGE,
+    "tasks": [TASK],
+    "memory": "rows",
     "gate": {**NO_LIMITS, "min_gain_over_champion_points": 10.0, "max_old_slice_drop_points": 20.0},
-    "train": {"max_steps": 60, "learning_rate": 0.03, "max_prompt_tokens": 64, "max_answer_tokens": 6,
-              "checkpoint_steps": 0},
-}  # fmt: skip
+    "train": {
+        "max_steps": 60,
+        "learning_rate": 0.03,
+        "max_prompt_tokens": 64,
+        "max_answer_tokens": 6,
+        "checkpoint_steps": 0,
+    },
+}
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
@@ -55,8 +62,9 @@ def shifted(num_rows: int) -> dict[str, str]:
     new = {
         f"Since the move last week I am waiting with my family for an answer about the {colour} "
         f"{THINGS[number % 6]} {PLACES[number // 6 % 6]}, please help, number {number}": LABELS[colour]
-        for number in range(num_rows * 3 // 4) for colour in [("amber", "teal")[number % 2]]
-    }  # fmt: skip
+        for number in range(num_rows * 3 // 4)
+        for colour in [("amber", "teal")[number % 2]]
+    }
     return {**new, **usual(num_rows - len(new), "june")}
 
 
@@ -173,8 +181,9 @@ def check_the_gate_judged_old_and_renewed_rows(whole: Whole) -> None:
     assert "champion" in second.aliases and second.parent_version == first.version
     evaluation = open_tracker(whole.tracking()).run(second.tracking_id).read_json("evaluation.json")
     assert evaluation["slices"] == {OLD_ROWS: TASK}
-    new, old = ({name: evaluation[side][name] for name in (TASK, OLD_ROWS)}
-                for side in ("accuracies", "parent_accuracies"))  # fmt: skip
+    new, old = (
+        {name: evaluation[side][name] for name in (TASK, OLD_ROWS)} for side in ("accuracies", "parent_accuracies")
+    )
     assert 100 * (new[TASK] - old[TASK]) >= SETTINGS["gate"]["min_gain_over_champion_points"], (new, old)
     assert 100 * (old[OLD_ROWS] - new[OLD_ROWS]) <= SETTINGS["gate"]["max_old_slice_drop_points"], (new, old)
 

@@ -30,8 +30,10 @@ def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None
 
     assert (outcome["lineage"], outcome["champion"]) == ("demo", "3")
     assert [(run["task"], run["status"]) for run in outcome["runs"]] == [
-        ("bank", "promoted"), ("clinic", "promoted"), ("parcels", "promoted"),
-    ]  # fmt: skip
+        ("bank", "promoted"),
+        ("clinic", "promoted"),
+        ("parcels", "promoted"),
+    ]
     assert [run["num_steps"] for run in outcome["runs"]] == [27, 27, 27]
     matrix = outcome["matrix"]
     last = dict(zip(matrix["tasks"], matrix["rows"][-1], strict=True))

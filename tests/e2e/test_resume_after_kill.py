@@ -69,12 +69,14 @@ def spec(tiny_base: Path, tmp_path: Path) -> Path:
         "lineage": "l",
         "base_model": str(tiny_base),
         "task": {
-            "name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
-            "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
+            "name": "clinic",
+            "data": str(EXAMPLES / "clinic" / "train.csv"),
+            "test_data": str(EXAMPLES / "clinic" / "test.csv"),
+            "columns": {"text": "note", "label": "finding"},
         },
         "train": {"max_steps": 60, "max_prompt_tokens": 192, "checkpoint_steps": 10},
         "gate": NO_LIMITS,
-    }  # fmt: skip
+    }
     path = tmp_path / "clinic.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -93,9 +95,12 @@ def test_killed_and_started_again_equals_uninterrupted(spec: Path, tmp_path: Pat
     expected = deal(whole, "adapt", str(spec))
 
     process = subprocess.Popen(
-        command(killed, "adapt", str(spec)), cwd=tmp_path, env=environment(killed), stdout=subprocess.DEVNULL,
+        command(killed, "adapt", str(spec)),
+        cwd=tmp_path,
+        env=environment(killed),
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     wait_for_checkpoint(killed, process, step=20)
     process.kill()
     process.wait()

@@ -58,10 +58,12 @@ class Whole:
 
     def add_lineage(self, name: str, base: Path, tasks: list[str], **train: Any) -> None:
         values = {
-            "lineage": name, "base_model": str(base), "tasks": tasks,
+            "lineage": name,
+            "base_model": str(base),
+            "tasks": tasks,
             "gate": NO_LIMITS,
             "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0, **train},
-        }  # fmt: skip
+        }
         path = self.home / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
         self.deal("lineage", "add", str(path))
@@ -117,11 +119,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     ports = [free_port(), free_port(), free_port()]
     dropped = {"PREFECT_API_URL", "MLFLOW_TRACKING_URI"}
     environment = {name: value for name, value in os.environ.items() if name not in dropped} | {
-        "DEAL_HOME": str(home), "DEAL_CACHE_DIR": str(home / "cache"), "DEAL_STORE_URI": f"s3://{BUCKET}/team",
-        "DEAL_S3_ENDPOINT_URL": f"http://{host}:{port}", "DEAL_S3_REGION": "us-east-1",
-        "DEAL_S3_ACCESS_KEY_ID": "somebody", "DEAL_S3_SECRET_ACCESS_KEY": SECRET, "DEAL_LANDING_QUEUE_URL": queue,
+        "DEAL_HOME": str(home),
+        "DEAL_CACHE_DIR": str(home / "cache"),
+        "DEAL_STORE_URI": f"s3://{BUCKET}/team",
+        "DEAL_S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "DEAL_S3_REGION": "us-east-1",
+        "DEAL_S3_ACCESS_KEY_ID": "somebody",
+        "DEAL_S3_SECRET_ACCESS_KEY": SECRET,
+        "DEAL_LANDING_QUEUE_URL": queue,
         "DEAL_LEASE_SECONDS": "60",
-    }  # fmt: skip
+    }
     found = Whole(home, environment, s3, server, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
     with ExitStack() as stack:
         stack.callback(server.stop)

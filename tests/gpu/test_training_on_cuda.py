@@ -37,7 +37,8 @@ def run(tiny_base: Path, work: Path, parent: Path | None, die_at: int | None = N
 
     base = load_base(str(tiny_base), work / "cache", precision="auto")
     return train_adapter(
-        base, Dataset.from_list(ROWS),
+        base,
+        Dataset.from_list(ROWS),
         TrainingSetup(task=TASK, strategy="deal", adapter=AdapterConfig(rank=4), method=MethodConfig(), train=STEPS),
         parent_folder=parent,
         output_folder=work / "adapter",
@@ -65,7 +66,8 @@ def test_learns_on_a_quantized_base(quantize, tiny_base, tmp_path):
     assert base.is_quantized
     folder = tmp_path / "adapter"
     result = train_adapter(
-        base, Dataset.from_list(ROWS),
+        base,
+        Dataset.from_list(ROWS),
         TrainingSetup(
             task=TASK,
             strategy="deal",

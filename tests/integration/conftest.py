@@ -77,9 +77,7 @@ def copied_home(three_versions: Path, copy_to_home: Callable[[Path], Path]) -> P
 
 
 @pytest.fixture(scope="module")
-def serving_home(
-    prefect_api: None, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
+def serving_home(prefect_api: None, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home without a version, for servers. The environment names the home while the module runs."""
     folder = tmp_path_factory.mktemp("serving-home")
     shutil.copy(mlflow_database, folder / "mlflow.db")

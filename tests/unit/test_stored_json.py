@@ -27,34 +27,70 @@ MATRIX = AccuracyMatrix(
     tasks=("bank", "talk"), trained=("bank", "talk"), rows=((0.9, None), (1.0, 1 / 3)), base=(0.25, None)
 )
 REPORT = EvaluationReport(
-    task="talk", accuracies={"bank": 1.0, "talk": 1 / 3}, parent_accuracies={"bank": 0.9}, base_accuracy=0.0,
-    parent_accuracy_new_task=None, num_rows={"bank": 20, "talk": 3}, matrix=MATRIX, notes=("Größe.",),
-    outcomes={"bank": (1.0,) * 20, "talk": (0.25, 1.0, 0.0)}, parent_outcomes={"bank": (1.0,) * 18 + (0.0, 0.0)},
-    perplexity=31.5, metrics={"bank": "exact", "talk": "rouge_l"},
-    base_perplexity=float("inf"), adapter=AdapterFacts(norm=1.25, parent_norm=None, is_changed=True), majority_rate=0.5,
-    labels={"bank": (LabelFigures(label="Überweisung", num_rows=20, recall=1.0, share=0.95),
-                     LabelFigures(label=None, num_rows=0, recall=None, share=0.05))},
-)  # fmt: skip
-MANIFEST = DatasetManifest(
-    task=TASKS[0], sha256="ab" * 32, source="März.csv", num_read=10, num_train=5, num_test=3, num_rejected=2,
-    problems={"empty text": 2}, split="given", retain_training_rows=True, files=("cd" * 32,), landed_sha256="ef" * 32,
-)  # fmt: skip
-RECORD = LineageRecord(
-    lineage="support", base=BaseRef(source="hub:x/y", name="y", sha256="01" * 32, quantize="4bit"), strategy="deal",
-    adapter=AdapterConfig(rank=8, alpha=4, target_modules=("q_proj", "v_proj")),
-    tasks=tuple(KnownTask(schema=task, dataset_uri=f"datasets/{task.name}/x", num_test=3, max_prompt_tokens=256,
-                          max_new_tokens=7) for task in TASKS),
+    task="talk",
+    accuracies={"bank": 1.0, "talk": 1 / 3},
+    parent_accuracies={"bank": 0.9},
+    base_accuracy=0.0,
+    parent_accuracy_new_task=None,
+    num_rows={"bank": 20, "talk": 3},
     matrix=MATRIX,
-)  # fmt: skip
+    notes=("Größe.",),
+    outcomes={"bank": (1.0,) * 20, "talk": (0.25, 1.0, 0.0)},
+    parent_outcomes={"bank": (1.0,) * 18 + (0.0, 0.0)},
+    perplexity=31.5,
+    metrics={"bank": "exact", "talk": "rouge_l"},
+    base_perplexity=float("inf"),
+    adapter=AdapterFacts(norm=1.25, parent_norm=None, is_changed=True),
+    majority_rate=0.5,
+    labels={
+        "bank": (
+            LabelFigures(label="Überweisung", num_rows=20, recall=1.0, share=0.95),
+            LabelFigures(label=None, num_rows=0, recall=None, share=0.05),
+        )
+    },
+)
+MANIFEST = DatasetManifest(
+    task=TASKS[0],
+    sha256="ab" * 32,
+    source="März.csv",
+    num_read=10,
+    num_train=5,
+    num_test=3,
+    num_rejected=2,
+    problems={"empty text": 2},
+    split="given",
+    retain_training_rows=True,
+    files=("cd" * 32,),
+    landed_sha256="ef" * 32,
+)
+RECORD = LineageRecord(
+    lineage="support",
+    base=BaseRef(source="hub:x/y", name="y", sha256="01" * 32, quantize="4bit"),
+    strategy="deal",
+    adapter=AdapterConfig(rank=8, alpha=4, target_modules=("q_proj", "v_proj")),
+    tasks=tuple(
+        KnownTask(
+            schema=task, dataset_uri=f"datasets/{task.name}/x", num_test=3, max_prompt_tokens=256, max_new_tokens=7
+        )
+        for task in TASKS
+    ),
+    matrix=MATRIX,
+)
 SERVED = ServedVersion(
-    lineage="support", base_source="/models/y", base_name="y", base_sha256="01" * 32,
+    lineage="support",
+    base_source="/models/y",
+    base_name="y",
+    base_sha256="01" * 32,
     tasks=tuple(ServedTask(schema=task, max_prompt_tokens=256, max_new_tokens=7) for task in TASKS),
     newest_task="talk",
-)  # fmt: skip
+)
 STORED: dict[str, tuple[Any, type[Exception]]] = {
-    "evaluation": (REPORT, ValueError), "matrix": (MATRIX, ValueError), "manifest": (MANIFEST, DataValidationError),
-    "record": (RECORD, StoreError), "deal": (SERVED, AdapterStateError),
-}  # fmt: skip
+    "evaluation": (REPORT, ValueError),
+    "matrix": (MATRIX, ValueError),
+    "manifest": (MANIFEST, DataValidationError),
+    "record": (RECORD, StoreError),
+    "deal": (SERVED, AdapterStateError),
+}
 
 
 def golden(name: str) -> Any:
@@ -105,9 +141,14 @@ def test_an_unknown_field_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("manifest", ("task",)), ("deal", ("tasks", 0)), ("record", ("adapter",)), ("deal", ("tasks", 0, "schema")),
-     ("evaluation", ("adapter",))],
-)  # fmt: skip
+    [
+        ("manifest", ("task",)),
+        ("deal", ("tasks", 0)),
+        ("record", ("adapter",)),
+        ("deal", ("tasks", 0, "schema")),
+        ("evaluation", ("adapter",)),
+    ],
+)
 def test_an_unknown_field_inside_is_refused(name: str, path: tuple[Any, ...]) -> None:
     values = golden(name)
     inner = values
@@ -139,5 +180,3 @@ def test_a_task_from_before_answers_had_a_length_has_the_default() -> None:
     values = golden("record")
     del values["tasks"][0]["max_new_tokens"]
     assert LineageRecord.from_json(values).tasks[0].max_new_tokens == EvaluateConfig().max_new_tokens
-
-

@@ -82,9 +82,12 @@ def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[
     with _open_source(path) as source:
         file = _parquet_file(source, path)
         packed = pq.ParquetFile(
-            source, metadata=file.metadata, buffer_size=2**20, pre_buffer=False,
+            source,
+            metadata=file.metadata,
+            buffer_size=2**20,
+            pre_buffer=False,
             read_dictionary=_columns_with_dictionary(file),
-        )  # fmt: skip
+        )
         names = file.schema_arrow.names
         wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
         left = max(MAX_UNPACKED_BYTES, MAX_DECODED_RATIO * path.stat().st_size)

@@ -33,8 +33,15 @@ def test_the_built_in_model_is_fetched_once_converted_and_answers(tmp_path: Path
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     # the model's own tokenizer splits digits, and keeps a leading space with its word
     assert tokenizer.convert_ids_to_tokens(tokenizer("in 2024 a fee")["input_ids"]) == [
-        "in", "Ġ", "2", "0", "2", "4", "Ġa", "Ġfee",
-    ]  # fmt: skip
+        "in",
+        "Ġ",
+        "2",
+        "0",
+        "2",
+        "4",
+        "Ġa",
+        "Ġfee",
+    ]
 
     inputs = tokenizer(prompt, return_tensors="pt").to(base.model.device)
     with torch.inference_mode():

@@ -90,9 +90,7 @@ def test_an_adapter_that_is_brought_back_serves_again(champion: VersionInfo, hom
 
 
 @pytest.mark.parametrize("name", ["deal.json", "adapter_config.json", WEIGHTS, "MLmodel"])
-def test_what_is_fetched_to_be_served_is_compared_too(
-    champion: VersionInfo, tmp_path: Path, name: str
-) -> None:
+def test_what_is_fetched_to_be_served_is_compared_too(champion: VersionInfo, tmp_path: Path, name: str) -> None:
     registry = open_registry()
     registry.download("l", "3", tmp_path / "whole")
     location = registry.client.get_logged_model(champion.model_id).artifact_location

@@ -98,9 +98,7 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert not list((home / "work").rglob("*.*")), "checkpoints were not deleted"
 
 
-def test_a_lineage_supplies_what_the_next_spec_leaves_open(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lineage_supplies_what_the_next_spec_leaves_open(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tiny_base, BANK, strategy="replay", memory="rows", adapter={"rank": 4})
     second = run(tiny_base, CLINIC, base_model=None)
     store, versions = current_store(), open_registry().versions("l")
@@ -527,4 +525,4 @@ def test_a_label_that_takes_over_the_answers_is_named_with_its_cost(tiny_base: P
         r"often as it occurs, accuracy would be \d+\.\d % instead of 50\.0 %: train\.recentre_steps lets the next "
         r"version learn that)?",  # whether it gains a row depends on rounding
         note,
-    )  # fmt: skip
+    )

@@ -21,8 +21,12 @@ from tests.integration.adaptation.test_flow_metrics import notes  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 OTHERWISE: dict[str, Any] = {
-    "max_steps": 25, "learning_rate": 0.05, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0
-}  # fmt: skip
+    "max_steps": 25,
+    "learning_rate": 0.05,
+    "max_prompt_tokens": 192,
+    "max_answer_tokens": 12,
+    "checkpoint_steps": 0,
+}
 """A training that changes every answer."""
 JUDGED = {**PASS, "judge": "veto", "max_drop_points": 20}
 
@@ -43,7 +47,10 @@ def answers_of(run_key: str, task: str) -> list[str]:
 
 @pytest.mark.nightly
 def test_the_judge_rejects_a_version_and_its_failure_lets_it_pass_with_a_note(
-    notes: dict[str, str], server: FakeJudge, tiny_base: Path, home: Path  # noqa: F811
+    notes: dict[str, str],  # noqa: F811
+    server: FakeJudge,
+    tiny_base: Path,
+    home: Path,
 ) -> None:
     first = run(tiny_base, notes, gate=JUDGED)
     assert first.status == "promoted" and not server.questions, "there was no champion to compare with"
@@ -76,7 +83,8 @@ def evaluation_of(tracking_id: str | None) -> EvaluationReport:
 
 
 def test_a_judge_that_is_not_named_is_refused_before_anything_is_trained(
-    notes: dict[str, str], tiny_base: Path  # noqa: F811
+    notes: dict[str, str],  # noqa: F811
+    tiny_base: Path,
 ) -> None:
     with pytest.raises(ConfigError, match=r"gate\.judge asks for a judge, and this machine knows none"):
         run(tiny_base, notes, gate={**PASS, "judge": "report"})

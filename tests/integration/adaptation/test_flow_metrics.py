@@ -33,10 +33,13 @@ def notes(tmp_path: Path) -> dict[str, str]:
     path = tmp_path / "notes.jsonl"
     things = ("lost card", "late parcel", "low iron", "broken bone", "customs hold")
     rows = [
-        {"prompt": f"Message {number} about a {thing}.", "completion": f"A {thing}, number {number}, is reported.",
-         "split": "test" if number % 3 == 0 else "train"}
+        {
+            "prompt": f"Message {number} about a {thing}.",
+            "completion": f"A {thing}, number {number}, is reported.",
+            "split": "test" if number % 3 == 0 else "train",
+        }
         for number, thing in enumerate(things * 6)
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"name": "notes", "data": str(path)}
 

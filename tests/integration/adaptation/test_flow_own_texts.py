@@ -74,8 +74,14 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
 @pytest.mark.nightly
 def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base: Path, tmp_path: Path) -> None:
     """A task with free answers spares rows as well. The second version is learned with another memory."""
-    rows = [{"prompt": f"Order {n}: the tap in flat {n % 7} drips.", "completion": f"tap, flat {n % 7}",
-             "split": "test" if n % 2 else "train"} for n in range(60)]  # fmt: skip
+    rows = [
+        {
+            "prompt": f"Order {n}: the tap in flat {n % 7} drips.",
+            "completion": f"tap, flat {n % 7}",
+            "split": "test" if n % 2 else "train",
+        }
+        for n in range(60)
+    ]
     file = tmp_path / "orders.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(tiny_base, {"name": "orders", "data": str(file)}).status == "promoted"

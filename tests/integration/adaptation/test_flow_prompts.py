@@ -48,10 +48,19 @@ def test_chat_prompts_are_learned_asked_and_kept(tiny_base: Path, tmp_path: Path
     assert answer.prompt.endswith(f"\n{TEXT}<|im_end|>\n<|im_start|>assistant\n")
     assert predict(TEXT, lineage="l", task="clinic", version=None).prompt.endswith(f"\n{TEXT}\nAnswer:")
     shown = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tiny_base), answer.adapter.removeprefix("file://"), answer.precision,
-         answer.prompt],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-    ).stdout.splitlines()  # fmt: skip
+        [
+            sys.executable,
+            str(SCRIPT),
+            str(tiny_base),
+            answer.adapter.removeprefix("file://"),
+            answer.precision,
+            answer.prompt,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    ).stdout.splitlines()
     likeliest = list(answer.first_token_logits.values())[:5]
     assert [float(line.split("\t")[0]) for line in shown] == pytest.approx(likeliest, abs=2e-2)
 
@@ -74,9 +83,16 @@ def test_a_checked_file_shows_the_prompt_that_is_asked_for(tiny_base: Path, tmp_
 
 
 def test_a_benchmark_can_ask_in_chats(tiny_base: Path, tmp_path: Path) -> None:
-    options = {"data": str(write_tasks(tmp_path)), "tasks": ["colours"], "rows": 8, "base_model": str(tiny_base),
-               "train": '{"batch_size": 4, "max_steps": 1, "max_prompt_tokens": 64}', "methods": [],
-               "strategies": ["seq_lora"], "out": tmp_path / "cells"}  # fmt: skip
+    options = {
+        "data": str(write_tasks(tmp_path)),
+        "tasks": ["colours"],
+        "rows": 8,
+        "base_model": str(tiny_base),
+        "train": '{"batch_size": 4, "max_steps": 1, "max_prompt_tokens": 64}',
+        "methods": [],
+        "strategies": ["seq_lora"],
+        "out": tmp_path / "cells",
+    }
     results = [asyncio.run(benchmark(spec_from_options(**options, prompt=form))) for form in ("plain", "chat")]
     assert [cell.status for result in results for cell in result.cells] == ["done", "done"]
     assert len(results[1].tables) == 2, "another form of prompts stands in another table"

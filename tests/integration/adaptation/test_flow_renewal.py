@@ -98,8 +98,10 @@ def test_no_row_judges_a_version_that_was_recentred_on_its_text(
 
     monkeypatch.setattr(recentre, "recentre_adapter", record_texts)
     settings: dict[str, Any] = {
-        "strategy": "seq_lora", "train": {**TRAIN, "max_steps": 2, "recentre_steps": 1}, "gate": PASS,
-    }  # fmt: skip
+        "strategy": "seq_lora",
+        "train": {**TRAIN, "max_steps": 2, "recentre_steps": 1},
+        "gate": PASS,
+    }
     run(tiny_base, file_of(tmp_path, "january", "warm", "cold"), **settings)
     renew(home)
     now = run(tiny_base, file_of(tmp_path, "july", "cold", "warm"), **settings)

@@ -22,8 +22,12 @@ from tests.adapting import BANK, CLINIC, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 TRAIN = {
-    "num_epochs": 1, "batch_size": 4, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0,
-}  # fmt: skip
+    "num_epochs": 1,
+    "batch_size": 4,
+    "max_prompt_tokens": 192,
+    "max_answer_tokens": 12,
+    "checkpoint_steps": 0,
+}
 
 
 class _DiedError(Exception):
@@ -37,8 +41,10 @@ def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
     first = run(tiny_base, BANK, train=TRAIN, selection={"keep": 16}, memory="rows")
     assert first.num_steps == 4 and first.dataset.num_train == 72
     settings: dict[str, Any] = {
-        "train": TRAIN, "memory": "rows", "selection": {"score": "loss", "keep": 0.25, "noise": "name"},
-    }  # fmt: skip
+        "train": TRAIN,
+        "memory": "rows",
+        "selection": {"score": "loss", "keep": 0.25, "noise": "name"},
+    }
     trained_on: list[list[str]] = []
     learn = train_stage._train
 

@@ -47,10 +47,12 @@ def deal(home: Path) -> Iterator[Deal]:
 def support(tiny_base: Path) -> dict[str, Any]:
     """The stored settings of lineage `support`: a person approves, two steps, one task."""
     settings = {
-        "tasks": ["parcels"], "base_model": str(tiny_base), "strategy": "seq_lora",
+        "tasks": ["parcels"],
+        "base_model": str(tiny_base),
+        "strategy": "seq_lora",
         "gate": {**NO_LIMITS, "approval": "person"},
         "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
-    }  # fmt: skip
+    }
     store_settings(settings)
     return settings
 

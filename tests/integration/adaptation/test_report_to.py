@@ -36,9 +36,7 @@ def test_tensorboard_has_every_step_of_the_training(
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("prefect_api", "home")
-def test_wandb_has_a_run_for_each_training(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_has_a_run_for_each_training(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     for task in (BANK, CLINIC):

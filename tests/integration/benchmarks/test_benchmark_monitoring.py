@@ -21,13 +21,19 @@ NUM_ROWS = 400
 def answers() -> pd.DataFrame:
     """Usual rows, rows that the model is unsure of, and rows with other answers and no right one."""
     parts = {
-        USUAL: logged_rows(NUM_ROWS, 0), TYPOS: logged_rows(NUM_ROWS, 1, sureness=(3.0, 3.0)),
+        USUAL: logged_rows(NUM_ROWS, 0),
+        TYPOS: logged_rows(NUM_ROWS, 1, sureness=(3.0, 3.0)),
         "texts of sport": logged_rows(NUM_ROWS, 2, shares={"loan": 0.9, "fraud": 0.1}, score=np.nan),
-    }  # fmt: skip
-    return pd.concat([
-        rows.assign(condition=name, expected=rows["label"], id=[f"bank/{name}/{number}" for number in range(NUM_ROWS)])
-        for name, rows in parts.items()
-    ], ignore_index=True)  # fmt: skip
+    }
+    return pd.concat(
+        [
+            rows.assign(
+                condition=name, expected=rows["label"], id=[f"bank/{name}/{number}" for number in range(NUM_ROWS)]
+            )
+            for name, rows in parts.items()
+        ],
+        ignore_index=True,
+    )
 
 
 @pytest.mark.nightly
@@ -64,8 +70,9 @@ def test_a_version_answers_once_and_the_figures_come_from_its_file(
     rows = [json.loads(line) for line in Path(BANK["test_data"]).read_text().splitlines()]
     for name in ("bank", "clinic"):
         (tmp_path / f"{name}.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = next(path.parent for path in (three_versions / "mlflow-artifacts").rglob("deal.json")
-                  if "clinic" in path.read_text())  # fmt: skip
+    folder = next(
+        path.parent for path in (three_versions / "mlflow-artifacts").rglob("deal.json") if "clinic" in path.read_text()
+    )
     kept, out = tmp_path / "answers.parquet", tmp_path / "figures.json"
     runner, options = CliRunner(), ["--looks", "5", "--draws", "2", "--text-draws", "0", "--out", str(out)]
     import typer

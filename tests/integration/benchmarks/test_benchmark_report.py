@@ -20,8 +20,11 @@ def test_the_page_is_the_one_that_the_stored_cells_give(tmp_path: Path) -> None:
     main(results=RESULTS, page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
     assert (tmp_path / "cells.md").read_text() == (ROOT / "benchmarks" / "cells.md").read_text()
     assert (tmp_path / "benchmark.md").read_text() == (ROOT / "docs" / "benchmark.md").read_text()
-    shown = {line.split("](")[1].rstrip(")") for line in (tmp_path / "benchmark.md").read_text().splitlines()
-             if line.startswith("![")}  # fmt: skip
+    shown = {
+        line.split("](")[1].rstrip(")")
+        for line in (tmp_path / "benchmark.md").read_text().splitlines()
+        if line.startswith("![")
+    }
     assert shown and all((tmp_path / name).is_file() and (ROOT / "docs" / name).is_file() for name in shown)
 
 
@@ -54,12 +57,17 @@ def test_three_values_have_a_range_and_prove_nothing_on_either_side_of_a_limit()
     interval = (1.5, -0.25, 1.75)
     assert performance.spread(interval, 3, 2) == "range of 3: −0.25 to 1.75"
     assert performance.spread(interval, 20, 2) == "n = 20, 95 % interval of the mean −0.25 to 1.75"
-    verdicts = {(limit, count): performance.not_above(limit, interval, count)
-                for limit in (-1, 1, 2) for count in (3, 20)}  # fmt: skip
+    verdicts = {
+        (limit, count): performance.not_above(limit, interval, count) for limit in (-1, 1, 2) for count in (3, 20)
+    }
     assert verdicts == {
-        (-1, 3): "**missed**", (1, 3): "n = 3, not told apart", (2, 3): "reached",
-        (-1, 20): "**missed**", (1, 20): "reached", (2, 20): "reached",
-    }  # fmt: skip
+        (-1, 3): "**missed**",
+        (1, 3): "n = 3, not told apart",
+        (2, 3): "reached",
+        (-1, 20): "**missed**",
+        (1, 20): "reached",
+        (2, 20): "reached",
+    }
 
 
 def test_a_figure_that_is_no_longer_reached_is_said_to_be_missed(tmp_path: Path) -> None:

@@ -34,9 +34,13 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def spec(data: Path, tiny_base: Path) -> BenchmarkSpec:
     return spec_from_options(
-        data=str(data), tasks=list(COLOURS_AND_SIZES), rows=8, base_model=str(tiny_base),
-        train='{"batch_size": 4, "max_prompt_tokens": 64}', methods=[],
-    )  # fmt: skip
+        data=str(data),
+        tasks=list(COLOURS_AND_SIZES),
+        rows=8,
+        base_model=str(tiny_base),
+        train='{"batch_size": 4, "max_prompt_tokens": 64}',
+        methods=[],
+    )
 
 
 def run(spec: BenchmarkSpec, **changes: Any) -> BenchmarkResult:
@@ -107,14 +111,23 @@ def test_a_cell_that_fails_does_not_lose_the_others(spec: BenchmarkSpec) -> None
 
 def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: BenchmarkSpec) -> None:
     methods = spec_from_options(
-        data=str(spec.data), tasks=list(COLOURS_AND_SIZES), base_model=spec.base_model, train="{}",
+        data=str(spec.data),
+        tasks=list(COLOURS_AND_SIZES),
+        base_model=spec.base_model,
+        train="{}",
         methods=["{}", '{"deal": {"core": "frozen"}}', '{"rivals": {"ewc_weight": 3}}'],
-        strategies=["deal", "seq_lora"], seeds=[0, 1],
-    )  # fmt: skip
+        strategies=["deal", "seq_lora"],
+        seeds=[0, 1],
+    )
     cells = [cell for cell, _ in cells_of(methods, identify_base(spec.base_model))]
     assert sorted((cell.strategy, cell.seed) for cell in cells) == [
-        ("deal", 0), ("deal", 0), ("deal", 1), ("deal", 1), ("seq_lora", 0), ("seq_lora", 1),
-    ]  # fmt: skip
+        ("deal", 0),
+        ("deal", 0),
+        ("deal", 1),
+        ("deal", 1),
+        ("seq_lora", 0),
+        ("seq_lora", 1),
+    ]
     assert {cell.train.seed for cell in cells} == {0, 1}
     assert {cell.method["rehearsal.texts"] for cell in cells if cell.strategy == "deal"} == {"own"}, "as a new lineage"
 
@@ -179,9 +192,13 @@ def test_the_commands_adapter_and_training_reach_the_cells(
 )
 def test_unknown_settings_are_refused(options: dict[str, Any], message: str, data: Path, tiny_base: Path) -> None:
     given = {
-        "data": str(data), "tasks": list(COLOURS_AND_SIZES), "train": "{}", "methods": [], "base_model": str(tiny_base),
+        "data": str(data),
+        "tasks": list(COLOURS_AND_SIZES),
+        "train": "{}",
+        "methods": [],
+        "base_model": str(tiny_base),
         **options,
-    }  # fmt: skip
+    }
     with pytest.raises(ConfigError, match=message):
         cells_of(spec_from_options(**given), identify_base(str(tiny_base)))
 
@@ -197,14 +214,24 @@ def test_a_task_without_rows_in_the_part_is_refused_before_another_is_learned(sp
 @pytest.mark.skipif("DEAL_BENCHMARK_DATA" not in os.environ, reason="DEAL_BENCHMARK_DATA names no folder of tasks")
 def test_a_suite_of_the_field_runs(tiny_base: Path, tmp_path: Path) -> None:
     spec = spec_from_options(
-        data=BENCHMARK_DATA, suite="3", strategies=["deal", "replay", "joint", "per_task", "base"], rows=8,
-        max_test_rows=4, base_model=str(tiny_base), out=tmp_path / "cells", methods=[],
+        data=BENCHMARK_DATA,
+        suite="3",
+        strategies=["deal", "replay", "joint", "per_task", "base"],
+        rows=8,
+        max_test_rows=4,
+        base_model=str(tiny_base),
+        out=tmp_path / "cells",
+        methods=[],
         train='{"batch_size": 4, "max_prompt_tokens": 160}',
-    )  # fmt: skip
+    )
     result = run(spec)
     assert [cell.status for cell in result.cells] == ["done"] * 5
     (table,) = result.tables
     assert table["suite"] == "3" and set(table["lifted"]) == {"agnews", "dbpedia", "yahoo"}
     assert {name: len(row["accuracy_by_task"]) for row in table["rows"] for name in [row["strategy"]]} == {
-        "base": 3, "per_task": 3, "joint": 3, "deal": 3, "replay": 3,
-    }  # fmt: skip
+        "base": 3,
+        "per_task": 3,
+        "joint": 3,
+        "deal": 3,
+        "replay": 3,
+    }

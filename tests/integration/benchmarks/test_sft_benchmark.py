@@ -47,7 +47,8 @@ def test_rows_that_a_trainer_would_cut_are_left_out(tiny_base: Path) -> None:
 
 def test_ratios_are_of_the_same_round() -> None:
     names = ("seconds", "loop_seconds", "peak_memory_mib", "held_out_loss")
-    slow, fast = ([{"rows_per_second": each * times, **dict.fromkeys(names, 1.0)} for each in (1.0, 5.0, 2.0)]
-                  for times in (1, 3))
+    slow, fast = (
+        [{"rows_per_second": each * times, **dict.fromkeys(names, 1.0)} for each in (1.0, 5.0, 2.0)] for times in (1, 3)
+    )
     assert compare(fast, slow)["median_of_paired_ratios_to_trl_defaults"] == 3.0
     assert compare(fast, slow)["median_rows_per_second"] == 6.0

@@ -53,8 +53,9 @@ def check(cases: list[Case], folder: Path) -> None:
     assert not unexpected, "\n".join(unexpected)
     lost = [
         f"{shown(each)}: {each.num_good} of {case.num_good} good rows"
-        for case, each in zip(cases, found, strict=True) if each.num_good < case.num_good
-    ]  # fmt: skip
+        for case, each in zip(cases, found, strict=True)
+        if each.num_good < case.num_good
+    ]
     assert not lost, "\n".join(lost)
     said = [shown(each) for each in found if each.error and not (20 < len(each.message) < 2000)]
     assert not said, "\n".join(said)

@@ -62,9 +62,21 @@ def flip(data: bytes, chance: random.Random) -> bytes:
 
 def insert(data: bytes, chance: random.Random) -> bytes:
     evil = (
-        b"\0", b"\xff\xfe", b'"', b"\r", b"\n\n\n", b"{", b"[" * 5000, b"\xed\xa0\x80", b"1e999", b"\x1b[31m", b",,,,",
-        b'{"text": {"text": ["a"]}, "label": 3}\n', b'{"text": "x", "text": "y", "label": "late"}\n', b"\xe2\x80\xae",
-    )  # fmt: skip
+        b"\0",
+        b"\xff\xfe",
+        b'"',
+        b"\r",
+        b"\n\n\n",
+        b"{",
+        b"[" * 5000,
+        b"\xed\xa0\x80",
+        b"1e999",
+        b"\x1b[31m",
+        b",,,,",
+        b'{"text": {"text": ["a"]}, "label": 3}\n',
+        b'{"text": "x", "text": "y", "label": "late"}\n',
+        b"\xe2\x80\xae",
+    )
     for _ in range(chance.randint(1, 4)):
         place = chance.randrange(len(data) + 1)
         data = data[:place] + chance.choice(evil) + data[place:]

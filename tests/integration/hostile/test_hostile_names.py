@@ -56,34 +56,44 @@ def not_utf8(folder: Path) -> Path:
 CASES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "a symlink loop": (lambda files: ["validate", files / "loop.csv"], "symbolic links"),
     "a symlink loop as test rows": (
-        lambda files: ["validate", files / "good.csv", "--test-data", files / "loop.csv"], "symbolic links"
+        lambda files: ["validate", files / "good.csv", "--test-data", files / "loop.csv"],
+        "symbolic links",
     ),
     "a symlink loop as spec": (
-        lambda files: ["validate", files / "good.csv", "--spec", files / "loop.yaml"], "symbolic links"
+        lambda files: ["validate", files / "good.csv", "--spec", files / "loop.yaml"],
+        "symbolic links",
     ),
     "a symlink loop as home": (
-        lambda files: ["validate", files / "good.csv", "--home", files / "loop.csv"], "symbolic links"
+        lambda files: ["validate", files / "good.csv", "--home", files / "loop.csv"],
+        "symbolic links",
     ),
     "a name that is not UTF-8": (lambda files: ["validate", not_utf8(files)], "not UTF-8"),
     "a name that is not UTF-8, with a spec": (
-        lambda files: ["validate", not_utf8(files), "--spec", files / "good.yaml"], "not UTF-8"
+        lambda files: ["validate", not_utf8(files), "--spec", files / "good.yaml"],
+        "not UTF-8",
     ),
     "a name that is not UTF-8, as test rows": (
-        lambda files: ["validate", files / "good.csv", "--test-data", not_utf8(files)], "not UTF-8"
+        lambda files: ["validate", files / "good.csv", "--test-data", not_utf8(files)],
+        "not UTF-8",
     ),
     "a name that is not UTF-8, to adapt": (
-        lambda files: ["adapt", "--task", "t", "--data", not_utf8(files)], "not UTF-8"
+        lambda files: ["adapt", "--task", "t", "--data", not_utf8(files)],
+        "not UTF-8",
     ),
     "a label with a lone surrogate": (
         lambda files: [
-            "validate", files / "good.csv", "--spec",
+            "validate",
+            files / "good.csv",
+            "--spec",
             spec(files, f"task: {{name: t, data: good.csv, labels: [late, lost, {SURROGATE}]}}"),
         ],
         "",
     ),
     "an instruction with a lone surrogate": (
         lambda files: [
-            "validate", files / "good.csv", "--spec",
+            "validate",
+            files / "good.csv",
+            "--spec",
             spec(files, f"task: {{name: t, data: good.csv, instruction: {SURROGATE}}}"),
         ],
         "",
@@ -101,9 +111,10 @@ CASES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         "digits",
     ),
     "an integer of 5,000 hexadecimal digits": (
-        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"train: {{seed: 0x{'f' * 5000}}}")], ""
+        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"train: {{seed: 0x{'f' * 5000}}}")],
+        "",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
@@ -122,9 +133,11 @@ def test_it_is_refused_in_one_line(case: str, as_json: bool, files: Path, home: 
 def test_no_text_of_a_task_holds_a_lone_surrogate() -> None:
     """This includes a command's options, where bytes that are not UTF-8 become surrogates."""
     fields: list[dict[str, Any]] = [
-        {"labels": ("late", "\udcff")}, {"instruction": "\udcff"}, {"template": "\udcff {text}"},
+        {"labels": ("late", "\udcff")},
+        {"instruction": "\udcff"},
+        {"template": "\udcff {text}"},
         {"columns": {"text": "\udcff"}},
-    ]  # fmt: skip
+    ]
     for field in fields:
         with pytest.raises(ConfigError, match=rf"task\.{next(iter(field))} holds .*not UTF-8"):
             TaskSchema(name="t", **field)

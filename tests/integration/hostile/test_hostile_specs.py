@@ -190,8 +190,9 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9
 TRAPS: dict[str, bytes] = {
     "billion laughs": BOMB.encode(),
     "billion laughs as labels": f"{BOMB}labels: *a29\n".encode(),
-    "merge bomb": ("a0: &a0 {x: 1}\n" + "".join(
-        f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))).encode(),
+    "merge bomb": (
+        "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+    ).encode(),
     "alias of itself": b"labels: &a [*a]\n",
     "merge of itself": b"columns: &a\n  <<: *a\n",
     "key twice": b"instruction: a\ninstruction: b\n",
@@ -309,12 +310,62 @@ def test_what_stands_in_a_files_place_holds_nobody_up(case: str, name: str, plac
 # --- names
 
 NAMES = (
-    "", " ", ".", "..", "../x", "../../../etc/passwd", "/etc/passwd", "a/b", "a\\b", "a/../b", "-rf", ".hidden", "a b",
-    "a\nb", "a\tb", "a\0b", "a\x1b[31mb", "\x9b31m", "a\u202eb", "a\u2066b", "a\u200bb", "\xe9", "e\u0301", "\ufb01",
-    "\uff41", "\u0430", "\u6771\u4eac", "\U0001f469\u200d\U0001f680", "a" * 65, "a" * 5000, "~", "~root", "$HOME",
-    "$(touch x)", "`x`", "a;b", "a|b", "a&b", "a%00b", "a:b", "con:", "[red]a", "{name}", "%s", "'", '"', "a\r",
-    "\ud800", "*", "?", "#", "null\x7f", "s3://bucket", "file:///etc", "@a",
-)  # fmt: skip
+    "",
+    " ",
+    ".",
+    "..",
+    "../x",
+    "../../../etc/passwd",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "a/../b",
+    "-rf",
+    ".hidden",
+    "a b",
+    "a\nb",
+    "a\tb",
+    "a\0b",
+    "a\x1b[31mb",
+    "\x9b31m",
+    "a\u202eb",
+    "a\u2066b",
+    "a\u200bb",
+    "\xe9",
+    "e\u0301",
+    "\ufb01",
+    "\uff41",
+    "\u0430",
+    "\u6771\u4eac",
+    "\U0001f469\u200d\U0001f680",
+    "a" * 65,
+    "a" * 5000,
+    "~",
+    "~root",
+    "$HOME",
+    "$(touch x)",
+    "`x`",
+    "a;b",
+    "a|b",
+    "a&b",
+    "a%00b",
+    "a:b",
+    "con:",
+    "[red]a",
+    "{name}",
+    "%s",
+    "'",
+    '"',
+    "a\r",
+    "\ud800",
+    "*",
+    "?",
+    "#",
+    "null\x7f",
+    "s3://bucket",
+    "file:///etc",
+    "@a",
+)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:30])
@@ -324,8 +375,10 @@ def test_a_name_that_could_do_anything_is_refused(name: str, place: Place) -> No
         place.deal("validate", str(place.data), f"--task={name}", code=2)
         place.deal("validate", str(place.data), f"--lineage={name}", code=2)
     spec = place.folder / "names.yaml"
-    for values in ({"task": {"name": name, "data": "a.csv"}},
-                   {"lineage": name, "task": {"name": "t", "data": "a.csv"}}):  # fmt: skip
+    for values in (
+        {"task": {"name": name, "data": "a.csv"}},
+        {"lineage": name, "task": {"name": "t", "data": "a.csv"}},
+    ):
         spec.write_text(yaml.safe_dump(values), encoding="utf-8")
         with refused():
             read_spec(spec)
@@ -336,9 +389,26 @@ def test_a_name_that_could_do_anything_is_refused(name: str, place: Place) -> No
 
 
 LABELS = (
-    "\x1b[31mred", "\x1b]0;title\x07", "\x9b2J", "\u202eabc", "\u2066abc", "[red]x", "[/]", "[link=http://x]x[/link]",
-    "\\[x", "a\x00b", "x" * 5000, "\r", "{text}", "%s", "\u200f", "\u2028", "\x7f", "\x08\x08\x08late", ":smiley:",
-)  # fmt: skip
+    "\x1b[31mred",
+    "\x1b]0;title\x07",
+    "\x9b2J",
+    "\u202eabc",
+    "\u2066abc",
+    "[red]x",
+    "[/]",
+    "[link=http://x]x[/link]",
+    "\\[x",
+    "a\x00b",
+    "x" * 5000,
+    "\r",
+    "{text}",
+    "%s",
+    "\u200f",
+    "\u2028",
+    "\x7f",
+    "\x08\x08\x08late",
+    ":smiley:",
+)
 
 
 @pytest.mark.parametrize("label", LABELS, ids=lambda label: ascii(label)[:30])
@@ -365,10 +435,25 @@ def test_many_labels_are_counted_rather_than_shown(place: Place) -> None:
 
 
 FILES = (
-    "\x1b[31mred.csv", "a\nb.csv", "a\tb.csv", "\u202evsc.csv", "[red]a.csv", "[b].csv", "-a.csv", "a;b.csv",
-    "$(x).csv", "\xe9.csv", "e\u0301.csv", "\u6771.csv", "..csv", " .csv", "x" * 240 + ".csv", "%s.csv", "\x9b31m.csv",
+    "\x1b[31mred.csv",
+    "a\nb.csv",
+    "a\tb.csv",
+    "\u202evsc.csv",
+    "[red]a.csv",
+    "[b].csv",
+    "-a.csv",
+    "a;b.csv",
+    "$(x).csv",
+    "\xe9.csv",
+    "e\u0301.csv",
+    "\u6771.csv",
+    "..csv",
+    " .csv",
+    "x" * 240 + ".csv",
+    "%s.csv",
+    "\x9b31m.csv",
     "a.csv\r",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", FILES, ids=lambda name: ascii(name)[:30])
@@ -393,10 +478,26 @@ def test_a_files_name_is_shown_and_does_nothing(name: str, place: Place) -> None
 
 
 ADDRESSES = (
-    "a\0b", "~nobody-of-this-name/x.csv", "x" * 5000, "x/" * 3000, "/dev/zero", "/dev/stdin", "/proc/self/mem", "/",
-    ".", "", "file:///dev/zero", "file://host/x.csv", "s3://bucket/x.csv", "http://127.0.0.1:1/x.csv", "://",
-    "\ud800.csv", "file:///%00", "../../../../../../../../etc/shadow.csv", "a.csv/b.csv",
-)  # fmt: skip
+    "a\0b",
+    "~nobody-of-this-name/x.csv",
+    "x" * 5000,
+    "x/" * 3000,
+    "/dev/zero",
+    "/dev/stdin",
+    "/proc/self/mem",
+    "/",
+    ".",
+    "",
+    "file:///dev/zero",
+    "file://host/x.csv",
+    "s3://bucket/x.csv",
+    "http://127.0.0.1:1/x.csv",
+    "://",
+    "\ud800.csv",
+    "file:///%00",
+    "../../../../../../../../etc/shadow.csv",
+    "a.csv/b.csv",
+)
 
 
 @pytest.mark.parametrize("address", ADDRESSES, ids=lambda address: ascii(address)[:30])

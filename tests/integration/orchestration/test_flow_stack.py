@@ -16,9 +16,11 @@ from infra.settings import TrackingSettings
 def test_mlflows_log_has_no_line_for_each_request(home: Path, free_port: int) -> None:
     settings, name = TrackingSettings(), "mlflow-server"
     stack = LocalStack(
-        prefect_url="http://127.0.0.1:1", mlflow_url=f"http://127.0.0.1:{free_port}",
-        backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
-    )  # fmt: skip
+        prefect_url="http://127.0.0.1:1",
+        mlflow_url=f"http://127.0.0.1:{free_port}",
+        backend_uri=settings.tracking_uri,
+        artifact_uri=settings.artifact_uri,
+    )
     start_part(home, stack, name, _server_commands(1, free_port)[name])
     try:
         _wait_for_server(stack, name, f"{stack.mlflow_url}/health")

@@ -51,9 +51,12 @@ class Said:
 
 def lineage(base: Path, **settings: Any) -> LineageSpec:
     values = {
-        "lineage": "l", "base_model": str(base), "gate": NO_LIMITS,
-        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0}, **settings,
-    }  # fmt: skip
+        "lineage": "l",
+        "base_model": str(base),
+        "gate": NO_LIMITS,
+        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
+        **settings,
+    }
     return parse(LineageSpec, values, "test")
 
 

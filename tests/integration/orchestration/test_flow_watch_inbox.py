@@ -245,9 +245,11 @@ def test_a_lineage_file_says_only_what_was_given(home: Path) -> None:
 
 def small(name: str, base: Path) -> WatchedLineage:
     return lineage(
-        name, base_model=str(base), gate=NO_LIMITS,
+        name,
+        base_model=str(base),
+        gate=NO_LIMITS,
         train={"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
-    )  # fmt: skip
+    )
 
 
 def test_a_run_takes_all_that_is_open_and_what_lands_meanwhile(home: Path, tiny_base: Path) -> None:
@@ -312,10 +314,15 @@ def test_the_server_carries_the_automations_once() -> None:
 def test_an_event_of_others_starts_a_run_with_or_without_a_payload() -> None:
     payloads: dict[str, dict[str, str]] = {"bare": {}, "said": {"lineage": "said"}}
     events = [
-        {"event": ARRIVAL_LANDED, "occurred": datetime.now(UTC).isoformat(), "id": str(uuid.uuid4()),
-         "resource": {"prefect.resource.id": f"deal.lineage.{name}"}, "payload": payload}
+        {
+            "event": ARRIVAL_LANDED,
+            "occurred": datetime.now(UTC).isoformat(),
+            "id": str(uuid.uuid4()),
+            "resource": {"prefect.resource.id": f"deal.lineage.{name}"},
+            "payload": payload,
+        }
         for name, payload in payloads.items()
-    ]  # fmt: skip
+    ]
 
     async def started() -> list[dict[str, Any]]:
         async with get_client() as client:

@@ -13,9 +13,13 @@ from infra.store.s3 import LandingQueue, open_landing_queue
 
 def settings(s3_server: str, queue: str | None, **changes: Any) -> LandingSettings:
     values = {
-        "s3_endpoint_url": s3_server, "s3_region": "us-east-1", "s3_access_key_id": "somebody",
-        "s3_secret_access_key": "secret", "landing_queue_url": queue, **changes,
-    }  # fmt: skip
+        "s3_endpoint_url": s3_server,
+        "s3_region": "us-east-1",
+        "s3_access_key_id": "somebody",
+        "s3_secret_access_key": "secret",
+        "landing_queue_url": queue,
+        **changes,
+    }
     return LandingSettings.model_validate(values)
 
 

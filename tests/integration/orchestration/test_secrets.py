@@ -25,14 +25,22 @@ from tests.receiver import Receiver
 WORD = "Swordfish"
 """Part of every planted secret, and of nothing else."""
 OTHERS = {
-    "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": f"tracking-{WORD}",
-    "PREFECT_API_AUTH_STRING": f"admin:prefect-{WORD}", "PREFECT_API_KEY": f"cloud-{WORD}", "HF_TOKEN": f"hf_{WORD}",
-    "AWS_SECRET_ACCESS_KEY": f"aws-{WORD}", "AWS_SESSION_TOKEN": f"session-{WORD}",
-}  # fmt: skip
+    "MLFLOW_TRACKING_USERNAME": "me",
+    "MLFLOW_TRACKING_PASSWORD": f"tracking-{WORD}",
+    "PREFECT_API_AUTH_STRING": f"admin:prefect-{WORD}",
+    "PREFECT_API_KEY": f"cloud-{WORD}",
+    "HF_TOKEN": f"hf_{WORD}",
+    "AWS_SECRET_ACCESS_KEY": f"aws-{WORD}",
+    "AWS_SESSION_TOKEN": f"session-{WORD}",
+}
 HARMLESS = {
-    "DEAL_S3_REGION", "DEAL_S3_KMS_KEY_ID", "DEAL_NOTIFICATION_BLOCK", "DEAL_VLLM_SERVER_ADAPTER_DIR",
-    "DEAL_VLLM_TARGET_MODULES", "DEAL_JUDGE_MODEL",
-}  # fmt: skip
+    "DEAL_S3_REGION",
+    "DEAL_S3_KMS_KEY_ID",
+    "DEAL_NOTIFICATION_BLOCK",
+    "DEAL_VLLM_SERVER_ADAPTER_DIR",
+    "DEAL_VLLM_TARGET_MODULES",
+    "DEAL_JUDGE_MODEL",
+}
 """Settings with texts that are no secrets and no addresses."""
 RUN = """
 import json, os, sys
@@ -80,10 +88,11 @@ def test_every_setting_that_can_hold_a_secret_is_planted() -> None:
     kinds = [kind for kind in vars(settings).values() if isinstance(kind, type) and issubclass(kind, BaseSettings)]
     texts = {
         str(field.validation_alias or f"{kind.model_config.get('env_prefix')}{name}".upper())
-        for kind in kinds for name, field in kind.model_fields.items()
+        for kind in kinds
+        for name, field in kind.model_fields.items()
         if {field.annotation, *get_args(field.annotation)} & {str, SecretStr, frozenset[str]}
         or field.annotation == frozenset[str]
-    }  # fmt: skip
+    }
     assert texts == set(planted(1)) | HARMLESS
 
 
@@ -107,9 +116,13 @@ def run(
     quick = {"DEAL_S3_MAX_ATTEMPTS": "1", "DEAL_VLLM_MAX_ATTEMPTS": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     given = json.dumps([{"environment": dict(variables), "commands": commands} for variables, commands in steps])
     done = subprocess.run(
-        [sys.executable, "-c", RUN], input=given, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", RUN],
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**clean, **quick, **OTHERS, "DEAL_HOME": str(home), "DEAL_S3_REGION": "us-east-1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -138,19 +151,34 @@ def test_no_secret_is_shown_or_kept_where_nothing_answers(
     ]
     looking = [["status", "--json"], ["status"], ["history"], ["gc"], ["watch", "--once"], ["lineage", "list"]]
     bad_endpoint = {"DEAL_S3_ENDPOINT_URL": f"http://me:bad-{WORD}@[not"}
-    done = run(home, [
-        (secret, [["status", "--json"], ["adapt", good], ["adapt", good, "--debug"], ["history", "--json"]]),
-        (there, [*looking, ["adapt", good], ["adapt", good, "--debug"], ["adapt", good, "--json"]]),
-        (bad_endpoint, [["status", "--json"], ["adapt", good, "--debug"]]),
-        (local, [["status", "--json"], ["adapt", good], ["predict", "x"], ["vllm", "sync"], ["ui", "--json"]]),
-        ({"DEAL_ARTIFACT_URI": "", "DEAL_VLLM_URL": "", "DEAL_WEBHOOK_URL": ""}, [
-            *looking, ["adapt", good, "--debug"], ["history"], ["serve"], ["demo", "--base", secret["DEAL_BASE_MODEL"]],
-            ["vllm", "sync", "--url", secret["DEAL_VLLM_URL"]], ["adapt", good, "--base", secret["DEAL_BASE_MODEL"]],
-            *(["adapt", each] for each in spoiled), *(["lineage", "add", each] for each in spoiled),
-            ["predict", "x", "--debug"],
-        ]),
-        ({"PREFECT_API_URL": f"http://me:api-{WORD}@127.0.0.1:{free_port}/api"}, [["status", "--json"], ["status"]]),
-    ])  # fmt: skip
+    done = run(
+        home,
+        [
+            (secret, [["status", "--json"], ["adapt", good], ["adapt", good, "--debug"], ["history", "--json"]]),
+            (there, [*looking, ["adapt", good], ["adapt", good, "--debug"], ["adapt", good, "--json"]]),
+            (bad_endpoint, [["status", "--json"], ["adapt", good, "--debug"]]),
+            (local, [["status", "--json"], ["adapt", good], ["predict", "x"], ["vllm", "sync"], ["ui", "--json"]]),
+            (
+                {"DEAL_ARTIFACT_URI": "", "DEAL_VLLM_URL": "", "DEAL_WEBHOOK_URL": ""},
+                [
+                    *looking,
+                    ["adapt", good, "--debug"],
+                    ["history"],
+                    ["serve"],
+                    ["demo", "--base", secret["DEAL_BASE_MODEL"]],
+                    ["vllm", "sync", "--url", secret["DEAL_VLLM_URL"]],
+                    ["adapt", good, "--base", secret["DEAL_BASE_MODEL"]],
+                    *(["adapt", each] for each in spoiled),
+                    *(["lineage", "add", each] for each in spoiled),
+                    ["predict", "x", "--debug"],
+                ],
+            ),
+            (
+                {"PREFECT_API_URL": f"http://me:api-{WORD}@127.0.0.1:{free_port}/api"},
+                [["status", "--json"], ["status"]],
+            ),
+        ],
+    )
     said = done.stdout + done.stderr
     found = [*holding(done.stdout.encode(), "stdout"), *holding(done.stderr.encode(), "stderr"), *holding_files(home)]
     assert found == []
@@ -164,12 +192,15 @@ def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(
 ) -> None:
     home, hook = tmp_path / "home", "http://" + receiver.url.removeprefix("http://").rstrip("/")
     secrets = {
-        "DEAL_STORE_URI": "s3://bucket/deal", "DEAL_S3_ENDPOINT_URL": s3_server,
-        "DEAL_S3_ACCESS_KEY_ID": f"key-{WORD}", "DEAL_S3_SECRET_ACCESS_KEY": f"secret-{WORD}",
-        "DEAL_WEBHOOK_URL": f"{hook}/services/{WORD}", "DEAL_WEBHOOK_SECRET": f"sign-{WORD}",
+        "DEAL_STORE_URI": "s3://bucket/deal",
+        "DEAL_S3_ENDPOINT_URL": s3_server,
+        "DEAL_S3_ACCESS_KEY_ID": f"key-{WORD}",
+        "DEAL_S3_SECRET_ACCESS_KEY": f"secret-{WORD}",
+        "DEAL_WEBHOOK_URL": f"{hook}/services/{WORD}",
+        "DEAL_WEBHOOK_SECRET": f"sign-{WORD}",
         "DEAL_VLLM_API_KEY": f"vllm-{WORD}",
         "MLFLOW_TRACKING_URI": mlflow_server.replace("http://", f"http://me:mlflow-{WORD}@"),
-    }  # fmt: skip
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**secrets, "DEAL_S3_REGION": "us-east-1"}.items():
             patch.setenv(name, value)
@@ -177,10 +208,25 @@ def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(
         store.client.create_bucket(Bucket="bucket")  # type: ignore[attr-defined]
         good, failing = spec_of(tmp_path, tiny_base), spec_of(tmp_path, tiny_base, lineage="other", adapter={"rank": 0})
         refused = spec_of(tmp_path, tmp_path / "no model", lineage="other")
-        done = run(home, [(secrets, [
-            ["adapt", good], ["adapt", good, "--again", "--json"], ["adapt", failing], ["adapt", refused, "--debug"],
-            ["history", "--json"], ["status", "--json"], ["report", "1"], ["predict", "My card was lost."], ["gc"],
-        ])])  # fmt: skip
+        done = run(
+            home,
+            [
+                (
+                    secrets,
+                    [
+                        ["adapt", good],
+                        ["adapt", good, "--again", "--json"],
+                        ["adapt", failing],
+                        ["adapt", refused, "--debug"],
+                        ["history", "--json"],
+                        ["status", "--json"],
+                        ["report", "1"],
+                        ["predict", "My card was lost."],
+                        ["gc"],
+                    ],
+                )
+            ],
+        )
         said = done.stdout + done.stderr
         assert said.count("== adapt ") == 4 and '"status": "promoted"' in said, said
         assert len(receiver.told()) >= 3, "two versions and a failure"

@@ -19,8 +19,15 @@ from tests.adapting import BANK, PASS
 
 ROOT = Path(__file__).resolve().parents[3]
 OVERRIDES = ROOT / "infra" / "docker" / "worker-overrides.txt"
-LEFT_OUT = {"flask": "flask", "flask-cors": "flask_cors", "graphene": "graphene", "gunicorn": "gunicorn",
-            "huey": "huey", "matplotlib": "matplotlib", "skops": "skops"}  # fmt: skip
+LEFT_OUT = {
+    "flask": "flask",
+    "flask-cors": "flask_cors",
+    "graphene": "graphene",
+    "gunicorn": "gunicorn",
+    "huey": "huey",
+    "matplotlib": "matplotlib",
+    "skops": "skops",
+}
 """Distributions that a worker image has not, and the module of each."""
 
 BLOCK = f"import sys; sys.modules.update(dict.fromkeys({sorted(LEFT_OUT.values())}))"
@@ -31,8 +38,9 @@ def python_without_them(folder: Path, *command: str) -> subprocess.CompletedProc
     """Run Python without the modules that a worker image leaves out."""
     (folder / "sitecustomize.py").write_text(BLOCK)
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "DEAL_HOME": str(folder / "home")}
-    return subprocess.run([sys.executable, *command], env=environment, cwd=folder, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 def what_is_installed_with(lines: list[str]) -> set[str]:
@@ -48,8 +56,9 @@ def what_is_installed_with(lines: list[str]) -> set[str]:
         except PackageNotFoundError:
             continue
         extras = {"", *wanted.extras}
-        waiting += [need for need in needs if not need.marker or any(need.marker.evaluate({"extra": name})
-                                                                     for name in extras)]  # fmt: skip
+        waiting += [
+            need for need in needs if not need.marker or any(need.marker.evaluate({"extra": name}) for name in extras)
+        ]
     return found
 
 

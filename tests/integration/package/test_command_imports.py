@@ -43,9 +43,11 @@ READING = [
 ROLLOUT = [(["rollout", "status", "--lineage", "l"], {"prefect", "sklearn"})]
 ANSWERING = [
     (["predict", "I lost my card.", "--lineage", "l"], SERVICES | TABLES | {"sklearn"}),
-    (["predict", "--data", str(ROOT / "examples" / "bank" / "test.jsonl"), "--out", "OUT", "--lineage", "l"],
-     SERVICES | TABLES),
-]  # fmt: skip
+    (
+        ["predict", "--data", str(ROOT / "examples" / "bank" / "test.jsonl"), "--out", "OUT", "--lineage", "l"],
+        SERVICES | TABLES,
+    ),
+]
 
 
 @pytest.mark.parametrize("commands", [READING, ANSWERING, ROLLOUT], ids=["reading", "answering", "rollout"])

@@ -54,8 +54,11 @@ def test_every_package_imports_from_outside_the_checkout(installed: Path, tmp_pa
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     result = subprocess.run(  # -I: no module comes from the working folder or PYTHONPATH
         [sys.executable, "-I", "-c", IMPORT_PACKAGES, str(installed), *packages],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -82,9 +85,13 @@ def test_the_example_data_is_installed(installed: Path) -> None:
 def test_the_installed_command_answers(installed: Path, tmp_path: Path) -> None:
     def answer(*options: str, **environment: str) -> str:
         result = subprocess.run(
-            [sys.executable, str(installed / "bin/deal"), *options], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(installed), **environment}, check=False,
-        )  # fmt: skip
+            [sys.executable, str(installed / "bin/deal"), *options],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(installed), **environment},
+            check=False,
+        )
         assert result.returncode == 0, result.stderr
         return result.stdout
 

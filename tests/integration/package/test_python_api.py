@@ -20,9 +20,9 @@ from deal_pipeline import CommandError, Lineage, command
 from tests.adapting import PASS
 
 SETTINGS = {"train": {"max_steps": 3, "max_prompt_tokens": 96, "checkpoint_steps": 0}, "gate": PASS}
-COLOURS = pd.DataFrame([
-    {"text": f"Number {number} is {colour}.", "label": colour} for number in range(15) for colour in ("red", "green")
-])  # fmt: skip
+COLOURS = pd.DataFrame(
+    [{"text": f"Number {number} is {colour}.", "label": colour} for number in range(15) for colour in ("red", "green")]
+)
 
 
 @pytest.fixture

@@ -72,8 +72,9 @@ def test_a_merged_model_answers_as_the_version_without_peft_or_this_project(
     assert merged.dtype == torch.float32 and torch.allclose(merged, with_adapter, atol=1e-3)
     assert not torch.allclose(plain, with_adapter, atol=1e-3), "the adapter changes something"
     assert {task["schema"]["name"] for task in json.loads((target / "deal.json").read_text())["tasks"]} == {
-        "bank", "clinic"
-    }  # fmt: skip
+        "bank",
+        "clinic",
+    }
     assert not list(target.rglob("*.bin")) and "version 3: bank, clinic" in (target / "README.md").read_text()
     assert asked().first_token_logits == before.first_token_logits, "the base model in memory is not the merged one"
     with pytest.raises(ConfigError, match="is there already; name a new folder"):
@@ -118,8 +119,16 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_licence_with_a_colon_makes_a_valid_card() -> None:
     info = version("3")
-    found = Exported(lineage="l", version="3", to="merged", address="x", num_prompts=1, max_difference=0.0,
-                     tolerance=0.001, precision="fp32")  # fmt: skip
+    found = Exported(
+        lineage="l",
+        version="3",
+        to="merged",
+        address="x",
+        num_prompts=1,
+        max_difference=0.0,
+        tolerance=0.001,
+        precision="fp32",
+    )
     record = read_record(current_store(), info.adapter_uri)
     head = _merged_card(record, info, "other: see LICENSE", found).split("---")[1]
     assert yaml.safe_load(head)["license"] == "other: see LICENSE"
@@ -131,8 +140,11 @@ def test_what_goes_to_the_hub_is_a_plain_peft_folder_with_its_card(
     folder = tmp_path / "hub"
     hub_folder(open_registry(), version("3"), folder)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "deal.json"
-    ]  # fmt: skip
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "deal.json",
+    ]
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
     for path in folder.iterdir():
         assert str(tiny_base).encode() not in path.read_bytes(), "a path of this machine is nobody else's business"
@@ -161,7 +173,9 @@ def test_nothing_is_uploaded_to_a_public_repository(tmp_path: Path, monkeypatch:
             self.wfile.write(body)
 
         def do_POST(self) -> None:
-            self.answer(409, {"error": "You already created this model repo", "url": "https://huggingface.co/ours/support"})
+            self.answer(
+                409, {"error": "You already created this model repo", "url": "https://huggingface.co/ours/support"}
+            )
 
         def do_GET(self) -> None:
             self.answer(200, {"id": "ours/support", "private": False})

@@ -39,11 +39,17 @@ from tests.receiver import Receiver
 TASKS = {
     "bank": {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")},
     "parcels": {"name": "parcels", "data": str(EXAMPLES / "parcels" / "messages.jsonl")},
-    "clinic": {"name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
-               "columns": {"text": "note", "label": "finding"}},
-    "clinic, more": {"name": "clinic", "data": str(EXAMPLES / "clinic" / "test.csv"),
-                     "columns": {"text": "note", "label": "finding"}},
-}  # fmt: skip
+    "clinic": {
+        "name": "clinic",
+        "data": str(EXAMPLES / "clinic" / "train.csv"),
+        "columns": {"text": "note", "label": "finding"},
+    },
+    "clinic, more": {
+        "name": "clinic",
+        "data": str(EXAMPLES / "clinic" / "test.csv"),
+        "columns": {"text": "note", "label": "finding"},
+    },
+}
 BY = {"who": "tester", "why": "a test"}
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -51,10 +57,13 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 def learn(base: Path, task: str, *, again: bool = False, **gate: Any) -> AdaptResult:
     values = {
-        "lineage": "l", "base_model": str(base), "task": TASKS[task], "gate": {**NO_LIMITS, **gate},
+        "lineage": "l",
+        "base_model": str(base),
+        "task": TASKS[task],
+        "gate": {**NO_LIMITS, **gate},
         "train": {"max_steps": 2, "max_prompt_tokens": 96, "max_answer_tokens": 8, "checkpoint_steps": 0},
         "evaluate": {"max_new_tokens": 4},
-    }  # fmt: skip
+    }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
 
 
@@ -101,9 +110,7 @@ def aliases() -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("lineage")
-def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     between = datetime.now(UTC)
     told: list[tuple[str, str | None, str | None]] = []
     monkeypatch.setattr(
@@ -116,8 +123,10 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(
     assert (aliases()["champion"], aliases()["previous"]) == ("1", "2")
     moves = [(move.action, move.before, move.champion, move.who) for move in read_moves("l")]
     assert moves == [
-        ("promoted", None, "1", "gate"), ("promoted", "1", "2", "gate"), ("rolled back", "2", "1", "tester"),
-    ]  # fmt: skip
+        ("promoted", None, "1", "gate"),
+        ("promoted", "1", "2", "gate"),
+        ("rolled back", "2", "1", "tester"),
+    ]
     assert read_champion_at("l", between) == "2" and read_champion_at("l", datetime.now(UTC)) == "1"
 
 

@@ -46,8 +46,10 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
 def write_rows(path: Path, task: str) -> Path:
-    rows = [{"text": f"{PLANTED} {task} {number}", "label": LABELS[number % 2],
-             "split": "test" if number < 12 else "train"} for number in range(24)]  # fmt: skip
+    rows = [
+        {"text": f"{PLANTED} {task} {number}", "label": LABELS[number % 2], "split": "test" if number < 12 else "train"}
+        for number in range(24)
+    ]
     rows += [{"text": f"{PLANTED} bad", "label": f"{PLANTED} label", "split": "train"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -55,12 +57,13 @@ def write_rows(path: Path, task: str) -> Path:
 
 def learn(base: Path, file: Path, lineage: str, task: str, **settings: Any) -> AdaptResult:
     values = {
-        "lineage": lineage, "base_model": str(base),
+        "lineage": lineage,
+        "base_model": str(base),
         "task": {"name": task, "data": str(file), "labels": LABELS},
         "gate": NO_LIMITS,
         "train": {"max_steps": 3, "max_prompt_tokens": 128, "max_answer_tokens": 8, "checkpoint_steps": 0},
         **settings,
-    }  # fmt: skip
+    }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test")))
 
 
@@ -158,9 +161,13 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
 ) -> None:
     for task in ("first", "second"):
         result = learn(
-            tiny_base, write_rows(tmp_path / f"{task}.jsonl", task), "quiet", task, strategy="replay",
+            tiny_base,
+            write_rows(tmp_path / f"{task}.jsonl", task),
+            "quiet",
+            task,
+            strategy="replay",
             train={"max_steps": 3, "max_prompt_tokens": 128, "max_answer_tokens": 8, "checkpoint_steps": 0},
-        )  # fmt: skip
+        )
         key = f"adapters/quiet/{result.run_key[:16]}/{ANSWERS_FILE}"
         known = json.loads(current_store().get_bytes(key))
         # the tiny model learns nothing in three steps, so its stored answers are replaced by right ones
@@ -217,6 +224,7 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
 
     async def switch_on() -> None:
         async with get_client() as server:
+
             async def found() -> list[Any]:
                 return [(await server.read_automations_by_name(name))[0] for name in names]
 
@@ -263,20 +271,27 @@ def test_an_automation_that_failed_is_told_of_unless_it_is_one_that_tells(
                 AutomationCore(
                     name=name,
                     trigger=EventTrigger(
-                        match={"prefect.resource.id": name}, expect={"deal.test"}, posture=Posture.Reactive,
-                        threshold=1, within=timedelta(0),
+                        match={"prefect.resource.id": name},
+                        expect={"deal.test"},
+                        posture=Posture.Reactive,
+                        threshold=1,
+                        within=timedelta(0),
                     ),
                     actions=[ChangeFlowRunState(state=StateType.CRASHED)],  # of no run
                 )
                 for name in (tells, "somebody else's", told_of)
-            ]  # fmt: skip
+            ]
             return [str(await server.create_automation(each)) for each in failing]
 
     try:
         ids = asyncio.run(prepare())
         for name, automation_id in zip((tells, "somebody else's", told_of), ids, strict=True):
-            event = {"event": "deal.test", "resource": {"prefect.resource.id": name},
-                     "occurred": datetime.now(UTC).isoformat(), "id": str(uuid.uuid4())}  # fmt: skip
+            event = {
+                "event": "deal.test",
+                "resource": {"prefect.resource.id": name},
+                "occurred": datetime.now(UTC).isoformat(),
+                "id": str(uuid.uuid4()),
+            }
             with get_client(sync_client=True) as server:
                 server.request("POST", "/events", json=[event])
             events_of("prefect.automation.action.failed", f"prefect.automation.{automation_id}", 1)

@@ -61,14 +61,22 @@ def labels(home: Path, learned_home: tuple[Path, AdaptResult]) -> tuple[str, ...
 
 
 def log_answers(
-    home: Path, texts: Mapping[str, str], schema: TaskSchema, *, keeps_texts: bool = True,
+    home: Path,
+    texts: Mapping[str, str],
+    schema: TaskSchema,
+    *,
+    keeps_texts: bool = True,
     sureness: Sequence[float] | None = None,
 ) -> list[str]:
     """Log these answers of version 1, with these confidences; return their ids."""
     served = ServedVersion(
-        lineage="l", base_source="b", base_name="b", base_sha256="0", newest_task=schema.name,
+        lineage="l",
+        base_source="b",
+        base_name="b",
+        base_sha256="0",
+        newest_task=schema.name,
         tasks=(ServedTask(schema=schema, max_prompt_tokens=64, max_new_tokens=8),),
-    )  # fmt: skip
+    )
     log = PredictionLog(current_store(), home, "l", keeps_texts=keeps_texts, retention_days=30)
     log.start()
     confidences = [Confidence(each, 0.5) for each in sureness or [0.5] * len(texts)]
@@ -109,10 +117,18 @@ def test_what_a_person_has_corrected_lands_once_and_is_learned(
     first, second, *_ = labels
     texts = {**dict.fromkeys(FINDINGS, first), "Not reviewed.": second, "Only a thumb.": second}
     cough, knee, unreviewed, thumb = log_answers(home, texts, clinic(labels))
-    say(home, {"id": unreviewed, "label": first}, {"id": thumb, "is_right": True, "reviewer": "Jo"},
-        {"id": knee, "label": second, "reviewer": "Jo"})  # fmt: skip
-    file = write_csv(tmp_path / "reviewed.csv", {"id": cough, "text": "not read", "label": second.upper()},
-                     {"id": unreviewed, "text": "left blank"}, {"id": "f" * 32, "label": first})  # fmt: skip
+    say(
+        home,
+        {"id": unreviewed, "label": first},
+        {"id": thumb, "is_right": True, "reviewer": "Jo"},
+        {"id": knee, "label": second, "reviewer": "Jo"},
+    )
+    file = write_csv(
+        tmp_path / "reviewed.csv",
+        {"id": cough, "text": "not read", "label": second.upper()},
+        {"id": unreviewed, "text": "left blank"},
+        {"id": "f" * 32, "label": first},
+    )
     command = ["feedback", str(file), "--lineage", "l", "--home", str(home), "--json"]
     with put_back():
         found = CliRunner().invoke(app, command)
@@ -124,13 +140,12 @@ def test_what_a_person_has_corrected_lands_once_and_is_learned(
         found = CliRunner().invoke(app, ["harvest", "clinic", "--lineage", "l", "--home", str(home), "--json"])
     assert found.exit_code == 0, found.output
     done = json.loads(found.stdout)
-    assert done["num_rows"] == 2 and done["skipped"] == {
-        harvesting.NOT_REVIEWED: 1, harvesting.NOT_IN_LOG: 1
-    }, done  # fmt: skip
+    assert done["num_rows"] == 2 and done["skipped"] == {harvesting.NOT_REVIEWED: 1, harvesting.NOT_IN_LOG: 1}, done
     rows = landed(done["key"])
     assert {(row["note"], row["finding"], row["answer_id"], row["reviewed_by"]) for row in rows} == {
-        (FINDINGS[0], second, cough, "command"), (FINDINGS[1], second, knee, "Jo")
-    }  # fmt: skip
+        (FINDINGS[0], second, cough, "command"),
+        (FINDINGS[1], second, knee, "Jo"),
+    }
     assert {row["answered_by"] for row in rows} == {"l@1"}
 
     take_feedback_file(file, "l")
@@ -259,7 +274,7 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
     harvested = harvest_feedback("clinic", "l")
     assert {(row["note"], row["finding"]) for row in landed(harvested.key or "")} == {
         (text, second) for text in (*drawn, least[0])
-    }  # fmt: skip
+    }
     for log in ("predictions", "feedback"):
         shutil.rmtree(home / log)
         for info in [*current_store().list(f"{log}/l")]:
@@ -341,9 +356,10 @@ def test_columns_are_those_of_the_task_and_earlier_answers_are_not_learned() -> 
     chat = TaskSchema(name="t", format="chat", assistant_turns="all", columns={"messages": "talk"})
     said = {"source": "command", "reviewer": None, "label": "Hello"}
     for schema, text, problem in (
-        (chat, asked, ""), (chat, told, harvesting.EARLIER_TURNS),
+        (chat, asked, ""),
+        (chat, told, harvesting.EARLIER_TURNS),
         (TaskSchema(name="t", format="chat"), told, ""),
-    ):  # fmt: skip
+    ):
         assert harvesting._problem(said, {"input": json.dumps(text)}, schema) == problem
     values = row_columns(chat, json.dumps(asked), "Hello", "Yes?")
     answered = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

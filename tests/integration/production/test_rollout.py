@@ -25,8 +25,13 @@ from tests.adapting import BANK, CLINIC, PASS, run
 WAIT_SECONDS = 300.0
 NUM_ROWS = 12
 TEXTS = texts_to_ask()[:12]
-TRAIN = {"max_steps": 4, "learning_rate": 0.02, "max_prompt_tokens": 192, "max_answer_tokens": 12,
-         "checkpoint_steps": 0}  # fmt: skip
+TRAIN = {
+    "max_steps": 4,
+    "learning_rate": 0.02,
+    "max_prompt_tokens": 192,
+    "max_answer_tokens": 12,
+    "checkpoint_steps": 0,
+}
 ID = re.compile(rb'"id": ?"[0-9a-f]{32}"')
 
 
@@ -92,9 +97,12 @@ def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
         answered[user] = row["version"]
         ids.add(row["id"])
         user += 1
-    wait_for(lambda: all(
-        ids <= set(read(current_store(), HomeSettings().home, "l")["id"]) for read in (read_feedback, read_predictions)
-    ))  # fmt: skip
+    wait_for(
+        lambda: all(
+            ids <= set(read(current_store(), HomeSettings().home, "l")["id"])
+            for read in (read_feedback, read_predictions)
+        )
+    )
     return answered
 
 

@@ -74,8 +74,10 @@ def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
     registry = open_registry()
     newest = registry.versions(LINEAGE)[-1]
     facts = VersionFacts(**{name: getattr(newest, name) for name in VersionFacts.__dataclass_fields__})
-    with borrowed_folder(current_store(), newest.adapter_uri) as folder, \
-            open_tracker().start(LINEAGE, "old", name="old") as run:  # fmt: skip
+    with (
+        borrowed_folder(current_store(), newest.adapter_uri) as folder,
+        open_tracker().start(LINEAGE, "old", name="old") as run,
+    ):
         model_id = run.log_adapter(folder, "old", sha256=facts.adapter_sha256)
         known = registry.register(LINEAGE, replace(facts, run_key="old"), tracking_id=run.run_id, model_id=model_id)
     return known.version
@@ -237,8 +239,9 @@ def test_a_lineage_that_does_not_exist_has_no_log(home: Path, monkeypatch: pytes
     def begin(lineage: str) -> None:
         def settle() -> None: ...
 
-        serve(lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, settle=settle,
-              ready=lambda *_: None)  # fmt: skip
+        serve(
+            lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, settle=settle, ready=lambda *_: None
+        )
 
     with pytest.raises(NoChampionError):
         begin("nobody")
@@ -296,14 +299,26 @@ def test_mlflow_models_serve_answers_with_the_champion(versions: Expected, free_
     open_registry().set_alias(LINEAGE, "champion", "2")
     url = f"http://127.0.0.1:{free_port}"
     command = [
-        sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{LINEAGE}@champion",
-        "--env-manager", "local", "--host", "127.0.0.1", "--port", str(free_port),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        f"models:/{LINEAGE}@champion",
+        "--env-manager",
+        "local",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(free_port),
+    ]
     environment = {
-        **os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{HomeSettings().home}/mlflow.db",
+        **os.environ,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{HomeSettings().home}/mlflow.db",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parents[3]),
-    }  # fmt: skip
+    }
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=output, stderr=output)
@@ -381,10 +396,18 @@ def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expecte
     folder = registered_folder("2", tmp_path)
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "deal.json", "MLmodel", "conda.yaml",
-        "python_env.yaml", "requirements.txt", "input_example.json", "serving_input_example.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "deal.json",
+        "MLmodel",
+        "conda.yaml",
+        "python_env.yaml",
+        "requirements.txt",
+        "input_example.json",
+        "serving_input_example.json",
         "registered_model_meta",
-    }  # fmt: skip
+    }
     card = (folder / "README.md").read_text()
     record = read_record(current_store(), info.adapter_uri)
     digests = [known.dataset_uri.split("/")[2] for known in record.tasks]

@@ -29,14 +29,30 @@ from tasks.serving.vllm import ServingRoute, _published, read_route, require_ser
 from tests.fake_vllm import FakeVllm, running
 
 CONFIG = {
-    "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "bias": "none",
+    "r": 8,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+    "bias": "none",
     "peft_type": "LORA",
-}  # fmt: skip
+}
 FACTS = VersionFacts(
-    run_key="", task="bank", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64, config_sha256="c" * 64,
-    adapter_uri="", adapter_sha256="", parent_version=None, accepted=True, reasons=(), average_accuracy=0.5,
-    forgetting=None, backward_transfer=None, forward_transfer=None,
-)  # fmt: skip
+    run_key="",
+    task="bank",
+    strategy="deal",
+    base_sha256="b" * 64,
+    dataset_sha256="d" * 64,
+    config_sha256="c" * 64,
+    adapter_uri="",
+    adapter_sha256="",
+    parent_version=None,
+    accepted=True,
+    reasons=(),
+    average_accuracy=0.5,
+    forgetting=None,
+    backward_transfer=None,
+    forward_transfer=None,
+)
 Sync = Callable[..., ServingRoute]
 
 pytestmark = pytest.mark.usefixtures("home")

@@ -49,9 +49,7 @@ def land() -> dict[str, Any]:
     good = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"}) + "\n"
     store.put_bytes("inbox/bank/may.jsonl", (Path(BANK["data"]).read_text() + good + bad).encode())
     store.put_bytes("inbox/bank/test.jsonl", Path(BANK["test_data"]).read_bytes())
-    return {
-        **BANK, "data": store.uri_of("inbox/bank/may.jsonl"), "test_data": store.uri_of("inbox/bank/test.jsonl")
-    }  # fmt: skip
+    return {**BANK, "data": store.uri_of("inbox/bank/may.jsonl"), "test_data": store.uri_of("inbox/bank/test.jsonl")}
 
 
 def collect(*arguments: Any, **options: Any) -> GcResult:

@@ -35,8 +35,11 @@ def test_the_contract_holds_on_ceph(tmp_path: Path, free_port: int) -> None:
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CONTRACT)],
                 env={**os.environ, "DEAL_TEST_S3": f"http://access:secret@127.0.0.1:{free_port}"},
-                capture_output=True, text=True, check=False, timeout=600,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=600,
+            )
         finally:
             ceph.terminate()
     assert done.returncode == 0, done.stdout

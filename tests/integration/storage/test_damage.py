@@ -93,8 +93,9 @@ def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that
     (home / "store" / "lineages" / "watched.yaml").write_text("tasks: [bank]\n")
     found = look(home)
     assert [(each.lineage, each.champion, each.num_open) for each in found.lineages] == [
-        ("watched", None, 0), ("l", "3", None),
-    ]  # fmt: skip
+        ("watched", None, 0),
+        ("l", "3", None),
+    ]
     assert [each.rejected for each in found.lineages] == [None, None]
     tags = open_registry().client
     tags.set_model_version_tag("l", "3", "deal.gate", "rejected")

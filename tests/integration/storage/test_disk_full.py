@@ -127,14 +127,21 @@ def test_a_disk_that_fills_up_at_any_stage_ends_the_run_with_one_message(
     store, artifacts = {"DEAL_STORE_URI": place.as_uri()}, {"DEAL_ARTIFACT_URI": place.as_uri()}
     database = {"MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
     cases = {
-        "rows": (store, 4), "adapter": (store, 48), "model": (artifacts, 4), "report": (artifacts, 64),
+        "rows": (store, 4),
+        "adapter": (store, 48),
+        "model": (artifacts, 4),
+        "report": (artifacts, 64),
         "database": (database, 400),
-    }  # fmt: skip
+    }
     given = {"place": str(place), "spec": str(spec_of(tmp_path, tiny_base)), "cases": cases}
     done = subprocess.run(
         [*namespace(), sys.executable, "-c", IN_NAMESPACE],
-        input=json.dumps(given), capture_output=True, text=True, check=False, env={**os.environ},
-    )  # fmt: skip
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ},
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each[0] for each in found] == list(cases)

@@ -35,7 +35,6 @@ from tests.integration.storage.conftest import SECRET, holding, keys, land, logg
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
-
 @pytest.mark.nightly
 def test_nothing_is_forgotten_with_a_registry_that_does_not_know_the_versions(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -122,12 +121,20 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
 
     plan = plan_forget(first.dataset.sha256[:8])
     assert [(each.version, each.is_direct, each.aliases) for each in plan.learned] == [
-        ("1", True, ("previous",)), ("2", False, ("challenger", "champion")),
-    ]  # fmt: skip
+        ("1", True, ("previous",)),
+        ("2", False, ("challenger", "champion")),
+    ]
     assert plan.unjudged == ("l",) and holding(home, SECRET), "a plan changes nothing"
     assert {each.kind for each in plan.held} == {
-        "test rows", "quarantine", "inbox file", "answers", "reference rows", "artifacts", "rows kept by the method",
-        "temporary files", "work folder",
+        "test rows",
+        "quarantine",
+        "inbox file",
+        "answers",
+        "reference rows",
+        "artifacts",
+        "rows kept by the method",
+        "temporary files",
+        "work folder",
     }
 
     old = find_version(open_registry(), "l", "1")
@@ -177,8 +184,10 @@ def test_kept_answers_to_the_texts_of_a_forgotten_arrival_are_gone(
         folder = tmp_path / f"{version}-{len(list(tmp_path.iterdir()))}"
         current_store().download_folder(find_version(open_registry(), "l", version).adapter_uri, folder)
         found = kept_of_tasks(folder)
-        return {task: [size for name, size in found.items() if name.startswith(answers_name(task))]
-                for task in ("bank", "clinic")}  # fmt: skip
+        return {
+            task: [size for name, size in found.items() if name.startswith(answers_name(task))]
+            for task in ("bank", "clinic")
+        }
 
     assert lengths("1") == {"bank": [], "clinic": []}
     assert all(lengths("2")["bank"]) and lengths("2")["clinic"] == []
@@ -190,9 +199,7 @@ def test_kept_answers_to_the_texts_of_a_forgotten_arrival_are_gone(
     assert all(lengths("3")["clinic"]), "another task's answers stay"
 
 
-def _judged_anew(
-    tiny_base: Path, tmp_path: Path, before: AdaptResult, unjudged: Collection[str] = frozenset()
-) -> None:
+def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult, unjudged: Collection[str] = frozenset()) -> None:
     """The next arrival of the task has the test rows. Other tasks without them keep their figures."""
     arrival = tmp_path / "june.jsonl"
     rows = [{"text": f"Message {number} about my card.", "label": "lost card"} for number in range(12)]

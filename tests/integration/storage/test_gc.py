@@ -54,8 +54,10 @@ def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_ba
     store = current_store()
     asked = [read_manifest(store, result.dataset.uri).task.instruction for result in (first, other)]
     assert asked == ["What is it about?", "Which one?"]
-    uris = [read_record(store, f"adapters/{lineage}/{result.run_key[:16]}").tasks[0].dataset_uri
-            for lineage, result in (("l", first), ("m", other))]  # fmt: skip
+    uris = [
+        read_record(store, f"adapters/{lineage}/{result.run_key[:16]}").tasks[0].dataset_uri
+        for lineage, result in (("l", first), ("m", other))
+    ]
     assert uris == [first.dataset.uri, other.dataset.uri]
 
 
@@ -77,9 +79,12 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
     assert {path for path in home.joinpath("store").rglob("*") if path.is_file()} == before and work.is_dir()
     adapters = sorted(["0123456789abcdef", rejected.run_key[:16]])
     assert [(each.kind, each.address.rsplit("/", 1)[1]) for each in planned.removals] == [
-        ("work folder", "fedcba9876543210"), *(("adapter", key) for key in adapters),
-        ("training rows", "train.parquet"), ("temporary files", "y"), ("temporary files", "x"),
-    ]  # fmt: skip
+        ("work folder", "fedcba9876543210"),
+        *(("adapter", key) for key in adapters),
+        ("training rows", "train.parquet"),
+        ("temporary files", "y"),
+        ("temporary files", "x"),
+    ]
     done = collect(older_than="0h")
     assert (done.removals, done.num_bytes) == (planned.removals, planned.num_bytes)
     assert not work.exists() and not [key for key in adapters if keys(f"adapters/l/{key}")]
@@ -176,7 +181,6 @@ def test_what_cannot_be_removed_keeps_gc_from_nothing_else(home: Path, monkeypat
 def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: str) -> None:
     with pytest.raises(ConfigError):
         collect(lineage, age)
-
 
 
 @pytest.mark.usefixtures("first")

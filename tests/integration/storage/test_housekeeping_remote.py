@@ -25,9 +25,12 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     """An empty store on an S3 server over HTTP, which the settings name."""
     settings = {
-        "STORE_URI": "s3://team/store", "S3_ENDPOINT_URL": s3_server, "S3_REGION": "us-east-1",
-        "S3_ACCESS_KEY_ID": "somebody", "S3_SECRET_ACCESS_KEY": "secret",
-    }  # fmt: skip
+        "STORE_URI": "s3://team/store",
+        "S3_ENDPOINT_URL": s3_server,
+        "S3_REGION": "us-east-1",
+        "S3_ACCESS_KEY_ID": "somebody",
+        "S3_SECRET_ACCESS_KEY": "secret",
+    }
     for name, value in settings.items():
         monkeypatch.setenv(f"DEAL_{name}", value)
     store = current_store()
@@ -57,8 +60,13 @@ def test_what_goes_is_gone_from_both_servers(tiny_base: Path, bucket: S3Store, a
     row = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"})
     bad = json.dumps({"text": "", "label": f"lost card {SECRET}"})
     bucket.put_bytes("inbox/bank/may.jsonl", f"{Path(BANK['data']).read_text()}{row}\n{bad}\n".encode())
-    first = run(tiny_base, {**BANK, "data": bucket.uri_of("inbox/bank/may.jsonl")}, strategy="replay",
-                data={"retain_training_rows": True}, rehearsal={"stored_share": 1.0})  # fmt: skip
+    first = run(
+        tiny_base,
+        {**BANK, "data": bucket.uri_of("inbox/bank/may.jsonl")},
+        strategy="replay",
+        data={"retain_training_rows": True},
+        rehearsal={"stored_share": 1.0},
+    )
     rejected = run(tiny_base, CLINIC, gate=FAIL, rehearsal={"stored_share": 1.0})
     assert (first.status, rejected.status) == ("promoted", "rejected")
     assert any("quarantine" in key for key in holding(bucket, artifacts, SECRET))

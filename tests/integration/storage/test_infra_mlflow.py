@@ -69,10 +69,22 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 FACTS = VersionFacts(
-    run_key="key-1", task="billing", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64,
-    config_sha256="c" * 64, adapter_uri="adapters/base/key-1", adapter_sha256="a" * 64, parent_version=None,
-    accepted=True, reasons=(), average_accuracy=0.75, forgetting=None, backward_transfer=None, forward_transfer=None,
-)  # fmt: skip
+    run_key="key-1",
+    task="billing",
+    strategy="deal",
+    base_sha256="b" * 64,
+    dataset_sha256="d" * 64,
+    config_sha256="c" * 64,
+    adapter_uri="adapters/base/key-1",
+    adapter_sha256="a" * 64,
+    parent_version=None,
+    accepted=True,
+    reasons=(),
+    average_accuracy=0.75,
+    forgetting=None,
+    backward_transfer=None,
+    forward_transfer=None,
+)
 
 
 def register(tracker: Tracker, registry: Registry, adapter: Path, lineage: str, facts: VersionFacts) -> VersionInfo:
@@ -101,13 +113,21 @@ def test_all_that_a_run_logs_is_found_in_mlflow(tracker: Tracker, settings: Trac
     assert found.info.status == "FINISHED" and found.info.end_time is not None and found.info.run_name == "billing"
     assert tracker.client.get_experiment(found.info.experiment_id).name == "deal/all"
     assert found.data.params == {
-        "strategy": "deal", "train.learning_rate": "0.0005", "train.nested.x": "None", "empty": "{}",
-    }  # fmt: skip
+        "strategy": "deal",
+        "train.learning_rate": "0.0005",
+        "train.nested.x": "None",
+        "empty": "{}",
+    }
     assert found.data.tags["deal.run_key"] == "k" and found.data.tags["deal.parent_version"] == "3"
     assert found.data.metrics == {
-        "train/loss": 0.2, "train/grad_norm": 2.0, "average_accuracy": 0.5, "accuracy/bank.v-2_x": 0.25,
-        "seconds/train": 4.0, "rows_per_second/train": 25.0, "seconds/gate": 0.5,
-    }  # fmt: skip
+        "train/loss": 0.2,
+        "train/grad_norm": 2.0,
+        "average_accuracy": 0.5,
+        "accuracy/bank.v-2_x": 0.25,
+        "seconds/train": 4.0,
+        "rows_per_second/train": 25.0,
+        "seconds/gate": 0.5,
+    }
     assert points(run, "train/loss") == [(step, 1 / step) for step in range(1, 6)]
     (dataset,) = found.inputs.dataset_inputs
     assert dataset.dataset.digest == "f" * 36
@@ -121,8 +141,9 @@ def test_all_that_a_run_logs_is_found_in_mlflow(tracker: Tracker, settings: Trac
     model = tracker.client.get_logged_model(model_id)
     assert (str(model.status), model.model_type) == ("READY", "lora-adapter")
     assert {item.path for item in tracker.client.list_logged_model_artifacts(model_id)} == {
-        "adapter_config.json", "adapter_model.safetensors",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert [output.model_id for output in found.outputs.model_outputs] == [model_id]
 
 
@@ -308,7 +329,12 @@ def test_versions_are_read_back_as_they_were_registered(tracker: Tracker, regist
     all_of_them = (
         FACTS,
         replace(
-            FACTS, run_key="key-2", task="clinic", parent_version="1", forgetting=0.0, forward_transfer=-0.125,
+            FACTS,
+            run_key="key-2",
+            task="clinic",
+            parent_version="1",
+            forgetting=0.0,
+            forward_transfer=-0.125,
             files_sha256={"adapter_model.safetensors": ("a" * 64,), "method.json": ("b" * 64, "c" * 64)},
         ),
         replace(
@@ -463,8 +489,9 @@ def test_a_reader_of_the_file_finds_what_mlflows_client_finds(
         assert reader.find_version(key) == client.find_version(key)
 
 
-def test_tags_that_people_set_are_no_facts(tracker: Tracker, registry: Registry, settings: TrackingSettings,
-                                           adapter: Path) -> None:  # fmt: skip
+def test_tags_that_people_set_are_no_facts(
+    tracker: Tracker, registry: Registry, settings: TrackingSettings, adapter: Path
+) -> None:
     before = register(tracker, registry, adapter, "tagged", replace(FACTS, run_key="tagged-1"))
     for name in ("gate", "task", "created", "rollout", "approval", "promoted", "files_sha256", "forgetting"):
         registry.client.set_model_version_tag("tagged", "1", name, "by Ada")
@@ -482,9 +509,7 @@ def test_a_registry_that_is_no_known_file_is_read_by_mlflow(
     with closing(sqlite3.connect(newer)) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'of-another-release'")
     asked: list[str] = []
-    monkeypatch.setattr(
-        "infra.tracking.mlflow_reader.MlflowReader", lambda found: asked.append(found.tracking_uri)
-    )
+    monkeypatch.setattr("infra.tracking.mlflow_reader.MlflowReader", lambda found: asked.append(found.tracking_uri))
     addresses = [f"sqlite:///{newer}", f"sqlite:///{tmp_path}/none.db", "http://127.0.0.1:1", "sqlite:///:memory:"]
     for address in addresses:
         open_reader(settings.model_copy(update={"tracking_uri": address}))

@@ -17,10 +17,22 @@ def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> 
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     facts = VersionFacts(
-        run_key="key", task="billing", strategy="deal", base_sha256="b", dataset_sha256="d", config_sha256="c",
-        adapter_uri="adapters/base/key", adapter_sha256="a", parent_version=None, accepted=True, reasons=(),
-        average_accuracy=0.5, forgetting=None, backward_transfer=None, forward_transfer=None,
-    )  # fmt: skip
+        run_key="key",
+        task="billing",
+        strategy="deal",
+        base_sha256="b",
+        dataset_sha256="d",
+        config_sha256="c",
+        adapter_uri="adapters/base/key",
+        adapter_sha256="a",
+        parent_version=None,
+        accepted=True,
+        reasons=(),
+        average_accuracy=0.5,
+        forgetting=None,
+        backward_transfer=None,
+        forward_transfer=None,
+    )
     params = {f"p{number:03d}": number for number in range(150)}  # more than the server accepts in one request
     for _ in range(2):  # the process died just before the end
         with tracker.start("base", "key", name="billing", params=params) as run:

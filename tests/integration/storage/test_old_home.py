@@ -65,11 +65,13 @@ def name_folder_in_database(path: Path, before: str, now: str) -> None:
 def learn(task: str) -> AdaptResult:
     """Adapt to a task's rows in the archive, with the settings of the home's versions."""
     values: dict[str, Any] = {
-        "lineage": LINEAGE, "base_model": "base", "gate": PASS,
+        "lineage": LINEAGE,
+        "base_model": "base",
+        "gate": PASS,
         "task": {"name": task, "data": f"data/{task}-train.jsonl", "test_data": f"data/{task}-test.jsonl"},
         "train": {"max_steps": 3, "max_prompt_tokens": 128, "max_answer_tokens": 12, "checkpoint_steps": 0},
         "data": {"retain_training_rows": True},
-    }  # fmt: skip
+    }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test")))
 
 
@@ -90,14 +92,18 @@ def known_answers() -> tuple[list[str], dict[str, list[str]]]:
 def test_history_and_predict(old_home: Path) -> None:
     entries = read_history(LINEAGE)
     assert [(entry.version, entry.task, entry.accepted, entry.parent_version) for entry in entries] == [
-        ("1", "bank", True, None), ("2", "clinic", False, "1"), ("3", "parcels", True, "1"),
-    ]  # fmt: skip
+        ("1", "bank", True, None),
+        ("2", "clinic", False, "1"),
+        ("3", "parcels", True, "1"),
+    ]
     assert "champion" in entries[2].aliases and entries[1].reasons and entries[2].average_accuracy is not None
     moves = read_moves(LINEAGE)
     assert [(move.action, move.version, move.who) for move in moves] == [
-        ("promoted", "1", "gate"), ("promoted", "3", "gate"), ("rolled back", "1", "operator"),
+        ("promoted", "1", "gate"),
+        ("promoted", "3", "gate"),
+        ("rolled back", "1", "operator"),
         ("promoted", "3", "operator"),
-    ]  # fmt: skip
+    ]
     assert [read_champion_at(LINEAGE, move.when) for move in moves] == ["1", "3", "1", "3"]
     told = command("history", "--lineage", LINEAGE, home=old_home)
     assert [each["version"] for each in told] == ["1", "2", "3"]
@@ -106,8 +112,10 @@ def test_history_and_predict(old_home: Path) -> None:
     text = known_answers()[0][0]
     answer = command("predict", text, "--lineage", LINEAGE, "--task", "bank", home=old_home)
     assert (answer["version"], answer["task"]) == ("3", "bank")
-    logits = {version: predict(text, lineage=LINEAGE, task="bank", version=version).first_token_logits
-              for version in ("1", "3")}  # fmt: skip
+    logits = {
+        version: predict(text, lineage=LINEAGE, task="bank", version=version).first_token_logits
+        for version in ("1", "3")
+    }
     assert logits["1"] != logits["3"] == answer["first_token_logits"]
     assert asyncio.run(evaluate(LINEAGE)).version == "3"
 
@@ -140,8 +148,10 @@ def test_forget(old_home: Path) -> None:
     assert plan["task"] == "bank" and plan["unjudged"] == [LINEAGE]
     result = asyncio.run(forget(bank.dataset_sha256[:12], "asked for"))
     assert [each.version for each in result.plan.learned] == ["1", "2", "3"]
-    assert not any(key.endswith(".parquet") for key in
-                   [info.key for info in current_store().list(f"datasets/bank/{bank.dataset_sha256}")])
+    assert not any(
+        key.endswith(".parquet")
+        for key in [info.key for info in current_store().list(f"datasets/bank/{bank.dataset_sha256}")]
+    )
     with pytest.raises(ForgottenRowsError):
         learn("bank")
     assert predict("I lost my card", lineage=LINEAGE, task="bank", version=None).version == "3"

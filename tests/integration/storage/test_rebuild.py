@@ -29,8 +29,10 @@ from tests.adapting import BANK, CLINIC, run
 from tests.in_process import KilledError, put_back
 
 BY = {"who": "tester", "why": "a test"}
-LOST = r"knows no version of lineage 'l', while the store .* knows 3 versions and version 3 as champion.*" \
-       r"deal lineage rebuild l"  # fmt: skip
+LOST = (
+    r"knows no version of lineage 'l', while the store .* knows 3 versions and version 3 as champion.*"
+    r"deal lineage rebuild l"
+)
 NEW_IN_MLFLOW = ("tracking_id", "model_id")
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -63,8 +65,12 @@ def rebuilt() -> RebuildResult:
 def test_a_lost_database_is_said_and_the_lineage_goes_on_after_a_rebuild(
     home: Path, known: list[dict[str, Any]], tiny_base: Path
 ) -> None:
-    for act in (lambda: read_history("l"), lambda: run(tiny_base, BANK), lambda: roll_back("l", None, **BY),
-                lambda: predict("Where is my card?", lineage="l", task=None, version="1")):  # fmt: skip
+    for act in (
+        lambda: read_history("l"),
+        lambda: run(tiny_base, BANK),
+        lambda: roll_back("l", None, **BY),
+        lambda: predict("Where is my card?", lineage="l", task=None, version="1"),
+    ):
         with pytest.raises(RegistryError, match=LOST):
             act()
     with put_back():

@@ -15,17 +15,23 @@ from deal_core.method_config import MethodConfig, SelectionConfig
 
 ROOT = Path(__file__).parents[3]
 MEASURED: dict[str, Any] = {
-    "rows": 100, "max_prompt_tokens": 160,
+    "rows": 100,
+    "max_prompt_tokens": 160,
     "options": {"no option": {"before": 0.0, "step": 2.0}, "selection.score: loss": {"before": 5.0, "step": 9.0}},
-}  # fmt: skip
+}
 
 
 def cell(bits: str, *, method: MethodConfig | None = None, seed: int = 0, **train: Any) -> dict[str, Any]:
     settings = {
-        "strategy": "deal", "tasks": ["yahoo", "agnews"], "seed": seed, "rows": 300, "scored": "last",
+        "strategy": "deal",
+        "tasks": ["yahoo", "agnews"],
+        "seed": seed,
+        "rows": 300,
+        "scored": "last",
         "method": json.loads(json.dumps(settings_read("deal", method or MethodConfig()))),
-        "train": {"max_prompt_tokens": 160, **train}, "revision": 2,
-    }  # fmt: skip
+        "train": {"max_prompt_tokens": 160, **train},
+        "revision": 2,
+    }
     scores = {"yahoo": {"correct": bits[:4]}, "agnews": {"correct": bits[4:]}}
     versions = [{"scores": {}, "num_steps": 10}, {"scores": scores, "num_steps": 10}]
     return {"settings": settings, "versions": versions, "perplexity": {"base": 30.0, "adapted": 33.0}}
@@ -36,10 +42,14 @@ def keeping(**settings: Any) -> MethodConfig:
 
 
 def test_an_option_is_compared_with_random_rows_and_with_all_rows():
-    (table,) = tables([
-        cell("11110000", method=keeping(score="loss")), cell("11000000", method=keeping()),
-        cell("11110011", max_steps=30),
-    ], MEASURED)  # fmt: skip
+    (table,) = tables(
+        [
+            cell("11110000", method=keeping(score="loss")),
+            cell("11000000", method=keeping()),
+            cell("11110011", max_steps=30),
+        ],
+        MEASURED,
+    )
     lines = {line["option"]: line for line in table["lines"]}
     assert list(lines) == [ALL, "selection.score: loss", RANDOM], "best first"
     chosen = lines["selection.score: loss"]
@@ -51,17 +61,20 @@ def test_an_option_is_compared_with_random_rows_and_with_all_rows():
 
 @pytest.mark.parametrize(
     "other",
-    [cell("11110000", method=keeping(score="loss"), seed=1),
-     cell("11110000", method=keeping(score="loss"), learning_rate=0.1),
-     cell("11110000", method=MethodConfig(**{**asdict(keeping(score="loss")), "rehearsal": {"texts": "none"}}))],
+    [
+        cell("11110000", method=keeping(score="loss"), seed=1),
+        cell("11110000", method=keeping(score="loss"), learning_rate=0.1),
+        cell("11110000", method=MethodConfig(**{**asdict(keeping(score="loss")), "rehearsal": {"texts": "none"}})),
+    ],
     ids=["seed", "rate", "method"],
-)  # fmt: skip
+)
 def test_cells_that_differ_in_more_than_the_option_are_not_compared(other: dict[str, Any]):
     assert tables([cell("11000000", method=keeping()), other], MEASURED) == []
 
 
 def test_the_page_is_the_one_that_the_stored_results_give(tmp_path: Path):
     results = ROOT / "benchmarks" / "results"
-    main(cells=results / "development", noisy=results / "noisy", trials=results / "arms.json",
-         page=tmp_path / "page.md")  # fmt: skip
+    main(
+        cells=results / "development", noisy=results / "noisy", trials=results / "arms.json", page=tmp_path / "page.md"
+    )
     assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "data_efficiency.md").read_text()

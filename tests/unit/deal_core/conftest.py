@@ -174,10 +174,16 @@ def parent(one_task_learned: Path, tmp_path: Path) -> Path:
 def served_version(base: BaseModel, tiny_base: Path) -> ServedVersion:
     """A version that knows a chat and a task with labels."""
     return ServedVersion(
-        lineage="l", base_source=str(tiny_base), base_name=base.name, base_sha256=base.sha256, newest_task="colours",
-        tasks=(ServedTask(schema=TaskSchema(name="help", format="chat"), max_prompt_tokens=64, max_new_tokens=3),
-               ServedTask(schema=TASK, max_prompt_tokens=64, max_new_tokens=5)),
-    )  # fmt: skip
+        lineage="l",
+        base_source=str(tiny_base),
+        base_name=base.name,
+        base_sha256=base.sha256,
+        newest_task="colours",
+        tasks=(
+            ServedTask(schema=TaskSchema(name="help", format="chat"), max_prompt_tokens=64, max_new_tokens=3),
+            ServedTask(schema=TASK, max_prompt_tokens=64, max_new_tokens=5),
+        ),
+    )
 
 
 @pytest.fixture

@@ -20,12 +20,23 @@ from tests.adapting import FIRST_TRAIN
 
 TASK = {"name": "t", "data": "x"}
 SECTIONS = {
-    "adapter": AdapterConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "data": DataConfig, "gate": GateConfig,
-    "deal": DealConfig, "rehearsal": RehearsalConfig, "rivals": RivalConfig,
-}  # fmt: skip
-OPTIONAL = {"adapter.alpha": 32.0, "train.max_steps": 3, "gate.min_accuracy": 0.5,
-            "gate.max_old_slice_drop_points": 5.0, "gate.rollout_share": 0.5,
-            "rehearsal.max_stored_rows": 3}  # fmt: skip
+    "adapter": AdapterConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "data": DataConfig,
+    "gate": GateConfig,
+    "deal": DealConfig,
+    "rehearsal": RehearsalConfig,
+    "rivals": RivalConfig,
+}
+OPTIONAL = {
+    "adapter.alpha": 32.0,
+    "train.max_steps": 3,
+    "gate.min_accuracy": 0.5,
+    "gate.max_old_slice_drop_points": 5.0,
+    "gate.rollout_share": 0.5,
+    "rehearsal.max_stored_rows": 3,
+}
 WRONG: dict[type, list[Any]] = {
     float: [math.nan, math.inf, -math.inf, True, "3", [1.0], {}, 10**400],
     int: [True, "3", 1.5, 3.0, math.nan, math.inf, [1], 10**400],
@@ -122,9 +133,20 @@ def test_settings_stay_what_they_were_in_digests_and_json() -> None:
     assert spec.config_sha256(AdapterConfig(), "deal")[:16] == "454911db7d0c4422"
     spec_of_defaults = parse(AdaptSpec, {"task": TASK, "train": FIRST_TRAIN}, "a")
     assert spec_of_defaults.config_sha256(AdapterConfig(), "deal")[:16] == "da604f5ff5d3485c"
-    cell = make_cell("deal", ("x", "y"), method=MethodConfig(), seed=1, train=TrainConfig(**FIRST_TRAIN), rows=3,
-                     part="dev", max_test_rows=None, scored="all", adapter=AdapterConfig(), base="b",
-                     data="d")  # fmt: skip
+    cell = make_cell(
+        "deal",
+        ("x", "y"),
+        method=MethodConfig(),
+        seed=1,
+        train=TrainConfig(**FIRST_TRAIN),
+        rows=3,
+        part="dev",
+        max_test_rows=None,
+        scored="all",
+        adapter=AdapterConfig(),
+        base="b",
+        data="d",
+    )
     assert (cell.digest(), cell.shared_digest()) == ("906b85b1e7c6", "1d25796542a8")
     assert json.loads(json.dumps(asdict(spec.deal))) == spec.model_dump(mode="json")["deal"]
     assert spec.deal == DealConfig(widths=(1.0, 2.0), a=6.0) and hash(spec.deal) == hash(replace(spec.deal))

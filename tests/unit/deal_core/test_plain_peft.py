@@ -22,8 +22,11 @@ def test_a_version_loads_without_this_project(base, task, parent, train, tiny_ba
     prompt = "".join(render_prompt(task, "about the sea", base.tokenizer))
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tiny_base), str(folder), "float32", prompt],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
     shown = [line.split("\t") for line in done.stdout.splitlines()]
     assert [float(value) for value, _ in shown] == pytest.approx(logits.topk(5).values.tolist(), abs=2e-4)
     assert [token for _, token in shown] == [repr(base.tokenizer.decode([i])) for i in logits.topk(5).indices.tolist()]

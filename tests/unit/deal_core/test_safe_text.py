@@ -82,12 +82,15 @@ def test_each_of_several_addresses_is_masked() -> None:
 
 def test_secrets_of_the_environment_are_masked_in_every_spelling() -> None:
     environment = {
-        "DEAL_S3_SECRET_ACCESS_KEY": "a/secret+key", "PREFECT_API_AUTH_STRING": "admin:auth-secret",
-        "DEAL_WEBHOOK_URL": "https://hooks.example/services/T0123456/abcdef", "DEAL_VLLM_API_KEY": "short",
+        "DEAL_S3_SECRET_ACCESS_KEY": "a/secret+key",
+        "PREFECT_API_AUTH_STRING": "admin:auth-secret",
+        "DEAL_WEBHOOK_URL": "https://hooks.example/services/T0123456/abcdef",
+        "DEAL_VLLM_API_KEY": "short",
         "DEAL_JUDGE_URL": "https://judge.example/v1/tenant-0123456789",
-        "HTTPS_PROXY": "http://me:proxy%20secret@proxy:3128", "HF_TOKEN_PATH": "/home/me/token-file",
+        "HTTPS_PROXY": "http://me:proxy%20secret@proxy:3128",
+        "HF_TOKEN_PATH": "/home/me/token-file",
         "TOKENIZERS_PARALLELISM": "disabled",
-    }  # fmt: skip
+    }
     text = (
         "a/secret+key a%2Fsecret%2Bkey auth-secret services/T0123456/abcdef v1/tenant-0123456789 "
         "proxy secret proxy%20secret short /home/me/token-file disabled"
@@ -99,8 +102,11 @@ def test_known_secrets_inside_a_value_are_masked_and_its_shape_stays(monkeypatch
     monkeypatch.setenv("DEAL_WEBHOOK_SECRET", "the-secret")
     value = {"a": ["x the-secret", {"b": "the-secret"}], "n": 1, "none": None, "url": "http://u:p@h"}
     assert without_known_secrets_inside(value) == {
-        "a": ["x ***", {"b": "***"}], "n": 1, "none": None, "url": "http://u:p@h"
-    }  # fmt: skip
+        "a": ["x ***", {"b": "***"}],
+        "n": 1,
+        "none": None,
+        "url": "http://u:p@h",
+    }
 
 
 @pytest.mark.parametrize("kind", [ConfigError, StoreError, DataValidationError])

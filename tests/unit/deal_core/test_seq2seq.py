@@ -39,10 +39,17 @@ def loaded_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ba
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return load_base(str(folder), folder / "cache", precision="fp32")
@@ -105,9 +112,19 @@ OF_ANOTHER_KIND = {"deal", "seq_lora", "o_lora", "ewc", "lwf", "replay", "slao",
 )
 def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
     cell = make_cell(
-        strategy, ("colours", "sizes"), method=MethodConfig(), seed=0, rows=8, part="reported", max_test_rows=4,
-        scored="all", adapter=AdapterConfig(rank=4), train=replace(STEPS, checkpoint_steps=0), base="t5", data="d",
-    )  # fmt: skip
+        strategy,
+        ("colours", "sizes"),
+        method=MethodConfig(),
+        seed=0,
+        rows=8,
+        part="reported",
+        max_test_rows=4,
+        scored="all",
+        adapter=AdapterConfig(rank=4),
+        train=replace(STEPS, checkpoint_steps=0),
+        base="t5",
+        data="d",
+    )
     rows = tuple({"input": f"number {i}", "output": "ab"[i % 2]} for i in range(12))
     tasks = {
         name: SuiteTask(schema=TaskSchema(name=name, labels=("a", "b"), instruction=name), train=rows, test=rows)
@@ -115,10 +132,15 @@ def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
     }
     result = run_cell(
         CellRun(
-            base=base, cell=cell, tasks=tasks, method=MethodConfig(), work=tmp_path / "work",
-            shared=tmp_path / "shared", on_progress=lambda *_: None,
+            base=base,
+            cell=cell,
+            tasks=tasks,
+            method=MethodConfig(),
+            work=tmp_path / "work",
+            shared=tmp_path / "shared",
+            on_progress=lambda *_: None,
         )
-    )  # fmt: skip
+    )
     assert all(len(score["correct"]) == 4 for score in result["versions"][-1]["scores"].values())
     assert set(result["perplexity"].values()) == {None}  # running text has no source to be conditioned on
 

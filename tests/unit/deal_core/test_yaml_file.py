@@ -12,21 +12,39 @@ from deal_core.errors import ConfigError
 from deal_core.yaml_file import MAX_BYTES, read_yaml, yaml_mapping
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
-MERGES = "a0: &a0 {x: 1}\n" + "".join(
-    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12)
-)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("5e-4", 5e-4), ("1e-3", 1e-3), ("1E5", 1e5), ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("-3", -3), ("+3", 3),
-        ("0", 0), ("1_000", 1000), ("true", True), ("yes", True), ("~", None), ("null", None),
-        ("010", "010"), ("0o10", "0o10"), ("0x1F", "0x1F"), ("0b11", "0b11"), ("1:30", "1:30"),
+        ("5e-4", 5e-4),
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("1.5", 1.5),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("+3", 3),
+        ("0", 0),
+        ("1_000", 1000),
+        ("true", True),
+        ("yes", True),
+        ("~", None),
+        ("null", None),
+        ("010", "010"),
+        ("0o10", "0o10"),
+        ("0x1F", "0x1F"),
+        ("0b11", "0b11"),
+        ("1:30", "1:30"),
         ("190:20:30.15", "190:20:30.15"),
-        ("2026-11-01", "2026-11-01"), ("'3'", "3"), ("=", "="), ("1.2.3", "1.2.3"), ("00.5", "00.5"),
+        ("2026-11-01", "2026-11-01"),
+        ("'3'", "3"),
+        ("=", "="),
+        ("1.2.3", "1.2.3"),
+        ("00.5", "00.5"),
     ],
-)  # fmt: skip
+)
 def test_a_value_is_what_it_looks_like(text: str, value: Any) -> None:
     found = yaml_mapping(f"a: {text}".encode(), "f")["a"]
     assert found == value and type(found) is type(value)

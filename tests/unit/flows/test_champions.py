@@ -72,9 +72,11 @@ def test_a_lineage_whose_log_is_damaged_keeps_no_other_rollout_open(monkeypatch:
 def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     scores = SimpleNamespace(
-        accuracies={"bank": 0.25, "clinic": 0.5, "new": 0.0}, recorded={"bank": 0.75, "clinic": 0.5},
-        num_rows={"bank": 4, "clinic": 4, "new": 4}, unjudged={},
-    )  # fmt: skip
+        accuracies={"bank": 0.25, "clinic": 0.5, "new": 0.0},
+        recorded={"bank": 0.75, "clinic": 0.5},
+        num_rows={"bank": 4, "clinic": 4, "new": 4},
+        unjudged={},
+    )
     monkeypatch.setattr(flows.champions, "find_version", lambda *_: None)
     monkeypatch.setattr(flows.champions, "version_ref", lambda _: SimpleNamespace(version="3"))
     monkeypatch.setattr(flows.champions, "evaluate_settings", lambda _: EvaluateConfig())

@@ -18,15 +18,41 @@ from tasks.arrival_runs import ARRIVAL_LANDED
 FILE = Path(__file__).parents[3] / "prefect.yaml"
 TOP = {"name", "prefect-version", "build", "push", "pull", "deployments", "definitions"}
 DEPLOYMENT = {
-    "name", "version", "tags", "description", "schedules", "paused", "concurrency_limit", "flow_name", "entrypoint",
-    "parameters", "enforce_parameter_schema", "build", "push", "pull", "triggers", "work_pool",
-}  # fmt: skip
+    "name",
+    "version",
+    "tags",
+    "description",
+    "schedules",
+    "paused",
+    "concurrency_limit",
+    "flow_name",
+    "entrypoint",
+    "parameters",
+    "enforce_parameter_schema",
+    "build",
+    "push",
+    "pull",
+    "triggers",
+    "work_pool",
+}
 WORK_POOL = {"name", "work_queue_name", "job_variables"}
 CONCURRENCY = {"limit", "collision_strategy", "grace_period_seconds"}
 TRIGGER = {
-    "type", "name", "description", "enabled", "match", "match_related", "expect", "after", "for_each", "posture",
-    "threshold", "within", "parameters", "job_variables",
-}  # fmt: skip
+    "type",
+    "name",
+    "description",
+    "enabled",
+    "match",
+    "match_related",
+    "expect",
+    "after",
+    "for_each",
+    "posture",
+    "threshold",
+    "within",
+    "parameters",
+    "job_variables",
+}
 
 
 def problems_of(content: dict[str, Any]) -> list[str]:
@@ -77,9 +103,23 @@ def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]
     assert problems_of(content) == []
     names = [deployment["name"] for deployment in content["deployments"]]
     assert names == [
-        "watch-inbox", "adapt", "adapt-file", "evaluate-lineage", "monitor-lineage", "rollout", "promote", "rollback",
-        "reject", "decide", "requeue", "gc", "forget", "serve-vllm", "harvest-feedback", "benchmark",
-    ]  # fmt: skip
+        "watch-inbox",
+        "adapt",
+        "adapt-file",
+        "evaluate-lineage",
+        "monitor-lineage",
+        "rollout",
+        "promote",
+        "rollback",
+        "reject",
+        "decide",
+        "requeue",
+        "gc",
+        "forget",
+        "serve-vllm",
+        "harvest-feedback",
+        "benchmark",
+    ]
     for deployment in content["deployments"]:
         assert deployment["work_pool"]["name"] in ("deal-gpu", "deal-cpu")
         assert deployment["enforce_parameter_schema"] is True

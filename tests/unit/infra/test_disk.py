@@ -21,7 +21,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/srv/store/x")
 @pytest.mark.parametrize(
     "error",
     [
-        FULL, OSError(errno.EDQUOT, "quota"), OSError(errno.EFBIG, "too large"),
+        FULL,
+        OSError(errno.EDQUOT, "quota"),
+        OSError(errno.EFBIG, "too large"),
         RuntimeError("Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: '...' })"),
         RuntimeError("(sqlite3.OperationalError) database or disk is full"),
         OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),

@@ -49,9 +49,18 @@ def test_the_better_answer_is_named_and_a_question_is_asked_once(server: FakeJud
 
 @pytest.mark.parametrize(
     ("said", "verdict"),
-    [("A", "A"), (" B.\n", "B"), ("C", "C"), ("**A**", "A"), ("<think>A or B? A is short.</think>\n\nB", "B"),
-     ("A is better than B", None), ("", None), ("neither", None), ("ABC", None)],
-)  # fmt: skip
+    [
+        ("A", "A"),
+        (" B.\n", "B"),
+        ("C", "C"),
+        ("**A**", "A"),
+        ("<think>A or B? A is short.</think>\n\nB", "B"),
+        ("A is better than B", None),
+        ("", None),
+        ("neither", None),
+        ("ABC", None),
+    ],
+)
 def test_only_one_letter_is_a_verdict(said: str, verdict: str | None, server: FakeJudge, tmp_path: Path) -> None:
     server.decide = lambda first, second: said
     if verdict is not None:

@@ -56,9 +56,7 @@ def test_what_can_be_moved_is_moved_and_the_first_problem_is_raised(tmp_path: Pa
     assert read_log(store, log, columns=["id"]).to_pylist() == [{"id": "good"}]
 
 
-def test_a_store_that_is_away_is_asked_once(
-    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_is_away_is_asked_once(tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     log, asked = prediction_log(tmp_path, "l"), list[str]()
 
     def away(key: str, data: bytes) -> bool:
@@ -101,6 +99,6 @@ def test_a_server_moves_the_other_log_and_keeps_the_retention(
     assert [record.getMessage() for record in caplog.records].count(
         f"Segments of the prediction log were not moved or removed: {bad} cannot be used (Too many levels of symbolic "
         "links); give the command as the user who runs deal serve."
-    ) == 1  # fmt: skip
+    ) == 1
     bad.unlink()
     assert [*read_feedback(store, tmp_path, "l")["id"]] == ["0" * 32]

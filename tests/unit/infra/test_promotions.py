@@ -23,9 +23,14 @@ def log(tmp_path: Path) -> PromotionLog:
 
 def add(log: PromotionLog, after: Move | None, version: str, **changes: Any) -> Move | None:
     fields: dict[str, Any] = {
-        "action": "promoted", "lineage": "l", "version": version, "before": after.champion if after else None,
-        "champion": version, "who": "gate", "why": "passed its gate",
-    }  # fmt: skip
+        "action": "promoted",
+        "lineage": "l",
+        "version": version,
+        "before": after.champion if after else None,
+        "champion": version,
+        "who": "gate",
+        "why": "passed its gate",
+    }
     return log.add(after, Change(**{**fields, **changes}))
 
 

@@ -18,10 +18,20 @@ from infra.settings import (
 from infra.store.local import open_store
 
 NAMES = (
-    "DEAL_HOME", "DEAL_CACHE_DIR", "DEAL_STORE_URI", "DEAL_ARTIFACT_URI", "MLFLOW_TRACKING_URI", "DEAL_S3_ENDPOINT_URL",
-    "DEAL_S3_REGION", "DEAL_S3_ACCESS_KEY_ID", "DEAL_S3_SECRET_ACCESS_KEY",
-    "DEAL_S3_MAX_ATTEMPTS", "DEAL_S3_ENCRYPTION", "DEAL_S3_KMS_KEY_ID", "DEAL_LANDING_QUEUE_URL",
-)  # fmt: skip
+    "DEAL_HOME",
+    "DEAL_CACHE_DIR",
+    "DEAL_STORE_URI",
+    "DEAL_ARTIFACT_URI",
+    "MLFLOW_TRACKING_URI",
+    "DEAL_S3_ENDPOINT_URL",
+    "DEAL_S3_REGION",
+    "DEAL_S3_ACCESS_KEY_ID",
+    "DEAL_S3_SECRET_ACCESS_KEY",
+    "DEAL_S3_MAX_ATTEMPTS",
+    "DEAL_S3_ENCRYPTION",
+    "DEAL_S3_KMS_KEY_ID",
+    "DEAL_LANDING_QUEUE_URL",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +52,18 @@ def test_everything_is_under_one_folder_by_default(tmp_path: Path) -> None:
 
 def test_relative_places_become_absolute(tmp_path: Path) -> None:
     given = {
-        "DEAL_CACHE_DIR": "cache", "DEAL_STORE_URI": "store", "DEAL_ARTIFACT_URI": "s3://bucket/artifacts",
+        "DEAL_CACHE_DIR": "cache",
+        "DEAL_STORE_URI": "store",
+        "DEAL_ARTIFACT_URI": "s3://bucket/artifacts",
         "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
-    }  # fmt: skip
+    }
     make_places_absolute(given)
     assert given == {
-        "DEAL_CACHE_DIR": f"{tmp_path}/cache", "DEAL_STORE_URI": f"file://{tmp_path}/store",
-        "DEAL_ARTIFACT_URI": "s3://bucket/artifacts", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
-    }  # fmt: skip
+        "DEAL_CACHE_DIR": f"{tmp_path}/cache",
+        "DEAL_STORE_URI": f"file://{tmp_path}/store",
+        "DEAL_ARTIFACT_URI": "s3://bucket/artifacts",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }
     again = dict(given)
     make_places_absolute(again)
     assert again == given
@@ -120,9 +134,14 @@ def test_other_stores_are_refused_with_a_remedy(uri: str) -> None:
 
 @pytest.mark.parametrize(
     "uri",
-    ["s3://KEY:hunter2@bucket/x", "s3://me:hun/ter2@bucket", "https://me:hunter2@host/x", "s3://bucket/x?key=hunter2",
-     "file://me:hunter2@host/folder"],
-)  # fmt: skip
+    [
+        "s3://KEY:hunter2@bucket/x",
+        "s3://me:hun/ter2@bucket",
+        "https://me:hunter2@host/x",
+        "s3://bucket/x?key=hunter2",
+        "file://me:hunter2@host/folder",
+    ],
+)
 def test_an_address_with_a_password_is_refused_and_the_password_not_shown(uri: str) -> None:
     with pytest.raises(ConfigError, match="DEAL_S3_SECRET_ACCESS_KEY") as refused:
         open_store(uri)

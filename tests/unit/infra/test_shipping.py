@@ -67,8 +67,10 @@ def test_pods_have_no_more_rights_than_the_namespace_allows() -> None:
 def test_compose_fits_its_schema() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -147,8 +149,12 @@ def test_no_secret_of_the_example_looks_as_if_it_could_stay() -> None:
 
 
 def test_workers_wait_for_the_pool_that_the_deploy_makes() -> None:
-    commands = [container["args"] for each in documents("base/deal.yaml") if each["kind"] == "Deployment"
-                for container in each["spec"]["template"]["spec"]["containers"]]  # fmt: skip
+    commands = [
+        container["args"]
+        for each in documents("base/deal.yaml")
+        if each["kind"] == "Deployment"
+        for container in each["spec"]["template"]["spec"]["containers"]
+    ]
     commands.append((INFRA / "docker" / "Dockerfile").read_text().partition("CMD")[2].split())
     assert len(commands) == 3 and all("--no-create-pool-if-not-found" in command for command in commands)
 
@@ -179,7 +185,9 @@ def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) 
     written = configparser.ConfigParser()  # MLflow reads the file with interpolation
     written.read(tmp_path / "auth.ini")
     assert {name: written["mlflow"][name] for name in ("admin_username", "admin_password", "database_uri")} == {
-        "admin_username": "secret-50%", "admin_password": "secret-50%", "database_uri": "secret-50%",
-    }  # fmt: skip
+        "admin_username": "secret-50%",
+        "admin_password": "secret-50%",
+        "database_uri": "secret-50%",
+    }
     del environment["MLFLOW_BACKEND_STORE_URI"]
     assert start(environment).returncode != 0, "MLflow would take a file of its own"

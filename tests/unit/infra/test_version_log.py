@@ -16,16 +16,37 @@ from infra.tracking.facts import VersionFacts, VersionInfo
 from infra.version_log import VersionLog
 
 FACTS = VersionFacts(
-    run_key="key", task="bank", strategy="deal", base_sha256="b", dataset_sha256="d", config_sha256="c",
-    adapter_uri="adapters/l/key", adapter_sha256="a", parent_version="1", accepted=False, reasons=("bank: −12 points",),
-    vetoes=({"kind": "drop", "task": "bank", "value": 12.5, "limit": None},), approval="awaiting", flow_run="f",
-    landed_sha256="x", requeued_sha256="y", average_accuracy=0.75, forgetting=-0.1, backward_transfer=None,
+    run_key="key",
+    task="bank",
+    strategy="deal",
+    base_sha256="b",
+    dataset_sha256="d",
+    config_sha256="c",
+    adapter_uri="adapters/l/key",
+    adapter_sha256="a",
+    parent_version="1",
+    accepted=False,
+    reasons=("bank: −12 points",),
+    vetoes=({"kind": "drop", "task": "bank", "value": 12.5, "limit": None},),
+    approval="awaiting",
+    flow_run="f",
+    landed_sha256="x",
+    requeued_sha256="y",
+    average_accuracy=0.75,
+    forgetting=-0.1,
+    backward_transfer=None,
     forward_transfer=0.0,
-)  # fmt: skip
+)
 INFO = VersionInfo(
-    **asdict(FACTS), lineage="l", version="12", aliases=("champion",), created=datetime(2030, 1, 2, 3, 4, 5, 6789, UTC),
-    tracking_id="run", model_id="model", promoted="4",
-)  # fmt: skip
+    **asdict(FACTS),
+    lineage="l",
+    version="12",
+    aliases=("champion",),
+    created=datetime(2030, 1, 2, 3, 4, 5, 6789, UTC),
+    tracking_id="run",
+    model_id="model",
+    promoted="4",
+)
 
 
 @pytest.fixture

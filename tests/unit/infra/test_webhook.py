@@ -86,8 +86,17 @@ def test_a_refusal_is_not_repeated_and_a_redirect_not_followed(
 
 
 def test_nothing_goes_where_it_could_be_read_on_the_way() -> None:
-    for url in ("http://example.org/hook", "ftp://127.0.0.1/", "https://", "http://127.0.0.1.example.org", "hook", "",
-                "http://0.0.0.0:80/", "http://[::2]/", "https://[abc/hook"):  # fmt: skip
+    for url in (
+        "http://example.org/hook",
+        "ftp://127.0.0.1/",
+        "https://",
+        "http://127.0.0.1.example.org",
+        "hook",
+        "",
+        "http://0.0.0.0:80/",
+        "http://[::2]/",
+        "https://[abc/hook",
+    ):
         with pytest.raises(ConfigError, match=r"neither https|no address with a host"):
             Webhook(url, SECRET)
     for url in ("https://example.org/hook", "http://localhost:8080/", "http://127.0.0.1/", "http://[::1]:9/"):

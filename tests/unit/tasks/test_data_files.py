@@ -181,8 +181,13 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             self.wfile.write(body)
 
     with Loopback(Handler) as server:
-        key = {"gcs_base_url": server.address, "disable_oauth": True, "client_email": "",
-               "private_key": "", "private_key_id": ""}  # fmt: skip
+        key = {
+            "gcs_base_url": server.address,
+            "disable_oauth": True,
+            "client_email": "",
+            "private_key": "",
+            "private_key_id": "",
+        }
         monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(key))
         monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
         yield asked

@@ -51,8 +51,15 @@ def settled(
 
 def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    names = ["bank/late.csv", "clinic/early.csv", "bank/task.yaml", "bank/.hidden", "stray.csv", "bank/deep/x.csv",
-             "bank/test.csv"]  # fmt: skip
+    names = [
+        "bank/late.csv",
+        "clinic/early.csv",
+        "bank/task.yaml",
+        "bank/.hidden",
+        "stray.csv",
+        "bank/deep/x.csv",
+        "bank/test.csv",
+    ]
     for number, name in enumerate(names):
         store.put_bytes(f"inbox/{name}", b"x")
         os.utime(tmp_path / "inbox" / name, (number, number))
@@ -229,8 +236,17 @@ def test_a_broken_state_says_what_to_do(tmp_path: Path) -> None:
 def test_what_lies_too_deep_or_not_deep_enough_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(str(tmp_path))
     store.put_bytes("inbox/bill/task.yaml", b"test_data: held/out.csv\n")
-    for key in ("may.csv", "bill/2026/11/may.csv", "bill/a.csv", "bill/held/out.csv", "bill/.tmp/x.csv", ".DS_Store",
-                "task.yaml", "bill/2026/task.yaml", "bill/2026/.x"):  # fmt: skip
+    for key in (
+        "may.csv",
+        "bill/2026/11/may.csv",
+        "bill/a.csv",
+        "bill/held/out.csv",
+        "bill/.tmp/x.csv",
+        ".DS_Store",
+        "task.yaml",
+        "bill/2026/task.yaml",
+        "bill/2026/.x",
+    ):
         store.put_bytes(f"inbox/{key}", b"x")
     for _ in range(2):
         assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bill/a.csv"]
@@ -265,8 +281,12 @@ def test_while_a_task_file_cannot_be_read_its_task_learns_nothing_and_others_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, cache = open_store(str(tmp_path)), dict[tuple[str, str], str | None]()
-    for key, content in (("bill/a.csv", b"x"), ("bill/tests.csv", b"x"), ("bill/task.yaml", b"test_data: tests.csv"),
-                         ("bank/a.csv", b"x")):  # fmt: skip
+    for key, content in (
+        ("bill/a.csv", b"x"),
+        ("bill/tests.csv", b"x"),
+        ("bill/task.yaml", b"test_data: tests.csv"),
+        ("bank/a.csv", b"x"),
+    ):
         store.put_bytes(f"inbox/{key}", content)
     with monkeypatch.context() as patch:
         patch.setattr(FileStore, "get_bytes", unreadable)

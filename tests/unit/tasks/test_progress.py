@@ -66,8 +66,10 @@ def test_a_stage_runs_in_a_thread_and_reports_to_the_flows_reporter() -> None:
         assert asyncio.run(flow()) == 3
     assert threads[0] is not threading.main_thread()
     assert recorder.events == [
-        ("started", "train"), ("advanced", "train", 2, 4, "loss 1"), ("finished", "train", True, "fine"),
-    ]  # fmt: skip
+        ("started", "train"),
+        ("advanced", "train", 2, 4, "loss 1"),
+        ("finished", "train", True, "fine"),
+    ]
 
 
 def test_a_run_that_was_asked_to_stop_ends_at_its_next_step() -> None:

@@ -91,10 +91,17 @@ def test_a_missing_spec_is_a_config_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["train: {max_steps: 3}", "deal: {energy: 0.9}", "gate: {max_drop_points: 1}", "evaluate: {max_new_tokens: 3}",
-     "train: {recentre_steps: 50}", "data: {test_share: 0.3}",
-     "task: {name: t, data: x, prompt: chat}", "train: {quantize: 4bit}"],
-)  # fmt: skip
+    [
+        "train: {max_steps: 3}",
+        "deal: {energy: 0.9}",
+        "gate: {max_drop_points: 1}",
+        "evaluate: {max_new_tokens: 3}",
+        "train: {recentre_steps: 50}",
+        "data: {test_share: 0.3}",
+        "task: {name: t, data: x, prompt: chat}",
+        "train: {quantize: 4bit}",
+    ],
+)
 def test_every_setting_makes_another_run(change: str) -> None:
     adapter = AdapterConfig()
     import yaml
@@ -132,9 +139,13 @@ def test_selection_changes_digests_and_json_only_where_it_is_on() -> None:
     plain = {"task": {"name": "t", "data": "x"}}
     off, idle, named, kept = (
         parse(AdaptSpec, {**plain, **change}, "a")
-        for change in ({}, {"selection": {"max_scored": 9}}, {"selection": {"noise": "name"}},
-                       {"selection": {"keep": 0.5}})
-    )  # fmt: skip
+        for change in (
+            {},
+            {"selection": {"max_scored": 9}},
+            {"selection": {"noise": "name"}},
+            {"selection": {"keep": 0.5}},
+        )
+    )
     digests = [spec.config_sha256(AdapterConfig(), "deal") for spec in (off, idle, named, kept)]
     assert digests[0] == digests[1] == "f3b0267dccab92b2186cd9c6050d4005ebc852eedb7023d5a38496f421df0bee"
     assert len(set(digests)) == 3

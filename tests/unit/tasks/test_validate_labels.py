@@ -22,8 +22,12 @@ def check(home: Path, tiny_base: Path, tmp_path: Path):
     def run(rows: list[tuple[str, str]], with_model: bool = False, num_test: int = 40) -> ValidateResult:
         file, test, spec = (tmp_path / name for name in ("rows.jsonl", "test.jsonl", "spec.yaml"))
         file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
-        test.write_text("".join(json.dumps({"text": f"a text of its own {number}", "label": rows[0][1]}) + "\n"
-                                for number in range(num_test)))  # fmt: skip
+        test.write_text(
+            "".join(
+                json.dumps({"text": f"a text of its own {number}", "label": rows[0][1]}) + "\n"
+                for number in range(num_test)
+            )
+        )
         values = {"base_model": str(tiny_base), "task": {"name": "t", "data": str(file), "test_data": str(test)}}
         spec.write_text(yaml.safe_dump(values))
         return validate(file, spec=spec, with_model=with_model)
@@ -33,7 +37,7 @@ def check(home: Path, tiny_base: Path, tmp_path: Path):
 
 def rows_of(number: int) -> list[tuple[str, str]]:
     kinds = list(KINDS)
-    return [(f"{chr(97 + row % 26) * 9} {row ** 3} {KINDS[kinds[row % 3]]}", kinds[row % 3]) for row in range(number)]
+    return [(f"{chr(97 + row % 26) * 9} {row**3} {KINDS[kinds[row % 3]]}", kinds[row % 3]) for row in range(number)]
 
 
 def test_near_duplicates_and_rare_labels_are_warned_of_with_texts(check) -> None:
@@ -60,8 +64,9 @@ def test_a_model_names_labels_that_are_probably_wrong(check, monkeypatch: pytest
     rows[7] = (rows[7][0], kinds[(kinds.index(rows[7][1]) + 1) % 3])
 
     def features(model, tokenizer, task, inputs, **settings):
-        return torch.stack([8.0 * torch.eye(3)[next(i for i, k in enumerate(kinds) if KINDS[k] in text)]
-                            for text in inputs])  # fmt: skip
+        return torch.stack(
+            [8.0 * torch.eye(3)[next(i for i, k in enumerate(kinds) if KINDS[k] in text)] for text in inputs]
+        )
 
     assert check(rows).label_check is None
     monkeypatch.setattr("deal_core.selection.label_noise.features", features)

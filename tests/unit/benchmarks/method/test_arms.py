@@ -15,9 +15,16 @@ from tests.unit.benchmarks.conftest import LABELS
 
 def run(data: Path, base: Path, out: Path, *, arm: list[str], rows: int = 16, **options: Any) -> dict[str, Any]:
     arms.main(
-        data=data, arm=arm, task=list(LABELS), strategy="seq_lora", rows=rows, max_test_rows=4, base=str(base), out=out,
+        data=data,
+        arm=arm,
+        task=list(LABELS),
+        strategy="seq_lora",
+        rows=rows,
+        max_test_rows=4,
+        base=str(base),
+        out=out,
         **options,
-    )  # fmt: skip
+    )
     return dict(json.loads(out.read_text()))
 
 

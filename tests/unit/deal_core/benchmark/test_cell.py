@@ -20,11 +20,15 @@ RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 
 def settings_in(folder: str) -> dict[str, dict[str, Any]]:
     """File names of the stored cells of today's revision, and the settings in them."""
-    found = {path.name: json.loads(path.read_text(encoding="utf-8"))["settings"]
-             for path in sorted((RESULTS / folder).glob("*-*.json"))}  # fmt: skip
-    known = {name: each for name, each in found.items()
-             if each["strategy"] in (*find_strategies(), *BOUNDS)
-             and "prompt_loss_weight" not in each["train"]}  # fmt: skip
+    found = {
+        path.name: json.loads(path.read_text(encoding="utf-8"))["settings"]
+        for path in sorted((RESULTS / folder).glob("*-*.json"))
+    }
+    known = {
+        name: each
+        for name, each in found.items()
+        if each["strategy"] in (*find_strategies(), *BOUNDS) and "prompt_loss_weight" not in each["train"]
+    }
     return {name: each for name, each in known.items() if each.get("revision", 1) == revision_of(each["strategy"])}
 
 
@@ -53,9 +57,19 @@ def test_stored_cells_of_todays_revision_keep_their_digests(folder: str) -> None
 
 def made(strategy: str, method: MethodConfig) -> Cell:
     return make_cell(
-        strategy, ("a", "b"), method=method, seed=0, train=TrainConfig(), rows=9, part="dev", max_test_rows=None,
-        scored="all", adapter=AdapterConfig(), base="b", data="d",
-    )  # fmt: skip
+        strategy,
+        ("a", "b"),
+        method=method,
+        seed=0,
+        train=TrainConfig(),
+        rows=9,
+        part="dev",
+        max_test_rows=None,
+        scored="all",
+        adapter=AdapterConfig(),
+        base="b",
+        data="d",
+    )
 
 
 SELECTING = MethodConfig(selection=SelectionConfig(keep=0.3, score="loss", pick="low"))

@@ -33,9 +33,14 @@ DEFAULTS = MethodConfig()
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}
 TWO, THREE = tuple(LABELS)[:2], tuple(LABELS)
 TRAIN = TrainConfig(
-    num_epochs=1, batch_size=4, learning_rate=0.02, schedule="constant", balance_labels=False,
-    max_prompt_tokens=64, checkpoint_steps=0,
-)  # fmt: skip
+    num_epochs=1,
+    batch_size=4,
+    learning_rate=0.02,
+    schedule="constant",
+    balance_labels=False,
+    max_prompt_tokens=64,
+    checkpoint_steps=0,
+)
 
 
 def task(name: str) -> SuiteTask:
@@ -51,9 +56,17 @@ Run = Callable[..., dict[str, Any]]
 
 def cell(strategy: str, method: MethodConfig, tasks: tuple[str, ...] = TWO, **changes: Any) -> Cell:
     given = {
-        "seed": 0, "rows": 16, "part": "reported", "max_test_rows": None, "scored": "all", "train": TRAIN,
-        "adapter": AdapterConfig(rank=4), "base": "tiny", "data": "d", **changes,
-    }  # fmt: skip
+        "seed": 0,
+        "rows": 16,
+        "part": "reported",
+        "max_test_rows": None,
+        "scored": "all",
+        "train": TRAIN,
+        "adapter": AdapterConfig(rank=4),
+        "base": "tiny",
+        "data": "d",
+        **changes,
+    }
     return make_cell(strategy, tasks, method=method, **given)
 
 
@@ -65,10 +78,15 @@ def run(base: BaseModel, tmp_path: Path) -> Run:
         made = cell(strategy, method, **changes)
         result = run_cell(
             CellRun(
-                base=base, cell=made, tasks=TASKS, method=method, work=tmp_path / "work" / made.digest(),
-                shared=tmp_path / "shared", on_progress=on_progress or (lambda *_: None),
+                base=base,
+                cell=made,
+                tasks=TASKS,
+                method=method,
+                work=tmp_path / "work" / made.digest(),
+                shared=tmp_path / "shared",
+                on_progress=on_progress or (lambda *_: None),
             )
-        )  # fmt: skip
+        )
         return json.loads(json.dumps({"settings": made.to_json(), **result}))
 
     return run
@@ -95,9 +113,13 @@ def test_a_cell_keeps_the_answers_and_the_log_probability_of_every_label(run, ba
     assert [kept.labels[number] for number in kept.targets_N] == references
     assert outcome_text(score_answers("exact", kept.texts(), references)) == score["correct"]
     expected = label_log_probs(
-        base.model, base.tokenizer, TASKS["colours"].schema, [row["input"] for row in rows], EvaluateConfig(),
+        base.model,
+        base.tokenizer,
+        TASKS["colours"].schema,
+        [row["input"] for row in rows],
+        EvaluateConfig(),
         max_prompt_tokens=TRAIN.max_prompt_tokens,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(torch.tensor(kept.log_probs_NL).float(), expected, atol=0, rtol=1e-3)
     assert unpack_answers({"correct": "1"}) is None, "an earlier cell has no answers"
 
@@ -159,9 +181,7 @@ def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
 
 def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_trained(run, tmp_path, monkeypatch):
     second = TASKS[TWO[1]]
-    monkeypatch.setitem(
-        TASKS, TWO[1], replace(second, schema=replace(second.schema, instruction="Say it. " * 60))
-    )
+    monkeypatch.setitem(TASKS, TWO[1], replace(second, schema=replace(second.schema, instruction="Say it. " * 60)))
     with pytest.raises(ConfigError, match=f"The prompt of task {TWO[1]} takes .* without any text"):
         run("seq_lora")
     assert not list(tmp_path.rglob("*.safetensors"))

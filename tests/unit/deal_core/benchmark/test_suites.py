@@ -230,9 +230,18 @@ def test_orders_of_a_suite_hold_the_same_tasks():
 
 def cell(strategy: str = "deal", tasks: tuple[str, ...] = ("c", "a", "b"), **changes: object) -> Cell:
     given = {
-        "method": MethodConfig(), "seed": 1, "rows": 10, "part": "dev", "max_test_rows": None, "scored": "all",
-        "adapter": AdapterConfig(), "train": TrainConfig(), "base": "b", "data": "d", **changes,
-    }  # fmt: skip
+        "method": MethodConfig(),
+        "seed": 1,
+        "rows": 10,
+        "part": "dev",
+        "max_test_rows": None,
+        "scored": "all",
+        "adapter": AdapterConfig(),
+        "train": TrainConfig(),
+        "base": "b",
+        "data": "d",
+        **changes,
+    }
     return make_cell(strategy, tasks, **given)
 
 

@@ -26,17 +26,31 @@ from deal_core.strategies.rivals import SeqLora
 def made(strategy: str, bits: list[dict[str, str]], **settings: Any) -> dict[str, Any]:
     """A cell as it would be stored, from the right and wrong rows of every version."""
     base = {
-        "schema_version": SCHEMA_VERSION, "strategy": strategy, "tasks": ["yahoo", "agnews"], "seed": 0, "rows": 1,
-        "part": "reported", "max_test_rows": None, "scored": "all", "adapter": {}, "train": {"seed": 0}, "method": {},
-        "base": "b", "data": "d", "revision": revision_of(strategy),
-    }  # fmt: skip
+        "schema_version": SCHEMA_VERSION,
+        "strategy": strategy,
+        "tasks": ["yahoo", "agnews"],
+        "seed": 0,
+        "rows": 1,
+        "part": "reported",
+        "max_test_rows": None,
+        "scored": "all",
+        "adapter": {},
+        "train": {"seed": 0},
+        "method": {},
+        "base": "b",
+        "data": "d",
+        "revision": revision_of(strategy),
+    }
     versions = [
         {
-            "task": name, "scores": {n: {"correct": b, "rouge1": 0.5, "majority_rate": 0.25} for n, b in each.items()},
-            "rows_per_second": 2.0, "adapter_bytes": 10, "seconds": {"train": 60.0, "evaluate": 60.0},
+            "task": name,
+            "scores": {n: {"correct": b, "rouge1": 0.5, "majority_rate": 0.25} for n, b in each.items()},
+            "rows_per_second": 2.0,
+            "adapter_bytes": 10,
+            "seconds": {"train": 60.0, "evaluate": 60.0},
         }
         for name, each in zip(base["tasks"], bits, strict=False)
-    ]  # fmt: skip
+    ]
     perplexities = {"base": 10.0, "adapted": 11.0}
     return {"settings": {**base, **settings}, "versions": versions, "perplexity": perplexities, "stores": "nothing"}
 
@@ -81,10 +95,15 @@ def test_the_best_rivals_are_told_by_all_their_orders_each_in_its_best_setting()
         return {"strategy": strategy, "changes": changes, "orders": orders, "average_accuracy": average}
 
     rows = [
-        line("joint", ["any"], 90), line("deal", ["1"], 80), line("ella", ["1"], 50), line("ella", ["3"], 70),
-        line("ella", ["1", "3"], 60), line("seq_lora", ["1"], 65), line("replay", ["1"], 55),
+        line("joint", ["any"], 90),
+        line("deal", ["1"], 80),
+        line("ella", ["1"], 50),
+        line("ella", ["3"], 70),
+        line("ella", ["1", "3"], 60),
+        line("seq_lora", ["1"], 65),
+        line("replay", ["1"], 55),
         line("replay", ["1"], 75, "x 1"),
-    ]  # fmt: skip
+    ]
     assert best_rivals(rows) == ["replay (x 1)", "seq_lora", "ella"]
 
 
@@ -105,10 +124,11 @@ def test_a_difference_is_told_by_seed_and_without_the_task_that_it_owes_most_to(
         return [{"yahoo": "1111"}, last]
 
     cells = [
-        made("deal", ends(yahoo="1111", agnews="1000")), made("deal", ends(yahoo="1110", agnews="1000"), seed=1),
+        made("deal", ends(yahoo="1111", agnews="1000")),
+        made("deal", ends(yahoo="1110", agnews="1000"), seed=1),
         made("seq_lora", ends(yahoo="0000", agnews="1100")),
         made("seq_lora", ends(yahoo="1110", agnews="1100"), seed=1),
-    ]  # fmt: skip
+    ]
     row = rows_of(cells)["seq_lora", "yahoo, agnews"]
     assert list(row["difference_points_by_cell"].values()) == [-37.5, 12.5]
     assert row["difference_points_ci95"][0] == -12.5
@@ -167,8 +187,10 @@ def test_what_is_lost_is_told_of_the_judged_tasks_but_the_newest():
 
 
 def test_a_pair_from_two_kinds_of_processor_is_told():
-    cells = [made("deal", [{"yahoo": "11"}, {"yahoo": "11", "agnews": "11"}]),
-             made("seq_lora", [{"yahoo": "11"}, {"yahoo": "10", "agnews": "11"}])]  # fmt: skip
+    cells = [
+        made("deal", [{"yahoo": "11"}, {"yahoo": "11", "agnews": "11"}]),
+        made("seq_lora", [{"yahoo": "11"}, {"yahoo": "10", "agnews": "11"}]),
+    ]
     assert rows_of(cells)["seq_lora", "yahoo, agnews"]["difference_is_of_one_processor"] is True
     cells[1]["perplexity"] = {"base": 10.1, "adapted": 11.0}
     assert rows_of(cells)["seq_lora", "yahoo, agnews"]["difference_is_of_one_processor"] is False
@@ -176,8 +198,11 @@ def test_a_pair_from_two_kinds_of_processor_is_told():
 
 def test_seeds_that_round_alike_are_compared_by_method():
     last = {"yahoo": "11", "agnews": "11"}
-    cells = [made("deal", [{"yahoo": "11"}, last]), made("deal", [{"yahoo": "11"}, {**last, "yahoo": "10"}], seed=1),
-             made("deal", [{"yahoo": "11"}, {**last, "yahoo": "00"}], seed=2)]  # fmt: skip
+    cells = [
+        made("deal", [{"yahoo": "11"}, last]),
+        made("deal", [{"yahoo": "11"}, {**last, "yahoo": "10"}], seed=1),
+        made("deal", [{"yahoo": "11"}, {**last, "yahoo": "00"}], seed=2),
+    ]
     cells[2]["perplexity"] = {"base": 10.1, "adapted": 11.0}
     assert spread_of_seeds(cells) == {"deal": 25.0}
 
@@ -230,9 +255,19 @@ def test_stored_rows_of_the_product_s_setting_are_called_memory_rows():
 def test_a_strategy_that_gives_other_results_than_before_has_cells_of_its_own(monkeypatch):
     def cell() -> Cell:
         return make_cell(
-            "seq_lora", ("a", "b"), method=MethodConfig(), seed=0, train=TrainConfig(), rows=8, part="dev",
-            max_test_rows=None, scored="all", adapter=AdapterConfig(), base="b", data="d",
-        )  # fmt: skip
+            "seq_lora",
+            ("a", "b"),
+            method=MethodConfig(),
+            seed=0,
+            train=TrainConfig(),
+            rows=8,
+            part="dev",
+            max_test_rows=None,
+            scored="all",
+            adapter=AdapterConfig(),
+            base="b",
+            data="d",
+        )
 
     before, shared_before = cell().file_name, cell().shared_digest()
     monkeypatch.setattr(SeqLora, "revision", 2)

@@ -87,11 +87,13 @@ def test_json_lines_keep_the_rows_as_they_are(json_lines: Path, tmp_path: Path) 
 def test_parquet_to_parquet_keeps_every_column_and_type(tmp_path: Path) -> None:
     table = pa.table(
         {
-            "text": pa.array(["a", "b", "c"]), "day": pa.array([date(2026, 1, 2)] * 3),
-            "kind": pa.array(["x", "y", "x"]).dictionary_encode(), "scores": pa.array([[1.5], None, []]),
+            "text": pa.array(["a", "b", "c"]),
+            "day": pa.array([date(2026, 1, 2)] * 3),
+            "kind": pa.array(["x", "y", "x"]).dictionary_encode(),
+            "scores": pa.array([[1.5], None, []]),
             "count": pa.array([1, 2, 3], pa.int8()),
         }
-    )  # fmt: skip
+    )
     pq.write_table(table, tmp_path / "in.parquet")
     write_all(tmp_path / "in.parquet", tmp_path / "out.parquet")
     found = pq.read_table(tmp_path / "out.parquet")

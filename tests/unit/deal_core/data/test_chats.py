@@ -42,9 +42,13 @@ def test_the_forms_of_a_message_become_one() -> None:
 
 @pytest.mark.parametrize(
     ("system", "asker", "answerer"),
-    [("system", "human", "gpt"), ("developer", "user", "assistant"), ("Developer", "Human", "GPT"),
-     ("SYSTEM", "User", "Assistant")],
-)  # fmt: skip
+    [
+        ("system", "human", "gpt"),
+        ("developer", "user", "assistant"),
+        ("Developer", "Human", "GPT"),
+        ("SYSTEM", "User", "Assistant"),
+    ],
+)
 def test_every_name_of_a_role_is_stored_and_asked_as_ours(system: str, asker: str, answerer: str) -> None:
     wanted = [{"role": "system", "content": "Be brief."}, *chat("Hi", "Hello", "And?", "So.")]
     roles = [system, asker, answerer, asker, answerer]
@@ -96,17 +100,28 @@ def test_a_chat_with_tools_keeps_what_a_template_needs() -> None:
         ([{"role": "Jane", "content": "a"}], None, "roles (another); wanted"),
         ([*chat("Jane"), CALLING], None, "the last message calls a tool and has no text"),
         ([*chat("Jane"), CALLING, *chat("b", "c")], None, "no message of the tool follows"),
-        ([*chat("Jane"), {**CALLING, "tool_calls": [{"name": 1}]}, RESULT, *chat("", "c")[1:]],
-         None, "is not a list of"),
-        ([*chat("Jane"), {**CALLING, "tool_calls": [{"name": "f", "arguments": "Jane"}]}, RESULT, *chat("", "c")[1:]],
-         None, "tool_calls is not a list of"),
+        (
+            [*chat("Jane"), {**CALLING, "tool_calls": [{"name": 1}]}, RESULT, *chat("", "c")[1:]],
+            None,
+            "is not a list of",
+        ),
+        (
+            [
+                *chat("Jane"),
+                {**CALLING, "tool_calls": [{"name": "f", "arguments": "Jane"}]},
+                RESULT,
+                *chat("", "c")[1:],
+            ],
+            None,
+            "tool_calls is not a list of",
+        ),
         ([*chat("Jane"), CALLING, RESULT, *chat("", "c")[1:]], "Jane", "tools is not a list of tools"),
         ([*chat("Jane"), CALLING, RESULT, *chat("", "c")[1:]], [{"name": "\ud800"}], "tools is not a list of tools"),
         ([*chat("Jane"), CALLING, RESULT, *chat("", "c")[1:]], [{"name": "\0"}], "tools is not a list of tools"),
         ([*chat("Jane"), CALLING, RESULT, *chat("", "c")[1:]], [{"name": b""}], "tools is not a list of tools"),
         (chat("Jane \ud800", "b"), None, "a byte that is not UTF-8, or a NUL"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_chat_says_why_without_a_word_of_it(messages: Any, tools: Any, why: str) -> None:
     found = parse_messages(messages, tools)
     assert isinstance(found, Problem)
@@ -133,16 +148,24 @@ def test_the_digest_of_a_chat_is_that_of_its_stored_input() -> None:
 
 def test_a_question_with_tools_is_brought_into_the_stored_form() -> None:
     assert normal_chat([*chat("a\r\nb"), CALLING, RESULT]) == [
-        *chat("a\nb"), {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]}, RESULT,
-    ]  # fmt: skip
+        *chat("a\nb"),
+        {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]},
+        RESULT,
+    ]
 
 
 # --- turns
 
 
 def test_every_earlier_answer_is_a_row_with_the_messages_before_it() -> None:
-    messages = [*chat("a", "b"), *chat("c"), {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]}, RESULT,
-                *chat("", "d")[1:], *chat("e")]  # fmt: skip
+    messages = [
+        *chat("a", "b"),
+        *chat("c"),
+        {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]},
+        RESULT,
+        *chat("", "d")[1:],
+        *chat("e"),
+    ]
     stored = json.dumps(messages)
     found = earlier_turns(stored)
     assert [(json.loads(row.input), row.output) for row in found] == [(messages[:1], "b"), (messages[:5], "d")]

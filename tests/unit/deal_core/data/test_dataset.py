@@ -72,8 +72,11 @@ def test_good_rows_are_stored_and_counted(tmp_path: Path) -> None:
     assert DatasetManifest.from_json(json.loads((tmp_path / "dataset" / "manifest.json").read_text())) == manifest
     assert manifest.source == "pets.jsonl"
     assert sorted(path.name for path in (tmp_path / "dataset").iterdir()) == [
-        "manifest.json", "quarantine.jsonl", "test.parquet", "train.parquet",
-    ]  # fmt: skip
+        "manifest.json",
+        "quarantine.jsonl",
+        "test.parquet",
+        "train.parquet",
+    ]
 
 
 LONG = "x" * 101
@@ -354,8 +357,9 @@ def test_too_few_rows_drawn_at_random_or_nothing_else_leave_the_split_to_the_dig
     tmp_path: Path, num_random: int
 ) -> None:
     plain = build(write_jsonl(tmp_path / "pets.jsonl", GOOD), frozen_test_inputs=FROZEN, renews_tests=True)
-    manifest = build(write_jsonl(tmp_path / "pets.jsonl", drawn(num_random)), frozen_test_inputs=FROZEN,
-                     renews_tests=True)  # fmt: skip
+    manifest = build(
+        write_jsonl(tmp_path / "pets.jsonl", drawn(num_random)), frozen_test_inputs=FROZEN, renews_tests=True
+    )
     assert (manifest.split, manifest.sha256, manifest.num_rejected) == ("hash", plain.sha256, 0)
     assert 0 < manifest.num_test < 40
 
@@ -467,10 +471,15 @@ def conversation(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
 
 
 CHATS = [
-    conversation(("system", "Be kind."), ("user", f"Hello {index}"), ("assistant", "Hi!"), ("user", "Bye"),
-                 ("assistant", f"Bye {index}"))
+    conversation(
+        ("system", "Be kind."),
+        ("user", f"Hello {index}"),
+        ("assistant", "Hi!"),
+        ("user", "Bye"),
+        ("assistant", f"Bye {index}"),
+    )
     for index in range(40)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -598,8 +607,10 @@ def test_rows_with_many_long_answers_are_written_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset_files, "_GROUP_CHARS", 10_000)
-    rows = [{"prompt": f"question {number}", "completion": [f"{number} {'a' * 900}{each}" for each in range(10)]}
-            for number in range(60)]  # fmt: skip
+    rows = [
+        {"prompt": f"question {number}", "completion": [f"{number} {'a' * 900}{each}" for each in range(10)]}
+        for number in range(60)
+    ]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     build_dataset(Landing(source=source, task=TaskSchema(name="t", format="auto"), config=LENIENT), tmp_path / "out")
     written = pq.ParquetFile(tmp_path / "out" / "train.parquet").metadata

@@ -239,10 +239,13 @@ TOOL_TEMPLATE = (
 )
 TOOL_CHAT = [
     {"role": "user", "content": "Sum?", "tools": [{"type": "function", "function": {"name": "add"}}]},
-    {"role": "assistant", "content": "",
-     "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+    },
     {"role": "tool", "content": "2"},
-]  # fmt: skip
+]
 TALK = TaskSchema(name="t", format="chat", instruction="Be brief.")
 
 

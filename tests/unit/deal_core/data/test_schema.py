@@ -64,10 +64,19 @@ def test_schema_and_manifest_come_back_from_json() -> None:
         name="t", format="labelled", labels=("é", "b"), instruction="i", template="{text}", columns={"text": "Body"}
     )
     manifest = DatasetManifest(
-        task=task, sha256="00", source="f.csv", num_read=4, num_train=1, num_test=1, num_rejected=2,
-        problems={"duplicate row": 2}, split="hash", retain_training_rows=True, files=("aa", "bb"),
+        task=task,
+        sha256="00",
+        source="f.csv",
+        num_read=4,
+        num_train=1,
+        num_test=1,
+        num_rejected=2,
+        problems={"duplicate row": 2},
+        split="hash",
+        retain_training_rows=True,
+        files=("aa", "bb"),
         landed_sha256="11",
-    )  # fmt: skip
+    )
     read = DatasetManifest.from_json(json.loads(json.dumps(manifest.to_json())))
     assert (read, read.task) == (manifest, task) and hash(read.task) == hash(task)
     assert read.task.to_json() == task.to_json()
@@ -75,9 +84,16 @@ def test_schema_and_manifest_come_back_from_json() -> None:
 
 def test_a_manifest_from_before_rows_were_deleted_is_read() -> None:
     values = DatasetManifest(
-        task=TaskSchema(name="t"), sha256="00", source="f.csv", num_read=1, num_train=1, num_test=0, num_rejected=0,
-        problems={}, split="hash",
-    ).to_json()  # fmt: skip
+        task=TaskSchema(name="t"),
+        sha256="00",
+        source="f.csv",
+        num_read=1,
+        num_train=1,
+        num_test=0,
+        num_rejected=0,
+        problems={},
+        split="hash",
+    ).to_json()
     del values["retain_training_rows"], values["files"], values["landed_sha256"]
     read = DatasetManifest.from_json(values)
     assert (read.retain_training_rows, read.files, read.landed_sha256) == (False, (), None)
@@ -85,9 +101,15 @@ def test_a_manifest_from_before_rows_were_deleted_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("change", "is_same"),
-    [({"columns": {"text": "Body"}}, True), ({"instruction": "i"}, False), ({"template": "{text}"}, False),
-     ({"prompt": "chat"}, False), ({"labels": ("b", "a")}, False), ({"format": "completion", "labels": ()}, False)],
-)  # fmt: skip
+    [
+        ({"columns": {"text": "Body"}}, True),
+        ({"instruction": "i"}, False),
+        ({"template": "{text}"}, False),
+        ({"prompt": "chat"}, False),
+        ({"labels": ("b", "a")}, False),
+        ({"format": "completion", "labels": ()}, False),
+    ],
+)
 def test_a_schema_s_digest_tells_how_it_asks(change: dict[str, Any], is_same: bool) -> None:
     plain = TaskSchema(name="t", labels=("a", "b"))
     assert (replace(plain, **change).sha256 == plain.sha256) == is_same

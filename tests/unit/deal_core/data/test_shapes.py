@@ -80,11 +80,13 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 def tool_chat(number: int) -> dict[str, Any]:
     return {
         "messages": [
-            user(f"Weather {number}?"), assistant(None, tool_calls=[CALL]),
-            {"role": "tool", "tool_call_id": "c1", "content": f"rain {number}"}, assistant(f"It rains {number}."),
+            user(f"Weather {number}?"),
+            assistant(None, tool_calls=[CALL]),
+            {"role": "tool", "tool_call_id": "c1", "content": f"rain {number}"},
+            assistant(f"It rains {number}."),
         ],
         "tools": [TOOL],
-    }  # fmt: skip
+    }
 
 
 def stored_tool_chat(number: int) -> str:
@@ -108,135 +110,222 @@ class Shape(NamedTuple):
 SHAPES = {
     "Alpaca": Shape(
         lambda i: {"instruction": f"Translate {i}.", "input": f"Wort {i}" if i % 2 else "", "output": f"word {i}"},
-        pandas_list, "rows.json", "Alpaca rows (instruction with input under it, output)",
+        pandas_list,
+        "rows.json",
+        "Alpaca rows (instruction with input under it, output)",
         lambda i: (f"Translate {i}.\nWort {i}" if i % 2 else f"Translate {i}.", f"word {i}"),
     ),
     "ShareGPT": Shape(
-        lambda i: {"id": str(i), "conversations": [{"from": "system", "value": "Be brief."},
-                                                   {"from": "human", "value": f"Hi {i}"},
-                                                   {"from": "gpt", "value": f"Hello {i}"}]},
-        datasets_parquet, "rows.parquet", "ShareGPT chats (conversations)",
+        lambda i: {
+            "id": str(i),
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": f"Hi {i}"},
+                {"from": "gpt", "value": f"Hello {i}"},
+            ],
+        },
+        datasets_parquet,
+        "rows.parquet",
+        "ShareGPT chats (conversations)",
         lambda i: (json.dumps([{"role": "system", "content": "Be brief."}, user(f"Hi {i}")]), f"Hello {i}"),
     ),
     "OpenAI messages": Shape(
         lambda i: {"messages": [user(f"Hi {i}"), assistant(f"Hello {i}")]},
-        datasets_lines, "rows.jsonl", "chats (messages)", lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
+        datasets_lines,
+        "rows.jsonl",
+        "chats (messages)",
+        lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
     ),
     "OpenAI messages with tool calls": Shape(
-        tool_chat, datasets_lines, "rows.jsonl", "chats with tools (messages)",
+        tool_chat,
+        datasets_lines,
+        "rows.jsonl",
+        "chats with tools (messages)",
         lambda i: (stored_tool_chat(i), f"It rains {i}."),
     ),
     "OpenAI messages with tool calls in Parquet": Shape(
-        tool_chat, arrow_parquet, "rows.parquet", "chats with tools (messages)",
+        tool_chat,
+        arrow_parquet,
+        "rows.parquet",
+        "chats with tools (messages)",
         lambda i: (stored_tool_chat(i), f"It rains {i}."),
     ),
     "TRL conversational": Shape(
         lambda i: {"prompt": [user(f"Hi {i}")], "completion": [assistant(f"Hello {i}")]},
-        datasets_parquet, "rows.parquet", "chats in two columns (prompt, completion)",
+        datasets_parquet,
+        "rows.parquet",
+        "chats in two columns (prompt, completion)",
         lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
     ),
     "JSON list": Shape(
         lambda i: {"text": f"Text {i}", "label": "ab"[i % 2]},
-        pandas_list, "rows.json", "labelled rows (text, label)", lambda i: (f"Text {i}", "ab"[i % 2]),
+        pandas_list,
+        "rows.json",
+        "labelled rows (text, label)",
+        lambda i: (f"Text {i}", "ab"[i % 2]),
     ),
     "ClassLabel": Shape(
-        lambda i: {"text": f"Text {i}", "label": i % 2}, class_labels, "rows.parquet", "ClassLabel names the labels",
+        lambda i: {"text": f"Text {i}", "label": i % 2},
+        class_labels,
+        "rows.parquet",
+        "ClassLabel names the labels",
         lambda i: (f"Text {i}", ("World news", "Sport")[i % 2]),
     ),
     "preference, explicit prompt": Shape(
         lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"},
-        datasets_parquet, "rows.parquet", "preferences (prompt, chosen over rejected)",
+        datasets_parquet,
+        "rows.parquet",
+        "preferences (prompt, chosen over rejected)",
         lambda i: (f"Q {i}", f"good {i}", f"bad {i}"),
     ),
     "preference, conversational": Shape(
         lambda i: {"prompt": [user(f"Q {i}")], "chosen": [assistant("good")], "rejected": [assistant(f"bad {i}")]},
-        datasets_parquet, "rows.parquet", "preferences of chats (prompt, chosen over rejected)",
+        datasets_parquet,
+        "rows.parquet",
+        "preferences of chats (prompt, chosen over rejected)",
         lambda i: (json.dumps([user(f"Q {i}")]), "good", f"bad {i}"),
     ),
     "preference, implicit prompt": Shape(
         lambda i: {"chosen": [user(f"Q {i}"), assistant("good")], "rejected": [user(f"Q {i}"), assistant("bad")]},
-        datasets_lines, "rows.jsonl", "preferences of chats (chosen over rejected)",
+        datasets_lines,
+        "rows.jsonl",
+        "preferences of chats (chosen over rejected)",
         lambda i: (json.dumps([user(f"Q {i}")]), "good", "bad"),
     ),
     "preference, implicit prompt in Parquet": Shape(
         lambda i: {"chosen": [user(f"Q {i}"), assistant("good")], "rejected": [user(f"Q {i}"), assistant("bad")]},
-        datasets_parquet, "rows.parquet", "preferences of chats (chosen over rejected)",
+        datasets_parquet,
+        "rows.parquet",
+        "preferences of chats (chosen over rejected)",
         lambda i: (json.dumps([user(f"Q {i}")]), "good", "bad"),
     ),
     "preference, whole chats in Parquet, and the prompt once more": Shape(
-        lambda i: {"prompt": f"Q {i}", "chosen": [user(f"Q {i}"), assistant("good")],
-                   "rejected": [user(f"Q {i}"), assistant("bad")]},
-        datasets_parquet, "rows.parquet", "preferences of chats (chosen over rejected)",
+        lambda i: {
+            "prompt": f"Q {i}",
+            "chosen": [user(f"Q {i}"), assistant("good")],
+            "rejected": [user(f"Q {i}"), assistant("bad")],
+        },
+        datasets_parquet,
+        "rows.parquet",
+        "preferences of chats (chosen over rejected)",
         lambda i: (json.dumps([user(f"Q {i}")]), "good", "bad"),
     ),
     "preference, without a prompt": Shape(
         lambda i: {"chosen": f"Human: {i} Assistant: good", "rejected": f"Human: {i} Assistant: bad"},
-        datasets_lines, "rows.jsonl", "A file of preferences has a prompt in each row, or whole chats",
+        datasets_lines,
+        "rows.jsonl",
+        "A file of preferences has a prompt in each row, or whole chats",
     ),
     "preference, unpaired": Shape(
         lambda i: {"prompt": f"Q {i}", "completion": f"answer {i}", "label": bool(i % 2)},
-        datasets_parquet, "rows.parquet", "rated answers.*Keep the rows whose label is true",
+        datasets_parquet,
+        "rows.parquet",
+        "rated answers.*Keep the rows whose label is true",
     ),
     "plain text": Shape(
         lambda i: {"text": f"Some long text {i}"},
-        datasets_parquet, "rows.parquet", r"continued pre-training.*prompt and completion in place of text",
+        datasets_parquet,
+        "rows.parquet",
+        r"continued pre-training.*prompt and completion in place of text",
     ),
     "plain text among other columns": Shape(
         lambda i: {"id": i, "url": "x", "text": f"Some long text {i}"},
-        datasets_lines, "rows.jsonl", r"name them in task.columns.*continued pre-training.* cannot be learned",
+        datasets_lines,
+        "rows.jsonl",
+        r"name them in task.columns.*continued pre-training.* cannot be learned",
     ),
     "Dolly": Shape(
-        lambda i: {"instruction": f"Who? {i}", "context": f"He {i}" if i % 2 else "", "response": f"He {i}",
-                   "category": "closed_qa"},
-        datasets_lines, "rows.jsonl", "completions (instruction with context under it, response)",
+        lambda i: {
+            "instruction": f"Who? {i}",
+            "context": f"He {i}" if i % 2 else "",
+            "response": f"He {i}",
+            "category": "closed_qa",
+        },
+        datasets_lines,
+        "rows.jsonl",
+        "completions (instruction with context under it, response)",
         lambda i: (f"Who? {i}\nHe {i}" if i % 2 else f"Who? {i}", f"He {i}"),
     ),
     "SQuAD": Shape(
-        lambda i: {"id": str(i), "title": "t", "context": "c", "question": f"Who? {i}",
-                   "answers": {"text": ["He"], "answer_start": [0]}},
-        datasets_parquet, "rows.parquet", "completions (question with context under it, answers)",
+        lambda i: {
+            "id": str(i),
+            "title": "t",
+            "context": "c",
+            "question": f"Who? {i}",
+            "answers": {"text": ["He"], "answer_start": [0]},
+        },
+        datasets_parquet,
+        "rows.parquet",
+        "completions (question with context under it, answers)",
         lambda i: (f"Who? {i}\nc", "He"),
     ),
     "SQuAD in JSON lines": Shape(
         lambda i: {"context": "c", "question": f"Who? {i}", "answers": {"text": ["He", "Him"], "answer_start": [0, 1]}},
-        datasets_lines, "rows.jsonl", "completions (question with context under it, answers)",
+        datasets_lines,
+        "rows.jsonl",
+        "completions (question with context under it, answers)",
         lambda i: (f"Who? {i}\nc", "He"),
     ),
     "answers in a list": Shape(
         lambda i: {"question": f"Who? {i}", "answers": [f"He {i}", "Him"]},
-        arrow_parquet, "rows.parquet", "completions (question, answers)", lambda i: (f"Who? {i}", f"He {i}"),
+        arrow_parquet,
+        "rows.parquet",
+        "completions (question, answers)",
+        lambda i: (f"Who? {i}", f"He {i}"),
     ),
     "completions in lists": Shape(
         lambda i: {"prompt": f"Q {i}", "completion": [f"A {i}", "B"][: 1 + i % 2]},
-        datasets_parquet, "rows.parquet", "completions (prompt, completion)", lambda i: (f"Q {i}", f"A {i}"),
+        datasets_parquet,
+        "rows.parquet",
+        "completions (prompt, completion)",
+        lambda i: (f"Q {i}", f"A {i}"),
     ),
     "chat whose answer is a list": Shape(
         lambda i: {"messages": [user(f"Hi {i}"), {"role": "assistant", "content": [f"Hello {i}", "Hey"]}]},
-        pandas_lines, "rows.jsonl", "chats (messages)", lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
+        pandas_lines,
+        "rows.jsonl",
+        "chats (messages)",
+        lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
     ),
     "answers of other forms": Shape(
         lambda i: {"question": f"Who? {i}", "answers": {"value": "He", "aliases": ["Him"]}},
-        datasets_lines, "rows.jsonl", "no column is named like .*completion",
+        datasets_lines,
+        "rows.jsonl",
+        "no column is named like .*completion",
     ),
     "several labels": Shape(
         lambda i: {"text": f"Text {i}", "label": [i % 2, 2]},
-        datasets_parquet, "rows.parquet", "label is a list, not a text",
+        datasets_parquet,
+        "rows.parquet",
+        "label is a list, not a text",
     ),
     "CSV with whole numbers for labels": Shape(
-        lambda i: {"text": f"Text {i}", "label": i % 2}, pandas_csv, "rows.csv", r'labels: \{"0": NAME, "1": NAME\}',
+        lambda i: {"text": f"Text {i}", "label": i % 2},
+        pandas_csv,
+        "rows.csv",
+        r'labels: \{"0": NAME, "1": NAME\}',
     ),
     "prompt and response": Shape(
         lambda i: {"prompt": f"Q {i}", "response": f"A {i}", "model": "m"},
-        pandas_lines, "rows.jsonl", "completions (prompt, response)", lambda i: (f"Q {i}", f"A {i}"),
+        pandas_lines,
+        "rows.jsonl",
+        "completions (prompt, response)",
+        lambda i: (f"Q {i}", f"A {i}"),
     ),
     "question and answer": Shape(
         lambda i: {"question": f"Q {i}", "answer": f"A {i}"},
-        pandas_csv, "rows.csv", "completions (question, answer)", lambda i: (f"Q {i}", f"A {i}"),
+        pandas_csv,
+        "rows.csv",
+        "completions (question, answer)",
+        lambda i: (f"Q {i}", f"A {i}"),
     ),
     "pandas by columns": Shape(
-        lambda i: {"text": f"Text {i}", "label": "a"}, pandas_columns, "rows.json", r'orient="records", lines=True',
+        lambda i: {"text": f"Text {i}", "label": "a"},
+        pandas_columns,
+        "rows.json",
+        r'orient="records", lines=True',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -300,9 +389,7 @@ def test_whole_numbers_that_a_gap_made_floats_are_the_same_labels(tmp_path: Path
     task = TaskSchema(name="t", labels=("bad", "good"), label_names={"0": "bad", "1": "good"})
     pd.DataFrame(content).to_csv(tmp_path / "rows.csv", index=False)
     assert "0.0" in (tmp_path / "rows.csv").read_text()
-    manifest = build_dataset(
-        Landing(source=tmp_path / "rows.csv", task=task, config=LENIENT), tmp_path / "dataset"
-    )
+    manifest = build_dataset(Landing(source=tmp_path / "rows.csv", task=task, config=LENIENT), tmp_path / "dataset")
     assert manifest.num_rejected == 1, "the gap"
     wanted = sorted((f"Text {i}", ("bad", "good")[i % 2]) for i in range(NUM_ROWS) if i != 5)
     assert stored_rows(tmp_path) == wanted
@@ -394,10 +481,13 @@ def test_rows_without_an_answer_or_with_a_bad_one_are_bad_rows(tmp_path: Path) -
     report = validate_file(landing)
     assert [bad.row for bad in report.bad_rows] == [1, 2, 3, 4, 5, 6]
     assert [bad.problems[0].why for bad in report.bad_rows] == [
-        "completion has no answer", "completion is empty", "completion has 30000 characters, allowed are 20000",
-        "completion is a list, not a text", "completion has no answer",
+        "completion has no answer",
+        "completion is empty",
+        "completion has 30000 characters, allowed are 20000",
+        "completion is a list, not a text",
+        "completion has no answer",
         "completion has a byte that is not UTF-8, or a NUL",
-    ]  # fmt: skip
+    ]
     chats = rows(lambda i: {"messages": [user(f"Hi {i}"), {"role": "assistant", "content": ["A", ""]}]})
     pandas_lines(chats, tmp_path / "rows.jsonl")
     assert dict(validate_file(landing).manifest.problems) == {"empty text": NUM_ROWS}
@@ -453,8 +543,9 @@ def test_pairs_that_teach_nothing_are_bad_rows(tmp_path: Path) -> None:
     task = TaskSchema(name="t", format="auto")
     report = validate_file(Landing(source=tmp_path / "rows.jsonl", task=task, config=LENIENT))
     assert [(bad.row, bad.problems[0].why) for bad in report.bad_rows] == [
-        (4, "both answers are the same"), (8, "chosen and rejected differ before their last message"),
-    ]  # fmt: skip
+        (4, "both answers are the same"),
+        (8, "chosen and rejected differ before their last message"),
+    ]
 
 
 def test_one_question_may_have_several_pairs_of_answers(tmp_path: Path) -> None:
@@ -484,8 +575,9 @@ def test_a_chat_task_that_is_known_takes_both_forms_of_a_chat(tmp_path: Path) ->
     wanted = sorted((json.dumps([user(f"Hi {i}")]), f"Hello {i}") for i in range(NUM_ROWS))
     two = rows(lambda i: {"prompt": [user(f"Hi {i}")], "completion": [assistant(f"Hello {i}")]})
     assert build(two, tmp_path / "two.jsonl", task) == wanted
-    one = rows(lambda i: {"conversations": [{"from": "human", "value": f"Hi {i}"},
-                                            {"from": "gpt", "value": f"Hello {i}"}]})  # fmt: skip
+    one = rows(
+        lambda i: {"conversations": [{"from": "human", "value": f"Hi {i}"}, {"from": "gpt", "value": f"Hello {i}"}]}
+    )
     assert build(one, tmp_path / "one.jsonl", task) == wanted
 
 
@@ -523,8 +615,10 @@ def test_a_key_that_only_later_rows_have_is_refused_not_left_out(
 
 
 def test_a_key_of_metadata_may_come_late(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": f"x {n}", "label": "ab"[n % 2], **({"context": "c"} if n > 1000 else {})})
-             for n in range(1002)]  # fmt: skip
+    lines = [
+        json.dumps({"text": f"x {n}", "label": "ab"[n % 2], **({"context": "c"} if n > 1000 else {})})
+        for n in range(1002)
+    ]
     assert checked("\n".join(lines), tmp_path / "a.jsonl", TaskSchema(name="t")).refusal is None
 
 
@@ -532,8 +626,10 @@ def test_a_key_of_metadata_may_come_late(tmp_path: Path) -> None:
 def test_an_answer_of_weight_0_is_not_learned(weights: tuple[int, int], tmp_path: Path) -> None:
     def report(turns: str) -> Any:
         task = TaskSchema(name="t", format="chat", assistant_turns=turns)  # type: ignore[arg-type]
-        chats = [[user(f"x {n}"), assistant("a", weight=weights[0]), user("y"), assistant(f"b {n}", weight=weights[1])]
-                 for n in range(NUM_ROWS)]  # fmt: skip
+        chats = [
+            [user(f"x {n}"), assistant("a", weight=weights[0]), user("y"), assistant(f"b {n}", weight=weights[1])]
+            for n in range(NUM_ROWS)
+        ]
         return checked("\n".join(json.dumps({"messages": chat}) for chat in chats), tmp_path / "a.jsonl", task)
 
     assert "weight 0" in str(report("all").refusal)

@@ -77,9 +77,12 @@ def test_answers_that_are_json_lists_are_completions(tmp_path: Path) -> None:
 
 def test_messages_as_json_texts_are_still_a_chat(tmp_path: Path) -> None:
     content = [
-        {"prompt": json.dumps([{"role": "user", "content": f"Hi {number}"}]),
-         "completion": json.dumps([{"from": "gpt", "value": "Hello"}])} for number in range(NUM_ROWS)
-    ]  # fmt: skip
+        {
+            "prompt": json.dumps([{"role": "user", "content": f"Hi {number}"}]),
+            "completion": json.dumps([{"from": "gpt", "value": "Hello"}]),
+        }
+        for number in range(NUM_ROWS)
+    ]
     assert checked(tmp_path / "rows.jsonl", content).shape == "chats in two columns (prompt, completion)"
 
 

@@ -106,11 +106,15 @@ def test_an_answer_contains_the_reference_as_whole_words(answer: str, expected: 
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
-        ('{"name": " ada ", "age": 36}', 1.0), ('{"age": 36}', 0.5), ('{"name": "Ada", "age": 37}', 0.5),
-        ('{"name": "Ada", "age": 36, "city": "x"}', 2 / 3), ("Ada, 36", 0.0), ("[1]", 0.0),
+        ('{"name": " ada ", "age": 36}', 1.0),
+        ('{"age": 36}', 0.5),
+        ('{"name": "Ada", "age": 37}', 0.5),
+        ('{"name": "Ada", "age": 36, "city": "x"}', 2 / 3),
+        ("Ada, 36", 0.0),
+        ("[1]", 0.0),
         ('{"name": "Ada", "age": true}', 0.5),
     ],
-)  # fmt: skip
+)
 def test_json_fields_counts_equal_fields_of_both_objects(answer: str, score: float) -> None:
     assert json_fields(answer, '{"name": "Ada", "age": 36}') == pytest.approx(score)
 
@@ -165,8 +169,11 @@ def test_recall_and_share_of_each_label():
     answers = [" Good", "bad", "bad", "BAD ", "who knows"]
     figures = label_figures(answers, ["good", "good", "bad", "bad", "good"], ("Good", "Bad", "Neutral"))
     assert [(each.label, each.num_rows, each.recall, each.share) for each in figures] == [
-        ("Good", 3, pytest.approx(1 / 3), 0.2), ("Bad", 2, 1.0, 0.6), ("Neutral", 0, None, 0.0), (None, 0, None, 0.2),
-    ]  # fmt: skip
+        ("Good", 3, pytest.approx(1 / 3), 0.2),
+        ("Bad", 2, 1.0, 0.6),
+        ("Neutral", 0, None, 0.0),
+        (None, 0, None, 0.2),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,14 @@ def new_version(train: Any, served_version: ServedVersion) -> NewVersion:
 
     def make(**changes: Any) -> Path:
         settings = TrainConfig(
-            max_steps=12, batch_size=4, learning_rate=3e-2, schedule="constant", balance_labels=False,
-            max_prompt_tokens=64, seed=5,
-        )  # fmt: skip
+            max_steps=12,
+            batch_size=4,
+            learning_rate=3e-2,
+            schedule="constant",
+            balance_labels=False,
+            max_prompt_tokens=64,
+            seed=5,
+        )
         folder: Path = train("seq_lora", train=settings, **changes).folder
         (folder / SERVED_FILE).write_text(json.dumps(served_version.to_json()))
         return folder
@@ -82,9 +87,13 @@ def test_answers_are_those_of_the_task_that_a_row_names(
     def alone(text: str, number: int) -> str:
         known = served_version.tasks[number]
         return answer_inputs(
-            answerer._model, base.tokenizer, known.schema, [text],
-            EvaluateConfig(max_new_tokens=known.max_new_tokens), max_prompt_tokens=known.max_prompt_tokens,
-        )[0].text  # fmt: skip
+            answerer._model,
+            base.tokenizer,
+            known.schema,
+            [text],
+            EvaluateConfig(max_new_tokens=known.max_new_tokens),
+            max_prompt_tokens=known.max_prompt_tokens,
+        )[0].text
 
     assert answerer.answer(rows) == [alone("the sea", 1), alone(chat, 0), alone("the moss", 1)]
     assert answerer.answer([]) == []
@@ -215,8 +224,11 @@ def test_another_version_answers_as_if_it_were_loaded_alone(
     assert before != wanted
     num_parameters = sum(each.numel() for each in load_answerer(folder, tmp_path / "cache")._model.parameters())
     for source, version, answers in (
-        (folder, "2", wanted), (served_folder, "1", before), (folder, "2", wanted), (folder, "3", wanted)
-    ):  # fmt: skip
+        (folder, "2", wanted),
+        (served_folder, "1", before),
+        (folder, "2", wanted),
+        (folder, "3", wanted),
+    ):
         answerer.swap(source, version)
         found = answerer.ask([InputRow(text) for text in TEXTS])
         assert (found.answers, found.version, answerer.version) == (answers, version, version)
@@ -247,8 +259,13 @@ def test_a_version_that_does_not_fit_changes_nothing(
     folder = new_version(adapter=AdapterConfig(rank=2))
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
-    save_file({name: torch.zeros(3, 3) if number == 5 else tensor
-               for number, (name, tensor) in enumerate(sorted(tensors.items()))}, weights)  # fmt: skip
+    save_file(
+        {
+            name: torch.zeros(3, 3) if number == 5 else tensor
+            for number, (name, tensor) in enumerate(sorted(tensors.items()))
+        },
+        weights,
+    )
     with pytest.raises(AdapterStateError, match=r"has shape \[3, 3\]"):
         answerer.swap(folder, "2")
     del tensors[min(tensors)]
@@ -270,9 +287,13 @@ def test_a_version_that_does_not_fit_changes_nothing(
 
 
 def test_another_base_model_takes_over_with_its_version(
-    answerer: Answerer, served_folder: Path, served_version: ServedVersion, base: BaseModel, tiny_base: Path,
+    answerer: Answerer,
+    served_folder: Path,
+    served_version: ServedVersion,
+    base: BaseModel,
+    tiny_base: Path,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     other = load_base(str(tiny_base), tmp_path / "cache", precision="fp32")
     with torch.no_grad():
         other.model.get_output_embeddings().weight.neg_()
@@ -368,9 +389,7 @@ def test_rows_in_the_background_give_way_to_all_others(
     answerer.add_candidate(folder, "2")
     held = HeldModel(monkeypatch)
     with ThreadPoolExecutor(3) as pool:
-        copy = pool.submit(
-            answerer.ask, [InputRow(text) for text in TEXTS], by_candidate=True, in_background=True
-        )
+        copy = pool.submit(answerer.ask, [InputRow(text) for text in TEXTS], by_candidate=True, in_background=True)
         assert held.is_inside.wait(WAIT_SECONDS)
         asked = pool.submit(answerer.ask, [InputRow(TEXTS[0])])
         wait_until_waiting(answerer, 2)

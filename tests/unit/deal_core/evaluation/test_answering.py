@@ -48,9 +48,13 @@ def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: InputR
 
 
 def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion) -> None:
-    asked = [version.asked(row, 1)[1] for row in (
-        InputRow(" the sea\r\nis green\n"), InputRow(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help")
-    )]  # fmt: skip
+    asked = [
+        version.asked(row, 1)[1]
+        for row in (
+            InputRow(" the sea\r\nis green\n"),
+            InputRow(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help"),
+        )
+    ]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]}
     chat = [{"role": "user", "content": "a", "tools": [{"name": "add"}]}, call, {"role": "tool", "content": "2"}]
     stored = json.loads(version.asked(InputRow(json.dumps(chat), "help"), 1)[1])

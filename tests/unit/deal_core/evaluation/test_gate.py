@@ -22,9 +22,14 @@ def make_report(
         known[name] = accuracies[name]
         matrix = matrix.with_row(name, known, base_accuracy=base, parent_accuracy=None)
     return EvaluationReport(
-        task=task, accuracies=accuracies, parent_accuracies=parents, base_accuracy=base,
+        task=task,
+        accuracies=accuracies,
+        parent_accuracies=parents,
+        base_accuracy=base,
         parent_accuracy_new_task=parents.get(task),
-        num_rows=dict.fromkeys(accuracies, 100), matrix=matrix, notes=("the adapter is full",),
+        num_rows=dict.fromkeys(accuracies, 100),
+        matrix=matrix,
+        notes=("the adapter is full",),
     )
 
 
@@ -168,9 +173,11 @@ def test_a_version_below_the_champion_on_the_new_task_is_vetoed_beyond_noise_onl
         before, after = outcomes(num_rows, lost=lost, gained=gained)
         report = make_report({"new": after.count("1") / num_rows}, {})
         return replace(
-            report, parent_accuracy_new_task=before.count("1") / num_rows, outcomes={"new": after},
+            report,
+            parent_accuracy_new_task=before.count("1") / num_rows,
+            outcomes={"new": after},
             parent_outcomes={"new": before},
-        )  # fmt: skip
+        )
 
     assert [veto.kind for veto in decide(below(100, lost=20, gained=2), GateConfig()).vetoes] == ["gain"]
     assert decide(below(100, lost=4, gained=3), GateConfig()).accepted

@@ -30,10 +30,12 @@ def test_recording_changes_no_token(base: BaseModel, task: TaskSchema) -> None:
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in INPUTS]
     limit = answer_limit(base.tokenizer, task, CONFIG)
     plain, recorded = (
-        [list(generate(base.model, base.tokenizer, prompts, limit, max_batch_tokens=tokens, recorder=recorder))
-         for tokens in (1, 10_000)]
+        [
+            list(generate(base.model, base.tokenizer, prompts, limit, max_batch_tokens=tokens, recorder=recorder))
+            for tokens in (1, 10_000)
+        ]
         for recorder in (None, ConfidenceRecorder(base.tokenizer, task))
-    )  # fmt: skip
+    )
     assert plain == recorded and plain[0][0].tokens
 
 
@@ -42,9 +44,9 @@ def test_a_labels_confidence_is_its_share_at_the_first_token(base: BaseModel) ->
     first = [encode_answer(base.tokenizer, LABELS, label, 8)[0] for label in LABELS.labels]
     assert len(set(first)) == 3
     for text, given in zip(INPUTS, found, strict=True):
-        probabilities = first_answer_logits(
-            base.model, base.tokenizer, LABELS, text, max_prompt_tokens=64
-        ).softmax(-1)[first]  # fmt: skip
+        probabilities = first_answer_logits(base.model, base.tokenizer, LABELS, text, max_prompt_tokens=64).softmax(-1)[
+            first
+        ]
         assert given.confidence.label_mass == pytest.approx(float(probabilities.sum()), rel=1e-4)
         assert given.text not in LABELS.labels, "the likeliest label counts then"
         assert given.confidence.confidence == pytest.approx(float(probabilities.max() / probabilities.sum()), rel=1e-4)
@@ -85,8 +87,9 @@ def test_a_texts_confidence_is_the_mean_over_its_own_tokens(base: BaseModel) -> 
     assert [each.confidence for each in found] == pytest.approx([(0.5 + 0.9) / 2, (0.75 + 0.75 + 1.0) / 3])
     assert [each.label_mass for each in found] == [None, None]
     answers = answer_inputs(base.model, base.tokenizer, TEXT, INPUTS, CONFIG, max_prompt_tokens=64)
-    alone = [answer_inputs(base.model, base.tokenizer, TEXT, [text], CONFIG, max_prompt_tokens=64)[0]
-             for text in INPUTS]  # fmt: skip
+    alone = [
+        answer_inputs(base.model, base.tokenizer, TEXT, [text], CONFIG, max_prompt_tokens=64)[0] for text in INPUTS
+    ]
     assert [each.text for each in answers] == [each.text for each in alone]
     assert [each.confidence.confidence for each in answers] == pytest.approx(
         [each.confidence.confidence for each in alone], rel=1e-3

@@ -41,7 +41,7 @@ def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, 
     with torch.no_grad(), adapter_on(base.model, folder) as model:
         found = label_log_probs(
             model, base.tokenizer, TASK, TEXTS, config, max_prompt_tokens=64, on_progress=seen.append
-        )  # fmt: skip
+        )
         expected = one_by_one(model, base.tokenizer, TASK, is_seq2seq=False)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert len(set(found.argmax(1).tolist())) > 1 or found.std() > 0.1
@@ -59,10 +59,17 @@ def test_positions_that_count_padding_give_them_too(base):
 @torch.no_grad()
 def test_a_sliding_window_gives_them_too(base):
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(
-        vocab_size=base.model.config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, sliding_window=12,
-    ))  # fmt: skip
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=base.model.config.vocab_size,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            sliding_window=12,
+        )
+    )
     found = label_log_probs(model, base.tokenizer, TASK, TEXTS, EvaluateConfig(), max_prompt_tokens=64)
     torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
 

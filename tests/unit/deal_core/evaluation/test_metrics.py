@@ -29,7 +29,9 @@ def test_metrics_of_three_tasks_follow_the_definitions() -> None:
 
 def test_accuracy_before_a_task_was_learned_does_not_count_as_forgotten() -> None:
     lucky = AccuracyMatrix(
-        tasks=("a", "b", "c"), trained=("a", "b", "c"), base=(0.0, 0.0, 0.0),
+        tasks=("a", "b", "c"),
+        trained=("a", "b", "c"),
+        base=(0.0, 0.0, 0.0),
         rows=((0.5, 0.9, None), (0.5, 0.6, 0.0), (0.5, 0.6, 0.5)),
     )
     assert lucky.forgetting_by_task == {"a": 0.0, "b": 0.0}
@@ -89,9 +91,11 @@ def test_matrix_survives_json() -> None:
 
 def test_a_version_between_that_was_not_scored_is_passed_over() -> None:
     matrix = AccuracyMatrix(
-        tasks=THREE.tasks, trained=THREE.trained, base=THREE.base,
+        tasks=THREE.tasks,
+        trained=THREE.trained,
+        base=THREE.base,
         rows=((0.8, 0.3, None), (None, 0.7, 0.4), (0.6, 0.8, 0.5)),
-    )  # fmt: skip
+    )
     assert matrix.forgetting_by_task == pytest.approx({"a": 0.2, "b": -0.1})
 
 
@@ -146,8 +150,10 @@ def test_other_test_rows_change_the_base_and_the_last_version_alone() -> None:
     changed = THREE.remeasured(THREE.tasks[0], base_accuracy=0.25, last_accuracy=0.75)
     assert (changed.base[0], changed.rows[-1][0]) == (0.25, 0.75)
     assert (changed.base[1:], changed.rows[:-1], changed.rows[-1][1:]) == (
-        THREE.base[1:], THREE.rows[:-1], THREE.rows[-1][1:]
-    )  # fmt: skip
+        THREE.base[1:],
+        THREE.rows[:-1],
+        THREE.rows[-1][1:],
+    )
 
 
 def test_figures_of_replaced_test_rows_are_not_compared_with_the_present_ones() -> None:

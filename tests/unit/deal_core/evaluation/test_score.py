@@ -112,9 +112,15 @@ def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch)
 def test_a_model_that_looks_back_a_few_tokens_only_reads_every_prompt_whole(base, task, rows):
     # padding between the shared part and the rest would stand in its window
     config = MistralConfig(
-        vocab_size=len(base.tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=16,
-    )  # fmt: skip
+        vocab_size=len(base.tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=16,
+    )
     torch.manual_seed(0)
     model = MistralForCausalLM(config).eval()
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in rows(12)["input"]]

@@ -22,8 +22,9 @@ WITHOUT_SIZE = MonitorConfig(alpha=0.05, min_psi=0.0, min_distance=0.0, min_auc=
 """Every significant difference is an alarm."""
 
 
-def look(live: pd.DataFrame, reference: pd.DataFrame = REFERENCE, config: MonitorConfig | None = None, **more: Any
-         ) -> TaskDrift:  # fmt: skip
+def look(
+    live: pd.DataFrame, reference: pd.DataFrame = REFERENCE, config: MonitorConfig | None = None, **more: Any
+) -> TaskDrift:
     (found,) = compare(reference, live, config or MonitorConfig(), **more).tasks
     return found
 
@@ -57,11 +58,14 @@ def test_random_halves_alarm_no_oftener_than_promised() -> None:
 @pytest.mark.nightly
 def test_texts_of_one_kind_alarm_no_oftener_than_promised() -> None:
     alarms = [
-        any(test.name == "texts" and test.is_alarm for test in look(
-            logged_rows(120, seed, words=WORDS), logged_rows(120, 1000 + seed, words=WORDS), WITHOUT_SIZE
-        ).tests)
+        any(
+            test.name == "texts" and test.is_alarm
+            for test in look(
+                logged_rows(120, seed, words=WORDS), logged_rows(120, 1000 + seed, words=WORDS), WITHOUT_SIZE
+            ).tests
+        )
         for seed in range(30)
-    ]  # fmt: skip
+    ]
     assert sum(alarms) <= 2
 
 

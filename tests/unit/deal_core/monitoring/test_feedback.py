@@ -46,11 +46,25 @@ def test_a_label_gets_the_tasks_spelling_and_another_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[], "x", {}, {"label": "b"}, {"id": ID}, {"id": ID.upper(), "label": "b"}, {"id": ID + "\n0", "label": "b"},
-     {"id": f"{ID}/..", "label": "b"}, {"id": 3, "label": "b"}, {"id": ID, "label": 3}, {"id": ID, "label": ["b"]},
-     {"id": ID, "label": "b" * 100_001}, {"id": ID, "label": "b", "answer": "b"}, {"id": ID, "is_right": 2},
-     {"id": ID, "is_right": True, "reviewer": {"a": 1}}, {"id": ID, "is_right": True, "is_random": "perhaps"}],
-)  # fmt: skip
+    [
+        [],
+        "x",
+        {},
+        {"label": "b"},
+        {"id": ID},
+        {"id": ID.upper(), "label": "b"},
+        {"id": ID + "\n0", "label": "b"},
+        {"id": f"{ID}/..", "label": "b"},
+        {"id": 3, "label": "b"},
+        {"id": ID, "label": 3},
+        {"id": ID, "label": ["b"]},
+        {"id": ID, "label": "b" * 100_001},
+        {"id": ID, "label": "b", "answer": "b"},
+        {"id": ID, "is_right": 2},
+        {"id": ID, "is_right": True, "reviewer": {"a": 1}},
+        {"id": ID, "is_right": True, "is_random": "perhaps"},
+    ],
+)
 def test_another_form_is_refused(values: Any) -> None:
     with pytest.raises(ConfigError, match=r"^Row 2"):
         read(values)

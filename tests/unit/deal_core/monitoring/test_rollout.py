@@ -49,10 +49,18 @@ class Traffic:
 
 def feedback(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
     """What a user says about each row: the right label, and whether the answer was right."""
-    return pd.DataFrame({
-        "id": rows["id"], "time": rows["time"], "label": LABELS[0], "is_right": rows["label"] == LABELS[0],
-        "source": "api", "is_random": False, "reviewer": None, **columns,
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "id": rows["id"],
+            "time": rows["time"],
+            "label": LABELS[0],
+            "is_right": rows["label"] == LABELS[0],
+            "source": "api",
+            "is_random": False,
+            "reviewer": None,
+            **columns,
+        }
+    )
 
 
 def shadow(before: float, now: float, number: int = 400, seed: int = 0) -> tuple[Traffic, pd.DataFrame]:
@@ -64,8 +72,10 @@ def shadow(before: float, now: float, number: int = 400, seed: int = 0) -> tuple
 
 def canary(before: float, now: float, number: int = 400, seed: int = 0) -> tuple[Traffic, pd.DataFrame]:
     traffic = Traffic("canary", seed)
-    said = [feedback(traffic.add(version, traffic.draw(number, accuracy)))
-            for version, accuracy in (("1", before), ("2", now))]  # fmt: skip
+    said = [
+        feedback(traffic.add(version, traffic.draw(number, accuracy)))
+        for version, accuracy in (("1", before), ("2", now))
+    ]
     return traffic, pd.concat(said)
 
 
@@ -111,8 +121,13 @@ def test_equal_versions_are_seldom_aborted_however_often_somebody_looks(make: An
 
 def test_looks_are_few_and_between_two_of_them_nothing_counts() -> None:
     assert [last_look(number, 200) for number in (24, 25, 99, 200, 399, 400)] == [
-        None, Look(0, 25), Look(1, 50), Look(3, 200), Look(3, 200), Look(4, 400)
-    ]  # fmt: skip
+        None,
+        Look(0, 25),
+        Look(1, 50),
+        Look(3, 200),
+        Look(3, 200),
+        Look(4, 400),
+    ]
     assert last_look(30, 30) == Look(3, 30) and last_look(1, 1) == Look(3, 1)
     traffic, said = shadow(0.9, 0.9, 60)
     before = traffic.judged(said=said)

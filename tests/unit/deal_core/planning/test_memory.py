@@ -41,9 +41,14 @@ from deal_core.planning.memory import (
 from deal_core.planning.meta_model import measure_activations, measure_model
 
 LLAMA = LlamaConfig(
-    vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=5, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
 ADAPTER = AdapterConfig(rank=8)
 BATCH = BatchShape(num_rows=3, num_tokens=24, num_answer_tokens=5)
 
@@ -58,8 +63,12 @@ def real_batch(batch: BatchShape) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, 300, (batch.num_rows, batch.num_tokens))
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0  # a shorter row, as in any batch
-    return {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-            "labels": tokens[:, -batch.num_answer_tokens :]}  # fmt: skip
+    return {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+        "labels": tokens[:, -batch.num_answer_tokens :],
+    }
 
 
 def test_parameters_and_adapter_are_those_of_the_real_model() -> None:
@@ -101,8 +110,16 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None
 
 
 def test_an_encoder_decoder_is_sized() -> None:
-    config = T5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=4, num_heads=4,
-                      decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
+    config = T5Config(
+        vocab_size=300,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=4,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
     size = measure_model(config, ADAPTER)
     assert (size.num_layers, size.attention_size, size.intermediate_size) == (4, 64, 128)
     assert len(size.modules) == 4 * 3 * 2  # q and v of every attention; a decoder layer has two
@@ -131,8 +148,16 @@ def test_the_method_keeps_as_many_bytes_as_are_planned(changes: dict[str, str]) 
 
 
 def planned(size: ModelSize, **changes: object):  # type: ignore[no-untyped-def]
-    given = {"rank": 8, "strategy": "deal", "method": MethodConfig(), "train": TrainConfig(), "is_first_task": True,
-             "precision": "fp32", "on_cpu": True, **changes}  # fmt: skip
+    given = {
+        "rank": 8,
+        "strategy": "deal",
+        "method": MethodConfig(),
+        "train": TrainConfig(),
+        "is_first_task": True,
+        "precision": "fp32",
+        "on_cpu": True,
+        **changes,
+    }
     shape = MethodShape(**{name: given.pop(name) for name in ("rank", "strategy", "method", "is_first_task")})  # type: ignore[arg-type]
     return plan_memory(size, measure_activations(LLAMA, ADAPTER, BATCH, "fp32", on_cpu=True), BATCH, shape, **given)  # type: ignore[arg-type]
 
@@ -154,9 +179,14 @@ def test_only_the_linear_layers_are_quantized() -> None:
 
 def test_experts_that_are_no_linear_layers_are_not_quantized() -> None:
     mixture = MixtralConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
     size = measure_model(mixture, AdapterConfig(target_modules=("q_proj", "v_proj")))
     layer = 2 * 64 * 64 + 2 * 64 * 32  # queries and output, keys and values
     assert size.parameters["linear layers"] == 2 * layer
@@ -169,10 +199,11 @@ def test_the_longest_row_is_found_among_scripts_with_more_tokens_per_character(b
     latin, other = [f"plain words {number}" + " and more" * 50 for number in range(NUM_LONGEST)], ["漢字仮名" * 40]
     train = TrainConfig(max_prompt_tokens=4096)
     lengths = [
-        longest_of(Dataset.from_dict({"input": texts, "output": ["red"] * len(texts)}), base.tokenizer, task, (), train,
-                   8).num_tokens
+        longest_of(
+            Dataset.from_dict({"input": texts, "output": ["red"] * len(texts)}), base.tokenizer, task, (), train, 8
+        ).num_tokens
         for texts in (latin, other, [*latin, *other])
-    ]  # fmt: skip
+    ]
     assert lengths[2] == max(lengths[:2]) and len(other[0]) < len(latin[0])
     assert lengths[1] > lengths[0], "of the characters a byte-level tokenizer makes several tokens each"
 
@@ -195,7 +226,9 @@ def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:
         share = train.batch_size * train.max_prompt_tokens
         kept = ActivationSize(layer=share * 1000, rest=share * 10, boundary=share * 10)
         return plan_memory(
-            size, kept, replace(BATCH, num_rows=train.batch_size),
+            size,
+            kept,
+            replace(BATCH, num_rows=train.batch_size),
             MethodShape(rank=8, strategy="deal", method=MethodConfig(), is_first_task=True),
             train=train,
             precision=precision,
@@ -240,10 +273,19 @@ def test_operations_are_those_that_torch_counts() -> None:
 def test_the_slowest_bounds_a_step() -> None:
     size = measure_model(LLAMA, ADAPTER)
     cost = {
-        sharded: step_cost(size, BATCH, 1000, rank=8, precision="bf16", checkpointing=False, rehearsed=0,
-                           num_devices=4, is_sharded=sharded)
+        sharded: step_cost(
+            size,
+            BATCH,
+            1000,
+            rank=8,
+            precision="bf16",
+            checkpointing=False,
+            rehearsed=0,
+            num_devices=4,
+            is_sharded=sharded,
+        )
         for sharded in (False, True)
-    }  # fmt: skip
+    }
     assert cost[True].link_bytes - cost[False].link_bytes == 2 * 0.75 * 2 * size.num_parameters
     fast = Hardware(name="x", flops=1e30, memory_bandwidth=1e30, link_bandwidth=1e30, memory_bytes=1)
     for name, field in (("compute", "flops"), ("memory", "memory_bandwidth"), ("link", "link_bandwidth")):

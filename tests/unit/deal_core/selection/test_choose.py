@@ -28,18 +28,31 @@ def choose(base, task, rows, half_learned, tmp_path):
     """Choose among 48 rows by settings; the other arguments change the rest."""
 
     def run(
-        selection: SelectionConfig, *, parent: Path | None = half_learned, data: Dataset | None = None,
-        task: TaskSchema = task, train: TrainConfig = TRAIN, journal: str = "selection.json", lend=lambda: base,
+        selection: SelectionConfig,
+        *,
+        parent: Path | None = half_learned,
+        data: Dataset | None = None,
+        task: TaskSchema = task,
+        train: TrainConfig = TRAIN,
+        journal: str = "selection.json",
+        lend=lambda: base,
         on_progress=lambda done, total: None,
-    ) -> ChosenRows:  # fmt: skip
+    ) -> ChosenRows:
         setup = TrainingSetup(
-            task=task, strategy="deal", adapter=AdapterConfig(rank=4), method=MethodConfig(selection=selection),
+            task=task,
+            strategy="deal",
+            adapter=AdapterConfig(rank=4),
+            method=MethodConfig(selection=selection),
             train=train,
-        )  # fmt: skip
+        )
         return choose_rows(
-            rows(48) if data is None else data, setup, lend, parent_folder=parent, journal=tmp_path / journal,
+            rows(48) if data is None else data,
+            setup,
+            lend,
+            parent_folder=parent,
+            journal=tmp_path / journal,
             on_progress=on_progress,
-        )  # fmt: skip
+        )
 
     return run
 
@@ -76,9 +89,14 @@ def test_a_second_call_takes_the_rows_of_the_journal(choose, tmp_path):
     assert choose(LOSS, lend=refuse).rows == (1, 2, 3)  # what is written counts, not what would be chosen now
 
 
-@pytest.mark.parametrize("change", [
-    {"selection": replace(LOSS, keep=0.5)}, {"train": replace(TRAIN, seed=1)}, {"parent": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"selection": replace(LOSS, keep=0.5)},
+        {"train": replace(TRAIN, seed=1)},
+        {"parent": None},
+    ],
+)
 def test_a_journal_of_another_run_is_not_taken(choose, change):
     first = choose(LOSS)
     assert choose(**{"selection": LOSS, **change}).key != first.key
@@ -126,8 +144,9 @@ def test_rows_without_labels_have_no_strata(choose, task):
 
 
 def swapped(rows: Dataset, wrong: dict[int, str]) -> Dataset:
-    return Dataset.from_list([{**row, "output": wrong.get(i, row["output"]), "sha256": f"{i:064x}"}
-                              for i, row in enumerate(rows)])  # fmt: skip
+    return Dataset.from_list(
+        [{**row, "output": wrong.get(i, row["output"]), "sha256": f"{i:064x}"} for i, row in enumerate(rows)]
+    )
 
 
 def test_wrong_labels_are_named_and_left_out_only_if_asked(choose, rows, monkeypatch):
@@ -176,9 +195,12 @@ def test_hard_rows_are_wrong_rows_and_a_band_avoids_them(choose, rows):
 def test_the_rows_that_are_read_are_known_before(task):
     def setup(selection: SelectionConfig, **changes: object) -> TrainingSetup:
         return TrainingSetup(
-            task=replace(task, **changes), strategy="deal", adapter=AdapterConfig(), train=TRAIN,
+            task=replace(task, **changes),
+            strategy="deal",
+            adapter=AdapterConfig(),
+            train=TRAIN,
             method=MethodConfig(selection=selection),
-        )  # fmt: skip
+        )
 
     assert rows_read(setup(SelectionConfig()), 100, has_parent=True) == 0
     assert rows_read(setup(SelectionConfig(keep=0.1)), 100, has_parent=True) == 0
@@ -188,13 +210,18 @@ def test_the_rows_that_are_read_are_known_before(task):
     assert rows_read(setup(replace(LOSS, noise="name"), labels=()), 100, has_parent=True) == 100
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"score": "loss"}, "selection.score would do nothing"), ({"keep": 0}, "selection.keep is 0; give a share above 0"),
-    ({"keep": True}, "selection.keep is True"), ({"keep": 1.5}, "selection.keep is 1.5"),
-    ({"keep": 5, "band": [0.1, 0.5]}, "selection.band would do nothing: selection.pick is high"),
-    ({"keep": 5, "target": 0.1}, "selection.target would do nothing: selection.score is random"),
-    ({"keep": 5, "pick": "band", "band": [0.5, 0.5]}, "give the smaller quantile first"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"score": "loss"}, "selection.score would do nothing"),
+        ({"keep": 0}, "selection.keep is 0; give a share above 0"),
+        ({"keep": True}, "selection.keep is True"),
+        ({"keep": 1.5}, "selection.keep is 1.5"),
+        ({"keep": 5, "band": [0.1, 0.5]}, "selection.band would do nothing: selection.pick is high"),
+        ({"keep": 5, "target": 0.1}, "selection.target would do nothing: selection.score is random"),
+        ({"keep": 5, "pick": "band", "band": [0.5, 0.5]}, "give the smaller quantile first"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         SelectionConfig(**values)

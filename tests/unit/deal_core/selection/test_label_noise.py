@@ -39,8 +39,9 @@ def test_of_a_third_of_wrong_labels_some_are_named_and_few_right_ones():
     """A label that every seventh row of a kind has by mistake is not rare enough to be named each time."""
     features_ND, right = clusters(300, distance=6)
     generator = random.Random(0)
-    given = [generator.choice([n for n in NAMES if n != label]) if generator.random() < 0.3 else label
-             for label in right]  # fmt: skip
+    given = [
+        generator.choice([n for n in NAMES if n != label]) if generator.random() < 0.3 else label for label in right
+    ]
     is_wrong = [one != other for one, other in zip(given, right, strict=True)]
     found = suspected_labels(features_ND, given, seed=0).suspects
     assert len(found) >= 0.1 * sum(is_wrong) and sum(is_wrong[each.row] for each in found) >= 0.9 * len(found)

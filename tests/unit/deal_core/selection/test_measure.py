@@ -48,12 +48,8 @@ def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learn
     config = SelectionConfig(keep=0.5, score="errors")
     with adapter_on(base.model, half_learned) as model:
         measured = measure(model, base.tokenizer, task, data, **LIMITS)
-        given = answer_inputs(
-            model, base.tokenizer, task, data["input"], EvaluateConfig(), max_prompt_tokens=64
-        )
-    score = score_class("errors")().score(
-        Candidates(rows=data, task=task, measured=measured, config=config, seed=0)
-    )
+        given = answer_inputs(model, base.tokenizer, task, data["input"], EvaluateConfig(), max_prompt_tokens=64)
+    score = score_class("errors")().score(Candidates(rows=data, task=task, measured=measured, config=config, seed=0))
     is_wrong = [answer.text != label for answer, label in zip(given, data["output"], strict=True)]
     assert 0 < sum(is_wrong) < 60, "the parent answers some rows rightly and some wrongly"
     # a wrong row scores above 1, a right one at most 1

@@ -66,18 +66,27 @@ def test_the_documented_example_is_a_score(installed: Path) -> None:
     assert list(PLUGINS.find())[: len(OWN)] == list(OWN) and score_class("loss").__module__.startswith("deal_core.")
 
 
-@pytest.mark.parametrize(("name", "problem"), [
-    ("short", "give a number per row"), ("endless", "not finite"), ("dice", "gave other numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("short", "give a number per row"),
+        ("endless", "not finite"),
+        ("dice", "gave other numbers"),
+    ],
+)
 def test_a_broken_promise_is_named(installed: Path, name: str, problem: str) -> None:
     with pytest.raises(AssertionError, match=problem):
         check_score(name)
 
 
-@pytest.mark.parametrize(("name", "problem"), [
-    ("other", "no subclass of RowScore with the name 'other'"), ("gone", "cannot be imported"),
-    ("nowhere", "give random, loss, .*variety"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("other", "no subclass of RowScore with the name 'other'"),
+        ("gone", "cannot be imported"),
+        ("nowhere", "give random, loss, .*variety"),
+    ],
+)
 def test_a_score_that_cannot_be_used_is_refused(installed: Path, name: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         score_class(name)

@@ -45,9 +45,15 @@ def arrive(base, task, rows, parent):
 
     def make(olds, own, config=FIRST, *, kept=None, new=task):
         context = TaskContext(
-            base=base, task=new, rows=rows(12), encoded=rows(12), old_tasks=tuple(olds), old_texts=tuple(own),
-            adapter=AdapterConfig(), train=LONG,
-        )  # fmt: skip
+            base=base,
+            task=new,
+            rows=rows(12),
+            encoded=rows(12),
+            old_tasks=tuple(olds),
+            old_texts=tuple(own),
+            adapter=AdapterConfig(),
+            train=LONG,
+        )
         with adapter_on(base.model, parent) as model:
             return make_rehearsal(config, model, context, kept or {}, seed=0)
 
@@ -103,8 +109,9 @@ def test_the_targets_have_the_labels_as_often_as_the_texts(asked, base, share):
     outputs = ["large"] * round(50 * share) + ["small"] * round(50 * (1 - share))
     ((questions,),) = asked([SIZES], [texts(SIZES, outputs)]).kinds
     large = base.tokenizer(" large")["input_ids"][0]
-    chances = [dict(zip(each.tokens_KN[0].tolist(), each.shares_KN[0].tolist(), strict=True))[large]
-               for each in questions]  # fmt: skip
+    chances = [
+        dict(zip(each.tokens_KN[0].tolist(), each.shares_KN[0].tolist(), strict=True))[large] for each in questions
+    ]
     assert sum(chances) / len(chances) == pytest.approx(share, abs=0.15), "ten rows speak for no offset"
 
 
@@ -139,10 +146,14 @@ def test_the_labels_of_the_texts_themselves_are_not_learned(parent, train):
     """Only the counts of the labels are used, so other rows may have them."""
     first, second = texts(SIZES, ["large"] * 3 + ["small"] * 9), texts(SIZES, ["small"] * 9 + ["large"] * 3)
     found = [
-        load_file(train("deal", parent, train=LONG, rehearsal=OWN, old_tasks=(SIZES,),
-                        others=OtherRows(old_texts=[own])).folder / "adapter_model.safetensors")
+        load_file(
+            train(
+                "deal", parent, train=LONG, rehearsal=OWN, old_tasks=(SIZES,), others=OtherRows(old_texts=[own])
+            ).folder
+            / "adapter_model.safetensors"
+        )
         for own in (first, second, texts(SIZES, ["large"] * 9 + ["small"] * 3))
-    ]  # fmt: skip
+    ]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert not all(torch.equal(found[0][name], found[2][name]) for name in found[0])
 
@@ -161,10 +172,15 @@ def test_a_task_in_the_new_ones_words_is_held_by_its_own_texts(parent, train, ta
 def targets(rehearsal: Rehearsal) -> dict[tuple[int, ...], list[list[float]]]:
     """The targets of all questions, by prompt, without tokens of share 0."""
     return {
-        tuple(each.prompt_ids): [list(each.answer_ids), each.tokens_KN[each.shares_KN > 0].tolist(),
-                                 each.shares_KN[each.shares_KN > 0].tolist()]
-        for kind in rehearsal.kinds for questions in kind for each in questions
-    }  # fmt: skip
+        tuple(each.prompt_ids): [
+            list(each.answer_ids),
+            each.tokens_KN[each.shares_KN > 0].tolist(),
+            each.shares_KN[each.shares_KN > 0].tolist(),
+        ]
+        for kind in rehearsal.kinds
+        for questions in kind
+        for each in questions
+    }
 
 
 def test_first_answers_are_asked_for_once(arrive, monkeypatch):
@@ -191,8 +207,12 @@ def test_a_task_that_arrives_again_is_asked_again_later(arrive):
 
 def test_a_version_keeps_the_answers_with_its_adapter(parent, train):
     """The third version is held to what the first said, whatever the second says."""
-    given = {"rehearsal": FIRST, "old_tasks": (SIZES,), "train": LONG,
-             "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)])}  # fmt: skip
+    given = {
+        "rehearsal": FIRST,
+        "old_tasks": (SIZES,),
+        "train": LONG,
+        "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)]),
+    }
     second = train("deal", parent, **given)
     third = train("deal", second.folder, **given)
     states = [load_method_state(each.folder) for each in (second, third)]
@@ -208,17 +228,23 @@ def test_a_version_keeps_the_answers_with_its_adapter(parent, train):
 @pytest.mark.parametrize("config", [OWN, FIRST])
 def test_a_killed_run_ends_with_the_same_losses(parent, train, killed_and_resumed, config):
     given = {
-        "train": LONG, "rehearsal": config, "old_tasks": (SIZES, SHAPES),
+        "train": LONG,
+        "rehearsal": config,
+        "old_tasks": (SIZES, SHAPES),
         "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)]),
-    }  # fmt: skip
+    }
     whole = train("deal", parent, **given)
     resumed = killed_and_resumed("deal", parent, at=6, **given)
     assert resumed.result.resumed_from_step == 4 and resumed.losses == whole.losses
 
 
 def test_a_plan_counts_the_longest_text_of_an_old_task(base, task, rows):
-    long = TaskTexts(task=SIZES, rows=Dataset.from_dict({"input": ["and more " * 40], "output": ["large"]}),
-                     max_prompt_tokens=60, max_new_tokens=50)  # fmt: skip
+    long = TaskTexts(
+        task=SIZES,
+        rows=Dataset.from_dict({"input": ["and more " * 40], "output": ["large"]}),
+        max_prompt_tokens=60,
+        max_new_tokens=50,
+    )
     alone, with_texts = (
         longest_of(rows(12), base.tokenizer, task, (SIZES,), LONG, 8, each).num_tokens for each in ((), [long])
     )

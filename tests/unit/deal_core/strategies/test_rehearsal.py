@@ -113,8 +113,10 @@ def test_old_answers_drift_less_when_they_are_asked_for(base, strategy, train, p
         shares = []
         for where in (parent, folder):
             with adapter_on(base.model, where) as model:
-                logits = [first_answer_logits(model, base.tokenizer, OLD, row["input"], max_prompt_tokens=64)
-                          for row in rows(6, first=50)]  # fmt: skip
+                logits = [
+                    first_answer_logits(model, base.tokenizer, OLD, row["input"], max_prompt_tokens=64)
+                    for row in rows(6, first=50)
+                ]
             shares.append(torch.stack(logits).log_softmax(-1))
         return float((shares[0].exp() * (shares[0] - shares[1])).sum())
 
@@ -122,9 +124,10 @@ def test_old_answers_drift_less_when_they_are_asked_for(base, strategy, train, p
 
 
 @pytest.mark.parametrize(
-    "change", [{"texts": "none"}, {"num_texts": 3}, {"rows_per_step": 1}, {"weight": 0.1}, {"temperature": 3.0}],
+    "change",
+    [{"texts": "none"}, {"num_texts": 3}, {"rows_per_step": 1}, {"weight": 0.1}, {"temperature": 3.0}],
     ids=str,
-)  # fmt: skip
+)
 def test_every_setting_changes_the_result(change, trained_once):
     default, changed = (
         load_file(trained_once(rehearsal=config, old_tasks=(OLD,)).folder / "adapter_model.safetensors")
@@ -148,10 +151,15 @@ def test_a_task_is_asked_once_in_the_same_words_and_not_in_those_of_the_new_one(
 
     new = task("new", "Which?")
     olds = [
-        task("alike", "Which?", "ba"), task("other-labels", "Which?", "abc"), task("first", "How?"),
-        task("again", "How?", "ba"), task("other-template", "How?", template="{text} {options}"), task("new", "Why?"),
-        TaskSchema(name="chat", format="chat", instruction="Why?"), task("other-form", "Which?", prompt="chat"),
-    ]  # fmt: skip
+        task("alike", "Which?", "ba"),
+        task("other-labels", "Which?", "abc"),
+        task("first", "How?"),
+        task("again", "How?", "ba"),
+        task("other-template", "How?", template="{text} {options}"),
+        task("new", "Why?"),
+        TaskSchema(name="chat", format="chat", instruction="Why?"),
+        task("other-form", "Which?", prompt="chat"),
+    ]
     assert [old.name for old in tasks_to_ask(olds, new)] == ["other-labels", "again", "other-template", "other-form"]
 
 
@@ -178,8 +186,14 @@ def test_what_recycling_does_to_old_answers_is_said_before_the_first_step(parent
     assert float(re.search(r"to the parent's: ([0-9.]+) per token", said)[1]) > 0
     with adapter_on(base.model, parent) as model:
         context = TaskContext(
-            base=base, task=task, rows=rows(6), encoded=rows(6), old_tasks=(OLD,), adapter=AdapterConfig(), train=LONG,
-        )  # fmt: skip
+            base=base,
+            task=task,
+            rows=rows(6),
+            encoded=rows(6),
+            old_tasks=(OLD,),
+            adapter=AdapterConfig(),
+            train=LONG,
+        )
         rehearsal, _ = make_rehearsal(RehearsalConfig(), model, context, {}, seed=0)
         assert rehearsal.drift(model) == pytest.approx(0, abs=1e-4)
         stored = {"rows.0000": pack([Question([1], [2])])}
@@ -199,9 +213,14 @@ def test_stored_rows_are_put_in_another_order_by_every_arrival(base, parent, row
     put = []
     with adapter_on(base.model, parent) as model:
         context = TaskContext(
-            base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(OLD,),
-            adapter=AdapterConfig(), train=LONG,
-        )  # fmt: skip
+            base=base,
+            task=TaskSchema(name="new", labels=("a", "b")),
+            rows=rows(6),
+            encoded=rows(6),
+            old_tasks=(OLD,),
+            adapter=AdapterConfig(),
+            train=LONG,
+        )
         for num_tasks in (1, 2, 3):
             stored = {f"rows.{number:04d}": kept[number] for number in range(num_tasks)}
             tasks = make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0)[0].kinds[0]
@@ -217,9 +236,14 @@ def test_both_asks_half_by_labels_of_stored_rows_and_half_by_the_parents_answers
     stored["rows.0003"] = pack([])  # of a task that was forgotten
     with adapter_on(base.model, parent) as model:
         context = TaskContext(
-            base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(OLD,),
-            adapter=AdapterConfig(), train=replace(LONG, max_steps=2),
-        )  # fmt: skip
+            base=base,
+            task=TaskSchema(name="new", labels=("a", "b")),
+            rows=rows(6),
+            encoded=rows(6),
+            old_tasks=(OLD,),
+            adapter=AdapterConfig(),
+            train=replace(LONG, max_steps=2),
+        )
         rehearsal, _ = make_rehearsal(RehearsalConfig(texts="both"), model, context, stored, seed=0)
     by_label, (by_parent,) = rehearsal.kinds
     assert [sorted(q.answer_ids[0] for q in questions) for questions in by_label] == [list(range(40))] * num_stored
@@ -233,9 +257,14 @@ def test_the_parent_is_asked_once_and_its_answer_held_as_it_was(temperature, bas
     """Generation's distribution at each token equals that of a pass over prompt and answer."""
     with adapter_on(base.model, parent) as model:
         context = TaskContext(
-            base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(task,),
-            adapter=AdapterConfig(), train=replace(LONG, max_steps=2),
-        )  # fmt: skip
+            base=base,
+            task=TaskSchema(name="new", labels=("a", "b")),
+            rows=rows(6),
+            encoded=rows(6),
+            old_tasks=(task,),
+            adapter=AdapterConfig(),
+            train=replace(LONG, max_steps=2),
+        )
         config = RehearsalConfig(temperature=temperature)
         ((questions,),) = make_rehearsal(config, model, context, {}, seed=0)[0].kinds
         plain = [Question(q.prompt_ids, q.answer_ids) for q in questions]
@@ -255,9 +284,14 @@ def test_old_tasks_that_are_asked_together_answer_as_each_alone(base, parent, ro
     found = []
     with adapter_on(base.model, parent) as model:
         context = TaskContext(
-            base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=olds,
-            adapter=AdapterConfig(), train=replace(LONG, max_steps=4),
-        )  # fmt: skip
+            base=base,
+            task=TaskSchema(name="new", labels=("a", "b")),
+            rows=rows(6),
+            encoded=rows(6),
+            old_tasks=olds,
+            adapter=AdapterConfig(),
+            train=replace(LONG, max_steps=4),
+        )
         for min_sharing in (0, 1000):
             monkeypatch.setattr("deal_core.strategies.questions.MIN_SHARING", min_sharing)
             found.append(make_rehearsal(RehearsalConfig(), model, context, {}, seed=0)[0].kinds[0])

@@ -155,8 +155,10 @@ def test_lwf_holds_the_answers_of_the_parent(base, task, train, parent, rows):
         shares = []
         for where in (parent, folder):
             with adapter_on(base.model, where) as model:
-                logits = [first_answer_logits(model, base.tokenizer, task, row["input"], max_prompt_tokens=64)
-                          for row in rows(6)]  # fmt: skip
+                logits = [
+                    first_answer_logits(model, base.tokenizer, task, row["input"], max_prompt_tokens=64)
+                    for row in rows(6)
+                ]
             shares.append(torch.stack(logits).log_softmax(-1))
         return float((shares[0].exp() * (shares[0] - shares[1])).sum())
 
@@ -237,9 +239,15 @@ def test_widening_goes_on_beyond_the_size_of_a_layer(train):
 
 
 CHANGES = [
-    ("replay", "slao"), ("slao", "slao"), ("slao", "ewc"), ("ewc", "ewc"), ("ewc", "deal"), ("deal", "o_lora"),
-    ("replay", "deal"), ("deal", "ewc"),
-]  # fmt: skip
+    ("replay", "slao"),
+    ("slao", "slao"),
+    ("slao", "ewc"),
+    ("ewc", "ewc"),
+    ("ewc", "deal"),
+    ("deal", "o_lora"),
+    ("replay", "deal"),
+    ("deal", "ewc"),
+]
 ALL_CHANGES = product(("replay", "slao", "ewc", "deal"), ("slao", "ewc", "deal", "o_lora"))
 
 

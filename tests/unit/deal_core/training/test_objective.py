@@ -30,7 +30,11 @@ TASK = TaskSchema(
     name="tone", format="completion", metric="preference", instruction="Answer the tenant.", learns_preferences=True
 )
 SHORT = TrainConfig(
-    max_steps=6, batch_size=4, preference_learning_rate=1e-2, schedule="constant", max_prompt_tokens=64,
+    max_steps=6,
+    batch_size=4,
+    preference_learning_rate=1e-2,
+    schedule="constant",
+    max_prompt_tokens=64,
     max_answer_tokens=20,
 )
 EVALUATE = EvaluateConfig(max_new_tokens=20)
@@ -38,11 +42,16 @@ EVALUATE = EvaluateConfig(max_new_tokens=20)
 
 def pairs(num_rows: int) -> Dataset:
     """The better answer is friendly, and both answers differ in length."""
-    return Dataset.from_list([
-        {"input": f"tap {i} drips " + "and more " * (i % 4), "output": f"red rose for tap {i} " + "sea " * (i % 3),
-         "rejected": "blue moss" + " sky" * (i % 5)}
-        for i in range(num_rows)
-    ])  # fmt: skip
+    return Dataset.from_list(
+        [
+            {
+                "input": f"tap {i} drips " + "and more " * (i % 4),
+                "output": f"red rose for tap {i} " + "sea " * (i % 3),
+                "rejected": "blue moss" + " sky" * (i % 5),
+            }
+            for i in range(num_rows)
+        ]
+    )
 
 
 @pytest.fixture

@@ -42,9 +42,11 @@ STEPS = TrainConfig(
     num_epochs=2, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=4, num_processes=2
 )
 ROOT = Path(__file__).parents[4]
-MAIN = "import sys; from pathlib import Path\nfrom deal_core.training.job import TrainingJob\n" \
-    "from deal_core.training.ranks import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n" \
+MAIN = (
+    "import sys; from pathlib import Path\nfrom deal_core.training.job import TrainingJob\n"
+    "from deal_core.training.ranks import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n"
     "train_in_processes(TrainingJob.read(job), folder, lambda step, _: print(step, flush=True))\n"
+)
 
 
 @pytest.fixture
@@ -166,8 +168,10 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
 @pytest.mark.nightly
 def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
     """A killed parent is noticed at any moment, not only when a step is reported."""
-    code = "import threading, deal_core.training.ranks as l; l.end_with_parent(); print(1, flush=True)\n" \
+    code = (
+        "import threading, deal_core.training.ranks as l; l.end_with_parent(); print(1, flush=True)\n"
         "threading.Event().wait()"
+    )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as rank:
         assert rank.stdin is not None and rank.stdout is not None and rank.stdout.readline()
@@ -213,9 +217,7 @@ def test_the_mean_of_the_ranks_rehearsals_is_that_of_one(base, num_processes):
     collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
     rehearsal = Rehearsal([[questions]], collate, num_rows=4, weight=0.7, temperature=2.0, seed=0)
     alone = rehearsal.loss(base.model, 1)
-    shares = [
-        rehearsal.loss(base.model, 1, rank=rank, num_processes=num_processes) for rank in range(num_processes)
-    ]
+    shares = [rehearsal.loss(base.model, 1, rank=rank, num_processes=num_processes) for rank in range(num_processes)]
     torch.testing.assert_close(torch.stack(shares).mean(), alone)
     assert all(share.requires_grad for share in shares)
 
@@ -270,7 +272,8 @@ def test_more_processes_than_devices_and_batches_that_do_not_divide_are_refused(
         TrainConfig(num_processes=0)
     with pytest.raises(ConfigError, match="num_processes is 2, but here 1 train"):
         train_adapter(
-            base, Dataset.from_parquet(str(job.rows_file)),
+            base,
+            Dataset.from_parquet(str(job.rows_file)),
             replace(job.setup, old_tasks=()),
             parent_folder=None,
             output_folder=tmp_path / "o",

@@ -120,8 +120,10 @@ def test_a_question_targets_the_labels_probabilities():
     drawn = [question([1, 2], labels, goal, random.Random(seed)) for seed in range(300)]
     assert [sum(each.answer_ids == label for each in drawn) / 300 for label in labels] == pytest.approx(goal, abs=0.1)
     asked = next(each for each in drawn if each.answer_ids == [5, 6, 1])
-    targets = [dict(zip(tokens, chances, strict=True)) for tokens, chances in
-               zip(asked.tokens_KN.tolist(), asked.shares_KN.tolist(), strict=True)]  # fmt: skip
+    targets = [
+        dict(zip(tokens, chances, strict=True))
+        for tokens, chances in zip(asked.tokens_KN.tolist(), asked.shares_KN.tolist(), strict=True)
+    ]
     assert targets[0] == pytest.approx({5: 0.7, 8: 0.3})
     assert targets[1] == pytest.approx({6: 0.5 / 0.7, 7: 0.2 / 0.7})
     assert targets[2][1] == pytest.approx(1.0)
@@ -138,8 +140,9 @@ def test_swapped_targets_leave_a_larger_loss(base, task, rows, parent):
         own = softmax(scores, axis=1)
 
         def loss(goals: np.ndarray) -> float:
-            asked = [question(prompt, labels, goal, random.Random(0))
-                     for prompt, goal in zip(prompts, goals, strict=True)]  # fmt: skip
+            asked = [
+                question(prompt, labels, goal, random.Random(0)) for prompt, goal in zip(prompts, goals, strict=True)
+            ]
             return float(Rehearsal([[asked]], collate, num_rows=6, weight=1.0, temperature=1.0, seed=0).loss(model, 0))
 
         assert loss(own) < loss(np.roll(own, 1, axis=1))

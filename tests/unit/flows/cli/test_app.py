@@ -46,9 +46,19 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name in (
-        "demo", "adapt", "watch", "evaluate", "history", "predict", "validate", "plan", "model", "ui", "report",
+        "demo",
+        "adapt",
+        "watch",
+        "evaluate",
+        "history",
+        "predict",
+        "validate",
+        "plan",
+        "model",
+        "ui",
+        "report",
         "labels",
-    ):  # fmt: skip
+    ):
         assert name in done.stdout
 
 
@@ -167,9 +177,7 @@ def test_validate_tells_the_shape_and_shows_a_row_as_the_model_sees_it(deal: Dea
     told = json.loads(deal("validate", str(path), "--json").stdout)
     assert told["shape"] == "Alpaca rows (instruction with input under it, output)"
     number = told["example"]["prompt"].split()[1]
-    assert told["example"] == {
-        "prompt": f"Do {number}\nit {number}", "answer": " done", "rejected": None, "note": None
-    }  # fmt: skip
+    assert told["example"] == {"prompt": f"Do {number}\nit {number}", "answer": " done", "rejected": None, "note": None}
     shown = deal("validate", str(path)).stdout
     assert "recognised as Alpaca rows" in shown and f"it {number} done" in shown
 

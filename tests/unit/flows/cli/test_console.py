@@ -94,9 +94,15 @@ def test_an_undefined_score_is_a_dash_and_zero_is_zero() -> None:
 def outcome(lineage: str, **changes: object) -> LineageOutcome:
     found = matrix()
     values = {
-        "lineage": lineage, "strategy": "deal", "champion": "3", "matrix": found.to_json(), "scores": Scores.of(found),
-        "runs": (), "refused": (), **changes,
-    }  # fmt: skip
+        "lineage": lineage,
+        "strategy": "deal",
+        "champion": "3",
+        "matrix": found.to_json(),
+        "scores": Scores.of(found),
+        "runs": (),
+        "refused": (),
+        **changes,
+    }
     return LineageOutcome.model_validate(values)
 
 

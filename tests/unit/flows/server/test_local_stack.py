@@ -54,9 +54,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stack() -> LocalStack:
     return LocalStack(
-        prefect_url="http://127.0.0.1:1", mlflow_url="http://127.0.0.1:2", backend_uri="postgresql://me:secret@db/mlflow",
+        prefect_url="http://127.0.0.1:1",
+        mlflow_url="http://127.0.0.1:2",
+        backend_uri="postgresql://me:secret@db/mlflow",
         artifact_uri="file:///a",
-    )  # fmt: skip
+    )
 
 
 def test_a_taken_port_is_refused_before_anything_starts(home: Path) -> None:
@@ -91,9 +93,7 @@ def test_up_after_a_start_that_did_not_end_starts_on_the_same_database(
     start_part(home, made, "mlflow-server", SLEEP)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", made.mlflow_url)  # as a command sets it while a part runs
     with socket.create_server(("127.0.0.1", 0)) as other:
-        up = bring_up(
-            home, prefect_port=free_port(), mlflow_port=other.getsockname()[1], num_trainings=1, say=print
-        )  # fmt: skip
+        up = bring_up(home, prefect_port=free_port(), mlflow_port=other.getsockname()[1], num_trainings=1, say=print)
         with pytest.raises(ConfigError, match="--mlflow-port"):
             asyncio.run(up)
     assert TrackingSettings().tracking_uri == made.backend_uri
@@ -177,14 +177,17 @@ def test_stop_ends_what_was_started_and_runs_whose_worker_is_gone_and_nothing_el
         other.wait()
 
 
-NOTES = ("-c", """import signal, sys, time
+NOTES = (
+    "-c",
+    """import signal, sys, time
 def end(*_):
     with open("ended", "a") as file:
         print(sys.argv[1], file=file)
     sys.exit()
 signal.signal(signal.SIGTERM, end)
 print("ready", flush=True)
-time.sleep(600)""")
+time.sleep(600)""",
+)
 """A process that notes its name in the home folder when it is asked to end."""
 
 

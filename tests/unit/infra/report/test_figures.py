@@ -54,8 +54,11 @@ def test_the_heat_map_shows_every_known_cell_and_hatches_the_others() -> None:
     assert [patch.get_xy() for patch in hatched] == [(2, 1)]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["bank", "clinic", "parcels"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == [
-        "base model", "1  after bank", "2  after clinic", "3  after parcels",
-    ]  # fmt: skip
+        "base model",
+        "1  after bank",
+        "2  after clinic",
+        "3  after parcels",
+    ]
     assert "average 75.0" in said and "forgetting 7.5" in said
 
 
@@ -119,9 +122,11 @@ def test_the_loss_curve_shows_every_finite_point_and_smooths_long_ones() -> None
 
 
 def test_fill_is_drawn_by_layer_for_each_projection() -> None:
-    fill = {f"base_model.model.model.layers.{layer}.self_attn.{name}": share
-            for layer, (q, v) in {10: (1.0, 0.0), 2: (0.25, 0.5)}.items()
-            for name, share in (("q_proj", q), ("v_proj", v))}  # fmt: skip
+    fill = {
+        f"base_model.model.model.layers.{layer}.self_attn.{name}": share
+        for layer, (q, v) in {10: (1.0, 0.0), 2: (0.25, 0.5)}.items()
+        for name, share in (("q_proj", q), ("v_proj", v))
+    }
     panels = fill_bars(fill).axes
     assert [panel.get_ylabel() for panel in panels] == ["q_proj", "v_proj"]
     drawn = [
@@ -134,10 +139,13 @@ def test_the_fill_of_an_encoder_and_of_a_decoder_are_told_apart() -> None:
     fill = {
         f"{stack}.block.{layer}.layer.{place}.{kind}.{name}": 0.5
         for stack, place, kind in (
-            ("encoder", 0, "SelfAttention"), ("decoder", 0, "SelfAttention"), ("decoder", 1, "EncDecAttention"),
+            ("encoder", 0, "SelfAttention"),
+            ("decoder", 0, "SelfAttention"),
+            ("decoder", 1, "EncDecAttention"),
         )
-        for layer in range(3) for name in "qv"
-    }  # fmt: skip
+        for layer in range(3)
+        for name in "qv"
+    }
     panels = fill_bars(fill).axes
     assert len({panel.get_ylabel() for panel in panels}) == 6
     assert all(len(panel.containers[1]) == 3 for panel in panels)
@@ -165,8 +173,11 @@ def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["bank", "clinic"]
     spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
     assert [list(span) for span in spans] == [[80, 75], [60, 60], [82, 40]]
-    filled = [line.get_xdata()[0] for line in axes.lines
-              if len(line.get_xdata()) == 1 and line.get_markerfacecolor() != "white"]  # fmt: skip
+    filled = [
+        line.get_xdata()[0]
+        for line in axes.lines
+        if len(line.get_xdata()) == 1 and line.get_markerfacecolor() != "white"
+    ]
     assert filled == [75, 60, 40]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
 
@@ -174,8 +185,9 @@ def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
 def test_the_fill_is_one_line_per_strategy_over_the_tasks() -> None:
     (axes,) = fill_figure({"deal": [80, 70, 75], "plain": [80, 50, 40]}).axes
     assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} == {
-        "deal": ([1, 2, 3], [80, 70, 75]), "plain": ([1, 2, 3], [80, 50, 40]),
-    }  # fmt: skip
+        "deal": ([1, 2, 3], [80, 70, 75]),
+        "plain": ([1, 2, 3], [80, 50, 40]),
+    }
 
 
 @pytest.mark.parametrize(

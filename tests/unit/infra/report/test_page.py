@@ -75,11 +75,23 @@ def test_the_verdict_comes_first_with_every_reason() -> None:
 def test_the_page_tells_the_whole_run() -> None:
     text = " ".join(Tags(render()).text.split())
     for said in (
-        "22.0 → 25.0 %", "−15.0 points", "+1, −3", "120 steps in 14 min, 3.2 rows/s; it was interrupted and continued "
-        "from step 40", "may.csv: 130 rows read, 96 for training, 20 for testing, 14 in quarantine", "empty text10",
-        "row 12 (line 14): label outside the task's set: 'cardd'", "Lost: 3", "Gained: 1", "Where is my card?",
-        "A note.", "evaluate2 min", "deal report 4 --lineage support", DIGEST, "q_proj", "2026-05-04 12:30 UTC",
-    ):  # fmt: skip
+        "22.0 → 25.0 %",
+        "−15.0 points",
+        "+1, −3",
+        "120 steps in 14 min, 3.2 rows/s; it was interrupted and continued from step 40",
+        "may.csv: 130 rows read, 96 for training, 20 for testing, 14 in quarantine",
+        "empty text10",
+        "row 12 (line 14): label outside the task's set: 'cardd'",
+        "Lost: 3",
+        "Gained: 1",
+        "Where is my card?",
+        "A note.",
+        "evaluate2 min",
+        "deal report 4 --lineage support",
+        DIGEST,
+        "q_proj",
+        "2026-05-04 12:30 UTC",
+    ):
         assert said in text, said
 
 
@@ -94,9 +106,10 @@ def test_the_page_shows_how_each_label_is_answered() -> None:
     (body,) = re.findall(r"<h2>Each label</h2>.*?<h2>", render(), re.DOTALL)
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr><td.*?</tr>", body, re.DOTALL)]
     assert rows == [
-        ["<bdi>lost card</bdi>", "75.0", "60.0", "45.0"], ["<bdi>fee &lt;dispute&gt;</bdi>", "–", "40.0", "50.0"],
+        ["<bdi>lost card</bdi>", "75.0", "60.0", "45.0"],
+        ["<bdi>fee &lt;dispute&gt;</bdi>", "–", "40.0", "50.0"],
         ["<i>no label of the task</i>", "–", "0.0", "5.0"],
-    ]  # fmt: skip
+    ]
     assert "bank: 20 test rows, 2 labels" in body
     assert "Each label" not in render_page(sample_report(), replace(sample_evaluation(), labels={}))
 
@@ -114,10 +127,13 @@ def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
         reasons=(HOSTILE,),
         changed=(Changed(task="bank", num_rows=9, num_gained=1, num_lost=1, gained=(row,), lost=(row,)),),
         quality=sample_report().quality.model_copy(
-            update={"source": HOSTILE, "problems": {HOSTILE: 1},
-                    "bad_rows": (QuarantinedRow(file=HOSTILE, row=1, line=1, problems=(HOSTILE,)),)}
+            update={
+                "source": HOSTILE,
+                "problems": {HOSTILE: 1},
+                "bad_rows": (QuarantinedRow(file=HOSTILE, row=1, line=1, problems=(HOSTILE,)),),
+            }
         ),
-    )  # fmt: skip
+    )
     page = render_page(report, sample_evaluation())
     plain = {tag for tag, _ in Tags(render()).tags}
     found = Tags(page)
@@ -153,8 +169,11 @@ def test_rows_of_the_matrix_have_the_numbers_of_their_versions() -> None:
     report, evaluation = sample_report(), sample_evaluation()
     rows = matrix_rows(evaluation.matrix, versions_of(report, evaluation))
     assert [(row.name, row.trained) for row in rows] == [
-        ("base", ""), ("1", "bank"), ("2", "clinic"), ("4", TASKS[2]),
-    ]  # fmt: skip
+        ("base", ""),
+        ("1", "bank"),
+        ("2", "clinic"),
+        ("4", TASKS[2]),
+    ]
     assert [cell.text for cell in rows[1].cells] == ["90.0", "15.0", "–"]
     assert [cell.is_trained for cell in rows[3].cells] == [False, False, True]
     assert rows[1].cells[2].shade is None and rows[1].cells[0].shade == 9
@@ -165,8 +184,12 @@ def test_rows_of_the_matrix_have_the_numbers_of_their_versions() -> None:
 def test_what_is_not_known_is_said() -> None:
     training = sample_report().training.model_copy(update={"losses": (), "fill": {}})
     text = " ".join(Tags(render(changed=(), seconds={}, training=training)).text.split())
-    for said in ("the answers of version 2 were not kept", "the run was completed after a crash", "No loss was logged",
-                 "This strategy keeps no slots"):  # fmt: skip
+    for said in (
+        "the answers of version 2 were not kept",
+        "the run was completed after a crash",
+        "No loss was logged",
+        "This strategy keeps no slots",
+    ):
         assert said in text
 
 
@@ -219,9 +242,10 @@ def test_differences_have_their_sign_and_times_their_unit() -> None:
 def figures() -> dict[str, Figure]:
     training = sample_report().training
     return {
-        "tasks": accuracy_over_versions(sample_evaluation().matrix), "loss": loss_curve(training.losses),
+        "tasks": accuracy_over_versions(sample_evaluation().matrix),
+        "loss": loss_curve(training.losses),
         "fill": fill_bars(training.fill),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", ["tasks", "loss", "fill"])
@@ -250,8 +274,10 @@ def test_text_stays_text() -> None:
     root = ElementTree.fromstring(inline_svg(accuracy_over_versions(sample_evaluation().matrix), "tasks", "t"))
     texts = ["".join(each.itertext()).replace("\xa0", " ") for each in root.iter("text")]
     assert [text.split() for text in texts if "." in text and text[0].isdigit()] == [
-        ["75.0", "bank"], ["85.0", "clinic"], ["25.0", TASKS[2]],
-    ]  # fmt: skip
+        ["75.0", "bank"],
+        ["85.0", "clinic"],
+        ["25.0", TASKS[2]],
+    ]
 
 
 def test_colours_that_would_vanish_on_a_dark_screen_are_the_pages_own() -> None:
@@ -279,8 +305,9 @@ def test_live_traffic_has_a_section_with_a_picture_for_each_task_that_was_compar
     tags = Tags(page)
     titles = [attributes["aria-label"] for name, attributes in tags.tags if name == "svg"]
     assert [title for title in titles if title and "Live" in title] == [
-        "Live traffic of bank and its reference", "Live traffic of notes and its reference"
-    ]  # fmt: skip
+        "Live traffic of bank and its reference",
+        "Live traffic of notes and its reference",
+    ]
     assert "clinic: too few rows" in tags.text and "bank: drift" in tags.text and "notes: no alarm" in tags.text
     assert "labels: PSI" in tags.text and "no label" in tags.text
     assert "Accuracy measured by feedback: 100.0 %" in tags.text

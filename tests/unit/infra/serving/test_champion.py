@@ -47,8 +47,14 @@ class Registry:
         self.num_downloads += 1
         folder.mkdir()
         write_mlmodel(folder, python_function={"loader_module": "infra.served_model"})
-        served = ServedVersion(lineage=lineage, base_source="b", base_name="b", tasks=(), newest_task="t",
-                               base_sha256=self.base_of.get(version, "the base"))  # fmt: skip
+        served = ServedVersion(
+            lineage=lineage,
+            base_source="b",
+            base_name="b",
+            tasks=(),
+            newest_task="t",
+            base_sha256=self.base_of.get(version, "the base"),
+        )
         (folder / SERVED_FILE).write_text(json.dumps(served.to_json()))
 
 
@@ -144,8 +150,12 @@ def test_the_alias_is_followed_and_nothing_is_left_on_the_disk(
     registry.version = "2"
     following.wait_for("Version 2 serves")
     assert following.champion.state() == {
-        "lineage": "l", "version": "2", "champion": "2", "starting": None, "problem": None
-    }  # fmt: skip
+        "lineage": "l",
+        "version": "2",
+        "champion": "2",
+        "starting": None,
+        "problem": None,
+    }
     registry.version = "1"
     following.wait_for("Version 1 serves")
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -188,9 +198,7 @@ def test_another_base_model_is_loaded_only_where_the_version_has_one(registry: R
     assert following.champion._answerer.swaps == [("9", "another base"), ("2", "the base"), ("3", None)]  # type: ignore[union-attr]
 
 
-def test_what_serves_goes_on_while_mlflow_is_away_and_it_is_said_once(
-    registry: Registry, following: Following
-) -> None:
+def test_what_serves_goes_on_while_mlflow_is_away_and_it_is_said_once(registry: Registry, following: Following) -> None:
     registry.is_away = True
     following.wait_for("MLflow is away. The loaded version continues to serve.")
     following.looks(registry, 5)
@@ -280,8 +288,12 @@ def test_a_version_that_does_not_load_is_tried_again_after_a_pause(
     following.looks(registry, 5)
     assert registry.num_downloads == 2, "it is not tried at every look"
     assert following.champion.state() | {"problem": None} == {
-        "lineage": "l", "version": "1", "champion": "2", "starting": None, "problem": None
-    }  # fmt: skip
+        "lineage": "l",
+        "version": "1",
+        "champion": "2",
+        "starting": None,
+        "problem": None,
+    }
     assert following.champion.state()["problem"] == problem
     Answerer.damaged.clear()
     monkeypatch.setattr(serving, "PAUSE_SECONDS", 0.0)
@@ -334,8 +346,13 @@ def test_a_folder_as_this_project_writes_it_is_loaded(tmp_path: Path, monkeypatc
     for name in PEFT_FILES:
         (adapter / name).write_text("{}")
     write_served_folder(
-        adapter, folder, card="", served={"base_name": "b", "base_sha256": "0"}, served_file="deal.json",
-        example=[{"input": "x", "task": "bank"}], run_id="r",
-    )  # fmt: skip
+        adapter,
+        folder,
+        card="",
+        served={"base_name": "b", "base_sha256": "0"},
+        served_file="deal.json",
+        example=[{"input": "x", "task": "bank"}],
+        run_id="r",
+    )
     meta = require_own_loader(folder)
     assert meta.signature is not None and meta.signature.inputs.input_names() == ["input", "task"]

@@ -38,8 +38,12 @@ def test_a_chat_asks_a_task_of_texts_by_its_user_message(client: openai.OpenAI, 
 
 def test_a_task_of_chats_takes_every_message(client: openai.OpenAI) -> None:
     parts = [{"type": "text", "text": "more"}, {"type": "text", "text": "text"}]
-    messages = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "ok"},
-                {"role": "user", "content": parts}]  # fmt: skip
+    messages = [
+        {"role": "system", "content": "s"},
+        USER,
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": parts},
+    ]
     answer = client.chat.completions.create(model="l/talk", messages=messages)  # type: ignore[call-overload]
     asked = json.loads(answer.choices[0].message.content.lower())
     assert [message["content"] for message in asked] == ["s", "a text", "ok", "more\ntext"]
@@ -48,15 +52,20 @@ def test_a_task_of_chats_takes_every_message(client: openai.OpenAI) -> None:
 def test_a_chat_with_tools_keeps_what_its_task_is_stored_with(client: openai.OpenAI) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"x": 1}'}}
     asked = [
-        {**USER, "name": "jo"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {**USER, "name": "jo"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "found", "tool_call_id": "c1", "name": "find"},
-        {"role": "assistant", "content": "ok", "tool_calls": None}, USER,
-    ]  # fmt: skip
+        {"role": "assistant", "content": "ok", "tool_calls": None},
+        USER,
+    ]
     answer = client.chat.completions.create(model="l/talk", messages=asked)  # type: ignore[arg-type]
     assert json.loads(answer.choices[0].message.content.lower()) == [  # type: ignore[union-attr]
-        USER, {"role": "assistant", "content": "", "tool_calls": [call]}, asked[2],
-        {"role": "assistant", "content": "ok"}, USER,
-    ]  # fmt: skip
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        asked[2],
+        {"role": "assistant", "content": "ok"},
+        USER,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,16 +80,20 @@ def test_a_chat_with_tools_keeps_what_its_task_is_stored_with(client: openai.Ope
         ({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": 3}}]}, "tool_calls is no list"),
     ],
 )
-def test_a_message_of_another_form_is_refused(
-    client: openai.OpenAI, message: dict[str, object], sentence: str
-) -> None:
+def test_a_message_of_another_form_is_refused(client: openai.OpenAI, message: dict[str, object], sentence: str) -> None:
     with pytest.raises(openai.BadRequestError, match=sentence):
         client.chat.completions.create(model="l/talk", messages=[message, USER])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [
-    ("POST", "/v1/embeddings", 404), ("GET", "/v1", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1", 404),
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/models", 405),
+    ],
+)
 def test_what_is_not_below_v1_is_refused_in_openais_form(port: int, method: str, path: str, status: int) -> None:
     found = httpx.request(method, f"http://127.0.0.1:{port}{path}")
     assert found.status_code == status
@@ -135,7 +148,7 @@ def test_a_model_that_is_not_served_is_not_found(client: openai.OpenAI, model: s
         ({"messages": []}, "no list of messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "is no text"),
     ],
-)  # fmt: skip
+)
 def test_what_the_server_does_not_have_is_refused(client: openai.OpenAI, more: dict[str, object], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(**{"model": "l", "messages": [USER], **more})  # type: ignore[call-overload]

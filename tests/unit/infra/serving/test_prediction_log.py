@@ -145,11 +145,15 @@ def test_a_server_keeps_its_log_as_long_as_the_settings_say(
     tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {
-        "DEAL_LOG_PREDICTIONS": "numbers", "DEAL_LOG_RETENTION_DAYS": "7", "DEAL_STORE_URI": str(tmp_path / "store"),
-    }.items():  # fmt: skip
+        "DEAL_LOG_PREDICTIONS": "numbers",
+        "DEAL_LOG_RETENTION_DAYS": "7",
+        "DEAL_STORE_URI": str(tmp_path / "store"),
+    }.items():
         monkeypatch.setenv(name, value)
-    segments = {days: log_key("predictions", "l", f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-x")
-                for days in (6, 20)}  # fmt: skip
+    segments = {
+        days: log_key("predictions", "l", f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-x")
+        for days in (6, 20)
+    }
     for key in segments.values():
         store.put_bytes(key, b"")
     log = open_prediction_log(tmp_path, "l")
@@ -383,34 +387,47 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
 
         good = {"id": thumb, "is_right": False}
         for sentence, entry in {
-            "Entry 2 has the label 'c', which the task does not have. Its labels are: a, b.":
-                {"id": right, "label": "c"},
+            "Entry 2 has the label 'c', which the task does not have. Its labels are: a, b.": {
+                "id": right,
+                "label": "c",
+            },
             "Entry 2 has no id of an answer, which is 32 hexadecimal digits.": {"id": "../x", "label": "a"},
-            "Entry 2 has label and is_right; give one of label, answer, is_right.":
-                {"id": right, "label": "a", "is_right": True},
+            "Entry 2 has label and is_right; give one of label, answer, is_right.": {
+                "id": right,
+                "label": "a",
+                "is_right": True,
+            },
             "Entry 2 has no feedback; give one of label, answer, is_right.": {"id": right},
-            "Entry 2 has the keys lable; the keys are id, label, answer, is_right, is_random, reviewer.":
-                {"id": right, "lable": "a"},
+            "Entry 2 has the keys lable; the keys are id, label, answer, is_right, is_random, reviewer.": {
+                "id": right,
+                "lable": "a",
+            },
             "Entry 2 gives a label, and the task has none; send answer.": {"id": talk, "label": "a"},
             "Entry 2 gives an answer as free text, and the task has labels; send label.": {"id": right, "answer": "a"},
             "Entry 2: is_right is neither true nor false.": {"id": right, "is_right": "maybe"},
             'Entry 2 is no object; send {"id": ID, "label": LABEL}.': 3,
-        }.items():  # fmt: skip
+        }.items():
             refused = send(good, entry)
             assert (refused.status_code, refused.json()) == (400, {"error": sentence})
         taken = send(
             {"id": f"chatcmpl-{right}", "label": " A ", "is_random": True},
             {"id": wrong, "label": "b", "reviewer": "Jo"},
-            {"id": wrong, "is_right": True}, good, {"id": unknown, "label": "b"}, {"id": talk, "answer": "Hello"},
-        )  # fmt: skip
+            {"id": wrong, "is_right": True},
+            good,
+            {"id": unknown, "label": "b"},
+            {"id": talk, "answer": "Hello"},
+        )
         assert (taken.status_code, taken.json()) == (202, {"taken": 6})
     found = read_feedback(store, tmp_path, "l")
     assert [*found.columns] == [each.name for each in fields(Feedback)]
     rows = {row.id: (row.label, row.is_right, row.is_random, row.reviewer) for row in found.itertuples()}
     assert rows == {
-        right: ("a", True, True, None), wrong: ("b", False, False, "Jo"), thumb: (None, False, False, None),
-        unknown: ("b", None, False, None), talk: ("Hello", False, False, None),
-    }  # fmt: skip
+        right: ("a", True, True, None),
+        wrong: ("b", False, False, "Jo"),
+        thumb: (None, False, False, None),
+        unknown: ("b", None, False, None),
+        talk: ("Hello", False, False, None),
+    }
     assert set(found["source"]) == {"api"} and not feedback_log(tmp_path, "l").segments()
 
 

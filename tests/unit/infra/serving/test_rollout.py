@@ -56,7 +56,11 @@ class Answerer:
     def stop(self) -> None: ...
 
     def ask(
-        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], *, by_candidate: bool = False,
+        self,
+        rows: Sequence[InputRow],
+        is_given_up: Callable[[], bool],
+        *,
+        by_candidate: bool = False,
         in_background: bool = False,
     ) -> Answered:
         assert by_candidate or not in_background
@@ -74,9 +78,16 @@ class Registry:
 
     def __init__(self, kind: RolloutKind = "canary", share: float = 0.5) -> None:
         self.found: SimpleNamespace | None = SimpleNamespace(
-            lineage="l", version="2", parent_version="1", accepted=True, reasons=(), approval=None, promoted=None,
-            rolled_out="7", rollout=RolloutTerms(kind, share, 200, 10.0, 0.95),
-        )  # fmt: skip
+            lineage="l",
+            version="2",
+            parent_version="1",
+            accepted=True,
+            reasons=(),
+            approval=None,
+            promoted=None,
+            rolled_out="7",
+            rollout=RolloutTerms(kind, share, 200, 10.0, 0.95),
+        )
 
     def download(self, lineage: str, version: str, folder: Path) -> None:
         folder.mkdir()
@@ -141,8 +152,11 @@ def test_a_canary_answers_its_users_and_the_names_that_ask_for_it(tmp_path: Path
         assert server.ask().version == "1" and server.champion.canary is None
         server.keep_up()
         assert server.champion.canary == "2" and server.champion.state()["rollout"] == {
-            "version": "2", "kind": "canary", "share": 0.5, "problem": None
-        }  # fmt: skip
+            "version": "2",
+            "kind": "canary",
+            "share": 0.5,
+            "problem": None,
+        }
         by_key = {f"u{number}": server.ask(key=f"u{number}").version for number in range(40)}
         assert {*by_key.values()} == {"1", "2"}
         assert all(server.ask(key=key).version == version for key, version in by_key.items())
@@ -274,9 +288,13 @@ def test_a_version_is_tried_only_where_it_may_be_and_can_be_judged(tmp_path: Pat
     assert unlogged.answerer.candidate is None and unlogged.ask().version == "1"
     assert unlogged.said == ["Version 2 is not tried: its rollout needs DEAL_LOG_PREDICTIONS."]
     for changes in (
-        {"accepted": False}, {"approval": "refused"}, {"approval": "awaiting"}, {"rollout": None}, {"rolled_out": None},
+        {"accepted": False},
+        {"approval": "refused"},
+        {"approval": "awaiting"},
+        {"rollout": None},
+        {"rolled_out": None},
         {"parent_version": "0"},
-    ):  # fmt: skip
+    ):
         with logged(store, tmp_path, Registry()) as server:
             server.registry.found = SimpleNamespace(**{**vars(server.registry.found), **changes})
             server.keep_up()

@@ -122,9 +122,14 @@ def test_a_model_that_breaks_says_so_once_and_the_next_request_is_answered(port:
 
 @pytest.mark.parametrize(
     "headers",
-    [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"},
-     {"Content-Type": "text/csv"}, {"Content-Type": "application/json; charset=latin-1"}],
-)  # fmt: skip
+    [
+        {},
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        {"Content-Type": "text/csv"},
+        {"Content-Type": "application/json; charset=latin-1"},
+    ],
+)
 def test_a_body_that_is_not_called_json_is_refused(port: int, headers: dict[str, str]) -> None:
     found = post(port, json.dumps(ROW), headers)
     assert found.status_code == 415 and "Content-Type: application/json" in found.json()["error"]
@@ -149,17 +154,33 @@ def test_names_are_trusted_that_the_server_was_told() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["*internal", "10.0.0.*", "a.*.example", "**", "model.example:443", "[::1]:5001", "http://model.example", "a/b",
-     "a.example,b.example", ""],
-)  # fmt: skip
+    [
+        "*internal",
+        "10.0.0.*",
+        "a.*.example",
+        "**",
+        "model.example:443",
+        "[::1]:5001",
+        "http://model.example",
+        "a/b",
+        "a.example,b.example",
+        "",
+    ],
+)
 def test_a_trusted_host_that_can_match_no_request_is_refused_before_the_server_listens(
     name: str, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="The trusted host is"):
         run.serve(
-            "l", tmp_path, host="127.0.0.1", port=taken.getsockname()[1], trusted_hosts=["a.example", name],
-            say=lambda text: None, ready=lambda url, version: None, settle=lambda: None,
-        )  # fmt: skip
+            "l",
+            tmp_path,
+            host="127.0.0.1",
+            port=taken.getsockname()[1],
+            trusted_hosts=["a.example", name],
+            say=lambda text: None,
+            ready=lambda url, version: None,
+            settle=lambda: None,
+        )
 
 
 def test_names_below_a_name_and_ipv6_addresses_can_be_trusted(champion: Champion, tmp_path: Path) -> None:
@@ -192,8 +213,10 @@ def test_what_is_too_large_is_refused_before_it_is_read(port: int, monkeypatch: 
     found = httpx.post(f"http://127.0.0.1:{port}/invocations", content=parts(), headers=JSON, timeout=60)
     assert found.status_code == 413
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                           b"Content-Length: 99999999999\r\n\r\n")  # fmt: skip
+        connection.sendall(
+            b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 99999999999\r\n\r\n"
+        )
         assert b" 413 " in read_until_closed(connection)
 
 
@@ -256,9 +279,16 @@ def test_connections_that_send_no_request_are_closed(
     monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
     whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with running(champion, tmp_path / "log") as port:
-        opened = {sent: socket.create_connection(("127.0.0.1", port)) for sent in (
-            b"", b"POST /invocations HTTP/1.1\r\n", whole, whole + b"GET /hea", HEAD + b"Content-Length: 9\r\n\r\n{"
-        )}  # fmt: skip
+        opened = {
+            sent: socket.create_connection(("127.0.0.1", port))
+            for sent in (
+                b"",
+                b"POST /invocations HTTP/1.1\r\n",
+                whole,
+                whole + b"GET /hea",
+                HEAD + b"Content-Length: 9\r\n\r\n{",
+            )
+        }
         for sent, connection in opened.items():
             connection.sendall(sent)
         found = {sent: read_until_closed(connection) for sent, connection in opened.items()}

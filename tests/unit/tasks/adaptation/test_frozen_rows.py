@@ -55,20 +55,31 @@ def answers(right: range) -> dict[str, str]:
 def store(tmp_path: Path) -> ObjectStore:
     """Test rows of two tasks, and the record of a version that knows both."""
     found = open_store(tmp_path.as_uri())
-    rows = [{"input": f"text {number} " + "x" * MAX_CHARS, "output": "yes", "sha256": digest(number)}
-            for number in range(NUM_ROWS)]  # fmt: skip
+    rows = [
+        {"input": f"text {number} " + "x" * MAX_CHARS, "output": "yes", "sha256": digest(number)}
+        for number in range(NUM_ROWS)
+    ]
     pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), tmp_path / "rows.parquet")
     for task in ("old", "new"):
         found.upload_file(tmp_path / "rows.parquet", f"datasets/{task}/test.parquet")
     tasks = tuple(
-        KnownTask(schema=TaskSchema(name=task), dataset_uri=f"datasets/{task}", num_test=NUM_ROWS,
-                  max_prompt_tokens=64, max_new_tokens=4)
+        KnownTask(
+            schema=TaskSchema(name=task),
+            dataset_uri=f"datasets/{task}",
+            num_test=NUM_ROWS,
+            max_prompt_tokens=64,
+            max_new_tokens=4,
+        )
         for task in ("old", "new")
-    )  # fmt: skip
+    )
     record = LineageRecord(
-        lineage="l", base=BaseRef(source="b", name="b", sha256="0"), strategy="deal", adapter=AdapterConfig(),
-        tasks=tasks, matrix=AccuracyMatrix(),
-    )  # fmt: skip
+        lineage="l",
+        base=BaseRef(source="b", name="b", sha256="0"),
+        strategy="deal",
+        adapter=AdapterConfig(),
+        tasks=tasks,
+        matrix=AccuracyMatrix(),
+    )
     write_record(found, "adapters/child", record)
     return found
 

@@ -12,10 +12,22 @@ from tasks.references import Spared
 from tests.unit.test_stored_json import RECORD
 
 FACTS = VersionFacts(
-    run_key="k", task="talk", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64, config_sha256="c" * 64,
-    adapter_uri="adapters/support/k", adapter_sha256="a" * 64, parent_version=None, accepted=True, reasons=(),
-    average_accuracy=0.5, forgetting=None, backward_transfer=None, forward_transfer=None,
-)  # fmt: skip
+    run_key="k",
+    task="talk",
+    strategy="deal",
+    base_sha256="b" * 64,
+    dataset_sha256="d" * 64,
+    config_sha256="c" * 64,
+    adapter_uri="adapters/support/k",
+    adapter_sha256="a" * 64,
+    parent_version=None,
+    accepted=True,
+    reasons=(),
+    average_accuracy=0.5,
+    forgetting=None,
+    backward_transfer=None,
+    forward_transfer=None,
+)
 
 
 @pytest.mark.parametrize(("spared", "bank", "talk"), [(None, 120, 120), ("labelled", 70, 120), ("all", 70, 70)])

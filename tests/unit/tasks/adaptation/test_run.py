@@ -18,17 +18,25 @@ from tasks.references import DatasetRef
 
 NOW = DatasetRef(
     task="t", uri="d", sha256="split as of now", num_train=1, num_test=1, num_rejected=0, landed_sha256="x"
-)  # fmt: skip
+)
 
 
 def known_version(number: int, **values: Any) -> VersionInfo:
     """An accepted version that continues the first one."""
     nothing = {field.name: None for field in fields(VersionInfo)}
     known = {
-        "accepted": True, "lineage": "l", "task": "t", "version": str(number), "run_key": f"run {number}",
-        "dataset_sha256": f"split as of then {number}", "parent_version": "1" if number > 1 else None, "reasons": (),
-        "adapter_uri": "a", "adapter_sha256": "b", "aliases": (),
-    }  # fmt: skip
+        "accepted": True,
+        "lineage": "l",
+        "task": "t",
+        "version": str(number),
+        "run_key": f"run {number}",
+        "dataset_sha256": f"split as of then {number}",
+        "parent_version": "1" if number > 1 else None,
+        "reasons": (),
+        "adapter_uri": "a",
+        "adapter_sha256": "b",
+        "aliases": (),
+    }
     return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
 
 

@@ -17,9 +17,15 @@ def test_the_remedy_is_named_if_it_gains_a_row(recentred: float, is_gain: bool) 
         LabelFigures(label="open", num_rows=5, recall=0.0, share=0.0),
     )
     found = TaskEvaluation(
-        task="tickets", accuracy=0.5, rouge1=0.5, num_rows=10, majority_rate=0.5, answers=("closed",) * 10,
-        outcomes=(1.0,) * 5 + (0.0,) * 5, labels=labels,
-    )  # fmt: skip
+        task="tickets",
+        accuracy=0.5,
+        rouge1=0.5,
+        num_rows=10,
+        majority_rate=0.5,
+        answers=("closed",) * 10,
+        outcomes=(1.0,) * 5 + (0.0,) * 5,
+        labels=labels,
+    )
     (note,) = collapse_notes(Scored({"tickets": found}, {}, None, recentred={"tickets": recentred}))
     first = "tickets: 100 % of the answers are 'closed', but 50 % of the test rows are"
     assert note.startswith(first) and ("train.recentre_steps" in note) is is_gain

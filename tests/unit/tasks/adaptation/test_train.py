@@ -18,9 +18,15 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     summary = TrainSummary(
-        adapter_sha256=sha256_together(digests_of(tmp_path / "adapter")), num_steps=1, seconds=1.0,
-        rows_per_second=1.0, losses=(), resumed_from_step=None, fill={}, notes=(),
-    )  # fmt: skip
+        adapter_sha256=sha256_together(digests_of(tmp_path / "adapter")),
+        num_steps=1,
+        seconds=1.0,
+        rows_per_second=1.0,
+        losses=(),
+        resumed_from_step=None,
+        fill={},
+        notes=(),
+    )
     (tmp_path / SUMMARY_FILE).write_text(summary.model_dump_json())
     return tmp_path
 

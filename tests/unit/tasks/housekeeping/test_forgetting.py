@@ -24,16 +24,23 @@ from tests.unit.tasks.housekeeping.test_garbage import version
 
 def tombstone(**changes: object) -> Tombstone:
     values = {
-        "task": "t", "sha256": "d" * 64, "files": ("f" * 64,), "reason": "asked", "at": datetime(2026, 6, 1, tzinfo=UTC)
-    }  # fmt: skip
+        "task": "t",
+        "sha256": "d" * 64,
+        "files": ("f" * 64,),
+        "reason": "asked",
+        "at": datetime(2026, 6, 1, tzinfo=UTC),
+    }
     return Tombstone.model_validate({**values, **changes})
 
 
 def test_a_version_learned_from_what_it_or_one_before_it_was_trained_on() -> None:
     chain = (
-        version(1, dataset_sha256="a"), version(2, 1, dataset_sha256="b", aliases=("champion",), accepted=True),
-        version(3, 2, dataset_sha256="c"), version(4, 1, dataset_sha256="c"), version(5, 3, dataset_sha256="a"),
-    )  # fmt: skip
+        version(1, dataset_sha256="a"),
+        version(2, 1, dataset_sha256="b", aliases=("champion",), accepted=True),
+        version(3, 2, dataset_sha256="c"),
+        version(4, 1, dataset_sha256="c"),
+        version(5, 3, dataset_sha256="a"),
+    )
     found = affected_versions(chain, {"b"})
     assert [(each.version, each.is_direct) for each in found] == [("2", True), ("3", False), ("5", False)]
     assert found[0].aliases == ("champion",)

@@ -24,21 +24,40 @@ OLD, YOUNG = NOW - timedelta(days=31), NOW - timedelta(days=29)
 
 def version(number: int, parent: int | None = None, **changes: Any) -> VersionInfo:
     values: dict[str, Any] = {
-        "run_key": f"{number:064d}", "task": "t", "strategy": "deal", "base_sha256": "b", "dataset_sha256": "d",
-        "config_sha256": "c", "adapter_uri": f"adapters/l/{number:016d}", "adapter_sha256": "a",
-        "parent_version": None if parent is None else str(parent), "accepted": False, "reasons": (),
-        "average_accuracy": None, "forgetting": None, "backward_transfer": None, "forward_transfer": None,
-        "lineage": "l", "version": str(number), "aliases": (), "created": OLD, "tracking_id": f"r{number}",
+        "run_key": f"{number:064d}",
+        "task": "t",
+        "strategy": "deal",
+        "base_sha256": "b",
+        "dataset_sha256": "d",
+        "config_sha256": "c",
+        "adapter_uri": f"adapters/l/{number:016d}",
+        "adapter_sha256": "a",
+        "parent_version": None if parent is None else str(parent),
+        "accepted": False,
+        "reasons": (),
+        "average_accuracy": None,
+        "forgetting": None,
+        "backward_transfer": None,
+        "forward_transfer": None,
+        "lineage": "l",
+        "version": str(number),
+        "aliases": (),
+        "created": OLD,
+        "tracking_id": f"r{number}",
         "model_id": f"m{number}",
-    }  # fmt: skip
+    }
     return VersionInfo(**{**values, **changes, "run_key": f"{number:016d}" + "0" * 48})
 
 
 def run(number: int, parent: int | None = None, **changes: Any) -> RunInfo:
     values: dict[str, Any] = {
-        "run_id": f"r{number}", "run_key": f"{number:016d}" + "0" * 48, "status": "FAILED", "dataset_sha256": "d",
-        "parent_version": None if parent is None else str(parent), "touched": YOUNG,
-    }  # fmt: skip
+        "run_id": f"r{number}",
+        "run_key": f"{number:016d}" + "0" * 48,
+        "status": "FAILED",
+        "dataset_sha256": "d",
+        "parent_version": None if parent is None else str(parent),
+        "touched": YOUNG,
+    }
     return RunInfo(**{**values, **changes})
 
 
@@ -48,8 +67,10 @@ def folder(number: int, modified: datetime = OLD) -> tuple[str, Folder]:
 
 def plan(**held: Any) -> list[tuple[str, str]]:
     values = {"versions": (), "runs": (), "adapters": {}, "work": {}, "training_rows": (), **held}
-    return [(each.kind, each.address[-1]) for each in
-            plan_removals(Inventory(lineage="l", **values), now=NOW, older_than=LIMIT)]  # fmt: skip
+    return [
+        (each.kind, each.address[-1])
+        for each in plan_removals(Inventory(lineage="l", **values), now=NOW, older_than=LIMIT)
+    ]
 
 
 CHAMPION = version(1, accepted=True, aliases=("champion",))

@@ -75,9 +75,15 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
     assert note.endswith('rehearsal.texts "arrival" (before: "both")')
     del before["gate"], before["train"]["num_epochs"]
     assert changed_settings(spec(), before, "4") == (), "an old spec may lack a setting"
-    (note,) = changed_settings(spec(train=dict.fromkeys(("num_epochs", "min_steps", "batch_size", "seed"), 7),
-                                    evaluate={"max_new_tokens": 7}, rehearsal={"num_texts": 7, "rows_per_step": 7}),
-                               spec().model_dump(mode="json"), "1")  # fmt: skip
+    (note,) = changed_settings(
+        spec(
+            train=dict.fromkeys(("num_epochs", "min_steps", "batch_size", "seed"), 7),
+            evaluate={"max_new_tokens": 7},
+            rehearsal={"num_texts": 7, "rows_per_step": 7},
+        ),
+        spec().model_dump(mode="json"),
+        "1",
+    )
     assert note.count("before") == 6 and note.endswith(", and 1 more")
 
 

@@ -25,9 +25,14 @@ def known_version(number: int, parent: int | None = None, **values: Any) -> Vers
     """An accepted version of lineage 'support' that has learned an arrival of its own."""
     nothing = {field.name: None for field in fields(VersionInfo)}
     known = {
-        "accepted": True, "lineage": "support", "task": "t", "version": str(number),
-        "parent_version": parent and str(parent), "dataset_sha256": f"{number:064d}", "aliases": (),
-    }  # fmt: skip
+        "accepted": True,
+        "lineage": "support",
+        "task": "t",
+        "version": str(number),
+        "parent_version": parent and str(parent),
+        "dataset_sha256": f"{number:064d}",
+        "aliases": (),
+    }
     return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
 
 
@@ -87,14 +92,23 @@ def test_a_version_that_was_rejected_before_tells_by_whom_and_why(
 
 def test_a_version_that_waits_names_the_commands_that_decide() -> None:
     version = VersionRef(
-        lineage="support", version="3", run_key="k", adapter_uri="a", adapter_sha256="s", accepted=True,
-        approval="awaiting", standing="awaiting approval",
-    )  # fmt: skip
+        lineage="support",
+        version="3",
+        run_key="k",
+        adapter_uri="a",
+        adapter_sha256="s",
+        accepted=True,
+        approval="awaiting",
+        standing="awaiting approval",
+    )
     dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0)
     found: Any = SimpleNamespace(
-        accuracies={}, metrics={}, num_steps=1, resumed_from_step=None,
+        accuracies={},
+        metrics={},
+        num_steps=1,
+        resumed_from_step=None,
         matrix=AccuracyMatrix().with_row("bank", {"bank": 0.5}, base_accuracy=0.25, parent_accuracy=None),
-    )  # fmt: skip
+    )
     for result in (repeated(version, dataset), adapted(version, dataset, found, found, "t", {})):
         which = "3 --lineage support"
         assert f"awaits approval: deal promote {which}, or deal reject {which} --why REASON." in result.message
@@ -111,7 +125,7 @@ def left_behind(monkeypatch: pytest.MonkeyPatch, champion: int, *versions: Versi
 
 
 def test_a_version_that_awaited_approval_while_the_champion_moved_is_left_behind(
-    monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", approval="awaiting")
     assert left_behind(monkeypatch, 1, first, second) == []

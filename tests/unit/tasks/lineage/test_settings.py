@@ -285,8 +285,11 @@ def test_a_mistake_in_the_file_does_not_let_the_alias_decide(store: ObjectStore,
 
 def test_a_lineages_file_of_an_earlier_release_is_read(store: ObjectStore) -> None:
     """`deal lineage add` wrote all settings of a section. Those that are gone count only if they changed something."""
-    earlier = {"lineage": "support", "deal": {"lambda1": 0.2, "sides": "both", "recycle": True, "interpolation": 1.0},
-               "rehearsal": {"parent_share": 0.0, "rows_per_step": 2}}  # fmt: skip
+    earlier = {
+        "lineage": "support",
+        "deal": {"lambda1": 0.2, "sides": "both", "recycle": True, "interpolation": 1.0},
+        "rehearsal": {"parent_share": 0.0, "rows_per_step": 2},
+    }
     store.put_bytes("lineages/support.yaml", yaml.safe_dump(earlier).encode())
     found = read_lineage(store, "support")
     assert (found.deal.lambda1, found.rehearsal.rows_per_step) == (0.2, 2)

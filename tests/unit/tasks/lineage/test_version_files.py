@@ -33,10 +33,22 @@ ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
 BANK = KnownTask(schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9)
 FACTS = VersionFacts(
-    run_key="0123456789abcdef" * 4, task="bank", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64,
-    config_sha256="c" * 64, adapter_uri=ADAPTER, adapter_sha256="a" * 64, parent_version=None, accepted=True,
-    reasons=(), average_accuracy=0.5, forgetting=None, backward_transfer=None, forward_transfer=None,
-)  # fmt: skip
+    run_key="0123456789abcdef" * 4,
+    task="bank",
+    strategy="deal",
+    base_sha256="b" * 64,
+    dataset_sha256="d" * 64,
+    config_sha256="c" * 64,
+    adapter_uri=ADAPTER,
+    adapter_sha256="a" * 64,
+    parent_version=None,
+    accepted=True,
+    reasons=(),
+    average_accuracy=0.5,
+    forgetting=None,
+    backward_transfer=None,
+    forward_transfer=None,
+)
 READERS: dict[str, Callable[[ObjectStore], Any]] = {
     f"{ADAPTER}/record.json": lambda store: read_record(store, ADAPTER),
     f"{ADAPTER}/findings.json": lambda store: read_findings(ADAPTER),
@@ -50,7 +62,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
     "serving/l.json": lambda store: read_route(store, "l"),
     "versions/l/00000007.json": lambda store: VersionLog(store).read("l", 7),
     "lineages/l.yaml": lambda store: read_lineage(store, "l"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -95,9 +107,12 @@ def test_a_file_beside_an_adapter_is_named_with_its_version(store: ObjectStore, 
 def test_of_the_champion_it_is_said_what_still_works(store: ObjectStore) -> None:
     change = Change(action="promoted", lineage="l", version="3", before=None, champion="3", who="gate", why="passed")
     PromotionLog(store).add(None, change)
-    with pytest.raises(ObjectNotFoundError, match=r"record\.json, a file of version 3, champion of 'l', is missing"
-                                                  r".*deal rollback --to N --lineage l.*deal predict --version N"):
-        read_record(store, ADAPTER)  # fmt: skip
+    with pytest.raises(
+        ObjectNotFoundError,
+        match=r"record\.json, a file of version 3, champion of 'l', is missing"
+        r".*deal rollback --to N --lineage l.*deal predict --version N",
+    ):
+        read_record(store, ADAPTER)
 
 
 def test_weights_are_judged_by_header_and_size(store: ObjectStore, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +132,10 @@ def test_weights_are_judged_by_header_and_size(store: ObjectStore, home: Path, m
         weights_of(home).write_bytes(whole[:num_bytes])
         with pytest.raises(StoreError, match=r"adapter_model\.safetensors, a file of version 3 of 'l', is damaged"):
             require_stored(store, ADAPTER)
-        with pytest.raises(StoreError, match=r"adapter_model\.safetensors, a file of version 3"), \
-                borrowed_folder(store, ADAPTER):  # fmt: skip
+        with (
+            pytest.raises(StoreError, match=r"adapter_model\.safetensors, a file of version 3"),
+            borrowed_folder(store, ADAPTER),
+        ):
             pytest.fail("it was lent")
     weights_of(home).write_bytes(whole + b"\0")
     with pytest.raises(StoreError, match="is damaged"):
@@ -143,8 +160,10 @@ def test_a_damaged_state_of_the_method_stops_training_and_not_answering(store: O
     parent = VersionRef(
         lineage="l", version="3", run_key="k", adapter_uri=ADAPTER, adapter_sha256="a" * 64, accepted=True
     )
-    with pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged"), \
-            borrowed_parent(store, parent):  # fmt: skip
+    with (
+        pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged"),
+        borrowed_parent(store, parent),
+    ):
         pytest.fail("it was lent")
     with borrowed_folder(store, ADAPTER) as folder:
         assert (folder / name).is_file()

@@ -19,8 +19,19 @@ def test_a_rebase_keeps_the_rows_of_a_task_that_is_quiet_now(tmp_path: Path) -> 
     info: Any = SimpleNamespace(lineage="l", version="3")
 
     def live(*tasks: str) -> pd.DataFrame:
-        rows = [{**dict.fromkeys(BASELINE_COLUMNS), "task": task, "id": f"{task}{n}", "input_sha256": f"{task}{n}",
-                 "time": float(n), "confidence": 0.5, "chars": n} for task in tasks for n in range(12)]  # fmt: skip
+        rows = [
+            {
+                **dict.fromkeys(BASELINE_COLUMNS),
+                "task": task,
+                "id": f"{task}{n}",
+                "input_sha256": f"{task}{n}",
+                "time": float(n),
+                "confidence": 0.5,
+                "chars": n,
+            }
+            for task in tasks
+            for n in range(12)
+        ]
         return pd.DataFrame(rows)
 
     _rebase(store, info, live("bank", "clinic"), config)

@@ -22,14 +22,26 @@ ASKED = [{"role": "user", "content": "Hi", "tools": [{"name": "add"}]}]
     [
         (LABELS, "x", {"note": "x", "finding": ""}, "label"),
         (FREE, "x", {"prompt": "x", "reply": ""}, "answer"),
-        (CHAT, json.dumps(ASKED),
-         {"talk": [{"role": "user", "content": "Hi"}], "tools": [{"name": "add"}], "answer": ""}, "answer"),
-        (TaskSchema(name="t", labels=("a", "b"), columns={"label": "answer"}), "x", {"text": "x", "answer": ""},
-         "label"),
-        (TaskSchema(name="t", format="completion", columns={"context": "about", "split": "part"}), "x",
-         {"prompt": "x", "completion": "", "about": "", "part": "train"}, "answer"),
+        (
+            CHAT,
+            json.dumps(ASKED),
+            {"talk": [{"role": "user", "content": "Hi"}], "tools": [{"name": "add"}], "answer": ""},
+            "answer",
+        ),
+        (
+            TaskSchema(name="t", labels=("a", "b"), columns={"label": "answer"}),
+            "x",
+            {"text": "x", "answer": ""},
+            "label",
+        ),
+        (
+            TaskSchema(name="t", format="completion", columns={"context": "about", "split": "part"}),
+            "x",
+            {"prompt": "x", "completion": "", "about": "", "part": "train"},
+            "answer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_feedback_reads_the_column_that_a_person_has_filled_in(
     schema: TaskSchema, text: str, wanted: dict[str, object], fed: str
 ) -> None:

@@ -57,7 +57,11 @@ def expected_rows(content: str, max_chars: int, drops_blanks: bool) -> Iterator[
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=LINES, header=HEADERS, ends_in_line_end=st.booleans(), max_chars=st.integers(18, 40))
 def test_rows_are_those_of_the_rule(
-    lines: list[str], header: str, ends_in_line_end: bool, max_chars: int, tmp_path: Path,
+    lines: list[str],
+    header: str,
+    ends_in_line_end: bool,
+    max_chars: int,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """This holds for records above the bound too, where a later record reaches further than an earlier one."""

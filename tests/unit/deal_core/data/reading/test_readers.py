@@ -106,7 +106,7 @@ def test_a_blank_after_the_delimiter_does_not_make_quotes_part_of_a_value(tmp_pa
 def test_a_cell_keeps_its_indentation_if_the_header_has_no_blank_after_a_delimiter(
     tmp_path: Path, delimiter: str
 ) -> None:
-    path = write(tmp_path / "rows.csv", f'prompt{delimiter}completion\n  def f():{delimiter}    return 1\n')
+    path = write(tmp_path / "rows.csv", f"prompt{delimiter}completion\n  def f():{delimiter}    return 1\n")
     assert read(path) == [{"prompt": "  def f():", "completion": "    return 1"}]
 
 
