@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.output import RESULTS, read, templates
+from benchmarks.stored_cells import read_stored_cells
 from deal_core.benchmark.cell import COMMON
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import (
@@ -31,7 +32,6 @@ from deal_core.benchmark.summary import (
     interval_over_rows,
     matrix_of,
     name_of_memory,
-    read_cells,
 )
 from deal_core.evaluation.metrics import paired_interval
 
@@ -181,11 +181,11 @@ def main(
 ) -> None:
     """Fill the page."""
     measured = read(RESULTS / "option_seconds.json")
-    clean = tables(read_cells(cells), measured)
+    clean = tables(read_stored_cells(cells), measured)
     found = {
         "clean": clean,
         "masked": masked(clean),
-        "noisy": tables(read_cells(noisy), measured),
+        "noisy": tables(read_stored_cells(noisy), measured),
         "seconds": measured,
         "arms": arms(trials),
         "merging": merging(RESULTS / "merging.json"),

@@ -25,7 +25,8 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks.output import RESULTS, Out, write_result
-from deal_core.benchmark.summary import CellJson, read_cells, row_scores
+from benchmarks.stored_cells import read_stored_cells
+from deal_core.benchmark.summary import CellJson, row_scores
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
 from deal_core.judging_config import GateConfig
@@ -140,7 +141,7 @@ def budget(
     out: Out = RESULTS / "evaluation_budget.json",
 ) -> None:
     """The noise by the number of rows: half the width of the gate's one-sided interval."""
-    found = [cell for cell in read_cells(cells) if cell["settings"]["strategy"] == "deal"]
+    found = [cell for cell in read_stored_cells(cells) if cell["settings"]["strategy"] == "deal"]
     pairs = [pair for cell in found if cell["settings"]["scored"] == "all" for pair in outcomes(cell)]
     whole = min(len(before) for before, _ in pairs)
     num_rows, confidence = EvaluateConfig().max_old_rows, GateConfig().confidence

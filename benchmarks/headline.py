@@ -25,6 +25,7 @@ from scipy.stats import t as student_t
 
 from benchmarks.method.protocol import JUDGED, describe
 from benchmarks.output import RESULTS
+from benchmarks.stored_cells import read_stored_cells
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -38,11 +39,10 @@ from deal_core.benchmark.summary import (
     name_of_memory,
     order_of,
     protocols,
-    read_cells,
     round_alike,
     row_scores,
 )
-from deal_core.config import MAX_OWN_TEXTS, TrainConfig, as_stored
+from deal_core.config import MAX_OWN_TEXTS, TrainConfig
 from deal_core.method_config import MEMORY, Memory
 
 CELLS = RESULTS / "continual"
@@ -58,7 +58,9 @@ LEARNING = (
     "gradient_accumulation_steps",
     "balance_labels",
 )
-OTHER_SETTINGS = ("part", "max_test_rows", "prompt", "base", "adapter", "data")
+OTHER_SETTINGS = ("part", "max_test_rows", "prompt", "scoring", "base", "adapter", "data")
+PLAIN = {"prompt": "plain", "scoring": "generated"}
+"""Settings that a title leaves out."""
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -73,7 +75,9 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
         settings, train = some["settings"], learning_of(some)
         title = f"suite {protocol.suite}, {settings['rows']} rows, {describe(train)}"
         if title in found:  # the rest of what tells protocols apart
-            title += "".join(f", {name} {settings[name]}" for name in OTHER_SETTINGS if name in settings)
+            title += "".join(
+                f", {name} {settings[name]}" for name in OTHER_SETTINGS if settings[name] != PLAIN.get(name)
+            )
         found[title] = {
             "part": settings["part"],
             "base": settings["base"],
@@ -87,7 +91,7 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
 
 def learning_of(cell: CellJson) -> dict[str, Any]:
     """The training settings of a cell that decide how much it learns."""
-    stored = as_stored("train", cell["settings"]["train"])
+    stored = cell["settings"]["train"]
     train = TrainConfig(**{name: stored[name] for name in LEARNING if name in stored})
     return {name: getattr(train, name) for name in LEARNING}
 
@@ -269,7 +273,7 @@ def main(
     people: Annotated[bool, typer.Option(help="Print tables for people to standard error too.")] = True,
 ) -> None:
     """Print the headline as one JSON object, and as tables for people."""
-    found = headline(read_cells(cells))
+    found = headline(read_stored_cells(cells))
     typer.echo(json.dumps(found, indent=1))
     if people:
         console = Console(stderr=True, width=150)

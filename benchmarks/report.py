@@ -21,6 +21,7 @@ from benchmarks.method.protocol import GONE, named_changes, settings_shown, trai
 from benchmarks.method.protocol import describe as describe_training
 from benchmarks.method.protocol import lines as protocol_lines
 from benchmarks.output import RESULTS, read, templates
+from benchmarks.stored_cells import read_stored_cells
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.suites import name_of as suite_of
 from deal_core.benchmark.summary import (
@@ -35,7 +36,6 @@ from deal_core.benchmark.summary import (
     name_of_memory,
     order_of,
     protocols,
-    read_cells,
     summarise,
 )
 from deal_core.config import MAX_OWN_TEXTS, TrainConfig
@@ -455,11 +455,11 @@ def main(
     pages = templates()
     pages.filters |= {"points": points, "interval": interval, "name": name_of, "keeps": keeps, "shown": shown}
     pages.filters["training"] = describe_training
-    cells = read_cells(results / "continual")
+    cells = read_stored_cells(results / "continual")
     found = protocols(cells)
     tables = [describe(each, page.parent / "img") for each in found]
     cost = read(results / "step_cost.json")
-    development = read_cells(results / "development")
+    development = read_stored_cells(results / "development")
     tried = tried_lines(development)
     protocol = sorted(
         filter(_has_chosen, protocol_lines(development)), key=lambda line: (line["suite"], line["method"])
@@ -482,7 +482,7 @@ def main(
         "chosen": choice_of(protocol),
         "cost": cost,
         "cost_names": COST_NAMES,
-        "lifts": lift_lines(read_cells(results / "superni")),
+        "lifts": lift_lines(read_stored_cells(results / "superni")),
         "roundings": roundings(cells),
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],

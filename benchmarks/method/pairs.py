@@ -22,6 +22,7 @@ from scipy.stats import t
 
 from benchmarks.method.protocol import settings_shown, training_of
 from benchmarks.output import RESULTS, Out, write_result
+from benchmarks.stored_cells import LEFT_OUT_OF_REHEARSAL, LEFT_OUT_OF_TRAINING, read_stored_cells
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import (
@@ -31,7 +32,6 @@ from deal_core.benchmark.summary import (
     final_scores,
     interval_over_rows,
     method_name,
-    read_cells,
 )
 from deal_core.config import TrainConfig
 from deal_core.evaluation.metrics import PairedInterval, paired_interval
@@ -46,8 +46,12 @@ SETTINGS = (
     "train.recentre_steps",
     "method.deal.core",
 )
-DEFAULTS = {"method.deal.core": DealConfig().core}
-"""Settings of SETTINGS that every cell has → the value that a pair is compared with."""
+DEFAULTS = {
+    "method.deal.core": DealConfig().core,
+    **{f"method.{name}": value for name, value in LEFT_OUT_OF_REHEARSAL.items()},
+    **{f"train.{name}": value for name, value in LEFT_OUT_OF_TRAINING.items()},
+}
+"""Setting → the value that a pair is compared with."""
 LEAST_GAIN, FEWEST_CELLS, SHARE = 1.0, 4, 0.8
 
 
@@ -136,7 +140,7 @@ def main(
 ) -> None:
     """Write the figures of every value of these settings, method by method."""
     todays = settings_shown(TrainConfig())
-    known = [cell for cell in read_cells(cells) if training_of(cell["settings"]).items() >= todays.items()]
+    known = [cell for cell in read_stored_cells(cells) if training_of(cell["settings"]).items() >= todays.items()]
     found: list[dict[str, Any]] = []
     for name in setting or SETTINGS:
         groups: dict[tuple[str, Any], list[tuple[CellJson, CellJson]]] = defaultdict(list)

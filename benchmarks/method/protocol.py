@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.output import RESULTS
+from benchmarks.stored_cells import read_stored_cells
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name, read_cells
-from deal_core.config import TrainConfig, as_stored
+from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name
+from deal_core.config import TrainConfig
 from deal_core.evaluation.label_scores import Floats
 from deal_core.evaluation.recentring import recentred_accuracy
 
@@ -95,14 +96,14 @@ def settings_shown(train: TrainConfig) -> dict[str, Any]:
 
 def training_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The training settings that make the protocol of a cell."""
-    stored = as_stored("train", settings["train"])
+    stored = dict(settings["train"])
     gone = {GONE: stored.pop(GONE)} if GONE in stored else {}
     return settings_shown(TrainConfig(**stored)) | gone
 
 
 def todays_cells(folders: Iterable[Path] | None = None) -> Iterator[tuple[CellJson, dict[str, Any]]]:
     """Cells under today's training, and what names each: suite, order, seed, part of the rows, method."""
-    for cell in (cell for folder in folders or CELL_FOLDERS for cell in read_cells(folder)):
+    for cell in (cell for folder in folders or CELL_FOLDERS for cell in read_stored_cells(folder)):
         settings = cell["settings"]
         if training_of(settings) == settings_shown(TrainConfig()):
             suite, order = name_of(tuple(settings["tasks"]))
@@ -171,7 +172,7 @@ def main(
     cells: Annotated[Path, typer.Option(help="Folder of the development cells.")] = CELLS,
 ) -> None:
     """Print the figures as JSON, and as a table for people to standard error."""
-    found = list(lines(read_cells(cells)))
+    found = list(lines(read_stored_cells(cells)))
     typer.echo(json.dumps(found, indent=1))
     Console(stderr=True, width=180).print(table_of(found))
 

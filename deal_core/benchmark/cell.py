@@ -8,23 +8,30 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from deal_core.benchmark.suites import Part
-from deal_core.config import AdapterConfig, TrainConfig, known_before
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import find_strategies, strategy_class
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""Version 3 says every setting of the training and of the strategy, so no default of today is needed to read it."""
 
 Scored = Literal["all", "ends", "last"]
 """Which entries of the accuracy matrix are measured. all: after every task, all tasks so far and the next one. ends:
 every task directly after it was learned, and all tasks at the end. last: all tasks at the end."""
+
+Scoring = Literal["generated", "likeliest"]
+"""How the answers of tasks with labels are found. generated: written token by token, as in production. likeliest: the
+label with the largest log-probability, which takes a third of the time. Free answers are always generated."""
 
 UNTRAINED = ("base", "frozen_head", "knn", "knn_means")
 """Bounds that train no adapter: the base model itself, and classifiers per task on its features."""
 BOUNDS = (*UNTRAINED, "per_task", "joint_memory", "joint")
 """Bounds for comparison. The last three: an adapter per task, one adapter for the rows together that `memory: rows`
 would keep, and one adapter for all rows together."""
+NOT_DECIDING = ("num_processes", "report_to")
+"""Settings of the training that do not change its result."""
 COMMON = ("selection",)
 """Parts of MethodConfig that every strategy heeds. A cell has a part's settings only where the part is on."""
 
@@ -41,12 +48,14 @@ class Cell:
         part: Part of the test rows.
         max_test_rows: Number of test rows; the first rows are used. None: all.
         scored: Which entries of the accuracy matrix are measured.
+        scoring: How the answers of tasks with labels are found.
+        scores_unused: Whether the last version also answers the training rows that no cell of this many rows uses.
         adapter: Shape of the first adapter.
         train: Steps, batches and learning rate.
         method: Dotted name of a method setting → its value, for the settings that the strategy reads.
         base: Name and digest of the base model.
         data: Digest of the tasks.
-        prompt: Form of the prompts, see `TaskSchema.prompt`. The plain form is left out of JSON and digests.
+        prompt: Form of the prompts, see `TaskSchema.prompt`.
     """
 
     strategy: str
@@ -56,6 +65,8 @@ class Cell:
     part: Part
     max_test_rows: int | None
     scored: Scored
+    scoring: Scoring = "generated"
+    scores_unused: bool = False
     adapter: AdapterConfig
     train: TrainConfig
     method: dict[str, Any]
@@ -64,11 +75,11 @@ class Cell:
     prompt: PromptForm = "plain"
 
     def to_json(self) -> dict[str, Any]:
-        """The cell as a dict of JSON types; the strategy's revision is included if it is above 1."""
-        values = {"schema_version": SCHEMA_VERSION, **asdict(self), "train": self.train.deciding()}
-        if self.prompt == "plain":
-            del values["prompt"]
-        return dict(json.loads(json.dumps(values | _later_revision(self.strategy))))
+        """The cell as a dict of JSON types, with the strategy's revision. No default of today is needed to read it."""
+        values = {"schema_version": SCHEMA_VERSION, **asdict(self), "revision": revision_of(self.strategy)}
+        for name in NOT_DECIDING:
+            del values["train"][name]
+        return dict(json.loads(json.dumps(values)))
 
     def digest(self) -> str:
         """Twelve hexadecimal digits over all fields."""
@@ -96,9 +107,9 @@ class Cell:
         )
         if self.strategy not in ("seq_lora", "deal") or not is_plain:
             return None
-        names = ("seed", "rows", "part", "max_test_rows", "adapter", "train", "base", "data")
+        names = ("seed", "rows", "part", "max_test_rows", "scoring", "adapter", "train", "base", "data", "prompt")
         cell = self.to_json()
-        values = {name: cell[name] for name in (*names, "prompt") if name in cell} | _later_revision("seq_lora")
+        values = {name: cell[name] for name in names} | {"revision": revision_of("seq_lora")}
         return _digest([self.tasks[0], self.scored_after(0), values])
 
 
@@ -128,20 +139,10 @@ def revision_of(strategy: str) -> int:
     return strategy_class("seq_lora" if strategy in BOUNDS else strategy).revision
 
 
-def _later_revision(strategy: str) -> dict[str, int]:
-    """The revision as a field of the digest. Revision 1 is left out, so that digests of older cells stay valid."""
-    revision = revision_of(strategy)
-    return {"revision": revision} if revision > 1 else {}
-
-
 def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
     """Return the method settings that a strategy reads, by dotted name; those of a part of COMMON if it is on."""
     reads = (*strategy_class(strategy).reads, *(part for part in COMMON if getattr(method, part).is_on))
-    flat = {
-        f"{part}.{name}": value
-        for part, values in asdict(method).items()
-        for name, value in known_before(part, values).items()
-    }
+    flat = {f"{part}.{name}": value for part, values in asdict(method).items() for name, value in values.items()}
     return {name: value for name, value in flat.items() if name in reads or name.partition(".")[0] in reads}
 
 

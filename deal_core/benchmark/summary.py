@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
-from deal_core.config import REMOVED
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, PairedInterval, mean_of_all, paired_interval
 from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, MethodConfig
@@ -171,9 +170,8 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
     for cell in _most_scored(cells):
         settings = cell["settings"]
         train = {name: value for name, value in settings["train"].items() if name not in ("seed", *AFTER_TRAINING)}
-        names = ("rows", "part", "max_test_rows", "adapter", "base", "data")
-        prompt = [settings["prompt"]] if "prompt" in settings else []
-        key = json.dumps([*(settings[name] for name in names), train, *prompt])
+        names = ("rows", "part", "max_test_rows", "scoring", "adapter", "base", "data", "prompt")
+        key = json.dumps([*(settings[name] for name in names), train])
         groups[name_of(tuple(settings["tasks"]))[0], key].append(cell)
     found = []
     for (suite, key), group in groups.items():
@@ -220,7 +218,6 @@ def departures(cell: CellJson, *, after_training: bool = True) -> str:
             json.dumps(
                 (settings_read(strategy, MethodConfig()) if is_installed else {})
                 | {f"{part}.{name}": value for part in COMMON for name, value in asdict(MethodConfig())[part].items()}
-                | {f"{part}.{name}": value for part, values in REMOVED.items() for name, value in values.items()}
             )
         )
     )

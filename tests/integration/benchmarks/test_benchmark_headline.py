@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from benchmarks.headline import CELLS, arms, bootstrap_ratio, headline, judged_accuracy, main, t_interval, worst_task
 from benchmarks.method.protocol import JUDGED
-from deal_core.benchmark.summary import CellJson, departures, name_of_memory, protocols, read_cells
+from benchmarks.stored_cells import read_stored_cells
+from deal_core.benchmark.summary import CellJson, departures, name_of_memory, protocols
 
 app = typer.Typer()
 app.command()(main)
@@ -21,7 +22,7 @@ app.command()(main)
 
 @pytest.fixture(scope="module")
 def cells() -> list[CellJson]:
-    return read_cells(CELLS)
+    return read_stored_cells(CELLS)
 
 
 def test_the_command_prints_one_object_and_tables_for_people() -> None:

@@ -1,0 +1,79 @@
+"""Read stored cells of every release. Cells are evidence: they are read for ever, and what they say is never changed.
+
+A cell of version 3 says all of its settings. A cell of version 2 left out what had its first default, and said settings
+that exist no more; `in_full` writes it as a cell of version 3. The values here are facts about old cells. They do not
+follow today's defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deal_core.benchmark.cell import SCHEMA_VERSION
+from deal_core.benchmark.summary import CellJson
+from deal_core.errors import DataValidationError
+
+LEFT_OUT: dict[str, Any] = {"prompt": "plain", "scoring": "generated", "scores_unused": False, "revision": 1}
+LEFT_OUT_OF_TRAINING: dict[str, Any] = {
+    "quantize": "none",
+    "schedule": "constant",
+    "min_steps": 0,
+    "balance_labels": False,
+    "preference_beta": 0.1,
+    "preference_learning_rate": 3e-4,
+    "recentre_steps": 0,
+}
+LEFT_OUT_OF_REHEARSAL = {
+    "rehearsal.max_stored_rows": None,
+    "rehearsal.balance_stored": False,
+    "rehearsal.answers": "parent",
+}
+"""What a cell of version 2 did not say where it had this value."""
+READ_BY_REPLAY = ("rehearsal.max_stored_rows", "rehearsal.balance_stored")
+ALWAYS_THE_SAME: dict[str, Any] = {
+    "deal.sides": "both",
+    "deal.balanced": True,
+    "deal.recycle": True,
+    "deal.project": True,
+    "deal.interpolation": 1.0,
+    "rehearsal.parent_share": 0.0,
+    "token_mask.max_perplexity": None,
+    "token_mask.share": None,
+    "token_mask.choose": "high",
+    "token_mask.keep_end": True,
+}
+"""Settings of methods that exist no more, with the value that means today's method."""
+GONE_FROM_TRAINING = {"prompt_loss_weight": 0.0}
+
+
+def read_stored_cells(folder: Path) -> list[CellJson]:
+    """Return every cell of a folder in the form of version 3.
+
+    Raises:
+        DataValidationError: A cell has another schema version.
+    """
+    cells = []
+    for path in sorted(folder.glob("*-*.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        version = cell["settings"]["schema_version"]
+        if version not in (2, SCHEMA_VERSION):
+            raise DataValidationError(f"{path} has schema version {version}; versions 2 and {SCHEMA_VERSION} are read.")
+        cells.append({**cell, "settings": in_full(cell["settings"])} if version == 2 else cell)
+    return cells
+
+
+def in_full(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a cell of version 2 as version 3 says them."""
+    method = {name: value for name, value in settings["method"].items() if ALWAYS_THE_SAME.get(name, ...) != value}
+    train = {name: value for name, value in settings["train"].items() if GONE_FROM_TRAINING.get(name, ...) != value}
+    reads_rehearsal = "rehearsal.texts" in method
+    reads = LEFT_OUT_OF_REHEARSAL if reads_rehearsal else READ_BY_REPLAY if settings["strategy"] == "replay" else ()
+    return {
+        **LEFT_OUT,
+        **settings,
+        "schema_version": SCHEMA_VERSION,
+        "method": {**{name: LEFT_OUT_OF_REHEARSAL[name] for name in reads}, **method},
+        "train": {**LEFT_OUT_OF_TRAINING, **train},
+    }
