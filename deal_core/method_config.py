@@ -278,6 +278,8 @@ class MethodConfig:
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
     selection: SelectionConfig = SelectionConfig()
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of a strategy of another package, which checks them itself (`Strategy.options`)."""
 
     def __post_init__(self) -> None:
         self.rehearsal.checked()

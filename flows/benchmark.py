@@ -16,7 +16,7 @@ from prefect import flow
 from pydantic import BaseModel, field_validator
 
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.cell import Cell, Scored, make_cell
+from deal_core.benchmark.cell import Cell, Scored, Scoring, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
 from deal_core.benchmark.summary import protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, TrainConfig
@@ -60,12 +60,16 @@ class BenchmarkSpec(BaseModel, frozen=True, extra="forbid"):
     part: Part = "reported"
     max_test_rows: Count | None = None
     scored: Scored = "all"
+    scoring: Scoring = "generated"
+    scores_unused: bool = False
     prompt: PromptForm = "plain"
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig(**PROTOCOL)
     base_model: Address = DEFAULT_BASE
     out: Path | None = None
     """Folder of the cells; None: HOME/benchmark."""
+    keep_versions: Path | None = None
+    """Folder for the versions of finished cells; None: they are deleted."""
 
     @field_validator("tasks")
     @classmethod
@@ -173,6 +177,8 @@ def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfi
                 part=spec.part,
                 max_test_rows=spec.max_test_rows,
                 scored=spec.scored,
+                scoring=spec.scoring,
+                scores_unused=spec.scores_unused,
                 adapter=spec.adapter,
                 base=f"{base.name} {base.sha256}",
                 data=data,
@@ -231,7 +237,9 @@ async def _run(
     """Run one cell; None if it is busy. A failed cell does not stop the others."""
     work = HomeSettings().home / "benchmark-work"  # not in work/, whose folders are lineages
     try:
-        status = await stages.run("cell", make_cell_file, base, cell, method, spec.data, spec.folder, work)
+        status = await stages.run(
+            "cell", make_cell_file, base, cell, method, spec.data, spec.folder, work, spec.keep_versions
+        )
     except Interrupted:
         raise
     except Exception as error:

@@ -21,11 +21,14 @@ from tasks.references import BaseRef
 CellStatus = Literal["done", "stored", "busy"]
 
 
-def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, out: Path, work: Path) -> CellStatus:
+def make_cell_file(
+    base: BaseRef, cell: Cell, method: MethodConfig, data: Path, out: Path, work: Path, keep: Path | None = None
+) -> CellStatus:
     """Run a cell and store its figures as one JSON file in the folder `out`.
 
     The cell records those settings of `method` that its strategy reads. The folder `data` has the tasks, and `work` the
-    checkpoints and locks. Processes that share cells share `work`.
+    checkpoints and locks. Processes that share cells share `work`. In `keep`, the cell's versions stay in a folder of
+    the cell's name.
 
     Returns:
         "busy": another process runs the cell, or makes the first version that this cell shares with another one.
@@ -45,6 +48,7 @@ def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, 
                     method=method,
                     work=folder,
                     shared=work / "first-versions",
+                    keep=keep and keep / path.stem,
                     on_progress=report,
                 )
             )

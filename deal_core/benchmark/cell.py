@@ -141,8 +141,11 @@ def revision_of(strategy: str) -> int:
 
 def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
     """Return the method settings that a strategy reads, by dotted name; those of a part of COMMON if it is on."""
-    reads = (*strategy_class(strategy).reads, *(part for part in COMMON if getattr(method, part).is_on))
-    flat = {f"{part}.{name}": value for part, values in asdict(method).items() for name, value in values.items()}
+    learner = strategy_class(strategy)
+    options = {} if learner.options is None else asdict(learner.options(**method.options))
+    reads = (*learner.reads, *(part for part in COMMON if getattr(method, part).is_on))
+    parts = {**asdict(method), "options": options}
+    flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     return {name: value for name, value in flat.items() if name in reads or name.partition(".")[0] in reads}
 
 

@@ -14,6 +14,7 @@ Shapes: N rows, K neighbours, D width of the base model.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,7 +39,7 @@ from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
-from deal_core.benchmark.suites import SuiteTask
+from deal_core.benchmark.suites import Rows, SuiteTask
 from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
@@ -47,10 +48,12 @@ from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
-from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig, asks_own_texts
+from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
 from deal_core.regular_file import complete_file
 from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features
+from deal_core.strategies import strategy_class
+from deal_core.strategies.questions import choose_kept
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.recentre import recentre_adapter
 from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
@@ -71,6 +74,7 @@ class CellRun:
         method: Settings of the strategies.
         work: Folder of this cell's versions; the caller removes it at the end.
         shared: Folder of first versions that cells share.
+        keep: Folder for the versions of a finished cell, one folder each, by number; None: they are deleted.
         on_progress: Called with the number of finished versions, of all versions, and the current step's text.
     """
 
@@ -80,6 +84,7 @@ class CellRun:
     method: MethodConfig
     work: Path
     shared: Path
+    keep: Path | None = None
     on_progress: OnProgress
 
 
@@ -88,8 +93,9 @@ def run_cell(run: CellRun) -> dict[str, Any]:
 
     Returns:
         JSON values. `versions` is a list: each has the learned task, its cost, `adapter_bytes`, and the scores of every
-        scored task: ROUGE-1, a string with 0 or 1 per test row, and what `pack_answers` keeps. `perplexity` is that of
-        the base and of the last version. `stores` and `state_bytes` describe the last version's method state.
+        scored task: ROUGE-1, a string with 0 or 1 per test row, and what `pack_answers` keeps. `unused` has the last
+        version's scores on training rows that were not used, if the cell asks for them. `perplexity` is that of the
+        base and of the last version. `stores` and `state_bytes` describe the last version's method state.
 
     Raises:
         ConfigError: A task's prompt does not fit without any text, or tokens of a task with labels are to be masked.
@@ -104,7 +110,8 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"
         scores = _score(run, run.base.model, cell.tasks, 0, 1) if untouched else _score_heads(run)
-        return {"versions": [{"task": None, "scores": scores}], "perplexity": {"base": _base_perplexity(run)}}
+        unused = {"unused": _score(run, run.base.model, cell.tasks, 0, 1, _unused)} if cell.scores_unused else {}
+        return {"versions": [{"task": None, "scores": scores}], **unused, "perplexity": {"base": _base_perplexity(run)}}
     versions, folder = [], None
     for number, learned in enumerate(_learned(cell)):
         folder = _folder(run, number)
@@ -115,9 +122,15 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     assert folder is not None
     with adapter_on(run.base.model, folder) as model:
         after = perplexity(model, run.base.tokenizer)
+        total = len(versions)
+        unused = {"unused": _score(run, model, cell.tasks, total, total, _unused)} if cell.scores_unused else {}
     state = load_method_state(folder)
+    if run.keep is not None:
+        for number in range(len(versions)):
+            shutil.copytree(_folder(run, number), run.keep / str(number), dirs_exist_ok=True)
     return {
         "versions": versions,
+        **unused,
         "perplexity": {"base": _base_perplexity(run), "adapted": after},
         "stores": state.stores,
         "state_bytes": state.num_bytes,
@@ -199,10 +212,11 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{learned[0]}: step {step} of {num_steps}")
 
-    asks_own = asks_own_texts(cell.strategy, setup.method)
+    old_rows = "none" if is_bound else strategy_class(cell.strategy).old_rows(setup.method)
+    rows_of_old = {"none": None, "unused": _own_texts, "learned": _kept_rows}[old_rows]
     others = OtherRows(
         joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
-        old_texts=[_own_texts(run, name) for name in cell.tasks[:number]] if asks_own else (),
+        old_texts=[rows_of_old(run, name) for name in cell.tasks[:number]] if rows_of_old else (),
     )
     without = [
         f"{each.task.name} has no training rows left to be asked about"
@@ -263,6 +277,18 @@ def _own_texts(run: CellRun, name: str) -> TaskTexts:
     return TaskTexts(
         task=task.schema,
         rows=Dataset.from_list(list(rows)),
+        max_prompt_tokens=cell.train.max_prompt_tokens,
+        max_new_tokens=cell.train.max_answer_tokens,
+    )
+
+
+def _kept_rows(run: CellRun, name: str) -> TaskTexts:
+    """A quarter of the rows that a task was trained on, at most MAX_OWN_TEXTS, every label in its share."""
+    rows, cell = _rows(run, name), run.cell
+    memory = RehearsalConfig(texts="stored", stored_share=0.25, max_stored_rows=MAX_OWN_TEXTS, balance_stored=True)
+    return TaskTexts(
+        task=run.tasks[name].schema,
+        rows=rows.select(choose_kept(memory, rows["output"], cell.seed)),
         max_prompt_tokens=cell.train.max_prompt_tokens,
         max_new_tokens=cell.train.max_answer_tokens,
     )
@@ -343,22 +369,45 @@ def _kept(found: TaskEvaluation) -> dict[str, Any]:
     return {"correct": outcome_text(found.outcomes), "rouge1": found.rouge1, "majority_rate": found.majority_rate}
 
 
+def _test_rows(run: CellRun, name: str) -> Rows:
+    return run.tasks[name].part(run.cell.part, run.cell.max_test_rows)
+
+
+def _unused(run: CellRun, name: str) -> Rows:
+    """Training rows that no cell of this many rows learns or rehearses: as good as test rows, for the last version."""
+    return run.tasks[name].train[run.cell.rows + MAX_OWN_TEXTS :]
+
+
 def _score(
-    run: CellRun, model: LanguageModel, names: Sequence[str], done: float, num_versions: float
+    run: CellRun,
+    model: LanguageModel,
+    names: Sequence[str],
+    done: float,
+    num_versions: float,
+    rows_of: Callable[[CellRun, str], Rows] = _test_rows,
 ) -> dict[str, dict[str, Any]]:
-    """Return every task's right test rows, mean ROUGE-1, majority rate, answers and log-probabilities of labels."""
+    """Return every task's right rows, mean ROUGE-1, majority rate, answers and log-probabilities of labels.
+
+    A task without rows is left out.
+    """
     cell = run.cell
     scores = {}
     for name in names:
+        rows, task = rows_of(run, name), run.tasks[name].schema
+        if not rows:
+            continue
         run.on_progress(done, num_versions, f"scoring {name}")
-        rows = run.tasks[name].part(cell.part, cell.max_test_rows)
-        task, tokenizer, longest = run.tasks[name].schema, run.base.tokenizer, cell.train.max_prompt_tokens
-        found = evaluate_task(
-            model, tokenizer, task, Dataset.from_list(list(rows)), EvaluateConfig(), max_prompt_tokens=longest
-        )
-        scores[name] = _kept(found)
-        if task.labels:
-            texts = [row["input"] for row in rows]
+        dataset, texts, labels = Dataset.from_list(list(rows)), [row["input"] for row in rows], task.labels
+        tokenizer, longest = run.base.tokenizer, cell.train.max_prompt_tokens
+        log_probs_NL = None
+        if labels:
             log_probs_NL = label_log_probs(model, tokenizer, task, texts, EvaluateConfig(), max_prompt_tokens=longest)
-            scores[name] |= pack_answers(found.answers, [row["output"] for row in rows], task.labels, log_probs_NL)
+        if log_probs_NL is not None and cell.scoring == "likeliest":
+            evaluation = evaluate_answers(task, dataset, [labels[best] for best in log_probs_NL.argmax(1).tolist()])
+        else:
+            evaluation = evaluate_task(model, tokenizer, task, dataset, EvaluateConfig(), max_prompt_tokens=longest)
+        scores[name] = _kept(evaluation)
+        if log_probs_NL is not None:
+            right = [row["output"] for row in rows]
+            scores[name] |= pack_answers(evaluation.answers, right, labels, log_probs_NL)
     return scores

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
+from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
 from deal_core.plugins import Plugins
 
@@ -37,6 +38,11 @@ def find_strategies() -> dict[str, EntryPoint]:
     return PLUGINS.find()
 
 
+def register_strategy(name: str, place: str) -> None:
+    """Make a class ("package.module:Class") a strategy of this process, without an entry point; for benchmarks."""
+    OWN.setdefault(name, place)
+
+
 def check_strategy_name(name: str) -> str:
     """Return the name.
 
@@ -58,5 +64,14 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def make_strategy(name: str, config: MethodConfig, seed: int) -> Strategy:
-    """Return a new strategy; the errors are those of `strategy_class`."""
-    return strategy_class(name)(config, seed)
+    """Return a new strategy.
+
+    Raises:
+        ConfigError: There is no such strategy, its package cannot be used, or it does not take the options.
+    """
+    strategy = strategy_class(name)
+    if strategy.options is None and config.options:
+        raise ConfigError(
+            f"Strategy {name!r} takes no options, and {', '.join(config.options)} is given; leave it out."
+        )
+    return strategy(config, seed)

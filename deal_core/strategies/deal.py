@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import check_rank
+from deal_core.method_config import MethodConfig
 from deal_core.strategies.own_texts import with_own_texts
 from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
 from deal_core.strategies.rehearsal import Rehearsal
-from deal_core.strategies.strategy import SEED_STRIDE, MethodState, Stores, Strategy, TaskContext
+from deal_core.strategies.strategy import SEED_STRIDE, MethodState, OldRows, Stores, Strategy, TaskContext
 
 
 class Deal(Strategy):
@@ -31,6 +32,11 @@ class Deal(Strategy):
     def stores(self) -> Stores:
         """Return "data" if the rehearsal keeps rows, or answers to texts of old tasks; else "nothing"."""
         return "data" if self.config.rehearsal.keeps_rows or self.config.rehearsal.keeps_answers else "nothing"
+
+    @classmethod
+    def old_rows(cls, config: MethodConfig) -> OldRows:
+        """Return "unused" if the old tasks are asked about texts of their own."""
+        return "unused" if config.rehearsal.texts == "own" else "none"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""

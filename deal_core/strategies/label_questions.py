@@ -29,9 +29,20 @@ from deal_core.strategies.strategy import TaskTexts
 
 
 def recentred_questions(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, texts: TaskTexts, generator: random.Random
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: TaskTexts,
+    generator: random.Random,
+    label_weight: float = 0.0,
 ) -> tuple[list[Question], float]:
     """Return a question for each text, and the share of the answers that had a label which others should have had.
+
+    Args:
+        model: The model whose answers are the targets.
+        tokenizer: Its tokenizer.
+        texts: Texts of one task with labels, with their right labels.
+        generator: Draws the label that is the answer.
+        label_weight: β. The target is (1 − β) · the model's re-centred answer + β · the right label.
 
     Raises:
         TrainingDivergedError: The model's scores are not finite.
@@ -46,6 +57,7 @@ def recentred_questions(
             "train.learning_rate. If the champion diverged, take an earlier version: deal rollback."
         )
     goals_NL = softmax(log_probs_NL + label_offsets(log_probs_NL, targets_N), axis=1)
+    goals_NL = (1 - label_weight) * goals_NL + label_weight * np.eye(len(task.labels))[targets_N]
     labels = [encode_answer(tokenizer, task, label, limit) for label in task.labels]
     prompts = [encode_prompt(tokenizer, task, text, limit) for text in texts.rows["input"]]
     questions = [question(prompt, labels, goal_L, generator) for prompt, goal_L in zip(prompts, goals_NL, strict=True)]

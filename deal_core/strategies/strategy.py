@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # importing it takes half a second, and answering needs none
     from datasets import Dataset
 
 Stores = Literal["nothing", "data"]
+OldRows = Literal["none", "unused", "learned"]
+"""Rows of an old task. unused: rows that it was not trained on. learned: rows that it was trained on."""
 SEED_STRIDE = 1_000_003
 """Distance between the seeds of two arrivals; it is larger than usual distances between users' seeds."""
 STORED_ROWS = "rows."
@@ -108,6 +110,8 @@ class Strategy:
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
     """Parts ("deal") or single settings ("rivals.ewc_weight") of MethodConfig that the strategy uses."""
+    options: ClassVar[type[Any] | None] = None
+    """A class made by `deal_core.limits.settings`, which checks MethodConfig.options; None: there are no options."""
     revision: ClassVar[int] = 1
     """Raised when the same settings give other results; the benchmark then does not reuse older cells."""
     model: PeftModel
@@ -122,6 +126,12 @@ class Strategy:
     def stores(self) -> Stores:
         """Whether the strategy keeps data of old tasks."""
         return "nothing"
+
+    @classmethod
+    def old_rows(cls, config: MethodConfig) -> OldRows:
+        """Return which rows of old tasks the benchmark hands to the strategy, as `TaskContext.old_texts`."""
+        del config
+        return "none"
 
     @classmethod
     def num_new_slots(cls, adapter: AdapterConfig) -> int:

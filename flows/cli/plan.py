@@ -47,8 +47,8 @@ def plan(
     found = plan_run(
         asked,
         device_memory=device_memory,
-        precision=precision,
-        probe=probe,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]  # the option is a text, and plan_run refuses others by name
+        probe=probe,
         on_progress=deal.screen.stage_started,
     )
     return CommandResult(found, _show_plan(found), failed=found.refused)
@@ -246,6 +246,15 @@ def benchmark(
     scored: Annotated[
         str, Option(help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
     ] = "all",
+    scoring: Annotated[
+        str, Option(help="Answers of tasks with labels: generated, or the likeliest label, which is faster.")
+    ] = "generated",
+    scores_unused: Annotated[
+        bool, Option("--scores-unused", help="Score the last version on unused training rows too.")
+    ] = False,
+    keep_versions: Annotated[
+        Path | None, Option(help="Keep the versions of finished cells in this folder.", show_default=False)
+    ] = None,
     prompt: Annotated[str, Option(help="Prompts: plain, or chat (the base model's chat template).")] = "plain",
     adapter: Annotated[
         str, Option(help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules.")
@@ -273,6 +282,9 @@ def benchmark(
         part=part,
         max_test_rows=max_test_rows,
         scored=scored,
+        scoring=scoring,
+        scores_unused=scores_unused,
+        keep_versions=keep_versions,
         prompt=prompt,
         base_model=base,
         out=out,

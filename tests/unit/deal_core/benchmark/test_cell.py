@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, replace
 
 import pytest
 
-from deal_core.benchmark.cell import BOUNDS, Cell, make_cell, revision_of
+from deal_core.benchmark.cell import Cell, make_cell, revision_of
 from deal_core.benchmark.summary import departures
-from deal_core.config import AdapterConfig, TrainConfig, as_stored
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig
-from deal_core.strategies import find_strategies
-
-RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 
 
-def settings_in(folder: str) -> dict[str, dict[str, Any]]:
-    """File names of the stored cells of today's revision, and the settings in them."""
-    found = {
-        path.name: json.loads(path.read_text(encoding="utf-8"))["settings"]
-        for path in sorted((RESULTS / folder).glob("*-*.json"))
-    }
-    known = {
-        name: each
-        for name, each in found.items()
-        if each["strategy"] in (*find_strategies(), *BOUNDS) and "prompt_loss_weight" not in each["train"]
-    }
-    return {name: each for name, each in known.items() if each.get("revision", 1) == revision_of(each["strategy"])}
+def test_a_cell_says_every_setting_that_decides_its_result() -> None:
+    said = made("deal", MethodConfig()).to_json()
+    assert said["schema_version"] == 3 and said["revision"] == revision_of("deal")
+    assert {*said["train"], "num_processes", "report_to"} == {*asdict(TrainConfig())}
+    parts = asdict(MethodConfig())
+    assert {*said["method"]} == {f"{part}.{name}" for part in ("deal", "rehearsal") for name in parts[part]}
 
 
-def cell_of(settings: dict[str, Any]) -> Cell:
-    """The cell that was stored."""
-    values = {name: value for name, value in settings.items() if name not in ("schema_version", "revision")}
-    adapter, train = AdapterConfig(**values.pop("adapter")), TrainConfig(**as_stored("train", values.pop("train")))
-    return Cell(**values | {"adapter": adapter, "train": train, "tasks": tuple(values["tasks"])})
-
-
-def test_cells_with_chat_prompts_share_no_file_and_no_first_version_with_plain_ones() -> None:
-    settings = next(iter(settings_in("continual").values())) | {"strategy": "seq_lora", "method": {}}
-    plain = cell_of(settings)
-    chat = replace(plain, prompt="chat")
-    assert "prompt" not in plain.to_json() and chat.to_json()["prompt"] == "chat"
-    assert plain.digest() != chat.digest()
-    assert None is not plain.shared_digest() != chat.shared_digest() is not None
-
-
-@pytest.mark.parametrize("folder", ["continual", "development"])
-def test_stored_cells_of_todays_revision_keep_their_digests(folder: str) -> None:
-    stored = settings_in(folder)
-    assert len(stored) >= 30, "the stored cells were found"
-    assert {name: cell_of(settings).file_name for name, settings in stored.items()} == {name: name for name in stored}
+def test_cells_that_differ_in_prompts_or_scoring_share_no_file_and_no_first_version() -> None:
+    plain = made("seq_lora", MethodConfig())
+    for other in (replace(plain, prompt="chat"), replace(plain, scoring="likeliest")):
+        assert plain.digest() != other.digest()
+        assert None is not plain.shared_digest() != other.shared_digest() is not None
+    unused = replace(plain, scores_unused=True)
+    assert plain.digest() != unused.digest() and plain.shared_digest() == unused.shared_digest()
 
 
 def made(strategy: str, method: MethodConfig) -> Cell:

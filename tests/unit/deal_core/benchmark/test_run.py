@@ -14,6 +14,7 @@ import torch
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
+from deal_core.benchmark import run as benchmark_run
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.run import HEADS, CellRun, answer_by_head, run_cell
@@ -74,7 +75,13 @@ def cell(strategy: str, method: MethodConfig, tasks: tuple[str, ...] = TWO, **ch
 def run(base: BaseModel, tmp_path: Path) -> Run:
     """Run a cell and return what its file would hold."""
 
-    def run(strategy: str, method: MethodConfig = DEFAULTS, on_progress: Any = None, **changes: Any) -> Any:
+    def run(
+        strategy: str,
+        method: MethodConfig = DEFAULTS,
+        on_progress: Any = None,
+        keep: Path | None = None,
+        **changes: Any,
+    ) -> Any:
         made = cell(strategy, method, **changes)
         result = run_cell(
             CellRun(
@@ -84,6 +91,7 @@ def run(base: BaseModel, tmp_path: Path) -> Run:
                 method=method,
                 work=tmp_path / "work" / made.digest(),
                 shared=tmp_path / "shared",
+                keep=keep,
                 on_progress=on_progress or (lambda *_: None),
             )
         )
@@ -122,6 +130,41 @@ def test_a_cell_keeps_the_answers_and_the_log_probability_of_every_label(run, ba
     )
     torch.testing.assert_close(torch.tensor(kept.log_probs_NL).float(), expected, atol=0, rtol=1e-3)
     assert unpack_answers({"correct": "1"}) is None, "an earlier cell has no answers"
+
+
+def test_the_likeliest_label_can_be_the_answer(run):
+    generated, likeliest = (run("seq_lora", scoring=scoring) for scoring in ("generated", "likeliest"))
+    for before, after in zip(generated["versions"], likeliest["versions"], strict=True):
+        for name, score in after["scores"].items():
+            kept = unpack_answers(score)
+            assert score["log_probs"] == before["scores"][name]["log_probs"], "the versions are the same"
+            assert [LABELS[name][i] for i in kept.log_probs_NL.argmax(1)] == kept.texts()
+            assert (
+                "".join("01"[bool(i == j)] for i, j in zip(kept.answers, kept.targets_N, strict=True))
+                == (score["correct"])
+            )
+
+
+def test_the_last_version_answers_training_rows_that_no_cell_uses(run, monkeypatch):
+    assert "unused" not in run("seq_lora", rows=6)
+    monkeypatch.setattr(benchmark_run, "MAX_OWN_TEXTS", 3)
+    for strategy in ("seq_lora", "base"):
+        unused = run(strategy, rows=6, scores_unused=True)["unused"]
+        assert {name: len(score["correct"]) for name, score in unused.items()} == dict.fromkeys(TWO, 16 - 6 - 3)
+        assert all(len(unpack_answers(score).texts()) == 7 for score in unused.values())
+    assert run("seq_lora", rows=16, scores_unused=True)["unused"] == {}, "no row is left"
+
+
+def test_the_versions_of_a_finished_cell_can_be_kept(run, base, tmp_path):
+    result = run("seq_lora", keep=tmp_path / "kept")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["0", "1"]
+    with adapter_on(base.model, tmp_path / "kept" / "1") as model:
+        texts = [row["input"] for row in TASKS["sizes"].part("reported")]
+        found = label_log_probs(
+            model, base.tokenizer, TASKS["sizes"].schema, texts, EvaluateConfig(), max_prompt_tokens=64
+        )
+    kept = unpack_answers(final_scores(result)["sizes"]).log_probs_NL
+    torch.testing.assert_close(torch.tensor(kept).float(), found, atol=0, rtol=2e-3)
 
 
 def test_every_version_says_on_what_machine_it_was_made(run):

@@ -34,6 +34,8 @@ def made(strategy: str, bits: list[dict[str, str]], **settings: Any) -> dict[str
         "part": "reported",
         "max_test_rows": None,
         "scored": "all",
+        "scoring": "generated",
+        "prompt": "plain",
         "adapter": {},
         "train": {"seed": 0},
         "method": {},

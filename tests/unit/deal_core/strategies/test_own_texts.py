@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from deal_core.evaluation.generation import generate
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import longest_of
 from deal_core.strategies import deal, own_texts
+from deal_core.strategies.label_questions import recentred_questions
 from deal_core.strategies.own_texts import answers_name
 from deal_core.strategies.questions import make_rehearsal, num_answered
 from deal_core.strategies.rehearsal import Question, Rehearsal
@@ -101,6 +103,22 @@ def test_a_plan_knows_how_many_questions_the_parent_answers(arrive, task, config
     assert made == num_answered(
         config, task, olds, own, num_texts=12, num_steps=num_steps, learned_last=olds[last].name
     )
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_labels_weigh_in_the_targets_as_much_as_is_said(base, parent, weight):
+    own = texts(SIZES, ["large", "small", "small"] * 4)
+    first = [base.tokenizer.encode(f" {label}", add_special_tokens=False)[0] for label in SIZES.labels]
+
+    def chances(label_weight: float) -> list[dict[int, float]]:
+        with adapter_on(base.model, parent) as model:
+            questions, _ = recentred_questions(model, base.tokenizer, own, Random(0), label_weight)
+        return [dict(zip(q.tokens_KN[0].tolist(), q.shares_KN[0].tolist(), strict=True)) for q in questions]
+
+    assert len(set(first)) == 2
+    for output, before, mixed in zip(own.rows["output"], chances(0.0), chances(weight), strict=True):
+        right = first[SIZES.labels.index(output)]
+        assert mixed[right] == pytest.approx((1 - weight) * before[right] + weight, abs=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])

@@ -1,0 +1,124 @@
+"""Candidates for one memory: labels and the parent's answers together, on a few rows of every old task.
+
+The arms are written down before the first run, each with one line that says what it tests. `python -m
+benchmarks.method.memory` runs them and compares pairs by the rule that stands there.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+from peft import PeftModel
+
+from deal_core.limits import Count, CountOrZero, Flag, Share, settings
+from deal_core.method_config import MethodConfig, RehearsalConfig
+from deal_core.strategies import register_strategy
+from deal_core.strategies.answered import answered
+from deal_core.strategies.deal import Deal
+from deal_core.strategies.label_questions import recentred_questions
+from deal_core.strategies.rehearsal import Question, Rehearsal
+from deal_core.strategies.strategy import SEED_STRIDE, MethodState, OldRows, TaskContext
+
+RAMP = (0.5, 1.5)
+"""Rows of the first and of the last step of a ramp, as shares of the mean."""
+
+
+@settings("options")
+class MemoryOptions:
+    """Options of `one_memory`."""
+
+    beta: Share = 0.0
+    """β: weight of the right label in the target. 0: the parent's re-centred answer alone. 1: the label alone."""
+    rows: Literal["unused", "learned"] = "unused"
+    """unused: 50 further rows of each old task. learned: a quarter of the rows that it was trained on, at most 50."""
+    per_step: Count = 4
+    """Rehearsed rows of a step, on average."""
+    late_per_step: CountOrZero = 0
+    """Rehearsed rows of a step from the eighth task on; 0: as before."""
+    ramp: Flag = False
+    """Half as many rehearsed rows in the first step, one and a half times as many in the last."""
+    root_weight: Flag = False
+    """Weigh the rehearsal's loss by the square root of the number of old tasks."""
+
+
+class StagedRehearsal(Rehearsal):
+    """A rehearsal whose steps have different numbers of rows, given for every step."""
+
+    def __init__(self, sets: Sequence[Sequence[Question]], collate: Any, counts: Sequence[int], **rest: Any) -> None:
+        super().__init__([sets], collate, num_rows=max(counts), temperature=1.0, **rest)
+        self._starts = [0, *accumulate(counts)]
+
+    def draw(self, step: int) -> list[Question]:
+        """Return the rows of a step, counted from 0."""
+        if not self.kinds:
+            return []
+        return [self._at(place) for place in range(self._starts[step], self._starts[step + 1])]
+
+
+def rows_of_steps(options: MemoryOptions, num_steps: int, num_olds: int) -> list[int]:
+    """Return the number of rehearsed rows of every step; a ramp has as many in sum as equal steps.
+
+    Example:
+        >>> rows_of_steps(MemoryOptions(ramp=True), 5, 1)
+        [2, 3, 4, 5, 6]
+    """
+    mean = options.late_per_step if options.late_per_step and num_olds >= 7 else options.per_step
+    if not options.ramp or num_steps == 1:
+        return [mean] * num_steps
+    first, last = (share * mean for share in RAMP)
+    sizes = [first + (last - first) * step / (num_steps - 1) for step in range(num_steps)]
+    ends = [0, *(math.floor(total + 0.5) for total in accumulate(sizes))]
+    return [end - start for start, end in pairwise(ends)]
+
+
+class OneMemory(Deal):
+    """DEAL whose rehearsal has rows of the old tasks, with labels and the parent's answers as targets."""
+
+    name = "one_memory"
+    reads = ("deal", "options")
+    options = MemoryOptions
+
+    def __init__(self, config: MethodConfig, seed: int) -> None:
+        super().__init__(replace(config, rehearsal=RehearsalConfig(texts="none")), seed)
+        self.choices = MemoryOptions(**config.options)
+
+    @classmethod
+    def old_rows(cls, config: MethodConfig) -> OldRows:
+        """Return which rows of old tasks are rehearsed."""
+        return MemoryOptions(**config.options).rows
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Make the targets with the parent's answers, before its adapter is decomposed."""
+        num_arrivals = 0 if state is None else state.num_arrivals
+        olds = [old for old in context.old_texts if len(old.rows) and old.task.name != context.task.name]
+        seed = self.seed + SEED_STRIDE * num_arrivals if olds else self.seed  # as `deal` with texts of its own
+        generator = random.Random(seed)
+        sets = []
+        for old in olds:
+            if old.task.labels:
+                questions, _ = recentred_questions(
+                    model, context.base.tokenizer, old, generator, label_weight=self.choices.beta
+                )
+            else:
+                questions = answered(
+                    model,
+                    context,
+                    [(old.task, list(old.rows["input"]))],
+                    max_prompt_tokens=old.max_prompt_tokens,
+                    max_new_tokens=old.max_new_tokens,
+                )
+            sets.append(questions)
+        super().prepare(model, state, context)
+        if not sets:
+            return
+        counts = rows_of_steps(self.choices, context.train.num_steps(len(context.encoded)), len(sets))
+        weight = math.sqrt(len(sets)) if self.choices.root_weight else 1.0
+        self._rehearsal = StagedRehearsal(sets, context.collator(), counts, weight=weight, seed=seed)
+
+
+register_strategy(OneMemory.name, f"{__name__}:OneMemory")

@@ -1,0 +1,49 @@
+"""Stored cells of every release are read, and say the same for ever."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks.stored_cells import in_full, read_stored_cells
+from deal_core.config import TrainConfig
+from deal_core.errors import DataValidationError
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+OLD = {"schema_version": 2, "strategy": "deal", "train": {"learning_rate": 0.1}, "method": {"rehearsal.texts": "own"}}
+
+
+@pytest.mark.parametrize("folder", ["continual", "development"])
+def test_a_stored_cell_says_every_setting_of_its_training(folder: str) -> None:
+    cells = read_stored_cells(RESULTS / folder)
+    assert len(cells) > 80
+    for cell in cells:
+        settings = cell["settings"]
+        assert settings["schema_version"] == 3 and settings["revision"] >= 1 and settings["scoring"] == "generated"
+        assert {*asdict(TrainConfig())} - {"num_processes", "report_to"} <= {*settings["train"]}
+
+
+def test_what_an_old_cell_left_out_is_what_it_was_then() -> None:
+    full = in_full(OLD)
+    assert full["train"]["schedule"] == "constant" and full["prompt"] == "plain"
+    assert full["method"]["rehearsal.answers"] == "parent" and full["method"]["rehearsal.texts"] == "own"
+    assert in_full({**OLD, "strategy": "seq_lora", "method": {}})["method"] == {}
+    said = {**OLD, "train": {"schedule": "linear"}, "prompt": "chat"}
+    assert in_full(said)["train"]["schedule"] == "linear" and in_full(said)["prompt"] == "chat"
+
+
+def test_a_setting_that_is_gone_stays_where_it_changed_something() -> None:
+    method = {"rehearsal.texts": "own", "deal.recycle": True, "deal.project": False}
+    full = in_full({**OLD, "train": {"prompt_loss_weight": 0.5}, "method": method})
+    assert "deal.recycle" not in full["method"] and full["method"]["deal.project"] is False
+    assert full["train"]["prompt_loss_weight"] == 0.5
+    assert "prompt_loss_weight" not in in_full({**OLD, "train": {"prompt_loss_weight": 0.0}})["train"]
+
+
+def test_a_cell_of_an_unknown_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deal-0-a.json").write_text(json.dumps({"settings": {**OLD, "schema_version": 1}}))
+    with pytest.raises(DataValidationError, match=r"deal-0-a\.json has schema version 1"):
+        read_stored_cells(tmp_path)
