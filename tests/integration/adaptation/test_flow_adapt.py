@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 
 from deal_core.adapter.state import kept_of_tasks
@@ -234,6 +235,12 @@ def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home
     assert not list((home / "work").rglob("*.*")), "the files of the processes were not deleted"
 
 
+async def end_lock_of_killed() -> None:
+    """A killed run holds its lineage on the server until its lease of five minutes ends."""
+    async with get_client() as client:
+        await client.delete_global_concurrency_limit_by_name("lineage-l")
+
+
 def test_a_run_killed_by_kill_9_goes_on_from_its_checkpoint_and_makes_one_version(
     tiny_base: Path, home: Path, first: AdaptResult
 ) -> None:
@@ -248,6 +255,7 @@ def test_a_run_killed_by_kill_9_goes_on_from_its_checkpoint_and_makes_one_versio
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(versions()) == 1
+    asyncio.run(end_lock_of_killed())
     result = run(tiny_base, CLINIC, train=train)
     assert (result.status, result.version, result.parent_version) == ("promoted", "2", "1")
     assert (result.resumed_from_step, result.num_steps) == (4, 6)
