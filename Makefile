@@ -26,8 +26,11 @@ demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter lear
 test: $(VENV)/.stamp-dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=worksteal $(ARGS)
 
-nightly: $(VENV)/.stamp-dev ## run the tests that take too long for every change
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly $(ARGS)
+# Tests are taken in order (loadgroup does, and worksteal would give each process a part), and none is started that would
+# not end within the time.
+nightly: $(VENV)/.stamp-dev ## run the tests that take too long for every change, in at most 30 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly --minutes=30 \
+		--numprocesses=3 --dist=loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## check style; `make format` mends most of it
 	$(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
-from tasks.housekeeping.arrivals import KnownArrival, find_arrival, with_every_split
+from tasks.housekeeping.arrivals import find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
 from tasks.housekeeping.garbage import ship_logs
 from tasks.lineage.tombstones import Tombstone, put_tombstone
@@ -45,9 +45,10 @@ def plan_forget(named: str) -> ForgetPlan:
 async def forget(named: str, reason: str = "") -> ForgetResult:
     """Remove an arrival's rows from all places and splits.
 
-    The tombstone is written first, so that a run that begins now refuses the rows. Then the affected lineages are held;
-    a run that works on one of them is waited for. If such a run has spread the rows to another lineage, that lineage is
-    held too. If this call is interrupted, repeat it with the same argument.
+    A first look at all places changes nothing, so a refusal leaves the store as it was. Then the tombstone is written:
+    a run that begins now refuses the rows. Then the affected lineages are held; a run that works on one of them is
+    waited for. What is removed is looked for only now. If such a run has spread the rows to another lineage, that
+    lineage is held too. If this call is interrupted, repeat it with the same argument.
 
     Args:
         named: As for `plan_forget`.
@@ -55,12 +56,13 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
 
     Raises:
         ConfigError: There is no such arrival, or more than one.
-        StoreError: The store does not answer.
+        RegistryError: The registry does not know the versions of the store.
+        StoreError: The store does not answer, or rows in it are damaged.
     """
     store, registry, tracker = current_store(), open_registry(), open_tracker()
     arrival = find_arrival(store, registry, named)
-    put_tombstone(store, _tombstone(with_every_split(store, registry, arrival), reason))
     plan = plan_forgetting(store, registry, tracker, arrival)
+    put_tombstone(store, _tombstone(plan, reason))
     while True:
         held = _affected(plan)
         async with AsyncExitStack() as stack:
@@ -77,13 +79,13 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
                 return ForgetResult(plan=plan, tombstone=tombstone)
 
 
-def _tombstone(arrival: KnownArrival | ForgetPlan, reason: str, versions: Sequence[str] = ()) -> Tombstone:
+def _tombstone(plan: ForgetPlan, reason: str, versions: Sequence[str] = ()) -> Tombstone:
     return Tombstone(
-        task=arrival.task,
-        sha256=arrival.sha256,
-        files=arrival.files,
-        splits=arrival.splits,
-        landed=arrival.landed,
+        task=plan.task,
+        sha256=plan.sha256,
+        files=plan.files,
+        splits=plan.splits,
+        landed=plan.landed,
         reason=reason,
         at=datetime.now(UTC),
         versions=tuple(versions),

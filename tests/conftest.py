@@ -29,6 +29,8 @@ from filelock import FileLock
 
 from tests.receiver import Receiver
 
+pytest_plugins = ["tests.time_budget"]
+
 # Fewer garbage collections than Python's 700, 10, 10: most of what they look at is imported code.
 gc.set_threshold(50_000, 20, 20)
 

@@ -26,6 +26,8 @@ from deal_core.data.schema import TaskSchema
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from deal_core.evaluation.generation import LanguageModel
+
 IGNORED = -100
 REJECTED_IDS = "rejected_ids"
 """Column of encoded rows: the tokens of the worse answer."""
@@ -105,10 +107,8 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 def read_cache(model: nn.Module, input_ids: Tensor) -> Cache | None:
     """Read tokens (1×P) and return their keys and values; None if the model has no cache.
 
-    MPT counts positions by places in the cache (ALiBi), padding included, so padding after a prefix would change it.
+    With several processes the model is wrapped: it can be called, and it has no attributes of a language model.
     """
-    if model.config.model_type == "mpt":  # type: ignore[union-attr]
-        return None
     return cast(Cache | None, getattr(model(input_ids=input_ids, use_cache=True, logits_to_keep=1), "cache", None))
 
 
@@ -120,9 +120,19 @@ def can_be_continued(cache: Cache | None) -> bool:
     return cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
+def counts_padding(model: LanguageModel) -> bool:
+    """Whether the model counts positions by places in its cache, so that padding after a prefix changes its answers.
+
+    MPT does (ALiBi).
+    """
+    return bool(model.config.model_type == "mpt")
+
+
 @torch.no_grad()
-def can_share_prefix(model: nn.Module) -> bool:
+def can_share_prefix(model: LanguageModel) -> bool:
     """Whether a decoder-only model can read a prefix once and several texts after it; the model reads one token."""
+    if counts_padding(model):
+        return False
     token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     return can_be_continued(read_cache(model, token))
 
@@ -173,13 +183,13 @@ class AnswerCollator:
         return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
 
 
-def answer_collator(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool) -> AnswerCollator:
+def answer_collator(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool) -> AnswerCollator:
     """Return the collator that pads rows to a batch for this model.
 
     On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
     tokens would cost more than it saves. If activations are recomputed (`is_recomputed`), there is no cache to share.
     """
-    is_seq2seq = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
+    is_seq2seq = bool(model.config.is_encoder_decoder)
     can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
     return AnswerCollator(tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model))
 

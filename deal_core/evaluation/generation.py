@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.collate import can_be_continued, common_prefix, pad_batch, read_cache
+from deal_core.data.collate import can_be_continued, common_prefix, counts_padding, pad_batch, read_cache
 from deal_core.data.prompts import answer_text, encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.evaluation.answering import ServedTask
@@ -273,7 +273,7 @@ class Prefix(NamedTuple):
 
 def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefix:
     """Compute the prefix that all prompts share, such as a task's instruction and options."""
-    shared = 0 if model.config.is_encoder_decoder else common_prefix(prompts)
+    shared = 0 if model.config.is_encoder_decoder or counts_padding(model) else common_prefix(prompts)
     cache = read_cache(model, torch.tensor([prompts[0][:shared]], device=device_of(model))) if shared else None
     return Prefix(shared, cache) if can_be_continued(cache) else Prefix(0, None)
 

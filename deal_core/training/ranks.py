@@ -1,8 +1,7 @@
 """Several processes that train one adapter together, each on its share of every batch.
 
-The parent starts a launcher: `python -m deal_core.training.ranks launch JOB NUM_PROCESSES LOG_FOLDER`. The launcher is
-PyTorch's elastic agent. It starts the ranks: `python -m deal_core.training.ranks rank JOB`. Every rank calls
-`TrainingJob.run`. Rank 0 alone writes files and reports to the parent, one JSON object a line.
+The parent starts `deal_core.training.launcher`, which starts the ranks: `python -m deal_core.training.ranks JOB`. Every
+rank calls `TrainingJob.run`. Rank 0 alone writes files and reports to the parent, one JSON object a line.
 A rank ends when its standard input ends, because that is the end of the parent.
 """
 
@@ -25,9 +24,7 @@ import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
 from pydantic import TypeAdapter
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from deal_core import errors
 from deal_core.base_model.load import load_base
@@ -99,7 +96,7 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
     """
     with log_file.open("wb") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "deal_core.training.ranks", "launch", *arguments],
+            [sys.executable, "-m", "deal_core.training.launcher", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -206,58 +203,5 @@ def _take_stdout() -> TextIO:
     return kept
 
 
-def launch(job_file: str, num_processes: int, log_folder: str) -> None:
-    """Run the ranks to their end."""
-    outputs = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(num_processes)}
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        run_id="ranks",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",  # a port that is free
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=log_folder, redirects=outputs),
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "deal_core.training.ranks", "rank", job_file)
-    except ChildFailedError as error:
-        sys.stdout.write(json.dumps({"failure": describe(error.failures)}) + "\n")
-        sys.exit(1)
-
-
-def describe(failures: Mapping[int, ProcessFailure]) -> dict[str, Any]:
-    """Describe the rank that died first: its number, exit code and error message (empty if it raised nothing)."""
-    rank, failure = first_to_fail(failures)
-    message = failure.error_file_data["message"]["message"] if _recorded(failure) else ""
-    return {"rank": rank, "exitcode": failure.exitcode, "message": message}
-
-
-def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank whose death caused the others to die.
-
-    A killed rank leaves no error record, and the other ranks fail soon after, so a rank without a record comes first.
-    A rank that died by SIGTERM comes last, because the agent ends the remaining ranks with SIGTERM. Of several records,
-    the oldest is the cause.
-    """
-
-    def order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
-        failure = item[1]
-        if _recorded(failure):
-            return 1, Path(failure.error_file).stat().st_mtime
-        return (2 if failure.exitcode == -signal.SIGTERM else 0), 0.0
-
-    return min(failures.items(), key=order)
-
-
-def _recorded(failure: ProcessFailure) -> bool:
-    return Path(failure.error_file).is_file()
-
-
 if __name__ == "__main__":
-    role, *words = sys.argv[1:]
-    if role == "rank":
-        run_rank(*words)
-    else:
-        launch(words[0], int(words[1]), words[2])
+    run_rank(sys.argv[1])

@@ -12,9 +12,10 @@ import pytest
 from benchmarks.tiny_base import EXAMPLES
 from tests.e2e.command import deal
 
-pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly]
+pytestmark = [pytest.mark.e2e, pytest.mark.base_model]
 
 
+@pytest.mark.nightly(minutes=4)
 def test_the_first_domain_passes_the_gate(tmp_path: Path) -> None:
     home = tmp_path / "home"
     run = deal(home, "adapt", str(EXAMPLES / "bank" / "spec.yaml"))
@@ -24,6 +25,7 @@ def test_the_first_domain_passes_the_gate(tmp_path: Path) -> None:
     assert answer["version"] == "1" and answer["answer"]
 
 
+@pytest.mark.nightly(minutes=10)
 def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (outcome,) = deal(home, "demo")["outcomes"]

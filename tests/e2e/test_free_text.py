@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 REPAIRS = ROOT / "examples" / "repairs"
 REJECTED = 3
 
-pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly]
+pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly(minutes=6)]
 
 
 def rows(split: str) -> list[dict[str, str]]:

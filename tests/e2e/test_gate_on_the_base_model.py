@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 REJECTED = 3
 
-pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly]
+pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly(minutes=10)]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.e2e.whole import DONE, Whole, rows_of, wait_until_learned
 
 OUTAGE_SECONDS = 60.0
 
-pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly(minutes=4), pytest.mark.xdist_group("stack")]
 
 
 def test_forty_arrivals_of_two_lineages_within_ten_seconds(whole: Whole, tiny_base: Path) -> None:

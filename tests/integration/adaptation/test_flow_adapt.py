@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from prefect.client.orchestration import get_client
+from prefect.settings import get_current_settings
 
 from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
@@ -40,6 +46,26 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
 RESULT = "result.json"
+
+
+ROOT = Path(__file__).parents[3]
+KILLED_AFTER_STEP_4 = """
+import json, os, signal, sys
+from pathlib import Path
+
+from deal_core.training import trainer
+from tests.adapting import CLINIC, run
+
+rotate = trainer.rotate_checkpoints
+
+def die(folder, **given):
+    rotate(folder, **given)
+    if Path(folder, "checkpoint-4", trainer.COMPLETE).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.rotate_checkpoints = die
+run(Path(sys.argv[1]), CLINIC, train=json.loads(sys.argv[2]))
+"""
 
 
 class Killed(BaseException):
@@ -207,6 +233,35 @@ def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home
     assert [point.step for point in history] == [1, 2, 3]
     assert set(result.accuracies) == {"bank", "clinic"}
     assert not list((home / "work").rglob("*.*")), "the files of the processes were not deleted"
+
+
+async def end_lock_of_killed() -> None:
+    """A killed run holds its lineage on the server until its lease of five minutes ends."""
+    async with get_client() as client:
+        await client.delete_global_concurrency_limit_by_name("lineage-l")
+
+
+def test_a_run_killed_by_kill_9_goes_on_from_its_checkpoint_and_makes_one_version(
+    tiny_base: Path, home: Path, first: AdaptResult
+) -> None:
+    train = {"max_steps": 6, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 2}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AFTER_STEP_4, str(tiny_base), json.dumps(train)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": str(get_current_settings().api.url)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(versions()) == 1
+    asyncio.run(end_lock_of_killed())
+    result = run(tiny_base, CLINIC, train=train)
+    assert (result.status, result.version, result.parent_version) == ("promoted", "2", "1")
+    assert (result.resumed_from_step, result.num_steps) == (4, 6)
+    history = MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(result.tracking_id or "", "train/loss")
+    assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6], "none is lost, none is logged twice"
+    assert [version for version, *_ in versions()] == ["1", "2"] and not list((home / "work").rglob("*.*"))
 
 
 def test_the_same_rows_in_another_file_train_nothing(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:

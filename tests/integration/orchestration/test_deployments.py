@@ -121,18 +121,18 @@ def check_the_notice_of_a_version_that_waits_leads_to_the_form(receiver: Receive
     assert asyncio.run(name_of()) == "decide"
 
 
-@pytest.mark.nightly
+def home_on_the_server() -> str:
+    async def read() -> Any:
+        async with get_client() as client:
+            return (await client.read_deployment_by_name("adapt-landed/adapt")).pull_steps
+
+    ((step,),) = (each.values() for each in asyncio.run(read()))
+    return str(step["directory"])
+
+
 def test_another_home_or_store_is_not_overwritten(
     deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def home_on_the_server() -> str:
-        async def read() -> Any:
-            async with get_client() as client:
-                return (await client.read_deployment_by_name("adapt-landed/adapt")).pull_steps
-
-        ((step,),) = (each.values() for each in asyncio.run(read()))
-        return str(step["directory"])
-
     (other := tmp_path / "other").mkdir()
     with put_back():
         answer = CliRunner().invoke(app, ["deploy", "--home", str(other)])
@@ -149,7 +149,14 @@ def test_another_home_or_store_is_not_overwritten(
         patch.setenv("DEAL_STORE_URI", f"file://{tmp_path}/elsewhere")
         with pytest.raises(ConfigError, match=r"the store is .*home/store, here it is .*elsewhere"):
             asyncio.run(deploy_all(deployed))
-    (other / "logs").mkdir(exist_ok=True)
+    assert home_on_the_server() == str(deployed)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("deployed")
+def test_another_home_takes_the_place_when_asked_and_starts_nothing_that_was_stopped(tmp_path: Path) -> None:
+    (other := tmp_path / "other").mkdir()
+    (other / "logs").mkdir()
 
     async def stopped(pauses: bool) -> tuple[bool, bool]:
         """Whether the deployment gc is paused and the automation for silent runs is off; first stop both."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -35,29 +36,26 @@ from tests.integration.storage.conftest import SECRET, holding, keys, land, logg
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
-@pytest.mark.nightly
 def test_nothing_is_forgotten_with_a_registry_that_does_not_know_the_versions(
-    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    first: AdaptResult, monkeypatch: pytest.MonkeyPatch, mlflow_database: Path, tmp_path: Path
 ) -> None:
-    found = run(tiny_base, land())
-    before = keys("")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'another.db'}")
+    """Not even the tombstone is written: it would refuse rows that nobody has forgotten."""
+    another, before = shutil.copy(mlflow_database, tmp_path / "another.db"), keys("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{another}")
     with pytest.raises(RegistryError, match="The store knows version 1 of 'l'"):
-        asyncio.run(forget(found.dataset.sha256))
+        asyncio.run(forget(first.dataset.sha256))
     assert keys("") == before
 
 
-@pytest.mark.nightly
-def test_damaged_rows_are_named_before_anything_is_forgotten(tiny_base: Path, home: Path) -> None:
-    found = run(tiny_base, land())
-    store, tests = current_store(), f"{found.dataset.uri}/test.parquet"
+def test_damaged_rows_are_named_before_anything_is_forgotten(first: AdaptResult, home: Path) -> None:
+    store, tests = current_store(), f"{first.dataset.uri}/test.parquet"
     store.put_bytes(tests, b"PAR1 cut")
     before = keys("")
     with pytest.raises(StoreError, match=r"test\.parquet is damaged; delete it and try again"):
-        asyncio.run(forget(found.dataset.sha256))
+        asyncio.run(forget(first.dataset.sha256))
     assert keys("") == before
     store.delete(tests)
-    asyncio.run(forget(found.dataset.sha256))
+    asyncio.run(forget(first.dataset.sha256))
     assert holding(home, SECRET) == []
 
 

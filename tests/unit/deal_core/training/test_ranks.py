@@ -33,7 +33,8 @@ from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.training.job import TextsFile, TrainingJob
-from deal_core.training.ranks import describe, error_of, require_devices, train_in_processes
+from deal_core.training.launcher import describe
+from deal_core.training.ranks import error_of, require_devices, train_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
 
@@ -87,7 +88,7 @@ def train_in_one(base, job: TrainingJob, folder: Path) -> TrainingResult:
 
 
 def assert_same(one: TrainingResult, two: TrainingResult, folder: Path) -> None:
-    assert [step for step, _ in two.losses] == [step for step, _ in one.losses] and one.num_steps >= 10
+    assert [step for step, _ in two.losses] == [step for step, _ in one.losses] and one.num_steps >= 7
     assert [loss for _, loss in two.losses] == pytest.approx([loss for _, loss in one.losses], rel=1e-5)
     expected, found = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert expected.keys() == found.keys()
@@ -98,12 +99,12 @@ def assert_same(one: TrainingResult, two: TrainingResult, folder: Path) -> None:
 def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     """The ranks below a process, by number."""
     below = process.children(recursive=True)
-    return {each.environ()["RANK"]: each for each in below if each.cmdline()[-2:-1] == ["rank"]}
+    return {each.environ()["RANK"]: each for each in below if "deal_core.training.ranks" in each.cmdline()}
 
 
-@pytest.mark.nightly
 def test_two_processes_equal_one(base, job, rows, tmp_path):
-    job = retrained(job, group_by_length=False)
+    """The new rows, and questions about an old task's texts; the last step has rows for rank 0 alone."""
+    job = retrained(job, group_by_length=False, num_epochs=1)
     (old,), file = job.setup.old_tasks, tmp_path / "texts" / "old.parquet"
     file.parent.mkdir()
     rows(12, first=100).to_parquet(str(file))

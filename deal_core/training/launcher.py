@@ -1,0 +1,71 @@
+"""PyTorch's elastic agent, which starts the ranks of a training and ends them together.
+
+`python -m deal_core.training.launcher JOB NUM_PROCESSES LOG_FOLDER`. The ranks begin after the launcher has started, so
+it imports no more than the agent.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def launch(job_file: str, num_processes: int, log_folder: str) -> None:
+    """Run the ranks to their end."""
+    outputs = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(num_processes)}
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id="ranks",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",  # a port that is free
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=log_folder, redirects=outputs),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "deal_core.training.ranks", job_file)
+    except ChildFailedError as error:
+        sys.stdout.write(json.dumps({"failure": describe(error.failures)}) + "\n")
+        sys.exit(1)
+
+
+def describe(failures: Mapping[int, ProcessFailure]) -> dict[str, Any]:
+    """Describe the rank that died first: its number, exit code and error message (empty if it raised nothing)."""
+    rank, failure = first_to_fail(failures)
+    message = failure.error_file_data["message"]["message"] if _recorded(failure) else ""
+    return {"rank": rank, "exitcode": failure.exitcode, "message": message}
+
+
+def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank whose death caused the others to die.
+
+    A killed rank leaves no error record, and the other ranks fail soon after, so a rank without a record comes first.
+    A rank that died by SIGTERM comes last, because the agent ends the remaining ranks with SIGTERM. Of several records,
+    the oldest is the cause.
+    """
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
+        failure = item[1]
+        if _recorded(failure):
+            return 1, Path(failure.error_file).stat().st_mtime
+        return (2 if failure.exitcode == -signal.SIGTERM else 0), 0.0
+
+    return min(failures.items(), key=order)
+
+
+def _recorded(failure: ProcessFailure) -> bool:
+    return Path(failure.error_file).is_file()
+
+
+if __name__ == "__main__":
+    launch(sys.argv[1], int(sys.argv[2]), sys.argv[3])
