@@ -15,6 +15,7 @@ from typing import Any
 from deal_core.config import DataConfig
 from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset
 from deal_core.data.reading.lines import sha256_of_input
+from deal_core.data.row_warnings import data_warnings
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
 from deal_core.errors import ConfigError
@@ -227,6 +228,7 @@ def _publish(
         quarantine=quarantine,
         landed_sha256=manifest.landed_sha256,
         new_labels=new_labels,
+        warnings=data_warnings(manifest.task, manifest.contradictions, include_texts=False),
     )
 
 
