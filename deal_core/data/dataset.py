@@ -117,8 +117,7 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
         if report.refusal is not None:
             listed = f" Every bad row is listed in {files.quarantine_path}." if report.bad_rows else ""
             raise ArrivalRefusedError(report.refusal + listed, report)
-        files.publish(report.manifest)
-    return report.manifest
+        return files.publish(report.manifest)
 
 
 def validate_file(landing: Landing, on_rows: Callable[[Sequence[Row]], None] | None = None) -> ValidationReport:

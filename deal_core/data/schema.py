@@ -278,7 +278,7 @@ class DatasetManifest(VersionedJson):
         DataValidationError,
         version=SCHEMA_VERSION,
         remedy="build the dataset again from its file",
-        later=("contradictions",),
+        later=("contradictions", "test_sha256"),
     )
 
     task: TaskSchema
@@ -306,4 +306,7 @@ class DatasetManifest(VersionedJson):
     """Training rows that are earlier turns of chats. num_read counts a chat once."""
     contradictions: Contradictions | None = None
     """None: no row contradicts another."""
+    test_sha256: str | None = None
+    """SHA-256 of the bytes of the file of test rows, which never changes. None if no file was written, and in older
+    manifests."""
     schema_version: int = SCHEMA_VERSION

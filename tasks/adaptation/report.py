@@ -29,7 +29,7 @@ from infra.tracking.client import installed_version
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.frozen_rows import MAX_EXAMPLES, compare_answers, cut
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.data_files import local_file
 from tasks.lineage.history import find_version
