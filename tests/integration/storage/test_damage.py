@@ -100,6 +100,11 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def spell_anew(path: Path) -> None:
+    """Write the same JSON in other bytes."""
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+
+
 def swap_answers(path: Path) -> None:
     """Give the first test row the right answer of another one."""
     rows = pq.read_table(path).to_pylist()
@@ -121,7 +126,7 @@ def test_the_status_notices_changed_bytes_of_the_champion_its_ledger_its_manifes
     entry = min((home / "store" / "ledger" / "l").iterdir())
     damages: list[tuple[Path, Callable[[Path], None], str, str]] = [
         (adapters["3"] / "adapter_model.safetensors", flip, "Version 3 of 'l' is damaged", "deal rollback --to"),
-        (adapters["3"] / "method.safetensors", flip, "method.safetensors has sha256", "Restore the folder"),
+        (adapters["3"] / "method.json", spell_anew, "method.json has sha256", "Restore the folder"),
         (entry, lambda path: path.write_bytes(b"{"), "an entry of the ledger, is damaged", "Delete it"),
         (
             entry,
