@@ -130,6 +130,7 @@ async def _prepare_and_learn(spec: AdaptSpec, again: bool) -> AdaptResult:
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
     dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent, spec.lineage, again)
     stages.done("ingest", _describe_dataset(dataset))
+    _say(dataset.warnings)
     if known := await stages.run("repeat", runs.find_own if again else runs.find_repeat, dataset, spec.lineage):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)

@@ -73,6 +73,8 @@ class DatasetRef(Reference):
     """Labels that were added by command and that the task lacks in the parent version."""
     renews_tests: bool = False
     """Whether `deal tests renew` had asked for new test rows when the rows were checked."""
+    warnings: tuple[str, ...] = ()
+    """What is odd about the rows together, without a text of them."""
 
     def widen(self, schema: TaskSchema) -> TaskSchema:
         """Add the new labels to the schema of the dataset's task; other schemas stay as they are."""

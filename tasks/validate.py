@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import ValidationReport, validate_file
-from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
+from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning, data_warnings
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError
@@ -95,7 +95,7 @@ class ValidateResult(BaseModel, frozen=True):
     """The first good training row."""
     sha256: str
     warnings: tuple[str, ...] = ()
-    """What is odd about the training rows together: near duplicates, and labels with few rows."""
+    """What is odd about the rows together: contradictions, near duplicates, and labels that cannot work."""
     label_check: str | None = None
     """What a model found about the labels, in one sentence; None: none was asked."""
     likely_wrong: tuple[LikelyWrongLabel, ...] = ()
@@ -159,7 +159,11 @@ def validate(
     spared = choose_spared(read, choose_strategy(read, record), record)
     brings_tests = landing.renews_tests or not landing.frozen_test_inputs
     few = few_tests_warning(manifest, read.gate, spared) if brings_tests else ()
-    warnings = (*kept.warnings(manifest.task), *few)
+    warnings = (
+        *data_warnings(manifest.task, manifest.contradictions, include_texts=True),
+        *kept.warnings(manifest.task),
+        *few,
+    )
     result = _result(file, report, kept, example, checked)
     return result.model_copy(update={"task_file": task_file and str(task_file), "warnings": warnings})
 

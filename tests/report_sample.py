@@ -84,6 +84,7 @@ def sample_report(**changes: Any) -> RunReport:
             bad_rows=(
                 QuarantinedRow(file="may.csv", row=12, line=14, problems=("label outside the task's set: 'cardd'",)),
             ),
+            warnings=("Texts with several labels: 3 (6 training rows, 0 test rows).",),
         ),
         "changed": (
             Changed(task="bank", num_rows=20, num_gained=0, num_lost=3, gained=(), lost=(row,) * 3),

@@ -11,7 +11,16 @@ from typing import Any
 
 from deal_core.data import chats
 from deal_core.data.columns import Columns
-from deal_core.data.rows import Problem, RawRow, Reason, Row, message_parts, normal_line_ends, row_digest, row_digests
+from deal_core.data.rows import (
+    Problem,
+    RawRow,
+    Reason,
+    Row,
+    message_parts,
+    normal_line_ends,
+    preference_digest,
+    row_digests,
+)
 from deal_core.data.schema import Format, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten
 
@@ -193,7 +202,7 @@ class RowChecker:
         """The row as a preference of its answer over another one."""
         if " ".join(row.output.split()) == " ".join(rejected.split()):
             problems.append(_told("equal answers", "both answers are the same"))
-        return row._replace(digest=row_digest(row.digest.hex(), rejected), references=(), rejected=rejected)
+        return row._replace(digest=preference_digest(row.digest, rejected), references=(), rejected=rejected)
 
     def _chat(self, values: Mapping[str, Any], split: Split | None, problems: list[Problem]) -> Row:
         names = self._columns.names

@@ -16,6 +16,7 @@ from deal_core.config import DataConfig
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import RowChecker, is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
+from deal_core.data.contradictions import ContradictionFinder
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.digest_set import DigestSet, merge_digests
 from deal_core.data.reading.lines import sha256_of_input
@@ -116,8 +117,7 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
         if report.refusal is not None:
             listed = f" Every bad row is listed in {files.quarantine_path}." if report.bad_rows else ""
             raise ArrivalRefusedError(report.refusal + listed, report)
-        files.publish(report.manifest)
-    return report.manifest
+        return files.publish(report.manifest)
 
 
 def validate_file(landing: Landing, on_rows: Callable[[Sequence[Row]], None] | None = None) -> ValidationReport:
@@ -168,6 +168,7 @@ class ArrivalReader:
         infers_labels = self.task.format == "labelled" and not self.task.labels
         if infers_labels or self._names_split:
             self._survey(infers_labels)
+        self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
         counts: dict[Path, Counter[str]] = {path: Counter() for path, _, _ in self._files}
         rejected: Counter[Path] = Counter()
         examples: dict[Path, list[BadRow]] = {path: [] for path, _, _ in self._files}
@@ -274,6 +275,7 @@ class ArrivalReader:
         is_new = self._kept[split].add([row.digest for _, row in rows])
         new = [row for _, row in compress(rows, is_new)]
         keep(new, split)
+        self._contradictions.add(new, split)
         if self._learns_every_turn and split == "train":
             self._keep_turns(new, keep)
         return list(compress(rows, ~is_new))
@@ -301,6 +303,7 @@ class ArrivalReader:
         keep(turns, "train")
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
+        contradictions = self._contradictions.found()  # before the digests are put in order
         train, test, leaks = (each.in_order() for each in (self._kept["train"], self._kept["test"], self._leaks))
         landing, landed = self._landing, {"landed": [train, test]}
         if self._is_split_given:
@@ -319,6 +322,7 @@ class ArrivalReader:
             retain_training_rows=self._config.retain_training_rows,
             files=tuple(sha256_of_input(path) for path in (landing.source, landing.test_source) if path is not None),
             landed_sha256=self._digest(landed),
+            contradictions=contradictions,
         )
 
     def _digest(self, parts: Mapping[str, Sequence[memoryview]]) -> str:

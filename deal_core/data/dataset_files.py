@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from deal_core.data.rows import BadRow, Row, json_text
 from deal_core.data.schema import DatasetManifest, Split, TaskSchema, stored_columns
-from deal_core.regular_file import complete_file
+from deal_core.regular_file import complete_file, sha256_of_file
 
 _GROUP_ROWS = 8192
 _GROUP_CHARS = 2**24
@@ -60,13 +61,15 @@ class DatasetFiles:
             entry["more"] = [problem._asdict() for problem in more]
         self._quarantine.write(json.dumps({**entry, "raw": raw}, ensure_ascii=False, default=json_text) + "\n")
 
-    def publish(self, manifest: DatasetManifest) -> None:
-        """Move the finished files to their final names."""
+    def publish(self, manifest: DatasetManifest) -> DatasetManifest:
+        """Move the finished files to their final names; return the manifest with the digest of the test rows' file."""
         for split, table in self._tables.items():
             table.close()
             os.replace(table.path, self._folder / f"{split}.parquet")
+        manifest = replace(manifest, test_sha256=sha256_of_file(self._folder / "test.parquet"))
         with complete_file(self._folder / "manifest.json") as part:
             part.write_text(json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        return manifest
 
 
 class _RowWriter:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 
 from deal_core.data.chats import Message
-from deal_core.data.schema import DEFAULT_TEMPLATE, TaskSchema
+from deal_core.data.schema import DEFAULT_TEMPLATE, OPTIONS_SEPARATOR, TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.safe_text import shorten
 
@@ -73,7 +73,7 @@ def _fill_template(task: TaskSchema, input: str) -> PromptParts:
     if task.format == "auto":
         raise ConfigError(f"Task {task.name} has format auto; use the schema in its dataset's manifest.")
     template = task.template if task.template is not None else _default_template(task)
-    values = {"instruction": task.instruction.strip(), "options": ", ".join(task.labels)}
+    values = {"instruction": task.instruction.strip(), "options": OPTIONS_SEPARATOR.join(task.labels)}
     sides = ["", ""]
     side = 0
     for literal, name, _, _ in string.Formatter().parse(template):

@@ -1,4 +1,4 @@
-"""Warnings about rows that are good one by one and odd together: near duplicates, and labels with few rows."""
+"""Warnings about rows that are good one by one and odd together: contradictions, near copies, labels in doubt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rapidfuzz import fuzz, utils
 
-from deal_core.safe_text import listed
+from deal_core.data.schema import OPTIONS_SEPARATOR, Contradictions, TaskSchema
+from deal_core.safe_text import listed, shorten
 
 MAX_COMPARED = 20_000
 """Rows that are compared; of more, the first ones."""
@@ -70,3 +71,58 @@ def balance_warning(counts: Mapping[str, int]) -> str | None:
         f"{len(rare)} of {len(counts)} labels have few rows ({few}) against {most:,} of the commonest: the model will "
         "seldom answer with them; add rows of these labels"
     )
+
+
+def data_warnings(task: TaskSchema, found: Contradictions | None, *, include_texts: bool) -> tuple[str, ...]:
+    """Return the warnings about a dataset that its manifest tells: contradictions, and labels that cannot work.
+
+    Each warning says what training does with such rows. Without `include_texts` it has no text and no label.
+    """
+    contradictions = [_contradictions_warning(task, found, include_texts)] if found else []
+    return (*contradictions, *label_warnings(task, include_texts=include_texts))
+
+
+def _contradictions_warning(task: TaskSchema, found: Contradictions, include_texts: bool) -> str:
+    rows = f"{found.num_texts:,} ({found.num_train:,} training rows, {found.num_test:,} test rows)"
+    shown = ""
+    if include_texts and found.examples:
+        several = " over " if task.learns_preferences else " and "
+        examples = [
+            ": ".join(filter(None, [repr(text), several.join(map(repr, answers))])) for text, *answers in found.examples
+        ]
+        shown = f" For example {'; '.join(examples)}."
+    if task.learns_preferences:
+        return (
+            f"Pairs of answers that are preferred in both directions: {rows}. Both directions are learned and cancel "
+            "each other, and of two such test rows one always counts as wrong. Keep one row of each pair." + shown
+        )
+    if task.labels:
+        return (
+            f"Texts with several labels: {rows}. Each of these rows is learned, so the model learns to guess, and of "
+            "the test rows of one text only those with one label can count as right. Give each text one label." + shown
+        )
+    return (
+        f"Inputs with several answers in rows of their own: {rows}. Each of these answers is learned, and a test row "
+        "compares with its own answer alone. If all of them are right, list them in one row: the first is learned, and "
+        "each counts as right." + shown
+    )
+
+
+def label_warnings(task: TaskSchema, *, include_texts: bool) -> tuple[str, ...]:
+    """Return the warnings about a task's labels: a single one, and those that contain the separator of the options."""
+    warnings = []
+    if len(task.labels) == 1:
+        shown = f", {shorten(task.labels[0])!r}" if include_texts else ""
+        warnings.append(
+            f"The task has one label{shown}. Its rows are learned, but the model learns to give this answer to every "
+            "text, and the test rows tell no good version from a bad one. Add rows with other labels."
+        )
+    split = [label for label in task.labels if OPTIONS_SEPARATOR in label]
+    if split and task.shows_options:
+        shown = f" ({listed([repr(label) for label in split], most=MAX_SHOWN)})" if include_texts else ""
+        warnings.append(
+            f"Labels that contain {OPTIONS_SEPARATOR!r}, which separates the options in the prompt: {len(split)} of "
+            f"{len(task.labels)}{shown}. The model reads their parts as options, and an answer with a part counts as "
+            "wrong. Rename them with task.labels {CELL: NAME}, or give a task.template without {options}."
+        )
+    return tuple(warnings)

@@ -139,11 +139,19 @@ def _sha256(normal: Iterable[str]) -> bytes:
     return hashlib.sha256(f"[{', '.join(normal)}]".encode()).digest()
 
 
+def preference_digest(digest: bytes, rejected: str) -> bytes:
+    """Digest of a preference, from that of the row without its worse answer, and the worse answer."""
+    return row_digest(digest.hex(), rejected)
+
+
 def stored_input_digest(kind: Format, stored: str) -> bytes:
     """`Row.input_digest` of an input as a dataset stores it."""
-    if kind == "chat":
-        return row_digest(*(part for message in json.loads(stored) for part in message_parts(message)))
-    return row_digest(stored)
+    return row_digest(*input_parts(kind, stored))
+
+
+def input_parts(kind: Format, stored: str) -> list[str]:
+    """An input as a dataset stores it, in the parts of a digest."""
+    return [part for message in json.loads(stored) for part in message_parts(message)] if kind == "chat" else [stored]
 
 
 def message_parts(message: Mapping[str, Any]) -> list[str]:

@@ -51,6 +51,8 @@ Datasets of older releases have it only if a row has several."""
 REJECTED = pa.field("rejected", pa.string())
 """One more column of the rows of a task that learns preferences: the worse answer; `output` is the better one."""
 
+OPTIONS_SEPARATOR = ", "
+"""What stands between the labels in a prompt."""
 DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -154,6 +156,12 @@ class TaskSchema:
         """Whether the base model's chat template writes the prompts."""
         return self.format == "chat" or self.prompt == "chat"
 
+    @property
+    def shows_options(self) -> bool:
+        """Whether a prompt lists the labels."""
+        template = DEFAULT_TEMPLATE if self.template is None else self.template
+        return bool(self.labels) and "options" in [name for _, name, _, _ in string.Formatter().parse(template)]
+
     def with_labels(self, labels: Iterable[str]) -> TaskSchema:
         """The same task with new labels appended in order; known labels are ignored.
 
@@ -249,11 +257,28 @@ def _check_template(template: str | None, task_format: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contradictions:
+    """Rows that contradict others: all of them are kept."""
+
+    num_texts: int
+    """Inputs with more than one right answer; of preferences the pairs of answers that are preferred either way."""
+    num_train: int
+    """Training rows with such an input, or such a pair."""
+    num_test: int
+    examples: tuple[tuple[str, ...], ...] = ()
+    """Shortened texts, each with its labels or its two answers. None if the arrival keeps texts out of reports."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetManifest(VersionedJson):
     """The record of one dataset: its source, its rows and its bad rows."""
 
     kept: ClassVar[Kept] = Kept(
-        "The manifest", DataValidationError, version=SCHEMA_VERSION, remedy="build the dataset again from its file"
+        "The manifest",
+        DataValidationError,
+        version=SCHEMA_VERSION,
+        remedy="build the dataset again from its file",
+        later=("contradictions", "test_sha256"),
     )
 
     task: TaskSchema
@@ -279,4 +304,9 @@ class DatasetManifest(VersionedJson):
     the lineage's frozen test rows. None in older manifests."""
     num_turns: Annotated[int, Field(exclude_if=lambda number: number == 0)] = 0
     """Training rows that are earlier turns of chats. num_read counts a chat once."""
+    contradictions: Contradictions | None = None
+    """None: no row contradicts another."""
+    test_sha256: str | None = None
+    """SHA-256 of the bytes of the file of test rows, which never changes. None if no file was written, and in older
+    manifests."""
     schema_version: int = SCHEMA_VERSION

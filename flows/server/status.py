@@ -25,8 +25,10 @@ from infra.store.keys import INBOX
 from infra.tracking.database import open_reader
 from infra.tracking.facts import RegistryReader, VersionInfo
 from tasks.context import current_store
+from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, InboxState, held_arrivals, look, read_state
 from tasks.lineage.history import known_lineages, look_at_champion
+from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.settings import WatchedLineage, read_lineages
 from tasks.monitoring.state import read_monitor_state
 
@@ -97,7 +99,7 @@ class Status(ServerRuns, frozen=True):
     problems: tuple[str, ...]
     """Invalid lineage files, unusable keys in the inbox, and a Prefect server that does not answer."""
     damaged: tuple[str, ...] = ()
-    """Missing or damaged champions, and a store or registry that cannot be read."""
+    """Missing or damaged champions, ledgers, manifests and test rows, and a store or registry that cannot be read."""
 
 
 async def read_status(home: Path) -> Status:
@@ -171,6 +173,7 @@ def _lineage(
     if registry is not None:
         try:
             champion, found = look_at_champion(store, registry, name)
+            found += find_damage(store, name, _record_of(store, champion))
             damaged += [f"Lineage {name}: {' '.join(problem.split())}" for problem in found]
         except DealError as error:
             damaged.append(f"Lineage {name}: {in_one_line(error)}")
@@ -192,6 +195,14 @@ def _lineage(
         rollout=_rollout(store, name),
         rejected=None if registry is None else _rejected(registry, name),
     )
+
+
+def _record_of(store: ObjectStore, champion: VersionInfo | None) -> LineageRecord | None:
+    """Return the champion's record; None: it has none, or `look_at_champion` names its damage."""
+    try:
+        return read_record(store, champion.adapter_uri) if champion else None
+    except DealError:
+        return None
 
 
 def _rejected(registry: RegistryReader, name: str) -> str | None:

@@ -79,6 +79,8 @@ class Quality(ReportPart):
     """Key of the bad rows in the object store."""
     bad_rows: tuple[QuarantinedRow, ...] = ()
     """The first bad rows."""
+    warnings: tuple[str, ...] = ()
+    """What is odd about the rows together; with texts only if the run may show them."""
 
 
 class Training(ReportPart):

@@ -25,7 +25,8 @@ from tasks.adaptation.frozen_rows import (
     read_answers,
     within_budget,
 )
-from tasks.adaptation.ingest import new_task, read_manifest
+from tasks.adaptation.ingest import new_task
+from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, read_record
 from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked

@@ -6,8 +6,10 @@ Answers stay in the object store next to the adapter. MLflow gets no answer.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -18,11 +20,13 @@ from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
 from deal_core.evaluation.answering import ServedTask
+from deal_core.regular_file import sha256_of_file
 from deal_core.schema_version import require_schema_version
 from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
-from infra.store.keys import TEST_FILE
+from infra.store.keys import TEST_FILE, task_and_digest
 from infra.store.stored import reading_stored
+from tasks.adaptation.manifests import read_manifest
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.tombstones import forgotten_tests, require_test_rows
 from tasks.references import Spared
@@ -58,18 +62,13 @@ def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
     Raises:
         TestRowsForgottenError: The rows were forgotten.
         ObjectNotFoundError: The file of the rows is missing.
-        StoreError: The file of the rows is damaged.
+        StoreError: The file of the rows is damaged, or was altered after its dataset was made.
     """
     from datasets import Dataset
 
-    uri, name = known.dataset_uri, known.schema.name
-    require_test_rows(store, name, uri)
-    remedy = (
-        f"Restore it from a backup of the store: without it no version can be judged on '{name}'. Versions that know "
-        "the task still predict and serve."
-    )
-    with reading_stored(store, f"{uri}/{TEST_FILE}", f"the test rows of task '{name}'", remedy):
-        rows = Dataset(read_test_rows(store, uri, (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)))
+    uri = known.dataset_uri
+    require_test_rows(store, known.schema.name, uri)
+    rows = Dataset(read_test_rows(store, uri, (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)))
     return TestSet(
         schema=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
     )
@@ -80,16 +79,48 @@ def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str])
 
     Raises:
         ObjectNotFoundError: The file is missing.
-        ValueError: The file is damaged.
+        StoreError: The file is damaged, or was altered after its dataset was made.
     """
-    with temporary_folder() as temporary:
-        path = temporary / TEST_FILE
-        store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
+    with _unaltered_file(store, dataset_uri) as path:
         try:
             absent = {REFERENCES.name, REJECTED.name} - set(pq.read_schema(path, memory_map=False).names)
             return pq.read_table(path, memory_map=False, columns=[name for name in columns if name not in absent])
         except (pa.ArrowException, OSError) as error:
             raise ValueError(str(error)) from None
+
+
+def require_unaltered(store: ObjectStore, dataset_uri: str) -> None:
+    """Require that the test rows of a dataset are those that it was made with.
+
+    Raises:
+        ObjectNotFoundError: The file is missing.
+        StoreError: The file was altered.
+    """
+    with _unaltered_file(store, dataset_uri):
+        pass
+
+
+@contextmanager
+def _unaltered_file(store: ObjectStore, dataset_uri: str) -> Iterator[Path]:
+    """Give a local copy of a dataset's test rows, compared with the digest in its manifest.
+
+    Test rows judge every later version, so no score may come from rows or right answers that somebody has altered.
+    """
+    manifest, (task, _) = read_manifest(store, dataset_uri), task_and_digest(dataset_uri)
+    remedy = (
+        f"Restore it from a backup of the store: without it no version can be judged on '{task}'. Versions that know "
+        "the task still predict and serve."
+    )
+    with (
+        temporary_folder() as temporary,
+        reading_stored(store, f"{dataset_uri}/{TEST_FILE}", f"the test rows of task '{task}'", remedy),
+    ):
+        path = temporary / TEST_FILE
+        store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
+        sha256 = sha256_of_file(path)
+        if sha256 != (manifest.test_sha256 or sha256):  # manifests of 0.2 have no digest of the file
+            raise ValueError(f"it was altered: its sha256 is {sha256}, recorded is {manifest.test_sha256}")
+        yield path
 
 
 def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[TestSet]:

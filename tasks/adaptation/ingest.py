@@ -15,6 +15,7 @@ from typing import Any
 from deal_core.config import DataConfig
 from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset
 from deal_core.data.reading.lines import sha256_of_input
+from deal_core.data.row_warnings import data_warnings
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
 from deal_core.errors import ConfigError
@@ -23,8 +24,8 @@ from deal_core.safe_text import brief
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
-from infra.store.stored import reading_stored
-from tasks.adaptation.frozen_rows import read_test_rows
+from tasks.adaptation.frozen_rows import read_test_rows, require_unaltered
+from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.data_files import local_file
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
@@ -165,6 +166,7 @@ def ingest_arrival(
     for known in record.tasks if record and not brings_lost_tests else ():  # fail before the training, not after it
         if known.schema.name != arrival.task:
             require_test_rows(store, known.schema.name, known.dataset_uri)
+            require_unaltered(store, known.dataset_uri)
     with (
         landing_of(store, arrival, schema, record, config, advance("ingest")) as landing,
         temporary_folder() as temporary,
@@ -215,6 +217,7 @@ def _publish(
             manifest,
             retain_training_rows=manifest.retain_training_rows or before.retain_training_rows,
             files=tuple(dict.fromkeys((*before.files, *manifest.files))),
+            test_sha256=before.test_sha256,
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
     return DatasetRef(
@@ -227,6 +230,7 @@ def _publish(
         quarantine=quarantine,
         landed_sha256=manifest.landed_sha256,
         new_labels=new_labels,
+        warnings=data_warnings(manifest.task, manifest.contradictions, include_texts=False),
     )
 
 
@@ -306,16 +310,3 @@ def tasks_after(
         known = (*known, new_task(store, dataset, max_prompt_tokens, max_new_tokens))
     known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
     return tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
-
-
-def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:
-    """Read the manifest of a dataset.
-
-    Raises:
-        ObjectNotFoundError: The manifest is missing.
-        StoreError: The manifest is damaged or has another schema version.
-    """
-    key = f"{dataset_uri}/{MANIFEST_FILE}"
-    remedy = "Restore it from a backup of the store. Versions that learned the dataset still predict and serve."
-    with reading_stored(store, key, "the record of a dataset", remedy):
-        return DatasetManifest.from_json(json.loads(store.get_bytes(key)))

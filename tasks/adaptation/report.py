@@ -16,6 +16,7 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel
 
+from deal_core.data.row_warnings import data_warnings
 from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
@@ -28,7 +29,7 @@ from infra.tracking.client import installed_version
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.frozen_rows import MAX_EXAMPLES, compare_answers, cut
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.data_files import local_file
 from tasks.lineage.history import find_version
@@ -140,6 +141,7 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
         problems=dict(manifest.problems),
         quarantine=key,
         bad_rows=_bad_rows(store, key, include_texts) if key is not None else (),
+        warnings=data_warnings(manifest.task, manifest.contradictions, include_texts=include_texts),
     )
 
 

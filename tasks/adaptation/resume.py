@@ -19,7 +19,8 @@ from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
-from tasks.adaptation.ingest import drop_training_rows, read_manifest
+from tasks.adaptation.ingest import drop_training_rows
+from tasks.adaptation.manifests import read_manifest
 from tasks.adaptation.promote import complete_version, is_complete, is_overtaken, settle_aliases
 from tasks.adaptation.report import report_run
 from tasks.adaptation.run import end_run, remove_work

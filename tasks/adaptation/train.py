@@ -18,7 +18,8 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.frozen_rows import answers_labels, spared_texts
-from tasks.adaptation.ingest import read_manifest, tasks_after
+from tasks.adaptation.ingest import tasks_after
+from tasks.adaptation.manifests import read_manifest
 from tasks.base import lend_base, release_base
 from tasks.context import current_store, work_folder
 from tasks.lineage.record import KnownTask, read_record

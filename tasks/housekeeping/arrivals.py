@@ -26,7 +26,7 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.tracking.registry import Registry
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.manifests import read_manifest
 from tasks.data_files import local_file
 from tasks.housekeeping.garbage import list_all_lineages
 from tasks.inbox import list_arrivals, read_state

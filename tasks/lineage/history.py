@@ -19,7 +19,7 @@ from infra.tracking.facts import RegistryReader, VersionFacts, VersionInfo, is_b
 from infra.version_log import VersionLog
 from tasks.context import current_store
 from tasks.lineage.record import read_record
-from tasks.lineage.version_files import require_stored
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.references import Standing, VersionRef
 
 ROLLOUT = "rollout"
@@ -268,7 +268,8 @@ def look_at_champion(
 ) -> tuple[VersionInfo | None, list[str]]:
     """Return the champion of a lineage, and the problems that keep it from serving or from being continued.
 
-    The check reads the promotion log, the registry, and the champion's record, configuration and header of the weights.
+    The check reads the promotion log, the registry and the champion's record, and compares the files of its adapter and
+    of its method's state with their digests.
 
     Raises:
         RegistryError: The registry cannot be read.
@@ -288,11 +289,15 @@ def look_at_champion(
 
 
 def _problems_of(store: ObjectStore, champion: VersionInfo) -> list[str]:
+    def require_adapter() -> None:
+        with borrowed_adapter(store, champion, with_method=True):
+            pass
+
     problems = []
     for check in (
         lambda: require_through_gate(champion),
         lambda: read_record(store, champion.adapter_uri),
-        lambda: require_stored(store, champion.adapter_uri),
+        require_adapter,
     ):
         try:
             check()

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from deal_core.data.answer_files import in_chunks, survey_rows
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
+from deal_core.data.formulas import GUARD_COLUMN, guarded
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
@@ -37,7 +38,7 @@ from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_versi
 
 CHAMPION_ANSWER = "champion_answer"
 """The column with the champion's answer. Neither ingest nor feedback reads it."""
-OWN_COLUMNS = ("id", CHAMPION_ANSWER, "confidence", "is_random")
+OWN_COLUMNS = ("id", CHAMPION_ANSWER, "confidence", "is_random", GUARD_COLUMN)
 
 
 class SelectResult(BaseModel, frozen=True):
@@ -222,15 +223,16 @@ def _to_fill_in(schema: TaskSchema, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_new(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file that does not exist, completely or not at all."""
+    """Write a file that does not exist, completely or not at all. No cell of a CSV runs as a formula."""
     content = io.StringIO(newline="")
     if path.suffix == ".jsonl":
         content.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
-        columns = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(content, [*columns], lineterminator="\n")
+        cells = guarded([{name: _csv_cell(value) for name, value in row.items()} for row in rows])
+        columns = dict.fromkeys(name for row in cells for name in row)
+        writer = csv.DictWriter(content, [*columns])  # its line ends, CRLF, make it quote a lone CR in a text
         writer.writeheader()
-        writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
+        writer.writerows(cells)
     _require_new(path)
     with complete_file(path) as part:
         part.write_text(content.getvalue(), "utf-8-sig" if path.suffix == ".csv" else "utf-8", newline="")

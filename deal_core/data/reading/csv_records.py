@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+from deal_core.data.formulas import unguarded
 from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
 from deal_core.data.rows import RawRow, Reason, unreadable_row
 from deal_core.errors import DataValidationError
@@ -53,7 +54,7 @@ class CsvFile:
         for number, (lines, record) in enumerate(self._records(), start=1):
             first, size = lines[0], sum([len(line.text) for line in lines])
             if isinstance(record, list) and len(record) == len(names):
-                yield RawRow(number, dict(zip(names, record, strict=True)), first.number), size
+                yield RawRow(number, unguarded(dict(zip(names, record, strict=True))), first.number), size
                 continue
             found = f"{len(record)} fields under {len(names)} columns" if isinstance(record, list) else str(record)
             reason: Reason = "malformed line" if first.is_whole else "over-long text"

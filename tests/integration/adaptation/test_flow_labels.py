@@ -18,7 +18,7 @@ from flows.forget import forget
 from flows.requeue import requeue
 from infra.tracking.registry import open_registry
 from tasks.adaptation import scorer
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.lineage.decisions import find_left_behind, roll_back
 from tasks.lineage.record import read_record

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -15,10 +18,14 @@ from deal_core.errors import DealError
 from flows.cli.app import app
 from flows.server.status import Status, read_status
 from infra.tracking.registry import open_registry
+from infra.tracking.runs import list_runs
+from infra.tracking.tracker import open_tracker
+from tasks.context import current_store
 from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import read_history
+from tasks.lineage.record import read_record
 from tasks.predict import predict
-from tests.adapting import BANK, run
+from tests.adapting import BANK, CLINIC, run
 from tests.in_process import put_back
 
 BY = {"who": "tester", "why": "a test"}
@@ -84,6 +91,91 @@ def test_a_damaged_champion_is_named_and_the_lineage_can_go_back(
     assert roll_back("l", "1", **BY).champion == "1"
     assert ask() == "1" and look(home).damaged == ()
     assert run(tiny_base, BANK, again=True).version == "4"
+
+
+def flip(path: Path) -> None:
+    """Change one byte in the middle: the file is as long as before, and its header is whole."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def spell_anew(path: Path) -> None:
+    """Write the same JSON in other bytes."""
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+
+
+def swap_answers(path: Path) -> None:
+    """Give the first test row the right answer of another one."""
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["output"] = next(row["output"] for row in rows if row["output"] != rows[0]["output"])
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
+
+
+@pytest.fixture
+def datasets(copied_home: Path) -> dict[str, Path]:
+    """The folders of the datasets that judge the champion, by task."""
+    record = read_record(current_store(), open_registry().versions("l")[-1].adapter_uri)
+    return {known.schema.name: copied_home / "store" / known.dataset_uri for known in record.tasks}
+
+
+def test_the_status_notices_changed_bytes_of_the_champion_its_ledger_its_manifests_and_its_test_rows(
+    home: Path, adapters: dict[str, Path], datasets: dict[str, Path]
+) -> None:
+    assert (look(home).damaged, exit_code_of_status()) == ((), 0)
+    entry = min((home / "store" / "ledger" / "l").iterdir())
+    damages: list[tuple[Path, Callable[[Path], None], str, str]] = [
+        (adapters["3"] / "adapter_model.safetensors", flip, "Version 3 of 'l' is damaged", "deal rollback --to"),
+        (adapters["3"] / "method.json", spell_anew, "method.json has sha256", "Restore the folder"),
+        (entry, lambda path: path.write_bytes(b"{"), "an entry of the ledger, is damaged", "Delete it"),
+        (
+            entry,
+            lambda path: path.write_text('{"schema_version": 1}'),
+            "an entry of the ledger, is damaged",
+            "Delete it",
+        ),
+        (
+            datasets["clinic"] / "manifest.json",
+            lambda path: path.write_bytes(path.read_bytes()[:-20]),
+            "manifest.json, the record of a dataset, is damaged",
+            "Restore it from a backup",
+        ),
+        (
+            datasets["bank"] / "test.parquet",
+            swap_answers,
+            "the test rows of task 'bank', is damaged",
+            "Restore it from a",
+        ),
+        (
+            datasets["bank"] / "test.parquet",
+            Path.unlink,
+            "the test rows of task 'bank', is missing",
+            "Restore it from a",
+        ),
+    ]
+    for path, damage, said, remedy in damages:
+        whole = path.read_bytes()
+        damage(path)
+        (problem,) = look(home).damaged
+        assert problem.startswith("Lineage l: ") and said in problem and path.name in problem, problem
+        assert remedy in problem and exit_code_of_status() == 1, problem
+        path.write_bytes(whole)
+    assert look(home).damaged == ()
+
+
+def test_altered_test_rows_are_not_scored_and_nothing_is_trained_before_that_is_said(
+    home: Path, adapters: dict[str, Path], datasets: dict[str, Path], tiny_base: Path
+) -> None:
+    swap_answers(datasets["bank"] / "test.parquet")
+    said = r"test\.parquet, the test rows of task 'bank', is damaged .*altered.*Restore it from a backup of the store"
+    with put_back():
+        done = CliRunner().invoke(app, ["evaluate", "--lineage", "l", "--json"])
+    assert done.exit_code == 1 and "Traceback" not in done.output and re.search(said, " ".join(done.output.split()))
+    for task in (BANK, CLINIC):
+        with pytest.raises(DealError, match=said):
+            run(tiny_base, task, again=True)
+    assert len(list_runs(open_tracker(), "l")) == 3, "no run was begun"
+    assert ask() == "3" and [info.version for info in open_registry().versions("l")] == ["1", "2", "3"]
 
 
 def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that_is_gone(

@@ -20,7 +20,7 @@ from infra.predictions import read_feedback, read_predictions
 from infra.store.keys import log_key
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record

@@ -51,6 +51,20 @@ def test_near_duplicates_and_rare_labels_are_warned_of_with_texts(check) -> None
     assert not check(rows_of(30)).warnings
 
 
+def test_contradictions_and_labels_in_doubt_are_warned_of_with_texts(check) -> None:
+    contrary = [("my parcel is late", "card"), ("my parcel is late", "loan"), ("something else", "yes, please")]
+    found = check([*rows_of(30), *contrary])
+    several, separated, balance = found.warnings
+    assert found.accepted and found.num_train == 33, "all of them are learned"
+    assert several.startswith(
+        "Texts with several labels: 1 (2 training rows, 0 test rows). Each of these rows is learn"
+    )
+    assert several.endswith("For example 'my parcel is late': 'loan' and 'card'.")
+    assert "1 of 4 ('yes, please')" in separated and "few rows (yes, please 1)" in balance
+    (single,) = check([(text, "card") for text, _ in rows_of(30)]).warnings
+    assert single.startswith("The task has one label, 'card'.")
+
+
 def test_too_few_test_rows_to_judge_are_warned_of(check) -> None:
     (few,) = check(rows_of(30), num_test=8).warnings
     assert "8 test rows can tell a drop only from 37.5 points on, and one answer is 12.5 points" in few

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -562,7 +564,9 @@ def test_validate_file_finds_the_same_and_writes_nothing_unasked(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["pets.jsonl"]
     assert report.refusal is None
     assert [bad.row for bad in report.bad_rows] == list(range(101, 101 + len(BAD_LINES)))
-    assert build(source, config=config) == report.manifest
+    built = build(source, config=config)
+    assert built.test_sha256 == hashlib.sha256((tmp_path / "dataset" / "test.parquet").read_bytes()).hexdigest()
+    assert replace(built, test_sha256=None) == report.manifest
 
 
 def test_progress_is_told_to_the_last_row(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_the_page_tells_the_whole_run() -> None:
         "120 steps in 14 min, 3.2 rows/s; it was interrupted and continued from step 40",
         "may.csv: 130 rows read, 96 for training, 20 for testing, 14 in quarantine",
         "empty text10",
+        "Texts with several labels: 3 (6 training rows, 0 test rows).",
         "row 12 (line 14): label outside the task's set: 'cardd'",
         "Lost: 3",
         "Gained: 1",
@@ -131,6 +132,7 @@ def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
                 "source": HOSTILE,
                 "problems": {HOSTILE: 1},
                 "bad_rows": (QuarantinedRow(file=HOSTILE, row=1, line=1, problems=(HOSTILE,)),),
+                "warnings": (HOSTILE,),
             }
         ),
     )
@@ -142,7 +144,9 @@ def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
     for tag, attributes in found.tags:
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "action")], tag
         assert (attributes.get("href") or "#").startswith("#"), "a part of the same page"
-    assert found.text.count("{{ 7*7 }}") == 13, "unchanged: reason, file twice, problem twice, two rows' four texts"
+    assert found.text.count("{{ 7*7 }}") == 14, (
+        "unchanged: reason, file twice, problem twice, warning, two rows' four texts"
+    )
     assert page.count("url(") == page.count("url(#"), "a part of the same page"
     assert "@import" not in page and "http://" not in page and "https://" not in page
     (policy,) = (each["content"] for tag, each in found.tags if each.get("http-equiv") == "Content-Security-Policy")

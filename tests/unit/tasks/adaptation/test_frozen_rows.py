@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deal_core.config import AdapterConfig
-from deal_core.data.schema import REFERENCES, ROW_SCHEMA, TaskSchema
+from deal_core.data.schema import REFERENCES, ROW_SCHEMA, DatasetManifest, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import right_answers
 from deal_core.evaluation.metrics import AccuracyMatrix
@@ -31,6 +32,8 @@ from tasks.adaptation.frozen_rows import (
     keep_answers,
     load_test_set,
     read_answers,
+    read_test_rows,
+    require_unaltered,
     share_rows,
     spared_rows,
     within_budget,
@@ -51,6 +54,24 @@ def answers(right: range) -> dict[str, str]:
     return {digest(number): " YES " if number in right else "no" for number in range(NUM_ROWS)}
 
 
+def land(store: ObjectStore, rows: Path, task: str) -> None:
+    """Store a dataset of these test rows."""
+    manifest = DatasetManifest(
+        task=TaskSchema(name=task),
+        sha256="77",
+        source="rows.jsonl",
+        num_read=NUM_ROWS,
+        num_train=0,
+        num_test=NUM_ROWS,
+        num_rejected=0,
+        problems={},
+        split="given",
+        test_sha256=hashlib.sha256(rows.read_bytes()).hexdigest(),
+    )
+    store.upload_file(rows, f"datasets/{task}/77/test.parquet")
+    store.put_bytes(f"datasets/{task}/77/manifest.json", json.dumps(manifest.to_json()).encode())
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
     """Test rows of two tasks, and the record of a version that knows both."""
@@ -61,11 +82,11 @@ def store(tmp_path: Path) -> ObjectStore:
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), tmp_path / "rows.parquet")
     for task in ("old", "new"):
-        found.upload_file(tmp_path / "rows.parquet", f"datasets/{task}/test.parquet")
+        land(found, tmp_path / "rows.parquet", task)
     tasks = tuple(
         KnownTask(
             schema=TaskSchema(name=task),
-            dataset_uri=f"datasets/{task}",
+            dataset_uri=f"datasets/{task}/77",
             num_test=NUM_ROWS,
             max_prompt_tokens=64,
             max_new_tokens=4,
@@ -110,13 +131,52 @@ def test_a_row_with_several_right_answers_is_compared_by_the_best(store: ObjectS
         for number in range(NUM_ROWS)
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA.append(REFERENCES)), tmp_path / "several.parquet")
-    store.upload_file(tmp_path / "several.parquet", "datasets/new/test.parquet")
+    land(store, tmp_path / "several.parquet", "new")
     keep(store, "adapters/child", {"old": range(0), "new": range(0)}, {"new": range(NUM_ROWS)})
     (new,) = compare_answers(store, "adapters/child", None, include_texts=True)
     assert (new.num_lost, new.lost[0].row, new.lost[0].expected) == (1, digest(0), "yes")
-    known = KnownTask(schema=TaskSchema(name="new"), dataset_uri="datasets/new", num_test=9, max_prompt_tokens=9)
+    known = KnownTask(schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9)
     test_set = load_test_set(store, known)
     assert right_answers(test_set.rows) == ["yes", *([both] * (NUM_ROWS - 1))]
+
+
+ALTERED: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "a right answer": lambda rows: rows.set_column(1, "output", pa.array(["no", *["yes"] * (NUM_ROWS - 1)])),
+    "all digests too": lambda rows: rows.set_column(2, "sha256", pa.array(["0"] * NUM_ROWS)),
+    "an input": lambda rows: rows.set_column(0, "input", pa.array(["x", *rows["input"].to_pylist()[1:]])),
+    "a row less": lambda rows: rows.slice(1),
+    "the order": lambda rows: rows.take(list(range(NUM_ROWS))[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_test_rows_that_were_altered_are_refused_by_every_reader(store: ObjectStore, tmp_path: Path, name: str) -> None:
+    known = KnownTask(schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9)
+    assert len(load_test_set(store, known).rows) == NUM_ROWS
+    require_unaltered(store, known.dataset_uri)
+    keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})
+    altered = ALTERED[name](pq.read_table(tmp_path / "rows.parquet"))
+    pq.write_table(altered, tmp_path / "altered.parquet")
+    store.upload_file(tmp_path / "altered.parquet", "datasets/new/77/test.parquet")
+    for read in (
+        lambda: load_test_set(store, known),
+        lambda: read_test_rows(store, known.dataset_uri, ["input"]),
+        lambda: require_unaltered(store, known.dataset_uri),
+        lambda: compare_answers(store, "adapters/child", None, include_texts=True),
+    ):
+        with pytest.raises(
+            StoreError, match=r"test\.parquet, the test rows of task 'new', is damaged .*altered"
+        ) as caught:
+            read()
+        assert "Restore it from a backup of the store" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_test_rows_of_a_release_without_their_digest_are_read(store: ObjectStore) -> None:
+    key = "datasets/new/77/manifest.json"
+    values = json.loads(store.get_bytes(key))
+    del values["test_sha256"]
+    store.put_bytes(key, json.dumps(values).encode())
+    assert read_test_rows(store, "datasets/new/77", ["input"]).num_rows == NUM_ROWS
 
 
 def test_without_texts_only_digests_are_left(store: ObjectStore) -> None:

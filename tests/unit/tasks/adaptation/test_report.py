@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from deal_core.config import DataConfig
 from deal_core.evaluation.metrics import AccuracyMatrix
-from tasks.adaptation.report import NEWEST, artifact_key, markdown_of, problem_of, thin
+from tasks.adaptation.ingest import ingest_arrival
+from tasks.adaptation.report import NEWEST, _quality, artifact_key, markdown_of, problem_of, thin
+from tasks.context import current_store
+from tasks.references import Arrival
 from tests.report_sample import sample_evaluation, sample_report
 
 
@@ -44,3 +52,19 @@ def test_a_bad_row_says_why_with_and_without_its_texts() -> None:
     assert problem_of(entry, include_texts=False) == "malformed line: not JSON"
     before = {"reason": "malformed line", "value": "Jane"}  # as earlier releases wrote it
     assert problem_of(before, include_texts=False) == "malformed line"
+
+
+@pytest.mark.parametrize(("is_kept", "is_shown"), [(True, True), (True, False), (False, True), (False, False)])
+def test_contradictions_are_told_with_their_texts_only_where_texts_may_be(
+    home: Path, tmp_path: Path, is_kept: bool, is_shown: bool
+) -> None:
+    rows = [{"text": f"text {number}", "label": "lost" if number % 2 else "late"} for number in range(60)]
+    rows += [{"text": "Jane Doe called", "label": label} for label in ("lost", "late", "yes, please")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arrival = Arrival(task="calls", data=str(tmp_path / "rows.jsonl"))
+    dataset = ingest_arrival(arrival, DataConfig(include_texts=is_kept), None, "l")
+    several, separated = _quality(current_store(), dataset, is_shown).warnings
+    assert several.startswith("Texts with several labels: 1 (")
+    assert ("'Jane Doe called': 'late' and 'lost' and 'yes, please'" in several) == (is_kept and is_shown)
+    assert ("Jane" in several, "please" in separated) == (is_kept and is_shown, is_shown)
+    assert len(dataset.warnings) == 2 and not any("Jane" in told or "please" in told for told in dataset.warnings)

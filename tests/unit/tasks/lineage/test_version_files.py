@@ -11,7 +11,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from deal_core.data.schema import TaskSchema
+from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
 from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
@@ -19,7 +19,7 @@ from infra.store.local import open_store
 from infra.tracking.facts import VersionFacts
 from infra.version_log import Ledger, StoredVersion, VersionLog
 from tasks.adaptation.frozen_rows import load_test_set, read_answers
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.manifests import read_manifest
 from tasks.adaptation.resume import read_findings
 from tasks.inbox import read_state
 from tasks.lineage.record import KnownTask, read_record
@@ -32,6 +32,17 @@ from tasks.serving.vllm import read_route
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
 BANK = KnownTask(schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9)
+MANIFEST = DatasetManifest(
+    task=BANK.schema,
+    sha256="77",
+    source="rows.jsonl",
+    num_read=9,
+    num_train=0,
+    num_test=9,
+    num_rejected=0,
+    problems={},
+    split="given",
+)
 FACTS = VersionFacts(
     run_key="0123456789abcdef" * 4,
     task="bank",
@@ -72,6 +83,7 @@ def store(home: Path) -> ObjectStore:
     stored = StoredVersion(lineage="l", version="3", created="2030-01-01T00:00:00Z", facts=FACTS)
     found.put_bytes("versions/l/00000003.json", stored.model_dump_json().encode())
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
+    found.put_bytes("datasets/bank/77/manifest.json", json.dumps(MANIFEST.to_json()).encode())
     save_file({"a": numpy.ones((64, 8), numpy.float32)}, weights_of(home))
     return found
 

@@ -1,0 +1,86 @@
+"""Look for damage among what a lineage needs to learn on: the ledger, the manifests and the test rows of its datasets.
+
+`look_at_champion` looks at the champion itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from deal_core.errors import DealError
+from infra.store import keys
+from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.version_log import Ledger
+from tasks.adaptation.frozen_rows import require_unaltered
+from tasks.adaptation.manifests import read_manifest
+from tasks.lineage.record import LineageRecord
+from tasks.lineage.tombstones import forgotten_tests
+
+MAX_SHOWN = 5
+"""Damaged files of a lineage that are named; more are counted."""
+_READERS = 16
+"""Files that are read at the same time: most of the time is that of the store's answers."""
+
+
+def find_damage(store: ObjectStore, lineage: str, record: LineageRecord | None) -> list[str]:
+    """Return a message for each damaged file of the first ones, with what to do, and the number of the others.
+
+    Every entry of the ledger and every manifest of the lineage is parsed. The test rows that judge the champion, those
+    in its `record`, are compared with their digests.
+    """
+    damaged = _failures(
+        [
+            *(partial(_read_entry, store, info.key) for info in store.list(keys.ledger_folder(lineage))),
+            *(partial(_read_listed_manifest, store, uri) for uri in _datasets_of(store, lineage)),
+        ]
+    )
+    if record is not None:
+        names = {known.dataset_uri: known.schema.name for known in record.tasks}
+        names |= {each.dataset_uri: each.of for each in record.slices}
+        damaged += [
+            message
+            for message in _failures([partial(_check_tests, store, name, uri) for uri, name in names.items()])
+            if message not in damaged  # a damaged manifest is one damage, also if the test rows need it
+        ]
+    num_more = len(damaged) - MAX_SHOWN
+    return [*damaged[:MAX_SHOWN], *([f"{num_more} more files of the lineage are damaged."] if num_more > 0 else [])]
+
+
+def _datasets_of(store: ObjectStore, lineage: str) -> list[str]:
+    """The folders of the lineage's datasets that have a manifest."""
+    files = [(info.key, keys.parse_dataset_file(info.key)) for info in store.list(keys.DATASETS)]
+    return [
+        key.removesuffix(f"/{keys.MANIFEST_FILE}")
+        for key, file in files
+        if file is not None and (file.lineage, file.name) == (lineage, keys.MANIFEST_FILE)
+    ]
+
+
+def _failures(checks: Iterable[Callable[[], object]]) -> list[str]:
+    def message_of(check: Callable[[], object]) -> str | None:
+        try:
+            check()
+        except DealError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return [message for message in readers.map(message_of, checks) if message is not None]
+
+
+def _read_entry(store: ObjectStore, key: str) -> None:
+    Ledger(store).find(keys.lineage_of(key), keys.file_name(key).removesuffix(".json"))
+
+
+def _read_listed_manifest(store: ObjectStore, dataset_uri: str) -> None:
+    try:
+        read_manifest(store, dataset_uri)
+    except ObjectNotFoundError:  # it was forgotten since it was listed
+        return
+
+
+def _check_tests(store: ObjectStore, task: str, dataset_uri: str) -> None:
+    if forgotten_tests(store, task, dataset_uri) is None:
+        require_unaltered(store, dataset_uri)
