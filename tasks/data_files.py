@@ -15,11 +15,12 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
-from deal_core.data.source_files import SourceFile, SourceFiles, files_at, is_read, name_of
+from deal_core.data.source_files import SourceFile, SourceFiles, files_at, name_of
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.safe_text import listed, without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import ObjectStore, temporary_folder
+from infra.store.keys import is_read
 from infra.store.local import FileStore, open_store
 
 HUB_FILES = (

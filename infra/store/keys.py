@@ -1,6 +1,7 @@
 """The keys of the object store. Every key is built and parsed in this file.
 
     inbox/TASK/FILE                           a file that landed; task.yaml describes the task
+    inbox/TASK/FOLDER/FILE                    a file of a folder that landed
     datasets/TASK/SHA256/LINEAGE/SCHEMA/FILE  the checked rows of an arrival, and their manifest
     quarantine/TASK/SHA256/FILES.jsonl        the bad rows of an arrival
     adapters/LINEAGE/RUN/FILE                 the adapter of a version, its record and its findings
@@ -44,6 +45,8 @@ PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
 TASK_FILE = "task.yaml"
+SUCCESS_FILE = "_SUCCESS"
+"""The file by which an engine says that a folder is complete."""
 MANIFEST_FILE = "manifest.json"
 TRAIN_FILE = "train.parquet"
 TEST_FILE = "test.parquet"
@@ -169,10 +172,33 @@ def task_file_of(key: str) -> str:
     return f"{inbox_folder(task_of(key))}/{TASK_FILE}"
 
 
-def is_arrival(key: str) -> bool:
-    """Return whether a file of the inbox is to be learned: it is in a task's folder, not hidden, and no task file."""
-    parts = key.split("/")
-    return len(parts) == 3 and parts[2] != TASK_FILE and not parts[2].startswith(".")
+def top_of(key: str) -> str:
+    """Return the file or folder in a task's folder of the inbox to which a key belongs."""
+    return "/".join(key.split("/")[:3])
+
+
+def is_read(name: str) -> bool:
+    """Return whether a file in a folder is read: its name and its subfolders' names do not begin with `.` or `_`.
+
+    Engines that write folders use such names for their own notes, such as `_SUCCESS` and `_committed_1`.
+    """
+    return not any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def arrival_of(key: str) -> str | None:
+    """Return the key of the arrival that a file of the inbox belongs to; None: it is not to be learned.
+
+    A file in a task's folder is an arrival, unless it is hidden or the task file. A folder in there is one arrival with
+    all its files, except those that `is_read` leaves out.
+
+    Example:
+        >>> arrival_of("inbox/bank/may.csv"), arrival_of("inbox/bank/may/day=1/part-0.csv")
+        ('inbox/bank/may.csv', 'inbox/bank/may')
+    """
+    _, *parts = key.split("/")
+    if len(parts) == 2:
+        return None if parts[1] == TASK_FILE or parts[1].startswith(".") else key
+    return top_of(key) if len(parts) > 2 and is_read("/".join(parts[1:])) else None
 
 
 def ledger_folder(lineage: str) -> str:
