@@ -159,7 +159,7 @@ def _from_store(store: ObjectStore, address: str, new_folder: NewFolder) -> Sour
         copy = new_folder() / found[1].shown
         store.download_folder(found[0], copy)  # no link of a folder store leads out of a copy
         return _from_path(copy, new_folder)
-    if found is None and (not address or address.endswith("/") or has_magic(address)):
+    if found is None and not is_file and (not address or address.endswith("/") or has_magic(address)):
         raise DataValidationError(f"{store.uri.rstrip('/')}/{address} has no file of rows; {NOT_READ}")
     folder, files = found or (address.rpartition("/")[0], _Found("", [address.rpartition("/")[2]]))
     if isinstance(store, FileStore):
