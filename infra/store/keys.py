@@ -4,6 +4,7 @@
     inbox/TASK/FOLDER/FILE                    a file of a folder that landed
     datasets/TASK/SHA256/LINEAGE/SCHEMA/FILE  the checked rows of an arrival, and their manifest
     quarantine/TASK/SHA256/FILES.jsonl        the bad rows of an arrival
+    quarantine/TASK/SHA256/FILES.files.json   the digests of its files, if it was refused and has several
     adapters/LINEAGE/RUN/FILE                 the adapter of a version, its record and its findings
     ledger/LINEAGE/SHA256.json                which version learned a dataset
     versions/LINEAGE/NUMBER.json              a copy of a version's entry in the registry
@@ -45,6 +46,8 @@ PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
 TASK_FILE = "task.yaml"
+REFUSED_FILES = ".files.json"
+"""End of the key of `refused_files_key`."""
 SUCCESS_FILE = "_SUCCESS"
 """The file by which an engine says that a folder is complete."""
 MANIFEST_FILE = "manifest.json"
@@ -112,6 +115,11 @@ def quarantine_key(task: str, sha256: str, files: Sequence[str]) -> str:
     if len(files) > 2:  # a file and a test file keep the names that they always had; more would make a long name
         name = hashlib.sha256(name.encode()).hexdigest()[:32]
     return f"{quarantine_folder(task, sha256)}/{name}.jsonl"
+
+
+def refused_files_key(quarantine: str) -> str:
+    """Return the key of the digests of a refused arrival's files, from the key of its bad rows."""
+    return f"{quarantine.removesuffix('.jsonl')}{REFUSED_FILES}"
 
 
 def task_and_digest(key: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ Inputs are known as digests. They name the rows of the prediction log that `deal
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -123,6 +124,16 @@ def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArriv
     return replace(
         arrival, files=tuple(files), splits=tuple(sorted(splits - {arrival.sha256})), landed=tuple(sorted(landed))
     )
+
+
+def quarantine_of(store: ObjectStore, arrival: KnownArrival) -> Iterator[ObjectInfo]:
+    """Yield the files with the arrival's bad rows, also those of refused arrivals that had one of its files."""
+    listing = list(store.list(f"{keys.QUARANTINE}/{arrival.task}"))
+    own = {*arrival.sha256s, *arrival.files}
+    for info in listing:
+        if info.key.endswith(keys.REFUSED_FILES) and own & set(json.loads(store.get_bytes(info.key))):
+            own.add(keys.task_and_digest(info.key)[1])
+    yield from (info for info in listing if keys.task_and_digest(info.key)[1] in own)
 
 
 def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetManifest]]:

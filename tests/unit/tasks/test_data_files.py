@@ -24,7 +24,11 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.settings import StoreSettings
 from infra.store.local import FileStore, open_store
 from infra.store.s3 import S3Store, make_client
+from tasks.adaptation.ingest import ingest_arrival, read_manifest
+from tasks.context import current_store
 from tasks.data_files import local_files
+from tasks.inbox import InboxState, look, settle, task_spec
+from tasks.references import Arrival
 from tests.loopback import Loopback
 from tests.s3 import ThreadedMotoServer
 
@@ -388,3 +392,28 @@ def test_a_saved_dataset_of_a_bucket_is_read(
     for file in (tmp_path / "saved").iterdir():
         bucket.upload_file(str(file), "theirs", f"saved/{file.name}")
     assert read("s3://theirs/saved/", store) == 40
+
+
+def test_a_folder_in_the_inbox_of_a_bucket_is_one_arrival(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_STORE_URI", "s3://theirs/lake")
+    store, lines = current_store(), table().splitlines(keepends=True)
+    header, folder = lines[0], "inbox/bank/may"
+    store.put_bytes(f"{folder}/part-1.csv", header + b"".join(lines[30:]) + b",good\n")
+    store.put_bytes(f"{folder}/day=2/part-0.csv", b"".join(lines[:30]))
+    store.put_bytes("inbox/bank/whole.csv", table())
+
+    def complete() -> list[str]:
+        found = settle(look(store), InboxState(), (), {}, settle_seconds=0, retry_now=False)
+        return sorted(info.key for info in found.complete)
+
+    assert complete() == ["inbox/bank/whole.csv"]
+    store.put_bytes(f"{folder}/_SUCCESS", b"")
+    assert complete() == [folder, "inbox/bank/whole.csv"]
+    parts, whole = (
+        ingest_arrival(Arrival(task="bank", data=task_spec(store, key).data), DataConfig(max_bad_share=0.1), None, "l")
+        for key in complete()
+    )
+    assert (parts.sha256, parts.num_train, parts.num_test) == (whole.sha256, whole.num_train, whole.num_test)
+    (bad,) = map(json.loads, store.get_bytes(str(parts.quarantine)).splitlines())
+    assert (bad["file"], bad["row"], bad["reason"]) == ("may/part-1.csv", 12, "empty text")
+    assert len(read_manifest(store, parts.uri).files) == 3, "two of the folder, and the one with the same rows"
