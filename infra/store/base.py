@@ -50,6 +50,9 @@ class ObjectInfo:
     size: int
     etag: str
     modified: datetime
+    landed: datetime | None = None
+    """When the content came into a folder store, which a copy that keeps times does not hide. None: `modified` says it.
+    """
     problem: str | None = None
     """Why the store does not read the object; None: it can be read."""
 
