@@ -19,7 +19,7 @@ from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.digest_set import DigestSet, merge_digests
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.data.reading.readers import read_batches
+from deal_core.data.reading.readers import most_rows, read_batches
 from deal_core.data.rows import BadRow, Problem, RawRow, Reason, Row
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
@@ -114,7 +114,7 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     with DatasetFiles(folder, reader.task) as files:
         report = reader.validate(files.add, files.reject)
         if report.refusal is not None:
-            listed = f" Every bad row is listed in {files.quarantine_path}." if report.bad_rows else ""
+            listed = f" The bad rows are listed in {files.quarantine_path}." if report.bad_rows else ""
             raise ArrivalRefusedError(report.refusal + listed, report)
         files.publish(report.manifest)
     return report.manifest
@@ -162,6 +162,9 @@ class ArrivalReader:
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
         self._turns, self._beginnings = DigestSet(), DigestSet()
+        self._read: Counter[Path] = Counter()
+        self._most_rows: dict[Path, int] = {}
+        self._stopped: Path | None = None
 
     def validate(self, keep: Keep, reject: Callable[[BadRow, object], None]) -> ValidationReport:
         """Check every row in order; pass it to `keep` or to `reject`."""
@@ -173,6 +176,9 @@ class ArrivalReader:
         examples: dict[Path, list[BadRow]] = {path: [] for path, _, _ in self._files}
         num_several = 0
         for path, (good, bad) in self._checked_batches():
+            if self._is_hopeless(path, rejected[path]):
+                self._stopped = path
+                break
             num_several += sum(len(row.references) > 1 for _, row in good["train"] + good["test"])
             repeated = self._keep_new(good["test"], good["train"], keep)
             for raw, problems in sorted([*bad, *repeated], key=lambda pair: pair[0].number):
@@ -193,8 +199,20 @@ class ArrivalReader:
             num_several=num_several,
         )
 
+    def _is_hopeless(self, path: Path, num_rejected: int) -> bool:
+        """Whether a file stays above the limit of bad rows even if all rows that are left in it are good.
+
+        How many these can be is found out when a file is above the limit for the first time.
+        """
+        limit = self._config.max_bad_share
+        if num_rejected <= limit * self._read[path]:
+            return False
+        if path not in self._most_rows:
+            self._most_rows[path] = most_rows(path)
+        return num_rejected > limit * self._most_rows[path]
+
     def _checked_batches(self) -> Iterator[tuple[Path, Checked]]:
-        self._read: Counter[Path] = Counter()
+        self._read.clear()
         for path, file_split, columns in self._files:
             checker = RowChecker(self.task, columns, self._config.max_text_chars)
             for batch in read_batches(path, set(columns.names.values())):
@@ -237,7 +255,13 @@ class ArrivalReader:
         """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
         num_good = num_test = 0
-        for _, (good, _) in self._checked_batches():
+        bad: Counter[Path] = Counter()
+        is_drawn = self._files[0][-1].splitting == "is_random"
+        for path, (good, batch_bad) in self._checked_batches():
+            # Without the column of the draw a row may be good that is bad with it.
+            if not is_drawn and self._is_hopeless(path, bad[path]):
+                return
+            bad[path] += len(batch_bad)
             rows = [row for _, row in good["train"] + good["test"]]
             num_good, num_test = num_good + len(rows), num_test + len(good["test"])
             if self._is_split_given:
@@ -248,7 +272,7 @@ class ArrivalReader:
                 if len(spellings) > MAX_INFERRED_LABELS:
                     shown = spellings if self._config.include_texts else ()
                     raise DataValidationError(too_many_labels(self._landing.source.name, shown, MAX_INFERRED_LABELS))
-        if self._files[0][-1].splitting == "is_random" and not self._judges_by_draw(num_test, num_good):
+        if is_drawn and not self._judges_by_draw(num_test, num_good):
             self._files = [(path, split, columns.without("is_random")) for path, split, columns in self._files]
             self._is_split_given = False
             self._test_inputs = DigestSet(self._frozen)
@@ -340,14 +364,20 @@ class ArrivalReader:
             if num_rejected <= limit * num_read:
                 continue
             reasons = ", ".join(f"{count} × {reason}" for reason, count in counts[path].most_common())
+            stop = ""
+            if path == self._stopped:
+                stop = (
+                    f" Reading stopped at row {num_read:,}: the file has at most {self._most_rows[path]:,} rows, so "
+                    "its bad rows stay above the limit."
+                )
             first = "; ".join(bad.describe(self._config.include_texts) for bad in examples[path][:_SHOWN_EXAMPLES])
             shown = f" The first: {first}." if first else ""
             remedies = {**REMEDIES, "label outside the task's set": self._landing.new_label_remedy}
             shown += "".join(f" {said}" for reason, said in remedies.items() if counts[path][reason])
             return (
                 f"{path.name}: {num_rejected} of {num_read} rows cannot be used ({num_rejected / num_read:.1%}, "
-                f"allowed are {limit:.1%}): {reasons}.{shown} Correct these rows and land the file again, or raise "
-                "data.max_bad_share."
+                f"allowed are {limit:.1%}): {reasons}.{stop}{shown} Correct these rows and land the file again, or "
+                "raise data.max_bad_share."
             )
         return None
 

@@ -129,8 +129,8 @@ def without_dictionaries(schema: pa.Schema) -> pa.Schema:
     return _changed(schema, plain)
 
 
-def with_bytes_for_texts(schema: pa.Schema) -> pa.Schema:
-    """The schema of the same buffers in which a text need not be UTF-8."""
+def in_bytes(schema: pa.Schema) -> pa.Schema:
+    """The schema of the same buffers without a meaning: a text need not be UTF-8, nor a time a time of day."""
 
     def as_bytes(kind: pa.DataType) -> pa.DataType:
         if isinstance(kind, pa.BaseExtensionType):
@@ -139,7 +139,10 @@ def with_bytes_for_texts(schema: pa.Schema) -> pa.Schema:
             return pa.binary()
         if pa.types.is_large_string(kind):
             return pa.large_binary()
-        return pa.binary_view() if pa.types.is_string_view(kind) else kind
+        if pa.types.is_string_view(kind):
+            return pa.binary_view()
+        is_number = pa.types.is_primitive(kind) or pa.types.is_decimal(kind)
+        return pa.binary(kind.bit_width // 8) if is_number and kind.bit_width >= 8 else kind
 
     return _changed(schema, as_bytes)
 

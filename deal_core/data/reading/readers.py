@@ -17,7 +17,7 @@ from typing import Any, get_args
 import pyarrow as pa
 
 from deal_core.data.reading.frames import from_json
-from deal_core.data.reading.parquet_rows import rows_of, with_bytes_for_texts
+from deal_core.data.reading.parquet_rows import in_bytes, rows_of
 from deal_core.data.reading.parsing import FileLook, Kind
 from deal_core.data.reading.process import read_frames
 from deal_core.data.rows import Problem, RawRow, Reason, batches_of
@@ -121,9 +121,9 @@ def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[tuple
 
 
 def _checked(content: bytes, schema: pa.Schema) -> pa.RecordBatch:
-    """The rows of a frame, whose every offset lies within its buffers. A text that is not UTF-8 is a bad row later."""
+    """The rows of a frame, whose every offset lies within its buffers. What a cell means is checked as a row's."""
     buffer = pa.py_buffer(content)
-    pa.ipc.read_record_batch(buffer, with_bytes_for_texts(schema)).validate(full=True)
+    pa.ipc.read_record_batch(buffer, in_bytes(schema)).validate(full=True)
     return pa.ipc.read_record_batch(buffer, schema)
 
 
