@@ -22,6 +22,10 @@ class DataValidationError(DealError, ValueError):
     """A data file cannot be used as it is."""
 
 
+class ReaderDiedError(DataValidationError):
+    """A file ended the process that read it. Want of memory can do that too, so one more try is worth while."""
+
+
 class AdapterStateError(DealError):
     """Saved adapter or method state does not fit the model it is loaded into."""
 

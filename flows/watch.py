@@ -16,7 +16,14 @@ from prefect import flow, runtime
 from prefect.settings import get_current_settings
 from pydantic import BaseModel
 
-from deal_core.errors import DataValidationError, DealError, StoreError, TrainingDivergedError, in_one_line
+from deal_core.errors import (
+    DataValidationError,
+    DealError,
+    ReaderDiedError,
+    StoreError,
+    TrainingDivergedError,
+    in_one_line,
+)
 from flows.adapt import AdaptResult, adapt_locked
 from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
 from infra.settings import InboxSettings
@@ -257,7 +264,10 @@ class InboxWorker:
             beside=beside,
             version=run.version if run else None,
             is_final=found.is_final,
+            has_killed_reader=found.has_killed_reader,
         )
+        if handled.outcome != found.outcome:
+            reporter().said(f"Refused: {handled.message}")
         write_state(store, lineage, state)
         if handled.due() is None:
             arrival_runs.drop_announcement(store, lineage, info, beside)
@@ -279,13 +289,18 @@ class Learned(NamedTuple):
     run: AdaptResult | None = None
     is_final: bool = False
     """See `Handled`."""
+    has_killed_reader: bool = False
+    """Whether the file ended the process that read it."""
 
 
 async def _adapt_to(store: ObjectStore, spec: LineageSpec, info: ObjectInfo) -> Learned:
-    """Adapt to one file. A refused file is not tried again, a failed one is."""
+    """Adapt to one file. A refused file is not tried again, a failed one is: once if it killed its reader."""
     reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
     try:
         run = await adapt_locked(await _spec_of(store, spec, info.key))
+    except ReaderDiedError as error:  # for the first time it may have been for want of memory
+        reporter().said(f"Failed: {in_one_line(error)}")
+        return Learned("failed", in_one_line(error), has_killed_reader=True)
     except DataValidationError as error:
         reporter().said(f"Refused: {in_one_line(error)}")
         return Learned("refused", in_one_line(error))

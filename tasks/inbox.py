@@ -30,6 +30,8 @@ from tasks.spec import TaskFields, TaskSpec, parse, reading_the_task
 PAUSE = timedelta(seconds=60)
 """Pause before the second try after a failure that may pass; see `growing_pause`."""
 MAX_DOUBLINGS = 6
+MAX_READER_DEATHS = 2
+"""Tries of a file that ends the process that reads it. The first may have been for want of memory."""
 
 Outcome = Literal[
     "promoted", "awaiting approval", "rollout", "rejected", "repeat", "refused", "failed", "held", "requeued"
@@ -55,6 +57,8 @@ class Handled(BaseModel, extra="forbid"):
     """Stamp of the companions when the file was read."""
     is_final: bool = False
     """Whether a failed file would fail again, so that a watch does not try it again."""
+    num_reader_deaths: int = 0
+    """Number of the tries in which the file ended the process that read it."""
     at: datetime
     cancelled_run: str | None = None
     """Id of the cancelled run that held the file; see `tasks.arrival_runs`."""
@@ -105,12 +109,18 @@ class InboxState(Stored):
         beside: str = "",
         version: str | None = None,
         is_final: bool = False,
+        has_killed_reader: bool = False,
         cancelled_run: str | None = None,
     ) -> Handled:
-        """Note the result for a file."""
+        """Note the result for a file. A failed file that has killed its reader MAX_READER_DEATHS times is refused."""
         before = self.files.get(info.key)
-        is_retry = before and (before.etag, before.beside, before.outcome) == (info.etag, beside, "failed")
-        num_tries = before.num_tries + 1 if before and is_retry else 1
+        if before and (before.etag, before.beside, before.outcome) != (info.etag, beside, "failed"):
+            before = None
+        num_tries = before.num_tries + 1 if before else 1
+        num_deaths = (before.num_reader_deaths if before else 0) + has_killed_reader
+        if has_killed_reader and num_deaths >= MAX_READER_DEATHS:
+            outcome = "refused"
+            message = f"{message} It did so in {num_deaths} tries, so it is set aside until it changes."
         handled = Handled(
             etag=info.etag,
             outcome=outcome,
@@ -119,6 +129,7 @@ class InboxState(Stored):
             num_tries=num_tries,
             beside=beside,
             is_final=is_final,
+            num_reader_deaths=num_deaths,
             at=now,
             cancelled_run=cancelled_run,
         )

@@ -21,7 +21,7 @@ from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.contradictions import ContradictionFinder
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.digest_set import DigestSet, merge_digests
-from deal_core.data.reading.readers import read_batches
+from deal_core.data.reading.readers import most_rows, read_batches
 from deal_core.data.rows import BadRow, Problem, RawRow, Reason, Row
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
@@ -122,7 +122,7 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     with DatasetFiles(folder, reader.task) as files:
         report = reader.validate(files.add, files.reject)
         if report.refusal is not None:
-            listed = f" Every bad row is listed in {files.quarantine_path}." if report.bad_rows else ""
+            listed = f" The bad rows are listed in {files.quarantine_path}." if report.bad_rows else ""
             raise ArrivalRefusedError(report.refusal + listed, report)
         return files.publish(report.manifest)
 
@@ -174,6 +174,9 @@ class ArrivalReader:
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
         self._turns, self._beginnings = DigestSet(), DigestSet()
+        self._read: Counter[Split | None] = Counter()
+        self._most_rows: dict[Split | None, int] = {}
+        self._stopped: set[Split | None] = set()
 
     def validate(self, keep: Keep, reject: Callable[[BadRow, object], None]) -> ValidationReport:
         """Check every row in order; pass it to `keep` or to `reject`."""
@@ -186,6 +189,9 @@ class ArrivalReader:
         examples: dict[Split | None, list[BadRow]] = {split: [] for split in self._names}
         num_several = 0
         for (source, split, _), (good, bad) in self._checked_batches():
+            if self._is_hopeless(split, rejected[split]):
+                self._stopped.add(split)
+                break
             num_several += sum(len(row.references) > 1 for _, row in good["train"] + good["test"])
             repeated = self._keep_new(good["test"], good["train"], keep)
             for raw, problems in sorted([*bad, *repeated], key=lambda pair: pair[0].number):
@@ -206,8 +212,20 @@ class ArrivalReader:
             num_several=num_several,
         )
 
+    def _is_hopeless(self, split: Split | None, num_rejected: int) -> bool:
+        """Whether files stay above the limit of bad rows even if all rows that are left in them are good.
+
+        How many these can be is found out when the files are above the limit for the first time.
+        """
+        limit = self._config.max_bad_share
+        if num_rejected <= limit * self._read[split]:
+            return False
+        if split not in self._most_rows:
+            self._most_rows[split] = sum(most_rows(file.source.path) for file in self._files if file.split == split)
+        return num_rejected > limit * self._most_rows[split]
+
     def _checked_batches(self) -> Iterator[tuple[_File, Checked]]:
-        self._read: Counter[Split | None] = Counter()
+        self._read.clear()
         for file in self._files:
             checker = RowChecker(self.task, file.columns, self._config.max_text_chars)
             with _naming(file.source):
@@ -254,7 +272,13 @@ class ArrivalReader:
         """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
         num_good = num_test = 0
-        for _, (good, _) in self._checked_batches():
+        bad: Counter[Split | None] = Counter()
+        is_drawn = self._files[0].columns.splitting == "is_random"
+        for (_, split, _), (good, batch_bad) in self._checked_batches():
+            # Without the column of the draw a row may be good that is bad with it.
+            if not is_drawn and self._is_hopeless(split, bad[split]):
+                return
+            bad[split] += len(batch_bad)
             rows = [row for _, row in good["train"] + good["test"]]
             num_good, num_test = num_good + len(rows), num_test + len(good["test"])
             if self._is_split_given:
@@ -265,7 +289,7 @@ class ArrivalReader:
                 if len(spellings) > MAX_INFERRED_LABELS:
                     shown = spellings if self._config.include_texts else ()
                     raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
-        if self._files[0].columns.splitting == "is_random" and not self._judges_by_draw(num_test, num_good):
+        if is_drawn and not self._judges_by_draw(num_test, num_good):
             self._files = [file.without("is_random") for file in self._files]
             self._is_split_given = False
             self._test_inputs = DigestSet(self._frozen)
@@ -366,14 +390,20 @@ class ArrivalReader:
                 continue
             name = self._names[split]
             reasons = ", ".join(f"{count} × {reason}" for reason, count in counts[split].most_common())
+            stop = ""
+            if split in self._stopped:
+                stop = (
+                    f" Reading stopped at row {num_read:,}: there are at most {self._most_rows[split]:,} rows, so the "
+                    "bad rows stay above the limit."
+                )
             first = "; ".join(self._example(bad, name) for bad in examples[split][:_SHOWN_EXAMPLES])
             shown = f" The first: {first}." if first else ""
             remedies = {**REMEDIES, "label outside the task's set": self._landing.new_label_remedy}
             shown += "".join(f" {said}" for reason, said in remedies.items() if counts[split][reason])
             return (
                 f"{name}: {num_rejected} of {num_read} rows cannot be used ({num_rejected / num_read:.1%}, "
-                f"allowed are {limit:.1%}): {reasons}.{shown} Correct these rows and land the file again, or raise "
-                "data.max_bad_share."
+                f"allowed are {limit:.1%}): {reasons}.{stop}{shown} Correct these rows and land the file again, or "
+                "raise data.max_bad_share."
             )
         return None
 

@@ -8,10 +8,12 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from deal_core.data.schema import Format, Split
 from deal_core.safe_text import shorten
+
+if TYPE_CHECKING:  # a process that only reads a file starts sooner without the settings
+    from deal_core.data.schema import Format, Split
 
 Reason = Literal[
     "malformed line",

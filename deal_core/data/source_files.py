@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.data.reading.readers import Kind, file_kind
+from deal_core.data.reading.parsing import Kind
+from deal_core.data.reading.readers import file_kind
 from deal_core.errors import DataValidationError
 from deal_core.safe_text import listed
 

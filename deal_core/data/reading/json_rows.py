@@ -19,6 +19,8 @@ _LIST_OF_ROWS = re.compile(r"\[\s*(\{|$)")
 _EMPTY_LIST = re.compile(r"\[\s*\]")
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _PIECE_CHARS = 2**18
+MAX_DEPTH = 100
+"""Levels of a row. What is nested deeper than this cannot be passed on by every version of Python."""
 
 
 def read_json(path: Path) -> Iterator[tuple[RawRow, int]]:
@@ -78,7 +80,20 @@ def _row_of_line(line: Line) -> RawRow:
         return _unreadable(line.number, line.number, text, error)
     if not isinstance(values, dict):
         return _unreadable(line.number, line.number, text, None)
+    if _is_deep(values, text):
+        return _unreadable(line.number, line.number, text, RecursionError())
     return RawRow(line.number, values, line.number)
+
+
+def _is_deep(values: dict[str, Any], text: str) -> bool:
+    """Whether the values of this text are nested more deeply than MAX_DEPTH."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return False
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        inner = (value for each in level for value in (each.values() if isinstance(each, dict) else each))
+        level = [value for value in inner if isinstance(value, (dict, list))]
+    return bool(level)
 
 
 def _unreadable(number: int, line: int, text: str, error: Exception | None) -> RawRow:
@@ -161,11 +176,13 @@ class _Window:
         except ValueError as error:
             return None, _LENIENT.raw_decode(self._text, self._place)[1], error
 
-    def _row(self, number: int, value: object, end: int, error: ValueError | None) -> tuple[RawRow, int]:
+    def _row(self, number: int, value: object, end: int, error: Exception | None) -> tuple[RawRow, int]:
         line, text = self._line, self._text[self._place : end]
         self._go_to(end)
         if error is None and isinstance(value, dict):
-            return RawRow(number, value, line), len(text)
+            if not _is_deep(value, text):
+                return RawRow(number, value, line), len(text)
+            error = RecursionError()
         return _unreadable(number, line, text, error), len(text)
 
     def _go_to(self, place: int) -> None:

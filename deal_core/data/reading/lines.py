@@ -1,26 +1,27 @@
-"""Bytes and lines of a text file, plain or gzip, with bounds on the size of a line and of an unpacked file."""
+"""Bytes and lines of a text file, plain or gzip, with a bound on the size of a line."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from deal_core.errors import DataValidationError
 from deal_core.regular_file import IrregularFileError, open_regular, sha256_of_file
+from deal_core.safe_text import shorten
 
 MAX_LINE_CHARS = 4 * 2**20
 """Longest line; the rest of a longer line is skipped."""
-MAX_UNPACKED_BYTES = 2**28
-MAX_UNPACKED_RATIO = 200
-"""A gzip file may unpack to MAX_UNPACKED_BYTES or this many times its size, the larger of both. Text packs 2 to 20
-times, a gzip bomb 1000 times."""
-FREE_ROWS = 100_000
-"""Number of rows that a packed file may always have. More rows need two bytes each: repeated rows are bad rows, and
-different rows take more space."""
+WRONG_PATH = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""Numbers of errors that say something about the path and nothing about the file."""
+
+
+UNPACKED_TIMES = {"csv": 200, "jsonl": 200, "parquet": 1000}
+"""A file of each kind may hold this many times its size. Text packs 2 to 20 times and a gzip bomb 1000 times; Parquet
+stores a text that is repeated once."""
 
 
 class Line(NamedTuple):
@@ -44,7 +45,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
         raise DataValidationError(f"{path} cannot be read: {error.strerror}; write its rows to a file.") from None
     if file.peek(2)[:2] != b"\x1f\x8b":
         return file
-    return io.BufferedReader(_UnpackGuard(file, path.name), buffer_size=2**17)
+    return io.BufferedReader(_Unpacked(file), buffer_size=2**17)
 
 
 def sha256_of_input(path: Path) -> str:
@@ -88,42 +89,25 @@ def _has_end(text: str) -> bool:
     return len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
 
 
-def check_num_rows(name: str, num_rows: int, size: int) -> None:
-    """Refuse a packed file with more rows than its size has room for."""
-    if num_rows > max(FREE_ROWS, size // 2):
-        raise DataValidationError(
-            f"{name} has {num_rows:,} rows in {size:,} bytes, and different texts do not pack so small. If the file is "
-            "right, land it as unpacked JSON lines."
-        )
+def damaged_file(path: Path, error: Exception) -> DataValidationError:
+    """The refusal of a file that its reader does not understand; the error's first line says why."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataValidationError(
+        f"{path.name} cannot be read, it is damaged or was cut off ({shorten(reason, 160)}); write or upload it again."
+    )
 
 
-class _UnpackGuard(io.RawIOBase):
-    """The content of a gzip file up to a limit, because a small file could unpack without end."""
+class _Unpacked(gzip.GzipFile):
+    """The content of a gzip file; to close it closes the file too."""
 
-    def __init__(self, packed: io.BufferedReader, name: str) -> None:
+    def __init__(self, packed: io.BufferedReader) -> None:
+        super().__init__(fileobj=packed)
         self._packed = packed
-        self._unpacked = gzip.GzipFile(fileobj=packed)
-        self._name = name
-        self._size = os.fstat(packed.fileno()).st_size
-        self._left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * self._size)
-        self._num_lines = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._unpacked.readinto(buffer)
-        self._left -= count
-        if self._left < 0:
-            raise DataValidationError(
-                f"{self._name} unpacks to more than {MAX_UNPACKED_RATIO} times its size, which text does not. "
-                "If the file is right, land it unpacked."
-            )
-        self._num_lines += bytes(buffer[:count]).count(b"\n")
-        check_num_rows(self._name, self._num_lines, self._size)
-        return count
+    def seekable(self) -> bool:
+        """Return False: to seek would be to unpack the file again."""
+        return False
 
     def close(self) -> None:
-        self._unpacked.close()
-        self._packed.close()
         super().close()
+        self._packed.close()

@@ -1,55 +1,30 @@
 """Raw rows from CSV, JSON lines and Parquet, plain or gzip, in batches: memory does not grow with the file.
 
-A row that cannot be read becomes a row with a fault. A file that cannot be read (another format than its name says,
-damaged, cut off) raises a DataValidationError.
+Every file that a user gives is read through this module, and this module reads each in a process of its own. A row that
+cannot be read becomes a row with a fault. A file that cannot be read (another format than its name says, damaged, cut
+off) raises a DataValidationError, also if it ends the process that reads it.
 """
 
 from __future__ import annotations
 
-import errno
-import gzip
-import json
 import os
-import zlib
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import pyarrow as pa
 
-from deal_core.data.reading.csv_records import CsvFile
-from deal_core.data.reading.json_rows import read_json
-from deal_core.data.reading.parquet_rows import open_parquet, read_parquet
-from deal_core.data.rows import RawRow, batches_of
-from deal_core.errors import DataValidationError
-from deal_core.safe_text import shorten
+from deal_core.data.reading.frames import from_json
+from deal_core.data.reading.parquet_rows import in_bytes, rows_of
+from deal_core.data.reading.parsing import FileLook, Kind
+from deal_core.data.reading.process import read_frames
+from deal_core.data.rows import Problem, RawRow, Reason, batches_of
+from deal_core.errors import DataValidationError, ReaderDiedError
 
-_SURVEYED_ROWS = 1000
-_WRONG_PATH = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
-
-Kind = Literal["csv", "jsonl", "parquet"]
 _KINDS: dict[str, Kind] = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-_MAX_DEPTH = 4
-"""Levels of a type that the recognition of shapes looks at."""
-_METADATA = b"huggingface"
-"""Key of a Parquet file's metadata under which the library `datasets` describes the columns."""
-
-
-@dataclass(frozen=True)
-class FileLook:
-    """The columns of a file before its rows are read."""
-
-    columns: tuple[str, ...]
-    """Names with repetitions; of JSON lines the keys in the first thousand readable rows."""
-    examples: Mapping[str, Any] = field(default_factory=dict)
-    """One cell of a column: of JSON lines the first that is not empty, of Parquet a stand-in of the column's type. All
-    cells of a CSV are texts, so it has only booleans: of columns whose first thousand cells say true, false or nothing.
-    """
-    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of the classes 0, 1, 2, … of a column, from the file's own metadata (`ClassLabel` of `datasets`)."""
+_REASONS = frozenset(get_args(Reason))
 
 
 def file_kind(path: Path) -> Kind:
@@ -79,73 +54,27 @@ def look_at(path: Path) -> FileLook:
     Raises:
         DataValidationError: The file cannot be read.
     """
-    kind = file_kind(path)
-    with _whole_file_faults(path):
-        if kind == "parquet":
-            with open_parquet(path) as file:
-                return _look_at_schema(file.schema_arrow)
-        if kind == "csv":
-            with CsvFile(path) as file:
-                return _look_at_csv(file)
-        return _look_at_json(path)
+    frames = {frame.letter: frame.content for frame in read_frames(path, file_kind(path), "look")}
+    with _understanding(path):
+        columns, examples, class_names, num_rows = from_json(frames[b"L"])
+        return FileLook(
+            _texts(columns),
+            _of_type(dict, examples),
+            {name: _texts(names) for name, names in class_names.items()},
+            None if num_rows is None else _of_type(int, num_rows),
+            pa.ipc.read_schema(pa.py_buffer(frames[b"S"])) if b"S" in frames else None,
+        )
 
 
-def _look_at_json(path: Path) -> FileLook:
-    names: dict[str, None] = {}
-    examples: dict[str, Any] = {}
-    num_readable = 0
-    for row, _ in read_json(path):
-        names.update(dict.fromkeys(row.values))
-        for name, value in row.values.items():
-            if value not in (None, "", []):
-                examples.setdefault(name, value)
-        num_readable += row.fault is None
-        if num_readable == _SURVEYED_ROWS:
-            break
-    return FileLook(tuple(names), examples)
+def most_rows(path: Path) -> int:
+    """A number of rows that the file does not exceed: of Parquet its number of rows, of a text that of its lines.
 
-
-def _look_at_csv(file: CsvFile) -> FileLook:
-    booleans, found = {*file.header}, set[str]()
-    for row, _ in islice(file.rows(), _SURVEYED_ROWS):
-        said = {name: cell.strip().casefold() for name, cell in row.values.items() if name in booleans}
-        found.update(name for name, cell in said.items() if cell)
-        booleans -= {name for name, cell in said.items() if cell not in ("true", "false", "")}
-        if not booleans:
-            break
-    return FileLook(file.header, dict.fromkeys(booleans & found, True))
-
-
-def _look_at_schema(schema: pa.Schema) -> FileLook:
-    examples = {each.name: _example_of(each.type, _MAX_DEPTH) for each in schema}
-    return FileLook(tuple(schema.names), examples, _class_names((schema.metadata or {}).get(_METADATA)))
-
-
-def _example_of(kind: pa.DataType, depth: int) -> Any:
-    """A value of the type, as deep as the recognition of shapes looks."""
-    if depth and (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        return [_example_of(kind.value_type, depth - 1)]
-    if depth and pa.types.is_struct(kind):
-        fields = (kind.field(index) for index in range(kind.num_fields))
-        return {each.name: _example_of(each.type, depth - 1) for each in fields}
-    if pa.types.is_boolean(kind):
-        return True
-    return 0 if pa.types.is_integer(kind) else ""
-
-
-def _class_names(metadata: bytes | None) -> dict[str, tuple[str, ...]]:
-    """Names by column. Metadata of another form have none."""
-    try:
-        features = json.loads(metadata or b"{}")["info"]["features"]
-        columns = dict(features.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-    found = {}
-    for column, feature in columns.items():
-        names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
-        if isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names):
-            found[column] = tuple(names)
-    return found
+    Raises:
+        DataValidationError: The file cannot be read to its end.
+    """
+    frames = {frame.letter: frame.content for frame in read_frames(path, file_kind(path), "most")}
+    with _understanding(path):
+        return int(_of_type(int, from_json(frames[b"N"])))
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
@@ -164,33 +93,76 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator
         DataValidationError: The file cannot be read to its end.
     """
     kind = file_kind(path)
-    with _whole_file_faults(path):
-        if kind == "jsonl":
-            yield from batches_of(read_json(path))
-        elif kind == "parquet":
-            yield from batches_of(read_parquet(path, columns))
-        else:
-            with CsvFile(path) as file:
-                yield from batches_of(file.rows())
+    if kind == "parquet":
+        yield from batches_of(_parquet_rows(path, columns))
+        return
+    with closing(read_frames(path, kind, "rows")) as frames:
+        for frame in frames:
+            yield _rows_of_json(path, frame.content)
+
+
+def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[tuple[RawRow, int]]:
+    """The rows of a Parquet file, each with its bytes."""
+    number, schema = 1, pa.schema([])
+    with closing(read_frames(path, "parquet", "rows")) as frames:
+        for letter, content in frames:
+            if letter == b"S":
+                with _understanding(path):
+                    schema = pa.ipc.read_schema(pa.py_buffer(content))
+            elif letter == b"R":
+                rows = _rows_of_json(path, content)
+                yield from ((row, 0) for row in rows)
+                number += len(rows)
+            else:
+                with _understanding(path):
+                    part = _checked(content, schema)
+                yield from rows_of(part, number, columns)
+                number += part.num_rows
+
+
+def _checked(content: bytes, schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of a frame, whose every offset lies within its buffers. What a cell means is checked as a row's."""
+    buffer = pa.py_buffer(content)
+    pa.ipc.read_record_batch(buffer, in_bytes(schema)).validate(full=True)
+    return pa.ipc.read_record_batch(buffer, schema)
+
+
+def _rows_of_json(path: Path, content: bytes) -> list[RawRow]:
+    with _understanding(path):
+        return [_row(*values) for values in from_json(content)]
+
+
+def _row(number: Any, values: Any, line: Any, fault: Any, raw: Any) -> RawRow:
+    _of_type(int, number), _of_type(dict, values), _of_type(int, line or 0)
+    if fault is None:
+        return RawRow(number, values, line)
+    reason, value, why = _texts(fault)
+    if reason not in _REASONS:
+        raise ValueError(reason)
+    return RawRow(number, values, line, Problem(reason, value, why), whole=partial(_same, raw))
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _of_type(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(kind.__name__)
+    return value
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    return tuple(_of_type(str, value) for value in _of_type(list, values))
 
 
 @contextmanager
-def _whole_file_faults(path: Path) -> Iterator[None]:
+def _understanding(path: Path) -> Iterator[None]:
+    """Refuse a file whose reader gives an answer of another form: the file may have changed what the process does."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise DataValidationError(f"There is no file {path}; check the path.") from error
-    except RecursionError as error:
-        raise DataValidationError(f"{path.name} is nested too deeply; write its rows with fewer levels.") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataValidationError(
-            f"{path.name} is a damaged gzip file or was cut off ({error}); compress or upload it again."
-        ) from error
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _WRONG_PATH:
-            raise DataValidationError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataValidationError(
-            f"{path.name} cannot be read, it is damaged or was cut off ({shorten(reason, 160)}); write or upload "
-            "it again."
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, pa.ArrowException, OSError) as error:
+        raise ReaderDiedError(
+            f"{path.name} confused the process that reads it ({type(error).__name__}), so it is damaged or was made to "
+            "do harm; write it again."
         ) from error

@@ -139,6 +139,31 @@ def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path,
     assert "more than one format: may/part-1.csv, and the others are jsonl files" in seen.message
 
 
+def test_a_file_that_ends_its_reader_stops_no_other_and_is_set_aside(tiny_base: Path, home: Path) -> None:
+    """Twice it is tried, as the first time may have been for want of memory."""
+    aborts = (Path(__file__).parents[2] / "data" / "abort.parquet").read_bytes()
+    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    lines = PARCELS.splitlines(keepends=True)
+    land(home, "parcels/a.jsonl", b"".join(lines[::2]), age=300)
+    land(home, "parcels/b.parquet", aborts, age=200)
+    land(home, "parcels/c.jsonl", b"".join(lines[1::2]), age=100)
+    result, said = look(lineage(tiny_base))
+    good = [("parcels/a.jsonl", "promoted"), ("parcels/c.jsonl", "promoted")]
+    assert outcomes(result) == [good[0], ("parcels/b.parquet", "failed"), good[1]]
+    assert any(line.startswith("Failed: b.parquet ended the process that reads it (SIGABRT") for line in said)
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert "Failed 1 times; it is tried again from" in status.failed[0]
+
+    result, said = look(lineage(tiny_base))
+    assert outcomes(result) == [("parcels/b.parquet", "refused")]
+    (status,) = asyncio.run(read_status(home)).lineages
+    (reason,) = status.failed
+    assert reason.startswith("inbox/parcels/b.parquet: b.parquet ended the process that reads it (SIGABRT")
+    assert "did so in 2 tries, so it is set aside" in reason and status.num_open == 0
+    assert look(lineage(tiny_base))[0].files == ()
+    assert [info.version for info in open_registry().versions("l")] == ["1", "2"]
+
+
 @pytest.mark.nightly
 def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch

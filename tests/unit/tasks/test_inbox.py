@@ -138,6 +138,19 @@ def test_a_run_that_would_fail_again_is_tried_again_only_when_asked() -> None:
     assert state.record(info(), "failed", "", now=NOW, beside="1").due() is not None
 
 
+def test_a_file_that_kills_its_reader_twice_is_set_aside_until_it_changes() -> None:
+    state = InboxState()
+    first = state.record(info(), "failed", "It died.", now=NOW, has_killed_reader=True)
+    assert (first.outcome, first.due()) == ("failed", NOW + timedelta(minutes=1))
+    assert state.record(info(), "failed", "the server is away", now=NOW).outcome == "failed", "no fault of the file"
+    second = state.record(info(), "failed", "It died.", now=NOW, has_killed_reader=True)
+    assert (second.outcome, second.num_tries, second.due()) == ("refused", 3, None)
+    assert second.message == "It died. It did so in 2 tries, so it is set aside until it changes."
+    assert not state.is_open(info(), NOW + timedelta(days=365), retry_now=True)
+    changed = state.record(info(etag="2"), "failed", "It died.", now=NOW, has_killed_reader=True)
+    assert (changed.outcome, changed.num_reader_deaths) == ("failed", 1)
+
+
 @pytest.mark.parametrize("outcome", ["refused", "failed"])
 def test_what_was_of_no_use_is_open_again_when_what_lies_beside_it_changes(outcome: str) -> None:
     state = InboxState()

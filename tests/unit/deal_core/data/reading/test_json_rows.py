@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deal_core.data.reading import json_rows, lines
-from deal_core.data.reading.readers import look_at, read_rows
+from deal_core.data.reading.parsing import look
 from deal_core.errors import DataValidationError
+from tests.parsed import parsed_rows
 
 ROWS = [{"text": f'no. {number}, "[{{', "label": [number, {"a": None}]} for number in range(50)]
 VALUES = st.recursive(
@@ -34,10 +35,10 @@ def write(path: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_list_has_the_rows_of_json_lines(tmp_path: Path, name: str, indent: int | None) -> None:
     path = write(tmp_path / name, json.dumps(ROWS, indent=indent))
-    found = list(read_rows(path))
+    found = list(parsed_rows(path))
     assert [row.values for row in found] == ROWS
     assert [row.number for row in found] == list(range(1, 51))
-    assert look_at(path).columns == ("text", "label")
+    assert look(path, "jsonl").columns == ("text", "label")
     lines = path.read_bytes() if name != "rows.json.gz" else gzip.decompress(path.read_bytes())
     assert all(lines.splitlines()[row.line - 1].lstrip(b"[").lstrip()[:1] == b"{" for row in found if row.line)
 
@@ -45,30 +46,30 @@ def test_a_list_has_the_rows_of_json_lines(tmp_path: Path, name: str, indent: in
 @pytest.mark.parametrize("blanks", [" ", "\t", "\n  ", "\r\n"])
 def test_blanks_may_stand_before_a_list(tmp_path: Path, blanks: str) -> None:
     path = write(tmp_path / "rows.json", f"{blanks}{json.dumps(ROWS)}\n")
-    assert [row.values for row in read_rows(path)] == ROWS
+    assert [row.values for row in parsed_rows(path)] == ROWS
 
 
 @pytest.mark.parametrize("content", ["[]", " [ ]\n\n", "[\n]\n"])
 def test_an_empty_list_has_no_rows(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "rows.json", content)
-    assert (list(read_rows(path)), look_at(path).columns) == ([], ())
+    assert (list(parsed_rows(path)), look(path, "jsonl").columns) == ([], ())
 
 
 def test_an_empty_list_among_json_lines_is_one_bad_row(tmp_path: Path) -> None:
-    bad, good = read_rows(write(tmp_path / "rows.jsonl", '[]\n{"text": "a"}\n'))
+    bad, good = parsed_rows(write(tmp_path / "rows.jsonl", '[]\n{"text": "a"}\n'))
     assert bad.fault is not None and good.values == {"text": "a"}
 
 
 @pytest.mark.parametrize("content", [{"data": ROWS}, ROWS[0]])
 def test_an_object_over_several_lines_is_refused_with_what_to_write(tmp_path: Path, content: Any) -> None:
     path = write(tmp_path / "rows.json", json.dumps(content, indent=2))
-    for read in (look_at, lambda path: list(read_rows(path))):
+    for read in (lambda path: look(path, "jsonl"), lambda path: list(parsed_rows(path))):
         with pytest.raises(DataValidationError, match=r"rows\.json begins with one JSON object .* one object per line"):
             read(path)
 
 
 def test_a_line_that_is_only_a_brace_among_json_lines_is_one_bad_row(tmp_path: Path) -> None:
-    bad, good = read_rows(write(tmp_path / "rows.jsonl", '{\n{"text": "a"}\n'))
+    bad, good = parsed_rows(write(tmp_path / "rows.jsonl", '{\n{"text": "a"}\n'))
     assert bad.fault is not None and good.values == {"text": "a"}
 
 
@@ -80,7 +81,7 @@ def test_a_list_is_the_same_in_pieces_of_any_size(
 ) -> None:
     monkeypatch.setattr(json_rows, "_PIECE_CHARS", piece)
     path = write(tmp_path / "rows.json", json.dumps(content, indent=1, ensure_ascii=False))
-    assert [row.values for row in read_rows(path)] == content
+    assert [row.values for row in parsed_rows(path)] == content
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_a_bad_item_is_one_bad_row(
 ) -> None:
     monkeypatch.setattr(json_rows, "_PIECE_CHARS", piece)
     path = write(tmp_path / "rows.json", f'[{{"text": "a"}},\n{item},\n{{"text": "b"}}]')
-    first, bad, last = read_rows(path)
+    first, bad, last = parsed_rows(path)
     assert (first.values, last.values) == ({"text": "a"}, {"text": "b"})
     assert bad.fault is not None and (bad.fault.reason, bad.fault.why) == ("malformed line", why)
     assert (bad.number, bad.line, bad.raw()) == (2, 2, item)
@@ -119,7 +120,7 @@ def test_a_bad_item_is_one_bad_row(
 )
 def test_a_list_that_is_not_json_is_refused_with_its_line(tmp_path: Path, content: str, found: str) -> None:
     with pytest.raises(DataValidationError, match=rf"rows.json is a JSON list that cannot be read .*{found}") as error:
-        list(read_rows(write(tmp_path / "rows.json", content)))
+        list(parsed_rows(write(tmp_path / "rows.json", content)))
     assert "Jane" not in str(error.value)
 
 
@@ -130,7 +131,19 @@ def test_an_item_beyond_the_longest_line_is_refused_before_it_is_read(
     monkeypatch.setattr(json_rows, "_PIECE_CHARS", 100)
     path = write(tmp_path / "rows.json", json.dumps([{"text": "a"}, {"text": "x" * 5000}]))
     with pytest.raises(DataValidationError, match="item 2 is not JSON, or has more than 1000 characters"):
-        list(read_rows(path))
+        list(parsed_rows(path))
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_a_row_nested_deeply_is_one_bad_row(tmp_path: Path, is_list: bool) -> None:
+    """The bound is the same in every version of Python, and blanks in a text are no levels."""
+    levels = json_rows.MAX_DEPTH
+    fitting, deep = ({"a": json.loads("[" * number + "]" * number), "b": "[" * 500} for number in (levels - 1, levels))
+    lines = [json.dumps(row) for row in (fitting, deep, {"a": 1})]
+    path = write(tmp_path / "rows.json", f"[{', '.join(lines)}]" if is_list else "\n".join(lines))
+    first, bad, last = parsed_rows(path)
+    assert (first.values, last.values) == (fitting, {"a": 1})
+    assert bad.fault is not None and (bad.fault.why, bad.raw()) == ("nested too deeply", lines[1])
 
 
 def test_memory_does_not_grow_with_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +160,7 @@ def test_memory_does_not_grow_with_the_list(tmp_path: Path, monkeypatch: pytest.
         path = write(tmp_path / f"{num_rows}.json.gz", json.dumps(rows))
         del rows
         tracemalloc.start()
-        count = sum(1 for _ in read_rows(path))
+        count = sum(1 for _ in parsed_rows(path))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert count == num_rows

@@ -1,18 +1,16 @@
-"""Rows of a Parquet file that are decoded together stay within bounds, however often the file repeats a text."""
+"""Parts of a Parquet file have all rows and stay within bounds, however often the file repeats a text."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from deal_core.data.reading import parquet_rows
-from deal_core.data.reading.parquet_rows import decoded_size
-from deal_core.data.reading.readers import read_batches, read_rows
-from deal_core.errors import DataValidationError
+from deal_core.data.reading.parquet_rows import decoded_size, read_parquet, rows_of
+from tests.parsed import parsed_rows
 
 LONG = "é" * 5_000
 CHATS = [
@@ -37,93 +35,50 @@ def test_rows_are_the_same_however_few_are_decoded_at_a_time(
     table = pa.Table.from_pylist(rows)
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=13, data_page_size=2**10, write_batch_size=4)
     monkeypatch.setattr(parquet_rows, "_PIECE_BYTES", piece_bytes)
-    assert [row.values for row in read_rows(tmp_path / "rows.parquet")] == rows
-    assert [row.raw() for batch in read_batches(tmp_path / "rows.parquet", {"text"}) for row in batch] == rows
+    assert [row.values for row in parsed_rows(tmp_path / "rows.parquet")] == rows
+    part, _, _ = next(read_parquet(tmp_path / "rows.parquet"))
+    assert isinstance(part, pa.RecordBatch)
+    some = [row for row, _ in rows_of(part, 1, {"text"})]
+    assert [(row.values, row.raw()) for row in some] == [({"text": row["text"]}, row) for row in rows[: len(some)]]
 
 
 def test_rows_that_share_a_long_text_become_objects_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = []
-    rows_of = parquet_rows._batch_rows
-
-    def watch(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-        decoded.append(decoded_size(batch))
-        return rows_of(batch)
-
     monkeypatch.setattr(parquet_rows, "MAX_LINE_CHARS", 2**18)
-    monkeypatch.setattr(parquet_rows, "_batch_rows", watch)
     pq.write_table(pa.table({"text": repeated("x" * 40_000, 200)}), tmp_path / "rows.parquet")
-    assert sum(map(len, read_batches(tmp_path / "rows.parquet"))) == 200
-    assert sum(decoded) > 200 * 40_000 and max(decoded) <= 2**18
+    parts = list(read_parquet(tmp_path / "rows.parquet"))
+    assert sum(num_rows for _, num_rows, _ in parts) == 200
+    assert sum(size for _, _, size in parts) > 200 * 40_000 and max(size for _, _, size in parts) <= 2**18
 
 
-def test_rows_that_share_a_long_text_are_decoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A column without any text beside them does not hinder that."""
-    monkeypatch.setattr(parquet_rows, "_PIECE_BYTES", 2**18)
-    path = tmp_path / "rows.parquet"
-    pq.write_table(pa.table({"text": ["x" * 40_000] * 200, "none": pa.nulls(200, pa.string())}), path)
-    packed = pq.ParquetFile(path, read_dictionary=["text", "none"])
-    with parquet_rows.open_parquet(path) as file:
-        pieces = list(parquet_rows._pieces(file, packed))
-    assert sum(piece.num_rows for piece in pieces) == 200
-    assert max(map(decoded_size, pieces)) < 2**18 + 2**10
-    assert not any(pa.types.is_dictionary(column.type) for column in pieces[0].columns)
+def test_no_text_stays_in_a_dictionary(tmp_path: Path) -> None:
+    """A part of the rows would hold all texts of it, wherever in a column it is."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int32()), pa.array(["short", LONG]))
+    inner = pa.StructArray.from_arrays([texts], ["content"])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 3], pa.int32()), inner)
+    table = pa.table({"plain": texts.slice(0, 2), "lists": lists, "texts": [["a"], ["b"]]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    part, _, _ = next(read_parquet(tmp_path / "rows.parquet"))
+    assert isinstance(part, pa.RecordBatch)
+    assert part.schema.types[:2] == [pa.string(), pa.list_(pa.struct([("content", pa.string())]))]
+    assert decoded_size(part.slice(0, 1)) < 200 < 20_000 < decoded_size(part.slice(1, 1)) < 20_300
+    assert part.to_pylist() == table.to_pylist()
 
 
-def test_texts_stored_as_differences_are_decoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_rows, "_MAX_DELTA_BYTES", 2**15)
-    options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
-    pq.write_table(pa.table({"text": [LONG] * 99}), tmp_path / "rows.parquet", **options)
-    with parquet_rows.open_parquet(tmp_path / "rows.parquet") as file:
-        assert {piece.num_rows for piece in parquet_rows._pieces(file, file)} == {3}
-    assert [row.values["text"] for row in read_rows(tmp_path / "rows.parquet")] == [LONG] * 99
+def test_nulls_of_a_list_count(tmp_path: Path) -> None:
+    """They take no bytes in Arrow, and become objects all the same."""
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2**20], pa.int32()), pa.nulls(2**20, pa.null()))
+    pq.write_table(pa.table({"l": lists}), tmp_path / "rows.parquet")
+    first, bad = parsed_rows(tmp_path / "rows.parquet")
+    assert first.values == {"l": [None]} and bad.fault is not None and bad.fault.reason == "over-long text"
 
 
 def test_a_row_beyond_the_bound_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_rows, "MAX_LINE_CHARS", 2000)
     texts = ["a" * 100, "b" * 3000, "c" * 100]
     pq.write_table(pa.table({"text": texts, "label": ["x", "y", "z"]}), tmp_path / "rows.parquet")
-    first, bad, last = read_rows(tmp_path / "rows.parquet")
+    first, bad, last = parsed_rows(tmp_path / "rows.parquet")
     assert [row.values["text"] for row in (first, last)] == [texts[0], texts[2]]
     assert (bad.number, bad.fault and bad.fault.reason, bad.values) == (2, "over-long text", {})
     assert 3000 <= bad.raw()["bytes of text"] < 3100
-
-
-def test_a_text_that_a_list_repeats_is_counted_as_often_and_never_decoded(tmp_path: Path) -> None:
-    messages = pa.ListArray.from_arrays([0, 1, 400], repeated("x" * 2**20, 400))
-    pq.write_table(pa.table({"messages": messages, "n": [1, 2]}), tmp_path / "rows.parquet", compression="zstd")
-    before = pa.total_allocated_bytes()
-    with pytest.raises(DataValidationError, match=r"unpacks to more than 1000 times.*without dictionaries"):
-        list(read_batches(tmp_path / "rows.parquet"))
-    assert pa.total_allocated_bytes() - before < 2**22
-    nested = pa.array([[{"a": "xy"}, {"a": "xy"}], []], pa.list_(pa.struct([("a", pa.string())])))
-    packed = pa.ListArray.from_arrays(
-        nested.offsets, pa.StructArray.from_arrays([nested.values.field(0).dictionary_encode()], ["a"])
-    )
-    assert decoded_size(packed.slice(1, 1)) < 20 < decoded_size(packed) < 60
-    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), pa.array(["short", LONG]))
-    both = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), texts)
-    assert decoded_size(both.slice(0, 1)) < 30 < 10_000 < decoded_size(both.slice(1, 1)) < 10_100
-
-
-@pytest.mark.parametrize(
-    ("table", "said"),
-    [
-        ({"text": pa.nulls(300_000, pa.string())}, r"300,000 rows in .* bytes"),
-        ({"text": repeated("x" * 2**22, 1000)}, "unpacks to more than 1000 times"),
-        ({"l": pa.ListArray.from_arrays([0, 2**25], pa.nulls(2**25, pa.int8()))}, r"33,554,432 values in lists"),
-    ],
-    ids=["rows", "dictionary", "list"],
-)
-def test_a_small_file_of_much_is_refused(table: dict[str, Any], said: str, tmp_path: Path) -> None:
-    pq.write_table(pa.table(table), tmp_path / "rows.parquet", compression="zstd")
-    with pytest.raises(DataValidationError, match=said):
-        list(read_batches(tmp_path / "rows.parquet"))
-
-
-def test_lists_of_texts_stored_as_differences_are_refused(tmp_path: Path) -> None:
-    options = {"use_dictionary": False, "column_encoding": {"l.list.element": "DELTA_BYTE_ARRAY"}}
-    pq.write_table(pa.table({"l": [["a", "b"]]}), tmp_path / "rows.parquet", **options)
-    with pytest.raises(DataValidationError, match="differences"):
-        list(read_batches(tmp_path / "rows.parquet"))

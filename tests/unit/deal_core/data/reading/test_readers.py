@@ -17,9 +17,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.reading import lines, parquet_rows
+from deal_core.data.reading import parsing
 from deal_core.data.reading.readers import look_at, read_rows
 from deal_core.errors import DataValidationError
+from tests.parsed import parsed_rows
 
 ROWS = [
     {"text": 'She said "no",\nthen left', "label": "a"},
@@ -50,6 +51,12 @@ def write(path: Path, content: bytes | str) -> Path:
 
 def read(path: Path) -> list[dict[str, Any]]:
     rows = list(read_rows(path))
+    assert [row.fault for row in rows] == [None] * len(rows)
+    return [dict(row.values) for row in rows]
+
+
+def parsed(path: Path) -> list[dict[str, Any]]:
+    rows = list(parsed_rows(path))
     assert [row.fault for row in rows] == [None] * len(rows)
     return [dict(row.values) for row in rows]
 
@@ -87,14 +94,14 @@ def test_a_byte_order_mark_blank_lines_and_windows_line_ends_change_nothing(
     rows = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
     content = to_bytes(kind, rows).replace(b"\r\n", b"\n").replace(b"\n", (line_end * 2).encode())
     path = write(tmp_path / f"rows.{kind}", b"\xef\xbb\xbf" + content + line_end.encode())
-    assert read(path) == rows
+    assert parsed(path) == rows
     assert look_at(path).columns == ("text", "label")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_a_csv_may_use_semicolons_or_tabs(tmp_path: Path, delimiter: str) -> None:
     path = write(tmp_path / "rows.csv", f'text{delimiter}label\n"a, b; c\td"{delimiter}x\n')
-    assert read(path) == [{"text": "a, b; c\td", "label": "x"}]
+    assert parsed(path) == [{"text": "a, b; c\td", "label": "x"}]
 
 
 def test_a_blank_after_the_delimiter_does_not_make_quotes_part_of_a_value(tmp_path: Path) -> None:
@@ -107,7 +114,7 @@ def test_a_cell_keeps_its_indentation_if_the_header_has_no_blank_after_a_delimit
     tmp_path: Path, delimiter: str
 ) -> None:
     path = write(tmp_path / "rows.csv", f"prompt{delimiter}completion\n  def f():{delimiter}    return 1\n")
-    assert read(path) == [{"prompt": "  def f():", "completion": "    return 1"}]
+    assert parsed(path) == [{"prompt": "  def f():", "completion": "    return 1"}]
 
 
 def test_a_csv_row_knows_its_row_and_its_line(tmp_path: Path) -> None:
@@ -128,7 +135,7 @@ def test_a_bad_csv_row_takes_no_good_row_with_it(tmp_path: Path, bad: str) -> No
     good = [{"text": f"row {index}", "label": "b"} for index in range(6)]
     lines = [f"{row['text']},b" for row in good]
     content = "\n".join(["text,label", *lines[:3], bad, *lines[3:]]) + "\n"
-    rows = list(read_rows(write(tmp_path / "rows.csv", content)))
+    rows = list(parsed_rows(write(tmp_path / "rows.csv", content)))
     assert [dict(row.values) for row in rows if row.fault is None] == good
     assert [(row.number, row.line, row.raw()) for row in rows if row.fault] == [(4, 5, bad)]
 
@@ -139,7 +146,7 @@ def test_a_quote_that_is_never_closed_is_given_up_at_the_size_limit(
     monkeypatch.setattr("deal_core.data.reading.csv_records.MAX_LINE_CHARS", 1000)
     good = [f"row {index},b" for index in range(500)]
     path = write(tmp_path / "rows.csv", "\n".join(["text,label", '"open,a', *good]) + "\n")
-    rows = list(read_rows(path))
+    rows = list(parsed_rows(path))
     assert [row.number for row in rows if row.fault] == [1]
     assert [row.values["text"] for row in rows if not row.fault] == [f"row {index}" for index in range(500)]
 
@@ -165,7 +172,7 @@ def test_a_doubled_csv_column_is_named_twice_and_loses_nothing(tmp_path: Path) -
 )
 def test_a_bad_json_line_is_one_bad_row(tmp_path: Path, bad: str) -> None:
     first, last = '{"text": "a", "label": "x"}', '{"text": "b", "label": "x"}'
-    rows = list(read_rows(write(tmp_path / "rows.jsonl", f"{first}\n{bad}\n{last}\n")))
+    rows = list(parsed_rows(write(tmp_path / "rows.jsonl", f"{first}\n{bad}\n{last}\n")))
     assert [row.values.get("text") for row in rows] == ["a", None, "b"]
     assert rows[1].fault is not None
     assert rows[1].fault.reason == "malformed line"
@@ -242,7 +249,7 @@ def test_a_damaged_gzip_file_is_an_error(tmp_path: Path) -> None:
 )
 def test_what_is_no_file_of_rows_is_refused_by_name(tmp_path: Path, name: str, content: str, found: str) -> None:
     with pytest.raises(DataValidationError, match=found):
-        list(read_rows(write(tmp_path / name, content)))
+        list(parsed_rows(write(tmp_path / name, content)))
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -265,7 +272,7 @@ def test_an_endless_line_is_one_bad_row_and_never_in_memory(
     path = write(tmp_path / f"rows.{kind}.gz", to_bytes(kind, [first, bad, last]))
     del bad
     tracemalloc.start()
-    rows = [(row.number, row.fault and row.fault.reason, row.values.get("text")) for row in read_rows(path)]
+    rows = [(row.number, row.fault and row.fault.reason, row.values.get("text")) for row in parsed_rows(path)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert rows == [(1, None, "first"), (2, "over-long text", None), (3, None, "last")]
@@ -273,21 +280,27 @@ def test_an_endless_line_is_one_bad_row_and_never_in_memory(
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "MAX_UNPACKED_BYTES", 2**20)
+    monkeypatch.setattr(parsing, "FREE_BYTES", 2**20)
     bomb = gzip.compress(b'{"text": "a", "label": "b", "more": "%s"}\n' % (b"x" * 500) * 2**15)
     (tmp_path / "bomb.jsonl.gz").write_bytes(bomb)
-    (tmp_path / "bomb.parquet.gz").write_bytes(bomb)
-    for name in ("bomb.jsonl.gz", "bomb.parquet.gz"):
-        with pytest.raises(DataValidationError, match="unpacks to more than 200 times"):
-            list(read_rows(tmp_path / name))
+    with pytest.raises(DataValidationError, match="unpacks to more than 200 times"):
+        list(parsed_rows(tmp_path / "bomb.jsonl.gz"))
 
 
 def test_a_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_rows, "MAX_UNPACKED_BYTES", 2**20)
-    table = pa.table({"text": ["x" * 2**22], "label": ["a"]})
-    pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
-    with pytest.raises(DataValidationError, match="unpacks to more than"):
-        list(read_rows(tmp_path / "bomb.parquet"))
+    monkeypatch.setattr(parsing, "FREE_BYTES", 2**20)
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 2**12, pa.int32()), pa.array(["x" * 2**10]))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "bomb.parquet", compression="zstd")
+    with pytest.raises(DataValidationError, match="unpacks to more than 1000 times"):
+        list(parsed_rows(tmp_path / "bomb.parquet"))
+
+
+def test_a_small_file_of_many_rows_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.nulls(300_000, pa.string())}), tmp_path / "rows.parquet", compression="zstd")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 300_000))
+    for name in ("rows.parquet", "rows.jsonl.gz"):
+        with pytest.raises(DataValidationError, match=r"has more than 100,000 rows in .* bytes"):
+            list(parsed_rows(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.jsonl", "rows.parquet"])
@@ -301,7 +314,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
         tracemalloc.start()
         arrow_before = pa.total_allocated_bytes()
         arrow_peak = 0
-        for row in read_rows(path):
+        for row in parsed_rows(path):
             if row.number % 256 == 1:
                 arrow_peak = max(arrow_peak, pa.total_allocated_bytes() - arrow_before)
         peaks.append(tracemalloc.get_traced_memory()[1] + arrow_peak)
@@ -320,7 +333,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_any_text_comes_back_as_it_was_written(tmp_path: Path, kind: str, rows: list[dict[str, str]]) -> None:
     path = write(tmp_path / f"rows.{kind}", to_bytes(kind, rows))
-    assert read(path) == rows
+    assert parsed(path) == rows
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -330,5 +343,5 @@ def test_no_bytes_at_all_make_a_text_reader_fail_otherwise_than_by_a_message(tmp
         path = tmp_path / name
         path.write_bytes(content)
         with contextlib.suppress(DataValidationError):
-            for row in read_rows(path):
+            for row in parsed_rows(path):
                 assert row.fault is not None or row.values or b"{" in content, "an empty object has no cells"

@@ -1,0 +1,189 @@
+"""The rows of CSV, JSON lines and Parquet, plain or gzip, read in this process.
+
+`deal_core.data.reading.readers` calls it in a process of its own, because a hostile file can end the process that reads
+it. Arrow is imported for Parquet alone: a process that reads a text starts in half of the time without it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from deal_core.data.reading.csv_records import CsvFile
+from deal_core.data.reading.json_rows import read_json
+from deal_core.data.reading.lines import UNPACKED_TIMES, WRONG_PATH, damaged_file, open_bytes
+from deal_core.data.rows import RawRow, batches_of
+from deal_core.errors import DataValidationError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Kind = Literal["csv", "jsonl", "parquet"]
+FREE_ROWS = 100_000
+"""Number of rows that a file may always have. More rows need two bytes each: repeated rows are bad rows, and different
+rows take more space."""
+FREE_BYTES = 2**28
+"""Bytes of rows that a file may always have; more may be UNPACKED_TIMES its size."""
+_SURVEYED_ROWS = 1000
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class FileLook:
+    """The columns of a file before its rows are read."""
+
+    columns: tuple[str, ...]
+    """Names with repetitions; of JSON lines the keys in the first thousand readable rows."""
+    examples: Mapping[str, Any] = field(default_factory=dict)
+    """One cell of a column: of JSON lines the first that is not empty, of Parquet a stand-in of the column's type. All
+    cells of a CSV are texts, so it has only booleans: of columns whose first thousand cells say true, false or nothing.
+    """
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the classes 0, 1, 2, … of a column, from the file's own metadata (`ClassLabel` of `datasets`)."""
+    num_rows: int | None = None
+    """Number of rows that the footer of a Parquet file names."""
+    schema: pa.Schema | None = None
+    """The columns of a Parquet file with their types."""
+
+
+def look(path: Path, kind: Kind) -> FileLook:
+    """The columns of a file, and what their cells look like.
+
+    Raises:
+        DataValidationError: The file cannot be read.
+    """
+    with whole_file_faults(path):
+        if kind == "parquet":
+            from deal_core.data.reading.parquet_rows import class_names, examples, open_parquet
+
+            with open_parquet(path) as file:
+                schema = file.schema_arrow
+                names = class_names(schema)
+                return FileLook(tuple(schema.names), examples(schema), names, file.metadata.num_rows, schema)
+        if kind == "csv":
+            with CsvFile(path) as csv:
+                return _look_at_csv(csv)
+        return _look_at_json(path)
+
+
+def _look_at_json(path: Path) -> FileLook:
+    names: dict[str, None] = {}
+    examples: dict[str, Any] = {}
+    num_readable = 0
+    for row, _ in read_json(path):
+        names.update(dict.fromkeys(row.values))
+        for name, value in row.values.items():
+            if value not in (None, "", []):
+                examples.setdefault(name, value)
+        num_readable += row.fault is None
+        if num_readable == _SURVEYED_ROWS:
+            break
+    return FileLook(tuple(names), examples)
+
+
+def _look_at_csv(file: CsvFile) -> FileLook:
+    booleans, found = {*file.header}, set[str]()
+    for row, _ in islice(file.rows(), _SURVEYED_ROWS):
+        said = {name: cell.strip().casefold() for name, cell in row.values.items() if name in booleans}
+        found.update(name for name, cell in said.items() if cell)
+        booleans -= {name for name, cell in said.items() if cell not in ("true", "false", "")}
+        if not booleans:
+            break
+    return FileLook(file.header, dict.fromkeys(booleans & found, True))
+
+
+def parse(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
+    """The rows of a file in order, a part at a time; rows of Parquet stay in Arrow's form.
+
+    Raises:
+        DataValidationError: The file cannot be read to its end, or has more rows than its size has room for.
+    """
+    with whole_file_faults(path):
+        if kind == "parquet":
+            from deal_core.data.reading.parquet_rows import read_parquet
+
+            yield from (part for part, _, _ in within_limits(path, kind, read_parquet(path)))
+        elif kind == "csv":
+            with CsvFile(path) as file:
+                yield from _batches(path, kind, file.rows())
+        else:
+            yield from _batches(path, kind, read_json(path))
+
+
+def _batches(path: Path, kind: Kind, rows: Iterable[tuple[RawRow, int]]) -> Iterator[list[RawRow]]:
+    sized = ((row, 1, size) for row, size in rows)
+    return batches_of((row, size) for row, _, size in within_limits(path, kind, sized))
+
+
+def within_limits(path: Path, kind: Kind, parts: Iterable[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
+    """The parts of a file, each with its number of rows and its bytes, while the file has room for so many.
+
+    A packed file of a few bytes can hold rows without end, and they would keep busy whoever reads them.
+    """
+    size = path.stat().st_size
+    most_rows, most_bytes = max(FREE_ROWS, size // 2), max(FREE_BYTES, UNPACKED_TIMES[kind] * size)
+    num_rows = num_bytes = 0
+    for part in parts:
+        num_rows += part[1]
+        num_bytes += part[2]
+        if num_rows > most_rows:
+            raise DataValidationError(
+                f"{path.name} has more than {most_rows:,} rows in {size:,} bytes, and different texts do not pack so "
+                "small. If the file is right, land it as unpacked JSON lines."
+            )
+        if num_bytes > most_bytes:
+            raise DataValidationError(
+                f"{path.name} unpacks to more than {UNPACKED_TIMES[kind]} times its size, which text does not. If the "
+                "file is right, land it as unpacked JSON lines."
+            )
+        yield part
+
+
+def most_rows(path: Path, kind: Kind) -> int:
+    """A number of rows that the file does not exceed. Parquet knows it; a row of a text takes a line at least.
+
+    Raises:
+        DataValidationError: The file cannot be read to its end.
+    """
+    with whole_file_faults(path):
+        if kind == "parquet":
+            from deal_core.data.reading.parquet_rows import open_parquet
+
+            with open_parquet(path) as file:
+                return int(file.metadata.num_rows)
+        num_ends = 0
+        with open_bytes(path) as file:
+            while block := file.read(_BLOCK_BYTES):
+                num_ends += block.count(b"\n")
+                if kind == "csv":
+                    num_ends += block.count(b"\r") - block.count(b"\r\n")
+                else:  # a JSON list may have its items in one line, with a comma between them
+                    num_ends += block.count(b",")
+        return num_ends + 1
+
+
+@contextmanager
+def whole_file_faults(path: Path) -> Iterator[None]:
+    """Turn the errors of a file that cannot be read into one sentence about it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataValidationError(f"There is no file {path}; check the path.") from error
+    except RecursionError as error:
+        raise DataValidationError(f"{path.name} is nested too deeply; write its rows with fewer levels.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataValidationError(
+            f"{path.name} is a damaged gzip file or was cut off ({error}); compress or upload it again."
+        ) from error
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno in WRONG_PATH:
+            raise DataValidationError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+        raise damaged_file(path, error) from error

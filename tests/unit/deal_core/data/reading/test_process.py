@@ -1,0 +1,200 @@
+"""A file that ends the process that reads it is refused, and that process has no secret and no life of its own.
+
+The parsers have tests of their own; here files are read as every caller reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deal_core.data.answer_files import survey_rows
+from deal_core.data.reading import readers
+from deal_core.data.reading.frames import MAX_FRAME_BYTES, as_json
+from deal_core.data.reading.process import Frame
+from deal_core.data.reading.readers import look_at, most_rows, read_batches, read_rows
+from deal_core.errors import DataValidationError, DealError, ReaderDiedError
+from tests.hostile_parquet import odd_columns, repeated
+from tests.parsed import parsed_rows
+
+ABORTS = Path(__file__).parents[4] / "data" / "abort.parquet"
+READS: dict[str, Callable[[Path], Any]] = {
+    "look": look_at,
+    "rows": lambda path: list(read_rows(path)),
+    "survey": survey_rows,
+    "count": most_rows,
+}
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """A file that is much larger than what a pipe holds."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{number} " + "word " * 100}) + "\n" for number in range(40_000)))
+    return path
+
+
+def reader() -> psutil.Process:
+    """The process that reads a file for this process."""
+    (found,) = [each for each in psutil.Process().children() if "deal_core.data.reading.child" in each.cmdline()]
+    return found
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_file_that_ends_its_reader_is_refused_in_one_sentence(read: str) -> None:
+    with pytest.raises(ReaderDiedError) as refused:
+        READS[read](ABORTS)
+    message = str(refused.value)
+    assert message.startswith("abort.parquet ended the process that reads it (SIGABRT: ")
+    assert message.endswith("write it again.") and message.isprintable() and len(message) < 300
+
+
+def test_a_file_that_takes_too_much_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": repeated("x" * 2**24, [0] * 400)}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    with pytest.raises(ReaderDiedError, match=r"rows\.parquet needs more memory than a file may take"):
+        list(read_rows(path))
+
+
+def test_a_process_that_does_not_start_is_not_the_files_fault(lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DealError, match="does not start") as failed:
+        look_at(lines)
+    assert not isinstance(failed.value, DataValidationError)
+
+
+@pytest.mark.parametrize("name", odd_columns())
+def test_any_type_of_arrow_arrives_as_it_was_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    try:
+        pq.write_table(pa.table({"odd": odd_columns()[name], "text": ["a"] * 40}), path)
+    except pa.ArrowException:
+        pytest.skip("this version of Arrow does not write it")
+    rows = [row for batch in read_batches(path, {"odd"}) for row in batch]
+    wanted = list(parsed_rows(path))
+    assert repr([row.values["odd"] for row in rows]) == repr([row.values["odd"] for row in wanted])
+    assert repr([row.raw() for row in rows]) == repr([row.raw() for row in wanted])
+    assert survey_rows(path).types == dict(zip(["odd", "text"], pq.read_schema(path).types, strict=True))
+
+
+def test_any_value_of_json_arrives_as_it_was_read(tmp_path: Path) -> None:
+    """Two halves of a pair that are no pair in the file do not become one on the way."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'{"a": "\\ud83d\xff", "b": "\\ud83d\\ude00", "c": 123456789012345678901234567890, "d": NaN, "e": -0.0}\n'
+        b'{"a": "\\u0000\\u2028", "b": [1.0, 1, true, null, {"\\ud800": {}}], "c": 1e999}\n'
+        b"\xff not JSON\n"
+    )
+    rows, wanted = list(read_rows(path)), list(parsed_rows(path))
+    assert [repr(row.values) for row in rows] == [repr(row.values) for row in wanted]
+    assert [row.fault for row in rows] == [row.fault for row in wanted]
+    assert [row.raw() for row in rows[2:]] == [row.raw() for row in wanted[2:]] == ["\udcff not JSON"]
+    assert rows[0].values["a"] == "\ud83d\udcff"
+
+
+def test_the_reader_knows_no_secret_and_runs_nothing_of_the_folder(
+    tmp_path: Path, lines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('the folder was searched for modules')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "a-planted-secret")
+    batches = read_batches(lines)
+    next(batches)
+    names = set(reader().environ())
+    batches.close()
+    assert "PYTHONPATH" in names and not {name for name in names if name.startswith(("DEAL_", "AWS_", "HF_"))}
+
+
+def test_the_reader_ends_with_its_iterator(lines: Path) -> None:
+    batches = read_batches(lines)
+    next(batches)
+    process = reader()
+    batches.close()
+    assert process.wait(timeout=60) is None or not process.is_running()
+
+
+def test_a_signal_for_the_whole_terminal_stops_no_reading(lines: Path) -> None:
+    batches = read_batches(lines)
+    num_rows = len(next(batches))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(reader().pid, number)
+    assert os.getpgid(reader().pid) != os.getpgrp()
+    assert num_rows + sum(map(len, batches)) == 40_000
+
+
+def test_the_reader_ends_when_the_process_dies_that_waits_for_it(lines: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from deal_core.data.reading.readers import read_batches\n"
+        "batches = read_batches(Path(sys.argv[1])); next(batches); print('reads', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(lines)], stdout=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stdout is not None and waiting.stdout.readline() == "reads\n"
+        (process,) = psutil.Process(waiting.pid).children()
+        waiting.kill()
+        waiting.wait()
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [(b"R", b"no JSON")],
+        [(b"R", b"[[1]]")],
+        [(b"R", b'[["1", {}, 1, null, null]]')],
+        [(b"R", b"[[1, [], 1, null, null]]")],
+        [(b"R", b'[[1, {}, 1, ["another reason", "", ""], null]]')],
+        [(b"R", b"[" * 100_000)],
+        [(b"S", b"no schema")],
+        [(b"A", b"no batch")],
+        [(b"L", b"[]")],
+        [(b"N", b'"many"')],
+    ],
+    ids=lambda frames: str(frames)[:50],
+)
+def test_what_the_reader_says_is_not_believed(
+    frames: list[tuple[bytes, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may have taken over the process that reads it."""
+    monkeypatch.setattr(readers, "read_frames", lambda *given: (Frame(*frame) for frame in frames))
+    kind = "parquet" if frames and frames[0][0] in b"SA" else "csv"
+    read = {b"L": look_at, b"N": most_rows}.get(frames[0][0] if frames else b"L", READS["rows"])
+    with pytest.raises(ReaderDiedError, match=rf"rows\.{kind} confused the process that reads it"):
+        read(tmp_path / f"rows.{kind}")
+
+
+def test_rows_that_point_outside_of_their_frame_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow would read there, and end this process."""
+    offsets, texts = pa.py_buffer(b"\0\0\0\0\xff\xff\xff\x3f\x05\0\0\0"), pa.py_buffer(b"abcde")
+    texts_of_nowhere = pa.Array.from_buffers(pa.string(), 2, [None, offsets, texts])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), texts_of_nowhere)
+    for column in (texts_of_nowhere, lists):
+        batch = pa.record_batch([column], ["text"])
+        frames = [Frame(b"S", batch.schema.serialize().to_pybytes()), Frame(b"A", batch.serialize().to_pybytes())]
+        monkeypatch.setattr(readers, "read_frames", lambda *given, frames=frames: (frame for frame in frames))
+        with pytest.raises(ReaderDiedError, match="confused"):
+            list(read_rows(tmp_path / "rows.parquet"))
+
+
+def test_the_longest_row_fits_into_a_frame(tmp_path: Path) -> None:
+    """Each of its characters takes six bytes on the way, the most that there is."""
+    path = tmp_path / "rows.jsonl"
+    text = "\\u0001" * (4 * 2**20 // 6 - 10)
+    path.write_text(f'{{"a": "{text}"}}\n')
+    (row,) = read_rows(path)
+    assert row.fault is None and set(row.values["a"]) == {"\1"}
+    assert 6 * 4 * 2**20 + len(as_json([1, {}, 1, ["over-long text", "", ""], ""])) < MAX_FRAME_BYTES
