@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -41,6 +42,7 @@ from tests.receiver import Receiver
 PLANTED = "xylophone-4711"
 """In every row's text, in a label that is wrong, and in no name."""
 LABELS = ["tall order", "long wait"]
+CONTRARY = "Texts with several labels: 1 (2 training rows, 0 test rows)."
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -51,6 +53,7 @@ def write_rows(path: Path, task: str) -> Path:
         for number in range(24)
     ]
     rows += [{"text": f"{PLANTED} bad", "label": f"{PLANTED} label", "split": "train"}]
+    rows += [{**rows[20], "label": LABELS[1]}]  # the text of a row, with the other label
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -112,8 +115,9 @@ def files_with(folder: Path, text: str) -> set[str]:
 
 
 def test_a_page_is_kept_and_written_again_from_mlflow_alone(
-    tiny_base: Path, tmp_path: Path, home: Path, receiver: Receiver
+    tiny_base: Path, tmp_path: Path, home: Path, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     results = [
         learn(tiny_base, write_rows(tmp_path / f"{task}.jsonl", task), "pages", task, data={"include_texts": True})
         for task in ("first", "second")
@@ -134,10 +138,15 @@ def test_a_page_is_kept_and_written_again_from_mlflow_alone(
         assert all((row.now == row.expected, row.before == row.expected) == (True, False) for row in each.gained)
     assert report.quality.problems == {"label outside the task's set": 1}
     assert report.quality.bad_rows[0].problems == (f"label outside the task's set: {PLANTED} label",)
+    (contrary,) = report.quality.warnings
+    assert CONTRARY in contrary and f"'{PLANTED} second 20': 'tall order' and 'long wait'" in contrary
+    assert CONTRARY.encode() in page and f"{PLANTED} second 20".encode() in page
     assert [link.version for link in report.lineage_so_far] == ["1", "2"]
     assert {"train", "evaluate", "register"} <= set(report.seconds) and report.origin.libraries["torch"]
     assert report.origin.dataset_sha256 == results[1].dataset.sha256
 
+    said = [record.getMessage() for record in caplog.records if CONTRARY in record.getMessage()]
+    assert len(said) == 2 and not any(PLANTED in each for each in said), "each run warns at once, without a text"
     shutil.rmtree(home / "store")
     file = tmp_path / "new" / "page.html"
     told_by_command = deal("report", "2", "--lineage", "pages", "--out", str(file), "--json")
@@ -187,6 +196,8 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     assert any(name.endswith(".jsonl") for name in files_with(home / "store", PLANTED)), "only the store has them"
     assert set(known["now"]) == {"first", "second"}
     file = save_report("quiet", "2", tmp_path / "page.html").file.read_text(encoding="utf-8")
+    assert CONTRARY in file
+    assert not [path for path in (home / "store").rglob("manifest.json") if PLANTED in path.read_text()]
     assert "Lost: 1" in file and "data.include_texts is off" in file, "rows were lost, and named by digest only"
 
     notices = receiver.told()
