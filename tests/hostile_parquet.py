@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 from tests.hostile import Case
 from tests.hostile_texts import NUM_GOOD, ROWS
 
+ABORTS = Path(__file__).parent / "data" / "abort.parquet"
+"""A file of 60 rows; of a column the footer names two types, and Arrow ends the process at its statistics."""
 TEXT = [row["text"] for row in ROWS]
 LABEL = [row["label"] for row in ROWS]
 
@@ -155,6 +158,20 @@ def damages() -> Iterator[Case]:
         yield Case(f"parquet of {name}", "a.parquet", content)
 
 
+def footers() -> Iterator[Case]:
+    """Files whose rows are whole and whose footer contradicts itself. Some of them end the process that reads them."""
+    yield Case("parquet that ends the process", "abort.parquet", ABORTS.read_bytes())
+    yield Case("parquet that ends the process, in gzip", "a.parquet.gz", gzip.compress(ABORTS.read_bytes()))
+    whole = written({"text": TEXT, "label": LABEL, "other": odd_columns()["structs"]})
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for seed in range(60):
+        chance = random.Random(seed)
+        damaged = bytearray(whole)
+        place = chance.randrange(footer, len(whole) - 8)
+        damaged[place] = damaged[place] ^ (1 << chance.randrange(8)) if seed % 2 else chance.randrange(256)
+        yield Case(f"parquet, footer {seed}", "a.parquet", bytes(damaged))
+
+
 def bombs() -> Iterator[Case]:
     """Small files that unpack to much, each of another kind."""
     good = {"text": TEXT, "label": LABEL}
@@ -282,4 +299,4 @@ def chats() -> Iterator[Case]:
     yield Case("chats in parquet, one of 5 MB", "a.parquet", written({"messages": messages}), NUM_GOOD)
 
 
-FAMILIES = (types, shapes, damages, bombs, chats)
+FAMILIES = (footers, types, shapes, damages, bombs, chats)

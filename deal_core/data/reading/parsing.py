@@ -6,6 +6,7 @@ it. Arrow is imported for Parquet alone: a process that reads a text starts in h
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -159,11 +160,13 @@ def most_rows(path: Path, kind: Kind) -> int:
                 return int(file.metadata.num_rows)
         num_ends = 0
         with open_bytes(path) as file:
+            # A JSON list may have its items in one line, with a comma between them.
+            is_list = kind == "jsonl" and file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"[", b"")
             while block := file.read(_BLOCK_BYTES):
                 num_ends += block.count(b"\n")
                 if kind == "csv":
                     num_ends += block.count(b"\r") - block.count(b"\r\n")
-                else:  # a JSON list may have its items in one line, with a comma between them
+                if is_list:
                     num_ends += block.count(b",")
         return num_ends + 1
 

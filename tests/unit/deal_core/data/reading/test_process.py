@@ -26,10 +26,9 @@ from deal_core.data.reading.frames import MAX_FRAME_BYTES, as_json
 from deal_core.data.reading.process import Frame
 from deal_core.data.reading.readers import look_at, most_rows, read_batches, read_rows
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
-from tests.hostile_parquet import odd_columns, repeated
+from tests.hostile_parquet import ABORTS, odd_columns, repeated
 from tests.parsed import parsed_rows
 
-ABORTS = Path(__file__).parents[4] / "data" / "abort.parquet"
 READS: dict[str, Callable[[Path], Any]] = {
     "look": look_at,
     "rows": lambda path: list(read_rows(path)),

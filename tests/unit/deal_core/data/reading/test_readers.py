@@ -289,7 +289,7 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parsing, "FREE_BYTES", 2**20)
-    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 2**12, pa.int32()), pa.array(["x" * 2**10]))
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 2**12, pa.int32()), pa.array(["x" * 2**13]))
     pq.write_table(pa.table({"text": texts}), tmp_path / "bomb.parquet", compression="zstd")
     with pytest.raises(DataValidationError, match="unpacks to more than 1000 times"):
         list(parsed_rows(tmp_path / "bomb.parquet"))
