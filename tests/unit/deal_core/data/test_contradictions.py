@@ -21,6 +21,7 @@ from deal_core.data.digest_set import DigestSet
 from deal_core.data.row_warnings import data_warnings, label_warnings
 from deal_core.data.rows import Row, row_digests
 from deal_core.data.schema import Contradictions, DatasetManifest, Split, TaskSchema
+from deal_core.data.source_files import files_at
 
 AUTO = TaskSchema(name="t", format="auto", metric="auto", assistant_turns="all")
 WITH_TEXTS, WITHOUT_TEXTS = (DataConfig(max_bad_share=1.0, include_texts=each) for each in (True, False))
@@ -31,7 +32,7 @@ def landing(
 ) -> Landing:
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return Landing(source=source, task=task, config=config)
+    return Landing(sources=files_at(source), task=task, config=config)
 
 
 def manifest_of(landing: Landing) -> DatasetManifest:

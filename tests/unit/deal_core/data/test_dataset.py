@@ -285,7 +285,7 @@ def test_a_file_with_hope_is_read_to_its_end(name: str, tmp_path: Path) -> None:
     """It may be above the limit for long, and is decided as if its bad rows had come last."""
     source = hopeless(tmp_path / name, 5_000, 95_000)
     assert build(source, config=DataConfig(max_bad_share=0.05)).num_rejected == 5_000
-    report = validate_file(Landing(source=source, task=TASK, config=DataConfig(max_bad_share=0.0499)))
+    report = validate_file(Landing(sources=files_at(source), task=TASK, config=DataConfig(max_bad_share=0.0499)))
     assert report.refusal is not None and "5000 of" in report.refusal
 
 
