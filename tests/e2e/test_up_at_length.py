@@ -1,4 +1,7 @@
-"""`deal up` at length: many arrivals at once, each server cut off for a minute, a file that ends its reader. `make nightly` runs it."""
+"""`deal up` at length: many arrivals at once, each server cut off for a minute, and a file that ends its reader.
+
+`make nightly` runs it.
+"""
 
 from __future__ import annotations
 
