@@ -1,4 +1,7 @@
-"""`deal up` at length: many arrivals at once, and each server cut off for a minute. `make nightly` runs it."""
+"""`deal up` at length: many arrivals at once, each server cut off for a minute, and a file that ends its reader.
+
+`make nightly` runs it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.whole import DONE, Whole, rows_of, wait_until_learned
+from tests.e2e.whole import DONE, WAIT_SECONDS, Whole, rows_of, wait_until_learned
+from tests.hostile_parquet import ABORTS
 
 OUTAGE_SECONDS = 60.0
 
@@ -90,3 +94,38 @@ def test_a_server_that_is_away_for_a_minute_ends_no_run(
     assert "champion" in version.aliases
     files = whole.read(f"watch/{name}.json")["files"]
     assert [(entry["outcome"], entry["num_tries"]) for entry in files.values()] == [("promoted", 1)]
+
+
+def test_a_file_that_ends_its_reader_stops_no_worker_and_is_set_aside(whole: Whole, tiny_base: Path) -> None:
+    """It lands between two good files. It is tried twice, a minute apart."""
+    rows = rows_of("brave")
+    bad = "inbox/brave/b.parquet"
+    whole.add_lineage("brave", tiny_base, ["brave"])
+
+    def has_settled() -> bool:
+        try:
+            files = whole.read("watch/brave.json")["files"]
+        except whole.s3.exceptions.NoSuchKey:
+            return False
+        return len(whole.learned("brave")) == 2 and files.get(bad, {}).get("outcome") == "refused"
+
+    async def landing() -> None:
+        events = whole.events(DONE)
+        async with asyncio.timeout(WAIT_SECONDS):
+            looking = asyncio.create_task(anext(events))
+            await asyncio.sleep(0)  # the stream is open before anything lands
+            whole.land("brave/a.jsonl", rows[::2])
+            whole.put(bad, ABORTS.read_bytes())
+            whole.land("brave/c.jsonl", rows[1::2])
+            await looking
+            async for _ in events:
+                if await asyncio.to_thread(has_settled):
+                    return
+
+    asyncio.run(landing())
+    assert sorted(whole.learned("brave")) == ["inbox/brave/a.jsonl", "inbox/brave/c.jsonl"]
+    assert whole.read("watch/brave.json")["files"][bad]["num_tries"] == 2
+    (lineage,) = [each for each in json.loads(whole.deal("status", "--json"))["lineages"] if each["lineage"] == "brave"]
+    (reason,) = lineage["failed"]
+    assert reason.startswith(f"{bad}: b.parquet ended the process that reads it (SIGABRT") and "in 2 tries" in reason
+    assert lineage["num_open"] == 0

@@ -265,7 +265,7 @@ def test_a_hopeless_file_is_not_read_to_its_end(name: str, task: TaskSchema, tmp
     """As soon as good rows alone could not bring the share of bad rows down to the limit."""
     read: list[int] = []
     landing = Landing(
-        source=hopeless(tmp_path / name, 12_000, 30_000),
+        sources=files_at(hopeless(tmp_path / name, 12_000, 30_000)),
         task=task,
         config=DataConfig(max_bad_share=0.05),
         on_progress=read.append,
