@@ -101,7 +101,7 @@ class Lineage:
         self._environment = dict(environment or {})
         if home is not None:
             _require(home, str | os.PathLike, "the argument home", "the path of a folder")
-            self._environment["DEAL_HOME"] = os.path.realpath(os.path.expanduser(home))
+            self._environment["DEAL_HOME"] = os.path.abspath(os.path.expanduser(home))
         self._show = show
         self._server: _Server | None = None
         self._starting = threading.Lock()
@@ -204,9 +204,7 @@ class Lineage:
             if NO_VERSION not in str(error):
                 raise
             versions = []
-        return pd.DataFrame(
-            versions, columns=None if versions else ["version", "the argument task", "aliases"]
-        ).set_index("version")
+        return pd.DataFrame(versions, columns=None if versions else ["version", "task", "aliases"]).set_index("version")
 
     def matrix(self) -> pd.DataFrame:
         """Return the accuracy matrix up to the champion: one row per learned arrival, one column per task.
@@ -286,7 +284,7 @@ class Lineage:
             )
         home = self._environment.get("DEAL_HOME") or os.environ.get("DEAL_HOME") or "deal-home"
         name = uuid.uuid4().hex + (".jsonl" if isinstance(data, list) else ".parquet")
-        place = Path(os.path.realpath(os.path.expanduser(home)), "tables", name)
+        place = Path(os.path.abspath(os.path.expanduser(home)), "tables", name)
         tables.append(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
