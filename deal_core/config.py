@@ -31,11 +31,15 @@ from deal_core.safe_text import brief
 FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
 
 
+MAX_RANK = 2**14
+"""Hardly a base model has layers with more dimensions, which a rank cannot exceed."""
+
+
 @settings("adapter")
 class AdapterConfig:
     """Shape of a lineage's LoRA adapter. All versions of the lineage share it."""
 
-    rank: Annotated[Count, Field(ge=2)] = 16
+    rank: Annotated[Count, Field(ge=2, le=MAX_RANK)] = 16
     """r: number of columns of B and rows of A."""
     alpha: Positive | None = None
     """Scale α of ΔW = (α/r)·B·A; None means 2·rank."""

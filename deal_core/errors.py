@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from deal_core.safe_text import printable, without_secrets
 
 MAX_ERROR_CHARS = 2000
+_LONG_WORD = re.compile(r"(\S{150})\S{150,}(\S{50})")
+"""A path of thousands of characters would leave no room for what is wrong with it."""
 
 
 class DealError(Exception):
@@ -56,7 +60,7 @@ class DiskFullError(DealError):
 
 def in_one_line(error: Exception) -> str:
     """The error's message on one line, without secrets. The type comes first unless it is a DealError."""
-    message = without_secrets(" ".join(printable(str(error)).split()))
+    message = _LONG_WORD.sub(r"\1…\2", without_secrets(" ".join(printable(str(error)).split())))
     if len(message) > MAX_ERROR_CHARS:
         message = f"{message[: MAX_ERROR_CHARS - 1]}…"
     return message if isinstance(error, DealError) else f"{type(error).__name__}: {message}".rstrip(": ")

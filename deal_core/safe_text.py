@@ -24,6 +24,8 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 """Endings of the names of variables that hold a secret."""
+_HUB_PASSWORD = re.compile(r"(hf://(?:datasets|models|spaces)/)(?:[^\s/@:]*:\S*|hf_[^\s/@]+)@")
+"""A user with a password, or a token, before the owner of a repository. The @ of a revision is behind a slash."""
 _SECRET_PARAMETER = re.compile(
     r"([?&][^=&\s]{0,64}?(?:token|secret|passw|pwd|key|sig|credential|auth)[^=&\s]{0,64}=)[^&\s'\"]+", re.IGNORECASE
 )
@@ -122,6 +124,7 @@ def holds_secret(address: str) -> bool:
 def _without_passwords(text: str) -> str:
     if "://" not in text or "@" not in text:
         return text
+    text = _HUB_PASSWORD.sub(rf"\1{MASK}@", text)
     return "".join(_hide_password(word) for word in re.split(r"(\s+)", text))
 
 

@@ -37,7 +37,9 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
-def run_command(arguments: Sequence[str], environment: Mapping[str, str], show: Show | None) -> Any:
+def run_command(
+    arguments: Sequence[str], environment: Mapping[str, str], show: Show | None, stages: set[str] | None = None
+) -> Any:
     """Run a command to its end and return its result, as plain values.
 
     An interrupt (Ctrl-C, or a notebook's stop) stops the command at its next step. The same call then goes on from
@@ -47,16 +49,18 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str], show: 
         arguments: The command's name and options, without --json.
         environment: Variables in addition to the caller's.
         show: Called with a line for every finished stage and every remark; None: nothing is shown.
+        stages: Receives the name of every finished stage, also of a command that fails.
 
     Raises:
-        CommandError: The command has failed.
+        CommandError: The command has failed, or cannot be started.
     """
-    command = Command(arguments, {**environment, "DEAL_STAGES": "1"}, show)
+    command = Command(arguments, {**environment, "DEAL_STAGES": "1"}, show, stages)
     try:
         written = command.output.read()
         code = command.wait()
     except BaseException:
         end(command.process)
+        command.wait()
         raise
     if code not in (0, REJECTED):
         raise command.error("The command has failed.")
@@ -69,20 +73,30 @@ class Command:
     Its messages are one JSON object per line, or a library's text; `show` is called with those of stages and remarks.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], show: Show | None = None) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments, "--json"],
-            env={**os.environ, **environment},
-            text=True,
-            encoding="utf-8",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        show: Show | None = None,
+        stages: set[str] | None = None,
+    ) -> None:
+        try:
+            self.process = subprocess.Popen(
+                [*COMMAND, *arguments, "--json"],
+                env={**os.environ, **environment},
+                text=True,
+                encoding="utf-8",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:  # such as a NUL in an argument, or an argument of a megabyte
+            raise CommandError(f"The command deal {arguments[0]} cannot be started: {error}.", 1) from None
         assert self.process.stdout is not None and self.process.stderr is not None
         self.output = self.process.stdout
         self._show = show
+        self._stages = set[str]() if stages is None else stages
         self._error = ""
         self._lines: deque[str] = deque(maxlen=NUM_LINES)
         self._listener = self.listen_to(self.process.stderr)
@@ -112,9 +126,13 @@ class Command:
                 event = None
             if not isinstance(event, dict):
                 self._lines.append(line.rstrip())
-            elif "error" in event:
+                continue
+            if "error" in event:
                 self._error = str(event["error"])
-            elif self._show is not None:
+                continue
+            if "stage" in event:
+                self._stages.add(event["stage"])
+            if self._show is not None:
                 with suppress(Exception):  # the command goes on, whatever the caller does with a line
                     self._show(_line(event))
 

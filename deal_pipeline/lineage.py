@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 import threading
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from deal_pipeline.command import Command, CommandError, Show, end, run_command
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Rows: TypeAlias = "str | Path | pd.DataFrame | Dataset"
-"""A file, an address, or a table with the columns that a file would have."""
+Rows: TypeAlias = "str | Path | list[dict[str, Any]] | pd.DataFrame | Dataset"
+"""A file, an address, or a table with the columns that a file would have: a list of rows, a DataFrame or a Dataset."""
 ANSWER_SECONDS = 330.0
 """Longest wait for an answer; the server itself gives up a little earlier."""
 NUM_ROWS = 64
@@ -71,6 +73,9 @@ class Lineage:
         show: Called with a line for every finished stage. None: nothing is shown.
         environment: Variables for the commands in addition to the program's, such as DEAL_STORE_URI.
 
+    Raises:
+        CommandError: An argument is of another type.
+
     Example:
         >>> lineage = Lineage("support")
         >>> lineage.adapt("intents.csv", task="intents").accepted  # doctest: +SKIP
@@ -87,10 +92,16 @@ class Lineage:
         show: Show | None = print,
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        _require(name, str, "the argument name", "a text")
+        _require(environment, Mapping | None, "the argument environment", "a dict of texts")
+        for variable in (environment or {}).items():
+            for text in variable:
+                _require(text, str, "the argument environment", "a dict of texts")
         self.name = name
         self._environment = dict(environment or {})
         if home is not None:
-            self._environment["DEAL_HOME"] = str(Path(home).expanduser().resolve())
+            _require(home, str | os.PathLike, "the argument home", "the path of a folder")
+            self._environment["DEAL_HOME"] = os.path.abspath(os.path.expanduser(home))
         self._show = show
         self._server: _Server | None = None
         self._starting = threading.Lock()
@@ -117,7 +128,7 @@ class Lineage:
 
         Args:
             data: Rows to learn: a file, an address, or a table with the columns that a file would have. A table is
-                kept as a Parquet file in the home's folder `tables`.
+                kept as a file in the home's folder `tables`, unless no version was trained on it.
             task: Name of the task that the rows belong to, or the section `task` of a spec, with its name.
             test_data: Rows to judge the task by; None: a share of the rows.
             base: The base model of a new lineage.
@@ -129,17 +140,32 @@ class Lineage:
         Raises:
             CommandError: The data, a setting or the home cannot be used. Nothing is lost.
         """
+        _require(task, str | Mapping, "the argument task", "a name, or the section task of a spec as a dict")
+        _require(settings, Mapping | None, "the argument settings", "a dict of a spec's sections")
+        if settings and "task" in settings:
+            raise CommandError("The settings have a section task; give it as the argument task.", 2)
         arrival = {"name": task} if isinstance(task, str) else dict(task)
-        arrival["data"] = self._as_file(data)
-        if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
-            arrival["test_data"] = self._as_file(test_rows)
-        with tempfile.TemporaryDirectory(prefix="deal-") as folder:
-            spec = Path(folder) / "spec.yaml"
-            text = json.dumps({**(settings or {}), "task": arrival}, ensure_ascii=False)  # JSON is YAML
-            # but YAML does not join JSON's two escapes of one character
-            spec.write_text(re.sub("[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", text), encoding="utf-8")
-            options = self._options({"--base": base, "--strategy": strategy, "--memory": memory})
-            values = self._run(["adapt", str(spec), *options, *(["--again"] if again else [])])
+        tables: list[Path] = []
+        stages: set[str] = set()
+        is_needed = False
+        try:
+            arrival["data"] = self._as_file(data, tables)
+            if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
+                arrival["test_data"] = self._as_file(test_rows, tables)
+            with tempfile.TemporaryDirectory(prefix="deal-") as folder:
+                spec = Path(folder) / "spec.yaml"
+                spec.write_text(_as_yaml({**(settings or {}), "task": arrival}), encoding="utf-8")
+                options = self._options({"--base": base, "--strategy": strategy, "--memory": memory})
+                again_option = ["--again"] if again else []
+                values = self._run(["adapt", str(spec), *options, *again_option], stages)
+            is_needed = values["status"] != "repeat"
+        finally:
+            # A requeue reads the tables of a version again. A run that has died after its training may still become a
+            # version: the lineage's next run completes it.
+            if not (is_needed or "train" in stages):
+                for table in tables:
+                    with suppress(OSError):
+                        table.unlink()
         return Adaptation(
             version=values["version"],
             status=values["status"],
@@ -210,16 +236,20 @@ class Lineage:
         """Answer texts with the champion. The first call loads the model; later calls follow the champion.
 
         Args:
-            texts: The texts; a single text counts as a list of one.
+            texts: The texts: a list, a tuple, a Series or an array. A single text counts as a list of one.
             task: The task to ask; None: the newest one.
 
         Raises:
             CommandError: There is no champion, or a text cannot be answered.
         """
+        _require(texts, str | list | tuple | pd.Series | np.ndarray, "the argument texts", "a text or a list of texts")
+        _require(task, str | None, "the argument task", "the name of a task")
+        rows = [{"input": text, "task": task} for text in ([texts] if isinstance(texts, str) else texts)]
+        for number, row in enumerate(rows, start=1):
+            _require(row["input"], str, f"text {number}", "a text")
         with self._starting:
             if self._server is None or not self._server.is_alive:
                 self._server = _Server(self.name, self._environment)
-        rows = [{"input": text, "task": task} for text in ([texts] if isinstance(texts, str) else texts)]
         parts = [rows[start : start + NUM_ROWS] for start in range(0, len(rows), NUM_ROWS)]
         return [answer for part in parts for answer in self._server.answers(part)]
 
@@ -234,23 +264,44 @@ class Lineage:
         given = {"--lineage": self.name, **options}
         return [part for name, value in given.items() if value is not None for part in (name, str(value))]
 
-    def _as_file(self, data: Rows) -> str:
-        """A file's path from the root, or an address as it is; a table as a Parquet file that a requeue reads again."""
+    def _as_file(self, data: Rows, tables: list[Path]) -> str:
+        """Return a file's path from the root, or an address as it is. A table becomes a file, which joins `tables`."""
         if isinstance(data, str | os.PathLike):
-            return os.fspath(data) if "://" in str(data) else os.path.abspath(Path(data).expanduser())
+            address = os.fspath(data)
+            return address if "://" in address else os.path.abspath(os.path.expanduser(address))
+        if isinstance(data, Mapping):
+            keys = ", ".join(map(str, data))
+            raise CommandError(
+                f"The data is a dict of {keys}; give one split of it, or its rows as a list of dicts.", 2
+            )
+        datasets = sys.modules.get("datasets")  # who has a Dataset has imported it
+        is_dataset = datasets is not None and isinstance(data, datasets.Dataset)
+        if not isinstance(data, list | pd.DataFrame) and not is_dataset:
+            raise CommandError(
+                f"The data is {_kind(data)}; give a file, an address, a list of rows as dicts, a pandas DataFrame or a "
+                "datasets.Dataset.",
+                2,
+            )
         home = self._environment.get("DEAL_HOME") or os.environ.get("DEAL_HOME") or "deal-home"
-        place = Path(home).expanduser().resolve() / "tables" / f"{uuid.uuid4().hex}.parquet"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(data, Mapping):  # a DatasetDict
-            raise CommandError(f"The data has the splits {', '.join(map(str, data))}; give one of them.", 2)
+        name = uuid.uuid4().hex + (".jsonl" if isinstance(data, list) else ".parquet")
+        place = Path(os.path.abspath(os.path.expanduser(home)), "tables", name)
+        tables.append(place)
         try:
-            if isinstance(data, pd.DataFrame):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(data, list):
+                place.write_text("".join(map(_as_line, data, range(1, len(data) + 1))), encoding="utf-8")
+            elif isinstance(data, pd.DataFrame):
                 data.to_parquet(place, index=False)
             else:
                 data.to_parquet(place)
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            place.unlink(missing_ok=True)
-            why = " ".join(str(error).split())
+        except CommandError:
+            raise
+        except OSError as error:
+            raise CommandError(
+                f"The table cannot be written to {place} ({error.strerror}); check the home.", 1
+            ) from None
+        except Exception as error:  # the cells may be of any type, and each has its own errors
+            why = " ".join(str(error).split()).rstrip(".")
             raise CommandError(
                 f"The table cannot be kept as Parquet: {why}. Give each column its own name and one type, or leave it "
                 "out.",
@@ -258,8 +309,41 @@ class Lineage:
             ) from None
         return str(place)
 
-    def _run(self, arguments: Sequence[str]) -> Any:
-        return run_command(arguments, self._environment, self._show)
+    def _run(self, arguments: Sequence[str], stages: set[str] | None = None) -> Any:
+        return run_command(arguments, self._environment, self._show, stages)
+
+
+def _as_line(row: Any, number: int) -> str:
+    """Return a row as a line of JSON."""
+    _require(row, Mapping, f"row {number} of the data", "a dict with the columns that a file would have")
+    try:
+        return json.dumps(dict(row)) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CommandError(
+            f"Row {number} of the data is no JSON: {error}; give texts, numbers, lists and dicts.", 2
+        ) from None
+
+
+def _as_yaml(spec: Mapping[str, Any]) -> str:
+    """Return a spec as YAML."""
+    try:
+        text = json.dumps(spec, ensure_ascii=False)  # JSON is YAML
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CommandError(
+            f"The settings or the task cannot be written as YAML: {error}; give texts, numbers, lists and dicts.", 2
+        ) from None
+    # but YAML does not join JSON's two escapes of one character
+    return re.sub("[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", text)
+
+
+def _require(value: object, kinds: Any, what: str, wanted: str) -> None:
+    """Refuse a value of another type in one sentence."""
+    if not isinstance(value, kinds):
+        raise CommandError(f"{what[0].upper()}{what[1:]} is {_kind(value)}; give {wanted}.", 2)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"of the type {type(value).__name__}"
 
 
 def _token(environment: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ imports take most of the start of a process.
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +89,9 @@ def local_tokenizer(source: str) -> Any:
     place, cache = Path(source).expanduser(), HomeSettings().cache_dir
     if source in BUILT_IN:
         place = cache_entry(cache, source, BUILT_IN[source].member_sha256)
-    elif place.is_file():
+    elif os.path.isfile(place):  # Path.is_file raises if the name is too long
         place = cache_entry(cache, place.stem, sha256_of_file(place))
-    name = place if place.is_dir() or source in BUILT_IN else source
+    name = place if os.path.isdir(place) or source in BUILT_IN else source
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # damaged files break their readers in many ways

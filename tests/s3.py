@@ -12,14 +12,14 @@ from typing import Any
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
-_put_object, _one_at_a_time = S3Response.put_object, Lock()
+put_in_two_steps, _one_at_a_time = S3Response.put_object, Lock()
 
 
 def _put_in_one_step(self: S3Response) -> Any:
     with _one_at_a_time:
-        return _put_object(self)
+        return put_in_two_steps(self)
 
 
 S3Response.put_object = _put_in_one_step  # type: ignore[method-assign]
 
-__all__ = ["ThreadedMotoServer"]
+__all__ = ["ThreadedMotoServer", "put_in_two_steps"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -210,16 +211,16 @@ def find_config(source: str, cache_folder: Path) -> BaseConfig:
         if entry.is_dir():
             return BaseConfig(config=_read_config(entry, source), folder=entry)
         return BaseConfig(config=transformers.AutoConfig.for_model(**BUILT_IN_CONFIGS[source]), folder=None)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises if the name is too long
         if not (path / "config.json").is_file():
             raise ConfigError(f"The base model {source!r} ({path.resolve()}) has no config.json. {sources.KINDS}")
         return BaseConfig(config=_read_config(path, source), folder=path if any(path.glob("*.safetensors")) else None)
-    if path.is_file() and path.suffix.lower() == ".gguf":
+    if os.path.isfile(path) and path.suffix.lower() == ".gguf":
         entry = sources.cache_entry(cache_folder, path.stem, sha256_of_file(path))
         if entry.is_dir():
             return BaseConfig(config=_read_config(entry, source), folder=entry)
         return BaseConfig(config=_read_config(path.parent, source, gguf_file=path.name), folder=None)
-    if path.is_file() or not sources.HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+    if os.path.isfile(path) or not sources.HUB_ID.fullmatch(source) or source.endswith(".gguf"):
         raise ConfigError(f"There is no base model {source!r}. {sources.KINDS}")
     return _config_from_hub(source)
 

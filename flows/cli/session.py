@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import getpass
 import inspect
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -24,7 +26,7 @@ from rich.console import RenderableType
 from typer import Option
 
 from deal_core.errors import ConfigError, DealError, in_one_line
-from deal_core.safe_text import printable, without_secrets
+from deal_core.safe_text import brief, printable, without_secrets
 from flows.cli.console import Screen
 
 if TYPE_CHECKING:
@@ -198,6 +200,7 @@ def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
     screen = Screen(as_json=as_json)
     folder: Path | None = None
     try:
+        _require_time_zone()
         folder = enter_home(home)
         yield Session(home=folder, screen=screen)
     except (typer.Exit, typer.Abort):
@@ -215,8 +218,40 @@ def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
             error, is_ours = full, True
         if not is_ours:
             FAILURES.exception("The command failed")
+            error = _wrong_path(error) or error
         screen.error(_explain(error, folder))
         raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else FAILED) from None
+
+
+def _require_time_zone() -> None:
+    """Refuse a local time zone that Python does not show times in."""
+    try:
+        datetime.now().astimezone()
+    except ValueError:
+        raise ConfigError(
+            f"TZ is {brief(os.environ.get('TZ'))}, which is no time zone; set it to one such as Europe/Berlin or UTC."
+        ) from None
+
+
+_WRONG_PATH = (
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ELOOP,
+)
+
+
+def _wrong_path(error: Exception) -> ConfigError | None:
+    """The error of a path that a person has given and no file can have, or that may not be used; else None."""
+    if isinstance(error, OSError) and error.errno in _WRONG_PATH and error.filename is not None:
+        return ConfigError(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}); check the path.")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return ConfigError("A path has a NUL in it, which no file's name can have; check the paths.")
+    return None
 
 
 def _explain(error: Exception, home: Path | None) -> str:

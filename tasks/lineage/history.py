@@ -88,8 +88,8 @@ def read_moves(lineage: str) -> tuple[Move, ...]:
 
 
 def read_champion_at(lineage: str, when: datetime) -> str | None:
-    """Return the number of the version that was champion at a time, or None. A time without a zone is local."""
-    return PromotionLog(current_store()).champion_at(lineage, when.astimezone())
+    """Return the number of the version that was champion at a time with a zone, or None."""
+    return PromotionLog(current_store()).champion_at(lineage, when)
 
 
 def find_version(registry: RegistryReader, lineage: str, version: str | None) -> VersionInfo:

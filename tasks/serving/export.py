@@ -147,16 +147,25 @@ def _export_merged(
     store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], target: Path
 ) -> Exported:
     target = target.absolute()  # "." has no name
-    if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
+    part = target.with_name(f".{target.name}.part")
+    try:
+        is_free = not target.exists() or (
+            target.is_dir() and not any(target.iterdir()) and not target.samefile(Path.cwd())
+        )
+    except (OSError, ValueError) as error:
+        raise _no_folder(target, error) from None
+    if not is_free:
         raise ConfigError(f"{target} is there already; name a new folder.")
     if record.base.quantize != "none":
         raise ConfigError(
             f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
             "another one than the served version. Export the adapter: --to hub, or copy its folder (deal history)."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    try:  # before the model is merged, which takes long
+        part.mkdir(parents=True)
+    except (OSError, ValueError) as error:
+        raise _no_folder(target, error) from None
     try:
         found = _merge(store, info, record, prompts, part).model_copy(update={"address": str(target)})
         if target.is_dir():
@@ -166,6 +175,11 @@ def _export_merged(
         shutil.rmtree(part, ignore_errors=True)
         raise
     return found
+
+
+def _no_folder(target: Path, error: OSError | ValueError) -> ConfigError:
+    reason = error.strerror if isinstance(error, OSError) else "it has a NUL in its name"
+    return ConfigError(f"{target} cannot be made ({reason}); name a new folder that you may write.")
 
 
 def _merge(

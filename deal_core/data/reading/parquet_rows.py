@@ -242,8 +242,28 @@ def _cells(column: pa.Array) -> list[Any]:
 
 def _cell(column: pa.Array, index: int) -> Any:
     try:
-        return column[index].as_py()
+        return _value(column[index])
+    except RecursionError:
+        return "a value that is nested too deeply"
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """The scalar for Python. Parts that Python has no type for are texts, and a time of an unknown zone is in UTC."""
+    if isinstance(scalar, pa.ExtensionScalar | pa.DictionaryScalar):
+        scalar = scalar.value
+    try:
+        return None if scalar is None else scalar.as_py()
     except UnicodeDecodeError as error:
-        return bytes(error.object)
+        if not pa.types.is_nested(scalar.type):
+            return bytes(error.object)
     except _NO_PYTHON_VALUE:
-        return str(column.slice(index, 1))
+        pass
+    if isinstance(scalar, pa.MapScalar):
+        return [(_value(pair[0]), _value(pair[1])) for pair in scalar.values]
+    if isinstance(scalar, pa.ListScalar):
+        return [_value(item) for item in scalar]
+    if isinstance(scalar, pa.StructScalar):
+        return {name: _value(scalar[place]) for place, name in enumerate(scalar.type.names)}
+    if pa.types.is_timestamp(scalar.type) and scalar.type.tz not in (None, "UTC"):
+        return _value(scalar.cast(pa.timestamp(scalar.type.unit, "UTC")))  # a file holds UTC, whatever its zone
+    return str(scalar.cast(pa.string()))

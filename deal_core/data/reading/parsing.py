@@ -178,6 +178,11 @@ def whole_file_faults(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataValidationError(f"There is no file {path}; check the path.") from error
+    except UnicodeDecodeError as error:  # cells of that kind stay bytes, so it is a name in the footer
+        name = shorten(error.object.decode(errors="backslashreplace"), 40)
+        raise DataValidationError(
+            f"{path.name} has a column whose name is not UTF-8 ({name}); rename the column."
+        ) from error
     except RecursionError as error:
         raise DataValidationError(f"{path.name} is nested too deeply; write its rows with fewer levels.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -41,6 +41,10 @@ def test_a_table_is_learned_and_answered_from_a_running_event_loop(
             first = lineage.adapt(COLOURS, task="colours", base=str(tiny_base), settings=SETTINGS)
             assert first.accepted and first.version == "1"
             assert first.metrics == {"colours": "exact"} and 0 <= first.scores["colours"] <= 1
+            wrong = {"train": {"no_such_setting": 1}}
+            with pytest.raises(CommandError, match="no_such_setting"):
+                lineage.adapt(COLOURS.to_dict("records"), task="colours", settings=wrong)
+            assert len(list((home / "tables").iterdir())) == 1, "the refused call's table is removed"
             answers = lineage.predict(["Number 3 is red.", "Number 4 is green."], task="colours")
             assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
             assert lineage.predict("Number 3 is red.", task="colours") == answers[:1]
@@ -117,7 +121,7 @@ def test_every_message_was_shown_when_the_result_is_there(monkeypatch: pytest.Mo
     [
         (pd.DataFrame({"text": ["a", "b"], "label": [1, "x"]}), "label"),
         (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "Duplicate column names"),
-        ({"train": None, "test": None}, "has the splits train, test; give one of them"),
+        ({"train": None, "test": None}, "is a dict of train, test; give one split of it"),
     ],
 )
 def test_a_table_that_parquet_cannot_hold_is_an_error_of_the_project(table: Any, said: str, tmp_path: Path) -> None:

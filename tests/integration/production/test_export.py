@@ -117,6 +117,22 @@ def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.
         export_version("l", "3", "merged", ".")
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("tasks.serving.export._merge", lambda *_: pytest.fail("it was merged"))
+    for target, why in {
+        tmp_path / "file" / "merged": "Not a directory",
+        tmp_path / "file" / "a" / "merged": "Not a directory",
+        tmp_path / "a\0b": "it has a NUL in its name",
+        tmp_path / ("a" * 5000): "File name too long",
+    }.items():
+        with pytest.raises(ConfigError, match=rf"cannot be made \({why}\); name a new folder"):
+            export_version("l", "3", "merged", str(target))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
+
+
 def test_a_licence_with_a_colon_makes_a_valid_card() -> None:
     info = version("3")
     found = Exported(

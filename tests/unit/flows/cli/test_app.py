@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,9 +319,95 @@ def test_an_added_lineage_names_its_base_model_where_every_process_finds_it(
     deal: Deal, home: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "models" / "mine" / name).write_bytes(b"")
     spec = tmp_path / "support.yaml"
     for given, kept in (("models/mine", str(tmp_path / "models" / "mine")), ("owner/name", "owner/name")):
         spec.write_text(f"lineage: support\nbase_model: {given}\n")
         assert deal("lineage", "add", str(spec)).exit_code == 0
         stored = (home / "store" / "lineages" / "support.yaml").read_text()
         assert f"base_model: {kept}\n" in stored
+
+
+def test_a_lineage_of_an_absent_base_model_or_an_absurd_rank_is_not_added(
+    deal: Deal, home: Path, tmp_path: Path
+) -> None:
+    spec = tmp_path / "support.yaml"
+    for settings, said in {
+        "base_model: /no/such/model": "There is no file or folder",
+        "adapter: {rank: 100000000}": r"adapter.rank is 100000000; give at most 16384",
+    }.items():
+        spec.write_text(f"lineage: support\n{settings}\n")
+        result = deal("lineage", "add", str(spec))
+        assert result.exit_code == 2 and said in result.stderr
+    assert not list((home / "store").rglob("support.yaml"))
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The local time zone, one hour before UTC in January."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("berlin")
+@pytest.mark.parametrize(
+    ("at", "shown"),
+    [
+        ("2026-01-01", "At 2026-01-01T00:00:00+01:00 (local time, CET), no"),
+        ("2026-07-01T09:30", "At 2026-07-01T09:30:00+02:00 (local time, CEST), no"),
+        ("2026-01-01T09:30:15Z", "At 2026-01-01T09:30:15+00:00, no"),
+        ("2026-01-01T09:30-05:00", "At 2026-01-01T09:30:00-05:00, no"),
+        ("0001-01-01T00:00+14:00", "At 0001-01-01T00:00:00+14:00, no"),
+        ("9999-12-31T23:59-14:00", "At 9999-12-31T23:59:00-14:00, no"),
+    ],
+)
+def test_the_champion_at_a_time_is_asked_for_with_a_zone_or_in_the_local_one(deal: Deal, at: str, shown: str) -> None:
+    result = deal("history", "--at", at)
+    assert result.exit_code == 0 and f"{shown} version was champion." in " ".join(result.stdout.split())
+    told = json.loads(deal("history", "--at", at, "--json").stdout)
+    assert told == {"at": shown.split()[1].rstrip(","), "champion": None}
+
+
+@pytest.mark.usefixtures("berlin")
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        (
+            "0001-01-01",
+            "in the local time zone that time cannot be computed; give its zone, as in 0001-01-01T00:00:00Z",
+        ),
+        ("yesterday", "--at is 'yesterday'; give a time such as"),
+        ("9" * 5000, "give a time such as"),
+    ],
+)
+def test_a_time_that_is_none_is_wrong_use(deal: Deal, at: str, said: str) -> None:
+    result = deal("history", "--at", at)
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split())
+    assert "not expected" not in result.stderr
+
+
+def test_a_time_zone_that_there_is_not_is_said_before_anything_else(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC+99")
+    time.tzset()
+    try:
+        result = deal("history")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert result.exit_code == 2 and "TZ is 'UTC+99', which is no time zone" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("select",), ("status", "--home"), ("adapt",), ("predict", "-d")],
+)
+def test_a_path_that_no_file_can_have_is_wrong_use(deal: Deal, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = deal(*arguments, str(tmp_path / ("a" * 5000 + ".csv")))
+    assert result.exit_code in (1, 2) and "too long" in result.stderr
+    assert "not expected" not in result.stderr and len(result.stderr) < 700

@@ -82,3 +82,36 @@ def test_a_row_beyond_the_bound_is_one_bad_row(tmp_path: Path, monkeypatch: pyte
     assert [row.values["text"] for row in (first, last)] == [texts[0], texts[2]]
     assert (bad.number, bad.fault and bad.fault.reason, bad.values) == (2, "over-long text", {})
     assert 3000 <= bad.raw()["bytes of text"] < 3100
+
+
+@pytest.mark.parametrize("zone", ["Mars/Base", "+99:99"])
+def test_a_time_of_an_unknown_zone_is_the_utc_that_the_file_has(zone: str, tmp_path: Path) -> None:
+    def times(kind: pa.DataType) -> pa.Table:
+        moments = pa.array([1_000_000_000_000_000, None, -(2**62)], pa.int64()).view(kind)
+        pairs = pa.StructArray.from_arrays([moments, pa.array([b"a", b"b", b"\xff"]).view(pa.string())], ["at", "who"])
+        keys = pa.array(["x", "y", "z"])
+        return pa.table(
+            {
+                "when": moments,
+                "pair": pairs,
+                "list": pa.ListArray.from_arrays([0, 1, 3, 3], pairs),
+                "map": pa.MapArray.from_arrays([0, 1, 2, 3], keys, moments),
+            }
+        )
+
+    pq.write_table(times(pa.timestamp("us", zone)), tmp_path / "unknown.parquet")
+    pq.write_table(times(pa.timestamp("us", "UTC")), tmp_path / "utc.parquet")
+    unknown, utc = (
+        [dict(row.values) for row in parsed_rows(tmp_path / f"{name}.parquet")] for name in ("unknown", "utc")
+    )
+    assert unknown == utc
+    assert str(unknown[0]["when"]) == "2001-09-09 01:46:40+00:00" and unknown[1]["when"] is None
+    assert unknown[0]["map"] == [("x", unknown[0]["when"])] and unknown[2]["pair"]["who"] == b"\xff"
+    assert "[" not in str(unknown[2]["when"]), "a time beyond Python's years is no picture of an array either"
+
+
+def test_times_of_an_unknown_zone_deep_in_lists_cost_no_row() -> None:
+    deep: pa.Array = pa.array([0]).view(pa.timestamp("us", "Mars/Base"))
+    for _ in range(2000):
+        deep = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), deep)
+    assert parquet_rows._cells(deep) == ["a value that is nested too deeply"]

@@ -345,3 +345,15 @@ def test_no_bytes_at_all_make_a_text_reader_fail_otherwise_than_by_a_message(tmp
         with contextlib.suppress(DataValidationError):
             for row in parsed_rows(path):
                 assert row.fault is not None or row.values or b"{" in content, "an empty object has no cells"
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfezz", b"\xed\xa0\x80z", b"zzz\xe2"])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_column_whose_name_is_broken_is_said(name: bytes, is_nested: bool, tmp_path: Path) -> None:
+    others: list[Any] = [{"zzzz": 1}] if is_nested else [1]
+    content = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a"], "other" if is_nested else "zzzz": others}), content, store_schema=False)
+    path = write(tmp_path / "rows.parquet", content.getvalue().replace(b"zzzz", name))
+    for use in (look_at, read):
+        with pytest.raises(DataValidationError, match=r"rows\.parquet has a column whose name is not UTF-8 \(.*rename"):
+            use(path)
