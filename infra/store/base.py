@@ -50,8 +50,15 @@ class ObjectInfo:
     size: int
     etag: str
     modified: datetime
+    changed: datetime | None = None
+    """When the object came to lie there, if that may be later than `modified`: a copy may keep its original's time."""
     problem: str | None = None
     """Why the store does not read the object; None: it can be read."""
+
+    @property
+    def landed(self) -> datetime:
+        """When this content came to lie under this key."""
+        return self.modified if self.changed is None else max(self.modified, self.changed)
 
 
 def check_key(key: str) -> str:
