@@ -1,14 +1,21 @@
-"""The local file behind an address of training or test rows: a path, the store, a bucket, or a dataset of the Hub."""
+"""The files on this machine behind the addresses of an arrival: paths, the store, buckets, and datasets of the Hub."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import glob, has_magic
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
+from deal_core.data.source_files import SourceFile, SourceFiles, files_at, is_read, name_of
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.safe_text import listed, without_secrets
 from infra.settings import StoreSettings
@@ -30,29 +37,48 @@ HUB_FILES = (
 """Files of a dataset's repository that are fetched: rows, and the page that names the splits. Never a script."""
 CLOUDS = ("gs", "abfs", "abfss", "az")
 """Schemes that the extra `cloud` reads."""
+MAX_FILES = 10_000
+"""Most files of an arrival."""
+NOT_READ = "files whose name begins with . or _ are not read."
+STATE_FILE = "state.json"
+"""The file by which a folder that `datasets.save_to_disk` wrote is known."""
+SPLITS_FILE = "dataset_dict.json"
+"""The file by which a saved folder of several splits is known."""
 NewFolder = Callable[[], Path]
 """Makes a folder that lasts as long as the file is used."""
 
 
 @contextmanager
-def local_file(store: ObjectStore, address: str) -> Iterator[Path]:
-    """Give a local path of a file. A copy of a remote file is removed at the end.
+def local_files(store: ObjectStore, addresses: str | Sequence[str]) -> Iterator[SourceFiles]:
+    """Give the files of an arrival on this machine, in the order of their rows. Copies of remote files are removed.
+
+    The files of each address follow those of the address before it. Those of a folder and of a pattern are sorted by
+    name; names that begin with `.` or `_` are left out, see `is_read`.
 
     Args:
         store: The current store.
-        address: A path, a file:// uri, a full uri in the store, an s3://, gs:// or abfs:// uri, or
-            hf://datasets/OWNER/NAME[@REVISION][:SPLIT]. A path may be a folder that `datasets.save_to_disk` wrote.
+        addresses: A path, a file:// uri, a full uri in the store, an s3://, gs:// or abfs:// uri, or
+            hf://datasets/OWNER/NAME[@REVISION][:SPLIT]; or several of them. Each is a file, a folder, or a pattern with
+            *, ?, [] or **. A folder may be one that `datasets.save_to_disk` wrote.
 
     Raises:
         StoreError: There is no file, or a link leads out of the store's folder.
         ConfigError: The address has another form, or the Hub has no such dataset.
-        DataValidationError: The path is a folder that cannot be read, or the dataset has no such split.
+        DataValidationError: A folder cannot be read or has no file of rows, or the dataset has no such split.
     """
     with ExitStack() as stack:
-        yield _find(store, address, lambda: stack.enter_context(temporary_folder()))
+
+        def new_folder() -> Path:
+            return stack.enter_context(temporary_folder())
+
+        several = [addresses] if isinstance(addresses, str) else addresses
+        files = tuple(file for address in several for file in _find(store, address, new_folder))
+        if len(files) > MAX_FILES:
+            raise DataValidationError(f"{name_of(files)} has more than {MAX_FILES:,} files; write fewer, larger files.")
+        yield files
 
 
-def _find(store: ObjectStore, address: str, new_folder: NewFolder) -> Path:
+def _find(store: ObjectStore, address: str, new_folder: NewFolder) -> SourceFiles:
     root = store.uri.rstrip("/") + "/"
     scheme = address.partition("://")[0] if "://" in address else ""
     if address.startswith(root):
@@ -63,7 +89,7 @@ def _find(store: ObjectStore, address: str, new_folder: NewFolder) -> Path:
     if scheme in CLOUDS:
         return _from_cloud(address, new_folder)
     if scheme == "hf":
-        return _from_hub(address, new_folder)
+        return files_at(_from_hub(address, new_folder))
     if scheme not in ("", "file"):
         raise ConfigError(
             f"{without_secrets(address)} has a scheme that is not known; give a path, or a file://, s3://, gs://, "
@@ -72,32 +98,128 @@ def _find(store: ObjectStore, address: str, new_folder: NewFolder) -> Path:
     return _from_path(Path(unquote(urlsplit(address).path) if scheme else address), new_folder)
 
 
-def _from_store(store: ObjectStore, key: str, new_folder: NewFolder) -> Path:
+class _Found(NamedTuple):
+    """Files below a folder: the folder's name for people, and the names of the files relative to the folder."""
+
+    shown: str
+    names: Sequence[str]
+
+    def sources(self, path_of: Callable[[str], Path]) -> SourceFiles:
+        """The files that are read, in order. `path_of` gives the local path of a name."""
+        prefix = f"{self.shown}/" if self.shown else ""
+        return tuple(SourceFile(path_of(name), prefix + name) for name in sorted(self.names))
+
+
+def _below(address: str, list_below: Callable[[str], Iterable[str]]) -> tuple[str, _Found] | None:
+    """Find the files of a folder or of a pattern in an object store; None: there are none.
+
+    `list_below` lists the names below a folder. The result has the folder that the names are relative to. Files of a
+    pattern are called by the part of their key that the pattern describes, files of a folder by the folder's name too.
+    """
+    folder = address.rstrip("/")
+    if names := _readable(list_below(folder), folder):
+        return folder, _Found(folder.rpartition("/")[2], names)
+    if not has_magic(address):
+        return None
+    parts = folder.split("/")
+    num_fixed = next(place for place, part in enumerate(parts) if has_magic(part))
+    fixed, pattern = "/".join(parts[:num_fixed]), parts[num_fixed:]
+    matching = (name for name in list_below(fixed) if _is_matched(name.split("/"), pattern))
+    names = _readable(matching, address)
+    return (fixed, _Found("", names)) if names else None
+
+
+def _is_matched(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a pattern describes a file or a folder above it. `**` stands for any number of folders."""
+    if not pattern or not parts:
+        return not pattern
+    if pattern[0] == "**":
+        return _is_matched(parts, pattern[1:]) or _is_matched(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _is_matched(parts[1:], pattern[1:])
+
+
+def _readable(names: Iterable[str], shown: str) -> list[str]:
+    """The names of files that are read."""
+    found = list(islice(filter(is_read, names), MAX_FILES + 1))
+    if len(found) > MAX_FILES:
+        raise DataValidationError(f"{shown} has more than {MAX_FILES:,} files; give a folder of one arrival.")
+    return found
+
+
+def _from_store(store: ObjectStore, address: str, new_folder: NewFolder) -> SourceFiles:
+    """The files of a key, a folder or a pattern in a store; without any, the file of the key, which does not exist."""
+
+    def list_below(folder: str) -> Iterator[str]:
+        return (info.key.removeprefix(_start(folder)) for info in store.list(folder))
+
+    is_file = bool(address) and not address.endswith("/") and store.exists(address)
+    found = None if is_file else _below(address, list_below)
+    if found is not None and not {STATE_FILE, SPLITS_FILE}.isdisjoint(found[1].names):
+        copy = new_folder() / found[1].shown
+        store.download_folder(found[0], copy)  # no link of a folder store leads out of a copy
+        return _from_path(copy, new_folder)
+    if found is None and (not address or address.endswith("/") or has_magic(address)):
+        raise DataValidationError(f"{store.uri.rstrip('/')}/{address} has no file of rows; {NOT_READ}")
+    folder, files = found or (address.rpartition("/")[0], _Found("", [address.rpartition("/")[2]]))
     if isinstance(store, FileStore):
-        return store.path_of(key)
-    path = new_folder() / key.rsplit("/", 1)[-1]
-    store.download_file(key, path)
-    return path
+        return files.sources(lambda name: store.path_of(_start(folder) + name))
+    copies = _Copies(new_folder(), lambda name, path: store.download_file(_start(folder) + name, path))
+    return files.sources(copies.copy)
 
 
-def _from_cloud(address: str, new_folder: NewFolder) -> Path:
-    """Copy a file of Google's or Azure's object store. Their usual variables of the environment give the keys."""
+def _start(folder: str) -> str:
+    return f"{folder}/" if folder else ""
+
+
+@dataclass
+class _Copies:
+    """Copies of remote files, each in a folder of its own, because only their ends of names are known to be usable."""
+
+    folder: Path
+    download: Callable[[str, Path], None]
+    _num: int = 0
+
+    def copy(self, name: str) -> Path:
+        self._num += 1
+        path = self.folder / str(self._num) / name.rpartition("/")[2]
+        path.parent.mkdir()
+        self.download(name, path)
+        return path
+
+
+def _from_cloud(address: str, new_folder: NewFolder) -> SourceFiles:
+    """Copy files of Google's or Azure's object store. Their usual variables of the environment give the keys."""
     try:
         import obstore
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError:
         raise ConfigError(f"{address} needs the extra `cloud`; in the checkout: pip install '.[cloud]'.") from None
+
+    def download_from(folder: str) -> Callable[[str, Path], None]:
+        def download(name: str, path: Path) -> None:
+            with path.open("wb") as file:
+                for chunk in obstore.get(from_url(folder), name):
+                    file.write(chunk)
+
+        return download
+
+    def list_below(folder: str) -> Iterator[str]:
+        return (meta["path"] for batch in obstore.list(from_url(folder)) for meta in batch)
+
     folder, _, name = address.rpartition("/")
-    path = new_folder() / name
     try:
-        with path.open("wb") as file:
-            for chunk in obstore.get(from_url(folder), name):
-                file.write(chunk)
+        if name and not has_magic(name):
+            with suppress(FileNotFoundError):
+                return _Found("", [name]).sources(_Copies(new_folder(), download_from(folder)).copy)
+        found = _below(address, list_below)
+        if found is None:
+            raise FileNotFoundError("there is no such object, and no file of rows below it")
+        folder, files = found
+        return files.sources(_Copies(new_folder(), download_from(folder)).copy)
     except (BaseError, OSError, ValueError) as error:
         reason = without_secrets(str(error).strip() or type(error).__name__).splitlines()[0]
         raise StoreError(f"{address} could not be read ({reason}).") from None
-    return path
 
 
 def _from_hub(address: str, new_folder: NewFolder) -> Path:
@@ -122,25 +244,72 @@ def _from_hub(address: str, new_folder: NewFolder) -> Path:
     return file
 
 
-def _from_path(path: Path, new_folder: NewFolder) -> Path:
-    """Return a file as it is, and a folder that `datasets.save_to_disk` wrote as a temporary Parquet file."""
-    if os.path.isfile(path / "dataset_dict.json"):  # Path.is_file raises if the name is too long
-        splits = sorted(each.name for each in path.iterdir() if (each / "state.json").is_file())
+def _from_path(path: Path, new_folder: NewFolder) -> SourceFiles:
+    """The files of a path. A path that is nothing is left to the reader, whose message says so."""
+    if os.path.isdir(path):  # Path.is_dir raises if the name is too long
+        return _from_folder(path, new_folder)
+    if os.path.lexists(path) or not has_magic(str(path)):
+        return files_at(path)
+    parts = path.parts
+    fixed = Path(*parts[: next(place for place, part in enumerate(parts) if has_magic(part))])
+    names: set[str] = set()
+    for matched in glob(os.path.relpath(path, fixed), root_dir=fixed, recursive=True):
+        below = _list_folder(fixed / matched) if os.path.isdir(fixed / matched) else [""]
+        names |= {PurePosixPath(matched, name).as_posix() for name in below}
+    readable = _readable(names, str(path))
+    if not readable:
+        raise DataValidationError(f"No file of rows fits the pattern {path}; {NOT_READ}")
+    return _Found("", readable).sources(lambda name: fixed / name)
+
+
+def _from_folder(folder: Path, new_folder: NewFolder) -> SourceFiles:
+    """The files below a folder; a folder that `datasets.save_to_disk` wrote becomes a temporary Parquet file."""
+    if (folder / SPLITS_FILE).is_file():
+        splits = sorted(each.name for each in folder.iterdir() if (each / STATE_FILE).is_file())
         raise DataValidationError(
-            f"{path} holds the splits {listed(splits)}; give the folder of one of them, and of another as test rows "
+            f"{folder} holds the splits {listed(splits)}; give the folder of one of them, and of another as test rows "
             "(test_data)."
         )
-    if not os.path.isfile(path / "state.json"):
-        return path
+    if (folder / STATE_FILE).is_file():
+        return files_at(_from_saved(folder, new_folder))
+    names = _readable(_list_folder(folder), str(folder))
+    if not names:
+        raise DataValidationError(f"{folder} has no file of rows; {NOT_READ}")
+    return _Found(folder.name or folder.resolve().name, names).sources(lambda name: folder / name)
+
+
+def _list_folder(folder: Path) -> Iterator[str]:
+    """Yield the names of all files below a folder, relative to it.
+
+    Raises:
+        DataValidationError: A subfolder is a link, which may lead anywhere, or cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataValidationError(f"{error.filename} cannot be read ({error.strerror}); check the folder.") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if is_read(name)]
+        if links := [name for name in folders if os.path.islink(os.path.join(parent, name))]:
+            raise DataValidationError(
+                f"{os.path.join(parent, links[0])} is a link to a folder, which is not read; put the folder there."
+            )
+        yield from (Path(parent, name).relative_to(folder).as_posix() for name in names)
+
+
+def _from_saved(folder: Path, new_folder: NewFolder) -> Path:
     import datasets
 
     datasets.disable_progress_bars()
-    file = new_folder() / f"{path.name or 'rows'}.parquet"
+    file = new_folder() / f"{folder.name or 'rows'}.parquet"
     try:
-        datasets.load_from_disk(str(path)).to_parquet(str(file))
+        named = [part["filename"] for part in json.loads((folder / STATE_FILE).read_bytes())["_data_files"]]
+        if any(Path(name).name != name for name in named):
+            raise ValueError("a file of it lies elsewhere")
+        datasets.load_from_disk(str(folder)).to_parquet(str(file))
     except Exception as error:  # damaged folders break the library in many ways
         raise DataValidationError(
-            f"{path} looks like a folder of datasets.save_to_disk and cannot be read ({type(error).__name__}); "
+            f"{folder} looks like a folder of datasets.save_to_disk and cannot be read ({type(error).__name__}); "
             "save it again, or write it with Dataset.to_parquet."
         ) from error
     return file

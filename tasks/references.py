@@ -46,12 +46,12 @@ class BaseRef(Reference):
 
 
 class Arrival(Reference):
-    """A file that landed for a task."""
+    """What landed for a task and is learned at once: a file, a folder, or several of them."""
 
     task: str
-    data: str
-    """Local path, or a full uri in the store."""
-    test_data: str | None = None
+    data: str | tuple[str, ...]
+    """Local path, or a full uri in the store; see `tasks.data_files.local_files`."""
+    test_data: str | tuple[str, ...] | None = None
     given: dict[str, Any] = {}
     """Fields of the task's schema that the user gave."""
 

@@ -92,6 +92,12 @@ def _require_utf8(name: str) -> str:
 
 
 FileAddress = Annotated[Address, AfterValidator(_require_utf8)]
+_ONE, _SEVERAL = "a file", "a list of files"
+FileAddresses = Annotated[
+    Annotated[FileAddress, Tag(_ONE)] | Annotated[tuple[FileAddress, ...], Field(min_length=1), Tag(_SEVERAL)],
+    Discriminator(lambda files: _SEVERAL if isinstance(files, list | tuple) else _ONE),
+]
+"""A file, a folder or a pattern; or several of them, which are one arrival."""
 
 
 def _require_int(value: object) -> object:
@@ -139,13 +145,14 @@ class TaskFields(BaseModel, frozen=True, extra="forbid"):
 
 
 class TaskSpec(TaskFields):
-    """One arrival: its task and its file."""
+    """One arrival: its task and its files."""
 
     name: Name
-    data: FileAddress
-    """Path or store uri of the file with the training rows, and with the test rows unless test_data is given."""
-    test_data: FileAddress | None = None
-    """Path or store uri of a file with test rows only."""
+    data: FileAddresses
+    """Path or store uri of the training rows, and of the test rows unless test_data is given: a file, a folder, or a
+    pattern such as may/*.csv; or a list of them. All files have one format and are one arrival."""
+    test_data: FileAddresses | None = None
+    """As `data`, for test rows only."""
 
 
 class LineageSpec(BaseModel, frozen=True, extra="forbid"):
@@ -209,7 +216,7 @@ class AdaptSpec(LineageSpec):
     def with_files_from(self, folder: Path) -> Self:
         """Return the spec with the relative paths of its arrival resolved against `folder`."""
         files = {"data": self.task.data, "test_data": self.task.test_data}
-        resolved = {name: path and _resolve(path, folder) for name, path in files.items()}
+        resolved = {name: paths and _resolve(paths, folder) for name, paths in files.items()}
         return self.model_copy(update={"task": self.task.model_copy(update=resolved)})
 
     def config_sha256(self, adapter: AdapterConfig, strategy: str) -> str:
@@ -246,8 +253,10 @@ def resolve_base(base: str, folder: Path) -> str:
     return str(path) if os.path.exists(path) else base
 
 
-def _resolve(path: str, folder: Path) -> str:
-    return path if "://" in path else str(_from(folder, path))
+def _resolve(paths: str | tuple[str, ...], folder: Path) -> str | tuple[str, ...]:
+    if not isinstance(paths, str):
+        return tuple(str(_resolve(path, folder)) for path in paths)
+    return paths if "://" in paths else str(_from(folder, paths))
 
 
 def _from(folder: Path, path: str) -> Path:

@@ -166,10 +166,9 @@ def validate(
 
 def _said_if_forgotten(store: ObjectStore, task: str, manifest: DatasetManifest) -> str | None:
     """The reason why a run refuses rows that were forgotten; None: they were not."""
-    source, *tests = manifest.files
     try:
-        refuse_forgotten(store, task, [source])
-        refuse_forgotten(store, task, tests, "test rows")
+        refuse_forgotten(store, task, manifest.training_files)
+        refuse_forgotten(store, task, manifest.files[manifest.num_training_files :], "test rows")
         refuse_forgotten_rows(store, task, manifest)
     except ForgottenRowsError as error:
         return str(error)

@@ -35,6 +35,7 @@ from benchmarks.output import RESULTS, Out, alone, peak_bytes, write_result
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import TaskSchema
+from deal_core.data.source_files import files_at
 
 FORMATS = {"parquet": "rows.parquet", "jsonl.gz": "rows.jsonl.gz"}
 TASK = TaskSchema(name="support", labels=("refund", "delivery", "account", "card lost", "complaint"))
@@ -155,7 +156,7 @@ def run_variant(name: str, source: Path, folder: Path) -> dict[str, Any]:
     pa.set_io_thread_count(1)
     started, before = time.perf_counter(), time.process_time()
     if name == "ours":
-        build_dataset(Landing(source=source, task=TASK, config=CONFIG), folder)
+        build_dataset(Landing(sources=files_at(source), task=TASK, config=CONFIG), folder)
     else:
         build_with_datasets(source, TASK.labels, folder, CONFIG)
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - before}

@@ -1,4 +1,4 @@
-"""Build a dataset from a landed file: check every row, quarantine bad rows, and split good rows permanently."""
+"""Build a dataset from an arrival's files: check every row, quarantine bad rows, and split good rows permanently."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, compress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +20,13 @@ from deal_core.data.check import RowChecker, is_whole_number, numbers_for_labels
 from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.digest_set import DigestSet, merge_digests
-from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import BadRow, Problem, RawRow, Reason, Row
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
+from deal_core.data.source_files import SourceFile, SourceFiles, digests_of, name_of, require_one_kind
 from deal_core.errors import DataValidationError
-from deal_core.safe_text import shorten
+from deal_core.safe_text import listed, shorten
 
 MAX_INFERRED_LABELS = 64
 MAX_EXAMPLES = 20
@@ -78,13 +80,13 @@ REMEDIES: dict[Reason, str] = {
 class Landing:
     """The files of one arrival, and the settings of their checks."""
 
-    source: Path
-    """The landed file, see `read_batches`."""
+    sources: SourceFiles
+    """The landed files in the order of their rows; all have one format, see `read_batches`."""
     task: TaskSchema
     """The task; its format may be "auto", and a labelled task without labels gets the labels of the file."""
     config: DataConfig
-    test_source: Path | None = None
-    """A file with the test rows; `source` then holds only training rows."""
+    test_sources: SourceFiles = ()
+    """Files with the test rows; `sources` then hold only training rows."""
     frozen_test_inputs: Collection[bytes] = ()
     """Digests (`stored_input_digest`) of the texts of the task's permanent test rows. Training rows with such a text
     are bad rows. If the file names no split, only rows with these texts are test rows."""
@@ -93,8 +95,13 @@ class Landing:
     new_label_remedy: str = "A label that is new is added to the task's labels: task.labels."
     """What to do about a label that the task does not have, as a sentence."""
     on_progress: Callable[[int], None] | None = None
-    """Called after each batch with the number of rows read. The file is read twice if it names its split, or if the
-    labels are taken from it."""
+    """Called after each batch with the number of rows read. The files are read twice if they name their split, or if
+    the labels are taken from them."""
+
+    @property
+    def name(self) -> str:
+        """How messages name the arrival."""
+        return name_of(self.sources)
 
 
 def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
@@ -147,15 +154,20 @@ class ArrivalReader:
     def __init__(self, landing: Landing) -> None:
         self._landing, self._config = landing, landing.config
         # Test rows are read first, so that a training row with a test row's text is found.
-        files: list[tuple[Path, Split | None]] = [(landing.source, None)]
-        if landing.test_source is not None:
-            files = [(landing.test_source, "test"), (landing.source, "train")]
-        self._files = [(path, split, _columns_of(path, split, landing)) for path, split in files]
-        self._names_split = any(columns.splitting is not None for _, _, columns in self._files)
-        self._is_split_given = self._names_split or landing.test_source is not None
-        self.task = completed_task(landing.task, [columns for _, _, columns in self._files], landing.source.name)
+        sides: dict[Split | None, SourceFiles] = {None: landing.sources}
+        if landing.test_sources:
+            sides = {"test": landing.test_sources, "train": landing.sources}
+        for files in sides.values():
+            require_one_kind(files)
+        self._names = {split: name_of(files) for split, files in sides.items()}
+        self._files = _alike(
+            [_File(file, split, _columns_of(file, split, landing)) for split, files in sides.items() for file in files]
+        )
+        self._names_split = any(file.columns.splitting is not None for file in self._files)
+        self._is_split_given = self._names_split or bool(landing.test_sources)
+        self.task = completed_task(landing.task, [(file.source.name, file.columns) for file in self._files])
         # The completion of a chat in two columns is its last turn: the others belong to the prompt.
-        in_one_column = all("messages" in columns.names for _, _, columns in self._files)
+        in_one_column = all("messages" in file.columns.names for file in self._files)
         self._learns_every_turn = self.task.assistant_turns == "all" and in_one_column
         self._frozen = frozenset(landing.frozen_test_inputs)
         self._test_inputs = DigestSet(self._frozen)
@@ -168,23 +180,23 @@ class ArrivalReader:
         infers_labels = self.task.format == "labelled" and not self.task.labels
         if infers_labels or self._names_split:
             self._survey(infers_labels)
-        counts: dict[Path, Counter[str]] = {path: Counter() for path, _, _ in self._files}
-        rejected: Counter[Path] = Counter()
-        examples: dict[Path, list[BadRow]] = {path: [] for path, _, _ in self._files}
+        counts: dict[Split | None, Counter[str]] = {split: Counter() for split in self._names}
+        rejected: Counter[Split | None] = Counter()
+        examples: dict[Split | None, list[BadRow]] = {split: [] for split in self._names}
         num_several = 0
-        for path, (good, bad) in self._checked_batches():
+        for (source, split, _), (good, bad) in self._checked_batches():
             num_several += sum(len(row.references) > 1 for _, row in good["train"] + good["test"])
             repeated = self._keep_new(good["test"], good["train"], keep)
             for raw, problems in sorted([*bad, *repeated], key=lambda pair: pair[0].number):
-                rejected[path] += 1
-                counts[path].update(problem.reason for problem in problems)
-                row = BadRow(file=path.name, row=raw.number, line=raw.line, problems=tuple(problems))
+                rejected[split] += 1
+                counts[split].update(problem.reason for problem in problems)
+                row = BadRow(file=source.name, row=raw.number, line=raw.line, problems=tuple(problems))
                 reject(row, raw.raw())
-                if len(examples[path]) < MAX_EXAMPLES:
-                    examples[path].append(row)
+                if len(examples[split]) < MAX_EXAMPLES:
+                    examples[split].append(row)
         manifest = self._manifest(sum(counts.values(), Counter()), rejected.total())
         refusal = self._too_many_bad(counts, rejected, examples) or self._lacks_rows(manifest)
-        shape = self._files[-1][-1].shape
+        shape = self._files[-1].columns.shape
         return ValidationReport(
             manifest=manifest,
             bad_rows=tuple(chain.from_iterable(examples.values())),
@@ -193,29 +205,33 @@ class ArrivalReader:
             num_several=num_several,
         )
 
-    def _checked_batches(self) -> Iterator[tuple[Path, Checked]]:
-        self._read: Counter[Path] = Counter()
-        for path, file_split, columns in self._files:
-            checker = RowChecker(self.task, columns, self._config.max_text_chars)
-            for batch in read_batches(path, set(columns.names.values())):
-                good: dict[Split, GoodPairs] = {"train": [], "test": []}
-                bad: BadPairs = []
-                for raw in batch:
-                    if late := columns.unread.intersection(raw.values):
-                        key = min(late)
-                        raise DataValidationError(
-                            f"{path.name}: row {raw.number} has the key {key}, which the first rows lack, so it would "
-                            "not be read. Put a row with this key first, or leave the key out."
-                        )
-                    checked = checker.check(raw)
-                    if isinstance(checked, Row):
-                        good[self._split_of(checked, file_split)].append((raw, checked))
-                    else:
-                        bad.append((raw, checked))
-                yield path, (good, bad)
-                self._read[path] += len(batch)
-                if self._landing.on_progress is not None:
-                    self._landing.on_progress(self._read.total())
+    def _checked_batches(self) -> Iterator[tuple[_File, Checked]]:
+        self._read: Counter[Split | None] = Counter()
+        for file in self._files:
+            checker = RowChecker(self.task, file.columns, self._config.max_text_chars)
+            with _naming(file.source):
+                for batch in read_batches(file.source.path, set(file.columns.names.values())):
+                    yield file, self._check(batch, file, checker)
+                    self._read[file.split] += len(batch)
+                    if self._landing.on_progress is not None:
+                        self._landing.on_progress(self._read.total())
+
+    def _check(self, batch: Sequence[RawRow], file: _File, checker: RowChecker) -> Checked:
+        good: dict[Split, GoodPairs] = {"train": [], "test": []}
+        bad: BadPairs = []
+        for raw in batch:
+            if late := file.columns.unread.intersection(raw.values):
+                key = min(late)
+                raise DataValidationError(
+                    f"{file.source.name}: row {raw.number} has the key {key}, which the first rows lack, so it would "
+                    "not be read. Put a row with this key first, or leave the key out."
+                )
+            checked = checker.check(raw)
+            if isinstance(checked, Row):
+                good[self._split_of(checked, file.split)].append((raw, checked))
+            else:
+                bad.append((raw, checked))
+        return good, bad
 
     def _split_of(self, row: Row, file_split: Split | None) -> Split:
         """The split that the file has or that its column names; else the digest of the row's text decides.
@@ -247,16 +263,16 @@ class ArrivalReader:
                     spellings.setdefault(label_key(label), Counter())[label] += count
                 if len(spellings) > MAX_INFERRED_LABELS:
                     shown = spellings if self._config.include_texts else ()
-                    raise DataValidationError(too_many_labels(self._landing.source.name, shown, MAX_INFERRED_LABELS))
-        if self._files[0][-1].splitting == "is_random" and not self._judges_by_draw(num_test, num_good):
-            self._files = [(path, split, columns.without("is_random")) for path, split, columns in self._files]
+                    raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
+        if self._files[0].columns.splitting == "is_random" and not self._judges_by_draw(num_test, num_good):
+            self._files = [file.without("is_random") for file in self._files]
             self._is_split_given = False
             self._test_inputs = DigestSet(self._frozen)
         if infers_labels:
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
             if labels and all(map(is_whole_number, labels)):
-                raise DataValidationError(numbers_for_labels(self._landing.source.name))
+                raise DataValidationError(numbers_for_labels(self._landing.name))
             self.task = replace(self.task, labels=labels)
 
     def _keep_new(self, test: GoodPairs, train: GoodPairs, keep: Keep) -> BadPairs:
@@ -303,12 +319,13 @@ class ArrivalReader:
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
         train, test, leaks = (each.in_order() for each in (self._kept["train"], self._kept["test"], self._leaks))
         landing, landed = self._landing, {"landed": [train, test]}
+        training_files = digests_of(landing.sources)
         if self._is_split_given:
             landed = {"landed train": [train, leaks], "landed test": [test]}
         return DatasetManifest(
             task=self.task,
             sha256=self._digest({"train": [train], "test": [test]}),
-            source=landing.source.name,
+            source=landing.name,
             num_read=self._read.total(),
             num_train=len(self._kept["train"]),
             num_test=len(self._kept["test"]),
@@ -317,7 +334,8 @@ class ArrivalReader:
             problems=dict(counts.most_common()),
             split="given" if self._is_split_given else "hash",
             retain_training_rows=self._config.retain_training_rows,
-            files=tuple(sha256_of_input(path) for path in (landing.source, landing.test_source) if path is not None),
+            files=tuple(dict.fromkeys((*training_files, *digests_of(landing.test_sources)))),
+            num_training_files=len(training_files),
             landed_sha256=self._digest(landed),
         )
 
@@ -331,25 +349,34 @@ class ArrivalReader:
         return content.hexdigest()
 
     def _too_many_bad(
-        self, counts: Mapping[Path, Counter[str]], rejected: Counter[Path], examples: Mapping[Path, Sequence[BadRow]]
+        self,
+        counts: Mapping[Split | None, Counter[str]],
+        rejected: Counter[Split | None],
+        examples: Mapping[Split | None, Sequence[BadRow]],
     ) -> str | None:
-        """The refusal of a file with too many bad rows. The good rows of a test file make up for none of them."""
+        """The refusal of files with too many bad rows. The good rows of test files make up for none of them."""
         limit = self._config.max_bad_share
-        for path, num_rejected in rejected.items():
-            num_read = self._read[path]
+        for split, num_rejected in rejected.items():
+            num_read = self._read[split]
             if num_rejected <= limit * num_read:
                 continue
-            reasons = ", ".join(f"{count} × {reason}" for reason, count in counts[path].most_common())
-            first = "; ".join(bad.describe(self._config.include_texts) for bad in examples[path][:_SHOWN_EXAMPLES])
+            name = self._names[split]
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in counts[split].most_common())
+            first = "; ".join(self._example(bad, name) for bad in examples[split][:_SHOWN_EXAMPLES])
             shown = f" The first: {first}." if first else ""
             remedies = {**REMEDIES, "label outside the task's set": self._landing.new_label_remedy}
-            shown += "".join(f" {said}" for reason, said in remedies.items() if counts[path][reason])
+            shown += "".join(f" {said}" for reason, said in remedies.items() if counts[split][reason])
             return (
-                f"{path.name}: {num_rejected} of {num_read} rows cannot be used ({num_rejected / num_read:.1%}, "
+                f"{name}: {num_rejected} of {num_read} rows cannot be used ({num_rejected / num_read:.1%}, "
                 f"allowed are {limit:.1%}): {reasons}.{shown} Correct these rows and land the file again, or raise "
                 "data.max_bad_share."
             )
         return None
+
+    def _example(self, bad: BadRow, name: str) -> str:
+        """A bad row in a few words, with its file if that is not the one that the message names."""
+        said = bad.describe(self._config.include_texts)
+        return said if bad.file == name else f"{bad.file} {said}"
 
     def _lacks_rows(self, manifest: DatasetManifest) -> str | None:
         name, num_good = manifest.source, manifest.num_train + manifest.num_test
@@ -365,13 +392,52 @@ class ArrivalReader:
         return None
 
 
-def _columns_of(path: Path, split: Split | None, landing: Landing) -> Columns:
+class _File(NamedTuple):
+    """A file of the arrival, the split of its rows if the user gave it, and its columns."""
+
+    source: SourceFile
+    split: Split | None
+    columns: Columns
+
+    def without(self, *dropped: str) -> _File:
+        return self._replace(columns=self.columns.without(*dropped))
+
+
+def _columns_of(file: SourceFile, split: Split | None, landing: Landing) -> Columns:
     """The file's columns. Of several ways to name the split one is left: the file, "split", then "is_random"."""
-    columns = recognise(path, landing.task, include_texts=landing.config.include_texts)
+    with _naming(file):
+        columns = recognise(file.path, landing.task, include_texts=landing.config.include_texts)
     if split is not None:
         return columns.without(*SPLITTING)
     is_drawn = landing.renews_tests and columns.splitting == "is_random"
     return columns if is_drawn else columns.without("is_random")
+
+
+def _alike(files: list[_File]) -> list[_File]:
+    """The files, which say the split of their rows in the same way. Rows drawn at random count if all files say it.
+
+    Raises:
+        DataValidationError: Some files have a column "split", and others have none.
+    """
+    ways = {file.columns.splitting for file in files if file.split is None}
+    if len(ways) > 1 and "split" in ways:
+        lacking = [file.source.name for file in files if file.columns.splitting != "split"]
+        raise DataValidationError(
+            f"{listed(lacking)} {'has' if len(lacking) == 1 else 'have'} no column split, and the other files of the "
+            "arrival have one; give all of them this column, or none."
+        )
+    return [file.without("is_random") for file in files] if len(ways) > 1 else files
+
+
+@contextmanager
+def _naming(file: SourceFile) -> Iterator[None]:
+    """Put a file's name before a message that does not have it: the reader knows only the last part."""
+    try:
+        yield
+    except DataValidationError as error:
+        if file.name in str(error) or file.name.rpartition("/")[2] == file.name:
+            raise
+        raise DataValidationError(f"{file.name}: {error}") from error
 
 
 def _as_bad(rows: GoodPairs, reason: Reason) -> BadPairs:

@@ -273,10 +273,18 @@ class DatasetManifest(VersionedJson):
     retain_training_rows: bool = False
     """Whether the training rows are kept after they are learned."""
     files: tuple[str, ...] = ()
-    """SHA-256 of the bytes of each landed file, including a test file."""
+    """SHA-256 of the bytes of each landed file: first the files of one arrival, then its test files. Files of other
+    arrivals with the same rows follow."""
+    num_training_files: Annotated[int, Field(exclude_if=lambda number: number == 1)] = 1
+    """Number of the first of `files` that are no test files."""
     landed_sha256: str | None = None
     """Digest of the task's name and the good rows with the user's split, if any. Unlike `sha256`, it does not depend on
     the lineage's frozen test rows. None in older manifests."""
     num_turns: Annotated[int, Field(exclude_if=lambda number: number == 0)] = 0
     """Training rows that are earlier turns of chats. num_read counts a chat once."""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def training_files(self) -> tuple[str, ...]:
+        """Digests of the files of one arrival with these rows, without its test files."""
+        return self.files[: self.num_training_files]

@@ -60,24 +60,25 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
     )
 
 
-def completed_task(task: TaskSchema, files: Sequence[Columns], source: str) -> TaskSchema:
-    """The task with the fields that its files decide.
+def completed_task(task: TaskSchema, files: Sequence[tuple[str, Columns]]) -> TaskSchema:
+    """The task with the fields that its files decide. `files` has the name and the columns of each file.
 
     Raises:
         DataValidationError: The files differ in format, or the task's metric does not fit them.
     """
-    formats = sorted({columns.format for columns in files})
-    if len(formats) > 1:
-        raise DataValidationError(
-            f"{source} and its test file have rows of different formats ({', '.join(formats)}); "
-            "set task.format and name the columns alike."
-        )
-    if len({columns.has_preferences for columns in files}) > 1:
-        raise DataValidationError(
-            f"Of {source} and its test file only one has the columns chosen and rejected; give both files these "
-            "columns, or none."
-        )
-    kind, learns_preferences = formats[0], files[0].has_preferences
+    (source, first), *others = files
+    for name, columns in others:
+        if columns.format != first.format:
+            raise DataValidationError(
+                f"{source} and {name} have rows of different formats ({first.format} and {columns.format}); "
+                "set task.format and name the columns alike."
+            )
+        if columns.has_preferences != first.has_preferences:
+            raise DataValidationError(
+                f"Of {source} and {name} only one has the columns chosen and rejected; give both files these "
+                "columns, or none."
+            )
+    kind, learns_preferences = first.format, first.has_preferences
     of_kind = PREFERENCE if learns_preferences else "exact" if kind == "labelled" else "rouge_l"
     metric = of_kind if task.metric == "auto" else task.metric
     if metric == PREFERENCE and not learns_preferences:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deal_core.config import DataConfig
 from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset
-from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
+from deal_core.data.source_files import digests_of
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import require_metric
 from deal_core.safe_text import brief
@@ -26,7 +26,7 @@ from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quara
 from infra.store.stored import reading_stored
 from tasks.adaptation.frozen_rows import read_test_rows
 from tasks.context import current_store
-from tasks.data_files import local_file
+from tasks.data_files import local_files
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.requests import added_labels, is_renewal_asked
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
@@ -56,14 +56,14 @@ def landing_of(
     """
     known = record.task(arrival.task) if record else None
     with (
-        local_file(store, arrival.data) as source,
-        local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
+        local_files(store, arrival.data) as sources,
+        local_files(store, arrival.test_data or ()) as test_sources,
     ):
         yield Landing(
-            source=source,
+            sources=sources,
             task=schema,
             config=config,
-            test_source=test_source,
+            test_sources=test_sources,
             frozen_test_inputs=_frozen_test_inputs(store, record, arrival.task),
             renews_tests=bool(record and known and is_renewal_asked(store, record.lineage, known)),
             on_progress=on_progress,
@@ -171,13 +171,12 @@ def ingest_arrival(
     ):
         folder = temporary / "dataset"
         if not again:
-            refuse_forgotten(store, arrival.task, [sha256_of_input(landing.source)])
-            if landing.test_source is not None:
-                refuse_forgotten(store, arrival.task, [sha256_of_input(landing.test_source)], "test rows")
+            refuse_forgotten(store, arrival.task, digests_of(landing.sources))
+            refuse_forgotten(store, arrival.task, digests_of(landing.test_sources), "test rows")
         try:
             manifest = build_dataset(landing, folder)
         except ArrivalRefusedError as error:
-            # named by the digest of the file: all datasets without a good row have the same digest
+            # named by the digest of the first file: all datasets without a good row have the same digest
             files = error.report.manifest.files
             kept = _publish_quarantine(store, folder, arrival.task, files[0], files)
             if not again:
@@ -215,6 +214,7 @@ def _publish(
             manifest,
             retain_training_rows=manifest.retain_training_rows or before.retain_training_rows,
             files=tuple(dict.fromkeys((*before.files, *manifest.files))),
+            num_training_files=(before if before.files else manifest).num_training_files,
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
     return DatasetRef(

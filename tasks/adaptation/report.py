@@ -30,7 +30,7 @@ from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.frozen_rows import MAX_EXAMPLES, compare_answers, cut
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
-from tasks.data_files import local_file
+from tasks.data_files import local_files
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record, scores_of
 from tasks.progress import patient
@@ -144,7 +144,7 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
 
 
 def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[QuarantinedRow, ...]:
-    with local_file(store, store.uri_of(key)) as path, path.open(encoding="utf-8") as lines:
+    with local_files(store, store.uri_of(key)) as (file,), file.path.open(encoding="utf-8") as lines:
         entries = [json.loads(line) for line in islice(lines, MAX_EXAMPLES)]
     return tuple(
         QuarantinedRow(

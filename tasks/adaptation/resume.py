@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from deal_core.config import EvaluateConfig, as_stored
 from deal_core.data.reading.lines import sha256_of_input
+from deal_core.data.source_files import digests_of
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed, without_secrets
@@ -24,7 +25,7 @@ from tasks.adaptation.promote import complete_version, is_complete, is_overtaken
 from tasks.adaptation.report import report_run
 from tasks.adaptation.run import end_run, remove_work
 from tasks.context import current_store
-from tasks.data_files import local_file
+from tasks.data_files import local_files
 from tasks.lineage.choices import changed_settings
 from tasks.lineage.history import champion_deleted, require_in_registry, version_ref
 from tasks.lineage.version_files import reading_beside
@@ -123,17 +124,15 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInf
         DataValidationError: A file has another content.
         StoreError: A file is missing.
     """
-    files = read_manifest(store, read_findings(version.adapter_uri)["dataset"]["uri"]).files
-    found = []
-    for address in filter(None, (arrival.data, arrival.test_data)):
-        with local_file(store, address) as path:
-            found.append(sha256_of_input(path))
-        if found[-1] not in files:
-            raise DataValidationError(
-                f"{address} is not the file that version {version.version} of '{version.lineage}' was trained on; "
-                "land the old file again, or adapt to the new one with deal adapt."
-            )
-    return tuple(found)
+    known = read_manifest(store, read_findings(version.adapter_uri)["dataset"]["uri"]).files
+    with local_files(store, arrival.data) as sources, local_files(store, arrival.test_data or ()) as tests:
+        for file in (*sources, *tests):
+            if sha256_of_input(file.path) not in known:
+                raise DataValidationError(
+                    f"{file.name} is not a file that version {version.version} of '{version.lineage}' was trained on; "
+                    "land the old file again, or adapt to the new one with deal adapt."
+                )
+        return digests_of((*sources, *tests))
 
 
 def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:

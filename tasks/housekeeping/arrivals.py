@@ -27,7 +27,7 @@ from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.tracking.registry import Registry
 from tasks.adaptation.ingest import read_manifest
-from tasks.data_files import local_file
+from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
 from tasks.inbox import list_arrivals, read_state
 from tasks.lineage.tombstones import find_tombstone
@@ -199,8 +199,8 @@ def _handled(store: ObjectStore, registry: Registry, task: str) -> Iterator[_Han
 
 
 def _digest_of(store: ObjectStore, key: str) -> str:
-    with local_file(store, store.uri_of(key)) as path:
-        return sha256_of_input(path)
+    with local_files(store, store.uri_of(key)) as (file,):
+        return sha256_of_input(file.path)
 
 
 class ArrivalInputs(NamedTuple):
@@ -278,14 +278,14 @@ def _of_file(store: ObjectStore, key: str, schema: TaskSchema) -> tuple[set[str]
     Single rows that cannot be read were never learned.
     """
     found: set[str] = set()
-    with local_file(store, store.uri_of(key)) as path:
+    with local_files(store, store.uri_of(key)) as (file,):
         try:
-            checker = RowChecker(schema, recognise(path, schema), sys.maxsize)
-            texts = (text for row in read_rows(path) if isinstance(text := checker.check_input(row), str))
+            checker = RowChecker(schema, recognise(file.path, schema), sys.maxsize)
+            texts = (text for row in read_rows(file.path) if isinstance(text := checker.check_input(row), str))
             found.update(_digests(schema, texts))
         except DataValidationError:
             return found, None
-        return found, sha256_of_input(path)
+        return found, sha256_of_input(file.path)
 
 
 def _digests(schema: TaskSchema, texts: Iterable[str]) -> Iterator[str]:

@@ -17,6 +17,7 @@ import pytest
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import TaskSchema
+from deal_core.data.source_files import files_at
 from deal_core.errors import DataValidationError
 
 NUM_GOOD = 40
@@ -103,7 +104,7 @@ def take(folder: Path, name: str, content: bytes) -> tuple[int, int] | str:
     found: tuple[int, int] | str
     try:
         task, config = TaskSchema(name="t", format="auto"), DataConfig(max_bad_share=1.0)
-        made = build_dataset(Landing(source=source, task=task, config=config), folder / "out")
+        made = build_dataset(Landing(sources=files_at(source), task=task, config=config), folder / "out")
         found = made.num_train + made.num_test, made.num_rejected
     except DataValidationError as error:
         found = str(error)

@@ -30,7 +30,7 @@ from flows.cli.app import app
 from flows.server.status import _unusable_files
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
-from tasks.data_files import local_file
+from tasks.data_files import local_files
 from tasks.inbox import look, task_spec
 from tasks.lineage.settings import read_lineages
 from tasks.spec import AdaptSpec, TaskFieldsError, read_spec
@@ -471,7 +471,7 @@ def test_a_files_name_is_shown_and_does_nothing(name: str, place: Place) -> None
     assert len(inbox.arrivals) + len(_unusable_files(place.store, inbox)) + name.startswith(".") == 1
     for info in inbox.arrivals:
         assert task_spec(place.store, info.key).name == "t"
-        with local_file(place.store, place.store.uri_of(info.key)) as path:
+        with local_files(place.store, place.store.uri_of(info.key)) as ((path, _),):
             assert path.is_file()
     place.deal("lineage", "list", code=0)
     landed.unlink()

@@ -16,6 +16,7 @@ from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, validate_file
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
+from deal_core.data.source_files import files_at
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
@@ -387,5 +388,5 @@ def test_corrections_of_a_task_of_preferences_are_learned_over_the_answers_that_
     assert rows[0]["rejected"] == [*asked_in_chats[0], {"role": "assistant", "content": "Yes?"}]
     file = tmp_path / "feedback.jsonl"
     file.write_text("".join(json.dumps({**row, "answer_id": "x", "is_random": False}) + "\n" for row in rows))
-    report = validate_file(Landing(source=file, task=chat, config=DataConfig()))
+    report = validate_file(Landing(sources=files_at(file), task=chat, config=DataConfig()))
     assert report.refusal is None and report.manifest.num_rejected == 0, "ingest takes the file as it is"

@@ -23,7 +23,7 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.settings import StoreSettings
 from infra.store.local import FileStore
 from infra.store.s3 import make_client
-from tasks.data_files import local_file
+from tasks.data_files import local_files
 from tests.loopback import Loopback
 from tests.s3 import ThreadedMotoServer
 
@@ -44,10 +44,10 @@ def store(tmp_path: Path) -> FileStore:
 
 def test_a_saved_dataset_is_read_with_the_names_of_its_labels(rows: datasets.Dataset, tmp_path: Path) -> None:
     rows.select(range(30)).save_to_disk(tmp_path / "saved")
-    with local_file(FileStore(tmp_path / "store"), str(tmp_path / "saved")) as file:
-        report = validate_file(Landing(source=file, task=TaskSchema(name="t", format="auto"), config=DataConfig()))
+    with local_files(FileStore(tmp_path / "store"), str(tmp_path / "saved")) as files:
+        report = validate_file(Landing(sources=files, task=TaskSchema(name="t", format="auto"), config=DataConfig()))
     assert (report.manifest.num_read, set(report.manifest.task.labels)) == (30, {"bad", "good"})
-    assert not file.exists()
+    assert not files[0].path.exists()
 
 
 def test_a_saved_dataset_has_the_same_digest_each_time(
@@ -56,8 +56,8 @@ def test_a_saved_dataset_has_the_same_digest_each_time(
     rows.save_to_disk(tmp_path / "saved")
     digests = set()
     for _ in range(2):
-        with local_file(store, str(tmp_path / "saved")) as file:
-            digests.add(sha256_of_input(file))
+        with local_files(store, str(tmp_path / "saved")) as (file,):
+            digests.add(sha256_of_input(file.path))
     assert len(digests) == 1
 
 
@@ -66,9 +66,9 @@ def test_a_folder_of_several_splits_is_refused_with_their_names(
 ) -> None:
     datasets.DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "saved")
     told = "holds the splits train, validation; give the folder of one"
-    with pytest.raises(DataValidationError, match=told), local_file(store, str(tmp_path / "saved")):
+    with pytest.raises(DataValidationError, match=told), local_files(store, str(tmp_path / "saved")):
         pass
-    with local_file(store, str(tmp_path / "saved" / "train")) as file:
+    with local_files(store, str(tmp_path / "saved" / "train")) as (file,):
         assert file.name == "train.parquet"
 
 
@@ -76,21 +76,15 @@ def test_a_damaged_folder_is_refused(rows: datasets.Dataset, store: FileStore, t
     rows.save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"no arrow")
     told = r"cannot be read.*save it again"
-    with pytest.raises(DataValidationError, match=told), local_file(store, str(tmp_path / "saved")):
+    with pytest.raises(DataValidationError, match=told), local_files(store, str(tmp_path / "saved")):
         pass
-
-
-def test_any_other_folder_is_no_file_of_rows(tmp_path: Path) -> None:
-    landing = Landing(source=tmp_path, task=TaskSchema(name="t", format="auto"), config=DataConfig())
-    with pytest.raises(DataValidationError, match="is a folder; give one file of rows"):
-        validate_file(landing)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "loop"])
 def test_a_path_that_nothing_can_be_is_left_to_the_reader(name: str, store: FileStore, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with local_file(store, str(tmp_path / name)) as file:
-        assert file == tmp_path / name
+    with local_files(store, str(tmp_path / name)) as (file,):
+        assert file.path == tmp_path / name
 
 
 def table() -> bytes:
@@ -98,9 +92,9 @@ def table() -> bytes:
 
 
 def read(address: str, store: FileStore) -> int:
-    with local_file(store, address) as file:
-        report = validate_file(Landing(source=file, task=TaskSchema(name="t", format="auto"), config=DataConfig()))
-    assert set(report.manifest.task.labels) == {"bad", "good"} and not file.exists()
+    with local_files(store, address) as files:
+        report = validate_file(Landing(sources=files, task=TaskSchema(name="t", format="auto"), config=DataConfig()))
+    assert set(report.manifest.task.labels) == {"bad", "good"} and not files[0].path.exists()
     return report.manifest.num_read
 
 
@@ -158,7 +152,7 @@ def test_a_dataset_of_the_hub_may_be_packed_or_have_tabs(
 def test_an_address_that_cannot_be_read_says_what_to_give(
     address: str, error: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(error, match=message) as raised, local_file(FileStore(tmp_path / "store"), address):
+    with pytest.raises(error, match=message) as raised, local_files(FileStore(tmp_path / "store"), address):
         pass
     assert "secret" not in str(raised.value)
 

@@ -16,6 +16,7 @@ from deal_core.data.columns import Columns
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.rows import Problem, RawRow, Row, row_digest, stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
+from deal_core.data.source_files import files_at
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 NORMAL_CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -187,7 +188,7 @@ def build(folder: Path, chats: list[Any], turns: Any, **options: Any) -> Dataset
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = TaskSchema(name="t", format="auto", assistant_turns=turns)
     config = DataConfig(max_bad_share=1.0)
-    return build_dataset(Landing(source=source, task=task, config=config, **options), folder / "dataset")
+    return build_dataset(Landing(sources=files_at(source), task=task, config=config, **options), folder / "dataset")
 
 
 def stored(folder: Path, split: str) -> dict[tuple[str, str], str]:

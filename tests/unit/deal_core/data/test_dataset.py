@@ -21,6 +21,7 @@ from deal_core.data import dataset_files
 from deal_core.data.dataset import MAX_EXAMPLES, ArrivalRefusedError, Landing, build_dataset, validate_file
 from deal_core.data.rows import row_digest, stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
+from deal_core.data.source_files import files_at
 from deal_core.errors import DataValidationError
 
 TASK = TaskSchema(name="pets", labels=("Dog", "cat"))
@@ -46,7 +47,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def build(source: Path, task: TaskSchema = TASK, config: DataConfig = LENIENT, **options: Any) -> DatasetManifest:
-    landing = Landing(source=source, task=task, config=config, **options)
+    landing = Landing(sources=files_at(source), task=task, config=config, **options)
     return build_dataset(landing, source.parent / "dataset")
 
 
@@ -214,7 +215,7 @@ def test_good_test_rows_do_not_make_up_for_bad_training_rows(tmp_path: Path) -> 
     source = write_jsonl(tmp_path / "pets.jsonl", [*[{"text": "", "label": "cat"}] * 5, *GOOD[:5]])
     tests = write_jsonl(tmp_path / "tests.jsonl", GOOD[10:])
     with pytest.raises(ArrivalRefusedError, match=r"^pets\.jsonl: 5 of 10 rows cannot be used \(50\.0%, allowed"):
-        build(source, config=DataConfig(max_bad_share=0.2), test_source=tests)
+        build(source, config=DataConfig(max_bad_share=0.2), test_sources=files_at(tests))
 
 
 def test_an_arrival_is_refused_beyond_the_share_of_bad_rows_and_not_at_it(tmp_path: Path) -> None:
@@ -255,7 +256,9 @@ def test_an_arrival_that_cannot_be_learned_is_refused(tmp_path: Path, rows: list
     config = DataConfig()
     with pytest.raises(ArrivalRefusedError, match=message):
         build(write_jsonl(tmp_path / "pets.jsonl", rows), config=config)
-    assert validate_file(Landing(source=tmp_path / "pets.jsonl", task=TASK, config=config)).refusal is not None
+    assert (
+        validate_file(Landing(sources=files_at(tmp_path / "pets.jsonl"), task=TASK, config=config)).refusal is not None
+    )
 
 
 def test_a_file_that_was_cut_off_keeps_its_bad_rows_and_makes_no_dataset(tmp_path: Path) -> None:
@@ -376,7 +379,7 @@ def test_rows_drawn_at_random_are_learned_if_no_test_rows_are_renewed(tmp_path: 
 def test_a_test_file_wins_over_a_split_column(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "pets.jsonl", [{**row, "split": "test"} for row in GOOD[:80]])
     test = write_csv(tmp_path / "held_out.csv", GOOD[78:])
-    manifest = build(train, test_source=test)
+    manifest = build(train, test_sources=files_at(test))
     assert (manifest.split, manifest.num_read, manifest.num_train, manifest.num_test) == ("given", 102, 78, 22)
     assert [(entry["file"], entry["row"], entry["reason"]) for entry in quarantine_of(tmp_path)] == [
         ("pets.jsonl", 79, "text of a test row"),
@@ -388,7 +391,7 @@ def test_a_test_file_of_another_format_is_refused(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "pets.jsonl", GOOD)
     test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(DataValidationError, match="different formats"):
-        build(train, TaskSchema(name="pets", format="auto"), test_source=test)
+        build(train, TaskSchema(name="pets", format="auto"), test_sources=files_at(test))
 
 
 @pytest.mark.parametrize("label", [GOOD[3]["label"], "cat" if GOOD[3]["label"] != "cat" else "dog"])
@@ -436,7 +439,7 @@ def test_how_an_arrival_landed_does_not_hang_on_the_test_rows_that_the_lineage_k
         known.add(alone.landed_sha256)
     assert len(known - {None}) == 4, "other rows, or another split that the user gives, are another arrival"
     train, test = write_jsonl(tmp_path / "a.jsonl", GOOD[:50]), write_jsonl(tmp_path / "b.jsonl", GOOD[50:])
-    assert build(train, test_source=test, frozen_test_inputs=frozen).landed_sha256 in known
+    assert build(train, test_sources=files_at(test), frozen_test_inputs=frozen).landed_sha256 in known
 
 
 def test_the_digest_of_a_dataset_is_the_one_of_earlier_releases(tmp_path: Path) -> None:
@@ -558,7 +561,7 @@ def test_a_bad_row_says_why_where_texts_are_hidden(tmp_path: Path, file: str, co
 def test_validate_file_finds_the_same_and_writes_nothing_unasked(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "pets.jsonl", [*GOOD, *(line for line, _, _ in BAD_LINES)])
     config = DataConfig(max_bad_share=1.0, max_text_chars=100)
-    report = validate_file(Landing(source=source, task=TASK, config=config))
+    report = validate_file(Landing(sources=files_at(source), task=TASK, config=config))
     assert [path.name for path in tmp_path.iterdir()] == ["pets.jsonl"]
     assert report.refusal is None
     assert [bad.row for bad in report.bad_rows] == list(range(101, 101 + len(BAD_LINES)))
@@ -612,7 +615,9 @@ def test_rows_with_many_long_answers_are_written_a_few_at_a_time(
         for number in range(60)
     ]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    build_dataset(Landing(source=source, task=TaskSchema(name="t", format="auto"), config=LENIENT), tmp_path / "out")
+    build_dataset(
+        Landing(sources=files_at(source), task=TaskSchema(name="t", format="auto"), config=LENIENT), tmp_path / "out"
+    )
     written = pq.ParquetFile(tmp_path / "out" / "train.parquet").metadata
     assert written.num_rows >= 40
     assert max(written.row_group(index).num_rows for index in range(written.num_row_groups)) < written.num_rows

@@ -16,6 +16,7 @@ import pytest
 from deal_core.config import DataConfig
 from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset, validate_file
 from deal_core.data.schema import TaskSchema
+from deal_core.data.source_files import files_at
 from deal_core.errors import DataValidationError
 
 datasets.disable_progress_bars()
@@ -334,7 +335,7 @@ def test_a_file_of_a_common_shape_is_learned_rightly_or_refused_with_a_remedy(na
     source = tmp_path / shape.file
     shape.write(rows(shape.make), source)
     landing = Landing(
-        source=source, task=TaskSchema(name="t", format="auto", assistant_turns="all"), config=DataConfig()
+        sources=files_at(source), task=TaskSchema(name="t", format="auto", assistant_turns="all"), config=DataConfig()
     )
     if shape.stored is None:
         with pytest.raises(DataValidationError, match=f"(?s){shape.told}"):
@@ -355,7 +356,7 @@ def stored_rows(folder: Path) -> list[tuple[str, ...]]:
 def build(content: Rows, path: Path, task: TaskSchema) -> list[tuple[str, ...]]:
     """Rows of the dataset of a file that pandas writes."""
     (pandas_csv if path.suffix == ".csv" else pandas_lines)(content, path)
-    build_dataset(Landing(source=path, task=task, config=LENIENT), path.parent / "dataset")
+    build_dataset(Landing(sources=files_at(path), task=task, config=LENIENT), path.parent / "dataset")
     return stored_rows(path.parent)
 
 
@@ -389,7 +390,9 @@ def test_whole_numbers_that_a_gap_made_floats_are_the_same_labels(tmp_path: Path
     task = TaskSchema(name="t", labels=("bad", "good"), label_names={"0": "bad", "1": "good"})
     pd.DataFrame(content).to_csv(tmp_path / "rows.csv", index=False)
     assert "0.0" in (tmp_path / "rows.csv").read_text()
-    manifest = build_dataset(Landing(source=tmp_path / "rows.csv", task=task, config=LENIENT), tmp_path / "dataset")
+    manifest = build_dataset(
+        Landing(sources=files_at(tmp_path / "rows.csv"), task=task, config=LENIENT), tmp_path / "dataset"
+    )
     assert manifest.num_rejected == 1, "the gap"
     wanted = sorted((f"Text {i}", ("bad", "good")[i % 2]) for i in range(NUM_ROWS) if i != 5)
     assert stored_rows(tmp_path) == wanted
@@ -404,7 +407,9 @@ def test_columns_of_two_formats_are_refused_with_the_formats(columns: dict[str, 
 
 def test_numbers_are_never_taken_for_places_in_the_list_of_labels(tmp_path: Path) -> None:
     pandas_csv(rows(lambda i: {"text": f"Text {i}", "label": 1 + i % 2}), tmp_path / "rows.csv")
-    landing = Landing(source=tmp_path / "rows.csv", task=TaskSchema(name="t", labels=("a", "b")), config=DataConfig())
+    landing = Landing(
+        sources=files_at(tmp_path / "rows.csv"), task=TaskSchema(name="t", labels=("a", "b")), config=DataConfig()
+    )
     with pytest.raises(ArrivalRefusedError, match=r"outside the task's set: a whole number; name it in the spec"):
         build_dataset(landing, tmp_path / "dataset")
 
@@ -414,7 +419,7 @@ def test_class_labels_fit_a_task_that_learned_their_numbers_or_their_names(tmp_p
     for labels in (("0", "1"), ("sport", "World News"), ()):
         task = TaskSchema(name="t", labels=labels)
         manifest = build_dataset(
-            Landing(source=tmp_path / "rows.parquet", task=task, config=LENIENT), tmp_path / "dataset"
+            Landing(sources=files_at(tmp_path / "rows.parquet"), task=task, config=LENIENT), tmp_path / "dataset"
         )
         assert manifest.num_rejected == 0
         assert {output for _, output in stored_rows(tmp_path)} == set(labels or ("World news", "Sport"))
@@ -424,7 +429,7 @@ def test_a_class_without_a_name_is_a_bad_row(tmp_path: Path) -> None:
     content = rows(lambda i: {"text": f"Text {i}", "label": i % 2 if i else -1})  # -1: no label, as datasets has it
     class_labels(content, tmp_path / "rows.parquet")
     task = TaskSchema(name="t", format="auto")
-    report = validate_file(Landing(source=tmp_path / "rows.parquet", task=task, config=LENIENT))
+    report = validate_file(Landing(sources=files_at(tmp_path / "rows.parquet"), task=task, config=LENIENT))
     assert dict(report.manifest.problems) == {"label outside the task's set": 1}
 
 
@@ -435,7 +440,7 @@ def test_metadata_of_another_form_name_no_labels(metadata: bytes, tmp_path: Path
     table = pa.table({"text": ["a", "b"], "label": ["x", "y"]}).replace_schema_metadata({"huggingface": metadata})
     pq.write_table(table, tmp_path / "rows.parquet")
     report = validate_file(
-        Landing(source=tmp_path / "rows.parquet", task=TaskSchema(name="t", format="auto"), config=LENIENT)
+        Landing(sources=files_at(tmp_path / "rows.parquet"), task=TaskSchema(name="t", format="auto"), config=LENIENT)
     )
     assert set(report.manifest.task.labels) == {"x", "y"}
 
@@ -448,7 +453,9 @@ def test_test_rows_keep_every_right_answer_and_training_rows_the_first(tmp_path:
     monkeys = ["ape", "monkey", "ape"]
     content = rows(lambda i: {"prompt": f"Q {i}", "completion": monkeys if i > 30 else f"A {i}"})
     pandas_lines(content, tmp_path / "rows.jsonl")
-    landing = Landing(source=tmp_path / "rows.jsonl", task=TaskSchema(name="t", format="auto"), config=LENIENT)
+    landing = Landing(
+        sources=files_at(tmp_path / "rows.jsonl"), task=TaskSchema(name="t", format="auto"), config=LENIENT
+    )
     assert validate_file(landing).num_several == 9
     build_dataset(landing, tmp_path / "dataset")
     train, test = (pq.read_table(tmp_path / "dataset" / f"{split}.parquet") for split in ("train", "test"))
@@ -464,7 +471,9 @@ def test_a_list_of_one_answer_is_the_same_row_as_the_answer(tmp_path: Path) -> N
     for completion in ("A", ["A"], ["A", "A"]):
         content = rows(lambda i, answer=completion: {"prompt": f"Q {i}", "completion": answer})  # type: ignore[misc]
         pandas_lines(content, tmp_path / "rows.jsonl")
-        landing = Landing(source=tmp_path / "rows.jsonl", task=TaskSchema(name="t", format="auto"), config=LENIENT)
+        landing = Landing(
+            sources=files_at(tmp_path / "rows.jsonl"), task=TaskSchema(name="t", format="auto"), config=LENIENT
+        )
         digests.append(build_dataset(landing, tmp_path / "dataset").sha256)
         references = pq.read_table(tmp_path / "dataset/test.parquet")["references"]
         assert references.null_count == len(references)
@@ -477,7 +486,9 @@ def test_rows_without_an_answer_or_with_a_bad_one_are_bad_rows(tmp_path: Path) -
     bad = {0: [], 1: ["A", " "], 2: ["A", "b" * 30_000], 3: [1, 2], 4: {"text": []}, 5: ["A", "\u0000"]}
     content = rows(lambda i: {"prompt": f"Q {i}", "completion": bad.get(i, "A")})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    landing = Landing(source=tmp_path / "rows.jsonl", task=TaskSchema(name="t", format="auto"), config=LENIENT)
+    landing = Landing(
+        sources=files_at(tmp_path / "rows.jsonl"), task=TaskSchema(name="t", format="auto"), config=LENIENT
+    )
     report = validate_file(landing)
     assert [bad.row for bad in report.bad_rows] == [1, 2, 3, 4, 5, 6]
     assert [bad.problems[0].why for bad in report.bad_rows] == [
@@ -541,7 +552,7 @@ def test_pairs_that_teach_nothing_are_bad_rows(tmp_path: Path) -> None:
 
     pandas_lines(rows(make), tmp_path / "rows.jsonl")
     task = TaskSchema(name="t", format="auto")
-    report = validate_file(Landing(source=tmp_path / "rows.jsonl", task=task, config=LENIENT))
+    report = validate_file(Landing(sources=files_at(tmp_path / "rows.jsonl"), task=task, config=LENIENT))
     assert [(bad.row, bad.problems[0].why) for bad in report.bad_rows] == [
         (4, "both answers are the same"),
         (8, "chosen and rejected differ before their last message"),
@@ -583,7 +594,7 @@ def test_a_chat_task_that_is_known_takes_both_forms_of_a_chat(tmp_path: Path) ->
 
 def checked(content: str, path: Path, task: TaskSchema, **landing: Any) -> Any:
     path.write_text(content)
-    return validate_file(Landing(source=path, task=task, config=DataConfig(), **landing))
+    return validate_file(Landing(sources=files_at(path), task=task, config=DataConfig(), **landing))
 
 
 @pytest.mark.parametrize("header", [",body,team", "body,team,"])
@@ -641,7 +652,7 @@ def test_a_refusal_names_what_helps(tmp_path: Path) -> None:
     assert "raise data.max_text_chars" in str(checked(long, tmp_path / "a.jsonl", TaskSchema(name="t")).refusal)
     path = tmp_path / "b.csv"
     path.write_bytes(b"text,label\n" + "".join(f"Grüße {n},a\n" for n in range(NUM_ROWS)).encode("cp1252"))
-    report = validate_file(Landing(source=path, task=TaskSchema(name="t"), config=DataConfig()))
+    report = validate_file(Landing(sources=files_at(path), task=TaskSchema(name="t"), config=DataConfig()))
     assert "iconv -f CP1252" in str(report.refusal)
 
 
@@ -654,5 +665,5 @@ def test_preferences_may_have_a_category(tmp_path: Path) -> None:
 def test_bad_rows_of_both_files_are_shown(tmp_path: Path) -> None:
     (tmp_path / "te.csv").write_text("text,label\n" + "".join(f"t {n},a\n" for n in range(99)) + ",a\n" * 21)
     good = "text,label\n" + "".join(f"x {n},a\n" for n in range(99)) + ",a\n"
-    report = checked(good, tmp_path / "tr.csv", TaskSchema(name="t"), test_source=tmp_path / "te.csv")
+    report = checked(good, tmp_path / "tr.csv", TaskSchema(name="t"), test_sources=files_at(tmp_path / "te.csv"))
     assert {bad.file for bad in report.bad_rows} == {"te.csv", "tr.csv"} and len(report.bad_rows) == 21

@@ -14,6 +14,7 @@ import pytest
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, ValidationReport, validate_file
 from deal_core.data.schema import TaskSchema
+from deal_core.data.source_files import files_at
 from deal_core.errors import DataValidationError
 
 AUTO = TaskSchema(name="t", format="auto")
@@ -29,7 +30,7 @@ def checked(path: Path, content: Sequence[dict[str, Any]], task: TaskSchema = AU
         path.write_text("\n".join(lines) + "\n")
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    return validate_file(Landing(source=path, task=task, config=DataConfig(max_bad_share=1.0)))
+    return validate_file(Landing(sources=files_at(path), task=task, config=DataConfig(max_bad_share=1.0)))
 
 
 def rated(*labels: object) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from deal_core.errors import StoreError
 from infra.store import base
 from infra.store.base import UnusableObjectError
 from infra.store.local import FileStore, open_store
-from tasks.data_files import local_file
+from tasks.data_files import local_files
 
 
 def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_link_in_a_store_does_not_leave_its_top_folder(tmp_path: Path, caplog:
     for key in (*(f"inbox/t/{name}.csv" for name in out), "inbox/folder/secret.csv"):
         with pytest.raises(UnusableObjectError, match=r"a link that leads out of inbox/; put the file there"):
             store.get_bytes(key)
-        with pytest.raises(UnusableObjectError), local_file(store, store.uri_of(key)):
+        with pytest.raises(UnusableObjectError), local_files(store, store.uri_of(key)):
             pass
 
 
