@@ -9,6 +9,8 @@ from contextlib import suppress
 from datetime import datetime
 from typing import NamedTuple
 
+from pydantic import Field
+
 from deal_core.data.reading.readers import count_rows
 from deal_core.errors import DataValidationError, StoreError
 from infra.store import keys
@@ -16,7 +18,7 @@ from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.stored import Stored, read_stored, write_stored
 from infra.tracking.database import open_reader
 from tasks.batches import Batch, read_batches
-from tasks.data_files import local_file
+from tasks.data_files import local_files
 from tasks.inbox import InboxLook, InboxState
 from tasks.lineage.retrain import Waiting, WaitingFile, when_to_train
 from tasks.lineage.settings import WatchedLineage
@@ -87,10 +89,10 @@ def plan(
     num_rows, waiting, new = _count(store, inbox, files), [], []
     for batch in batches:
         own = [info for info in files if batch.has(info)]
-        waiting += [_describe(lineage, batch.task, own, num_rows, is_due=True, why="They are learned together now")]
+        waiting += [_describe(lineage, batch.task, own, num_rows, is_due=True, why="Learned together now")]
         behind = by_task.pop(batch.task, [])
         if behind:
-            why = "They wait for the end of the files before them"
+            why = "An earlier batch of the task must end first"
             waiting += [_describe(lineage, batch.task, behind, num_rows, is_due=False, why=why)]
     for task, infos in by_task.items():
         # What cannot be counted is due at once, alone, so that it is refused and holds up nothing.
@@ -150,7 +152,7 @@ def spent_hours(lineage: WatchedLineage, now: datetime) -> float:
 class RowCounts(Stored):
     """The numbers of rows of a task's files in the inbox, so that no file is read twice to be counted."""
 
-    files: dict[str, tuple[str, int]] = {}
+    files: dict[str, tuple[str, int]] = Field(default_factory=dict)
     """ETag and number of rows by key; 0 if the file cannot be read or has no row."""
 
 
@@ -188,7 +190,7 @@ def _count_of(store: ObjectStore, task: str, files: Sequence[ObjectInfo], presen
 
 def _rows_of(store: ObjectStore, key: str) -> int:
     try:
-        with local_file(store, store.uri_of(key)) as path:
-            return count_rows(path)
+        with local_files(store, store.uri_of(key)) as files:
+            return sum(count_rows(file.path) for file in files)
     except DataValidationError:
         return 0

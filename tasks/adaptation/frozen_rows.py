@@ -21,7 +21,7 @@ from deal_core.evaluation.answering import ServedTask
 from deal_core.schema_version import require_schema_version
 from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
-from infra.store.keys import TEST_FILE
+from infra.store.keys import TEST_FILE, TRAIN_FILE
 from infra.store.stored import reading_stored
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.tombstones import forgotten_tests, require_test_rows
@@ -75,21 +75,37 @@ def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
     )
 
 
-def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:
+def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str], *, file: str = TEST_FILE) -> pa.Table:
     """Read columns of a dataset's test rows. REFERENCES and REJECTED are left out where the file does not have them.
+
+    `file` is TRAIN_FILE for the training rows, which have the same columns.
 
     Raises:
         ObjectNotFoundError: The file is missing.
         ValueError: The file is damaged.
     """
     with temporary_folder() as temporary:
-        path = temporary / TEST_FILE
-        store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
+        path = temporary / file
+        store.download_file(f"{dataset_uri}/{file}", path)
         try:
             absent = {REFERENCES.name, REJECTED.name} - set(pq.read_schema(path, memory_map=False).names)
             return pq.read_table(path, memory_map=False, columns=[name for name in columns if name not in absent])
         except (pa.ArrowException, OSError) as error:
             raise ValueError(str(error)) from None
+
+
+def arrival_rows(store: ObjectStore, known: KnownTask, dataset_uri: str, max_rows: int) -> TestSet:
+    """Load the training rows of an arrival of a known task, at most `max_rows` of them, as rows that are asked."""
+    from datasets import Dataset
+
+    columns = (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)
+    rows = Dataset(read_test_rows(store, dataset_uri, columns, file=TRAIN_FILE))
+    return TestSet(
+        schema=known.schema,
+        rows=first_rows(rows, max_rows),
+        max_prompt_tokens=known.max_prompt_tokens,
+        max_new_tokens=known.max_new_tokens,
+    )
 
 
 def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[TestSet]:

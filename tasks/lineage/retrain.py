@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, model_validator
 
 from deal_core.limits import Count, Flag, Positive, ShareAboveZero
 
@@ -87,6 +87,10 @@ class RetrainPolicy(BaseModel, frozen=True, extra="forbid"):
         """The time zone."""
         return ZoneInfo(self.timezone)
 
+    def skips(self, accuracy: float, *, brings_labels: bool) -> bool:
+        """Return whether there is nothing to learn from an arrival whose rows the champion answers so well."""
+        return self.skip_if_accuracy is not None and accuracy >= self.skip_if_accuracy and not brings_labels
+
     def month_of(self, now: datetime) -> tuple[datetime, datetime]:
         """Return the beginning of the calendar month and of the next one."""
         first = now.astimezone(self.zone).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
@@ -102,6 +106,10 @@ class RetrainPolicy(BaseModel, frozen=True, extra="forbid"):
         assert self.cron is not None, "a schedule has a cron expression"
         following = now.astimezone(self.zone).replace(microsecond=0) + timedelta(seconds=1)
         return next(CronSim(self.cron, following, reverse=True))
+
+
+AT_ONCE = RetrainPolicy()
+"""Nothing waits, and nothing is skipped."""
 
 
 class WaitingFile(NamedTuple):
@@ -167,7 +175,7 @@ def when_to_train(
     is_met, why, until = _conditions(policy, files, since.astimezone(policy.zone), now)
     is_asked_for = any(file.is_asked_for for file in files)
     if is_asked_for:
-        is_met, why = True, "A person has asked for it"
+        is_met, why = True, "A person has asked for this"
     elif is_met and policy.budget_hours is not None and (spent := spent_hours()) >= policy.budget_hours:
         _, until = policy.month_of(now)
         is_met, why = False, f"{spent:.1f} of the {policy.budget_hours:g} training hours of this month are used"
@@ -188,18 +196,24 @@ def _conditions(
     """Whether schedule, rows and waiting time let a task be trained; why; and when they will if nothing else lands."""
     latest = None if policy.max_wait_days is None else since + timedelta(days=policy.max_wait_days)
     if latest is not None and now >= latest:
-        return True, f"It has waited for {policy.max_wait_days:g} days", None
+        return True, f"The longest wait of {policy.max_wait_days:g} days is over", None
     wanted, num_rows = policy.min_rows or 0, sum(file.num_rows for file in files)
     counted = f"{num_rows} of {wanted} rows have landed"
     if policy.when == "arrival":
-        return num_rows >= wanted, counted if wanted else "It has landed", latest
+        return num_rows >= wanted, counted if wanted else "This has landed", latest
     # What landed after the schedule's last time waits for the next one, also if that makes the rows enough.
     last, following = policy.last_time(now), policy.next_time(now)
     in_time = [file.num_rows for file in files if file.landed <= last]
     if in_time and sum(in_time) >= wanted:
-        return True, f"Its time was {_said(last)}", None
+        return True, f"The schedule's time was {_said(last)}", None
     if num_rows >= wanted:
-        return False, "It waits for the schedule", following if latest is None else min(following, latest)
+        return (
+            False,
+            f"{counted}; the schedule is next on {_said(following)}"
+            if wanted
+            else f"The schedule is next on {_said(following)}",
+            following if latest is None else min(following, latest),
+        )
     return False, f"{counted}; the schedule looks again on {_said(following)}", latest
 
 
