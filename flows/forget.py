@@ -10,7 +10,7 @@ from prefect import flow
 from pydantic import BaseModel
 
 from flows.lock import lock_lineage
-from infra.store.keys import parse_dataset_file
+from infra.store.keys import parse_dataset_file, top_of
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
@@ -71,8 +71,8 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
             if set(_affected(plan)) <= set(held):
                 versions = [f"{each.lineage}/{each.version}" for each in plan.learned]
                 put_tombstone(store, tombstone := _tombstone(plan, reason, versions))
-                keys = {each.address for each in plan.held if each.kind == "inbox file"} | {arrival.key}
-                silence_watches(store, {key for key in keys if key}, f"Its rows were {tombstone.said}.")
+                landed = {top_of(each.address) for each in plan.held if each.kind == "inbox file"} | {arrival.key}
+                silence_watches(store, {key for key in landed if key}, f"Its rows were {tombstone.said}.")
                 forget_held(store, ArtifactRemover(tracker), plan, registry)
                 return ForgetResult(plan=plan, tombstone=tombstone)
 

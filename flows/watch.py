@@ -1,4 +1,4 @@
-"""Files that land in the inbox are adapted one after another, oldest first, each content once.
+"""Files and folders that land in the inbox are adapted one after another, oldest first, each content once.
 
 A command runs `watch`. On a Prefect server, `watch_inbox` and `flows.retrain` announce files, and each announcement
 starts `adapt_landed`. The section `retrain` of a lineage's file says what has to wait; see `tasks.waiting`.
@@ -28,8 +28,9 @@ from deal_core.errors import (
 from deal_core.safe_text import listed
 from flows.adapt import AdaptResult, adapt_locked
 from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
+from infra.settings import InboxSettings
 from infra.store.base import ObjectInfo, ObjectStore
-from infra.store.keys import INBOX, task_of
+from infra.store.keys import INBOX, SUCCESS_FILE, task_of
 from infra.store.s3 import open_landing_queue
 from tasks import arrival_runs, batches
 from tasks.context import current_store
@@ -39,10 +40,12 @@ from tasks.inbox import (
     KnownStates,
     Outcome,
     TestFiles,
+    find_landed,
     look,
     read_state,
     settle,
     task_spec,
+    waits_for_quiet,
     write_state,
 )
 from tasks.lineage.settings import WatchedLineage, list_lineages, read_lineage, why_held
@@ -150,10 +153,10 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0, now: datetime 
     is_rerun = (runtime.flow_run.run_count or 1) > 1
     worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun, now=now)
     try:
-        while await worker.handle_open() or worker.num_left:
+        while await worker.handle_open() or worker.num_left > worker.num_quiet:  # those are announced in their time
             if is_stopped() or worker.is_held():
                 break
-            if worker.num_left:
+            if worker.num_left > worker.num_quiet:
                 await asyncio.sleep(settle_seconds)
     except LineageBusyError as busy:
         reporter().said(f"{busy} Landed files are learned afterwards.")
@@ -179,13 +182,16 @@ class InboxWorker:
     files: list[Seen] = field(default_factory=list)
     runs: list[AdaptResult] = field(default_factory=list)
     num_left: int = 0
-    """Open files that the last look did not handle: incomplete files, what is due after the first batch, and all others
-    after a request to stop. Files that wait by the settings `retrain` do not count."""
+    """Open arrivals that the last look did not handle: incomplete ones, what is due after the first batch, and all others
+    after a request to stop. Those that wait by the settings `retrain` do not count."""
+    num_quiet: int = 0
+    """Those of them that are folders without a file `_SUCCESS` and are complete when they have not changed for long."""
     _stamps: Stamps = field(default_factory=dict)
     _test_files: TestFiles = field(default_factory=dict)
     _states: KnownStates = field(default_factory=KnownStates)
     _has_looked: bool = False
     _told: list[str] = field(default_factory=list)
+    _said: set[str] = field(default_factory=set)
 
     async def handle_open(self) -> int:
         """Look at the inbox and adapt to what is due and complete, oldest first. Return the number of its files.
@@ -206,6 +212,7 @@ class InboxWorker:
         found = plan(self.store, self.spec, inbox, state, settled, self.now or datetime.now(UTC))
         self._tell(found)
         self.num_left = len(found.files) + len(growing)
+        self._say_what_waits(growing)
         if found.due:
             async with lock_lineage(self.spec.lineage, wait=self.wait):
                 held = await self._hold_cancelled(inbox, found.files)
@@ -228,6 +235,17 @@ class InboxWorker:
             if line not in self._told:
                 reporter().said(line)
         self._told = waiting
+
+    def _say_what_waits(self, growing: Sequence[ObjectInfo]) -> None:
+        """Count the folders without a mark, and say once for each why it is not learned yet."""
+        quiet = {info.key: info for info in growing if waits_for_quiet(info)}
+        self.num_quiet = len(quiet)
+        for key in quiet.keys() - self._said:
+            reporter().said(
+                f"{key.removeprefix(INBOX + '/')} has no file {SUCCESS_FILE}; it is learned when nothing in it has "
+                f"changed for {InboxSettings().inbox_settle_seconds:g} seconds."
+            )
+        self._said |= quiet.keys()
 
     @property
     def _retries(self) -> bool:
@@ -254,7 +272,7 @@ class InboxWorker:
         """Adapt to an arrival. False: a file has changed since the look, so it may still be written; look again."""
         store, lineage, files, now = self.store, self.spec.lineage, due.files, datetime.now(UTC)
         for info in files:
-            present = store.find(info.key)
+            present = find_landed(store, info.key)
             if present is None or present.etag != info.etag:
                 return False
         beside, state = inbox.stamp(files[0]), read_state(store, lineage)

@@ -90,6 +90,13 @@ class LandingSettings(StoreSettings):
     """Address of the SQS queue of the bucket's events (DEAL_LANDING_QUEUE_URL)."""
 
 
+class InboxSettings(_Settings):
+    """When a folder in the inbox is complete."""
+
+    inbox_settle_seconds: float = Field(default=300.0, ge=0.0)
+    """Time without a change after which a folder without a file _SUCCESS is complete (DEAL_INBOX_SETTLE_SECONDS)."""
+
+
 class NoticeSettings(_Settings):
     """Receivers of notices about adaptations, in addition to the Prefect server."""
 

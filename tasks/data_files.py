@@ -15,11 +15,12 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
-from deal_core.data.source_files import SourceFile, SourceFiles, files_at, is_read, name_of
+from deal_core.data.source_files import SourceFile, SourceFiles, files_at, name_of
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.safe_text import listed, without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import ObjectStore, temporary_folder
+from infra.store.keys import is_read
 from infra.store.local import FileStore, open_store
 
 HUB_FILES = (
@@ -158,7 +159,7 @@ def _from_store(store: ObjectStore, address: str, new_folder: NewFolder) -> Sour
         copy = new_folder() / found[1].shown
         store.download_folder(found[0], copy)  # no link of a folder store leads out of a copy
         return _from_path(copy, new_folder)
-    if found is None and (not address or address.endswith("/") or has_magic(address)):
+    if found is None and not is_file and (not address or address.endswith("/") or has_magic(address)):
         raise DataValidationError(f"{store.uri.rstrip('/')}/{address} has no file of rows; {NOT_READ}")
     folder, files = found or (address.rpartition("/")[0], _Found("", [address.rpartition("/")[2]]))
     if isinstance(store, FileStore):

@@ -1,14 +1,16 @@
-"""The inbox: the files that have landed, and the state of each for a lineage's watch.
+"""The inbox: the arrivals that have landed, and the state of each for a lineage's watch.
 
-A file at inbox/TASK/FILE is an arrival. The task file `inbox/TASK/task.yaml` and the file of test rows that it names
-are companions: they belong to the task's arrivals.
+A file at inbox/TASK/FILE is an arrival, and so is a folder at inbox/TASK/FOLDER with all its files. The task file
+`inbox/TASK/task.yaml` and the file or folder of test rows that it names are companions: they belong to the task's
+arrivals.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
@@ -18,9 +20,10 @@ from pydantic import BaseModel, Field, field_validator
 
 from deal_core.errors import ConfigError, StoreError
 from deal_core.yaml_file import MAX_BYTES, read_yaml, yaml_mapping
+from infra.settings import InboxSettings
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
-from infra.store.keys import INBOX, TASK_FILE, task_file_of, task_of
+from infra.store.keys import INBOX, SUCCESS_FILE, TASK_FILE, task_file_of, task_of
 from infra.store.stored import Stored, read_stored, write_stored
 from tasks.spec import TaskFields, TaskSpec, parse, reading_the_task
 
@@ -130,7 +133,7 @@ class InboxState(Stored):
 
     def gone(self, store: ObjectStore) -> list[str]:
         """Return the keys of files that are gone and whose notes have no version. Others name the arrival."""
-        return [key for key, note in self.files.items() if note.version is None and not store.exists(key)]
+        return [key for key, note in self.files.items() if note.version is None and not find_landed(store, key)]
 
 
 def read_state(store: ObjectStore, lineage: str) -> InboxState:
@@ -172,22 +175,80 @@ def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
     write_stored(store, keys.watch_key(lineage), state)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LandedFolder(ObjectInfo):
+    """A folder that landed as one arrival. Its ETag is a digest of its files' keys and ETags."""
+
+    files: tuple[ObjectInfo, ...]
+    """The files with its rows, in the order of their keys."""
+    is_marked: bool
+    """Whether a file `_SUCCESS` says that the folder is complete."""
+
+    @classmethod
+    def of(cls, key: str, files: Sequence[ObjectInfo], *, is_marked: bool) -> LandedFolder:
+        """Return the folder of these files."""
+        lines = "".join(f"{info.key}\n{info.etag}\n" for info in files)
+        return cls(
+            key=key,
+            size=sum(info.size for info in files),
+            etag=hashlib.sha256(lines.encode()).hexdigest()[:32],
+            modified=max(info.modified for info in files),
+            landed=max(info.landed or info.modified for info in files),
+            files=tuple(files),
+            is_marked=is_marked,
+        )
+
+
+def waits_for_quiet(info: ObjectInfo) -> bool:
+    """Return whether an arrival is complete only when nothing has changed for some time: a folder without a mark."""
+    return isinstance(info, LandedFolder) and not info.is_marked
+
+
+def files_of(info: ObjectInfo) -> tuple[ObjectInfo, ...]:
+    """Return the files with an arrival's rows."""
+    return info.files if isinstance(info, LandedFolder) else (info,)
+
+
 def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> list[ObjectInfo]:
     """Return the arrivals in a listing of the inbox, oldest first. `companions` are the keys of the test rows."""
-    skipped = set(companions)
-    arrivals = [info for info in listing if keys.is_arrival(info.key) and info.key not in skipped]
+    skipped = {keys.top_of(key) for key in companions}
+    arrivals: list[ObjectInfo] = []
+    folders: dict[str, list[ObjectInfo]] = defaultdict(list)
+    marked = set()
+    for info in listing:
+        arrival = keys.arrival_of(info.key)
+        if keys.file_name(info.key) == SUCCESS_FILE:
+            marked.add(info.key.removesuffix(f"/{SUCCESS_FILE}"))
+        if arrival is None or arrival in skipped:
+            continue
+        if arrival == info.key:
+            arrivals.append(info)
+        else:
+            folders[arrival].append(info)
+    arrivals += [LandedFolder.of(key, files, is_marked=key in marked) for key, files in folders.items()]
     return sorted(arrivals, key=lambda info: (info.modified, info.key))
 
 
-def _misplacement(key: str) -> str | None:
+def find_landed(store: ObjectStore, key: str) -> ObjectInfo | None:
+    """Return the file or the folder that has landed under a key; None: nothing has."""
+    return store.find(key) or next(iter(list_arrivals(store.list(key))), None)
+
+
+def _is_beside(key: str, companions: Collection[str]) -> bool:
+    """Whether a file is a companion or lies in a folder that is one."""
+    return any(key == companion or key.startswith(f"{companion}/") for companion in companions)
+
+
+def _misplacement(key: str, companions: Collection[str]) -> str | None:
     """Why a key is in a wrong folder, and the remedy; None: it is not. Hidden files and task files do not count."""
     folder, *names = key.split("/")
-    if len(names) == 2 or names[-1] == TASK_FILE or any(name.startswith(".") for name in names):
+    if names[-1] == TASK_FILE or any(name.startswith(".") for name in names) or _is_beside(key, companions):
         return None
     if len(names) == 1:
         return f"is not in a task's folder; move it to {folder}/TASK/{names[0]}"
-    moved = f"{folder}/{names[0]}/{'-'.join(names[1:])}"
-    return f"is in a subfolder of its task's folder, and subfolders are not read; move it to {moved}"
+    if len(names) > 2 and keys.top_of(key) in map(keys.top_of, companions):
+        return "is in a folder with the task's test rows, which is no arrival; move it to a folder of its own"
+    return None
 
 
 class Beside(NamedTuple):
@@ -201,7 +262,7 @@ def _list_beside(listing: Iterable[ObjectInfo], companions: Collection[str]) -> 
     """The companions of every task with a task file. `companions` are the keys of the test rows."""
     found: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in sorted(listing, key=lambda info: info.key):
-        if info.key in companions or info.key == task_file_of(info.key):
+        if _is_beside(info.key, companions) or info.key == task_file_of(info.key):
             found[task_of(info.key)].append(info)
     return {
         task: Beside(" ".join(info.etag for info in infos), max(info.modified for info in infos))
@@ -213,7 +274,7 @@ class TaskFile(TaskFields):
     """`inbox/TASK/task.yaml`: settings of a task, which can be there before its first arrival."""
 
     test_data: str | None = None
-    """Name of the file with the test rows, in the same folder."""
+    """Name of the file or folder with the test rows, in the same folder."""
 
     @field_validator("test_data")
     @classmethod
@@ -269,7 +330,7 @@ def look(store: ObjectStore, test_files: TestFiles | None = None) -> InboxLook:
     known.clear()
     known.update(found)
     companions = {key for key in found.values() if key}
-    problems = ((info.key, _misplacement(info.key)) for info in listing if info.key not in companions)
+    problems = ((info.key, _misplacement(info.key, companions)) for info in listing)
     misplaced = {key: problem for key, problem in problems if problem is not None}
     for key, problem in misplaced.items():
         store.warn_once(key, f"Skipped {key!r}: it {problem}.")
@@ -277,7 +338,7 @@ def look(store: ObjectStore, test_files: TestFiles | None = None) -> InboxLook:
 
 
 class Settled(NamedTuple):
-    """A lineage's open arrivals: complete files, oldest first, and files that may still be written."""
+    """A lineage's open arrivals: complete ones, oldest first, and those that may still be written."""
 
     complete: list[ObjectInfo]
     growing: list[ObjectInfo]
@@ -294,18 +355,22 @@ def settle(
 ) -> Settled:
     """Return the arrivals of a look that a lineage has to handle. Without tasks, all tasks count.
 
-    A file is complete if it and its companions have not changed since the previous look, or for `settle_seconds`.
-    `stamps` has the stamps of the previous look by key; the call replaces them. For `retry_now` see
-    `InboxState.is_open`.
+    A file is complete if it and its companions have not changed since the previous look, or for `settle_seconds`. So is
+    a folder with a file `_SUCCESS`. Another folder is complete if it has not changed for DEAL_INBOX_SETTLE_SECONDS,
+    because the pause between two of its files may be longer than that between two looks. `stamps` has the stamps of the
+    previous look by key; the call replaces them. For `retry_now` see `InboxState.is_open`.
     """
     found, now, seen = Settled([], []), datetime.now(UTC), dict(stamps)
+    quiet_seconds = InboxSettings().inbox_settle_seconds
     stamps.clear()
     for info in inbox.open_for(state, tasks, retry_now=retry_now):
         beside = inbox.beside.get(task_of(info.key))
-        changed = max(info.modified, beside.modified) if beside else info.modified
+        waits = waits_for_quiet(info)
+        changed = (info.landed if waits else None) or info.modified
+        changed = max(changed, beside.modified) if beside else changed
         stamps[info.key] = f"{info.etag} {inbox.stamp(info)}".strip()
-        is_old = now - changed.astimezone(UTC) >= timedelta(seconds=settle_seconds)
-        is_same = seen.get(info.key) == stamps[info.key]
+        is_old = now - changed.astimezone(UTC) >= timedelta(seconds=quiet_seconds if waits else settle_seconds)
+        is_same = not waits and seen.get(info.key) == stamps[info.key]
         (found.complete if is_old or is_same else found.growing).append(info)
     return found
 

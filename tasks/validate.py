@@ -140,11 +140,12 @@ def validate(
     task_file = task_file_beside(file) if spec is None and task is None else None
     if task_file is not None:
         read = read.model_copy(update={"task": task_from_file(task_file, file)})
-    test_data = test_data or read.task.test_data
     champion = known_champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     read = with_memory_of(read, record)
-    arrival = Arrival(task=read.task.name, data=file, test_data=test_data, given=read.task.given())
+    arrival = Arrival(
+        task=read.task.name, data=file, test_data=test_data or read.task.test_data, given=read.task.given()
+    )
     schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
         kept = _TrainingRows()

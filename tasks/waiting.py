@@ -19,7 +19,7 @@ from infra.store.stored import Stored, read_stored, write_stored
 from infra.tracking.database import open_reader
 from tasks.batches import Batch, read_batches
 from tasks.data_files import local_files
-from tasks.inbox import InboxLook, InboxState
+from tasks.inbox import InboxLook, InboxState, files_of
 from tasks.lineage.retrain import Waiting, WaitingFile, when_to_train
 from tasks.lineage.settings import WatchedLineage
 
@@ -33,7 +33,7 @@ class Due(NamedTuple):
     """An arrival that a lineage has to learn now."""
 
     files: tuple[ObjectInfo, ...]
-    """Oldest first."""
+    """Files and folders, oldest first."""
     batch: Batch | None = None
     """The open batch that the files are of; None: there is none yet."""
     is_fixed: bool = False
@@ -101,7 +101,10 @@ def plan(
         decided = when_to_train(
             lineage.retrain,
             task,
-            [WaitingFile(info.landed, num_rows[info.key], state.requeued(info) is not None) for info in countable],
+            [
+                WaitingFile(_landed(info), num_rows[info.key], len(files_of(info)), state.requeued(info) is not None)
+                for info in countable
+            ],
             now=now,
             spent_hours=lambda: spent_hours(lineage, now),
         )
@@ -119,6 +122,10 @@ def _due_of(batch: Batch, files: Sequence[ObjectInfo]) -> list[Due]:
     return [Due(own, batch)] if len(own) == len(batch.files) else []
 
 
+def _landed(info: ObjectInfo) -> datetime:
+    return info.landed or info.modified
+
+
 def _describe(
     lineage: WatchedLineage,
     task: str,
@@ -130,9 +137,9 @@ def _describe(
 ) -> Waiting:
     return Waiting(
         task=task,
-        num_files=len(files),
+        num_files=sum(len(files_of(info)) for info in files),
         num_rows=sum(num_rows[info.key] for info in files),
-        since=min(info.landed for info in files).astimezone(lineage.retrain.zone),
+        since=min(map(_landed, files)).astimezone(lineage.retrain.zone),
         is_due=is_due,
         why=why,
     )

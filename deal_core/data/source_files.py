@@ -40,14 +40,6 @@ def name_of(files: Sequence[SourceFile]) -> str:
     return folders.pop() if len(folders) == 1 and "" not in folders else f"{first} and {len(files) - 1} more"
 
 
-def is_read(name: str) -> bool:
-    """Return whether a file in a folder is read: its name and its subfolders' names do not begin with `.` or `_`.
-
-    Engines that write folders use such names for their own notes, such as `_SUCCESS` and `_committed_1`.
-    """
-    return not any(part.startswith((".", "_")) for part in name.split("/"))
-
-
 def digests_of(files: Sequence[SourceFile]) -> tuple[str, ...]:
     """Return the SHA-256 of the bytes of each file, each digest once.
 

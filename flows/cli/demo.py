@@ -142,7 +142,7 @@ def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult
 def _files_of(spec: AdaptSpec) -> dict[str, bytes]:
     """An example's files by key, in the order in which a user would put them: first the task file, last the rows."""
     folder = f"{INBOX}/{spec.task.name}"
-    data, test_data = Path(spec.task.data), spec.task.test_data and Path(spec.task.test_data)
+    data, test_data = Path(str(spec.task.data)), spec.task.test_data and Path(str(spec.task.test_data))
     fields = TaskFields(**spec.task.given()).model_dump(mode="json", exclude_unset=True)
     files = {}
     if test_data:

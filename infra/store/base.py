@@ -50,15 +50,11 @@ class ObjectInfo:
     size: int
     etag: str
     modified: datetime
-    changed: datetime | None = None
-    """When the object came to lie there, if that may be later than `modified`: a copy may keep its original's time."""
+    landed: datetime | None = None
+    """When the content came into a folder store, which a copy that keeps times does not hide. None: `modified` says it.
+    """
     problem: str | None = None
     """Why the store does not read the object; None: it can be read."""
-
-    @property
-    def landed(self) -> datetime:
-        """When this content came to lie under this key."""
-        return self.modified if self.changed is None else max(self.modified, self.changed)
 
 
 def check_key(key: str) -> str:

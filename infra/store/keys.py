@@ -1,8 +1,10 @@
 """The keys of the object store. Every key is built and parsed in this file.
 
     inbox/TASK/FILE                           a file that landed; task.yaml describes the task
+    inbox/TASK/FOLDER/FILE                    a file of a folder that landed
     datasets/TASK/SHA256/LINEAGE/SCHEMA/FILE  the checked rows of an arrival, and their manifest
     quarantine/TASK/SHA256/FILES.jsonl        the bad rows of an arrival
+    quarantine/TASK/SHA256/FILES.files.json   the digests of its files, if it was refused and has several
     adapters/LINEAGE/RUN/FILE                 the adapter of a version, its record and its findings
     ledger/LINEAGE/SHA256.json                which version learned a dataset
     versions/LINEAGE/NUMBER.json              a copy of a version's entry in the registry
@@ -46,6 +48,10 @@ PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
 TASK_FILE = "task.yaml"
+REFUSED_FILES = ".files.json"
+"""End of the key of `refused_files_key`."""
+SUCCESS_FILE = "_SUCCESS"
+"""The file by which an engine says that a folder is complete."""
 MANIFEST_FILE = "manifest.json"
 TRAIN_FILE = "train.parquet"
 TEST_FILE = "test.parquet"
@@ -113,6 +119,11 @@ def quarantine_key(task: str, sha256: str, files: Sequence[str]) -> str:
     return f"{quarantine_folder(task, sha256)}/{name}.jsonl"
 
 
+def refused_files_key(quarantine: str) -> str:
+    """Return the key of the digests of a refused arrival's files, from the key of its bad rows."""
+    return f"{quarantine.removesuffix('.jsonl')}{REFUSED_FILES}"
+
+
 def task_and_digest(key: str) -> tuple[str, str]:
     """Return the task and the digest of a key in `datasets/` or `quarantine/`."""
     _, task, sha256, *_ = key.split("/")
@@ -171,10 +182,33 @@ def task_file_of(key: str) -> str:
     return f"{inbox_folder(task_of(key))}/{TASK_FILE}"
 
 
-def is_arrival(key: str) -> bool:
-    """Return whether a file of the inbox is to be learned: it is in a task's folder, not hidden, and no task file."""
-    parts = key.split("/")
-    return len(parts) == 3 and parts[2] != TASK_FILE and not parts[2].startswith(".")
+def top_of(key: str) -> str:
+    """Return the file or folder in a task's folder of the inbox to which a key belongs."""
+    return "/".join(key.split("/")[:3])
+
+
+def is_read(name: str) -> bool:
+    """Return whether a file in a folder is read: its name and its subfolders' names do not begin with `.` or `_`.
+
+    Engines that write folders use such names for their own notes, such as `_SUCCESS` and `_committed_1`.
+    """
+    return not any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def arrival_of(key: str) -> str | None:
+    """Return the key of the arrival that a file of the inbox belongs to; None: it is not to be learned.
+
+    A file in a task's folder is an arrival, unless it is hidden or the task file. A folder in there is one arrival with
+    all its files, except those that `is_read` leaves out.
+
+    Example:
+        >>> arrival_of("inbox/bank/may.csv"), arrival_of("inbox/bank/may/day=1/part-0.csv")
+        ('inbox/bank/may.csv', 'inbox/bank/may')
+    """
+    _, *parts = key.split("/")
+    if len(parts) == 2:
+        return None if parts[1] == TASK_FILE or parts[1].startswith(".") else key
+    return top_of(key) if len(parts) > 2 and is_read("/".join(parts[1:])) else None
 
 
 def ledger_folder(lineage: str) -> str:

@@ -215,9 +215,10 @@ def _place(part: Path, target: Path, *, if_absent: bool) -> bool:
 
 
 def _info_of(key: str, status: os.stat_result, problem: str | None = None) -> ObjectInfo:
-    modified, changed = (datetime.fromtimestamp(time, UTC) for time in (status.st_mtime, status.st_ctime))
+    modified = datetime.fromtimestamp(status.st_mtime, UTC)
     etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"  # no inode: a copy of a home is the same home
-    return ObjectInfo(key=key, size=status.st_size, etag=etag, modified=modified, changed=changed, problem=problem)
+    landed = datetime.fromtimestamp(status.st_ctime, UTC)
+    return ObjectInfo(key=key, size=status.st_size, etag=etag, modified=modified, landed=landed, problem=problem)
 
 
 def _copy(reader: io.BufferedIOBase, target: Path) -> None:

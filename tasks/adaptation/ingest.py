@@ -177,10 +177,14 @@ def ingest_arrival(
             manifest = build_dataset(landing, folder)
         except ArrivalRefusedError as error:
             # named by the digest of the first file: all datasets without a good row have the same digest
-            files = error.report.manifest.files
-            kept = _publish_quarantine(store, folder, arrival.task, files[0], files)
+            refused = error.report.manifest
+            kept = _publish_quarantine(store, folder, arrival.task, refused.files[0], refused.files)
+            if kept and refused.num_training_files > 1:  # `deal forget` may be given any of its files
+                digests = json.dumps(refused.training_files).encode()
+                store.put_bytes(keys.refused_files_key(kept), digests)
             if not again:
-                _withdraw_if_forgotten(store, arrival.task, files, [kept] if kept else [])
+                places = [kept, keys.refused_files_key(kept)] if kept else []
+                _withdraw_if_forgotten(store, arrival.task, refused.files, places)
             message = str(error).replace(str(folder / QUARANTINE_FILE), store.uri_of(kept) if kept else "")
             raise ArrivalRefusedError(message, error.report) from None
         if not again:

@@ -6,6 +6,7 @@ Inputs are known as digests. They name the rows of the prediction log that `deal
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from infra.tracking.registry import Registry
 from tasks.adaptation.ingest import read_manifest
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
-from tasks.inbox import list_arrivals, read_state
+from tasks.inbox import files_of, find_landed, list_arrivals, read_state
 from tasks.lineage.tombstones import find_tombstone
 
 MIN_PREFIX = 6
@@ -58,26 +59,32 @@ class KnownArrival:
         return (self.sha256, *self.splits)
 
     def inbox_files(self, store: ObjectStore, registry: Registry) -> list[ObjectInfo]:
-        """Return the arrival's files in the inbox, found by their bytes or by the state of a watch."""
+        """Return the arrival's files in the inbox, found by their bytes or by the state of a watch.
+
+        Of a folder that is the arrival they are all files, also those that are not read: engines keep rows in some.
+        """
         known = _handled(store, registry, self.task)
         handled = {(each.key, each.etag) for each in known if each.sha256 in self.sha256s}
-        listing = store.list(keys.inbox_folder(self.task))
+        listing = list(store.list(keys.inbox_folder(self.task)))
+        own = {info.key for info in list_arrivals(listing) if info.key == self.key or (info.key, info.etag) in handled}
         return [
             info
             for info in listing
             if keys.file_name(info.key) != keys.TASK_FILE
-            and (info.key == self.key or (info.key, info.etag) in handled or _digest_of(store, info.key) in self.files)
+            and (keys.top_of(info.key) in own or _sha256_of(store, info.key) in self.files)
         ]
 
 
 def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArrival:
     """Find an arrival by the digest of its dataset, the digest's first characters, or a key or uri in the inbox.
 
+    The key may be that of a file, of a folder, or of a file in a folder: its arrival is the whole folder.
+
     Raises:
         ConfigError: There is no such arrival, or several arrivals have this name.
     """
     root = store.uri.rstrip("/") + "/"
-    key = named.removeprefix(root)
+    key = named.removeprefix(root).rstrip("/")
     if key.startswith(f"{keys.INBOX}/"):
         return _by_key(store, registry, key)
     if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", named):
@@ -119,6 +126,16 @@ def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArriv
     )
 
 
+def quarantine_of(store: ObjectStore, arrival: KnownArrival) -> Iterator[ObjectInfo]:
+    """Yield the files with the arrival's bad rows, also those of refused arrivals that had one of its files."""
+    listing = list(store.list(f"{keys.QUARANTINE}/{arrival.task}"))
+    own = {*arrival.sha256s, *arrival.files}
+    for info in listing:
+        if info.key.endswith(keys.REFUSED_FILES) and own & set(json.loads(store.get_bytes(info.key))):
+            own.add(keys.task_and_digest(info.key)[1])
+    yield from (info for info in listing if keys.task_and_digest(info.key)[1] in own)
+
+
 def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetManifest]]:
     """Yield the digest and the manifest of every dataset of a task, once for each lineage with the dataset."""
     for info in store.list(f"{keys.DATASETS}/{task}"):
@@ -129,24 +146,27 @@ def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetMa
 
 def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
     task = keys.task_of(key)
-    landed = {_digest_of(store, key)} if store.exists(key) else set()
-    found = {sha256 for sha256, manifest in manifests_of(store, task) if landed & set(manifest.files)}
-    found |= {each.sha256 for each in _handled(store, registry, task) if each.key == key}
+    arrival = keys.arrival_of(key) or key
+    landed = _digests_below(store, key)
+    found = {
+        sha256 for sha256, manifest in manifests_of(store, task) if landed and landed.keys() <= set(manifest.files)
+    }
+    found |= {each.sha256 for each in _handled(store, registry, task) if each.key == arrival}
     if len(found) > 1 and not _is_one_arrival(store, registry, task, found):
         raise ConfigError(
             f"{key} landed as {len(found)} datasets: {', '.join(sorted(found))}; give the digest of one of them."
         )
     if found:
         known = _known(store, task, min(found), key=None)
-        if landed and known.files and not landed & set(known.files):
+        if landed and known.files and landed.keys().isdisjoint(known.files):
             raise ConfigError(
                 f"{key} has another content than the arrival {known.sha256}, which landed there before. Give this "
                 "digest to forget that arrival. The present file was not learned: delete it, if it must go."
             )
-        return _known(store, task, min(found), key=key)
+        return _known(store, task, min(found), key=arrival)
     if not landed:
         raise ConfigError(f"There is no {store.uri_of(key)}, and no watch has handled one; check the key.")
-    return _known(store, task, landed.pop(), key=key)
+    return _known(store, task, next(iter(_digests_below(store, arrival))), key=arrival)
 
 
 def _is_one_arrival(store: ObjectStore, registry: Registry, task: str, sha256s: Collection[str]) -> bool:
@@ -163,8 +183,8 @@ def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> Kn
     files |= dict.fromkeys(tombstone.files if tombstone else ())
     if not files and any(True for _ in store.list(keys.quarantine_folder(task, sha256))):
         files = {sha256: None}  # the whole file was refused
-    if key is not None and store.exists(key):
-        files |= {_digest_of(store, key): None}
+    if key is not None:
+        files |= _digests_below(store, key)
     return KnownArrival(task=task, sha256=sha256, files=tuple(files), key=key)
 
 
@@ -198,7 +218,13 @@ def _handled(store: ObjectStore, registry: Registry, task: str) -> Iterator[_Han
                 yield _Handled(key, handled.etag, sha256_of[handled.version])
 
 
-def _digest_of(store: ObjectStore, key: str) -> str:
+def _digests_below(store: ObjectStore, key: str) -> dict[str, None]:
+    """The digests of a file, or of the files with the rows of a folder, in their order."""
+    info = find_landed(store, key)
+    return dict.fromkeys(_sha256_of(store, file.key) for file in (files_of(info) if info else ()))
+
+
+def _sha256_of(store: ObjectStore, key: str) -> str:
     with local_files(store, store.uri_of(key)) as (file,):
         return sha256_of_input(file.path)
 
@@ -210,7 +236,7 @@ class ArrivalInputs(NamedTuple):
     has_training_rows: bool
     """Whether the training rows are among them. They are deleted once they are learned, and their file may be gone.
 
-    True if the stored training rows, the file of training rows, or all files of the arrival were read.
+    True if the stored training rows, the files of training rows, or all files of the arrival were read.
     """
 
 
@@ -226,7 +252,6 @@ def arrival_inputs(
     """
     own = [manifest for sha256, manifest in manifests if sha256 in arrival.sha256s]
     schemas = {manifest.task.sha256: manifest.task for manifest in own}
-    training_files = {manifest.files[0] for manifest in own if manifest.files}
     found: set[str] = set()
     files_read: set[str] = set()
     has_training_rows = False
@@ -239,9 +264,8 @@ def arrival_inputs(
             for name, digests in _of_dataset(store, schema, sha256):
                 found |= digests
                 has_training_rows |= name == keys.TRAIN_FILE
-    has_training_rows |= bool(files_read & training_files) or (
-        bool(arrival.files) and files_read.issuperset(arrival.files)
-    )
+    ways = [arrival.files, *(manifest.training_files for manifest in own)]
+    has_training_rows |= any(files and files_read.issuperset(files) for files in ways)
     return ArrivalInputs(frozenset(found), has_training_rows)
 
 
@@ -252,8 +276,9 @@ def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
     the names of columns that the files in the inbox have.
     """
     found: set[str] = set()
-    for info in list_arrivals(store.list(keys.inbox_folder(schema.name))):
-        found |= _of_file(store, info.key, schema)[0]
+    for arrival in list_arrivals(store.list(keys.inbox_folder(schema.name))):
+        for info in files_of(arrival):
+            found |= _of_file(store, info.key, schema)[0]
     listing = store.list(f"{keys.DATASETS}/{schema.name}")
     for sha256 in {keys.dataset_sha256(info.key) for info in listing if keys.file_name(info.key) == keys.MANIFEST_FILE}:
         for _, digests in _of_dataset(store, schema, sha256):

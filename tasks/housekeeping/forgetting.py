@@ -14,14 +14,20 @@ from infra.predictions import answers_to, forget_answers
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
-from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256, quarantine_folder
+from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry
 from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, list_runs
 from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
-from tasks.housekeeping.arrivals import KnownArrival, arrival_inputs, manifests_of, with_every_split
+from tasks.housekeeping.arrivals import (
+    KnownArrival,
+    arrival_inputs,
+    manifests_of,
+    quarantine_of,
+    with_every_split,
+)
 from tasks.housekeeping.garbage import (
     find_leftovers,
     list_all_lineages,
@@ -233,7 +239,6 @@ def _stored(kind: Kind, info: ObjectInfo, version: VersionInfo | None = None) ->
 def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[RowsPlace]:
     kinds: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
     datasets = [keys.dataset_folder(arrival.task, digest) for digest in arrival.sha256s]
-    bad = [quarantine_folder(arrival.task, digest) for digest in (*arrival.sha256s, *arrival.files)]
     return [
         *(
             _stored(kinds[name], info)
@@ -241,7 +246,7 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[RowsPlace]
             for info in store.list(folder)
             if (name := keys.file_name(info.key)) in kinds
         ),
-        *(_stored("quarantine", info) for folder in bad for info in store.list(folder)),
+        *(_stored("quarantine", info) for info in quarantine_of(store, arrival)),
     ]
 
 

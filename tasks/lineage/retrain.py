@@ -113,10 +113,11 @@ AT_ONCE = RetrainPolicy()
 
 
 class WaitingFile(NamedTuple):
-    """A file that has landed and was not learned."""
+    """A file or folder that has landed and was not learned."""
 
     landed: datetime
     num_rows: int
+    num_files: int = 1
     is_asked_for: bool = False
     """Whether a person has asked for it (`deal requeue`)."""
 
@@ -181,7 +182,7 @@ def when_to_train(
         is_met, why = False, f"{spent:.1f} of the {policy.budget_hours:g} training hours of this month are used"
     return Waiting(
         task=task,
-        num_files=len(files),
+        num_files=sum(file.num_files for file in files),
         num_rows=sum(file.num_rows for file in files),
         since=since.astimezone(policy.zone),
         is_due=is_met,

@@ -118,7 +118,7 @@ def harvested_from(store: ObjectStore, answer_ids: Set[str]) -> list[str]:
     return [
         info.key
         for info in store.list(INBOX)
-        if keys.is_arrival(info.key)
+        if keys.arrival_of(info.key) == info.key
         and keys.file_name(info.key).startswith(FILE_PREFIX)
         and not answer_ids.isdisjoint(_answer_ids(store.get_bytes(info.key)))
     ]

@@ -42,6 +42,8 @@ ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes().splitlines(keepend
 BANK = (EXAMPLES / "bank" / "train.jsonl").read_bytes().splitlines(keepends=True)
 WEEKLY = {"when": "schedule", "cron": "0 2 * * 0"}
 DAY = timedelta(days=1)
+NUM_LEFT = len(ROWS) - 60
+"""Fewer than the fifty rows that a test waits for."""
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -214,13 +216,13 @@ def test_a_run_that_was_killed_learns_exactly_the_files_that_it_had_fixed(tiny_b
     kill_at_the_training()
     (batch,) = read_batches(current_store(), "l")
     assert [file.key for file in batch.files] == ["inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl"]
-    land(home, "parcels/0.jsonl", ROWS[55:], age=300)
-    assert [(each.num_rows, each.is_due) for each in waiting(home, now())] == [(55, True), (len(ROWS) - 55, False)]
+    land(home, "parcels/0.jsonl", ROWS[60:], age=300)
+    assert [(each.num_rows, each.is_due) for each in waiting(home, now())] == [(55, True), (NUM_LEFT, False)]
     assert learn(now()) == [("parcels/1.jsonl", "promoted", "1"), ("parcels/2.jsonl", "promoted", "1")]
     assert [num_read(version) for version in versions()] == [55]
     assert read_batches(current_store(), "l") == [] and learn(now()) == []
     (left,) = waiting(home, now())
-    assert (left.num_files, left.num_rows) == (1, len(ROWS) - 55), "what landed later waits for more rows"
+    assert (left.num_files, left.num_rows) == (1, NUM_LEFT), "what landed later waits for more rows"
 
 
 def kill_at_the_training() -> None:
@@ -261,7 +263,7 @@ def test_a_batch_that_failed_is_tried_again_without_what_landed_since(
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "register", fail)
         assert learn(now()) == [("parcels/1.jsonl", "failed", None)]
-    land(home, "parcels/2.jsonl", ROWS[55:])
+    land(home, "parcels/2.jsonl", ROWS[60:])
     monkeypatch.setattr("tasks.inbox.PAUSE", timedelta(0))
     assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")]
     assert [each.num_files for each in waiting(home, now())] == [1]
@@ -269,11 +271,11 @@ def test_a_batch_that_failed_is_tried_again_without_what_landed_since(
 
 def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Path, home: Path) -> None:
     add(tiny_base, min_rows=50)
-    land(home, "parcels/damaged.jsonl", [b"nonsense"], age=400)
+    land(home, "parcels/damaged.parquet", [b"nonsense"], age=400)
     land(home, "parcels/empty.jsonl", [], age=350)
     land(home, "parcels/1.jsonl", ROWS[:30], age=300)
     assert [(key, outcome) for key, outcome, _ in learn(now())] == [
-        ("parcels/damaged.jsonl", "refused"),
+        ("parcels/damaged.parquet", "refused"),
         ("parcels/empty.jsonl", "refused"),
     ], "what cannot be counted is refused at once, and the other file waits"
     land(home, "parcels/other.jsonl", [b'{"question": "Who?", "answer": "I."}\n'] * 30, age=200)

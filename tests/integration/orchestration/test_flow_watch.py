@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.cli.app import app
 from flows.server.status import read_status
-from flows.watch import Learned, WatchResult, watch
+from flows.watch import InboxWorker, Learned, WatchResult, watch
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.tracking.registry import Registry, open_registry
 from tasks.context import current_store
@@ -109,6 +110,34 @@ def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> 
     other, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora"), tasks=("parcels",))
     assert outcomes(other) == [("parcels/a.jsonl", "promoted"), ("parcels/again.jsonl", "repeat")]
     assert [info.strategy for info in open_registry().versions("m")] == ["seq_lora"]
+
+
+def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path, home: Path) -> None:
+    lines = PARCELS.splitlines(keepends=True)
+    land(home, "parcels/may/part-0.jsonl", b"".join(lines[:20]))
+    land(home, "parcels/may/day=2/part-0.jsonl", b"".join(lines[20:]) + b"{}\n")
+    spec, said = lineage(tiny_base), Said()
+    worker = InboxWorker(current_store(), spec, (), settle_seconds=0.01, once=False, wait=True)
+    with reporting_to(said):
+        assert [asyncio.run(worker.handle_open()) for _ in range(3)] == [0, 0, 0], "its writer may be between two files"
+    assert (worker.num_left, worker.num_quiet) == (1, 1)
+    assert said.lines == [
+        "parcels/may has no file _SUCCESS; it is learned when nothing in it has changed for 300 seconds."
+    ]
+
+    land(home, "parcels/may/_SUCCESS", b"")
+    result, _ = look(spec)
+    assert outcomes(result) == [("parcels/may", "promoted")]
+    store, dataset = current_store(), result.runs[0].dataset
+    (bad,) = map(json.loads, store.get_bytes(str(dataset.quarantine)).splitlines())
+    assert (bad["file"], bad["row"]) == ("may/day=2/part-0.jsonl", len(lines) - 19)
+    assert look(spec)[0].files == ()
+    land(home, "parcels/whole.jsonl", PARCELS)
+    assert outcomes(look(spec)[0]) == [("parcels/whole.jsonl", "repeat")], "the same rows in one file"
+    land(home, "parcels/may/part-1.csv", b"text,label\na,b\n")
+    (seen,) = look(spec)[0].files
+    assert (seen.key, seen.outcome) == ("inbox/parcels/may", "refused"), "a changed folder is a changed arrival"
+    assert "more than one format: may/part-1.csv, and the others are jsonl files" in seen.message
 
 
 @pytest.mark.nightly

@@ -101,6 +101,19 @@ def told_lineages() -> set[str]:
     return {info.key.split("/")[1] for info in current_store().list("landed")}
 
 
+def test_a_run_does_not_wait_for_a_folder_that_may_be_written_for_long(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep a worker. The folder is announced when it is complete."""
+    add_lineage(current_store(), lineage("l", tasks=["parcels"]))
+    land(home, "parcels/may/a.jsonl")
+    assert look() == 0
+    run = asyncio.wait_for(adapt_landed("l", settle_seconds=0.1), timeout=120)
+    assert asyncio.run(run).files == ()
+    monkeypatch.setenv("DEAL_INBOX_SETTLE_SECONDS", "0")
+    assert look() == 1 and told_lineages() == {"l"}
+
+
 def test_a_held_lineage_is_told_of_nothing_until_it_may_learn_again(home: Path) -> None:
     for name in ("held", "other"):
         add_lineage(current_store(), lineage(name, tasks=["parcels"]))

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -358,3 +359,51 @@ def test_a_refused_file_is_forgotten_by_its_key(tiny_base: Path) -> None:
     store.put_bytes("inbox/bank/other name.jsonl", content)
     with pytest.raises(DataValidationError, match="forgotten on"):
         run(tiny_base, {**task, "data": store.uri_of("inbox/bank/other name.jsonl")})
+
+
+def land_folder() -> dict[str, Any]:
+    """Put the rows of `land` into the inbox as a folder of three files; return the task."""
+    task, store = land(), current_store()
+    lines = store.get_bytes("inbox/bank/may.jsonl").splitlines(keepends=True)
+    store.delete("inbox/bank/may.jsonl")
+    for number, part in enumerate((lines[:9], lines[9:12], lines[12:])):
+        store.put_bytes(f"inbox/bank/may/part-{number}.jsonl", b"".join(part))
+    store.put_bytes("inbox/bank/may/_SUCCESS", b"")
+    store.put_bytes("inbox/bank/may/_delta_log/0.json", SECRET.encode())
+    return {**task, "data": store.uri_of("inbox/bank/may")}
+
+
+def test_a_file_of_a_folder_names_the_whole_arrival(tiny_base: Path, home: Path) -> None:
+    store = current_store()
+    result = run(tiny_base, land_folder())
+    (bad,) = map(json.loads, store.get_bytes(str(result.dataset.quarantine)).splitlines())
+    assert (bad["file"], bad["reason"]) == ("may/part-2.jsonl", "empty text")
+    part = store.get_bytes("inbox/bank/may/part-1.jsonl")
+    store.delete("inbox/bank/may/part-1.jsonl")
+    assert not plan_forget("inbox/bank/may").knows_training_rows, "a part of the folder does not have them all"
+    store.put_bytes("inbox/bank/may/part-1.jsonl", part)
+    whole = run(tiny_base, land())
+    assert (whole.status, whole.run_key) == ("repeat", result.run_key), "the same rows in one file"
+    store.delete("inbox/bank/may.jsonl")
+
+    plan = plan_forget("inbox/bank/may/part-1.jsonl")
+    assert plan == plan_forget("inbox/bank/may/") == plan_forget("inbox/bank/may")
+    assert (plan.sha256, len(plan.files), plan.knows_training_rows) == (result.dataset.sha256, 5, True)
+    asyncio.run(forget("inbox/bank/may/part-1.jsonl"))
+    assert holding(home, SECRET) == [] == keys("inbox/bank")
+    store.put_bytes("inbox/bank/june/a.jsonl", Path(CLINIC["data"]).read_bytes())
+    store.put_bytes("inbox/bank/june/b.jsonl", part)
+    with pytest.raises(ForgottenRowsError, match="forgotten on"):
+        run(tiny_base, {"name": "bank", "data": store.uri_of("inbox/bank/june")})
+
+
+def test_the_bad_rows_of_files_that_were_refused_together_are_forgotten_by_each_file(tiny_base: Path) -> None:
+    store, addresses = current_store(), []
+    for name in ("a", "b", "c"):
+        store.put_bytes(f"inbox/bank/{name}.jsonl", (json.dumps({"text": "", "label": name + SECRET}) + "\n").encode())
+        addresses.append(store.uri_of(f"inbox/bank/{name}.jsonl"))
+    with pytest.raises(DataValidationError, match=r"a\.jsonl and 2 more: 3 of 3 rows cannot be used"):
+        run(tiny_base, {"name": "bank", "data": addresses})
+    assert len(keys("quarantine")) == 2
+    asyncio.run(forget("inbox/bank/b.jsonl"))
+    assert (keys("quarantine"), keys("inbox")) == ([], ["inbox/bank/a.jsonl", "inbox/bank/c.jsonl"])

@@ -6,10 +6,11 @@ import gzip
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any
+from urllib.parse import parse_qs, unquote
 
 import datasets
 import pytest
@@ -21,9 +22,13 @@ from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.settings import StoreSettings
-from infra.store.local import FileStore
-from infra.store.s3 import make_client
+from infra.store.local import FileStore, open_store
+from infra.store.s3 import S3Store, make_client
+from tasks.adaptation.ingest import ingest_arrival, read_manifest
+from tasks.context import current_store
 from tasks.data_files import local_files
+from tasks.inbox import InboxState, look, settle, task_spec
+from tasks.references import Arrival
 from tests.loopback import Loopback
 from tests.s3 import ThreadedMotoServer
 
@@ -157,22 +162,153 @@ def test_an_address_that_cannot_be_read_says_what_to_give(
     assert "secret" not in str(raised.value)
 
 
+TABLES = ("part-1.csv", "part-0.csv", "day=2/part-0.csv")
+"""Names of tables in a folder, not in their order."""
+NOTES = ("_SUCCESS", "_committed_1", "_delta_log/0.json", ".part-0.csv.crc", "day=2/.hidden.csv")
+"""Names of what engines write beside them."""
+READ = ["may/day=2/part-0.csv", "may/part-0.csv", "may/part-1.csv"]
+
+
+def names(store: FileStore | S3Store, addresses: str | tuple[str, ...]) -> list[str]:
+    """The names of the files behind addresses, whose contents are read too."""
+    with local_files(store, addresses) as files:
+        assert all(file.path.read_bytes() == table() for file in files)
+        return [file.name for file in files]
+
+
+def may(folder: Path, *more: str) -> Path:
+    """A folder as an engine writes it."""
+    for name in (*TABLES, *NOTES, *more):
+        path = folder / "may" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(table())
+    return folder / "may"
+
+
+def test_a_folder_is_read_in_the_order_of_names_without_notes_of_engines(store: FileStore, tmp_path: Path) -> None:
+    folder = may(tmp_path)
+    for address in (str(folder), f"{folder}/", folder.as_uri()):
+        assert names(store, address) == READ
+    with local_files(store, str(folder)) as files:
+        report = validate_file(Landing(sources=files, task=TaskSchema(name="t", format="auto"), config=DataConfig()))
+    assert (report.manifest.source, report.manifest.num_read, report.manifest.num_rejected) == ("may", 120, 80)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "read"),
+    [
+        ("may/part-*.csv", ["part-0.csv", "part-1.csv"]),
+        ("may/part-[1-9].csv", ["part-1.csv"]),
+        ("may/*", ["day=2/part-0.csv", "part-0.csv", "part-1.csv"]),
+        ("m?y", READ),
+        ("*/day=*", ["may/day=2/part-0.csv"]),
+        ("**/part-0.csv", ["may/day=2/part-0.csv", "may/part-0.csv"]),
+    ],
+)
+def test_a_pattern_is_one_arrival(pattern: str, read: list[str], store: FileStore, tmp_path: Path) -> None:
+    """The same on this machine and in a store."""
+    may(tmp_path / "here")
+    assert names(store, f"{tmp_path / 'here'}/{pattern}") == read
+    for file in may(tmp_path / "here").rglob("*"):
+        if file.is_file():
+            store.upload_file(file, f"rows/{file.relative_to(tmp_path / 'here')}")
+    assert names(store, f"{store.uri}/rows/{pattern}") == read
+
+
+def test_a_name_with_signs_of_a_pattern_is_read_if_it_exists(store: FileStore, tmp_path: Path) -> None:
+    for name in ("rows[1].csv", "what?/a*.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(table())
+        store.put_bytes(f"inbox/bank/{name}", table())
+    assert names(store, str(tmp_path / "rows[1].csv")) == ["rows[1].csv"]
+    assert names(store, str(tmp_path / "what?")) == ["what?/a*.csv"]
+    assert names(store, store.uri_of("inbox/bank/rows[1].csv")) == ["rows[1].csv"]
+    assert names(store, store.uri_of("inbox/bank/what?")) == ["what?/a*.csv"]
+
+
+def test_several_addresses_are_read_in_their_order(store: FileStore, tmp_path: Path) -> None:
+    folder = may(tmp_path)
+    (tmp_path / "april.csv").write_bytes(table())
+    addresses = (str(tmp_path / "april.csv"), str(folder / "part-1.csv"), str(folder))
+    assert names(store, addresses) == ["april.csv", "part-1.csv", *READ]
+
+
+@pytest.mark.parametrize("name", ["empty", "empty/", "none*.csv", "none/*.csv"])
+def test_what_holds_no_file_of_rows_is_refused(name: str, store: FileStore, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "_SUCCESS").touch()
+    for address in (str(tmp_path / name), f"{store.uri}/inbox/{name.rstrip('/')}/"):
+        with pytest.raises(DataValidationError, match=r"[Nn]o file of rows.*begins with \. or _ are not read"):
+            names(store, address)
+
+
+def test_a_link_to_a_folder_is_refused_by_name(store: FileStore, tmp_path: Path) -> None:
+    folder = may(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataValidationError, match=r"may/more is a link to a folder, which is not read"):
+        names(store, str(folder))
+
+
+def test_links_do_not_lead_out_of_a_folder_of_the_store(store: FileStore, tmp_path: Path) -> None:
+    (tmp_path / "secret.csv").write_bytes(table())
+    store.put_bytes("inbox/bank/may/a.csv", table())
+    (tmp_path / "store/inbox/bank/may/b.csv").symlink_to(tmp_path / "secret.csv")
+    assert names(store, store.uri_of("inbox/bank/may")) == ["may/a.csv"]
+
+
+def test_a_saved_dataset_in_the_store_is_read_and_none_that_names_files_elsewhere(
+    rows: datasets.Dataset, store: FileStore, tmp_path: Path
+) -> None:
+    rows.save_to_disk(tmp_path / "store/inbox/bank/saved")
+    address = store.uri_of("inbox/bank/saved")
+    assert read(address, store) == 40
+    (arrow,) = (tmp_path / "store/inbox/bank/saved").glob("*.arrow")
+    arrow.rename(tmp_path / "elsewhere.arrow")
+    state = tmp_path / "store/inbox/bank/saved/state.json"
+    state.write_text(state.read_text().replace(arrow.name, str(tmp_path / "elsewhere.arrow")))
+    with pytest.raises(DataValidationError, match=r"looks like a folder of datasets\.save_to_disk and cannot be read"):
+        read(address, store)
+
+
+def test_more_files_than_an_arrival_has_are_refused(
+    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.data_files.MAX_FILES", 2)
+    for address in (str(may(tmp_path)), f"{tmp_path}/may/**/*.csv"):
+        with pytest.raises(DataValidationError, match="has more than 2 files; give a folder of one arrival"):
+            names(store, address)
+
+
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A server that answers as Google's object store does, and the paths that were asked."""
     asked: list[str] = []
+    found = [f"folder/{name}" for name in ("rows.csv", *(f"may/{name}" for name in (*TABLES, *NOTES)))]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(unquote(self.path))
-            found = asked[-1] == "/bucket/folder/rows.csv"
-            body = table() if found else b""
-            self.send_response(200 if found else 404)
+            path, _, query = unquote(self.path).partition("?")
+            asked.append(path)
+            body, is_found = table(), path.removeprefix("/bucket/") in found
+            if "list-type" in query:
+                prefix = parse_qs(query)["prefix"][0]
+                body, is_found = listing(key for key in found if key.startswith(prefix)), True
+            self.send_response(200 if is_found else 404)
+            body = body if is_found else b""
             for name, value in {"Content-Length": len(body), "ETag": '"x"'}.items():
                 self.send_header(name, str(value))
             self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
             self.end_headers()
             self.wfile.write(body)
+
+    def listing(keys: Iterable[str]) -> bytes:
+        entries = "".join(
+            f"<Contents><Key>{key}</Key><Size>{len(table())}</Size><ETag>x</ETag>"
+            "<LastModified>2015-10-21T07:28:00.000Z</LastModified></Contents>"
+            for key in keys
+        )
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
 
     with Loopback(Handler) as server:
         key = {
@@ -194,24 +330,90 @@ def test_a_file_of_another_cloud_is_read(cloud: list[str], tmp_path: Path) -> No
         read("gs://bucket/folder/none.csv", store)
 
 
+def test_a_folder_and_a_pattern_of_another_cloud_are_read(cloud: list[str], tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    for address in ("gs://bucket/folder/may/", "gs://bucket/folder/may"):
+        assert names(store, address) == READ
+    assert names(store, "gs://bucket/folder/m*/part-*") == ["may/part-0.csv", "may/part-1.csv"]
+    with pytest.raises(StoreError, match=r"gs://bucket/none/ could not be read \(there is no such object"):
+        names(store, "gs://bucket/none/")
+
+
 def test_without_the_extra_a_cloud_address_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ConfigError, match=r"needs the extra `cloud`"):
         read("gs://bucket/rows.csv", FileStore(tmp_path / "store"))
 
 
-def test_a_file_of_another_bucket_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bucket need not be the store's."""
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of a server that has the bucket `theirs`."""
     server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("DEAL_S3_ENDPOINT_URL", f"http://{host}:{port}")
     monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "b")
-    try:
-        client = make_client(StoreSettings())
-        client.create_bucket(Bucket="theirs")
-        client.put_object(Bucket="theirs", Key="may/rows.csv", Body=table())
-        assert read("s3://theirs/may/rows.csv", FileStore(tmp_path / "store")) == 40
-    finally:
-        server.stop()
+    client = make_client(StoreSettings())
+    client.create_bucket(Bucket="theirs")
+    yield client
+    server.stop()
+
+
+def test_a_file_of_another_bucket_is_read(bucket: Any, store: FileStore) -> None:
+    """The bucket need not be the store's."""
+    bucket.put_object(Bucket="theirs", Key="may/rows.csv", Body=table())
+    assert read("s3://theirs/may/rows.csv", store) == 40
+
+
+def test_a_prefix_and_a_pattern_of_a_bucket_are_read(bucket: Any, store: FileStore) -> None:
+    for name in (*TABLES, *NOTES):
+        bucket.put_object(Bucket="theirs", Key=f"lake/may/{name}", Body=table())
+    bucket.put_object(Bucket="theirs", Key="lake/may2/part-0.csv", Body=table())
+    own = open_store("s3://theirs/lake")
+    assert isinstance(own, S3Store)
+    for place in (store, own):
+        for address in ("s3://theirs/lake/may/", "s3://theirs/lake/may"):
+            assert names(place, address) == READ
+        assert names(place, "s3://theirs/lake/may/part-*.csv") == ["part-0.csv", "part-1.csv"]
+    with local_files(store, "s3://theirs/lake/may") as files:
+        pass
+    assert not any(file.path.exists() for file in files)
+    with pytest.raises(DataValidationError, match="s3://theirs/lake/june/ has no file of rows"):
+        names(store, "s3://theirs/lake/june/")
+    with pytest.raises(StoreError, match="There is no object 'lake/june'"):
+        names(store, "s3://theirs/lake/june")
+
+
+def test_a_saved_dataset_of_a_bucket_is_read(
+    bucket: Any, rows: datasets.Dataset, store: FileStore, tmp_path: Path
+) -> None:
+    rows.save_to_disk(tmp_path / "saved")
+    for file in (tmp_path / "saved").iterdir():
+        bucket.upload_file(str(file), "theirs", f"saved/{file.name}")
+    assert read("s3://theirs/saved/", store) == 40
+
+
+def test_a_folder_in_the_inbox_of_a_bucket_is_one_arrival(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_STORE_URI", "s3://theirs/lake")
+    store, lines = current_store(), table().splitlines(keepends=True)
+    header, folder = lines[0], "inbox/bank/may"
+    store.put_bytes(f"{folder}/part-1.csv", header + b"".join(lines[30:]) + b",good\n")
+    store.put_bytes(f"{folder}/day=2/part-0.csv", b"".join(lines[:30]))
+    store.put_bytes("inbox/bank/whole.csv", table())
+
+    def complete() -> list[str]:
+        found = settle(look(store), InboxState(), (), {}, settle_seconds=0, retry_now=False)
+        return sorted(info.key for info in found.complete)
+
+    assert complete() == ["inbox/bank/whole.csv"]
+    store.put_bytes(f"{folder}/_SUCCESS", b"")
+    assert complete() == [folder, "inbox/bank/whole.csv"]
+    parts, whole = (
+        ingest_arrival(Arrival(task="bank", data=task_spec(store, key).data), DataConfig(max_bad_share=0.1), None, "l")
+        for key in complete()
+    )
+    assert (parts.sha256, parts.num_train, parts.num_test) == (whole.sha256, whole.num_train, whole.num_test)
+    (bad,) = map(json.loads, store.get_bytes(str(parts.quarantine)).splitlines())
+    assert (bad["file"], bad["row"], bad["reason"]) == ("may/part-1.csv", 12, "empty text")
+    assert len(read_manifest(store, parts.uri).files) == 3, "two of the folder, and the one with the same rows"

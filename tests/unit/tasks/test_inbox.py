@@ -20,6 +20,8 @@ from tasks.inbox import (
     InboxLook,
     InboxState,
     KnownStates,
+    files_of,
+    find_landed,
     list_arrivals,
     look,
     read_state,
@@ -57,7 +59,7 @@ def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> N
         "bank/task.yaml",
         "bank/.hidden",
         "stray.csv",
-        "bank/deep/x.csv",
+        "bank/deep/_x.csv",
         "bank/test.csv",
     ]
     for number, name in enumerate(names):
@@ -233,26 +235,27 @@ def test_a_broken_state_says_what_to_do(tmp_path: Path) -> None:
         read_state(store, "a")
 
 
-def test_what_lies_too_deep_or_not_deep_enough_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_lies_in_a_wrong_folder_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(str(tmp_path))
     store.put_bytes("inbox/bill/task.yaml", b"test_data: held/out.csv\n")
     for key in (
         "may.csv",
-        "bill/2026/11/may.csv",
+        "bill/held/may.csv",
         "bill/a.csv",
         "bill/held/out.csv",
         "bill/.tmp/x.csv",
+        "bill/_delta_log/0.json",
+        "bill/2026/_SUCCESS",
         ".DS_Store",
         "task.yaml",
-        "bill/2026/task.yaml",
         "bill/2026/.x",
     ):
         store.put_bytes(f"inbox/{key}", b"x")
     for _ in range(2):
         assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bill/a.csv"]
     assert [record.getMessage() for record in caplog.records] == [
-        "Skipped 'inbox/bill/2026/11/may.csv': it is in a subfolder of its task's folder, and subfolders are "
-        "not read; move it to inbox/bill/2026-11-may.csv.",
+        "Skipped 'inbox/bill/held/may.csv': it is in a folder with the task's test rows, which is no arrival; move it "
+        "to a folder of its own.",
         "Skipped 'inbox/may.csv': it is not in a task's folder; move it to inbox/TASK/may.csv.",
     ]
 
@@ -314,3 +317,83 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     store.put_bytes("inbox/bill/task.yaml", b"format: labelled\nformat: chat\n")
     with pytest.raises(TaskFieldsError, match=r"task\.yaml has the key 'format' twice"):
         task_spec(store, "inbox/bill/a.csv")
+
+
+def folder_in(tmp_path: Path, *names: str) -> FileStore:
+    """A store with files in its inbox, which all changed long ago by their own times."""
+    store = FileStore(tmp_path)
+    for name in names:
+        store.put_bytes(f"inbox/{name}", b"text,label\na,b\n")
+        os.utime(tmp_path / "inbox" / name, (1, 1))
+    return store
+
+
+def looked(store: FileStore, stamps: dict[str, str] | None = None) -> tuple[list[str], list[str]]:
+    """The keys of the arrivals that are complete, and of those that may still be written."""
+    seen = {} if stamps is None else stamps
+    found = settle(look(store), InboxState(), (), seen, settle_seconds=2.0, retry_now=False)
+    return [info.key for info in found.complete], [info.key for info in found.growing]
+
+
+def test_a_folder_is_one_arrival_with_the_files_that_are_read(tmp_path: Path) -> None:
+    names = ("part-1.csv", "part-0.csv", "day=2/part-0.csv", "_SUCCESS", "_log/0.csv", ".part-0.csv.crc")
+    store = folder_in(tmp_path, *(f"bank/may/{name}" for name in names), "bank/june.csv")
+    may, june = sorted(look(store).arrivals, key=lambda info: info.key, reverse=True)
+    assert (june.key, may.key) == ("inbox/bank/june.csv", "inbox/bank/may") and task_of(may.key) == "bank"
+    read = ["day=2/part-0.csv", "part-0.csv", "part-1.csv"]
+    assert [info.key.removeprefix("inbox/bank/may/") for info in files_of(may)] == read
+    assert may.size == sum(info.size for info in files_of(may))
+    assert find_landed(store, may.key) == may and find_landed(store, june.key) == june
+    assert find_landed(store, "inbox/bank/none") is None
+
+
+def test_the_etag_of_a_folder_changes_with_its_files_and_not_with_its_mark(tmp_path: Path) -> None:
+    store = folder_in(tmp_path, "bank/may/a.csv", "bank/may/b.csv")
+
+    def etag() -> str:
+        (info,) = look(store).arrivals
+        return info.etag
+
+    before = etag()
+    store.put_bytes("inbox/bank/may/_SUCCESS", b"")
+    assert etag() == before
+    store.put_bytes("inbox/bank/may/b.csv", b"text,label\nc,d\n")
+    changed = etag()
+    store.put_bytes("inbox/bank/may/c.csv", b"text,label\ne,f\n")
+    assert len({before, changed, etag()}) == 3
+
+
+def test_a_folder_with_a_mark_is_complete(tmp_path: Path) -> None:
+    store = folder_in(tmp_path, "bank/may/a.csv", "bank/may/_SUCCESS")
+    assert looked(store) == (["inbox/bank/may"], [])
+
+
+def test_a_folder_without_a_mark_is_complete_when_nothing_has_changed_for_the_set_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files keep the old times of their originals, as copies do: what counts is when they came here."""
+    store, stamps = folder_in(tmp_path, "bank/may/a.csv", "bank/may/deep/_SUCCESS"), dict[str, str]()
+    for _ in range(3):
+        assert looked(store, stamps) == ([], ["inbox/bank/may"]), "looking again is no reason to learn it"
+    monkeypatch.setenv("DEAL_INBOX_SETTLE_SECONDS", "0")
+    assert looked(store) == (["inbox/bank/may"], [])
+
+
+def test_a_folder_of_test_rows_is_a_companion(tmp_path: Path) -> None:
+    store = folder_in(tmp_path, "bank/may.csv", "bank/tests/a.csv", "bank/tests/b.csv", "bank/tests/_SUCCESS")
+    store.put_bytes("inbox/bank/task.yaml", b"test_data: tests\n")
+    inbox = look(store)
+    assert [info.key for info in inbox.arrivals] == ["inbox/bank/may.csv"] and inbox.misplaced == {}
+    before = inbox.beside["bank"].stamp
+    store.put_bytes("inbox/bank/tests/b.csv", b"text,label\nc,d\n")
+    assert look(store).beside["bank"].stamp != before
+    assert str(task_spec(store, "inbox/bank/may.csv").test_data).endswith("/inbox/bank/tests")
+
+
+def test_a_folder_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    store, state = folder_in(tmp_path, "bank/may/a.csv"), InboxState()
+    (info,) = look(store).arrivals
+    state.record(info, "refused", "", now=NOW)
+    assert state.gone(store) == []
+    store.delete(info.key)
+    assert state.gone(store) == ["inbox/bank/may"]

@@ -26,12 +26,12 @@ def test_a_failed_arrival_is_told_of_with_what_opens_it_again() -> None:
 def test_files_that_lie_where_no_watch_looks_are_told_of(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put_bytes("inbox/bill/task.yaml", b"test_data: held/out.csv\n")
-    for key in ("may.csv", "bill/2026/may.csv", "bill/may.csv", "bill/held/out.csv", "bill/.tmp/x.csv"):
+    for key in ("may.csv", "bill/held/may.csv", "bill/may.csv", "bill/held/out.csv", "bill/.tmp/x.csv"):
         store.put_bytes(f"inbox/{key}", b"text,label\na,b\n")
     assert [info.key for info in look(store).arrivals] == ["inbox/bill/may.csv"]
     deep, shallow = _unusable_files(store, look(store))
-    assert deep.startswith(f"'inbox/bill/2026/may.csv' in {store.uri} is skipped: it is in a subfolder of its task")
-    assert deep.endswith("move it to inbox/bill/2026-may.csv.")
+    assert deep.startswith(f"'inbox/bill/held/may.csv' in {store.uri} is skipped: it is in a folder with the task's")
+    assert deep.endswith("move it to a folder of its own.")
     assert shallow.endswith("is skipped: it is not in a task's folder; move it to inbox/TASK/may.csv.")
     for number in range(100):
         store.put_bytes(f"inbox/{number}.csv", b"x")
