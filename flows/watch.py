@@ -182,8 +182,8 @@ class InboxWorker:
     files: list[Seen] = field(default_factory=list)
     runs: list[AdaptResult] = field(default_factory=list)
     num_left: int = 0
-    """Open arrivals that the last look did not handle: incomplete ones, what is due after the first batch, and all others
-    after a request to stop. Those that wait by the settings `retrain` do not count."""
+    """Open arrivals that the last look did not handle: incomplete ones, what is due after the first batch, and all
+    others after a request to stop. Those that wait by the settings `retrain` do not count."""
     num_quiet: int = 0
     """Those of them that are folders without a file `_SUCCESS` and are complete when they have not changed for long."""
     _stamps: Stamps = field(default_factory=dict)

@@ -89,7 +89,8 @@ def plan(
     num_rows, waiting, new = _count(store, inbox, files), [], []
     for batch in batches:
         own = [info for info in files if batch.has(info)]
-        waiting += [_describe(lineage, batch.task, own, num_rows, is_due=True, why="Learned together now")]
+        if own:  # else it failed, and its next try is not due
+            waiting += [_describe(lineage, batch.task, own, num_rows, is_due=True, why="Learned together now")]
         behind = by_task.pop(batch.task, [])
         if behind:
             why = "An earlier batch of the task must end first"

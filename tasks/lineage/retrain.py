@@ -146,7 +146,7 @@ class Waiting(BaseModel, frozen=True):
         elif self.until is None:
             then = "No time is set"
         else:
-            then = f"Will be learned on {_said(self.until)}"
+            then = f"Learned on {_said(self.until)} at the latest"
         return f"{self.task}: {files} with {rows} {verb} since {_said(self.since)}. {self.why}. {then}."
 
 
