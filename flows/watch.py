@@ -51,7 +51,7 @@ from tasks.inbox import (
 from tasks.lineage.settings import WatchedLineage, list_lineages, read_lineage, why_held
 from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter
-from tasks.spec import AdaptSpec
+from tasks.spec import AdaptSpec, TaskFieldsError
 from tasks.waiting import Due, Plan, plan
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,7 @@ class InboxWorker:
             if not batch.is_of(files):
                 return False  # another run has fixed other files since the look
         found = await _adapt_to(store, self.spec, files)
-        if found.outcome == "refused" and batch is not None and len(files) > 1:
+        if found.may_be_one_file and batch is not None and len(files) > 1:
             reporter().said("The files are now learned one after another, so that only those that are bad are refused.")
             batches.split(store, batch)
             return False
@@ -342,6 +342,8 @@ class Learned(NamedTuple):
     run: AdaptResult | None = None
     is_final: bool = False
     """See `Handled`."""
+    may_be_one_file: bool = False
+    """Whether an arrival of several files may have been refused for some of them only."""
 
 
 async def _adapt_to(store: ObjectStore, spec: WatchedLineage, files: Sequence[ObjectInfo]) -> Learned:
@@ -352,7 +354,7 @@ async def _adapt_to(store: ObjectStore, spec: WatchedLineage, files: Sequence[Ob
         run = await adapt_locked(await _spec_of(store, spec, [info.key for info in files]), spec.retrain)
     except DataValidationError as error:
         reporter().said(f"Refused: {in_one_line(error)}")
-        return Learned("refused", in_one_line(error))
+        return Learned("refused", in_one_line(error), may_be_one_file=not isinstance(error, TaskFieldsError))
     except Interrupted:
         raise
     except Exception as error:

@@ -90,11 +90,10 @@ def plan(
     for batch in batches:
         own = [info for info in files if batch.has(info)]
         if own:  # else it failed, and its next try is not due
-            waiting += [_describe(lineage, batch.task, own, num_rows, is_due=True, why="Learned together now")]
-        behind = by_task.pop(batch.task, [])
-        if behind:
+            waiting += [_describe(lineage, batch.task, own, num_rows, is_due=True, why="A run has begun to learn this")]
+        if later := by_task.pop(batch.task, []):
             why = "An earlier batch of the task must end first"
-            waiting += [_describe(lineage, batch.task, behind, num_rows, is_due=False, why=why)]
+            waiting += [_describe(lineage, batch.task, later, num_rows, is_due=False, why=why)]
     for task, infos in by_task.items():
         # What cannot be counted is due at once, alone, so that it is refused and holds up nothing.
         new += [Due((info,)) for info in infos if not num_rows[info.key]]

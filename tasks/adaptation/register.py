@@ -75,7 +75,7 @@ def register_version(
         approval="awaiting" if decision.accepted and spec.gate.approval == "person" else None,
         flow_run=runtime.flow_run.id,
         rollout=spec.gate.rollout_terms if decision.accepted and adapter.parent_version else None,
-        arrival_accuracy=job.tested and job.tested.accuracy,
+        arrival_accuracy=None if job.tested is None else job.tested.accuracy,
         train_seconds=trained.summary.seconds,
         **scores_of(report.matrix),
     )

@@ -42,8 +42,8 @@ ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes().splitlines(keepend
 BANK = (EXAMPLES / "bank" / "train.jsonl").read_bytes().splitlines(keepends=True)
 WEEKLY = {"when": "schedule", "cron": "0 2 * * 0"}
 DAY = timedelta(days=1)
-LEARNED = 60
-"""Steps after which the tiny base answers some rows right."""
+ALWAYS = 1e-9
+"""A probability per token that the tiny base has for every right answer."""
 NUM_LEFT = len(ROWS) - 60
 """Fewer than the fifty rows that a test waits for."""
 
@@ -54,13 +54,13 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def add(base: Path, *, num_steps: int = 2, **policy: Any) -> WatchedLineage:
+def add(base: Path, **policy: Any) -> WatchedLineage:
     values = {
         "lineage": "l",
         "base_model": str(base),
         "gate": NO_LIMITS,
         "memory": "none",
-        "train": {"max_steps": num_steps, "learning_rate": 0.01, "max_prompt_tokens": 192, "checkpoint_steps": 0},
+        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
         "retrain": policy,
     }
     add_lineage(current_store(), parse(WatchedLineage, values, "test"), values)
@@ -161,7 +161,8 @@ def test_after_the_longest_wait_fewer_rows_are_learned(tiny_base: Path, home: Pa
 
 
 def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_base: Path, home: Path) -> None:
-    add(tiny_base, num_steps=LEARNED, test_first=True, skip_if_accuracy=0.0001)
+    add(tiny_base, test_first=True, skip_if_accuracy=ALWAYS)
+    land(home, "parcels/task.yaml", [b"metric: loss\n"])
     land(home, "parcels/1.jsonl", ROWS[:40])
     assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")], "a new task has no champion's score"
     assert versions()[0].arrival_accuracy is None
@@ -173,7 +174,7 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     assert not [key for key in left if key.endswith("train.parquet")], "the pipeline keeps no training rows"
     assert tests.items() <= {info.key: info.etag for info in current_store().list("datasets")}.items()
 
-    add(tiny_base, num_steps=LEARNED, test_first=True, skip_if_accuracy=1.0)
+    add(tiny_base, test_first=True, skip_if_accuracy=1.0)
     land(home, "parcels/3.jsonl", ROWS[60:])
     assert learn(now()) == [("parcels/3.jsonl", "promoted", "2")]
     (accuracy,) = [entry.arrival_accuracy for entry in read_history("l", 1)]
@@ -188,7 +189,8 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
 
 
 def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows(tiny_base: Path, home: Path) -> None:
-    add(tiny_base, num_steps=LEARNED, test_first=True, skip_if_accuracy=0.0001)
+    add(tiny_base, test_first=True, skip_if_accuracy=ALWAYS)
+    land(home, "parcels/task.yaml", [b"metric: loss\n"])
     land(home, "parcels/1.jsonl", ROWS[:40])
     learn(now())
     with put_back():
