@@ -122,8 +122,10 @@ def adapt(
     deal: Session,
     spec: Annotated[Path | None, Argument(help="Spec file (YAML).", show_default=False)] = None,
     task: Annotated[str | None, Option("--task", "-t", help="Task the file belongs to.")] = None,
-    data: Annotated[str | None, Option("--data", "-d", help="File or address: CSV, JSON lines or Parquet.")] = None,
-    test_data: Annotated[str | None, Option(help="File of test rows.")] = None,
+    data: Annotated[
+        str | None, Option("--data", "-d", help="File, folder, pattern or address: CSV, JSON lines or Parquet.")
+    ] = None,
+    test_data: Annotated[str | None, Option(help="File or folder of test rows.")] = None,
     lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
@@ -132,7 +134,7 @@ def adapt(
         bool, Option("--again", help="Train even if this file was already learned. Repeating the command trains again.")
     ] = False,
 ) -> CommandResult:
-    """Adapt the lineage's champion to one file, given by a spec or by --task and --data."""
+    """Adapt the lineage's champion to one arrival, given by a spec or by --task and --data."""
     from tasks.lineage.settings import spec_from_options
 
     adapt_spec = spec_from_options(
@@ -171,7 +173,7 @@ def watch(
     memory: Memory = None,
     poll: Annotated[float, Option(min=0.1, help="Seconds between two checks of the inbox.")] = 2.0,
 ) -> CommandResult:
-    """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
+    """Adapt to files and folders as they land in the inbox (STORE/inbox/TASK/NAME), each once."""
     from tasks.lineage.settings import watched_from_options
 
     watched = watched_from_options(

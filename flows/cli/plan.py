@@ -140,13 +140,13 @@ def _remedies(found: PlanResult) -> list[RenderableType]:
 @command(main_app, "validate")
 def validate(
     deal: Session,
-    file: Annotated[str, Argument(help="File or address: CSV, JSON lines or Parquet.")],
+    file: Annotated[str, Argument(help="File, folder, pattern or address: CSV, JSON lines or Parquet.")],
     spec: Annotated[Path | None, Option(help="Spec whose task and data settings apply.", show_default=False)] = None,
     task: Annotated[
         str | None,
         Option("--task", "-t", help="Task the file belongs to.", show_default="task.yaml in the file's folder"),
     ] = None,
-    test_data: Annotated[str | None, Option(help="File of test rows.", show_default="the spec's")] = None,
+    test_data: Annotated[str | None, Option(help="File or folder of test rows.", show_default="the spec's")] = None,
     lineage: Annotated[
         str | None,
         Option("--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"),

@@ -180,8 +180,7 @@ def ingest_arrival(
             refused = error.report.manifest
             kept = _publish_quarantine(store, folder, arrival.task, refused.files[0], refused.files)
             if kept and refused.num_training_files > 1:  # `deal forget` may be given any of its files
-                digests = json.dumps(refused.training_files).encode()
-                store.put_bytes(keys.refused_files_key(kept), digests)
+                store.put_bytes(keys.refused_files_key(kept), json.dumps(refused.training_files).encode())
             if not again:
                 places = [kept, keys.refused_files_key(kept)] if kept else []
                 _withdraw_if_forgotten(store, arrival.task, refused.files, places)
