@@ -61,14 +61,14 @@ def plan(
     files: Sequence[ObjectInfo],
     now: datetime,
 ) -> Plan:
-    """Decide about a lineage's open files. Open batches come first, then the arrival with the oldest file.
+    """Decide about a lineage's open files. Open batches come first, then the task with the oldest file.
 
     Args:
         store: The store.
         lineage: The lineage.
         inbox: The last look at the inbox.
         state: The state of the lineage's watch.
-        files: The open and complete files of the look.
+        files: The open and complete files of the look, oldest first.
         now: The time.
 
     Raises:
@@ -110,7 +110,6 @@ def plan(
         )
         waiting += [decided] if decided else []
         new += [Due(tuple(countable), is_fixed=True)] if decided and decided.is_due else []
-    new.sort(key=lambda each: (each.files[0].modified, each.files[0].key))
     return Plan([*due, *new], tuple(waiting))
 
 

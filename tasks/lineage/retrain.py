@@ -208,13 +208,7 @@ def _conditions(
     if in_time and sum(in_time) >= wanted:
         return True, f"The schedule's time was {_said(last)}", None
     if num_rows >= wanted:
-        return (
-            False,
-            f"{counted}; the schedule is next on {_said(following)}"
-            if wanted
-            else f"The schedule is next on {_said(following)}",
-            following if latest is None else min(following, latest),
-        )
+        return False, "The schedule decides", following if latest is None else min(following, latest)
     return False, f"{counted}; the schedule looks again on {_said(following)}", latest
 
 
