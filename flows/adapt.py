@@ -17,7 +17,7 @@ from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
 from tasks.adaptation import run as runs
-from tasks.adaptation.evaluate import evaluate_version
+from tasks.adaptation.evaluate import evaluate_version, score_arrival
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
@@ -36,13 +36,14 @@ from tasks.lineage.choices import (
     with_memory_of,
 )
 from tasks.lineage.record import read_record, require_same_base
+from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.lineage.settings import AskedSpec, arrival_of
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, Stages, reporter
-from tasks.references import AdaptationJob, DatasetRef, TrainSummary, VersionRef
+from tasks.references import AdaptationJob, ArrivalScore, DatasetRef, TrainSummary, VersionRef
 from tasks.spec import AdaptSpec
 
-Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat"]
+Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped"]
 
 
 class Scores(BaseModel, frozen=True):
@@ -69,11 +70,14 @@ class AdaptResult(BaseModel, frozen=True):
     lineage: str
     task: str
     version: str
+    """Number of the version; of the champion if the arrival was skipped."""
     parent_version: str | None
     reasons: tuple[str, ...]
     dataset: DatasetRef
     run_key: str
     tracking_id: str | None = None
+    arrival_accuracy: float | None = None
+    """The champion's accuracy on the arrival's rows before anything was trained; None: it was not asked."""
     accuracies: dict[str, float] = {}
     scores: Scores | None = None
     matrix: dict[str, Any] | None = None
@@ -101,15 +105,15 @@ async def adapt(spec: AskedSpec, again: bool = False) -> AdaptResult:
 
 
 @flow(name="adapt-arrival", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
-async def adapt_locked(spec: AdaptSpec) -> AdaptResult:
-    """Learn one arrival as `adapt` does. The caller holds the lineage."""
-    return await learn_arrival(spec, again=False)
+async def adapt_locked(spec: AdaptSpec, retrain: RetrainPolicy = AT_ONCE) -> AdaptResult:
+    """Learn one arrival as `adapt` does, unless `retrain` lets it be skipped. The caller holds the lineage."""
+    return await learn_arrival(spec, again=False, retrain=retrain)
 
 
-async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
+async def learn_arrival(spec: AdaptSpec, again: bool, retrain: RetrainPolicy = AT_ONCE) -> AdaptResult:
     """Learn one arrival, and announce a failure. The caller holds the lineage."""
     try:
-        return await _prepare_and_learn(spec, again)
+        return await _prepare_and_learn(spec, again, retrain)
     except Interrupted:
         raise
     except Exception as error:
@@ -120,7 +124,7 @@ async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
         raise
 
 
-async def _prepare_and_learn(spec: AdaptSpec, again: bool) -> AdaptResult:
+async def _prepare_and_learn(spec: AdaptSpec, again: bool, retrain: RetrainPolicy) -> AdaptResult:
     """Run the stages of an adaptation."""
     require_judge(spec.gate)
     stages = Stages()
@@ -155,6 +159,13 @@ async def _prepare_and_learn(spec: AdaptSpec, again: bool) -> AdaptResult:
     if known := await stages.run("repeat", runs.find_registered, run_key):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
+    tested = None
+    if retrain.test_first and parent is not None:
+        tested = await stages.run("test", score_arrival, base, parent, dataset, spec.evaluate)
+        stages.done("test", "a new task" if tested is None else tested.describe())
+        if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
+            drop_training_rows(current_store(), dataset.uri)
+            return skipped(parent, dataset, tested, stages.seconds)
     params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
     run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
     try:
@@ -167,6 +178,7 @@ async def _prepare_and_learn(spec: AdaptSpec, again: bool) -> AdaptResult:
             strategy=strategy,
             config_sha256=config_sha256,
             spared=choose_spared(spec, strategy, record),
+            tested=tested,
         )
         result = await _train_to_report(spec, job, stages)
     except BaseException:
@@ -182,6 +194,7 @@ async def _train_to_report(spec: AdaptSpec, job: AdaptationJob, stages: Stages) 
     """Run the stages from training to report."""
     run, dataset, parent = job.run, job.dataset, job.parent
     changed = changed_since(parent, spec) if parent else ()
+    changed = changed if job.tested is None else (*changed, f"before the training the {job.tested.describe()}")
     _say(changed)
     trained = await stages.run("train", train_version, job, spec.method, spec.train)
     stages.done("train", _describe_training(trained.summary))
@@ -209,7 +222,7 @@ async def _train_to_report(spec: AdaptSpec, job: AdaptationJob, stages: Stages) 
     _say(decision.notes)
     report = replace(report, notes=(*report.notes, *decision.notes))
     keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), dataset, report, trained.summary)
-    version = await stages.run("register", register_version, job, spec, trained.adapter, report, decision)
+    version = await stages.run("register", register_version, job, spec, trained, report, decision)
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
         await stages.run("promote", promote_version, version)
@@ -229,7 +242,8 @@ async def _train_to_report(spec: AdaptSpec, job: AdaptationJob, stages: Stages) 
     await asyncio.to_thread(
         announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
     )
-    return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
+    result = adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
+    return result.model_copy(update={"arrival_accuracy": job.tested and job.tested.accuracy})
 
 
 def _say(notes: Iterable[str]) -> None:
@@ -278,6 +292,19 @@ def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
     }
     message = "Nothing to do: " + said[version.standing or "learned"]
     return _result(version, dataset, status="repeat", message=message)
+
+
+def skipped(champion: VersionRef, dataset: DatasetRef, tested: ArrivalScore, seconds: dict[str, float]) -> AdaptResult:
+    """Return the result of a run that trained nothing, because the champion answers the new rows well enough."""
+    message = f"Nothing to learn: the {tested.describe()}. Version {champion.version} stays champion."
+    return _result(
+        champion,
+        dataset,
+        status="skipped",
+        message=message,
+        arrival_accuracy=tested.accuracy,
+        seconds=seconds,
+    )
 
 
 def adapted(

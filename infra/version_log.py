@@ -96,8 +96,9 @@ class VersionLog:
             return StoredVersion.model_validate_json(self.store.get_bytes(key))
 
     def _put(self, stored: StoredVersion) -> None:
-        later = {"facts": {"rollout"}} if stored.facts.rollout is None else None  # earlier releases do not know it
-        data = stored.model_dump_json(indent=1, exclude=later) + "\n"
+        later = ("rollout", "arrival_accuracy", "train_seconds")  # earlier releases do not know them
+        unknown = {name for name in later if getattr(stored.facts, name) is None}
+        data = stored.model_dump_json(indent=1, exclude={"facts": unknown}) + "\n"
         self.store.put_bytes(keys.version_key(stored.lineage, stored.number), data.encode("utf-8", "replace"))
 
 

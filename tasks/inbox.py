@@ -34,7 +34,7 @@ MAX_READER_DEATHS = 2
 """Tries of a file that ends the process that reads it. The first may have been for want of memory."""
 
 Outcome = Literal[
-    "promoted", "awaiting approval", "rollout", "rejected", "repeat", "refused", "failed", "held", "requeued"
+    "promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "refused", "failed", "held", "requeued"
 ]
 TestFiles = dict[tuple[str, str], str | None]
 """The file of test rows that a task file names, by the task file's key and ETag."""
@@ -414,19 +414,22 @@ def find_held(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
     return held_arrivals(look(store), state)
 
 
-def task_spec(store: ObjectStore, key: str) -> TaskSpec:
-    """Make the spec of an arrival from its key and its task file.
+def task_spec(store: ObjectStore, *keys: str) -> TaskSpec:
+    """Make the spec of an arrival from the keys of its files and from its task file. The files are of one task.
 
     Raises:
         TaskFieldsError: The task file is damaged or has a setting that is not valid.
     """
     with reading_the_task():
-        fields, data = _read_task_file(store, task_file_of(key)), store.uri_of(key)
-        tests = fields.test_data and store.uri_of(f"{PurePosixPath(key).parent}/{fields.test_data}")
-        return _make_spec(fields, task_of(key), data, tests, data)
+        first, several = keys[0], tuple(map(store.uri_of, keys))
+        fields = _read_task_file(store, task_file_of(first))
+        tests = fields.test_data and store.uri_of(f"{PurePosixPath(first).parent}/{fields.test_data}")
+        return _make_spec(fields, task_of(first), several if len(several) > 1 else several[0], tests, several[0])
 
 
-def _make_spec(fields: TaskFile, name: str, data: str, test_data: str | None, origin: str) -> TaskSpec:
+def _make_spec(
+    fields: TaskFile, name: str, data: str | tuple[str, ...], test_data: str | None, origin: str
+) -> TaskSpec:
     """The spec of an arrival, from a task file and the addresses of its rows."""
     tests = {"test_data": test_data} if test_data else {}
     return parse(TaskSpec, {"name": name, "data": data, **fields.given(), **tests}, origin)

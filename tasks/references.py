@@ -135,6 +135,26 @@ class RunRef(Reference):
         return short_run(self.run_key)
 
 
+class ArrivalScore(Reference):
+    """The champion's accuracy on the rows of an arrival, before anything was trained on them."""
+
+    accuracy: float
+    """Mean score of the rows by the task's metric, 0 to 1."""
+    num_rows: int
+    """Rows that were asked."""
+    of_rows: int
+    """Training rows of the arrival."""
+
+    def describe(self) -> str:
+        """Return it in a few words."""
+        rows = (
+            f"{self.num_rows} new rows"
+            if self.num_rows == self.of_rows
+            else (f"{self.num_rows} of {self.of_rows} new rows")
+        )
+        return f"champion scored {100 * self.accuracy:.1f} % on {rows}"
+
+
 class AdaptationJob(Reference):
     """The inputs of an adaptation run, for the stages from training to registration."""
 
@@ -148,6 +168,8 @@ class AdaptationJob(Reference):
     config_sha256: str
     """Digest of all settings that can change the result."""
     spared: Spared = None
+    tested: ArrivalScore | None = None
+    """The champion's score on the arrival's rows; None: it was not asked."""
 
 
 class TrainSummary(Reference):

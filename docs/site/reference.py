@@ -15,6 +15,8 @@ import typer.main
 from typer.cli import get_docs_for_click
 
 from flows.cli.app import app
+from tasks.lineage.retrain import RetrainPolicy
+from tasks.lineage.settings import WatchedLineage
 from tasks.spec import AdaptSpec
 
 LIMITS = {
@@ -39,6 +41,10 @@ def settings_page() -> str:
     schema = AdaptSpec.model_json_schema()
     sections = {name: kind for name in schema["properties"] if (kind := _class_of(name))}
     top = {name: field for name, field in schema["properties"].items() if name not in sections}
+    of_file = WatchedLineage.model_json_schema()  # what only a lineage's file has
+    schema["properties"]["retrain"] = of_file["properties"]["retrain"]
+    schema["$defs"] |= of_file["$defs"]
+    sections["retrain"] = RetrainPolicy
     lines = [
         "# Settings of a spec",
         "",

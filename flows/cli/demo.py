@@ -20,6 +20,7 @@ from infra.store.keys import INBOX, TASK_FILE
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.record import read_record
+from tasks.lineage.settings import WatchedLineage
 from tasks.progress import reporter
 from tasks.spec import AdaptSpec, LineageSpec, TaskFields, parse, read_spec
 
@@ -114,10 +115,10 @@ def _read_example(folder: Path) -> AdaptSpec:
     return read_spec(folder / "spec.yaml")
 
 
-def _lineage_of(spec: AdaptSpec, lineage: str, strategy: str, base_model: str | None) -> LineageSpec:
+def _lineage_of(spec: AdaptSpec, lineage: str, strategy: str, base_model: str | None) -> WatchedLineage:
     values = {name: getattr(spec, name) for name in LineageSpec.model_fields}
     changed = {"lineage": lineage, "strategy": strategy, "base_model": base_model or spec.base_model}
-    return parse(LineageSpec, {**values, **changed}, "options")
+    return parse(WatchedLineage, {**values, **changed}, "options")
 
 
 def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult]) -> LineageOutcome:

@@ -299,7 +299,8 @@ _APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "
 
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
     """The versions of a lineage."""
-    numbers = ["version", "parent", "AA", "forgetting"]
+    is_tested = any(entry.arrival_accuracy is not None for entry in entries)
+    numbers = ["version", "parent", "AA", "forgetting", *(["on arrival"] if is_tested else [])]
     table = new_table(*numbers, "task", "strategy", "gate", "alias", "when", right=numbers)
     for entry in entries:
         gate = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
@@ -310,6 +311,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
             entry.parent_version or "base",
             percent(entry.average_accuracy),
             percent(entry.forgetting),
+            *([percent(entry.arrival_accuracy)] if is_tested else []),
             entry.task,
             entry.strategy,
             gate,

@@ -114,6 +114,7 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
         num_open = "–" if each.num_open is None else str(each.num_open)
         lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (held)" if each.held else num_open)
     shown += [heading("Lineages"), lineages]
+    shown += [f"  {escape(f'{each.lineage} {line.line()}')}" for each in status.lineages for line in each.waiting]
     shown += [f"  {escape(f'{each.lineage} live: {each.monitor}')}" for each in status.lineages if each.monitor]
     shown += [f"  {escape(f'{each.lineage} rollout: {each.rollout}')}" for each in status.lineages if each.rollout]
     rejected = [f"{each.lineage}: {each.rejected}" for each in status.lineages if each.rejected]

@@ -29,8 +29,10 @@ from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, InboxState, held_arrivals, look, read_state
 from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.retrain import Waiting
 from tasks.lineage.settings import WatchedLineage, read_lineages
 from tasks.monitoring.state import read_monitor_state
+from tasks.waiting import plan
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -82,6 +84,8 @@ class LineageStatus(BaseModel, frozen=True):
     """Why the lineage learns nothing that lands; None: it learns."""
     held_arrivals: tuple[HeldArrival, ...] = ()
     """Arrivals whose run was cancelled; they wait for `deal requeue`."""
+    waiting: tuple[Waiting, ...] = ()
+    """The files that have landed, by task, and when they are learned; empty if nothing has to wait for this lineage."""
     monitor: str | None = None
     """The last look at the champion's live traffic, in one line; None: nobody has looked."""
     rollout: str | None = None
@@ -102,14 +106,17 @@ class Status(ServerRuns, frozen=True):
     """Missing or damaged champions, ledgers, manifests and test rows, and a store or registry that cannot be read."""
 
 
-async def read_status(home: Path) -> Status:
-    """Read the state of the processes, of the lineages and, if there is a server, of its runs."""
+async def read_status(home: Path, now: datetime | None = None) -> Status:
+    """Read the state of the processes, of the lineages and, if there is a server, of its runs.
+
+    `now` is the time by which the settings `retrain` decide what waits; None: that of the clock.
+    """
     stack = read_stack(home)
     parts = stack.parts if stack else []
     problems: list[str] = []
     damaged: list[str] = []
     server = await read_server(problems)
-    lineages = _lineages(problems, damaged)
+    lineages = _lineages(problems, damaged, now or datetime.now(UTC))
     return Status(
         **vars(server),
         mlflow_url=stack.mlflow_url if stack else None,
@@ -120,7 +127,7 @@ async def read_status(home: Path) -> Status:
     )
 
 
-def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
+def _lineages(problems: list[str], damaged: list[str], now: datetime) -> list[LineageStatus]:
     """Return the state of each lineage that has a settings file or data in the store; append findings to the lists."""
     try:
         store = current_store()
@@ -133,7 +140,7 @@ def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
     watched = {lineage.lineage: lineage for lineage in lineages.good}
     registry = _open_registry(damaged)
     return [
-        _lineage(store, registry, name, watched.get(name), inbox, damaged)
+        _lineage(store, registry, name, watched.get(name), inbox, damaged, now)
         for name in [*watched, *(name for name in known if name not in watched)]
     ]
 
@@ -165,11 +172,13 @@ def _lineage(
     watched: WatchedLineage | None,
     inbox: InboxLook,
     damaged: list[str],
+    now: datetime,
 ) -> LineageStatus:
     champion: VersionInfo | None = None
     num_open: int | None = None
     failed: tuple[str, ...] = ()
-    waiting: tuple[HeldArrival, ...] = ()
+    held: tuple[HeldArrival, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
     if registry is not None:
         try:
             champion, found = look_at_champion(store, registry, name)
@@ -181,7 +190,10 @@ def _lineage(
         try:
             state = read_state(store, name)
             num_open, failed = _arrivals(state, watched, inbox)
-            waiting = held_arrivals(inbox, state, watched.tasks)
+            held = held_arrivals(inbox, state, watched.tasks)
+            still_open = inbox.open_for(state, watched.tasks, retry_now=False)
+            if watched.held is None:
+                waiting = plan(store, watched, inbox, state, still_open, now).waiting
         except DealError as error:
             damaged.append(f"Lineage {name}: {in_one_line(error)}")
     return LineageStatus(
@@ -190,7 +202,8 @@ def _lineage(
         num_open=num_open,
         failed=failed,
         held=watched.held if watched else None,
-        held_arrivals=waiting,
+        held_arrivals=held,
+        waiting=waiting,
         monitor=_monitor(store, name, champion, damaged),
         rollout=_rollout(store, name),
         rejected=None if registry is None else _rejected(registry, name),

@@ -151,6 +151,8 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
         (f"{task}, before → now", f"{percent(start)} → {percent(evaluation.accuracies[task])} %"),
         (f"average of {count(num_tasks, 'task')}", f"{percent(matrix.average_accuracy)} %"),
     ]
+    if report.arrival_accuracy is not None:
+        scores.append(("champion on the new rows, before", f"{percent(report.arrival_accuracy)} %"))
     if matrix.forgetting is not None:
         scores.append(("forgetting", f"{points(matrix.forgetting)} points"))
     if matrix.relative_forgetting is not None and len({evaluation.metric_name(name) for name in matrix.tasks}) > 1:

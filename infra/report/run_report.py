@@ -144,6 +144,8 @@ class RunReport(ReportPart):
     """Wall time of each stage; after a crash, only of the known stages."""
     lineage_so_far: tuple[Link, ...]
     origin: Origin
+    arrival_accuracy: float | None = None
+    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
 
     @classmethod
     def from_json(cls, values: Any) -> RunReport:

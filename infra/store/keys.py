@@ -14,6 +14,8 @@
     renewals/LINEAGE/TASK.json                a request for new test rows
     watch/LINEAGE.json                        arrivals that a watch has handled
     landed/LINEAGE/DIGEST.json                announcements of an arrival to the lineage
+    batches/LINEAGE/TASK.json                 the files that are learned together now
+    counts/TASK.json                          the numbers of rows of files that wait in the inbox
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     serving/LINEAGE.json                      the model name of a lineage in a vLLM server
     predictions/LINEAGE/DAY/SEGMENT.parquet   the prediction log
@@ -257,6 +259,21 @@ def renewal_key(lineage: str, task: str) -> str:
 def watch_key(lineage: str) -> str:
     """Return the key of the arrivals that a watch has handled for a lineage."""
     return f"{WATCH}/{lineage}.json"
+
+
+def batch_folder(lineage: str) -> str:
+    """Return the folder of the files that a lineage learns together now."""
+    return f"batches/{lineage}"
+
+
+def batch_key(lineage: str, task: str) -> str:
+    """Return the key of the files of a task that a lineage learns together now."""
+    return f"{batch_folder(lineage)}/{task}.json"
+
+
+def counts_key(task: str) -> str:
+    """Return the key of the numbers of rows of a task's files in the inbox."""
+    return f"counts/{task}.json"
 
 
 def lineage_of_watch(key: str) -> str:

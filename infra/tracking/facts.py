@@ -29,6 +29,7 @@ Alias = Literal["champion", "challenger", "previous", "rollout"]
 tried on live traffic."""
 ApprovalState = Literal["awaiting", "given", "refused"]
 SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
+NUMBERS = (*SCORES, "arrival_accuracy", "train_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,10 @@ class VersionFacts:
     """Digest of the dataset of the version that a requeue replaced by this version."""
     rollout: RolloutTerms | None = None
     """How the version is tried on live traffic before it becomes champion; None: it is not."""
+    arrival_accuracy: float | None = None
+    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
+    train_seconds: float | None = None
+    """Seconds of the training; None for older versions."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
@@ -235,7 +240,7 @@ def as_version(version: VersionRow, aliases: Mapping[str, str]) -> VersionInfo:
     tags = {key.removeprefix("deal."): value for key, value in version.tags.items() if key.startswith("deal.")}
     values: dict[str, Any] = {field.name: tags.get(field.name) for field in fields(VersionInfo)}
     values |= {each.name: tags.get(each.name, "") for each in fields(VersionFacts) if each.type == "str"}
-    values |= {name: float(tags[name]) for name in SCORES if name in tags}
+    values |= {name: float(tags[name]) for name in NUMBERS if name in tags}
     values |= {
         "accepted": tags.get("gate") == "accepted",
         "reasons": tuple(json.loads(tags.get("gate_reasons", "[]"))),

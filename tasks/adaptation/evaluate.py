@@ -18,6 +18,7 @@ from tasks.adaptation.frozen_rows import (
     KeptAnswers,
     TestSet,
     answered_rows,
+    arrival_rows,
     judging_rows,
     keep_answers,
     load_test_set,
@@ -33,10 +34,15 @@ from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.monitoring.rows import has_reference, write_reference
-from tasks.references import AdapterRef, BaseRef, DatasetRef, Spared, VersionRef, VersionScores
+from tasks.references import AdapterRef, ArrivalScore, BaseRef, DatasetRef, Spared, VersionRef, VersionScores
 
 if TYPE_CHECKING:
     from tasks.adaptation.scorer import Scored, Scorer
+
+
+MAX_TESTED_ROWS = 1000
+"""Rows of an arrival on which the champion is scored before the training, at most: the score is then within 3 points of
+that of all rows, with 95 % confidence."""
 
 
 def evaluate_version(
@@ -327,6 +333,31 @@ def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:
 def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> Scores:
     given = [answers[digest] for digest in test_set.rows["sha256"]]
     return score_answers(test_set.schema.metric, given, right_answers(test_set.rows))
+
+
+def score_arrival(
+    base: BaseRef, champion: VersionRef, dataset: DatasetRef, config: EvaluateConfig
+) -> ArrivalScore | None:
+    """Score the champion on an arrival's training rows, before anything is trained on them.
+
+    It is asked as it serves: with the labels that it knows. Of more than MAX_TESTED_ROWS rows, those with the smallest
+    digests are asked.
+
+    Returns:
+        The score; None: the task is new, or its test rows were forgotten and the arrival brings new ones.
+    """
+    from tasks.adaptation.scorer import Scorer
+
+    store = current_store()
+    known = read_record(store, champion.adapter_uri).task(dataset.task)
+    if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is not None:
+        return None
+    rows = arrival_rows(store, known, dataset.uri, MAX_TESTED_ROWS)
+    scorer = Scorer(base, config, stage="test")
+    scorer.expect([rows])
+    with borrowed_adapter(store, champion) as folder:
+        found = scorer.score(folder, [rows])
+    return ArrivalScore(accuracy=found.accuracies[dataset.task], num_rows=len(rows.rows), of_rows=dataset.num_train)
 
 
 def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:

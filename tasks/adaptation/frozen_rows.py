@@ -24,7 +24,7 @@ from deal_core.regular_file import sha256_of_file
 from deal_core.schema_version import require_schema_version
 from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
-from infra.store.keys import TEST_FILE, task_and_digest
+from infra.store.keys import TEST_FILE, TRAIN_FILE, task_and_digest
 from infra.store.stored import reading_stored
 from tasks.adaptation.manifests import read_manifest
 from tasks.lineage.record import KnownTask, read_record
@@ -74,14 +74,16 @@ def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
     )
 
 
-def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:
+def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str], *, file: str = TEST_FILE) -> pa.Table:
     """Read columns of a dataset's test rows. REFERENCES and REJECTED are left out where the file does not have them.
+
+    `file` is TRAIN_FILE for the training rows, which have the same columns.
 
     Raises:
         ObjectNotFoundError: The file is missing.
         StoreError: The file is damaged, or was altered after its dataset was made.
     """
-    with _unaltered_file(store, dataset_uri) as path:
+    with _unaltered_file(store, dataset_uri, file) as path:
         try:
             absent = {REFERENCES.name, REJECTED.name} - set(pq.read_schema(path, memory_map=False).names)
             return pq.read_table(path, memory_map=False, columns=[name for name in columns if name not in absent])
@@ -101,8 +103,8 @@ def require_unaltered(store: ObjectStore, dataset_uri: str) -> None:
 
 
 @contextmanager
-def _unaltered_file(store: ObjectStore, dataset_uri: str) -> Iterator[Path]:
-    """Give a local copy of a dataset's test rows, compared with the digest in its manifest.
+def _unaltered_file(store: ObjectStore, dataset_uri: str, file: str = TEST_FILE) -> Iterator[Path]:
+    """Give a local copy of a dataset's rows. Test rows are compared with the digest in their manifest.
 
     Test rows judge every later version, so no score may come from rows or right answers that somebody has altered.
     """
@@ -113,14 +115,28 @@ def _unaltered_file(store: ObjectStore, dataset_uri: str) -> Iterator[Path]:
     )
     with (
         temporary_folder() as temporary,
-        reading_stored(store, f"{dataset_uri}/{TEST_FILE}", f"the test rows of task '{task}'", remedy),
+        reading_stored(store, f"{dataset_uri}/{file}", f"the {file.partition('.')[0]} rows of task '{task}'", remedy),
     ):
-        path = temporary / TEST_FILE
-        store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
-        sha256 = sha256_of_file(path)
-        if sha256 != (manifest.test_sha256 or sha256):  # manifests of 0.2 have no digest of the file
-            raise ValueError(f"it was altered: its sha256 is {sha256}, recorded is {manifest.test_sha256}")
+        path = temporary / file
+        store.download_file(f"{dataset_uri}/{file}", path)
+        recorded = manifest.test_sha256 if file == TEST_FILE else ""  # manifests of 0.2 have no digest of the file
+        if recorded and (sha256 := sha256_of_file(path)) != recorded:
+            raise ValueError(f"it was altered: its sha256 is {sha256}, recorded is {recorded}")
         yield path
+
+
+def arrival_rows(store: ObjectStore, known: KnownTask, dataset_uri: str, max_rows: int) -> TestSet:
+    """Load the training rows of an arrival of a known task, at most `max_rows` of them, as rows that are asked."""
+    from datasets import Dataset
+
+    columns = (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)
+    rows = Dataset(read_test_rows(store, dataset_uri, columns, file=TRAIN_FILE))
+    return TestSet(
+        schema=known.schema,
+        rows=first_rows(rows, max_rows),
+        max_prompt_tokens=known.max_prompt_tokens,
+        max_new_tokens=known.max_new_tokens,
+    )
 
 
 def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[TestSet]:

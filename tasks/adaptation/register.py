@@ -23,17 +23,17 @@ from tasks.lineage.history import version_ref
 from tasks.lineage.record import LineageRecord, read_record, scores_of, write_record
 from tasks.lineage.requests import find_renewal
 from tasks.lineage.version_files import borrowed_adapter
-from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
+from tasks.references import AdaptationJob, RunRef, TrainedAdapter, VersionRef
 from tasks.spec import AdaptSpec
 
 VETO_FIELDS = ("kind", "task", "value", "limit")
 
 
 def register_version(
-    job: AdaptationJob, spec: AdaptSpec, adapter: AdapterRef, report: EvaluationReport, decision: GateDecision
+    job: AdaptationJob, spec: AdaptSpec, trained: TrainedAdapter, report: EvaluationReport, decision: GateDecision
 ) -> VersionRef:
     """Write the version's record, and register the version, accepted or rejected."""
-    store = current_store()
+    store, adapter = current_store(), trained.adapter
     run, base, dataset = job.run, job.base, job.dataset
     before = read_record(store, job.parent.adapter_uri) if job.parent else None
     renewal = find_renewal(store, before, dataset)
@@ -75,6 +75,8 @@ def register_version(
         approval="awaiting" if decision.accepted and spec.gate.approval == "person" else None,
         flow_run=runtime.flow_run.id,
         rollout=spec.gate.rollout_terms if decision.accepted and adapter.parent_version else None,
+        arrival_accuracy=None if job.tested is None else job.tested.accuracy,
+        train_seconds=trained.summary.seconds,
         **scores_of(report.matrix),
     )
     with borrowed_adapter(store, adapter, with_method=True) as folder:

@@ -90,6 +90,7 @@ def _gather_report(
             adapter_sha256=own.adapter_sha256,
             config_sha256=own.config_sha256,
         ),
+        arrival_accuracy=own.arrival_accuracy,
     )
 
 
@@ -194,8 +195,8 @@ def report_run(
     num_rows = {"ingest": num_landed, "evaluate": sum(report.num_rows.values())}
     for stage, duration in seconds.items():
         tracked.log_stage(stage, duration, num_rows.get(stage))
-    tracked.log_metrics({"rows_per_second/train": summary.rows_per_second})
     found = _gather_report(run, version, dataset, summary, seconds, include_texts)
+    tracked.log_metrics({"rows_per_second/train": summary.rows_per_second, "arrival_accuracy": found.arrival_accuracy})
     tracked.log_json(EVALUATION_FILE, report.to_json())
     tracked.log_json(REPORT_FILE, found.model_dump(mode="json"))
     tracked.log_text(PAGE_FILE, render_page(found, report))

@@ -51,10 +51,10 @@ class Scored:
 class Scorer:
     """Scores adapters on test sets and reports the progress."""
 
-    def __init__(self, base: BaseRef, config: EvaluateConfig) -> None:
+    def __init__(self, base: BaseRef, config: EvaluateConfig, *, stage: str = "evaluate") -> None:
         self._base = lend_base(base)
         self._config = config
-        self._report = advance("evaluate")
+        self._report = advance(stage)
         self._total = 0
         self._done = 0
         self.num_rows: dict[str, int] = {}

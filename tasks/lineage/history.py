@@ -41,6 +41,8 @@ class HistoryEntry(BaseModel, frozen=True):
     forgetting: float | None
     backward_transfer: float | None
     forward_transfer: float | None
+    arrival_accuracy: float | None
+    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
     accepted: bool
     reasons: tuple[str, ...]
     approval: str | None

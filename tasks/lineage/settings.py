@@ -25,6 +25,7 @@ from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from tasks.context import current_store
+from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.references import Arrival
 from tasks.spec import AdaptSpec, LineageSpec, Name, parse, read_lineage_values, resolve_base
 
@@ -39,6 +40,8 @@ class WatchedLineage(LineageSpec):
     """The tasks that the lineage learns; empty: every task of the inbox."""
     held: str | None = None
     """Why the lineage learns nothing that lands; None: it learns. `deal lineage hold` and `resume` write it."""
+    retrain: RetrainPolicy = AT_ONCE
+    """When the lineage is trained on what has landed."""
 
 
 def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:

@@ -21,6 +21,7 @@ from deal_core.data.reading.json_rows import read_json
 from deal_core.data.reading.lines import UNPACKED_TIMES, WRONG_PATH, damaged_file, open_bytes
 from deal_core.data.rows import RawRow, batches_of
 from deal_core.errors import DataValidationError
+from deal_core.safe_text import shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa

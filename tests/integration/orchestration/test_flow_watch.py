@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tasks.inbox import InboxLook
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.progress import Interrupted, ask_to_stop, reporting_to
-from tasks.spec import LineageSpec, parse
+from tasks.spec import parse
 from tests.in_process import put_back
 from tests.receiver import Receiver
 
@@ -50,7 +51,7 @@ class Said:
     def stage_finished(self, stage: str, seconds: float, detail: str) -> None: ...
 
 
-def lineage(base: Path, **settings: Any) -> LineageSpec:
+def lineage(base: Path, **settings: Any) -> WatchedLineage:
     values = {
         "lineage": "l",
         "base_model": str(base),
@@ -58,10 +59,10 @@ def lineage(base: Path, **settings: Any) -> LineageSpec:
         "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
         **settings,
     }
-    return parse(LineageSpec, values, "test")
+    return parse(WatchedLineage, values, "test")
 
 
-def look(spec: LineageSpec, **options: Any) -> tuple[WatchResult, list[str]]:
+def look(spec: WatchedLineage, **options: Any) -> tuple[WatchResult, list[str]]:
     said = Said()
     with reporting_to(said):
         result = asyncio.run(watch(spec, once=True, poll_seconds=0.01, **options))
@@ -225,7 +226,8 @@ def test_a_file_that_changes_while_another_is_learned_is_looked_at_again_before_
         read.append(b"a look")
         return look_at_inbox(*given)
 
-    async def learn(store: ObjectStore, spec: LineageSpec, info: ObjectInfo) -> Learned:
+    async def learn(store: ObjectStore, spec: WatchedLineage, files: Sequence[ObjectInfo]) -> Learned:
+        (info,) = files
         read.append(store.get_bytes(info.key))
         if info.key.endswith("a.jsonl"):
             land(home, "parcels/b.jsonl", PARCELS)

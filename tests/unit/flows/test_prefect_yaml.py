@@ -105,6 +105,7 @@ def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]
     assert names == [
         "watch-inbox",
         "adapt",
+        "retrain",
         "adapt-file",
         "evaluate-lineage",
         "monitor-lineage",

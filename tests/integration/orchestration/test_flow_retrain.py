@@ -1,0 +1,348 @@
+"""When to train, with a Prefect server: by schedule, rows, waiting time and budget; skipped; and killed in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tenacity
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from typer.testing import CliRunner
+
+from benchmarks.tiny_base import NO_LIMITS
+from flows.cli.app import app
+from flows.retrain import retrain
+from flows.server.status import read_status
+from flows.watch import WatchResult, adapt_landed, watch
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
+from infra.tracking.tracker import open_tracker
+from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.report import read_page
+from tasks.batches import read_batches
+from tasks.context import current_store
+from tasks.lineage.history import read_history
+from tasks.lineage.retrain import RetrainPolicy, Waiting
+from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
+from tasks.progress import reporting_to
+from tasks.spec import parse
+from tests.in_process import put_back
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes().splitlines(keepends=True)
+BANK = (EXAMPLES / "bank" / "train.jsonl").read_bytes().splitlines(keepends=True)
+WEEKLY = {"when": "schedule", "cron": "0 2 * * 0"}
+DAY = timedelta(days=1)
+ALWAYS = 1e-9
+"""A probability per token that the tiny base has for every right answer."""
+NUM_LEFT = len(ROWS) - 60
+"""Fewer than the fifty rows that a test waits for."""
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def add(base: Path, **policy: Any) -> WatchedLineage:
+    values = {
+        "lineage": "l",
+        "base_model": str(base),
+        "gate": NO_LIMITS,
+        "memory": "none",
+        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
+        "retrain": policy,
+    }
+    add_lineage(current_store(), parse(WatchedLineage, values, "test"), values)
+    return read_lineage(current_store(), "l")
+
+
+def land(home: Path, name: str, rows: list[bytes], age: float = 100) -> None:
+    """Land a file. It keeps the time of its original, `age` seconds before a day of 2023, as a copy may."""
+    path = home / "store" / "inbox" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(rows))
+    os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
+
+
+def start(at: datetime) -> int:
+    """The announcements of one run of the deployment `retrain`."""
+    return asyncio.run(retrain(now=at))
+
+
+def learn(at: datetime) -> list[tuple[str, str, str | None]]:
+    """File, outcome and version of all that a run of the deployment `adapt` learns."""
+    result = asyncio.run(adapt_landed("l", settle_seconds=0.01, now=at))
+    return handled(result)
+
+
+def handled(result: WatchResult) -> list[tuple[str, str, str | None]]:
+    return [(seen.key.removeprefix("inbox/"), seen.outcome, seen.version) for seen in result.files]
+
+
+def waiting(home: Path, at: datetime) -> list[Waiting]:
+    (status,) = asyncio.run(read_status(home, at)).lineages
+    return list(status.waiting)
+
+
+def versions() -> tuple[VersionInfo, ...]:
+    return open_registry().versions("l")
+
+
+def num_read(version: VersionInfo) -> int:
+    """Rows of the arrival that a version has learned."""
+    folder = next(
+        info.key.rpartition("/")[0]
+        for info in current_store().list(f"datasets/{version.task}/{version.dataset_sha256}")
+        if info.key.endswith("manifest.json")
+    )
+    return read_manifest(current_store(), folder).num_read
+
+
+def test_what_waits_for_a_schedule_is_learned_together_at_its_time(tiny_base: Path, home: Path) -> None:
+    add(tiny_base, **WEEKLY)
+    land(home, "parcels/1.jsonl", ROWS[:30])
+    land(home, "parcels/2.jsonl", ROWS[30:60], age=50)
+    sunday = RetrainPolicy(**WEEKLY).next_time(now())
+    early = sunday - timedelta(seconds=1)
+    assert (start(early), learn(early)) == (0, [])
+    (found,) = waiting(home, early)
+    assert (found.task, found.num_files, found.num_rows, found.is_due, found.until) == ("parcels", 2, 60, False, sunday)
+    assert start(sunday) == 2
+    assert learn(sunday) == [("parcels/1.jsonl", "promoted", "1"), ("parcels/2.jsonl", "promoted", "1")]
+    assert [num_read(version) for version in versions()] == [60]
+    assert (start(sunday), learn(sunday), waiting(home, sunday)) == (0, [], [])
+    land(home, "parcels/3.jsonl", ROWS[60:], age=40)
+    assert start(now()) == 0 and len(versions()) == 1, "the schedule's time of this week is not yet there"
+    assert start(sunday + DAY) == 1, "it landed before the time"
+
+
+def test_rows_are_waited_for_and_tasks_are_learned_in_the_order_of_their_oldest_file(
+    tiny_base: Path, home: Path
+) -> None:
+    add(tiny_base, min_rows=50)
+    land(home, "parcels/1.jsonl", ROWS[:30], age=300)
+    land(home, "bank/1.jsonl", BANK[:30], age=200)
+    land(home, "bank/2.jsonl", BANK[30:60], age=100)
+    assert [(each.task, each.num_rows, each.is_due) for each in waiting(home, now())] == [
+        ("parcels", 30, False),
+        ("bank", 60, True),
+    ]
+    assert start(now()) == 2, "the files of the bank"
+    land(home, "parcels/2.jsonl", ROWS[30:60], age=50)
+    assert start(now()) == 2, "those of the parcels"
+    assert [key for key, *_ in learn(now())] == [
+        "parcels/1.jsonl",
+        "parcels/2.jsonl",
+        "bank/1.jsonl",
+        "bank/2.jsonl",
+    ]
+    assert [(version.task, num_read(version)) for version in versions()] == [("parcels", 60), ("bank", 60)]
+
+
+def test_after_the_longest_wait_fewer_rows_are_learned(tiny_base: Path, home: Path) -> None:
+    add(tiny_base, min_rows=200, max_wait_days=7)
+    land(home, "parcels/1.jsonl", ROWS[:40])
+    (found,) = waiting(home, now())
+    assert found.until is not None and timedelta(days=6.9) < found.until - now() <= 7 * DAY, "not since 2023"
+    assert (start(found.until - timedelta(seconds=1)), learn(found.until - timedelta(seconds=1))) == (0, [])
+    assert start(found.until) == 1
+    assert learn(found.until) == [("parcels/1.jsonl", "promoted", "1")]
+
+
+def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_base: Path, home: Path) -> None:
+    add(tiny_base, test_first=True, skip_if_accuracy=ALWAYS)
+    land(home, "parcels/task.yaml", [b"metric: loss\n"])
+    land(home, "parcels/1.jsonl", ROWS[:40])
+    assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")], "a new task has no champion's score"
+    assert versions()[0].arrival_accuracy is None
+    tests = {info.key: info.etag for info in current_store().list("datasets") if info.key.endswith("test.parquet")}
+    land(home, "parcels/2.jsonl", ROWS[40:60])
+    assert learn(now()) == [("parcels/2.jsonl", "skipped", None)]
+    assert learn(now()) == [] and start(now()) == 0 and len(versions()) == 1
+    left = [info.key for info in current_store().list("datasets")]
+    assert not [key for key in left if key.endswith("train.parquet")], "the pipeline keeps no training rows"
+    assert tests.items() <= {info.key: info.etag for info in current_store().list("datasets")}.items()
+
+    add(tiny_base, test_first=True, skip_if_accuracy=1.0)
+    land(home, "parcels/3.jsonl", ROWS[60:])
+    assert learn(now()) == [("parcels/3.jsonl", "promoted", "2")]
+    (accuracy,) = [entry.arrival_accuracy for entry in read_history("l", 1)]
+    assert accuracy is not None and 0 < accuracy < 1
+    newest = versions()[-1]
+    assert open_tracker().client.get_run(newest.tracking_id).data.metrics["arrival_accuracy"] == accuracy
+    report, page = read_page(newest.tracking_id)
+    assert report.arrival_accuracy == accuracy and f"{100 * accuracy:.1f} %" in page
+    with put_back():
+        shown = CliRunner().invoke(app, ["history", "--lineage", "l"]).output
+    assert "on arrival" in shown and f"{100 * accuracy:.1f}" in shown
+
+
+def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows(tiny_base: Path, home: Path) -> None:
+    add(tiny_base, test_first=True, skip_if_accuracy=ALWAYS)
+    land(home, "parcels/task.yaml", [b"metric: loss\n"])
+    land(home, "parcels/1.jsonl", ROWS[:40])
+    learn(now())
+    with put_back():
+        CliRunner().invoke(app, ["labels", "parcels", "--add", "stolen parcel", "--lineage", "l"])
+    row = {**json.loads(ROWS[60]), "label": "stolen parcel"}
+    land(home, "parcels/2.jsonl", [*ROWS[40:60], json.dumps(row).encode() + b"\n"])
+    assert learn(now()) == [("parcels/2.jsonl", "promoted", "2")]
+
+
+def test_what_exceeds_the_months_budget_waits_for_the_next_month(tiny_base: Path, home: Path) -> None:
+    policy = add(tiny_base, budget_hours=1e-6).retrain
+    land(home, "parcels/1.jsonl", ROWS[:40], age=200)
+    land(home, "bank/1.jsonl", BANK[:40])
+    assert start(now()) == 2
+    assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")], "it used up the budget, and the other waits"
+    (found,) = waiting(home, now())
+    _, following = policy.month_of(now())
+    assert (found.task, found.is_due, found.until) == ("bank", False, following)
+    assert "training hours of this month are used" in found.line()
+    assert learn(following) == [("bank/1.jsonl", "promoted", "2")]
+
+
+def test_a_run_that_was_killed_learns_exactly_the_files_that_it_had_fixed(tiny_base: Path, home: Path) -> None:
+    add(tiny_base, min_rows=50)
+    land(home, "parcels/1.jsonl", ROWS[:30], age=200)
+    land(home, "parcels/2.jsonl", ROWS[30:55], age=100)
+    kill_at_the_training()
+    (batch,) = read_batches(current_store(), "l")
+    assert [file.key for file in batch.files] == ["inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl"]
+    land(home, "parcels/0.jsonl", ROWS[60:], age=300)
+    assert [(each.num_rows, each.is_due) for each in waiting(home, now())] == [(55, True), (NUM_LEFT, False)]
+    assert learn(now()) == [("parcels/1.jsonl", "promoted", "1"), ("parcels/2.jsonl", "promoted", "1")]
+    assert [num_read(version) for version in versions()] == [55]
+    assert read_batches(current_store(), "l") == [] and learn(now()) == []
+    (left,) = waiting(home, now())
+    assert (left.num_files, left.num_rows) == (1, NUM_LEFT), "what landed later waits for more rows"
+
+
+def kill_at_the_training() -> None:
+    """Let a process of its own learn what is due, and kill it when it begins."""
+    script = """
+import asyncio, sys, time
+import flows.watch
+from tasks.context import current_store
+from tasks.lineage.settings import read_lineage
+
+async def hang(*arguments):
+    print("begins", flush=True)
+    time.sleep(600)
+
+flows.watch._adapt_to = hang
+store = current_store()
+worker = flows.watch.InboxWorker(store, read_lineage(store, "l"), (), settle_seconds=0.01, once=False, wait=True)
+asyncio.run(worker.handle_open())
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    try:
+        assert any(line == "begins\n" for line in child.stdout)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+
+
+def test_a_batch_that_failed_is_tried_again_without_what_landed_since(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(tiny_base, min_rows=50)
+    land(home, "parcels/1.jsonl", ROWS[:55])
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "register", fail)
+        assert learn(now()) == [("parcels/1.jsonl", "failed", None)]
+    land(home, "parcels/2.jsonl", ROWS[60:])
+    monkeypatch.setattr("tasks.inbox.PAUSE", timedelta(0))
+    assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")]
+    assert [each.num_files for each in waiting(home, now())] == [1]
+
+
+def test_a_bad_file_is_refused_alone_and_the_good_ones_are_learned(tiny_base: Path, home: Path) -> None:
+    add(tiny_base, min_rows=50)
+    land(home, "parcels/damaged.parquet", [b"nonsense"], age=400)
+    land(home, "parcels/empty.jsonl", [], age=350)
+    land(home, "parcels/1.jsonl", ROWS[:30], age=300)
+    assert [(key, outcome) for key, outcome, _ in learn(now())] == [
+        ("parcels/damaged.parquet", "refused"),
+        ("parcels/empty.jsonl", "refused"),
+    ], "what cannot be counted is refused at once, and the other file waits"
+    land(home, "parcels/other.jsonl", [b'{"question": "Who?", "answer": "I."}\n'] * 30, age=200)
+    assert sorted(learn(now())) == [
+        ("parcels/1.jsonl", "promoted", "1"),
+        ("parcels/other.jsonl", "refused", None),
+    ], "together they are no arrival"
+    assert read_batches(current_store(), "l") == []
+
+
+class Said:
+    """Keeps the messages of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def said(self, message: str) -> None:
+        self.lines.append(message)
+
+    def stage_started(self, stage: str) -> None: ...
+
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None: ...
+
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None: ...
+
+
+def test_the_commands_say_what_waits_and_for_how_long(tiny_base: Path, home: Path) -> None:
+    spec = add(tiny_base, **WEEKLY, min_rows=200, max_wait_days=7)
+    land(home, "parcels/1.jsonl", ROWS[:40])
+    said = Said()
+    with reporting_to(said):
+        result = asyncio.run(watch(spec, once=True, poll_seconds=0.01))
+    assert result.files == ()
+    (line,) = said.lines
+    assert line.startswith("parcels: 1 file with 40 rows waits since ")
+    assert "40 of 200 rows have landed; the schedule looks again on Sun " in line
+    with put_back():
+        answer = CliRunner().invoke(app, ["status"])
+        as_json = json.loads(CliRunner().invoke(app, ["status", "--json"]).output)
+    assert " ".join(line.split()) in " ".join(answer.output.split())
+    (lineage,) = as_json["lineages"]
+    assert (lineage["waiting"][0]["num_rows"], lineage["waiting"][0]["is_due"]) == (40, False)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("deployed")
+def test_the_server_starts_one_run_for_a_lineage_whose_time_has_come(tiny_base: Path, home: Path) -> None:
+    add(tiny_base, **WEEKLY)
+    land(home, "parcels/1.jsonl", ROWS[:30])
+    land(home, "bank/1.jsonl", BANK[:30])
+    sunday = RetrainPolicy(**WEEKLY).next_time(now())
+
+    async def runs() -> list[dict[str, Any]]:
+        async with get_client() as client:
+            adapt = await client.read_deployment_by_name("adapt-landed/adapt")
+            wanted = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[adapt.id]))
+            async for attempt in tenacity.AsyncRetrying(
+                wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(180), reraise=True
+            ):
+                with attempt:
+                    found = await client.read_flow_runs(flow_run_filter=wanted)
+                    assert found
+            return [run.parameters for run in found]
+
+    assert [start(sunday) for _ in range(3)] == [2, 0, 0]
+    assert asyncio.run(runs()) == [{"lineage": "l"}]
