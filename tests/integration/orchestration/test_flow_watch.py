@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 import flows.cli.demo
-from benchmarks.tiny_base import NO_LIMITS
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.cli.app import app
 from flows.server.status import read_status
@@ -27,8 +27,6 @@ from tasks.progress import Interrupted, ask_to_stop, reporting_to
 from tasks.spec import LineageSpec, parse
 from tests.in_process import put_back
 from tests.receiver import Receiver
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
