@@ -18,7 +18,6 @@ import typer
 from datasets import Dataset, disable_progress_bars
 
 from benchmarks.output import RESULTS, Base, Out, write_result
-from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
@@ -30,6 +29,7 @@ from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
+ROWS = Path(__file__).parents[1] / "examples" / "repairs" / "messages.jsonl"
 RATES = (1e-4, 3e-4, 1e-3)
 TASK = TaskSchema(
     name="orders",
@@ -44,7 +44,7 @@ TRAIN = TrainConfig(max_prompt_tokens=192, max_answer_tokens=40, checkpoint_step
 def pairs(split: str) -> Dataset:
     """The orders of a split that end with the tenant's times, each with the same order without them."""
     rows = []
-    for line in (EXAMPLES / "repairs" / "messages.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in ROWS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         order, separator, _ = row["work_order"].partition(";")
         if separator and row["split"] == split:

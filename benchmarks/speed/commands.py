@@ -72,7 +72,7 @@ COMMANDS = {
     "status": [*DEAL, "status"],
 }
 FILES = {"bank": "train.jsonl", "parcels": "messages.jsonl"}
-"""The tasks that are adapted to, and their rows in examples/."""
+"""The tasks that are adapted to, and their rows in EXAMPLES."""
 LEARNING = ("train", "evaluate")
 CELL_TASKS = {**COLOURS_AND_SIZES, "tastes": ("sweet", "sour")}
 CELL_STRATEGIES = ("deal", "seq_lora", "ewc", "replay")

@@ -41,8 +41,9 @@ from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
 MAX_PROMPT_TOKENS = 512
-LABELS = {"bank": ("train.jsonl", "test.jsonl"), "parcels": ("messages.jsonl",)}
-TEXTS = {"repairs": ("messages.jsonl",)}
+BANK, PARCELS = EXAMPLES / "bank", EXAMPLES / "parcels"
+LABELS = {"bank": (BANK / "train.jsonl", BANK / "test.jsonl"), "parcels": (PARCELS / "messages.jsonl",)}
+TEXTS = {"repairs": (Path(__file__).parents[2] / "examples" / "repairs" / "messages.jsonl",)}
 TOPIC = "What is the topic of the following message? Choose one from the option."
 WORK_ORDER = "Write the work order for this message."
 LOOPS = {"loop_batch_1": 1, "loop_batch_16": 16}
@@ -54,7 +55,7 @@ def read_tasks(*, texts: bool) -> list[Task]:
     """The examples' rows, columns input and output."""
     tasks = []
     for name, files in (TEXTS if texts else LABELS).items():
-        lines = [json.loads(line) for file in files for line in (EXAMPLES / name / file).read_text().splitlines()]
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         if texts:
             rows = [{"input": row["message"], "output": row["work_order"]} for row in lines]
             task = TaskSchema(name=name, instruction=WORK_ORDER)

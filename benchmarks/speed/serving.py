@@ -3,7 +3,7 @@
     python -m benchmarks.speed.serving moves
     python -m benchmarks.speed.serving log
 
-Two versions are learned from examples/, `deal serve` is started, and clients ask it without a pause.
+Two versions are learned from tests/data/examples, `deal serve` is started, and clients ask it without a pause.
 
 moves: does a request fail, and is every answer its version's? The clients ask for two minutes while the alias moves
 back (a rollback) and forth. An answer is right if it is what the version that it names gives when it is asked alone,

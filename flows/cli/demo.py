@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.judging_config import GateConfig
 from flows.adapt import AdaptResult, Scores
 from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
@@ -26,6 +27,16 @@ from tasks.spec import AdaptSpec, LineageSpec, TaskFields, parse, read_spec
 
 ORDER = ("bank", "clinic", "parcels")
 POLL_SECONDS = 0.2
+NO_GATE = GateConfig(
+    min_gain_points=-100.0,
+    min_gain_over_champion_points=None,
+    max_drop_points=100.0,
+    max_mean_drop_points=None,
+    max_perplexity_ratio=None,
+    max_norm_ratio=None,
+)
+"""For the lineage to compare with: a gate would reject what forgets, and the next arrival would not continue it."""
+PLAIN_NAME = "plain LoRA"
 
 
 class LineageOutcome(BaseModel, frozen=True):
@@ -68,7 +79,7 @@ async def run_demo(
 
     Args:
         picture: file for the picture of the result (PNG).
-        compare: also train plain continued LoRA on the same arrivals, in a second lineage.
+        compare: also train plain continued LoRA on the same arrivals, in a second lineage without a gate.
         base_model: base model; None: the one that the examples name.
         examples: folder of the example domains; None: the project's.
 
@@ -81,7 +92,8 @@ async def run_demo(
     specs = [_read_example(folder / name) for name in ORDER]
     lineages = [_lineage_of(specs[0], "demo", "deal", base_model)]
     if compare:
-        lineages.append(_lineage_of(specs[0], "demo-seq-lora", "seq_lora", base_model))
+        plain = _lineage_of(specs[0], "demo-seq-lora", "seq_lora", base_model)
+        lineages.append(plain.model_copy(update={"gate": NO_GATE}))
     store = current_store()
     watched: dict[str, list[WatchResult]] = {lineage.lineage: [] for lineage in lineages}
     files = {spec.task.name: _files_of(spec) for spec in specs}
@@ -191,5 +203,5 @@ def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
 
     if rival is not None and rival.tasks != first.tasks:
         rival = None
-    save_png(result_figure(first, rival, name=outcomes[0].strategy, rival_name=outcomes[-1].strategy), picture)
+    save_png(result_figure(first, rival, name=outcomes[0].strategy, rival_name=PLAIN_NAME), picture)
     return picture

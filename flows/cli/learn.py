@@ -67,7 +67,7 @@ Version = Annotated[str | None, Option("--version", help="Adapter version.", sho
 def demo(
     deal: Session,
     compare: Annotated[
-        bool, Option("--compare", help="Also let plain continued LoRA learn the same arrivals.")
+        bool, Option("--compare", help="Also let plain continued LoRA learn the same arrivals, without a gate.")
     ] = False,
     base: Annotated[str | None, Option(help="Another base model.", show_default="smollm2-135m-instruct")] = None,
     picture: Annotated[

@@ -28,6 +28,9 @@ MARKERS = "osD^vPX*"
 MUTED = "#666666"
 COLOUR_MAP = colormaps["YlGnBu"]
 """Values from low to high are light to dark, also in a grey print."""
+LIGHT_TO, DARK_FROM = 0.45, 0.66
+"""Cells below half have the map's colours up to the first, the others those from the second on. On the colours in
+between, neither black nor white figures are easy to read."""
 GAP = 0.12
 """Space between the base model's row and the versions' rows, in rows."""
 INCHES_PER_NAME = 0.2
@@ -36,8 +39,6 @@ HIGHEST_NAME = 97.0
 """Position of the topmost name on an axis of 100, below the title."""
 MAX_NAME = 40
 """Characters of a task's name beside its line."""
-DARK_FROM = 68.0
-"""Cells from this per cent have white numbers."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -91,8 +92,10 @@ def draw_heatmap(axes: Axes, matrix: AccuracyMatrix) -> None:
         if numpy.isnan(value):
             cell.set(facecolor="#F4F4F4", edgecolor="#CCCCCC", hatch="///", linewidth=0)
             continue
-        cell.set_facecolor(COLOUR_MAP(value / 100))
-        colour = "white" if value >= DARK_FROM else "black"
+        is_dark = value >= 50
+        place = DARK_FROM + (1 - DARK_FROM) * (value - 50) / 50 if is_dark else LIGHT_TO * value / 50
+        cell.set_facecolor(COLOUR_MAP(place))
+        colour = "white" if is_dark else "black"
         axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
     for version, task in enumerate(matrix.trained, start=1):
         corner = (matrix.tasks.index(task), version)
@@ -279,29 +282,41 @@ def by_projection(fill: Mapping[str, float]) -> dict[str, dict[int, float]]:
 def result_figure(
     matrix: AccuracyMatrix, rival: AccuracyMatrix | None = None, *, name: str = "deal", rival_name: str = "seq_lora"
 ) -> Figure:
-    """Draw the accuracy matrix, the matrix of a rival strategy, and the final accuracy of each task.
+    """Draw the accuracy matrix. Its right half is the matrix of a rival, or the final accuracy of each task.
 
-    Each matrix has at least one version, and both have the same tasks in the same order.
+    Each matrix has at least one version, and both have the same tasks in the same order. The title says what is left in
+    the end.
     """
-    matrices = {name: matrix} if rival is None else {name: matrix, rival_name: rival}
     panel = max(3.6, 0.62 * len(matrix.tasks))
-    figure = new_figure(1.4 + panel * (len(matrices) + 1.1), 2.6 + 0.4 * len(matrix.rows))
-    *maps, bars = figure.subplots(1, len(matrices) + 1, width_ratios=[1.0] * len(matrices) + [1.1])
-    for axes, (title, shown) in zip(maps, matrices.items(), strict=True):
-        draw_heatmap(axes, shown)
-        axes.set_title(f"{title}\n", fontsize=12, fontweight="bold", loc="left")
-        axes.text(0, 1.03, describe(shown), transform=axes.transAxes, fontsize=9.5, color=MUTED)
-    for axes in maps[1:]:
-        axes.set_yticks([])
-    _draw_bars(bars, matrices)
+    figure = new_figure(1.4 + panel * 2.1, 2.9 + 0.4 * len(matrix.rows))
+    left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.1 if rival is None else 1.0))
+    _draw_half(left, matrix, name)
+    if rival is None:
+        _draw_bars(right, {"base model": matrix.base, name: matrix.rows[-1]}, matrix.tasks)
+    else:
+        _draw_half(right, rival, rival_name)
+        right.set_yticks([])
+    figure.suptitle(_finding(matrix, rival, name, rival_name), fontsize=13, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
-def _draw_bars(axes: Axes, matrices: dict[str, AccuracyMatrix]) -> None:
-    """Draw the final accuracy of every task next to the base model's."""
-    first = next(iter(matrices.values()))
-    series = {"base model": first.base, **{name: matrix.rows[-1] for name, matrix in matrices.items()}}
-    colours = ("#BBBBBB", COLOURS[0], COLOURS[5])
+def _finding(matrix: AccuracyMatrix, rival: AccuracyMatrix | None, name: str, rival_name: str) -> str:
+    """What a reader should take home, in one sentence."""
+    shown = {name: matrix} if rival is None else {name: matrix, rival_name: rival}
+    means = {name: each.average_accuracy for name, each in shown.items()}
+    told = ", ".join(name if mean is None else f"{name} {100 * mean:.1f} %" for name, mean in means.items())
+    return f"Mean accuracy after {len(matrix.rows)} arrival{'s' * (len(matrix.rows) > 1)}: {told}"
+
+
+def _draw_half(axes: Axes, matrix: AccuracyMatrix, name: str) -> None:
+    draw_heatmap(axes, matrix)
+    axes.set_title(f"{name}\n", fontsize=12, fontweight="bold", loc="left")
+    axes.text(0, 1.03, describe(matrix), transform=axes.transAxes, fontsize=9.5, color=MUTED)
+
+
+def _draw_bars(axes: Axes, series: Mapping[str, Sequence[float | None]], tasks: Sequence[str]) -> None:
+    """Draw the accuracy of every task, a bar per series."""
+    colours = ("#BBBBBB", COLOURS[0])
     width = 0.8 / len(series)
     for index, (name, values) in enumerate(series.items()):
         offset = (index - (len(series) - 1) / 2) * width
@@ -313,7 +328,7 @@ def _draw_bars(axes: Axes, matrices: dict[str, AccuracyMatrix]) -> None:
             size = 8 if len(values) <= 4 else 6
             axes.text(place, height + 1.5, text, ha="center", fontsize=size, color="#333333")
     tidy(axes)
-    name_columns(axes, first.tasks)
+    name_columns(axes, tasks)
     axes.tick_params(axis="x", length=0)
     axes.set_ylim(0, 108)
     axes.set_yticks([0, 25, 50, 75, 100])

@@ -35,7 +35,7 @@ def adapt(home: Path, name: str, *, expect: int = 0, data: Path | None = None, *
     if data is not None:
         spec["task"]["data"] = str(data)
     for part, values in changes.items():
-        spec[part] = {**spec[part], **values} if isinstance(values, dict) else values
+        spec[part] = {**spec.get(part, {}), **values} if isinstance(values, dict) else values
     path = home.parent / "spec.yaml"
     path.write_text(yaml.safe_dump(spec))
     return deal(home, "adapt", str(path), expect=expect)

@@ -38,6 +38,15 @@ def of(program: str) -> list[list[str]]:
     return found
 
 
+def test_the_page_starts_with_the_two_commands_that_need_nothing_before_them() -> None:
+    title, claim, *_ = README.split("\n\n")
+    assert README.startswith(f"{title}\n\n{claim}\n\n```sh\nmake "), "directly under the first sentences"
+    first = [line.split("#") for line in BLOCKS[0].splitlines()]
+    assert [command.strip() for command, _ in first] == ["make demo", "make test"]
+    assert all("minutes" in told for _, told in first), "each says how long it takes"
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
 @pytest.mark.parametrize("arguments", of("make"), ids=" ".join)
 def test_make_knows_its_targets(arguments: list[str]) -> None:
     done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -52,7 +61,7 @@ def checkout(tiny_base: Path, tmp_path: Path) -> Iterator[Path]:
     for file in folder.glob("examples/*/spec.yaml"):
         spec = yaml.safe_load(file.read_text())
         spec |= {"base_model": str(tiny_base), "gate": {"min_gain_points": -100}}
-        spec["train"]["max_steps"] = 2
+        spec["train"] = {**spec.get("train", {}), "max_steps": 2}
         file.write_text(yaml.safe_dump(spec))
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("DEAL_", "PREFECT_API", "MLFLOW_TRACKING"))]:

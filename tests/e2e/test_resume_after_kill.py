@@ -14,12 +14,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from benchmarks.tiny_base import NO_LIMITS
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from tests.e2e.command import DEAL
 from tests.e2e.conftest import AdaptHere
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
 TOLERANCE = 0.02
 """Of a step's loss: bf16 weights round, and the order of sums may differ between two processes."""
 

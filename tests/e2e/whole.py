@@ -21,7 +21,7 @@ from prefect.events import Event
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
-from benchmarks.tiny_base import NO_LIMITS
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from infra.settings import TrackingSettings
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import open_registry
@@ -29,7 +29,6 @@ from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
 from tests.s3 import ThreadedMotoServer
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 BUCKET = "landings"
 SECRET = "a-planted-secret-key"
 DONE = "prefect.flow-run.Completed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import flows.cli.demo
-from benchmarks.tiny_base import NO_LIMITS
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.cli.app import app
 from flows.server.status import read_status
@@ -29,8 +30,6 @@ from tasks.progress import Interrupted, ask_to_stop, reporting_to
 from tasks.spec import parse
 from tests.in_process import put_back
 from tests.receiver import Receiver
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -352,9 +351,38 @@ def test_the_demo_leaves_other_files_of_its_names_alone(tiny_base: Path, home: P
     mine = land(home, name, b"mine")
     leftover = land(home, "bank/test.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes())
     with pytest.raises(ConfigError, match=rf"{name} is not the demo's own file"):
-        asyncio.run(flows.cli.demo.run_demo(picture=tmp_path / "demo.png", compare=False, base_model=str(tiny_base)))
+        asyncio.run(
+            flows.cli.demo.run_demo(
+                picture=tmp_path / "demo.png", compare=False, base_model=str(tiny_base), examples=EXAMPLES
+            )
+        )
     assert mine.read_bytes() == b"mine" and leftover.is_file()
     assert open_registry().versions("demo") == ()
+
+
+def short_demo(folder: Path, names: tuple[str, ...], gate: dict[str, Any]) -> Path:
+    """Domains that are learned in two steps behind this gate."""
+    for name in names:
+        shutil.copytree(EXAMPLES / name, folder / name)
+        spec = yaml.safe_load((folder / name / "spec.yaml").read_text()) | {"gate": gate}
+        spec["train"] |= {"max_steps": 2, "checkpoint_steps": 0}
+        (folder / name / "spec.yaml").write_text(yaml.safe_dump(spec))
+    return folder
+
+
+def test_no_gate_stops_the_lineage_that_the_demo_compares_with(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the picture lacks it: what a gate rejects is not continued, and two matrices have other tasks."""
+    monkeypatch.setattr(flows.cli.demo, "ORDER", ("bank",))
+    examples = short_demo(tmp_path / "examples", ("bank",), {**NO_LIMITS, "min_accuracy": 1.0})
+    result = asyncio.run(
+        flows.cli.demo.run_demo(
+            picture=tmp_path / "demo.png", compare=True, base_model=str(tiny_base), examples=examples
+        )
+    )
+    champions = [(outcome.lineage, outcome.champion) for outcome in result.outcomes]
+    assert champions == [("demo", None), ("demo-seq-lora", "1")] and result.rejected
 
 
 @pytest.mark.nightly
@@ -365,21 +393,11 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     mine = land(home, "other/other.jsonl", b"mine")
     land(home, "bank/test.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes())  # left by a demo that was stopped
     monkeypatch.setattr(flows.cli.demo, "ORDER", ("bank", "parcels"))
-    for name in flows.cli.demo.ORDER:
-        folder = tmp_path / "examples" / name
-        folder.mkdir(parents=True)
-        for path in (EXAMPLES / name).iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        spec = yaml.safe_load((folder / "spec.yaml").read_text())
-        spec |= {"gate": NO_LIMITS}
-        spec["train"] |= {"max_steps": 2, "checkpoint_steps": 0}
-        (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+    examples = short_demo(tmp_path / "examples", flows.cli.demo.ORDER, NO_LIMITS)
 
     def demo() -> flows.cli.demo.DemoResult:
         return asyncio.run(
-            flows.cli.demo.run_demo(
-                picture=picture, compare=True, base_model=str(tiny_base), examples=tmp_path / "examples"
-            )
+            flows.cli.demo.run_demo(picture=picture, compare=True, base_model=str(tiny_base), examples=examples)
         )
 
     result = demo()

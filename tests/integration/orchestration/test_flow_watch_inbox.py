@@ -16,7 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 
 import tasks.inbox
-from benchmarks.tiny_base import NO_LIMITS
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
 from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
@@ -29,7 +29,6 @@ from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage, hold_lineage_file, list_lineages, read_lineage
 from tasks.spec import parse
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
 ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")

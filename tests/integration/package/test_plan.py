@@ -11,6 +11,7 @@ import yaml
 from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
+from benchmarks.tiny_base import EXAMPLES
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
@@ -18,7 +19,7 @@ from flows.cli.app import app
 from tasks.base import refuse_what_cannot_fit
 from tests.in_process import put_back
 
-BANK = Path(__file__).parents[3] / "examples" / "bank"
+BANK = EXAMPLES / "bank"
 Plan = Callable[..., Result]
 
 

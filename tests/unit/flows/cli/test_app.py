@@ -21,7 +21,7 @@ from flows.cli.app import TOPICS, app
 from tests.in_process import put_back
 
 ROOT = Path(__file__).parents[4]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = ROOT / "tests" / "data" / "examples"
 Deal = Callable[..., Result]
 
 

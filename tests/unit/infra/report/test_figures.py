@@ -78,6 +78,7 @@ def test_numbers_stand_out_from_their_cells() -> None:
         cell = cells[text.get_position()[1] - 0.5]
         shades = [luminance(cell.get_facecolor()[:3]), 1.0 if text.get_color() == "white" else 0.0]
         assert (max(shades) + 0.05) / (min(shades) + 0.05) >= 4, text.get_text()
+        assert (text.get_color() == "white") == (shades[0] < 0.25), "white on dark cells, black on light ones"
 
 
 def luminance(colour: tuple[float, float, float]) -> float:
@@ -151,19 +152,24 @@ def test_the_fill_of_an_encoder_and_of_a_decoder_are_told_apart() -> None:
     assert all(len(panel.containers[1]) == 3 for panel in panels)
 
 
-def test_the_result_shows_both_matrices_and_what_is_left() -> None:
-    ours, theirs = make_matrix("bank", "clinic"), make_matrix("bank", "clinic")
-    maps_and_bars = result_figure(ours, theirs).axes
-    assert [axes.get_title(loc="left").strip() for axes in maps_and_bars] == [
-        "deal",
-        "seq_lora",
-        "at the end, all tasks",
-    ]
-    bars = maps_and_bars[-1]
-    assert [container.get_label() for container in bars.containers] == ["base model", "deal", "seq_lora"]
+def test_the_result_is_a_matrix_and_what_is_left_of_each_task() -> None:
+    figure = result_figure(make_matrix("bank", "clinic"), name="mine")
+    assert [axes.get_title(loc="left").strip() for axes in figure.axes] == ["mine", "at the end, all tasks"]
+    bars = figure.axes[-1]
+    assert [container.get_label() for container in bars.containers] == ["base model", "mine"]
     assert [bar.get_height() for bar in bars.containers[1]] == pytest.approx([75, 80])
-    alone = result_figure(ours, name="mine").axes
-    assert [axes.get_title(loc="left").strip() for axes in alone] == ["mine", "at the end, all tasks"]
+    assert figure.get_suptitle() == "Mean accuracy after 2 arrivals: mine 77.5 %"
+
+
+def test_a_rival_has_the_right_half_and_the_title_says_the_finding() -> None:
+    rival = AccuracyMatrix()
+    for task, accuracies in (("bank", {"bank": 0.8}), ("clinic", {"bank": 0.0, "clinic": 0.0})):
+        rival = rival.with_row(task, accuracies, base_accuracy=0.1, parent_accuracy=0.2 if rival.rows else None)
+    figure = result_figure(make_matrix("bank", "clinic"), rival, rival_name="plain LoRA")
+    left, right = figure.axes
+    assert [axes.get_title(loc="left").strip() for axes in (left, right)] == ["deal", "plain LoRA"]
+    assert texts(left)[-3:-1] == ["75.0", "80.0"] and texts(right)[-3:-1] == ["0.0", "0.0"]
+    assert figure.get_suptitle() == "Mean accuracy after 2 arrivals: deal 77.5 %, plain LoRA 0.0 %"
 
 
 def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
