@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -249,19 +250,29 @@ def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, chat: _Chat, max_prompt_tokens: int
 ) -> CutPrompt:
+    """Ids of the longest end of the chat that begins with a user's turn and fits, under the chat's system message.
+
+    The time grows with the messages that can fit, not with those that are left out.
+    """
+
     def encode(messages: list[Message]) -> list[int]:
         return _encode_rendered(tokenizer, _render_chat(task, chat._replace(messages=messages), tokenizer))
 
     messages = chat.messages
     system = messages[:1] if messages[0]["role"] == "system" else []
-    whole = turns = messages[len(system) :]
-    while len(encode([*system, *turns])) > max_prompt_tokens:
-        later_starts = [index for index, turn in enumerate(turns) if index and turn["role"] == "user"]
-        if not later_starts:
-            break
-        turns = turns[later_starts[0] :]
-    *earlier, last = [*system, *turns]
-    found = _encode_shortened(
+    turns = messages[len(system) :]
+    starts = [0, *(index for index, turn in enumerate(turns) if index and turn["role"] == "user")]
+
+    def fits(start: int) -> bool:
+        return len(encode([*system, *turns[start:]])) <= max_prompt_tokens
+
+    # A message takes at least one token, so of a very long chat only the latest messages are rendered. Most chats fit
+    # as they are and are rendered once. Leaving out more turns makes a prompt shorter, so the rest is a bisection.
+    first = min(bisect_left(starts, len(turns) - max_prompt_tokens), len(starts) - 1)
+    if not fits(starts[first]):
+        first = min(bisect_left(starts, True, lo=first + 1, key=fits), len(starts) - 1)
+    *earlier, last = [*system, *turns[starts[first] :]]
+    cut = _encode_shortened(
         lambda text: encode([*earlier, {**last, "content": text}]), last["content"], task, max_prompt_tokens
     )
-    return CutPrompt(found.ids, is_cut=found.is_cut or len(turns) < len(whole))
+    return CutPrompt(cut.ids, is_cut=cut.is_cut or first > 0)
