@@ -125,6 +125,8 @@ def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
             found.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
     except ConfigError as error:
         raise RefusalError(400, str(error)) from None
+    if refusal := log.refusal_of([feedback.id for feedback in found]):
+        raise RefusalError(400, f"Entry {refusal[0]} {refusal[1]}; leave it out.")
     if not log.take_feedback(found):
         raise RefusalError(503, "The log has no room; send the same feedback again in a moment.", RETRY)
     return HttpAnswer(json.dumps({"taken": len(found)}), serving.version or "", status=202)
