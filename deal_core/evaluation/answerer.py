@@ -279,8 +279,8 @@ class Answerer:
                     asked.append(version.served.asked(row, number))
             prompts = []
             for task, text in asked[num_ready : num_ready + self._max_rows]:
-                self._heed_the_end(request)
                 prompts.append(encode_prompt(version.tokenizer, task.schema, text, task.max_prompt_tokens))
+                self._heed_the_end(request)
             with self._changed:
                 is_current = version is (self._candidate if request.by_candidate else self._first)
                 if not is_current or request.version is not begun:
