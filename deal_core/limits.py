@@ -13,6 +13,10 @@ from deal_core.safe_text import brief
 
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**53
+MAX_ASKED_CHARS = 1_000_000
+"""Characters of one input that a version is asked, a whole chat included. Training takes `data.max_text_chars`."""
+MAX_ASKED_MESSAGES = 10_000
+"""Messages of a chat that a version is asked. The prompt holds only the latest of them."""
 
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from deal_core.adapter.files import PEFT_FILES
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answered, load_answerer
 from deal_core.evaluation.answering import InputRow, read_served
+from deal_core.safe_text import brief
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
 from infra.tracking.client import installed_version
@@ -68,7 +70,7 @@ class ServedModel:
         self.ask = ask
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Answer a table with the columns `input` and optionally `task`. A row without a task gets the newest task.
+        """Answer a table with the columns `input` and optionally `task`. A row without a task (null) gets the newest.
 
         MLflow passes `params`, which are not used. A row that is not valid raises MlflowException, for which a server
         answers 400.
@@ -76,11 +78,7 @@ class ServedModel:
         inputs = model_input["input"].tolist()
         tasks = model_input["task"].tolist() if "task" in model_input else [None] * len(inputs)
         try:
-            for number, text in enumerate(inputs, 1):
-                if not isinstance(text, str):
-                    raise ConfigError(f"Row {number} has no text as its input; give the text to answer.")
-            named = [task if isinstance(task, str) else None for task in tasks]  # a missing task is NaN
-            rows = [InputRow(text, task) for text, task in zip(inputs, named, strict=True)]
+            rows = [_row(*row, number) for number, row in enumerate(zip(inputs, tasks, strict=True), 1)]
             found = self.ask(rows)
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
@@ -96,6 +94,17 @@ class ServedModel:
             table["id"], table["confidence"] = list(found.ids), [each.confidence for each in found.confidences]
         table.attrs[VERSION] = found.version  # so that a table without rows names the version too
         return table
+
+
+def _row(text: Any, task: Any, number: int) -> InputRow:
+    """Return a row of a table to ask. A missing task is None or NaN."""
+    if not isinstance(text, str):
+        raise ConfigError(f"Row {number} has no text as its input; give the text to answer.")
+    if isinstance(task, str):
+        return InputRow(text, task)
+    if task is None or task is pd.NA or (isinstance(task, float) and math.isnan(task)):
+        return InputRow(text)
+    raise ConfigError(f"Row {number} names the task {brief(task)}, which is no text; give the task's name.")
 
 
 def require_own_loader(folder: Path) -> Model:

@@ -30,6 +30,7 @@ _MAY_FOLLOW = {
     "tool": ("assistant", "tool"),
 }
 """The roles before a role; "": the chat begins."""
+ROLES = tuple(_MAY_FOLLOW)
 _ROLES = {**{role: role for role in _MAY_FOLLOW}, "human": "user", "gpt": "assistant", "developer": "system"}
 """Names of a role → the role. ShareGPT says human and gpt, and OpenAI says developer."""
 _PLAIN_TURNS = ["user", "assistant"] * 8

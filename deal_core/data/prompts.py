@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import string
+from bisect import bisect_left
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -16,6 +18,11 @@ from deal_core.safe_text import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MAX_CHARS_PER_TOKEN = 64
+"""A longer text than this for every token of a prompt does not fit, so it need not be tokenised to know that. Usual
+texts have two to five characters a token; only a flood of blanks has more than this."""
 
 
 class PromptParts(NamedTuple):
@@ -160,8 +167,8 @@ def _encode_shortened(
     encode: Callable[[str], list[int]], text: str, task: TaskSchema, max_prompt_tokens: int
 ) -> CutPrompt:
     """Ids with the longest beginning of the text that fits; the search is a bisection."""
-    ids = encode(text)
-    if len(ids) <= max_prompt_tokens:
+    max_chars = MAX_CHARS_PER_TOKEN * max_prompt_tokens
+    if len(text) <= max_chars and len(ids := encode(text)) <= max_prompt_tokens:
         return CutPrompt(ids, is_cut=False)
     best = encode("")
     if len(best) > max_prompt_tokens:
@@ -172,8 +179,7 @@ def _encode_shortened(
     fits, too_long = 0, len(text)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        ids = encode(text[:middle])
-        if len(ids) <= max_prompt_tokens:
+        if middle <= max_chars and len(ids := encode(text[:middle])) <= max_prompt_tokens:
             fits, best = middle, ids
         else:
             too_long = middle
@@ -249,19 +255,31 @@ def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, chat: _Chat, max_prompt_tokens: int
 ) -> CutPrompt:
+    """Ids of the longest end of the chat that begins with a user's turn and fits, under the chat's system message.
+
+    The time grows with the messages that can fit, not with those that are left out.
+    """
+
     def encode(messages: list[Message]) -> list[int]:
         return _encode_rendered(tokenizer, _render_chat(task, chat._replace(messages=messages), tokenizer))
 
     messages = chat.messages
     system = messages[:1] if messages[0]["role"] == "system" else []
-    whole = turns = messages[len(system) :]
-    while len(encode([*system, *turns])) > max_prompt_tokens:
-        later_starts = [index for index, turn in enumerate(turns) if index and turn["role"] == "user"]
-        if not later_starts:
-            break
-        turns = turns[later_starts[0] :]
-    *earlier, last = [*system, *turns]
-    found = _encode_shortened(
+    turns = messages[len(system) :]
+    starts = [0, *(index for index, turn in enumerate(turns) if index and turn["role"] == "user")]
+
+    def fits(start: int) -> bool:
+        return len(encode([*system, *turns[start:]])) <= max_prompt_tokens
+
+    # A message takes at least one token, so of a very long chat only the latest messages are looked at. Most chats fit
+    # as they are and are rendered once. Leaving out more turns makes a prompt shorter, so the rest is a bisection.
+    lengths = accumulate(len(turn["content"]) for turn in reversed(turns[-max_prompt_tokens:]))
+    num_latest = sum(length <= MAX_CHARS_PER_TOKEN * max_prompt_tokens for length in lengths)
+    first = min(bisect_left(starts, len(turns) - num_latest), len(starts) - 1)
+    if len(turns) - starts[first] > num_latest or not fits(starts[first]):
+        first = min(bisect_left(starts, True, lo=first + 1, key=fits), len(starts) - 1)
+    *earlier, last = [*system, *turns[starts[first] :]]
+    cut = _encode_shortened(
         lambda text: encode([*earlier, {**last, "content": text}]), last["content"], task, max_prompt_tokens
     )
-    return CutPrompt(found.ids, is_cut=found.is_cut or len(turns) < len(whole))
+    return CutPrompt(cut.ids, is_cut=cut.is_cut or first > 0)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -16,9 +16,15 @@ from peft import PeftModel
 from deal_core.adapter import state as adapters
 from deal_core.adapter.state import CANDIDATE_NAME, SavedAdapter, activate, load_adapter, read_adapter, swap_adapter
 from deal_core.base_model.load import BaseModel, Precision, load_base
+from deal_core.config import EvaluateConfig
+from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError, DealError
+from deal_core.evaluation import generation
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
-from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_task
+from deal_core.evaluation.generation import Confidence, GivenAnswer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNKNOWN_VERSION = "unknown"
 MAX_ROWS = 64
@@ -84,7 +90,8 @@ def load_base_of(
 class Answerer:
     """Answers rows with one version at a time. Threads share its one model: rows that wait are answered as one batch.
 
-    A thread that asks computes the next batch if no other thread computes; it goes on until its own rows are answered.
+    A thread that asks prepares the prompts of its own rows, next to all other threads. Then it computes the next batch
+    if no other thread computes; it goes on until its own rows are answered.
     A swap comes before every batch. A swap interrupts the batch that is computed; its rows are answered by the new
     version.
 
@@ -93,10 +100,8 @@ class Answerer:
     """
 
     def __init__(self, served: ServedVersion, base: BaseModel, folder: Path, version: str = UNKNOWN_VERSION) -> None:
-        self.served = served
-        """The facts of the version that answers now."""
-        self.version = version
-        """Number of the version that answers now."""
+        self._first = _Version(served, version, base.tokenizer)
+        """The version that answers now."""
         self.base_sha256 = base.sha256
         """Digest of the base model that is loaded."""
         self._changed = threading.Condition()
@@ -104,15 +109,26 @@ class Answerer:
         """The thread that computes with the model or swaps the version."""
         self._num_swaps = 0
         """Swaps that wait or run."""
+        self._is_ending = False
         self._is_stopped = False
         self._waiting: list[_Request] = []
-        self._candidate: tuple[ServedVersion, str] | None = None
-        """Facts and number of the candidate."""
+        """Requests whose first prompts are prepared."""
+        self._candidate: _Version | None = None
         self._is_background = False
         """Whether the batch that is computed is one in the background."""
         self._name: str
         """Name of the first version's adapter on the model."""
         self._put_on(base, load_adapter(base.model, folder))
+
+    @property
+    def served(self) -> ServedVersion:
+        """The facts of the version that answers now."""
+        return self._first.served
+
+    @property
+    def version(self) -> str:
+        """Number of the version that answers now."""
+        return self._first.number
 
     def answer(self, rows: Sequence[InputRow]) -> list[str]:
         """One answer per row, in the rows' order; errors are those of `ask`."""
@@ -133,24 +149,28 @@ class Answerer:
 
         Raises:
             ConfigError: a row does not fit the version; then no row is answered.
-            GivenUpError: the caller has gone, `stop` was called, or there is no candidate.
+            GivenUpError: the caller has gone, `drain` or `stop` was called, or there is no candidate.
         """
         request = _Request(list(rows), is_given_up, by_candidate, in_background)
-        with self._changed:
-            self._waiting.append(request)
-        while not self._is_done(request):
-            try:
-                self._answer_next()
-            finally:
-                self._give_back()
+        try:
+            while not request.is_done:
+                self._prepare(request)
+                if self._hold_for(request):
+                    try:
+                        self._answer_next()
+                    finally:
+                        self._give_back()
+        finally:
+            with self._changed:
+                self._waiting = [other for other in self._waiting if other is not request]
         if request.error is not None:
             raise request.error
-        assert request.served is not None
+        assert request.version is not None
         given = request.given
         return Answered(
             [each.text for each in given],
-            request.served,
-            request.version,
+            request.version.served,
+            request.version.number,
             [each.confidence for each in given],
             is_cut=[each.is_cut for each in given],
         )
@@ -175,7 +195,8 @@ class Answerer:
             else:
                 self._put_on(base, model)
                 self._candidate = None
-            self.served, self.version, self.base_sha256 = served, version, base_sha256
+            tokenizer = self._first.tokenizer if base is None else base.tokenizer
+            self._first, self.base_sha256 = _Version(served, version, tokenizer), base_sha256
             for request in self._waiting:
                 request.begin_again()
 
@@ -189,7 +210,7 @@ class Answerer:
         served, saved = _read(folder, self.base_sha256)
         with self._without_candidate():
             adapters.add_candidate(self._model, saved)
-            self._candidate = served, version
+            self._candidate = _Version(served, version, self._first.tokenizer)
 
     def drop_candidate(self) -> None:
         """Remove the candidate, if there is one. Rows that wait for it are given up."""
@@ -207,6 +228,10 @@ class Answerer:
                     request.begin_again()
             yield
 
+    def drain(self) -> None:
+        """Give up the requests whose first prompts are still being prepared; answer those that wait for the model."""
+        self._is_ending = True
+
     def stop(self) -> None:
         """Answer no more rows. Waiting callers get an error within one step of the model."""
         with self._changed:
@@ -214,7 +239,8 @@ class Answerer:
             self._changed.notify_all()
 
     def _put_on(self, base: BaseModel, model: PeftModel) -> None:
-        self._tokenizer, self._model, self._name = base.tokenizer, model, model.active_adapter
+        base.tokenizer("")  # the first call sets the tokenizer up, which threads must not do at the same time
+        self._model, self._name = model, model.active_adapter
         for blocks in base.model.modules():
             if isinstance(blocks, torch.nn.ModuleList):  # every transformers model holds its layers in one
                 for block in blocks:
@@ -224,20 +250,64 @@ class Answerer:
     def _interrupt_for_swap(self, *_: Any) -> None:
         if self._holder != threading.get_ident():
             return
-        is_overtaken = self._is_background and any(not request.in_background for request in self._waiting)
+        is_overtaken = self._is_background and any(
+            request.prompts and not request.in_background for request in self._waiting
+        )
         if self._num_swaps or self._is_stopped or is_overtaken:
             raise _InterruptedError
 
     def _is_free(self) -> bool:
         return self._holder is None and not self._num_swaps
 
-    def _is_done(self, request: _Request) -> bool:
-        """Wait until the request is done or the model is free. A free model is then held by this thread."""
+    def _prepare(self, request: _Request) -> None:
+        """Prepare the next prompts of a request, in its own thread; the model is free for other requests meanwhile.
+
+        Raises:
+            ConfigError: a row does not fit the version.
+            GivenUpError: see `ask`. Between two rows it is looked whether nobody waits for them any more.
+        """
+        while not request.is_done and request.lacks_prompts(self._max_rows):
+            with self._changed:
+                version = self._candidate if request.by_candidate else self._first
+                begun, asked, num_ready = request.version, request.asked, len(request.given) + len(request.prompts)
+            if version is None:
+                raise _given_up()
+            if not asked:  # all rows are checked before any is answered
+                asked = []
+                for number, row in enumerate(request.rows, 1):
+                    self._heed_the_end(request)
+                    asked.append(version.served.asked(row, number))
+            prompts = []
+            for task, text in asked[num_ready : num_ready + self._max_rows]:
+                prompts.append(encode_prompt(version.tokenizer, task.schema, text, task.max_prompt_tokens))
+                self._heed_the_end(request)
+            with self._changed:
+                is_current = version is (self._candidate if request.by_candidate else self._first)
+                if not is_current or request.version is not begun:
+                    continue  # another version answers now, and asks in its own way
+                request.version, request.asked = version, asked
+                request.prompts += prompts
+                request.is_done = not asked
+                if not any(other is request for other in self._waiting):
+                    self._waiting.append(request)
+
+    def _heed_the_end(self, request: _Request) -> None:
+        is_new = request.version is None
+        if self._is_stopped or (self._is_ending and is_new) or request.is_given_up():
+            raise _given_up()
+
+    def _hold_for(self, request: _Request) -> bool:
+        """Wait until the request is done, lacks prompts, or the model is free, which this thread then holds (True)."""
+
+        def goes_on_without_model() -> bool:
+            return request.is_done or request.lacks_prompts(self._max_rows)
+
         with self._changed:
-            self._changed.wait_for(lambda: request.is_done or self._is_free())
-            if not request.is_done:
-                self._holder = threading.get_ident()
-            return request.is_done
+            self._changed.wait_for(lambda: goes_on_without_model() or self._is_free())
+            if goes_on_without_model():
+                return False
+            self._holder = threading.get_ident()
+            return True
 
     def _give_back(self) -> None:
         with self._changed:
@@ -266,11 +336,10 @@ class Answerer:
         batch: list[_Part] = []
         num_left = self._max_rows
         for request in waiting:
-            served = self._candidate if request.by_candidate else (self.served, self.version)
-            if self._is_stopped or request.is_given_up() or served is None:
-                request.end(GivenUpError("The server is stopping, or the client has gone; ask again."))
-            elif num_left > 0 and request.prepare(*served) and (not batch or request.is_like(batch[0].request)):
-                batch.append(_Part(request, request.asked[len(request.given) :][:num_left]))
+            if self._is_stopped or request.is_given_up() or (request.by_candidate and self._candidate is None):
+                request.end(_given_up())
+            elif num_left > 0 and request.prompts and (not batch or request.is_like(batch[0].request)):
+                batch.append(_Part(request, request.next_rows(num_left)))
                 num_left -= len(batch[-1].rows)
         if not batch:
             return
@@ -303,11 +372,18 @@ class Answerer:
         found: dict[int, GivenAnswer] = {}
         for task in dict.fromkeys(task for task, _ in rows):
             places = [place for place, (asked, _) in enumerate(rows) if asked == task]
-            answers = answer_task(self._model, self._tokenizer, task, [rows[place][1] for place in places])
+            answers = generation.answer_prompts(
+                self._model,
+                self._first.tokenizer,  # the candidate's too: both are on one base model
+                task.schema,
+                [rows[place][1] for place in places],
+                EvaluateConfig(max_new_tokens=task.max_new_tokens),
+            )
             found.update(zip(places, answers, strict=True))
         given = iter([found[place] for place in range(len(rows))])
-        for part in batch:
-            part.request.take(list(islice(given, len(part.rows))))
+        with self._changed:
+            for part in batch:
+                part.request.take(list(islice(given, len(part.rows))))
 
 
 def _read(folder: Path, base_sha256: str) -> tuple[ServedVersion, SavedAdapter]:
@@ -321,8 +397,20 @@ def _read(folder: Path, base_sha256: str) -> tuple[ServedVersion, SavedAdapter]:
     return served, read_adapter(folder)
 
 
+def _given_up() -> GivenUpError:
+    return GivenUpError("The server is stopping, or the client has gone; ask again.")
+
+
 class _InterruptedError(Exception):
     """A batch was interrupted by a waiting swap or by `stop`."""
+
+
+class _Version(NamedTuple):
+    """A version that answers."""
+
+    served: ServedVersion
+    number: str
+    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass
@@ -333,12 +421,14 @@ class _Request:
     is_given_up: Callable[[], bool]
     by_candidate: bool = False
     in_background: bool = False
+    version: _Version | None = None
+    """The version that answers; None: no prompt is prepared yet."""
     asked: list[tuple[ServedTask, str]] = field(default_factory=list)
-    """The rows in the form that the version `served` is asked; empty before the first batch."""
+    """The rows in the form that the version is asked; empty before the first prompt."""
+    prompts: list[list[int]] = field(default_factory=list)
+    """Token ids of the prompts of the rows after the answered ones, for two or three batches at most."""
     given: list[GivenAnswer] = field(default_factory=list)
     """Answers to the first rows."""
-    served: ServedVersion | None = None
-    version: str = ""
     error: Exception | None = None
     is_done: bool = False
 
@@ -346,19 +436,19 @@ class _Request:
         """Return whether both can be in one batch."""
         return (self.by_candidate, self.in_background) == (other.by_candidate, other.in_background)
 
-    def prepare(self, served: ServedVersion, version: str) -> bool:
-        """Check that the rows fit the version. False: they do not fit or there are none, and the request is done."""
-        if self.served is None:
-            self.served, self.version = served, version
-            try:
-                self.asked = [served.asked(row, number) for number, row in enumerate(self.rows, 1)]
-            except Exception as error:  # another client's thread may be the one that runs here
-                self.error = error
-            self.is_done = self.error is not None or not self.asked
-        return not self.is_done
+    def lacks_prompts(self, max_rows: int) -> bool:
+        """Return whether prompts have to be prepared, for the batch after the next one at the latest."""
+        num_left = len(self.rows) - len(self.given)
+        return self.version is None or len(self.prompts) < min(2 * max_rows, num_left)
+
+    def next_rows(self, number: int) -> list[tuple[ServedTask, list[int]]]:
+        """Return the tasks and prompts of the next rows that are prepared."""
+        tasks = [task for task, _ in self.asked[len(self.given) :][:number]]
+        return list(zip(tasks, self.prompts[:number], strict=False))
 
     def take(self, given: Sequence[GivenAnswer]) -> None:
         self.given += given
+        del self.prompts[: len(given)]
         self.is_done = len(self.given) == len(self.asked)
 
     def end(self, error: Exception) -> None:
@@ -367,12 +457,12 @@ class _Request:
     def begin_again(self) -> None:
         """Drop the answers so far: another version answers now."""
         if not self.is_done:
-            self.asked, self.given, self.served = [], [], None
+            self.version, self.asked, self.prompts, self.given = None, [], [], []
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a request that go into one batch."""
+    """Rows of a request that go into one batch: their tasks and prompts."""
 
     request: _Request
-    rows: Sequence[tuple[ServedTask, str]]
+    rows: Sequence[tuple[ServedTask, list[int]]]

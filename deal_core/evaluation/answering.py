@@ -7,15 +7,17 @@ prompt settings of each task. The base model is not in the folder; it is found w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from deal_core.data.chats import as_messages, normal_calls
+from deal_core.data.chats import ROLES, as_messages, normal_calls, role_of
 from deal_core.data.check import normal_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.limits import MAX_ASKED_CHARS, MAX_ASKED_MESSAGES
+from deal_core.safe_text import brief
 from deal_core.schema_version import Kept, VersionedJson
 
 SERVED_FILE = "deal.json"
@@ -40,17 +42,34 @@ class ServedTask:
         """The input in the form in which the task's rows are stored.
 
         Raises:
-            ConfigError: the input is empty, or is no list of messages for a chat task; the message names the place.
+            ConfigError: the input is empty, too long or no Unicode, or is no list of messages for a chat task; the
+                message names the place.
         """
         if not text.strip():
             raise ConfigError(f"{place} has an empty input; give the text to answer.")
-        if self.schema.format == "chat" and not all(map(_is_message, as_messages(text) or [{}])):
+        if len(text) > MAX_ASKED_CHARS:
+            raise ConfigError(f"{place} has {len(text):,} characters; give at most {MAX_ASKED_CHARS:,}.")
+        if self.schema.format == "chat":
+            self._check_chat(as_messages(text) or [{}], place)
+        assert self.schema.format != "auto", "a task that was learned has a format"
+        stored = normal_input(self.schema.format, text)
+        try:
+            stored.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{place} has half of a surrogate pair, which is no character.") from None
+        return stored
+
+    def _check_chat(self, messages: Sequence[Mapping[str, Any]], place: str) -> None:
+        require_few_messages(len(messages), place)
+        if not all(map(_is_message, messages)):
             raise ConfigError(
                 f"{place} is of the chat task {self.schema.name}, whose input is a JSON list of messages with role and "
                 'content, such as [{"role": "user", "content": "Hello"}].'
             )
-        assert self.schema.format != "auto", "a task that was learned has a format"
-        return normal_input(self.schema.format, text)
+        if unknown := [message["role"] for message in messages if role_of(message) not in ROLES]:
+            raise ConfigError(
+                f"{place} has a message of the role {brief(unknown[0])}; the roles are {', '.join(ROLES)}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +124,16 @@ def read_served(folder: Path) -> ServedVersion:
     return ServedVersion.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
+def require_few_messages(number: int, place: str) -> None:
+    """Refuse a chat of too many messages, whose texts no prompt has room for.
+
+    Raises:
+        ConfigError: there are more than MAX_ASKED_MESSAGES; the message names the place.
+    """
+    if number > MAX_ASKED_MESSAGES:
+        raise ConfigError(f"{place} has {number:,} messages; give the latest {MAX_ASKED_MESSAGES:,} of them.")
+
+
 def _is_message(message: Mapping[str, Any]) -> bool:
     """Whether a message has a role and a content. With tool calls, the content may be null."""
     rest = {name: value for name, value in message.items() if name not in ("tool_calls", "tools")}
@@ -115,5 +144,5 @@ def _is_message(message: Mapping[str, Any]) -> bool:
         {"role", "content"} <= rest.keys()
         and all(isinstance(value, str) for value in rest.values())
         and all(isinstance(each, list) and all(isinstance(part, dict) for part in each) for each in lists)
-        and normal_calls(message.get("tool_calls", [])) is not None
+        and (not message.get("tool_calls") or normal_calls(message["tool_calls"]) is not None)
     )

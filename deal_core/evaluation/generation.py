@@ -147,7 +147,6 @@ def answer_task(
     )
 
 
-@torch.inference_mode()
 def answer_inputs(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -163,6 +162,20 @@ def answer_inputs(
     A prompt of more than `max_prompt_tokens` loses the end of its text.
     """
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
+    return answer_prompts(model, tokenizer, task, prompts, config, on_progress=on_progress)
+
+
+@torch.inference_mode()
+def answer_prompts(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    prompts: Sequence[Sequence[int]],
+    config: EvaluateConfig,
+    *,
+    on_progress: OnProgress | None = None,
+) -> list[GivenAnswer]:
+    """Generate one greedy answer per prompt (token ids) with its confidence, in the prompts' order."""
     found: dict[int, GivenAnswer] = {}
     limit, recorder = answer_limit(tokenizer, task, config), ConfidenceRecorder(tokenizer, task)
     for batch, tokens, _ in generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -66,9 +66,15 @@ COLUMNS: tuple[str, ...] = tuple(each.name for each in fields(Prediction) if eac
 
 
 def predictions_of(
-    rows: Sequence[InputRow], answered: Answered, *, seconds: float, keeps_texts: bool, shadow_of: Sequence[str] = ()
+    rows: Sequence[InputRow],
+    answered: Answered,
+    *,
+    new_id: Callable[[], str],
+    seconds: float,
+    keeps_texts: bool,
+    shadow_of: Sequence[str] = (),
 ) -> list[Prediction]:
-    """Return the log's rows of one request, which took so many seconds. Each gets a new id.
+    """Return the log's rows of one request, which took so many seconds. Each gets an id from `new_id`.
 
     With `keeps_texts` the rows get `input` and `output`. `shadow_of` has the ids of the answers that were returned
     instead; it is empty if these answers were returned.
@@ -79,7 +85,7 @@ def predictions_of(
         task, text = answered.served.asked(row, number)
         found.append(
             Prediction(
-                id=uuid.uuid4().hex,
+                id=new_id(),
                 time=now,
                 lineage=answered.served.lineage,
                 version=answered.version,

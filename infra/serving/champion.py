@@ -177,6 +177,11 @@ class Champion:
             else:
                 pause = POLL_SECONDS
 
+    def drain(self) -> None:
+        """Begin to end: give up requests that are still being prepared; answer those that wait for the model."""
+        if self._answerer is not None:
+            self._answerer.drain()
+
     def stop(self) -> None:
         """Stop the running computations."""
         if self._answerer is not None:

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
 
-from deal_core.data.chats import normal_calls, role_of
+from deal_core.data.chats import ROLES, normal_calls, role_of
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
-from deal_core.evaluation.answering import InputRow, ServedVersion
+from deal_core.evaluation.answering import InputRow, ServedVersion, require_few_messages
 from deal_core.monitoring.feedback import read_entry
+from deal_core.safe_text import brief
 from infra.served_model import VERSION
 from infra.serving.champion import Champion
 from infra.serving.prediction_log import LOG
@@ -80,6 +81,8 @@ def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
     model = serving.model(caller.is_given_up, caller.key)
     values = _decode_object(body, TABLE_BODY)
     values.pop("params", None)  # MLflow's clients may send params; the model has none
+    if "task" in values:  # MLflow ignores what stands beside the rows, so another task would answer
+        raise RefusalError(400, "task stands beside the rows; give it in each row.")
     try:
         schema = model.metadata.get_input_schema()  # type: ignore[no-untyped-call]
         table = infer_and_parse_data(values, schema)
@@ -122,6 +125,8 @@ def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
             found.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
     except ConfigError as error:
         raise RefusalError(400, str(error)) from None
+    if refusal := log.refusal_of([feedback.id for feedback in found]):
+        raise RefusalError(400, f"Entry {refusal[0]} {refusal[1]}; leave it out.")
     if not log.take_feedback(found):
         raise RefusalError(503, "The log has no room; send the same feedback again in a moment.", RETRY)
     return HttpAnswer(json.dumps({"taken": len(found)}), serving.version or "", status=202)
@@ -292,6 +297,10 @@ def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[
     messages = values.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise _wrong("messages is no list of messages; give role and content for each.")
+    try:
+        require_few_messages(len(messages), "The chat")
+    except ConfigError as error:
+        raise _wrong(str(error)) from None
     read = [_message(each) for each in messages]
     if takes_chat:
         return [json.dumps(read, ensure_ascii=False)]
@@ -307,6 +316,8 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     role, calls = role_of(message), message.get("tool_calls")
     if not isinstance(role, str):
         raise _wrong("A message's role is no text; give role and content for each message.")
+    if role not in ROLES:
+        raise _wrong(f"A message has the role {brief(role)}; the roles are {', '.join(ROLES)}.")
     if calls and normal_calls(calls) is None:
         raise _wrong('tool_calls is no list of {"function": {"name": …, "arguments": …}}.')
     names = ("tool_calls", "tool_call_id", "name") if role == "tool" else ("tool_calls",)

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,19 +19,23 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
-from deal_core.errors import DealError
+from deal_core.errors import DealError, StoreError
 from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.monitoring.feedback import Feedback
 from deal_core.monitoring.predictions import Prediction, failures_of, predictions_of
 from infra.log_segments import WRITE_SECONDS, SegmentWriter, remove_beyond_retention, ship
 from infra.predictions import feedback_log, prediction_log
+from infra.serving.answer_ids import AnswerIds
 from infra.settings import ServingSettings, StoreSettings
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
 
 MAX_QUEUED = 10_000
-"""Rows that wait for the disk; further rows are dropped. The tasks of as many answers are remembered for feedback."""
+"""Rows that wait for the disk; further rows are dropped. The tasks of as many answers are remembered for feedback, and
+of as many answers, how many entries of feedback they got."""
+MAX_ENTRIES_OF_ANSWER = 20
+"""Entries of feedback on one answer that a server takes."""
 SHIP_SECONDS = 5.0
 CLEAN_SECONDS = 3600.0
 """Time between two looks for segments that are older than the retention."""
@@ -56,7 +60,10 @@ class PredictionLog:
         self._store = store
         self._logs = (prediction_log(home, lineage), feedback_log(home, lineage))
         self._queue: Queue[_Waiting] = Queue(MAX_QUEUED)
+        self._ids = AnswerIds(store, lineage)
         self._tasks: OrderedDict[str, str] = OrderedDict()
+        self._num_entries: OrderedDict[str, int] = OrderedDict()
+        """Answer → its entries of feedback."""
         self._changing = threading.Lock()
         self.num_dropped = 0
         """Rows that were lost since the server started."""
@@ -66,6 +73,8 @@ class PredictionLog:
 
     def start(self) -> None:
         """Start to write, to ship what earlier servers left, and to remove what is older than the retention."""
+        with suppress(StoreError):  # a server can start while the store is away; the shipper tries again
+            self._ids.share()
         self._writer.start()
         self._shipper.start()
 
@@ -84,7 +93,14 @@ class PredictionLog:
         `shadow_of` are the ids of the answers that were returned instead of these.
         """
         try:
-            made = predictions_of(rows, answered, seconds=seconds, keeps_texts=self.keeps_texts, shadow_of=shadow_of)
+            made = predictions_of(
+                rows,
+                answered,
+                new_id=self._ids.new,
+                seconds=seconds,
+                keeps_texts=self.keeps_texts,
+                shadow_of=shadow_of,
+            )
         except Exception:
             LOG.exception("Answers were not logged")
             self._drop(len(rows))
@@ -111,8 +127,7 @@ class PredictionLog:
     def _remember(self, made: Sequence[Prediction]) -> None:
         with self._changing:
             self._tasks.update((each.id, each.task) for each in made)
-            while len(self._tasks) > MAX_QUEUED:
-                self._tasks.popitem(last=False)
+            _forget_oldest(self._tasks)
 
     def _keep(self, made: Sequence[Prediction]) -> None:
         self._drop(len(made) - self._put(_Waiting(False, each.to_row()) for each in made))
@@ -123,7 +138,27 @@ class PredictionLog:
         What had room is logged then, and once more after the second attempt.
         """
         rows = [_Waiting(True, {"entry": uuid.uuid4().hex, **vars(each)}) for each in entries]
-        return self._put(rows) == len(rows)
+        is_taken = self._put(rows) == len(rows)
+        with self._changing:
+            for answer_id, number in Counter(each.id for each in entries).items():
+                self._num_entries[answer_id] = self._num_entries.pop(answer_id, 0) + number
+            _forget_oldest(self._num_entries)
+        return is_taken
+
+    def refusal_of(self, answer_ids: Sequence[str]) -> tuple[int, str] | None:
+        """Return why feedback on these answers is not taken: the number of the entry, and a clause; None: it is.
+
+        Without this, feedback would have no bound: each entry is kept, and ids cost a client nothing.
+        """
+        with self._changing:
+            numbers = {answer_id: self._num_entries.get(answer_id, 0) for answer_id in answer_ids}
+        for entry, answer_id in enumerate(answer_ids, 1):
+            if not self._ids.is_given(answer_id):
+                return entry, "names an id that no server of this lineage has given"
+            numbers[answer_id] += 1
+            if numbers[answer_id] > MAX_ENTRIES_OF_ANSWER:
+                return entry, f"is about an answer that has {MAX_ENTRIES_OF_ANSWER} entries already"
+        return None
 
     def task_of(self, answer_id: str) -> str | None:
         """Return the task of an answer; None: it was given by another server, or long ago."""
@@ -171,6 +206,8 @@ class PredictionLog:
         while not is_last:
             if is_last := self._ended.is_set():
                 self._writer.join()
+            with suppress(StoreError):  # `ship` has the same error to tell
+                self._ids.share()
             errors = _errors_of(partial(ship, self._store, log, everything=is_last) for log in self._logs)
             if not is_last and time.monotonic() - cleaned >= CLEAN_SECONDS:
                 remove = partial(remove_beyond_retention, self._store, days=self._retention_days)
@@ -186,6 +223,11 @@ class PredictionLog:
                     )
             told = {str(error) for error in errors}
             self._ended.wait(SHIP_SECONDS)
+
+
+def _forget_oldest(known: OrderedDict[str, Any]) -> None:
+    while len(known) > MAX_QUEUED:
+        known.popitem(last=False)
 
 
 def _errors_of(steps: Iterable[Callable[[], object]]) -> list[Exception]:

@@ -261,7 +261,7 @@ def _report(error: Exception, trial: Trial) -> None:
 
 def with_tasks(rows: Sequence[InputRow], served: ServedVersion) -> list[InputRow]:
     """Let every row name its task: a candidate may have learned a newer one."""
-    return [InputRow(row.input, row.task or served.newest_task) for row in rows]
+    return [InputRow(row.input, served.newest_task if row.task is None else row.task) for row in rows]
 
 
 def digest(rows: Sequence[InputRow]) -> str:

@@ -8,29 +8,23 @@ import re
 import signal
 import socket
 import threading
-from asyncio import TimerHandle, Transport
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
 from infra.logs import MAX_BYTES
 from infra.serving.champion import Champion, Say
+from infra.serving.connections import IDLE_SECONDS, Connections
 from infra.serving.prediction_log import LOG, open_prediction_log
 from infra.serving.server import LOOPBACK_NAMES, make_app
 from infra.settings import ServingSettings
 
-HEAD_SECONDS = 20.0
-"""Time for a client to send the head of a request."""
-KEEP_ALIVE_SECONDS = 30.0
-"""Time after which an idle connection is closed. Most clients close idle connections earlier."""
-MAX_CONNECTIONS = 512
 GRACE_SECONDS = 10
 """Time for open requests when the server ends."""
 JOIN_SECONDS = 1.0
@@ -81,7 +75,7 @@ def serve(
                 log.start()  # not before: now the lineage is known
             ready(_url(listener), str(champion.version))
             app = make_app(champion, trusted, api_key)
-            make_server(app).run([listener])
+            make_server(app, champion.drain).run([listener])
         finally:
             ended.set()
             champion.stop()
@@ -102,26 +96,33 @@ def _api_key(host: str, say: Say) -> str | None:
     return None if secret is None else secret.get_secret_value().strip()
 
 
-def make_server(app: Any) -> uvicorn.Server:
-    """Return a server of the web application with this module's limits."""
-    return _Server(
-        uvicorn.Config(
-            app,
-            loop="asyncio",
-            http=ImpatientProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
+def make_server(app: ASGIApp, on_end: Callable[[], object] = lambda: None) -> uvicorn.Server:
+    """Return a server of the web application with this module's limits. `on_end` is called when it begins to end."""
+    connections = Connections(app)
+    config = uvicorn.Config(
+        connections,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # any client could write them, and limits hold for addresses
+        server_header=False,
+        timeout_keep_alive=IDLE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
+        timeout_graceful_shutdown=GRACE_SECONDS,
     )
+    config.load()
+    config.http_protocol_class = connections.in_front_of(config.http_protocol_class)  # type: ignore[assignment]
+    return _Server(config, on_end)
 
 
 class _Server(uvicorn.Server):
     """A server for which a signal is the end of its work. uvicorn's own server raises the signal again then."""
+
+    def __init__(self, config: uvicorn.Config, on_end: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_end = on_end
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -129,48 +130,10 @@ class _Server(uvicorn.Server):
             yield
             self._captured_signals.clear()
 
-
-class ImpatientProtocol(H11Protocol):
-    """Closes a connection whose client does not send the head of a request in time.
-
-    uvicorn closes idle connections only after an answer, and has no time limit for a head.
-    """
-
-    _timer: TimerHandle | None = None
-
-    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Start the time limit for a request."""
-        super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
-            transport.abort()
-        self._wait_for_head()
-
-    def data_received(self, data: bytes) -> None:
-        """End the time limit when the head is complete."""
-        super().data_received(data)
-        if not self._has_request():
-            self._wait_for_head()
-        elif self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """End the time limit."""
-        if self._timer is not None:
-            self._timer.cancel()
-        super().connection_lost(exc)
-
-    def _wait_for_head(self) -> None:
-        if self._timer is None:  # further bytes do not restart the time limit
-            self._timer = self.loop.call_later(HEAD_SECONDS, self._close_without_request)
-
-    def _has_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _close_without_request(self) -> None:
-        self._timer = None
-        if not self._has_request():
-            self.timeout_keep_alive_handler()
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer the open requests, and end."""
+        self._on_end()
+        await super().shutdown(sockets)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import hmac
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
@@ -53,8 +55,13 @@ from infra.serving.formats import (
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""
 MAX_BODY_BYTES = 16 << 20
+MAX_BYTES = 256 << 20
+"""Bytes of all bodies that are being sent, and half of them from one address."""
+MAX_BYTES_OF_ADDRESS = MAX_BYTES // 2
+SMALL_BYTES = 64 << 10
+"""A body of at most so many bytes is always read; the number of connections bounds them."""
 MAX_IN_FLIGHT = 64
-"""Number of open requests; further requests get 503."""
+"""Number of requests that are being answered; further requests get 503."""
 BODY_SECONDS = 30.0
 """Time for a client to send its rows."""
 ANSWER_SECONDS = 300.0
@@ -75,6 +82,7 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
     """
     pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
     places = asyncio.Semaphore(MAX_IN_FLIGHT)
+    bodies = Bodies()
     meter = Meter(serving)
 
     def answering(path: str, work: Work, refusal_body: Callable[[RefusalError], Any]) -> Route:
@@ -83,11 +91,11 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
                 try:
                     _require_key(request, api_key)
                     _require_json(request)
-                    if places.locked():
-                        message = f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment."
-                        raise RefusalError(503, message, {**RETRY, **CLOSE})
+                    _require_place(places)
+                    body = await bodies.read(request)  # without a place: a slow client takes none from others
+                    _require_place(places)
                     async with places:
-                        found = await _answer(serving, pool, request, await _read(request), work)
+                        found = await _answer(serving, pool, request, body, work)
                 except RefusalError as refusal:
                     measured.status = refusal.status
                     body = json.dumps(refusal_body(refusal), ensure_ascii=False)
@@ -175,17 +183,46 @@ def _too_large() -> RefusalError:
     return RefusalError(413, f"The request is larger than {MAX_BODY_BYTES >> 20} MB; send fewer rows at once.", CLOSE)
 
 
-async def _read(request: Request) -> bytes:
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY_BYTES:
-                    raise _too_large()
-    except TimeoutError:
-        raise RefusalError(408, f"The request was not sent within {BODY_SECONDS:.0f} s.", CLOSE) from None
-    return bytes(body)
+def _require_place(places: asyncio.Semaphore) -> None:
+    if places.locked():
+        message = f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment."
+        raise RefusalError(503, message, {**RETRY, **CLOSE})
+
+
+class Bodies:
+    """The bodies that clients are sending. They have a bound for each address and in all, except small ones."""
+
+    def __init__(self) -> None:
+        self._num_bytes: Counter[str] = Counter()
+        """Address of a client → bytes of its unfinished bodies."""
+
+    async def read(self, request: Request) -> bytes:
+        """Return the body of a request.
+
+        Raises:
+            RefusalError: The body is too large, takes too long, or there are too many large ones.
+            ClientDisconnect: The client has gone.
+        """
+        address = request.client.host if request.client else ""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    self._num_bytes[address] += len(part)
+                    if len(body) > MAX_BODY_BYTES:
+                        raise _too_large()
+                    is_full = self._num_bytes[address] > MAX_BYTES_OF_ADDRESS or self._num_bytes.total() > MAX_BYTES
+                    if is_full and len(body) > SMALL_BYTES:
+                        message = "Too many large requests are being sent; send fewer rows at once, or send them later."
+                        raise RefusalError(503, message, {**RETRY, **CLOSE})
+        except TimeoutError:
+            raise RefusalError(408, f"The request was not sent within {BODY_SECONDS:.0f} s.", CLOSE) from None
+        finally:
+            self._num_bytes[address] -= len(body)
+            if not self._num_bytes[address]:
+                del self._num_bytes[address]
+        return bytes(body)
 
 
 async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work) -> HttpAnswer:
@@ -223,7 +260,7 @@ class Meter(Collector):
     def __init__(self, serving: Champion) -> None:
         self._serving = serving
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
+        self._requests = CounterMetric(
             "deal_requests", "Requests that ended.", ["path", "status", "version"], registry=registry
         )
         self._seconds = Histogram(

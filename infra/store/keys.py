@@ -18,6 +18,7 @@
     counts/TASK.json                          the numbers of rows of files that wait in the inbox
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     serving/LINEAGE.json                      the model name of a lineage in a vLLM server
+    serving/LINEAGE.key                       what tells the ids of a lineage's answers from any other
     predictions/LINEAGE/DAY/SEGMENT.parquet   the prediction log
     feedback/LINEAGE/DAY/SEGMENT.parquet      right answers to rows of the prediction log, or whether they were right
     harvests/LINEAGE/TASK.json                the feedback that has become rows of an arrival
@@ -289,6 +290,11 @@ def tombstone_key(task: str, sha256: str) -> str:
 def route_key(lineage: str) -> str:
     """Return the key of a lineage's route: its model name in a vLLM server."""
     return f"serving/{lineage}.json"
+
+
+def answer_ids_key(lineage: str) -> str:
+    """Return the key of the secret that the ids of a lineage's answers are made with."""
+    return f"serving/{lineage}.key"
 
 
 def log_folder(log: str, lineage: str) -> str:

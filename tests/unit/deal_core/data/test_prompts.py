@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.prompts import cut_prompt, encode_answer, encode_prompt, render_prompt
+from deal_core.data.prompts import (
+    MAX_CHARS_PER_TOKEN,
+    cut_prompt,
+    encode_answer,
+    encode_prompt,
+    render_prompt,
+)
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import answer_limit
@@ -180,6 +188,114 @@ def test_a_long_chat_loses_its_oldest_turns_then_the_end_of_the_last(tokenizer: 
         assert cut_prompt(tokenizer, task, chat(*turns), length).is_cut == is_cut
     cut = tokenizer.decode(encode_prompt(tokenizer, task, chat(*turns), len(newest) - 10))
     assert cut == "<s><|system|>Be kind.</s><|user|>abcdefghijabcdefghij</s><|assistant|>"
+
+
+TEMPLATES = {
+    "plain": CHAT_TEMPLATE,
+    "chatml with a default system message, as SmolLM2 and Qwen2": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe helpful."
+        "<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "turns in pairs, the system message within the first, as Llama 2 and Mistral": (
+        "{% if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] %}{% set turns = messages[1:] %}"
+        "{% else %}{% set told = '' %}{% set turns = messages %}{% endif %}"
+        "{% for m in turns %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + (told + '\n\n' if loop.first and told else '') }}"
+        "{{ m['content'].strip() + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "thoughts of earlier turns left out, as Qwen3": (
+        "{% set last = namespace(user=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{% set last.user = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+        "<|{{ m['role'] }}|>{{ m['content'] if loop.index0 > last.user else m['content'].split('</think>')[-1] }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+}
+
+
+def cut_turn_by_turn(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], most: int) -> list[int]:
+    """The plain way: without its oldest turn, again and again, until the prompt fits; then without the text's end."""
+
+    def encode(messages: list[dict[str, str]]) -> list[int]:
+        rendered = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    while len(encode([*system, *turns])) > most:
+        later = [index for index, turn in enumerate(turns) if index and turn["role"] == "user"]
+        if not later:
+            break
+        turns = turns[later[0] :]
+    *earlier, last = [*system, *turns]
+    ends = range(len(last["content"]), -1, -1)
+    tried = (encode([*earlier, {**last, "content": last["content"][:end]}]) for end in ends)
+    return next(ids for ids in tried if len(ids) <= most)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@settings(max_examples=25, deadline=None)
+@given(
+    system=st.sampled_from([None, "Be kind."]),
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=21).filter(lambda sizes: len(sizes) % 2),
+    most=st.integers(100, 300),
+)
+def test_the_longest_end_of_a_chat_that_fits_is_kept_in_every_template(
+    template: str, system: str | None, sizes: list[int], most: int
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATES[template]
+    roles = ["user", "assistant"]
+    turns = [(roles[number % 2], f"<think>so {number}</think>" + "no " * size) for number, size in enumerate(sizes)]
+    asked = chat(*([("system", system)] if system else []), *turns)
+    cut = cut_prompt(tokenizer, TaskSchema(name="t", format="chat"), asked, most)
+    assert cut.ids == cut_turn_by_turn(tokenizer, json.loads(asked), most)
+    assert cut.is_cut == (cut.ids != cut_turn_by_turn(tokenizer, json.loads(asked), 10_000))
+
+
+def seconds_to_cut(tokenizer: PreTrainedTokenizerFast, num_messages: int) -> float:
+    """Processor time for a chat of short messages, the least of three."""
+    roles = ["user", "assistant"] * num_messages
+    asked = chat(*((role, f"message {number}") for number, role in enumerate(roles[: num_messages - 1])))
+    times = []
+    for _ in range(3):
+        begun = time.process_time()
+        cut_prompt(tokenizer, TaskSchema(name="t", format="chat"), asked, 1024)
+        times.append(time.process_time() - begun)
+    return min(times)
+
+
+def test_twice_the_messages_take_no_more_than_about_twice_the_time(tokenizer: PreTrainedTokenizerFast) -> None:
+    seconds_to_cut(tokenizer, 100)
+    assert seconds_to_cut(tokenizer, 4000) < 3 * seconds_to_cut(tokenizer, 2000)
+    assert seconds_to_cut(tokenizer, 10_000) < 1
+
+
+def test_of_a_very_long_text_only_what_can_fit_is_tokenised(tokenizer: PreTrainedTokenizerFast) -> None:
+    seen: list[int] = []
+
+    class Counting:
+        chat_template = tokenizer.chat_template
+        eos_token_id, eos_token, bos_token_id = tokenizer.eos_token_id, tokenizer.eos_token, tokenizer.bos_token_id
+        apply_chat_template = tokenizer.apply_chat_template
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            seen.append(len(text))
+            return tokenizer(text, **options)
+
+    long, talk = "a quick dog " * 50_000, TaskSchema(name="t", format="chat")
+    for task, asked in (
+        (TASK, long),
+        (talk, chat(("user", long))),
+        (talk, chat(("user", long), ("assistant", "Yes?"), ("user", "Go on."))),
+        (talk, chat(("user", "Go on."), ("assistant", long), ("user", long))),
+    ):
+        seen.clear()
+        cut = cut_prompt(Counting(), task, asked, 100)  # type: ignore[arg-type]
+        assert cut.is_cut and len(cut.ids) <= 100
+        assert sum(seen) < 4 * MAX_CHARS_PER_TOKEN * 100 < len(long)
 
 
 def test_an_answer_is_a_blank_the_label_and_the_end(tokenizer: PreTrainedTokenizerFast) -> None:

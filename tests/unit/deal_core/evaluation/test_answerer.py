@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.data.prompts import encode_prompt
 from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.evaluation import answerer as answerer_module
 from deal_core.evaluation import generation
 from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
-from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs
+from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs, answer_prompts
 
 TEXTS = [f"message {number} about the sea {'and more ' * (number % 4)}" for number in range(MAX_ROWS_CPU)]
 WAIT_SECONDS = 60
@@ -103,10 +105,11 @@ def test_answers_are_those_of_the_task_that_a_row_names(
 def test_answers_that_were_cut_are_told_row_by_row(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over tasks, and over the batches of a request."""
 
-    def generate(*given: Any, **limits: Any) -> list[GivenAnswer]:
-        return [GivenAnswer(text.upper(), Confidence(1.0, None), "long" in text) for text in given[3]]
+    def generate(model: Any, tokenizer: Any, task: Any, prompts: Any, config: Any) -> list[GivenAnswer]:
+        texts = tokenizer.batch_decode(prompts)
+        return [GivenAnswer(text.upper(), Confidence(1.0, None), "long" in text) for text in texts]
 
-    monkeypatch.setattr(generation, "answer_inputs", generate)
+    monkeypatch.setattr(generation, "answer_prompts", generate)
     chat = json.dumps([{"role": "user", "content": "long"}])
     texts = ["a", "long", "b", "c", "long", "d", "e", "long"]
     rows = [InputRow(text, "colours") for text in texts]
@@ -116,21 +119,22 @@ def test_answers_that_were_cut_are_told_row_by_row(answerer: Answerer, monkeypat
 
 
 class HeldModel:
-    """`answer_inputs` that waits at its first call until the test lets it continue."""
+    """`answer_prompts` that waits at its first call until the test lets it continue."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[list[str]] = []
         self.is_inside, self.may_go_on = threading.Event(), threading.Event()
-        monkeypatch.setattr(generation, "answer_inputs", self._generate)
+        monkeypatch.setattr(generation, "answer_prompts", self._generate)
 
-    def _generate(self, model: Any, tokenizer: Any, task: Any, inputs: Any, config: Any, **limits: Any) -> Any:
-        self.batches.append(inputs)
+    def _generate(self, model: Any, tokenizer: Any, task: Any, prompts: Any, config: Any) -> Any:
+        self.batches.append(tokenizer.batch_decode(prompts))
         self.is_inside.set()
         assert self.may_go_on.wait(WAIT_SECONDS)
-        return answer_inputs(model, tokenizer, task, inputs, config, **limits)
+        return answer_prompts(model, tokenizer, task, prompts, config)
 
 
 def wait_until_waiting(answerer: Answerer, number: int) -> None:
+    """Wait for so many callers whose first prompts are prepared."""
     with answerer._changed:
         while len(answerer._waiting) < number:
             answerer._changed.wait(0.01)
@@ -165,20 +169,21 @@ def test_a_caller_with_many_rows_holds_nobody_up(answerer: Answerer, monkeypatch
         held.may_go_on.set()
         assert large.result() == answerer.answer(many[: len(TEXTS)]) * 3 and len(small.result()) == 1
     assert [len(batch) for batch in held.batches[:4]] == [MAX_ROWS_CPU, MAX_ROWS_CPU, MAX_ROWS_CPU, 1]
-    assert "a short message" in held.batches[1]
+    assert any("a short message" in prompt for prompt in held.batches[1])
 
 
 def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, may_go_on = threading.Event(), threading.Event()
 
-    def generate(model: Any, tokenizer: Any, task: Any, inputs: list[str], config: Any, **limits: Any) -> Any:
+    def generate(model: Any, tokenizer: Any, task: Any, prompts: Any, config: Any) -> Any:
         inside.set()
         assert may_go_on.wait(WAIT_SECONDS)
-        if any("poison" in text for text in inputs):
+        texts = [prompt.split("\n")[-2] for prompt in tokenizer.batch_decode(prompts)]
+        if any("poison" in text for text in texts):
             raise RuntimeError("the model broke")
-        return [GivenAnswer(text.upper(), Confidence(1.0, None), False) for text in inputs]
+        return [GivenAnswer(text.upper(), Confidence(1.0, None), False) for text in texts]
 
-    monkeypatch.setattr(generation, "answer_inputs", generate)
+    monkeypatch.setattr(generation, "answer_prompts", generate)
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(answerer.answer, [InputRow("first")])
         assert inside.wait(WAIT_SECONDS)
@@ -194,7 +199,6 @@ def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkey
 def test_one_caller_whose_rows_break_the_checks_fails_alone(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows are checked in the thread of the caller that holds the model."""
     asked = ServedVersion.asked
 
     def check(served: ServedVersion, row: InputRow, number: int) -> Any:
@@ -208,11 +212,11 @@ def test_one_caller_whose_rows_break_the_checks_fails_alone(
         good = pool.submit(answerer.answer, [InputRow(text) for text in TEXTS * 2])
         assert held.is_inside.wait(WAIT_SECONDS)
         bad = pool.submit(answerer.answer, [InputRow("poison")])
-        wait_until_waiting(answerer, 2)
+        with pytest.raises(RecursionError, match="too deep"):
+            bad.result(WAIT_SECONDS)
         held.may_go_on.set()
         assert len(good.result()) == 2 * len(TEXTS)
-        with pytest.raises(RecursionError, match="too deep"):
-            bad.result()
+    assert answerer._waiting == []
 
 
 @pytest.mark.parametrize("changes", [{}, {"rank": 2}, {"rank": 7}, {"target_modules": ("q_proj", "o_proj")}])
@@ -330,12 +334,13 @@ def test_a_swap_waits_for_no_batch_and_what_was_computed_is_answered_by_the_new_
 def test_what_nobody_waits_for_is_not_computed_and_a_stop_ends_the_rest(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = HeldModel(monkeypatch)
+    held, has_gone = HeldModel(monkeypatch), threading.Event()
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(answerer.answer, [InputRow(TEXTS[0])])
         assert held.is_inside.wait(WAIT_SECONDS)
-        gone = pool.submit(answerer.ask, [InputRow(TEXTS[1])], lambda: True)
+        gone = pool.submit(answerer.ask, [InputRow(TEXTS[1])], has_gone.is_set)
         wait_until_waiting(answerer, 2)
+        has_gone.set()
         held.may_go_on.set()
         with pytest.raises(GivenUpError):
             gone.result(WAIT_SECONDS)
@@ -349,6 +354,100 @@ def test_what_nobody_waits_for_is_not_computed_and_a_stop_ends_the_rest(
         held.may_go_on.set()
         with pytest.raises(GivenUpError, match="stopping"):
             last.result(WAIT_SECONDS)
+
+
+class HeldPrompt:
+    """`encode_prompt` that waits at each text with "long" until the test lets it continue."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_prepared = 0
+        self.is_inside, self.may_go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(answerer_module, "encode_prompt", self._encode)
+
+    def _encode(self, tokenizer: Any, task: Any, text: str, max_prompt_tokens: int) -> list[int]:
+        if "long" in text:
+            self.is_inside.set()
+            assert self.may_go_on.wait(WAIT_SECONDS)
+        self.num_prepared += 1
+        return encode_prompt(tokenizer, task, text, max_prompt_tokens)
+
+
+def test_a_prompt_that_takes_long_to_prepare_holds_nobody_up(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldPrompt(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(answerer.answer, [InputRow("a long text")])
+        assert held.is_inside.wait(WAIT_SECONDS)
+        assert answerer.answer([InputRow(text) for text in TEXTS * 3])
+        assert not long.done()
+        held.may_go_on.set()
+        assert long.result(WAIT_SECONDS) == answerer.answer([InputRow("a long text")])
+
+
+@pytest.mark.parametrize("end", ["gone", "drain", "stop"])
+def test_between_two_prompts_it_is_looked_whether_they_are_still_wanted(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """The client has left, or the server ends. The model answers nothing of it."""
+    prompts, model, has_gone = HeldPrompt(monkeypatch), HeldModel(monkeypatch), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(answerer.ask, [InputRow("a long text")] * 5, has_gone.is_set)
+        assert prompts.is_inside.wait(WAIT_SECONDS)
+        {"gone": has_gone.set, "drain": answerer.drain, "stop": answerer.stop}[end]()
+        prompts.may_go_on.set()
+        with pytest.raises(GivenUpError):
+            asked.result(WAIT_SECONDS)
+    assert (prompts.num_prepared, model.batches, answerer._waiting) == (1, [], [])
+
+
+def test_what_waits_for_the_model_is_answered_though_the_server_ends(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldModel(monkeypatch)
+    rows = [InputRow(text) for text in TEXTS * 4]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(answerer.answer, rows)
+        assert held.is_inside.wait(WAIT_SECONDS)
+        answerer.drain()
+        held.may_go_on.set()
+        assert len(asked.result(WAIT_SECONDS)) == len(rows)
+    with pytest.raises(GivenUpError):
+        answerer.answer(rows)
+
+
+def test_prompts_are_prepared_for_the_next_batches_only(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request of a million rows does not fill the memory with prompts."""
+    prompts, model = HeldPrompt(monkeypatch), HeldModel(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(answerer.answer, [InputRow(text) for text in TEXTS * 9])
+        assert model.is_inside.wait(WAIT_SECONDS)
+        assert prompts.num_prepared <= 3 * MAX_ROWS_CPU
+        model.may_go_on.set()
+        assert asked.result(WAIT_SECONDS) == answerer.answer([InputRow(text) for text in TEXTS]) * 9
+    assert all(len(batch) == MAX_ROWS_CPU for batch in model.batches)
+
+
+def test_a_version_that_takes_over_while_prompts_are_prepared_asks_in_its_own_way(
+    answerer: Answerer, new_version: NewVersion, served_version: ServedVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of the version before are dropped, also those after the first batch."""
+    folder = new_version()
+    other = replace(served_version.tasks[1].schema, instruction="Another question")
+    tasks = (served_version.tasks[0], replace(served_version.tasks[1], schema=other))
+    (folder / SERVED_FILE).write_text(json.dumps(replace(served_version, tasks=tasks).to_json()))
+    prompts, model = HeldPrompt(monkeypatch), HeldModel(monkeypatch)
+    rows = [InputRow(text) for text in (*TEXTS, "a long text", *TEXTS, *TEXTS)]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(answerer.ask, rows)
+        assert prompts.is_inside.wait(WAIT_SECONDS)
+        answerer.swap(folder, "2")
+        prompts.may_go_on.set()
+        model.may_go_on.set()
+        found = asked.result(WAIT_SECONDS)
+    assert (found.version, len(found.answers)) == ("2", len(rows))
+    assert all("Another question" in prompt for batch in model.batches for prompt in batch)
+    assert found.answers == answerer.answer(rows)
 
 
 def test_a_candidate_answers_next_to_the_version_and_changes_none_of_its_answers(

@@ -10,6 +10,7 @@ import pytest
 
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
+from deal_core.limits import MAX_ASKED_CHARS, MAX_ASKED_MESSAGES
 
 
 @pytest.fixture
@@ -40,6 +41,17 @@ def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version:
         (InputRow('[{"role": "user", "content": null}]', "help"), "Row 2 is of the chat task"),
         (InputRow('[{"role": "user", "content": "a", "tools": "add"}]', "help"), "Row 2 is of the chat task"),
         (InputRow('[{"role": "user", "content": "a", "tool_calls": [{"function": 3}]}]', "help"), "Row 2 is of the"),
+        (InputRow('[{"role": "robot", "content": "a"}]', "help"), "Row 2 has a message of the role 'robot'; the roles"),
+        (InputRow('[{"role": "", "content": "a"}]', "help"), "Row 2 has a message of the role ''; the roles are"),
+        (InputRow('[{"role": "\\ud800", "content": "a"}]', "help"), r"Row 2 has a message of the role '\\ud800'"),
+        (InputRow("half \ud800"), "Row 2 has half of a surrogate pair"),
+        (InputRow('[{"role": "user", "content": "\\ud800"}]', "help"), "Row 2 has half of a surrogate pair"),
+        (InputRow('[{"role": "user", "content": "a", "tools": [{"\\udfff": 1}]}]', "help"), "Row 2 has half of a"),
+        (InputRow("a" * (MAX_ASKED_CHARS + 1)), "Row 2 has 1,000,001 characters; give at most 1,000,000"),
+        (
+            InputRow(json.dumps([{"role": "user", "content": "a"}] * (MAX_ASKED_MESSAGES + 1)), "help"),
+            "Row 2 has 10,001 messages; give the latest 10,000 of them",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: InputRow, message: str) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -41,6 +42,7 @@ from infra.predictions import (
     remove_feedback,
 )
 from infra.serving import prediction_log as logging_module
+from infra.serving.answer_ids import AnswerIds
 from infra.serving.prediction_log import PredictionLog, open_prediction_log
 from infra.store.keys import log_key
 from infra.store.local import FileStore
@@ -131,7 +133,7 @@ def test_off_writes_nothing_and_answers_are_the_same(
                 if each is None:
                     refused = httpx.post(f"http://127.0.0.1:{port}/feedback", json=[])
                     assert refused.status_code == 409 and "DEAL_LOG_PREDICTIONS" in refused.text
-                    assert [*tmp_path.iterdir()] == []
+                    assert not {"predictions", "feedback", "log"} & {path.name for path in tmp_path.iterdir()}
     plain, logged = (each.json()["predictions"] for each in found)
     assert [{name: row[name] for name in plain[0]} for row in logged] == plain
     assert {*logged[0]} - {*plain[0]} == {"id", "confidence"}
@@ -249,7 +251,7 @@ def test_a_full_queue_and_a_dead_thread_drop_and_never_wait(
     asking.join(WAIT_SECONDS)
     assert not asking.is_alive() and log.num_dropped == 3
     with running(Champion(log), tmp_path / "log") as port:
-        entry = [{"id": "0" * 32, "label": "a"}]
+        entry = [{"id": log._ids.new(), "label": "a"}]
         assert httpx.post(f"http://127.0.0.1:{port}/invocations", json=ROWS).is_success
         refused = httpx.post(f"http://127.0.0.1:{port}/feedback", json=entry)
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "2"
@@ -375,7 +377,10 @@ def test_feedback_goes_when_its_answer_is_gone(tmp_path: Path, store: FileStore)
 
 
 def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStore) -> None:
-    unknown, bank = "f" * 32, {"input": "a", "task": "bank"}
+    bank = {"input": "a", "task": "bank"}
+    with logging_to(store, tmp_path / "elsewhere") as other:
+        other._ids.share()
+        of_another_server = other._ids.new()
     with logging_to(store, tmp_path, keeps_texts=True) as log, running(Champion(log), tmp_path / "log") as port:
         url = f"http://127.0.0.1:{port}"
         chat = {"input": json.dumps([{"role": "user", "content": "Hi"}]), "task": "talk"}
@@ -406,6 +411,10 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
             "Entry 2 gives an answer as free text, and the task has labels; send label.": {"id": right, "answer": "a"},
             "Entry 2: is_right is neither true nor false.": {"id": right, "is_right": "maybe"},
             'Entry 2 is no object; send {"id": ID, "label": LABEL}.': 3,
+            "Entry 2 names an id that no server of this lineage has given; leave it out.": {
+                "id": "f" * 32,
+                "label": "a",
+            },
         }.items():
             refused = send(good, entry)
             assert (refused.status_code, refused.json()) == (400, {"error": sentence})
@@ -414,7 +423,7 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
             {"id": wrong, "label": "b", "reviewer": "Jo"},
             {"id": wrong, "is_right": True},
             good,
-            {"id": unknown, "label": "b"},
+            {"id": of_another_server, "label": "b"},
             {"id": talk, "answer": "Hello"},
         )
         assert (taken.status_code, taken.json()) == (202, {"taken": 6})
@@ -425,7 +434,7 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
         right: ("a", True, True, None),
         wrong: ("b", False, False, "Jo"),
         thumb: (None, False, False, None),
-        unknown: ("b", None, False, None),
+        of_another_server: ("b", None, False, None),
         talk: ("Hello", False, False, None),
     }
     assert set(found["source"]) == {"api"} and not feedback_log(tmp_path, "l").segments()
@@ -446,6 +455,52 @@ def test_a_correction_keeps_a_row_in_the_random_sample(tmp_path: Path, store: Fi
     found = {row.id: row for row in read_feedback(store, tmp_path, "l").itertuples()}
     assert [(row.is_random, row.is_right) for row in found.values()] == [(True, False), (True, False), (True, True)]
     assert (found[wrong].label, found["f" * 32].label) == ("b", "Hello"), "the correction counts"
+
+
+def test_feedback_has_a_bound(tmp_path: Path, store: FileStore) -> None:
+    """Of ids that nobody gave nothing is kept, and of an answer some entries, however often a client sends them."""
+    with logging_to(store, tmp_path) as log, running(Champion(log), tmp_path / "log") as port:
+        (answer,) = ask(log, "a text")
+        url, most = f"http://127.0.0.1:{port}/feedback", logging_module.MAX_ENTRIES_OF_ANSWER
+        forged = answer[:-1] + ("0" if answer[-1] != "0" else "1")
+        for entries in ([forged], [uuid.uuid4().hex] * 1000, [answer] * (most + 1)):
+            refused = httpx.post(url, json=[{"id": each, "is_right": True} for each in entries])
+            assert refused.status_code == 400 and "leave it out" in refused.text
+        statuses = [httpx.post(url, json=[{"id": answer, "is_right": True}]).status_code for _ in range(most + 5)]
+        assert statuses == [202] * most + [400] * 5
+    assert len(read_log(store, feedback_log(tmp_path, "l"))) == most
+
+
+def test_ids_of_earlier_servers_are_known_and_those_of_other_lineages_are_not(tmp_path: Path, store: FileStore) -> None:
+    with logging_to(store, tmp_path) as log:
+        (earlier,) = ask(log, "a text")
+    with logging_to(store, tmp_path / "another machine") as log:
+        assert log.refusal_of([earlier]) is None
+    stranger = AnswerIds(store, "m")
+    stranger.share()
+    assert not stranger.is_given(earlier) and not log._ids.is_given(stranger.new())
+    assert {store.get_bytes(f"serving/{name}.key") for name in "lm"} != {store.get_bytes("serving/l.key")}
+
+
+def test_a_server_that_starts_without_the_store_knows_its_own_ids(
+    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> bool:
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(logging_module, "SHIP_SECONDS", 0.05)
+    monkeypatch.setattr(store, "put_bytes", fail)
+    with logging_to(store, tmp_path) as log:
+        (before,) = ask(log, "a text")
+        assert log.refusal_of([before]) is None and log.refusal_of(["0" * 32]) is not None
+        monkeypatch.undo()
+        monkeypatch.setattr(logging_module, "SHIP_SECONDS", 0.05)
+        wait_until(lambda: store.exists("serving/l.key") and log._ids._is_shared)
+        (after,) = ask(log, "a text")
+        assert log.refusal_of([before, after]) is None
+    known = AnswerIds(store, "l")
+    known.share()
+    assert known.is_given(after) and not known.is_given(before)
 
 
 def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileStore) -> None:

@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from deal_core.errors import ConfigError
-from infra.serving import run, server
+from infra.serving import connections, run, server
 from infra.serving.run import API_KEY, _api_key
 from tests.served import WAIT_SECONDS, Champion, running
 
@@ -97,6 +97,13 @@ def test_health_and_version(port: int) -> None:
         (b'{"dataframe_records": [{"input": ["a secret"]}]}', ""),
         (b'{"dataframe_records": [{"text": "a secret"}]}', "Model is missing inputs ['input']"),
         (b'{"dataframe_records": [{"input": "a secret", "task": "nope"}]}', "Row 1 names the task 'nope'"),
+        (b'{"dataframe_records": [{"input": "a secret", "task": 5}]}', "Row 1 names the task 5, which is no text"),
+        (b'{"dataframe_records": [{"input": "a secret", "task": ["bank"]}]}', "Row 1 names the task ['bank'], which"),
+        (
+            b'{"dataframe_records": [{"input": "a", "task": "bank"}, {"input": "a secret", "task": true}]}',
+            "Row 2 names the task True, which is no text",
+        ),
+        (b'{"dataframe_records": [{"input": "a secret"}], "task": "talk"}', "task stands beside the rows"),
         (b'{"dataframe_records": [1, "a secret"]}', ""),
         (b'{"dataframe_records": {"a secret": 1}}', ""),
         (b'{"dataframe_split": {"data": "a secret"}}', ""),
@@ -274,8 +281,7 @@ def test_connections_that_send_no_request_are_closed(
     champion: Champion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time limit is short here. The test fails if a connection stays open for a minute."""
-    monkeypatch.setattr(run, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(run, "KEEP_ALIVE_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.3)
     monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
     whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with running(champion, tmp_path / "log") as port:
@@ -313,14 +319,122 @@ def test_connections_that_send_no_request_are_closed(
         assert b" 200 " in read_until_closed(asking)
 
 
-def test_connections_beyond_the_limit_are_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "MAX_CONNECTIONS", 3)
-    opened = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-    extra = socket.create_connection(("127.0.0.1", port))
+LARGE = HEAD + b"Content-Length: 100000\r\n\r\n{"
+
+
+def connect(port: int, address: str = "127.0.0.1", sent: bytes = b"") -> socket.socket:
+    """A connection from an address of loopback."""
+    connection = socket.create_connection(("127.0.0.1", port), source_address=(address, 0))
+    connection.sendall(sent)
+    return connection
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Whether the server has not closed a connection that waits for its client."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def healthy(port: int) -> bool:
+    return httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).is_success
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /invoc", LARGE])
+def test_at_the_limit_the_connection_that_has_waited_longest_is_closed(
+    port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """Whether it idles or sends its request slowly."""
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
+    opened = []
+    for _ in range(6):
+        opened.append(connect(port, sent=sent))
+        time.sleep(0.02)  # each waits longer than the next
+    assert healthy(port) and ask(port, ROW).is_success
+    for connection in opened[:4]:
+        with suppress(ConnectionError):
+            assert read_until_closed(connection) == b""
+
+
+def test_one_address_takes_no_connection_from_others(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_OF_ADDRESS", 4)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
+    idle = connect(port, "127.0.0.2")
+    opened = [connect(port, "127.0.0.3") for _ in range(20)]
+    others = [connect(port, f"127.0.1.{number}") for number in range(1, 5)]
+    assert healthy(port)
+    wait_until(lambda: sum(map(is_open, opened)) <= 4)
+    assert is_open(idle) and all(map(is_open, others)), "they have fewer"
+
+
+def test_a_connection_that_is_being_answered_is_never_closed(
+    port: int, champion: Champion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_OF_ADDRESS", 2)
+    champion.may_answer.clear()
+    body = json.dumps(ROW).encode()
+    asking = [connect(port, sent=HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body) for _ in range(2)]
+    champion.wait_until(lambda: champion.num_inside == 2)
     with suppress(ConnectionError):
-        assert read_until_closed(extra) == b""
+        assert read_until_closed(connect(port)) == b"", "there is no other to close"
+    champion.may_answer.set()
+    for connection in asking:
+        connection.settimeout(WAIT_SECONDS)
+        assert b" 200 " in connection.recv(65536)
+
+
+def test_many_idle_connections_keep_nobody_away(port: int) -> None:
+    """As many as there may be, from one address."""
+    opened = [connect(port) for _ in range(connections.MAX_CONNECTIONS)]
+    assert healthy(port) and ask(port, ROW).is_success
     for connection in opened:
         connection.close()
+
+
+def test_slow_bodies_take_no_place_from_others(port: int) -> None:
+    """More of them than requests may be in flight, from the same address."""
+    opened = [connect(port, sent=LARGE) for _ in range(server.MAX_IN_FLIGHT + 10)]
+    wait_until(lambda: f"deal_requests_in_flight {len(opened)}.0" in metrics(port))
+    assert healthy(port) and ask(port, ROW).is_success
+    assert all(map(is_open, opened))
+    for connection in opened:
+        connection.close()
+
+
+def test_large_bodies_that_are_being_sent_have_a_bound(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(server, "MAX_BYTES_OF_ADDRESS", 50_000)
+    monkeypatch.setattr(server, "MAX_BYTES", 80_000)
+    held = connect(port, sent=LARGE + b" " * 40_000)
+    wait_until(lambda: "deal_requests_in_flight 1.0" in metrics(port))
+
+    def send(address: str, num_bytes: int) -> bytes:
+        connection = connect(port, address, HEAD + b"Content-Length: %d\r\n\r\n" % num_bytes)
+        with suppress(ConnectionError):  # that it is refused and closed
+            connection.sendall(b" " * num_bytes)
+        connection.settimeout(WAIT_SECONDS)
+        return connection.recv(65536)
+
+    assert b" 503 " in send("127.0.0.1", 20_000) and b" 503 " in send("127.0.0.2", 45_000)
+    assert b" 400 " in send("127.0.0.2", 20_000) and b" 400 " in send("127.0.0.1", 900), "read, and no JSON"
+    held.close()
+    wait_until(lambda: "deal_requests_in_flight 0.0" in metrics(port))
+    assert b" 400 " in send("127.0.0.1", 45_000)
+
+
+def metrics(port: int) -> str:
+    return httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+
+
+def wait_until(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_end_waits_for_requests_in_flight(champion: Champion, tmp_path: Path) -> None:
