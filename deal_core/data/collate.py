@@ -26,7 +26,7 @@ from deal_core.data.schema import TaskSchema
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from deal_core.evaluation.generation import LanguageModel
+    from deal_core.base_model.language_model import LanguageModel
 
 IGNORED = -100
 REJECTED_IDS = "rejected_ids"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.evaluation.generation import LanguageModel
+from deal_core.base_model.language_model import LanguageModel
 
 TEXTS = (
     "The lighthouse keeper climbed the stairs every evening at the same hour. There were two hundred and twelve of "

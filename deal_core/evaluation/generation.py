@@ -13,18 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, common_prefix, counts_padding, pad_batch, read_cache
 from deal_core.data.prompts import answer_text, encode_answer, encode_prompt
@@ -33,7 +32,6 @@ from deal_core.evaluation.answering import ServedTask
 
 OnProgress = Callable[[int], None]
 """Called with the number of rows just read or answered."""
-LanguageModel = PreTrainedModel | PeftModel
 MAX_LOGIT_BYTES = 2**30
 """Most bytes for the logits of a batch. With a vocabulary of 128,000, a hundred answers of 50 tokens would need five
 times as many."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
@@ -22,7 +23,6 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answer_scores import number_labels, plain_answer
 from deal_core.evaluation.generation import (
     MAX_LOGIT_BYTES,
-    LanguageModel,
     OnProgress,
     Prefix,
     batches_by_length,

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import IGNORED, answer_collator, answer_logits, encode_row
 from deal_core.data.schema import REJECTED, TaskSchema
-from deal_core.evaluation.generation import MAX_LOGIT_BYTES, LanguageModel, OnProgress, batches_by_length, device_of
+from deal_core.evaluation.generation import MAX_LOGIT_BYTES, OnProgress, batches_by_length, device_of
 
 CHUNK_ROWS = 512
 """Rows whose tokens are in memory at once. Batches of similar length are made within a chunk."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.config import MEASURED, PREFERENCE, EvaluateConfig
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
@@ -21,7 +22,7 @@ from deal_core.evaluation.answer_scores import (
     rouge1,
     score_answers,
 )
-from deal_core.evaluation.generation import Confidence, LanguageModel, OnProgress, answer_inputs
+from deal_core.evaluation.generation import Confidence, OnProgress, answer_inputs
 from deal_core.evaluation.likelihood import preferred, token_probabilities
 
 

@@ -24,12 +24,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import pad_batch
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import LanguageModel, OnProgress, batches_by_length, counting, device_of
+from deal_core.evaluation.generation import OnProgress, batches_by_length, counting, device_of
 from deal_core.evaluation.likelihood import CHUNK_ROWS
 
 NUM_FOLDS = 5

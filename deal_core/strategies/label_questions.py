@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.errors import TrainingDivergedError
-from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.label_scores import Floats, label_scores
 from deal_core.evaluation.recentring import label_offsets
 from deal_core.strategies.rehearsal import Question

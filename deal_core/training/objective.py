@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.config import TrainConfig
 from deal_core.data.collate import (
     IGNORED,
@@ -26,7 +27,6 @@ from deal_core.data.collate import (
 )
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import REJECTED, TaskSchema
-from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.likelihood import measure
 
 

@@ -1,0 +1,9 @@
+"""What answers: a base model, alone or with an adapter on."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+LanguageModel = PreTrainedModel | PeftModel
+"""Not a model that several processes train: that one is wrapped, can only be called, and has the type `nn.Module`."""
