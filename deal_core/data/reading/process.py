@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
@@ -37,7 +37,7 @@ class Frame(NamedTuple):
     content: bytes
 
 
-def read_frames(path: Path, kind: Kind, task: Literal["look", "rows", "most"]) -> Iterator[Frame]:
+def read_frames(path: Path, kind: Kind, task: Literal["look", "rows", "most"]) -> Generator[Frame]:
     """The frames of a file. The process ends with the iterator.
 
     Raises:

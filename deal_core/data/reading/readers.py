@@ -139,7 +139,8 @@ def _row(number: Any, values: Any, line: Any, fault: Any, raw: Any) -> RawRow:
     reason, value, why = _texts(fault)
     if reason not in _REASONS:
         raise ValueError(reason)
-    return RawRow(number, values, line, Problem(reason, value, why), whole=partial(_same, raw))
+    fault = Problem(reason, value, why)  # type: ignore[arg-type]  # a text that is one of the reasons, as was checked
+    return RawRow(number, values, line, fault, whole=partial(_same, raw))
 
 
 def _same(value: Any) -> Any:
