@@ -376,14 +376,14 @@ def learn_chats(base: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "talk.jsonl"
         path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")
-        task, train = {"name": "talk", "data": str(path)}, {"checkpoint_steps": 0, "max_steps": 3}
+        task, train = {"name": "talk", "data": str(path)}, {"max_prompt_tokens": 192, "max_steps": 3}
         values = {"lineage": LINEAGE, "base_model": base, "task": task, "train": train, "gate": NO_LIMITS}
         asyncio.run(adapt(parse(AdaptSpec, values, "benchmark")))
 
 
 @contextmanager
 def long_chats(url: str) -> Iterator[list[float]]:
-    """Send chats of 10,000 messages while the block runs: the seconds of each that was answered."""
+    """Send chats of 10,000 messages while the block runs, until one is not answered: the seconds of each."""
     roles = ("user", "assistant")
     messages = [{"role": roles[n % 2], "content": f"message {n}"} for n in range(MAX_ASKED_MESSAGES - 1)]
     body = json.dumps({"model": f"{LINEAGE}/talk", "messages": messages})
@@ -393,7 +393,10 @@ def long_chats(url: str) -> Iterator[list[float]]:
         with httpx.Client(timeout=300, headers={"Content-Type": "application/json"}) as client:
             while not stop.is_set():
                 begun = time.monotonic()
-                client.post(f"{url}/v1/chat/completions", content=body).raise_for_status()
+                try:
+                    client.post(f"{url}/v1/chat/completions", content=body).raise_for_status()
+                except httpx.HTTPError:
+                    return
                 took.append(time.monotonic() - begun)
 
     thread = threading.Thread(target=send)
@@ -420,12 +423,15 @@ def measure_chats(num_clients: int, seconds: float, rounds: int) -> dict[str, An
                 with long_chats(url) if is_long else nullcontext([]) as took, clients.asking(num_clients):
                     time.sleep(seconds)
                 chats += took
+                if is_long and not took:
+                    raise RuntimeError("No long chat was answered")
                 if problems := {answer.problem for answer in clients.answers if answer.problem}:
                     raise RuntimeError(f"A request failed: {sorted(problems)[0]}")
                 medians[is_long].append(statistics.median(each.answered - each.sent for each in clients.answers))
             print(f"round {number + 1}: " + ", ".join(f"{values[-1]:.3f} s" for values in medians.values()), flush=True)
-        with suppress(httpx.HTTPError), long_chats(url):  # the last one finds no server, or is given up
-            time.sleep(1.0)
+        with long_chats(url) as took:  # the last one finds no server, or is given up
+            while not took:
+                time.sleep(0.01)
             begun = time.monotonic()
             process.send_signal(signal.SIGINT)
             process.wait(60)
