@@ -136,7 +136,7 @@ def normal_chat(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         offered = {"tools": normal[0]["tools"]} if "tools" in normal[0] else {}
         normal = [{**normal[1], **offered}, *normal[2:]]
     for message in normal:
-        if calls := normal_calls(message.get("tool_calls")):
+        if message.get("tool_calls") and (calls := normal_calls(message["tool_calls"])):
             message["tool_calls"] = calls
     return normal
 

@@ -136,6 +136,8 @@ def require_few_messages(number: int, place: str) -> None:
 
 def _is_message(message: Mapping[str, Any]) -> bool:
     """Whether a message has a role and a content. With tool calls, the content may be null."""
+    if message.keys() == {"role", "content"}:  # most messages; a chat may have thousands
+        return type(message["role"]) is type(message["content"]) is str
     rest = {name: value for name, value in message.items() if name not in ("tool_calls", "tools")}
     lists = [message[name] for name in ("tool_calls", "tools") if name in message]
     if rest.get("content", "") is None and message.get("tool_calls"):

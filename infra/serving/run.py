@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,9 @@ from infra.settings import ServingSettings
 GRACE_SECONDS = 10
 """Time for open requests when the server ends."""
 JOIN_SECONDS = 1.0
+SWITCH_SECONDS = 0.0005
+"""How long Python lets one thread compute while others wait. The model's thread gives way at each operation and waits
+again, so with Python's 5 ms the reading of one large request would stop all answers."""
 API_KEY = "DEAL_SERVE_API_KEY"
 EVERYWHERE = ("0.0.0.0", "::", "")
 HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w.-]+|\[[\da-f]*:[\da-f.:]+\]", re.ASCII | re.IGNORECASE)
@@ -67,6 +71,7 @@ def serve(
     champion, ended = Champion(lineage, say, log, settle), threading.Event()
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
+    sys.setswitchinterval(SWITCH_SECONDS)
     with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
         try:
             champion.begin()

@@ -98,9 +98,9 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
                         found = await _answer(serving, pool, request, body, work)
                 except RefusalError as refusal:
                     measured.status = refusal.status
-                    body = json.dumps(refusal_body(refusal), ensure_ascii=False)
+                    told = json.dumps(refusal_body(refusal), ensure_ascii=False)
                     named = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage}
-                    return Response(body, refusal.status, {**named, **refusal.headers}, "application/json")
+                    return Response(told, refusal.status, {**named, **refusal.headers}, "application/json")
                 except ClientDisconnect:  # no client reads this answer
                     measured.status = 400
                     return Response(status_code=400)
