@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
 from deal_core.data.source_files import SourceFile, SourceFiles, files_at, name_of
 from deal_core.errors import ConfigError, DataValidationError, StoreError
-from deal_core.safe_text import listed, without_secrets
+from deal_core.safe_text import listed, shorten, without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import is_read
@@ -246,10 +246,12 @@ def _from_hub(address: str, new_folder: NewFolder) -> Path:
 
 
 def _from_path(path: Path, new_folder: NewFolder) -> SourceFiles:
-    """The files of a path. A path that is nothing is left to the reader, whose message says so."""
+    """The files of a path. A file that does not exist is left to the reader, whose message says so."""
     if os.path.isdir(path):  # Path.is_dir raises if the name is too long
         return _from_folder(path, new_folder)
     if os.path.lexists(path) or not has_magic(str(path)):
+        if not path.suffix and not os.path.lexists(path):  # the reader would say how files are named
+            raise DataValidationError(f"There is no file or folder {shorten(str(path), 200)}; check the path.")
         return files_at(path)
     parts = path.parts
     fixed = Path(*parts[: next(place for place, part in enumerate(parts) if has_magic(part))])

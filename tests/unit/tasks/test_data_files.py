@@ -85,11 +85,16 @@ def test_a_damaged_folder_is_refused(rows: datasets.Dataset, store: FileStore, t
         pass
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "loop"])
-def test_a_path_that_nothing_can_be_is_left_to_the_reader(name: str, store: FileStore, tmp_path: Path) -> None:
+def test_a_path_that_leads_to_itself_is_left_to_the_reader(store: FileStore, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with local_files(store, str(tmp_path / name)) as (file,):
-        assert file.path == tmp_path / name
+    with local_files(store, str(tmp_path / "loop")) as (file,):
+        assert file.path == tmp_path / "loop"
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "lake/may", "lake/may/"])
+def test_a_folder_that_does_not_exist_is_called_so(name: str, store: FileStore, tmp_path: Path) -> None:
+    with pytest.raises(DataValidationError, match="There is no file or folder /"):
+        names(store, str(tmp_path / name))
 
 
 def table() -> bytes:
