@@ -12,9 +12,10 @@ import pytest
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.watch import InboxWorker, watch
 from infra.store.local import open_store
-from tasks.inbox import Handled, list_arrivals, read_state
+from tasks.inbox import Handled, list_arrivals, look, read_state
 from tasks.lineage.settings import WatchedLineage, add_lineage, hold_lineage_file
-from tasks.spec import LineageSpec, parse
+from tasks.spec import parse
+from tasks.waiting import Due
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         store = open_store(str(tmp_path))
         store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
         (info,) = list_arrivals(store.list("inbox"))
-        worker = InboxWorker(store, LineageSpec(lineage="l"), (), settle_seconds=0, once=True, wait=True)
-        asyncio.run(worker._handle(info, ""))
+        worker = InboxWorker(store, WatchedLineage(lineage="l"), (), settle_seconds=0, once=True, wait=True)
+        asyncio.run(worker._handle(Due((info,)), look(store)))
         handled = read_state(store, "l").files[info.key]
         assert worker.runs == [] and handled.outcome == "failed"
         return handled
@@ -86,7 +87,7 @@ def test_one_call_tries_a_failed_file_once_while_another_file_grows(
     store = open_store(str(tmp_path))
     store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
     os.utime(tmp_path / "inbox/bank/a.csv", (0, 0))
-    spec = LineageSpec(lineage="l")
+    spec = WatchedLineage(lineage="l")
 
     def looks() -> int:
         worker = InboxWorker(store, spec, (), settle_seconds=60, once=True, wait=True)
@@ -122,7 +123,7 @@ def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: py
     store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
 
     async def hold_and_resume() -> None:
-        watching = asyncio.create_task(watch.fn(LineageSpec(lineage="l"), (), False, 0.01))
+        watching = asyncio.create_task(watch.fn(WatchedLineage(lineage="l"), (), False, 0.01))
         await asyncio.sleep(0.2)
         assert not watching.done() and not learned, "it waits"
         hold_lineage_file(store, "l", None)
@@ -133,7 +134,7 @@ def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: py
         ends.append(True)
         await watching
         ends.clear()
-        once = await watch.fn(LineageSpec(lineage="l"), (), True, 0.01)
+        once = await watch.fn(WatchedLineage(lineage="l"), (), True, 0.01)
         assert once.files == () and len(learned) == 1, "held again, so this call ends"
 
     asyncio.run(hold_and_resume())
