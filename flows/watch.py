@@ -99,7 +99,8 @@ async def watch(
     Args:
         spec: The lineage and its settings. The place of each file decides its task and schema.
         tasks: Handle only files of these tasks; empty: all files.
-        once: End when all present files are handled, but for those that wait by the lineage's settings `retrain`.
+        once: End when all present files are handled. Some wait: by the lineage's settings `retrain`, or as
+            folders without a mark, which may still be written.
         poll_seconds: Pause between two looks. A file that changes between two looks is not handled yet.
 
     Raises:
@@ -126,7 +127,7 @@ async def watch(
         if is_held and not was_held:
             reporter().said(f"Lineage '{spec.lineage}' is held; let it learn with: deal lineage resume {spec.lineage}.")
         was_held = is_held
-        if is_stopped() or (once and (is_held or not worker.num_left)):
+        if is_stopped() or (once and (is_held or worker.num_left <= worker.num_quiet)):
             return worker.result()
         if num_handled or not worker.files:
             reporter().stage_started("waiting")

@@ -195,7 +195,7 @@ def watch(
 def show_watch(result: WatchResult) -> Sequence[RenderableType]:
     """The files that a watch has handled."""
     if not result.files:
-        return ["Nothing new in the inbox."]
+        return ["Nothing is due. What waits: deal status"]
     table = new_table("file", "outcome", "version", "what happened", right=["version"])
     for seen in result.files:
         table.add_row(escape(seen.key), seen.outcome, seen.version or "–", escape(seen.message))

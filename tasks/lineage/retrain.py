@@ -139,15 +139,15 @@ class Waiting(BaseModel, frozen=True):
     def line(self) -> str:
         """Return everything in one line."""
         files = "1 file" if self.num_files == 1 else f"{self.num_files} files"
-        verb = "waits" if self.num_files == 1 else "wait"
+        verb = "has" if self.num_files == 1 else "have"
         rows = "1 row" if self.num_rows == 1 else f"{self.num_rows} rows"
         if self.is_due:
-            then = "The next run learns this"
+            then = "The next run trains on this"
         elif self.until is None:
-            then = "No time is set"
+            then = "No time is set for this"
         else:
-            then = f"Learned on {_said(self.until)} at the latest"
-        return f"{self.task}: {files} with {rows} {verb} since {_said(self.since)}. {self.why}. {then}."
+            then = f"Training starts by {_said(self.until)} at the latest"
+        return f"{self.task}: {files} with {rows} {verb} been waiting since {_said(self.since)}. {self.why}. {then}."
 
 
 def when_to_train(
@@ -208,8 +208,12 @@ def _conditions(
     if in_time and sum(in_time) >= wanted:
         return True, f"The schedule's time was {_said(last)}", None
     if num_rows >= wanted:
-        return False, "The schedule decides", following if latest is None else min(following, latest)
-    return False, f"{counted}; the schedule looks again on {_said(following)}", latest
+        return (
+            False,
+            "The rows are enough" if wanted else "The schedule decides",
+            following if latest is None else min(following, latest),
+        )
+    return False, f"{counted}; the next check is on {_said(following)}", latest
 
 
 def _said(time: datetime) -> str:

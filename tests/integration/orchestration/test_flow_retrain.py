@@ -314,8 +314,8 @@ def test_the_commands_say_what_waits_and_for_how_long(tiny_base: Path, home: Pat
         result = asyncio.run(watch(spec, once=True, poll_seconds=0.01))
     assert result.files == ()
     (line,) = said.lines
-    assert line.startswith("parcels: 1 file with 40 rows waits since ")
-    assert "40 of 200 rows have landed; the schedule looks again on Sun " in line
+    assert line.startswith("parcels: 1 file with 40 rows has been waiting since ")
+    assert "40 of 200 rows have landed; the next check is on Sun " in line
     with put_back():
         answer = CliRunner().invoke(app, ["status"])
         as_json = json.loads(CliRunner().invoke(app, ["status", "--json"]).output)

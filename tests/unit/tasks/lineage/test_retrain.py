@@ -44,7 +44,7 @@ def test_rows_are_counted_over_the_files_of_a_task() -> None:
     monday = SUNDAY - 6 * DAY
     few = decide({"min_rows": 200}, SUNDAY, (monday, 150), (SUNDAY, 49))
     assert (few.is_due, few.num_files, few.num_rows, few.since, few.until) == (False, 2, 199, monday, None)
-    assert "199 of 200 rows" in few.line() and "No time is set" in few.line()
+    assert "199 of 200 rows" in few.line() and "No time is set for this" in few.line()
     assert decide({"min_rows": 200}, SUNDAY, (monday, 150), (SUNDAY, 50)).is_due
 
 
@@ -60,7 +60,7 @@ def test_a_schedule_counts_what_had_landed_at_its_time() -> None:
     friday, monday = SUNDAY - 2 * DAY, SUNDAY + DAY
     before = decide(WEEKLY, SUNDAY - HOUR, (friday, 300))
     assert not before.is_due and before.until == SUNDAY
-    assert "The schedule decides. Learned on Sun 2026-12-06 02:00 UTC at the latest." in before.line()
+    assert "The schedule decides. Training starts by Sun 2026-12-06 02:00 UTC at the latest." in before.line()
     assert decide(WEEKLY, SUNDAY, (friday, 300)).is_due
     assert decide(WEEKLY, SUNDAY + 3 * HOUR, (friday, 300)).is_due, "a run that comes late still learns it"
     later = decide(WEEKLY, monday + HOUR, (friday, 100), (monday, 150))
@@ -74,7 +74,7 @@ def test_too_few_rows_at_the_schedules_time_wait_for_the_longest_wait_and_no_lon
     monday = SUNDAY - 6 * DAY
     few = decide(WEEKLY, SUNDAY + HOUR, (monday, 150))
     assert not few.is_due and few.until == monday + 7 * DAY
-    assert "150 of 200 rows have landed; the schedule looks again on Sun 2026-12-13 02:00 UTC" in few.line()
+    assert "150 of 200 rows have landed; the next check is on Sun 2026-12-13 02:00 UTC" in few.line()
     assert decide(WEEKLY, monday + 7 * DAY, (monday, 150)).is_due
     without = {name: value for name, value in WEEKLY.items() if name != "max_wait_days"}
     assert decide(without, SUNDAY + 90 * DAY, (monday, 150)).until is None
