@@ -408,6 +408,14 @@ def long_chats(url: str) -> Iterator[list[float]]:
         thread.join()
 
 
+def seconds_of_end(process: subprocess.Popen[str]) -> float:
+    """Seconds from Ctrl-C to the end of the process."""
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    return round(time.monotonic() - begun, 1)
+
+
 def measure_chats(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]:
     """Serve, and ask in turns with and without a client of long chats; then end the server while it prepares one."""
     texts, version = texts_to_ask(), open_registry().versions(LINEAGE)[-1].version
@@ -432,10 +440,9 @@ def measure_chats(num_clients: int, seconds: float, rounds: int) -> dict[str, An
         with long_chats(url) as took:  # the last one finds no server, or is given up
             while not took:
                 time.sleep(0.01)
-            begun = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-            seconds_to_end = time.monotonic() - begun
+            seconds_to_end = {"with": seconds_of_end(process)}
+    with served() as (_, process):
+        seconds_to_end["without"] = seconds_of_end(process)
     ratios = sorted(with_them / without for without, with_them in zip(*medians.values(), strict=True))
     return {
         "num_clients": num_clients,
@@ -453,7 +460,7 @@ def measure_chats(num_clients: int, seconds: float, rounds: int) -> dict[str, An
             "min": round(ratios[0], 2),
             "max": round(ratios[-1], 2),
         },
-        "seconds_to_end": round(seconds_to_end, 1),
+        "seconds_to_end": seconds_to_end,
     }
 
 

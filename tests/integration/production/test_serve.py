@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +267,20 @@ def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monk
         finally:
             process.kill()
         assert (process.returncode, said) == (0, b"")
+
+
+def test_ctrl_c_ends_the_server_while_it_prepares_large_requests(versions: Expected) -> None:
+    """Their rows take seconds of processor time to prepare. The server gives them up at the signal, and ends."""
+    open_registry().set_alias(LINEAGE, "champion", "2")
+    body = {"dataframe_records": [{"input": "I lost my card. " * 60_000, "task": "bank"}] * 15}
+    with served() as (url, process), ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/invocations", json=body, timeout=2 * WAIT_SECONDS) for _ in range(4)]
+        wait_for(lambda: "deal_requests_in_flight 0.0" not in httpx.get(f"{url}/metrics", timeout=60).text)
+        process.send_signal(signal.SIGINT)
+        answers = [each.result(2 * WAIT_SECONDS) for each in asked if each.exception() is None]
+        refused = [answer for answer in answers if not answer.is_success]
+        assert refused and all("The server is stopping" in answer.json()["error"] for answer in refused)
+        assert process.wait(WAIT_SECONDS) == 0
 
 
 def check_requests(url: str) -> int:
