@@ -59,7 +59,7 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
         except MemoryError:
             raise
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except pa.ArrowException as error:
             raise damaged_file(path, error) from error
 
 

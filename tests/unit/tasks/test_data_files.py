@@ -195,7 +195,8 @@ def test_a_folder_is_read_in_the_order_of_names_without_notes_of_engines(store: 
     for address in (str(folder), f"{folder}/", folder.as_uri()):
         assert names(store, address) == READ
     with local_files(store, str(folder)) as files:
-        report = validate_file(Landing(sources=files, task=TaskSchema(name="t", format="auto"), config=DataConfig()))
+        task, config = TaskSchema(name="t", format="auto"), DataConfig(max_bad_share=1.0)
+        report = validate_file(Landing(sources=files, task=task, config=config))
     assert (report.manifest.source, report.manifest.num_read, report.manifest.num_rejected) == ("may", 120, 80)
 
 

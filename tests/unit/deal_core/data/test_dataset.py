@@ -274,7 +274,7 @@ def test_a_hopeless_file_is_not_read_to_its_end(name: str, task: TaskSchema, tmp
     num_read = report.manifest.num_read
     assert report.refusal is not None and max(read) == num_read == report.manifest.num_rejected <= 12_000
     most = {"rows.parquet": "42,000", "rows.csv": "42,002", "rows.json": "84,000", "rows.jsonl": "42,001"}[name]
-    assert f"Reading stopped at row {num_read:,}: the file has at most {most} rows" in report.refusal
+    assert f"Reading stopped at row {num_read:,}: there are at most {most} rows" in report.refusal
     with pytest.raises(ArrivalRefusedError, match="Reading stopped at row"):
         build_dataset(landing, tmp_path / "dataset")
     assert len(quarantine_of(tmp_path)) == num_read

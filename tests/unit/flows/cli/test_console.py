@@ -46,7 +46,7 @@ def test_json_says_the_same_and_does_nothing(capsys: pytest.CaptureFixture[str])
 
 def test_an_error_takes_one_line_and_no_more_than_a_screen() -> None:
     assert in_one_line(DealError(f"a\n{EVIL}")) == f"a {SHOWN}"
-    assert len(in_one_line(DealError("x" * 10**6))) == MAX_ERROR_CHARS
+    assert len(in_one_line(DealError("x " * 10**6))) == MAX_ERROR_CHARS
 
 
 def test_a_flow_inside_a_command_goes_on_with_the_bar_of_the_command() -> None:

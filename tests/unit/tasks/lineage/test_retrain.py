@@ -60,7 +60,7 @@ def test_a_schedule_counts_what_had_landed_at_its_time() -> None:
     friday, monday = SUNDAY - 2 * DAY, SUNDAY + DAY
     before = decide(WEEKLY, SUNDAY - HOUR, (friday, 300))
     assert not before.is_due and before.until == SUNDAY
-    assert "The schedule decides. Training starts by Sun 2026-12-06 02:00 UTC at the latest." in before.line()
+    assert "The rows are enough. Training starts by Sun 2026-12-06 02:00 UTC at the latest." in before.line()
     assert decide(WEEKLY, SUNDAY, (friday, 300)).is_due
     assert decide(WEEKLY, SUNDAY + 3 * HOUR, (friday, 300)).is_due, "a run that comes late still learns it"
     later = decide(WEEKLY, monday + HOUR, (friday, 100), (monday, 150))
