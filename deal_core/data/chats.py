@@ -151,6 +151,8 @@ def _from_json(value: object) -> object:
 def role_of(message: Mapping[str, Any]) -> Any:
     """The message's role by our name; a role that is not known stays as it is."""
     role = message.get("role")
+    if type(role) is str and role in _MAY_FOLLOW:  # most messages
+        return role
     role = message.get("from") if role is None else role  # ShareGPT
     return _ROLES.get(role.casefold(), role) if isinstance(role, str) else role
 

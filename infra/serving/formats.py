@@ -313,6 +313,8 @@ def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message with the keys that rows of chats are stored with (see `deal_core.data.chats`)."""
+    if message.keys() == {"role", "content"} and type(message["content"]) is str and message["role"] in ROLES:
+        return dict(message)  # most messages; a chat may have thousands
     role, calls = role_of(message), message.get("tool_calls")
     if not isinstance(role, str):
         raise _wrong("A message's role is no text; give role and content for each message.")
