@@ -116,7 +116,10 @@ def test_a_batch_ends_with_the_outcome_of_its_files(store: FileStore, outcome: A
     assert batch.is_over(inbox, state, NOW)
 
 
-def test_a_batch_that_failed_waits_for_its_next_try_and_ends_when_there_is_none(store: FileStore) -> None:
+def test_a_batch_that_failed_waits_for_its_next_try_and_ends_when_there_is_none(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.inbox.PAUSE", timedelta(days=1))
     land(store, "b/1.jsonl", 2)
     inbox, files = arrivals(store)
     batch, state = batches.freeze(store, "l", "b", [files["b/1.jsonl"]], NOW), InboxState()

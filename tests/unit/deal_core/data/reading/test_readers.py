@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from deal_core.data.reading import parsing
-from deal_core.data.reading.readers import look_at, read_rows
+from deal_core.data.reading.readers import count_rows, look_at, read_rows
 from deal_core.errors import DataValidationError
 from tests.parsed import parsed_rows
 
@@ -72,6 +72,18 @@ def test_every_kind_gives_the_rows_back(tmp_path: Path, kind: str, packing: str)
     assert read(path) == ROWS
     assert look_at(path).columns == ("text", "label")
     assert [row.number for row in read_rows(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_the_rows_of_every_kind_can_be_counted(tmp_path: Path, kind: str, packing: str) -> None:
+    content = to_bytes(kind, ROWS)
+    path = tmp_path / f"rows.{kind}{packing}"
+    path.write_bytes(gzip.compress(content) if packing else content)
+    assert count_rows(path) == len(ROWS)
+    path.write_bytes(path.read_bytes()[:-12] if packing or kind == "parquet" else b"\xff\xfe")
+    with pytest.raises(DataValidationError):
+        count_rows(path)
 
 
 def test_a_gzip_file_is_known_by_its_bytes_not_its_name(tmp_path: Path) -> None:
