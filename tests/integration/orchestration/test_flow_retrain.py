@@ -37,7 +37,7 @@ from tasks.progress import reporting_to
 from tasks.spec import parse
 from tests.in_process import put_back
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "data" / "examples"
 ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes().splitlines(keepends=True)
 BANK = (EXAMPLES / "bank" / "train.jsonl").read_bytes().splitlines(keepends=True)
 WEEKLY = {"when": "schedule", "cron": "0 2 * * 0"}
