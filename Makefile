@@ -30,7 +30,7 @@ test: $(VENV)/.stamp-dev ## run the tests
 # not end within the time.
 nightly: $(VENV)/.stamp-dev ## run the tests that take too long for every change, in at most 30 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly --minutes=30 \
-		--numprocesses=3 --dist=loadgroup --no-loadscope-reorder $(ARGS)
+		--numprocesses=3 --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## check style; `make format` mends most of it
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """`--minutes N`: a run of tests that ends in time. No test is started that would not; what is left out is listed.
 
 `@pytest.mark.nightly(minutes=3)` says how long a test may take while others run beside it; without it, one minute.
-Tests of one `xdist_group` come first: one process takes them one after another, and the others go on with the rest.
+Tests of whole stacks of servers come first: one process takes them one after another, the others go on with the rest.
 Then short tests come before long ones, so that as few as possible are left out; of equally long ones, those come first
 that protect most.
 """
@@ -13,7 +13,10 @@ from pathlib import PurePath
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
+STACKS = ("test_up.py", "test_up_at_length.py", "test_closed_loop.py")
+"""Files whose tests start a whole stack of servers."""
 PROTECTING = (
     "deal_core/training",
     "storage",
@@ -55,6 +58,19 @@ def pytest_configure_node(node: Any) -> None:
         node.workerinput["end"] = node.config.stash[END]
 
 
+class _OneStack(LoadScopeScheduling):  # type: ignore[misc]  # its package has no types
+    """Gives all tests of STACKS to one process. Groups of xdist 3.8 have no effect with pytest 9.2."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "stacks" if _needs_a_stack(nodeid) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """Divide the tests among the processes of pytest-xdist."""
+    return _OneStack(config, log) if END in config.stash else None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort the tests. The order is the same in all processes."""
@@ -87,7 +103,11 @@ def _minutes(item: pytest.Item) -> float:
     return float(mark.kwargs.get("minutes", 1)) if mark else 1.0
 
 
+def _needs_a_stack(nodeid: str) -> bool:
+    return PurePath(nodeid.partition("::")[0]).name in STACKS
+
+
 def _order(item: pytest.Item) -> tuple[bool, float, int]:
     folder = PurePath(item.nodeid.partition("::")[0]).parent.as_posix()
     protects = next((place for place, part in enumerate(PROTECTING) if part in folder), len(PROTECTING))
-    return item.get_closest_marker("xdist_group") is None, _minutes(item), protects
+    return not _needs_a_stack(item.nodeid), _minutes(item), protects

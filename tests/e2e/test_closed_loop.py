@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     },
 }
 
-pytestmark = [pytest.mark.e2e, pytest.mark.nightly(minutes=4), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly(minutes=4)]
 
 
 def usual(num_rows: int, month: str) -> dict[str, str]:

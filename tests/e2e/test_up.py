@@ -47,7 +47,6 @@ def test_a_landed_file_becomes_champion_by_itself(whole: Whole, tiny_base: Path)
 
 @pytest.mark.e2e
 @pytest.mark.nightly(minutes=4)
-@pytest.mark.xdist_group("stack")
 def test_the_whole(whole: Whole, tiny_base: Path) -> None:
     """One test, as its steps share what it takes a minute to bring up, and build on what was learned before them."""
     check_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole, tiny_base)

@@ -19,7 +19,7 @@ from tests.hostile_parquet import ABORTS
 
 OUTAGE_SECONDS = 60.0
 
-pytestmark = [pytest.mark.e2e, pytest.mark.nightly(minutes=4), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly(minutes=4)]
 
 
 def test_forty_arrivals_of_two_lineages_within_ten_seconds(whole: Whole, tiny_base: Path) -> None:

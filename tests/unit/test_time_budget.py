@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.time_budget import STACKS
+
 ROOT = Path(__file__).parents[2]
-IN_PROCESSES = ("--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder")
+STACK_TESTS = ["test_one_after_another"] * 2 * len(STACKS)
+IN_PROCESSES = ("--numprocesses=2", "--no-loadscope-reorder")
 TESTS = """
 import time
 
@@ -20,11 +23,6 @@ def test_long():
     pass
 
 def test_short():
-    pass
-
-@pytest.mark.xdist_group("one")
-@pytest.mark.nightly(minutes=2)
-def test_one_after_another():
     pass
 
 def test_without_its_program():
@@ -42,12 +40,26 @@ FAILS = """
 def test_that_fails():
     assert False
 """
+OF_A_STACK = """
+import os, time
+
+import pytest
+
+@pytest.mark.nightly(minutes=2)
+@pytest.mark.parametrize("number", range(2))
+def test_one_after_another(number):
+    time.sleep(0.2)
+    with open("processes", "a") as file:
+        print(os.environ.get("PYTEST_XDIST_WORKER"), file=file)
+"""
 
 
 def run(folder: Path, tests: str, *arguments: str) -> tuple[int, list[str], list[str]]:
     """Run tests in a process of their own: the exit code, the tests that ran, and what was said to be left out."""
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = nightly\n")
     (folder / "test_it.py").write_text(tests)
+    for name in STACKS:
+        (folder / name).write_text(OF_A_STACK)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "xdist", "-p", "tests.time_budget", *arguments],
         cwd=folder,
@@ -57,15 +69,15 @@ def run(folder: Path, tests: str, *arguments: str) -> tuple[int, list[str], list
         check=False,
     )
     during, _, after = done.stdout.partition("tests that were left out: ")
-    ran = re.findall(r"test_it\.py::(\w+)\S* (?:PASSED|FAILED)", during)
-    ran += re.findall(r"(?:PASSED|FAILED) test_it\.py::(\w+)", during)
+    ran = re.findall(r"test_\w+\.py::(\w+)\S* (?:PASSED|FAILED)", during)
+    ran += re.findall(r"(?:PASSED|FAILED) test_\w+\.py::(\w+)", during)
     said = after.splitlines() or [done.stdout + done.stderr]
     return done.returncode, ran, [said[0].rstrip(" ="), *(line for line in said[1:] if line.startswith("test_it"))]
 
 
-def test_groups_come_first_then_short_tests_and_what_would_not_end_in_time_is_named(tmp_path: Path) -> None:
+def test_stacks_come_first_then_short_tests_and_what_would_not_end_in_time_is_named(tmp_path: Path) -> None:
     code, ran, said = run(tmp_path, TESTS + AN_HOUR_LATER, "--minutes=30")
-    assert (code, ran) == (0, ["test_one_after_another", "test_short", "test_that_takes_an_hour"])
+    assert (code, ran) == (0, [*STACK_TESTS, "test_short", "test_that_takes_an_hour"])
     count, long, thereafter, without = said
     assert count == "3" and re.fullmatch(r"test_it\.py::test_long: it may take 300 min, and 0\.0 were left", long)
     assert thereafter == "test_it.py::test_thereafter: it may take 1 min, and 0.0 were left"
@@ -74,11 +86,14 @@ def test_groups_come_first_then_short_tests_and_what_would_not_end_in_time_is_na
 
 def test_several_processes_leave_out_and_say_the_same_and_a_failure_fails_the_run(tmp_path: Path) -> None:
     code, ran, said = run(tmp_path, TESTS + FAILS, "--minutes=200", *IN_PROCESSES)
-    assert (code, sorted(ran)) == (1, ["test_one_after_another", "test_short", "test_that_fails"])
+    assert (code, sorted(ran)) == (1, [*STACK_TESTS, "test_short", "test_that_fails"])
     assert said[0] == "2"
+    processes = (tmp_path / "processes").read_text().split()
+    assert len(processes) == len(STACK_TESTS) and len({*processes}) == 1, "one process takes all stacks"
     assert re.fullmatch(r"test_it\.py::test_long: it may take 300 min, and (1\d\d\.\d|200\.0) were left", said[1])
 
 
 def test_without_the_option_everything_runs_in_its_place(tmp_path: Path) -> None:
     code, ran, said = run(tmp_path, TESTS)
-    assert (code, ran) == (0, ["test_long", "test_short", "test_one_after_another"]) and "left out" not in said[0]
+    assert (code, ran) == (0, [*STACK_TESTS[:2], "test_long", "test_short", *STACK_TESTS[2:]])
+    assert "left out" not in said[0]
