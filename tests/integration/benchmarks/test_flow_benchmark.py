@@ -14,6 +14,7 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from benchmarks.tiny_tasks import COLOURS_AND_SIZES, write_tasks
+from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError, DataValidationError
 from flows.benchmark import PROTOCOL, BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
@@ -49,6 +50,16 @@ def run(spec: BenchmarkSpec, **changes: Any) -> BenchmarkResult:
 
 def stamps(spec: BenchmarkSpec) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in spec.folder.glob("*-*.json")}
+
+
+def test_options_of_scoring_reach_the_cell_and_its_versions_are_kept(data: Path, tiny_base: Path, home: Path) -> None:
+    command = ["benchmark", "--data", str(data), "--task", "colours", "--strategy", "seq_lora", "--rows", "8"]
+    command += ["--base", str(tiny_base), "--train", '{"max_steps": 1, "max_prompt_tokens": 64}', "--json"]
+    options = ["--scoring", "likeliest", "--scores-unused", "--keep-versions", str(home / "kept")]
+    (cell,) = json.loads(CliRunner().invoke(app, [*command, *options]).stdout)["cells"]
+    settings = json.loads((home / "benchmark" / cell["file"]).read_text())["settings"]
+    assert (settings["scoring"], settings["scores_unused"]) == ("likeliest", True)
+    assert (home / "kept" / Path(cell["file"]).stem / "0" / WEIGHTS_FILE).is_file()
 
 
 def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> None:
