@@ -26,7 +26,7 @@ demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter lear
 test: $(VENV)/.stamp-dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=worksteal $(ARGS)
 
-# Tests are taken in order (loadgroup does, and worksteal would give each process a part), and none is started that would
+# Tests are taken in order (tests/time_budget.py divides them, and worksteal would give each process a part), and none is started that would
 # not end within the time.
 nightly: $(VENV)/.stamp-dev ## run the tests that take too long for every change, in at most 30 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly --minutes=30 \

@@ -119,6 +119,10 @@ def without_removed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in removed or value != removed[name]}
 
 
+NOT_DECIDING = ("num_processes", "report_to")
+"""Settings of the training that do not change its result."""
+
+
 @settings("train")
 class TrainConfig:
     """How one task is learned. All strategies use these settings."""
@@ -176,10 +180,8 @@ class TrainConfig:
         )
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the result, for digests: all but num_processes and report_to."""
-        values = asdict(self)
-        del values["num_processes"], values["report_to"]
-        return known_before("train", values)
+        """The settings that decide the result, for digests."""
+        return known_before("train", {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING})
 
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps for a task with `num_rows` training rows."""

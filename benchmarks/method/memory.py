@@ -16,7 +16,7 @@ accuracy and in negative log-likelihood, an arm is given up. Both cells of a pai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
@@ -70,8 +70,8 @@ RIVALS: dict[str, tuple[str, MethodConfig]] = {
     "joint": ("joint", MethodConfig()),
     # Experiment 5: replay, tuned as hard. Its rows are a quarter of the 150, every label in its share.
     "replay-4": ("replay", MethodConfig(rehearsal=REPLAY)),
-    "replay-4-half": ("replay", MethodConfig(rehearsal=RehearsalConfig(**{**vars(REPLAY), "weight": 0.5}))),
-    "replay-8": ("replay", MethodConfig(rehearsal=RehearsalConfig(**{**vars(REPLAY), "rows_per_step": 8}))),
+    "replay-4-half": ("replay", MethodConfig(rehearsal=replace(REPLAY, weight=0.5))),
+    "replay-8": ("replay", MethodConfig(rehearsal=replace(REPLAY, rows_per_step=8))),
 }
 ARMS = {
     **{name: (one_memory.OneMemory.name, MethodConfig(options=options)) for name, options in OPTIONS.items()},
@@ -223,6 +223,8 @@ def compare(
     cells: Annotated[Path, typer.Option(help="Folder of the arms' cells.")] = CELLS,
 ) -> None:
     """Print each arm's figures, its differences from the base arm by pair, and what the rule says."""
+    if not cells.is_dir():
+        raise typer.BadParameter(f"{cells} is not there; run some arms first.")
     stored = {folder.name: read_stored_cells(folder) for folder in sorted(cells.iterdir()) if folder.is_dir()}
     figures = Table(title="Judged tasks, mean in %", title_justify="left")
     for column in ("arm", "order", "seed", "learned", "end", "re-centred", "NLL", "perplexity", "minutes"):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from deal_core.benchmark.suites import Part
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.config import NOT_DECIDING, AdapterConfig, TrainConfig
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig, RehearsalConfig
@@ -23,15 +23,13 @@ every task directly after it was learned, and all tasks at the end. last: all ta
 
 Scoring = Literal["generated", "likeliest"]
 """How the answers of tasks with labels are found. generated: written token by token, as in production. likeliest: the
-label with the largest log-probability, which takes a third of the time. Free answers are always generated."""
+label with the largest log-probability, which is faster. Free answers are always generated."""
 
 UNTRAINED = ("base", "frozen_head", "knn", "knn_means")
 """Bounds that train no adapter: the base model itself, and classifiers per task on its features."""
 BOUNDS = (*UNTRAINED, "per_task", "joint_memory", "joint")
 """Bounds for comparison. The last three: an adapter per task, one adapter for the rows together that `memory: rows`
 would keep, and one adapter for all rows together."""
-NOT_DECIDING = ("num_processes", "report_to")
-"""Settings of the training that do not change its result."""
 COMMON = ("selection",)
 """Parts of MethodConfig that every strategy heeds. A cell has a part's settings only where the part is on."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import check_rank
-from deal_core.method_config import MethodConfig
+from deal_core.method_config import MethodConfig, asks_own_texts
 from deal_core.strategies.own_texts import with_own_texts
 from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
 from deal_core.strategies.rehearsal import Rehearsal
@@ -36,7 +36,7 @@ class Deal(Strategy):
     @classmethod
     def old_rows(cls, config: MethodConfig) -> OldRows:
         """Return "unused" if the old tasks are asked about texts of their own."""
-        return "unused" if config.rehearsal.texts == "own" else "none"
+        return "unused" if asks_own_texts(cls.name, config) else "none"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""

@@ -26,6 +26,7 @@ from rich.console import RenderableType
 from typer import Option
 
 from deal_core.errors import ConfigError, DealError, in_one_line
+from deal_core.regular_file import WRONG_PATH
 from deal_core.safe_text import brief, printable, without_secrets
 from flows.cli.console import Screen
 
@@ -233,16 +234,7 @@ def _require_time_zone() -> None:
         ) from None
 
 
-_WRONG_PATH = (
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ELOOP,
-)
+_WRONG_PATH = (*WRONG_PATH, errno.EEXIST, errno.EROFS)  # of paths to write to as well
 
 
 def _wrong_path(error: Exception) -> ConfigError | None:

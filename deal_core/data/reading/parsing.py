@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deal_core.data.reading.csv_records import CsvFile
 from deal_core.data.reading.json_rows import read_json
-from deal_core.data.reading.lines import UNPACKED_TIMES, WRONG_PATH, damaged_file, open_bytes
+from deal_core.data.reading.lines import UNPACKED_TIMES, damaged_file, open_bytes
 from deal_core.data.rows import RawRow, batches_of
 from deal_core.errors import DataValidationError
+from deal_core.regular_file import WRONG_PATH
 from deal_core.safe_text import shorten
 
 if TYPE_CHECKING:
