@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,9 +26,9 @@ import typer
 from datasets import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 
 from benchmarks.method import one_memory
+from benchmarks.method.pairs import LEAST_GAIN, over_cells
 from benchmarks.method.protocol import JUDGED
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import read_stored_cells
@@ -45,7 +45,7 @@ from tasks.benchmark import make_cell_file
 
 CELLS = RESULTS / "memory"
 SUITE, NUM_ROWS = "9", 150
-LEAST_GAIN, SHARE, FEWEST_PAIRS, MOST_UNLEARNED, MOST_LOST = 1.0, 0.8, 3, 0.5, 4.0
+FEWEST_PAIRS, MOST_UNLEARNED, MOST_LOST = 3, 0.5, 4.0
 OPTIONS: dict[str, dict[str, Any]] = {
     # Experiment 1: labels and answers on the same 50 rows, which the task was not trained on.
     "answers": {},
@@ -167,7 +167,7 @@ def verdict(pairs: Sequence[Pair]) -> str:
         return "give up: accuracy and likelihood are both worse in one pair"
     if len(pairs) < FEWEST_PAIRS:
         return f"go on: {len(pairs)} of {FEWEST_PAIRS} pairs"
-    low = fmean(gains) - float(student_t.ppf((1 + SHARE) / 2, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
+    low = over_cells(gains)["low"]
     if fmean(gains) < LEAST_GAIN or low <= 0:
         return f"not adopted: gain {fmean(gains):+.1f}, 80 % interval from {low:+.1f}"
     if (learned := fmean(pair.learned for pair in pairs)) < -MOST_UNLEARNED:

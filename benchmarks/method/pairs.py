@@ -115,12 +115,13 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
         "value": value,
         "num_cells": len(lines),
         "mean": fmean(differences),
-        **_over_cells(differences),
+        **over_cells(differences),
         "pairs": lines,
     }
 
 
-def _over_cells(differences: Sequence[float]) -> Mapping[str, Any]:
+def over_cells(differences: Sequence[float]) -> Mapping[str, Any]:
+    """The t-interval of SHARE over differences of pairs of cells, and whether it is a gain by this module's rule."""
     count = len(differences)
     if count < 2:
         return {"low": None, "high": None, "gains": False}

@@ -47,6 +47,17 @@ def test_json_lines_are_read_in_order(json_lines):
     assert (task.schema.labels, task.schema.instruction) == (("a", "b"), "What is it?")
 
 
+def test_the_question_of_a_long_paragraph_comes_first_and_other_rows_stay(json_lines):
+    asked = "question: Why?\ncandidate answer: A question: no."
+    rows = [f"paragraph: Long.\nIs it? question: yes.\n{asked}", "sentence 1: paragraph: no question"]
+    for part in ("train", "test"):
+        lines = "".join(json.dumps({"text": text, "label": "a"}) + "\n" for text in rows)
+        (json_lines / f"agnews.{part}.jsonl").write_text(lines)
+    task = load_suite(json_lines, ("agnews",))["agnews"]
+    for read in (task.train, task.test):
+        assert [row["input"] for row in read] == [f"{asked}\nparagraph: Long.\nIs it? question: yes.", rows[1]]
+
+
 def test_rows_of_prompt_and_completion_are_a_task_of_generation(json_lines):
     """It is scored by ROUGE-L against every reference, and has rows of its own to choose settings on."""
     rows = [{"prompt": f"text {i}", "completion": "a cat", "references": ["a cat", "one cat"]} for i in range(6)]
