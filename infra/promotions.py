@@ -1,12 +1,13 @@
 """The promotion log of a lineage: which version was champion when, who moved the alias, and why.
 
 The log is only added to. It has one object per move, `promotions/<lineage>/<number>.json`, written with a conditional
-put: of two concurrent moves one gets the next number, and the other finds the number taken. The registry's alias
-follows the log.
+put: of two concurrent moves one gets the next number, and the other finds the number taken. MLflow's aliases follow the
+log.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -15,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from deal_core.judging_config import RolloutKind
 from infra.store import keys
 from infra.store.base import ObjectStore
+from infra.store.folders import read_folder
 from infra.store.stored import reading_stored
 
-Action = Literal["promoted", "rolled back", "rejected", "requested", "declined", "rollout"]
-"""requested: somebody moved the alias in MLflow, and a person decides. declined: the person decided against it.
-rollout: the version is tried on live traffic; its promotion or rejection ends that."""
+Action = Literal["promoted", "rolled back", "rejected", "rollout"]
+"""rollout: the version is tried on live traffic; its promotion or rejection ends that."""
 ENDING = frozenset({"promoted", "rolled back"})
 """Actions that move the champion. A rollout compares with the champion, so each of them ends it."""
 
@@ -42,9 +43,8 @@ class Change(BaseModel):
     why: str
     run: str | None = None
     """Key of the adaptation run, if a run made the change."""
-    rollout: RolloutKind | None = Field(default=None, exclude_if=lambda kind: kind is None)
-    """How the version is tried on live traffic; only of the action `rollout`. Earlier releases do not know the field,
-    so it is written only then."""
+    rollout: RolloutKind | None = None
+    """How the version is tried on live traffic; only of the action `rollout`."""
 
 
 class Move(Change):
@@ -64,38 +64,22 @@ class PromotionLog:
 
     def moves(self, lineage: str) -> tuple[Move, ...]:
         """Return all moves of a lineage, oldest first."""
-        return tuple(map(self._read, self._keys(lineage)))
+        entries = read_folder(self.store, keys.promotion_folder(lineage))
+        return tuple(self._parse(key, content) for key, content in entries.items())
 
     def last(self, lineage: str) -> Move | None:
         """Return the newest move, if there is one."""
         found = self._keys(lineage)
-        return self._read(found[-1]) if found else None
+        return self._parse(found[-1], self.store.get_bytes(found[-1])) if found else None
 
     def champion_at(self, lineage: str, when: datetime) -> str | None:
         """Return the version that was champion at a time; None: the log names no champion for this time."""
         moves = [move for move in self.moves(lineage) if move.when <= when]
         return moves[-1].champion if moves else None
 
-    def is_requested(self, lineage: str, version: str) -> bool:
-        """Return whether a version is asked for by a move of the alias, and nobody has decided yet."""
-        about = [move.action for move in self.moves(lineage) if move.version == version]
-        return bool(about) and about[-1] == "requested"
-
     def open_rollout(self, lineage: str) -> Move | None:
-        """Return the entry that began the rollout that runs now; None: no version is tried on live traffic.
-
-        A promotion, a rollback, a rejection of the version, and a newer rollout end it.
-        """
-        rejected: set[str] = set()
-        for key in reversed(self._keys(lineage)):
-            move = self._read(key)
-            if move.action == "rollout":
-                return None if move.version in rejected else move
-            if move.action in ENDING:
-                return None
-            if move.action == "rejected":
-                rejected.add(move.version)
-        return None
+        """Return the entry that began the rollout that runs now; None: no version is tried on live traffic."""
+        return rollout_of(self.moves(lineage))
 
     def add(self, after: Move | None, change: Change) -> Move | None:
         """Write the move that follows `after`; None: another writer was faster, and nothing was written."""
@@ -107,10 +91,26 @@ class PromotionLog:
         """Return the keys of all entries, oldest first."""
         return [info.key for info in self.store.list(keys.promotion_folder(lineage))]
 
-    def _read(self, key: str) -> Move:
+    def _parse(self, key: str, content: bytes) -> Move:
         remedy = (
             "Restore it from a backup of the store, or use the program version that wrote it. The lineage still "
             "predicts and serves; until then its champion does not move, and nothing is learned."
         )
         with reading_stored(self.store, key, "an entry of the promotion log", remedy):
-            return Move.model_validate_json(self.store.get_bytes(key))
+            return Move.model_validate_json(content)
+
+
+def rollout_of(moves: Sequence[Move]) -> Move | None:
+    """Return the entry that began the rollout that runs now, of a lineage's moves, oldest first.
+
+    A promotion, a rollback, a rejection of the version, and a newer rollout end it.
+    """
+    rejected: set[str] = set()
+    for move in reversed(moves):
+        if move.action == "rollout":
+            return None if move.version in rejected else move
+        if move.action in ENDING:
+            return None
+        if move.action == "rejected":
+            rejected.add(move.version)
+    return None

@@ -6,9 +6,13 @@
     quarantine/TASK/SHA256/FILES.jsonl        the bad rows of an arrival
     quarantine/TASK/SHA256/FILES.files.json   the digests of its files, if it was refused and has several
     adapters/LINEAGE/RUN/FILE                 the adapter of a version, its record and its findings
-    ledger/LINEAGE/SHA256.json                which version learned a dataset
-    versions/LINEAGE/NUMBER.json              a copy of a version's entry in the registry
+    runs/LINEAGE/RUN.json                     the journal of an adaptation: its input, its state and its curves
+    reports/LINEAGE/RUN/FILE                  the report of a run, as values; pages are made from it
+    versions/LINEAGE/NUMBER.json              a version; beside it, what later replaced or removed its files
     promotions/LINEAGE/NUMBER.json            the promotion log
+    index/FOLDER.json                         the content of a folder's objects, which saves requests
+    mlflow/LINEAGE.json                       what MLflow has of the lineage
+    mlflow/LINEAGE/RUN.forget                 a run whose rows are still to be removed from MLflow
     lineages/LINEAGE.yaml                     the stored settings of a lineage
     labels/LINEAGE/TASK.json                  labels that were added by command
     renewals/LINEAGE/TASK.json                a request for new test rows
@@ -41,6 +45,7 @@ DATASETS = "datasets"
 QUARANTINE = "quarantine"
 ADAPTERS = "adapters"
 VERSIONS = "versions"
+RUNS = "runs"
 PROMOTIONS = "promotions"
 LINEAGES = "lineages"
 WATCH = "watch"
@@ -64,7 +69,7 @@ def file_name(key: str) -> str:
 
 
 def lineage_of(key: str) -> str:
-    """Return the lineage of a key in `adapters/`, `ledger/`, `versions/` or `promotions/`."""
+    """Return the lineage of a key in `adapters/`, `runs/`, `versions/` or `promotions/`."""
     return key.split("/")[1]
 
 
@@ -212,24 +217,54 @@ def arrival_of(key: str) -> str | None:
     return top_of(key) if len(parts) > 2 and is_read("/".join(parts[1:])) else None
 
 
-def ledger_folder(lineage: str) -> str:
-    """Return the folder of a lineage's ledger entries."""
-    return f"ledger/{lineage}"
+def run_folder(lineage: str) -> str:
+    """Return the folder of the journals of a lineage's runs."""
+    return f"{RUNS}/{lineage}"
 
 
-def ledger_key(lineage: str, sha256: str) -> str:
-    """Return the key of a dataset's ledger entry."""
-    return f"{ledger_folder(lineage)}/{sha256}.json"
+def run_journal_key(lineage: str, run_key: str) -> str:
+    """Return the key of the journal of a run."""
+    return f"{run_folder(lineage)}/{short_run(run_key)}.json"
+
+
+def report_key(lineage: str, run_key: str, file: str) -> str:
+    """Return the key of a file of a run's report."""
+    return f"reports/{lineage}/{short_run(run_key)}/{file}"
+
+
+def mlflow_key(lineage: str) -> str:
+    """Return the key of the note about what MLflow has of a lineage."""
+    return f"mlflow/{lineage}.json"
+
+
+def mlflow_forget_folder(lineage: str) -> str:
+    """Return the folder of the runs whose rows are still to be removed from MLflow."""
+    return f"mlflow/{lineage}"
+
+
+def mlflow_forget_key(lineage: str, run_key: str) -> str:
+    """Return the key of the order to remove the rows of a run from MLflow."""
+    return f"{mlflow_forget_folder(lineage)}/{short_run(run_key)}.forget"
+
+
+def index_key(folder: str) -> str:
+    """Return the key of a folder's index."""
+    return f"index/{folder}.json"
 
 
 def version_folder(lineage: str) -> str:
-    """Return the folder of the copies of a lineage's versions."""
+    """Return the folder of a lineage's versions."""
     return f"{VERSIONS}/{lineage}"
 
 
 def version_key(lineage: str, number: int) -> str:
-    """Return the key of the copy of a version. The keys sort by number."""
+    """Return the key of a version. The keys sort by number."""
     return f"{version_folder(lineage)}/{number:08d}.json"
+
+
+def version_note_key(lineage: str, number: int, kind: str) -> str:
+    """Return the key of a later note about a version: `files` or `removed`."""
+    return f"{version_folder(lineage)}/{number:08d}.{kind}.json"
 
 
 def promotion_folder(lineage: str) -> str:

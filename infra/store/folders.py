@@ -1,0 +1,64 @@
+"""Reads a whole folder of small objects that are written once, with an index that saves most requests.
+
+The index of a folder has the content of its objects by key and ETag. The objects are the truth: an object that the
+index lacks, or has with another ETag, is read. So the index can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from deal_core.errors import StoreError
+from infra.store import keys
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
+
+MAX_REQUESTS = 15
+"""Objects that are read one by one. A reader that needs more of them uses the index, or writes it anew."""
+_READERS = 8
+
+
+def read_folder(store: ObjectStore, folder: str) -> dict[str, bytes]:
+    """Return the content of every object below a folder, by key, in the order of the keys.
+
+    Reading 1,000 objects takes the listing, the index and at most MAX_REQUESTS objects.
+
+    Raises:
+        StoreError: The store does not answer.
+    """
+    infos = list(store.list(folder))
+    index = _read_index(store, folder) if len(infos) > MAX_REQUESTS else {}
+    missing = [info for info in infos if index.get(info.key, ("", ""))[0] != info.etag]
+    found = {info.key: index[info.key][1].encode("utf-8", "surrogateescape") for info in infos if info.key in index}
+    with ThreadPoolExecutor(_READERS) as readers:
+        for info, content in zip(missing, readers.map(lambda info: _content(store, info), missing), strict=True):
+            if content is None:  # deleted since it was listed
+                found.pop(info.key, None)
+            else:
+                found[info.key] = content
+    if len(missing) > MAX_REQUESTS:
+        entries = {
+            info.key: (info.etag, found[info.key].decode("utf-8", "surrogateescape"))
+            for info in infos
+            if info.key in found
+        }
+        with suppress(StoreError):  # a reader may have no right to write
+            store.put_bytes(keys.index_key(folder), json.dumps(entries).encode())
+    return {info.key: found[info.key] for info in infos if info.key in found}
+
+
+def _read_index(store: ObjectStore, folder: str) -> dict[str, tuple[str, str]]:
+    """Return ETag and content by key; empty if there is no index, or a damaged one: it is written again."""
+    try:
+        entries = json.loads(store.get_bytes(keys.index_key(folder)))
+        return {key: (str(etag), str(content)) for key, (etag, content) in entries.items()}
+    except (ObjectNotFoundError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _content(store: ObjectStore, info: ObjectInfo) -> bytes | None:
+    try:
+        return store.get_bytes(info.key)
+    except ObjectNotFoundError:
+        return None

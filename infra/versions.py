@@ -1,0 +1,341 @@
+"""The versions of a lineage: one object each in the store, which says everything about the version and never changes.
+
+    versions/LINEAGE/NUMBER.json           the version
+    versions/LINEAGE/NUMBER.files.json     the digests of its files since `deal forget` replaced some
+    versions/LINEAGE/NUMBER.removed.json   the day on which `deal gc` removed its adapter
+
+Which version serves, waits or was rejected by a person is in the promotion log. `Versions` reads both, and gives each
+version what became of it as `since`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from deal_core.adapter.files import Recorded
+from deal_core.errors import RegistryError
+from deal_core.judging_config import RolloutTerms
+from infra.promotions import Move, PromotionLog, rollout_of
+from infra.store import keys
+from infra.store.base import ObjectStore
+from infra.store.folders import read_folder
+from infra.store.stored import Stored, reading_stored
+
+Alias = Literal["champion", "challenger", "previous", "rollout"]
+"""champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is tried
+on live traffic."""
+ApprovalState = Literal["awaiting", "given", "refused"]
+Standing = Literal[
+    "learned",
+    "awaiting approval",
+    "in rollout",
+    "left behind",
+    "rejected by the gate",
+    "rejected by a person",
+    "rejected by its rollout",
+]
+"""left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.
+
+A version awaits approval only while its parent is champion."""
+SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
+ROLLOUT = "rollout"
+"""The name in the promotion log for an end of a rollout without a person."""
+UNREGISTERED = "0"
+
+
+class Since(BaseModel):
+    """What became of a version after it was registered."""
+
+    model_config = ConfigDict(frozen=True)
+
+    aliases: tuple[Alias, ...] = ()
+    approval: ApprovalState | None = None
+    promoted: int | None = None
+    """Number of the newest entry of the promotion log that promoted it; None: it was never promoted."""
+    rolled_out: int | None = None
+    """Number of the entry that began its rollout; None: none began."""
+    refused_by: str | None = None
+    adapter_removed: str | None = None
+    standing: Standing = "left behind"
+
+
+class Version(Stored):
+    """A version of a lineage: an adapter, its origin, its scores and the decision of the gate.
+
+    `version` and `parent_version` are numbers as text, as commands name them. Scores and accuracies are 0 to 1 (points
+    of forgetting and transfer divided by 100), None where a lineage has too few tasks for them.
+    """
+
+    lineage: str
+    version: str = UNREGISTERED
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    task: str
+    """The task that it learned."""
+    parent_version: str | None
+    """The version that it continues; None: it starts from the base model."""
+    run_key: str
+    """Key of its adaptation. At most one version has it."""
+    flow_run: str | None = None
+    """Id of the flow run that trained it. A restarted run keeps its id."""
+    strategy: str
+    base_sha256: str
+    dataset_sha256: str
+    landed_sha256: str | None = None
+    """Digest of the arrival's rows, independent of the lineage's test rows."""
+    requeued_sha256: str | None = None
+    """Digest of the dataset of the version that a requeue replaced by this version."""
+    config_sha256: str
+    adapter_uri: str
+    adapter_sha256: str
+    """Digest of all files of the trained adapter together; see `sha256_together`."""
+    files_sha256: Recorded
+    """The digests that each file of the adapter may have, by name."""
+    accepted: bool
+    """Whether its gate accepted it."""
+    reasons: tuple[str, ...] = ()
+    vetoes: tuple[Mapping[str, Any], ...] = ()
+    """The reasons for programs: kind, task, value and limit of each."""
+    needs_approval: bool = False
+    """Whether a person has to approve it before it becomes champion."""
+    rollout: RolloutTerms | None = None
+    """How it is tried on live traffic before it becomes champion; None: it is not."""
+    arrival_accuracy: float | None = None
+    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
+    train_seconds: float
+    average_accuracy: float | None
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+    accuracies: Mapping[str, float]
+    """Its row of the accuracy matrix, by task. The whole matrix is in its record."""
+    since: Since = Field(default=Since(), exclude=True)
+    """Not stored with it."""
+
+    @property
+    def short_key(self) -> str:
+        """The part of the run's key that folder names use."""
+        return keys.short_run(self.run_key)
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Digests of the arrival. Two versions of a lineage learned the same arrival if they share a digest."""
+        return frozenset(filter(None, (self.dataset_sha256, self.landed_sha256, self.requeued_sha256)))
+
+    @property
+    def approval(self) -> ApprovalState | None:
+        """State of a person's approval; None: none is needed, and nobody has decided about it."""
+        return self.since.approval
+
+    @property
+    def aliases(self) -> tuple[Alias, ...]:
+        """The names that it has in its lineage."""
+        return self.since.aliases
+
+    @property
+    def standing(self) -> Standing:
+        """Its present state."""
+        return self.since.standing
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether its gate, its rollout or a person rejected it."""
+        return not self.accepted or self.approval == "refused"
+
+    @property
+    def outcome(self) -> Literal["promoted", "rejected", "awaiting-approval", "rollout"]:
+        """How its run ended."""
+        if self.is_rejected:
+            return "rejected"
+        if self.approval == "awaiting":
+            return "awaiting-approval"
+        return "promoted" if self.rollout is None else "rollout"
+
+
+class _Files(Stored):
+    files_sha256: Recorded
+
+
+class _Removed(Stored):
+    day: str
+
+
+class Versions:
+    """The versions of a store's lineages."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def all(self, lineage: str) -> tuple[Version, ...]:
+        """Return the versions of a lineage, oldest first; empty if the lineage is unknown.
+
+        Raises:
+            StoreError: A version or an entry of the promotion log is damaged, or another release wrote it.
+        """
+        versions: dict[str, Version] = {}
+        replaced: dict[str, Recorded] = {}
+        removed: dict[str, str] = {}
+        for key, content in read_folder(self.store, keys.version_folder(lineage)).items():
+            number, _, kind = keys.file_name(key).removesuffix(".json").partition(".")
+            number = number.lstrip("0")
+            with reading_stored(self.store, key, *_named(lineage, number)):
+                if kind == "files":
+                    replaced[number] = _Files.model_validate_json(content).files_sha256
+                elif kind == "removed":
+                    removed[number] = _Removed.model_validate_json(content).day
+                else:
+                    versions[number] = Version.model_validate_json(content)
+        if not versions:
+            return ()
+        moves = PromotionLog(self.store).moves(lineage)
+        since = _since(tuple(versions.values()), moves, removed)
+        return tuple(
+            version.model_copy(
+                update={
+                    "since": since[number],
+                    "files_sha256": replaced.get(number, version.files_sha256),
+                }
+            )
+            for number, version in versions.items()
+        )
+
+    def find(self, lineage: str, version: str) -> Version | None:
+        """Return the version with a number, if there is one."""
+        return next((each for each in self.all(lineage) if each.version == version), None)
+
+    def champion(self, lineage: str) -> Version | None:
+        """Return the lineage's champion, if it has one."""
+        return self.with_alias(lineage, "champion")
+
+    def with_alias(self, lineage: str, alias: Alias) -> Version | None:
+        """Return the version with an alias, if there is one."""
+        return next((version for version in self.all(lineage) if alias in version.aliases), None)
+
+    def with_run_key(self, lineage: str, run_key: str) -> Version | None:
+        """Return the version that a run registered, if it did."""
+        return next((version for version in self.all(lineage) if version.run_key == run_key), None)
+
+    def lineages(self) -> tuple[str, ...]:
+        """Return the names of the lineages with a version, in alphabetical order."""
+        return tuple(sorted({keys.lineage_of(info.key) for info in self.store.list(keys.VERSIONS)}))
+
+    def register(self, version: Version) -> Version:
+        """Give a version the next number and store it; return the version of the same run if there is one already.
+
+        Of several processes at once each gets another number: the put of a number that is taken stores nothing.
+        """
+        assert version.version == UNREGISTERED, "a version is registered once"
+        while True:
+            known = self.all(version.lineage)
+            same = next((each for each in known if each.run_key == version.run_key), None)
+            if same is not None:
+                return same
+            number = int(known[-1].version) + 1 if known else 1
+            numbered = version.model_copy(update={"version": str(number), "created": datetime.now(UTC)})
+            key = keys.version_key(version.lineage, number)
+            content = (numbered.model_dump_json(indent=1) + "\n").encode("utf-8", "replace")
+            if self.store.put_bytes(key, content, if_absent=True):
+                registered = self.find(version.lineage, str(number))
+                assert registered is not None, "it was stored just now"
+                return registered
+
+    def note_files(self, version: Version, files_sha256: Recorded) -> None:
+        """Write down which digests the files of a version's adapter may have from now on."""
+        key = keys.version_note_key(version.lineage, int(version.version), "files")
+        self.store.put_bytes(key, _Files(files_sha256=files_sha256).model_dump_json().encode())
+
+    def note_removed(self, lineage: str, version: str, day: str) -> None:
+        """Write down that a version's adapter was removed. The version stays in the history."""
+        key = keys.version_note_key(lineage, int(version), "removed")
+        self.store.put_bytes(key, _Removed(day=day).model_dump_json().encode(), if_absent=True)
+
+
+def descent(versions: Sequence[Version], version: Version | None) -> tuple[Version, ...]:
+    """Return a version and its ancestors, newest first. Without a version the result is empty."""
+    by_number = {each.version: each for each in versions}
+    line: list[Version] = []
+    while version is not None:
+        line.append(version)
+        version = by_number.get(version.parent_version or "")
+    return tuple(line)
+
+
+def require_adapter(version: Version) -> None:
+    """Raise RegistryError if the adapter of a version was removed."""
+    if day := version.since.adapter_removed:
+        raise RegistryError(
+            f"The adapter of version {version.version} of '{version.lineage}' was removed on {day} (deal gc); its "
+            "history is left. Name another version."
+        )
+
+
+def _named(lineage: str, number: str) -> tuple[str, str]:
+    """The name of a version's file, and the remedy if it is damaged."""
+    return (
+        f"the entry of version {number} of '{lineage}'",
+        "Restore it from a backup of the store; until then nothing is learned, and the lineage's history cannot be read.",
+    )
+
+
+def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[str, str]) -> dict[str, Since]:
+    """What became of each version, by its number. Both arguments are oldest first."""
+    states: dict[str, dict[str, Any]] = {
+        version.version: {
+            "approval": "awaiting" if version.accepted and version.needs_approval else None,
+            "adapter_removed": removed.get(version.version),
+        }
+        for version in versions
+    }
+    for move in moves:
+        state = states.get(move.version, {})
+        if move.action == "rejected":
+            state |= {"approval": "refused", "refused_by": move.who}
+        elif move.action in ("promoted", "rollout"):
+            state["promoted" if move.action == "promoted" else "rolled_out"] = move.number
+            if move.run is None:  # a person decided
+                state["approval"] = "given"
+    names = dict(_aliases(versions, states, moves))
+    champion = next((version for version in versions if version.version == names.get("champion")), None)
+    line = {version.version for version in descent(versions, champion)}
+    found = {}
+    for version in versions:
+        own, state = version.version, states[version.version]
+        aliases = tuple(sorted(alias for alias, number in names.items() if number == own))
+        standing = _standing(version, state, own in line, "rollout" in aliases, champion)
+        found[own] = Since(aliases=aliases, standing=standing, **state)
+    return found
+
+
+def _aliases(
+    versions: Sequence[Version], states: Mapping[str, Mapping[str, Any]], moves: Sequence[Move]
+) -> Iterator[tuple[Alias, str]]:
+    """The number of the version with each alias."""
+    if moves and moves[-1].champion is not None:
+        yield "champion", moves[-1].champion
+    changes = [move.before for move in moves if move.before is not None and move.before != move.champion]
+    if changes:
+        yield "previous", changes[-1]
+    tried = rollout_of(moves)
+    if tried is not None:
+        yield "rollout", tried.version
+    good = [each.version for each in versions if each.accepted and states[each.version]["approval"] != "refused"]
+    if good:
+        yield "challenger", good[-1]
+
+
+def _standing(
+    version: Version, state: Mapping[str, Any], is_learned: bool, is_tried: bool, champion: Version | None
+) -> Standing:
+    if not version.accepted:
+        return "rejected by the gate"
+    if state["approval"] == "refused":
+        return "rejected by its rollout" if state["refused_by"] == ROLLOUT else "rejected by a person"
+    if is_learned:
+        return "learned"
+    if is_tried:
+        return "in rollout"
+    continues_champion = version.parent_version == (champion.version if champion else None)
+    return "awaiting approval" if state["approval"] == "awaiting" and continues_champion else "left behind"
