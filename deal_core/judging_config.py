@@ -20,7 +20,6 @@ from deal_core.limits import (
 )
 
 Approval = Literal["automatic", "person"]
-AliasMoves = Literal["follow", "request"]
 JudgeUse = Literal["none", "report", "veto"]
 RolloutKind = Literal["shadow", "canary"]
 ROLLOUT_SHARES: dict[RolloutKind, float] = {"shadow": 1.0, "canary": 0.1}
@@ -78,10 +77,6 @@ class GateConfig:
     """Most test rows of a task that the judge compares. Each takes two requests."""
     approval: Approval = "automatic"
     """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
-    alias_moves: AliasMoves = "follow"
-    """What `champion` does when somebody moves it in MLflow. follow: servers serve the version until the next command
-    or run sets the alias back. request: the alias is set back at once, and a person is asked. Only the value in
-    the lineage's file has an effect."""
     rollout: Literal["none", "shadow", "canary"] = "none"
     """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
     answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,

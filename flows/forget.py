@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
+from infra.tracking.registry import open_registry
+from infra.tracking.runs import ArtifactRemover
 from prefect import flow
 from pydantic import BaseModel
 
 from flows.lock import lock_lineage
 from infra.store.keys import parse_dataset_file, top_of
-from infra.tracking.registry import open_registry
-from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival

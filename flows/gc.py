@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 
+from infra.tracking.registry import open_registry
+from infra.tracking.runs import ArtifactRemover
 from prefect import flow, runtime
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, lock_lineage
 from infra.settings import ServingSettings
-from infra.tracking.registry import open_registry
-from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.housekeeping import garbage

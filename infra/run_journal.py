@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from pydantic import Field
+
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.folders import read_folder
@@ -40,7 +42,7 @@ class Run(Stored):
     state: RunState = "running"
     started: datetime
     ended: datetime | None = None
-    curve: Curve = {}
+    curve: Curve = Field(default_factory=dict)
 
     @property
     def short_key(self) -> str:

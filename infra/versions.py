@@ -276,7 +276,7 @@ def _named(lineage: str, number: str) -> tuple[str, str]:
     """The name of a version's file, and the remedy if it is damaged."""
     return (
         f"the entry of version {number} of '{lineage}'",
-        "Restore it from a backup of the store; until then nothing is learned, and the lineage's history cannot be read.",
+        "Restore it from a backup of the store. Until then nothing is learned, and the lineage's history is not shown.",
     )
 
 

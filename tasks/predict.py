@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from infra.tracking.database import open_reader
+from infra.tracking.facts import VersionInfo, require_through_gate
 from pydantic import BaseModel
 
 from deal_core.adapter.state import adapter_on
@@ -23,8 +25,6 @@ from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
 from deal_core.evaluation.generation import GivenAnswer, answer_task, first_answer_logits
 from infra.settings import HomeSettings
-from infra.tracking.database import open_reader
-from infra.tracking.facts import VersionInfo, require_through_gate
 from tasks.adaptation.model_card import served_task
 from tasks.base import lend_base
 from tasks.context import current_store, only_process
@@ -117,6 +117,7 @@ def _settled_champion(lineage: str) -> VersionInfo | None:
     if not asks_for_alias_moves(current_store(), lineage):
         return None
     from infra.tracking.registry import open_registry  # settling may write, which needs MLflow and Prefect
+
     from tasks.adaptation.promote import settled_champion
 
     return settled_champion(open_registry(), current_store(), lineage)

@@ -234,7 +234,7 @@ class AdaptSpec(LineageSpec):
                 "monitor": True,
                 "task": {"name", "data", "test_data", "columns"},
                 "data": {"retain_training_rows", "include_texts"},
-                "gate": {"alias_moves", "rollout", "rollout_share", "rollout_rows"},
+                "gate": {"rollout", "rollout_share", "rollout_rows"},
             },
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra.tracking.database import open_reader
 from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
@@ -21,7 +22,6 @@ from deal_core.judging_config import GateConfig
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
 from infra.store.base import ObjectStore
-from infra.tracking.database import open_reader
 from tasks.adaptation.frozen_rows import num_judging_of
 from tasks.adaptation.ingest import choose_schema, landing_of, refuse_forgotten_rows
 from tasks.base import local_tokenizer

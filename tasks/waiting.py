@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import NamedTuple
 
+from infra.tracking.database import open_reader
 from pydantic import Field
 
 from deal_core.data.reading.readers import count_rows
@@ -16,7 +17,6 @@ from deal_core.errors import DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.stored import Stored, read_stored, write_stored
-from infra.tracking.database import open_reader
 from tasks.batches import Batch, read_batches
 from tasks.data_files import local_files
 from tasks.inbox import InboxLook, InboxState, files_of

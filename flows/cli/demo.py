@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from infra.tracking.registry import open_registry
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
@@ -18,7 +19,6 @@ from flows.adapt import AdaptResult, Scores
 from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, TASK_FILE
-from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import WatchedLineage

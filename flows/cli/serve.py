@@ -41,9 +41,10 @@ def serve(
     ] = None,
 ) -> None:
     """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
+    from infra.tracking.registry import open_registry
+
     from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
-    from infra.tracking.registry import open_registry
     from tasks.adaptation.promote import settled_champion
     from tasks.lineage.history import unknown_lineage
 

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra.tracking.database import open_reader
+from infra.tracking.facts import RegistryReader, VersionInfo
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
@@ -22,8 +24,6 @@ from flows.server.local_processes import read_stack
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
-from infra.tracking.database import open_reader
-from infra.tracking.facts import RegistryReader, VersionInfo
 from tasks.context import current_store
 from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, InboxState, held_arrivals, look, read_state

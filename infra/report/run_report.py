@@ -11,6 +11,9 @@ from deal_core.errors import RegistryError
 from deal_core.schema_version import require_schema_version
 
 REPORT_FILE = "report.json"
+EVALUATION_FILE = "evaluation.json"
+LIVE_FILE = "live.json"
+"""The last look at the version's live traffic."""
 PAGE_FILE = "report.html"
 
 Verdict = Literal["promoted", "rejected", "awaiting-approval", "rollout"]
@@ -87,8 +90,8 @@ class Training(ReportPart):
     """The result of the training."""
 
     strategy: str
-    num_rows: int | None = None
-    """Training rows that were learned from, after `selection` has chosen; None: not recorded."""
+    num_rows: int
+    """Training rows that were learned from, after `selection` has chosen."""
     num_steps: int
     seconds: float
     rows_per_second: float
@@ -120,7 +123,6 @@ class Origin(ReportPart):
     adapter_sha256: str
     config_sha256: str
     run_key: str
-    tracking_id: str
     libraries: dict[str, str]
 
 

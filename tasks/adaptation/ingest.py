@@ -28,11 +28,11 @@ from tasks.adaptation.frozen_rows import read_test_rows, require_unaltered
 from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.data_files import local_files
-from tasks.lineage.record import KnownTask, LineageRecord, read_record
+from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, is_renewal_asked
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 from tasks.progress import advance
-from tasks.references import Arrival, DatasetRef, VersionRef
+from tasks.references import Arrival, DatasetRef
 from tasks.spec import reading_the_task
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -145,11 +145,11 @@ def _frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_n
 
 
 def ingest_arrival(
-    arrival: Arrival, config: DataConfig, parent: VersionRef | None, lineage: str, again: bool = False
+    arrival: Arrival, config: DataConfig, record: LineageRecord | None, lineage: str, again: bool = False
 ) -> DatasetRef:
     """Check an arrival and store its dataset. Bad rows go to quarantine.
 
-    The parent version knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
+    The parent's record knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
     delete. With `again`, forgotten rows are accepted.
 
     Raises:
@@ -158,7 +158,6 @@ def ingest_arrival(
         TaskFieldsError: The settings of the task contradict the lineage.
     """
     store = current_store()
-    record = read_record(store, parent.adapter_uri) if parent else None
     with reading_the_task():
         schema = choose_schema(store, arrival, record)
     before = record.task(arrival.task) if record else None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from infra.tracking.registry import Registry
 
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import RowChecker
@@ -26,7 +27,6 @@ from deal_core.data.shapes import recognise
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
-from infra.tracking.registry import Registry
 from tasks.adaptation.manifests import read_manifest
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from infra.version_log import Ledger
+
 from deal_core.errors import DealError
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.version_log import Ledger
 from tasks.adaptation.frozen_rows import require_unaltered
 from tasks.adaptation.manifests import read_manifest
 from tasks.lineage.record import LineageRecord

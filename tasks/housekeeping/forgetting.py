@@ -7,6 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry
+from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, list_runs
 from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
@@ -15,9 +18,6 @@ from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry
-from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, list_runs
 from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder

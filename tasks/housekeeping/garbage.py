@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from filelock import FileLock
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry
+from infra.tracking.runs import ArtifactRemover, RunInfo, list_runs
+from infra.version_log import Ledger, VersionLog
 from pydantic import BaseModel
 
 from deal_core.data.schema import is_name
@@ -28,11 +32,7 @@ from infra.store import keys
 from infra.store.base import LOCK, RESERVED, TEMPORARY, ObjectInfo, ObjectStore
 from infra.store.keys import ADAPTERS, DATASETS, FEEDBACK, PREDICTIONS, TRAIN_FILE
 from infra.store.local import FileStore
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry
-from infra.tracking.runs import ArtifactRemover, RunInfo, list_runs
 from infra.tracking.tracker import Tracker
-from infra.version_log import Ledger, VersionLog
 from tasks.adaptation.ingest import retains_training_rows
 
 AGE = timedelta(days=1)

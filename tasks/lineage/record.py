@@ -20,7 +20,7 @@ from deal_core.evaluation.metrics import AccuracyMatrix, KeptMatrix
 from deal_core.method_config import Memory
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
-from infra.tracking.facts import SCORES
+from infra.versions import SCORES
 from tasks.lineage.version_files import reading_beside
 from tasks.references import BaseRef, DatasetRef, Spared
 

@@ -181,27 +181,6 @@ def why_held(store: ObjectStore, lineage: str) -> str | None:
     return None
 
 
-def asks_for_alias_moves(store: ObjectStore, lineage: str) -> bool:
-    """Return whether a move of the alias in MLflow only asks for a promotion, by the lineage's file.
-
-    A mistake elsewhere in the file does not count. While `gate` cannot be read, or the file has a name that no setting
-    has, a move only asks, and the log says so.
-    """
-    uri = store.uri_of(keys.settings_key(lineage))
-    try:
-        values = _read_values(store, lineage) or {}
-        other = WatchedLineage.model_fields.keys() - {"gate"}
-        gate = parse(WatchedLineage, {name: value for name, value in values.items() if name not in other}, uri).gate
-    except ConfigError as error:
-        store.warn_once(
-            f"{keys.settings_key(lineage)} alias_moves",
-            f"A move of {lineage}@champion in MLflow only asks for a promotion, as with alias_moves: request, until "
-            f"the file is mended: {in_one_line(error)}",
-        )
-        return True
-    return gate.alias_moves == "request"
-
-
 def remove_lineage(store: ObjectStore, lineage: str) -> str:
     """Delete a lineage's file, so that it learns no longer from the inbox; return its address. Versions stay.
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra.tracking.facts import VersionInfo, files_tag
+from infra.version_log import VersionLog
 from safetensors import SafetensorError, safe_open
 
 from deal_core.adapter.files import (
@@ -33,8 +35,6 @@ from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
-from infra.tracking.facts import VersionInfo, files_tag
-from infra.version_log import VersionLog
 from tasks.references import AdapterRef, VersionRef
 
 if TYPE_CHECKING:

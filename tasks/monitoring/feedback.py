@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from infra.tracking.registry import open_registry
 from pydantic import BaseModel
 
 from deal_core.data.reading.readers import read_rows
@@ -22,7 +23,6 @@ from infra.predictions import FEEDBACK_SCHEMA, feedback_log, read_predictions
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import inbox_folder
-from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.inbox import task_spec
 from tasks.lineage.history import find_version

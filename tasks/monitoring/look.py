@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, StoreError
@@ -19,8 +21,6 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
 from infra.tracking.client import KIND
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import renew_page
 from tasks.context import current_store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from infra.tracking.registry import open_registry
 from pydantic import BaseModel
 
 from deal_core.errors import RegistryError
@@ -13,7 +14,6 @@ from infra.predictions import read_feedback, read_predictions
 from infra.promotions import Move, PromotionLog
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
-from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.history import find_version, is_deleted
 

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from pydantic import BaseModel
 
 from deal_core.adapter.files import PEFT_FILES
@@ -24,8 +26,6 @@ from deal_core.errors import ConfigError, IntegrityError, RegistryError
 from deal_core.evaluation.answering import SERVED_FILE, read_served
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, temporary_folder
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.frozen_rows import first_rows, load_test_set
 from tasks.adaptation.model_card import NOT_STATED, example_rows, served_task, served_version
 from tasks.adaptation.promote import rejected_by_person

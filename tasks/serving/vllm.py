@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from infra.tracking.facts import VersionInfo, require_through_gate
+from infra.tracking.registry import Registry, open_registry
 from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
@@ -34,8 +36,6 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.store.stored import Stored, read_stored, write_stored
-from infra.tracking.facts import VersionInfo, require_through_gate
-from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import settled_champion
 from tasks.context import current_store
 from tasks.lineage.history import find_version, lost_in_registry
