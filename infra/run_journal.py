@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from pydantic import ConfigDict, Field
+
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.folders import read_folder
@@ -23,6 +25,8 @@ _REMEDY = "Restore it from a backup, or delete it: what the run has registered s
 
 class Run(Stored):
     """An adaptation run."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # the loss of a training that diverges is no number
 
     lineage: str
     task: str
@@ -40,7 +44,7 @@ class Run(Stored):
     state: RunState = "running"
     started: datetime
     ended: datetime | None = None
-    curve: Curve = {}
+    curve: Curve = Field(default_factory=dict)
 
     @property
     def short_key(self) -> str:
@@ -65,11 +69,13 @@ class RunJournal:
         Raises:
             StoreError: A journal is damaged, or another release wrote it.
         """
-        runs = []
-        for key, content in read_folder(self.store, keys.run_folder(lineage)).items():
-            with reading_stored(self.store, key, "the journal of a run", _REMEDY):
-                runs.append(Run.model_validate_json(content))
+        runs = (self.parse(*journal) for journal in read_folder(self.store, keys.run_folder(lineage)).items())
         return tuple(sorted(runs, key=lambda run: run.touched))
+
+    def parse(self, key: str, content: bytes) -> Run:
+        """Return the run whose journal has a key; raise StoreError if it is damaged, or another release wrote it."""
+        with reading_stored(self.store, key, "the journal of a run", _REMEDY):
+            return Run.model_validate_json(content)
 
     def find(self, lineage: str, run_key: str) -> Run | None:
         """Return the run with a key, if there is one."""
