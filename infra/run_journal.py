@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.folders import read_folder
-from infra.store.stored import Stored, read_stored, reading_stored, write_stored
+from infra.store.stored import Stored, parse_stored, read_stored, reading_stored, write_stored
 
 RunState = Literal["running", "finished", "failed"]
 Curve = Mapping[str, tuple[tuple[int, float], ...]]
@@ -75,7 +75,7 @@ class RunJournal:
     def parse(self, key: str, content: bytes) -> Run:
         """Return the run whose journal has a key; raise StoreError if it is damaged, or another release wrote it."""
         with reading_stored(self.store, key, "the journal of a run", _REMEDY):
-            return Run.model_validate_json(content)
+            return parse_stored(content, Run)
 
     def find(self, lineage: str, run_key: str) -> Run | None:
         """Return the run with a key, if there is one."""

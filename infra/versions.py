@@ -24,7 +24,7 @@ from infra.promotions import Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.folders import read_folder
-from infra.store.stored import Stored, reading_stored
+from infra.store.stored import Stored, parse_stored, reading_stored
 
 Alias = Literal["champion", "challenger", "previous", "rollout"]
 """champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is tried
@@ -191,9 +191,9 @@ class Versions:
                 removed[number] = entry.day
         for move in moves:
             if move.version not in versions:
-                address = without_secrets(self.store.uri_of(keys.version_key(lineage, int(move.version))))
+                folder = without_secrets(self.store.uri_of(keys.version_folder(lineage)))
                 what, remedy = _named(lineage, move.version)
-                raise StoreError(f"{address}, {what}, is missing, while the promotion log names it. {remedy}")
+                raise StoreError(f"{folder} lacks {what}, which the promotion log names. {remedy}")
         since = _since(tuple(versions.values()), moves, removed)
         return tuple(
             version.model_copy(
@@ -212,15 +212,12 @@ class Versions:
             StoreError: The entry is damaged, is that of another version, or another release wrote it.
         """
         lineage, number = keys.lineage_of(key), keys.version_number(key)
+        model = _Files if key.endswith(".files.json") else _Removed if key.endswith(".removed.json") else Version
         with reading_stored(self.store, key, *_named(lineage, number)):
-            if key.endswith(".files.json"):
-                return _Files.model_validate_json(content)
-            if key.endswith(".removed.json"):
-                return _Removed.model_validate_json(content)
-            version = Version.model_validate_json(content)
-            if (version.lineage, version.version) != (lineage, number):
-                raise ValueError(f"it is that of version {version.version} of '{version.lineage}'")
-            return version
+            entry = parse_stored(content, model)
+            if isinstance(entry, Version) and (entry.lineage, entry.version) != (lineage, number):
+                raise ValueError(f"it is that of version {entry.version} of '{entry.lineage}'")
+            return entry
 
     def find(self, lineage: str, version: str) -> Version | None:
         """Return the version with a number, if there is one."""

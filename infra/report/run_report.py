@@ -11,6 +11,9 @@ from deal_core.errors import RegistryError
 from deal_core.schema_version import require_schema_version
 
 REPORT_FILE = "report.json"
+EVALUATION_FILE = "evaluation.json"
+LIVE_FILE = "live.json"
+"""The last look at the version's live traffic."""
 PAGE_FILE = "report.html"
 
 Verdict = Literal["promoted", "rejected", "awaiting-approval", "rollout"]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.predictions import answers_to, forget_answers
+from infra.report.run_report import EVALUATION_FILE, LIVE_FILE
 from infra.run_journal import Run, RunJournal
 from infra.settings import HomeSettings
 from infra.store import keys
@@ -54,7 +55,7 @@ Kind = Literal[
 ]
 ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
-FIGURES = ("evaluation.json", "live.json")
+FIGURES = (EVALUATION_FILE, LIVE_FILE)
 """Files of a run's report without rows. They stay; the others may quote rows that were gained, lost or refused."""
 
 
