@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
-from infra.tracking.registry import open_registry
-from infra.tracking.runs import ArtifactRemover
 from prefect import flow
 from pydantic import BaseModel
 
 from flows.lock import lock_lineage
+from infra.store import keys
 from infra.store.keys import parse_dataset_file, top_of
-from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
 from tasks.housekeeping.garbage import ship_logs
 from tasks.lineage.tombstones import Tombstone, put_tombstone
+from tasks.mlflow_mirror import sync_lineage
+from tasks.progress import to_the_end
 
 
 class ForgetResult(BaseModel, frozen=True):
@@ -26,6 +26,8 @@ class ForgetResult(BaseModel, frozen=True):
 
     plan: ForgetPlan
     tombstone: Tombstone
+    waits_for_mlflow: tuple[str, ...] = ()
+    """Lineages whose reports in MLflow may still quote the rows, because MLflow did not answer."""
 
 
 def plan_forget(named: str) -> ForgetPlan:
@@ -37,8 +39,8 @@ def plan_forget(named: str) -> ForgetPlan:
     Raises:
         ConfigError: There is no such arrival, or more than one.
     """
-    store, registry = current_store(), open_registry()
-    return plan_forgetting(store, registry, open_tracker(), find_arrival(store, registry, named))
+    store = current_store()
+    return plan_forgetting(store, find_arrival(store, named))
 
 
 @flow(name="forget")
@@ -50,18 +52,19 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
     waited for. What is removed is looked for only now. If such a run has spread the rows to another lineage, that
     lineage is held too. If this call is interrupted, repeat it with the same argument.
 
+    MLflow's copies of reports are removed last. If MLflow is away, the next run or `deal server sync` removes them.
+
     Args:
         named: As for `plan_forget`.
         reason: Reason for the history. It must not quote any rows.
 
     Raises:
         ConfigError: There is no such arrival, or more than one.
-        RegistryError: The registry does not know the versions of the store.
-        StoreError: The store does not answer, or rows in it are damaged.
+        StoreError: The store does not answer, or a version, a journal or rows in it are damaged.
     """
-    store, registry, tracker = current_store(), open_registry(), open_tracker()
-    arrival = find_arrival(store, registry, named)
-    plan = plan_forgetting(store, registry, tracker, arrival)
+    store = current_store()
+    arrival = find_arrival(store, named)
+    plan = plan_forgetting(store, arrival)
     put_tombstone(store, _tombstone(plan, reason))
     while True:
         held = _affected(plan)
@@ -69,14 +72,17 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
             for lineage in held:
                 await stack.enter_async_context(lock_lineage(lineage))
             ship_logs(store)
-            plan = plan_forgetting(store, registry, tracker, arrival)  # a run that has ended may have added data
+            plan = plan_forgetting(store, arrival)  # a run that has ended may have added data
             if set(_affected(plan)) <= set(held):
                 versions = [f"{each.lineage}/{each.version}" for each in plan.learned]
                 put_tombstone(store, tombstone := _tombstone(plan, reason, versions))
                 landed = {top_of(each.address) for each in plan.held if each.kind == "inbox file"} | {arrival.key}
                 silence_watches(store, {key for key in landed if key}, f"Its rows were {tombstone.said}.")
-                forget_held(store, ArtifactRemover(tracker), plan, registry)
-                return ForgetResult(plan=plan, tombstone=tombstone)
+                forget_held(store, plan)
+                for lineage in held:
+                    await to_the_end(sync_lineage, store, lineage)
+                waiting = tuple(lineage for lineage in held if any(store.list(keys.mlflow_forget_folder(lineage))))
+                return ForgetResult(plan=plan, tombstone=tombstone, waits_for_mlflow=waiting)
 
 
 def _tombstone(plan: ForgetPlan, reason: str, versions: Sequence[str] = ()) -> Tombstone:

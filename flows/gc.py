@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 
-from infra.tracking.registry import open_registry
-from infra.tracking.runs import ArtifactRemover
 from prefect import flow, runtime
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, lock_lineage
 from infra.settings import ServingSettings
-from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.housekeeping import garbage
 from tasks.housekeeping.garbage import Removal
@@ -51,27 +48,25 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         DealError: In a run of a server: not everything could be removed.
     """
     limit, now = parse_age(older_than), datetime.now(UTC)
-    store, registry, tracker = current_store(), open_registry(), open_tracker()
+    store = current_store()
     known, logged = garbage.list_all_lineages(store), garbage.list_logged_lineages(store)
     if lineage is not None and lineage not in {*known, *logged}:
         raise ConfigError(f"There is no lineage {lineage!r} here; known are: {', '.join(known) or 'none'}.")
-    remover = ArtifactRemover(tracker)
     removals: list[Removal] = []
     busy: list[str] = []
     problems: dict[str, str] = {}
 
     def apply(plan: tuple[Removal, ...]) -> None:
-        for planned in plan:
+        for removal in plan:
             raise_if_stopped()
-            removal = garbage.with_model_bytes(planned, remover)
             if not dry_run:
-                garbage.remove(store, remover, removal, now)
+                garbage.remove(store, removal, now)
             removals.append(removal)
 
     for name in known if lineage is None else {lineage} & {*known}:
         try:
             async with lock_lineage(name, wait=False):
-                inventory = garbage.look_at_lineage(store, registry, tracker, name)
+                inventory = garbage.look_at_lineage(store, name)
                 apply(garbage.plan_removals(inventory, now=now, older_than=limit))
         except LineageBusyError as error:
             reporter().said(f"{error} The lineage was skipped.")

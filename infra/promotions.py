@@ -65,12 +65,12 @@ class PromotionLog:
     def moves(self, lineage: str) -> tuple[Move, ...]:
         """Return all moves of a lineage, oldest first."""
         entries = read_folder(self.store, keys.promotion_folder(lineage))
-        return tuple(self._parse(key, content) for key, content in entries.items())
+        return tuple(self.parse(key, content) for key, content in entries.items())
 
     def last(self, lineage: str) -> Move | None:
         """Return the newest move, if there is one."""
         found = self._keys(lineage)
-        return self._parse(found[-1], self.store.get_bytes(found[-1])) if found else None
+        return self.parse(found[-1], self.store.get_bytes(found[-1])) if found else None
 
     def champion_at(self, lineage: str, when: datetime) -> str | None:
         """Return the version that was champion at a time; None: the log names no champion for this time."""
@@ -91,7 +91,8 @@ class PromotionLog:
         """Return the keys of all entries, oldest first."""
         return [info.key for info in self.store.list(keys.promotion_folder(lineage))]
 
-    def _parse(self, key: str, content: bytes) -> Move:
+    def parse(self, key: str, content: bytes) -> Move:
+        """Return the entry with a key; raise StoreError if it is damaged, or another release wrote it."""
         remedy = (
             "Restore it from a backup of the store, or use the program version that wrote it. The lineage still "
             "predicts and serves; until then its champion does not move, and nothing is learned."

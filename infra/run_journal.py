@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.folders import read_folder
-from infra.store.stored import Stored, read_stored, reading_stored, write_stored
+from infra.store.stored import Stored, parse_stored, read_stored, reading_stored, write_stored
 
 RunState = Literal["running", "finished", "failed"]
 Curve = Mapping[str, tuple[tuple[int, float], ...]]
@@ -25,6 +25,8 @@ _REMEDY = "Restore it from a backup, or delete it: what the run has registered s
 
 class Run(Stored):
     """An adaptation run."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # the loss of a training that diverges is no number
 
     lineage: str
     task: str
@@ -67,11 +69,13 @@ class RunJournal:
         Raises:
             StoreError: A journal is damaged, or another release wrote it.
         """
-        runs = []
-        for key, content in read_folder(self.store, keys.run_folder(lineage)).items():
-            with reading_stored(self.store, key, "the journal of a run", _REMEDY):
-                runs.append(Run.model_validate_json(content))
+        runs = (self.parse(*journal) for journal in read_folder(self.store, keys.run_folder(lineage)).items())
         return tuple(sorted(runs, key=lambda run: run.touched))
+
+    def parse(self, key: str, content: bytes) -> Run:
+        """Return the run whose journal has a key; raise StoreError if it is damaged, or another release wrote it."""
+        with reading_stored(self.store, key, "the journal of a run", _REMEDY):
+            return parse_stored(content, Run)
 
     def find(self, lineage: str, run_key: str) -> Run | None:
         """Return the run with a key, if there is one."""

@@ -17,13 +17,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deal_core.adapter.files import Recorded
-from deal_core.errors import RegistryError
+from deal_core.errors import RegistryError, StoreError
 from deal_core.judging_config import RolloutTerms
+from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.folders import read_folder
-from infra.store.stored import Stored, reading_stored
+from infra.store.stored import Stored, parse_stored, reading_stored
 
 Alias = Literal["champion", "challenger", "previous", "rollout"]
 """champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is tried
@@ -173,24 +174,26 @@ class Versions:
         """Return the versions of a lineage, oldest first; empty if the lineage is unknown.
 
         Raises:
-            StoreError: A version or an entry of the promotion log is damaged, or another release wrote it.
+            StoreError: A version or an entry of the promotion log is damaged, or another release wrote it; or the log
+                names a version that is missing. Without its champion, a lineage would learn from the base model again.
         """
+        moves = PromotionLog(self.store).moves(lineage)  # before the versions: a move names a version that is stored
         versions: dict[str, Version] = {}
         replaced: dict[str, Recorded] = {}
         removed: dict[str, str] = {}
         for key, content in read_folder(self.store, keys.version_folder(lineage)).items():
-            number, _, kind = keys.file_name(key).removesuffix(".json").partition(".")
-            number = number.lstrip("0")
-            with reading_stored(self.store, key, *_named(lineage, number)):
-                if kind == "files":
-                    replaced[number] = _Files.model_validate_json(content).files_sha256
-                elif kind == "removed":
-                    removed[number] = _Removed.model_validate_json(content).day
-                else:
-                    versions[number] = Version.model_validate_json(content)
-        if not versions:
-            return ()
-        moves = PromotionLog(self.store).moves(lineage)
+            number, entry = keys.version_number(key), self.parse(key, content)
+            if isinstance(entry, Version):
+                versions[number] = entry
+            elif isinstance(entry, _Files):
+                replaced[number] = entry.files_sha256
+            elif isinstance(entry, _Removed):
+                removed[number] = entry.day
+        for move in moves:
+            if move.version not in versions:
+                folder = without_secrets(self.store.uri_of(keys.version_folder(lineage)))
+                what, remedy = _named(lineage, move.version)
+                raise StoreError(f"{folder} lacks {what}, which the promotion log names. {remedy}")
         since = _since(tuple(versions.values()), moves, removed)
         return tuple(
             version.model_copy(
@@ -201,6 +204,20 @@ class Versions:
             )
             for number, version in versions.items()
         )
+
+    def parse(self, key: str, content: bytes) -> Stored:
+        """Return the entry with a key: a version, or a later note about one.
+
+        Raises:
+            StoreError: The entry is damaged, is that of another version, or another release wrote it.
+        """
+        lineage, number = keys.lineage_of(key), keys.version_number(key)
+        model = _Files if key.endswith(".files.json") else _Removed if key.endswith(".removed.json") else Version
+        with reading_stored(self.store, key, *_named(lineage, number)):
+            entry = parse_stored(content, model)
+            if isinstance(entry, Version) and (entry.lineage, entry.version) != (lineage, number):
+                raise ValueError(f"it is that of version {entry.version} of '{entry.lineage}'")
+            return entry
 
     def find(self, lineage: str, version: str) -> Version | None:
         """Return the version with a number, if there is one."""
@@ -220,7 +237,8 @@ class Versions:
 
     def lineages(self) -> tuple[str, ...]:
         """Return the names of the lineages with a version, in alphabetical order."""
-        return tuple(sorted({keys.lineage_of(info.key) for info in self.store.list(keys.VERSIONS)}))
+        versions = (info.key for info in self.store.list(keys.VERSIONS) if info.key.count("/") == 2)
+        return tuple(sorted({keys.lineage_of(key) for key in versions}))
 
     def register(self, version: Version) -> Version:
         """Give a version the next number and store it; return the version of the same run if there is one already.
@@ -276,7 +294,8 @@ def _named(lineage: str, number: str) -> tuple[str, str]:
     """The name of a version's file, and the remedy if it is damaged."""
     return (
         f"the entry of version {number} of '{lineage}'",
-        "Restore it from a backup of the store. Until then nothing is learned, and the lineage's history is not shown.",
+        "Restore it from a backup of the store. Until then nothing is learned, and the lineage's history cannot be "
+        "read.",
     )
 
 

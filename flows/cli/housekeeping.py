@@ -70,7 +70,13 @@ def forget(
         _confirm(deal, shown)
     done = deal.run(lambda: forget_flow(arrival, reason), "forgetting", makes_room=True)
     said = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
-    return CommandResult(done, [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(said)}[/]"])
+    shown = [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(said)}[/]"]
+    if done.waits_for_mlflow:
+        shown.append(
+            f"[yellow]MLflow does not answer, and its reports of {escape(', '.join(done.waits_for_mlflow))} may still "
+            "quote the rows. The next run of the lineage, or deal server sync, removes them.[/]"
+        )
+    return CommandResult(done, shown)
 
 
 def _confirm(deal: Session, shown: Iterable[RenderableType]) -> None:
@@ -93,8 +99,7 @@ def show_forget_plan(plan: ForgetPlan, title: str) -> Sequence[RenderableType]:
 def _held(plan: ForgetPlan, title: str) -> Iterable[RenderableType]:
     table = new_table("what", "where", "size", right=["size"])
     for each in plan.held:
-        where = f"{each.address} of MLflow run {each.run_id}" if each.run_id else each.address
-        table.add_row(each.kind, escape(where), decimal(each.num_bytes) if each.num_bytes else "–")
+        table.add_row(each.kind, escape(each.address), decimal(each.num_bytes) if each.num_bytes else "–")
     none = "No rows of it are left here." if not plan.held else table
     return [heading(f"{title}: rows of arrival {plan.sha256[:12]} of {plan.task}"), none]
 

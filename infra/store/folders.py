@@ -1,21 +1,25 @@
 """Reads a whole folder of small objects that are written once, with an index that saves most requests.
 
-The index of a folder has the content of its objects by key and ETag. The objects are the truth: an object that the
-index lacks, or has with another ETag, is read. So the index can be deleted at any time.
+The index of a folder has the content of its objects by key and ETag, and its own digest before that. The objects are
+the truth: an object that the index lacks, or has with another ETag, is read. So the index can be deleted at any time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from deal_core.errors import StoreError
 from infra.store import keys
-from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError
 
-MAX_REQUESTS = 15
-"""Objects that are read one by one. A reader that needs more of them uses the index, or writes it anew."""
+MAX_REQUESTS = 5
+"""Objects that are read one by one. A reader that needs more of them uses the index, or writes it anew.
+
+So two folders of 1,000 objects, versions and promotions, take at most 20 requests while both grow.
+"""
 _READERS = 8
 
 
@@ -43,18 +47,23 @@ def read_folder(store: ObjectStore, folder: str) -> dict[str, bytes]:
             for info in infos
             if info.key in found
         }
+        body = json.dumps(entries).encode()
         with suppress(StoreError):  # a reader may have no right to write
-            store.put_bytes(keys.index_key(folder), json.dumps(entries).encode())
+            store.put_bytes(keys.index_key(folder), _digest(body) + b"\n" + body)
     return {info.key: found[info.key] for info in infos if info.key in found}
 
 
 def _read_index(store: ObjectStore, folder: str) -> dict[str, tuple[str, str]]:
     """Return ETag and content by key; empty if there is no index, or a damaged one: it is written again."""
     try:
-        entries = json.loads(store.get_bytes(keys.index_key(folder)))
-        return {key: (str(etag), str(content)) for key, (etag, content) in entries.items()}
-    except (ObjectNotFoundError, ValueError, TypeError, AttributeError):
+        digest, _, body = store.get_bytes(keys.index_key(folder)).partition(b"\n")
+    except (ObjectNotFoundError, UnusableObjectError):
         return {}
+    return {key: (etag, text) for key, (etag, text) in json.loads(body).items()} if digest == _digest(body) else {}
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode()
 
 
 def _content(store: ObjectStore, info: ObjectInfo) -> bytes | None:

@@ -227,9 +227,19 @@ def run_journal_key(lineage: str, run_key: str) -> str:
     return f"{run_folder(lineage)}/{short_run(run_key)}.json"
 
 
+def report_folder(lineage: str) -> str:
+    """Return the folder of the reports of a lineage's runs."""
+    return f"reports/{lineage}"
+
+
 def report_key(lineage: str, run_key: str, file: str) -> str:
     """Return the key of a file of a run's report."""
-    return f"reports/{lineage}/{short_run(run_key)}/{file}"
+    return f"{report_folder(lineage)}/{short_run(run_key)}/{file}"
+
+
+def run_of_report(key: str) -> str:
+    """Return the first part of the run's key, from the key of a file of its report."""
+    return key.split("/")[2]
 
 
 def mlflow_key(lineage: str) -> str:
@@ -260,6 +270,16 @@ def version_folder(lineage: str) -> str:
 def version_key(lineage: str, number: int) -> str:
     """Return the key of a version. The keys sort by number."""
     return f"{version_folder(lineage)}/{number:08d}.json"
+
+
+def version_number(key: str) -> str:
+    """Return the number, as text, of the version that a key in `versions/LINEAGE` belongs to.
+
+    Example:
+        >>> version_number("versions/support/00000012.files.json")
+        '12'
+    """
+    return file_name(key).partition(".")[0].lstrip("0")
 
 
 def version_note_key(lineage: str, number: int, kind: str) -> str:

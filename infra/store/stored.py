@@ -36,9 +36,19 @@ def read_stored(store: ObjectStore, key: str, model: type[Model], *, what: str, 
     except ObjectNotFoundError:
         return None
     with reading_stored(store, key, what, remedy):
-        values = json.loads(content)
-        require_schema_version(values, 1, "the file", StoreError)
-        return model.model_validate(values)
+        return parse_stored(content, model)
+
+
+def parse_stored(content: bytes, model: type[Model]) -> Model:
+    """Return the model with this content.
+
+    Raises:
+        StoreError: Another release wrote it.
+        ValueError: It is damaged; `reading_stored` says so in a message, and turns the other errors into one too.
+    """
+    values = json.loads(content)
+    require_schema_version(values, 1, "the file", StoreError)
+    return model.model_validate(values)
 
 
 def write_stored(store: ObjectStore, key: str, stored: Stored) -> None:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from infra.tracking.registry import Registry
 
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import RowChecker
@@ -27,6 +26,7 @@ from deal_core.data.shapes import recognise
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
+from infra.versions import Versions
 from tasks.adaptation.manifests import read_manifest
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
@@ -58,13 +58,12 @@ class KnownArrival:
         """Digests of every dataset with the arrival's rows. The named dataset comes first."""
         return (self.sha256, *self.splits)
 
-    def inbox_files(self, store: ObjectStore, registry: Registry) -> list[ObjectInfo]:
+    def inbox_files(self, store: ObjectStore) -> list[ObjectInfo]:
         """Return the arrival's files in the inbox, found by their bytes or by the state of a watch.
 
         Of a folder that is the arrival they are all files, also those that are not read: engines keep rows in some.
         """
-        known = _handled(store, registry, self.task)
-        handled = {(each.key, each.etag) for each in known if each.sha256 in self.sha256s}
+        handled = {(each.key, each.etag) for each in _handled(store, self.task) if each.sha256 in self.sha256s}
         listing = list(store.list(keys.inbox_folder(self.task)))
         own = {info.key for info in list_arrivals(listing) if info.key == self.key or (info.key, info.etag) in handled}
         return [
@@ -75,7 +74,7 @@ class KnownArrival:
         ]
 
 
-def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArrival:
+def find_arrival(store: ObjectStore, named: str) -> KnownArrival:
     """Find an arrival by the digest of its dataset, the digest's first characters, or a key or uri in the inbox.
 
     The key may be that of a file, of a folder, or of a file in a folder: its arrival is the whole folder.
@@ -86,13 +85,13 @@ def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArr
     root = store.uri.rstrip("/") + "/"
     key = named.removeprefix(root).rstrip("/")
     if key.startswith(f"{keys.INBOX}/"):
-        return _by_key(store, registry, key)
+        return _by_key(store, key)
     if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", named):
         raise ConfigError(
             f"{named!r} is neither a digest (or {MIN_PREFIX} and more of its first characters) nor a key such as "
             f"{keys.INBOX}/TASK/FILE; deal history --json shows the digests as dataset_sha256."
         )
-    found = sorted({(task, sha256) for task, sha256 in _known_digests(store, registry) if sha256.startswith(named)})
+    found = sorted({(task, sha256) for task, sha256 in _known_digests(store) if sha256.startswith(named)})
     if not found:
         raise ConfigError(f"No arrival has a digest that begins with {named}; deal history --json shows the digests.")
     if len(found) > 1:
@@ -101,7 +100,7 @@ def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArr
     return _known(store, *found[0], key=None)
 
 
-def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> KnownArrival:
+def with_every_split(store: ObjectStore, arrival: KnownArrival) -> KnownArrival:
     """Add every dataset with the arrival's landed rows, with any split.
 
     Datasets are found by their manifests, by the versions that learned from them, and by tombstones.
@@ -110,7 +109,7 @@ def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArriv
     known += [
         (version.dataset_sha256, version.landed_sha256, ())
         for lineage in list_all_lineages(store)
-        for version in registry.versions(lineage)
+        for version in Versions(store).all(lineage)
         if version.task == arrival.task
     ]
     tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
@@ -144,15 +143,15 @@ def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetMa
             yield keys.dataset_sha256(folder), read_manifest(store, folder)
 
 
-def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
+def _by_key(store: ObjectStore, key: str) -> KnownArrival:
     task = keys.task_of(key)
     arrival = keys.arrival_of(key) or key
     landed = _digests_below(store, key)
     found = {
         sha256 for sha256, manifest in manifests_of(store, task) if landed and landed.keys() <= set(manifest.files)
     }
-    found |= {each.sha256 for each in _handled(store, registry, task) if each.key == arrival}
-    if len(found) > 1 and not _is_one_arrival(store, registry, task, found):
+    found |= {each.sha256 for each in _handled(store, task) if each.key == arrival}
+    if len(found) > 1 and not _is_one_arrival(store, task, found):
         raise ConfigError(
             f"{key} landed as {len(found)} datasets: {', '.join(sorted(found))}; give the digest of one of them."
         )
@@ -169,9 +168,9 @@ def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
     return _known(store, task, next(iter(_digests_below(store, arrival))), key=arrival)
 
 
-def _is_one_arrival(store: ObjectStore, registry: Registry, task: str, sha256s: Collection[str]) -> bool:
+def _is_one_arrival(store: ObjectStore, task: str, sha256s: Collection[str]) -> bool:
     """Whether the datasets have the same landed rows with different splits."""
-    known = with_every_split(store, registry, _known(store, task, min(sha256s), key=None))
+    known = with_every_split(store, _known(store, task, min(sha256s), key=None))
     return set(sha256s) <= set(known.sha256s)
 
 
@@ -188,7 +187,7 @@ def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> Kn
     return KnownArrival(task=task, sha256=sha256, files=tuple(files), key=key)
 
 
-def _known_digests(store: ObjectStore, registry: Registry) -> Iterator[tuple[str, str]]:
+def _known_digests(store: ObjectStore) -> Iterator[tuple[str, str]]:
     for folder in (keys.DATASETS, keys.QUARANTINE):
         for info in store.list(folder):
             yield keys.task_and_digest(info.key)
@@ -198,7 +197,7 @@ def _known_digests(store: ObjectStore, registry: Registry) -> Iterator[tuple[str
         if tombstone is not None:
             yield task, tombstone.sha256
     for lineage in list_all_lineages(store):
-        for version in registry.versions(lineage):
+        for version in Versions(store).all(lineage):
             yield version.task, version.dataset_sha256
 
 
@@ -208,11 +207,11 @@ class _Handled(NamedTuple):
     sha256: str
 
 
-def _handled(store: ObjectStore, registry: Registry, task: str) -> Iterator[_Handled]:
+def _handled(store: ObjectStore, task: str) -> Iterator[_Handled]:
     """The datasets that watches made from a task's files."""
     for info in store.list(keys.WATCH):
         lineage = keys.lineage_of_watch(info.key)
-        sha256_of = {version.version: version.dataset_sha256 for version in registry.versions(lineage)}
+        sha256_of = {version.version: version.dataset_sha256 for version in Versions(store).all(lineage)}
         for key, handled in read_state(store, lineage).files.items():
             if keys.task_of(key) == task and handled.version in sha256_of:
                 yield _Handled(key, handled.etag, sha256_of[handled.version])

@@ -1,4 +1,4 @@
-"""Look for damage among what a lineage needs to learn on: the ledger, the manifests and the test rows of its datasets.
+"""Look for damage among what a lineage needs to learn on: its versions, promotions and runs, and its datasets.
 
 `look_at_champion` looks at the champion itself.
 """
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from infra.version_log import Ledger
-
 from deal_core.errors import DealError
+from infra.promotions import PromotionLog
+from infra.run_journal import RunJournal
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.folders import read_folder
+from infra.versions import Versions
 from tasks.adaptation.frozen_rows import require_unaltered
 from tasks.adaptation.manifests import read_manifest
 from tasks.lineage.record import LineageRecord
@@ -28,12 +30,21 @@ _READERS = 16
 def find_damage(store: ObjectStore, lineage: str, record: LineageRecord | None) -> list[str]:
     """Return a message for each damaged file of the first ones, with what to do, and the number of the others.
 
-    Every entry of the ledger and every manifest of the lineage is parsed. The test rows that judge the champion, those
-    in its `record`, are compared with their digests.
+    Every version, promotion, journal of a run and manifest of the lineage is parsed. The test rows that judge the
+    champion, those in its `record`, are compared with their digests.
     """
+    parsers: dict[str, Callable[[str, bytes], object]] = {
+        keys.version_folder(lineage): Versions(store).parse,
+        keys.promotion_folder(lineage): PromotionLog(store).parse,
+        keys.run_folder(lineage): RunJournal(store).parse,
+    }
     damaged = _failures(
         [
-            *(partial(_read_entry, store, info.key) for info in store.list(keys.ledger_folder(lineage))),
+            *(
+                partial(parse, *file)
+                for folder, parse in parsers.items()
+                for file in read_folder(store, folder).items()
+            ),
             *(partial(_read_listed_manifest, store, uri) for uri in _datasets_of(store, lineage)),
         ]
     )
@@ -69,10 +80,6 @@ def _failures(checks: Iterable[Callable[[], object]]) -> list[str]:
 
     with ThreadPoolExecutor(_READERS) as readers:
         return [message for message in readers.map(message_of, checks) if message is not None]
-
-
-def _read_entry(store: ObjectStore, key: str) -> None:
-    Ledger(store).find(keys.lineage_of(key), keys.file_name(key).removesuffix(".json"))
 
 
 def _read_listed_manifest(store: ObjectStore, dataset_uri: str) -> None:

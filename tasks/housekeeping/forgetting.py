@@ -7,18 +7,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry
-from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, list_runs
 from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.predictions import answers_to, forget_answers
+from infra.report.run_report import EVALUATION_FILE, LIVE_FILE
+from infra.run_journal import Run, RunJournal
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256
-from infra.tracking.tracker import Tracker
+from infra.versions import Version, Versions
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
 from tasks.housekeeping.arrivals import (
@@ -33,7 +32,6 @@ from tasks.housekeeping.garbage import (
     list_all_lineages,
     list_logged_lineages,
     remove_local,
-    require_registry_of,
 )
 from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record
@@ -42,7 +40,7 @@ from tasks.monitoring.harvest import harvested_from
 from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_task
 
 Kind = Literal[
-    "artifacts",
+    "report",
     "rows kept by the method",
     "work folder",
     "temporary files",
@@ -57,6 +55,8 @@ Kind = Literal[
 ]
 ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
+FIGURES = (EVALUATION_FILE, LIVE_FILE)
+"""Files of a run's report without rows. They stay; the others may quote rows that were gained, lost or refused."""
 
 
 class RowsPlace(BaseModel, frozen=True):
@@ -64,10 +64,10 @@ class RowsPlace(BaseModel, frozen=True):
 
     kind: Kind
     address: str
-    """Key in the store, path on this machine, or names of a run's artifacts."""
+    """Key in the store, or path on this machine."""
     num_bytes: int = 0
-    run_id: str | None = None
-    """The MLflow run of the artifacts."""
+    run_key: str | None = None
+    """The run of a report, whose copy in MLflow has to go too."""
     lineage: str | None = None
     version: str | None = None
 
@@ -108,7 +108,7 @@ class ForgetPlan(BaseModel, frozen=True):
     """Whether the inputs of the training rows are known: a file of the arrival, or its training rows, are stored."""
 
 
-def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str]) -> tuple[AffectedVersion, ...]:
+def affected_versions(versions: Sequence[Version], sha256s: Collection[str]) -> tuple[AffectedVersion, ...]:
     """Return the versions of a lineage, oldest first, whose weights have learned from one of the datasets."""
     found: dict[str, AffectedVersion] = {}
     for version in versions:
@@ -125,11 +125,14 @@ def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str])
     return tuple(found.values())
 
 
-def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, arrival: KnownArrival) -> ForgetPlan:
-    """Find every place with rows of an arrival. Nothing is changed."""
-    arrival = with_every_split(store, registry, arrival)
-    remover = ArtifactRemover(tracker)
-    inbox_files, manifests = arrival.inbox_files(store, registry), [*manifests_of(store, arrival.task)]
+def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
+    """Find every place with rows of an arrival. Nothing is changed.
+
+    Raises:
+        StoreError: The store does not answer, or a version, a journal or rows in it are damaged.
+    """
+    arrival = with_every_split(store, arrival)
+    inbox_files, manifests = arrival.inbox_files(store), [*manifests_of(store, arrival.task)]
     inbox_keys = [info.key for info in inbox_files]
     held = [*_rows_in_store(store, arrival), *(_stored("inbox file", info) for info in inbox_files)]
     held += [  # a killed process may have left rows of any arrival
@@ -150,8 +153,7 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
     learned: list[AffectedVersion] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
-        versions, runs = registry.versions(lineage), list_runs(tracker, lineage)
-        require_registry_of(store, registry, lineage, versions)
+        versions, runs = Versions(store).all(lineage), RunJournal(store).all(lineage)
         affected = affected_versions(versions, arrival.sha256s)
         learned += affected
         judged, asked = _judged_by(store, versions, arrival)
@@ -165,9 +167,11 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
         held += _orphans(store, lineage, unfinished)
         held += _answers(store, asked)
         held += _references(store, judged, arrival.task)
-        own = {run.run_id for run in runs if run.dataset_sha256 in arrival.sha256s}
-        gone = {version.tracking_id for version in versions if version.version in numbers and version.adapter_removed}
-        held += _artifacts(remover, own | gone | {version.tracking_id for version in asked})
+        own = {run.run_key for run in runs if run.dataset_sha256 in arrival.sha256s}
+        own |= {version.run_key for version in versions if version.dataset_sha256 in arrival.sha256s}
+        # the record went with the adapter, so nobody knows what judged it
+        gone = {version.run_key for version in versions if version.version in numbers and version.since.adapter_removed}
+        held += _reports(store, lineage, own | gone | {version.run_key for version in asked})
         held += _kept_by_method(store, versions, numbers, arrival)
     shared = {
         sha256
@@ -190,17 +194,22 @@ def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, ar
     )
 
 
-def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, registry: Registry) -> None:
-    """Remove the rows of a plan. Each step can be repeated: the arrival is found again by its tombstone."""
+def forget_held(store: ObjectStore, plan: ForgetPlan) -> None:
+    """Remove the rows of a plan. Each step can be repeated: the arrival is found again by its tombstone.
+
+    Before anything is removed, an order is stored for each report: its copy in MLflow is removed by
+    `tasks.mlflow_mirror`, which may not reach MLflow now.
+    """
+    for each in plan.held:
+        if each.kind == "report":
+            assert each.lineage is not None and each.run_key is not None
+            store.put_bytes(keys.mlflow_forget_key(each.lineage, each.run_key), each.run_key.encode())
     emptied: set[str] = set()
     for each in sorted(plan.held, key=lambda each: ORDER.index(each.kind)):
         match each.kind:
-            case "artifacts":
-                assert each.run_id is not None
-                remover.remove_run_files(each.run_id, each.address.split(", "))
             case "rows kept by the method":
                 if each.lineage and each.lineage not in emptied:
-                    _empty_method_rows(store, remover, registry, each.lineage, plan.task, (plan.sha256, *plan.splits))
+                    _empty_method_rows(store, each.lineage, plan.task, (plan.sha256, *plan.splits))
                     emptied.add(each.lineage)
             case "work folder":
                 remove_local(each.address)
@@ -211,7 +220,15 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
             case "logged answers":
                 assert each.lineage is not None
                 forget_answers(store, HomeSettings().home, each.lineage, plan.inputs)
-            case "adapter of no version" | "answers" | "inbox file" | "quarantine" | "training rows" | "test rows":
+            case (
+                "report"
+                | "adapter of no version"
+                | "answers"
+                | "inbox file"
+                | "quarantine"
+                | "training rows"
+                | "test rows"
+            ):
                 store.delete(each.address)
             case _:
                 assert_never(each.kind)
@@ -230,7 +247,7 @@ def silence_watches(store: ObjectStore, landed: Collection[str], said: str) -> N
             write_state(store, lineage, state)
 
 
-def _stored(kind: Kind, info: ObjectInfo, version: VersionInfo | None = None) -> RowsPlace:
+def _stored(kind: Kind, info: ObjectInfo, version: Version | None = None) -> RowsPlace:
     """A file of the store, which may be a version's."""
     lineage, number = (version.lineage, version.version) if version else (None, None)
     return RowsPlace(kind=kind, address=info.key, num_bytes=info.size, lineage=lineage, version=number)
@@ -258,8 +275,8 @@ def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
 
 
 def _judged_by(
-    store: ObjectStore, versions: Iterable[VersionInfo], arrival: KnownArrival
-) -> tuple[list[VersionInfo], list[VersionInfo]]:
+    store: ObjectStore, versions: Iterable[Version], arrival: KnownArrival
+) -> tuple[list[Version], list[Version]]:
     """The versions that the arrival's test rows judge, and the versions that answered them, also as a slice."""
     judged, asked = [], []
     for version in versions:
@@ -277,7 +294,7 @@ def _judged_by(
 
 
 def _unregistered(
-    versions: Iterable[VersionInfo], runs: Iterable[RunInfo], affected: Collection[str], arrival: KnownArrival
+    versions: Iterable[Version], runs: Iterable[Run], affected: Collection[str], arrival: KnownArrival
 ) -> set[str]:
     """Short keys of the runs without a version that learned from the arrival or continue an affected version."""
     registered = {version.run_key for version in versions}
@@ -313,7 +330,7 @@ def _work_folders(lineage: str, short_keys: Collection[str]) -> list[RowsPlace]:
     ]
 
 
-def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[RowsPlace]:
+def _answers(store: ObjectStore, versions: Iterable[Version]) -> list[RowsPlace]:
     return [
         _stored("answers", info, version)
         for version in versions
@@ -322,7 +339,7 @@ def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[RowsPl
     ]
 
 
-def _references(store: ObjectStore, versions: Iterable[VersionInfo], task: str) -> list[RowsPlace]:
+def _references(store: ObjectStore, versions: Iterable[Version], task: str) -> list[RowsPlace]:
     return [
         RowsPlace(kind="reference rows", address=key, lineage=version.lineage, version=version.version)
         for version in versions
@@ -330,15 +347,21 @@ def _references(store: ObjectStore, versions: Iterable[VersionInfo], task: str) 
     ]
 
 
-def _artifacts(remover: ArtifactRemover, run_ids: Iterable[str]) -> list[RowsPlace]:
-    found = ((run_id, artifacts_with_rows(remover.run_files(run_id))) for run_id in sorted(run_ids))
-    return [RowsPlace(kind="artifacts", address=", ".join(paths), run_id=run_id) for run_id, paths in found if paths]
+def _reports(store: ObjectStore, lineage: str, run_keys: Iterable[str]) -> list[RowsPlace]:
+    by_short_key = {keys.short_run(run_key): run_key for run_key in run_keys}
+    return [
+        RowsPlace(
+            kind="report", address=info.key, num_bytes=info.size, lineage=lineage, run_key=by_short_key[short_key]
+        )
+        for info in store.list(keys.report_folder(lineage))
+        if (short_key := keys.run_of_report(info.key)) in by_short_key and keys.file_name(info.key) not in FIGURES
+    ]
 
 
 def _kept_by_method(
-    store: ObjectStore, versions: Sequence[VersionInfo], affected: Collection[str], arrival: KnownArrival
+    store: ObjectStore, versions: Sequence[Version], affected: Collection[str], arrival: KnownArrival
 ) -> list[RowsPlace]:
-    concerned = [version for version in versions if version.version in affected and not version.adapter_removed]
+    concerned = [version for version in versions if version.version in affected and not version.since.adapter_removed]
     names = _method_rows(store, versions, arrival.task, arrival.sha256s) if concerned else {}
     return [
         RowsPlace(
@@ -353,7 +376,7 @@ def _kept_by_method(
 
 
 def _method_rows(
-    store: ObjectStore, versions: Sequence[VersionInfo], task: str, sha256s: Collection[str]
+    store: ObjectStore, versions: Sequence[Version], task: str, sha256s: Collection[str]
 ) -> dict[str, set[str]]:
     """By version, the tensors of its method state with rows of the task's datasets or answers to its texts.
 
@@ -381,25 +404,17 @@ def _method_rows(
     return {version: {name for name in names if sizes[version][name]} for version, names in wanted.items()}
 
 
-def _empty_method_rows(
-    store: ObjectStore,
-    remover: ArtifactRemover,
-    registry: Registry,
-    lineage: str,
-    task: str,
-    sha256s: Collection[str],
-) -> None:
+def _empty_method_rows(store: ObjectStore, lineage: str, task: str, sha256s: Collection[str]) -> None:
     from deal_core.adapter.state import empty_tensors
 
-    versions = registry.versions(lineage)
+    versions = Versions(store).all(lineage)
     names = _method_rows(store, versions, task, sha256s)
-    for info in [version for version in versions if names[version.version]]:
+    for version in [version for version in versions if names[version.version]]:
         with temporary_folder() as folder:
-            _download_method(store, info.adapter_uri, folder)
-            empty_tensors(folder, names[info.version])
-            with replacing(store, registry, info, folder):
-                store.upload_folder(folder, info.adapter_uri)
-            remover.replace_in_model(info.model_id, folder)
+            _download_method(store, version.adapter_uri, folder)
+            empty_tensors(folder, names[version.version])
+            with replacing(store, version, folder):
+                store.upload_folder(folder, version.adapter_uri)
 
 
 def _download_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:

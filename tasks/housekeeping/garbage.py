@@ -16,23 +16,18 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from filelock import FileLock
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry
-from infra.tracking.runs import ArtifactRemover, RunInfo, list_runs
-from infra.version_log import Ledger, VersionLog
 from pydantic import BaseModel
 
 from deal_core.data.schema import is_name
-from deal_core.errors import RegistryError
-from deal_core.safe_text import without_secrets
 from infra.log_segments import WRITE_SECONDS, Log, beyond_retention, ship
 from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
+from infra.run_journal import Run, RunJournal
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import LOCK, RESERVED, TEMPORARY, ObjectInfo, ObjectStore
 from infra.store.keys import ADAPTERS, DATASETS, FEEDBACK, PREDICTIONS, TRAIN_FILE
 from infra.store.local import FileStore
-from infra.tracking.tracker import Tracker
+from infra.versions import Version, Versions
 from tasks.adaptation.ingest import retains_training_rows
 
 AGE = timedelta(days=1)
@@ -69,17 +64,15 @@ class Removal(BaseModel, frozen=True):
     reason: str
     version: str | None = None
     """The version of a removed adapter."""
-    model_id: str | None = None
-    """MLflow's model of this version."""
 
 
 class Inventory(NamedTuple):
     """The inventory of a lineage that no process is working on."""
 
     lineage: str
-    versions: Sequence[VersionInfo]
+    versions: Sequence[Version]
     """Oldest first."""
-    runs: Sequence[RunInfo]
+    runs: Sequence[Run]
     adapters: Mapping[str, Folder]
     """By the short key of the run."""
     work: Mapping[str, Folder]
@@ -91,19 +84,19 @@ class Inventory(NamedTuple):
 def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta) -> tuple[Removal, ...]:
     """Return the removals in a fixed order.
 
-    No process is working on the lineage, so a run with the status RUNNING has died. Such a run and a failed run may
+    No process is working on the lineage, so a run with the state "running" has died. Such a run and a failed run may
     continue from the checkpoint while their parent is champion and they are younger than the limit.
 
     `older_than` is the least age of training rows, of a rejected version's adapter, and of the folders of an open run.
     """
     cutoff = now - older_than
-    version_of = {keys.short_run(version.run_key): version for version in inventory.versions}
+    version_of = {version.short_key: version for version in inventory.versions}
     run_of = {run.short_key: run for run in inventory.runs}
     kept = kept_versions(inventory.versions, cutoff)
     champion = next((version.version for version in inventory.versions if "champion" in version.aliases), None)
     found: list[Removal] = []
 
-    def add(kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None) -> None:
+    def add(kind: Kind, folder: Folder, reason: str, version: str | None = None) -> None:
         found.append(_removal(inventory.lineage, kind, folder, reason, version))
 
     for key, folder in sorted(inventory.work.items()):
@@ -115,7 +108,7 @@ def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta)
         if version := version_of.get(key):
             if version.version not in kept:
                 day = f"{version.created:%Y-%m-%d}"
-                add("adapter", folder, f"version {version.version} of {day} was rejected", version)
+                add("adapter", folder, f"version {version.version} of {day} was rejected", version.version)
         elif reason := _why_over(run_of.get(key), folder, champion, cutoff):
             add("adapter", folder, f"no version names it: {reason}")
     for folder in inventory.training_rows:
@@ -124,20 +117,18 @@ def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta)
     return tuple(found)
 
 
-def _removal(lineage: str, kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None) -> Removal:
-    number, model_id = (version.version, version.model_id) if version else (None, None)
+def _removal(lineage: str, kind: Kind, folder: Folder, reason: str, version: str | None = None) -> Removal:
     return Removal(
         lineage=lineage,
         kind=kind,
         address=folder.address,
         num_bytes=folder.num_bytes,
         reason=reason,
-        version=number,
-        model_id=model_id,
+        version=version,
     )
 
 
-def kept_versions(versions: Sequence[VersionInfo], cutoff: datetime) -> set[str]:
+def kept_versions(versions: Sequence[Version], cutoff: datetime) -> set[str]:
     """Return the numbers of the versions whose adapter stays. `versions` are those of a lineage, oldest first.
 
     These are the accepted versions that no person rejected, versions with an alias, young versions, and all ancestors
@@ -146,14 +137,13 @@ def kept_versions(versions: Sequence[VersionInfo], cutoff: datetime) -> set[str]
     kept: set[str] = set()
     parents: set[str | None] = set()
     for each in reversed(versions):  # a parent is older than its children
-        is_good = each.accepted and each.approval != "refused"
-        if is_good or each.aliases or each.created > cutoff or each.version in parents:
+        if not each.is_rejected or each.aliases or each.created > cutoff or each.version in parents:
             kept.add(each.version)
             parents.add(each.parent_version)
     return kept
 
 
-def _why_over(run: RunInfo | None, folder: Folder, champion: str | None, cutoff: datetime) -> str | None:
+def _why_over(run: Run | None, folder: Folder, champion: str | None, cutoff: datetime) -> str | None:
     """Why the run of a folder will not continue; None: the run may continue."""
     touched = max(folder.modified, run.touched) if run else folder.modified
     is_old = touched < cutoff
@@ -166,8 +156,9 @@ def _why_over(run: RunInfo | None, folder: Folder, champion: str | None, cutoff:
 
 
 def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
-    """Return every lineage with an adapter or a dataset in the store, or a work folder on this machine."""
-    found = {each.lineage for info in store.list(ADAPTERS) if (each := keys.parse_adapter_file(info.key))}
+    """Return every lineage with a version, an adapter or a dataset in the store, or a work folder on this machine."""
+    found = set(Versions(store).lineages())
+    found |= {each.lineage for info in store.list(ADAPTERS) if (each := keys.parse_adapter_file(info.key))}
     datasets = [keys.parse_dataset_file(info.key) for info in store.list(DATASETS)]
     found |= {each.lineage for each in datasets if each}
     work = HomeSettings().home / "work"
@@ -240,22 +231,20 @@ def _without_answer(store: ObjectStore, lineage: str, now: datetime) -> set[str]
     return feedback_without_answer(store, HomeSettings().home, lineage, (now - FEEDBACK_AGE).timestamp())
 
 
-def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, lineage: str) -> Inventory:
+def look_at_lineage(store: ObjectStore, lineage: str) -> Inventory:
     """Return the inventory of a lineage.
 
     Raises:
-        RegistryError: The store has versions that the registry does not know, so the registry is the wrong one.
+        StoreError: The store does not answer, or a version, a promotion or a journal is damaged.
     """
-    versions = registry.versions(lineage)
-    require_registry_of(store, registry, lineage, versions)
     adapters: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in store.list(keys.adapters_folder(lineage)):
         if each := keys.parse_adapter_file(info.key):
             adapters[each.run].append(info)
     return Inventory(
         lineage=lineage,
-        versions=versions,
-        runs=list_runs(tracker, lineage),
+        versions=Versions(store).all(lineage),
+        runs=RunJournal(store).all(lineage),
         adapters={key: _folder(keys.adapter_uri(lineage, key), infos) for key, infos in adapters.items()},
         work={path.name: local_folder(path) for path in _work_folders(lineage)},
         training_rows=_training_rows(store, lineage),
@@ -268,50 +257,20 @@ def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]
     return tuple(_removal("", "temporary files", each, reason) for each in find_leftovers(store, now))
 
 
-def with_model_bytes(removal: Removal, remover: ArtifactRemover) -> Removal:
-    """Add the size of MLflow's copy of the adapter to a removal."""
-    if not removal.model_id:
-        return removal
-    return removal.model_copy(update={"num_bytes": removal.num_bytes + remover.model_bytes(removal.model_id)})
+def remove(store: ObjectStore, removal: Removal, now: datetime) -> None:
+    """Do one removal. The files go last: after an interruption, the next plan finds the removal again.
 
-
-def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: datetime) -> None:
-    """Do one removal. The store is last: after an interruption, the next plan finds the removal again there."""
+    MLflow's copy of an adapter is removed by `tasks.mlflow_mirror`, which the note about the removal tells.
+    """
     if Path(removal.address).is_absolute():
         remove_local(removal.address)
         return
     if removal.kind == "feedback without an answer":
         remove_feedback(store, HomeSettings().home, removal.lineage, _without_answer(store, removal.lineage, now))
         return
-    if removal.version and removal.model_id:
-        day = f"{now:%Y-%m-%d}"
-        remover.remove_model(removal.lineage, removal.version, removal.model_id, day)
-        VersionLog(store).note_removed(removal.lineage, removal.version, day)
+    if removal.version:
+        Versions(store).note_removed(removal.lineage, removal.version, f"{now:%Y-%m-%d}")
     store.delete(removal.address)
-
-
-def require_registry_of(store: ObjectStore, registry: Registry, lineage: str, versions: Sequence[VersionInfo]) -> None:
-    """Check that the registry knows every version that the store knows of. `versions` are those of the registry.
-
-    Raises:
-        RegistryError: It does not, so it is the wrong one, or has lost a version.
-    """
-    known, ledger = {version.run_key for version in versions}, Ledger(store)
-    lost = {
-        info.key: entry.version
-        for info in store.list(keys.ledger_folder(lineage))
-        if (entry := ledger.find(lineage, keys.file_name(info.key).removesuffix(".json"))) is not None
-        and entry.run_key not in known
-    }
-    for number in sorted(VersionLog(store).numbers(lineage) - {int(version.version) for version in versions}):
-        lost[keys.version_key(lineage, number)] = str(number)
-    if lost:
-        key, version = next(iter(lost.items()))
-        raise RegistryError(
-            f"The store knows version {version} of '{lineage}', which MLflow at {without_secrets(registry.uri)} does "
-            "not know; nothing of the lineage was removed. Check MLFLOW_TRACKING_URI and DEAL_STORE_URI; if the "
-            f"version was deleted in MLflow, delete {store.uri_of(key)} too."
-        )
 
 
 def _training_rows(store: ObjectStore, lineage: str) -> list[Folder]:

@@ -1,8 +1,8 @@
 """Read the files of a version in the store, and check the copy of its adapter.
 
 An error names the damaged file, its version, and what still works. A version has a digest for each file of its adapter
-(`files_sha256`): the files that the caller reads are compared. An adapter that is not registered yet, or whose version
-lost these digests, has one digest of all files together.
+(`files_sha256`): the files that the caller reads are compared. An adapter that is not registered yet has one digest of
+all files together.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from infra.tracking.facts import VersionInfo, files_tag
-from infra.version_log import VersionLog
 from safetensors import SafetensorError, safe_open
 
 from deal_core.adapter.files import (
@@ -27,20 +24,16 @@ from deal_core.adapter.files import (
     Recorded,
     as_recorded,
     digests_of,
-    find_damage,
     require_undamaged,
 )
 from deal_core.errors import DealError, StoreError
-from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
-from tasks.references import AdapterRef, VersionRef
+from infra.versions import Version, Versions
+from tasks.references import AdapterRef
 
-if TYPE_CHECKING:
-    from infra.tracking.registry import Registry
-
-Adapter = AdapterRef | VersionRef | VersionInfo
+Adapter = AdapterRef | Version
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that safetensors reads."""
@@ -133,32 +126,29 @@ def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
     """Name of a file of this adapter with its version, and the remedy for a damaged file."""
     lineage = lineage_of(adapter_uri)
     restore, history = "Restore it from a backup of the store.", f"deal history --lineage {lineage}"
-    number, is_champion = _number_of(store, lineage, adapter_uri)
-    if number is None:
+    version = _version_with(store, lineage, adapter_uri)
+    if version is None:
         others = "Other versions work without it"
         return f"a file of an adapter of '{lineage}'", f"{restore} {others}; {history} lists them."
-    if is_champion:
+    if "champion" in version.aliases:
         return (
-            f"a file of version {number}, champion of '{lineage}'",
+            f"a file of version {version.version}, champion of '{lineage}'",
             f"{restore} Other versions still work: go back to one with deal rollback --to N --lineage {lineage}, or "
             f"ask one with deal predict --version N; {history} lists them.",
         )
     return (
-        f"a file of version {number} of '{lineage}'",
+        f"a file of version {version.version} of '{lineage}'",
         f"{restore} The champion, the other versions and {history} work without it.",
     )
 
 
-def _number_of(store: ObjectStore, lineage: str, adapter_uri: str) -> tuple[str | None, bool]:
-    """The number of an adapter's version, and whether the version is champion."""
-    log = VersionLog(store)
+def _version_with(store: ObjectStore, lineage: str, adapter_uri: str) -> Version | None:
+    """The version with an adapter; None: none has it, or the versions cannot be read."""
     try:
-        stored = [log.read(lineage, number) for number in log.numbers(lineage)]
-        last = PromotionLog(store).last(lineage)
+        versions = Versions(store).all(lineage)
     except DealError:
-        return None, False
-    found = next((each.version for each in stored if each.facts.adapter_uri == adapter_uri), None)
-    return found, found is not None and last is not None and last.champion == found
+        return None
+    return next((version for version in versions if version.adapter_uri == adapter_uri), None)
 
 
 @contextmanager
@@ -195,7 +185,7 @@ def borrowed_adapter(store: ObjectStore, adapter: Adapter, *, with_method: bool 
 
 
 @contextmanager
-def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[Path | None]:
+def borrowed_parent(store: ObjectStore, parent: Version | None) -> Iterator[Path | None]:
     """Do the same as `borrowed_adapter` for a parent, with the method's state. Without a parent, give None."""
     if parent is None:
         yield None
@@ -217,25 +207,21 @@ def require_recorded(store: ObjectStore, adapter: Adapter, folder: Path, *, with
 
 
 @contextmanager
-def replacing(store: ObjectStore, registry: Registry, version: VersionInfo, folder: Path) -> Iterator[None]:
+def replacing(store: ObjectStore, version: Version, folder: Path) -> Iterator[None]:
     """Record the digests of the files in `folder`, while the block puts these files in place of a version's files.
 
     During the block, both the old and the new digest of a file are valid. Afterwards only the new digest is valid. A
     file that was damaged before keeps its recorded digest, so that the damage stays visible.
     """
-    recorded = _recorded_of(version)
+    recorded = version.files_sha256
     with borrowed_folder(store, version.adapter_uri) as old:
         found = digests_of(old)
-    if TOGETHER in recorded and not find_damage(found, recorded):
-        recorded = as_recorded(found)
     new = {name: sha256 for name, sha256 in digests_of(folder).items() if found.get(name) in recorded.get(name, ())}
     between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
-    registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(between)})
+    versions = Versions(store)
+    versions.note_files(version, between)
     yield
-    after = {**recorded, **as_recorded(new)}
-    registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(after)})
-    if now := registry.version(version.lineage, version.version):
-        VersionLog(store).keep(now)
+    versions.note_files(version, {**recorded, **as_recorded(new)})
 
 
 def remedy_for(adapter: Adapter) -> str:
@@ -250,7 +236,7 @@ def remedy_for(adapter: Adapter) -> str:
 def _recorded_of(adapter: Adapter) -> Recorded:
     if isinstance(adapter, AdapterRef):
         return {TOGETHER: (adapter.sha256,)}
-    return adapter.files_sha256 or {TOGETHER: (adapter.adapter_sha256,)}
+    return adapter.files_sha256
 
 
 def _uri_of(adapter: Adapter) -> str:
