@@ -22,7 +22,6 @@ from infra.predictions import FEEDBACK_SCHEMA, feedback_log, read_predictions
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import inbox_folder
-from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.inbox import task_spec
 from tasks.lineage.history import find_version
@@ -180,7 +179,7 @@ def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
     Raises:
         RegistryError: The lineage has no champion.
     """
-    record = read_record(store, find_version(open_registry(), lineage, None).adapter_uri)
+    record = read_record(store, find_version(store, lineage, None).adapter_uri)
     schemas = [known.schema for known in record.tasks]
     return {
         each.name: each.with_labels(added_labels(store, lineage, each.name)) if each.labels else each
