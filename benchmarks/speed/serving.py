@@ -9,9 +9,9 @@ Two versions are learned from tests/data/examples, `deal serve` is started, and 
 moves: does a request fail, and is every answer its version's? The clients ask for two minutes while the champion moves
 back (a rollback) and forth. An answer is right if it is what the version that it names gives when it is asked alone,
 and if no request that was sent after a version took over is answered by the one before. A move takes the time from its
-entry in the promotion log to the first answer of the new version. Memory is that of the server and its children, with shared pages counted
-once. The base model is in fp32: in bf16 the rounding of a batch tips answers that hang in the balance, so that "what it
-gives alone" is no exact measure.
+entry in the promotion log to the first answer of the new version. Memory is that of the server and its children, with
+shared pages counted once. The base model is in fp32: in bf16 the rounding of a batch tips answers that hang in the
+balance, so that "what it gives alone" is no exact measure.
 
 log: requests per second with the prediction log against without it. Two servers of one version run side by side, one
 without a log and one that keeps texts. The clients ask one of them at a time, in turns of a few seconds, so that both

@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from mlflow import MlflowClient
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from benchmarks.output import DEAL, RESULTS, Out, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
+from infra.settings import TrackingSettings
 from infra.store.local import FileStore
+from infra.tracking.client import open_client
 from infra.versions import Versions
 from tasks.arrival_runs import ARRIVAL_LANDED
 
@@ -131,7 +132,8 @@ async def land(home: Path, stack: Mapping[str, Any], lineage: str, name: str, te
             if DONE in seen:
                 break
     run_key = Versions(FileStore(home / "store")).all(lineage)[-1].run_key
-    client = MlflowClient(stack["mlflow_url"])  # the store's curve of losses has no times
+    settings = TrackingSettings.model_validate({"home": home, "tracking_uri": stack["mlflow_url"]})
+    client = open_client(settings)  # the store's curve of losses has no times
     experiments = [each.experiment_id for each in client.search_experiments()]
     (run,) = client.search_runs(experiments, f"tags.`deal.run_key` = '{run_key}'")
     losses = client.get_metric_history(run.info.run_id, "train/loss")
