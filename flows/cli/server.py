@@ -121,8 +121,8 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     shown += [f"  [yellow]•[/] {escape(line)}" for line in rejected]
     behind = {each.lineage: len(each.mlflow_waiting) for each in status.lineages if each.mlflow_waiting}
     shown += [
-        f"  {escape(name)}: MLflow lacks {count} {'entry' if count == 1 else 'entries'}; the next run or deal server sync "
-        "writes what is missing"
+        f"  {escape(name)}: MLflow lacks {count} {'entry' if count == 1 else 'entries'}; the next run or deal server "
+        "sync writes what is missing"
         for name, count in behind.items()
     ]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
