@@ -42,6 +42,7 @@ from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
+from infra.versions import Version, Versions
 from tasks.adaptation.frozen_rows import spared_texts
 from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.context import current_store
@@ -49,9 +50,7 @@ from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, 
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.version_files import borrowed_parent
-from tasks.references import VersionRef
 from tasks.spec import AdaptSpec
-from tasks.validate import known_champion
 
 OnProgress = Callable[[str], None]
 NUM_PROBE_STEPS = 3
@@ -108,7 +107,7 @@ class _Run:
     source: str
     base: BaseConfig
     precision: Literal["bf16", "fp32"]
-    champion: VersionRef | None
+    champion: Version | None
     rank: int
     setup: TrainingSetup
     old_texts: Sequence[TaskTexts] = ()
@@ -159,7 +158,8 @@ def plan(
         ConfigError: The config of the base model cannot be read, or a setting does not fit.
         DataValidationError: The whole file is refused.
     """
-    store, arrival, champion = current_store(), arrival_of(spec), known_champion(spec.lineage)
+    store, arrival = current_store(), arrival_of(spec)
+    champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     spec = with_memory_of(spec, record)
     on_progress("reading the base model's config")

@@ -10,8 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infra.tracking.database import open_reader
-from infra.tracking.facts import VersionInfo, require_through_gate
 from pydantic import BaseModel
 
 from deal_core.adapter.state import adapter_on
@@ -25,12 +23,12 @@ from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
 from deal_core.evaluation.generation import GivenAnswer, answer_task, first_answer_logits
 from infra.settings import HomeSettings
+from infra.versions import Version
 from tasks.adaptation.model_card import served_task
 from tasks.base import lend_base
 from tasks.context import current_store, only_process
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
-from tasks.lineage.settings import asks_for_alias_moves
 from tasks.lineage.version_files import borrowed_adapter
 
 NUM_TOKENS = 5
@@ -69,10 +67,10 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     Raises:
         ConfigError: The lineage does not know the task, or the text does not fit the task's format.
         IntegrityError: The version's adapter is damaged.
-        RegistryError: The lineage has no such version, or no champion that may serve.
+        RegistryError: The lineage has no such version, or no champion.
     """
     store = current_store()
-    info = choose_version(lineage, version)
+    info = find_version(store, lineage, version)
     record = read_record(store, info.adapter_uri)
     known = choose_task(record, task)
     text = served_task(known).readable(text, "The question")
@@ -97,32 +95,6 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     )
 
 
-def choose_version(lineage: str, number: str | None) -> VersionInfo:
-    """Return the version of that number; None: the champion.
-
-    Raises:
-        RegistryError: There is no such version, or the alias champion was moved by hand to a version that did not pass
-            its gate.
-    """
-    registry = open_reader()
-    if number is not None:
-        return find_version(registry, lineage, number)
-    info = _settled_champion(lineage) or find_version(registry, lineage, None)
-    require_through_gate(info)
-    return info
-
-
-def _settled_champion(lineage: str) -> VersionInfo | None:
-    """Return the champion of a lineage where a move of the alias only asks; None: another lineage, or no champion."""
-    if not asks_for_alias_moves(current_store(), lineage):
-        return None
-    from infra.tracking.registry import open_registry  # settling may write, which needs MLflow and Prefect
-
-    from tasks.adaptation.promote import settled_champion
-
-    return settled_champion(open_registry(), current_store(), lineage)
-
-
 class FileAnswers(BaseModel, frozen=True):
     """A file and its answers."""
 
@@ -144,7 +116,7 @@ class FileAnswers(BaseModel, frozen=True):
 class Asked(NamedTuple):
     """The version that answers, and the task."""
 
-    info: VersionInfo
+    info: Version
     record: LineageRecord
     known: KnownTask
 
@@ -178,14 +150,15 @@ def predict_file(
         ConfigError: The lineage does not know the task, or an unfinished output has other settings.
         DataValidationError: The file cannot be read.
         IntegrityError: The version's adapter is damaged.
-        RegistryError: The lineage has no such version, or no champion that may serve.
+        RegistryError: The lineage has no such version, or no champion.
     """
     started = time.perf_counter()
     output = Path(os.path.realpath(out or _default_output(data)))
     output_kind(output)
     survey = survey_rows(data)
-    info = choose_version(lineage, version)
-    record = read_record(current_store(), info.adapter_uri)
+    store = current_store()
+    info = find_version(store, lineage, version)
+    record = read_record(store, info.adapter_uri)
     asked = Asked(info, record, choose_task(record, task))
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
     files = AnswerFiles(output, survey.types, own_names(survey.types))

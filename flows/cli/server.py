@@ -120,6 +120,12 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     shown += [f"  {escape(f'{each.lineage} rollout: {each.rollout}')}" for each in status.lineages if each.rollout]
     rejected = [f"{each.lineage}: {each.rejected}" for each in status.lineages if each.rejected]
     shown += [f"  [yellow]•[/] {escape(line)}" for line in rejected]
+    behind = {each.lineage: len(each.mlflow_waiting) for each in status.lineages if each.mlflow_waiting}
+    shown += [
+        f"  {escape(name)}: MLflow lacks {count} {'entry' if count == 1 else 'entries'}; the next run or deal server "
+        "sync writes what is missing"
+        for name, count in behind.items()
+    ]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
     shown += [line for each in status.lineages for line in show_held(each.lineage, each.held_arrivals)]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]

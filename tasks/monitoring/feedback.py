@@ -180,7 +180,7 @@ def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
     Raises:
         RegistryError: The lineage has no champion.
     """
-    record = read_record(store, find_version(open_registry(), lineage, None).adapter_uri)
+    record = read_record(store, find_version(store, lineage, None).adapter_uri)
     schemas = [known.schema for known in record.tasks]
     return {
         each.name: each.with_labels(added_labels(store, lineage, each.name)) if each.labels else each

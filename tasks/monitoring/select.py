@@ -32,9 +32,10 @@ from infra.predictions import feedback_ids, read_predictions
 from infra.settings import HomeSettings
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import task_inputs
+from tasks.lineage.history import find_version
 from tasks.lineage.record import choose_task, read_record
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns, said_columns
-from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version, counting
+from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, counting
 
 CHAMPION_ANSWER = "champion_answer"
 """The column with the champion's answer. Neither ingest nor feedback reads it."""
@@ -91,13 +92,14 @@ def select_to_label(
     Raises:
         ConfigError: There is nothing to choose from, the file exists, or an argument is not valid.
         DataValidationError: `data` cannot be read.
-        RegistryError: The lineage has no champion that may serve.
+        RegistryError: The lineage has no champion.
     """
     output = out or Path(f"{task}-to-label.csv")
     if output.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"The texts would go to {output.name}; give a name that ends in .csv or .jsonl.")
     _require_new(output)
-    store, info = current_store(), choose_version(lineage, None)
+    store = current_store()
+    info = find_version(store, lineage, None)
     record = read_record(store, info.adapter_uri)
     asked = Asked(info, record, choose_task(record, task))
     schema = as_landed(store, asked.known.schema)
