@@ -6,6 +6,7 @@ can be repeated, so MLflow may be away, or its database lost, at any time.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -354,20 +355,28 @@ def _write_report(store: ObjectStore, tracked: TrackedRun, version: Version) -> 
     tracked.log_text(PAGE_FILE, page)
 
 
-def renew_page(store: ObjectStore, version: Version, live: LiveLook) -> None:
-    """Keep a look at a version's live traffic with its report, and write its page into MLflow again.
+def write_look(
+    store: ObjectStore, version: Version, live: LiveLook, metrics: Mapping[str, float | None], look: int
+) -> None:
+    """Keep a look at a version's live traffic with its report, and write its figures and its page into MLflow.
 
-    A version without a report gets no page: its run was not completed, or its arrival was forgotten. An error of MLflow
-    is logged.
+    The figures are in a run of their own, one step a look. A version without a report gets no page: its run was not
+    completed, or its arrival was forgotten. An error of MLflow is logged.
     """
+    from infra.tracking.client import KIND
+
     write_report(store, version, LIVE_FILE, live.to_json())
+    key = hashlib.sha256(f"monitor {version.run_key}".encode()).hexdigest()
+    tags = {KIND: "monitor", "deal.version": version.version}
     try:
-        _, page = read_page(store, version)
-        run = _open().find(version.lineage, version.run_key)
-        if run is not None:
-            run.log_text(PAGE_FILE, page)
+        tracker = _open()
+        with tracker.start(version.lineage, key, name=f"monitor version {version.version}", tags=tags) as run:
+            run.log_metrics(metrics, step=look)
+        own = tracker.find(version.lineage, version.run_key)
+        if own is not None:
+            own.log_text(PAGE_FILE, read_page(store, version)[1])
     except DealError as error:
-        logger.warning("The page of version %s is not renewed in MLflow: %s", version.version, in_one_line(error))
+        logger.warning("MLflow lacks a look at version %s: %s", version.version, in_one_line(error))
 
 
 def _write_served_folder(store: ObjectStore, adapter: Path, target: Path, version: Version, run_id: str) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from infra.tracking.registry import open_registry
 from pydantic import BaseModel
 
 from deal_core.data.reading.readers import read_rows

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
 from pydantic import BaseModel
 
-from deal_core.errors import ConfigError, RegistryError, StoreError
+from deal_core.errors import ConfigError, StoreError
 from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
 from infra.predictions import read_feedback
-from infra.report.run_report import LIVE_FILE
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
-from infra.tracking.client import KIND
-from infra.tracking.tracker import open_tracker
 from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
-from tasks.lineage.reports import write_report
 from tasks.lineage.settings import monitor_settings
+from tasks.mlflow_mirror import write_look
 from tasks.monitoring.rows import logged_rows, read_frame, read_reference, rows_of_file, with_texts, write_frame
 from tasks.monitoring.state import OpenAlarm, next_state, read_monitor_state, write_monitor_state
 from tasks.notices import Notice, announce
@@ -57,8 +51,6 @@ class MonitorResult(BaseModel, frozen=True):
     """All open alarms."""
     new_alarms: tuple[OpenAlarm, ...] = ()
     """Those that this look has announced."""
-    tracking_id: str | None = None
-    """The MLflow run with the figures of all looks at this version; None: nothing was compared, or MLflow is away."""
 
 
 def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
@@ -122,8 +114,7 @@ def _note(store: ObjectStore, info: Version, found: MonitorResult, report: Drift
     now = datetime.now(UTC)
     state, new = next_state(read_monitor_state(store, info.lineage), info.lineage, info.version, report, now)
     live = LiveLook(lineage=info.lineage, version=info.version, looked=state.looked, drift=report)
-    write_report(store, info, LIVE_FILE, live.to_json())
-    tracking_id = _track(info, report, state.num_looks)
+    write_look(store, info, live, metrics_of(report), state.num_looks)
     for alarm in new:
         notice = Notice.of(
             info,
@@ -134,23 +125,7 @@ def _note(store: ObjectStore, info: Version, found: MonitorResult, report: Drift
         announce(alarm.kind, notice, once=alarm.identity(info.version))
     write_monitor_state(store, state)
     _drop_old_baselines(store, info)
-    return found.model_copy(update={"alarms": state.alarms, "new_alarms": new, "tracking_id": tracking_id})
-
-
-def _track(info: Version, report: DriftReport, look: int) -> str | None:
-    """Log the figures to the version's monitoring run in MLflow, one step a look; return the run's id.
-
-    MLflow is a mirror: if it is away, the figures of this look are not in it, and the look counts.
-    """
-    key = hashlib.sha256(f"monitor {info.run_key}".encode()).hexdigest()
-    tags = {KIND: "monitor", "deal.version": info.version}
-    try:
-        with open_tracker().start(info.lineage, key, name=f"monitor version {info.version}", tags=tags) as run:
-            run.log_metrics(metrics_of(report), step=look)
-    except RegistryError as error:
-        logger.warning("The figures of this look are not in MLflow: %s", error)
-        return None
-    return str(run.run_id)
+    return found.model_copy(update={"alarms": state.alarms, "new_alarms": new})
 
 
 def metrics_of(report: DriftReport) -> dict[str, float | None]:

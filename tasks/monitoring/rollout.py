@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from infra.tracking.registry import open_registry
 from pydantic import BaseModel
 
 from deal_core.errors import RegistryError
