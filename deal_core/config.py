@@ -69,8 +69,6 @@ LATER: dict[str, dict[str, Any]] = {
     "gate": {
         "max_old_slice_drop_points": None,
         "alias_moves": "follow",
-        "judge": "none",
-        "max_judged_rows": 100,
         "rollout": "none",
         "rollout_share": None,
         "rollout_rows": 200,

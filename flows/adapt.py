@@ -19,7 +19,6 @@ from infra.disk import disk_full
 from tasks.adaptation import run as runs
 from tasks.adaptation.evaluate import evaluate_version, score_arrival
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
-from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import report_run
@@ -126,7 +125,6 @@ async def learn_arrival(spec: AdaptSpec, again: bool, retrain: RetrainPolicy = A
 
 async def _prepare_and_learn(spec: AdaptSpec, again: bool, retrain: RetrainPolicy) -> AdaptResult:
     """Run the stages of an adaptation."""
-    require_judge(spec.gate)
     stages = Stages()
     parent = await stages.run("parent", find_parent, spec.lineage)
     record = read_record(current_store(), parent.adapter_uri) if parent else None
@@ -214,9 +212,6 @@ async def _train_to_report(spec: AdaptSpec, job: AdaptationJob, stages: Stages) 
     )
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     _say(report.notes[len(said) :])
-    if spec.gate.judge != "none" and parent is not None:
-        report = await stages.run("judge", judge_version, report, parent, trained.adapter, dataset, spec.gate)
-        stages.done("judge", _describe_judged(report))
     decision = await stages.run("gate", decide, report, spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     _say(decision.notes)
@@ -258,14 +253,6 @@ def _describe_dataset(dataset: DatasetRef) -> str:
     rejected = f", {dataset.num_rejected} in quarantine" if dataset.num_rejected else ""
     gained = f", new labels: {listed(dataset.new_labels)}" if dataset.new_labels else ""
     return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}{gained}"
-
-
-def _describe_judged(report: EvaluationReport) -> str:
-    said = []
-    for name, each in report.judged.items():
-        missing = f", {each.num_missing} without a verdict" if each.num_missing else ""
-        said.append(f"{name} {each.num_won} better, {each.num_lost} worse{missing}")
-    return "; ".join(said) or "nothing"
 
 
 def _describe_training(summary: TrainSummary) -> str:
