@@ -54,14 +54,12 @@ class AdapterConfig:
 
 Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
-ReportTool = Literal["tensorboard", "wandb", "trackio"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {
         "quantize": "none",
         "schedule": "constant",
         "min_steps": 0,
         "balance_labels": False,
-        "report_to": (),
         "preference_beta": 0.1,
         "preference_learning_rate": 3e-4,
         "recentre_steps": 0,
@@ -117,7 +115,7 @@ def without_removed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in removed or value != removed[name]}
 
 
-NOT_DECIDING = ("num_processes", "report_to")
+NOT_DECIDING = ("num_processes",)
 """Settings of the training that do not change its result."""
 
 
@@ -167,8 +165,6 @@ class TrainConfig:
     """Processes that share every micro-batch, one per device. The result differs only by rounding."""
     quantize: Quantize = "none"
     """Precision of the frozen base model's linear layers: 8bit and 4bit (NF4) need CUDA and bitsandbytes."""
-    report_to: tuple[ReportTool, ...] = ()
-    """Tools that get the loss and the rate of every step, in addition to MLflow. They must be installed."""
 
     def __post_init__(self) -> None:
         require(

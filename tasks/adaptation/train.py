@@ -54,7 +54,6 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
 
     Raises:
         AdapterStateError: The parent's adapter does not fit the base model.
-        ConfigError: A tool of `train.report_to` is not installed.
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
@@ -161,21 +160,15 @@ def _old_texts(store: ObjectStore, job: AdaptationJob, setup: TrainingSetup, fol
 
 def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainingSetup:
     from deal_core.training.train import TrainingSetup
-    from deal_core.training.trainer import Reporting, require_installed
 
-    require_installed(train.report_to)  # before the base model is loaded
-    run, task = job.run, read_manifest(store, job.dataset.uri).task
-    folder = HomeSettings().home / "tensorboard" / run.lineage / run.short_key
-    reporting = Reporting(project=run.lineage, run=f"{run.lineage}-{task.name}-{run.short_key}", folder=folder)
     old_tasks = read_record(store, job.parent.adapter_uri).tasks if job.parent else ()
     return TrainingSetup(
-        task=task,
+        task=read_manifest(store, job.dataset.uri).task,
         old_tasks=tuple(known.schema for known in old_tasks),
         strategy=job.strategy,
         adapter=job.adapter,
         method=method,
         train=train,
-        reporting=reporting if train.report_to else None,
     )
 
 

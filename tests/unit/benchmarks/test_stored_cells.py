@@ -23,7 +23,7 @@ def test_a_stored_cell_says_every_setting_of_its_training(folder: str) -> None:
     for cell in cells:
         settings = cell["settings"]
         assert settings["schema_version"] == 3 and settings["revision"] >= 1 and settings["scoring"] == "generated"
-        assert {*asdict(TrainConfig())} - {"num_processes", "report_to"} <= {*settings["train"]}
+        assert {*asdict(TrainConfig())} - {"num_processes"} <= {*settings["train"]}
 
 
 def test_what_an_old_cell_left_out_is_what_it_was_then() -> None:
