@@ -216,8 +216,6 @@ def check_metric(metric: str) -> str:
 class EvaluateConfig:
     """How answers are generated and scored."""
 
-    max_batch_tokens: Annotated[Count, Field(ge=64)] = 4096
-    """Prompt tokens per batch, padding included."""
     max_new_tokens: Count = 50
     """Longest generated answer."""
     max_old_rows: Count = 5000
