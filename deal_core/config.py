@@ -58,7 +58,6 @@ LATER: dict[str, dict[str, Any]] = {
     "train": {
         "quantize": "none",
         "schedule": "constant",
-        "min_steps": 0,
         "balance_labels": False,
         "preference_beta": 0.1,
         "preference_learning_rate": 3e-4,
@@ -129,10 +128,8 @@ class TrainConfig:
     """Course of the learning rate: it falls linearly to zero at the last step, or it stays constant."""
     num_epochs: Count = 3
     """Passes over the training rows. One pass over 150 rows is 19 steps, which are too few."""
-    min_steps: CountOrZero = 0
-    """Fewest optimiser steps: a task with few rows is passed over more often than num_epochs says."""
     max_steps: Count | None = None
-    """Optimiser steps; a value here replaces num_epochs and min_steps."""
+    """Optimiser steps; a value here replaces num_epochs."""
     batch_size: Count = 8
     """Rows per micro-batch, summed over all processes."""
     gradient_accumulation_steps: Count = 1
@@ -147,8 +144,6 @@ class TrainConfig:
     """Optimiser steps between checkpoints; 0 keeps none."""
     gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass: less memory, more time."""
-    group_by_length: Flag = True
-    """Fill batches with rows of similar length."""
     balance_labels: Flag = True
     """Give every batch the labels in the shares that they have among all rows. Free answers count as labels if each of
     them stands in four rows on average."""
@@ -180,7 +175,7 @@ class TrainConfig:
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps for a task with `num_rows` training rows."""
         rows_per_step = self.batch_size * self.gradient_accumulation_steps
-        return self.max_steps or max(math.ceil(num_rows / rows_per_step) * self.num_epochs, self.min_steps)
+        return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
 
 
 MIN_JUDGING_ROWS = 50

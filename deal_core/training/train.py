@@ -209,7 +209,6 @@ def _make_trainer(
         data_collator=PairCollator(collate) if task.learns_preferences else collate,
         strategy=learner,
         objective=_objective(setup),
-        group_by_length=train.group_by_length,
         balance_labels=train.balance_labels and _are_labels(task, context.encoded),
     )
 

@@ -91,7 +91,6 @@ class AdapterTrainer(Trainer):
         train_dataset: Dataset,
         strategy: Strategy,
         objective: Objective,
-        group_by_length: bool,
         balance_labels: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -104,7 +103,6 @@ class AdapterTrainer(Trainer):
             raise ConfigError("fp16 with loss scaling cannot train this method; use bf16 or fp32.")
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
-        self._group_by_length = group_by_length
         self._objective = objective
         # compute_loss gives a sum divided by the weight of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
@@ -133,7 +131,6 @@ class AdapterTrainer(Trainer):
             self._lengths,
             self.args.train_batch_size * num_processes,
             self.args.seed,
-            group_by_length=self._group_by_length,
             labels=self._labels,
             blank=num_rows if num_processes > 1 else None,
         )
