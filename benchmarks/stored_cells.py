@@ -46,10 +46,12 @@ ALWAYS_THE_SAME: dict[str, Any] = {
 }
 """Settings of methods that exist no more, with the value that means today's method."""
 GONE_FROM_TRAINING = {"prompt_loss_weight": 0.0}
+FIXED: dict[str, Any] = {"min_steps": 0, "group_by_length": True}
+"""Settings of the training that exist no more, with what a training does since then: its cells do not say them."""
 
 
 def read_stored_cells(folder: Path) -> list[CellJson]:
-    """Return every cell of a folder in the form of version 3.
+    """Return every cell of a folder in the form of version 3, with the settings FIXED.
 
     Raises:
         DataValidationError: A cell has another schema version.
@@ -60,7 +62,9 @@ def read_stored_cells(folder: Path) -> list[CellJson]:
         version = cell["settings"]["schema_version"]
         if version not in (2, SCHEMA_VERSION):
             raise DataValidationError(f"{path} has schema version {version}; versions 2 and {SCHEMA_VERSION} are read.")
-        cells.append({**cell, "settings": in_full(cell["settings"])} if version == 2 else cell)
+        settings = in_full(cell["settings"]) if version == 2 else cell["settings"]
+        train = settings["train"] | {name: value for name, value in FIXED.items() if name not in settings["train"]}
+        cells.append({**cell, "settings": {**settings, "train": train}})
     return cells
 
 

@@ -321,7 +321,7 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
     where = ".".join(shorten(str(part)) for part in location) or "spec"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(model, problem["loc"][:-1])
-        return f"unknown key '{where}'" + (f" (known: {', '.join(known)})" if known else "; remove it")
+        return f"unknown key '{where}'; remove it" + (f", or give one of {', '.join(known)}" if known else "")
     if problem["type"] == "missing":
         return f"key '{where}' is missing; add it"
     if problem["type"] == "string_pattern_mismatch":

@@ -1,7 +1,7 @@
 """Selection: which rows of an arrival are trained on. It comes before the strategy, so every strategy heeds it.
 
 Another package adds a score with an entry point in the group GROUP: its name is the score's name, its value the class.
-`deal_core.selection.conformance` checks such a class. Nothing is imported before a score is used.
+Nothing is imported before a score is used.
 """
 
 from __future__ import annotations

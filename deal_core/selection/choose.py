@@ -24,7 +24,7 @@ from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
-from deal_core.errors import AdapterStateError
+from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation.generation import counting
 from deal_core.evaluation.likelihood import MeasuredAnswers, measure
 from deal_core.method_config import SelectionConfig
@@ -79,7 +79,7 @@ def choose_rows(
     with the number of rows that the model has read, and the number that it will read.
 
     Raises:
-        ConfigError: The score is not known or cannot be used.
+        ConfigError: The score is not known or cannot be used, or it returns something else than a number for each row.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     key = _key(rows, setup, parent_folder)
@@ -145,6 +145,12 @@ class _Choosing:
             candidates = [row for row in looked_at if row not in left_out]
             measured = self._measure(candidates) if self._measures else None
             scores_N = self._score().score(self._candidates(candidates, measured))
+            num_finite = int(scores_N.isfinite().sum())
+            if scores_N.shape != (len(candidates),) or num_finite < len(candidates):
+                raise ConfigError(
+                    f"The score {self._score.name!r} returned {num_finite} finite numbers in the shape "
+                    f"{tuple(scores_N.shape)} for {len(candidates)} rows; correct it to return one for each row."
+                )
             chosen = self._pick(scores_N, candidates, self._budget, self._config, PICK)
             notes = [*self._about_choice(chosen), *self._about_measured(chosen, candidates, measured)]
         if self._config.noise != "none":

@@ -140,21 +140,14 @@ def _old_texts(store: ObjectStore, job: AdaptationRun, setup: TrainingSetup, fol
 
 def _setup(job: AdaptationRun) -> TrainingSetup:
     from deal_core.training.train import TrainingSetup
-    from deal_core.training.trainer import Reporting, require_installed
 
-    train = job.spec.train
-    require_installed(train.report_to)  # before the base model is loaded
-    folder = HomeSettings().home / "tensorboard" / job.lineage / job.run.short_key
-    name = f"{job.lineage}-{job.schema.name}-{job.run.short_key}"
-    reporting = Reporting(project=job.lineage, run=name, folder=folder)
     return TrainingSetup(
         task=job.schema,
         old_tasks=tuple(known.schema for known in job.record.tasks) if job.record else (),
         strategy=job.strategy,
         adapter=job.adapter,
         method=job.spec.method,
-        train=train,
-        reporting=reporting if train.report_to else None,
+        train=job.spec.train,
     )
 
 

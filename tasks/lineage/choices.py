@@ -92,7 +92,6 @@ SAME_RESULT = {
     "data.include_texts",
     "data.retain_training_rows",
     "train.num_processes",
-    "train.report_to",
     "train.checkpoint_steps",
 }
 """Settings that such a note leaves out: they change no version. What `memory` stands for is left out too."""

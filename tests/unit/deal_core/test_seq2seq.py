@@ -149,7 +149,7 @@ def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
 def test_log_probabilities_of_labels_are_those_of_single_rows(base):
     labelled = TaskSchema(name="shades", labels=("red", "a very light blue"), instruction="Which shade is it?")
     texts = ["rose", "the sea on a day without wind"]
-    found = label_log_probs(base.model, base.tokenizer, labelled, texts, EvaluateConfig(), max_prompt_tokens=64)
+    found = label_log_probs(base.model, base.tokenizer, labelled, texts, max_prompt_tokens=64)
     collate = AnswerCollator(base.tokenizer, is_seq2seq=True)
     for row, text in enumerate(texts):
         for column, label in enumerate(labelled.labels):

@@ -56,9 +56,18 @@ def test_a_base_that_is_no_path_stays_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("train: {learning_rat: 1}\ntask: {name: t, data: x}", "unknown key 'train.learning_rat' (known: learning"),
-        ("lineages: x\ntask: {name: t, data: x}", "unknown key 'lineages' (known: schema_version, lineage"),
-        ("task: {name: t, data: x, lables: [a]}", "unknown key 'task.lables' (known: format, labels"),
+        (
+            "train: {learning_rat: 1}\ntask: {name: t, data: x}",
+            "unknown key 'train.learning_rat'; remove it, or give one of learning",
+        ),
+        (
+            "lineages: x\ntask: {name: t, data: x}",
+            "unknown key 'lineages'; remove it, or give one of schema_version, lineage",
+        ),
+        (
+            "task: {name: t, data: x, lables: [a]}",
+            "unknown key 'task.lables'; remove it, or give one of format, labels",
+        ),
         ("task: {name: t}", "key 'task.data' is missing"),
         ("task: {name: ../t, data: x}", "'task.name' is '../t'"),
         ("lineage: a/b\ntask: {name: t, data: x}", "'lineage' is 'a/b'"),
@@ -76,6 +85,25 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, expected: 
     assert expected in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("gate", "judge", "veto"),
+        ("gate", "max_judged_rows", 100),
+        ("train", "report_to", "[tensorboard]"),
+        ("train", "min_steps", 0),
+        ("train", "group_by_length", "true"),
+        ("evaluate", "max_batch_tokens", 4096),
+    ],
+)
+def test_a_setting_that_is_gone_is_refused_with_what_to_do(tmp_path: Path, part: str, name: str, value: object) -> None:
+    path = write(tmp_path / "s.yaml", f"{part}: {{{name}: {value}}}\ntask: {{name: t, data: x}}\n")
+    with pytest.raises(
+        ConfigError, match=rf"s\.yaml: unknown key '{part}\.{name}'; remove it, or give one of \w+, \w+"
+    ):
+        read_spec(path)
 
 
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:

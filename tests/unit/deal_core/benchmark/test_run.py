@@ -20,7 +20,7 @@ from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.run import HEADS, CellRun, answer_by_head, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import score_answers
@@ -125,7 +125,6 @@ def test_a_cell_keeps_the_answers_and_the_log_probability_of_every_label(run, ba
         base.tokenizer,
         TASKS["colours"].schema,
         [row["input"] for row in rows],
-        EvaluateConfig(),
         max_prompt_tokens=TRAIN.max_prompt_tokens,
     )
     torch.testing.assert_close(torch.tensor(kept.log_probs_NL).float(), expected, atol=0, rtol=1e-3)
@@ -160,9 +159,7 @@ def test_the_versions_of_a_finished_cell_can_be_kept(run, base, tmp_path):
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["0", "1"]
     with adapter_on(base.model, tmp_path / "kept" / "1") as model:
         texts = [row["input"] for row in TASKS["sizes"].part("reported")]
-        found = label_log_probs(
-            model, base.tokenizer, TASKS["sizes"].schema, texts, EvaluateConfig(), max_prompt_tokens=64
-        )
+        found = label_log_probs(model, base.tokenizer, TASKS["sizes"].schema, texts, max_prompt_tokens=64)
     kept = unpack_answers(final_scores(result)["sizes"]).log_probs_NL
     torch.testing.assert_close(torch.tensor(kept).float(), found, atol=0, rtol=2e-3)
 
@@ -307,7 +304,7 @@ def test_features_do_not_depend_on_the_batch(base: BaseModel):
     texts = ["short", "a text that is a good deal longer than the other ones", "x"]
 
     def found(inputs: list[str]) -> torch.Tensor:
-        return features(base.model, base.tokenizer, task, inputs, max_prompt_tokens=64, max_batch_tokens=4096)
+        return features(base.model, base.tokenizer, task, inputs, max_prompt_tokens=64)
 
     together_ND = found(texts)
     torch.testing.assert_close(together_ND, torch.cat([found([text]) for text in texts]))

@@ -13,7 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from deal_core.adapter.state import adapter_on, kept_of_tasks, load_method_state
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
@@ -139,9 +139,7 @@ def test_a_task_without_labels_is_held_to_the_parents_own_words(asked, base, par
     prompts = [encode_prompt(base.tokenizer, STORY, text, 64) for text in own.rows["input"]]
     words = {}
     with adapter_on(base.model, parent) as model:
-        for batch, answers, _ in generate(
-            model, base.tokenizer, prompts, 50, max_batch_tokens=EvaluateConfig().max_batch_tokens
-        ):
+        for batch, answers, _ in generate(model, base.tokenizer, prompts, 50):
             words |= {tuple(prompts[i]): answer for i, answer in zip(batch, answers, strict=True)}
     assert len(questions) == 6 and all(each.is_parents for each in questions)
     for each in questions:

@@ -38,7 +38,7 @@ def plain_lora(base, task, rows, train: TrainConfig) -> dict[str, torch.Tensor]:
         LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     )
     encoded = encode_rows(rows, base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=50)
-    sampler = BucketSampler(encoded["length"], train.batch_size, train.seed, group_by_length=True)
+    sampler = BucketSampler(encoded["length"], train.batch_size, train.seed)
     collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=train.learning_rate, weight_decay=0

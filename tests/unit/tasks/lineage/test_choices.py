@@ -77,7 +77,7 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
     assert changed_settings(spec(), before, "4") == (), "an old spec may lack a setting"
     (note,) = changed_settings(
         spec(
-            train=dict.fromkeys(("num_epochs", "min_steps", "batch_size", "seed"), 7),
+            train=dict.fromkeys(("num_epochs", "max_steps", "batch_size", "seed"), 7),
             evaluate={"max_new_tokens": 7},
             rehearsal={"num_texts": 7, "rows_per_step": 7},
         ),
