@@ -42,9 +42,8 @@ class Change(BaseModel):
     why: str
     run: str | None = None
     """Key of the adaptation run, if a run made the change."""
-    rollout: RolloutKind | None = Field(default=None, exclude_if=lambda kind: kind is None)
-    """How the version is tried on live traffic; only of the action `rollout`. Earlier releases do not know the field,
-    so it is written only then."""
+    rollout: RolloutKind | None = None
+    """How the version is tried on live traffic; only of the action `rollout`."""
 
 
 class Move(Change):

@@ -59,7 +59,7 @@ class VersionLog:
         self._put(StoredVersion.of(info))
 
     def keep_missing(self, lineage: str, infos: Iterable[VersionInfo]) -> None:
-        """Write the missing copies of a lineage's versions. Earlier releases and killed runs did not write them."""
+        """Write the missing copies of a lineage's versions. Killed runs did not write them."""
         known = self.numbers(lineage)
         for info in infos:
             if int(info.version) not in known:
@@ -96,9 +96,7 @@ class VersionLog:
             return StoredVersion.model_validate_json(self.store.get_bytes(key))
 
     def _put(self, stored: StoredVersion) -> None:
-        later = ("rollout", "arrival_accuracy", "train_seconds")  # earlier releases do not know them
-        unknown = {name for name in later if getattr(stored.facts, name) is None}
-        data = stored.model_dump_json(indent=1, exclude={"facts": unknown}) + "\n"
+        data = stored.model_dump_json(indent=1) + "\n"
         self.store.put_bytes(keys.version_key(stored.lineage, stored.number), data.encode("utf-8", "replace"))
 
 

@@ -67,7 +67,7 @@ class DatasetRef(Reference):
     num_rejected: int
     quarantine: str | None = None
     """Key of the file with the bad rows; None: there are no bad rows."""
-    landed_sha256: str | None = None
+    landed_sha256: str
     """As `DatasetManifest.landed_sha256`."""
     new_labels: tuple[str, ...] = ()
     """Labels that were added by command and that the task lacks in the parent version."""
@@ -88,6 +88,9 @@ class AdapterRef(Reference):
     run_key: str
     uri: str
     sha256: str
+    """As `VersionFacts.adapter_sha256`."""
+    files_sha256: dict[str, tuple[str, ...]]
+    """As `VersionFacts.files_sha256`."""
     parent_version: str | None = None
 
 
@@ -99,7 +102,7 @@ class VersionRef(Reference):
     run_key: str
     adapter_uri: str
     adapter_sha256: str
-    files_sha256: dict[str, tuple[str, ...]] | None = None
+    files_sha256: dict[str, tuple[str, ...]]
     """As `VersionFacts.files_sha256`."""
     accepted: bool
     reasons: tuple[str, ...] = ()
@@ -176,8 +179,8 @@ class TrainSummary(Reference):
     """Figures of a training, kept in the work folder until the run is registered."""
 
     adapter_sha256: str
-    num_rows: int | None = None
-    """Training rows that were learned from, after `selection` has chosen; None: an earlier release wrote the file."""
+    num_rows: int
+    """Training rows that were learned from, after `selection` has chosen."""
     num_steps: int
     seconds: float
     rows_per_second: float

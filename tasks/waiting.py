@@ -152,7 +152,7 @@ def spent_hours(lineage: WatchedLineage, now: datetime) -> float:
     """
     first, following = lineage.retrain.month_of(now)
     versions = open_reader().versions(lineage.lineage)
-    return sum(version.train_seconds or 0.0 for version in versions if first <= version.created < following) / 3600
+    return sum(version.train_seconds for version in versions if first <= version.created < following) / 3600
 
 
 class RowCounts(Stored):

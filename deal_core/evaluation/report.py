@@ -80,7 +80,7 @@ class EvaluationReport(VersionedJson):
     An accuracy is the mean score of a task's test rows by the task's metric, 0 to 1.
     """
 
-    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=4, later=("judged",))
+    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=4)
 
     task: str
     """The task that the version was trained on."""

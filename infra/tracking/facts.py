@@ -45,8 +45,8 @@ class VersionFacts:
     adapter_uri: str
     adapter_sha256: str
     """Digest of all files of the trained adapter together; see `sha256_together`."""
-    files_sha256: Recorded | None = None
-    """The digests that each file of the adapter may have, by name; None for versions of earlier releases."""
+    files_sha256: Recorded
+    """The digests that each file of the adapter may have, by name."""
     parent_version: str | None
     accepted: bool
     reasons: tuple[str, ...]
@@ -56,16 +56,16 @@ class VersionFacts:
     """State of a person's approval; None: no approval is needed."""
     flow_run: str | None = None
     """Id of the flow run that trained the version. A restarted run keeps its id."""
-    landed_sha256: str | None = None
-    """Digest of the arrival's rows, independent of the lineage's test rows; None for older versions."""
+    landed_sha256: str
+    """Digest of the arrival's rows, independent of the lineage's test rows."""
     requeued_sha256: str | None = None
     """Digest of the dataset of the version that a requeue replaced by this version."""
     rollout: RolloutTerms | None = None
     """How the version is tried on live traffic before it becomes champion; None: it is not."""
     arrival_accuracy: float | None = None
     """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
-    train_seconds: float | None = None
-    """Seconds of the training; None for older versions."""
+    train_seconds: float
+    """Seconds of the training."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
@@ -82,7 +82,7 @@ class VersionFacts:
             "gate": "accepted" if self.accepted else "rejected",
             "gate_reasons": json.dumps(self.reasons, ensure_ascii=False),
             "gate_vetoes": json.dumps(self.vetoes, ensure_ascii=False),
-            "files_sha256": None if self.files_sha256 is None else files_tag(self.files_sha256),
+            "files_sha256": files_tag(self.files_sha256),
             "rollout": None if self.rollout is None else json.dumps(asdict(self.rollout)),
         }
         plain = {field.name: getattr(self, field.name) for field in fields(VersionFacts)}
@@ -252,8 +252,7 @@ def as_version(version: VersionRow, aliases: Mapping[str, str]) -> VersionInfo:
         "tracking_id": version.run_id or "",
         "model_id": (version.source or "").removeprefix("models:/"),
     }
-    if "files_sha256" in tags:
-        values["files_sha256"] = {name: tuple(each) for name, each in json.loads(tags["files_sha256"]).items()}
+    values["files_sha256"] = {name: tuple(each) for name, each in json.loads(tags.get("files_sha256", "{}")).items()}
     if "rollout" in tags:
         values["rollout"] = RolloutTerms(**json.loads(tags["rollout"]))
     if "created" in tags:  # a rebuilt registry has the time of the first registration as a tag

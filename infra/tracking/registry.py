@@ -126,8 +126,7 @@ class Registry(RegistryReader):
     def download(self, lineage: str, version: str, folder: Path) -> None:
         """Download a version's logged model into a new folder, which appears when it is complete.
 
-        The files are compared with the recorded digests of the logged model. A model of an earlier release has no
-        recorded digests, so its files are not checked.
+        The files are compared with the recorded digests of the logged model.
 
         Raises:
             IntegrityError: A file does not have its recorded digest.
@@ -156,15 +155,14 @@ class Registry(RegistryReader):
                 )
             if model is None or not (fetched / "MLmodel").is_file():
                 raise RegistryError(
-                    f"Version {version} of {lineage!r} was registered before versions could be served: MLflow has a "
-                    "plain PEFT folder of it. Learn an arrival again (deal adapt … --again), which registers a new "
-                    "version, or promote another one."
+                    f"MLflow has no model of version {version} of {lineage!r} that can be served. Learn an arrival "
+                    "again (deal adapt … --again), which registers a new version, or promote another one."
                 )
             _require_recorded(lineage, version, fetched, model)
             fetched.rename(folder)
 
     def _logged_model(self, lineage: str, version: str) -> LoggedModel | None:
-        """Return what MLflow knows of a version's files; None: an earlier release registered it without them."""
+        """Return what MLflow knows of a version's files; None: it knows nothing."""
         with report_errors(f"find version {version} of {lineage!r}", self.uri):
             source = self.client.get_model_version(lineage, version).source or ""
             is_logged = source.startswith("models:/")

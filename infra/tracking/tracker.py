@@ -222,9 +222,7 @@ class TrackedRun:
         """
         with self._report_errors(f"read {file}"), temporary_folder() as folder:
             if not self.has_file(file):
-                raise RegistryError(
-                    f"Run {self.run_id} has no {file}; it was not finished, or an earlier release made it."
-                )
+                raise RegistryError(f"Run {self.run_id} has no {file}; it was not finished.")
             path = Path(self.client.download_artifacts(self.run_id, file, str(folder)))
             try:
                 return json.loads(path.read_text(encoding="utf-8"))

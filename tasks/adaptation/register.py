@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from prefect import runtime
 
-from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
+from deal_core.adapter.files import CONFIG_FILE
 from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport
@@ -68,6 +67,7 @@ def register_version(
         config_sha256=job.config_sha256,
         adapter_uri=adapter.uri,
         adapter_sha256=adapter.sha256,
+        files_sha256=adapter.files_sha256,
         parent_version=adapter.parent_version,
         accepted=decision.accepted,
         reasons=decision.reasons,
@@ -80,7 +80,6 @@ def register_version(
         **scores_of(report.matrix),
     )
     with borrowed_adapter(store, adapter, with_method=True) as folder:
-        facts = replace(facts, files_sha256=as_recorded(digests_of(folder)))
         model_id = log_adapter(run, dataset.task, folder, record, facts)
     registered = open_registry().register(run.lineage, facts, tracking_id=run.tracking_id, model_id=model_id)
     VersionLog(store).keep(registered)

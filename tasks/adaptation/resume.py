@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from deal_core.config import EvaluateConfig, as_stored
+from deal_core.config import EvaluateConfig
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.source_files import digests_of
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
@@ -83,8 +83,8 @@ def keep_findings(
 
 def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     """Return the spec of the run that made an adapter."""
-    spec = read_findings(adapter_uri)["spec"]
-    return {name: as_stored(name, part) if isinstance(part, dict) else part for name, part in spec.items()}
+    spec: Mapping[str, Any] = read_findings(adapter_uri)["spec"]
+    return spec
 
 
 def evaluate_settings(version: VersionRef) -> EvaluateConfig:

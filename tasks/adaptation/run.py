@@ -13,6 +13,7 @@ from prefect import runtime
 
 from deal_core.config import Quantize
 from deal_core.errors import RegistryError
+from infra.store.format import write_format
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
@@ -98,6 +99,7 @@ def start_run(
     run_key: str, base: BaseRef, parent: VersionRef | None, dataset: DatasetRef, lineage: str, params: Mapping[str, Any]
 ) -> RunRef:
     """Start the MLflow run of this key, or continue the run that a crash left."""
+    write_format(current_store())  # before anything of a version, so that the store is known as one of this release
     tags = run_tags(dataset.task, dataset.sha256, base.sha256, parent.version if parent else None)
     tracked = open_tracker().start(lineage, run_key, name=dataset.task, params={"base": base.name, **params}, tags=tags)
     counts = {"train": dataset.num_train, "test": dataset.num_test, "rejected": dataset.num_rejected}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
-from deal_core.adapter.files import digests_of, sha256_together
+from deal_core.adapter.files import as_recorded, digests_of, sha256_together
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.method_config import MethodConfig, asks_own_texts
 from deal_core.regular_file import complete_file, flush_to_disk
@@ -98,6 +98,7 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         run_key=run.run_key,
         uri=uri,
         sha256=summary.adapter_sha256,
+        files_sha256=as_recorded(digests_of(folder / "adapter")),
         parent_version=parent.version if parent else None,
     )
     return TrainedAdapter(adapter=reference, summary=summary)

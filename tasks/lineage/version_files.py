@@ -1,8 +1,7 @@
 """Read the files of a version in the store, and check the copy of its adapter.
 
 An error names the damaged file, its version, and what still works. A version has a digest for each file of its adapter
-(`files_sha256`): the files that the caller reads are compared. An adapter that is not registered yet, or whose version
-lost these digests, has one digest of all files together.
+(`files_sha256`): the files that the caller reads are compared.
 """
 
 from __future__ import annotations
@@ -20,12 +19,9 @@ from deal_core.adapter.files import (
     CONFIG_FILE,
     METHOD_FILES,
     PEFT_FILES,
-    TOGETHER,
     WEIGHTS_FILE,
-    Recorded,
     as_recorded,
     digests_of,
-    find_damage,
     require_undamaged,
 )
 from deal_core.errors import DealError, StoreError
@@ -209,10 +205,14 @@ def require_recorded(store: ObjectStore, adapter: Adapter, folder: Path, *, with
 
     `folder` is a copy of the adapter's folder.
     """
-    recorded, names = _recorded_of(adapter), ADAPTER_FILES if with_method else PEFT_FILES
-    found = digests_of(folder, ADAPTER_FILES if TOGETHER in recorded else names)
+    names = ADAPTER_FILES if with_method else PEFT_FILES
     require_undamaged(
-        found, recorded, names, what=_name_of(adapter), where=store.uri_of(_uri_of(adapter)), remedy=remedy_for(adapter)
+        digests_of(folder, names),
+        adapter.files_sha256,
+        names,
+        what=_name_of(adapter),
+        where=store.uri_of(_uri_of(adapter)),
+        remedy=remedy_for(adapter),
     )
 
 
@@ -223,11 +223,9 @@ def replacing(store: ObjectStore, registry: Registry, version: VersionInfo, fold
     During the block, both the old and the new digest of a file are valid. Afterwards only the new digest is valid. A
     file that was damaged before keeps its recorded digest, so that the damage stays visible.
     """
-    recorded = _recorded_of(version)
+    recorded = version.files_sha256
     with borrowed_folder(store, version.adapter_uri) as old:
         found = digests_of(old)
-    if TOGETHER in recorded and not find_damage(found, recorded):
-        recorded = as_recorded(found)
     new = {name: sha256 for name, sha256 in digests_of(folder).items() if found.get(name) in recorded.get(name, ())}
     between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
     registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(between)})
@@ -245,12 +243,6 @@ def remedy_for(adapter: Adapter) -> str:
     lineage, parent = adapter.lineage, adapter.parent_version
     back = f", or go back to an earlier version: deal rollback --to {parent} --lineage {lineage}" if parent else ""
     return f"Restore the folder from a backup{back} (deal history --lineage {lineage} lists the versions)."
-
-
-def _recorded_of(adapter: Adapter) -> Recorded:
-    if isinstance(adapter, AdapterRef):
-        return {TOGETHER: (adapter.sha256,)}
-    return adapter.files_sha256 or {TOGETHER: (adapter.adapter_sha256,)}
 
 
 def _uri_of(adapter: Adapter) -> str:

@@ -262,7 +262,7 @@ def _require_recorded(store: ObjectStore, champion: VersionInfo, folder: Path, i
         return
     require_undamaged(
         digests_of(folder),
-        champion.files_sha256 or {},
+        champion.files_sha256,
         PEFT_FILES,
         what=f"The server's copy of version {champion.version} of '{champion.lineage}'",
         where=str(folder),
