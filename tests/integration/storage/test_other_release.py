@@ -82,11 +82,11 @@ def test_what_was_left_running_can_be_ended(old_home: Path) -> None:
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_a_run_of_a_worker_changes_nothing_of_it(old_home: Path, tiny_base: Path) -> None:
-    before = files_of(old_home)
+def test_a_run_of_a_worker_changes_nothing_of_the_store(old_home: Path, tiny_base: Path) -> None:
+    before = files_of(old_home / "store")
     with pytest.raises(FormatError, match=r"made by release 0\.2"):
         run(tiny_base, BANK)
-    assert files_of(old_home) == before
+    assert files_of(old_home / "store") == before
 
 
 @pytest.fixture
