@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -54,65 +53,6 @@ class AdapterConfig:
 
 Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
-LATER: dict[str, dict[str, Any]] = {
-    "train": {
-        "quantize": "none",
-        "schedule": "constant",
-        "balance_labels": False,
-        "preference_beta": 0.1,
-        "preference_learning_rate": 3e-4,
-        "recentre_steps": 0,
-    },
-    "gate": {
-        "max_old_slice_drop_points": None,
-        "rollout": "none",
-        "rollout_share": None,
-        "rollout_rows": 200,
-    },
-    "task": {"metric": None, "assistant_turns": None, "prompt": None},
-    "rehearsal": {"max_stored_rows": None, "balance_stored": False, "answers": "parent"},
-}
-"""Section → settings that the first release did not have → the value that changes nothing."""
-
-
-FIRST_RELEASE: dict[str, dict[str, Any]] = {
-    "deal": {"sides": "both", "balanced": True, "recycle": True, "project": True, "interpolation": 1.0},
-}
-"""Section → settings that only the first releases had → the value that means today's method. Digests count them."""
-REMOVED: dict[str, dict[str, Any]] = {
-    "train": {"prompt_loss_weight": 0.0},
-    "rehearsal": {"parent_share": 0.0},
-    "evaluate": {"recentre": False},
-    **FIRST_RELEASE,
-    "token_mask": {"max_perplexity": None, "share": None, "choose": "high", "keep_end": True},
-}
-"""Section → settings that exist no more → the value with which a stored spec means the same without them."""
-
-
-def known_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section as the first release had them, so that digests of these values stay the same.
-
-    Later settings that change nothing are left out. Settings that are gone are put back.
-    """
-    later = LATER.get(section, {})
-    kept = {name: value for name, value in values.items() if name not in later or value != later[name]}
-    return {**FIRST_RELEASE.get(section, {}), **kept}
-
-
-def as_stored(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section as it was stored, with the later settings that `known_before` left out; today's defaults may differ.
-
-    A removed setting is left out, unless its value changed something: such a spec cannot be read any more.
-    """
-    return {**LATER.get(section, {}), **without_removed(section, values)}
-
-
-def without_removed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section without settings that exist no more and that change nothing."""
-    removed = REMOVED.get(section, {})
-    return {name: value for name, value in values.items() if name not in removed or value != removed[name]}
-
-
 NOT_DECIDING = ("num_processes",)
 """Settings of the training that do not change its result."""
 
@@ -169,7 +109,7 @@ class TrainConfig:
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, for digests."""
-        return known_before("train", {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING})
+        return {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING}
 
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps for a task with `num_rows` training rows."""

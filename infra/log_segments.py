@@ -68,8 +68,6 @@ class Log:
     """The column that tells rows apart."""
     lineage: str
     home: Path
-    later: tuple[str, ...] = ()
-    """Columns that a segment of an earlier release may lack."""
 
     def __post_init__(self) -> None:
         if not is_name(self.lineage):  # the folder is made of it, and its segments are moved and deleted
@@ -198,13 +196,10 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def get_table(store: ObjectStore, key: str, log: Log, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a segment in the store; a segment that was deleted meanwhile has no rows. `columns` are read; None: all.
-
-    A column of `later` that the segment does not have is empty.
-    """
+    """Read a segment in the store; a segment that was deleted meanwhile has no rows. `columns` are read; None: all."""
     try:
         content = store.get_bytes(key)
-        if {*log.schema.names} - {*log.later} - {*pq.read_schema(io.BytesIO(content)).names}:
+        if {*log.schema.names} - {*pq.read_schema(io.BytesIO(content)).names}:
             raise pa.ArrowInvalid("columns are missing")
         return pq.read_table(io.BytesIO(content), columns=columns, schema=log.schema, use_threads=False)
     except ObjectNotFoundError:

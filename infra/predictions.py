@@ -59,7 +59,7 @@ FEEDBACK_SCHEMA = pa.schema(
 
 def prediction_log(home: Path, lineage: str) -> Log:
     """Return the prediction log of a lineage."""
-    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home, later=ROLLOUT_COLUMNS)
+    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home)
 
 
 def feedback_log(home: Path, lineage: str) -> Log:

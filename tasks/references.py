@@ -53,7 +53,7 @@ class DatasetRef(Reference):
     num_rejected: int
     quarantine: str | None = None
     """Key of the file with the bad rows; None: there are no bad rows."""
-    landed_sha256: str | None = None
+    landed_sha256: str
     """As `DatasetManifest.landed_sha256`."""
     new_labels: tuple[str, ...] = ()
     """Labels that were added by command and that the task lacks in the parent version."""

@@ -23,14 +23,12 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
-from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, check_metric, known_before
+from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, check_metric
 from deal_core.data.schema import AssistantTurns, Format, PromptForm
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.judging_config import GateConfig, MonitorConfig
@@ -197,11 +195,6 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
         check_score_name(self.selection.score)
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_idle_parts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out parts that came later where they are off: digests and stored JSON are those of earlier releases."""
-        return {name: value for name, value in dump(self).items() if name != "selection" or self.selection.is_on}
-
     def with_task(self, task: TaskSpec) -> AdaptSpec:
         """Return the spec of one arrival in this lineage."""
         shared = {name: getattr(self, name) for name in LineageSpec.model_fields}
@@ -238,7 +231,6 @@ class AdaptSpec(LineageSpec):
             },
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
-        settings |= {name: known_before(name, settings[name]) for name in ("task", "deal", "rehearsal", "gate")}
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -248,8 +248,8 @@ class _History(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Read the steps up to the checkpoint's. Checkpoints of earlier releases have them themselves."""
-        state.log_history = state.log_history or [each for each in self._read() if each["step"] <= state.global_step]
+        """Read the steps up to the checkpoint's."""
+        state.log_history = [each for each in self._read() if each["step"] <= state.global_step]
         self._num_kept = len(state.log_history)
         if self._is_writer and args.save_strategy != "no":
             with complete_file(self._file) as part:

@@ -51,7 +51,7 @@ def up(
     return CommandResult(stack, shown)
 
 
-@command(main_app, "ending")
+@command(main_app, "ending", of_any_release=True)
 def down(deal: Session) -> CommandResult:
     """End what `deal up` started, and nothing else."""
     from flows.server.local_processes import stop

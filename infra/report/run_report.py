@@ -36,8 +36,8 @@ class Example(ReportPart):
     """The answer of the version before."""
     now: str | None = None
     """The answer of this version."""
-    scores: tuple[float, float] | None = None
-    """The scores of both answers, 0 to 1; None in reports of earlier releases."""
+    scores: tuple[float, float]
+    """The scores of both answers, 0 to 1."""
 
 
 class Changed(ReportPart):

@@ -130,7 +130,7 @@ class PredictionLog:
             _forget_oldest(self._tasks)
 
     def _keep(self, made: Sequence[Prediction]) -> None:
-        self._drop(len(made) - self._put(_Waiting(False, each.to_row()) for each in made))
+        self._drop(len(made) - self._put(_Waiting(False, vars(each)) for each in made))
 
     def take_feedback(self, entries: Sequence[Feedback]) -> bool:
         """Log feedback. False: there is no room for all of it now, so all of it has to be sent again.

@@ -1,5 +1,6 @@
 """The keys of the object store. Every key is built and parsed in this file.
 
+    format.json                               the format of the store, see `infra.store.format`
     inbox/TASK/FILE                           a file that landed; task.yaml describes the task
     inbox/TASK/FOLDER/FILE                    a file of a folder that landed
     datasets/TASK/SHA256/LINEAGE/SCHEMA/FILE  the checked rows of an arrival, and their manifest
@@ -53,6 +54,7 @@ FORGOTTEN = "forgotten"
 PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
+FORMAT_FILE = "format.json"
 TASK_FILE = "task.yaml"
 REFUSED_FILES = ".files.json"
 """End of the key of `refused_files_key`."""
@@ -120,7 +122,7 @@ def quarantine_folder(task: str, sha256: str) -> str:
 def quarantine_key(task: str, sha256: str, files: Sequence[str]) -> str:
     """Return the key of an arrival's bad rows, from the digests of its good rows and of its files."""
     name = "-".join(digest[:16] for digest in files)
-    if len(files) > 2:  # a file and a test file keep the names that they always had; more would make a long name
+    if len(files) > 2:  # more would make a long name
         name = hashlib.sha256(name.encode()).hexdigest()[:32]
     return f"{quarantine_folder(task, sha256)}/{name}.jsonl"
 

@@ -36,7 +36,7 @@ from tasks.references import Arrival, DatasetRef
 from tasks.spec import reading_the_task
 
 QUARANTINE_FILE = "quarantine.jsonl"
-OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all", "joins_context": True}
+OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all"}
 """Fields of a task that the lineage does not know; the settings of its first arrival come before them."""
 
 
@@ -193,7 +193,7 @@ def ingest_arrival(
         dataset = _publish(store, folder, manifest, lineage, new_labels)
         dataset = dataset.model_copy(update={"renews_tests": landing.renews_tests})
         if not again:
-            digests = filter(None, (dataset.sha256, dataset.landed_sha256, *manifest.files))
+            digests = (dataset.sha256, dataset.landed_sha256, *manifest.files)
             places = [dataset.uri, quarantine_folder(dataset.task, dataset.sha256)]
             _withdraw_if_forgotten(store, arrival.task, digests, places)
         return dataset
@@ -219,7 +219,7 @@ def _publish(
             retain_training_rows=manifest.retain_training_rows or before.retain_training_rows,
             files=tuple(dict.fromkeys((*before.files, *manifest.files))),
             test_sha256=before.test_sha256,
-            num_training_files=(before if before.files else manifest).num_training_files,
+            num_training_files=before.num_training_files,
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
     return DatasetRef(
@@ -264,7 +264,7 @@ def _withdraw_if_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str]
 
 def refuse_forgotten_rows(store: ObjectStore, task: str, rows: DatasetManifest | DatasetRef) -> None:
     """Raise ForgottenRowsError if the rows have a tombstone: with this split, or as they landed."""
-    refuse_forgotten(store, task, [digest for digest in (rows.sha256, rows.landed_sha256) if digest])
+    refuse_forgotten(store, task, [rows.sha256, rows.landed_sha256])
 
 
 def drop_training_rows(store: ObjectStore, dataset_uri: str) -> None:

@@ -13,6 +13,7 @@ from prefect import runtime
 
 from deal_core.config import Quantize
 from infra.run_journal import Run, RunJournal
+from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.base import load
 from tasks.context import current_store, work_folder
@@ -88,6 +89,8 @@ def start_run(
     params: Mapping[str, Any],
 ) -> Run:
     """Write the run into the journal, or continue the one that a crash left."""
+    store = current_store()
+    write_format(store)  # before anything of a version, so that the store is known as one of this release
     run = Run(
         lineage=lineage,
         task=dataset.task,
@@ -100,7 +103,7 @@ def start_run(
         params={"base": base.name, **params},
         started=datetime.now(UTC),
     )
-    return RunJournal(current_store()).start(run)
+    return RunJournal(store).start(run)
 
 
 def remove_work(run: Run) -> None:

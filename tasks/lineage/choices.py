@@ -10,7 +10,7 @@ from typing import Any
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, SelectionConfig, asks_own_texts
+from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, asks_own_texts
 from deal_core.strategies import OWN, strategy_class
 from tasks.lineage.record import LineageRecord
 from tasks.references import Spared
@@ -107,11 +107,10 @@ def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -
         before: The spec of the parent's run as it was stored. Settings that only one of the two has are left out.
         version: The parent's number.
     """
-    off = {"selection": asdict(SelectionConfig())}  # a spec leaves it out where it is off
     now, then = (
         {
             f"{part}.{name}": value
-            for part, values in {**off, **each}.items()
+            for part, values in each.items()
             if isinstance(values, Mapping)
             for name, value in values.items()
             if part in LOGGED_PARTS

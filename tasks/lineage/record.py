@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-from deal_core.config import AdapterConfig, EvaluateConfig
+from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix, KeptMatrix
@@ -36,7 +36,7 @@ class KnownTask:
     num_test: int
     max_prompt_tokens: int
     """Longest prompt in evaluation and serving. Later arrivals do not change it."""
-    max_new_tokens: int = EvaluateConfig().max_new_tokens
+    max_new_tokens: int
     """Longest answer in evaluation and serving."""
 
     def judged_by(self, dataset: DatasetRef) -> KnownTask:
@@ -59,9 +59,7 @@ class KnownSlice:
 class LineageRecord(VersionedJson):
     """The record of a lineage at one version."""
 
-    kept: ClassVar[Kept] = Kept(
-        f"The lineage's {RECORD_FILE}", StoreError, version=1, later=("slices", "memory", "spared")
-    )
+    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1)
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     lineage: str

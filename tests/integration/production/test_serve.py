@@ -71,7 +71,7 @@ def state(url: str) -> dict[str, str | None]:
 
 
 def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
-    """A version of an earlier release, which cannot be served: a plain PEFT folder."""
+    """A version that cannot be served: MLflow has a plain PEFT folder of it."""
     registry = open_registry()
     newest = registry.versions(LINEAGE)[-1]
     facts = VersionFacts(**{name: getattr(newest, name) for name in VersionFacts.__dataclass_fields__})
@@ -136,7 +136,7 @@ def check_the_champion_is_followed(url: str, versions: Expected, tmp_path: Path)
         registry.set_alias(LINEAGE, "champion", old)
         wait_for(lambda: state(url)["problem"] is not None)
         assert (state(url)["version"], state(url)["champion"]) == ("2", old)
-        assert "registered before versions could be served" in str(state(url)["problem"])
+        assert "MLflow has no model of version" in str(state(url)["problem"])
         metrics = httpx.get(f"{url}/metrics").text
         assert f'deal_serving{{champion="{old}",lineage="{LINEAGE}",version="2"}} 1.0' in metrics
         assert "deal_serving_problem 1.0" in metrics

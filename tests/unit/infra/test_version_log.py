@@ -24,6 +24,8 @@ FACTS = VersionFacts(
     config_sha256="c",
     adapter_uri="adapters/l/key",
     adapter_sha256="a",
+    files_sha256={},
+    train_seconds=1.0,
     parent_version="1",
     accepted=False,
     reasons=("bank: −12 points",),
@@ -59,7 +61,6 @@ def test_facts_come_back_as_they_were(log: VersionLog) -> None:
     found = log.read("l", 12)
     assert found.facts == FACTS and found.facts.tags() == FACTS.tags()
     assert (found.version, found.created, found.adapter_removed) == ("12", INFO.created, None)
-    assert b"rollout" not in log.store.get_bytes(version_key("l", 12)), "earlier releases do not know it"
     tried = replace(INFO, version="13", rollout=RolloutTerms("canary", 0.1, 200, 10.0, 0.95))
     log.keep(tried)
     assert log.read("l", 13).facts.rollout == tried.rollout

@@ -512,14 +512,9 @@ def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileS
         assert refused.status_code == 400 and "keeps no texts" in refused.text
 
 
-def test_columns_of_a_rollout_are_empty_in_segments_of_earlier_releases(tmp_path: Path, store: FileStore) -> None:
+def test_columns_of_a_rollout_are_empty_for_answers_that_were_returned(tmp_path: Path, store: FileStore) -> None:
     with logging_to(store, tmp_path) as log:
         ask(log, "a")
-    log_of_l = prediction_log(tmp_path, "l")
-    (info,) = log_of_l.stored(store)
-    earlier = io.BytesIO()
-    pq.write_table(pq.read_table(io.BytesIO(store.get_bytes(info.key))).select([*COLUMNS]), earlier)
-    store.put_bytes(info.key, earlier.getvalue())
     with logging_to(store, tmp_path) as log:
         (returned,) = ask(log, "a")
         rows = [InputRow("b", "bank")]

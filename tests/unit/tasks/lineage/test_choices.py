@@ -67,7 +67,7 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
         "settings that differ from version 4's: train.num_epochs 3 (before: 6), gate.max_drop_points 10.0 (before: 3.0)"
     )
     (note,) = changed_settings(spec(selection={"keep": 0.2}), spec().model_dump(mode="json"), "1")
-    assert note.endswith("selection.keep 0.2 (before: null)"), "the part is not stored where it is off"
+    assert note.endswith("selection.keep 0.2 (before: null)")
     earlier = {**before, "memory": "rows", "rehearsal": {**before["rehearsal"], "texts": "both"}}
     (note,) = changed_settings(longer.model_copy(update={"memory": "tests"}), earlier, "4")
     assert note.endswith('memory "tests" (before: "rows")'), "and not what that stands for"

@@ -97,11 +97,12 @@ def test_a_version_that_waits_names_the_commands_that_decide() -> None:
         run_key="k",
         adapter_uri="a",
         adapter_sha256="s",
+        files_sha256={},
         accepted=True,
         approval="awaiting",
         standing="awaiting approval",
     )
-    dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0)
+    dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0, landed_sha256="x")
     found: Any = SimpleNamespace(
         accuracies={},
         metrics={},

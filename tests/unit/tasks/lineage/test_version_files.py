@@ -31,7 +31,9 @@ from tasks.serving.vllm import read_route
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
-BANK = KnownTask(schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9)
+BANK = KnownTask(
+    schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
+)
 MANIFEST = DatasetManifest(
     task=BANK.schema,
     sha256="77",
@@ -42,6 +44,7 @@ MANIFEST = DatasetManifest(
     num_rejected=0,
     problems={},
     split="given",
+    landed_sha256="88",
 )
 FACTS = VersionFacts(
     run_key="0123456789abcdef" * 4,
@@ -52,6 +55,9 @@ FACTS = VersionFacts(
     config_sha256="c" * 64,
     adapter_uri=ADAPTER,
     adapter_sha256="a" * 64,
+    files_sha256={},
+    landed_sha256="e" * 64,
+    train_seconds=1.0,
     parent_version=None,
     accepted=True,
     reasons=(),
@@ -170,7 +176,13 @@ def test_an_adapter_without_one_of_its_files_is_not_lent(store: ObjectStore, nam
 def test_a_damaged_state_of_the_method_stops_training_and_not_answering(store: ObjectStore, name: str) -> None:
     store.put_bytes(f"{ADAPTER}/{name}", b"[]")
     parent = VersionRef(
-        lineage="l", version="3", run_key="k", adapter_uri=ADAPTER, adapter_sha256="a" * 64, accepted=True
+        lineage="l",
+        version="3",
+        run_key="k",
+        adapter_uri=ADAPTER,
+        adapter_sha256="a" * 64,
+        files_sha256={},
+        accepted=True,
     )
     with (
         pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged"),
