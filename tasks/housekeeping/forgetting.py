@@ -11,7 +11,6 @@ from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.predictions import answers_to, forget_answers
-from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256
@@ -210,7 +209,7 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
                 remove_local(each.address)
             case "logged answers":
                 assert each.lineage is not None
-                forget_answers(store, HomeSettings().home, each.lineage, plan.inputs)
+                forget_answers(store, each.lineage, plan.inputs)
             case "adapter of no version" | "answers" | "inbox file" | "quarantine" | "training rows" | "test rows":
                 store.delete(each.address)
             case _:
@@ -252,8 +251,7 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[RowsPlace]
 
 def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
     """The ids of the logged answers to the inputs, by lineage."""
-    home = HomeSettings().home
-    found = {lineage: answers_to(store, home, lineage, inputs) for lineage in list_logged_lineages(store)}
+    found = {lineage: answers_to(store, lineage, inputs) for lineage in list_logged_lineages(store)}
     return {lineage: ids for lineage, ids in found.items() if ids}
 
 

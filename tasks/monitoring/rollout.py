@@ -11,7 +11,6 @@ from deal_core.judging_config import RolloutTerms
 from deal_core.monitoring.rollout import RolloutReport, judge
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import Move, PromotionLog
-from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
@@ -51,12 +50,12 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
         raise RegistryError(f"{name} was deleted in MLflow while it was tried on live traffic; {remedy}") from None
     if terms is None:
         raise RegistryError(f"{name} has lost its tag deal.rollout in MLflow; {remedy}")
-    home, since = HomeSettings().home, opened.when.timestamp()
+    since = opened.when.timestamp()
     columns = ["id", "label", "is_label", "confidence", "seconds", "output"]
-    rows = read_predictions(store, home, lineage, since=since, of_rollout=True, columns=columns)
+    rows = read_predictions(store, lineage, since=since, of_rollout=True, columns=columns)
     report = judge(
         rows,
-        read_feedback(store, home, lineage, answers=rows),
+        read_feedback(store, lineage, answers=rows),
         terms,
         champion=opened.champion,
         candidate=opened.version,

@@ -78,7 +78,7 @@ def log_answers(
         newest_task=schema.name,
         tasks=(ServedTask(schema=schema, max_prompt_tokens=64, max_new_tokens=8),),
     )
-    log = PredictionLog(current_store(), home, "l", keeps_texts=keeps_texts, retention_days=30)
+    log = PredictionLog(current_store(), "l", keeps_texts=keeps_texts, retention_days=30)
     log.start()
     confidences = [Confidence(each, 0.5) for each in sureness or [0.5] * len(texts)]
     answered = Answered([*texts.values()], served, "1", confidences)
@@ -89,7 +89,7 @@ def log_answers(
 
 def say(home: Path, *entries: dict[str, Any]) -> None:
     """Feedback by POST /feedback."""
-    log = PredictionLog(current_store(), home, "l", keeps_texts=True, retention_days=30)
+    log = PredictionLog(current_store(), "l", keeps_texts=True, retention_days=30)
     log.start()
     log.take_feedback([read_entry(each, "", source="api", now=number).feedback for number, each in enumerate(entries)])
     log.close()
@@ -230,7 +230,7 @@ def test_a_damaged_note_is_named_and_a_wrong_file_is_refused_as_a_whole(
         take_feedback_file(write_csv(tmp_path / "a.csv", good, wrong, {"id": "x", "label": "y"}, wrong, wrong), "l")
     with pytest.raises(DataValidationError, match="has no feedback"):
         take_feedback_file(write_csv(tmp_path / "b.csv", {"id": one}), "l")
-    assert read_feedback(current_store(), home, "l").empty
+    assert read_feedback(current_store(), "l").empty
     take_feedback_file(write_csv(tmp_path / "c.csv", good), "l")
     current_store().put_bytes(harvest_key("l", "clinic"), b"{")
     with pytest.raises(StoreError, match="the note of harvested feedback, is damaged"):
@@ -270,7 +270,7 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
         writer.writerows(filled)
     taken = take_feedback_file(file, "l")
     assert (taken.num_taken, taken.num_blank, taken.num_unknown) == (2, 2, 0)
-    stored = read_feedback(current_store(), home, "l")
+    stored = read_feedback(current_store(), "l")
     assert stored[stored["label"] == second]["is_random"].tolist().count(True) == 1
     harvested = harvest_feedback("clinic", "l")
     assert {(row["note"], row["finding"]) for row in landed(harvested.key or "")} == {
@@ -375,7 +375,7 @@ def test_corrections_of_a_task_of_preferences_are_learned_over_the_answers_that_
     tone = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
     asked = {"Which tap?": "The tap.", "Which door?": "The left door."}
     tap, door = log_answers(home, asked, tone)
-    answers = {row["id"]: row for row in read_predictions(current_store(), home, "l").to_dict("records")}
+    answers = {row["id"]: row for row in read_predictions(current_store(), "l").to_dict("records")}
     first = answers[tap]
     row = row_columns(tone, first["input"], "The kitchen tap.", first["output"])
     assert row == {"prompt": "Which tap?", "chosen": "The kitchen tap.", "rejected": "The tap."}

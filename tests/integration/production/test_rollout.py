@@ -167,10 +167,10 @@ def check_a_shadow_changes_no_answer_and_the_log_has_both(url: str, base: Path) 
     assert answers() == before
 
     def logged() -> Any:
-        return read_predictions(current_store(), HomeSettings().home, "l", version=version, of_rollout=True)
+        return read_predictions(current_store(), "l", version=version, of_rollout=True)
 
     wait_for(lambda: len(logged()) == len(TEXTS))
-    everything = read_predictions(current_store(), HomeSettings().home, "l")
+    everything = read_predictions(current_store(), "l")
     twins = everything.set_index("id").loc[logged()["shadow_of"]]
     assert set(twins["version"]) == {champion.version} and [*twins["input_sha256"]] == [*logged()["input_sha256"]]
     assert version not in set(everything["version"]), "no other reader sees what was not returned"

@@ -94,8 +94,8 @@ def test_deal_serve_moves_with_the_champion_fails_no_request_and_logs_every_answ
     with served() as (url, process):
         asked = answers_with_feedback(url, versions["2"])
         num_asked = len(TEXTS) + check_the_champion_is_followed(url, versions, tmp_path) + check_requests(url)
-        wait_for(lambda: len(read_feedback(store, home, LINEAGE)) == 1)
-        wait_for(lambda: len(read_predictions(store, home, LINEAGE)) == num_asked)
+        wait_for(lambda: len(read_feedback(store, LINEAGE)) == 1)
+        wait_for(lambda: len(read_predictions(store, LINEAGE)) == num_asked)
         assert psutil.Process(process.pid).children() == [], "one process has the one base model"
         assert not list(store.list("predictions")), "a server that lives keeps its segment"
         process.kill()
@@ -157,14 +157,14 @@ def check_the_log_has_the_answers_and_no_word(asked: list[dict[str, Any]]) -> No
     """The log of a killed server. It keeps numbers."""
     store, home = current_store(), HomeSettings().home
     ship_logs(store)
-    everything = read_predictions(store, home, LINEAGE, task="bank")
+    everything = read_predictions(store, LINEAGE, task="bank")
     assert set(everything["version"]) == {"1", "2"} and everything["input"].isna().all()
     assert everything["confidence"].between(0, 1).all() and (everything["label_mass"] > 0).all()
     found = everything.head(len(asked))
     assert [*found["id"]] == [row["id"] for row in asked] and set(found["version"]) == {"2"}
     assert [*found["confidence"]] == [row["confidence"] for row in asked]
     assert len(list(store.list("predictions"))) == 1
-    assert [*read_feedback(store, home, LINEAGE)["id"]] == [asked[0]["id"]]
+    assert [*read_feedback(store, LINEAGE)["id"]] == [asked[0]["id"]]
     kept = [path for path in home.rglob("*") if path.is_file() and {"predictions", "feedback"} & {*path.parts}]
     tables = [path for path in kept if path.suffix == ".parquet"]
     content = b"".join(json.dumps(pq.read_table(path).to_pylist()).encode() + path.read_bytes() for path in tables)

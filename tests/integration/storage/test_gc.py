@@ -187,7 +187,7 @@ def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: s
 def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = current_store()
     logged(home, ["one"])
-    assert len(read_predictions(store, home, "l")) == len(read_feedback(store, home, "l")) == 1
+    assert len(read_predictions(store, "l")) == len(read_feedback(store, "l")) == 1
     (young,), (said,) = keys("predictions"), keys("feedback")
     for number, days in enumerate((10, 11, 12)):
         segment = f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-{number}"
@@ -205,6 +205,6 @@ def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(home: Path, mo
     assert young in keys("predictions") and not collect("l").removals
     store.delete("predictions")
     (planned_feedback,) = planned = collect("l", dry_run=True).removals
-    assert planned_feedback.kind == "feedback without an answer" and len(read_feedback(store, home, "l")) == 1
+    assert planned_feedback.kind == "feedback without an answer" and len(read_feedback(store, "l")) == 1
     assert collect("l").removals == planned and not collect("l").removals
-    assert read_feedback(store, home, "l").empty
+    assert read_feedback(store, "l").empty

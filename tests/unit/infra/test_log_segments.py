@@ -87,7 +87,7 @@ def test_a_server_moves_the_other_log_and_keeps_the_retention(
     old = log_key("feedback", "l", f"{datetime.now(UTC) - timedelta(days=40):%Y%m%dT%H%M%S}-x")
     store.put_bytes(old, b"")
     bad = put_unusable(prediction_log(tmp_path, "l"), f"{datetime.now(UTC) - timedelta(days=1):%Y%m%dT%H%M%S}-a")
-    log = PredictionLog(store, tmp_path, "l", keeps_texts=False, retention_days=30)
+    log = PredictionLog(store, "l", keeps_texts=False, retention_days=30)
     log.take_feedback([read_entry({"id": "0" * 32, "label": "a"}, "", source="api", now=1.0).feedback])
     with caplog.at_level(logging.WARNING, LOG.name):
         log.start()
@@ -101,4 +101,4 @@ def test_a_server_moves_the_other_log_and_keeps_the_retention(
         "links); give the command as the user who runs deal serve."
     ) == 1
     bad.unlink()
-    assert [*read_feedback(store, tmp_path, "l")["id"]] == ["0" * 32]
+    assert [*read_feedback(store, "l")["id"]] == ["0" * 32]

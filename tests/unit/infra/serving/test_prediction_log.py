@@ -60,7 +60,7 @@ def store(tmp_path: Path) -> FileStore:
 
 @contextmanager
 def logging_to(store: FileStore, home: Path, *, keeps_texts: bool = False) -> Iterator[PredictionLog]:
-    log = PredictionLog(store, home, "l", keeps_texts=keeps_texts, retention_days=30)
+    log = PredictionLog(store, "l", keeps_texts=keeps_texts, retention_days=30)
     log.start()
     try:
         yield log
@@ -104,7 +104,7 @@ def test_every_answer_is_one_row_and_numbers_hold_no_text(tmp_path: Path, store:
         chat = client.chat.completions.create(model="l/talk", messages=[message])  # type: ignore[list-item]
     ids = [*(row["id"] for row in answer), *(choice.id for choice in several.choices), chat.id.split("-")[1]]  # type: ignore[attr-defined]
     assert several.id == f"cmpl-{ids[2]}" and answer[0]["confidence"] == 0.75
-    found = read_predictions(store, tmp_path, "l")
+    found = read_predictions(store, "l")
     assert [*found.columns] == [*COLUMNS] and [*found["id"]] == ids
     assert [*found["task"]] == ["bank"] * 4 + ["talk"] and set(found["version"]) == {"3"}
     assert [*found["label"]] == [None, "a", None, "b", None]
@@ -114,9 +114,9 @@ def test_every_answer_is_one_row_and_numbers_hold_no_text(tmp_path: Path, store:
     assert [*found["input"]] == (texts if keeps_texts else [None] * 5)
     outputs = [text.upper() for text in (texts[0], " A ", *texts[2:])]
     assert [*found["output"]] == (outputs if keeps_texts else [None] * 5)
-    assert [*read_predictions(store, tmp_path, "l", task="talk")["id"]] == ids[4:]
-    assert read_predictions(store, tmp_path, "l", version="2").empty
-    assert len(read_predictions(store, tmp_path, "l", since=found["time"][2])) == 3
+    assert [*read_predictions(store, "l", task="talk")["id"]] == ids[4:]
+    assert read_predictions(store, "l", version="2").empty
+    assert len(read_predictions(store, "l", since=found["time"][2])) == 3
     assert (SECRET.lower() in all_bytes(tmp_path).decode("latin-1").lower()) == keeps_texts
 
 
@@ -191,7 +191,7 @@ def test_a_killed_server_loses_only_what_it_had_not_written(tmp_path: Path, stor
     assert process.stdout is not None
     try:
         wait_until(lambda: len(all_bytes(tmp_path / "predictions").splitlines()) > 30)
-        assert read_predictions(store, tmp_path, "l")["id"].is_unique, "a server that lives keeps its segment"
+        assert read_predictions(store, "l")["id"].is_unique, "a server that lives keeps its segment"
         assert not [*store.list("predictions")]
     finally:
         process.send_signal(signal.SIGKILL)
@@ -206,7 +206,7 @@ def test_a_killed_server_loses_only_what_it_had_not_written(tmp_path: Path, stor
     assert ship(store, prediction_log(tmp_path, "l"), everything=True) == 1 and not left.exists()
     left.write_bytes(before)  # as if it had been killed before it removed the segment
     for _ in range(2):
-        assert [*read_predictions(store, tmp_path, "l")["id"]] == said[: len(lines) - 1]
+        assert [*read_predictions(store, "l")["id"]] == said[: len(lines) - 1]
     assert len([*store.list("predictions")]) == 1
 
 
@@ -216,7 +216,7 @@ def test_a_row_that_is_in_the_store_and_here_counts_once(tmp_path: Path, store: 
         ids = ask(writing, "a", "b")
     (stored,) = log.stored(store)
     SegmentWriter(log).write(get_table(store, stored.key, log).to_pylist())  # as of a process that was killed
-    assert [*read_predictions(store, tmp_path, "l")["id"]] == ids
+    assert [*read_predictions(store, "l")["id"]] == ids
     assert read_log(store, log, columns=["chars", "task"]) == read_log(store, log).select(["chars", "task"])
     assert len(log.segments()) == 1
 
@@ -236,7 +236,7 @@ def test_a_full_disk_fails_no_request_and_is_counted(tmp_path: Path, store: File
         figure = f"deal_predictions_dropped_total {float(log.num_dropped)}"
         assert figure in httpx.get(f"{url}/metrics").text
         last = httpx.post(f"{url}/invocations", json=ROWS).json()["predictions"]
-    found = read_predictions(store, tmp_path, "l")
+    found = read_predictions(store, "l")
     assert {row["id"] for row in last} <= {*found["id"]}, "the log goes on when there is room"
     assert found["id"].is_unique and len(found) == 22 - log.num_dropped
 
@@ -245,7 +245,7 @@ def test_a_full_queue_and_a_dead_thread_drop_and_never_wait(
     tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging_module, "MAX_QUEUED", 5)
-    log = PredictionLog(store, tmp_path, "l", keeps_texts=False, retention_days=30)  # its threads never run
+    log = PredictionLog(store, "l", keeps_texts=False, retention_days=30)  # its threads never run
     asking = threading.Thread(target=lambda: [ask(log, "a text") for _ in range(8)], daemon=True)
     asking.start()
     asking.join(WAIT_SECONDS)
@@ -272,7 +272,7 @@ def test_an_error_in_the_log_fails_no_request(
         (second,) = ask(log, "two")
         monkeypatch.setattr(logging_module, "predictions_of", fail)
         assert ask(log, "three") == [] and log.num_dropped == 2
-    assert [*read_predictions(store, tmp_path, "l")["id"]] == [second]
+    assert [*read_predictions(store, "l")["id"]] == [second]
 
 
 def test_a_writer_goes_on_when_its_segment_was_moved(tmp_path: Path, store: FileStore) -> None:
@@ -283,7 +283,7 @@ def test_a_writer_goes_on_when_its_segment_was_moved(tmp_path: Path, store: File
         assert ship(store, segments) == 0, "it is young"
         assert ship(store, segments, everything=True) == len([*store.list("predictions")]) == 1
         second = ask(log, "two")
-    assert [*read_predictions(store, tmp_path, "l")["id"]] == [*first, *second]
+    assert [*read_predictions(store, "l")["id"]] == [*first, *second]
     assert os.listdir(tmp_path / "predictions" / "l") == [], "the end of a server moves what it has written"
 
 
@@ -301,7 +301,7 @@ def test_no_row_goes_into_a_segment_that_is_moved_in_that_moment(
     for number in ("in a new segment", "in the present one", "in another new one"):
         monkeypatch.setattr(fcntl, "flock", ship_first)
         assert writer.write([{"id": number}]) == 0
-    assert len({*read_predictions(store, tmp_path, "l")["id"]}) == 3
+    assert len({*read_predictions(store, "l")["id"]}) == 3
 
 
 def test_old_and_large_segments_end(tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +326,7 @@ def test_a_segment_that_cannot_be_opened_is_named(tmp_path: Path, store: FileSto
     with pytest.raises(StoreError, match=r"0123456789ab.jsonl cannot be used .* as the user who runs deal serve"):
         ship(store, log)
     with pytest.raises(StoreError, match="cannot be used"):
-        read_predictions(store, tmp_path, "l")
+        read_predictions(store, "l")
 
 
 def test_a_server_removes_segments_beyond_the_retention_and_no_younger_ones(tmp_path: Path, store: FileStore) -> None:
@@ -347,7 +347,7 @@ def test_a_server_removes_segments_beyond_the_retention_and_no_younger_ones(tmp_
 @pytest.mark.parametrize("lineage", ["../../data", "..", "", "a/b", ".hidden"])
 def test_a_log_is_no_other_folder(tmp_path: Path, store: FileStore, lineage: str) -> None:
     with pytest.raises(ConfigError, match="The lineage is"):
-        PredictionLog(store, tmp_path, lineage, keeps_texts=False, retention_days=30)
+        PredictionLog(store, lineage, keeps_texts=False, retention_days=30)
 
 
 def test_rows_that_wait_are_moved_before_a_row_is_forgotten(
@@ -360,9 +360,9 @@ def test_rows_that_wait_are_moved_before_a_row_is_forgotten(
         log.take_feedback([read_entry({"id": ids[0], "label": "a"}, "", source="api", now=1.0).feedback])
         ship_logs(store)
         assert len([*store.list("predictions")]) == len([*store.list("feedback")]) == 1
-        digest = read_predictions(store, tmp_path, "l")["input_sha256"][0]
-        forget_answers(store, tmp_path, "l", {digest})
-    assert [*read_predictions(store, tmp_path, "l")["id"]] == ids[1:] and read_feedback(store, tmp_path, "l").empty
+        digest = read_predictions(store, "l")["input_sha256"][0]
+        forget_answers(store, "l", {digest})
+    assert [*read_predictions(store, "l")["id"]] == ids[1:] and read_feedback(store, "l").empty
 
 
 def test_feedback_goes_when_its_answer_is_gone(tmp_path: Path, store: FileStore) -> None:
@@ -370,10 +370,10 @@ def test_feedback_goes_when_its_answer_is_gone(tmp_path: Path, store: FileStore)
         (kept,) = ask(log, "a")
         for number, each in enumerate((kept, "e" * 32, "f" * 32)):
             log.take_feedback([read_entry({"id": each, "label": "a"}, "", source="api", now=float(number)).feedback])
-    found = feedback_without_answer(store, tmp_path, "l", before=1.5)
+    found = feedback_without_answer(store, "l", before=1.5)
     assert found == {"e" * 32}, "newer feedback may have its answer on another machine"
-    remove_feedback(store, tmp_path, "l", found)
-    assert {*read_feedback(store, tmp_path, "l")["id"]} == {kept, "f" * 32}
+    remove_feedback(store, "l", found)
+    assert {*read_feedback(store, "l")["id"]} == {kept, "f" * 32}
 
 
 def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStore) -> None:
@@ -427,7 +427,7 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
             {"id": talk, "answer": "Hello"},
         )
         assert (taken.status_code, taken.json()) == (202, {"taken": 6})
-    found = read_feedback(store, tmp_path, "l")
+    found = read_feedback(store, "l")
     assert [*found.columns] == [each.name for each in fields(Feedback)]
     rows = {row.id: (row.label, row.is_right, row.is_random, row.reviewer) for row in found.itertuples()}
     assert rows == {
@@ -452,7 +452,7 @@ def test_a_correction_keeps_a_row_in_the_random_sample(tmp_path: Path, store: Fi
         say(2.0, id=wrong, label="b", reviewer="Jo")
         say(2.0, id="f" * 32, answer="Hello", reviewer="Jo")
         say(3.0, id=free, is_right=True)
-    found = {row.id: row for row in read_feedback(store, tmp_path, "l").itertuples()}
+    found = {row.id: row for row in read_feedback(store, "l").itertuples()}
     assert [(row.is_random, row.is_right) for row in found.values()] == [(True, False), (True, False), (True, True)]
     assert (found[wrong].label, found["f" * 32].label) == ("b", "Hello"), "the correction counts"
 
@@ -526,11 +526,11 @@ def test_columns_of_a_rollout_are_empty_in_segments_of_earlier_releases(tmp_path
         log.note(rows, Champion().ask(rows, lambda: False), 0.25, [returned])
         log.note_failure(rows, Champion.served, "4", 0.25)
         assert log.task_of(returned) == "bank"
-    assert len(read_predictions(store, tmp_path, "l")) == 2, "of both segments"
-    found = read_predictions(store, tmp_path, "l", of_rollout=True)
+    assert len(read_predictions(store, "l")) == 2, "of both segments"
+    found = read_predictions(store, "l", of_rollout=True)
     assert [*found["shadow_of"]] == [None, None, returned, None] and [*found["is_failed"]] == [None, None, None, True]
-    forget_answers(store, tmp_path, "l", {*found["input_sha256"]})
-    assert read_predictions(store, tmp_path, "l", of_rollout=True).empty, "copies are forgotten too"
+    forget_answers(store, "l", {*found["input_sha256"]})
+    assert read_predictions(store, "l", of_rollout=True).empty, "copies are forgotten too"
 
 
 def test_a_table_without_the_columns_of_a_log_is_named(tmp_path: Path, store: FileStore) -> None:
@@ -542,4 +542,4 @@ def test_a_table_without_the_columns_of_a_log_is_named(tmp_path: Path, store: Fi
     pq.write_table(pq.read_table(io.BytesIO(store.get_bytes(info.key))).drop_columns(["input_sha256"]), other)
     store.put_bytes(info.key, other.getvalue())
     with pytest.raises(StoreError, match="is no segment of a log; move it elsewhere"):
-        forget_answers(store, tmp_path, "l", {"0" * 64})
+        forget_answers(store, "l", {"0" * 64})
