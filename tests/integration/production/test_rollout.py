@@ -16,7 +16,6 @@ from benchmarks.speed.serving import Expected, answers_of, served, texts_to_ask
 from flows.champions import RolloutResult, rollouts
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import PromotionLog
-from infra.settings import HomeSettings
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.monitoring.rollout import look_at_rollout
@@ -97,12 +96,7 @@ def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
         answered[user] = row["version"]
         ids.add(row["id"])
         user += 1
-    wait_for(
-        lambda: all(
-            ids <= set(read(current_store(), HomeSettings().home, "l")["id"])
-            for read in (read_feedback, read_predictions)
-        )
-    )
+    wait_for(lambda: all(ids <= set(read(current_store(), "l")["id"]) for read in (read_feedback, read_predictions)))
     return answered
 
 

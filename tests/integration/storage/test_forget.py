@@ -243,7 +243,7 @@ def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first
 
 def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(first: AdaptResult, home: Path) -> None:
     test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])["text"]
-    mine, _, other = logged(home, [f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
+    mine, _, other = logged([f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
     store = current_store()
     plan = plan_forget(first.dataset.sha256)
     (held,) = (each for each in plan.held if each.kind == "logged answers")
