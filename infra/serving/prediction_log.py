@@ -176,21 +176,23 @@ class PredictionLog:
 
     def _run(self) -> None:
         told = set[str]()
+        """The steps that failed the last time. The first of several errors is logged."""
         is_last = False
         while not is_last:
             self._due.wait(BATCH_SECONDS)
             self._due.clear()
             is_last = self._ended.is_set()
-            errors: dict[str, Exception] = {}
+            failed = set[str]()
             for step in (self._ids.share, self._store_rows, self._remove_old):
                 try:
                     step()
                 except Exception as error:  # the thread must not end
-                    errors[str(error)] = error
-            for message in errors.keys() - told:
-                is_plain = isinstance(errors[message], DealError)
-                LOG.warning("The prediction log: %s", message, exc_info=None if is_plain else errors[message])
-            told = {*errors}
+                    failed.add(step.__name__)
+                    if step.__name__ not in told:
+                        LOG.warning(
+                            "The prediction log: %s", error, exc_info=None if isinstance(error, DealError) else error
+                        )
+            told = failed
 
     def _store_rows(self) -> None:
         """Store the rows that wait."""

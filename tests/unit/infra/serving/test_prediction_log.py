@@ -465,7 +465,9 @@ def test_a_server_that_starts_without_the_store_knows_its_own_ids(
         (before,) = ask(log, "a text")
         assert log.refusal_of([before]) is None and log.refusal_of(["0" * 32]) is not None
         wait_until(lambda: len(num_tries) > 5)
-        assert caplog.messages.count("The prediction log: the store is away") == 1, "it is told once"
+        assert caplog.messages.count("The prediction log: the store is away") == 2, (
+            "of the ids and of the rows, once each"
+        )
         monkeypatch.delattr(store, "put_bytes")
         wait_until(lambda: store.exists("serving/l.key") and log._ids._is_shared)
         (after,) = ask(log, "a text")
