@@ -1,4 +1,4 @@
-"""Answer one text or a whole file with a version of a lineage. A file is streamed and can be continued."""
+"""Answer one text or a whole file, of any size, with a version of a lineage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +14,10 @@ from pydantic import BaseModel
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sources import resolve_base
-from deal_core.data.answer_files import AnswerFiles, in_chunks, output_kind, own_names, survey_rows
+from deal_core.data.answer_files import in_chunks, output_kind, own_names, survey_rows, writing_answers
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
-from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
 from deal_core.evaluation.generation import GivenAnswer, answer_task, first_answer_logits
@@ -32,9 +31,8 @@ from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_rec
 from tasks.lineage.version_files import borrowed_adapter
 
 NUM_TOKENS = 5
-SCHEMA_VERSION = 1
 CHUNK_ROWS = 1024
-"""Rows of a chunk. A chunk is read, answered in batches of similar length, and written."""
+"""Rows that are read, answered in batches of similar length, and written."""
 OnProgress = Callable[[int, int], None]
 AnswerInputs = Callable[[Sequence[str], Callable[[int], None]], list[GivenAnswer]]
 """Answers inputs in their order. The second argument is called with the number of rows just answered."""
@@ -103,8 +101,6 @@ class FileAnswers(BaseModel, frozen=True):
     num_rows: int
     num_bad: int
     """Rows without an answer. The column `problem` has the reason."""
-    num_resumed: int
-    """Rows that an earlier call answered."""
     columns: dict[str, str]
     """The name of each added column in the output."""
     task: str
@@ -130,11 +126,11 @@ def predict_file(
     out: Path | None,
     column: str | None,
     on_progress: OnProgress = lambda done, total: None,
-    chunk_rows: int = CHUNK_ROWS,
 ) -> FileAnswers:
     """Answer every row of a file with the prompt of a task.
 
-    Rows keep their order and all their columns. After an interruption, the same call continues and gives the same file.
+    Rows keep their order and all their columns. The output appears when all rows are answered; after an interruption
+    there is none.
 
     Args:
         data: CSV, JSON lines or Parquet, as for ingest. Answers are not needed.
@@ -144,10 +140,9 @@ def predict_file(
         out: A .jsonl or .parquet file; None: a file next to `data`, named after it.
         column: The column with the text; None: the task's column, or the conventional one.
         on_progress: Called with the number of answered rows and of all rows.
-        chunk_rows: Rows of a chunk.
 
     Raises:
-        ConfigError: The lineage does not know the task, or an unfinished output has other settings.
+        ConfigError: The lineage does not know the task, or the output exists already.
         DataValidationError: The file cannot be read.
         IntegrityError: The version's adapter is damaged.
         RegistryError: The lineage has no such version, or no champion.
@@ -161,41 +156,21 @@ def predict_file(
     record = read_record(store, info.adapter_uri)
     asked = Asked(info, record, choose_task(record, task))
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
-    files = AnswerFiles(output, survey.types, own_names(survey.types))
+    names = own_names(survey.types)
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
-    state = {
-        "schema_version": SCHEMA_VERSION,
-        "file": data.name,
-        "sha256": sha256_of_input(data),
-        "lineage": lineage,
-        "task": asked.known.schema.name,
-        "version": info.version,
-        "adapter": info.adapter_uri,
-        "column": next(iter(columns.names.values())),
-        "chunk_rows": chunk_rows,
-    }
-    num_bad = num_done = num_resumed = index = 0
-    with _alone(output), ExitStack() as stack:
-        files.begin(state)
-        answer: AnswerInputs | None = None
-        for index, rows in enumerate(in_chunks(read_rows(data), chunk_rows)):
-            counts = files.counts(index)
-            if counts is None:
-                answer = answer or stack.enter_context(answering(asked))
-                own = _answer_chunk(rows, checker, answer, asked, counting(on_progress, survey.num_rows, num_done))
-                counts = files.write_chunk(index, [row.values for row in rows], own)
-            else:
-                num_resumed += counts.num_rows
-            num_bad, num_done = num_bad + counts.num_bad, num_done + counts.num_rows
+    num_bad = num_done = 0
+    with _alone(output), writing_answers(output, survey.types, names) as write, answering(asked) as answer:
+        for rows in in_chunks(read_rows(data), CHUNK_ROWS):
+            own = _answer_chunk(rows, checker, answer, asked, counting(on_progress, survey.num_rows, num_done))
+            write([row.values for row in rows], own)
+            num_bad, num_done = num_bad + sum("problem" in each for each in own), num_done + len(rows)
             on_progress(num_done, survey.num_rows)
-        files.merge(index + 1)
     return FileAnswers(
         data=str(data),
         out=str(output),
         num_rows=num_done,
         num_bad=num_bad,
-        num_resumed=num_resumed,
-        columns=dict(files.names),
+        columns=names,
         task=asked.known.schema.name,
         lineage=lineage,
         version=info.version,

@@ -369,7 +369,7 @@ def measure_log(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]
             for kept in LOGS if number % 2 else LOGS[::-1]:
                 rates[kept].append(turn(urls[kept], texts, expected, num_clients, seconds))
             print(f"round {number + 1}: " + ", ".join(f"{kept} {rates[kept][-1]:.1f}/s" for kept in LOGS), flush=True)
-    logged = len(read_predictions(current_store(), HomeSettings().home, LINEAGE))
+    logged = len(read_predictions(current_store(), LINEAGE))
     ratios = sorted(on / off for off, on in zip(*rates.values(), strict=True))
     return {
         "num_clients": num_clients,

@@ -52,7 +52,7 @@ def serve(
 ) -> bool:
     """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second SIGINT ends them.
 
-    `store` has the versions. `home` gets the server's log and the prediction log. The port 0 is any free one.
+    `store` has the versions. `home` gets the server's log. The port 0 is any free one.
     `trusted_hosts` are names that clients may use, in addition to those of loopback and `host`.
 
     `say` gets each message for the user. `ready` is called once, with the address and the version that answers.
@@ -67,7 +67,7 @@ def serve(
     """
     api_key, trusted = _api_key(host, say), _trusted(host, trusted_hosts)
     listener = _listen(host, port)
-    log = open_prediction_log(home, lineage)
+    log = open_prediction_log(lineage)
     champion, ended = Champion(store, lineage, say, log), threading.Event()
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
@@ -147,7 +147,7 @@ def _logged_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=1, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = (LOG, *map(logging.getLogger, ("infra.log_segments", "uvicorn.error", "asyncio")))
+    loggers = (LOG, *map(logging.getLogger, ("uvicorn.error", "asyncio")))
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if logger is LOG else logging.WARNING)

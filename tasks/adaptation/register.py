@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from prefect import runtime
 
-from deal_core.adapter.files import CONFIG_FILE
+from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport

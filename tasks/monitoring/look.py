@@ -15,7 +15,6 @@ from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
 from infra.predictions import read_feedback
-from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
 from infra.versions import Version
@@ -101,7 +100,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
         reference = with_texts(store, record, reference)
     if rebase:
         _rebase(store, info, live, config)
-    feedback = read_feedback(store, HomeSettings().home, lineage, answers=live) if data is None else None
+    feedback = read_feedback(store, lineage, answers=live) if data is None else None
     report = compare(
         reference, live, config, feedback=feedback, before=record.accuracies(1), baseline=_baseline(store, info)
     )

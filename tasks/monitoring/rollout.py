@@ -11,7 +11,6 @@ from deal_core.judging_config import RolloutTerms
 from deal_core.monitoring.rollout import RolloutReport, judge
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import Move, PromotionLog
-from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from tasks.context import current_store
 from tasks.lineage.history import find_version
@@ -41,12 +40,12 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
         return RolloutStatus(lineage=lineage)
     terms = find_version(store, lineage, opened.version).rollout
     assert terms is not None, "a rollout begins only with its terms"
-    home, since = HomeSettings().home, opened.when.timestamp()
+    since = opened.when.timestamp()
     columns = ["id", "label", "is_label", "confidence", "seconds", "output"]
-    rows = read_predictions(store, home, lineage, since=since, of_rollout=True, columns=columns)
+    rows = read_predictions(store, lineage, since=since, of_rollout=True, columns=columns)
     report = judge(
         rows,
-        read_feedback(store, home, lineage, answers=rows),
+        read_feedback(store, lineage, answers=rows),
         terms,
         champion=opened.champion,
         candidate=opened.version,

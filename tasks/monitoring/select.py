@@ -29,7 +29,6 @@ from deal_core.monitoring.feedback import KEYS, RANDOM_SHARE, select_rows
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
-from infra.settings import HomeSettings
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import task_inputs
 from tasks.lineage.history import find_version
@@ -104,9 +103,8 @@ def select_to_label(
     asked = Asked(info, record, choose_task(record, task))
     schema = as_landed(store, asked.known.schema)
     _check_columns(schema)
-    home = HomeSettings().home
-    logged = read_predictions(store, home, lineage, task=task)
-    has_feedback = logged["id"].isin(feedback_ids(store, home, lineage))  # whatever version answered
+    logged = read_predictions(store, lineage, task=task)
+    has_feedback = logged["id"].isin(feedback_ids(store, lineage))  # whatever version answered
     known = frozenset(logged.loc[has_feedback, "input_sha256"]) | task_inputs(store, schema)
     if data is None:
         found = _logged_texts(logged[logged["version"] == info.version], asked)

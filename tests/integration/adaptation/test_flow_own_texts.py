@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infra.tracking.registry import open_registry
 
 from deal_core.config import EvaluateConfig
 from deal_core.strategies import deal
 from deal_core.strategies.strategy import TaskContext
-from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.frozen_rows import ANSWERS_FILE, read_answers

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from deal_core.config import EvaluateConfig
@@ -19,7 +20,6 @@ from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.cli.app import app
 from flows.forget import forget
-from infra.tracking.registry import open_registry
 from tasks.adaptation.frozen_rows import read_answers
 from tasks.adaptation.report import read_page
 from tasks.adaptation.resume import FINDINGS_FILE

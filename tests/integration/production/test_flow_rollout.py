@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
@@ -15,8 +17,6 @@ from flows.champions import abort_rollout, check_rollout, finish_rollout, rollou
 from flows.cli.app import app
 from flows.promote import decide
 from infra.promotions import PromotionLog
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store

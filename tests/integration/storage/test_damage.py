@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from infra.tracking.registry import open_registry
+from infra.tracking.runs import list_runs
 from typer.testing import CliRunner
 
 from deal_core.errors import DealError
 from flows.cli.app import app
 from flows.server.status import Status, read_status
-from infra.tracking.registry import open_registry
-from infra.tracking.runs import list_runs
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.lineage.decisions import roll_back

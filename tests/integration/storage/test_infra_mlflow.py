@@ -17,15 +17,15 @@ from typing import Any
 
 import mlflow
 import pytest
+from infra.tracking.database import DatabaseReader, open_reader
+from infra.tracking.facts import VersionFacts, VersionInfo
+from infra.tracking.mlflow_reader import MlflowReader
+from infra.tracking.registry import Registry, open_registry
 from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
 from infra.settings import TrackingSettings
 from infra.tracking import mlflow_reader
-from infra.tracking.database import DatabaseReader, open_reader
-from infra.tracking.facts import VersionFacts, VersionInfo
-from infra.tracking.mlflow_reader import MlflowReader
-from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import TrackedRun, Tracker, open_tracker
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infra.version_log import Ledger, LedgerEntry
 
 from deal_core.errors import StoreError
 from infra.promotions import Change, Move, PromotionLog
 from infra.store.local import FileStore, open_store
-from infra.version_log import Ledger, LedgerEntry
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from infra.tracking.facts import VersionFacts, VersionInfo
+from infra.version_log import VersionLog
 
 from deal_core.judging_config import RolloutTerms
 from infra.store.base import ObjectNotFoundError
 from infra.store.keys import version_key
 from infra.store.local import open_store
-from infra.tracking.facts import VersionFacts, VersionInfo
-from infra.version_log import VersionLog
 
 FACTS = VersionFacts(
     run_key="key",

@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from infra.tracking.runs import artifacts_with_rows
 
 from infra.store.local import FileStore
-from infra.tracking.runs import artifacts_with_rows
 from tasks.housekeeping.forgetting import affected_versions
 from tasks.lineage.tombstones import (
     ForgottenRowsError,

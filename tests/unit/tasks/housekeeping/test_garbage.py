@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infra.tracking.facts import VersionInfo
+from infra.tracking.runs import RunInfo
 
 from infra.store.base import temporary_folder
 from infra.store.local import FileStore
-from infra.tracking.facts import VersionInfo
-from infra.tracking.runs import RunInfo
 from tasks.housekeeping.garbage import Folder, Inventory, find_leftovers, kept_versions, plan_removals, remove_local
 
 NOW = datetime(2026, 6, 30, tzinfo=UTC)

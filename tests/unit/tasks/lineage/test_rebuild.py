@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
-from infra.promotions import Move
 from infra.tracking.facts import VersionFacts
 from infra.version_log import StoredVersion
 from tasks.lineage.rebuild import aliases_after, tags_after
+
+from infra.promotions import Move
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 numbers = count(1)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy
 import pytest
+from infra.tracking.facts import VersionFacts
+from infra.version_log import Ledger, StoredVersion, VersionLog
 from safetensors.numpy import save_file
 
 from deal_core.data.schema import DatasetManifest, TaskSchema
@@ -16,8 +18,6 @@ from deal_core.errors import DealError, StoreError
 from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
-from infra.tracking.facts import VersionFacts
-from infra.version_log import Ledger, StoredVersion, VersionLog
 from tasks.adaptation.frozen_rows import load_test_set, read_answers
 from tasks.adaptation.manifests import read_manifest
 from tasks.adaptation.resume import read_findings

@@ -11,14 +11,14 @@ from typing import cast
 
 import pytest
 import torch
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry
 from safetensors.torch import save_file
 
 from deal_core.adapter.files import as_recorded, digests_of, sha256_together
 from deal_core.errors import IntegrityError
 from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry
 from tasks.lineage.history import version_ref
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent, replacing
 from tasks.references import AdapterRef
