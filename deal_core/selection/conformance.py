@@ -13,7 +13,6 @@ from torch import Tensor
 
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.likelihood import MeasuredAnswers
-from deal_core.method_config import SelectionConfig
 from deal_core.selection import score_class
 from deal_core.selection.score import Candidates, RowScore
 
@@ -55,5 +54,4 @@ def _score(cls: type[RowScore], task: TaskSchema) -> Tensor:
             gradient_N=num_tokens_N.double().sqrt(),
             num_hits_N=(num_tokens_N - torch.tensor([row % 2 for row in rows])).double(),
         )
-    config = SelectionConfig(keep=0.5, score=cls.name)
-    return cls().score(Candidates(rows=data, task=task, measured=measured, config=config, seed=3))
+    return cls().score(Candidates(rows=data, task=task, measured=measured, seed=3))

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import benchmarks  # noqa: F401  its scores
 import tasks.adaptation.train as train_stage
 from deal_core.adapter.state import load_method_state
 from deal_core.method_config import SelectionConfig

@@ -83,7 +83,7 @@ def test_the_documented_example_is_a_strategy(installed: Path, tmp_path: Path) -
     assert choose_strategy(parse(AdaptSpec, values, "test"), None) == "l2_sp"
 
 
-@pytest.mark.parametrize("name", ["deal", "ewc", "replay", *at_night("o_lora")])
+@pytest.mark.parametrize("name", ["deal", "replay", *at_night("seq_lora")])
 def test_our_own_keep_the_promises(name: str, tmp_path: Path) -> None:
     check_strategy(name, tmp_path)
 
