@@ -1,6 +1,6 @@
 """The methods that `deal` is compared with. `benchmarks/entry_points.txt` lists them.
 
-Each counts what it holds for the plans of `deal plan` (`tensor_numbers`): at most as much as that is held.
+What `tensor_numbers` says for `deal plan` is an upper bound.
 """
 
 from __future__ import annotations
