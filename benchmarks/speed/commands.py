@@ -76,7 +76,7 @@ FILES = {"bank": "train.jsonl", "parcels": "messages.jsonl"}
 """The tasks that are adapted to, and their rows in EXAMPLES."""
 LEARNING = ("train", "evaluate")
 CELL_TASKS = {**COLOURS_AND_SIZES, "tastes": ("sweet", "sour")}
-CELL_STRATEGIES = ("deal", "seq_lora", "ewc", "replay")
+CELL_STRATEGIES = ("deal", "seq_lora", "replay")
 NUM_TEST_ROWS = 64
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)

@@ -46,7 +46,11 @@ Base = Annotated[
 ]
 Strategy = Annotated[
     str | None,
-    Option("--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"),
+    Option(
+        "--strategy",
+        help="deal, seq_lora, replay, or one of an installed package.",
+        show_default="the lineage's own, else deal",
+    ),
 ]
 Memory = Annotated[
     str | None,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import ValidationError
 
 from deal_core.adapter.files import digests_of, sha256_together
-from deal_core.method_config import asks_own_texts
 from deal_core.regular_file import complete_file, flush_to_disk
+from deal_core.strategies import strategy_class
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
@@ -118,7 +118,7 @@ def _old_texts(store: ObjectStore, job: AdaptationRun, setup: TrainingSetup, fol
     """Write the texts of old tasks that the strategy may ask about to files in `folder`."""
     from deal_core.training.job import TextsFile
 
-    if not asks_own_texts(job.strategy, setup.method):
+    if strategy_class(job.strategy).old_rows(setup.method) != "unused":
         return ()
     folder.mkdir(exist_ok=True)
     files = []

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from infra.tracking.registry import open_registry
 
+import benchmarks  # noqa: F401  its scores
 import tasks.adaptation.train as train_stage
 from deal_core.adapter.state import load_method_state
 from deal_core.method_config import SelectionConfig

@@ -126,7 +126,7 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         tasks=list(COLOURS_AND_SIZES),
         base_model=spec.base_model,
         train="{}",
-        methods=["{}", '{"deal": {"core": "frozen"}}', '{"rivals": {"ewc_weight": 3}}'],
+        methods=["{}", '{"deal": {"core": "frozen"}}', '{"rehearsal": {"texts": "own", "rows_per_step": 2}}'],
         strategies=["deal", "seq_lora"],
         seeds=[0, 1],
     )

@@ -12,7 +12,7 @@ import pytest
 from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig
 from deal_core.errors import ConfigError
 from deal_core.judging_config import GateConfig
-from deal_core.method_config import DealConfig, RehearsalConfig, RivalConfig
+from deal_core.method_config import DealConfig, RehearsalConfig
 from flows.benchmark import BenchmarkSpec
 from tasks.spec import AdaptSpec, parse
 
@@ -25,7 +25,6 @@ SECTIONS = {
     "gate": GateConfig,
     "deal": DealConfig,
     "rehearsal": RehearsalConfig,
-    "rivals": RivalConfig,
 }
 OPTIONAL = {
     "adapter.alpha": 32.0,

@@ -49,7 +49,7 @@ def made(strategy: str, method: MethodConfig) -> Cell:
 SELECTING = MethodConfig(selection=SelectionConfig(keep=0.3, score="loss", pick="low"))
 
 
-@pytest.mark.parametrize("strategy", ["deal", "seq_lora", "ella"])
+@pytest.mark.parametrize("strategy", ["deal", "seq_lora", "replay"])
 def test_a_selecting_cell_is_another_cell_and_shares_no_first_version(strategy: str) -> None:
     plain, selecting = made(strategy, MethodConfig()), made(strategy, SELECTING)
     assert not any(name.startswith("selection.") for name in plain.method)

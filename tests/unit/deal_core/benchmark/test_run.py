@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarks  # noqa: F401  its scores
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
@@ -192,8 +193,6 @@ def test_old_tasks_are_rehearsed_by_instruction_or_from_kept_rows(run):
     assert (deal["stores"], deal["state_bytes"]) == ("nothing", 0)
     assert replay["stores"] == "data" and replay["state_bytes"] > 0
     assert len({version["adapter_bytes"] for version in deal["versions"]}) == 1
-    grown = [version["adapter_bytes"] for version in run("inc_lora")["versions"]]
-    assert grown[0] < grown[1]
 
 
 def test_a_first_version_is_made_once_for_the_cells_that_share_it(run, tmp_path):
@@ -201,7 +200,7 @@ def test_a_first_version_is_made_once_for_the_cells_that_share_it(run, tmp_path)
     (file,) = (tmp_path / "shared").glob("*/version.json")
     file.write_text(json.dumps({**first, "mark": 1}))
     assert run("deal")["versions"][0] == {**first, "mark": 1}
-    assert "mark" not in run("ewc")["versions"][0]
+    assert "mark" not in run("replay")["versions"][0]
 
 
 def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
@@ -213,9 +212,9 @@ def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        run("o_lora", on_progress=die)
+        run("replay", on_progress=die)
     num_before = len(seen)
-    run("o_lora", on_progress=lambda _, __, doing: seen.append(doing))
+    run("replay", on_progress=lambda _, __, doing: seen.append(doing))
     assert seen[num_before] == "sizes: step 1 of 4"
 
 
@@ -265,7 +264,7 @@ def test_heads_on_the_base_model_are_scored_as_answers_are(run):
 
 
 def test_a_selecting_cell_trains_on_the_chosen_rows_in_as_many_steps(run):
-    method = MethodConfig(selection=SelectionConfig(keep=0.5, score="loss"))
+    method = MethodConfig(selection=SelectionConfig(keep=0.5, score="loss"))  # it reads the parent
     result = run("seq_lora", method, scored="last")
     for version in result["versions"]:
         assert version["num_steps"] == 2 and len(set(version["chosen"])) == 8 and max(version["chosen"]) < 16

@@ -48,8 +48,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     shutil.copy(EXAMPLE, folder)
     (folder / "broken_scores.py").write_text(BROKEN)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own-score\nVersion: 1.0\n")
-    lines = [f"{name.lower()} = broken_scores:{name}" for name in ("Short", "Endless", "Other")]
-    lines += ["variety = own_score:Variety", "gone = no_such_module:Gone", "loss = own_score:Variety"]
+    lines = [f"{name.lower()} = broken_scores:{name}" for name in ("Short", "Endless", "Dice", "Other")]
+    lines += ["variety = own_score:Variety", "gone = no_such_module:Gone", "random = own_score:Variety"]
     (metadata / "entry_points.txt").write_text("\n".join(["[deal_pipeline.scores]", *lines]))
     monkeypatch.syspath_prepend(folder)
     yield folder
@@ -76,7 +76,7 @@ def refuse() -> BaseModel:
 
 def test_the_documented_example_is_a_score(installed: Path, tmp_path: Path) -> None:
     assert choose("variety", tmp_path).rows == (6, 7)
-    assert list(PLUGINS.find())[: len(OWN)] == list(OWN) and score_class("loss").__module__.startswith("deal_core.")
+    assert list(PLUGINS.find())[: len(OWN)] == list(OWN) and score_class("random").__module__.startswith("deal_core.")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_score_without_a_finite_number_for_each_row_is_refused(
     [
         ("other", "no subclass of RowScore with the name 'other'"),
         ("gone", "cannot be imported"),
-        ("nowhere", "give random, loss, .*variety"),
+        ("nowhere", "give random, .*variety"),
     ],
 )
 def test_a_score_that_cannot_be_used_is_refused(installed: Path, name: str, problem: str) -> None:

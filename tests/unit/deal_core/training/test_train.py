@@ -184,13 +184,12 @@ def test_epochs_and_accumulation_count_steps(train):
 
 def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, parent, tmp_path):
     from deal_core.method_config import MethodConfig
-    from deal_core.strategies import make_strategy, strategy_class
+    from deal_core.strategies import make_strategy
     from deal_core.strategies.strategy import TaskContext
 
-    for strategy in ("deal", "seq_lora", "inc_lora"):
+    for strategy in ("deal", "seq_lora"):
         adapter = AdapterConfig(rank=4)
-        num_new_slots = strategy_class(strategy).num_new_slots(adapter)
-        model = load_adapter(base.model, parent, is_trainable=True, num_new_slots=num_new_slots)
+        model = load_adapter(base.model, parent, is_trainable=True)
         method = make_strategy(strategy, MethodConfig(), 0)
         encoded = encode_rows(rows(8), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
         context = TaskContext(
@@ -212,7 +211,6 @@ def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, pare
         trained = {
             "deal": lambda method, model: method.network.parameters(),
             "seq_lora": lambda method, model: (p for n, p in model.named_parameters() if ".lora_" in n),
-            "inc_lora": lambda method, model: (*method.a_new, *method.b_new),
         }[strategy]
         expected = {id(p) for p in trained(method, model)}
         assert {id(p) for p in held} == expected and len(held) == len(expected)

@@ -30,6 +30,13 @@ def test_a_memory_that_contradicts_the_strategy_is_refused() -> None:
     choose_strategy(spec(strategy="seq_lora", memory="none"), None)
 
 
+def test_options_that_the_lineages_strategy_does_not_take_are_refused() -> None:
+    """A spec without a strategy does not know it when it is read."""
+    read = spec(strategy_options={"weight": 3})
+    with pytest.raises(ConfigError, match=r"Strategy 'deal' has no option 'weight'; it takes none\."):
+        choose_strategy(read, None)
+
+
 @pytest.mark.parametrize(
     ("before", "given", "memory"),
     [
