@@ -17,14 +17,13 @@ import boto3
 import psutil
 import pytest
 import yaml
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
 from prefect.events import Event
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from infra.settings import TrackingSettings
+from infra.versions import Version
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
 from tests.s3 import ThreadedMotoServer
@@ -85,7 +84,7 @@ class Whole:
         order = {int(entry["version"]): key for key, entry in files.items() if entry["outcome"] == "promoted"}
         return [order[number] for number in sorted(order)]
 
-    def versions(self, lineage: str) -> tuple[VersionInfo, ...]:
+    def versions(self, lineage: str) -> tuple[Version, ...]:
         return open_registry(self.tracking()).versions(lineage)
 
     def tracking(self) -> TrackingSettings:

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from deal_core.adapter.files import digests_of
 from deal_core.errors import IntegrityError
 from flows.champions import evaluate
 from flows.cli.app import app
+from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.lineage.decisions import roll_back
 from tasks.predict import predict, predict_file
@@ -26,9 +25,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def champion(copied_home: Path) -> VersionInfo:
+def champion(copied_home: Path) -> Version:
     """The champion, version 3, whose parent is version 1."""
-    info = open_registry().champion("l")
+    info = Versions(current_store()).champion("l")
     assert info is not None and info.version == "3"
     return info
 
@@ -40,12 +39,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def folder_of(home: Path, info: VersionInfo) -> Path:
+def folder_of(home: Path, info: Version) -> Path:
     return home / "store" / info.adapter_uri
 
 
 def test_a_damaged_champion_is_refused_wherever_it_would_be_loaded(
-    champion: VersionInfo, home: Path, tiny_base: Path, tmp_path: Path
+    champion: Version, home: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     folder = folder_of(home, champion)
     recorded = digests_of(folder)[WEIGHTS]
@@ -53,7 +52,7 @@ def test_a_damaged_champion_is_refused_wherever_it_would_be_loaded(
     flip(folder / WEIGHTS)
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"text": "I lost my card"}\n')
-    before = [(info.version, info.aliases) for info in open_registry().versions("l")]
+    before = [(info.version, info.aliases) for info in Versions(current_store()).all("l")]
 
     loads: dict[str, Callable[[], object]] = {
         "predict": lambda: predict("I lost my card", lineage="l", task="bank", version=None),
@@ -69,7 +68,9 @@ def test_a_damaged_champion_is_refused_wherever_it_would_be_loaded(
         message = str(caught.value)
         for part in ("Version 3 of 'l'", WEIGHTS, recorded, digests_of(folder)[WEIGHTS], "deal rollback --to 1"):
             assert part in message, (name, message)
-    assert [(info.version, info.aliases) for info in open_registry().versions("l")] == before, "nothing was learned"
+    assert [(info.version, info.aliases) for info in Versions(current_store()).all("l")] == before, (
+        "nothing was learned"
+    )
 
     said = CliRunner().invoke(app, ["predict", "I lost my card", "--lineage", "l", "--home", str(home)])
     assert said.exit_code == 1 and "Traceback" not in said.output and "is damaged" in " ".join(said.output.split())
@@ -79,7 +80,7 @@ def test_a_damaged_champion_is_refused_wherever_it_would_be_loaded(
     assert run(tiny_base, {**BANK, "name": "again"}).parent_version == "1"
 
 
-def test_an_adapter_that_is_brought_back_serves_again(champion: VersionInfo, home: Path) -> None:
+def test_an_adapter_that_is_brought_back_serves_again(champion: Version, home: Path) -> None:
     path = folder_of(home, champion) / WEIGHTS
     whole = path.read_bytes()
     flip(path)
@@ -90,7 +91,7 @@ def test_an_adapter_that_is_brought_back_serves_again(champion: VersionInfo, hom
 
 
 @pytest.mark.parametrize("name", ["deal.json", "adapter_config.json", WEIGHTS, "MLmodel"])
-def test_what_is_fetched_to_be_served_is_compared_too(champion: VersionInfo, tmp_path: Path, name: str) -> None:
+def test_what_is_fetched_to_be_served_is_compared_too(champion: Version, tmp_path: Path, name: str) -> None:
     registry = open_registry()
     registry.download("l", "3", tmp_path / "whole")
     location = registry.client.get_logged_model(champion.model_id).artifact_location
@@ -107,7 +108,7 @@ def test_what_is_fetched_to_be_served_is_compared_too(champion: VersionInfo, tmp
 
 
 def test_a_version_that_lost_its_digests_in_mlflow_is_compared_by_its_one_digest(
-    champion: VersionInfo, home: Path, tmp_path: Path
+    champion: Version, home: Path, tmp_path: Path
 ) -> None:
     registry = open_registry()
     registry.client.delete_model_version_tag("l", "3", "deal.files_sha256")
@@ -119,7 +120,7 @@ def test_a_version_that_lost_its_digests_in_mlflow_is_compared_by_its_one_digest
         predict("I lost my card", lineage="l", task="bank", version=None)
 
 
-def test_the_registry_knows_the_digest_of_each_file(champion: VersionInfo, home: Path) -> None:
+def test_the_registry_knows_the_digest_of_each_file(champion: Version, home: Path) -> None:
     found = digests_of(folder_of(home, champion))
     assert set(found) >= {"adapter_config.json", WEIGHTS, "method.json"}
     assert champion.files_sha256 == {name: (digest,) for name, digest in found.items()}

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from infra.tracking.registry import Registry, open_registry
+from infra.tracking.registry import Registry
 from infra.version_log import Ledger
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -88,7 +88,7 @@ def first(home: Path, bank_home: Path, copy_to_home: Callable[[Path], Path]) -> 
 
 
 def versions() -> list[tuple[str, str, tuple[str, ...]]]:
-    return [(info.version, info.task, info.aliases) for info in open_registry().versions("l")]
+    return [(info.version, info.task, info.aliases) for info in Versions(current_store()).all("l")]
 
 
 def tracked_run(home: Path, result: AdaptResult) -> Any:
@@ -127,7 +127,7 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
 def test_a_lineage_supplies_what_the_next_spec_leaves_open(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tiny_base, BANK, strategy="replay", memory="rows", adapter={"rank": 4})
     second = run(tiny_base, CLINIC, base_model=None)
-    store, versions = current_store(), open_registry().versions("l")
+    store, versions = current_store(), Versions(current_store()).all("l")
     records = [read_record(store, info.adapter_uri) for info in versions]
     assert [info.strategy for info in versions] == ["replay", "replay"]
     assert [record.memory for record in records] == ["rows", "rows"]
@@ -304,7 +304,7 @@ def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, home:
     assert versions() == [("1", "bank", ("challenger", "champion")), ("2", "clinic", ())]
     assert Ledger(current_store()).find("l", rejected.dataset.sha256) is None
     assert tracked_run(home, rejected).info.status == "FINISHED"
-    assert open_registry().versions("l")[1].reasons == rejected.reasons
+    assert Versions(current_store()).all("l")[1].reasons == rejected.reasons
 
     repeat = run(tiny_base, CLINIC, gate=FAIL)
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", True, "2")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli.app import app
 from flows.forget import forget
 from flows.requeue import requeue
+from infra.versions import Versions
 from tasks.adaptation import scorer
 from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
@@ -72,7 +72,7 @@ def keep_what_is_asked(patch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]
 
 
 def labels_of(version: int) -> list[str]:
-    adapter = open_registry().versions("l")[version - 1].adapter_uri
+    adapter = Versions(current_store()).all("l")[version - 1].adapter_uri
     known = read_record(current_store(), adapter).task("bank")
     assert known is not None
     return list(known.schema.labels)
@@ -97,7 +97,7 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
     (seen,) = deal("watch", "--once", "--poll", "0.1")["files"]
     assert seen["outcome"] == "promoted", seen
 
-    version = open_registry().versions("l")[2]
+    version = Versions(current_store()).all("l")[2]
     assert (labels_of(1), labels_of(2), labels_of(3)) == (LABELS, LABELS, [*LABELS, NEW])
     findings = json.loads(store.get_bytes(f"{version.adapter_uri}/findings.json"))
     manifest = read_manifest(store, findings["dataset"]["uri"])
@@ -120,7 +120,9 @@ def test_old_test_rows_are_asked_of_each_version_by_its_own_labels(
     third = run(tiny_base, {"name": "bank", "data": str(more)})
     assert third.status == "promoted" and third.dataset.new_labels == (NEW,)
     assert asked == [("bank", False, 31), ("bank", True, 36), ("clinic", False, 36)]
-    findings = json.loads(current_store().get_bytes(f"{open_registry().versions('l')[2].adapter_uri}/findings.json"))
+    findings = json.loads(
+        current_store().get_bytes(f"{Versions(current_store()).all('l')[2].adapter_uri}/findings.json")
+    )
     notes = findings["evaluation"]["notes"]
     assert any("new labels of bank are longer than" in note for note in notes)
 

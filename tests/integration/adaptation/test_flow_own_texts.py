@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from infra.tracking.registry import open_registry
 
 from deal_core.config import EvaluateConfig
 from deal_core.strategies import questions
@@ -56,7 +55,7 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     spared = f"{NUM_JUDGING} of 36 test rows of bank judge; the texts of the others may teach"
     assert spared in evaluation_of(first.tracking_id)["notes"] and said.count(spared) == 1
     assert (result.status, result.version) == ("promoted", "2")
-    info = find_version(open_registry(), "l", "2")
+    info = find_version(current_store(), "l", "2")
     adapter_uri = info.adapter_uri
     tasks = read_record(current_store(), adapter_uri).tasks
     judging = {each.schema.name: NUM_JUDGING for each in tasks}
@@ -89,7 +88,7 @@ def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base
     assert second.status == "promoted"
     judging = evaluation_of(second.tracking_id)["num_rows"]
     assert judging == {"orders": 20, "bank": 20}
-    adapter_uri = find_version(open_registry(), "l", "2").adapter_uri
+    adapter_uri = find_version(current_store(), "l", "2").adapter_uri
     assert read_record(current_store(), adapter_uri).spared == "all"
 
 

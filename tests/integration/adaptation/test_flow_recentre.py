@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from infra.tracking.registry import open_registry
 
 from deal_core.config import EvaluateConfig
 from infra.tracking.tracker import open_tracker
@@ -27,7 +26,7 @@ def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(
     assert run(tiny_base, BANK, memory="none").status == "promoted"
     result = run(tiny_base, CLINIC, train={**TRAIN, "recentre_steps": 2})
     assert (result.status, result.version) == ("promoted", "2")
-    info = find_version(open_registry(), "l", "2")
+    info = find_version(current_store(), "l", "2")
     tasks = read_record(current_store(), info.adapter_uri).tasks
     assert result.tracking_id is not None
     evaluation = open_tracker().run(result.tracking_id).read_json("evaluation.json")
@@ -40,5 +39,5 @@ def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(
     assert again.accuracies == again.recorded
 
     assert run(tiny_base, CLINIC, train={**TRAIN, "recentre_steps": 3}, again=True).version == "3"
-    other = find_version(open_registry(), "l", "3")
+    other = find_version(current_store(), "l", "3")
     assert other.adapter_sha256 != info.adapter_sha256

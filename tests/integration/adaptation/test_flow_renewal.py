@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from deal_core.config import EvaluateConfig
@@ -162,7 +161,7 @@ def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(home: Path, tin
 
 @pytest.mark.usefixtures("copied_home")
 def test_a_version_is_scored_again_with_the_settings_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, version = current_store(), version_ref(find_version(open_registry(), "l", "3"))
+    store, version = current_store(), version_ref(find_version(current_store(), "l", "3"))
     key = f"{version.adapter_uri}/{FINDINGS_FILE}"
     findings = json.loads(store.get_bytes(key))
     findings["spec"]["evaluate"] = {**findings["spec"].get("evaluate", {}), "max_old_rows": 4000}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from infra.tracking.registry import open_registry
 
 import benchmarks  # noqa: F401  its scores
 import tasks.adaptation.train as train_stage
@@ -16,6 +15,7 @@ from deal_core.adapter.state import load_method_state
 from deal_core.method_config import SelectionConfig
 from deal_core.strategies.rehearsal import unpack
 from deal_core.training.job import TrainingJob
+from infra.versions import Versions
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
 from tasks.lineage.version_files import borrowed_adapter
@@ -67,7 +67,7 @@ def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
     assert trained_on[1] == trained_on[0] and len(trained_on[0]) == kept
     assert second.num_steps == -(-kept // 4)
     assert not list(home.rglob("selection.json")), "row numbers are of no use after the run"
-    version = open_registry().versions("l")[-1]
+    version = Versions(current_store()).all("l")[-1]
     assert second.tracking_id is not None
     _, page = read_page(second.tracking_id)
     assert f"{kept} of {second.dataset.num_train} training rows were chosen by loss (the highest)" in page

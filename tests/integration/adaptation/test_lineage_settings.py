@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
-from infra.tracking.registry import open_registry
 from typer.testing import CliRunner, Result
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import adapt
 from flows.cli.app import app
 from flows.cli.session import FAILED, STOPPED, WRONG_USE
+from infra.versions import Versions
 from tasks.adaptation.resume import read_spec_of
 from tasks.context import current_store
 from tasks.inbox import read_state, write_state
@@ -66,13 +66,13 @@ def land(name: str) -> None:
 
 
 def spec_of(number: int) -> dict[str, Any]:
-    return dict(read_spec_of(open_registry().versions("support")[number - 1].adapter_uri))
+    return dict(read_spec_of(Versions(current_store()).all("support")[number - 1].adapter_uri))
 
 
 def test_deal_adapt_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any]) -> None:
     said = ("adapt", "--task", "parcels", "--data", str(ROWS), "--lineage", "support")
     assert deal(*said)["status"] == "awaiting approval"
-    assert open_registry().champion("support") is None
+    assert Versions(current_store()).champion("support") is None
     assert spec_of(1)["train"]["max_steps"] == 2 and spec_of(1)["strategy"] == "seq_lora"
     assert deal(*said, "--strategy", "deal")["status"] == "awaiting approval"
     assert spec_of(2)["train"]["max_steps"] == 2 and spec_of(2)["strategy"] == "deal"
@@ -95,7 +95,7 @@ def test_deal_watch_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, A
     land("parcels/a.jsonl")
     (seen,) = deal("watch", "--once", "--poll", "0.1", "--lineage", "support")["files"]
     assert (seen["key"], seen["outcome"]) == ("inbox/parcels/a.jsonl", "awaiting approval")
-    assert open_registry().champion("support") is None and spec_of(1)["train"]["max_steps"] == 2
+    assert Versions(current_store()).champion("support") is None and spec_of(1)["train"]["max_steps"] == 2
     path = tmp_path / "support.yaml"
     path.write_text(yaml.safe_dump({"lineage": "support", "tasks": ["bank"], "gate": {"approval": "automatic"}}))
     (seen,) = deal("watch", "--once", "--poll", "0.1", "--spec", str(path))["files"]

@@ -11,7 +11,6 @@ from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import pytest
-from infra.tracking.registry import open_registry
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from prefect.states import Scheduled
@@ -23,9 +22,10 @@ from flows.promote import decide, reject
 from flows.server.deploy import _require_own, deploy_all
 from flows.server.status import NEWEST, ServerRuns, read_server
 from infra.promotions import Move
-from tasks.adaptation.promote import complete_version
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.history import read_moves
+from tasks.lineage.promotion import promote_accepted
 from tasks.notices import Notice, announce
 from tests.in_process import put_back
 from tests.receiver import Receiver
@@ -178,7 +178,7 @@ def test_another_home_takes_the_place_when_asked_and_starts_nothing_that_was_sto
 def waiting(copied_home: Path) -> str:
     """Number of a version that waits for a person."""
     found = register("waiting", approval="awaiting")
-    complete_version(open_registry(), found)
+    promote_accepted(current_store(), found)
     return found.version
 
 
@@ -193,7 +193,7 @@ def test_a_person_decides_by_the_form(waiting: str) -> None:
             decide("l", waiting, "approve", **wrong)
     assert len(read_moves("l")) == before
     decide("l", waiting, "approve", **BY)
-    champion = open_registry().champion("l")
+    champion = Versions(current_store()).champion("l")
     assert champion is not None and champion.version == waiting
     assert (last_move().action, last_move().who, last_move().why) == ("promoted", "Ada", "read the report")
     with pytest.raises(RegistryError, match="does not wait for a person: it was approved"):

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import tenacity
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
+from infra.tracking.registry import Registry
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from typer.testing import CliRunner
@@ -26,6 +25,7 @@ from flows.retrain import retrain
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
 from infra.tracking.tracker import open_tracker
+from infra.versions import Version
 from tasks.adaptation.ingest import read_manifest
 from tasks.adaptation.report import read_page
 from tasks.batches import read_batches
@@ -95,11 +95,11 @@ def waiting(home: Path, at: datetime) -> list[Waiting]:
     return list(status.waiting)
 
 
-def versions() -> tuple[VersionInfo, ...]:
-    return open_registry().versions("l")
+def versions() -> tuple[Version, ...]:
+    return Versions(current_store()).all("l")
 
 
-def num_read(version: VersionInfo) -> int:
+def num_read(version: Version) -> int:
     """Rows of the arrival that a version has learned."""
     folder = next(
         info.key.rpartition("/")[0]

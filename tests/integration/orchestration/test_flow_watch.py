@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from infra.tracking.registry import Registry, open_registry
+from infra.tracking.registry import Registry
 from typer.testing import CliRunner
 
 import flows.cli.demo
@@ -104,11 +104,11 @@ def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> 
     land(home, "clinic/c.csv", (EXAMPLES / "clinic" / "test.csv").read_bytes(), age=80)
     result, _ = look(lineage(tiny_base))
     assert outcomes(result) == [("clinic/c.csv", "promoted")], "the lineage knows which columns the task has"
-    assert [info.version for info in open_registry().versions("l")] == ["1", "2", "3"]
+    assert [info.version for info in Versions(current_store()).all("l")] == ["1", "2", "3"]
 
     other, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora"), tasks=("parcels",))
     assert outcomes(other) == [("parcels/a.jsonl", "promoted"), ("parcels/again.jsonl", "repeat")]
-    assert [info.strategy for info in open_registry().versions("m")] == ["seq_lora"]
+    assert [info.strategy for info in Versions(current_store()).all("m")] == ["seq_lora"]
 
 
 def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path, home: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_file_that_ends_its_reader_stops_no_other_and_is_set_aside(tiny_base: 
     assert reason.startswith("inbox/parcels/b.parquet: b.parquet ended the process that reads it (SIGABRT")
     assert "did so in 2 tries, so it is set aside" in reason and status.num_open == 0
     assert look(lineage(tiny_base))[0].files == ()
-    assert [info.version for info in open_registry().versions("l")] == ["1", "2"]
+    assert [info.version for info in Versions(current_store()).all("l")] == ["1", "2"]
 
 
 @pytest.mark.nightly
@@ -357,7 +357,7 @@ def test_the_demo_leaves_other_files_of_its_names_alone(tiny_base: Path, home: P
             )
         )
     assert mine.read_bytes() == b"mine" and leftover.is_file()
-    assert open_registry().versions("demo") == ()
+    assert Versions(current_store()).all("demo") == ()
 
 
 def short_demo(folder: Path, names: tuple[str, ...], gate: dict[str, Any]) -> Path:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import tenacity
 import yaml
-from infra.tracking.registry import open_registry
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 
@@ -22,6 +21,7 @@ from deal_core.errors import ConfigError
 from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
 from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
 from infra.store.local import FileStore
+from infra.versions import Versions
 from tasks.arrival_runs import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
 from tasks.context import current_store
 from tasks.inbox import InboxState, TestFiles, list_arrivals, read_state, write_state
@@ -271,7 +271,7 @@ def test_a_run_takes_all_that_is_open_and_what_lands_meanwhile(home: Path, tiny_
     land(home, "parcels/1.jsonl", b"".join(rows[20:40]), age=100)
     result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
     assert [seen.key for seen in result.files] == ["inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl"]
-    assert [version.parent_version for version in open_registry().versions("l")] == [None, "1"]
+    assert [version.parent_version for version in Versions(current_store()).all("l")] == [None, "1"]
     assert asyncio.run(adapt_landed("l")).files == ()
 
 
@@ -287,7 +287,7 @@ def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base
             return await adapt_landed("busy", settle_seconds=0.01)
 
     assert asyncio.run(two()).files == ()
-    assert open_registry().versions("busy") == ()
+    assert Versions(current_store()).all("busy") == ()
 
 
 def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path, tiny_base: Path) -> None:
@@ -306,7 +306,7 @@ def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path
         await waiting
 
     asyncio.run(two())
-    assert worker.files == [] and open_registry().versions("shared") == ()
+    assert worker.files == [] and Versions(current_store()).all("shared") == ()
 
 
 def test_the_server_carries_the_automations_once() -> None:

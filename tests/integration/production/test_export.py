@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
 from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -23,6 +21,7 @@ from deal_core.evaluation.answering import read_served
 from flows.cli.app import app
 from flows.forget import forget
 from infra.settings import VllmSettings
+from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.predict import Answer, predict
@@ -42,8 +41,8 @@ def lineage(copied_home: Path) -> None:
     """Version 1 and 3 of `l` were champions; version 2 did not pass its gate."""
 
 
-def version(number: str) -> VersionInfo:
-    found = open_registry().version("l", number)
+def version(number: str) -> Version:
+    found = Versions(current_store()).find("l", number)
     assert found is not None
     return found
 

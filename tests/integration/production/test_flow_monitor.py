@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from infra.tracking.registry import open_registry
 from infra.tracking.runs import list_runs
 from mlflow import MlflowClient
 from typer.testing import CliRunner
@@ -48,7 +47,7 @@ def lineage(copied_home: Path) -> Path:
 
 
 def reference_of(version: str = "3") -> pd.DataFrame:
-    found = read_reference(current_store(), find_version(open_registry(), "l", version).adapter_uri)
+    found = read_reference(current_store(), find_version(current_store(), "l", version).adapter_uri)
     assert found is not None
     return found
 
@@ -80,7 +79,7 @@ def store_has_baseline() -> bool:
 
 
 def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
-    store, info = current_store(), find_version(open_registry(), "l", "3")
+    store, info = current_store(), find_version(current_store(), "l", "3")
     record, found = read_record(store, info.adapter_uri), reference_of()
     assert {*found["task"]} == {"bank", "clinic"}
     for known in record.tasks:
@@ -94,7 +93,7 @@ def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
         assert set(rows["label"].dropna()) <= set(known.schema.labels)
         assert [*rows["is_label"]] == [*rows["label"].notna()]
     assert found["input"].isna().all() and found["output"].isna().all()
-    assert find_version(open_registry(), "l", "2").adapter_uri != info.adapter_uri and not reference_of("2").empty
+    assert find_version(current_store(), "l", "2").adapter_uri != info.adapter_uri and not reference_of("2").empty
 
     store.delete(f"{info.adapter_uri}/{REFERENCE_FILE}")
     put_predictions(store, "l", live_of(found), "a")
@@ -155,7 +154,7 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert '<h2 id="live">Live traffic</h2>' in page and "clinic: drift</h3>" in page and "bank: no alarm</h3>" in page
     assert page.count(" and its reference</title>") == 2
-    own = find_version(open_registry(), "l", "3").tracking_id
+    own = find_version(current_store(), "l", "3").tracking_id
     kept = Path(client.download_artifacts(own, "report.html", str(tmp_path))).read_text(encoding="utf-8")
     assert kept == page
     assert "Live traffic" not in save_report("l", "1", tmp_path / "one.html").file.read_text(encoding="utf-8")
@@ -174,7 +173,7 @@ def test_only_rows_since_the_promotion_count(lineage: Path) -> None:
 
 def test_feedback_that_says_wrong_is_a_drop(lineage: Path, receiver: Receiver) -> None:
     store = current_store()
-    uri = find_version(open_registry(), "l", "3").adapter_uri
+    uri = find_version(current_store(), "l", "3").adapter_uri
     right = reference_of().assign(score=1.0)  # the tiny model knows nothing
     right.to_parquet(lineage / "store" / uri / REFERENCE_FILE)
     rows = live(1, label="fee dispute", is_label=True)
@@ -185,7 +184,7 @@ def test_feedback_that_says_wrong_is_a_drop(lineage: Path, receiver: Receiver) -
     measured = found.drift.task("bank").measured
     assert measured is not None and measured.accuracy == 0.2 and measured.num_rows == 100
     before = found.drift.task("bank").before
-    assert before == read_record(store, find_version(open_registry(), "l", "1").adapter_uri).accuracies()["bank"]
+    assert before == read_record(store, find_version(current_store(), "l", "1").adapter_uri).accuracies()["bank"]
     told = {each["event"]: each["payload"] for each in receiver.told()}
     assert "measured at 20.0 %" in told["deal.quality.dropped"]["reasons"][0]
     assert told["deal.quality.dropped"]["accuracies"] == {"bank": 0.2}
@@ -252,13 +251,13 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
 
 def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
     store = current_store()
-    bank = read_record(store, find_version(open_registry(), "l", "3").adapter_uri).task("bank")
+    bank = read_record(store, find_version(current_store(), "l", "3").adapter_uri).task("bank")
     assert bank is not None
     done = asyncio.run(forget(bank.dataset_uri.split("/")[2]))
     assert {each.version for each in done.plan.held if each.kind == "reference rows"} == {"1", "2", "3"}
     for version in ("2", "3"):
         assert {*reference_of(version)["task"]} == {"clinic"}
-    assert not store.exists(f"{find_version(open_registry(), 'l', '1').adapter_uri}/{REFERENCE_FILE}")
+    assert not store.exists(f"{find_version(current_store(), 'l', '1').adapter_uri}/{REFERENCE_FILE}")
 
 
 def test_every_champion_is_looked_at(lineage: Path) -> None:

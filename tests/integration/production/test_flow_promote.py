@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from mlflow import MlflowClient
 from typer.testing import CliRunner
@@ -24,11 +23,12 @@ from flows.cli.app import app
 from flows.promote import decide
 from flows.requeue import requeue
 from infra.promotions import PromotionLog
-from tasks.adaptation.promote import complete_version, move_champion, settled_champion
+from infra.versions import Version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
+from tasks.lineage.promotion import move_champion, promote_accepted, settled_champion
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.spec import AdaptSpec, parse
 from tests.conftest import MakeOnce
@@ -106,7 +106,7 @@ def die(*args: Any) -> None:
 
 
 def aliases() -> dict[str, str]:
-    return {alias: info.version for info in open_registry().versions("l") for alias in info.aliases}
+    return {alias: info.version for info in Versions(current_store()).all("l") for alias in info.aliases}
 
 
 @pytest.mark.usefixtures("lineage")
@@ -170,14 +170,14 @@ def test_an_arrival_that_is_now_the_first_of_its_task_is_learned_again_once(tiny
 @pytest.mark.usefixtures("lineage")
 def test_nothing_is_learned_again_where_another_file_lies_by_now(tmp_path: Path) -> None:
     roll_back("l", None, **BY)
-    store, key = current_store(), f"{open_registry().versions('l')[1].adapter_uri}/findings.json"
+    store, key = current_store(), f"{Versions(current_store()).all('l')[1].adapter_uri}/findings.json"
     findings, moved = json.loads(store.get_bytes(key)), tmp_path / "messages.jsonl"
     moved.write_bytes(Path(TASKS["parcels"]["data"]).read_bytes() + b"\n")
     findings["spec"]["task"]["data"] = str(moved)
     store.put_bytes(key, json.dumps(findings).encode())
     with pytest.raises(DataValidationError, match="land the old file again"):
         asyncio.run(requeue("l"))
-    assert len(open_registry().versions("l")) == 2
+    assert len(Versions(current_store()).all("l")) == 2
 
 
 @pytest.mark.usefixtures("lineage")
@@ -383,7 +383,7 @@ def test_a_rollback_of_a_version_that_was_registered_twice_stays(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "create_model_version", lose_first_answer)
         assert learn(tiny_base, "clinic").version == "3"
-    assert [info.version for info in open_registry().versions("l")] == ["1", "2", "3", "4"]
+    assert [info.version for info in Versions(current_store()).all("l")] == ["1", "2", "3", "4"]
     roll_back("l", None, **BY)
     parent = find_parent("l")
     assert parent is not None and parent.version == "2" == aliases()["champion"]
@@ -392,7 +392,7 @@ def test_a_rollback_of_a_version_that_was_registered_twice_stays(
 
 @pytest.mark.usefixtures("waiting")
 def test_a_rejection_that_was_cut_short_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = open_registry().versions("l")[-1]
+    waiting = Versions(current_store()).all("l")[-1]
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "tag_version", die)
         with pytest.raises(KilledError):
@@ -402,13 +402,13 @@ def test_a_rejection_that_was_cut_short_holds(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(RegistryError, match="rejected by a person"):
             move_champion(open_registry(), log, before, expected="2", action="promoted", **BY)
     with pytest.raises(RegistryError, match="rejected by a person"):
-        complete_version(open_registry(), open_registry().versions("l")[-1])
+        promote_accepted(current_store(), Versions(current_store()).all("l")[-1])
     assert (aliases()["champion"], read_moves("l")[-1].action) == ("2", "rejected")
 
 
 @pytest.mark.usefixtures("waiting")
 def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find_slowly(registry: Registry, lineage: str, version: str) -> VersionInfo:
+    def find_slowly(registry: Registry, lineage: str, version: str) -> Version:
         monkeypatch.setattr("tasks.lineage.decisions.find_version", find_version)
         roll_back("l", "1", **BY)
         return find_version(registry, lineage, version)
@@ -425,7 +425,7 @@ def test_the_end_of_a_request_does_not_undo_a_move_that_was_made_meanwhile(monke
     open_registry().client.set_registered_model_alias("l", "champion", "1")
     settled_champion(open_registry(), current_store(), "l")
 
-    def find_slowly(registry: Registry, lineage: str, version: str) -> VersionInfo:
+    def find_slowly(registry: Registry, lineage: str, version: str) -> Version:
         monkeypatch.setattr("tasks.lineage.decisions.find_version", find_version)
         promote_to("l", "3", **BY)
         return find_version(registry, lineage, version)

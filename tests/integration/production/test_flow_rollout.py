@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from typer.testing import CliRunner
 
@@ -17,11 +16,12 @@ from flows.champions import abort_rollout, check_rollout, finish_rollout, rollou
 from flows.cli.app import app
 from flows.promote import decide
 from infra.promotions import PromotionLog
-from tasks.adaptation.promote import complete_version
+from infra.versions import Version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.history import descent, find_version, standing_of
+from tasks.lineage.promotion import promote_accepted
 from tests.in_process import KilledError
 from tests.registering import register
 
@@ -36,22 +36,25 @@ def lineage(copied_home: Path) -> None:
     """Versions 1 and 3 were promoted, in a copy of the home."""
 
 
-def begin(name: str) -> VersionInfo:
+def begin(name: str) -> Version:
     """Let the run of a new version end."""
     version = register(name, rollout=TERMS)
-    complete_version(open_registry(), version)
+    promote_accepted(current_store(), version)
     return version
 
 
 def in_rollout() -> str | None:
     """The version that the log and the alias name; both name the same."""
-    opened, found = PromotionLog(current_store()).open_rollout("l"), open_registry().with_alias("l", "rollout")
+    opened, found = (
+        PromotionLog(current_store()).open_rollout("l"),
+        Versions(current_store()).with_alias("l", "rollout"),
+    )
     assert (opened.version if opened else None) == (found.version if found else None)
     return found.version if found else None
 
 
 def champion() -> str:
-    found = open_registry().champion("l")
+    found = Versions(current_store()).champion("l")
     assert found is not None
     return found.version
 
@@ -72,14 +75,14 @@ def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -
     assert (in_rollout(), champion(), standing("4")) == ("4", "3", "in rollout")
     assert newest_move() == ("rollout", "4", "3", "gate")
     num_moves = len(PromotionLog(current_store()).moves("l"))
-    complete_version(open_registry(), find_version(open_registry(), "l", "4"))  # its run died, and is completed again
-    complete_version(open_registry(), version)
+    promote_accepted(current_store(), find_version(current_store(), "l", "4"))  # its run died, and is completed again
+    promote_accepted(current_store(), version)
     assert len(PromotionLog(current_store()).moves("l")) == num_moves
     parent = find_parent("l")
     assert parent is not None and parent.version == "3" and find_left_behind("l") == ()
     entries = [json.loads(current_store().get_bytes(info.key)) for info in current_store().list("promotions/l")]
     assert [entry.get("rollout") for entry in entries] == [None] * (num_moves - 1) + ["canary"]
-    assert find_version(open_registry(), "l", "4").rollout == TERMS
+    assert find_version(current_store(), "l", "4").rollout == TERMS
 
 
 def test_a_newer_version_takes_the_place_of_the_one_in_rollout() -> None:
@@ -125,11 +128,11 @@ def test_a_rollout_whose_version_was_deleted_in_mlflow_can_be_aborted() -> None:
 
 @pytest.mark.parametrize("by_form", [False, True])
 def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
-    complete_version(open_registry(), register("a", rollout=TERMS, approval="awaiting"))
+    promote_accepted(current_store(), register("a", rollout=TERMS, approval="awaiting"))
     assert (in_rollout(), standing("4")) == (None, "awaiting approval")
     done = decide("l", "4", "approve", **BY) if by_form else promote_to("l", "4", **BY)
     assert (done.action, in_rollout(), champion()) == ("rollout", "4", "3")
-    assert find_version(open_registry(), "l", "4").approval == "given"
+    assert find_version(current_store(), "l", "4").approval == "given"
     assert check_rollout("l").decision is None, "nobody has asked it yet"
     assert promote_to("l", "4", **BY).action == "promoted" and (in_rollout(), champion()) == (None, "4")
 
@@ -143,7 +146,7 @@ def test_a_rollout_that_was_cut_short_is_completed_by_whoever_looks_next(monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "set_alias", die)
         with pytest.raises(KilledError):
-            complete_version(open_registry(), version)
+            promote_accepted(current_store(), version)
     assert find_parent("l") is not None and in_rollout() == "4"
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "drop_alias", die)

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from infra.tracking.facts import VersionFacts
-from infra.tracking.registry import open_registry
 from mlflow.models import Model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,6 +39,7 @@ from infra.serving.champion import NoChampionError
 from infra.serving.run import serve
 from infra.settings import HomeSettings
 from infra.tracking.tracker import open_tracker
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_folder
@@ -171,7 +171,7 @@ def check_the_log_has_the_answers_and_no_word(asked: list[dict[str, Any]]) -> No
 
 def register_again(version: str, run_key: str) -> str:
     """Register a further version of the same files; return its number."""
-    info = next(each for each in open_registry().versions(LINEAGE) if each.version == version)
+    info = next(each for each in Versions(current_store()).all(LINEAGE) if each.version == version)
     facts = VersionFacts(**{name: getattr(info, name) for name in VersionFacts.__dataclass_fields__})
     again = replace(facts, run_key=run_key)
     return open_registry().register(LINEAGE, again, tracking_id=info.tracking_id, model_id=info.model_id).version
@@ -393,14 +393,14 @@ def test_the_registrys_folder_loads_with_peft_alone(versions: Expected, tiny_bas
         untouched = plain(**tokens).logits
         found = PeftModel.from_pretrained(plain, str(folder)).eval()(**tokens).logits
         base = load_base(str(tiny_base), HomeSettings().cache_dir, precision="fp32")
-        uri = open_registry().versions(LINEAGE)[1].adapter_uri
+        uri = Versions(current_store()).all(LINEAGE)[1].adapter_uri
         with borrowed_folder(current_store(), uri) as own, adapter_on(base.model, own) as model:
             wanted = model(**tokens).logits
     assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(found, untouched, atol=1e-2)
 
 
 def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expected, tmp_path: Path) -> None:
-    info = open_registry().versions(LINEAGE)[1]
+    info = Versions(current_store()).all(LINEAGE)[1]
     folder = registered_folder("2", tmp_path)
     names = {path.name for path in folder.iterdir()}
     assert names == {

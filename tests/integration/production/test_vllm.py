@@ -13,7 +13,6 @@ import httpx
 import numpy
 import pytest
 from infra.tracking.facts import VersionFacts
-from infra.tracking.registry import open_registry
 from infra.version_log import VersionLog
 from safetensors.numpy import save
 
@@ -24,6 +23,7 @@ from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmClient, VllmError
 from infra.settings import VllmSettings
 from infra.tracking.tracker import open_tracker
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
@@ -381,6 +381,6 @@ def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch
             sync_vllm("l", VllmSettings(url=fake.url))
     assert "key-1" not in str(caught.value)
     monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket")
-    (champion,) = open_registry().versions("l")
+    (champion,) = Versions(current_store()).all("l")
     with pytest.raises(ConfigError, match="DEAL_VLLM_ADAPTER_DIR"):
         _published(current_store(), champion, "l-v1", VllmSettings())

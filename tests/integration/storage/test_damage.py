@@ -12,7 +12,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from infra.tracking.registry import open_registry
 from infra.tracking.runs import list_runs
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from deal_core.errors import DealError
 from flows.cli.app import app
 from flows.server.status import Status, read_status
 from infra.tracking.tracker import open_tracker
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import read_history
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 @pytest.fixture
 def adapters(copied_home: Path) -> dict[str, Path]:
     """The folders of the versions' adapters, in a copy of the home."""
-    return {info.version: copied_home / "store" / info.adapter_uri for info in open_registry().versions("l")}
+    return {info.version: copied_home / "store" / info.adapter_uri for info in Versions(current_store()).all("l")}
 
 
 def ask(version: str | None = None) -> str:
@@ -115,7 +115,7 @@ def swap_answers(path: Path) -> None:
 @pytest.fixture
 def datasets(copied_home: Path) -> dict[str, Path]:
     """The folders of the datasets that judge the champion, by task."""
-    record = read_record(current_store(), open_registry().versions("l")[-1].adapter_uri)
+    record = read_record(current_store(), Versions(current_store()).all("l")[-1].adapter_uri)
     return {known.schema.name: copied_home / "store" / known.dataset_uri for known in record.tasks}
 
 
@@ -175,7 +175,7 @@ def test_altered_test_rows_are_not_scored_and_nothing_is_trained_before_that_is_
         with pytest.raises(DealError, match=said):
             run(tiny_base, task, again=True)
     assert len(list_runs(open_tracker(), "l")) == 3, "no run was begun"
-    assert ask() == "3" and [info.version for info in open_registry().versions("l")] == ["1", "2", "3"]
+    assert ask() == "3" and [info.version for info in Versions(current_store()).all("l")] == ["1", "2", "3"]
 
 
 def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that_is_gone(

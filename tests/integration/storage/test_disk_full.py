@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import NO_LIMITS
 from flows.cli.app import app
+from infra.versions import Versions
+from tasks.context import current_store
 from tests.adapting import BANK
 from tests.in_process import put_back
 
@@ -64,12 +65,12 @@ def test_rows_that_find_no_room_leave_one_message_and_the_next_run_learns_them(
     told = [line for line in found.stderr.splitlines() if "✓" not in line]
     assert len(told) == 1 and "is full" in told[0] and "MB are free" in told[0], found.stderr
     assert str(home) in told[0] and "not expected" not in told[0]
-    assert open_registry().versions("default") == () and not list(home.joinpath("store").rglob("*.parquet"))
+    assert Versions(current_store()).all("default") == () and not list(home.joinpath("store").rglob("*.parquet"))
     assert not [path for path in home.joinpath("tmp").iterdir() if path.is_dir()]
     with put_back():
         again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
-    assert [version.accepted for version in open_registry().versions("default")] == [True]
+    assert [version.accepted for version in Versions(current_store()).all("default")] == [True]
 
 
 IN_NAMESPACE = """

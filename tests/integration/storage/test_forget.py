@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from infra.tracking.registry import open_registry
 
 from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
@@ -24,6 +23,7 @@ from flows.requeue import requeue
 from infra.predictions import read_feedback, read_predictions
 from infra.store.local import FileStore
 from infra.tracking.tracker import open_tracker
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.lineage.decisions import roll_back
@@ -94,7 +94,7 @@ def test_a_run_that_dies_before_it_ends_leaves_no_training_rows(
             run(tiny_base, BANK)
     assert not [key for key in keys("datasets") if key.endswith("train.parquet")]
     assert not list((home / "work" / "l").glob("*"))
-    version = open_registry().champion("l")
+    version = Versions(current_store()).champion("l")
     assert version is not None and not open_tracker().run(version.tracking_id).is_finished()
     assert run(tiny_base, BANK).status == "repeat" and open_tracker().run(version.tracking_id).is_finished()
 
@@ -136,7 +136,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
         "work folder",
     }
 
-    old = find_version(open_registry(), "l", "1")
+    old = find_version(current_store(), "l", "1")
     store.download_folder(old.adapter_uri, tmp_path / "old")  # earlier releases also logged the method's state
     tracker.client.log_model_artifact(old.model_id, str(tmp_path / "old" / "method.safetensors"))
     done = asyncio.run(forget("inbox/bank/may.jsonl", "the customer asked"))
@@ -145,7 +145,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     assert keys("datasets/bank") == keys("quarantine") == keys("inbox") == []
     assert not [key for key in keys("adapters") if key.endswith("answers.json")]
     for number, is_mine in (("1", [True]), ("2", [True, False])):
-        info = find_version(open_registry(), "l", number)
+        info = find_version(current_store(), "l", number)
         local = tmp_path / number
         store.download_folder(info.adapter_uri, local)
         assert [size == 0 for size in kept_of_tasks(local).values()] == is_mine, "another task's rows stay"
@@ -181,7 +181,7 @@ def test_kept_answers_to_the_texts_of_a_forgotten_arrival_are_gone(
     def lengths(version: str) -> dict[str, list[int]]:
         """By task, the lengths of the tensors with its answers."""
         folder = tmp_path / f"{version}-{len(list(tmp_path.iterdir()))}"
-        current_store().download_folder(find_version(open_registry(), "l", version).adapter_uri, folder)
+        current_store().download_folder(find_version(current_store(), "l", version).adapter_uri, folder)
         found = kept_of_tasks(folder)
         return {
             task: [size for name, size in found.items() if name.startswith(answers_name(task))]
@@ -340,7 +340,7 @@ def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
 @pytest.mark.parametrize("named", ["0123456789", "inbox/bank/june.jsonl", "may.jsonl", "abc"])
 def test_what_names_no_arrival_is_refused(first: AdaptResult, named: str) -> None:
     with pytest.raises(ConfigError):
-        find_arrival(current_store(), open_registry(), named)
+        find_arrival(current_store(), named)
 
 
 def test_a_refused_file_is_forgotten_by_its_key(tiny_base: Path) -> None:

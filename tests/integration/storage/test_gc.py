@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
-from infra.tracking.registry import open_registry
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -99,7 +98,7 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
     kept = client.get_model_version("l", "1").source.removeprefix("models:/")
     assert client.list_logged_model_artifacts(kept), "the champion's stay"
     with pytest.raises(RegistryError, match="adapter of version 2 of 'l' was removed on"):
-        find_version(open_registry(), "l", "2")
+        find_version(current_store(), "l", "2")
     assert predict("hello", lineage="l", task=None, version=None).version == "1"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import mlflow
 import pytest
 from infra.tracking.database import DatabaseReader, open_reader
-from infra.tracking.facts import VersionFacts, VersionInfo
+from infra.tracking.facts import Version, VersionFacts
 from infra.tracking.mlflow_reader import MlflowReader
 from infra.tracking.registry import Registry, open_registry
 from mlflow.exceptions import MlflowException
@@ -90,7 +90,7 @@ FACTS = VersionFacts(
 )
 
 
-def register(tracker: Tracker, registry: Registry, adapter: Path, lineage: str, facts: VersionFacts) -> VersionInfo:
+def register(tracker: Tracker, registry: Registry, adapter: Path, lineage: str, facts: VersionFacts) -> Version:
     with tracker.start(lineage, facts.run_key, name=facts.task) as run:
         model_id = run.log_adapter(adapter, facts.task, sha256=facts.adapter_sha256)
         return registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from infra.tracking.facts import VersionFacts
-from infra.tracking.registry import open_registry
 
 from infra.settings import TrackingSettings
 from infra.tracking.tracker import open_tracker

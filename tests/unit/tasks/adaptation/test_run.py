@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from infra.tracking.facts import VersionInfo
 from infra.version_log import Ledger
 
 from infra.store.local import open_store
+from infra.versions import Version
 from tasks.adaptation.promote import note_learned
 from tasks.adaptation.run import find_repeat
 from tasks.references import DatasetRef
@@ -21,9 +21,9 @@ NOW = DatasetRef(
 )
 
 
-def known_version(number: int, **values: Any) -> VersionInfo:
+def known_version(number: int, **values: Any) -> Version:
     """An accepted version that continues the first one."""
-    nothing = {field.name: None for field in fields(VersionInfo)}
+    nothing = {field.name: None for field in fields(Version)}
     known = {
         "accepted": True,
         "lineage": "l",
@@ -37,7 +37,7 @@ def known_version(number: int, **values: Any) -> VersionInfo:
         "adapter_sha256": "b",
         "aliases": (),
     }
-    return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
+    return Version(**{**nothing, **known, **values})  # type: ignore[arg-type]
 
 
 def test_rows_that_were_split_otherwise_are_a_repeat_of_what_was_left_behind(

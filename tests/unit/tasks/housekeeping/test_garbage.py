@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from infra.tracking.facts import VersionInfo
 from infra.tracking.runs import RunInfo
 
 from infra.store.base import temporary_folder
 from infra.store.local import FileStore
+from infra.versions import Version
 from tasks.housekeeping.garbage import Folder, Inventory, find_leftovers, kept_versions, plan_removals, remove_local
 
 NOW = datetime(2026, 6, 30, tzinfo=UTC)
@@ -22,7 +22,7 @@ LIMIT = timedelta(days=30)
 OLD, YOUNG = NOW - timedelta(days=31), NOW - timedelta(days=29)
 
 
-def version(number: int, parent: int | None = None, **changes: Any) -> VersionInfo:
+def version(number: int, parent: int | None = None, **changes: Any) -> Version:
     values: dict[str, Any] = {
         "run_key": f"{number:064d}",
         "task": "t",
@@ -49,7 +49,7 @@ def version(number: int, parent: int | None = None, **changes: Any) -> VersionIn
         "tracking_id": f"r{number}",
         "model_id": f"m{number}",
     }
-    return VersionInfo(**{**values, **changes, "run_key": f"{number:016d}" + "0" * 48})
+    return Version(**{**values, **changes, "run_key": f"{number:016d}" + "0" * 48})
 
 
 def run(number: int, parent: int | None = None, **changes: Any) -> RunInfo:

@@ -8,22 +8,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from infra.tracking.facts import VersionInfo
 
 from deal_core.errors import RegistryError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.adapt import adapted, repeated
 from infra.promotions import Change, PromotionLog
 from infra.store.local import open_store
+from infra.versions import Version
 from tasks.adaptation.promote import rejected_by_person
 from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.decisions import left_behind as left_behind_by
 from tasks.references import DatasetRef, VersionRef
 
 
-def known_version(number: int, parent: int | None = None, **values: Any) -> VersionInfo:
+def known_version(number: int, parent: int | None = None, **values: Any) -> Version:
     """An accepted version of lineage 'support' that has learned an arrival of its own."""
-    nothing = {field.name: None for field in fields(VersionInfo)}
+    nothing = {field.name: None for field in fields(Version)}
     known = {
         "accepted": True,
         "lineage": "support",
@@ -33,7 +33,7 @@ def known_version(number: int, parent: int | None = None, **values: Any) -> Vers
         "dataset_sha256": f"{number:064d}",
         "aliases": (),
     }
-    return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
+    return Version(**{**nothing, **known, **values})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused_with_a_command_for_its_lineage(decide: Any
     ],
 )
 def test_a_version_that_was_rejected_before_tells_by_whom_and_why(
-    versions: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: VersionInfo, told: str
+    versions: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: Version, told: str
 ) -> None:
     log = PromotionLog(open_store(str(tmp_path)))
     last = None
@@ -119,7 +119,7 @@ def test_a_version_that_a_person_rejected_can_be_requeued() -> None:
     assert rejected_by_person(known_version(3, 1)).endswith("deal requeue 3 --lineage support")
 
 
-def left_behind(monkeypatch: pytest.MonkeyPatch, champion: int, *versions: VersionInfo) -> list[str]:
+def left_behind(monkeypatch: pytest.MonkeyPatch, champion: int, *versions: Version) -> list[str]:
     registry = SimpleNamespace(versions=lambda lineage: versions, champion=lambda lineage: versions[champion - 1])
     monkeypatch.setattr("tasks.lineage.decisions.open_registry", lambda: registry)
     return [each.version for each in find_left_behind("l")]

@@ -11,7 +11,6 @@ from typing import cast
 
 import pytest
 import torch
-from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry
 from safetensors.torch import save_file
 
@@ -19,6 +18,7 @@ from deal_core.adapter.files import as_recorded, digests_of, sha256_together
 from deal_core.errors import IntegrityError
 from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
+from infra.versions import Version
 from tasks.lineage.history import version_ref
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent, replacing
 from tasks.references import AdapterRef
@@ -32,7 +32,7 @@ WEIGHTS, STATE = "adapter_model.safetensors", "method.safetensors"
 class Tags:
     """Takes the place of the registry: what the version's tags say now."""
 
-    def __init__(self, info: VersionInfo) -> None:
+    def __init__(self, info: Version) -> None:
         self.info = info
 
     def tag_version(self, lineage: str, number: str, tags: Mapping[str, str]) -> None:
@@ -40,7 +40,7 @@ class Tags:
         files = {name: tuple(digests) for name, digests in json.loads(tags["files_sha256"]).items()}
         self.info = replace(self.info, files_sha256=files)
 
-    def version(self, lineage: str, number: str) -> VersionInfo:
+    def version(self, lineage: str, number: str) -> Version:
         return self.info
 
 
@@ -51,7 +51,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
 
 
 @pytest.fixture
-def info(store: FileStore, tmp_path: Path) -> VersionInfo:
+def info(store: FileStore, tmp_path: Path) -> Version:
     """Version 2 as this release registers it."""
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -76,20 +76,20 @@ def emptied(tmp_path: Path) -> Path:
     return folder
 
 
-def flip(store: FileStore, info: VersionInfo, name: str) -> None:
+def flip(store: FileStore, info: Version, name: str) -> None:
     path = store.root / info.adapter_uri / name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
 
 
-def just_trained_as(info: VersionInfo) -> AdapterRef:
+def just_trained_as(info: Version) -> AdapterRef:
     """The adapter of a version before it was registered."""
     files = {name: tuple(digests) for name, digests in info.files_sha256.items()}
     return AdapterRef(lineage="l", run_key="k", uri=info.adapter_uri, sha256=info.adapter_sha256, files_sha256=files)
 
 
-def load(store: FileStore, info: VersionInfo) -> None:
+def load(store: FileStore, info: Version) -> None:
     """Load it to answer, then to continue it."""
     with borrowed_adapter(store, info) as folder:
         assert (folder / WEIGHTS).is_file()
@@ -97,7 +97,7 @@ def load(store: FileStore, info: VersionInfo) -> None:
         assert parent is not None and (parent / STATE).is_file()
 
 
-def test_a_whole_version_is_lent_and_its_copy_is_gone_afterwards(store: FileStore, info: VersionInfo) -> None:
+def test_a_whole_version_is_lent_and_its_copy_is_gone_afterwards(store: FileStore, info: Version) -> None:
     load(store, info)
     just_trained = just_trained_as(info)
     with borrowed_adapter(store, just_trained) as folder:
@@ -107,7 +107,7 @@ def test_a_whole_version_is_lent_and_its_copy_is_gone_afterwards(store: FileStor
         assert parent is None
 
 
-def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileStore, info: VersionInfo) -> None:
+def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileStore, info: Version) -> None:
     flip(store, info, WEIGHTS)
     with pytest.raises(IntegrityError) as caught, borrowed_adapter(store, info):
         pytest.fail("it was lent")
@@ -124,7 +124,7 @@ def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileSt
         pytest.fail("it was lent")
 
 
-def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info: VersionInfo) -> None:
+def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info: Version) -> None:
     flip(store, info, STATE)
     with borrowed_adapter(store, info):
         pass
@@ -133,7 +133,7 @@ def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info:
 
 
 def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
-    store: FileStore, info: VersionInfo, emptied: Path
+    store: FileStore, info: Version, emptied: Path
 ) -> None:
     tags = Tags(info)
 
@@ -157,9 +157,7 @@ def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, STATE])
-def test_damage_is_not_washed_away_by_emptying_rows(
-    store: FileStore, info: VersionInfo, emptied: Path, name: str
-) -> None:
+def test_damage_is_not_washed_away_by_emptying_rows(store: FileStore, info: Version, emptied: Path, name: str) -> None:
     flip(store, info, name)
     tags = Tags(info)
     with replacing(store, cast(Registry, tags), tags.info, emptied):
