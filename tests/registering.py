@@ -1,4 +1,4 @@
-"""Versions that are registered without a training, on a copy of the home `three_versions`; and what MLflow has of them."""
+"""Versions registered without a training, on a copy of the home `three_versions`; and what MLflow has of them."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.forget import forget
 from infra.tracking.tracker import open_tracker
+from infra.versions import Versions
 from tasks.adaptation.report import read_page
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store

@@ -25,7 +25,7 @@ from flows.retrain import retrain
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
 from infra.tracking.tracker import open_tracker
-from infra.versions import Version
+from infra.versions import Version, Versions
 from tasks.adaptation.ingest import read_manifest
 from tasks.adaptation.report import read_page
 from tasks.batches import read_batches

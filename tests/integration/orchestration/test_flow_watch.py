@@ -22,6 +22,7 @@ from flows.cli.app import app
 from flows.server.status import read_status
 from flows.watch import InboxWorker, Learned, WatchResult, watch
 from infra.store.base import ObjectInfo, ObjectStore
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.inbox import InboxLook
 from tasks.inbox import look as look_at_inbox

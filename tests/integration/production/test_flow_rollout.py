@@ -16,7 +16,7 @@ from flows.champions import abort_rollout, check_rollout, finish_rollout, rollou
 from flows.cli.app import app
 from flows.promote import decide
 from infra.promotions import PromotionLog
-from infra.versions import Version
+from infra.versions import Version, Versions
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
