@@ -12,7 +12,6 @@ from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.errors import DealError
-from deal_core.evaluation.gate import decide
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
@@ -23,7 +22,8 @@ from infra.versions import Version
 from tasks.adaptation import run as runs
 from tasks.adaptation.adaptation import AdaptationRun, prepare
 from tasks.adaptation.evaluate import evaluate_version, score_arrival
-from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
+from tasks.adaptation.gate import judge_version
+from tasks.adaptation.ingest import ingest_arrival
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import report_version
@@ -38,6 +38,7 @@ from tasks.lineage.choices import (
     settings_of,
     with_memory_of,
 )
+from tasks.lineage.datasets import drop_training_rows
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.lineage.settings import AskedSpec, arrival_of
@@ -221,7 +222,7 @@ async def _train_to_report(job: AdaptationRun, stages: Stages) -> AdaptResult:
     report = await stages.run("evaluate", evaluate_version, job, trained, said)
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     _say(report.notes[len(said) :])
-    decision = await stages.run("gate", decide, report, job.spec.gate)
+    decision = await stages.run("gate", judge_version, job, report)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     _say(decision.notes)
     report = replace(report, notes=(*report.notes, *decision.notes))

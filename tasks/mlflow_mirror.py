@@ -383,7 +383,7 @@ def _write_served_folder(store: ObjectStore, adapter: Path, target: Path, versio
     """Write the folder that MLflow serves: the plain PEFT folder with its card, and MLflow's files."""
     from deal_core.evaluation.answering import SERVED_FILE
     from infra.served_model import write_served_folder
-    from tasks.adaptation.model_card import CARD_FILE, example_rows, served_version
+    from tasks.lineage.model_card import CARD_FILE, example_rows, served_version
 
     record = read_record(store, version.adapter_uri)
     write_served_folder(

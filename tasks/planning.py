@@ -41,10 +41,10 @@ from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions
-from tasks.adaptation.frozen_rows import spared_texts
-from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.context import current_store
+from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
+from tasks.lineage.frozen_rows import spared_texts
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.version_files import borrowed_parent

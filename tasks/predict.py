@@ -23,10 +23,10 @@ from deal_core.data.rows import RawRow
 from deal_core.evaluation.generation import GivenAnswer, answer_task, first_answer_logits
 from infra.settings import HomeSettings
 from infra.versions import Version
-from tasks.adaptation.model_card import served_task
 from tasks.base import lend_base
 from tasks.context import current_store, only_process
 from tasks.lineage.history import find_version
+from tasks.lineage.model_card import served_task
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
 from tasks.lineage.version_files import borrowed_adapter
 

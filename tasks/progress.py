@@ -159,11 +159,11 @@ class Stages:
     async def run(
         self, name: str, call: Callable[Inputs, Output], *args: Inputs.args, **kwargs: Inputs.kwargs
     ) -> Output:
-        """Run one stage in a thread, in a flow as a Prefect task. Call `done` with the stage's result afterwards."""
+        """Run one stage in a thread; call `done` with its result afterwards. A Prefect task needs no flow here."""
         raise_if_stopped()
         reporter().stage_started(name)
         started = time.perf_counter()
-        output = await to_the_end(_as_task(name, call), *args, **kwargs)
+        output = await to_the_end(_runnable(call), *args, **kwargs)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         return output
 
@@ -172,13 +172,14 @@ class Stages:
         reporter().stage_finished(name, self.seconds[name], detail)
 
 
-def _as_task(name: str, call: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
-    """The call as a task that Prefect's page shows; outside of a flow run the call itself."""
-    from prefect import task  # commands that only read import this module, and no Prefect
-    from prefect.cache_policies import NO_CACHE
-    from prefect.context import FlowRunContext
+def _runnable(call: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+    """A Prefect task, of which outside of a flow run only the function; anything else as it is."""
+    function: Callable[Inputs, Output] | None = getattr(call, "fn", None)
+    if function is None:
+        return call
+    from prefect.context import FlowRunContext  # whoever has a task has imported Prefect
 
-    return call if FlowRunContext.get() is None else task(name=name, cache_policy=NO_CACHE)(call)
+    return call if FlowRunContext.get() is not None else function
 
 
 patient = tenacity.retry(

@@ -22,12 +22,12 @@ from deal_core.safe_text import brief
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.versions import Versions
-from tasks.adaptation.frozen_rows import num_judging_of
-from tasks.adaptation.ingest import choose_schema, landing_of, refuse_forgotten_rows
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.inbox import task_file_beside, task_from_file
+from tasks.landing import choose_schema, landing_of, refuse_forgotten_rows
 from tasks.lineage.choices import choose_base, choose_spared, choose_strategy, with_memory_of
+from tasks.lineage.frozen_rows import num_judging_of
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten

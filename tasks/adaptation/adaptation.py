@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from infra.run_journal import Run
+from infra.store.base import ObjectStore
 from infra.versions import Version
-from tasks.adaptation.ingest import tasks_after
-from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store, work_folder
 from tasks.lineage.choices import choose_spared
+from tasks.lineage.datasets import read_manifest
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.lineage.version_files import borrowed_adapter
@@ -108,7 +108,7 @@ def prepare(
         parent=parent,
         record=record,
         parent_folder=parent_folder,
-        tasks=tasks_after(
+        tasks=_tasks_after(
             store, record, dataset, renewal.known, spec.train.max_prompt_tokens, spec.evaluate.max_new_tokens
         ),
         renewal=renewal,
@@ -116,3 +116,33 @@ def prepare(
         tested=tested,
         requeued_sha256=requeued_sha256,
     )
+
+
+def _new_task(store: ObjectStore, dataset: DatasetRef, max_prompt_tokens: int, max_new_tokens: int) -> KnownTask:
+    """Return the task of a dataset whose test rows judge it from now on."""
+    return KnownTask(
+        schema=read_manifest(store, dataset.uri).task,
+        dataset_uri=dataset.uri,
+        num_test=dataset.num_test,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _tasks_after(
+    store: ObjectStore,
+    before: LineageRecord | None,
+    dataset: DatasetRef,
+    renewed: KnownTask | None,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+) -> tuple[KnownTask, ...]:
+    """Return the tasks that a version knows after it learned the dataset, each with the test rows that judge it.
+
+    The limits are those of a new task. `renewed` is the task whose test rows the dataset's replace.
+    """
+    known = before.tasks if before else ()
+    if before is None or before.task(dataset.task) is None:
+        known = (*known, _new_task(store, dataset, max_prompt_tokens, max_new_tokens))
+    known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
+    return tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from prefect import task
+
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answer_scores import right_answers, score_answers
 from deal_core.evaluation.metrics import AccuracyMatrix
@@ -15,7 +17,10 @@ from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version
 from tasks.adaptation.adaptation import AdaptationRun
-from tasks.adaptation.frozen_rows import (
+from tasks.adaptation.stages import STAGE
+from tasks.context import current_store
+from tasks.lineage.datasets import read_manifest
+from tasks.lineage.frozen_rows import (
     Answers,
     KeptAnswers,
     TestSet,
@@ -28,8 +33,6 @@ from tasks.adaptation.frozen_rows import (
     read_answers,
     within_budget,
 )
-from tasks.adaptation.manifests import read_manifest
-from tasks.context import current_store
 from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, read_record
 from tasks.lineage.requests import Renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
@@ -46,6 +49,7 @@ MAX_TESTED_ROWS = 1000
 that of all rows, with 95 % confidence."""
 
 
+@task(name="evaluate", **STAGE)
 def evaluate_version(job: AdaptationRun, trained: TrainedAdapter, notes: tuple[str, ...] = ()) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from prefect import task
+
 from infra.versions import Version, Versions
+from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
 from tasks.lineage.promotion import promote_accepted
 
 
+@task(name="promote", **STAGE)
 def promote_version(version: Version) -> Version:
     """Promote an accepted version, or begin its rollout, unless a person must approve it; return it as it is then."""
     store = current_store()

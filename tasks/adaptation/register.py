@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
-from prefect import runtime
+from prefect import runtime, task
 
 from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
@@ -14,6 +14,7 @@ from deal_core.evaluation.report import EvaluationReport
 from infra.settings import HomeSettings
 from infra.versions import Version, Versions
 from tasks.adaptation.adaptation import AdaptationRun
+from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
 from tasks.lineage.record import LineageRecord, scores_of, write_record
 from tasks.references import TrainedAdapter
@@ -21,12 +22,13 @@ from tasks.references import TrainedAdapter
 VETO_FIELDS = ("kind", "task", "value", "limit")
 
 
+@task(name="register", **STAGE)
 def register_version(
     job: AdaptationRun, trained: TrainedAdapter, report: EvaluationReport, decision: GateDecision
 ) -> Version:
     """Write the version's record, its model card and what serving needs, and register it, accepted or rejected."""
     from deal_core.evaluation.answering import SERVED_FILE
-    from tasks.adaptation.model_card import CARD_FILE, served_version, write_card
+    from tasks.lineage.model_card import CARD_FILE, served_version, write_card
 
     store, spec, parent = current_store(), job.spec, job.parent
     record = LineageRecord(

@@ -12,6 +12,7 @@ from importlib import metadata
 from itertools import islice
 from typing import Any
 
+from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from deal_core.data.row_warnings import data_warnings
@@ -32,10 +33,11 @@ from infra.report.run_report import (
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.tracking.client import installed_version
 from infra.versions import Version, Versions
-from tasks.adaptation.frozen_rows import MAX_EXAMPLES, compare_answers, cut
-from tasks.adaptation.manifests import read_manifest
+from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
 from tasks.data_files import local_files
+from tasks.lineage.datasets import read_manifest
+from tasks.lineage.frozen_rows import MAX_EXAMPLES, compare_answers, cut
 from tasks.lineage.reports import write_report
 from tasks.progress import patient
 from tasks.references import DatasetRef, TrainSummary
@@ -164,6 +166,7 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
     return cut(f"{entry['reason']}: {shown}") if shown else str(entry["reason"])
 
 
+@task(name="report", **STAGE)
 def report_version(
     version: Version,
     base_name: str,

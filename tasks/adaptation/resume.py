@@ -17,13 +17,12 @@ from deal_core.safe_text import listed, without_secrets
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions
-from tasks.adaptation.ingest import drop_training_rows
-from tasks.adaptation.manifests import read_manifest
 from tasks.adaptation.report import report_version
 from tasks.adaptation.run import remove_work
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.lineage.choices import changed_settings
+from tasks.lineage.datasets import drop_training_rows, read_manifest
 from tasks.lineage.promotion import is_open, is_overtaken, promote_accepted
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import reading_beside

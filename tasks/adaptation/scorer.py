@@ -20,8 +20,8 @@ from deal_core.evaluation.recentring import recentred_accuracy
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task
 from deal_core.safe_text import brief
-from tasks.adaptation.frozen_rows import Answers, TestSet
 from tasks.base import lend_base
+from tasks.lineage.frozen_rows import Answers, TestSet
 from tasks.progress import advance
 from tasks.references import BaseRef
 

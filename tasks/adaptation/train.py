@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from prefect import task
 from pydantic import ValidationError
 
 from deal_core.adapter.files import digests_of, sha256_together
@@ -16,9 +17,10 @@ from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from tasks.adaptation.adaptation import AdaptationRun
-from tasks.adaptation.frozen_rows import answers_labels, spared_texts
+from tasks.adaptation.stages import STAGE
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
+from tasks.lineage.frozen_rows import answers_labels, spared_texts
 from tasks.mlflow_mirror import LiveCurve
 from tasks.progress import advance
 from tasks.references import BaseRef, TrainedAdapter, TrainSummary
@@ -41,6 +43,7 @@ class _LearnedRows(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@task(name="train", **STAGE)
 def train_version(job: AdaptationRun) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 

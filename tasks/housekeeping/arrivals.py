@@ -27,10 +27,10 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.versions import Versions
-from tasks.adaptation.manifests import read_manifest
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
 from tasks.inbox import files_of, find_landed, list_arrivals, read_state
+from tasks.lineage.datasets import read_manifest
 from tasks.lineage.tombstones import find_tombstone
 
 MIN_PREFIX = 6

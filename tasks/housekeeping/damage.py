@@ -16,8 +16,8 @@ from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.folders import read_folder
 from infra.versions import Versions
-from tasks.adaptation.frozen_rows import require_unaltered
-from tasks.adaptation.manifests import read_manifest
+from tasks.lineage.datasets import read_manifest
+from tasks.lineage.frozen_rows import require_unaltered
 from tasks.lineage.record import LineageRecord
 from tasks.lineage.tombstones import forgotten_tests
 

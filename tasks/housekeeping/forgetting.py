@@ -17,7 +17,6 @@ from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256
 from infra.versions import Version, Versions
-from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
 from tasks.housekeeping.arrivals import (
     KnownArrival,
@@ -33,6 +32,7 @@ from tasks.housekeeping.garbage import (
     remove_local,
 )
 from tasks.inbox import read_state, write_state
+from tasks.lineage.frozen_rows import ANSWERS_FILE
 from tasks.lineage.record import RECORD_FILE, read_record
 from tasks.lineage.version_files import replacing
 from tasks.monitoring.harvest import harvested_from

@@ -28,7 +28,7 @@ from infra.store.base import LOCK, RESERVED, TEMPORARY, ObjectInfo, ObjectStore
 from infra.store.keys import ADAPTERS, DATASETS, FEEDBACK, PREDICTIONS, TRAIN_FILE
 from infra.store.local import FileStore
 from infra.versions import Version, Versions
-from tasks.adaptation.ingest import retains_training_rows
+from tasks.lineage.datasets import retains_training_rows
 
 AGE = timedelta(days=1)
 """Age at which a temporary file without a lock counts as left by a killed process."""

@@ -29,7 +29,7 @@ from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import TEST_FILE
 from infra.store.stored import reading_stored
-from tasks.adaptation.frozen_rows import TestSet, read_test_rows
+from tasks.lineage.frozen_rows import TestSet, read_test_rows
 from tasks.lineage.record import LineageRecord, choose_task
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.versions import Version, Versions, descent
-from tasks.adaptation.frozen_rows import first_rows, load_test_set
-from tasks.adaptation.model_card import CARD_FILE, NOT_STATED, example_rows, served_task, served_version
 from tasks.base import lend_base, release_base, require_base
 from tasks.context import current_store
+from tasks.lineage.frozen_rows import first_rows, load_test_set
 from tasks.lineage.history import find_version
+from tasks.lineage.model_card import CARD_FILE, NOT_STATED, example_rows, served_task, served_version
 from tasks.lineage.promotion import rejected_by_person
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import TestRowsForgottenError, find_tombstone

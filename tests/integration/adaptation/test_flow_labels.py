@@ -18,8 +18,8 @@ from flows.forget import forget
 from flows.requeue import requeue
 from infra.versions import Versions
 from tasks.adaptation import scorer
-from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
+from tasks.lineage.datasets import read_manifest
 from tasks.lineage.decisions import find_left_behind, roll_back
 from tasks.lineage.record import read_record
 from tasks.predict import predict

@@ -11,9 +11,9 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import MODULES_VARIABLE
 from flows.cli.console import show_adaptation
 from flows.cli.plan import show_validation
-from tasks.adaptation.frozen_rows import read_answers
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
+from tasks.lineage.frozen_rows import read_answers
 from tasks.lineage.record import read_record
 from tasks.validate import validate
 from tests.adapting import BANK, FAIL, run

@@ -14,8 +14,8 @@ from deal_core.strategies import questions
 from deal_core.strategies.strategy import TaskContext
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.evaluate import score_version
-from tasks.adaptation.frozen_rows import ANSWERS_FILE, read_answers
 from tasks.context import current_store
+from tasks.lineage.frozen_rows import ANSWERS_FILE, read_answers
 from tasks.lineage.history import find_version, version_ref
 from tasks.lineage.record import read_record
 from tasks.planning import plan

@@ -16,9 +16,9 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, read_served
 from flows.benchmark import benchmark, spec_from_options
-from tasks.adaptation.ingest import choose_schema
-from tasks.adaptation.model_card import served_version
 from tasks.context import current_store
+from tasks.landing import choose_schema
+from tasks.lineage.model_card import served_version
 from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tasks.references import Arrival

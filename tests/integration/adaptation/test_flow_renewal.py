@@ -19,11 +19,11 @@ from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.cli.app import app
 from flows.forget import forget
-from tasks.adaptation.frozen_rows import read_answers
 from tasks.adaptation.report import read_page
 from tasks.adaptation.resume import FINDINGS_FILE
 from tasks.adaptation.scorer import Scorer
 from tasks.context import current_store
+from tasks.lineage.frozen_rows import read_answers
 from tasks.lineage.history import find_version, version_ref
 from tasks.lineage.record import read_record
 from tests.adapting import PASS, run

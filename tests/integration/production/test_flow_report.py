@@ -30,10 +30,10 @@ from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
 from flows.server.automations import apply_notifications, notifications
 from infra.report.run_report import RunReport
-from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.adaptation.report import save_report
 from tasks.arrival_runs import LANDED
 from tasks.context import current_store
+from tasks.lineage.frozen_rows import ANSWERS_FILE
 from tasks.notices import Notice, announce, announce_failure
 from tasks.spec import AdaptSpec, parse
 from tests.in_process import put_back

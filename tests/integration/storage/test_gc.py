@@ -20,8 +20,8 @@ from flows.cli.app import app
 from infra.predictions import read_feedback, read_predictions
 from infra.store.keys import log_key
 from infra.store.local import FileStore
-from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
+from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.predict import predict

@@ -21,7 +21,7 @@ from deal_core.evaluation.answer_scores import right_answers
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
-from tasks.adaptation.frozen_rows import (
+from tasks.lineage.frozen_rows import (
     ANSWERS_FILE,
     MAX_CHARS,
     MAX_EXAMPLES,

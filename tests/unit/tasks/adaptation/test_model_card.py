@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from infra.tracking.facts import VersionFacts
 
-from tasks.adaptation.model_card import write_card
+from tasks.lineage.model_card import write_card
 from tasks.references import Spared
 from tests.unit.test_stored_json import RECORD
 

@@ -18,10 +18,10 @@ from deal_core.errors import DealError, StoreError
 from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
-from tasks.adaptation.frozen_rows import load_test_set, read_answers
-from tasks.adaptation.manifests import read_manifest
 from tasks.adaptation.resume import read_findings
 from tasks.inbox import read_state
+from tasks.lineage.datasets import read_manifest
+from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage

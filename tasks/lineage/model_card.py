@@ -10,7 +10,7 @@ from deal_core.evaluation.answering import ServedTask, ServedVersion
 from infra.report import page as words
 from infra.store.keys import dataset_sha256
 from infra.versions import SCORES, Version
-from tasks.adaptation.frozen_rows import num_judging_of
+from tasks.lineage.frozen_rows import num_judging_of
 from tasks.lineage.record import KnownTask, LineageRecord
 
 CARD_FILE = "README.md"

@@ -26,7 +26,7 @@ from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, task_and_digest
 from infra.store.stored import reading_stored
-from tasks.adaptation.manifests import read_manifest
+from tasks.lineage.datasets import read_manifest
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.tombstones import forgotten_tests, require_test_rows
 from tasks.references import Spared
