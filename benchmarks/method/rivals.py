@@ -13,13 +13,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from deal_core.adapter.method_state import MethodState
 from deal_core.adapter.stack import draw_seeds
 from deal_core.config import AdapterConfig
 from deal_core.data.collate import answer_loss
 from deal_core.limits import AtLeastZero, Positive, settings
 from deal_core.method_config import MethodConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal, ask
-from deal_core.strategies.strategy import MethodState, PlannedArrival, Strategy, TaskContext, TensorNumbers
+from deal_core.strategies.strategy import PlannedArrival, Strategy, TaskContext, TensorNumbers
 
 NUM_FISHER_ROWS = 64
 """Rows over which the Fisher information is averaged, one gradient each."""

@@ -30,6 +30,7 @@ from datasets import Dataset, disable_progress_bars
 
 from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
+from deal_core.adapter.method_state import MethodState
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
@@ -39,7 +40,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import paired_interval
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import make_strategy
-from deal_core.strategies.strategy import MethodState, TaskContext
+from deal_core.strategies.strategy import TaskContext
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 

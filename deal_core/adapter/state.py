@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE
+from deal_core.adapter.method_state import KEPT_ANSWERS, STORED_ROWS, MethodState
 from deal_core.adapter.spectrum import count_core_slots, decompose
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
 from deal_core.base_model.sources import HUB_ID
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.schema_version import require_schema_version
-from deal_core.strategies.strategy import KEPT_ANSWERS, STORED_ROWS, MethodState
 
 SCHEMA_VERSION = 1
 

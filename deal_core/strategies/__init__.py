@@ -1,7 +1,7 @@
 """Strategies: ways of learning a task, with one interface.
 
 Another package adds a strategy with an entry point in the group GROUP: its name is the strategy's name, its value the
-class. `deal_core.strategies.conformance` checks such a class. Nothing is imported before a strategy is used. The
+class. `deal_core.training.conformance` checks such a class. Nothing is imported before a strategy is used. The
 strategies that `deal` is compared with are in `benchmarks.method`.
 """
 

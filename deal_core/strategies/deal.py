@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from deal_core.adapter.method_state import MethodState, Stores
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.strategy import (
-    SEED_STRIDE,
-    MethodState,
-    OldRows,
-    PlannedArrival,
-    Stores,
-    Strategy,
-    TaskContext,
-    TensorNumbers,
-)
+from deal_core.strategies.strategy import SEED_STRIDE, OldRows, PlannedArrival, Strategy, TaskContext, TensorNumbers
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -20,13 +20,14 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from deal_core.adapter.method_state import KEPT_ANSWERS
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import RehearsalConfig
 from deal_core.strategies.answered import answered
 from deal_core.strategies.label_questions import recentred_questions
 from deal_core.strategies.rehearsal import Question
-from deal_core.strategies.strategy import KEPT_ANSWERS, TaskContext, TaskTexts
+from deal_core.strategies.strategy import TaskContext, TaskTexts
 
 
 def with_own_texts(config: RehearsalConfig, old_texts: Sequence[TaskTexts], new: TaskSchema) -> list[TaskTexts]:

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from peft import PeftModel
 from torch import Tensor
 
+from deal_core.adapter.method_state import STORED_ROWS
 from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig, TrainConfig
 from deal_core.data.order import spread
 from deal_core.data.schema import TaskSchema
@@ -16,7 +17,7 @@ from deal_core.method_config import RehearsalConfig
 from deal_core.strategies.answered import answered
 from deal_core.strategies.own_texts import ask_about_own_texts, with_own_texts, without_own_texts
 from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack
-from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, PlannedArrival, TaskContext
+from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext
 
 MIN_SHARING = 8
 """With fewer questions per old task, all tasks share batches: a batch per task would be nearly empty."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from deal_core.adapter.method_state import MethodState, Stores
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.strategy import MethodState, PlannedArrival, Stores, Strategy, TaskContext
+from deal_core.strategies.strategy import PlannedArrival, Strategy, TaskContext
 
 if TYPE_CHECKING:
     from peft import PeftModel

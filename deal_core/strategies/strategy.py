@@ -7,9 +7,10 @@ before they know whether anything is to be learned, so torch is imported only in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from deal_core.adapter.method_state import MethodState, Stores
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import Memory, MethodConfig
@@ -26,42 +27,10 @@ if TYPE_CHECKING:
     from deal_core.data.collate import AnswerCollator
     from deal_core.strategies.rehearsal import Rehearsal
 
-Stores = Literal["nothing", "data"]
 OldRows = Literal["none", "unused", "learned"]
 """Rows of an old task. unused: rows that it was not trained on. learned: rows that it was trained on."""
 SEED_STRIDE = 1_000_003
 """Distance between the seeds of two arrivals; it is larger than usual distances between users' seeds."""
-STORED_ROWS = "rows."
-"""Name prefix of tensors that hold rows of old tasks."""
-KEPT_ANSWERS = "answers."
-"""Name prefix of tensors that hold answers to texts of old tasks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodState:
-    """Data that a strategy carries from one task to the next, in addition to the adapter.
-
-    Attributes:
-        strategy: Name of the strategy that wrote the state.
-        stores: Whether the state holds data of old tasks.
-        tensors: Tensors by name.
-        num_arrivals: Arrivals that the adapter has learned, with any strategy.
-    """
-
-    strategy: str
-    stores: Stores
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    num_arrivals: int = 1
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensors in bytes."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
-
-    @property
-    def stored_rows(self) -> dict[str, Tensor]:
-        """The tensors that hold rows of old tasks. A change of strategy hands on only these."""
-        return {name: value for name, value in self.tensors.items() if name.startswith(STORED_ROWS)}
 
 
 @dataclass(frozen=True, kw_only=True)

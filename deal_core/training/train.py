@@ -12,6 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from transformers import TrainingArguments
 
+from deal_core.adapter.method_state import MethodState
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
@@ -20,7 +21,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
-from deal_core.strategies.strategy import MethodState, Strategy, TaskContext, TaskTexts
+from deal_core.strategies.strategy import Strategy, TaskContext, TaskTexts
 from deal_core.training.objective import (
     AnswerLoss,
     Objective,

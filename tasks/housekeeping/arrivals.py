@@ -5,31 +5,22 @@ Inputs are known as digests. They name the rows of the prediction log that `deal
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from deal_core.data.chats import earlier_turns
-from deal_core.data.check import RowChecker
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.data.reading.readers import read_rows
-from deal_core.data.rows import stored_input_digest
-from deal_core.data.schema import DatasetManifest, TaskSchema
-from deal_core.data.shapes import recognise
-from deal_core.errors import ConfigError, DataValidationError, StoreError
+from deal_core.data.schema import DatasetManifest
+from deal_core.errors import ConfigError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.versions import Versions
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
 from tasks.inbox import files_of, find_landed, list_arrivals, read_state
+from tasks.landed_inputs import inputs_of_dataset, inputs_of_file
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.tombstones import find_tombstone
 
@@ -256,66 +247,13 @@ def arrival_inputs(
     has_training_rows = False
     for schema in schemas.values():
         for key in inbox_keys:
-            digests, whole_file = _of_file(store, key, schema)
+            digests, whole_file = inputs_of_file(store, key, schema)
             found |= digests
             files_read |= {whole_file} if whole_file else set()
         for sha256 in arrival.sha256s:
-            for name, digests in _of_dataset(store, schema, sha256):
+            for name, digests in inputs_of_dataset(store, schema, sha256):
                 found |= digests
                 has_training_rows |= name == keys.TRAIN_FILE
     ways = [arrival.files, *(manifest.training_files for manifest in own)]
     has_training_rows |= any(files and files_read.issuperset(files) for files in ways)
     return ArrivalInputs(frozenset(found), has_training_rows)
-
-
-def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
-    """Return the digests of a task's inputs that have landed: those of its files in the inbox and of its stored rows.
-
-    Training rows that the store no longer keeps, and whose file is not in the inbox, are not among them. The schema has
-    the names of columns that the files in the inbox have.
-    """
-    found: set[str] = set()
-    for arrival in list_arrivals(store.list(keys.inbox_folder(schema.name))):
-        for info in files_of(arrival):
-            found |= _of_file(store, info.key, schema)[0]
-    listing = store.list(f"{keys.DATASETS}/{schema.name}")
-    for sha256 in {keys.dataset_sha256(info.key) for info in listing if keys.file_name(info.key) == keys.MANIFEST_FILE}:
-        for _, digests in _of_dataset(store, schema, sha256):
-            found |= digests
-    return frozenset(found)
-
-
-def _of_dataset(store: ObjectStore, schema: TaskSchema, sha256: str) -> Iterator[tuple[str, set[str]]]:
-    """The inputs of a dataset's stored rows, with the name of their file, once for each lineage with the dataset."""
-    for info in store.list(keys.dataset_folder(schema.name, sha256)):
-        if (name := keys.file_name(info.key)) in (keys.TRAIN_FILE, keys.TEST_FILE):
-            try:
-                table = pq.read_table(io.BytesIO(store.get_bytes(info.key)), columns=["input"])
-            except pa.ArrowException:
-                raise StoreError(f"{store.uri_of(info.key)} is damaged; delete it and try again.") from None
-            yield name, set(_digests(schema, table.column("input").to_pylist()))
-
-
-def _of_file(store: ObjectStore, key: str, schema: TaskSchema) -> tuple[set[str], str | None]:
-    """The inputs of a file's rows, and the digest of the file; None: it could not be read to its end.
-
-    Single rows that cannot be read were never learned.
-    """
-    found: set[str] = set()
-    with local_files(store, store.uri_of(key)) as (file,):
-        try:
-            checker = RowChecker(schema, recognise(file.path, schema), sys.maxsize)
-            texts = (text for row in read_rows(file.path) if isinstance(text := checker.check_input(row), str))
-            found.update(_digests(schema, texts))
-        except DataValidationError:
-            return found, None
-        return found, sha256_of_input(file.path)
-
-
-def _digests(schema: TaskSchema, texts: Iterable[str]) -> Iterator[str]:
-    """The digests of inputs, and those of a chat's earlier turns, which are learned as rows of their own."""
-    assert schema.format != "auto", "a task that was learned has a format"
-    for stored in texts:
-        yield stored_input_digest(schema.format, stored).hex()
-        if schema.format == "chat":
-            yield from (row.input_digest.hex() for row in earlier_turns(stored))

@@ -380,9 +380,9 @@ def _method_rows(
 
     A version has them if it, or a version before it, learned one of the datasets.
     """
+    from deal_core.adapter.method_state import STORED_ROWS
     from deal_core.adapter.state import kept_of_tasks
     from deal_core.strategies.own_texts import answers_name
-    from deal_core.strategies.strategy import STORED_ROWS
 
     sizes: dict[str, dict[str, int]] = {}
     wanted: dict[str, set[str]] = {}

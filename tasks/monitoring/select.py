@@ -30,7 +30,7 @@ from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
 from tasks.context import current_store
-from tasks.housekeeping.arrivals import task_inputs
+from tasks.landed_inputs import task_inputs
 from tasks.lineage.history import find_version
 from tasks.lineage.record import choose_task, read_record
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns, said_columns

@@ -18,8 +18,8 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import find_strategies, make_strategy, strategy_class
-from deal_core.strategies.conformance import check_strategy
 from deal_core.strategies.strategy import PlannedArrival, Strategy
+from deal_core.training.conformance import check_strategy
 from tests.unit.deal_core.conftest import at_night, train_into
 
 LONG = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)

@@ -12,7 +12,7 @@ import pytest
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import OWN, find_strategies, make_strategy
-from deal_core.strategies.conformance import check_strategy
+from deal_core.training.conformance import check_strategy
 from tasks.lineage.choices import choose_strategy
 from tasks.spec import AdaptSpec, parse
 from tests.unit.deal_core.conftest import at_night
@@ -21,7 +21,8 @@ EXAMPLE = Path(__file__).parents[4] / "docs" / "own_strategy.py"
 BROKEN = """
 import random
 import torch
-from deal_core.strategies.strategy import MethodState, Strategy
+from deal_core.adapter.method_state import MethodState
+from deal_core.strategies.strategy import Strategy
 
 class Idle(Strategy):
     name = "idle"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, get_scheduler
 
+from deal_core.adapter.method_state import MethodState
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import load_base
 from deal_core.config import AdapterConfig, TrainConfig
@@ -27,7 +28,6 @@ from deal_core.errors import AdapterStateError, ConfigError, DataValidationError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig
 from deal_core.strategies.rehearsal import Question
-from deal_core.strategies.strategy import MethodState
 from deal_core.training.objective import AnswerLoss
 from deal_core.training.trainer import AdapterTrainer, training_arguments
 from tests.unit.deal_core.conftest import train_into

@@ -15,8 +15,8 @@ from infra.tracking.registry import Registry
 from safetensors.torch import save_file
 
 from deal_core.adapter.files import as_recorded, digests_of, sha256_together
+from deal_core.adapter.method_state import STORED_ROWS
 from deal_core.errors import IntegrityError
-from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
 from infra.versions import Version
 from tasks.lineage.history import version_ref

@@ -1,0 +1,41 @@
+"""What a strategy carries from one task to the next, beside the adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Stores = Literal["nothing", "data"]
+STORED_ROWS = "rows."
+"""Name prefix of tensors that hold rows of old tasks."""
+KEPT_ANSWERS = "answers."
+"""Name prefix of tensors that hold answers to texts of old tasks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodState:
+    """Data that a strategy carries from one task to the next, in addition to the adapter.
+
+    Attributes:
+        strategy: Name of the strategy that wrote the state.
+        stores: Whether the state holds data of old tasks.
+        tensors: Tensors by name.
+        num_arrivals: Arrivals that the adapter has learned, with any strategy.
+    """
+
+    strategy: str
+    stores: Stores
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    num_arrivals: int = 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors in bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def stored_rows(self) -> dict[str, Tensor]:
+        """The tensors that hold rows of old tasks. A change of strategy hands on only these."""
+        return {name: value for name, value in self.tensors.items() if name.startswith(STORED_ROWS)}
