@@ -201,9 +201,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def mlflow_database(made_once: MakeOnce) -> Path:
     """An empty MLflow database: making its tables takes seconds, copying it none."""
     from infra.settings import TrackingSettings
-    from infra.tracking.tracker import open_tracker
+    from infra.tracking.tracker import Tracker
 
-    return made_once("mlflow", lambda folder: open_tracker(TrackingSettings(home=folder))) / "mlflow.db"
+    return made_once("mlflow", lambda folder: Tracker(TrackingSettings(home=folder))) / "mlflow.db"
 
 
 @pytest.fixture

@@ -6,35 +6,30 @@ import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from infra.tracking.registry import Registry, open_registry
-from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import DataValidationError, RegistryError
 from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
-from flows.promote import decide
 from flows.requeue import requeue
 from infra.promotions import PromotionLog
-from infra.versions import Version, Versions
+from infra.store.base import ObjectStore
+from infra.versions import Since, Version, Versions
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
-from tasks.lineage.promotion import move_champion, promote_accepted, settled_champion
-from tasks.lineage.settings import WatchedLineage, add_lineage
+from tasks.lineage.promotion import move_champion
 from tasks.spec import AdaptSpec, parse
 from tests.conftest import MakeOnce
 from tests.in_process import KilledError
 from tests.integration.conftest import copy_home
-from tests.receiver import Receiver
 
 TASKS = {
     "bank": {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")},
@@ -215,18 +210,19 @@ def test_a_refused_version_never_serves(tiny_base: Path, waiting: None) -> None:
 def test_a_version_that_would_wait_is_refused_if_its_parent_lost_the_championship_during_its_run(
     tiny_base: Path, waiting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Registry.register
+    whole = Versions.register
 
-    def approve_the_other(registry: Registry, *args: Any, **kwargs: Any) -> Any:
-        made = whole(registry, *args, **kwargs)
+    def approve_the_other(versions: Versions, version: Version) -> Version:
+        made = whole(versions, version)
         promote_to("l", "3", **BY)
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "register", approve_the_other)
+        patch.setattr(Versions, "register", approve_the_other)
         with pytest.raises(RegistryError, match=r"version 3 is champion now.*Run the same command again"):
             learn(tiny_base, "clinic", again=True, approval="person")
-    assert aliases() == {"champion": "3", "previous": "2", "challenger": "3"}, "no request for version 4 is open"
+    assert aliases() == {"champion": "3", "previous": "2", "challenger": "4"}
+    assert [entry.standing for entry in Versions(current_store()).all("l")][-1] == "left behind", "it does not wait"
     assert learn(tiny_base, "clinic, more", approval="person").status == "awaiting approval", "the lineage goes on"
 
 
@@ -256,30 +252,6 @@ def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remed
 
 
 @pytest.mark.usefixtures("lineage")
-def test_an_old_version_that_was_deleted_in_mlflow_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    client = open_registry().client
-    client.delete_model_version("l", "1")
-    parent = find_parent("l")
-    assert parent is not None and parent.version == "2"
-    assert aliases() == {"champion": "2", "challenger": "2"} and "Version 1, previous of 'l'" in caplog.text
-    with pytest.raises(RegistryError, match="'l' has no version 1"):
-        roll_back("l", None, **BY)
-
-
-@pytest.mark.usefixtures("lineage")
-def test_a_champion_that_was_deleted_in_mlflow_is_replaced_by_a_person_alone() -> None:
-    open_registry().client.delete_model_version("l", "2")
-    remedy = r"Version 2, champion of 'l', was deleted in MLflow.*deal rollback --to N"
-    for act in (lambda: find_parent("l"), lambda: roll_back("l", None, **BY), lambda: promote_to("l", "1", **BY)):
-        with pytest.raises(RegistryError, match=remedy):
-            act()
-    done = roll_back("l", "1", **BY)
-    assert (done.before, done.champion, aliases()["champion"]) == ("2", "1", "1")
-    parent = find_parent("l")
-    assert parent is not None and parent.version == "1"
-
-
-@pytest.mark.usefixtures("lineage")
 def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
     roll_back("l", "1", **BY)
 
@@ -298,161 +270,44 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
     assert [move.version for move in read_moves("l")] == ["1", "2", "1", "2"], "the log has one promotion"
 
 
-@pytest.mark.usefixtures("lineage")
-def test_a_move_cut_short_after_the_log_is_completed_by_whoever_looks_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(Registry, "set_alias", die)
-        with pytest.raises(KilledError):
-            roll_back("l", "1", **BY)
-    assert aliases()["champion"] == "2"
-    parent = find_parent("l")
-    assert parent is not None and parent.version == "1" == aliases()["champion"]
-
-
-@pytest.mark.usefixtures("lineage")
-def test_a_move_of_the_alias_in_mlflow_serves_until_the_next_command_or_asks_a_person(receiver: Receiver) -> None:
-    def move_by_hand(version: str) -> str:
-        open_registry().client.set_registered_model_alias("l", "champion", version)
-        champion = settled_champion(open_registry(), current_store(), "l")
-        assert champion is not None
-        return champion.version
-
-    assert move_by_hand("1") == "1", "followed, by default"
-    find_parent("l")
-    assert aliases()["champion"] == "2" and [move.version for move in read_moves("l")] == ["1", "2"]
-
-    add_lineage(current_store(), parse(WatchedLineage, {"lineage": "l", "gate": {"alias_moves": "request"}}, "test"))
-    assert [move_by_hand("1"), move_by_hand("1")] == ["2", "2"] and aliases()["champion"] == "2"
-    assert [(move.action, move.version, move.champion) for move in read_moves("l")[2:]] == [("requested", "1", "2")]
-    (notice,) = receiver.told()
-    assert (notice["event"], notice["payload"]["version"]) == ("deal.version.awaiting-approval", "1")
-
-    decide("l", "1", "reject", why="not now", who="Ada")
-    assert aliases()["champion"] == "2" and read_history("l")[0].approval is None, "the version itself is not refused"
-    with pytest.raises(RegistryError, match="does not wait for a person"):
-        decide("l", "1", "approve", why="yes", who="Ada")
-    assert move_by_hand("1") == "2", "a new move asks again"
-    assert decide("l", "1", "approve", why="complaints", who="Ada").left_behind[0].version == "2"
-    assert aliases() == {"champion": "1", "previous": "2", "challenger": "2"}
-    told = [(move.action, move.champion, move.who, move.why) for move in read_moves("l")[3:] if move.who == "Ada"]
-    assert told == [("declined", "2", "Ada", "not now"), ("rolled back", "1", "Ada", "complaints")]
-    assert move_by_hand("2") == "1"
-    assert decide("l", "2", "approve", why="better after all", who="Ada").action == "promoted"
-
-
-@pytest.mark.usefixtures("lineage")
-def test_a_move_cut_short_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_lineage(current_store(), parse(WatchedLineage, {"lineage": "l", "gate": {"alias_moves": "request"}}, "test"))
-    for _ in range(2):
-        for move, champion in ((lambda: roll_back("l", "1", **BY), "1"), (lambda: promote_to("l", "2", **BY), "2")):
-            with monkeypatch.context() as patch:
-                patch.setattr(Registry, "set_alias", die)
-                with pytest.raises(KilledError):
-                    move()
-            found = settled_champion(open_registry(), current_store(), "l")
-            assert found is not None and found.version == champion == aliases()["champion"]
-    assert {move.action for move in read_moves("l")} == {"promoted", "rolled back"}
+@pytest.mark.usefixtures("waiting")
+def test_a_rejection_holds_for_who_read_the_version_before_it() -> None:
+    waiting = Versions(current_store()).all("l")[-1]
+    reject_version("l", "3", **BY)
+    for before in (waiting, waiting.model_copy(update={"since": Since()})):
+        with pytest.raises(RegistryError, match="rejected by a person"):
+            move_champion(current_store(), before, expected="2", action="promoted", **BY)
+    assert (aliases()["champion"], read_moves("l")[-1].action) == ("2", "rejected")
 
 
 @pytest.mark.nightly
-def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(
+def test_a_version_whose_run_died_before_its_promotion_is_promoted_by_the_next_run(
     tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "set_alias", die)
+        patch.setattr(PromotionLog, "add", die)
         with pytest.raises(KilledError):
             learn(tiny_base, "clinic")
-    assert (aliases()["champion"], read_moves("l")[-1].champion) == ("2", "3"), "only the log has it"
+    assert aliases()["champion"] == "2" and len(Versions(current_store()).all("l")) == 3
+    parent = find_parent("l")
+    assert parent is not None and parent.version == "3" == aliases()["champion"]
     assert roll_back("l", None, **BY).before == "3"
     parent = find_parent("l")
-    assert parent is not None and parent.version == "2" == aliases()["champion"]
+    assert parent is not None and parent.version == "2", "a version that was rolled back is not promoted again"
     assert "deal requeue 3" in learn(tiny_base, "clinic").message
-    assert len(read_moves("l")) == 4
-
-
-@pytest.mark.nightly
-def test_a_rollback_of_a_version_that_was_registered_twice_stays(
-    tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = MlflowClient.create_model_version
-
-    def lose_first_answer(*args: Any, **options: Any) -> Any:
-        make(*args, **options)
-        return make(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "create_model_version", lose_first_answer)
-        assert learn(tiny_base, "clinic").version == "3"
-    assert [info.version for info in Versions(current_store()).all("l")] == ["1", "2", "3", "4"]
-    roll_back("l", None, **BY)
-    parent = find_parent("l")
-    assert parent is not None and parent.version == "2" == aliases()["champion"]
-    assert [move.champion for move in read_moves("l")] == ["1", "2", "3", "2"]
-
-
-@pytest.mark.usefixtures("waiting")
-def test_a_rejection_that_was_cut_short_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = Versions(current_store()).all("l")[-1]
-    with monkeypatch.context() as patch:
-        patch.setattr(Registry, "tag_version", die)
-        with pytest.raises(KilledError):
-            reject_version("l", "3", **BY)
-    log = PromotionLog(current_store())
-    for before in (waiting, replace(waiting, approval=None)):  # read before the rejection
-        with pytest.raises(RegistryError, match="rejected by a person"):
-            move_champion(open_registry(), log, before, expected="2", action="promoted", **BY)
-    with pytest.raises(RegistryError, match="rejected by a person"):
-        promote_accepted(current_store(), Versions(current_store()).all("l")[-1])
-    assert (aliases()["champion"], read_moves("l")[-1].action) == ("2", "rejected")
 
 
 @pytest.mark.usefixtures("waiting")
 def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find_slowly(registry: Registry, lineage: str, version: str) -> Version:
+    def find_slowly(store: ObjectStore, lineage: str, version: str) -> Version:
         monkeypatch.setattr("tasks.lineage.decisions.find_version", find_version)
         roll_back("l", "1", **BY)
-        return find_version(registry, lineage, version)
+        return find_version(store, lineage, version)
 
     monkeypatch.setattr("tasks.lineage.decisions.find_version", find_slowly)
     with pytest.raises(RegistryError, match="try again"):
         reject_version("l", "3", **BY)
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
-
-
-@pytest.mark.usefixtures("waiting")
-def test_the_end_of_a_request_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_lineage(current_store(), parse(WatchedLineage, {"lineage": "l", "gate": {"alias_moves": "request"}}, "test"))
-    open_registry().client.set_registered_model_alias("l", "champion", "1")
-    settled_champion(open_registry(), current_store(), "l")
-
-    def find_slowly(registry: Registry, lineage: str, version: str) -> Version:
-        monkeypatch.setattr("tasks.lineage.decisions.find_version", find_version)
-        promote_to("l", "3", **BY)
-        return find_version(registry, lineage, version)
-
-    monkeypatch.setattr("tasks.lineage.decisions.find_version", find_slowly)
-    with pytest.raises(RegistryError, match="try again"):
-        decide("l", "1", "reject", why="not now", who="Ada")
-    settled_champion(open_registry(), current_store(), "l")
-    assert (aliases()["champion"], read_moves("l")[-1].champion) == ("3", "3")
-
-
-@pytest.mark.parametrize("step", ["infra.version_log.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
-def test_an_approval_that_was_cut_short_is_completed(
-    tiny_base: Path, waiting: None, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(step, die)
-        with pytest.raises(KilledError):
-            promote_to("l", "3", **BY)
-    if read_moves("l")[-1].version == "3":
-        assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")
-        with pytest.raises(RegistryError, match="champion already"):
-            promote_to("l", "3", **BY)
-    else:
-        promote_to("l", "3", **BY)
-    assert aliases()["champion"] == "3" and read_history("l")[-1].approval == "given"
-    assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")
 
 
 @pytest.mark.usefixtures("lineage")

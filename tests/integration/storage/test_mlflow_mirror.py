@@ -1,0 +1,282 @@
+"""MLflow as a mirror of the store: what it gets, what happens while it is away, and moves of the alias by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from flows.forget import forget
+from flows.mlflow import sync_mlflow
+from flows.server.status import read_status
+from infra.promotions import PromotionLog
+from infra.settings import TrackingSettings
+from infra.store import keys
+from infra.tracking.models import ModelRegistry
+from infra.tracking.tracker import Tracker
+from infra.versions import Versions
+from tasks.context import current_store
+from tasks.lineage.decisions import roll_back
+from tasks.lineage.history import read_moves
+from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage, waiting
+from tests.adapting import BANK, run
+from tests.in_process import KilledError
+from tests.receiver import Receiver
+from tests.registering import in_mlflow, mlflow_run, register
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+AWAY = "http://127.0.0.1:9"
+"""An address at which nothing answers."""
+BY = {"who": "tester", "why": "a test"}
+
+
+def sync() -> Synced:
+    (synced,) = asyncio.run(sync_mlflow(("l",)))
+    return synced
+
+
+def client() -> MlflowClient:
+    uri = TrackingSettings().tracking_uri
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def aliases_in_mlflow() -> dict[str, str]:
+    """The number in the lineage of the version with each alias."""
+    model = client().get_registered_model("l")
+    versions = {str(each.version): each.tags["deal.version"] for each in client().search_model_versions("name='l'")}
+    return {alias: versions[str(number)] for alias, number in model.aliases.items()}
+
+
+def move_alias(version: str) -> None:
+    """What a person does on MLflow's page."""
+    entries = {each.tags["deal.version"]: each.version for each in client().search_model_versions("name='l'")}
+    client().set_registered_model_alias("l", "champion", entries[version])
+
+
+def champion() -> str:
+    found = Versions(current_store()).champion("l")
+    assert found is not None
+    return found.version
+
+
+def test_mlflow_gets_runs_models_versions_and_aliases(copied_home: Path) -> None:
+    assert waiting(current_store(), "l") == () and aliases_in_mlflow() == {
+        "champion": "3",
+        "previous": "1",
+        "challenger": "3",
+    }
+    for version in Versions(current_store()).all("l"):
+        of_run = mlflow_run("l", version.run_key)
+        assert of_run.info.status == "FINISHED" and of_run.data.tags["deal.version"] == version.version
+        assert of_run.data.metrics["average_accuracy"] == version.average_accuracy
+        assert of_run.data.params["train.max_steps"] == "3" and of_run.data.params["strategy"] == "deal"
+        history = client().get_metric_history(of_run.info.run_id, "train/loss")
+        assert [point.step for point in history] == [1, 2, 3]
+        (dataset,) = of_run.inputs.dataset_inputs
+        assert dataset.dataset.digest == version.dataset_sha256[:36]
+        assert {"report.html", "report.json", "evaluation.json"} <= {
+            entry.path for entry in client().list_artifacts(of_run.info.run_id)
+        }
+
+
+def test_models_are_in_the_order_of_their_scores(copied_home: Path) -> None:
+    versions = Versions(current_store()).all("l")
+    experiment = client().get_experiment_by_name("deal/l")
+    models = client().search_logged_models(
+        [experiment.experiment_id], order_by=[{"field_name": "metrics.average_accuracy", "ascending": False}]
+    )
+    scores = [next(metric.value for metric in model.metrics if metric.key == "average_accuracy") for model in models]
+    assert scores == sorted((version.average_accuracy for version in versions), reverse=True) and len(scores) == 3
+    by_key = {version.run_key: version for version in versions}
+    for model in models:
+        version = by_key[model.tags["deal.run_key"]]
+        (metric,) = (metric for metric in model.metrics if metric.key == "average_accuracy")
+        assert (metric.dataset_name, metric.dataset_digest) == (version.task, version.dataset_sha256[:36])
+        assert model.params["strategy"] == "deal" and model.params["train.max_steps"] == "3"
+
+
+def test_the_champion_loads_by_its_alias_and_by_peft_alone(copied_home: Path, tiny_base: Path, tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(TrackingSettings().tracking_uri)
+    try:
+        model = mlflow.pyfunc.load_model("models:/l@champion")
+        folder = Path(mlflow.artifacts.download_artifacts("models:/l@champion", dst_path=str(tmp_path)))
+    finally:
+        mlflow.set_tracking_uri(None)
+    (answer,) = model.predict([{"input": "I lost my card", "task": "bank"}]).to_dict("records")
+    assert (answer["task"], answer["lineage"]) == ("bank", "l") and answer["output"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    assert PeftModel.from_pretrained(base, folder).peft_config["default"].r == 16
+    head = (folder / "README.md").read_text().splitlines()[:25]
+    assert any("models:/l@champion" in line for line in head) and any(
+        "PeftModel.from_pretrained" in line for line in head
+    )
+
+
+def test_a_version_is_learned_and_promoted_while_mlflow_is_away_and_written_afterwards(
+    copied_home: Path, tiny_base: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+    fourth = run(tiny_base, {**BANK, "name": "again"})
+    assert (fourth.status, fourth.version, champion()) == ("promoted", "4", "4")
+    (status,) = (each for each in asyncio.run(read_status(copied_home)).lineages if each.lineage == "l")
+    assert status.mlflow_waiting == ("version 4", "move 3")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)  # a server that knows nothing of the lineage
+    synced = sync()
+    assert synced.written == ("version 1", "version 2", "version 3", "version 4", "move 3") and synced.missing == ()
+    assert aliases_in_mlflow()["champion"] == "4" and waiting(current_store(), "l") == ()
+    history = client().get_metric_history(mlflow_run("l", fourth.run_key).info.run_id, "train/loss")
+    assert [point.step for point in history] == [1, 2, 3], "the journal has kept the curve"
+    assert sync().written == (), "nothing is written twice"
+    assert len(client().search_model_versions("name='l'")) == 4
+
+
+def test_a_lost_database_is_filled_again_by_the_next_run(
+    copied_home: Path, tiny_base: Path, mlflow_database: Path
+) -> None:
+    for path in copied_home.glob("mlflow.db*"):
+        path.unlink()
+    shutil.rmtree(copied_home / "mlflow-artifacts")
+    shutil.copy(mlflow_database, copied_home / "mlflow.db")
+    assert run(tiny_base, {**BANK, "name": "again"}).status == "promoted"
+    assert aliases_in_mlflow() == {"champion": "4", "previous": "3", "challenger": "4"}
+    assert len(client().search_model_versions("name='l'")) == 4
+
+
+def test_a_sync_that_is_cut_short_goes_on_and_doubles_nothing(
+    copied_home: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in copied_home.glob("mlflow.db*"):
+        path.unlink()
+    shutil.copy(mlflow_database, copied_home / "mlflow.db")
+    whole, steps = ModelRegistry.add, []
+
+    def die(registry: ModelRegistry, *args: Any, **options: Any) -> Any:
+        steps.append("add")
+        if len(steps) == 2:
+            raise KilledError
+        return whole(registry, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRegistry, "add", die)
+        with pytest.raises(KilledError):
+            sync_lineage(current_store(), "l")
+    assert sync().missing == () and aliases_in_mlflow()["champion"] == "3"
+    assert len(client().search_model_versions("name='l'")) == 3
+    experiment = client().get_experiment_by_name("deal/l").experiment_id
+    assert len(client().search_runs([experiment])) == len(client().search_logged_models([experiment])) == 3
+
+
+class TestMovesByHand:
+    """A person moves the alias `champion` on MLflow's page."""
+
+    def test_to_a_version_that_continues_the_champion_it_is_a_promotion(
+        self, copied_home: Path, receiver: Receiver
+    ) -> None:
+        register("fourth")
+        sync()
+        move_alias("4")
+        assert sync().promoted == "4" and champion() == "4"
+        last = read_moves("l")[-1]
+        assert (last.action, last.before, last.champion, last.who) == ("promoted", "3", "4", "MLflow")
+        assert aliases_in_mlflow() == {"champion": "4", "previous": "3", "challenger": "4"}
+        assert [notice["event"] for notice in receiver.told()] == ["deal.version.promoted"]
+
+    def test_to_an_earlier_champion_it_is_a_rollback(self, copied_home: Path) -> None:
+        move_alias("1")
+        assert sync().promoted == "1" and champion() == "1"
+        assert (read_moves("l")[-1].action, aliases_in_mlflow()["previous"]) == ("rolled back", "3")
+
+    @pytest.mark.parametrize(
+        ("version", "changes"),
+        [
+            ("2", None),  # its gate rejected it
+            ("4", {"needs_approval": True}),
+            ("4", {"parent_version": "1"}),
+            ("4", {"accepted": False, "reasons": ("bank fell by 20 points.",)}),
+        ],
+    )
+    def test_to_a_version_that_no_command_would_promote_it_is_set_back_with_a_notice(
+        self, copied_home: Path, receiver: Receiver, version: str, changes: dict[str, Any] | None
+    ) -> None:
+        if changes is not None:
+            register("fourth", **changes)
+            sync()
+        moves = read_moves("l")
+        move_alias(version)
+        synced = sync()
+        assert synced.promoted is None and f"version {version}" in (synced.set_back or "")
+        assert champion() == "3" == aliases_in_mlflow()["champion"] and read_moves("l") == moves
+        assert [notice["event"] for notice in receiver.told()] == ["deal.alias.set-back"]
+        assert sync().set_back is None
+
+    def test_the_log_wins_over_a_move_that_it_has_overtaken(self, copied_home: Path, receiver: Receiver) -> None:
+        register("fourth")
+        sync()
+        move_alias("4")
+        roll_back("l", "1", **BY)
+        assert "set back to version 1" in (sync().set_back or "")
+        assert champion() == "1" == aliases_in_mlflow()["champion"]
+        assert [notice["event"] for notice in receiver.told()] == ["deal.version.rolled-back", "deal.alias.set-back"]
+
+    @pytest.mark.parametrize("killed_at", ["set_alias", "tag"])
+    def test_after_a_kill_between_alias_and_tag_the_log_wins(
+        self, copied_home: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, killed_at: str
+    ) -> None:
+        roll_back("l", "1", **BY)
+        whole, calls = getattr(ModelRegistry, killed_at), []
+
+        def die_after(registry: ModelRegistry, *args: Any) -> None:
+            whole(registry, *args)
+            calls.append(args)
+            raise KilledError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelRegistry, killed_at, die_after)
+            with pytest.raises(KilledError):
+                sync_lineage(current_store(), "l")
+        move_alias("3")  # whether this is a person's move or what the write left cannot be told
+        assert sync().promoted is None and champion() == "1" == aliases_in_mlflow()["champion"]
+        assert read_moves("l")[-1].action == "rolled back" and len(calls) == 1
+        assert [notice["event"] for notice in receiver.told()] == ["deal.version.rolled-back"]
+
+    def test_the_next_run_continues_the_version_that_was_promoted_by_hand(
+        self, copied_home: Path, tiny_base: Path
+    ) -> None:
+        move_alias("1")
+        assert run(tiny_base, {**BANK, "name": "again"}).parent_version == "1"
+        assert [move.action for move in PromotionLog(current_store()).moves("l")][-2:] == ["rolled back", "promoted"]
+
+
+def test_rows_that_are_forgotten_while_mlflow_is_away_are_gone_from_it_after_the_next_sync(
+    copied_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = Versions(current_store()).all("l")
+    held = in_mlflow("l", first.run_key)
+    assert {"report.json", "report.html"} <= {entry.path for entry in held.client.list_artifacts(held.run_id)}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+    asyncio.run(forget(first.dataset_sha256, reason="asked for"))
+    orders = [info.key for info in current_store().list(keys.mlflow_forget_folder("l"))]
+    assert keys.mlflow_forget_key("l", first.run_key) in orders
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    whole: list[str] = []
+    remove = Tracker.find
+
+    def note(tracker: Tracker, lineage: str, run_key: str) -> Any:
+        whole.append(run_key)
+        return remove(tracker, lineage, run_key)
+
+    monkeypatch.setattr(Tracker, "find", note)
+    assert sync().missing == () and whole[0] in {version.run_key for version in Versions(current_store()).all("l")}
+    for version in Versions(current_store()).all("l"):
+        if version.dataset_sha256 == first.dataset_sha256:
+            kept = {entry.path for entry in held.client.list_artifacts(in_mlflow("l", version.run_key).run_id)}
+            assert not kept & set(WITH_ROWS)
+    assert not list(current_store().list(keys.mlflow_forget_folder("l")))
