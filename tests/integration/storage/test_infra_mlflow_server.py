@@ -4,52 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra.tracking.facts import VersionFacts
-
 from infra.settings import TrackingSettings
-from infra.tracking.tracker import open_tracker
+from infra.tracking.tracker import Tracker
 
 
 def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> None:
     settings = TrackingSettings.model_validate({"home": tmp_path / "home", "tracking_uri": mlflow_server})
-    tracker, registry = open_tracker(settings), open_registry(settings)
+    tracker = Tracker(settings)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    facts = VersionFacts(
-        run_key="key",
-        task="billing",
-        strategy="deal",
-        base_sha256="b",
-        dataset_sha256="d",
-        config_sha256="c",
-        adapter_uri="adapters/base/key",
-        adapter_sha256="a",
-        files_sha256={},
-        landed_sha256="e" * 64,
-        train_seconds=1.0,
-        parent_version=None,
-        accepted=True,
-        reasons=(),
-        average_accuracy=0.5,
-        forgetting=None,
-        backward_transfer=None,
-        forward_transfer=None,
-    )
     params = {f"p{number:03d}": number for number in range(150)}  # more than the server accepts in one request
+    tracker.models.read("base")
     for _ in range(2):  # the process died just before the end
         with tracker.start("base", "key", name="billing", params=params) as run:
             for step in range(1500):
                 run.log(step, {"loss": 1.0})
             run.log_dataset("billing", "f" * 64, "file:///x", {"num_train": 1})
-            model_id = run.log_adapter(adapter, "billing", sha256=facts.adapter_sha256)
-            version = registry.register("base", facts, tracking_id=run.run_id, model_id=model_id)
-    registry.set_alias("base", "champion", version.version)
-
-    champion = registry.champion("base")
-    assert champion is not None
-    assert registry.versions("base") == (champion,) == (registry.find_version("key"),)
-    assert (champion.tracking_id, champion.model_id, champion.aliases) == (run.run_id, model_id, ("champion",))
+            model_id = run.log_adapter(
+                adapter, "billing", sha256="a", params=params, metrics={}, dataset="billing", dataset_sha256="f" * 64
+            )
+            if "1" not in tracker.models.read("base").entries:
+                tracker.models.add("base", "1", run_id=run.run_id, model_id=model_id, tags={}, description="x")
+    registered = tracker.models.read("base")
+    tracker.models.set_alias("base", "champion", registered.entries["1"])
+    assert tracker.models.read("base").number_of("champion") == "1"
+    assert registered.entries["1"].model_id == model_id
     found = tracker.client.get_run(run.run_id)
     assert (found.info.status, found.data.metrics, len(found.inputs.dataset_inputs)) == ("FINISHED", {"loss": 1.0}, 1)
     assert len(found.data.params) == 150
