@@ -181,7 +181,7 @@ async def _prepare_and_learn(
     params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
     run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
     try:
-        job = await stages.run(
+        adaptation = await stages.run(
             "start",
             prepare,
             spec,
@@ -196,7 +196,7 @@ async def _prepare_and_learn(
             tested=tested,
             requeued_sha256=requeued_sha256,
         )
-        result = await _train_to_report(job, stages)
+        result = await _train_to_report(adaptation, stages)
     except BaseException:
         with suppress(DealError):  # it must not hide the run's own error
             RunJournal(store).end(run, "failed")
@@ -210,24 +210,26 @@ async def _prepare_and_learn(
     return result
 
 
-async def _train_to_report(job: AdaptationRun, stages: Stages) -> AdaptResult:
+async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
     """Run the stages from training to report."""
-    changed = changed_since(job.parent, job.spec) if job.parent else ()
-    changed = changed if job.tested is None else (*changed, f"before the training the {job.tested.describe()}")
+    changed = changed_since(adaptation.parent, adaptation.spec) if adaptation.parent else ()
+    changed = (
+        changed if adaptation.tested is None else (*changed, f"before the training the {adaptation.tested.describe()}")
+    )
     _say(changed)
-    trained = await stages.run("train", train_version, job)
+    trained = await stages.run("train", train_version, adaptation)
     stages.done("train", _describe_training(trained.summary))
     _say(trained.summary.notes)
     said = (*changed, *trained.summary.notes)
-    report = await stages.run("evaluate", evaluate_version, job, trained, said)
+    report = await stages.run("evaluate", evaluate_version, adaptation, trained, said)
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     _say(report.notes[len(said) :])
-    decision = await stages.run("gate", judge_version, job, report)
+    decision = await stages.run("gate", judge_version, adaptation, report)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     _say(decision.notes)
     report = replace(report, notes=(*report.notes, *decision.notes))
-    keep_findings(trained.uri, job.spec.model_dump(mode="json"), job.dataset, report, trained.summary)
-    version = await stages.run("register", register_version, job, trained, report, decision)
+    keep_findings(trained.uri, adaptation.spec.model_dump(mode="json"), adaptation.dataset, report, trained.summary)
+    version = await stages.run("register", register_version, adaptation, trained, report, decision)
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
         version = await stages.run("promote", promote_version, version)
@@ -236,17 +238,17 @@ async def _train_to_report(job: AdaptationRun, stages: Stages) -> AdaptResult:
         "report",
         report_version,
         version,
-        job.base.name,
-        job.dataset,
+        adaptation.base.name,
+        adaptation.dataset,
         report,
         trained.summary,
         dict(stages.seconds),
-        include_texts=job.spec.data.include_texts,
+        include_texts=adaptation.spec.data.include_texts,
     )
     stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
     await asyncio.to_thread(announce_version, version, evaluation=report)
-    result = adapted(version, job.dataset, report, trained.summary, stages.seconds)
-    return result.model_copy(update={"arrival_accuracy": job.tested and job.tested.accuracy})
+    result = adapted(version, adaptation.dataset, report, trained.summary, stages.seconds)
+    return result.model_copy(update={"arrival_accuracy": adaptation.tested and adaptation.tested.accuracy})
 
 
 def _say(notes: Iterable[str]) -> None:

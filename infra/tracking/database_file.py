@@ -43,7 +43,7 @@ def schema_of(file: Path) -> str | None:
             return None  # MLflow's client makes the tables
         raise RegistryError(
             f"Cannot read MLflow's database {file}: {error}. If the file is damaged, restore it from a backup; without "
-            "one, move it away and give for each lineage: deal lineage rebuild LINEAGE"
+            "one, move it away and give: deal server sync"
         ) from error
     return str(found[0][0]) if len(found) == 1 else None
 

@@ -50,7 +50,9 @@ that of all rows, with 95 % confidence."""
 
 
 @task(name="evaluate", **STAGE)
-def evaluate_version(job: AdaptationRun, trained: TrainedAdapter, notes: tuple[str, ...] = ()) -> EvaluationReport:
+def evaluate_version(
+    adaptation: AdaptationRun, trained: TrainedAdapter, notes: tuple[str, ...] = ()
+) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 
     A known task keeps its first prompts and lengths; `evaluate.max_new_tokens` applies to new tasks only. The rows of a
@@ -65,12 +67,12 @@ def evaluate_version(job: AdaptationRun, trained: TrainedAdapter, notes: tuple[s
     from tasks.adaptation.scorer import Scorer, collapse_notes
 
     store = current_store()
-    asked = _rows_to_ask(store, job)
-    scorer = Scorer(job.base, job.spec.evaluate)
-    found = _score(scorer, asked, job, trained)
-    _keep(store, job, trained.uri, asked, found)
-    notes = (*notes, *asked.notes, *_length_notes(scorer, asked, job.dataset), *collapse_notes(found.now))
-    return _report(job.dataset, asked, found, scorer.num_rows, notes)
+    asked = _rows_to_ask(store, adaptation)
+    scorer = Scorer(adaptation.base, adaptation.spec.evaluate)
+    found = _score(scorer, asked, adaptation, trained)
+    _keep(store, adaptation, trained.uri, asked, found)
+    notes = (*notes, *asked.notes, *_length_notes(scorer, asked, adaptation.dataset), *collapse_notes(found.now))
+    return _report(adaptation.dataset, asked, found, scorer.num_rows, notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,8 @@ class _Asked:
         return {each.name: each.of for each in self.renewal.slices}
 
 
-def _rows_to_ask(store: ObjectStore, job: AdaptationRun) -> _Asked:
-    record, renewal, dataset, spared = job.record, job.renewal, job.dataset, job.spared
+def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun) -> _Asked:
+    record, renewal, dataset, spared = adaptation.record, adaptation.renewal, adaptation.dataset, adaptation.spared
     unjudged = _unjudged(store, record, renewal)
     old = (
         [
@@ -118,7 +120,7 @@ def _rows_to_ask(store: ObjectStore, job: AdaptationRun) -> _Asked:
     if renewal.known is not None:
         new = [_widened(load_test_set(store, renewal.known.judged_by(dataset)), dataset)]
     elif record is None or (known := record.task(dataset.task)) is None:
-        new = [load_test_set(store, next(task for task in job.tasks if task.schema.name == dataset.task))]
+        new = [load_test_set(store, next(task for task in adaptation.tasks if task.schema.name == dataset.task))]
     else:
         notes = tuple(_notes_on_known_task(store, record.lineage, known, dataset))
     newly = [each for each in old if record and record.spared != spared]
@@ -130,8 +132,8 @@ def _rows_to_ask(store: ObjectStore, job: AdaptationRun) -> _Asked:
     )
     new = [judging_rows(each, spared) for each in new]
     old = [judging_rows(each, spared) for each in old]
-    old = within_budget(old, dataset.task, job.spec.evaluate.max_old_rows)
-    answered = read_answers(store, job.parent.adapter_uri).now if job.parent else {}
+    old = within_budget(old, dataset.task, adaptation.spec.evaluate.max_old_rows)
+    answered = read_answers(store, adaptation.parent.adapter_uri).now if adaptation.parent else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     return _Asked(
@@ -179,11 +181,11 @@ class _Found:
     facts: AdapterFacts
 
 
-def _score(scorer: Scorer, asked: _Asked, job: AdaptationRun, trained: TrainedAdapter) -> _Found:
+def _score(scorer: Scorer, asked: _Asked, adaptation: AdaptationRun, trained: TrainedAdapter) -> _Found:
     from deal_core.adapter.state import adapter_norm
     from tasks.adaptation.scorer import Scored
 
-    answered, before = asked.answered, job.parent_folder
+    answered, before = asked.answered, adaptation.parent_folder
     scorer.expect(asked.new, [*asked.new, *asked.unanswered] if before else [], asked.all)
     on_base = scorer.score(None, asked.new, general=True)
     on_parent = scorer.score(before, asked.new) if before else Scored({}, {}, None)
@@ -194,18 +196,18 @@ def _score(scorer: Scorer, asked: _Asked, job: AdaptationRun, trained: TrainedAd
     facts = AdapterFacts(
         norm=adapter_norm(trained.folder),
         parent_norm=adapter_norm(before) if before else None,
-        is_changed=job.parent is None or job.parent.adapter_sha256 != trained.sha256,
+        is_changed=adaptation.parent is None or adaptation.parent.adapter_sha256 != trained.sha256,
     )
     return _Found(on_base=on_base, on_parent=on_parent, now=now, answered=answered, facts=facts)
 
 
-def _keep(store: ObjectStore, job: AdaptationRun, adapter_uri: str, asked: _Asked, found: _Found) -> None:
+def _keep(store: ObjectStore, adaptation: AdaptationRun, adapter_uri: str, asked: _Asked, found: _Found) -> None:
     """Store the answers, and the reference for live traffic."""
     before = found.on_parent.answers if asked.record else found.on_base.answers
     completed = {each.schema.name: found.answered[each.schema.name] for each in asked.unanswered}
     keep_answers(store, adapter_uri, KeptAnswers(now=found.now.answers, before=before | completed))
     judging = [each for each in asked.all if each.schema.name not in asked.slices]
-    write_reference(store, adapter_uri, job.lineage, judging, found.now.evaluations)
+    write_reference(store, adapter_uri, adaptation.lineage, judging, found.now.evaluations)
 
 
 def _length_notes(scorer: Scorer, asked: _Asked, dataset: DatasetRef) -> Iterator[str]:

@@ -24,41 +24,41 @@ VETO_FIELDS = ("kind", "task", "value", "limit")
 
 @task(name="register", **STAGE)
 def register_version(
-    job: AdaptationRun, trained: TrainedAdapter, report: EvaluationReport, decision: GateDecision
+    adaptation: AdaptationRun, trained: TrainedAdapter, report: EvaluationReport, decision: GateDecision
 ) -> Version:
     """Write the version's record, its model card and what serving needs, and register it, accepted or rejected."""
     from deal_core.evaluation.answering import SERVED_FILE
     from tasks.lineage.model_card import CARD_FILE, served_version, write_card
 
-    store, spec, parent = current_store(), job.spec, job.parent
+    store, spec, parent = current_store(), adaptation.spec, adaptation.parent
     record = LineageRecord(
-        lineage=job.lineage,
-        base=job.base,
-        strategy=job.strategy,
-        adapter=job.adapter,
-        tasks=job.tasks,
+        lineage=adaptation.lineage,
+        base=adaptation.base,
+        strategy=adaptation.strategy,
+        adapter=adaptation.adapter,
+        tasks=adaptation.tasks,
         matrix=report.matrix,
-        slices=tuple(each for each in job.renewal.slices if each.name in report.slices),
+        slices=tuple(each for each in adaptation.renewal.slices if each.name in report.slices),
         memory=spec.memory,
-        spared=job.spared,
+        spared=adaptation.spared,
     )
     write_record(store, trained.uri, record)
     served = json.dumps(served_version(record).to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     (trained.folder / SERVED_FILE).write_text(served, encoding="utf-8")
     files = digests_of(trained.folder) | digests_of(trained.folder, [SERVED_FILE])
     version = Version(
-        lineage=job.lineage,
+        lineage=adaptation.lineage,
         created=datetime.now(UTC),
-        task=job.dataset.task,
+        task=adaptation.dataset.task,
         parent_version=parent.version if parent else None,
-        run_key=job.run_key,
+        run_key=adaptation.run_key,
         flow_run=runtime.flow_run.id,
-        strategy=job.strategy,
-        base_sha256=job.base.sha256,
-        dataset_sha256=job.dataset.sha256,
-        landed_sha256=job.dataset.landed_sha256,
-        requeued_sha256=job.requeued_sha256,
-        config_sha256=job.config_sha256,
+        strategy=adaptation.strategy,
+        base_sha256=adaptation.base.sha256,
+        dataset_sha256=adaptation.dataset.sha256,
+        landed_sha256=adaptation.dataset.landed_sha256,
+        requeued_sha256=adaptation.requeued_sha256,
+        config_sha256=adaptation.config_sha256,
         adapter_uri=trained.uri,
         adapter_sha256=trained.sha256,
         files_sha256=as_recorded(files),
@@ -67,12 +67,12 @@ def register_version(
         vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
         needs_approval=spec.gate.approval == "person",
         rollout=spec.gate.rollout_terms if decision.accepted and parent else None,
-        arrival_accuracy=None if job.tested is None else job.tested.accuracy,
+        arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
         train_seconds=trained.summary.seconds,
         accuracies=dict(report.accuracies),
         **scores_of(report.matrix),
     )
-    licence = licence_of_base(job.base.source, resolve_base(job.base.source, HomeSettings().cache_dir))
+    licence = licence_of_base(adaptation.base.source, resolve_base(adaptation.base.source, HomeSettings().cache_dir))
     config = json.loads((trained.folder / CONFIG_FILE).read_text(encoding="utf-8"))
     card = write_card(record, version, licence, config["task_type"])
     store.put_bytes(f"{trained.uri}/{CARD_FILE}", card.encode())

@@ -44,7 +44,7 @@ class _LearnedRows(NamedTuple):
 
 
 @task(name="train", **STAGE)
-def train_version(job: AdaptationRun) -> TrainedAdapter:
+def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 
     If `method.selection` is on, the rows are chosen first; a file in the work folder keeps the choice.
@@ -57,29 +57,35 @@ def train_version(job: AdaptationRun) -> TrainedAdapter:
     """
     from deal_core.training.job import TrainingJob
 
-    store, folder, train = current_store(), job.folder, job.spec.train
+    store, folder, train = current_store(), adaptation.folder, adaptation.spec.train
     if (summary := _finished(folder)) is None:
-        setup = _setup(job)
+        setup = _setup(adaptation)
         rows_file = folder / "rows" / keys.TRAIN_FILE
-        store.download_file(f"{job.dataset.uri}/{keys.TRAIN_FILE}", rows_file)
-        learned = _choose(job.base, setup, _LearnedRows(rows_file, job.dataset.num_train), job.parent_folder, folder)
+        store.download_file(f"{adaptation.dataset.uri}/{keys.TRAIN_FILE}", rows_file)
+        learned = _choose(
+            adaptation.base,
+            setup,
+            _LearnedRows(rows_file, adaptation.dataset.num_train),
+            adaptation.parent_folder,
+            folder,
+        )
         training = TrainingJob(
-            base_source=job.base.source,
-            base_sha256=job.base.sha256,
+            base_source=adaptation.base.source,
+            base_sha256=adaptation.base.sha256,
             cache_folder=HomeSettings().cache_dir,
             rows_file=learned.file,
-            old_texts=_old_texts(store, job, setup, folder / "texts"),
+            old_texts=_old_texts(store, adaptation, setup, folder / "texts"),
             setup=setup,
-            parent_folder=job.parent_folder,
+            parent_folder=adaptation.parent_folder,
             output_folder=folder / "adapter",
             checkpoint_folder=folder / "checkpoints",
         )
-        curve = LiveCurve(job.run)
+        curve = LiveCurve(adaptation.run)
         try:
-            result = _train(training, job.base, folder, _on_log(curve, train.num_steps(learned.num_rows)))
+            result = _train(training, adaptation.base, folder, _on_log(curve, train.num_steps(learned.num_rows)))
         finally:
             curve.keep(store)
-        recentred = _recentre(store, job, folder / "adapter") if train.recentre_steps else ()
+        recentred = _recentre(store, adaptation, folder / "adapter") if train.recentre_steps else ()
         result = replace(result, notes=(*learned.notes, *result.notes, *recentred))
         summary = TrainSummary(
             adapter_sha256=sha256_together(digests_of(folder / "adapter")), num_rows=learned.num_rows, **asdict(result)
@@ -87,7 +93,7 @@ def train_version(job: AdaptationRun) -> TrainedAdapter:
         flush_to_disk(folder / "adapter")
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
             part.write_text(summary.model_dump_json(), encoding="utf-8")
-    uri = keys.adapter_uri(job.lineage, job.run.short_key)
+    uri = keys.adapter_uri(adaptation.lineage, adaptation.run.short_key)
     store.upload_folder(folder / "adapter", uri)
     return TrainedAdapter(folder=folder / "adapter", uri=uri, sha256=summary.adapter_sha256, summary=summary)
 
@@ -109,23 +115,25 @@ def _finished(folder: Path) -> TrainSummary | None:
     return None
 
 
-def _recentre(store: ObjectStore, job: AdaptationRun, adapter: Path) -> tuple[str, ...]:
+def _recentre(store: ObjectStore, adaptation: AdaptationRun, adapter: Path) -> tuple[str, ...]:
     """Let the adapter unlearn a preference for some labels, on texts that do not judge it; return notes."""
     from deal_core.training.recentre import recentre_adapter
 
-    texts = spared_texts(store, [known for known in job.tasks if answers_labels(known.schema)])
-    return recentre_adapter(lend_base(job.base), adapter, texts, job.spec.train, advance("train"))
+    texts = spared_texts(store, [known for known in adaptation.tasks if answers_labels(known.schema)])
+    return recentre_adapter(lend_base(adaptation.base), adapter, texts, adaptation.spec.train, advance("train"))
 
 
-def _old_texts(store: ObjectStore, job: AdaptationRun, setup: TrainingSetup, folder: Path) -> tuple[TextsFile, ...]:
+def _old_texts(
+    store: ObjectStore, adaptation: AdaptationRun, setup: TrainingSetup, folder: Path
+) -> tuple[TextsFile, ...]:
     """Write the texts of old tasks that the strategy may ask about to files in `folder`."""
     from deal_core.training.job import TextsFile
 
-    if strategy_class(job.strategy).old_rows(setup.method) != "unused":
+    if strategy_class(adaptation.strategy).old_rows(setup.method) != "unused":
         return ()
     folder.mkdir(exist_ok=True)
     files = []
-    olds = [known for known in job.tasks if known.schema.name != setup.task.name]
+    olds = [known for known in adaptation.tasks if known.schema.name != setup.task.name]
     for number, each in enumerate(spared_texts(store, olds)):
         if len(each.rows):
             file = folder / f"{number}.parquet"
@@ -141,16 +149,16 @@ def _old_texts(store: ObjectStore, job: AdaptationRun, setup: TrainingSetup, fol
     return tuple(files)
 
 
-def _setup(job: AdaptationRun) -> TrainingSetup:
+def _setup(adaptation: AdaptationRun) -> TrainingSetup:
     from deal_core.training.train import TrainingSetup
 
     return TrainingSetup(
-        task=job.schema,
-        old_tasks=tuple(known.schema for known in job.record.tasks) if job.record else (),
-        strategy=job.strategy,
-        adapter=job.adapter,
-        method=job.spec.method,
-        train=job.spec.train,
+        task=adaptation.schema,
+        old_tasks=tuple(known.schema for known in adaptation.record.tasks) if adaptation.record else (),
+        strategy=adaptation.strategy,
+        adapter=adaptation.adapter,
+        method=adaptation.spec.method,
+        train=adaptation.spec.train,
     )
 
 

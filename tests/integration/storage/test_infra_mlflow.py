@@ -17,7 +17,9 @@ from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
 from infra.settings import TrackingSettings
-from infra.tracking.tracker import TrackedRun, Tracker
+from infra.tracking.client import require_answer
+from infra.tracking.models import Entry
+from infra.tracking.tracker import TrackedRun, Tracker, remove_model_files
 
 
 @pytest.fixture(scope="module")
