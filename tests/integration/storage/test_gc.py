@@ -127,7 +127,7 @@ def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(
     assert list(json.loads(found.stdout)["problems"]) == ["l"]
     with monkeypatch.context() as patch:
         patch.setattr("flows.gc.runtime", SimpleNamespace(deployment=SimpleNamespace(id="of a server")))
-        with pytest.raises(DealError, match="Lineage 'l': .*the entry of version 1 of 'l', is damaged"):
+        with pytest.raises(DealError, match=r"Lineage 'l': .*the entry of version 1 of 'l', is damaged"):
             collect(older_than="1000d")  # a run of a server is red, so that people see it
     done = collect(older_than="0h")
     assert [each.address for each in done.removals if each.kind == "adapter"] == ["adapters/m/0123456789abcdef"]
