@@ -11,7 +11,7 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.versions import UNREGISTERED, Since, Version
 
-CREATED = datetime(2026, 5, 30, tzinfo=UTC)
+CREATED = datetime(2020, 5, 30, tzinfo=UTC)
 
 
 def run_key(number: int) -> str:

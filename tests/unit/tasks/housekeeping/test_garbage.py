@@ -29,7 +29,7 @@ from tasks.housekeeping.garbage import (
 from tests.versions import CREATED, put_version, version
 from tests.versions import run as made_run
 
-NOW = datetime(2026, 6, 30, tzinfo=UTC)
+NOW = datetime(2020, 6, 30, tzinfo=UTC)
 LIMIT = timedelta(days=30)
 OLD, YOUNG = NOW - timedelta(days=31), NOW - timedelta(days=29)
 assert OLD == CREATED, "a version of the tests is old"
@@ -59,7 +59,7 @@ def test_an_old_rejected_adapter_goes_and_names_its_version() -> None:
     held = Inventory("l", (CHAMPION, version(2, 1)), (), dict([folder(1), folder(2)]), {}, ())
     (removal,) = plan_removals(held, now=NOW, older_than=LIMIT)
     assert (removal.version, removal.num_bytes) == ("2", 20)
-    assert removal.reason == "version 2 of 2026-05-30 was rejected"
+    assert removal.reason == "version 2 of 2020-05-30 was rejected"
 
 
 def test_an_old_adapter_that_a_person_refused_goes_too() -> None:
