@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, get_args
@@ -25,7 +26,7 @@ from scipy.stats import t as student_t
 
 from benchmarks.method.protocol import JUDGED, describe
 from benchmarks.output import RESULTS
-from benchmarks.stored_cells import read_stored_cells
+from benchmarks.stored_cells import FIXED, read_stored_cells
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -68,11 +69,12 @@ CONFIDENCE = 0.95
 def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
     """Return the figures of every table, by suite, training rows per task and training settings."""
     found: dict[str, Any] = {}
+    todays = asdict(TrainConfig()) | FIXED
     for protocol in protocols(cells):
         some = next(iter((*protocol.cells, *protocol.joint)), None)
         if some is None:
             continue
-        settings, train = some["settings"], learning_of(some)
+        settings, train = some["settings"], {name: some["settings"]["train"][name] for name in LEARNING}
         title = f"suite {protocol.suite}, {settings['rows']} rows, {describe(train)}"
         if title in found:  # the rest of what tells protocols apart
             title += "".join(
@@ -83,17 +85,10 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
             "base": settings["base"],
             "judged_tasks": judged_tasks(protocol),
             "train": train,
-            "is_default": train == {name: getattr(TrainConfig(), name) for name in LEARNING},
+            "is_default": train == {name: todays[name] for name in LEARNING},
             "arms": {name: _figures(protocol, each) for name, each in arms(protocol).items() if each},
         }
     return {"schema_version": 4, "stored_share": STORED_SHARE, "tables": found}
-
-
-def learning_of(cell: CellJson) -> dict[str, Any]:
-    """The training settings of a cell that decide how much it learns."""
-    stored = cell["settings"]["train"]
-    train = TrainConfig(**{name: stored[name] for name in LEARNING if name in stored})
-    return {name: getattr(train, name) for name in LEARNING}
 
 
 def judged_tasks(protocol: Protocol) -> list[str]:

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.data_efficiency import arms
 from benchmarks.headline import judged_tasks
 from benchmarks.method.leads import by_kind, lead, points_of
-from benchmarks.method.protocol import GONE, named_changes, settings_shown, training_of
+from benchmarks.method.protocol import GONE, named_changes, todays_training, training_of
 from benchmarks.method.protocol import describe as describe_training
 from benchmarks.method.protocol import lines as protocol_lines
 from benchmarks.output import RESULTS, read, templates
@@ -464,7 +464,7 @@ def main(
     protocol = sorted(
         filter(_has_chosen, protocol_lines(development)), key=lambda line: (line["suite"], line["method"])
     )
-    today, steps = settings_shown(TrainConfig()), recentred(results / "arms_recentred.json", results / "arms_own.json")
+    today, steps = todays_training(), recentred(results / "arms_recentred.json", results / "arms_own.json")
     current = [each for each in found if training_of(some_cell(each)["settings"]) == today]
     current.sort(key=lambda each: each.suite.zfill(3))
     (long,) = (each for each in current if each.suite == "15")

@@ -38,7 +38,7 @@ from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import SuiteTask, load_suite
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features, suspected_labels
@@ -232,7 +232,6 @@ def label_noise(
             suite[name].schema,
             [row["input"] for row in suite[name].train[:rows]],
             max_prompt_tokens=TrainConfig().max_prompt_tokens,
-            max_batch_tokens=EvaluateConfig().max_batch_tokens,
         )
         figures[name] = {}
         for share in WRONG_SHARES:

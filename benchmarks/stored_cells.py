@@ -43,13 +43,23 @@ ALWAYS_THE_SAME: dict[str, Any] = {
     "token_mask.share": None,
     "token_mask.choose": "high",
     "token_mask.keep_end": True,
+    "deal.form": "spectral",
+    "deal.kernel": "heat",
+    "selection.target": 0.5,
+    "rivals.o_lora_weight": 0.01,
+    "rivals.ella_weight": 10_000.0,
+    "rivals.ewc_weight": 100.0,
+    "rivals.lwf_weight": 1.0,
+    "rivals.lwf_temperature": 2.0,
 }
-"""Settings of methods that exist no more, with the value that means today's method."""
+"""Settings of methods that exist no more or have another name, with the value that means today's method."""
 GONE_FROM_TRAINING = {"prompt_loss_weight": 0.0}
+FIXED: dict[str, Any] = {"min_steps": 0, "group_by_length": True}
+"""Settings of the training that exist no more, with what a training does since then: its cells do not say them."""
 
 
 def read_stored_cells(folder: Path) -> list[CellJson]:
-    """Return every cell of a folder in the form of version 3.
+    """Return every cell of a folder in the form of version 3, with the settings FIXED.
 
     Raises:
         DataValidationError: A cell has another schema version.
@@ -60,13 +70,21 @@ def read_stored_cells(folder: Path) -> list[CellJson]:
         version = cell["settings"]["schema_version"]
         if version not in (2, SCHEMA_VERSION):
             raise DataValidationError(f"{path} has schema version {version}; versions 2 and {SCHEMA_VERSION} are read.")
-        cells.append({**cell, "settings": in_full(cell["settings"])} if version == 2 else cell)
+        settings = in_full(cell["settings"]) if version == 2 else cell["settings"]
+        train = settings["train"] | {name: value for name, value in FIXED.items() if name not in settings["train"]}
+        method = without_the_same(settings["method"])
+        cells.append({**cell, "settings": {**settings, "train": train, "method": method}})
     return cells
+
+
+def without_the_same(method: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a method without those of ALWAYS_THE_SAME that mean today's method."""
+    return {name: value for name, value in method.items() if ALWAYS_THE_SAME.get(name, ...) != value}
 
 
 def in_full(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a cell of version 2 as version 3 says them."""
-    method = {name: value for name, value in settings["method"].items() if ALWAYS_THE_SAME.get(name, ...) != value}
+    method = without_the_same(settings["method"])
     train = {name: value for name, value in settings["train"].items() if GONE_FROM_TRAINING.get(name, ...) != value}
     reads_rehearsal = "rehearsal.texts" in method
     reads = LEFT_OUT_OF_REHEARSAL if reads_rehearsal else READ_BY_REPLAY if settings["strategy"] == "replay" else ()

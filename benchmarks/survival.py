@@ -29,9 +29,9 @@ from safetensors.torch import load_file
 from benchmarks.output import DEAL, RESULTS, Out, bare_environment
 from benchmarks.speed.stack import free_ports, inbox_of, texts_to_land
 from benchmarks.tiny_base import NO_LIMITS, build_tiny_base
-from infra.settings import TrackingSettings
-from infra.store.local import open_store
-from infra.tracking.registry import open_registry
+from infra.store.base import ObjectStore
+from infra.store.local import FileStore
+from infra.versions import Versions
 
 ARRIVALS = {"a": 3, "b": 2}
 SETTINGS = {
@@ -71,7 +71,7 @@ def run_rounds(folder: Path, seeds: list[int]) -> Any:
     prefect_port, mlflow_port = map(str, free_ports(2))
     up = ("up", "--prefect-port", prefect_port, "--mlflow-port", mlflow_port, "--trainings", "2")
     subprocess.run([*DEAL, *up], env=environment, check=True)
-    os.environ |= {"DEAL_HOME": str(home), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}"}
+    os.environ["DEAL_HOME"] = str(home)
     try:
         started = time.monotonic()
         land(home, "undisturbed", base)
@@ -146,11 +146,7 @@ def wait_until_learned(name: str) -> None:
     """Wait until every arrival of a round has its version and is champion's history."""
     deadline = time.monotonic() + GIVE_UP_SECONDS
     while time.monotonic() < deadline:
-        try:
-            counts = {letter: champion_number(f"{name}-{letter}") for letter in ARRIVALS}
-        except Exception as error:  # the server may be the one that was killed
-            print(f"  looking again: {type(error).__name__}", flush=True)
-            counts = {}
+        counts = {letter: champion_number(f"{name}-{letter}") for letter in ARRIVALS}
         if counts == ARRIVALS:
             return
         time.sleep(LOOK_SECONDS)
@@ -159,18 +155,17 @@ def wait_until_learned(name: str) -> None:
 
 def champion_number(lineage: str) -> int:
     """Number of the champion; 0 without one."""
-    champion = open_registry(TrackingSettings()).champion(lineage)
+    champion = Versions(_store()).champion(lineage)
     return int(champion.version) if champion else 0
 
 
 def versions_of(name: str) -> dict[str, Any]:
     """What a round's lineages hold, by what can be compared from round to round."""
-    store, registry = open_store((Path(os.environ["DEAL_HOME"]) / "store").as_uri()), open_registry(TrackingSettings())
+    store = _store()
     found = {}
     for letter in ARRIVALS:
-        versions = registry.versions(f"{name}-{letter}")
-        champion = registry.champion(f"{name}-{letter}")
-        assert champion is not None
+        versions = Versions(store).all(f"{name}-{letter}")
+        champion = next(version for version in versions if "champion" in version.aliases)
         with tempfile.TemporaryDirectory() as folder:
             store.download_folder(champion.adapter_uri, Path(folder) / "adapter")
             num_tensors = len(load_file(Path(folder) / "adapter" / "adapter_model.safetensors"))
@@ -180,6 +175,10 @@ def versions_of(name: str) -> dict[str, Any]:
             "tensors_of_champion": num_tensors,
         }
     return json.loads(json.dumps(found))
+
+
+def _store() -> ObjectStore:
+    return FileStore(Path(os.environ["DEAL_HOME"]) / "store")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -54,72 +53,7 @@ class AdapterConfig:
 
 Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
-ReportTool = Literal["tensorboard", "wandb", "trackio"]
-LATER: dict[str, dict[str, Any]] = {
-    "train": {
-        "quantize": "none",
-        "schedule": "constant",
-        "min_steps": 0,
-        "balance_labels": False,
-        "report_to": (),
-        "preference_beta": 0.1,
-        "preference_learning_rate": 3e-4,
-        "recentre_steps": 0,
-    },
-    "gate": {
-        "max_old_slice_drop_points": None,
-        "alias_moves": "follow",
-        "judge": "none",
-        "max_judged_rows": 100,
-        "rollout": "none",
-        "rollout_share": None,
-        "rollout_rows": 200,
-    },
-    "task": {"metric": None, "assistant_turns": None, "prompt": None},
-    "rehearsal": {"max_stored_rows": None, "balance_stored": False, "answers": "parent"},
-}
-"""Section → settings that the first release did not have → the value that changes nothing."""
-
-
-FIRST_RELEASE: dict[str, dict[str, Any]] = {
-    "deal": {"sides": "both", "balanced": True, "recycle": True, "project": True, "interpolation": 1.0},
-}
-"""Section → settings that only the first releases had → the value that means today's method. Digests count them."""
-REMOVED: dict[str, dict[str, Any]] = {
-    "train": {"prompt_loss_weight": 0.0},
-    "rehearsal": {"parent_share": 0.0},
-    "evaluate": {"recentre": False},
-    **FIRST_RELEASE,
-    "token_mask": {"max_perplexity": None, "share": None, "choose": "high", "keep_end": True},
-}
-"""Section → settings that exist no more → the value with which a stored spec means the same without them."""
-
-
-def known_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section as the first release had them, so that digests of these values stay the same.
-
-    Later settings that change nothing are left out. Settings that are gone are put back.
-    """
-    later = LATER.get(section, {})
-    kept = {name: value for name, value in values.items() if name not in later or value != later[name]}
-    return {**FIRST_RELEASE.get(section, {}), **kept}
-
-
-def as_stored(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section as it was stored, with the later settings that `known_before` left out; today's defaults may differ.
-
-    A removed setting is left out, unless its value changed something: such a spec cannot be read any more.
-    """
-    return {**LATER.get(section, {}), **without_removed(section, values)}
-
-
-def without_removed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section without settings that exist no more and that change nothing."""
-    removed = REMOVED.get(section, {})
-    return {name: value for name, value in values.items() if name not in removed or value != removed[name]}
-
-
-NOT_DECIDING = ("num_processes", "report_to")
+NOT_DECIDING = ("num_processes",)
 """Settings of the training that do not change its result."""
 
 
@@ -133,10 +67,8 @@ class TrainConfig:
     """Course of the learning rate: it falls linearly to zero at the last step, or it stays constant."""
     num_epochs: Count = 3
     """Passes over the training rows. One pass over 150 rows is 19 steps, which are too few."""
-    min_steps: CountOrZero = 0
-    """Fewest optimiser steps: a task with few rows is passed over more often than num_epochs says."""
     max_steps: Count | None = None
-    """Optimiser steps; a value here replaces num_epochs and min_steps."""
+    """Optimiser steps; a value here replaces num_epochs."""
     batch_size: Count = 8
     """Rows per micro-batch, summed over all processes."""
     gradient_accumulation_steps: Count = 1
@@ -151,8 +83,6 @@ class TrainConfig:
     """Optimiser steps between checkpoints; 0 keeps none."""
     gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass: less memory, more time."""
-    group_by_length: Flag = True
-    """Fill batches with rows of similar length."""
     balance_labels: Flag = True
     """Give every batch the labels in the shares that they have among all rows. Free answers count as labels if each of
     them stands in four rows on average."""
@@ -169,8 +99,6 @@ class TrainConfig:
     """Processes that share every micro-batch, one per device. The result differs only by rounding."""
     quantize: Quantize = "none"
     """Precision of the frozen base model's linear layers: 8bit and 4bit (NF4) need CUDA and bitsandbytes."""
-    report_to: tuple[ReportTool, ...] = ()
-    """Tools that get the loss and the rate of every step, in addition to MLflow. They must be installed."""
 
     def __post_init__(self) -> None:
         require(
@@ -181,12 +109,12 @@ class TrainConfig:
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, for digests."""
-        return known_before("train", {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING})
+        return {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING}
 
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps for a task with `num_rows` training rows."""
         rows_per_step = self.batch_size * self.gradient_accumulation_steps
-        return self.max_steps or max(math.ceil(num_rows / rows_per_step) * self.num_epochs, self.min_steps)
+        return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
 
 
 MIN_JUDGING_ROWS = 50
@@ -222,8 +150,6 @@ def check_metric(metric: str) -> str:
 class EvaluateConfig:
     """How answers are generated and scored."""
 
-    max_batch_tokens: Annotated[Count, Field(ge=64)] = 4096
-    """Prompt tokens per batch, padding included."""
     max_new_tokens: Count = 50
     """Longest generated answer."""
     max_old_rows: Count = 5000

@@ -20,8 +20,6 @@ from deal_core.limits import (
 )
 
 Approval = Literal["automatic", "person"]
-AliasMoves = Literal["follow", "request"]
-JudgeUse = Literal["none", "report", "veto"]
 RolloutKind = Literal["shadow", "canary"]
 ROLLOUT_SHARES: dict[RolloutKind, float] = {"shadow": 1.0, "canary": 0.1}
 """The share of the requests that a candidate answers, unless the settings name one."""
@@ -70,18 +68,8 @@ class GateConfig:
     """Largest norm ‖ΔW‖ of the adapter, as a multiple of the parent's. The inverse is the smallest."""
     confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
     """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
-    judge: JudgeUse = "none"
-    """A language model compares free answers with the champion's (DEAL_JUDGE_URL, DEAL_JUDGE_MODEL). report: the notes
-    have its verdicts. veto: a task in which it prefers the champion by more than max_drop_points, beyond noise, rejects
-    the version too. The judge gets the texts of test rows and their answers."""
-    max_judged_rows: Count = 100
-    """Most test rows of a task that the judge compares. Each takes two requests."""
     approval: Approval = "automatic"
     """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
-    alias_moves: AliasMoves = "follow"
-    """What `champion` does when somebody moves it in MLflow. follow: servers serve the version until the next command
-    or run sets the alias back. request: the alias is set back at once, and a person is asked. Only the value in
-    the lineage's file has an effect."""
     rollout: Literal["none", "shadow", "canary"] = "none"
     """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
     answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,

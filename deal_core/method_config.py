@@ -1,4 +1,4 @@
-"""Settings of the methods: DEAL, rehearsal, rivals, and the choice of rows."""
+"""Settings of the methods: DEAL, rehearsal, and the choice of rows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from deal_core.limits import (
 )
 from deal_core.safe_text import brief
 
-Form = Literal["spectral", "literal"]
 Core = Literal["frozen", "soft", "free"]
-Kernel = Literal["heat", "linear_decay", "spline"]
 
 
 def _changed(config: Any) -> list[str]:
@@ -41,8 +39,6 @@ class DealConfig:
     All but `core` are for a soft or frozen core.
     """
 
-    form: Form = "spectral"
-    """spectral: slots of the balanced factors. literal: Eq. 8-12 on the raw factors, kept for comparison."""
     core: Core = "soft"
     """frozen: core slots never change. soft: core slots may change, at the cost of the lambda1 term. free: the factors
     are trained without a decomposition, and only the rehearsal preserves old answers."""
@@ -52,10 +48,8 @@ class DealConfig:
     """At least this share of the slots stays free for the new task."""
     seed_scale: Positive = 1.0
     """Size of the free slots' seeds, in units of PEFT's. A larger value learns faster at the same learning rate."""
-    kernel: Kernel = "heat"
-    """The retention filter's function of the singular value: heat, x·e^−x, or a quadratic spline."""
     widths: tuple[Positive, ...] = (0.25, 0.5, 1.0)
-    """Widths σ_j of the kernels, in units of the largest singular value."""
+    """Widths σ_j of the retention filter's heat kernels, in units of the largest singular value."""
     num_layers: CountOrZero = 1
     """K of Eq. 9; 0 turns the retention filter off."""
     mixing: Flag = True
@@ -73,14 +67,6 @@ class DealConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.widths), "deal.widths is (); give at least one width.")
-        require(
-            self.form == "spectral" or min(self.widths) >= 0.2,
-            f"deal.widths is {self.widths}; the literal form's inverse kernel overflows below 0.2.",
-        )
-        require(
-            self.form == "spectral" or self.kernel == "heat",
-            f"deal.kernel is {self.kernel!r}; the literal form has only the heat kernel.",
-        )
         idle = [f"deal.{name}" for name in _changed(self) if name != "core"]
         require(
             self.core != "free" or not idle,
@@ -185,22 +171,6 @@ class RehearsalConfig:
         return self.texts in ("arrival", "own", "both")
 
 
-@settings("rivals")
-class RivalConfig:
-    """Settings of the methods that `deal` is compared with."""
-
-    o_lora_weight: AtLeastZero = 0.01
-    """λ of O-LoRA's orthogonality (arXiv 2310.14152)."""
-    ella_weight: AtLeastZero = 10_000.0
-    """λ of ELLA's overlap with the past (arXiv 2601.02232)."""
-    ewc_weight: AtLeastZero = 100.0
-    """λ of EWC's quadratic penalty (arXiv 1612.00796)."""
-    lwf_weight: AtLeastZero = 1.0
-    """Weight of LwF's distillation (arXiv 1606.09282)."""
-    lwf_temperature: Positive = 2.0
-    """T of LwF's distillation."""
-
-
 Pick = Literal["high", "low", "band", "weighted"]
 NoiseGate = Literal["none", "name", "leave_out"]
 
@@ -221,8 +191,9 @@ class SelectionConfig:
     keep: Annotated[ShareAboveZero | Annotated[Count, Field(ge=2)] | None, BeforeValidator(_check_keep)] = None
     """Rows that are trained on: a share (0.01, 1.0) or a number from 2 (1000). None: every row."""
     score: str = "random"
-    """The number that a row is chosen by: random, length, loss, difficulty, errors, gradient, or one of an installed
-    package."""
+    """The number that a row is chosen by: random, or one of an installed package."""
+    score_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the score, which checks them itself."""
     pick: Pick = "high"
     """high, low: the rows with the largest or smallest scores. band: rows whose scores lie in the quantiles of `band`,
     at random. weighted: at random, with probabilities in proportion to exp(score / temperature)."""
@@ -230,8 +201,6 @@ class SelectionConfig:
     """Smallest and largest quantile of `pick: band`."""
     temperature: Positive = 1.0
     """τ of `pick: weighted`. A small one takes the rows with the largest scores."""
-    target: Share = 0.5
-    """Share of wrong answers that the score `difficulty` prefers."""
     strata: Literal["label", "none"] = "label"
     """label: the labels keep their shares, and every label has a row if there is room. none: scores alone decide."""
     max_scored: Count = 20_000
@@ -243,19 +212,19 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         require(self.band[0] < self.band[1], f"selection.band is {self.band}; give the smaller quantile first.")
-        changed = [name for name in _changed(self) if name not in ("keep", "noise", "max_scored")]
+        changed = [name for name in _changed(self) if name not in ("keep", "noise", "max_scored", "score_options")]
+        changed += ["score_options"] if self.score_options else []
         require(
             self.keep is not None or not changed,
             f"selection.{', selection.'.join(changed)} would do nothing: every row is trained on. Give selection.keep, "
             "a share such as 0.3 or a number of rows.",
         )
 
-        used_by = {"band": ("pick", "band"), "temperature": ("pick", "weighted"), "target": ("score", "difficulty")}
-        for name, (setting, value) in used_by.items():
+        for name, pick in (("band", "band"), ("temperature", "weighted")):
             require(
-                name not in changed or getattr(self, setting) == value,
-                f"selection.{name} would do nothing: selection.{setting} is {getattr(self, setting)}. Leave it out, or "
-                f"set selection.{setting} to {value}.",
+                name not in changed or self.pick == pick,
+                f"selection.{name} would do nothing: selection.pick is {self.pick}. Leave it out, or set "
+                f"selection.pick to {pick}.",
             )
 
     @property
@@ -276,15 +245,9 @@ class MethodConfig:
 
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
-    rivals: RivalConfig = RivalConfig()
     selection: SelectionConfig = SelectionConfig()
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of a strategy of another package, which checks them itself (`Strategy.options`)."""
+    strategy_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of a strategy of another package, which checks them itself (`Strategy.Options`)."""
 
     def __post_init__(self) -> None:
         self.rehearsal.checked()
-
-
-def asks_own_texts(strategy: str, method: MethodConfig) -> bool:
-    """Whether a strategy asks about texts of the old tasks themselves: test rows that do not judge its versions."""
-    return strategy == "deal" and method.rehearsal.texts == "own"

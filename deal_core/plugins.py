@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from deal_core.errors import ConfigError, in_one_line
+from deal_core.safe_text import brief
 
 
 @cache
@@ -28,18 +29,25 @@ class Plugins:
         setting: The setting that names one: "strategy".
         group: The group of entry points; an entry point's name is the class's name.
         own: This project's classes, by name. Another package cannot replace them.
+        registered: The classes that `register` made known.
     """
 
     kind: str
     setting: str
     group: str
     own: Mapping[str, str]
+    registered: dict[str, str] = field(default_factory=dict)
+
+    def register(self, name: str, value: str) -> None:
+        """Make a class ("package.module:Class") known to this process alone, without an entry point."""
+        if name not in self.own:
+            self.registered[name] = value
 
     def find(self) -> dict[str, EntryPoint]:
         """Return every class that can be used, by name, this project's first."""
-        own = {name: EntryPoint(name, value, self.group) for name, value in self.own.items()}
+        known = {name: EntryPoint(name, value, self.group) for name, value in {**self.own, **self.registered}.items()}
         others = _installed(self.group, tuple(sys.path))
-        return {**own, **{each.name: each for each in others if each.name not in own}}
+        return {**known, **{each.name: each for each in others if each.name not in known}}
 
     def entry(self, name: str) -> EntryPoint:
         """Return the entry point called `name`.
@@ -47,11 +55,14 @@ class Plugins:
         Raises:
             ConfigError: There is none.
         """
-        if name in self.own:
-            return EntryPoint(name, self.own[name], self.group)
+        value = self.own.get(name) or self.registered.get(name)
+        if value is not None:  # the entry points of other packages need not be read
+            return EntryPoint(name, value, self.group)
         known = self.find()
         if name not in known:
-            raise ConfigError(f"{self.setting} is {name!r}; give {', '.join(known)}.")
+            raise ConfigError(
+                f"{self.setting} is {name!r}; give {', '.join(known)}, or install the package that has it."
+            )
         return known[name]
 
     def load(self, name: str, parent: type[Any]) -> type[Any]:
@@ -72,3 +83,22 @@ class Plugins:
                 f"{entry.value} is no subclass of {parent.__name__} with the name {name!r}; mend its package."
             )
         return found
+
+
+def check_options(owner: str, kind: type[Any] | None, options: Mapping[str, Any]) -> Any:
+    """Return the options of a class that was found by name, checked; those that are not given have their defaults.
+
+    Args:
+        owner: Whose options they are, for messages: "Strategy 'ewc'".
+        kind: The class of the options, made by `deal_core.limits.settings`; None: the owner takes none.
+        options: What was given.
+
+    Raises:
+        ConfigError: There is no such option, or a value does not fit. The message names it, and what may be given.
+    """
+    takes = [] if kind is None else [option.name for option in fields(kind)]
+    if unknown := [name for name in options if name not in takes]:
+        raise ConfigError(
+            f"{owner} has no option {', '.join(map(brief, unknown))}; it takes {', '.join(takes) or 'none'}."
+        )
+    return None if kind is None else kind(**options)

@@ -20,7 +20,7 @@ MASK = "***"
 MIN_CHARS = 8
 """A shorter secret is masked only in addresses: elsewhere it could match common words."""
 _SECRET_NAME = re.compile(
-    r"(?:SECRET|PASSWORD|PASSWD|TOKEN|API_KEY|ACCESS_KEY|ACCESS_KEY_ID|AUTH_STRING|WEBHOOK_URL|JUDGE_URL)$",
+    r"(?:SECRET|PASSWORD|PASSWD|TOKEN|API_KEY|ACCESS_KEY|ACCESS_KEY_ID|AUTH_STRING|WEBHOOK_URL)$",
     re.IGNORECASE,
 )
 """Endings of the names of variables that hold a secret."""

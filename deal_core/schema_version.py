@@ -54,8 +54,6 @@ class Kept(NamedTuple):
     error: type[Exception]
     version: int
     remedy: str = "use the release that wrote it"
-    later: tuple[str, ...] = ()
-    """Fields that came later without a new version; an empty one is left out, as earlier releases do not know it."""
 
 
 class VersionedJson:
@@ -66,8 +64,7 @@ class VersionedJson:
 
     def to_json(self) -> dict[str, Any]:
         """Values for `json.dumps`; `from_json` reads them back."""
-        dumped: dict[str, Any] = self._adapter().dump_python(self, mode="json")
-        fields = {name: value for name, value in dumped.items() if value or name not in self.kept.later}
+        fields: dict[str, Any] = self._adapter().dump_python(self, mode="json")
         return fields if "schema_version" in fields else {"schema_version": self.kept.version, **fields}
 
     @classmethod

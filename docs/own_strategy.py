@@ -4,6 +4,8 @@ The package's pyproject.toml names it; then `strategy: l2_sp` works in a spec, a
 
     [project.entry-points."deal_pipeline.strategies"]
     l2_sp = "own_strategy:L2Sp"
+
+A spec gives its options: `strategy_options: {weight: 0.3}`. Another key, or a value below 0, is refused.
 """
 
 from __future__ import annotations
@@ -11,16 +13,24 @@ from __future__ import annotations
 from peft import PeftModel
 from torch import Tensor, stack
 
+from deal_core.limits import AtLeastZero, settings
 from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 
-WEIGHT = 0.1
+
+@settings("strategy_options")
+class L2SpOptions:
+    """Options of `l2_sp`."""
+
+    weight: AtLeastZero = 0.1
+    """Weight of the distance to the parent."""
 
 
 class L2Sp(Strategy):
-    """Adds WEIGHT · Σ (θ − θ_parent)² to the loss of every task but the first."""
+    """Adds weight · Σ (θ − θ_parent)² to the loss of every task but the first."""
 
     name = "l2_sp"
-    revision = 1  # raise it with every change, of WEIGHT too: the benchmark reuses the cells of a revision
+    Options = L2SpOptions
+    revision = 1  # raise it with every change: the benchmark reuses the cells of a revision
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Keep the factors that the parent left."""
@@ -32,4 +42,4 @@ class L2Sp(Strategy):
         if self.num_arrivals == 0:
             return None
         pairs = zip(self.parameters(), self.starts, strict=True)
-        return WEIGHT * stack([(now - start).square().sum() for now, start in pairs]).sum()
+        return self.options.weight * stack([(now - start).square().sum() for now, start in pairs]).sum()

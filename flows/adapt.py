@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 from prefect import flow
 from pydantic import BaseModel
 
+from deal_core.errors import DealError
 from deal_core.evaluation.gate import decide
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
+from infra.run_journal import RunJournal
+from infra.versions import Version
 from tasks.adaptation import run as runs
+from tasks.adaptation.adaptation import AdaptationRun, prepare
 from tasks.adaptation.evaluate import evaluate_version, score_arrival
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
-from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
-from tasks.adaptation.report import report_run
+from tasks.adaptation.report import report_version
 from tasks.adaptation.resume import changed_since, find_parent, keep_findings
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
@@ -30,7 +34,6 @@ from tasks.context import current_store
 from tasks.lineage.choices import (
     choose_adapter,
     choose_base,
-    choose_spared,
     choose_strategy,
     settings_of,
     with_memory_of,
@@ -38,9 +41,10 @@ from tasks.lineage.choices import (
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.lineage.settings import AskedSpec, arrival_of
+from tasks.mlflow_mirror import sync_lineage
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, Stages, reporter
-from tasks.references import AdaptationJob, ArrivalScore, DatasetRef, TrainSummary, VersionRef
+from tasks.references import ArrivalScore, DatasetRef, TrainSummary
 from tasks.spec import AdaptSpec
 
 Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped"]
@@ -75,7 +79,6 @@ class AdaptResult(BaseModel, frozen=True):
     reasons: tuple[str, ...]
     dataset: DatasetRef
     run_key: str
-    tracking_id: str | None = None
     arrival_accuracy: float | None = None
     """The champion's accuracy on the arrival's rows before anything was trained; None: it was not asked."""
     accuracies: dict[str, float] = {}
@@ -110,10 +113,15 @@ async def adapt_locked(spec: AdaptSpec, retrain: RetrainPolicy = AT_ONCE) -> Ada
     return await learn_arrival(spec, again=False, retrain=retrain)
 
 
-async def learn_arrival(spec: AdaptSpec, again: bool, retrain: RetrainPolicy = AT_ONCE) -> AdaptResult:
-    """Learn one arrival, and announce a failure. The caller holds the lineage."""
+async def learn_arrival(
+    spec: AdaptSpec, again: bool, retrain: RetrainPolicy = AT_ONCE, *, requeued_sha256: str | None = None
+) -> AdaptResult:
+    """Learn one arrival, and announce a failure. The caller holds the lineage.
+
+    `requeued_sha256` is the dataset of the version whose arrival is learned again.
+    """
     try:
-        return await _prepare_and_learn(spec, again, retrain)
+        result = await _prepare_and_learn(spec, again, retrain, requeued_sha256)
     except Interrupted:
         raise
     except Exception as error:
@@ -122,21 +130,24 @@ async def learn_arrival(spec: AdaptSpec, again: bool, retrain: RetrainPolicy = A
         if full is not None and full is not error:
             raise full from error
         raise
+    return result
 
 
-async def _prepare_and_learn(spec: AdaptSpec, again: bool, retrain: RetrainPolicy) -> AdaptResult:
+async def _prepare_and_learn(
+    spec: AdaptSpec, again: bool, retrain: RetrainPolicy, requeued_sha256: str | None
+) -> AdaptResult:
     """Run the stages of an adaptation."""
-    require_judge(spec.gate)
-    stages = Stages()
+    stages, store = Stages(), current_store()
+    await stages.run("mlflow", sync_lineage, store, spec.lineage)  # somebody may have promoted a version there
     parent = await stages.run("parent", find_parent, spec.lineage)
-    record = read_record(current_store(), parent.adapter_uri) if parent else None
+    record = read_record(store, parent.adapter_uri) if parent else None
     spec = with_memory_of(spec, record)
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
-    dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent, spec.lineage, again)
+    dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, record, spec.lineage, again)
     stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)
     if known := await stages.run("repeat", runs.find_own if again else runs.find_repeat, dataset, spec.lineage):
-        drop_training_rows(current_store(), dataset.uri)
+        drop_training_rows(store, dataset.uri)
         return repeated(known, dataset)
     source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0
     await asyncio.to_thread(
@@ -156,93 +167,84 @@ async def _prepare_and_learn(spec: AdaptSpec, again: bool, retrain: RetrainPolic
         config_sha256=config_sha256,
         attempt=attempt,
     )
-    if known := await stages.run("repeat", runs.find_registered, run_key):
-        drop_training_rows(current_store(), dataset.uri)
+    if known := await stages.run("repeat", runs.find_registered, spec.lineage, run_key):
+        drop_training_rows(store, dataset.uri)
         return repeated(known, dataset)
     tested = None
     if retrain.test_first and parent is not None:
         tested = await stages.run("test", score_arrival, base, parent, dataset, spec.evaluate)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
-            drop_training_rows(current_store(), dataset.uri)
+            drop_training_rows(store, dataset.uri)
             return skipped(parent, dataset, tested, stages.seconds)
     params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
     run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
     try:
-        job = AdaptationJob(
-            run=run,
-            base=base,
-            parent=parent,
-            dataset=dataset,
+        job = await stages.run(
+            "start",
+            prepare,
+            spec,
+            run,
+            dataset,
+            base,
             adapter=adapter,
             strategy=strategy,
             config_sha256=config_sha256,
-            spared=choose_spared(spec, strategy, record),
+            parent=parent,
+            record=record,
             tested=tested,
+            requeued_sha256=requeued_sha256,
         )
-        result = await _train_to_report(spec, job, stages)
+        result = await _train_to_report(job, stages)
     except BaseException:
-        runs.fail_run(run)
+        with suppress(DealError):  # it must not hide the run's own error
+            RunJournal(store).end(run, "failed")
         raise
     runs.remove_work(run)
-    drop_training_rows(current_store(), dataset.uri)
-    runs.end_run(run, "FINISHED")  # last: a run that has not ended is completed by the lineage's next run
+    drop_training_rows(store, dataset.uri)
+    RunJournal(store).end(run, "finished")  # last: a run that has not ended is completed by the lineage's next run
+    synced = await stages.run("mlflow", sync_lineage, store, spec.lineage)
+    if synced.problem is not None:
+        _say([f"MLflow lacks {listed(synced.missing)}; the next run or deal server sync writes it"])
     return result
 
 
-async def _train_to_report(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptResult:
+async def _train_to_report(job: AdaptationRun, stages: Stages) -> AdaptResult:
     """Run the stages from training to report."""
-    run, dataset, parent = job.run, job.dataset, job.parent
-    changed = changed_since(parent, spec) if parent else ()
+    changed = changed_since(job.parent, job.spec) if job.parent else ()
     changed = changed if job.tested is None else (*changed, f"before the training the {job.tested.describe()}")
     _say(changed)
-    trained = await stages.run("train", train_version, job, spec.method, spec.train)
+    trained = await stages.run("train", train_version, job)
     stages.done("train", _describe_training(trained.summary))
     _say(trained.summary.notes)
     said = (*changed, *trained.summary.notes)
-    report = await stages.run(
-        "evaluate",
-        evaluate_version,
-        job.base,
-        parent,
-        trained.adapter,
-        dataset,
-        spec.evaluate,
-        spec.train,
-        said,
-        spared=job.spared,
-    )
+    report = await stages.run("evaluate", evaluate_version, job, trained, said)
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     _say(report.notes[len(said) :])
-    if spec.gate.judge != "none" and parent is not None:
-        report = await stages.run("judge", judge_version, report, parent, trained.adapter, dataset, spec.gate)
-        stages.done("judge", _describe_judged(report))
-    decision = await stages.run("gate", decide, report, spec.gate)
+    decision = await stages.run("gate", decide, report, job.spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     _say(decision.notes)
     report = replace(report, notes=(*report.notes, *decision.notes))
-    keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), dataset, report, trained.summary)
-    version = await stages.run("register", register_version, job, spec, trained, report, decision)
+    keep_findings(trained.uri, job.spec.model_dump(mode="json"), job.dataset, report, trained.summary)
+    version = await stages.run("register", register_version, job, trained, report, decision)
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
-        await stages.run("promote", promote_version, version)
+        version = await stages.run("promote", promote_version, version)
         stages.done("promote", f"version {version.version} {_PROMOTED[version.outcome]}")
     await stages.run(
         "report",
-        report_run,
-        run,
+        report_version,
         version,
-        dataset,
+        job.base.name,
+        job.dataset,
         report,
         trained.summary,
         dict(stages.seconds),
-        include_texts=spec.data.include_texts,
+        include_texts=job.spec.data.include_texts,
     )
     stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
-    await asyncio.to_thread(
-        announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
-    )
-    result = adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
+    await asyncio.to_thread(announce_version, version, evaluation=report)
+    result = adapted(version, job.dataset, report, trained.summary, stages.seconds)
     return result.model_copy(update={"arrival_accuracy": job.tested and job.tested.accuracy})
 
 
@@ -260,14 +262,6 @@ def _describe_dataset(dataset: DatasetRef) -> str:
     return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}{gained}"
 
 
-def _describe_judged(report: EvaluationReport) -> str:
-    said = []
-    for name, each in report.judged.items():
-        missing = f", {each.num_missing} without a verdict" if each.num_missing else ""
-        said.append(f"{name} {each.num_won} better, {each.num_lost} worse{missing}")
-    return "; ".join(said) or "nothing"
-
-
 def _describe_training(summary: TrainSummary) -> str:
     resumed = f", resumed from step {summary.resumed_from_step}" if summary.resumed_from_step is not None else ""
     losses = [loss for _, loss in summary.losses]
@@ -275,7 +269,7 @@ def _describe_training(summary: TrainSummary) -> str:
     return f"{summary.num_steps} steps, {summary.rows_per_second:.1f} rows/s{course}{resumed}"
 
 
-def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
+def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
     """Return the result of a run whose arrival an earlier version has learned."""
     number, option = version.version, f" --lineage {version.lineage}"
     trained = f"version {number} was trained on this arrival"
@@ -294,7 +288,7 @@ def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
     return _result(version, dataset, status="repeat", message=message)
 
 
-def skipped(champion: VersionRef, dataset: DatasetRef, tested: ArrivalScore, seconds: dict[str, float]) -> AdaptResult:
+def skipped(champion: Version, dataset: DatasetRef, tested: ArrivalScore, seconds: dict[str, float]) -> AdaptResult:
     """Return the result of a run that trained nothing, because the champion answers the new rows well enough."""
     message = f"Nothing to learn: the {tested.describe()}. Version {champion.version} stays champion."
     return _result(
@@ -308,11 +302,10 @@ def skipped(champion: VersionRef, dataset: DatasetRef, tested: ArrivalScore, sec
 
 
 def adapted(
-    version: VersionRef,
+    version: Version,
     dataset: DatasetRef,
     report: EvaluationReport,
     summary: TrainSummary,
-    tracking_id: str,
     seconds: dict[str, float],
 ) -> AdaptResult:
     """Return the result of a run that trained."""
@@ -329,7 +322,6 @@ def adapted(
         dataset,
         status=status,
         message=f"Version {version.version} of {version.lineage} {verdict}.",
-        tracking_id=tracking_id,
         accuracies=dict(report.accuracies),
         scores=Scores.of(report.matrix),
         matrix=report.matrix.to_json(),
@@ -340,16 +332,16 @@ def adapted(
     )
 
 
-def _awaits_approval(version: VersionRef) -> str:
+def _awaits_approval(version: Version) -> str:
     which = f"{version.version} --lineage {version.lineage}"
     return f"awaits approval: deal promote {which}, or deal reject {which} --why REASON"
 
 
-def _in_rollout(version: VersionRef) -> str:
+def _in_rollout(version: Version) -> str:
     return f"is tried on live traffic: deal rollout status --lineage {version.lineage}"
 
 
-def _result(version: VersionRef, dataset: DatasetRef, **fields: Any) -> AdaptResult:
+def _result(version: Version, dataset: DatasetRef, **fields: Any) -> AdaptResult:
     return AdaptResult(
         rejected=not version.accepted,
         lineage=version.lineage,

@@ -89,8 +89,6 @@ class BenchmarkSpec(BaseModel, frozen=True, extra="forbid"):
                 f"train.num_processes is {train.num_processes}, but one process trains a cell; run the command several "
                 "times at once, and they share the cells"
             )
-        if train.report_to:
-            raise ValueError("train.report_to is not for cells, which store their figures themselves; leave it out")
         return train
 
     @property

@@ -10,15 +10,15 @@ from prefect import flow, runtime
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
+from flows.mlflow import mirror
 from infra.promotions import PromotionLog
 from infra.settings import VllmSettings
-from infra.tracking.registry import open_registry
+from infra.versions import ROLLOUT, Versions
 from tasks.adaptation.evaluate import score_version
-from tasks.adaptation.promote import settle_aliases
 from tasks.adaptation.resume import evaluate_settings
 from tasks.context import current_store
 from tasks.lineage.decisions import Decision, promote_to, reject_version
-from tasks.lineage.history import ROLLOUT, find_version, known_lineages, version_ref
+from tasks.lineage.history import find_version, known_lineages
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
@@ -73,7 +73,7 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
         RegistryError: There is no such version.
     """
     stages = Stages()
-    found = version_ref(find_version(open_registry(), lineage, version))
+    found = find_version(current_store(), lineage, version)
     scores = await stages.run("evaluate", score_version, found, evaluate_settings(found))
     stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
     for task, value in scores.accuracies.items():
@@ -103,11 +103,11 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     Raises:
         DealError: Some champions could not be scored. All others were scored.
     """
-    registry = open_registry()
-    names = lineages or known_lineages(current_store())
+    store = current_store()
+    names = lineages or known_lineages(store)
 
     async def score(name: str) -> EvaluateResult | None:
-        return await evaluate(name) if lineages or registry.champion(name) else None
+        return await evaluate(name) if lineages or Versions(store).champion(name) else None
 
     return [each for each in await for_each(names, score, "could not be scored") if each is not None]
 
@@ -144,11 +144,11 @@ async def monitor_lineages(lineages: tuple[str, ...] = ()) -> list[MonitorResult
     Raises:
         DealError: Some lineages could not be looked at. All others were.
     """
-    registry = open_registry()
-    names = lineages or known_lineages(current_store())
+    store = current_store()
+    names = lineages or known_lineages(store)
 
     async def look(name: str) -> MonitorResult | None:
-        return await monitor(name) if lineages or registry.champion(name) else None
+        return await monitor(name) if lineages or Versions(store).champion(name) else None
 
     return [each for each in await for_each(names, look, "could not be looked at") if each is not None]
 
@@ -169,10 +169,15 @@ async def rollouts() -> list[RolloutResult]:
         DealError: Some could not be looked at. All others were.
     """
     store = current_store()
-    log, named = PromotionLog(store), open_registry().lineages_with("rollout")
+    log = PromotionLog(store)
 
     async def check(name: str) -> RolloutResult | None:
-        return check_rollout(name) if name in named or log.open_rollout(name) is not None else None
+        if log.open_rollout(name) is None:
+            return None
+        result = check_rollout(name)
+        if result.decision is not None:
+            await mirror(name)
+        return result
 
     found = await for_each(known_lineages(store), check, "could not be looked at")
     return [each for each in found if each is not None]
@@ -181,12 +186,9 @@ async def rollouts() -> list[RolloutResult]:
 def check_rollout(lineage: str) -> RolloutResult:
     """Make the version that is tried the champion, reject it, or let its rollout go on.
 
-    An alias that does not fit the promotion log is set back first.
-
     Raises:
         RegistryError: The champion has changed meanwhile, or the version cannot become champion.
     """
-    settle_aliases(open_registry(), PromotionLog(current_store()), lineage)
     status = look_at_rollout(lineage)
     if status.version is None or status.report is None or status.report.verdict == "goes on":
         return RolloutResult(status=status)
@@ -194,7 +196,7 @@ def check_rollout(lineage: str) -> RolloutResult:
     if status.report.verdict == "abort":
         decision = reject_version(lineage, status.version, who=ROLLOUT, why=why)
     else:
-        run = find_version(open_registry(), lineage, status.version).run_key
+        run = find_version(current_store(), lineage, status.version).run_key
         decision = promote_to(lineage, status.version, who=ROLLOUT, why=why, run=run)
     return RolloutResult(status=status, decision=decision)
 
@@ -247,7 +249,8 @@ async def serve_vllm(lineage: str | None = None, url: str | None = None) -> Serv
 
     if lineage is not None:
         return await sync(lineage)
-    names = open_registry().lineages_with("champion")
+    versions = Versions(current_store())
+    names = [name for name in versions.lineages() if versions.champion(name) is not None]
     return await for_each(names, sync, "could not be brought in step with the server")
 
 

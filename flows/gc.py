@@ -35,8 +35,8 @@ class GcResult(BaseModel, frozen=True):
 async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool = False) -> GcResult:
     """Remove old work folders, rejected adapters, training rows, logs and temporary files of crashed processes.
 
-    Logs are removed after DEAL_LOG_RETENTION_DAYS of this machine. Each lineage is locked while its other files are
-    removed. A problem with one lineage does not stop the others.
+    Logs are removed after DEAL_LOG_RETENTION_DAYS of this machine, and the small batches of younger logs are joined.
+    Each lineage is locked while its other files are removed. A problem with one lineage does not stop the others.
 
     Args:
         lineage: Only this lineage; None: all lineages, and files that belong to no lineage.
@@ -63,22 +63,19 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
                 garbage.remove(store, removal, now)
             removals.append(removal)
 
-    for name in known if lineage is None else {lineage} & {*known}:
+    for name in sorted({*known, *logged}) if lineage is None else [lineage]:
         try:
+            apply(garbage.old_logs(store, name, now=now, days=ServingSettings().log_retention_days))
             async with lock_lineage(name, wait=False):
-                inventory = garbage.look_at_lineage(store, name)
-                apply(garbage.plan_removals(inventory, now=now, older_than=limit))
+                if name in known:
+                    inventory = garbage.look_at_lineage(store, name)
+                    apply(garbage.plan_removals(inventory, now=now, older_than=limit))
+                apply(garbage.lonely_feedback(store, name, now=now))
+                if not dry_run:
+                    garbage.merge_logs(store, name)
         except LineageBusyError as error:
             reporter().said(f"{error} The lineage was skipped.")
             busy.append(name)
-        except (DealError, OSError) as error:
-            reporter().said(f"Lineage '{name}': {error}")
-            problems[name] = str(error)
-    days, with_logs = ServingSettings().log_retention_days, logged if lineage is None else {lineage} & {*logged}
-    for name in with_logs:
-        try:
-            apply(garbage.old_logs(store, name, now=now, days=days))
-            apply(garbage.lonely_feedback(store, name, now=now))
         except (DealError, OSError) as error:
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)

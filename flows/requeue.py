@@ -8,14 +8,12 @@ from prefect import flow
 
 from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import lock_lineage
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
-from infra.version_log import VersionLog
+from infra.versions import Version, Versions
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.arrival_runs import release
 from tasks.context import current_store
 from tasks.lineage.decisions import find_left_behind
-from tasks.lineage.history import NoVersionError, arrival_digests, descent, find_version, read_history
+from tasks.lineage.history import arrival_digests, find_version
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.tombstones import refuse_forgotten
 from tasks.spec import AdaptSpec, parse
@@ -40,36 +38,21 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
         DataValidationError: An arrival's file is gone or was replaced by another.
         ForgottenRowsError: Rows of an arrival were forgotten.
     """
-    released = release(current_store(), lineage, arrivals) if arrivals or not versions else ()
-    if released and not versions and (arrivals or not _has_versions(lineage)):
+    store = current_store()
+    released = release(store, lineage, arrivals) if arrivals or not versions else ()
+    if released and not versions and (arrivals or not Versions(store).all(lineage)):
         return []
-    registry = open_registry()
     async with lock_lineage(lineage):
         numbers = versions or [each.version for each in find_left_behind(lineage)]
-        found = [find_version(registry, lineage, number) for number in numbers]
+        found = [find_version(store, lineage, number) for number in numbers]
         specs = [_spec_of(version) for version in found]
-        return [await _learn(registry, spec, version) for spec, version in zip(specs, found, strict=True)]
+        return [
+            await learn_arrival(spec, again=not _is_learned(version), requeued_sha256=version.dataset_sha256)
+            for spec, version in zip(specs, found, strict=True)
+        ]
 
 
-def _has_versions(lineage: str) -> bool:
-    """Return whether the lineage has versions. An empty registry with a filled store is an error."""
-    try:
-        read_history(lineage, newest=1)
-    except NoVersionError:
-        return False
-    return True
-
-
-async def _learn(registry: Registry, spec: AdaptSpec, version: VersionInfo) -> AdaptResult:
-    run = await learn_arrival(spec, again=not _is_learned(registry, version))
-    if run.version and run.status != "repeat":  # the dataset may differ, because the task may have new labels
-        registry.tag_version(version.lineage, run.version, {"requeued_sha256": version.dataset_sha256})
-        if tagged := registry.version(version.lineage, run.version):
-            VersionLog(current_store()).keep(tagged)
-    return run
-
-
-def _spec_of(version: VersionInfo) -> AdaptSpec:
+def _spec_of(version: Version) -> AdaptSpec:
     """Return the spec of a version's run, after checking that the same arrival can be learned again."""
     store = current_store()
     refuse_forgotten(store, version.task, [version.dataset_sha256])
@@ -78,7 +61,8 @@ def _spec_of(version: VersionInfo) -> AdaptSpec:
     return spec
 
 
-def _is_learned(registry: Registry, version: VersionInfo) -> bool:
-    versions = registry.versions(version.lineage)
+def _is_learned(version: Version) -> bool:
+    """Return whether the champion or one of its ancestors has learned the version's arrival."""
+    versions = Versions(current_store()).all(version.lineage)
     wanted = arrival_digests(version, versions)
-    return any(each.digests & wanted for each in descent(versions, registry.champion(version.lineage)))
+    return any(each.digests & wanted for each in versions if each.standing == "learned")

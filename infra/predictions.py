@@ -1,14 +1,13 @@
 """Read the prediction log and the feedback of a lineage, and remove rows from them.
 
-`home` is this machine's home folder, whose segments need not be in the store yet. All functions that take a store raise
-StoreError if the store does not answer or a segment is damaged.
+All functions that take a store raise StoreError if the store does not answer or a batch is damaged. Those that remove
+rows need a caller who holds the lineage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import UTC, datetime
 
 import pandas as pd
 import pyarrow as pa
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 
 from deal_core.data.schema import label_key
 from deal_core.monitoring.predictions import ROLLOUT_COLUMNS
-from infra.log_segments import Log, read_log, remove_rows
+from infra.log_batches import Log, read_log, remove_rows
 from infra.store.base import ObjectStore
 from infra.store.keys import FEEDBACK, PREDICTIONS
 
@@ -57,19 +56,18 @@ FEEDBACK_SCHEMA = pa.schema(
 """The columns of `Feedback`, as they are stored. An answer may have several entries; `entry` tells them apart."""
 
 
-def prediction_log(home: Path, lineage: str) -> Log:
+def prediction_log(lineage: str) -> Log:
     """Return the prediction log of a lineage."""
-    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home, later=ROLLOUT_COLUMNS)
+    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage)
 
 
-def feedback_log(home: Path, lineage: str) -> Log:
+def feedback_log(lineage: str) -> Log:
     """Return the feedback of a lineage."""
-    return Log(FEEDBACK, FEEDBACK_SCHEMA, "entry", lineage, home)
+    return Log(FEEDBACK, FEEDBACK_SCHEMA, "entry", lineage)
 
 
 def read_predictions(
     store: ObjectStore,
-    home: Path,
     lineage: str,
     *,
     task: str | None = None,
@@ -86,10 +84,9 @@ def read_predictions(
 
     Texts and truth values that are missing are None, missing numbers NaN.
     """
-    # a row may be a little older than its segment
-    day = None if since is None else (datetime.fromtimestamp(since, UTC) - timedelta(days=1)).date()
+    day = None if since is None else datetime.fromtimestamp(since, UTC).date()  # a row is older than its batch
     wanted = None if columns is None else [*dict.fromkeys([*columns, "time", "task", "version", *ROLLOUT_COLUMNS])]
-    rows = read_log(store, prediction_log(home, lineage), day, columns=wanted)
+    rows = read_log(store, prediction_log(lineage), day, columns=wanted)
     for name, value in (("task", task), ("version", version)):  # before texts become Python's, which are much larger
         if value is not None:
             rows = rows.filter(pc.field(name) == value)
@@ -101,7 +98,7 @@ def read_predictions(
     return _frame(rows).sort_values("time", kind="stable", ignore_index=True)
 
 
-def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.DataFrame | None = None) -> pd.DataFrame:
+def read_feedback(store: ObjectStore, lineage: str, *, answers: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
 
     Of several entries for one answer, those that a person checked come first, then the newest. An entry with a
@@ -110,11 +107,11 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.D
     counts. An answer was chosen at random if one entry says so.
     `answers` are the rows of the log that matter to the caller; None: all are read.
     """
-    found = _frame(read_log(store, feedback_log(home, lineage))).drop(columns="entry")
+    found = _frame(read_log(store, feedback_log(lineage))).drop(columns="entry")
     if found["label"].notna().any():
         if answers is None:
             columns = ["id", "label", "is_label", "output"]
-            answers = _frame(read_log(store, prediction_log(home, lineage), columns=columns))
+            answers = _frame(read_log(store, prediction_log(lineage), columns=columns))
         given = {
             row.id: row.output if row.is_label is None else row.label if row.is_label else ""
             for row in answers.itertuples()
@@ -139,42 +136,41 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.D
     )
 
 
-def feedback_ids(store: ObjectStore, home: Path, lineage: str) -> set[str]:
+def feedback_ids(store: ObjectStore, lineage: str) -> set[str]:
     """Return the ids of the answers with feedback."""
-    return set(read_log(store, feedback_log(home, lineage), columns=["id"]).column("id").to_pylist())
+    return set(read_log(store, feedback_log(lineage), columns=["id"]).column("id").to_pylist())
 
 
-def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> set[str]:
+def answers_to(store: ObjectStore, lineage: str, inputs: Collection[str]) -> set[str]:
     """Return the ids of the logged answers to these inputs, which are named by `input_sha256`."""
-    answers = _frame(read_log(store, prediction_log(home, lineage), columns=["id", "input_sha256"]))
+    answers = _frame(read_log(store, prediction_log(lineage), columns=["id", "input_sha256"]))
     return set(answers.loc[answers["input_sha256"].isin(inputs), "id"])
 
 
-def feedback_without_answer(store: ObjectStore, home: Path, lineage: str, before: float) -> set[str]:
+def feedback_without_answer(store: ObjectStore, lineage: str, before: float) -> set[str]:
     """Return the ids of answers that are not in the log, although there is feedback on them.
 
-    `before` leaves out newer feedback, in seconds since 1970: a server on another machine may not have moved the answer
-    into the store yet. Nothing is moved into the store.
+    `before` leaves out newer feedback, in seconds since 1970: a server stores feedback at once, and answers later.
     """
-    table = read_log(store, feedback_log(home, lineage), columns=["id", "time"], ships=False)
+    table = read_log(store, feedback_log(lineage), columns=["id", "time"])
     said = _frame(table).groupby("id")["time"].max()
     waiting = set(said[said < before].index)
     if not waiting:
         return set()
-    answers = read_log(store, prediction_log(home, lineage), columns=["id"], ships=False)
+    answers = read_log(store, prediction_log(lineage), columns=["id"])
     return waiting - set(answers.column("id").to_pylist())
 
 
-def remove_feedback(store: ObjectStore, home: Path, lineage: str, ids: Collection[str]) -> None:
+def remove_feedback(store: ObjectStore, lineage: str, ids: Collection[str]) -> None:
     """Remove the feedback on these answers."""
-    remove_rows(store, feedback_log(home, lineage), ids)
+    remove_rows(store, feedback_log(lineage), ids)
 
 
-def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> None:
+def forget_answers(store: ObjectStore, lineage: str, inputs: Collection[str]) -> None:
     """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated."""
-    ids = answers_to(store, home, lineage, inputs)
-    remove_feedback(store, home, lineage, ids)  # first, because only the answers tell the ids
-    remove_rows(store, prediction_log(home, lineage), ids)
+    ids = answers_to(store, lineage, inputs)
+    remove_feedback(store, lineage, ids)  # first, because only the answers tell the ids
+    remove_rows(store, prediction_log(lineage), ids)
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:

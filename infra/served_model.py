@@ -22,11 +22,10 @@ import pandas as pd
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import FLAVOR_NAME
 from mlflow.types import ColSpec, DataType, Schema
 
 from deal_core.adapter.files import PEFT_FILES
-from deal_core.errors import ConfigError, DealError
+from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answered, load_answerer
 from deal_core.evaluation.answering import InputRow, read_served
 from deal_core.safe_text import brief
@@ -57,10 +56,6 @@ REGISTERED_FILE = "registered_model_meta"
 SERVED_VERSION = "DEAL_SERVED_VERSION"
 VERSION = "version"
 """The attribute of a table of answers that names the version."""
-
-
-class ServingError(DealError):
-    """A version does not load, or may not be loaded."""
 
 
 class ServedModel:
@@ -105,27 +100,6 @@ def _row(text: Any, task: Any, number: int) -> InputRow:
     if task is None or task is pd.NA or (isinstance(task, float) and math.isnan(task)):
         return InputRow(text)
     raise ConfigError(f"Row {number} names the task {brief(task)}, which is no text; give the task's name.")
-
-
-def require_own_loader(folder: Path) -> Model:
-    """Return MLflow's description of a version, if only this project's code loads the version.
-
-    MLflow would import the module that the MLmodel names, and code in the folder. So every user who may register models
-    could run code on this machine.
-
-    Raises:
-        ServingError: The MLmodel names another loader, or code.
-    """
-    meta = Model.load(str(folder))
-    flavor = meta.flavors.get(FLAVOR_NAME, {})
-    loader, code = flavor.get("loader_module"), flavor.get("code")
-    if loader != LOADER or code is not None:
-        found = f"the loader {loader}" if loader != LOADER else f"code of its own ({code})"
-        raise ServingError(
-            f"its MLmodel names {found}, and nothing but {LOADER} is run here; this pipeline registers no such "
-            "version. Promote another one."
-        )
-    return meta
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:

@@ -173,22 +173,6 @@ class VllmSettings(_Settings):
     """Number of attempts of a request, with growing pauses (DEAL_VLLM_MAX_ATTEMPTS)."""
 
 
-class JudgeSettings(_Settings):
-    """A language model that compares answers, for `gate.judge`."""
-
-    model_config = SettingsConfigDict(env_prefix="DEAL_JUDGE_")
-
-    url: SecretStr | None = None
-    """Address of a server that speaks OpenAI's chat completions, with its /v1 (DEAL_JUDGE_URL). It is a secret, because
-    it may contain a token."""
-    model: str | None = None
-    """Name of the model (DEAL_JUDGE_MODEL)."""
-    api_key: SecretStr | None = None
-    """Token that the server asks for (DEAL_JUDGE_API_KEY)."""
-    seconds: float = Field(default=60.0, gt=0)
-    """Time after which a request counts as failed (DEAL_JUDGE_SECONDS)."""
-
-
 def host_of(url: str, setting: str) -> str:
     """Return the host of an address, or raise ConfigError. No message has the address: it may contain a token."""
     try:

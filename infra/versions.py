@@ -85,7 +85,7 @@ class Version(Stored):
     strategy: str
     base_sha256: str
     dataset_sha256: str
-    landed_sha256: str | None = None
+    landed_sha256: str
     """Digest of the arrival's rows, independent of the lineage's test rows."""
     requeued_sha256: str | None = None
     """Digest of the dataset of the version that a requeue replaced by this version."""

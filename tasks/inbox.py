@@ -63,15 +63,6 @@ class Handled(BaseModel, extra="forbid"):
     cancelled_run: str | None = None
     """Id of the cancelled run that held the file; see `tasks.arrival_runs`."""
 
-    @field_validator("etag")
-    @classmethod
-    def _without_inode(cls, etag: str) -> str:
-        """Read an ETag of an earlier release's folder store: time, inode, size."""
-        if etag.count("-") != 2:
-            return etag
-        time, _, size = etag.split("-")
-        return f"{time}-{size}"
-
     def due(self) -> datetime | None:
         """Return the time of the next try; None: a watch does not try the file again."""
         is_hopeful = self.outcome == "failed" and not self.is_final

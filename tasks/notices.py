@@ -23,15 +23,23 @@ from pydantic import BaseModel
 from deal_core.errors import DealError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import without_secrets
-from infra.tracking.facts import VersionInfo
+from infra.versions import Version
 from infra.webhook import open_webhook
 from tasks.progress import patient
-from tasks.references import VersionRef
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal[
-    "promoted", "rejected", "awaiting-approval", "rollout", "rolled-back", "failed", "drift", "quality", "decayed"
+    "promoted",
+    "rejected",
+    "awaiting-approval",
+    "rollout",
+    "rolled-back",
+    "alias-set-back",
+    "failed",
+    "drift",
+    "quality",
+    "decayed",
 ]
 EVENTS: dict[Kind, str] = {
     "promoted": "deal.version.promoted",
@@ -39,6 +47,7 @@ EVENTS: dict[Kind, str] = {
     "awaiting-approval": "deal.version.awaiting-approval",
     "rollout": "deal.version.rollout",
     "rolled-back": "deal.version.rolled-back",
+    "alias-set-back": "deal.alias.set-back",
     "failed": "deal.adaptation.failed",
     "drift": "deal.drift.detected",
     "quality": "deal.quality.dropped",
@@ -69,16 +78,15 @@ class Notice(BaseModel, frozen=True, extra="forbid"):
     forgetting: float | None = None
     error: str | None = None
     """Why the adaptation failed."""
-    tracking_id: str | None = None
-    """The MLflow run. Its artifact `report.html` is the report."""
     run_key: str | None = None
+    """The run. The MLflow run with this value as its tag `deal.run_key` has the report as `report.html`."""
     decide_url: str | None = None
     """The form on Prefect's page with which a person approves or rejects a version that waits."""
 
     @classmethod
-    def of(cls, version: VersionInfo, **more: Any) -> Self:
+    def of(cls, version: Version, **more: Any) -> Self:
         """Return a notice about a registered version; `more` are the other fields, or replace its own."""
-        shared = ("lineage", "task", "version", "parent_version", "tracking_id", "run_key")
+        shared = ("lineage", "task", "version", "parent_version", "run_key")
         return cls(**({name: getattr(version, name) for name in shared} | more))
 
 
@@ -101,19 +109,14 @@ def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
             logger.error("The %s did not receive %s: %s: %s", receiver, event, type(error).__name__, reason)
 
 
-def announce_version(version: VersionRef, *, task: str, evaluation: EvaluationReport, tracking_id: str) -> None:
+def announce_version(version: Version, *, evaluation: EvaluationReport) -> None:
     """Announce how the run of a version ended. Receivers count repeated calls once."""
-    notice = Notice(
-        lineage=version.lineage,
-        task=task,
-        version=version.version,
-        parent_version=version.parent_version,
+    notice = Notice.of(
+        version,
         reasons=version.reasons,
         accuracies=dict(evaluation.accuracies),
-        tracking_id=tracking_id,
-        average_accuracy=evaluation.matrix.average_accuracy,
-        forgetting=evaluation.matrix.forgetting,
-        run_key=version.run_key,
+        average_accuracy=version.average_accuracy,
+        forgetting=version.forgetting,
     )
     announce(version.outcome, notice, once=version.run_key)
 

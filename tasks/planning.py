@@ -18,7 +18,6 @@ from deal_core.config import TrainConfig
 from deal_core.data.dataset import ArrivalRefusedError, build_dataset
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.method_config import asks_own_texts
 from deal_core.planning.memory import (
     HEADROOM,
     BatchShape,
@@ -32,16 +31,16 @@ from deal_core.planning.memory import (
     limits_of,
     longest_of,
     plan_memory,
-    rehearsed_rows,
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
-from deal_core.strategies.questions import num_answered
-from deal_core.strategies.strategy import TaskTexts
+from deal_core.strategies import strategy_class
+from deal_core.strategies.strategy import PlannedArrival, TaskTexts
 from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
+from infra.versions import Version, Versions
 from tasks.adaptation.frozen_rows import spared_texts
 from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.context import current_store
@@ -49,9 +48,7 @@ from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, 
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.version_files import borrowed_parent
-from tasks.references import VersionRef
 from tasks.spec import AdaptSpec
-from tasks.validate import known_champion
 
 OnProgress = Callable[[str], None]
 NUM_PROBE_STEPS = 3
@@ -108,33 +105,28 @@ class _Run:
     source: str
     base: BaseConfig
     precision: Literal["bf16", "fp32"]
-    champion: VersionRef | None
+    champion: Version | None
     rank: int
     setup: TrainingSetup
-    old_texts: Sequence[TaskTexts] = ()
-    learned_last: str | None = None
-    """The task of the parent's own arrival."""
+    arrival: PlannedArrival
+
+    @property
+    def old_texts(self) -> Sequence[TaskTexts]:
+        return self.arrival.old_texts
 
     def longest_prompt(self, train: TrainConfig) -> int:
         """A question about an old task's own text is as long as that task allows."""
         return max([train.max_prompt_tokens, *(each.max_prompt_tokens for each in self.old_texts)])
 
     @property
-    def num_asked_tasks(self) -> int:
-        """Old tasks that are asked about. The new task itself is asked about only by its kept rows, or by `lwf`."""
-        setup = self.setup
-        if setup.strategy in ("replay", "lwf") or setup.method.rehearsal.keeps_rows:
-            return len(setup.old_tasks)
-        return sum(old.name != setup.task.name for old in setup.old_tasks)
+    def questions_per_step(self) -> int:
+        return strategy_class(self.setup.strategy).questions_per_step(self.setup.method, self.arrival)
 
     def largest_batch(self, train: TrainConfig) -> int:
-        setup = self.setup
         return largest_batch(
             train,
-            setup.method,
-            num_old_tasks=self.num_asked_tasks,
-            strategy=setup.strategy,
-            learns_preferences=setup.task.learns_preferences,
+            questions_per_step=self.questions_per_step,
+            learns_preferences=self.setup.task.learns_preferences,
         )
 
 
@@ -159,7 +151,8 @@ def plan(
         ConfigError: The config of the base model cannot be read, or a setting does not fit.
         DataValidationError: The whole file is refused.
     """
-    store, arrival, champion = current_store(), arrival_of(spec), known_champion(spec.lineage)
+    store, arrival = current_store(), arrival_of(spec)
+    champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     spec = with_memory_of(spec, record)
     on_progress("reading the base model's config")
@@ -175,6 +168,13 @@ def plan(
             except ArrivalRefusedError as error:
                 raise DataValidationError(f"{error.report.refusal} deal validate lists the bad rows.") from None
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
+        old_tasks = tuple(known.schema for known in record.tasks) if record else ()
+        old_texts: Sequence[TaskTexts] = ()
+        if record and strategy_class(strategy).old_rows(spec.method) == "unused":
+            old_texts = spared_texts(
+                store, [known for known in record.tasks if known.schema.name != manifest.task.name]
+            )
+        num_chosen = spec.selection.num_kept(manifest.num_train)
         run = _Run(
             source=source,
             base=base,
@@ -183,16 +183,20 @@ def plan(
             rank=adapter_rank(adapter, strategy, num_versions),
             setup=TrainingSetup(
                 task=manifest.task,
-                old_tasks=tuple(known.schema for known in record.tasks) if record else (),
+                old_tasks=old_tasks,
                 strategy=strategy,
                 adapter=adapter,
                 method=spec.method,
                 train=spec.train,
             ),
-            old_texts=spared_texts(store, [known for known in record.tasks if known.schema.name != manifest.task.name])
-            if record and asks_own_texts(strategy, spec.method)
-            else (),
-            learned_last=record.matrix.trained[-1] if record else None,
+            arrival=PlannedArrival(
+                task=manifest.task,
+                old_tasks=old_tasks,
+                old_texts=tuple(old_texts),
+                num_rows=num_chosen,
+                num_steps=spec.train.num_steps(num_chosen),
+                learned_last=record.matrix.trained[-1] if record else None,
+            ),
         )
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
@@ -214,10 +218,9 @@ def _plan_rows(
     seconds, notes = _time_step(run, rows, here, probe and not refused and memory.total <= here.free_bytes, on_progress)
     if seconds is not None and device_memory is not None:
         notes.append("the time is this machine's, not that of the device planned for")
-    num_chosen = setup.method.selection.num_kept(manifest.num_train)
-    notes += _notes(run, manifest.num_train, num_chosen, seconds)
+    notes += _notes(run, manifest.num_train, seconds)
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
-    steps = train.num_steps(num_chosen)
+    num_chosen, steps = run.arrival.num_rows, run.arrival.num_steps
     return PlanResult(
         base=run.source,
         model_type=model.model_type,
@@ -232,7 +235,7 @@ def _plan_rows(
         num_rejected=manifest.num_rejected,
         num_steps=steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
-        rehearsed_per_step=rehearsed_rows(setup.method, num_old_tasks=run.num_asked_tasks, strategy=setup.strategy),
+        rehearsed_per_step=run.questions_per_step,
         batch_rows=batch.num_rows,
         longest_row_tokens=batch.num_tokens,
         longest_answer_tokens=batch.num_answer_tokens,
@@ -263,32 +266,20 @@ def _time_step(
     return _probe_step(run, rows), []
 
 
-def _notes(run: _Run, num_train: int, num_chosen: int, seconds: float | None) -> Iterator[str]:
+def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
     """What the figures leave out. `seconds` is the time of a step."""
     setup, train = run.setup, run.setup.train
     if train.num_processes > 1:
         yield f"memory and time are those of one process with the whole batch; {train.num_processes} share it"
-    if setup.strategy in ("o_lora", "ella", "ewc", "lwf") and setup.old_tasks:
-        yield f"the tensors that {setup.strategy} keeps for earlier tasks are not counted"
-    if setup.strategy == "deal" and setup.method.rehearsal.texts != "none" and setup.old_tasks:
-        num_asked = num_answered(
-            setup.method.rehearsal,
-            setup.task,
-            setup.old_tasks,
-            run.old_texts,
-            num_texts=num_chosen,
-            num_steps=train.num_steps(num_chosen),
-            learned_last=run.learned_last,
-        )
-        if num_asked:
-            yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)
+    if num_asked := strategy_class(setup.strategy).num_answered(setup.method, run.arrival):
+        yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)
     if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
         yield _about_reading("the rows are chosen first", num_read, seconds, train)
     if train.recentre_steps and any(task.labels for task in (setup.task, *setup.old_tasks)):
         time = "" if seconds is None else f", about {round(seconds * train.recentre_steps):,} s"
         yield f"{train.recentre_steps} steps follow that re-centre the labels{time}; they are not counted above"
     if setup.task.learns_preferences:
-        yield _about_reading("the parent's answers are the reference", num_chosen, seconds, train)
+        yield _about_reading("the parent's answers are the reference", run.arrival.num_rows, seconds, train)
 
 
 def _about_reading(why: str, num_read: int, seconds_per_step: float | None, train: TrainConfig) -> str:

@@ -1,4 +1,4 @@
-"""Answer one text or a whole file with a version of a lineage. A file is streamed and can be continued."""
+"""Answer one text or a whole file, of any size, with a version of a lineage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,29 +14,25 @@ from pydantic import BaseModel
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sources import resolve_base
-from deal_core.data.answer_files import AnswerFiles, in_chunks, output_kind, own_names, survey_rows
+from deal_core.data.answer_files import in_chunks, output_kind, own_names, survey_rows, writing_answers
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
-from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
 from deal_core.evaluation.generation import GivenAnswer, answer_task, first_answer_logits
 from infra.settings import HomeSettings
-from infra.tracking.database import open_reader
-from infra.tracking.facts import VersionInfo, require_through_gate
+from infra.versions import Version
 from tasks.adaptation.model_card import served_task
 from tasks.base import lend_base
 from tasks.context import current_store, only_process
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
-from tasks.lineage.settings import asks_for_alias_moves
 from tasks.lineage.version_files import borrowed_adapter
 
 NUM_TOKENS = 5
-SCHEMA_VERSION = 1
 CHUNK_ROWS = 1024
-"""Rows of a chunk. A chunk is read, answered in batches of similar length, and written."""
+"""Rows that are read, answered in batches of similar length, and written."""
 OnProgress = Callable[[int, int], None]
 AnswerInputs = Callable[[Sequence[str], Callable[[int], None]], list[GivenAnswer]]
 """Answers inputs in their order. The second argument is called with the number of rows just answered."""
@@ -69,10 +65,10 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     Raises:
         ConfigError: The lineage does not know the task, or the text does not fit the task's format.
         IntegrityError: The version's adapter is damaged.
-        RegistryError: The lineage has no such version, or no champion that may serve.
+        RegistryError: The lineage has no such version, or no champion.
     """
     store = current_store()
-    info = choose_version(lineage, version)
+    info = find_version(store, lineage, version)
     record = read_record(store, info.adapter_uri)
     known = choose_task(record, task)
     text = served_task(known).readable(text, "The question")
@@ -97,31 +93,6 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     )
 
 
-def choose_version(lineage: str, number: str | None) -> VersionInfo:
-    """Return the version of that number; None: the champion.
-
-    Raises:
-        RegistryError: There is no such version, or the alias champion was moved by hand to a version that did not pass
-            its gate.
-    """
-    registry = open_reader()
-    if number is not None:
-        return find_version(registry, lineage, number)
-    info = _settled_champion(lineage) or find_version(registry, lineage, None)
-    require_through_gate(info)
-    return info
-
-
-def _settled_champion(lineage: str) -> VersionInfo | None:
-    """Return the champion of a lineage where a move of the alias only asks; None: another lineage, or no champion."""
-    if not asks_for_alias_moves(current_store(), lineage):
-        return None
-    from infra.tracking.registry import open_registry  # settling may write, which needs MLflow and Prefect
-    from tasks.adaptation.promote import settled_champion
-
-    return settled_champion(open_registry(), current_store(), lineage)
-
-
 class FileAnswers(BaseModel, frozen=True):
     """A file and its answers."""
 
@@ -130,8 +101,6 @@ class FileAnswers(BaseModel, frozen=True):
     num_rows: int
     num_bad: int
     """Rows without an answer. The column `problem` has the reason."""
-    num_resumed: int
-    """Rows that an earlier call answered."""
     columns: dict[str, str]
     """The name of each added column in the output."""
     task: str
@@ -143,7 +112,7 @@ class FileAnswers(BaseModel, frozen=True):
 class Asked(NamedTuple):
     """The version that answers, and the task."""
 
-    info: VersionInfo
+    info: Version
     record: LineageRecord
     known: KnownTask
 
@@ -157,11 +126,11 @@ def predict_file(
     out: Path | None,
     column: str | None,
     on_progress: OnProgress = lambda done, total: None,
-    chunk_rows: int = CHUNK_ROWS,
 ) -> FileAnswers:
     """Answer every row of a file with the prompt of a task.
 
-    Rows keep their order and all their columns. After an interruption, the same call continues and gives the same file.
+    Rows keep their order and all their columns. The output appears when all rows are answered; after an interruption
+    there is none.
 
     Args:
         data: CSV, JSON lines or Parquet, as for ingest. Answers are not needed.
@@ -171,57 +140,37 @@ def predict_file(
         out: A .jsonl or .parquet file; None: a file next to `data`, named after it.
         column: The column with the text; None: the task's column, or the conventional one.
         on_progress: Called with the number of answered rows and of all rows.
-        chunk_rows: Rows of a chunk.
 
     Raises:
-        ConfigError: The lineage does not know the task, or an unfinished output has other settings.
+        ConfigError: The lineage does not know the task, or the output exists already.
         DataValidationError: The file cannot be read.
         IntegrityError: The version's adapter is damaged.
-        RegistryError: The lineage has no such version, or no champion that may serve.
+        RegistryError: The lineage has no such version, or no champion.
     """
     started = time.perf_counter()
     output = Path(os.path.realpath(out or _default_output(data)))
     output_kind(output)
     survey = survey_rows(data)
-    info = choose_version(lineage, version)
-    record = read_record(current_store(), info.adapter_uri)
+    store = current_store()
+    info = find_version(store, lineage, version)
+    record = read_record(store, info.adapter_uri)
     asked = Asked(info, record, choose_task(record, task))
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
-    files = AnswerFiles(output, survey.types, own_names(survey.types))
+    names = own_names(survey.types)
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
-    state = {
-        "schema_version": SCHEMA_VERSION,
-        "file": data.name,
-        "sha256": sha256_of_input(data),
-        "lineage": lineage,
-        "task": asked.known.schema.name,
-        "version": info.version,
-        "adapter": info.adapter_uri,
-        "column": next(iter(columns.names.values())),
-        "chunk_rows": chunk_rows,
-    }
-    num_bad = num_done = num_resumed = index = 0
-    with _alone(output), ExitStack() as stack:
-        files.begin(state)
-        answer: AnswerInputs | None = None
-        for index, rows in enumerate(in_chunks(read_rows(data), chunk_rows)):
-            counts = files.counts(index)
-            if counts is None:
-                answer = answer or stack.enter_context(answering(asked))
-                own = _answer_chunk(rows, checker, answer, asked, counting(on_progress, survey.num_rows, num_done))
-                counts = files.write_chunk(index, [row.values for row in rows], own)
-            else:
-                num_resumed += counts.num_rows
-            num_bad, num_done = num_bad + counts.num_bad, num_done + counts.num_rows
+    num_bad = num_done = 0
+    with _alone(output), writing_answers(output, survey.types, names) as write, answering(asked) as answer:
+        for rows in in_chunks(read_rows(data), CHUNK_ROWS):
+            own = _answer_chunk(rows, checker, answer, asked, counting(on_progress, survey.num_rows, num_done))
+            write([row.values for row in rows], own)
+            num_bad, num_done = num_bad + sum("problem" in each for each in own), num_done + len(rows)
             on_progress(num_done, survey.num_rows)
-        files.merge(index + 1)
     return FileAnswers(
         data=str(data),
         out=str(output),
         num_rows=num_done,
         num_bad=num_bad,
-        num_resumed=num_resumed,
-        columns=dict(files.names),
+        columns=names,
         task=asked.known.schema.name,
         lineage=lineage,
         version=info.version,

@@ -5,27 +5,13 @@ A `uri` is relative to the root of the object store, so a store can be moved.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from deal_core.config import AdapterConfig, Quantize
+from deal_core.config import Quantize
 from deal_core.data.schema import TaskSchema
-from deal_core.judging_config import RolloutTerms
-from infra.store.keys import short_run
-
-Standing = Literal[
-    "learned",
-    "awaiting approval",
-    "in rollout",
-    "left behind",
-    "rejected by the gate",
-    "rejected by a person",
-    "rejected by its rollout",
-]
-"""left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.
-
-A version awaits approval only while its parent is champion."""
 
 Spared = Literal["labelled", "all"] | None
 """The tasks of which some test rows do not judge, because their texts may teach a version; None: no task."""
@@ -67,7 +53,7 @@ class DatasetRef(Reference):
     num_rejected: int
     quarantine: str | None = None
     """Key of the file with the bad rows; None: there are no bad rows."""
-    landed_sha256: str | None = None
+    landed_sha256: str
     """As `DatasetManifest.landed_sha256`."""
     new_labels: tuple[str, ...] = ()
     """Labels that were added by command and that the task lacks in the parent version."""
@@ -79,60 +65,6 @@ class DatasetRef(Reference):
     def widen(self, schema: TaskSchema) -> TaskSchema:
         """Add the new labels to the schema of the dataset's task; other schemas stay as they are."""
         return schema.with_labels(self.new_labels) if schema.name == self.task else schema
-
-
-class AdapterRef(Reference):
-    """A plain PEFT folder in the store (`adapters/LINEAGE/RUN`)."""
-
-    lineage: str
-    run_key: str
-    uri: str
-    sha256: str
-    parent_version: str | None = None
-
-
-class VersionRef(Reference):
-    """A registered version: its adapter and the gate's decision."""
-
-    lineage: str
-    version: str
-    run_key: str
-    adapter_uri: str
-    adapter_sha256: str
-    files_sha256: dict[str, tuple[str, ...]] | None = None
-    """As `VersionFacts.files_sha256`."""
-    accepted: bool
-    reasons: tuple[str, ...] = ()
-    parent_version: str | None = None
-    approval: Literal["awaiting", "given", "refused"] | None = None
-    """State of a person's approval; None: no approval is needed."""
-    rollout: RolloutTerms | None = None
-    """How the version is tried on live traffic before it becomes champion; None: it is not."""
-    standing: Standing | None = None
-    """The present state of the version; None: not looked up."""
-
-    @property
-    def outcome(self) -> Literal["promoted", "rejected", "awaiting-approval", "rollout"]:
-        """How the version's run ended."""
-        if not self.accepted or self.approval == "refused":
-            return "rejected"
-        if self.approval == "awaiting":
-            return "awaiting-approval"
-        return "promoted" if self.rollout is None else "rollout"
-
-
-class RunRef(Reference):
-    """An adaptation run: its key and its MLflow run."""
-
-    lineage: str
-    task: str
-    run_key: str
-    tracking_id: str
-
-    @property
-    def short_key(self) -> str:
-        """The part of the key that folder names use."""
-        return short_run(self.run_key)
 
 
 class ArrivalScore(Reference):
@@ -155,29 +87,12 @@ class ArrivalScore(Reference):
         return f"champion scored {100 * self.accuracy:.1f} % on {rows}"
 
 
-class AdaptationJob(Reference):
-    """The inputs of an adaptation run, for the stages from training to registration."""
-
-    run: RunRef
-    base: BaseRef
-    parent: VersionRef | None
-    dataset: DatasetRef
-    adapter: AdapterConfig
-    """Shape of the lineage's adapter."""
-    strategy: str
-    config_sha256: str
-    """Digest of all settings that can change the result."""
-    spared: Spared = None
-    tested: ArrivalScore | None = None
-    """The champion's score on the arrival's rows; None: it was not asked."""
-
-
 class TrainSummary(Reference):
     """Figures of a training, kept in the work folder until the run is registered."""
 
     adapter_sha256: str
-    num_rows: int | None = None
-    """Training rows that were learned from, after `selection` has chosen; None: an earlier release wrote the file."""
+    num_rows: int
+    """Training rows that were learned from, after `selection` has chosen."""
     num_steps: int
     seconds: float
     rows_per_second: float
@@ -188,9 +103,13 @@ class TrainSummary(Reference):
 
 
 class TrainedAdapter(Reference):
-    """The result of the train stage."""
+    """The result of the train stage: a plain PEFT folder, on this machine and in the store."""
 
-    adapter: AdapterRef
+    folder: Path
+    uri: str
+    """Its folder in the store (`adapters/LINEAGE/RUN`)."""
+    sha256: str
+    """Digest of all files together; see `sha256_together`."""
     summary: TrainSummary
 
 

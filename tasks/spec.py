@@ -23,14 +23,12 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
-from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, check_metric, known_before
+from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, check_metric
 from deal_core.data.schema import AssistantTurns, Format, PromptForm
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.judging_config import GateConfig, MonitorConfig
@@ -40,12 +38,11 @@ from deal_core.method_config import (
     Memory,
     MethodConfig,
     RehearsalConfig,
-    RivalConfig,
     SelectionConfig,
 )
 from deal_core.safe_text import brief, holds_secret, shorten
-from deal_core.selection import check_score_name
-from deal_core.strategies import check_strategy_name, find_strategies
+from deal_core.selection import check_score
+from deal_core.strategies import check_strategy_name, find_strategies, strategy_class
 from deal_core.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -57,6 +54,13 @@ Strategy = Annotated[
 ]
 """The name of one of this project's strategies, or of an installed package's."""
 DEFAULT_STRATEGY = "deal"
+MOVED = {
+    "rivals": "strategy_options",
+    "deal.form": "strategy_options",
+    "deal.kernel": "strategy_options",
+    "selection.target": "selection.score_options",
+}
+"""Key of earlier releases → where the strategies and scores in `benchmarks` take it."""
 MAX_PROBLEMS = 20
 """Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)
@@ -172,7 +176,9 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     kept with the adapter. None: what the settings under `rehearsal` decide, or else the lineage's, or else tests."""
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
-    rivals: RivalConfig = RivalConfig()
+    strategy_options: dict[str, Any] = {}
+    """Settings of a strategy of another package, by name. The strategy checks them. Those of `deal` and `replay` have
+    sections of their own."""
     selection: SelectionConfig = SelectionConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -187,20 +193,17 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
         return MethodConfig(
             deal=self.deal,
             rehearsal=rehearsal,
-            rivals=self.rivals,
             selection=self.selection,
+            strategy_options=self.strategy_options,
         )
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
         self.rehearsal.with_memory(self.memory)
-        check_score_name(self.selection.score)
+        check_score(self.selection)
+        if self.strategy and self.strategy_options:  # without a strategy it is the lineage's, which is not known here
+            strategy_class(self.strategy).options_of(self.method)
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_idle_parts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out parts that came later where they are off: digests and stored JSON are those of earlier releases."""
-        return {name: value for name, value in dump(self).items() if name != "selection" or self.selection.is_on}
 
     def with_task(self, task: TaskSpec) -> AdaptSpec:
         """Return the spec of one arrival in this lineage."""
@@ -234,11 +237,10 @@ class AdaptSpec(LineageSpec):
                 "monitor": True,
                 "task": {"name", "data", "test_data", "columns"},
                 "data": {"retain_training_rows", "include_texts"},
-                "gate": {"alias_moves", "rollout", "rollout_share", "rollout_rows"},
+                "gate": {"rollout", "rollout_share", "rollout_rows"},
             },
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
-        settings |= {name: known_before(name, settings[name]) for name in ("task", "deal", "rehearsal", "gate")}
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
@@ -320,8 +322,10 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
     location = [part for part in problem["loc"] if part not in (_LIST, _MAPPING)]
     where = ".".join(shorten(str(part)) for part in location) or "spec"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        if place := MOVED.get(re.sub(r"^methods\.\d+\.", "", where)):
+            return f"'{where}' is no setting any more: what used it is in benchmarks/, and takes it under {place}"
         known = _known_keys(model, problem["loc"][:-1])
-        return f"unknown key '{where}'" + (f" (known: {', '.join(known)})" if known else "; remove it")
+        return f"unknown key '{where}'; remove it" + (f", or give one of {', '.join(known)}" if known else "")
     if problem["type"] == "missing":
         return f"key '{where}' is missing; add it"
     if problem["type"] == "string_pattern_mismatch":

@@ -19,20 +19,19 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.significance import what_hits_tell
 from deal_core.judging_config import GateConfig
 from deal_core.safe_text import brief
-from infra.settings import HomeSettings, TrackingSettings
+from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
-from infra.tracking.database import open_reader
+from infra.versions import Versions
 from tasks.adaptation.frozen_rows import num_judging_of
 from tasks.adaptation.ingest import choose_schema, landing_of, refuse_forgotten_rows
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.inbox import task_file_beside, task_from_file
 from tasks.lineage.choices import choose_base, choose_spared, choose_strategy, with_memory_of
-from tasks.lineage.history import version_ref
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten
-from tasks.references import Arrival, Spared, VersionRef
+from tasks.references import Arrival, Spared
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
@@ -140,7 +139,7 @@ def validate(
     task_file = task_file_beside(file) if spec is None and task is None else None
     if task_file is not None:
         read = read.model_copy(update={"task": task_from_file(task_file, file)})
-    champion = known_champion(read.lineage)
+    champion = Versions(store).champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     read = with_memory_of(read, record)
     arrival = Arrival(
@@ -280,12 +279,3 @@ def _shown(task: TaskSchema, example: tuple[str, str, str | None], base: str) ->
         except ConfigError as error:
             note = f"without the base model's chat template: {error}"
     return ShownRow(prompt=prompt, answer=answer, rejected=rejected, note=note)
-
-
-def known_champion(lineage: str) -> VersionRef | None:
-    """Return the lineage's champion, or None. The call never creates the registry's database."""
-    address = TrackingSettings().tracking_uri
-    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
-        return None
-    champion = open_reader().champion(lineage)
-    return version_ref(champion) if champion else None

@@ -16,7 +16,7 @@ from deal_core.errors import DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.stored import Stored, read_stored, write_stored
-from infra.tracking.database import open_reader
+from infra.versions import Versions
 from tasks.batches import Batch, read_batches
 from tasks.data_files import local_files
 from tasks.inbox import InboxLook, InboxState, files_of
@@ -73,7 +73,6 @@ def plan(
 
     Raises:
         StoreError: The store does not answer, or a batch is damaged.
-        RegistryError: The hours of this month's trainings cannot be read.
     """
     if not files:
         return Plan([], ())
@@ -106,7 +105,7 @@ def plan(
                 for info in countable
             ],
             now=now,
-            spent_hours=lambda: spent_hours(lineage, now),
+            spent_hours=lambda: spent_hours(store, lineage, now),
         )
         waiting += [decided] if decided else []
         new += [Due(tuple(countable), is_fixed=True)] if decided and decided.is_due else []
@@ -144,15 +143,15 @@ def _describe(
     )
 
 
-def spent_hours(lineage: WatchedLineage, now: datetime) -> float:
+def spent_hours(store: ObjectStore, lineage: WatchedLineage, now: datetime) -> float:
     """Return the hours of the lineage's trainings that have ended in this calendar month.
 
     Raises:
-        RegistryError: The versions cannot be read.
+        StoreError: The versions cannot be read.
     """
     first, following = lineage.retrain.month_of(now)
-    versions = open_reader().versions(lineage.lineage)
-    return sum(version.train_seconds or 0.0 for version in versions if first <= version.created < following) / 3600
+    versions = Versions(store).all(lineage.lineage)
+    return sum(version.train_seconds for version in versions if first <= version.created < following) / 3600
 
 
 class RowCounts(Stored):

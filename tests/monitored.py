@@ -105,20 +105,20 @@ def feedback_on(
     )
 
 
-def put_predictions(store: ObjectStore, lineage: str, rows: pd.DataFrame, segment: str) -> None:
-    """Put rows into the prediction log, as the segment of a server that has ended."""
-    _put(store, f"predictions/{lineage}", rows, PREDICTION_SCHEMA, segment)
+def put_predictions(store: ObjectStore, lineage: str, rows: pd.DataFrame, batch: str) -> None:
+    """Put rows into the prediction log as a batch."""
+    _put(store, f"predictions/{lineage}", rows, PREDICTION_SCHEMA, batch)
 
 
-def put_feedback(store: ObjectStore, lineage: str, rows: pd.DataFrame, segment: str) -> None:
+def put_feedback(store: ObjectStore, lineage: str, rows: pd.DataFrame, batch: str) -> None:
     """Put feedback into its log."""
-    entries = [f"{segment}-{number}" for number in range(len(rows))]
-    _put(store, f"feedback/{lineage}", rows.assign(entry=entries), FEEDBACK_SCHEMA, segment)
+    entries = [f"{batch}-{number}" for number in range(len(rows))]
+    _put(store, f"feedback/{lineage}", rows.assign(entry=entries), FEEDBACK_SCHEMA, batch)
 
 
-def _put(store: ObjectStore, folder: str, rows: pd.DataFrame, schema: pa.Schema, segment: str) -> None:
+def _put(store: ObjectStore, folder: str, rows: pd.DataFrame, schema: pa.Schema, batch: str) -> None:
     content, now = io.BytesIO(), datetime.now(UTC)
     columns = rows.reindex(columns=schema.names)  # rows of a rollout have more columns
     values = {name: [None if pd.isna(value) else value for value in columns[name]] for name in schema.names}
     pq.write_table(pa.table(values, schema=schema), content)
-    store.put_bytes(f"{folder}/{now:%Y-%m-%d}/{now:%Y%m%dT%H%M%S}-{segment}.parquet", content.getvalue())
+    store.put_bytes(f"{folder}/{now:%Y-%m-%d}/{now:%Y%m%dT%H%M%S}-{batch}.parquet", content.getvalue())

@@ -47,7 +47,14 @@ def sample_evaluation() -> EvaluationReport:
 
 def sample_report(**changes: Any) -> RunReport:
     """The report that goes with `sample_evaluation`."""
-    row = Example(row=DIGEST, text="Where is my card?", expected="lost card", before="lost card", now="fee dispute")
+    row = Example(
+        row=DIGEST,
+        text="Where is my card?",
+        expected="lost card",
+        before="lost card",
+        now="fee dispute",
+        scores=(1.0, 0.0),
+    )
     values: dict[str, Any] = {
         "lineage": "support",
         "version": "4",

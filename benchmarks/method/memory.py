@@ -74,7 +74,7 @@ RIVALS: dict[str, tuple[str, MethodConfig]] = {
     "replay-8": ("replay", MethodConfig(rehearsal=replace(REPLAY, rows_per_step=8))),
 }
 ARMS = {
-    **{name: (one_memory.OneMemory.name, MethodConfig(options=options)) for name, options in OPTIONS.items()},
+    **{name: (one_memory.OneMemory.name, MethodConfig(strategy_options=options)) for name, options in OPTIONS.items()},
     **RIVALS,
 }
 app = typer.Typer(no_args_is_help=True, help=__doc__)

@@ -17,18 +17,17 @@ from peft import PeftModel
 
 from deal_core.limits import Count, CountOrZero, Flag, Share, settings
 from deal_core.method_config import MethodConfig, RehearsalConfig
-from deal_core.strategies import register_strategy
 from deal_core.strategies.answered import answered
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.label_questions import recentred_questions
 from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.strategies.strategy import SEED_STRIDE, MethodState, OldRows, TaskContext
+from deal_core.strategies.strategy import SEED_STRIDE, MethodState, OldRows, PlannedArrival, TaskContext
 
 RAMP = (0.5, 1.5)
 """Rows of the first and of the last step of a ramp, as shares of the mean."""
 
 
-@settings("options")
+@settings("strategy_options")
 class MemoryOptions:
     """Options of `one_memory`."""
 
@@ -80,17 +79,31 @@ class OneMemory(Deal):
     """DEAL whose rehearsal has rows of the old tasks, with labels and the parent's answers as targets."""
 
     name = "one_memory"
-    reads = ("deal", "options")
-    options = MemoryOptions
+    reads = ("deal",)
+    memories = ("none",)
+    Options = MemoryOptions
 
     def __init__(self, config: MethodConfig, seed: int) -> None:
         super().__init__(replace(config, rehearsal=RehearsalConfig(texts="none")), seed)
-        self.choices = MemoryOptions(**config.options)
 
     @classmethod
     def old_rows(cls, config: MethodConfig) -> OldRows:
         """Return which rows of old tasks are rehearsed."""
-        return MemoryOptions(**config.options).rows
+        rows: OldRows = cls.options_of(config).rows
+        return rows
+
+    @classmethod
+    def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return the number of rehearsed rows in the step that has most of them."""
+        if not arrival.old_texts:
+            return 0
+        return max(rows_of_steps(cls.options_of(config), arrival.num_steps, len(arrival.old_texts)))
+
+    @classmethod
+    def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return the number of rehearsed rows: the parent answers all of them."""
+        del config
+        return sum(len(old.rows) for old in arrival.old_texts)
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Make the targets with the parent's answers, before its adapter is decomposed."""
@@ -102,7 +115,7 @@ class OneMemory(Deal):
         for old in olds:
             if old.task.labels:
                 questions, _ = recentred_questions(
-                    model, context.base.tokenizer, old, generator, label_weight=self.choices.beta
+                    model, context.base.tokenizer, old, generator, label_weight=self.options.beta
                 )
             else:
                 questions = answered(
@@ -116,9 +129,6 @@ class OneMemory(Deal):
         super().prepare(model, state, context)
         if not sets:
             return
-        counts = rows_of_steps(self.choices, context.train.num_steps(len(context.encoded)), len(sets))
-        weight = math.sqrt(len(sets)) if self.choices.root_weight else 1.0
+        counts = rows_of_steps(self.options, context.train.num_steps(len(context.encoded)), len(sets))
+        weight = math.sqrt(len(sets)) if self.options.root_weight else 1.0
         self._rehearsal = StagedRehearsal(sets, context.collator(), counts, weight=weight, seed=seed)
-
-
-register_strategy(OneMemory.name, f"{__name__}:OneMemory")

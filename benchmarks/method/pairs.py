@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from scipy.stats import t
 
-from benchmarks.method.protocol import settings_shown, training_of
+from benchmarks.method.protocol import todays_training, training_of
 from benchmarks.output import RESULTS, Out, write_result
 from benchmarks.stored_cells import LEFT_OUT_OF_REHEARSAL, LEFT_OUT_OF_TRAINING, read_stored_cells
 from deal_core.benchmark.answers import unpack_answers
@@ -33,7 +33,6 @@ from deal_core.benchmark.summary import (
     interval_over_rows,
     method_name,
 )
-from deal_core.config import TrainConfig
 from deal_core.evaluation.metrics import PairedInterval, paired_interval
 from deal_core.evaluation.recentring import recentred_hits
 from deal_core.method_config import DealConfig
@@ -140,7 +139,7 @@ def main(
     out: Out = OUT,
 ) -> None:
     """Write the figures of every value of these settings, method by method."""
-    todays = settings_shown(TrainConfig())
+    todays = todays_training()
     known = [cell for cell in read_stored_cells(cells) if training_of(cell["settings"]).items() >= todays.items()]
     found: list[dict[str, Any]] = []
     for name in setting or SETTINGS:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.output import RESULTS
-from benchmarks.stored_cells import read_stored_cells
+from benchmarks.stored_cells import FIXED, read_stored_cells
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name
@@ -89,23 +90,21 @@ def figures_of(cell: CellJson) -> dict[str, Any] | None:
     }
 
 
-def settings_shown(train: TrainConfig) -> dict[str, Any]:
-    """The training settings that make a protocol."""
-    return {name: getattr(train, name) for name in SHOWN}
-
-
 def training_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The training settings that make the protocol of a cell."""
-    stored = dict(settings["train"])
-    gone = {GONE: stored.pop(GONE)} if GONE in stored else {}
-    return settings_shown(TrainConfig(**stored)) | gone
+    return {name: settings["train"][name] for name in (*SHOWN, GONE) if name in settings["train"]}
+
+
+def todays_training() -> dict[str, Any]:
+    """The training settings that make today's protocol."""
+    return training_of({"train": asdict(TrainConfig()) | FIXED})
 
 
 def todays_cells(folders: Iterable[Path] | None = None) -> Iterator[tuple[CellJson, dict[str, Any]]]:
     """Cells under today's training, and what names each: suite, order, seed, part of the rows, method."""
     for cell in (cell for folder in folders or CELL_FOLDERS for cell in read_stored_cells(folder)):
         settings = cell["settings"]
-        if training_of(settings) == settings_shown(TrainConfig()):
+        if training_of(settings) == todays_training():
             suite, order = name_of(tuple(settings["tasks"]))
             method = method_name(settings["strategy"], departures(cell))
             yield (

@@ -29,6 +29,8 @@ from deal_core.data.schema import TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import BatchShape, MemoryPlan, MethodShape, largest_batch, longest_of, plan_memory
 from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.strategies.deal import Deal
+from deal_core.strategies.strategy import PlannedArrival
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
@@ -82,7 +84,8 @@ def predict(case: Case, source: str, num_old_tasks: int) -> tuple[MemoryPlan, Ba
     found, train = find_config(source, HomeSettings().cache_dir), case.train()
     tokenizer = AutoTokenizer.from_pretrained(found.folder)
     olds = [OLD_TASK] * num_old_tasks
-    num_rows = largest_batch(train, MethodConfig(), num_old_tasks=num_old_tasks, strategy="deal")
+    arrival = PlannedArrival(task=TASK, old_tasks=tuple(olds), num_rows=0, num_steps=0)
+    num_rows = largest_batch(train, questions_per_step=Deal.questions_per_step(MethodConfig(), arrival))
     batch = longest_of(case.rows(), tokenizer, TASK, olds, train, num_rows)
     shape = MethodShape(rank=ADAPTER.rank, strategy="deal", method=MethodConfig(), is_first_task=num_old_tasks == 0)
     plan = plan_memory(

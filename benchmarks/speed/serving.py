@@ -6,12 +6,12 @@
 
 Two versions are learned from tests/data/examples, `deal serve` is started, and clients ask it without a pause.
 
-moves: does a request fail, and is every answer its version's? The clients ask for two minutes while the alias moves
+moves: does a request fail, and is every answer its version's? The clients ask for two minutes while the champion moves
 back (a rollback) and forth. An answer is right if it is what the version that it names gives when it is asked alone,
-and if no request that was sent after a version took over is answered by the one before. A move takes the time from the
-alias to the first answer of the new version. Memory is that of the server and its children, with shared pages counted
-once. The base model is in fp32: in bf16 the rounding of a batch tips answers that hang in the balance, so that "what it
-gives alone" is no exact measure.
+and if no request that was sent after a version took over is answered by the one before. A move takes the time from its
+entry in the promotion log to the first answer of the new version. Memory is that of the server and its children, with
+shared pages counted once. The base model is in fp32: in bf16 the rounding of a batch tips answers that hang in the
+balance, so that "what it gives alone" is no exact measure.
 
 log: requests per second with the prediction log against without it. Two servers of one version run side by side, one
 without a log and one that keeps texts. The clients ask one of them at a time, in turns of a few seconds, so that both
@@ -49,9 +49,12 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.limits import MAX_ASKED_MESSAGES
 from infra.predictions import read_predictions
+from infra.promotions import Change, PromotionLog
+from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings, ServingSettings
-from infra.tracking.registry import open_registry
+from infra.versions import Versions
 from tasks.context import current_store
+from tasks.lineage.history import find_version
 
 LINEAGE = "served"
 TASKS: tuple[Mapping[str, Any], ...] = (
@@ -173,6 +176,24 @@ def learn_versions(base: str, **train: Any) -> None:
         asyncio.run(adapt(parse(AdaptSpec, values, "benchmark")))
 
 
+def make_champion(version: str, lineage: str = LINEAGE) -> None:
+    """Write a move of the champion to the promotion log, as a rollback does. Nothing is written if it is champion."""
+    log = PromotionLog(current_store())
+    last = log.last(lineage)
+    before = last.champion if last else None
+    if before != version:
+        change = Change(
+            action="rolled back",
+            lineage=lineage,
+            version=version,
+            before=before,
+            champion=version,
+            who="benchmark",
+            why="a measurement",
+        )
+        assert log.add(last, change) is not None, "nobody else moves it"
+
+
 def texts_to_ask() -> list[str]:
     """The test rows of the first task, which both versions know."""
     lines = (EXAMPLES / "bank" / "test.jsonl").read_text(encoding="utf-8").splitlines()
@@ -184,10 +205,10 @@ def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage
     from deal_core.evaluation.answerer import load_answerer
     from deal_core.evaluation.answering import InputRow
 
-    found, precision = {}, ServingSettings().serving_precision
+    found, precision, store = {}, ServingSettings().serving_precision, current_store()
     for version in versions:
         with tempfile.TemporaryDirectory() as folder:
-            open_registry().download(lineage, version, Path(folder) / "version")
+            fetch_version(store, find_version(store, lineage, version), Path(folder) / "version")
             answerer = load_answerer(Path(folder) / "version", HomeSettings().cache_dir, precision=precision)
             found[version] = [answerer.answer([InputRow(text, task)])[0] for text in texts]
     return found
@@ -247,10 +268,10 @@ class Memory:
 
 def measure_moves(num_clients: int, seconds: float, num_moves: int) -> dict[str, Any]:
     """Serve, ask and move; the figures."""
-    registry, texts = open_registry(), texts_to_ask()
-    versions = [info.version for info in registry.versions(LINEAGE)][:2]
+    texts = texts_to_ask()
+    versions = [info.version for info in Versions(current_store()).all(LINEAGE)][:2]
     expected = answers_of(versions, texts, "bank")
-    registry.set_alias(LINEAGE, "champion", versions[-1])
+    make_champion(versions[-1])
     moves, took = [], []
     with served() as (url, process):
         clients, memory = Clients(url, texts, "bank", expected), Memory(psutil.Process(process.pid))
@@ -260,9 +281,9 @@ def measure_moves(num_clients: int, seconds: float, num_moves: int) -> dict[str,
                 time.sleep(max(0.0, started + seconds * (number + 1) / (num_moves + 1) - time.monotonic()))
                 version = versions[number % 2]
                 moves.append((time.monotonic(), version))
-                registry.set_alias(LINEAGE, "champion", version)
+                make_champion(version)
                 took.append(clients.first_of(version, moves[-1][0]))
-                print(f"version {version} answers {took[-1]:.1f} s after the alias moved", flush=True)
+                print(f"version {version} answers {took[-1]:.1f} s after the move", flush=True)
             time.sleep(max(0.0, started + seconds - time.monotonic()))
     answers = clients.answers
     problems = [each.problem for each in answers if each.problem]
@@ -334,7 +355,7 @@ def turn(url: str, texts: Sequence[str], expected: Expected, num_clients: int, s
 
 def measure_log(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]:
     """Serve twice, ask in turns; the figures."""
-    texts, version = texts_to_ask(), open_registry().versions(LINEAGE)[-1].version
+    texts, version = texts_to_ask(), Versions(current_store()).all(LINEAGE)[-1].version
     expected = answers_of([version], texts, "bank")
     rates: dict[str, list[float]] = {kept: [] for kept in LOGS}
     with ExitStack() as servers:
@@ -348,7 +369,7 @@ def measure_log(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]
             for kept in LOGS if number % 2 else LOGS[::-1]:
                 rates[kept].append(turn(urls[kept], texts, expected, num_clients, seconds))
             print(f"round {number + 1}: " + ", ".join(f"{kept} {rates[kept][-1]:.1f}/s" for kept in LOGS), flush=True)
-    logged = len(read_predictions(current_store(), HomeSettings().home, LINEAGE))
+    logged = len(read_predictions(current_store(), LINEAGE))
     ratios = sorted(on / off for off, on in zip(*rates.values(), strict=True))
     return {
         "num_clients": num_clients,
@@ -418,8 +439,8 @@ def seconds_of_end(process: subprocess.Popen[str]) -> float:
 
 def measure_chats(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]:
     """Serve, and ask in turns with and without a client of long chats; then end the server while it prepares one."""
-    texts, version = texts_to_ask(), open_registry().versions(LINEAGE)[-1].version
-    open_registry().set_alias(LINEAGE, "champion", version)
+    texts, version = texts_to_ask(), Versions(current_store()).all(LINEAGE)[-1].version
+    make_champion(version)
     expected = answers_of([version], texts, "bank")
     medians: dict[bool, list[float]] = {False: [], True: []}
     chats: list[float] = []

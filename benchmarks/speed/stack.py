@@ -37,7 +37,9 @@ from prefect.events.filters import EventFilter, EventNameFilter
 from benchmarks.output import DEAL, RESULTS, Out, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.settings import TrackingSettings
-from infra.tracking.registry import open_registry
+from infra.store.local import FileStore
+from infra.tracking.client import open_client
+from infra.versions import Versions
 from tasks.arrival_runs import ARRIVAL_LANDED
 
 RUNNING, DONE = "prefect.flow-run.Running", "prefect.flow-run.Completed"
@@ -129,10 +131,12 @@ async def land(home: Path, stack: Mapping[str, Any], lineage: str, name: str, te
                 seen.setdefault(event.event, event.occurred)
             if DONE in seen:
                 break
+    run_key = Versions(FileStore(home / "store")).all(lineage)[-1].run_key
     settings = TrackingSettings.model_validate({"home": home, "tracking_uri": stack["mlflow_url"]})
-    registry = open_registry(settings)
-    (version,) = registry.versions(lineage, newest=1)
-    losses = registry.client.get_metric_history(version.tracking_id, "train/loss")
+    client = open_client(settings)  # the store's curve of losses has no times
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.`deal.run_key` = '{run_key}'")
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
     first_step = datetime.fromtimestamp(min(point.timestamp for point in losses) / 1000, UTC)
     times = {"event": seen[ARRIVAL_LANDED], "running": seen[RUNNING], "first_step": first_step, "learned": seen[DONE]}
     return {name: (at - landed).total_seconds() for name, at in times.items()}

@@ -1,4 +1,4 @@
-"""One factor (Aᵀ or B) of a stack of modules as a network, in the literal and in the spectral form.
+"""One factor (Aᵀ or B) of a stack of modules as a network.
 
 Shapes: M modules of one shape, N features of the side (I for A, O for B), R rank, C core slots at most.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter.retention import ControlledUpdate, LiteralRetention, SpectralRetention
+from deal_core.adapter.retention import ControlledUpdate, SpectralRetention
 from deal_core.method_config import DealConfig
 
 TINY = 1e-12
@@ -54,36 +54,6 @@ class FactorNetwork(nn.Module):
         torch.autograd.backward(self.penalty())
 
 
-class LiteralFactor(FactorNetwork):
-    """Eq. 8-12 as written, on the raw factor. The penalty is on θ₁'s deviation from its start: one on g erases Y."""
-
-    def __init__(self, start_MNR: Tensor, config: DealConfig) -> None:
-        super().__init__(start_MNR)
-        self._config = config
-        self.retention: LiteralRetention | None = None
-        if config.num_layers > 0:
-            self.retention = LiteralRetention(start_MNR, config.widths, config.num_layers)
-        self.update = ControlledUpdate(start_MNR, mixing=config.mixing)
-
-    def forward(self) -> Tensor:
-        """Return O: X̂ + X̂Ω + b."""
-        out_MNR = self.start_MNR if self.retention is None else self.retention(self.start_MNR)
-        updated_MNR: Tensor = self.update(out_MNR)
-        return updated_MNR
-
-    def penalty(self) -> Tensor:
-        """λ₁‖θ₁ − θ₁⁰‖_a^a + λ₂‖θ₂‖_b^b with θ₁ = {g, C} and θ₂ = {Ω, b}."""
-        total = self.start_MNR.new_zeros(())
-        config = self._config
-        if self.retention is not None:
-            starts = ((self.retention.filters_KMJN, 1 / len(config.widths)), (self.retention.centres_KMJ, 1.0))
-            for theta, start in starts:
-                total = total + config.lambda1 * (theta - start).abs().pow(config.a).sum()
-        for theta in self.update.parameters():
-            total = total + config.lambda2 * theta.abs().pow(config.b).sum()
-        return total
-
-
 class SpectralFactor(FactorNetwork):
     """Core slots are retained and, with a soft core, reshaped. Free slots learn the new task.
 
@@ -112,7 +82,7 @@ class SpectralFactor(FactorNetwork):
         is_soft = config.core == "soft"
         self.retention: SpectralRetention | None = None
         if is_soft and config.num_layers > 0:
-            self.retention = SpectralRetention(sigma_MR, config.kernel, config.widths, config.num_layers)
+            self.retention = SpectralRetention(sigma_MR, config.widths, config.num_layers)
         self.update = ControlledUpdate(
             start_MNR, mixing=is_soft and config.mixing, trainable_MR=None if is_soft else ~core_MR
         )

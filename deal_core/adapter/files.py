@@ -16,8 +16,6 @@ PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 METHOD_FILES = (METHOD_FILE, METHOD_TENSORS_FILE)
 """Further files that training the adapter on needs; an adapter may lack them."""
 ADAPTER_FILES = (*PEFT_FILES, *METHOD_FILES)
-TOGETHER = "adapter"
-"""Used instead of a file name: all files of the adapter together, see `sha256_together`."""
 
 Recorded = Mapping[str, tuple[str, ...]]
 """The digests that a file may have, by the file's name.
@@ -47,13 +45,8 @@ def as_recorded(digests: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 def find_damage(found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES) -> list[str]:
     """Describe each named file whose bytes differ from the recorded ones: the digest found and the digest recorded.
 
-    `found` is the result of `digests_of` for all files of the adapter. If nothing is recorded, nothing is compared. If
-    one digest is recorded of all files together, all files are compared.
+    `found` is the result of `digests_of`.
     """
-    if not recorded:
-        return []
-    if TOGETHER in recorded:
-        found, names = {TOGETHER: sha256_together(found)}, {TOGETHER}
     return [
         _difference(name, found.get(name), recorded.get(name, ()))
         for name in sorted(names)
@@ -84,9 +77,8 @@ def require_undamaged(
 
 
 def _difference(name: str, found: str | None, recorded: tuple[str, ...]) -> str:
-    subject = "the files of the adapter together have" if name == TOGETHER else f"{name} has"
     if found is None:
         return f"{name} is missing, recorded is sha256 {' or '.join(recorded)}"
     if not recorded:
         return f"{name} has sha256 {found}, and no such file is recorded"
-    return f"{subject} sha256 {found}, recorded is {' or '.join(recorded)}"
+    return f"{name} has sha256 {found}, recorded is {' or '.join(recorded)}"

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from deal_core.adapter.factor import FactorNetwork, LiteralFactor, SpectralFactor
+from deal_core.adapter.factor import FactorNetwork, SpectralFactor
 from deal_core.adapter.spectrum import count_core_slots, decompose
 from deal_core.adapter.stack import LoraStack, draw_seeds
 from deal_core.method_config import DealConfig
@@ -30,17 +30,17 @@ class Reparametrization(nn.Module):
         super().__init__()
         self._stacks = tuple(stacks)
         self.num_core_slots: dict[str, int] = {}
-        """Core slots of every module, by name; empty for the literal form."""
+        """Core slots of every module, by name."""
         self.is_full: tuple[str, ...] = ()
         """Names of the modules whose core was cut to leave the free share."""
         self._power = self._recycled_power = 0.0
-        factory = _literal_sides if config.form == "literal" else self._spectral_sides
-        self._pairs = [factory(stack, config, generator) for stack in self._stacks]
+        self._pairs = [self.networks_of(stack, config, generator) for stack in self._stacks]
         self.sides = nn.ModuleList(nn.ModuleList(pair) for pair in self._pairs)
 
-    def _spectral_sides(
+    def networks_of(
         self, stack: LoraStack, config: DealConfig, generator: torch.Generator
     ) -> tuple[FactorNetwork, FactorNetwork]:
+        """Return the networks of a stack's A and B."""
         a_MRI, b_MOR = stack.read()
         spectrum = decompose(a_MRI, b_MOR)
         rank = a_MRI.shape[1]
@@ -104,11 +104,3 @@ def _recycle(
     core_M1R = core_MR.unsqueeze(1)
     seeds = config.seed_scale * draw_seeds(y_A, y_A.shape[1], generator)
     return torch.where(core_M1R, y_A, seeds), torch.where(core_M1R, y_B, 0.0)
-
-
-def _literal_sides(
-    stack: LoraStack, config: DealConfig, generator: torch.Generator
-) -> tuple[FactorNetwork, FactorNetwork]:
-    del generator  # the literal form seeds nothing
-    a_MRI, b_MOR = stack.read()
-    return LiteralFactor(a_MRI.mT, config), LiteralFactor(b_MOR, config)

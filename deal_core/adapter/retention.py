@@ -13,10 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-FLOOR = 1e-3
-"""Added to the spline so that its logarithm exists everywhere; beyond the spline's support the gain is 1."""
-SMALL = 1e-6
-
 LogKernel = Callable[[Tensor, Tensor | float, Tensor], Tensor]
 START_CENTRE = 1.0
 
@@ -24,22 +20,6 @@ START_CENTRE = 1.0
 def log_heat(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
     """Heat: φ(s) = exp(−(s − c)²/(2σ²))."""
     return -((spectrum - centre) ** 2) / (2 * width**2)
-
-
-def log_linear_decay(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
-    """φ(s) = x·exp(−x) with x = s/(σc): rises like s and decays beyond s = σc."""
-    x = spectrum.clamp_min(SMALL) / (width * torch.as_tensor(centre).clamp_min(SMALL))
-    return x.log() - x
-
-
-def log_spline(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
-    """Quadratic B-spline of u = (s − c)/σ: ¾ − u² for |u| < ½, ½(3/2 − |u|)² up to |u| = 3/2, 0 beyond."""
-    u = ((spectrum - centre) / width).abs()
-    outer = 0.5 * (1.5 - u).clamp_min(0) ** 2
-    return (torch.where(u < 0.5, 0.75 - u**2, outer) + FLOOR).log()
-
-
-LOG_KERNELS: dict[str, LogKernel] = {"heat": log_heat, "linear_decay": log_linear_decay, "spline": log_spline}
 
 
 class SpectralRetention(nn.Module):
@@ -51,10 +31,10 @@ class SpectralRetention(nn.Module):
 
     widths_J: Tensor
     normalised_MR: Tensor
+    log_kernel: LogKernel = staticmethod(log_heat)
 
-    def __init__(self, sigma_MR: Tensor, kernel: str, widths: Sequence[float], num_layers: int) -> None:
+    def __init__(self, sigma_MR: Tensor, widths: Sequence[float], num_layers: int) -> None:
         super().__init__()
-        self._log_kernel = LOG_KERNELS[kernel]
         shape = (num_layers, len(sigma_MR), len(widths))
         self.register_buffer("widths_J", sigma_MR.new_tensor(list(widths)))
         top_M1 = sigma_MR[:, :1]
@@ -65,51 +45,16 @@ class SpectralRetention(nn.Module):
     def gains(self) -> Tensor:
         """Gain of every direction, shape M×R; 1 before the first step."""
         s_MR1 = self.normalised_MR.unsqueeze(-1)
-        start = self._log_kernel(s_MR1, START_CENTRE, self.widths_J)
+        start = self.log_kernel(s_MR1, START_CENTRE, self.widths_J)
         gain_MR = torch.ones_like(self.normalised_MR)
         for filter_MJ, centre_MJ in zip(self.filters_KMJ, self.centres_KMJ, strict=True):
-            ratio_MRJ = torch.exp(self._log_kernel(s_MR1, centre_MJ.unsqueeze(1), self.widths_J) - start)
+            ratio_MRJ = torch.exp(self.log_kernel(s_MR1, centre_MJ.unsqueeze(1), self.widths_J) - start)
             gain_MR = gain_MR * (ratio_MRJ * filter_MJ.unsqueeze(1)).sum(-1)
         return gain_MR
 
     def forward(self, y_MNR: Tensor) -> Tensor:
         """Scale each direction of Y by its gain."""
         return y_MNR * self.gains().unsqueeze(1)
-
-
-class LiteralRetention(nn.Module):
-    """Eq. 8-10 as written, on a raw factor: H ← Σ_j Ψ_j diag(g_j) Ψ_j⁻¹ H with Ψ_j = U diag(φ_j(s)) Uᵀ.
-
-    U and s come from the SVD of the factor; g_j is diagonal over its N rows; c_j is learnable.
-    """
-
-    widths_J: Tensor
-    basis_MNR: Tensor
-    normalised_MR: Tensor
-
-    def __init__(self, y_MNR: Tensor, widths: Sequence[float], num_layers: int) -> None:
-        super().__init__()
-        num_modules, num_rows, _ = y_MNR.shape
-        basis_MNR, sigma_MR, _ = torch.linalg.svd(y_MNR, full_matrices=False)
-        shape = (num_layers, num_modules, len(widths))
-        self.register_buffer("widths_J", y_MNR.new_tensor(list(widths)))
-        self.register_buffer("basis_MNR", basis_MNR)
-        self.register_buffer("normalised_MR", sigma_MR / sigma_MR[:, :1].clamp(min=1e-30))
-        self.filters_KMJN = nn.Parameter(y_MNR.new_full((*shape, num_rows), 1 / len(widths)))
-        self.centres_KMJ = nn.Parameter(y_MNR.new_full(shape, START_CENTRE))
-
-    def forward(self, y_MNR: Tensor) -> Tensor:
-        """Apply the K layers to Y (M×N×R); the identity on Y's column space before the first step."""
-        hidden_MNR = y_MNR
-        basis_M1NR = self.basis_MNR.unsqueeze(1)
-        for filter_MJN, centre_MJ in zip(self.filters_KMJN, self.centres_KMJ, strict=True):
-            log_MJR = log_heat(self.normalised_MR.unsqueeze(1), centre_MJ.unsqueeze(-1), self.widths_J.view(1, -1, 1))
-            coefficients_M1RR = basis_M1NR.mT @ hidden_MNR.unsqueeze(1)
-            inverse_MJNR = basis_M1NR @ (torch.exp(-log_MJR).unsqueeze(-1) * coefficients_M1RR)
-            filtered_MJNR = filter_MJN.unsqueeze(-1) * inverse_MJNR
-            outer_MJNR = basis_M1NR @ (torch.exp(log_MJR).unsqueeze(-1) * (basis_M1NR.mT @ filtered_MJNR))
-            hidden_MNR = outer_MJNR.sum(1)
-        return hidden_MNR
 
 
 class ControlledUpdate(nn.Module):

@@ -247,8 +247,9 @@ def load_method_state(folder: Path) -> MethodState:
     require_schema_version(header, SCHEMA_VERSION, str(path), AdapterStateError)
     tensors_path = folder / METHOD_TENSORS_FILE
     tensors = _read_tensors(tensors_path) if tensors_path.is_file() else {}
-    num_arrivals = header.get("num_arrivals", 1)  # not written by the first releases
-    return MethodState(strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals)
+    return MethodState(
+        strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=header["num_arrivals"]
+    )
 
 
 def kept_of_tasks(folder: Path) -> dict[str, int]:

@@ -217,7 +217,7 @@ def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
     """Name and digest of a converted model in the project's cache; None for any other folder, which must be hashed.
 
     `deal_source.json` is read only in the cache: elsewhere it could claim anything. The content of an entry must have
-    the digest that was recorded at conversion. Earlier releases recorded no digest; their entries are not checked.
+    the digest that was recorded at conversion.
 
     Raises:
         IntegrityError: the entry was changed or damaged.
@@ -228,8 +228,8 @@ def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
     remedy = f"Remove {folder} and run this again: the model is then converted again."
     try:
         origin = json.loads(path.read_text(encoding="utf-8"))
-        name, sha256, recorded = str(origin["name"]), str(origin["sha256"]), origin.get("content_sha256")
-        found = sha256_of_model(folder, cache_folder / "digests") if recorded else None
+        name, sha256, recorded = str(origin["name"]), str(origin["sha256"]), origin["content_sha256"]
+        found = sha256_of_model(folder, cache_folder / "digests")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"its {SOURCE_FILE} or config.json cannot be read ({type(error).__name__}: {error})"
         raise IntegrityError(f"The converted base model in {folder} is damaged: {reason}. {remedy}") from None

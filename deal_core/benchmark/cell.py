@@ -103,7 +103,7 @@ class Cell:
         is_plain = not RehearsalConfig(texts=texts).keeps_rows and not any(
             name.partition(".")[0] in COMMON for name in self.method
         )
-        if self.strategy not in ("seq_lora", "deal") or not is_plain:
+        if self.strategy in BOUNDS or not (is_plain and strategy_class(self.strategy).first_is_plain):
             return None
         names = ("seed", "rows", "part", "max_test_rows", "scoring", "adapter", "train", "base", "data", "prompt")
         cell = self.to_json()
@@ -117,7 +117,7 @@ def make_cell(
     """Return a cell with the method settings that its strategy reads. A bound has none, and its tasks are sorted.
 
     Raises:
-        ConfigError: There is no such strategy.
+        ConfigError: There is no such strategy, or it does not take its options.
     """
     if strategy not in (known := (*find_strategies(), *BOUNDS)):
         raise ConfigError(f"strategy is {strategy!r}; give {', '.join(known)}.")
@@ -138,11 +138,15 @@ def revision_of(strategy: str) -> int:
 
 
 def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
-    """Return the method settings that a strategy reads, by dotted name; those of a part of COMMON if it is on."""
+    """Return the method settings that a strategy reads, by dotted name; those of a part of COMMON if it is on.
+
+    Raises:
+        ConfigError: The strategy does not take its options.
+    """
     learner = strategy_class(strategy)
-    options = {} if learner.options is None else asdict(learner.options(**method.options))
-    reads = (*learner.reads, *(part for part in COMMON if getattr(method, part).is_on))
-    parts = {**asdict(method), "options": options}
+    options = learner.options_of(method)
+    reads = (*learner.reads, "strategy_options", *(part for part in COMMON if getattr(method, part).is_on))
+    parts = {**asdict(method), "strategy_options": {} if options is None else asdict(options)}
     flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     return {name: value for name, value in flat.items() if name in reads or name.partition(".")[0] in reads}
 

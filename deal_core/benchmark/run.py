@@ -318,7 +318,6 @@ def _score_heads(run: CellRun) -> dict[str, dict[str, Any]]:
                 task,
                 each,
                 max_prompt_tokens=run.cell.train.max_prompt_tokens,
-                max_batch_tokens=EvaluateConfig().max_batch_tokens,
             )
             for each in (list(learned["input"]), [row["input"] for row in rows])
         )
@@ -401,7 +400,7 @@ def _score(
         tokenizer, longest = run.base.tokenizer, cell.train.max_prompt_tokens
         log_probs_NL = None
         if labels:
-            log_probs_NL = label_log_probs(model, tokenizer, task, texts, EvaluateConfig(), max_prompt_tokens=longest)
+            log_probs_NL = label_log_probs(model, tokenizer, task, texts, max_prompt_tokens=longest)
         if log_probs_NL is not None and cell.scoring == "likeliest":
             evaluation = evaluate_answers(task, dataset, [labels[best] for best in log_probs_NL.argmax(1).tolist()])
         else:

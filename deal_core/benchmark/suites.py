@@ -274,6 +274,10 @@ def with_prompts(tasks: dict[str, SuiteTask], prompt: PromptForm) -> dict[str, S
     return {name: replace(task, schema=replace(task.schema, prompt=prompt)) for name, task in tasks.items()}
 
 
+ALWAYS_SAID = ("name", "format", "labels", "instruction", "template", "columns")
+"""Fields of a schema that are part of a digest even where they are the default, as in the digests of stored cells."""
+
+
 def digest_of(tasks: dict[str, SuiteTask]) -> str:
     """Digest of the tasks' content; the order of the tasks does not count.
 
@@ -283,7 +287,11 @@ def digest_of(tasks: dict[str, SuiteTask]) -> str:
     digest = hashlib.sha256()
     for name, task in sorted(tasks.items()):
         dev = [] if task.dev is None else [task.dev]
-        digest.update(json.dumps([name, task.schema.to_json(), task.train, task.test, *dev], sort_keys=True).encode())
+        defaults = TaskSchema(name=name).to_json()
+        schema = {
+            key: value for key, value in task.schema.to_json().items() if key in ALWAYS_SAID or value != defaults[key]
+        }
+        digest.update(json.dumps([name, schema, task.train, task.test, *dev], sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -171,7 +171,7 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
         settings = cell["settings"]
         train = {name: value for name, value in settings["train"].items() if name not in ("seed", *AFTER_TRAINING)}
         names = ("rows", "part", "max_test_rows", "scoring", "adapter", "base", "data", "prompt")
-        key = json.dumps([*(settings[name] for name in names), train])
+        key = json.dumps([*(settings[name] for name in names), train], sort_keys=True)
         groups[name_of(tuple(settings["tasks"]))[0], key].append(cell)
     found = []
     for (suite, key), group in groups.items():

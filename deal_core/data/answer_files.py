@@ -1,20 +1,11 @@
-"""A file of rows with their answers. It is written in chunks, so an interrupted run can continue, then merged.
-
-    OUT.partial/state.json           the settings of the run
-    OUT.partial/chunk-000000.jsonl   rows of one chunk with their answers (or .parquet)
-    OUT.partial/chunk-000000.json    number of these rows; it is written last and marks the chunk as complete
-
-A chunk depends only on its rows, so interruptions do not change a byte of the file.
-"""
+"""A file of rows with their answers. It appears in one step when all rows are written."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +19,9 @@ from deal_core.errors import ConfigError, DataValidationError
 from deal_core.regular_file import complete_file
 
 OutputKind = Literal["jsonl", "parquet"]
+Rows = Sequence[Mapping[str, Any]]
+WriteRows = Callable[[Rows, Rows], None]
+"""Takes rows, and the added values of each by the names of OWN_COLUMNS."""
 OWN_COLUMNS = ("answer", "problem", "task", "lineage", "version")
 """Columns that are added to a row; a name that the file already uses becomes deal_<name>."""
 _INT64 = 2**63
@@ -40,13 +34,6 @@ class Survey(NamedTuple):
     num_rows: int
     types: dict[str, pa.DataType]
     """Columns in order, with their types in a Parquet file."""
-
-
-class Counts(NamedTuple):
-    """Number of rows of a chunk or of a file, and of rows without an answer."""
-
-    num_rows: int
-    num_bad: int
 
 
 def survey_rows(path: Path) -> Survey:
@@ -103,92 +90,44 @@ def output_kind(path: Path) -> OutputKind:
     return kinds[path.suffix]
 
 
-@dataclass(frozen=True)
-class AnswerFiles:
-    """A file of answers that is being written, and its chunks."""
+@contextmanager
+def writing_answers(output: Path, types: Mapping[str, pa.DataType], names: Mapping[str, str]) -> Iterator[WriteRows]:
+    """Yield a function that writes rows into the new file `output`. It appears after the block; after an error, never.
 
-    output: Path
-    types: Mapping[str, pa.DataType]
-    """Columns of the rows, see `Survey.types`."""
-    names: Mapping[str, str]
-    """Names of the added columns, see `own_names`."""
+    Args:
+        output: The file.
+        types: Columns of the rows, see `Survey.types`.
+        names: Names of the added columns, see `own_names`.
 
-    @property
-    def folder(self) -> Path:
-        """Folder of the chunks."""
-        return self.output.with_name(f"{self.output.name}.partial")
+    Raises:
+        ConfigError: The file exists already, or its name ends in neither .jsonl nor .parquet.
+    """
+    kind = output_kind(output)
+    if output.exists():
+        raise ConfigError(f"{output} exists already; delete it, or give another --out.")
 
-    def begin(self, state: Mapping[str, Any]) -> None:
-        """Begin, or continue a run that was begun with the same state.
+    def whole(rows: Rows, own: Rows) -> list[dict[str, Any]]:
+        added = [{names[name]: values.get(name) for name in OWN_COLUMNS} for values in own]
+        return [{**row, **more} for row, more in zip(rows, added, strict=True)]
 
-        Raises:
-            ConfigError: The run was begun with another state, or the file exists already.
-        """
-        path = self.folder / "state.json"
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            differing = [name for name in state if before.get(name) != state[name]]
-            if differing or set(before) != set(state):
-                changes = ", ".join(f"{name} {before.get(name)!r} (now {state[name]!r})" for name in differing)
-                raise ConfigError(
-                    f"{self.folder} was begun with {changes or 'other settings'}; give the same settings to continue "
-                    "(--version, --task, --column and the file), or delete the folder to start again."
+    with complete_file(output) as part:
+        if kind == "jsonl":
+            # a lone surrogate becomes its JSON escape
+            with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                yield lambda rows, own: file.writelines(
+                    json.dumps(_plain(row), ensure_ascii=False, default=json_text, allow_nan=False) + "\n"
+                    for row in whole(rows, own)
                 )
-            return
-        if self.output.exists():
-            raise ConfigError(f"{self.output} exists already; delete it, or give another --out.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(dict(state), ensure_ascii=False, indent=2))
-
-    def counts(self, index: int) -> Counts | None:
-        """Counts of a complete chunk; None if the chunk is not complete."""
-        path = self._chunk(index).with_suffix(".json")
-        return Counts(**json.loads(path.read_text())) if path.is_file() else None
-
-    def write_chunk(self, index: int, rows: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> Counts:
-        """Write the rows of a chunk; `own` holds the added values of each row, by the names of OWN_COLUMNS."""
-        path = self._chunk(index)
-        added = [{self.names[name]: values.get(name) for name in OWN_COLUMNS} for values in own]
-        if output_kind(self.output) == "jsonl":
-            both = (_plain({**row, **more}) for row, more in zip(rows, added, strict=True))
-            lines = (json.dumps(each, ensure_ascii=False, default=json_text, allow_nan=False) + "\n" for each in both)
-            _write(path, "".join(lines))
         else:
-            with complete_file(path) as part:
-                pq.write_table(self._table(rows, added), part, compression="zstd")
-        counts = Counts(len(rows), sum(values.get("answer") is None for values in own))
-        _write(path.with_suffix(".json"), json.dumps(counts._asdict()))
-        return counts
+            columns = {**types, **dict.fromkeys(names.values(), pa.string())}
+            with pq.ParquetWriter(part, schema := pa.schema(columns), compression="zstd") as parquet:
 
-    def merge(self, num_chunks: int) -> None:
-        """Merge the complete chunks into the file, which appears in one step, and remove them."""
-        part = self.folder / f"whole{self.output.suffix}"
-        if output_kind(self.output) == "jsonl":
-            with part.open("wb") as writer:
-                for index in range(num_chunks):
-                    with self._chunk(index).open("rb") as reader:
-                        shutil.copyfileobj(reader, writer, 2**20)
-        else:
-            with pq.ParquetWriter(part, self._schema(), compression="zstd") as parquet:
-                for index in range(num_chunks):
-                    parquet.write_table(pq.read_table(self._chunk(index), schema=self._schema(), memory_map=False))
-        os.replace(part, self.output)
-        done = self.folder.with_name(f"{self.folder.name}-done")  # a half-deleted folder must not look resumable
-        shutil.rmtree(done, ignore_errors=True)
-        self.folder.rename(done)
-        shutil.rmtree(done, ignore_errors=True)
+                def write_table(rows: Rows, own: Rows) -> None:
+                    written = whole(rows, own)
+                    arrays = [_array([row.get(name) for row in written], kind) for name, kind in columns.items()]
+                    parquet.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
-    def _chunk(self, index: int) -> Path:
-        return self.folder / f"chunk-{index:06d}{self.output.suffix}"
-
-    def _schema(self) -> pa.Schema:
-        own = [pa.field(name, pa.string()) for name in self.names.values()]
-        return pa.schema([*(pa.field(name, kind) for name, kind in self.types.items()), *own])
-
-    def _table(self, rows: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]) -> pa.Table:
-        columns = [_array([row.get(name) for row in rows], kind) for name, kind in self.types.items()]
-        columns += [_array([more[name] for more in added], pa.string()) for name in self.names.values()]
-        return pa.Table.from_arrays(columns, schema=self._schema())
+                yield write_table
 
 
 def in_chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -249,9 +188,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file completely or not at all; a lone surrogate becomes its JSON escape."""
-    with complete_file(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(text)

@@ -131,7 +131,7 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
     found = {each: _matches(each, file_columns, task, source, overview) for each in wanted}
     if kind == "completion":
         _find_context(found, task)
-        if column is not None and task.joins_context and not found["context"]:
+        if column is not None and not found["context"]:
             others = CONTEXTS.get(column.strip().casefold(), ())
             found["context"] = [each for each in file_columns if each.strip().casefold() in others][:1]
     if not found[name]:
@@ -144,21 +144,14 @@ def late_keys(task: TaskSchema, columns: Columns) -> frozenset[str]:
     wanted = [name for name in OPTIONAL_OF_FORMAT[columns.format] if name not in columns.names and name != "is_random"]
     keys = {task.columns.get(name, name) for name in wanted if name != "split" or columns.splitting is None}
     if "context" in wanted and "context" not in task.columns:
-        joins = "prompt" not in task.columns and (task.format == "auto" or task.joins_context)
         prompt = columns.names.get("prompt", "").strip().casefold()
-        keys = keys - {"context"} | {*(CONTEXTS.get(prompt, ()) if joins else ())}
+        keys = keys - {"context"} | {*(CONTEXTS.get(prompt, ()) if "prompt" not in task.columns else ())}
     return frozenset(keys - {*columns.names.values()})
 
 
 def _find_context(found: dict[str, list[str]], task: TaskSchema) -> None:
-    """Decide which column is the prompt's context. A column that `task.columns` gives for the prompt has none.
-
-    A task that was learned without a context stays without one.
-    """
+    """Decide which column is the prompt's context. A column that `task.columns` gives for the prompt has none."""
     if "context" in task.columns:
-        return
-    if task.format != "auto" and not task.joins_context:
-        found["context"] = []
         return
     named = {column.strip().casefold(): column for column in found["prompt"]}
     contexts = {"input": [named["input"]] if "input" in named else [], "context": found["context"]}

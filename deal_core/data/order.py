@@ -26,14 +26,12 @@ class BucketSampler(Sampler[int]):
         batch_size: int,
         seed: int,
         *,
-        group_by_length: bool,
         labels: Sequence[Hashable] | None = None,
         blank: int | None = None,
     ) -> None:
         self._lengths = list(lengths)
         self._batch_size = batch_size
         self._seed = seed
-        self._group_by_length = group_by_length
         self._labels = labels
         self._fill = [] if blank is None else [blank] * (-len(self._lengths) % batch_size)
         self._epoch = 0
@@ -48,8 +46,6 @@ class BucketSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
         order = torch.randperm(len(self._lengths), generator=generator).tolist()
-        if not self._group_by_length:
-            return iter(self._balanced(order, generator) + self._fill)
         bucket = self._batch_size * BATCHES_PER_BUCKET
         batches: list[list[int]] = []
         for start in range(0, len(order), bucket):

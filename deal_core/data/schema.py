@@ -9,10 +9,9 @@ import string
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from deal_core.config import FORBID_UNKNOWN, check_metric
 from deal_core.errors import ConfigError, DataValidationError
@@ -46,8 +45,7 @@ ROW_SCHEMA = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha25
 """A stored row. labelled: input text, output label; completion: input prompt, output completion; chat: input the JSON
 list of the messages before the answer, output the answer's content. sha256: digest of the normalised row."""
 REFERENCES = pa.field("references", pa.list_(pa.string()))
-"""One more column of the test rows of free answers: all right answers, `output` first; null for a row with one.
-Datasets of older releases have it only if a row has several."""
+"""One more column of the test rows of free answers: all right answers, `output` first; null for a row with one."""
 REJECTED = pa.field("rejected", pa.string())
 """One more column of the rows of a task that learns preferences: the worse answer; `output` is the better one."""
 
@@ -95,16 +93,14 @@ class TaskSchema:
     Chats always have that form, so the setting changes nothing for them."""
     metric: str = "exact"
     """How an answer is scored, 0 to 1: one of METRICS, or module:function. "auto" is replaced when the dataset is
-    built: exact for labels, rouge_l for free answers. Tasks of earlier releases are judged by "exact"."""
+    built: exact for labels, rouge_l for free answers."""
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     """This project's name of a column (text, label, prompt, completion, context, messages, tools, chosen, rejected,
     split) → its name in the file."""
     label_names: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Content of a label cell → label, for files that hold numbers or codes in place of labels."""
     assistant_turns: AssistantTurns = "last"
-    """The turns of a training chat that are learned. Tasks that older releases stored learn the last one."""
-    joins_context: bool = False
-    """Whether a column that is known as context joins the prompt. Tasks that older releases stored do not read it."""
+    """The turns of a training chat that are learned."""
     learns_preferences: bool = False
     """Whether every row has a better and a worse answer, and the task learns to prefer the better one. Filled in from
     the file's columns when the dataset of a new task is built."""
@@ -147,8 +143,7 @@ class TaskSchema:
     @property
     def sha256(self) -> str:
         """Digest of all that a prompt is made of; how cells are read and answers scored is not in it."""
-        parts = [self.format, list(self.labels), self.instruction, self.template]
-        parts += ["chat"] if self.prompt == "chat" else []
+        parts = [self.format, list(self.labels), self.instruction, self.template, self.prompt]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -175,34 +170,17 @@ class TaskSchema:
 
     def to_json(self) -> dict[str, Any]:
         """The schema as a dict of JSON types."""
-        return _without_defaults({**asdict(self), "labels": list(self.labels)})
-
-    @model_serializer(mode="wrap")
-    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_defaults(handler(self))
+        return {**asdict(self), "labels": list(self.labels)}
 
     def as_asked(self) -> TaskSchema:
         """The task as a client needs it, without what only reading a file needs."""
-        return replace(self, columns={}, label_names={}, assistant_turns="last", joins_context=False)
+        return replace(self, columns={}, label_names={}, assistant_turns="last")
 
 
 def stored_columns(task: TaskSchema, split: Split) -> pa.Schema:
     """The columns of a dataset's rows; the task's format is not "auto"."""
     has_references = split == "test" and task.format != "labelled" and not task.learns_preferences
     return pa.schema([*ROW_SCHEMA, *[REFERENCES] * has_references, *[REJECTED] * task.learns_preferences])
-
-
-def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out later fields that have their defaults: schemas that do not use them are stored as ever."""
-    defaults = {
-        "label_names": {},
-        "assistant_turns": "last",
-        "joins_context": False,
-        "metric": "exact",
-        "prompt": "plain",
-        "learns_preferences": False,
-    }
-    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
 def _checked_names(names: Mapping[str, str], labels: tuple[str, ...]) -> dict[str, str]:
@@ -278,7 +256,6 @@ class DatasetManifest(VersionedJson):
         DataValidationError,
         version=SCHEMA_VERSION,
         remedy="build the dataset again from its file",
-        later=("contradictions", "test_sha256"),
     )
 
     task: TaskSchema
@@ -300,18 +277,17 @@ class DatasetManifest(VersionedJson):
     files: tuple[str, ...] = ()
     """SHA-256 of the bytes of each landed file: first the files of one arrival, then its test files. Files of other
     arrivals with the same rows follow."""
-    num_training_files: Annotated[int, Field(exclude_if=lambda number: number == 1)] = 1
+    num_training_files: int = 1
     """Number of the first of `files` that are no test files."""
-    landed_sha256: str | None = None
+    landed_sha256: str
     """Digest of the task's name and the good rows with the user's split, if any. Unlike `sha256`, it does not depend on
-    the lineage's frozen test rows. None in older manifests."""
-    num_turns: Annotated[int, Field(exclude_if=lambda number: number == 0)] = 0
+    the lineage's frozen test rows."""
+    num_turns: int = 0
     """Training rows that are earlier turns of chats. num_read counts a chat once."""
     contradictions: Contradictions | None = None
     """None: no row contradicts another."""
     test_sha256: str | None = None
-    """SHA-256 of the bytes of the file of test rows, which never changes. None if no file was written, and in older
-    manifests."""
+    """SHA-256 of the bytes of the file of test rows, which never changes. None if no file was written."""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -92,7 +92,6 @@ def completed_task(task: TaskSchema, files: Sequence[tuple[str, Columns]]) -> Ta
         format=kind,
         metric=metric,
         learns_preferences=learns_preferences,
-        joins_context=kind == "completion" and (task.format == "auto" or task.joins_context),
         assistant_turns=task.assistant_turns if kind == "chat" and not learns_preferences else "last",
     )
 

@@ -15,7 +15,7 @@ from deal_core.judging_config import GateConfig
 _SLACK = 1e-9
 """Tolerance for rounding: a gain of 0.6 − 0.5 must not miss a floor of 10 points."""
 
-VetoKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter", "judge"]
+VetoKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,6 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
         *_drops(drops, config.max_drop_points),
         *_drops(of_slices, config.max_old_slice_drop_points),
         *_mean_drop(drops, config),
-        *_judged(report, config),
         *_general_ability(report, config),
         *_adapter(report, config),
     ]
@@ -172,24 +171,6 @@ def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
             limit=limit,
             message=f"The {len(drops)} old tasks fell by {mean:.1f} points on average; the limit is {limit:.1f}.",
         )
-
-
-def _judged(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
-    """Tasks in which the judge prefers the champion. A task without verdicts has no veto; a note says so."""
-    if config.judge != "veto":
-        return
-    for task, judged in report.judged.items():
-        drop, limit = judged.drop, config.max_drop_points
-        if drop.num_rows and drop.points > limit + 100 * _SLACK and drop.lower_bound(config.confidence) > 0:
-            yield Veto(
-                kind="judge",
-                task=task,
-                value=drop.points,
-                limit=limit,
-                message=f"{task}: the judge {judged.model} prefers the champion in {judged.num_lost} of "
-                f"{drop.num_rows} test rows and this version in {judged.num_won}: {drop.points:.1f} points "
-                f"more for the champion; the limit is {limit:.1f} points.",
-            )
 
 
 def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:

@@ -32,6 +32,8 @@ from deal_core.evaluation.answering import ServedTask
 
 OnProgress = Callable[[int], None]
 """Called with the number of rows just read or answered."""
+MAX_BATCH_TOKENS = 4096
+"""Most prompt tokens of a batch, padding included. A longer prompt is a batch of its own."""
 MAX_LOGIT_BYTES = 2**30
 """Most bytes for the logits of a batch. With a vocabulary of 128,000, a hundred answers of 50 tokens would need five
 times as many."""
@@ -176,9 +178,7 @@ def answer_prompts(
     """Generate one greedy answer per prompt (token ids) with its confidence, in the prompts' order."""
     found: dict[int, GivenAnswer] = {}
     limit, recorder = answer_limit(tokenizer, task, config), ConfidenceRecorder(tokenizer, task)
-    for batch, tokens, _ in generate(
-        model, tokenizer, prompts, limit, max_batch_tokens=config.max_batch_tokens, recorder=recorder
-    ):
+    for batch, tokens, _ in generate(model, tokenizer, prompts, limit, recorder=recorder):
         texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         is_cut = [tokenizer.eos_token_id not in new for new in tokens]
         given = map(GivenAnswer, texts, recorder.confidences(tokens, texts), is_cut)
@@ -206,20 +206,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    max_batch_tokens: int,
     with_logits: bool = False,
     recorder: ConfidenceRecorder | None = None,
 ) -> Iterator[Generated]:
     """Continue prompts (token ids) greedily, in batches of similar length. A prefix that all share is computed once.
 
-    The prompts of a batch have at most `max_batch_tokens`, padding included. With `with_logits` the logits are kept:
-    they take 8·V bytes per new token of a batch (two fp32 copies), at most MAX_LOGIT_BYTES. `recorder` sees the scores
-    of each new token; it holds those of the batch that was yielded last. The model is in evaluation mode afterwards.
+    With `with_logits` the logits are kept: they take 8·V bytes per new token of a batch (two fp32 copies), at most
+    MAX_LOGIT_BYTES. `recorder` sees the scores of each new token; it holds those of the batch that was yielded last.
+    The model is in evaluation mode afterwards.
     """
     model.eval()
     prefix = read_prefix(model, prompts)
     max_rows = MAX_LOGIT_BYTES // (8 * max_new_tokens * model.config.vocab_size) if with_logits else len(prompts)
-    for batch in batches_by_length([len(p) for p in prompts], max_batch_tokens, max(1, max_rows)):
+    for batch in batches_by_length([len(p) for p in prompts], max(1, max_rows)):
         chosen = [prompts[i] for i in batch]
         if recorder is not None:
             recorder.begin()
@@ -253,12 +252,12 @@ def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: E
     return min(config.max_new_tokens, longest + 1)
 
 
-def batches_by_length(lengths: Sequence[int], max_tokens: int, max_rows: int) -> Iterator[list[int]]:
-    """Yield row numbers, longest first, in batches whose padded size stays under max_tokens."""
+def batches_by_length(lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:
+    """Yield row numbers, longest first, in batches of at most `max_rows` rows and MAX_BATCH_TOKENS."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     start = 0
     while start < len(order):
-        size = min(max_rows, max(1, max_tokens // max(1, lengths[order[start]])))
+        size = min(max_rows, max(1, MAX_BATCH_TOKENS // max(1, lengths[order[start]])))
         yield order[start : start + size]
         start += size
 

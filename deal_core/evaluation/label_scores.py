@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.language_model import LanguageModel
-from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -39,7 +38,6 @@ def label_log_probs(
     tokenizer: PreTrainedTokenizerBase,
     task: TaskSchema,
     inputs: Sequence[str],
-    config: EvaluateConfig,
     *,
     max_prompt_tokens: int,
     on_progress: OnProgress | None = None,
@@ -56,7 +54,7 @@ def label_log_probs(
     found_NL = torch.zeros(len(prompts), len(labels))
     prefix = read_prefix(model, prompts)
     max_rows = MAX_LOGIT_BYTES // (8 * max(map(len, labels)) * model.config.vocab_size)
-    for batch in batches_by_length([len(prompt) for prompt in prompts], config.max_batch_tokens, max(1, max_rows)):
+    for batch in batches_by_length([len(prompt) for prompt in prompts], max(1, max_rows)):
         chosen, pad = [prompts[i] for i in batch], int(tokenizer.pad_token_id or 0)
         if model.config.is_encoder_decoder:
             found_NL[batch] = _score_seq2seq(model, chosen, labels, pad)
@@ -72,16 +70,13 @@ def label_scores(
     tokenizer: PreTrainedTokenizerBase,
     task: TaskSchema,
     rows: Dataset,
-    config: EvaluateConfig,
     *,
     max_prompt_tokens: int,
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Return the labels' log-probabilities (N, L), and the number of each row's right label (N)."""
     numbers = number_labels(task.labels)
     targets_N = np.array([numbers[plain_answer(output)] for output in rows["output"]])
-    log_probs_NL = label_log_probs(
-        model, tokenizer, task, list(rows["input"]), config, max_prompt_tokens=max_prompt_tokens
-    )
+    log_probs_NL = label_log_probs(model, tokenizer, task, list(rows["input"]), max_prompt_tokens=max_prompt_tokens)
     return log_probs_NL.double().numpy(), targets_N
 
 

@@ -149,7 +149,7 @@ def read_answers(
         longest = max(len(row["answer_ids"]) for row in encoded)
         max_rows = max(1, MAX_LOGIT_BYTES // (12 * longest * model.config.vocab_size))
         lengths = [row["length"] for row in encoded]
-        for batch in batches_by_length(lengths, EvaluateConfig().max_batch_tokens, max_rows):
+        for batch in batches_by_length(lengths, max_rows):
             collated = collate([encoded[i] for i in batch])
             features = {name: value.to(device_of(model)) for name, value in collated.items()}
             yield ReadBatch(

@@ -21,7 +21,7 @@ class AccuracyMatrix(VersionedJson):
     before it (needed for forward transfer). A benchmark may fill only the first and last cells after that.
     """
 
-    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1, later=("slices", "measured_from"))
+    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1)
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     tasks: tuple[str, ...] = ()

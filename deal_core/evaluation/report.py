@@ -42,45 +42,13 @@ class AdapterFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """A judge's comparison of the new version's answers with the champion's."""
-
-    model: str
-    """Name of the judge's model."""
-    scores: Scores
-    """Per row: 1 if the new version's answer is better in both orders, 0 if the champion's is, else 0.5."""
-    num_missing: int = 0
-    """Rows without a verdict, because the judge failed."""
-
-    @property
-    def num_won(self) -> int:
-        """Rows in which the new version is better."""
-        return self.scores.count(1.0)
-
-    @property
-    def num_lost(self) -> int:
-        """Rows in which the champion is better."""
-        return self.scores.count(0.0)
-
-    @property
-    def num_even(self) -> int:
-        """Rows in which neither is better."""
-        return len(self.scores) - self.num_won - self.num_lost
-
-    @property
-    def drop(self) -> PairedDrop:
-        """Rows that the champion won, less rows that the new version won."""
-        return PairedDrop.of_hits(len(self.scores), self.num_lost, self.num_won)
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationReport(VersionedJson):
     """Scores of one version, its parent and the untouched base.
 
     An accuracy is the mean score of a task's test rows by the task's metric, 0 to 1.
     """
 
-    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=4, later=("judged",))
+    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=4)
 
     task: str
     """The task that the version was trained on."""
@@ -116,8 +84,6 @@ class EvaluationReport(VersionedJson):
     own under its name."""
     labels: Mapping[str, tuple[LabelFigures, ...]] = field(default_factory=dict)
     """Per labelled task, the new version's recall and share of answers of each label."""
-    judged: Mapping[str, Judged] = field(default_factory=dict)
-    """Per task of free answers, the judge's comparison with the champion; empty if no judge was asked."""
 
     def __post_init__(self) -> None:
         missing = ({self.task} | set(self.parent_accuracies)) - set(self.accuracies)

@@ -54,13 +54,9 @@ class Prediction:
     is_failed: bool | None = None
     """True: the version failed on the row during a rollout, so there is no answer. None: there is one."""
 
-    def to_row(self) -> dict[str, Any]:
-        """Return the columns with their values. Those of a rollout are left out where they are empty."""
-        return {name: value for name, value in vars(self).items() if name not in ROLLOUT_COLUMNS or value is not None}
-
 
 ROLLOUT_COLUMNS = ("shadow_of", "is_failed")
-"""Columns that came later. Only rows of a rollout have values there."""
+"""Columns that have values only in rows of a rollout."""
 COLUMNS: tuple[str, ...] = tuple(each.name for each in fields(Prediction) if each.name not in ROLLOUT_COLUMNS)
 """The names of the columns of an answer that was returned, in order."""
 

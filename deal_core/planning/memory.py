@@ -20,7 +20,7 @@ from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
 from deal_core.strategies.questions import longest_old_answer, tasks_to_ask
-from deal_core.strategies.strategy import TaskTexts
+from deal_core.strategies.strategy import Strategy, TaskTexts
 
 FP32 = 4
 BYTES_OF = {"bf16": 2, "fp32": 4}
@@ -140,10 +140,9 @@ class MethodShape:
 
     rank: int
     strategy: str
-    """Name of the strategy. The further tensors of O-LoRA, ELLA, EWC and LwF are not counted."""
     method: MethodConfig
     is_first_task: bool
-    """Whether the run starts from the base. Then every strategy trains A and B."""
+    """Whether the run starts from the base. Then every strategy trains A and B, and holds nothing else."""
 
 
 def plan_memory(
@@ -161,52 +160,32 @@ def plan_memory(
     `batch` is the larger of training batch and rehearsed questions, which go through the model one after the other;
     `activations` are its own. `precision` is that of the frozen weights.
     """
-    adapter, optimiser, arrival = _method_bytes(model, shape)
+    learner = Strategy if shape.is_first_task else strategy_class(shape.strategy)
+    numbers = learner.tensor_numbers(shape.method, model.modules, shape.rank)
     kept = activations.kept(model.num_layers, checkpointing=train.gradient_checkpointing)
     scores = batch.num_rows * model.num_heads * batch.num_tokens**2
     workspace = max(
         LOGIT_COPIES * FP32 * batch.num_rows * batch.num_answer_tokens * model.vocab_size,
         SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,  # beyond: the fused pass, which holds none
         3 * BYTES_OF[precision] * batch.num_rows * batch.num_tokens * model.intermediate_size,
-        arrival - kept,  # used before the first batch, so never together with the activations
+        FP32 * numbers.arrival - kept,  # used before the first batch, so never together with the activations
     )
     weights = model.weight_bytes(precision, train.quantize)
-    return MemoryPlan(weights=weights, adapter=adapter, optimiser=optimiser, activations=kept, workspace=workspace)
+    return MemoryPlan(
+        weights=weights,
+        adapter=FP32 * numbers.adapter,
+        optimiser=FP32 * numbers.optimiser,
+        activations=kept,
+        workspace=workspace,
+    )
 
 
-def _method_bytes(model: ModelSize, shape: MethodShape) -> tuple[int, int, int]:
-    """Bytes of adapter and method tensors, of gradients and moments, and of the decomposition when a task arrives."""
-    num_A, num_B = model.num_factor_numbers(shape.rank)
-    factors = num_A + num_B
-    if shape.strategy != "deal" or shape.is_first_task:
-        return FP32 * factors, FP32 * 3 * factors, 0
-    deal = shape.method.deal
-    if deal.core == "free":
-        return FP32 * factors, FP32 * 3 * factors, 0
-    guarded = num_A if deal.form == "spectral" else 0
-    mixing = 2 * len(model.modules) * shape.rank**2 if deal.core == "soft" and deal.mixing else 0
-    # the adapter, its starting factors and the offset b
-    adapter = 3 * factors + guarded + mixing
-    # gradients of A and B; for b and Ω gradients and two moments
-    optimiser = factors + 3 * (factors + mixing)
-    return FP32 * adapter, FP32 * optimiser, FP32 * 6 * factors
-
-
-def largest_batch(
-    train: TrainConfig, method: MethodConfig, *, num_old_tasks: int, strategy: str, learns_preferences: bool = False
-) -> int:
-    """Most rows that go through the model at once: the batch or, after it, the rehearsed questions.
+def largest_batch(train: TrainConfig, *, questions_per_step: int, learns_preferences: bool = False) -> int:
+    """Most rows that go through the model at once: the batch or, after it, the questions about old tasks.
 
     A row of preferences goes through the model twice: with its better and with its worse answer.
     """
-    num_rows = 2 * train.batch_size if learns_preferences else train.batch_size
-    return max(num_rows, rehearsed_rows(method, num_old_tasks=num_old_tasks, strategy=strategy))
-
-
-def rehearsed_rows(method: MethodConfig, *, num_old_tasks: int, strategy: str) -> int:
-    """Questions about old tasks in every optimiser step, in addition to the batch."""
-    asks = (strategy == "deal" and method.rehearsal.texts != "none") or strategy in ("replay", "lwf")
-    return method.rehearsal.rows_per_step if asks and num_old_tasks else 0
+    return max(2 * train.batch_size if learns_preferences else train.batch_size, questions_per_step)
 
 
 def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> int:

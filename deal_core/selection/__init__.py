@@ -1,39 +1,34 @@
 """Selection: which rows of an arrival are trained on. It comes before the strategy, so every strategy heeds it.
 
 Another package adds a score with an entry point in the group GROUP: its name is the score's name, its value the class.
-`deal_core.selection.conformance` checks such a class. Nothing is imported before a score is used.
+Nothing is imported before a score is used. Scores after papers are in `benchmarks.method`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deal_core.method_config import SelectionConfig
 from deal_core.plugins import Plugins
 
 if TYPE_CHECKING:
     from deal_core.selection.score import RowScore
 
 GROUP = "deal_pipeline.scores"
-_SCORES = "deal_core.selection.score"
-OWN = {
-    "random": f"{_SCORES}:RandomScore",
-    "loss": f"{_SCORES}:LossScore",
-    "length": f"{_SCORES}:LengthScore",
-    "difficulty": f"{_SCORES}:DifficultyScore",
-    "errors": f"{_SCORES}:ErrorScore",
-    "gradient": f"{_SCORES}:GradientScore",
-}
+OWN = {"random": "deal_core.selection.score:RandomScore"}
 """This project's scores. Another package cannot replace them."""
 PLUGINS = Plugins(kind="Score", setting="selection.score", group=GROUP, own=OWN)
 
 
-def check_score_name(name: str) -> str:
-    """Return the name.
+def check_score(config: SelectionConfig) -> None:
+    """Refuse a score that there is not, or options that it does not take.
 
     Raises:
-        ConfigError: There is no such score.
+        ConfigError: There is no such score or option, or a value does not fit.
     """
-    return PLUGINS.entry(name).name
+    PLUGINS.entry(config.score)
+    if config.score_options:
+        score_class(config.score)(config.score_options)
 
 
 def score_class(name: str) -> type[RowScore]:

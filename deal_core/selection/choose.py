@@ -24,7 +24,7 @@ from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
-from deal_core.errors import AdapterStateError
+from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation.generation import counting
 from deal_core.evaluation.likelihood import MeasuredAnswers, measure
 from deal_core.method_config import SelectionConfig
@@ -33,7 +33,7 @@ from deal_core.safe_text import listed
 from deal_core.schema_version import Kept, VersionedJson
 from deal_core.selection import score_class
 from deal_core.selection.label_noise import LabelCheck, check_labels
-from deal_core.selection.score import Candidates
+from deal_core.selection.score import Candidates, RandomScore
 from deal_core.strategies.strategy import SEED_STRIDE
 from deal_core.training.train import TrainingSetup
 
@@ -44,8 +44,6 @@ PURPOSE_STRIDE = 7_919
 """Distance between the seeds of these choices."""
 MAX_NAMED = 10
 """Suspected rows that a note names."""
-UNDECIDED = (0.1, 0.9)
-"""A row whose difficulty lies outside is answered rightly, or wrongly, almost always."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def choose_rows(
     with the number of rows that the model has read, and the number that it will read.
 
     Raises:
-        ConfigError: The score is not known or cannot be used.
+        ConfigError: The score is not known or cannot be used, or it returns something else than a number for each row.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     key = _key(rows, setup, parent_folder)
@@ -125,10 +123,10 @@ class _Choosing:
         self._config = config = setup.method.selection
         self._labels = [str(label) for label in rows["output"]] if setup.task.labels else None
         self._budget = config.num_kept(len(rows))
-        self._score = score_class(config.score)
+        self._score = score_class(config.score)(config.score_options)
         self._lacks_parent = self._score.reads_model and parent_folder is None
         if self._lacks_parent:
-            self._score = score_class("random")
+            self._score = RandomScore()
         self._measures = config.keep is not None and self._score.reads_model
         self._checks_labels = config.noise != "none" and self._labels is not None
         num_arrivals = 0 if parent_folder is None else load_method_state(parent_folder).num_arrivals
@@ -144,9 +142,20 @@ class _Choosing:
         else:
             candidates = [row for row in looked_at if row not in left_out]
             measured = self._measure(candidates) if self._measures else None
-            scores_N = self._score().score(self._candidates(candidates, measured))
+            scored = self._candidates(candidates, measured)
+            scores_N = self._score.score(scored)
+            num_finite = int(scores_N.isfinite().sum())
+            if scores_N.shape != (len(candidates),) or num_finite < len(candidates):
+                raise ConfigError(
+                    f"The score {self._score.name!r} returned {num_finite} finite numbers in the shape "
+                    f"{tuple(scores_N.shape)} for {len(candidates)} rows; correct it to return one for each row."
+                )
             chosen = self._pick(scores_N, candidates, self._budget, self._config, PICK)
-            notes = [*self._about_choice(chosen), *self._about_measured(chosen, candidates, measured)]
+            notes = [
+                *self._about_choice(chosen),
+                *self._about_measured(chosen, candidates, measured),
+                *self._score.notes(scored),
+            ]
         if self._config.noise != "none":
             notes += [self._about_labels(checked), *self._about_rows()]
         return ChosenRows(key=key, rows=tuple(chosen), notes=tuple(notes))
@@ -160,7 +169,7 @@ class _Choosing:
         limit = max(self._config.max_scored, 0 if self._config.keep is None else self._budget)
         if not (self._measures or self._checks_labels) or len(everything) <= limit:
             return everything
-        random_N = score_class("random")().score(self._candidates(everything, None, SAMPLE))
+        random_N = RandomScore().score(self._candidates(everything, None, SAMPLE))
         return self._pick(random_N, everything, limit, SelectionConfig(), SAMPLE)
 
     def _candidates(self, rows: Sequence[int], measured: MeasuredAnswers | None, purpose: int = SCORE) -> Candidates:
@@ -168,7 +177,6 @@ class _Choosing:
             rows=self._rows.select(rows),
             task=self._task,
             measured=measured,
-            config=self._config,
             seed=self._seed(purpose),
         )
 
@@ -207,7 +215,7 @@ class _Choosing:
             "weighted": f"at random, by exp({name} / {config.temperature:g})",
             "band": f"at random between the quantiles {config.band[0]:g} and {config.band[1]:g}",
         }[config.pick]
-        by = "at random" if name == "random" else f"by {name} ({how})"
+        by = "at random" if isinstance(self._score, RandomScore) else f"by {name} ({how})"
         yield f"{len(chosen):,} of {len(self._rows):,} training rows were chosen {by}{self._of_labels(chosen)}"
         if self._lacks_parent:
             yield (
@@ -239,17 +247,11 @@ class _Choosing:
         read = f"{len(candidates):,}" + (" rows" if len(candidates) == len(self._rows) else " rows drawn at random")
         places = {row: place for place, row in enumerate(candidates)}
         chosen_n = torch.tensor([places[row] for row in chosen])
-        loss_N, failure_N = measured.mean_loss, measured.failure_rate
+        loss_N = measured.mean_loss
         yield (
             f"the parent version read {read}; its mean loss per answer token is {float(loss_N.mean()):.2f}, on the "
             f"chosen rows {float(loss_N[chosen_n].mean()):.2f}"
         )
-        if self._score.name == "difficulty":
-            num_undecided = int(((failure_N > UNDECIDED[0]) & (failure_N < UNDECIDED[1])).sum())
-            yield (
-                f"{num_undecided:,} rows that were read have a difficulty between {UNDECIDED[0]} and {UNDECIDED[1]}; "
-                "the others are answered the same almost always"
-            )
 
     def _about_labels(self, checked: LabelCheck) -> str:
         """A note: the rows whose label is probably wrong."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
-from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.data.collate import pad_batch
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -89,7 +89,6 @@ def features(
     inputs: Sequence[str],
     *,
     max_prompt_tokens: int,
-    max_batch_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> Tensor:
     """Return the last layer's hidden state at the end of every prompt; for T5, the mean over the encoder's states.
@@ -102,7 +101,7 @@ def features(
     body = model.get_encoder() if is_seq2seq else model.base_model
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
-    for batch in batches_by_length([len(prompt) for prompt in prompts], max_batch_tokens, len(prompts)):
+    for batch in batches_by_length([len(prompt) for prompt in prompts], len(prompts)):
         ids, mask = pad_batch([prompts[i] for i in batch], pad, side="right")
         states_BTD = body(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
         last_B = mask.sum(1) - 1
@@ -134,7 +133,6 @@ def check_labels(
             task,
             rows[start : start + CHUNK_ROWS]["input"],
             max_prompt_tokens=train.max_prompt_tokens,
-            max_batch_tokens=EvaluateConfig().max_batch_tokens,
             on_progress=count,
         )
         for start in range(0, len(rows), CHUNK_ROWS)

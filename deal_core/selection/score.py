@@ -1,13 +1,13 @@
-"""The interface of all scores, one number per row by which rows are chosen, and this project's scores.
+"""The interface of all scores, one number per row by which rows are chosen, and random numbers.
 
-Shapes: N candidate rows. p is the probability of a row's whole answer under the parent, its tokens given one after
-another (teacher forcing). -log p is the sum over the K tokens of the answer, the end token included.
+Shapes: N candidate rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.likelihood import MeasuredAnswers
-from deal_core.method_config import SelectionConfig
+from deal_core.plugins import check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,6 @@ class Candidates:
     task: TaskSchema
     measured: MeasuredAnswers | None
     """What the parent makes of each row; None unless the score reads the model."""
-    config: SelectionConfig
     seed: int
 
 
@@ -37,15 +36,21 @@ class RowScore:
     name: ClassVar[str]
     reads_model: ClassVar[bool] = False
     """Whether the score needs `Candidates.measured`: the parent reads every candidate row once."""
+    Options: ClassVar[type[Any] | None] = None
+    """The class of the score's own settings, `selection.score_options` in a spec. It is made by
+    `deal_core.limits.settings("selection.score_options")`, so it checks them; None: there are none."""
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        self.options = check_options(f"Score {self.name!r}", self.Options, options or {})
 
     def score(self, candidates: Candidates) -> Tensor:
         """Return finite numbers, shape (N,), in the order of the rows."""
         raise NotImplementedError
 
-
-def _measured(candidates: Candidates) -> MeasuredAnswers:
-    assert candidates.measured is not None, "a score that reads the model gets what was measured"
-    return candidates.measured
+    def notes(self, candidates: Candidates) -> Sequence[str]:
+        """Return remarks for people about the rows that were scored."""
+        del candidates
+        return ()
 
 
 class RandomScore(RowScore):
@@ -57,76 +62,3 @@ class RandomScore(RowScore):
         """Return uniform numbers of [0, 1)."""
         generator = torch.Generator().manual_seed(candidates.seed)
         return torch.rand(len(candidates.rows), generator=generator, dtype=torch.float64)
-
-
-class LengthScore(RowScore):
-    """The number of characters of the answer, after InfiAlign (arXiv 2508.05496); for labels, of the input."""
-
-    name = "length"
-
-    def score(self, candidates: Candidates) -> Tensor:
-        """Return whole numbers."""
-        texts = candidates.rows["input" if candidates.task.labels else "output"]
-        return torch.tensor([len(text) for text in texts], dtype=torch.float64)
-
-
-class LossScore(RowScore):
-    """The mean loss per answer token, -log p / K."""
-
-    name = "loss"
-    reads_model: ClassVar[bool] = True
-
-    def score(self, candidates: Candidates) -> Tensor:
-        """Return numbers of at least 0."""
-        return _measured(candidates).mean_loss
-
-
-class DifficultyScore(RowScore):
-    """-|d - selection.target|, d = 1 - p, after DOTS (arXiv 2506.05316).
-
-    d is the expected share of wrong answers among answers that are sampled at temperature 1, if only the exact answer
-    counts. DOTS chooses the d near 0.5 because the gradient of its reinforcement learning is largest there. The
-    gradient of cross-entropy grows with d, so 0.5 is a rule of thumb here.
-    """
-
-    name = "difficulty"
-    reads_model: ClassVar[bool] = True
-
-    def score(self, candidates: Candidates) -> Tensor:
-        """Return numbers of [-1, 0]; 0 is a row as difficult as the target."""
-        return -(_measured(candidates).failure_rate - candidates.config.target).abs()
-
-
-class GradientScore(RowScore):
-    """The norm of the gradient of the mean loss per answer token with respect to the logits, ‖∂(−log p / K)/∂z‖.
-
-    This is EL2N (arXiv 2107.07075), after GrADS (arXiv 2511.08620), which reads the gradients of the embeddings and the
-    output layer, in a density that its text does not fix: `selection.pick: band` leaves out both ends. Of one token the
-    norm is ‖softmax(z) − onehot‖, from 0 to √2, so it tells less than the loss about tokens that are very improbable.
-    """
-
-    name = "gradient"
-    reads_model: ClassVar[bool] = True
-
-    def score(self, candidates: Candidates) -> Tensor:
-        """Return numbers of [0, √2]."""
-        measured = _measured(candidates)
-        return measured.gradient_N / measured.num_tokens_N
-
-
-class ErrorScore(RowScore):
-    """Wrong answers first, after DEED (arXiv 2403.00046).
-
-    A greedy answer is right if, and only if, every answer token is the likeliest one after the tokens before it.
-    Labels: (is wrong) + 1 - p, so wrong answers come first, and within the wrong and the right ones the least likely.
-    Texts: the share of answer tokens that are not the likeliest.
-    """
-
-    name = "errors"
-    reads_model: ClassVar[bool] = True
-
-    def score(self, candidates: Candidates) -> Tensor:
-        """Return numbers of [0, 2]."""
-        measured = _measured(candidates)
-        missed_N = 1 - measured.num_hits_N / measured.num_tokens_N
-        return (missed_N > 0) + measured.failure_rate if candidates.task.labels else missed_N

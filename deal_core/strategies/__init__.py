@@ -1,7 +1,8 @@
 """Strategies: ways of learning a task, with one interface.
 
 Another package adds a strategy with an entry point in the group GROUP: its name is the strategy's name, its value the
-class. `deal_core.strategies.conformance` checks such a class. Nothing is imported before a strategy is used.
+class. `deal_core.strategies.conformance` checks such a class. Nothing is imported before a strategy is used. The
+strategies that `deal` is compared with are in `benchmarks.method`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
-from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
 from deal_core.plugins import Plugins
 
@@ -17,17 +17,10 @@ if TYPE_CHECKING:
     from deal_core.strategies.strategy import Strategy
 
 GROUP = "deal_pipeline.strategies"
-RIVALS = "deal_core.strategies.rivals"
 OWN = {
     "deal": "deal_core.strategies.deal:Deal",
-    "seq_lora": f"{RIVALS}:SeqLora",
-    "inc_lora": f"{RIVALS}:IncLora",
-    "o_lora": f"{RIVALS}:OLora",
-    "ella": f"{RIVALS}:Ella",
-    "ewc": f"{RIVALS}:Ewc",
-    "lwf": f"{RIVALS}:Lwf",
-    "replay": f"{RIVALS}:Replay",
-    "slao": f"{RIVALS}:Slao",
+    "seq_lora": "deal_core.strategies.seq_lora:SeqLora",
+    "replay": "deal_core.strategies.replay:Replay",
 }
 """This project's strategies. Another package cannot replace them."""
 PLUGINS = Plugins(kind="Strategy", setting="strategy", group=GROUP, own=OWN)
@@ -36,11 +29,6 @@ PLUGINS = Plugins(kind="Strategy", setting="strategy", group=GROUP, own=OWN)
 def find_strategies() -> dict[str, EntryPoint]:
     """Return every strategy that can be used, by name, this project's first."""
     return PLUGINS.find()
-
-
-def register_strategy(name: str, place: str) -> None:
-    """Make a class ("package.module:Class") a strategy of this process, without an entry point; for benchmarks."""
-    OWN.setdefault(name, place)
 
 
 def check_strategy_name(name: str) -> str:
@@ -69,9 +57,4 @@ def make_strategy(name: str, config: MethodConfig, seed: int) -> Strategy:
     Raises:
         ConfigError: There is no such strategy, its package cannot be used, or it does not take the options.
     """
-    strategy = strategy_class(name)
-    if strategy.options is None and config.options:
-        raise ConfigError(
-            f"Strategy {name!r} takes no options, and {', '.join(config.options)} is given; leave it out."
-        )
-    return strategy(config, seed)
+    return strategy_class(name)(config, seed)

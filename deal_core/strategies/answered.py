@@ -32,9 +32,7 @@ def answered(
         prompts += [encode_prompt(tokenizer, old, text, max_prompt_tokens) for text in drawn]
         limits += [answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=max_new_tokens))] * len(drawn)
     questions: dict[int, Question] = {}
-    for batch, answers, logits_BKV in generate(
-        model, tokenizer, prompts, max(limits, default=1), max_batch_tokens=evaluate.max_batch_tokens, with_logits=True
-    ):
+    for batch, answers, logits_BKV in generate(model, tokenizer, prompts, max(limits, default=1), with_logits=True):
         assert logits_BKV is not None
         for i, answer, logits_KV in zip(batch, answers, logits_BKV, strict=True):
             ids = _until_end(answer[: limits[i]], tokenizer.eos_token_id)

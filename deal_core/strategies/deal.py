@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from deal_core.method_config import MethodConfig
+from deal_core.strategies.strategy import (
+    SEED_STRIDE,
+    MethodState,
+    OldRows,
+    PlannedArrival,
+    Stores,
+    Strategy,
+    TaskContext,
+    TensorNumbers,
+)
 
-from deal_core.adapter.reparametrize import Reparametrization
-from deal_core.adapter.stack import check_rank
-from deal_core.method_config import MethodConfig, asks_own_texts
-from deal_core.strategies.own_texts import with_own_texts
-from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
-from deal_core.strategies.rehearsal import Rehearsal
-from deal_core.strategies.strategy import SEED_STRIDE, MethodState, OldRows, Stores, Strategy, TaskContext
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor, nn
+
+    from deal_core.adapter.reparametrize import Reparametrization
+    from deal_core.strategies.rehearsal import Rehearsal
 
 
 class Deal(Strategy):
@@ -26,6 +34,8 @@ class Deal(Strategy):
 
     name = "deal"
     reads = ("deal", "rehearsal")
+    memories = ("none", "tests", "rows")
+    first_is_plain = True
     revision = 2  # recycled slots get other seeds with every arrival
 
     @property
@@ -36,10 +46,44 @@ class Deal(Strategy):
     @classmethod
     def old_rows(cls, config: MethodConfig) -> OldRows:
         """Return "unused" if the old tasks are asked about texts of their own."""
-        return "unused" if asks_own_texts(cls.name, config) else "none"
+        return "unused" if config.rehearsal.texts == "own" else "none"
+
+    @classmethod
+    def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return how many questions a step asks. A task that returns is asked about only by its kept rows."""
+        rehearsal = config.rehearsal
+        is_asked = rehearsal.keeps_rows or any(old.name != arrival.task.name for old in arrival.old_tasks)
+        return rehearsal.rows_per_step if arrival.old_tasks and is_asked and rehearsal.texts != "none" else 0
+
+    @classmethod
+    def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return how many questions the parent answers before the first step."""
+        from deal_core.strategies.questions import num_answered
+
+        return num_answered(config.rehearsal, arrival) if config.rehearsal.texts != "none" else 0
+
+    @classmethod
+    def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:
+        """Count the tensors of the retention network and of the parent's decomposition, if there is a core."""
+        if config.deal.core == "free":
+            return super().tensor_numbers(config, modules, rank)
+        inputs = rank * sum(num_in for _, num_in in modules)
+        factors = inputs + rank * sum(num_out for num_out, _ in modules)
+        mixing = 2 * len(modules) * rank**2 if config.deal.core == "soft" and config.deal.mixing else 0
+        return TensorNumbers(
+            # the adapter, its starting factors, the offset b, the guarded directions and Ω
+            adapter=3 * factors + inputs + mixing,
+            # gradients of A and B; for b and Ω gradients and two moments
+            optimiser=factors + 3 * (factors + mixing),
+            arrival=6 * factors,
+        )
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""
+        from deal_core.adapter.stack import check_rank
+        from deal_core.strategies.own_texts import with_own_texts
+        from deal_core.strategies.questions import make_rehearsal
+
         super().prepare(model, state, context)
         self._rows = {} if state is None else state.stored_rows
         own = with_own_texts(self.config.rehearsal, context.old_texts, context.task)
@@ -52,10 +96,16 @@ class Deal(Strategy):
         check_rank(self.stacks)
         if self.config.deal.core == "free":
             return
-        self.network = Reparametrization(self.stacks, self.config.deal, self.fresh())
+        self.network = self.reparametrization()
         self.network.synchronise()
         self.network.materialise()
         self._drift = self._rehearsal.drift(model) if self._rehearsal else None
+
+    def reparametrization(self) -> Reparametrization:
+        """Return the retention network, made from the parent's factors."""
+        from deal_core.adapter.reparametrize import Reparametrization
+
+        return Reparametrization(self.stacks, self.config.deal, self.fresh())
 
     def rehearsal(self) -> Rehearsal | None:
         """Return the questions about old tasks."""
@@ -88,14 +138,17 @@ class Deal(Strategy):
             self.network.load_state_dict(tensors)
             self.network.materialise()
 
-    @torch.no_grad()
     def finish(self) -> MethodState:
         """Keep rows if the rehearsal stores them, and the answers that later arrivals are held to."""
+        from deal_core.strategies.questions import keep_rows
+
         kept = keep_rows(self.config.rehearsal, self.context, self._rows, self.seed)
         return MethodState(strategy=self.name, stores=self.stores, tensors={**kept, **self._answers})
 
     def notes(self) -> tuple[str, ...]:
         """Describe the rehearsal, the size of the adapter's core, and whether the adapter is full."""
+        from deal_core.strategies.questions import not_asked
+
         found = list(super().notes())
         config = self.config.rehearsal
         if config.asks_about_arrival and (names := not_asked(config, self.context)):

@@ -19,7 +19,6 @@ from scipy.special import softmax
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.language_model import LanguageModel
-from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.errors import TrainingDivergedError
 from deal_core.evaluation.label_scores import Floats, label_scores
@@ -48,9 +47,7 @@ def recentred_questions(
         TrainingDivergedError: The model's scores are not finite.
     """
     task, limit = texts.task, texts.max_prompt_tokens
-    log_probs_NL, targets_N = label_scores(
-        model, tokenizer, task, texts.rows, EvaluateConfig(), max_prompt_tokens=limit
-    )
+    log_probs_NL, targets_N = label_scores(model, tokenizer, task, texts.rows, max_prompt_tokens=limit)
     if not np.isfinite(log_probs_NL).all():
         raise TrainingDivergedError(
             f"The adapter scores labels of {task.name} with numbers that are not finite: its training diverged. Lower "

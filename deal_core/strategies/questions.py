@@ -16,7 +16,7 @@ from deal_core.method_config import RehearsalConfig
 from deal_core.strategies.answered import answered
 from deal_core.strategies.own_texts import ask_about_own_texts, with_own_texts, without_own_texts
 from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack
-from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext, TaskTexts
+from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, PlannedArrival, TaskContext
 
 MIN_SHARING = 8
 """With fewer questions per old task, all tasks share batches: a batch per task would be nearly empty."""
@@ -93,30 +93,22 @@ def longest_old_answer(train: TrainConfig) -> int:
     return max(train.max_answer_tokens, EvaluateConfig().max_new_tokens)
 
 
-def num_answered(
-    config: RehearsalConfig,
-    new: TaskSchema,
-    olds: Sequence[TaskSchema],
-    old_texts: Sequence[TaskTexts],
-    *,
-    num_texts: int,
-    num_steps: int,
-    learned_last: str | None,
-) -> int:
-    """How many questions the parent answers before the first step of an arrival of `num_texts` rows.
+def num_answered(config: RehearsalConfig, arrival: PlannedArrival) -> int:
+    """How many questions the parent answers before the first step of an arrival.
 
     If rows are stored, half of the steps' questions are about these. With `answers: first` the parent answers for the
-    task that it learned last (`learned_last`). It also answers where its state lacks answers, which is not counted.
+    task that it learned last. It also answers where its state lacks answers, which is not counted.
     """
-    num_put = _num_put(config, num_steps, is_shared=config.texts == "both")
-    own = with_own_texts(config, old_texts, new)
-    asked = tasks_to_ask(without_own_texts(olds, own), new) if config.asks_about_arrival else []
+    new = arrival.task
+    num_put = _num_put(config, arrival.num_steps, is_shared=config.texts == "both")
+    own = with_own_texts(config, arrival.old_texts, new)
+    asked = tasks_to_ask(without_own_texts(arrival.old_tasks, own), new) if config.asks_about_arrival else []
     num_own = _num_each(config, num_put, own)
     if config.answers == "first":
-        own = [each for each in own if each.task.name == learned_last]
+        own = [each for each in own if each.task.name == arrival.learned_last]
         num_own = MAX_OWN_TEXTS
     about_own = sum(len(each.rows) if each.task.labels else min(num_own, len(each.rows)) for each in own)
-    return about_own + len(asked) * min(_num_each(config, num_put, asked), num_texts)
+    return about_own + len(asked) * min(_num_each(config, num_put, asked), arrival.num_rows)
 
 
 def _num_put(config: RehearsalConfig, num_steps: int, is_shared: bool) -> int:

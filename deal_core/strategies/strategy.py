@@ -1,4 +1,8 @@
-"""The interface of all strategies."""
+"""The interface of all strategies.
+
+What a strategy needs is said by its class: which memories it heeds, what it asks, what it holds. Commands read this
+before they know whether anything is to be learned, so torch is imported only in functions that compute.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from peft import PeftModel
-from torch import Tensor, nn
-
-from deal_core.adapter.stack import LoraStack, collect_stacks
-from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import AnswerCollator, answer_collator
 from deal_core.data.schema import TaskSchema
-from deal_core.method_config import MethodConfig
-from deal_core.strategies.rehearsal import Rehearsal
+from deal_core.method_config import Memory, MethodConfig
+from deal_core.plugins import check_options
 
-if TYPE_CHECKING:  # importing it takes half a second, and answering needs none
+if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
+    from peft import PeftModel
+    from torch import Tensor, nn
+
+    from deal_core.adapter.stack import LoraStack
+    from deal_core.base_model.load import BaseModel
+    from deal_core.data.collate import AnswerCollator
+    from deal_core.strategies.rehearsal import Rehearsal
 
 Stores = Literal["nothing", "data"]
 OldRows = Literal["none", "unused", "learned"]
@@ -97,7 +102,37 @@ class TaskContext:
 
     def collator(self) -> AnswerCollator:
         """Return the collator that pads rows to a batch for this base model."""
+        from deal_core.data.collate import answer_collator
+
         return answer_collator(self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedArrival:
+    """What is known of an arrival before it is learned."""
+
+    task: TaskSchema
+    old_tasks: tuple[TaskSchema, ...]
+    """Empty for the first arrival of a lineage."""
+    old_texts: tuple[TaskTexts, ...] = ()
+    num_rows: int
+    """Training rows that are trained on."""
+    num_steps: int
+    """Optimiser steps."""
+    learned_last: str | None = None
+    """The task that the parent learned last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNumbers:
+    """How many numbers in fp32 a strategy holds on the device, besides the base model and the activations."""
+
+    adapter: int
+    """A, B and further tensors of the method."""
+    optimiser: int
+    """Gradients, and AdamW's two moments."""
+    arrival: int = 0
+    """Used before the first step alone."""
 
 
 class Strategy:
@@ -109,11 +144,18 @@ class Strategy:
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
-    """Parts ("deal") or single settings ("rivals.ewc_weight") of MethodConfig that the strategy uses."""
-    options: ClassVar[type[Any] | None] = None
-    """A class made by `deal_core.limits.settings`, which checks MethodConfig.options; None: there are no options."""
+    """Parts ("deal") or single settings ("rehearsal.weight") of MethodConfig that the strategy uses."""
+    Options: ClassVar[type[Any] | None] = None
+    """The class of the strategy's own settings, `strategy_options` in a spec. It is made by
+    `deal_core.limits.settings("strategy_options")`, so it checks them; None: there are none."""
+    memories: ClassVar[tuple[Memory, ...]] = ("none",)
+    """What a spec's `memory` may be."""
+    first_is_plain: ClassVar[bool] = False
+    """Whether the first version of a lineage is that of plain LoRA, if no rows are kept. The benchmark shares it."""
     revision: ClassVar[int] = 1
     """Raised when the same settings give other results; the benchmark then does not reuse older cells."""
+    options: Any
+    """An instance of `Options`; None: there are none."""
     model: PeftModel
     stacks: tuple[LoraStack, ...]
     context: TaskContext
@@ -121,6 +163,16 @@ class Strategy:
     def __init__(self, config: MethodConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
+        self.options = self.options_of(config)
+
+    @classmethod
+    def options_of(cls, config: MethodConfig) -> Any:
+        """Return an instance of `Options` with the strategy's own settings; None if it has none.
+
+        Raises:
+            ConfigError: There is no such setting, or a value does not fit.
+        """
+        return check_options(f"Strategy {cls.name!r}", cls.Options, config.strategy_options)
 
     @property
     def stores(self) -> Stores:
@@ -129,9 +181,37 @@ class Strategy:
 
     @classmethod
     def old_rows(cls, config: MethodConfig) -> OldRows:
-        """Return which rows of old tasks the benchmark hands to the strategy, as `TaskContext.old_texts`."""
+        """Return which rows of old tasks the strategy gets as `TaskContext.old_texts`.
+
+        A lineage has only `unused` ones: test rows that then do not judge its versions. The benchmark has both.
+        """
         del config
         return "none"
+
+    @classmethod
+    def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return how many questions about old tasks a step of this arrival asks, in addition to its batch."""
+        del config, arrival
+        return 0
+
+    @classmethod
+    def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return how many questions the parent answers before the first step of this arrival."""
+        del config, arrival
+        return 0
+
+    @classmethod
+    def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:
+        """Return what is held on the device while a task is learned that is not a lineage's first.
+
+        Args:
+            config: The settings of the run.
+            modules: (out features, in features) of every module that carries the adapter.
+            rank: The adapter's rank in this training, new slots included.
+        """
+        del config
+        factors = rank * sum(num_out + num_in for num_out, num_in in modules)
+        return TensorNumbers(adapter=factors, optimiser=3 * factors)
 
     @classmethod
     def num_new_slots(cls, adapter: AdapterConfig) -> int:
@@ -144,6 +224,8 @@ class Strategy:
 
         If another strategy made the parent, `state` holds only the stored rows.
         """
+        from deal_core.adapter.stack import collect_stacks
+
         self.model = model
         self.stacks = collect_stacks(model)
         self.context = context
@@ -151,6 +233,8 @@ class Strategy:
 
     def fresh(self) -> torch.Generator:
         """Return the generator of new slots' seeds. It is on the CPU, the same for every device; arrivals differ."""
+        import torch
+
         return torch.Generator().manual_seed(self.seed + SEED_STRIDE * self.num_arrivals)
 
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -183,7 +267,6 @@ class Strategy:
         rehearsal = self.rehearsal()
         return () if rehearsal is None else (rehearsal.describe(),)
 
-    @torch.no_grad()
     def finish(self) -> MethodState:
         """End the task and return the state to keep. The adapter then holds the result."""
         return MethodState(strategy=self.name, stores=self.stores)

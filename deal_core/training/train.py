@@ -33,10 +33,8 @@ from deal_core.training.objective import (
 from deal_core.training.trainer import (
     AdapterTrainer,
     OnLog,
-    Reporting,
     WatchSteps,
     find_checkpoint,
-    reported,
     training_arguments,
 )
 
@@ -79,7 +77,6 @@ class TrainingSetup:
         method: Settings of the strategies; each strategy reads its own part. `selection` is not read here: a caller
             chooses rows first, see `deal_core.selection.choose`.
         train: Steps, batches and learning rate.
-        reporting: Names for the tools of `train.report_to`; None: the training is not reported to them.
     """
 
     task: TaskSchema
@@ -88,7 +85,6 @@ class TrainingSetup:
     adapter: AdapterConfig
     method: MethodConfig
     train: TrainConfig
-    reporting: Reporting | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +138,7 @@ def train_adapter(
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
     num_rows = len(rows) + sum(len(each_rows) for _, each_rows in others.joined)
-    args = training_arguments(train, checkpoint_folder, num_rows, setup.reporting)
+    args = training_arguments(train, checkpoint_folder, num_rows)
     if args.world_size != train.num_processes:
         raise ConfigError(
             f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
@@ -176,8 +172,7 @@ def train_adapter(
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
-        with reported(trainer, setup.reporting):
-            trainer.run(checkpoint)
+        trainer.run(checkpoint)
         seconds = time.perf_counter() - started
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
@@ -214,7 +209,6 @@ def _make_trainer(
         data_collator=PairCollator(collate) if task.learns_preferences else collate,
         strategy=learner,
         objective=_objective(setup),
-        group_by_length=train.group_by_length,
         balance_labels=train.balance_labels and _are_labels(task, context.encoded),
     )
 

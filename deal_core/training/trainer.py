@@ -1,19 +1,16 @@
 """A thin subclass of transformers' Trainer: answer-only logits, a strategy's hooks, checkpoints that resume exactly.
 
 Gradient accumulation, gradient checkpointing, clipping and several processes come from Trainer and accelerate. A
-training's figures go to the caller and, if wanted, to TensorBoard, Weights & Biases or Trackio.
+training's figures go to the caller.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,10 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from deal_core.config import ReportTool, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.data.collate import add_blank_row
 from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, TrainingDivergedError
@@ -46,37 +42,7 @@ TOLERANCE = 1e-4
 TINY = 1e-12
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reporting:
-    """The names under which the tools of `train.report_to` show a training.
-
-    Attributes:
-        project: Trackio's project. Weights & Biases takes its project from WANDB_PROJECT.
-        run: Name of the run.
-        folder: Folder for TensorBoard's event files.
-    """
-
-    project: str
-    run: str
-    folder: Path
-
-
-def require_installed(tools: Sequence[ReportTool]) -> None:
-    """Check that the tools of `train.report_to` are installed.
-
-    Raises:
-        ConfigError: One is not.
-    """
-    for tool in tools:
-        if importlib.util.find_spec(tool) is None:
-            raise ConfigError(
-                f"train.report_to names {tool}, which is not installed here; pip install {tool}, or leave it out."
-            )
-
-
-def training_arguments(
-    train: TrainConfig, checkpoint_folder: Path, num_rows: int, reporting: Reporting | None = None
-) -> TrainingArguments:
+def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
     """Translate this project's settings into transformers' TrainingArguments."""
     save_steps = train.checkpoint_steps
     args = TrainingArguments(
@@ -94,9 +60,7 @@ def training_arguments(
         save_total_limit=None,  # `_save_checkpoint` removes old ones
         seed=train.seed % 2**32,  # NumPy takes no others
         gradient_checkpointing=train.gradient_checkpointing,
-        report_to=[] if reporting is None else [*train.report_to],
-        project="huggingface" if reporting is None else reporting.project,
-        run_name=None if reporting is None else reporting.run,
+        report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -127,7 +91,6 @@ class AdapterTrainer(Trainer):
         train_dataset: Dataset,
         strategy: Strategy,
         objective: Objective,
-        group_by_length: bool,
         balance_labels: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -140,7 +103,6 @@ class AdapterTrainer(Trainer):
             raise ConfigError("fp16 with loss scaling cannot train this method; use bf16 or fp32.")
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
-        self._group_by_length = group_by_length
         self._objective = objective
         # compute_loss gives a sum divided by the weight of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
@@ -169,7 +131,6 @@ class AdapterTrainer(Trainer):
             self._lengths,
             self.args.train_batch_size * num_processes,
             self.args.seed,
-            group_by_length=self._group_by_length,
             labels=self._labels,
             blank=num_rows if num_processes > 1 else None,
         )
@@ -287,8 +248,8 @@ class _History(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Read the steps up to the checkpoint's. Checkpoints of earlier releases have them themselves."""
-        state.log_history = state.log_history or [each for each in self._read() if each["step"] <= state.global_step]
+        """Read the steps up to the checkpoint's."""
+        state.log_history = [each for each in self._read() if each["step"] <= state.global_step]
         self._num_kept = len(state.log_history)
         if self._is_writer and args.save_strategy != "no":
             with complete_file(self._file) as part:
@@ -354,37 +315,6 @@ class WatchSteps(TrainerCallback):
     def _report(self, step: int, logs: Mapping[str, float]) -> None:
         if self._on_log is not None and "loss" in logs:
             self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})
-
-
-@contextmanager
-def reported(trainer: Trainer, reporting: Reporting | None) -> Iterator[None]:
-    """Let TensorBoard write into the training's folder, and end the run of Weights & Biases with the training.
-
-    Raises:
-        ConfigError: Weights & Biases cannot be used, as without an API key.
-    """
-    tools = trainer.args.report_to or ()
-    for callback in trainer.callback_handler.callbacks:
-        if reporting is not None and isinstance(callback, TensorBoardCallback):
-            callback.logging_dir = str(reporting.folder)
-    with ExitStack() as stack:
-        if tools:  # Trackio prints, and stdout may be JSON
-            stack.enter_context(redirect_stdout(sys.stderr))
-        if "wandb" in tools:
-            stack.enter_context(_run_of_wandb())
-        yield
-
-
-@contextmanager
-def _run_of_wandb() -> Iterator[None]:
-    import wandb
-
-    try:
-        yield
-    except wandb.Error as error:
-        raise ConfigError(f"train.report_to names wandb, which says: {error}") from error
-    finally:
-        wandb.finish()  # else the next training of this process would continue the run
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -13,7 +13,7 @@ import flows.cli.learn  # noqa: F401
 from flows.cli.live import rollout_app
 from flows.cli.plan import model_app
 from flows.cli.serve import vllm_app
-from flows.cli.server import lineage_app
+from flows.cli.server import lineage_app, server_app
 from flows.cli.session import main_app
 from flows.cli.versions import tests_app
 
@@ -23,7 +23,7 @@ TOPICS = {
     "Decide which version serves": ("promote", "rollback", "reject", "requeue", "rollout"),
     "Serve, and learn from what is served": ("serve", "vllm", "export", "monitor", "select", "feedback", "harvest"),
     "Lineages, tasks and data": ("lineage", "labels", "tests", "model", "forget", "gc"),
-    "Servers": ("up", "down", "deploy"),
+    "Servers": ("up", "down", "deploy", "server"),
 }
 """The commands in the order of the help, by topic."""
 
@@ -53,6 +53,7 @@ app.add_typer(lineage_app, name="lineage")
 app.add_typer(tests_app, name="tests")
 app.add_typer(vllm_app, name="vllm")
 app.add_typer(rollout_app, name="rollout")
+app.add_typer(server_app, name="server")
 
 
 def _say_version(is_asked: bool) -> None:

@@ -18,7 +18,7 @@ from flows.adapt import AdaptResult, Scores
 from flows.watch import WatchResult, watch
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, TASK_FILE
-from infra.tracking.registry import open_registry
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import WatchedLineage
@@ -134,9 +134,9 @@ def _lineage_of(spec: AdaptSpec, lineage: str, strategy: str, base_model: str | 
 
 
 def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult]) -> LineageOutcome:
-    registry = open_registry()
-    champion = registry.champion(lineage.lineage)
-    newest = registry.versions(lineage.lineage)[-1:]  # even if rejected: lineages are compared on the same arrivals
+    versions = Versions(store).all(lineage.lineage)
+    champion = next((version for version in versions if "champion" in version.aliases), None)
+    newest = versions[-1:]  # even if rejected: lineages are compared on the same arrivals
     matrix = read_record(store, newest[0].adapter_uri).matrix if newest else None
     return LineageOutcome(
         lineage=lineage.lineage,

@@ -46,7 +46,11 @@ Base = Annotated[
 ]
 Strategy = Annotated[
     str | None,
-    Option("--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"),
+    Option(
+        "--strategy",
+        help="deal, seq_lora, replay, or one of an installed package.",
+        show_default="the lineage's own, else deal",
+    ),
 ]
 Memory = Annotated[
     str | None,
@@ -381,10 +385,9 @@ def predict(
 
 
 def _about_file(result: FileAnswers) -> list[str]:
-    resumed = f", {result.num_resumed} of them by an earlier call" if result.num_resumed else ""
     shown = [
         f"{result.out}: {result.num_rows} rows answered by version {result.version} of {result.lineage} "
-        f"as {result.task}{resumed}, {result.seconds:.1f} s"
+        f"as {result.task}, {result.seconds:.1f} s"
     ]
     if result.num_bad:
         shown.append(f"{result.num_bad} rows have no answer; the column {result.columns['problem']} says why.")

@@ -43,8 +43,6 @@ def serve(
     """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
     from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
-    from infra.tracking.registry import open_registry
-    from tasks.adaptation.promote import settled_champion
     from tasks.lineage.history import unknown_lineage
 
     def tell(event: dict[str, Any], text: str) -> None:
@@ -63,6 +61,7 @@ def serve(
 
     try:
         has_ended = serve_champion(
+            deal.store,
             lineage,
             deal.home,
             host=host,
@@ -70,11 +69,10 @@ def serve(
             trusted_hosts=trusted_host or (),
             say=say,
             ready=ready,
-            settle=lambda: settled_champion(open_registry(), deal.store, lineage),
         )
     except NoChampionError:
         raise RegistryError(unknown_lineage(lineage)) from None
-    if not has_ended:  # at its exit Python would wait for the thread that asks MLflow
+    if not has_ended:  # at its exit Python would wait for the thread that asks the store
         sys.stdout.flush()
         os._exit(0)
 

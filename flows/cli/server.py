@@ -14,6 +14,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
+from deal_core.safe_text import listed
 from flows.cli.console import heading, new_table, show_held
 from flows.cli.session import CommandResult, Session, command, main_app
 
@@ -50,7 +51,7 @@ def up(
     return CommandResult(stack, shown)
 
 
-@command(main_app, "ending")
+@command(main_app, "ending", of_any_release=True)
 def down(deal: Session) -> CommandResult:
     """End what `deal up` started, and nothing else."""
     from flows.server.local_processes import stop
@@ -119,6 +120,12 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     shown += [f"  {escape(f'{each.lineage} rollout: {each.rollout}')}" for each in status.lineages if each.rollout]
     rejected = [f"{each.lineage}: {each.rejected}" for each in status.lineages if each.rejected]
     shown += [f"  [yellow]•[/] {escape(line)}" for line in rejected]
+    behind = {each.lineage: len(each.mlflow_waiting) for each in status.lineages if each.mlflow_waiting}
+    shown += [
+        f"  {escape(name)}: MLflow lacks {count} {'entry' if count == 1 else 'entries'}; the next run or deal server "
+        "sync writes what is missing"
+        for name, count in behind.items()
+    ]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
     shown += [line for each in status.lineages for line in show_held(each.lineage, each.held_arrivals)]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]
@@ -163,6 +170,47 @@ def ui(
         raise typer.Exit(open_ui(address))
 
 
+server_app = typer.Typer(help="The servers around the store.", no_args_is_help=True)
+
+
+@server_app.callback()
+def _server() -> None:
+    """Keep `sync` a subcommand: with one command, typer would make it the group itself."""
+
+
+@command(server_app)
+def sync(
+    deal: Session,
+    lineages: Annotated[list[str] | None, Argument(help="Lineages.", show_default="all with a version")] = None,
+) -> CommandResult:
+    """Write into MLflow what it lacks of the store: runs, models, versions and aliases."""
+    from flows.mlflow import mirror
+    from infra.versions import Versions
+    from tasks.progress import reporting_to
+
+    synced = []
+    shown = []
+    with reporting_to(deal.screen):
+        for lineage in lineages or Versions(deal.store).lineages():
+            result = asyncio.run(mirror(lineage))
+            if result is None:
+                shown.append(f"{lineage}: a run works on it, and writes into MLflow at its end.")
+                continue
+            synced.append(result)
+            shown.append(
+                f"{lineage}: {listed(result.written) + ' written' if result.written else 'MLflow lacked nothing'}."
+            )
+            if result.promoted:
+                shown.append(
+                    f"{lineage}: version {result.promoted} is champion, as somebody moved the alias in MLflow."
+                )
+            if result.set_back:
+                shown.append(f"{lineage}: {result.set_back}")
+            if result.problem:
+                shown.append(f"{lineage}: MLflow still lacks {listed(result.missing)}. {result.problem}")
+    return CommandResult(synced, [*map(escape, shown)], failed=any(result.problem for result in synced))
+
+
 @command(lineage_app)
 def add(
     deal: Session,
@@ -182,22 +230,6 @@ def add(
     address = add_lineage(deal.store, lineage, values)
     shown = escape(f"{lineage.lineage} is in {address}")
     return CommandResult({"lineage": lineage.lineage, "file": address}, [shown])
-
-
-@command(lineage_app, "rebuild")
-def rebuild(deal: Session, lineage: Annotated[str, Argument(help="Name of the lineage.")]) -> CommandResult:
-    """Register a lineage's versions again from the store, after MLflow's database was lost."""
-    from flows.promote import rebuild as rebuild_held
-    from tasks.progress import reporting_to
-
-    with reporting_to(deal.screen):
-        found = asyncio.run(rebuild_held(lineage))
-    names = ", ".join(f"{alias} {version}" for alias, version in found.aliases.items()) or "no alias"
-    lines = [f"Lineage {found.lineage}: {len(found.versions)} versions are registered again ({names})."]
-    if found.left_out:
-        lines.append(f"Numbers that stay unused: {', '.join(found.left_out)}.")
-    shown = [*map(escape, lines), *(f"[red]•[/] {escape(problem)}" for problem in found.problems)]
-    return CommandResult(found, shown, failed=bool(found.problems))
 
 
 @command(lineage_app, name="list")

@@ -158,7 +158,7 @@ class Session:
 
 
 def command(
-    group: typer.Typer, doing: str | None = None, *, name: str | None = None
+    group: typer.Typer, doing: str | None = None, *, name: str | None = None, of_any_release: bool = False
 ) -> Callable[[Callable[..., CommandResult | None]], Callable[..., CommandResult | None]]:
     """Make a function a command of `group`, with the options --home, --json and --debug.
 
@@ -169,12 +169,13 @@ def command(
         group: the command is added to it.
         doing: what a spinner says while the function runs; None: the function shows its work itself.
         name: the command's name; None: the function's.
+        of_any_release: the command also works in a home that another release made.
     """
 
     def add(function: Callable[..., CommandResult | None]) -> Callable[..., CommandResult | None]:
         @functools.wraps(function)
         def run(*, home: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
-            with session(home, as_json, debug) as deal:
+            with session(home, as_json, debug, of_any_release=of_any_release) as deal:
                 with nullcontext() if doing is None else deal.screen.working(doing):
                     result = function(deal, **options)
                 if result is not None:
@@ -194,7 +195,7 @@ def command(
 
 
 @contextmanager
-def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
+def session(home: Path | None, as_json: bool, debug: bool, *, of_any_release: bool = False) -> Iterator[Session]:
     """Prepare the home folder. Turn an error inside into one line and an exit code."""
     from flows.server.embedded import FAILURES, enter_home
 
@@ -202,7 +203,7 @@ def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
     folder: Path | None = None
     try:
         _require_time_zone()
-        folder = enter_home(home)
+        folder = enter_home(home, of_any_release=of_any_release)
         yield Session(home=folder, screen=screen)
     except (typer.Exit, typer.Abort):
         raise

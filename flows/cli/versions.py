@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,8 +36,8 @@ def report(
         Path | None, Option("--out", "-o", help="The HTML file.", show_default="HOME/reports/LINEAGE-VERSION.html")
     ] = None,
 ) -> CommandResult:
-    """Write a version's page again from MLflow: verdict, accuracy, gains and losses, data, timings."""
-    from tasks.adaptation.report import save_report
+    """Write a version's page again: verdict, accuracy, gains and losses, data, timings."""
+    from tasks.lineage.reports import save_report
 
     written = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
     reasons = [f"  • {reason}" for reason in written.reasons]
@@ -83,9 +84,11 @@ def renew(
 @command(main_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
     """Make a version champion. Its parent must be the present champion."""
+    from flows.mlflow import mirror
     from tasks.lineage.decisions import promote_to
 
     done = promote_to(lineage, version, who=deal.account, why=why)
+    asyncio.run(mirror(lineage))
     return CommandResult(done, show_decision(done))
 
 
@@ -97,9 +100,11 @@ def rollback(
     why: Why = "rolled back by hand",
 ) -> CommandResult:
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
+    from flows.mlflow import mirror
     from tasks.lineage.decisions import roll_back
 
     done = roll_back(lineage, to, who=deal.account, why=why)
+    asyncio.run(mirror(lineage))
     return CommandResult(done, show_decision(done))
 
 
@@ -111,9 +116,11 @@ def reject(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Reject a version. It can never become champion."""
+    from flows.mlflow import mirror
     from tasks.lineage.decisions import reject_version
 
     done = reject_version(lineage, version, who=deal.account, why=why)
+    asyncio.run(mirror(lineage))
     return CommandResult(done, show_decision(done))
 
 

@@ -81,7 +81,7 @@ async def deploy_all(
 async def _require_own(client: PrefectClient, ours: dict[str, str]) -> None:
     """Refuse to overwrite deployments that work in another home or store.
 
-    Prefect keeps the home as the working directory of each run. Earlier releases did not write the store.
+    Prefect keeps the home as the working directory of each run.
     """
     deployments = await client.read_deployments(deployment_filter=learning_deployment())
     steps = [step for deployment in deployments for step in deployment.pull_steps or ()]

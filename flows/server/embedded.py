@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, DealError
 from deal_core.regular_file import complete_file
 from deal_core.safe_text import without_secrets
 
@@ -67,22 +67,33 @@ PAGES_SECONDS = 60
 """Longest wait for MLflow's pages."""
 
 
-def enter_home(home: Path | None) -> Path:
+def enter_home(home: Path | None, *, of_any_release: bool = False) -> Path:
     """Create the home folder, direct this process's files to it, and return its path. None: DEAL_HOME or its default.
 
+    With `of_any_release` the home may be one that another release made.
+
     Raises:
-        ConfigError: The folder cannot be used.
+        ConfigError: The folder cannot be used, or another release made the store (`FormatError`); nothing is written.
         DiskFullError: The disk is full.
     """
     from infra.disk import disk_full
     from infra.logs import PlainFormatter, ready_log
     from infra.settings import HomeSettings, embedded_environment, make_places_absolute
+    from infra.store.format import FormatError
+    from tasks.context import current_store
 
     make_places_absolute(os.environ)
     if home is not None:
         os.environ["DEAL_HOME"] = os.path.realpath(home.expanduser())
     folder = HomeSettings().home
     os.environ["DEAL_HOME"] = str(folder)
+    if not of_any_release:
+        try:
+            current_store()
+        except FormatError:
+            raise
+        except (DealError, ValueError):  # the command says so, if it needs the store
+            pass
     log_file = folder / "logs" / "deal.log"
     logging_file = log_file.with_name("logging.yml")
     quoted = "'" + str(log_file).replace("'", "''").replace("$", "$$") + "'"

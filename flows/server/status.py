@@ -22,8 +22,7 @@ from flows.server.local_processes import read_stack
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
-from infra.tracking.database import open_reader
-from infra.tracking.facts import RegistryReader, VersionInfo
+from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, InboxState, held_arrivals, look, read_state
@@ -31,6 +30,7 @@ from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.retrain import Waiting
 from tasks.lineage.settings import WatchedLineage, read_lineages
+from tasks.mlflow_mirror import waiting as missing_in_mlflow
 from tasks.monitoring.state import read_monitor_state
 from tasks.waiting import plan
 
@@ -92,6 +92,8 @@ class LineageStatus(BaseModel, frozen=True):
     """The version that is tried on live traffic, in one line; None: none is."""
     rejected: str | None = None
     """The newest version and why it was rejected, in one line; None: it was not."""
+    mlflow_waiting: tuple[str, ...] = ()
+    """What the store has and MLflow lacks."""
 
 
 class Status(ServerRuns, frozen=True):
@@ -103,7 +105,7 @@ class Status(ServerRuns, frozen=True):
     problems: tuple[str, ...]
     """Invalid lineage files, unusable keys in the inbox, and a Prefect server that does not answer."""
     damaged: tuple[str, ...] = ()
-    """Missing or damaged champions, ledgers, manifests and test rows, and a store or registry that cannot be read."""
+    """Missing or damaged champions, versions, manifests and test rows, and a store that cannot be read."""
 
 
 async def read_status(home: Path, now: datetime | None = None) -> Status:
@@ -138,22 +140,10 @@ def _lineages(problems: list[str], damaged: list[str], now: datetime) -> list[Li
         return []
     problems += [f"Lineage {name} is left out: {why}" for name, why in lineages.problems.items()]
     watched = {lineage.lineage: lineage for lineage in lineages.good}
-    registry = _open_registry(damaged)
     return [
-        _lineage(store, registry, name, watched.get(name), inbox, damaged, now)
+        _lineage(store, name, watched.get(name), inbox, damaged, now)
         for name in [*watched, *(name for name in known if name not in watched)]
     ]
-
-
-def _open_registry(damaged: list[str]) -> RegistryReader | None:
-    """Return the registry; None if it cannot be read, with one line for all lineages in `damaged`."""
-    try:
-        registry = open_reader()
-        registry.lineages_with("champion")
-    except DealError as error:
-        damaged.append(in_one_line(error))
-        return None
-    return registry
 
 
 def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
@@ -167,25 +157,25 @@ def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
 
 def _lineage(
     store: ObjectStore,
-    registry: RegistryReader | None,
     name: str,
     watched: WatchedLineage | None,
     inbox: InboxLook,
     damaged: list[str],
     now: datetime,
 ) -> LineageStatus:
-    champion: VersionInfo | None = None
+    champion: Version | None = None
     num_open: int | None = None
     failed: tuple[str, ...] = ()
     held: tuple[HeldArrival, ...] = ()
     waiting: tuple[Waiting, ...] = ()
-    if registry is not None:
-        try:
-            champion, found = look_at_champion(store, registry, name)
-            found += find_damage(store, name, _record_of(store, champion))
-            damaged += [f"Lineage {name}: {' '.join(problem.split())}" for problem in found]
-        except DealError as error:
-            damaged.append(f"Lineage {name}: {in_one_line(error)}")
+    mlflow_waiting: tuple[str, ...] = ()
+    try:
+        champion, found = look_at_champion(store, name)
+        found += find_damage(store, name, _record_of(store, champion))
+        damaged += [f"Lineage {name}: {' '.join(problem.split())}" for problem in found]
+        mlflow_waiting = missing_in_mlflow(store, name)
+    except DealError as error:
+        damaged.append(f"Lineage {name}: {in_one_line(error)}")
     if watched is not None:
         try:
             state = read_state(store, name)
@@ -206,11 +196,12 @@ def _lineage(
         waiting=waiting,
         monitor=_monitor(store, name, champion, damaged),
         rollout=_rollout(store, name),
-        rejected=None if registry is None else _rejected(registry, name),
+        rejected=_rejected(store, name),
+        mlflow_waiting=mlflow_waiting,
     )
 
 
-def _record_of(store: ObjectStore, champion: VersionInfo | None) -> LineageRecord | None:
+def _record_of(store: ObjectStore, champion: Version | None) -> LineageRecord | None:
     """Return the champion's record; None: it has none, or `look_at_champion` names its damage."""
     try:
         return read_record(store, champion.adapter_uri) if champion else None
@@ -218,17 +209,17 @@ def _record_of(store: ObjectStore, champion: VersionInfo | None) -> LineageRecor
         return None
 
 
-def _rejected(registry: RegistryReader, name: str) -> str | None:
+def _rejected(store: ObjectStore, name: str) -> str | None:
     """Return the newest version in one line if its gate or a person rejected it."""
     try:
-        newest = registry.versions(name, newest=1)
+        versions = Versions(store).all(name)
     except DealError:  # `look_at_champion` names the damage
         return None
-    if not newest or (newest[-1].accepted and newest[-1].approval != "refused"):
+    if not versions or not versions[-1].is_rejected:
         return None
-    found = newest[-1]
-    why = " ".join(found.reasons) if not found.accepted else "A person refused it."
-    return f"version {found.version} ({found.task}) was rejected: {why}"
+    newest = versions[-1]
+    why = "A person refused it." if newest.accepted else " ".join(newest.reasons)
+    return f"version {newest.version} ({newest.task}) was rejected: {why}"
 
 
 def _rollout(store: ObjectStore, name: str) -> str | None:
@@ -242,7 +233,7 @@ def _rollout(store: ObjectStore, name: str) -> str | None:
     return f"version {opened.version} is tried ({opened.rollout}) since {opened.when:%Y-%m-%d %H:%M} UTC"
 
 
-def _monitor(store: ObjectStore, name: str, champion: VersionInfo | None, damaged: list[str]) -> str | None:
+def _monitor(store: ObjectStore, name: str, champion: Version | None, damaged: list[str]) -> str | None:
     """Return the last look at the champion's live traffic in one line; None: the champion was not looked at."""
     try:
         state = read_monitor_state(store, name)

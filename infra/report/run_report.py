@@ -36,8 +36,8 @@ class Example(ReportPart):
     """The answer of the version before."""
     now: str | None = None
     """The answer of this version."""
-    scores: tuple[float, float] | None = None
-    """The scores of both answers, 0 to 1; None in reports of earlier releases."""
+    scores: tuple[float, float]
+    """The scores of both answers, 0 to 1."""
 
 
 class Changed(ReportPart):
@@ -90,8 +90,8 @@ class Training(ReportPart):
     """The result of the training."""
 
     strategy: str
-    num_rows: int | None = None
-    """Training rows that were learned from, after `selection` has chosen; None: not recorded."""
+    num_rows: int
+    """Training rows that were learned from, after `selection` has chosen."""
     num_steps: int
     seconds: float
     rows_per_second: float
@@ -123,7 +123,6 @@ class Origin(ReportPart):
     adapter_sha256: str
     config_sha256: str
     run_key: str
-    tracking_id: str
     libraries: dict[str, str]
 
 

@@ -1,7 +1,7 @@
-"""A lineage's champion in this process: one base model, and the adapter of the version with the alias champion.
+"""A lineage's champion in this process: one base model, and the adapter of the version that the promotion log names.
 
-A thread watches the alias. When the alias moves, the thread downloads the new version and swaps the adapter. If this
-fails, or MLflow does not answer, the loaded version continues to serve.
+A thread watches the promotion log in the store. When the champion moves, the thread downloads the new version and swaps
+the adapter. If this fails, or the store does not answer, the loaded version continues to serve.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ from mlflow.pyfunc import PyFuncModel
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
 from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError, load_answerer, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
-from infra.served_model import ServedModel, ServingError, require_own_loader
+from deal_core.safe_text import without_secrets
+from infra.promotions import Move, PromotionLog
+from infra.served_model import SIGNATURE, ServedModel
 from infra.serving.prediction_log import LOG, PredictionLog
 from infra.serving.rollout import Rollout, with_tasks
+from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings, ServingSettings
-from infra.store.base import temporary_folder
-from infra.tracking.facts import VersionInfo, require_through_gate
-from infra.tracking.registry import open_registry
+from infra.store.base import ObjectStore, temporary_folder
+from infra.store.local import FileStore
+from infra.versions import Version, Versions
 
 POLL_SECONDS = 0.5
-"""Pause between two reads of the alias."""
+"""Pause between two reads of the promotion log, if the store is a folder."""
+REMOTE_POLL_SECONDS = 2.0
+"""The same for S3, where each read is two requests that cost money."""
 MAX_POLL_SECONDS = 10.0
-"""Longest pause while MLflow does not answer; the pause doubles from read to read."""
+"""Longest pause while the store does not answer; the pause doubles from read to read."""
 PAUSE_SECONDS = 60.0
 """Pause before a version that did not load is tried again."""
 
@@ -44,24 +49,29 @@ class NoChampionError(RegistryError):
     """The lineage has no champion. The caller adds the reason."""
 
 
-class Champion:
-    """The model that answers for a lineage. `follow` loads the version that the alias names."""
+class ServingError(DealError):
+    """The champion does not load."""
 
-    def __init__(
-        self, lineage: str, say: Say, log: PredictionLog | None = None, settle: Callable[[], object] | None = None
-    ) -> None:
+
+class Champion:
+    """The model that answers for a lineage. `follow` loads the version that the promotion log names."""
+
+    def __init__(self, store: ObjectStore, lineage: str, say: Say, log: PredictionLog | None = None) -> None:
         self.lineage = lineage
         self.log = log
-        self._settle = settle
-        """Called before a version is loaded that the alias newly names; it may set the alias back."""
+        self._store = store
         self._print = say
         self._answerer: Answerer | None = None
-        self._meta: Model | None = None
-        self._champion: str | None = None
+        self._move: Move | None = None
+        """The newest entry of the promotion log."""
+        self._champion: Version | None = None
+        """The champion after that entry; it may not be loaded yet."""
+        self._candidate: Version | None = None
+        """The version that is in rollout after that entry."""
         self._starting: str | None = None
         self._problem: str | None = None
-        self._failed: tuple[str, float] | None = None
-        """The version that did not load, and the time of the attempt."""
+        self._failed_at: float | None = None
+        """When the champion did not load (monotonic seconds); None: it did, or it was not tried."""
         self.rollout: Rollout | None = None
         """The version that is tried next to the champion; None: no version was loaded yet."""
 
@@ -70,7 +80,7 @@ class Champion:
         return {
             "lineage": self.lineage,
             "version": self.version,
-            "champion": self._champion,
+            "champion": self._champion.version if self._champion else None,
             "starting": self._starting,
             "problem": self._problem,
             **(self.rollout.state() if self.rollout else {}),
@@ -132,50 +142,41 @@ class Champion:
 
         The arguments are those of `ask`.
         """
-        assert self._meta is not None, "requests come after the champion was loaded"
         model = ServedModel(lambda rows: self.ask(rows, is_given_up, key))
-        return PyFuncModel(model_meta=self._meta, model_impl=model)
+        return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=model)
 
     def begin(self) -> None:
         """Load the champion.
 
         Raises:
             NoChampionError: There is no champion.
-            RegistryError: The champion may not serve, or the registry does not answer.
+            RegistryError: The store lacks the champion that the promotion log names.
             ServingError: The champion does not load.
+            StoreError: The store does not answer, or an entry of the promotion log is damaged.
         """
-        self._registry = open_registry()
-        is_settled = True
-        try:
-            self._let_settle(self._registry.champion(self.lineage))
-        except StoreError:  # a server can start while the store is away
-            is_settled = False
-        champion = self._registry.champion(self.lineage)
-        if champion is None:
+        self._read_log()
+        if self._champion is None:
             raise NoChampionError(f"Lineage '{self.lineage}' has no champion.")
-        require_through_gate(champion)
-        self._champion = champion.version if is_settled else None  # else `follow` settles it
-        self._try(champion.version)
+        self._try(self._champion)
         if self._answerer is None:
             raise ServingError(self._problem or "")
-        self.rollout = Rollout(self._registry, self.lineage, self._answerer, self.log, self._say)
+        self.rollout = Rollout(self._store, self._answerer, self.log, self._say)
 
     def follow(self, stopped: threading.Event) -> None:
-        """Load each new champion until `stopped` is set. A call to MLflow that hangs is not interrupted."""
-        pause = POLL_SECONDS
+        """Load each new champion until `stopped` is set. A request to the store that hangs is not interrupted."""
+        usual = pause = POLL_SECONDS if isinstance(self._store, FileStore) else REMOTE_POLL_SECONDS
         while not stopped.wait(pause):
             try:
-                self._keep_up_with(self._let_settle(self._registry.champion(self.lineage)))
-                if self.rollout is not None:
-                    self.rollout.keep_up(self._registry.with_alias(self.lineage, "rollout"), self.version)
+                self._read_log()
+                self._keep_up()
             except Exception as error:  # the thread must not end
-                if not isinstance(error, RegistryError):
-                    LOG.exception("Following the alias failed")
-                problem = str(error) if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}."
+                if not isinstance(error, DealError):
+                    LOG.exception("Following the promotion log failed")
+                problem = str(error) if isinstance(error, DealError) else f"{type(error).__name__}: {error}."
                 self._note(f"{problem} The loaded version continues to serve.")
                 pause = min(2 * pause, MAX_POLL_SECONDS)
             else:
-                pause = POLL_SECONDS
+                pause = usual
 
     def drain(self) -> None:
         """Begin to end: give up requests that are still being prepared; answer those that wait for the model."""
@@ -189,33 +190,40 @@ class Champion:
         if self.rollout is not None:
             self.rollout.stop()
 
-    def _let_settle(self, champion: VersionInfo | None) -> VersionInfo | None:
-        """Return the champion, or, if the alias has moved, the champion after `settle`."""
-        if self._settle is None or champion is None or champion.version == self._champion:
-            return champion
-        self._settle()
-        return self._registry.champion(self.lineage)
+    def _read_log(self) -> None:
+        """Read the newest entry of the promotion log, and the versions only if the entry is new.
 
-    def _keep_up_with(self, champion: VersionInfo | None) -> None:
-        if champion is None:
-            self._note(f"{self.lineage} has no champion any more; the loaded version continues to serve.")
+        Raises:
+            RegistryError: The store lacks the champion.
+            StoreError: The store does not answer, or an entry or a version is damaged.
+        """
+        move, place = PromotionLog(self._store).last(self.lineage), without_secrets(self._store.uri)
+        if move == self._move:
             return
-        try:
-            require_through_gate(champion)
-        except RegistryError as error:
-            self._note(f"{error} The loaded version continues to serve.")
-            return
-        if champion.version != self._champion:
-            self._failed = None
-        self._champion = champion.version
-        if champion.version == self.version:
+        if move is None:  # entries are never removed, but a folder may be unmounted
+            raise StoreError(f"{place} has no promotion log of '{self.lineage}' any more; check the store.")
+        versions = Versions(self._store).all(self.lineage)
+        champion = next((version for version in versions if version.version == move.champion), None)
+        if move.champion is not None and champion is None:
+            raise RegistryError(
+                f"Version {move.champion} is champion of '{self.lineage}', but it is not in {place}. Restore it from a "
+                f"backup, or go back: deal rollback --to N --lineage {self.lineage}."
+            )
+        self._move, self._champion, self._failed_at = move, champion, None
+        self._candidate = next((version for version in versions if "rollout" in version.aliases), None)
+
+    def _keep_up(self) -> None:
+        """Load the champion if it does not answer yet, and then what is tried next to it."""
+        assert self._champion is not None and self.rollout is not None, "`begin` has loaded a champion"
+        if self._champion.version == self.version:
             self._problem = None
-        elif self._failed is None or time.monotonic() - self._failed[1] > PAUSE_SECONDS:
-            self._try(champion.version)
+        elif self._failed_at is None or time.monotonic() - self._failed_at > PAUSE_SECONDS:
+            self._try(self._champion)
+        self.rollout.keep_up(self._candidate, self.version)
 
-    def _try(self, version: str) -> None:
+    def _try(self, version: Version) -> None:
         """Load a version; if this fails, report the reason."""
-        started, self._starting = time.monotonic(), version
+        started, self._starting = time.monotonic(), version.version
         try:
             with temporary_folder() as temporary:
                 self._load(version, temporary / "version")
@@ -223,32 +231,31 @@ class Champion:
             kind = ""
             if not isinstance(error, DealError | OSError):
                 kind = f"{type(error).__name__}: "
-                LOG.exception("Version %s does not load", version)
-            self._failed = version, time.monotonic()
+                LOG.exception("Version %s does not load", version.version)
+            self._failed_at = time.monotonic()
             serving = f"; version {self.version} continues to serve" if self.version else ""
-            self._note(f"Version {version} does not load: {kind}{' '.join(str(error).split()).rstrip('.')}{serving}.")
+            reason = " ".join(str(error).split()).rstrip(".")
+            self._note(f"Version {version.version} does not load: {kind}{reason}{serving}.")
         else:
-            self._failed = self._problem = None
-            self._say(f"Version {version} serves (ready in {time.monotonic() - started:.1f} s).")
+            self._failed_at = self._problem = None
+            self._say(f"Version {version.version} serves (ready in {time.monotonic() - started:.1f} s).")
         finally:
             self._starting = None
 
-    def _load(self, version: str, folder: Path) -> None:
-        self._registry.download(self.lineage, version, folder)
-        meta = require_own_loader(folder)
-        settings, cache = ServingSettings(), HomeSettings().cache_dir
+    def _load(self, version: Version, folder: Path) -> None:
+        fetch_version(self._store, version, folder)
+        settings, cache, number = ServingSettings(), HomeSettings().cache_dir, version.version
         if self._answerer is None:
             self._answerer = load_answerer(
-                folder, cache, settings.base_model, precision=settings.serving_precision, version=version
+                folder, cache, settings.base_model, precision=settings.serving_precision, version=number
             )
         elif (served := read_served(folder)).base_sha256 == self._answerer.base_sha256:
-            self._answerer.swap(folder, version)
+            self._answerer.swap(folder, number)
         else:
             base = load_base_of(served, cache, settings.base_model, precision=settings.serving_precision)
-            self._answerer.swap(folder, version, base)
+            self._answerer.swap(folder, number, base)
             gc.collect()
             torch.cuda.empty_cache()
-        self._meta = meta
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         LOG.log(level, text)

@@ -109,7 +109,7 @@ def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -
 
 
 def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
-    """Log feedback on answers. A wrong entry refuses all entries."""
+    """Store feedback on answers. A wrong entry refuses all entries."""
     values, log = _decode(body, FEEDBACK_BODY), serving.log
     if log is None:
         raise RefusalError(409, "The prediction log is off; start deal serve with DEAL_LOG_PREDICTIONS.")
@@ -128,7 +128,7 @@ def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
     if refusal := log.refusal_of([feedback.id for feedback in found]):
         raise RefusalError(400, f"Entry {refusal[0]} {refusal[1]}; leave it out.")
     if not log.take_feedback(found):
-        raise RefusalError(503, "The log has no room; send the same feedback again in a moment.", RETRY)
+        raise RefusalError(503, "The feedback was not stored; send it again in a moment.", RETRY)
     return HttpAnswer(json.dumps({"taken": len(found)}), serving.version or "", status=202)
 
 

@@ -1,8 +1,8 @@
-"""The prediction log of `deal serve`. It never slows or fails a request.
+"""The prediction log of `deal serve`. It never slows or fails an answer.
 
-Rows go through a bounded queue to one thread, which writes them to the disk twice a second. If the queue is full, or
-the disk is, rows are dropped and counted. Another thread moves segments into the object store, and removes those that
-are older than the retention.
+Rows wait in memory for a thread, which stores them as one batch every few seconds, and when the server ends. A server
+that is killed loses the rows that wait. While the store does not take them, they wait on; rows without room are dropped
+and counted. Feedback does not wait: it is stored before its request is answered.
 """
 
 from __future__ import annotations
@@ -12,78 +12,76 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
-from queue import Empty, Full, Queue
-from typing import Any, NamedTuple
+from datetime import UTC, datetime
+from typing import Any
 
 from deal_core.errors import DealError, StoreError
 from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.monitoring.feedback import Feedback
 from deal_core.monitoring.predictions import Prediction, failures_of, predictions_of
-from infra.log_segments import WRITE_SECONDS, SegmentWriter, remove_beyond_retention, ship
+from infra.log_batches import BATCH_SECONDS, beyond_retention, put_rows
 from infra.predictions import feedback_log, prediction_log
 from infra.serving.answer_ids import AnswerIds
 from infra.settings import ServingSettings, StoreSettings
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
 
-MAX_QUEUED = 10_000
-"""Rows that wait for the disk; further rows are dropped. The tasks of as many answers are remembered for feedback, and
+MAX_WAITING = 10_000
+"""Rows that wait for the store; further rows are dropped. The tasks of as many answers are remembered for feedback, and
 of as many answers, how many entries of feedback they got."""
 MAX_ENTRIES_OF_ANSWER = 20
 """Entries of feedback on one answer that a server takes."""
-SHIP_SECONDS = 5.0
+MAX_STORING = 8
+"""Requests with feedback that are stored at once. If the store hangs, they must not take all places from the others."""
 CLEAN_SECONDS = 3600.0
-"""Time between two looks for segments that are older than the retention."""
-JOIN_SECONDS = 2.0
+"""Time between two looks for batches that are older than the retention."""
+JOIN_SECONDS = 5.0
 
 LOG = logging.getLogger("deal.serving")
 
 
-class _Waiting(NamedTuple):
-    """A row that waits for the disk."""
-
-    is_feedback: bool
-    values: dict[str, Any]
-
-
 class PredictionLog:
-    """The log of one server. `start` starts its threads, `close` writes what waits and ends them."""
+    """The log of one server. `start` starts its thread, `close` stores what waits and ends it."""
 
-    def __init__(self, store: ObjectStore, home: Path, lineage: str, *, keeps_texts: bool, retention_days: int) -> None:
+    def __init__(self, store: ObjectStore, lineage: str, *, keeps_texts: bool, retention_days: int) -> None:
         self.keeps_texts = keeps_texts
         self._retention_days = retention_days
         self._store = store
-        self._logs = (prediction_log(home, lineage), feedback_log(home, lineage))
-        self._queue: Queue[_Waiting] = Queue(MAX_QUEUED)
+        self._predictions, self._feedback = prediction_log(lineage), feedback_log(lineage)
         self._ids = AnswerIds(store, lineage)
         self._tasks: OrderedDict[str, str] = OrderedDict()
         self._num_entries: OrderedDict[str, int] = OrderedDict()
         """Answer → its entries of feedback."""
+        self._waiting: list[dict[str, Any]] = []
         self._changing = threading.Lock()
+        self._storing = threading.BoundedSemaphore(MAX_STORING)
         self.num_dropped = 0
         """Rows that were lost since the server started."""
+        self._cleaned = -CLEAN_SECONDS
+        self._is_failing = False
+        self._due = threading.Event()
         self._ended = threading.Event()
-        self._writer = threading.Thread(target=self._write, name="prediction-log", daemon=True)
-        self._shipper = threading.Thread(target=self._ship, name="prediction-log-shipper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
 
     def start(self) -> None:
-        """Start to write, to ship what earlier servers left, and to remove what is older than the retention."""
-        with suppress(StoreError):  # a server can start while the store is away; the shipper tries again
+        """Start to store rows, and to remove what is older than the retention."""
+        with suppress(StoreError):  # a server can start while the store is away; the thread tries again
             self._ids.share()
-        self._writer.start()
-        self._shipper.start()
+        self._thread.start()
 
     def close(self) -> None:
-        """Write the rows that wait, move them into the store if it answers at once, and end within seconds."""
+        """Store the rows that wait if the store answers at once, and end within seconds."""
         self._ended.set()
-        for thread in (self._writer, self._shipper):
-            if thread.is_alive():
-                thread.join(JOIN_SECONDS)
+        self._due.set()
+        if self._thread.is_alive():
+            self._thread.join(JOIN_SECONDS)
+        if self._waiting:
+            LOG.warning(
+                "%d answers are missing in the prediction log: the store did not take them in time.", len(self._waiting)
+            )
 
     def note(
         self, rows: Sequence[InputRow], answered: Answered, seconds: float, shadow_of: Sequence[str] = ()
@@ -103,7 +101,8 @@ class PredictionLog:
             )
         except Exception:
             LOG.exception("Answers were not logged")
-            self._drop(len(rows))
+            with self._changing:
+                self.num_dropped += len(rows)
             return answered
         if not shadow_of:  # no client knows the ids of the others
             self._remember(made)
@@ -130,20 +129,30 @@ class PredictionLog:
             _forget_oldest(self._tasks)
 
     def _keep(self, made: Sequence[Prediction]) -> None:
-        self._drop(len(made) - self._put(_Waiting(False, each.to_row()) for each in made))
+        with self._changing:
+            room = MAX_WAITING - len(self._waiting)
+            self._waiting += [vars(each) for each in made[:room]]
+            self.num_dropped += len(made[room:])
+            is_filling = len(self._waiting) > MAX_WAITING // 2
+        if is_filling and not self._is_failing:
+            self._due.set()
 
     def take_feedback(self, entries: Sequence[Feedback]) -> bool:
-        """Log feedback. False: there is no room for all of it now, so all of it has to be sent again.
-
-        What had room is logged then, and once more after the second attempt.
-        """
-        rows = [_Waiting(True, {"entry": uuid.uuid4().hex, **vars(each)}) for each in entries]
-        is_taken = self._put(rows) == len(rows)
+        """Store feedback. False: the store does not take it now, so all of it has to be sent again."""
+        if not self._storing.acquire(blocking=False):
+            return False
+        try:
+            put_rows(self._store, self._feedback, [{"entry": uuid.uuid4().hex, **vars(each)} for each in entries])
+        except StoreError as error:
+            LOG.warning("Feedback was not stored: %s", error)
+            return False
+        finally:
+            self._storing.release()
         with self._changing:
             for answer_id, number in Counter(each.id for each in entries).items():
                 self._num_entries[answer_id] = self._num_entries.pop(answer_id, 0) + number
             _forget_oldest(self._num_entries)
-        return is_taken
+        return True
 
     def refusal_of(self, answer_ids: Sequence[str]) -> tuple[int, str] | None:
         """Return why feedback on these answers is not taken: the number of the entry, and a clause; None: it is.
@@ -165,91 +174,68 @@ class PredictionLog:
         with self._changing:
             return self._tasks.get(answer_id)
 
-    def _put(self, rows: Iterable[_Waiting]) -> int:
-        """Queue rows until there is no room; return their number."""
-        number = 0
-        with suppress(Full):
-            for row in rows:
-                self._queue.put_nowait(row)
-                number += 1
-        return number
-
-    def _drop(self, number: int) -> None:
-        with self._changing:
-            self.num_dropped += number
-
-    def _write(self) -> None:
-        writers = [SegmentWriter(log) for log in self._logs]
+    def _run(self) -> None:
+        told = set[str]()
+        """The steps that failed the last time. The first of several errors is logged."""
         is_last = False
         while not is_last:
-            is_last = self._ended.wait(WRITE_SECONDS)
-            rows = self._waiting()
-            for is_feedback, writer in enumerate(writers):
-                own = [row.values for row in rows if row.is_feedback == is_feedback]
+            self._due.wait(BATCH_SECONDS)
+            self._due.clear()
+            is_last = self._ended.is_set()
+            failed = set[str]()
+            for step in (self._ids.share, self._store_rows, self._remove_old):
                 try:
-                    if own:
-                        self._drop(writer.write(own))
-                except Exception:  # the thread must not end
-                    LOG.exception("The prediction log failed")
-                    self._drop(len(own))
+                    step()
+                except Exception as error:  # the thread must not end
+                    failed.add(step.__name__)
+                    if step.__name__ not in told:
+                        LOG.warning(
+                            "The prediction log: %s", error, exc_info=None if isinstance(error, DealError) else error
+                        )
+            told = failed
 
-    def _waiting(self) -> list[_Waiting]:
-        found: list[_Waiting] = []
-        with suppress(Empty):
-            while len(found) < MAX_QUEUED:
-                found.append(self._queue.get_nowait())
-        return found
+    def _store_rows(self) -> None:
+        """Store the rows that wait."""
+        with self._changing:
+            rows = self._waiting[:]
+        if not rows:
+            return
+        num_lost = 0
+        try:
+            put_rows(self._store, self._predictions, rows)
+        except StoreError:  # the rows wait on
+            self._is_failing = True
+            raise
+        except Exception:  # another attempt would fail too
+            LOG.exception("Answers were not logged")
+            num_lost = len(rows)
+        self._is_failing = False
+        with self._changing:
+            del self._waiting[: len(rows)]
+            self.num_dropped += num_lost
 
-    def _ship(self) -> None:
-        told, cleaned = set[str](), -CLEAN_SECONDS
-        is_last = False
-        while not is_last:
-            if is_last := self._ended.is_set():
-                self._writer.join()
-            with suppress(StoreError):  # `ship` has the same error to tell
-                self._ids.share()
-            errors = _errors_of(partial(ship, self._store, log, everything=is_last) for log in self._logs)
-            if not is_last and time.monotonic() - cleaned >= CLEAN_SECONDS:
-                remove = partial(remove_beyond_retention, self._store, days=self._retention_days)
-                unremoved = _errors_of(partial(remove, log) for log in self._logs)
-                errors += unremoved
-                cleaned = cleaned if unremoved else time.monotonic()
-            for error in errors:
-                if str(error) not in told:
-                    LOG.warning(
-                        "Segments of the prediction log were not moved or removed: %s",
-                        error,
-                        exc_info=None if isinstance(error, DealError | OSError) else error,
-                    )
-            told = {str(error) for error in errors}
-            self._ended.wait(SHIP_SECONDS)
+    def _remove_old(self) -> None:
+        """Remove the batches that are older than the retention, once an hour."""
+        if self._ended.is_set() or time.monotonic() - self._cleaned < CLEAN_SECONDS:
+            return
+        for log in (self._predictions, self._feedback):
+            for info in beyond_retention(self._store, log, now=datetime.now(UTC), days=self._retention_days):
+                self._store.delete(info.key)
+        self._cleaned = time.monotonic()
 
 
 def _forget_oldest(known: OrderedDict[str, Any]) -> None:
-    while len(known) > MAX_QUEUED:
+    while len(known) > MAX_WAITING:
         known.popitem(last=False)
 
 
-def _errors_of(steps: Iterable[Callable[[], object]]) -> list[Exception]:
-    """Take steps that do not need each other, and return their errors: the thread must not end."""
-    found: list[Exception] = []
-    for step in steps:
-        try:
-            step()
-        except Exception as error:
-            found.append(error)
-    return found
-
-
-def open_prediction_log(home: Path, lineage: str) -> PredictionLog | None:
+def open_prediction_log(lineage: str) -> PredictionLog | None:
     """Return the log that the settings ask for, not started yet; None: DEAL_LOG_PREDICTIONS is off."""
     serving, settings = ServingSettings(), StoreSettings()
     if serving.log_predictions == "off":
         return None
-    store = open_store(settings.store_uri, settings)
     return PredictionLog(
-        store,
-        home,
+        open_store(settings.store_uri, settings),
         lineage,
         keeps_texts=serving.log_predictions == "texts",
         retention_days=serving.log_retention_days,

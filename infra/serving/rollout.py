@@ -1,7 +1,7 @@
 """The rollout of a version in one server: the candidate answers a share of the requests, or copies of them.
 
-The candidate is the version with the alias `rollout`. It shares the base model with the champion. Without a prediction
-log nothing could be judged, so there is no rollout then.
+The promotion log names the candidate. It shares the base model with the champion. Without a prediction log nothing
+could be judged, so there is no rollout then.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
-from deal_core.errors import ConfigError, DealError, RegistryError
+from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.judging_config import RolloutKind
-from infra.served_model import require_own_loader
 from infra.serving.prediction_log import LOG, PredictionLog
-from infra.store.base import temporary_folder
-from infra.tracking.facts import VersionInfo, require_through_gate
-from infra.tracking.registry import Registry
+from infra.serving.version_files import fetch_version
+from infra.store.base import ObjectStore, temporary_folder
+from infra.versions import Version
 
 MAX_COPIES = 256
 """Requests that wait for a shadow. Further ones are not copied."""
@@ -73,20 +72,14 @@ class Rollout:
     """
 
     def __init__(
-        self,
-        registry: Registry,
-        lineage: str,
-        answerer: Answerer,
-        log: PredictionLog | None,
-        note: Callable[[str], None],
+        self, store: ObjectStore, answerer: Answerer, log: PredictionLog | None, note: Callable[[str], None]
     ) -> None:
-        self._registry, self._lineage = registry, lineage
-        self._answerer, self._log = answerer, log
+        self._store, self._answerer, self._log = store, answerer, log
         self._note = note
         self.trial: Trial | None = None
         """What is tried now; None: nothing."""
         self.problem: str | None = None
-        """Why the version with the alias is not tried."""
+        """Why the version in rollout is not tried."""
         self._told = ""
         self._failed: tuple[Trial, float] | None = None
         self._copies: Queue[Copy] = Queue(MAX_COPIES)
@@ -106,8 +99,8 @@ class Rollout:
             return {}
         return {"rollout": {**(vars(self.trial) if self.trial else {}), "problem": self.problem}}
 
-    def keep_up(self, candidate: VersionInfo | None, champion: str | None) -> None:
-        """Load the version with the alias rollout, or remove it. `champion` is the version that answers now."""
+    def keep_up(self, candidate: Version | None, champion: str | None) -> None:
+        """Load the version in rollout, or remove it. `champion` is the version that answers now."""
         wanted = self._wanted(candidate, champion)
         if wanted == self.trial:
             return
@@ -117,7 +110,8 @@ class Rollout:
         if wanted is not None and (
             self._failed is None or self._failed[0] != wanted or time.monotonic() - self._failed[1] > PAUSE_SECONDS
         ):
-            self._try(wanted)
+            assert candidate is not None, "it is what is wanted"
+            self._try(candidate, wanted)
 
     def stop(self) -> None:
         """End the thread of the shadow."""
@@ -171,32 +165,26 @@ class Rollout:
         except Full:
             self.num_dropped += 1
 
-    def _wanted(self, candidate: VersionInfo | None, champion: str | None) -> Trial | None:
-        """Return what has to be tried. `problem` says why a version with the alias is not."""
+    def _wanted(self, candidate: Version | None, champion: str | None) -> Trial | None:
+        """Return what has to be tried. `problem` says why a version in rollout is not."""
         self.problem = None
-        if candidate is None or candidate.rollout is None or candidate.rolled_out is None:
+        if candidate is None or candidate.rollout is None:
             return None
         if candidate.parent_version != champion:
-            return None  # the champion has moved, and the alias follows soon
+            return None  # the champion does not answer yet
         if self._log is None:
             self._tell(f"Version {candidate.version} is not tried: its rollout needs DEAL_LOG_PREDICTIONS.")
-            return None
-        try:
-            require_through_gate(candidate)
-        except RegistryError as error:
-            self._tell(str(error))
             return None
         trial = Trial(candidate.version, candidate.rollout.kind, candidate.rollout.share)
         if self._failed is not None and self._failed[0] == trial:
             self.problem = f"Version {trial.version} does not load; the server's output says why."
         return trial
 
-    def _try(self, trial: Trial) -> None:
+    def _try(self, candidate: Version, trial: Trial) -> None:
         try:
             with temporary_folder() as temporary:
                 folder = temporary / "candidate"
-                self._registry.download(self._lineage, trial.version, folder)
-                require_own_loader(folder)
+                fetch_version(self._store, candidate, folder)
                 self._answerer.add_candidate(folder, trial.version)
         except Exception as error:  # damaged files, a full disk: the champion must serve on
             if not isinstance(error, DealError | OSError):

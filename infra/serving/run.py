@@ -25,6 +25,7 @@ from infra.serving.connections import IDLE_SECONDS, Connections
 from infra.serving.prediction_log import LOG, open_prediction_log
 from infra.serving.server import LOOPBACK_NAMES, make_app
 from infra.settings import ServingSettings
+from infra.store.base import ObjectStore
 
 GRACE_SECONDS = 10
 """Time for open requests when the server ends."""
@@ -39,6 +40,7 @@ HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w.-]+|\[[\da-f]*:[\da-f.:]+\]", re.ASCII
 
 
 def serve(
+    store: ObjectStore,
     lineage: str,
     home: Path,
     *,
@@ -47,18 +49,16 @@ def serve(
     trusted_hosts: Sequence[str],
     say: Say,
     ready: Callable[[str, str], None],
-    settle: Callable[[], object],
 ) -> bool:
     """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second SIGINT ends them.
 
-    `home` gets the server's log and the prediction log. The port 0 is any free one. `trusted_hosts` are names that
-    clients may use, in addition to those of loopback and `host`.
+    `store` has the versions. `home` gets the server's log. The port 0 is any free one.
+    `trusted_hosts` are names that clients may use, in addition to those of loopback and `host`.
 
     `say` gets each message for the user. `ready` is called once, with the address and the version that answers.
-    `settle` is called when the alias has moved, before its version is loaded; it may set the alias back.
 
     Returns:
-        Whether all threads have ended. False: a thread waits for MLflow and would delay the process's end by minutes.
+        Whether all threads have ended. False: a thread waits for the store and would delay the process's end.
 
     Raises:
         ConfigError: The server cannot listen on the address, the lineage or a trusted host has no valid name, or
@@ -67,8 +67,8 @@ def serve(
     """
     api_key, trusted = _api_key(host, say), _trusted(host, trusted_hosts)
     listener = _listen(host, port)
-    log = open_prediction_log(home, lineage)
-    champion, ended = Champion(lineage, say, log, settle), threading.Event()
+    log = open_prediction_log(lineage)
+    champion, ended = Champion(store, lineage, say, log), threading.Event()
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -147,7 +147,7 @@ def _logged_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=1, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = (LOG, *map(logging.getLogger, ("infra.log_segments", "uvicorn.error", "asyncio")))
+    loggers = (LOG, *map(logging.getLogger, ("uvicorn.error", "asyncio")))
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if logger is LOG else logging.WARNING)

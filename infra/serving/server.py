@@ -276,7 +276,7 @@ class Meter(Collector):
         serving = GaugeMetricFamily("deal_serving", "The version that answers, and the champion.", labels=names)
         serving.add_metric([state[name] or "" for name in names], 1)
         yield serving
-        failed = "1 while the champion does not load or the registry does not answer."
+        failed = "1 while the champion does not load or the store does not answer."
         yield GaugeMetricFamily("deal_serving_problem", failed, value=state["problem"] is not None)
         log, rollout = self._serving.log, self._serving.rollout
         lost, left_out = "Answers that are missing in the prediction log.", "Copies that no shadow has answered."

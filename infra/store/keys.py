@@ -1,5 +1,6 @@
 """The keys of the object store. Every key is built and parsed in this file.
 
+    format.json                               the format of the store, see `infra.store.format`
     inbox/TASK/FILE                           a file that landed; task.yaml describes the task
     inbox/TASK/FOLDER/FILE                    a file of a folder that landed
     datasets/TASK/SHA256/LINEAGE/SCHEMA/FILE  the checked rows of an arrival, and their manifest
@@ -23,8 +24,8 @@
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     serving/LINEAGE.json                      the model name of a lineage in a vLLM server
     serving/LINEAGE.key                       what tells the ids of a lineage's answers from any other
-    predictions/LINEAGE/DAY/SEGMENT.parquet   the prediction log
-    feedback/LINEAGE/DAY/SEGMENT.parquet      right answers to rows of the prediction log, or whether they were right
+    predictions/LINEAGE/DAY/BATCH.parquet     the prediction log
+    feedback/LINEAGE/DAY/BATCH.parquet        right answers to rows of the prediction log, or whether they were right
     harvests/LINEAGE/TASK.json                the feedback that has become rows of an arrival
     monitor/LINEAGE.json                      the last look at a lineage's live traffic, and its open alarms
     monitor/LINEAGE/VERSION.parquet           live rows that later looks compare with, as numbers only
@@ -36,6 +37,8 @@ part of a run's key.
 from __future__ import annotations
 
 import hashlib
+import re
+import uuid
 from collections.abc import Sequence
 from datetime import date, datetime
 from typing import NamedTuple
@@ -53,6 +56,7 @@ FORGOTTEN = "forgotten"
 PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
+FORMAT_FILE = "format.json"
 TASK_FILE = "task.yaml"
 REFUSED_FILES = ".files.json"
 """End of the key of `refused_files_key`."""
@@ -61,6 +65,9 @@ SUCCESS_FILE = "_SUCCESS"
 MANIFEST_FILE = "manifest.json"
 TRAIN_FILE = "train.parquet"
 TEST_FILE = "test.parquet"
+BATCH_TIME = "%Y%m%dT%H%M%S"
+"""Form of the time (UTC) that the name of a log's batch begins with."""
+BATCH_NAME = re.compile(r"\d{8}T\d{6}-.+\.parquet")
 
 
 def file_name(key: str) -> str:
@@ -120,7 +127,7 @@ def quarantine_folder(task: str, sha256: str) -> str:
 def quarantine_key(task: str, sha256: str, files: Sequence[str]) -> str:
     """Return the key of an arrival's bad rows, from the digests of its good rows and of its files."""
     name = "-".join(digest[:16] for digest in files)
-    if len(files) > 2:  # a file and a test file keep the names that they always had; more would make a long name
+    if len(files) > 2:  # more would make a long name
         name = hashlib.sha256(name.encode()).hexdigest()[:32]
     return f"{quarantine_folder(task, sha256)}/{name}.jsonl"
 
@@ -362,19 +369,30 @@ def log_day_folder(log: str, lineage: str, day: date) -> str:
     return f"{log_folder(log, lineage)}/{day.isoformat()}"
 
 
-def log_key(log: str, lineage: str, segment: str) -> str:
-    """Return the key of a log's segment, whose name begins with the time at which it was opened.
+def log_key(log: str, lineage: str, written: datetime) -> str:
+    """Return a new key for a batch of a log that is written at this time (UTC). The keys sort by time.
 
     Example:
-        >>> log_key("predictions", "support", "20260301T120000-7f3a")
-        'predictions/support/2026-03-01/20260301T120000-7f3a.parquet'
+        >>> log_key("predictions", "support", datetime(2026, 3, 1, 12))[:-42]
+        'predictions/support/2026-03-01/20260301T120000'
     """
-    return f"{log_day_folder(log, lineage, segment_day(segment))}/{segment}.parquet"
+    name = f"{written:{BATCH_TIME}}-{uuid.uuid4().hex}.parquet"
+    return f"{log_day_folder(log, lineage, written.date())}/{name}"
 
 
-def segment_day(segment: str) -> date:
-    """Return the day (UTC) on which a segment was opened, from its name or from the last part of its key."""
-    return datetime.strptime(segment[:8], "%Y%m%d").date()
+def is_log_batch(key: str) -> bool:
+    """Return whether a key in the folder of a log is one of `log_key`."""
+    return BATCH_NAME.fullmatch(file_name(key)) is not None
+
+
+def batch_time(key: str) -> datetime:
+    """Return the time (UTC) at which a batch of a log was written, from its key."""
+    return datetime.strptime(file_name(key)[:15], BATCH_TIME)
+
+
+def batch_day(key: str) -> date:
+    """Return the day (UTC) on which a batch of a log was written, from its key."""
+    return batch_time(key).date()
 
 
 def harvest_key(lineage: str, task: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import mlflow
 import tenacity
 from mlflow import MlflowClient
@@ -27,6 +28,7 @@ KIND = "deal.kind"
 """Tag of a run that is not an adaptation, such as "monitor"."""
 FILES_SHA256 = "deal.files_sha256"
 """Tag of a logged model: SHA-256 of each of its files, as JSON."""
+ANSWER_SECONDS = 10.0
 PAGE = 1000
 """Number of results that are requested at once."""
 Found = TypeVar("Found")
@@ -52,6 +54,22 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def require_answer(uri: str) -> None:
+    """Raise RegistryError if a tracking server does not answer within ANSWER_SECONDS. A database is not asked.
+
+    One request tells; MLflow's client would repeat its own for minutes.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    where = without_secrets(uri)
+    try:
+        answer = httpx.get(f"{uri.rstrip('/')}/version", timeout=ANSWER_SECONDS, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise RegistryError(f"MLflow at {where} does not answer ({type(error).__name__}).") from None
+    if answer.status_code >= 500:
+        raise RegistryError(f"MLflow at {where} does not answer (status {answer.status_code}).")
 
 
 @contextmanager

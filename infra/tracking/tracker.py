@@ -1,4 +1,4 @@
-"""MLflow runs: one run per adaptation. A continued adaptation finds its run by its key.
+"""MLflow runs and logged models: one run per adaptation. A continued adaptation finds its run by its key.
 
 Everything uses clients with an explicit address. MLflow's global state is not changed.
 """
@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from time import monotonic
@@ -18,15 +18,15 @@ from typing import Any, Literal, Self
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 
 from deal_core.adapter.files import digests_of
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.safe_text import holds_secret, without_secrets
 from infra.settings import TrackingSettings
-from infra.store.base import temporary_folder
 from infra.tracking.client import FILES_SHA256, open_client, report_errors
-from infra.tracking.facts import RUN_KEY
+from infra.tracking.models import RUN_KEY, ModelRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,9 @@ FLUSH_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 3600.0
 """The longest pause after failed sends."""
 MODEL_TYPE = "lora-adapter"
+MAX_PARAM_CHARS = 500
 ADAPTER_SHA256 = "deal.adapter_sha256"
 """Tag of a logged model: the digest of its adapter."""
-
-
-def open_tracker(settings: TrackingSettings | None = None) -> Tracker:
-    """Return the tracker of `settings`, or of the environment."""
-    return Tracker(settings or TrackingSettings())
 
 
 class Tracker:
@@ -60,6 +56,17 @@ class Tracker:
         self.uri = settings.tracking_uri
         self.artifact_uri = settings.artifact_uri
         self.client = open_client(settings)
+        self.models = ModelRegistry(self.client, self.uri)
+
+    def find(self, lineage: str, run_key: str) -> TrackedRun | None:
+        """Return the run with `run_key`, if there is one."""
+        with report_errors("find a run", self.uri):
+            experiment = self.client.get_experiment_by_name(f"deal/{lineage}")
+            if experiment is None:
+                return None
+            own = f"tags.`{RUN_KEY}` = '{run_key}'"
+            runs = self.client.search_runs([experiment.experiment_id], own, ViewType.ALL, max_results=1)
+        return TrackedRun(self.client, runs[0].info.run_id) if runs else None
 
     def start(
         self,
@@ -89,10 +96,6 @@ class Tracker:
         run.log_params(params or {})
         run.set_tags(tags or {})
         return run
-
-    def run(self, run_id: str) -> TrackedRun:
-        """Return a run by its id."""
-        return TrackedRun(self.client, run_id)
 
     def _experiment(self, lineage: str) -> str:
         """Return the id of the lineage's experiment; make the experiment if it is new."""
@@ -132,8 +135,7 @@ class TrackedRun:
         and the points wait. A failed send may take minutes, because MLflow repeats it; the pause after it is as long as
         the send, and doubles with each further failed send.
         """
-        now = int(time.time() * 1000)
-        self._curve += [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        self.add(step, metrics)
         began = monotonic()
         if began < self._next_send:
             return
@@ -150,6 +152,11 @@ class TrackedRun:
                 without_secrets(reason),
             )
         self._next_send = monotonic() + self._pause
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add points to curves without sending them; `flush` and `end` do. Steps that were logged are skipped."""
+        now = int(time.time() * 1000)
+        self._curve += [Metric(key, float(value), now, step) for key, value in metrics.items()]
 
     def flush(self) -> None:
         """Send the waiting points; raise RegistryError if MLflow does not accept them."""
@@ -209,65 +216,73 @@ class TrackedRun:
         with self._report_errors("keep an artifact"):
             self.client.log_text(self.run_id, text, file)
 
-    def has_file(self, file: str) -> bool:
-        """Whether the run has an artifact of this name."""
-        with self._report_errors("list the artifacts"):
-            return file in {entry.path for entry in self.client.list_artifacts(self.run_id)}
-
-    def read_json(self, file: str) -> Any:
-        """Return the value that `log_json` logged.
-
-        Raises:
-            RegistryError: The run does not have the artifact, or the artifact is damaged.
-        """
-        with self._report_errors(f"read {file}"), temporary_folder() as folder:
-            if not self.has_file(file):
-                raise RegistryError(
-                    f"Run {self.run_id} has no {file}; it was not finished, or an earlier release made it."
-                )
-            path = Path(self.client.download_artifacts(self.run_id, file, str(folder)))
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise RegistryError(f"{file} of run {self.run_id} is damaged; it is no JSON.") from None
-
-    def log_adapter(self, folder: Path, name: str, *, sha256: str) -> str:
-        """Log the adapter's plain PEFT folder as a logged model of the run; return the model's id.
+    def log_adapter(
+        self,
+        folder: Path | None,
+        name: str,
+        *,
+        sha256: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float | None],
+        dataset: str,
+        dataset_sha256: str,
+    ) -> str:
+        """Log an adapter as a logged model of the run, with its settings and its scores; return the model's id.
 
         A continued run completes or returns its logged model of the same adapter. A run that was trained again on
         another machine may have a logged model of another adapter. Characters that MLflow refuses are replaced.
+
+        Args:
+            folder: The folder that MLflow serves; None: the adapter was removed, so the model has no files.
+            name: Name of the model.
+            sha256: Digest of the adapter.
+            params: Settings; nested ones get dotted names.
+            metrics: Scores. Undefined ones, which are None, are left out.
+            dataset: Name of the dataset that the scores belong to.
+            dataset_sha256: Its digest.
         """
         with self._report_errors("keep the adapter"):
             run = self.client.get_run(self.run_id)
             own = f"source_run_id = '{self.run_id}' AND tags.`{ADAPTER_SHA256}` = '{sha256}'"
-            found = self.client.search_logged_models([run.info.experiment_id], own, max_results=1)
+            models = self.client.search_logged_models([run.info.experiment_id], own, max_results=1)
             model = (
-                found[0]
-                if found
+                models[0]
+                if models
                 else self.client.create_logged_model(
                     run.info.experiment_id,
                     name=re.sub(r"[^A-Za-z0-9_-]", "-", name),
                     source_run_id=self.run_id,
                     tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256},
+                    params={key: value[:MAX_PARAM_CHARS] for key, value in _flatten(params)},
                     model_type=MODEL_TYPE,
                 )
             )
             model_id = str(model.model_id)
             if str(model.status) != "READY":
-                names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-                digests = json.dumps(digests_of(folder, names))
-                self.client.set_logged_model_tags(model_id, {FILES_SHA256: digests})
-                self.client.log_model_artifacts(model_id, str(folder))
+                if folder is not None:
+                    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+                    self.client.set_logged_model_tags(model_id, {FILES_SHA256: json.dumps(digests_of(folder, names))})
+                    self.client.log_model_artifacts(model_id, str(folder))
+                now = int(time.time() * 1000)
+                digest = dataset_sha256[:MAX_DATASET_DIGEST_SIZE]
+                points = [
+                    Metric(key, float(value), now, 0, model_id, dataset, digest)
+                    for key, value in metrics.items()
+                    if value is not None
+                ]
+                self.client.log_batch(self.run_id, metrics=points)
                 self.client.finalize_logged_model(model_id, "READY")
             outputs = run.outputs.model_outputs if run.outputs else []
             if model_id not in [output.model_id for output in outputs]:
                 self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
         return model_id
 
-    def is_finished(self) -> bool:
-        """Return whether the run has ended without an error."""
-        with self._report_errors("read the state"):
-            return bool(self.client.get_run(self.run_id).info.status == "FINISHED")
+    def remove_files(self, names: Sequence[str]) -> None:
+        """Remove those of the named artifacts that the run has. Can be repeated."""
+        with self._report_errors("remove artifacts"):
+            present = {entry.path for entry in self.client.list_artifacts(self.run_id)}
+            location = str(self.client.get_run(self.run_id).info.artifact_uri)
+            _remove(location, self.client.tracking_uri, [name for name in names if name in present])
 
     def end(self, status: Literal["FINISHED", "FAILED"] = "FINISHED") -> None:
         """Send the waiting points and end the run."""
@@ -305,6 +320,21 @@ class TrackedRun:
 
     def _report_errors(self, action: str) -> AbstractContextManager[None]:
         return report_errors(f"{action} of run {self.run_id}", self.client.tracking_uri)
+
+
+def remove_model_files(client: MlflowClient, model_id: str) -> None:
+    """Remove all files of a logged model. The model stays. Can be repeated."""
+    with report_errors(f"remove the files of the model {model_id}", client.tracking_uri):
+        location = str(client.get_logged_model(model_id).artifact_location)
+        names = [entry.path for entry in client.list_logged_model_artifacts(model_id)]
+        _remove(location, client.tracking_uri, names)
+
+
+def _remove(location: str, uri: str, names: Sequence[str]) -> None:
+    if names:
+        repository = get_artifact_repository(location, tracking_uri=uri)
+        for name in names:
+            repository.delete_artifacts(name)  # type: ignore[no-untyped-call] # MLflow has no types for it
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

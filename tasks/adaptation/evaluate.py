@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answer_scores import right_answers, score_answers
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
 from deal_core.safe_text import listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
+from infra.versions import Version
+from tasks.adaptation.adaptation import AdaptationRun
 from tasks.adaptation.frozen_rows import (
     Answers,
     KeptAnswers,
@@ -26,15 +28,14 @@ from tasks.adaptation.frozen_rows import (
     read_answers,
     within_budget,
 )
-from tasks.adaptation.ingest import new_task
 from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, read_record
-from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
+from tasks.lineage.requests import Renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
-from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.monitoring.rows import has_reference, write_reference
-from tasks.references import AdapterRef, ArrivalScore, BaseRef, DatasetRef, Spared, VersionRef, VersionScores
+from tasks.references import ArrivalScore, BaseRef, DatasetRef, Spared, TrainedAdapter, VersionScores
 
 if TYPE_CHECKING:
     from tasks.adaptation.scorer import Scored, Scorer
@@ -45,36 +46,27 @@ MAX_TESTED_ROWS = 1000
 that of all rows, with 95 % confidence."""
 
 
-def evaluate_version(
-    base: BaseRef,
-    parent: VersionRef | None,
-    adapter: AdapterRef,
-    dataset: DatasetRef,
-    config: EvaluateConfig,
-    train: TrainConfig,
-    notes: tuple[str, ...] = (),
-    *,
-    spared: Spared,
-) -> EvaluationReport:
+def evaluate_version(job: AdaptationRun, trained: TrainedAdapter, notes: tuple[str, ...] = ()) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 
-    A known task keeps its first prompts and lengths; `config.max_new_tokens` applies to new tasks only. The rows of a
+    A known task keeps its first prompts and lengths; `evaluate.max_new_tokens` applies to new tasks only. The rows of a
     known task are frozen, so the base's accuracies come from the record and the parent's answers from the store. The
     parent is asked only rows without a stored answer.
 
     If a task's test rows were forgotten, the arrival's test rows replace them. Other tasks whose test rows were
     forgotten are then not judged, and keep the parent's figure. If test rows are renewed, the rows before stay as a
     slice. If a task gains labels, the new version is asked with the new labels and the parent without them, as each of
-    them serves. The rows that tasks spare (`spared`) do not count.
+    them serves. The rows that tasks spare do not count.
     """
     from tasks.adaptation.scorer import Scorer, collapse_notes
 
-    asked = _rows_to_ask(current_store(), parent, dataset, config, train, spared)
-    scorer = Scorer(base, config)
-    found = _score(scorer, asked, parent, adapter)
-    _keep(current_store(), adapter, asked, found)
-    notes = (*notes, *asked.notes, *_length_notes(scorer, asked, dataset), *collapse_notes(found.now))
-    return _report(dataset, asked, found, scorer.num_rows, notes)
+    store = current_store()
+    asked = _rows_to_ask(store, job)
+    scorer = Scorer(job.base, job.spec.evaluate)
+    found = _score(scorer, asked, job, trained)
+    _keep(store, job, trained.uri, asked, found)
+    notes = (*notes, *asked.notes, *_length_notes(scorer, asked, job.dataset), *collapse_notes(found.now))
+    return _report(job.dataset, asked, found, scorer.num_rows, notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +96,8 @@ class _Asked:
         return {each.name: each.of for each in self.renewal.slices}
 
 
-def _rows_to_ask(
-    store: ObjectStore,
-    parent: VersionRef | None,
-    dataset: DatasetRef,
-    config: EvaluateConfig,
-    train: TrainConfig,
-    spared: Spared,
-) -> _Asked:
-    record = read_record(store, parent.adapter_uri) if parent else None
-    renewal = find_renewal(store, record, dataset)
+def _rows_to_ask(store: ObjectStore, job: AdaptationRun) -> _Asked:
+    record, renewal, dataset, spared = job.record, job.renewal, job.dataset, job.spared
     unjudged = _unjudged(store, record, renewal)
     old = (
         [
@@ -130,7 +114,7 @@ def _rows_to_ask(
     if renewal.known is not None:
         new = [_widened(load_test_set(store, renewal.known.judged_by(dataset)), dataset)]
     elif record is None or (known := record.task(dataset.task)) is None:
-        new = [load_test_set(store, new_task(store, dataset, train.max_prompt_tokens, config.max_new_tokens))]
+        new = [load_test_set(store, next(task for task in job.tasks if task.schema.name == dataset.task))]
     else:
         notes = tuple(_notes_on_known_task(store, record.lineage, known, dataset))
     newly = [each for each in old if record and record.spared != spared]
@@ -142,8 +126,8 @@ def _rows_to_ask(
     )
     new = [judging_rows(each, spared) for each in new]
     old = [judging_rows(each, spared) for each in old]
-    old = within_budget(old, dataset.task, config.max_old_rows)
-    answered = read_answers(store, parent.adapter_uri).now if parent else {}
+    old = within_budget(old, dataset.task, job.spec.evaluate.max_old_rows)
+    answered = read_answers(store, job.parent.adapter_uri).now if job.parent else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     return _Asked(
@@ -191,34 +175,33 @@ class _Found:
     facts: AdapterFacts
 
 
-def _score(scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: AdapterRef) -> _Found:
+def _score(scorer: Scorer, asked: _Asked, job: AdaptationRun, trained: TrainedAdapter) -> _Found:
     from deal_core.adapter.state import adapter_norm
     from tasks.adaptation.scorer import Scored
 
-    answered = asked.answered
-    scorer.expect(asked.new, [*asked.new, *asked.unanswered] if parent else [], asked.all)
-    with borrowed_parent(current_store(), parent) as before, borrowed_adapter(current_store(), adapter) as folder:
-        on_base = scorer.score(None, asked.new, general=True)
-        on_parent = scorer.score(before, asked.new) if parent else Scored({}, {}, None)
-        if asked.unanswered:
-            more = scorer.score(before, asked.unanswered).answers
-            answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
-        now = scorer.score(folder, asked.all, general=True, explain=True)
-        facts = AdapterFacts(
-            norm=adapter_norm(folder),
-            parent_norm=adapter_norm(before) if before else None,
-            is_changed=parent is None or parent.adapter_sha256 != adapter.sha256,
-        )
+    answered, before = asked.answered, job.parent_folder
+    scorer.expect(asked.new, [*asked.new, *asked.unanswered] if before else [], asked.all)
+    on_base = scorer.score(None, asked.new, general=True)
+    on_parent = scorer.score(before, asked.new) if before else Scored({}, {}, None)
+    if asked.unanswered:
+        more = scorer.score(before, asked.unanswered).answers
+        answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
+    now = scorer.score(trained.folder, asked.all, general=True, explain=True)
+    facts = AdapterFacts(
+        norm=adapter_norm(trained.folder),
+        parent_norm=adapter_norm(before) if before else None,
+        is_changed=job.parent is None or job.parent.adapter_sha256 != trained.sha256,
+    )
     return _Found(on_base=on_base, on_parent=on_parent, now=now, answered=answered, facts=facts)
 
 
-def _keep(store: ObjectStore, adapter: AdapterRef, asked: _Asked, found: _Found) -> None:
+def _keep(store: ObjectStore, job: AdaptationRun, adapter_uri: str, asked: _Asked, found: _Found) -> None:
     """Store the answers, and the reference for live traffic."""
     before = found.on_parent.answers if asked.record else found.on_base.answers
     completed = {each.schema.name: found.answered[each.schema.name] for each in asked.unanswered}
-    keep_answers(store, adapter.uri, KeptAnswers(now=found.now.answers, before=before | completed))
+    keep_answers(store, adapter_uri, KeptAnswers(now=found.now.answers, before=before | completed))
     judging = [each for each in asked.all if each.schema.name not in asked.slices]
-    write_reference(store, adapter.uri, adapter.lineage, judging, found.now.evaluations)
+    write_reference(store, adapter_uri, job.lineage, judging, found.now.evaluations)
 
 
 def _length_notes(scorer: Scorer, asked: _Asked, dataset: DatasetRef) -> Iterator[str]:
@@ -335,9 +318,7 @@ def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> Scores:
     return score_answers(test_set.schema.metric, given, right_answers(test_set.rows))
 
 
-def score_arrival(
-    base: BaseRef, champion: VersionRef, dataset: DatasetRef, config: EvaluateConfig
-) -> ArrivalScore | None:
+def score_arrival(base: BaseRef, champion: Version, dataset: DatasetRef, config: EvaluateConfig) -> ArrivalScore | None:
     """Score the champion on an arrival's training rows, before anything is trained on them.
 
     It is asked as it serves: with the labels that it knows. Of more than MAX_TESTED_ROWS rows, those with the smallest
@@ -360,7 +341,7 @@ def score_arrival(
     return ArrivalScore(accuracy=found.accuracies[dataset.task], num_rows=len(rows.rows), of_rows=dataset.num_train)
 
 
-def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
+def score_version(version: Version, config: EvaluateConfig) -> VersionScores:
     """Score a registered version again on the frozen test rows of its own evaluation.
 
     A version without a reference for its live traffic gets one.

@@ -119,9 +119,8 @@ def _unaltered_file(store: ObjectStore, dataset_uri: str, file: str = TEST_FILE)
     ):
         path = temporary / file
         store.download_file(f"{dataset_uri}/{file}", path)
-        recorded = manifest.test_sha256 if file == TEST_FILE else ""  # manifests of 0.2 have no digest of the file
-        if recorded and (sha256 := sha256_of_file(path)) != recorded:
-            raise ValueError(f"it was altered: its sha256 is {sha256}, recorded is {recorded}")
+        if file == TEST_FILE and (sha256 := sha256_of_file(path)) != manifest.test_sha256:
+            raise ValueError(f"it was altered: its sha256 is {sha256}, recorded is {manifest.test_sha256}")
         yield path
 
 

@@ -28,15 +28,15 @@ from tasks.adaptation.frozen_rows import read_test_rows, require_unaltered
 from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.data_files import local_files
-from tasks.lineage.record import KnownTask, LineageRecord, read_record
+from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, is_renewal_asked
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 from tasks.progress import advance
-from tasks.references import Arrival, DatasetRef, VersionRef
+from tasks.references import Arrival, DatasetRef
 from tasks.spec import reading_the_task
 
 QUARANTINE_FILE = "quarantine.jsonl"
-OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all", "joins_context": True}
+OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all"}
 """Fields of a task that the lineage does not know; the settings of its first arrival come before them."""
 
 
@@ -145,11 +145,11 @@ def _frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_n
 
 
 def ingest_arrival(
-    arrival: Arrival, config: DataConfig, parent: VersionRef | None, lineage: str, again: bool = False
+    arrival: Arrival, config: DataConfig, record: LineageRecord | None, lineage: str, again: bool = False
 ) -> DatasetRef:
     """Check an arrival and store its dataset. Bad rows go to quarantine.
 
-    The parent version knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
+    The parent's record knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
     delete. With `again`, forgotten rows are accepted.
 
     Raises:
@@ -158,7 +158,6 @@ def ingest_arrival(
         TaskFieldsError: The settings of the task contradict the lineage.
     """
     store = current_store()
-    record = read_record(store, parent.adapter_uri) if parent else None
     with reading_the_task():
         schema = choose_schema(store, arrival, record)
     before = record.task(arrival.task) if record else None
@@ -194,7 +193,7 @@ def ingest_arrival(
         dataset = _publish(store, folder, manifest, lineage, new_labels)
         dataset = dataset.model_copy(update={"renews_tests": landing.renews_tests})
         if not again:
-            digests = filter(None, (dataset.sha256, dataset.landed_sha256, *manifest.files))
+            digests = (dataset.sha256, dataset.landed_sha256, *manifest.files)
             places = [dataset.uri, quarantine_folder(dataset.task, dataset.sha256)]
             _withdraw_if_forgotten(store, arrival.task, digests, places)
         return dataset
@@ -220,7 +219,7 @@ def _publish(
             retain_training_rows=manifest.retain_training_rows or before.retain_training_rows,
             files=tuple(dict.fromkeys((*before.files, *manifest.files))),
             test_sha256=before.test_sha256,
-            num_training_files=(before if before.files else manifest).num_training_files,
+            num_training_files=before.num_training_files,
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
     return DatasetRef(
@@ -265,7 +264,7 @@ def _withdraw_if_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str]
 
 def refuse_forgotten_rows(store: ObjectStore, task: str, rows: DatasetManifest | DatasetRef) -> None:
     """Raise ForgottenRowsError if the rows have a tombstone: with this split, or as they landed."""
-    refuse_forgotten(store, task, [digest for digest in (rows.sha256, rows.landed_sha256) if digest])
+    refuse_forgotten(store, task, [rows.sha256, rows.landed_sha256])
 
 
 def drop_training_rows(store: ObjectStore, dataset_uri: str) -> None:

@@ -9,10 +9,11 @@ from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from infra.report import page as words
 from infra.store.keys import dataset_sha256
-from infra.tracking.facts import SCORES, VersionFacts
+from infra.versions import SCORES, Version
 from tasks.adaptation.frozen_rows import num_judging_of
 from tasks.lineage.record import KnownTask, LineageRecord
 
+CARD_FILE = "README.md"
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
 
 
@@ -41,7 +42,7 @@ def example_rows(record: LineageRecord) -> list[dict[str, str]]:
     return [{"input": _example(known.schema), "task": known.schema.name} for known in record.tasks]
 
 
-def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, task_type: str) -> str:
+def write_card(record: LineageRecord, version: Version, licence: str | None, task_type: str) -> str:
     """Return the card as Markdown with the front matter of model hubs.
 
     `licence` is the base model's licence, or None if its files state none. `task_type` is a field of the adapter's
@@ -50,15 +51,16 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
     base = record.base
     loader = f"AutoModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     loadable = base.name if "/" in base.name else f"FOLDER OF {base.name}"
-    origin = f"continues version {facts.parent_version}" if facts.parent_version else "starts from the base model"
-    verdict = "accepted" if facts.accepted else "rejected: " + " ".join(facts.reasons)
+    origin = f"continues version {version.parent_version}" if version.parent_version else "starts from the base model"
+    verdict = "accepted" if version.accepted else "rejected: " + " ".join(version.reasons)
     lines = [
         *_front_matter(record, licence),
         "",
         f"# {record.lineage}: {', '.join(known.schema.name for known in record.tasks)}",
         "",
-        f"A LoRA adapter (PEFT) of **{base.name}**. It learned the task **{facts.task}** last, with the strategy "
-        f"{facts.strategy}, and {origin}. Its gate: {verdict}.",
+        *_use(record, loader, loadable),
+        f"A LoRA adapter (PEFT) of **{base.name}**. It learned the task **{version.task}** last, with the strategy "
+        f"{version.strategy}, and {origin}. Its gate: {verdict}.",
         "",
         "## Base model",
         "",
@@ -83,8 +85,8 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
             ],
         ),
         "",
-        f"Dataset of this version: {facts.task}, sha256 `{facts.dataset_sha256}`. Settings: sha256 "
-        f"`{facts.config_sha256}`. Run: `{facts.run_key}`.",
+        f"Dataset of this version: {version.task}, sha256 `{version.dataset_sha256}`. Settings: sha256 "
+        f"`{version.config_sha256}`. Run: `{version.run_key}`.",
         "",
         "## Accuracy",
         "",
@@ -93,28 +95,28 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
         "",
         *_matrix(record),
         "",
-        *_scores(facts),
+        *_scores(version),
         "",
         "## Limits",
         "",
         *_limits(record),
         "",
-        "## Use",
-        "",
-        "With PEFT alone:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        f"from transformers import {loader}",
-        f'base = {loader}.from_pretrained("{loadable}")',
-        'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
-        "```",
-        "",
-        "As a server, with MLflow and deal-pipeline installed: "
-        f"`mlflow models serve -m models:/{record.lineage}@champion --env-manager local`",
-        "",
     ]
     return "\n".join(lines)
+
+
+def _use(record: LineageRecord, loader: str, loadable: str) -> list[str]:
+    return [
+        "```python",
+        "# With deal-pipeline, which asks each task as it was trained:",
+        f'mlflow.pyfunc.load_model("models:/{record.lineage}@champion").predict([{{"input": "...", "task": "..."}}])',
+        "",
+        "# With PEFT alone; deal.json says how each task is asked:",
+        f'base = transformers.{loader}.from_pretrained("{loadable}")',
+        'model = peft.PeftModel.from_pretrained(base, "THIS FOLDER")',
+        "```",
+        "",
+    ]
 
 
 def _front_matter(record: LineageRecord, licence: str | None) -> list[str]:
@@ -132,8 +134,8 @@ def _matrix(record: LineageRecord) -> list[str]:
     return words.markdown_table(("", *matrix.tasks), rows)
 
 
-def _scores(facts: VersionFacts) -> list[str]:
-    scores = {name: getattr(facts, name) for name in SCORES}
+def _scores(version: Version) -> list[str]:
+    scores = {name: getattr(version, name) for name in SCORES}
     return [
         f"- {name.replace('_', ' ')}: {100 * value:.1f} points" for name, value in scores.items() if value is not None
     ]

@@ -10,87 +10,85 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel
 
 from deal_core.data.row_warnings import data_warnings
-from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.monitoring.report import LiveLook
-from deal_core.regular_file import complete_file
 from infra.report import page as words
-from infra.report.page import matrix_rows, render_page
-from infra.report.run_report import PAGE_FILE, REPORT_FILE, Link, Origin, Quality, QuarantinedRow, RunReport, Training
+from infra.report.page import matrix_rows
+from infra.report.run_report import (
+    EVALUATION_FILE,
+    PAGE_FILE,
+    REPORT_FILE,
+    Link,
+    Origin,
+    Quality,
+    QuarantinedRow,
+    RunReport,
+    Training,
+)
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.tracking.client import installed_version
-from infra.tracking.registry import open_registry
-from infra.tracking.tracker import TrackedRun, open_tracker
+from infra.versions import Version, Versions
 from tasks.adaptation.frozen_rows import MAX_EXAMPLES, compare_answers, cut
 from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.data_files import local_files
-from tasks.lineage.history import find_version
-from tasks.lineage.record import read_record, scores_of
+from tasks.lineage.reports import write_report
 from tasks.progress import patient
-from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
+from tasks.references import DatasetRef, TrainSummary
 
 MAX_LOSSES = 1000
 """Losses in the report. MLflow has every loss as a metric."""
 LIBRARIES = ("deal-pipeline", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "mlflow", "prefect")
-EVALUATION_FILE = "evaluation.json"
-LIVE_FILE = "live.json"
-"""The last look at the version's live traffic."""
 NEWEST = 30
 """Versions in the matrix of the Markdown page. Prefect's database stores a page for each run."""
 
 
-def _gather_report(
-    run: RunRef,
-    version: VersionRef,
+def gather_report(
+    store: ObjectStore,
+    version: Version,
+    base_name: str,
     dataset: DatasetRef,
     summary: TrainSummary,
     seconds: Mapping[str, float],
     include_texts: bool,
 ) -> RunReport:
     """Collect everything about a registered version that its page shows, apart from the evaluation."""
-    store = current_store()
-    known = {info.version: info for info in open_registry().versions(version.lineage)}
-    own = known[version.version]
+    known = {each.version: each for each in Versions(store).all(version.lineage)}
     parent = known.get(version.parent_version or "")
     return RunReport(
         lineage=version.lineage,
         version=version.version,
         task=dataset.task,
         parent_version=version.parent_version,
-        verdict="promoted" if version.outcome == "rollout" and own.promoted is not None else version.outcome,
+        verdict="promoted" if version.outcome == "rollout" and version.since.promoted is not None else version.outcome,
         reasons=version.reasons,
-        created=own.created,
+        created=version.created,
         include_texts=include_texts,
-        training=_training(own.strategy, summary),
+        training=_training(version.strategy, summary),
         quality=_quality(store, dataset, include_texts),
         changed=compare_answers(
             store, version.adapter_uri, parent.adapter_uri if parent else None, include_texts=include_texts
         ),
         seconds=dict(seconds),
         lineage_so_far=tuple(
-            Link(**{name: getattr(info, name) for name in Link.model_fields})
-            for info in known.values()
-            if int(info.version) <= int(version.version)
+            Link(**{name: getattr(each, name) for name in Link.model_fields})
+            for each in known.values()
+            if int(each.version) <= int(version.version)
         ),
         origin=Origin(
-            base=read_record(store, version.adapter_uri).base.name,
+            base=base_name,
             libraries=_library_versions(),
-            tracking_id=run.tracking_id,
-            run_key=own.run_key,
-            base_sha256=own.base_sha256,
-            dataset_sha256=own.dataset_sha256,
-            adapter_sha256=own.adapter_sha256,
-            config_sha256=own.config_sha256,
+            run_key=version.run_key,
+            base_sha256=version.base_sha256,
+            dataset_sha256=version.dataset_sha256,
+            adapter_sha256=version.adapter_sha256,
+            config_sha256=version.config_sha256,
         ),
-        arrival_accuracy=own.arrival_accuracy,
+        arrival_accuracy=version.arrival_accuracy,
     )
 
 
@@ -166,80 +164,35 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
     return cut(f"{entry['reason']}: {shown}") if shown else str(entry["reason"])
 
 
-def report_run(
-    run: RunRef,
-    version: VersionRef,
+def report_version(
+    version: Version,
+    base_name: str,
     dataset: DatasetRef,
     report: EvaluationReport,
     summary: TrainSummary,
     seconds: Mapping[str, float],
     *,
     include_texts: bool = False,
-    in_prefect: bool = True,
 ) -> None:
-    """Write the report of a run to MLflow and, with `in_prefect`, to Prefect.
+    """Write the report of a version to the store, and a page of it to Prefect.
 
     `seconds` is the wall time by stage. The page shows texts of rows only with `include_texts`.
     """
-    tracked = open_tracker().run(run.tracking_id)
-    tracked.log_metrics(
-        {  # undefined scores are left out
-            **scores_of(report.matrix),
-            "base_accuracy": report.base_accuracy,
-            "parent_accuracy_new_task": report.parent_accuracy_new_task,
-            **{f"accuracy/{name}": value for name, value in report.accuracies.items()},
-            **{f"forgetting/{name}": value for name, value in report.matrix.forgetting_by_task.items()},
-        }
+    store = current_store()
+    found = gather_report(store, version, base_name, dataset, summary, seconds, include_texts)
+    write_report(store, version, EVALUATION_FILE, report.to_json())
+    write_report(store, version, REPORT_FILE, found.model_dump(mode="json"))
+    patient(create_markdown_artifact)(
+        key=artifact_key(version.lineage),
+        markdown=markdown_of(found, report),
+        description=f"Version {version.version} of {version.lineage}: {report.task}",
     )
-    num_landed = dataset.num_train + dataset.num_test + dataset.num_rejected
-    num_rows = {"ingest": num_landed, "evaluate": sum(report.num_rows.values())}
-    for stage, duration in seconds.items():
-        tracked.log_stage(stage, duration, num_rows.get(stage))
-    found = _gather_report(run, version, dataset, summary, seconds, include_texts)
-    tracked.log_metrics({"rows_per_second/train": summary.rows_per_second, "arrival_accuracy": found.arrival_accuracy})
-    tracked.log_json(EVALUATION_FILE, report.to_json())
-    tracked.log_json(REPORT_FILE, found.model_dump(mode="json"))
-    tracked.log_text(PAGE_FILE, render_page(found, report))
-    tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
-    if in_prefect:
-        patient(create_markdown_artifact)(
-            key=artifact_key(run.lineage),
-            markdown=markdown_of(found, report),
-            description=f"Version {version.version} of {run.lineage}: {report.task}",
-        )
 
 
 def artifact_key(lineage: str) -> str:
     """The key of a lineage's artifacts. Prefect takes small letters, digits and hyphens: other names need a digest."""
     key = re.sub("[^a-z0-9]+", "-", lineage.lower()).strip("-")
     return f"adapt-{key}" if key == lineage else f"adapt-{key}-{hashlib.sha256(lineage.encode()).hexdigest()[:8]}"
-
-
-def read_page(tracking_id: str) -> tuple[RunReport, str]:
-    """Render a run's page again from the JSON files in MLflow, with the last look at the version's live traffic.
-
-    Raises:
-        RegistryError: The run has no such files, or MLflow does not answer.
-    """
-    tracked = open_tracker().run(tracking_id)
-    live = LiveLook.from_json(tracked.read_json(LIVE_FILE)) if tracked.has_file(LIVE_FILE) else None
-    return _page(tracked, live)
-
-
-def renew_page(tracking_id: str, live: LiveLook) -> None:
-    """Keep the last look at a version's live traffic with its run, and write the run's page with it.
-
-    A run without a report gets no page: it was not completed, or its arrival was forgotten.
-    """
-    tracked = open_tracker().run(tracking_id)
-    tracked.log_json(LIVE_FILE, live.to_json())
-    if tracked.has_file(REPORT_FILE):
-        tracked.log_text(PAGE_FILE, _page(tracked, live)[1])
-
-
-def _page(tracked: TrackedRun, live: LiveLook | None) -> tuple[RunReport, str]:
-    report = RunReport.from_json(tracked.read_json(REPORT_FILE))
-    return report, render_page(report, EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE)), live)
 
 
 def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
@@ -275,42 +228,6 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         *([*words.markdown_table(["test rows", "gained", "lost", "of"], changed), ""] if changed else ()),
         *words.markdown_table(["stage", "time"], stages),
         "",
-        f"The whole page: `{PAGE_FILE}` of the MLflow run {report.origin.tracking_id}, or "
-        f"`deal report {report.version} --lineage {report.lineage}`.",
+        f"The whole page: `deal report {report.version} --lineage {report.lineage}`, or `{PAGE_FILE}` in MLflow.",
     ]
     return "\n".join(lines) + "\n"
-
-
-class WrittenReport(BaseModel, frozen=True):
-    """A written page and its verdict."""
-
-    lineage: str
-    version: str
-    verdict: str
-    summary: str
-    """The verdict in one sentence."""
-    reasons: tuple[str, ...]
-    file: Path
-
-
-def save_report(lineage: str, version: str, file: Path) -> WrittenReport:
-    """Write the page of a version to a file. A present file is replaced.
-
-    Raises:
-        RegistryError: There is no such version, or its run has no report.
-        ConfigError: The file cannot be written.
-    """
-    report, page = read_page(find_version(open_registry(), lineage, version).tracking_id)
-    try:
-        with complete_file(file) as part:
-            part.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"The page cannot go to {file} ({error.strerror}); give another --out.") from None
-    return WrittenReport(
-        lineage=lineage,
-        version=version,
-        verdict=report.verdict,
-        summary=words.verdict_of(report),
-        reasons=report.reasons,
-        file=file.resolve(),
-    )

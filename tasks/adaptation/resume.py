@@ -8,30 +8,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from deal_core.config import EvaluateConfig, as_stored
+from deal_core.config import EvaluateConfig
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.source_files import digests_of
-from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
+from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed, without_secrets
-from infra.promotions import PromotionLog
+from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
-from infra.tracking.tracker import open_tracker
-from infra.version_log import VersionLog
+from infra.versions import Version, Versions
 from tasks.adaptation.ingest import drop_training_rows
 from tasks.adaptation.manifests import read_manifest
-from tasks.adaptation.promote import complete_version, is_complete, is_overtaken, settle_aliases
-from tasks.adaptation.report import report_run
-from tasks.adaptation.run import end_run, remove_work
+from tasks.adaptation.report import report_version
+from tasks.adaptation.run import remove_work
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.lineage.choices import changed_settings
-from tasks.lineage.history import champion_deleted, require_in_registry, version_ref
+from tasks.lineage.promotion import is_open, is_overtaken, promote_accepted
+from tasks.lineage.record import read_record
 from tasks.lineage.version_files import reading_beside
 from tasks.notices import announce_version
-from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionRef
+from tasks.references import Arrival, DatasetRef, TrainSummary
 from tasks.spec import AdaptSpec
 
 logger = logging.getLogger(__name__)
@@ -42,27 +39,16 @@ FINDINGS = {"spec", "dataset", "evaluation", "training"}
 """Its parts."""
 
 
-def find_parent(lineage: str) -> VersionRef | None:
+def find_parent(lineage: str) -> Version | None:
     """Return the champion, which the next version continues; None: the next version starts from the base.
 
     Before that, the newest version's run is completed if a crash interrupted it. So no accepted version is skipped.
-
-    Raises:
-        RegistryError: The registry lost the versions, or the champion was deleted in MLflow. A person must name a new
-            champion, because a run from the base would lose the lineage's tasks.
     """
-    registry, store = open_registry(), current_store()
-    require_in_registry(registry, store, lineage)
-    number, _ = settle_aliases(registry, PromotionLog(store), lineage)
-    if versions := registry.versions(lineage):
-        VersionLog(store).keep_missing(lineage, versions)
-        # if the newest run registered its version twice, the first one counts
-        newest = next(version for version in versions if version.run_key == versions[-1].run_key)
-        _finish_run(registry, newest, version_ref(newest))
-    champion = registry.champion(lineage)
-    if champion is None and number is not None:
-        raise RegistryError(champion_deleted(lineage, number))
-    return version_ref(champion) if champion else None
+    store = current_store()
+    versions = Versions(store)
+    if known := versions.all(lineage):
+        _finish_run(store, known[-1])
+    return versions.champion(lineage)
 
 
 def keep_findings(
@@ -83,11 +69,11 @@ def keep_findings(
 
 def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     """Return the spec of the run that made an adapter."""
-    spec = read_findings(adapter_uri)["spec"]
-    return {name: as_stored(name, part) if isinstance(part, dict) else part for name, part in spec.items()}
+    spec: Mapping[str, Any] = read_findings(adapter_uri)["spec"]
+    return spec
 
 
-def evaluate_settings(version: VersionRef) -> EvaluateConfig:
+def evaluate_settings(version: Version) -> EvaluateConfig:
     """Return how the run of a version evaluated it; the defaults if the spec is lost."""
     try:
         return EvaluateConfig(**read_spec_of(version.adapter_uri).get("evaluate", {}))
@@ -95,7 +81,7 @@ def evaluate_settings(version: VersionRef) -> EvaluateConfig:
         return EvaluateConfig()
 
 
-def changed_since(parent: VersionRef, spec: AdaptSpec) -> tuple[str, ...]:
+def changed_since(parent: Version, spec: AdaptSpec) -> tuple[str, ...]:
     """Return a note about settings that differ from the parent's; none if the parent's spec is lost."""
     try:
         before = read_spec_of(parent.adapter_uri)
@@ -118,7 +104,7 @@ def read_findings(adapter_uri: str) -> Mapping[str, Any]:
         return values
 
 
-def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInfo) -> tuple[str, ...]:
+def require_same_files(store: ObjectStore, arrival: Arrival, version: Version) -> tuple[str, ...]:
     """Return the digests of an arrival's files. They must be the files that a version was trained on.
 
     Raises:
@@ -136,41 +122,42 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInf
         return digests_of((*sources, *tests))
 
 
-def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
+def _finish_run(store: ObjectStore, version: Version) -> None:
     """Complete the run of a lineage's newest version: promotion, report, notice, work folder, training rows, end.
 
     A complete run and a version that another version has overtaken stay as they are. Each step can be repeated. Only
     the promotion matters for the next arrival. A failure of another step is logged, and the next run tries it again.
     """
-    if not is_complete(version):
-        if is_overtaken(registry, version):
+    if is_open(version):
+        if is_overtaken(store, version):
             return
-        complete_version(registry, version)
-    run = RunRef(lineage=version.lineage, task=version.task, run_key=version.run_key, tracking_id=version.tracking_id)
-    with _logging(version, "read the state of its MLflow run"):
-        if open_tracker().run(run.tracking_id).is_finished():
-            return
-    status: Literal["FINISHED", "FAILED"] = "FAILED"
+        promote_accepted(store, version)
+        version = Versions(store).find(version.lineage, version.version) or version
+    run = None
+    with _logging(version, "read its journal"):
+        run = RunJournal(store).find(version.lineage, version.run_key)
+    if run is None or run.state == "finished":
+        return
+    state: Literal["finished", "failed"] = "failed"
     findings: Mapping[str, Any] | None = None
     with _logging(version, "write its report"):
         findings = read_findings(version.adapter_uri)
-        report_findings(run, reference, findings)
-        status = "FINISHED"
+        report_findings(version, findings)
+        state = "finished"
     with _logging(version, "announce it"):
         if findings is not None:
-            evaluation = EvaluationReport.from_json(findings["evaluation"])
-            announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
+            announce_version(version, evaluation=EvaluationReport.from_json(findings["evaluation"]))
     with _logging(version, "remove its work folder"):
         remove_work(run)
     with _logging(version, "delete its training rows"):
         if findings is not None:
-            drop_training_rows(current_store(), findings["dataset"]["uri"])
-    with _logging(version, "end its MLflow run"):
-        end_run(run, status)
+            drop_training_rows(store, findings["dataset"]["uri"])
+    with _logging(version, "end its run"):
+        RunJournal(store).end(run, state)
 
 
 @contextmanager
-def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
+def _logging(version: Version, doing: str) -> Iterator[None]:
     """Log an error of the block instead of raising it."""
     try:
         yield
@@ -186,17 +173,14 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
         )
 
 
-def report_findings(
-    run: RunRef, reference: VersionRef, findings: Mapping[str, Any], *, in_prefect: bool = True
-) -> None:
-    """Write the report of a version again from its findings; for `in_prefect` see `report_run`."""
-    report_run(
-        run,
-        reference,
+def report_findings(version: Version, findings: Mapping[str, Any]) -> None:
+    """Write the report of a version again from its findings."""
+    report_version(
+        version,
+        read_record(current_store(), version.adapter_uri).base.name,
         DatasetRef.model_validate(findings["dataset"]),
         EvaluationReport.from_json(findings["evaluation"]),
         TrainSummary.model_validate(findings["training"]),
         {},
         include_texts=findings["spec"]["data"]["include_texts"],
-        in_prefect=in_prefect,
     )

@@ -105,7 +105,6 @@ class Scorer:
                 self._base.tokenizer,
                 test_set.schema,
                 test_set.rows,
-                self._config,
                 max_prompt_tokens=test_set.max_prompt_tokens,
             )
         )

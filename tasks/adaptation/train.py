@@ -10,23 +10,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import ValidationError
 
 from deal_core.adapter.files import digests_of, sha256_together
-from deal_core.config import EvaluateConfig, TrainConfig
-from deal_core.method_config import MethodConfig, asks_own_texts
 from deal_core.regular_file import complete_file, flush_to_disk
+from deal_core.strategies import strategy_class
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.tracking.tracker import TrackedRun, open_tracker
+from tasks.adaptation.adaptation import AdaptationRun
 from tasks.adaptation.frozen_rows import answers_labels, spared_texts
-from tasks.adaptation.ingest import tasks_after
-from tasks.adaptation.manifests import read_manifest
 from tasks.base import lend_base, release_base
-from tasks.context import current_store, work_folder
-from tasks.lineage.record import KnownTask, read_record
-from tasks.lineage.requests import find_renewal
-from tasks.lineage.version_files import borrowed_parent
+from tasks.context import current_store
+from tasks.mlflow_mirror import LiveCurve
 from tasks.progress import advance
-from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
+from tasks.references import BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
     from deal_core.training.job import TextsFile, TrainingJob
@@ -46,7 +41,7 @@ class _LearnedRows(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainedAdapter:
+def train_version(job: AdaptationRun) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 
     If `method.selection` is on, the rows are chosen first; a file in the work folder keeps the choice.
@@ -54,53 +49,44 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
 
     Raises:
         AdapterStateError: The parent's adapter does not fit the base model.
-        ConfigError: A tool of `train.report_to` is not installed.
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
     from deal_core.training.job import TrainingJob
 
-    store = current_store()
-    run, parent, dataset = job.run, job.parent, job.dataset
-    folder = work_folder(run.lineage, run.short_key)
+    store, folder, train = current_store(), job.folder, job.spec.train
     if (summary := _finished(folder)) is None:
-        tracked = open_tracker().run(run.tracking_id)
-        setup = _setup(store, job, method, train)
+        setup = _setup(job)
         rows_file = folder / "rows" / keys.TRAIN_FILE
-        store.download_file(f"{dataset.uri}/{keys.TRAIN_FILE}", rows_file)
-        with borrowed_parent(store, parent) as parent_folder:
-            learned = _choose(job.base, setup, _LearnedRows(rows_file, dataset.num_train), parent_folder, folder)
-            training = TrainingJob(
-                base_source=job.base.source,
-                base_sha256=job.base.sha256,
-                cache_folder=HomeSettings().cache_dir,
-                rows_file=learned.file,
-                old_texts=_old_texts(store, job, setup, folder / "texts"),
-                setup=setup,
-                parent_folder=parent_folder,
-                output_folder=folder / "adapter",
-                checkpoint_folder=folder / "checkpoints",
-            )
-            result = _train(training, job.base, folder, _on_log(tracked, train.num_steps(learned.num_rows)))
-        recentred = _recentre(store, job, train, folder / "adapter") if train.recentre_steps else ()
+        store.download_file(f"{job.dataset.uri}/{keys.TRAIN_FILE}", rows_file)
+        learned = _choose(job.base, setup, _LearnedRows(rows_file, job.dataset.num_train), job.parent_folder, folder)
+        training = TrainingJob(
+            base_source=job.base.source,
+            base_sha256=job.base.sha256,
+            cache_folder=HomeSettings().cache_dir,
+            rows_file=learned.file,
+            old_texts=_old_texts(store, job, setup, folder / "texts"),
+            setup=setup,
+            parent_folder=job.parent_folder,
+            output_folder=folder / "adapter",
+            checkpoint_folder=folder / "checkpoints",
+        )
+        curve = LiveCurve(job.run)
+        try:
+            result = _train(training, job.base, folder, _on_log(curve, train.num_steps(learned.num_rows)))
+        finally:
+            curve.keep(store)
+        recentred = _recentre(store, job, folder / "adapter") if train.recentre_steps else ()
         result = replace(result, notes=(*learned.notes, *result.notes, *recentred))
-        tracked.flush()
         summary = TrainSummary(
             adapter_sha256=sha256_together(digests_of(folder / "adapter")), num_rows=learned.num_rows, **asdict(result)
         )
         flush_to_disk(folder / "adapter")
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
             part.write_text(summary.model_dump_json(), encoding="utf-8")
-    uri = keys.adapter_uri(run.lineage, run.short_key)
+    uri = keys.adapter_uri(job.lineage, job.run.short_key)
     store.upload_folder(folder / "adapter", uri)
-    reference = AdapterRef(
-        lineage=run.lineage,
-        run_key=run.run_key,
-        uri=uri,
-        sha256=summary.adapter_sha256,
-        parent_version=parent.version if parent else None,
-    )
-    return TrainedAdapter(adapter=reference, summary=summary)
+    return TrainedAdapter(folder=folder / "adapter", uri=uri, sha256=summary.adapter_sha256, summary=summary)
 
 
 def _finished(folder: Path) -> TrainSummary | None:
@@ -120,30 +106,23 @@ def _finished(folder: Path) -> TrainSummary | None:
     return None
 
 
-def _recentre(store: ObjectStore, job: AdaptationJob, train: TrainConfig, adapter: Path) -> tuple[str, ...]:
+def _recentre(store: ObjectStore, job: AdaptationRun, adapter: Path) -> tuple[str, ...]:
     """Let the adapter unlearn a preference for some labels, on texts that do not judge it; return notes."""
     from deal_core.training.recentre import recentre_adapter
 
-    texts = spared_texts(store, [known for known in _tasks(store, job, train) if answers_labels(known.schema)])
-    return recentre_adapter(lend_base(job.base), adapter, texts, train, advance("train"))
+    texts = spared_texts(store, [known for known in job.tasks if answers_labels(known.schema)])
+    return recentre_adapter(lend_base(job.base), adapter, texts, job.spec.train, advance("train"))
 
 
-def _tasks(store: ObjectStore, job: AdaptationJob, train: TrainConfig) -> tuple[KnownTask, ...]:
-    """All tasks of the version, each with the test rows that it is judged on."""
-    dataset, record = job.dataset, read_record(store, job.parent.adapter_uri) if job.parent else None
-    renewed = find_renewal(store, record, dataset).known
-    return tasks_after(store, record, dataset, renewed, train.max_prompt_tokens, EvaluateConfig().max_new_tokens)
-
-
-def _old_texts(store: ObjectStore, job: AdaptationJob, setup: TrainingSetup, folder: Path) -> tuple[TextsFile, ...]:
+def _old_texts(store: ObjectStore, job: AdaptationRun, setup: TrainingSetup, folder: Path) -> tuple[TextsFile, ...]:
     """Write the texts of old tasks that the strategy may ask about to files in `folder`."""
     from deal_core.training.job import TextsFile
 
-    if not asks_own_texts(job.strategy, setup.method):
+    if strategy_class(job.strategy).old_rows(setup.method) != "unused":
         return ()
     folder.mkdir(exist_ok=True)
     files = []
-    olds = [known for known in _tasks(store, job, setup.train) if known.schema.name != setup.task.name]
+    olds = [known for known in job.tasks if known.schema.name != setup.task.name]
     for number, each in enumerate(spared_texts(store, olds)):
         if len(each.rows):
             file = folder / f"{number}.parquet"
@@ -159,23 +138,16 @@ def _old_texts(store: ObjectStore, job: AdaptationJob, setup: TrainingSetup, fol
     return tuple(files)
 
 
-def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainingSetup:
+def _setup(job: AdaptationRun) -> TrainingSetup:
     from deal_core.training.train import TrainingSetup
-    from deal_core.training.trainer import Reporting, require_installed
 
-    require_installed(train.report_to)  # before the base model is loaded
-    run, task = job.run, read_manifest(store, job.dataset.uri).task
-    folder = HomeSettings().home / "tensorboard" / run.lineage / run.short_key
-    reporting = Reporting(project=run.lineage, run=f"{run.lineage}-{task.name}-{run.short_key}", folder=folder)
-    old_tasks = read_record(store, job.parent.adapter_uri).tasks if job.parent else ()
     return TrainingSetup(
-        task=task,
-        old_tasks=tuple(known.schema for known in old_tasks),
+        task=job.schema,
+        old_tasks=tuple(known.schema for known in job.record.tasks) if job.record else (),
         strategy=job.strategy,
         adapter=job.adapter,
-        method=method,
-        train=train,
-        reporting=reporting if train.report_to else None,
+        method=job.spec.method,
+        train=job.spec.train,
     )
 
 
@@ -216,11 +188,11 @@ def _train(training: TrainingJob, base: BaseRef, folder: Path, on_log: OnLog) ->
     return train_in_processes(training, folder / "ranks", on_log)
 
 
-def _on_log(tracked: TrackedRun, total: int) -> Callable[[int, Mapping[str, float]], None]:
+def _on_log(curve: LiveCurve, total: int) -> Callable[[int, Mapping[str, float]], None]:
     report = advance("train", total)
 
     def on_log(step: int, values: Mapping[str, float]) -> None:
-        tracked.log(step, {f"train/{name}": value for name, value in values.items()})
+        curve.log(step, {f"train/{name}": value for name, value in values.items()})
         report(step, detail=f"loss {values['loss']:.3f}" if "loss" in values else "")
 
     return on_log

@@ -113,10 +113,10 @@ def with_every_split(store: ObjectStore, arrival: KnownArrival) -> KnownArrival:
         if version.task == arrival.task
     ]
     tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
-    landed = {found for sha256, found, _ in known if sha256 == arrival.sha256 and found}
+    landed = {found for sha256, found, _ in known if sha256 == arrival.sha256}
     landed |= set(tombstone.landed if tombstone else ())
     # an arrival that is known only by its file may have become a dataset meanwhile, in each lineage another one
-    landed |= {found for _, found, files in known if found and arrival.sha256 in files}
+    landed |= {found for _, found, files in known if arrival.sha256 in files}
     same = [(sha256, files) for sha256, found, files in known if found in landed]
     splits = {sha256 for sha256, _ in same} | set(tombstone.splits if tombstone else ())
     files = dict.fromkeys((*arrival.files, *(digest for _, files in same for digest in files)))

@@ -13,7 +13,6 @@ from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.predictions import answers_to, forget_answers
 from infra.report.run_report import EVALUATION_FILE, LIVE_FILE
 from infra.run_journal import Run, RunJournal
-from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256
@@ -219,7 +218,7 @@ def forget_held(store: ObjectStore, plan: ForgetPlan) -> None:
                 remove_local(each.address)
             case "logged answers":
                 assert each.lineage is not None
-                forget_answers(store, HomeSettings().home, each.lineage, plan.inputs)
+                forget_answers(store, each.lineage, plan.inputs)
             case (
                 "report"
                 | "adapter of no version"
@@ -269,8 +268,7 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[RowsPlace]
 
 def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
     """The ids of the logged answers to the inputs, by lineage."""
-    home = HomeSettings().home
-    found = {lineage: answers_to(store, home, lineage, inputs) for lineage in list_logged_lineages(store)}
+    found = {lineage: answers_to(store, lineage, inputs) for lineage in list_logged_lineages(store)}
     return {lineage: ids for lineage, ids in found.items() if ids}
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import shutil
 import stat
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 
 from deal_core.data.schema import is_name
-from infra.log_segments import WRITE_SECONDS, Log, beyond_retention, ship
+from infra.log_batches import Log, beyond_retention, merge_batches
 from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
 from infra.run_journal import Run, RunJournal
 from infra.settings import HomeSettings
@@ -33,7 +33,8 @@ from tasks.adaptation.ingest import retains_training_rows
 AGE = timedelta(days=1)
 """Age at which a temporary file without a lock counts as left by a killed process."""
 FEEDBACK_AGE = timedelta(days=7)
-"""Age at which feedback is expected to have its answer in the store. Servers move answers there within minutes."""
+"""Age at which feedback is expected to have its answer in the store. Servers store answers within seconds, or when the
+store answers again."""
 Kind = Literal[
     "work folder",
     "adapter",
@@ -167,51 +168,35 @@ def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
 
 
 def list_logged_lineages(store: ObjectStore) -> tuple[str, ...]:
-    """Return every lineage with a prediction log or feedback, in the store or on this machine."""
-    found: set[str] = set()
-    for log in (PREDICTIONS, FEEDBACK):
-        found |= {keys.lineage_of(info.key) for info in store.list(log)}
-        folder = HomeSettings().home / log
-        found |= {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    """Return every lineage with a prediction log or feedback."""
+    found = {keys.lineage_of(info.key) for log in (PREDICTIONS, FEEDBACK) for info in store.list(log)}
     return tuple(sorted(name for name in found if is_name(name)))
 
 
-def ship_logs(store: ObjectStore) -> None:
-    """Let the servers on this machine write the rows that wait, and move all segments of all logs into the store.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged.
-    """
-    time.sleep(2 * WRITE_SECONDS)
-    home = HomeSettings().home
-    for lineage in list_logged_lineages(store):
-        for log in (prediction_log(home, lineage), feedback_log(home, lineage)):
-            ship(store, log, everything=True)
+def merge_logs(store: ObjectStore, lineage: str) -> None:
+    """Join the small batches of a lineage's logs. The caller holds the lineage."""
+    for log in (prediction_log(lineage), feedback_log(lineage)):
+        merge_batches(store, log)
 
 
 def old_logs(store: ObjectStore, lineage: str, *, now: datetime, days: int) -> tuple[Removal, ...]:
     """Return the days of a lineage's prediction log and of its feedback that are older than the retention."""
-    home, found = HomeSettings().home, list[Removal]()
-    logs: Mapping[Kind, Log] = {
-        "prediction log": prediction_log(home, lineage),
-        "feedback": feedback_log(home, lineage),
-    }
-    for kind, log in logs.items():
-        infos, paths = beyond_retention(store, log, now=now, days=days)
-        stored: dict[date, list[ObjectInfo]] = defaultdict(list)
-        for info in infos:
-            stored[keys.segment_day(keys.file_name(info.key))].append(info)
-        old = [_folder(keys.log_day_folder(log.name, lineage, day), each) for day, each in sorted(stored.items())]
-        old += [local_folder(path) for path in paths]
-        found += [_removal(lineage, kind, each, f"older than {days} days (DEAL_LOG_RETENTION_DAYS)") for each in old]
-    return tuple(found)
+    logs: Mapping[Kind, Log] = {"prediction log": prediction_log(lineage), "feedback": feedback_log(lineage)}
+    reason = f"older than {days} days (DEAL_LOG_RETENTION_DAYS)"
+    return tuple(
+        _removal(lineage, kind, _folder(keys.log_day_folder(log.name, lineage, day), [*infos]), reason)
+        for kind, log in logs.items()
+        for day, infos in groupby(
+            beyond_retention(store, log, now=now, days=days), key=lambda info: keys.batch_day(info.key)
+        )
+    )
 
 
 def lonely_feedback(store: ObjectStore, lineage: str, *, now: datetime) -> tuple[Removal, ...]:
     """Return the feedback on answers that the log does not have any more. Without the answer, nobody can find it.
 
     Raises:
-        StoreError: A segment is damaged.
+        StoreError: A batch is damaged.
     """
     ids = _without_answer(store, lineage, now)
     if not ids:
@@ -228,7 +213,7 @@ def lonely_feedback(store: ObjectStore, lineage: str, *, now: datetime) -> tuple
 
 
 def _without_answer(store: ObjectStore, lineage: str, now: datetime) -> set[str]:
-    return feedback_without_answer(store, HomeSettings().home, lineage, (now - FEEDBACK_AGE).timestamp())
+    return feedback_without_answer(store, lineage, (now - FEEDBACK_AGE).timestamp())
 
 
 def look_at_lineage(store: ObjectStore, lineage: str) -> Inventory:
@@ -266,7 +251,7 @@ def remove(store: ObjectStore, removal: Removal, now: datetime) -> None:
         remove_local(removal.address)
         return
     if removal.kind == "feedback without an answer":
-        remove_feedback(store, HomeSettings().home, removal.lineage, _without_answer(store, removal.lineage, now))
+        remove_feedback(store, removal.lineage, _without_answer(store, removal.lineage, now))
         return
     if removal.version:
         Versions(store).note_removed(removal.lineage, removal.version, f"{now:%Y-%m-%d}")

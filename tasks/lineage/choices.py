@@ -10,15 +10,23 @@ from typing import Any
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, SelectionConfig, asks_own_texts
+from deal_core.method_config import DEFAULT_MEMORY, MEMORY, MethodConfig
 from deal_core.strategies import OWN, strategy_class
 from tasks.lineage.record import LineageRecord
 from tasks.references import Spared
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
-MEMORIES: dict[str, tuple[Memory, ...]] = {"deal": ("none", "tests", "rows"), "replay": ("rows",)}
-"""This project's strategies that ask about old tasks → the memories that they can train with."""
-LOGGED_PARTS = ("memory", "deal", "rehearsal", "rivals", "selection", "train", "evaluate", "data", "gate")
+LOGGED_PARTS = (
+    "memory",
+    "deal",
+    "rehearsal",
+    "strategy_options",
+    "selection",
+    "train",
+    "evaluate",
+    "data",
+    "gate",
+)
 """Parts of a spec that a run's log shows."""
 
 
@@ -47,22 +55,16 @@ def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
     """Return the spec's strategy, or else the lineage's, or else the default.
 
     Raises:
-        ConfigError: The spec's memory and the strategy contradict each other.
+        ConfigError: The strategy does not take the spec's memory or its options.
     """
     strategy = spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
-    if spec.memory and not _heeds(strategy, spec.memory):
+    strategy_class(strategy).options_of(MethodConfig(strategy_options=spec.strategy_options))
+    if spec.memory and spec.memory not in strategy_class(strategy).memories:
         raise ConfigError(
             f"memory is {spec.memory}, but strategy {strategy} does not heed it; leave memory out, or take the "
-            f"strategy {' or '.join(name for name in MEMORIES if _heeds(name, spec.memory))}."
+            f"strategy {' or '.join(name for name in OWN if spec.memory in strategy_class(name).memories)}."
         )
     return strategy
-
-
-def _heeds(strategy: str, memory: Memory) -> bool:
-    if strategy in MEMORIES:
-        return memory in MEMORIES[strategy]
-    keeps_rows = strategy not in OWN and "rehearsal" in strategy_class(strategy).reads
-    return memory == "none" or (memory == "rows" and keeps_rows)
 
 
 def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
@@ -75,13 +77,14 @@ def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
     memory = record.memory if record else by_default
     if memory is None or spec.memory is not None or spec.rehearsal.decides_memory:
         return spec
-    return spec.model_copy(update={"memory": memory}) if _heeds(choose_strategy(spec, record), memory) else spec
+    heeded = strategy_class(choose_strategy(spec, record)).memories
+    return spec.model_copy(update={"memory": memory}) if memory in heeded else spec
 
 
 def choose_spared(spec: AdaptSpec, strategy: str, record: LineageRecord | None) -> Spared:
     """Return the tasks whose test rows may teach this version or taught one before it, and so do not judge it."""
     spared = record.spared if record else None
-    if asks_own_texts(strategy, spec.method):
+    if strategy_class(strategy).old_rows(spec.method) == "unused":
         return "all"
     return spared or ("labelled" if spec.train.recentre_steps else None)
 
@@ -92,7 +95,6 @@ SAME_RESULT = {
     "data.include_texts",
     "data.retain_training_rows",
     "train.num_processes",
-    "train.report_to",
     "train.checkpoint_steps",
 }
 """Settings that such a note leaves out: they change no version. What `memory` stands for is left out too."""
@@ -108,11 +110,10 @@ def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -
         before: The spec of the parent's run as it was stored. Settings that only one of the two has are left out.
         version: The parent's number.
     """
-    off = {"selection": asdict(SelectionConfig())}  # a spec leaves it out where it is off
     now, then = (
         {
             f"{part}.{name}": value
-            for part, values in {**off, **each}.items()
+            for part, values in each.items()
             if isinstance(values, Mapping)
             for name, value in values.items()
             if part in LOGGED_PARTS

@@ -5,30 +5,20 @@ Decisions take effect at once, even while a run works on the lineage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal
 
 from pydantic import BaseModel
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
-from infra.promotions import Action, Change, Move, PromotionLog
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
-from infra.version_log import Ledger
-from tasks.adaptation.promote import begin_rollout, move_champion, note_learned, rejected_by_person, settle_aliases
+from infra.promotions import Action, Change, PromotionLog
+from infra.store.base import ObjectStore
+from infra.versions import Version, Versions, descent
 from tasks.context import current_store
-from tasks.lineage.history import (
-    arrival_digests,
-    champion_deleted,
-    descent,
-    find_version,
-    is_deleted,
-    no_version,
-    require_in_registry,
-    standing_of,
-    unknown_lineage,
-)
+from tasks.lineage.history import NoVersionError, arrival_digests, find_version, unknown_lineage
+from tasks.lineage.promotion import begin_rollout, move_champion, rejected_by_person
 from tasks.notices import Kind, Notice, announce
 
 Verdict = Literal["approve", "reject"]
@@ -59,45 +49,17 @@ class Decision(BaseModel, frozen=True):
 def decide_on(lineage: str, version: str, verdict: Verdict, *, who: str, why: str) -> Decision:
     """Approve or reject a version that waits for a person.
 
-    `reject` of a version that was asked for by a move of the alias only ends the request.
-
     Raises:
         RegistryError: The version does not wait for a person any more, or cannot become champion.
     """
-    registry, log, number, last, _ = _look(lineage)
-    found = find_version(registry, lineage, version)
-    if found.approval == "awaiting":
+    waiting = find_version(current_store(), lineage, version)
+    if waiting.approval == "awaiting":
         return (promote_to if verdict == "approve" else reject_version)(lineage, version, who=who, why=why)
-    if not log.is_requested(lineage, version):
-        now = {"given": "was approved", "refused": "was rejected"}.get(found.approval or "", "needs no approval")
-        raise RegistryError(
-            f"Version {version} of '{lineage}' does not wait for a person: it {now}. See deal history --moves "
-            f"--lineage {lineage}."
-        )
-    if verdict == "reject":
-        return _write(
-            log,
-            last,
-            Change(
-                action="declined", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
-            ),
-        )
-    act = promote_to if found.parent_version == number else roll_back
-    return act(lineage, version, who=who, why=why)
-
-
-def _write(log: PromotionLog, last: Move | None, change: Change) -> Decision:
-    """Write a decision that does not move the champion. `last` is the move that made the champion known here.
-
-    Raises:
-        RegistryError: The log has a newer move.
-    """
-    if log.add(last, change) is None:
-        raise RegistryError(
-            f"The champion of '{change.lineage}' has just changed; look at deal history --lineage {change.lineage}, "
-            "and try again."
-        )
-    return Decision.model_validate(change, from_attributes=True)
+    now = {"given": "was approved", "refused": "was rejected"}.get(waiting.approval or "", "needs no approval")
+    raise RegistryError(
+        f"Version {version} of '{lineage}' does not wait for a person: it {now}. See deal history --moves "
+        f"--lineage {lineage}."
+    )
 
 
 def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | None = None) -> Decision:
@@ -109,19 +71,34 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
     Raises:
         RegistryError: The version cannot become champion.
     """
-    registry, log, number, _, champion = _look(lineage)
-    found = find_version(registry, lineage, version)
-    _require_usable(found, champion)
+    store = current_store()
+    champion, chosen = _to_promote(store, lineage, version)
+    number = champion.version if champion else None
+    if chosen.approval == "awaiting" and chosen.rollout is not None:
+        begin_rollout(store, chosen, who=who, why=why)
+        _announce("rollout", chosen, who, why)
+        return Decision(action="rollout", lineage=lineage, version=version, before=number, champion=number)
+    move_champion(store, chosen, expected=chosen.parent_version, action="promoted", who=who, why=why, run=run)
+    _announce("promoted", chosen, who, why)
+    return Decision(action="promoted", lineage=lineage, version=version, before=chosen.parent_version, champion=version)
+
+
+def _to_promote(store: ObjectStore, lineage: str, version: str) -> tuple[Version | None, Version]:
+    """Return the champion, and the version if it can become champion now.
+
+    Raises:
+        RegistryError: It cannot.
+    """
+    champion, chosen = Versions(store).champion(lineage), find_version(store, lineage, version)
+    number = champion.version if champion else None
+    _require_usable(store, chosen, champion)
     if number == version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
-    if found.parent_version != number:
-        if champion is None and number is not None:
-            raise RegistryError(champion_deleted(lineage, number))
-        line = descent(registry.versions(lineage), champion)
-        origin = f"version {found.parent_version}" if found.parent_version else "the base model"
+    if chosen.parent_version != number:
+        origin = f"version {chosen.parent_version}" if chosen.parent_version else "the base model"
         remedy = (
             f"deal rollback --to {version} --lineage {lineage}"
-            if any(each.version == version for each in line)
+            if chosen.standing == "learned"
             else f"deal requeue {version} --lineage {lineage}, which learns its arrival again on top of the champion"
         )
         raise RegistryError(
@@ -129,55 +106,75 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
             f"{f'version {number}' if number else 'no version'} is champion: what was learned since would "
             f"be lost. Use {remedy}."
         )
-    if found.approval == "awaiting" and found.rollout is not None:
-        begin_rollout(registry, log, found, who=who, why=why)
-        _announce("rollout", found, who, why)
-        return Decision(action="rollout", lineage=lineage, version=version, before=number, champion=number)
-    note_learned(Ledger(log.store), found)  # before the move: if this process dies here, the arrival is known
-    move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why, run=run)
-    _announce("promoted", found, who, why)
-    return Decision(action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version)
+    return champion, chosen
 
 
 def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     """Make an earlier champion, or a version that the champion continues, the champion again.
 
-    If `to` is None, this is the champion's parent. A champion that was deleted in MLflow can be replaced too, but then
-    the decision names no arrivals as left behind.
+    If `to` is None, this is the champion's parent.
 
     Raises:
         RegistryError: There is no earlier version, or the version was never champion.
     """
-    registry, log, number, _, champion = _look(lineage)
-    if number is None:
-        raise RegistryError(unknown_lineage(lineage))
-    if champion is None and to is None:
-        raise RegistryError(champion_deleted(lineage, number))
-    to = to or (champion.parent_version if champion else None)
-    if to is None:
-        raise RegistryError(
-            f"Version {number} of '{lineage}' continues the base model; there is no version to go back to. "
-            "Name one with --to, or stop serving the lineage."
-        )
-    found = find_version(registry, lineage, to)
-    _require_usable(found, champion)
-    versions = registry.versions(lineage)
-    line = descent(versions, champion)
-    served = {each.version for each in line} | {move.champion for move in log.moves(lineage)}
-    if to == number or to not in served:
-        remedy = f"promote it with deal promote {to} --lineage {lineage}"
-        what = "is champion now" if to == number else f"was never champion; {remedy}"
-        raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
-    move_champion(registry, log, found, expected=number, action="rolled back", who=who, why=why)
-    _announce("rolled-back", found, who, why)
+    store = current_store()
+    champion, chosen = _to_roll_back(store, lineage, to)
+    move_champion(store, chosen, expected=champion.version, action="rolled back", who=who, why=why)
+    _announce("rolled-back", chosen, who, why)
+    versions = Versions(store).all(lineage)
     return Decision(
         action="rolled back",
         lineage=lineage,
-        version=to,
-        before=number,
-        champion=to,
-        left_behind=left_behind(line, descent(versions, found)),
+        version=chosen.version,
+        before=champion.version,
+        champion=chosen.version,
+        left_behind=left_behind(descent(versions, champion), descent(versions, chosen)),
     )
+
+
+def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Version, Version]:
+    """Return the champion, and the version to go back to.
+
+    Raises:
+        RegistryError: There is none.
+    """
+    champion = Versions(store).champion(lineage)
+    if champion is None:
+        raise RegistryError(unknown_lineage(lineage))
+    to = to or champion.parent_version
+    if to is None:
+        raise RegistryError(
+            f"Version {champion.version} of '{lineage}' continues the base model; there is no version to go back to. "
+            "Name one with --to, or stop serving the lineage."
+        )
+    chosen = find_version(store, lineage, to)
+    _require_usable(store, chosen, champion)
+    served = {move.champion for move in PromotionLog(store).moves(lineage)}
+    if to == champion.version or not (chosen.standing == "learned" or to in served):
+        remedy = f"promote it with deal promote {to} --lineage {lineage}"
+        what = "is champion now" if to == champion.version else f"was never champion; {remedy}"
+        raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
+    return champion, chosen
+
+
+def promoted_by_hand(store: ObjectStore, lineage: str, version: str) -> Action | None:
+    """Return what a move of the champion to a version would be, promotion or rollback; None: it may not be made.
+
+    A person has moved the alias in MLflow. Such a move never replaces an approval or ends a rollout.
+    """
+    log = PromotionLog(store)
+    chosen = Versions(store).find(lineage, version)
+    if chosen is None or chosen.approval == "awaiting" or log.open_rollout(lineage) is not None:
+        return None
+    actions: tuple[tuple[Action, Callable[[ObjectStore, str, str], object]], ...] = (
+        ("promoted", _to_promote),
+        ("rolled back", _to_roll_back),
+    )
+    for action, look in actions:
+        with suppress(RegistryError):
+            look(store, lineage, version)
+            return action
+    return None
 
 
 def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decision:
@@ -186,29 +183,27 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     Raises:
         RegistryError: The version is champion or was rejected already.
     """
-    registry, log = open_registry(), PromotionLog(current_store())
-    number, last = settle_aliases(registry, log, lineage)
-    change = Change(
-        action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
-    )
-    try:
-        found = find_version(registry, lineage, version)
-    except RegistryError:
-        tried = log.open_rollout(lineage)
-        if tried is None or tried.version != version or not is_deleted(registry, lineage, version):
-            raise
-        return _write(log, last, change)  # ends the rollout of a version that somebody deleted in MLflow
+    store = current_store()
+    log = PromotionLog(store)
+    last = log.last(lineage)
+    number = last.champion if last else None
+    chosen = find_version(store, lineage, version)
     name = f"Version {version} of '{lineage}'"
     if number == version:
         raise RegistryError(f"{name} is its champion; go back first: deal rollback --lineage {lineage}")
-    if not found.accepted:
-        raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(found.reasons)}")
-    if found.approval == "refused":
+    if not chosen.accepted:
+        raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(chosen.reasons)}")
+    if chosen.approval == "refused":
         raise RegistryError(f"{name} is rejected already, {_rejection(log, lineage, version)}")
-    done = _write(log, last, change)
-    settle_aliases(registry, log, lineage)
-    _announce("rejected", found, who, why)
-    return done
+    change = Change(
+        action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
+    )
+    if log.add(last, change) is None:
+        raise RegistryError(
+            f"The champion of '{lineage}' has just changed; look at deal history --lineage {lineage}, and try again."
+        )
+    _announce("rejected", chosen, who, why)
+    return Decision.model_validate(change, from_attributes=True)
 
 
 def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
@@ -219,7 +214,7 @@ def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
     return "by a person; the promotion log does not say by whom"
 
 
-def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[LeftBehind, ...]:
+def left_behind(before: Sequence[Version], now: Sequence[Version]) -> tuple[LeftBehind, ...]:
     """Return the arrivals that one line of versions has learned and another has not, oldest first."""
     known = {digest for version in now for digest in version.digests}
     return tuple(
@@ -229,22 +224,11 @@ def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tu
     )
 
 
-def _announce(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
+def _announce(kind: Kind, version: Version, who: str, why: str) -> None:
     announce(kind, Notice.of(version, reasons=(why,), who=who))
 
 
-def _look(lineage: str) -> tuple[Registry, PromotionLog, str | None, Move | None, VersionInfo | None]:
-    """Return registry, log, the champion's number, the log's last move, and the champion.
-
-    The champion is None although it has a number if it was deleted in MLflow.
-    """
-    registry, log = open_registry(), PromotionLog(current_store())
-    require_in_registry(registry, log.store, lineage)
-    number, last = settle_aliases(registry, log, lineage)
-    return registry, log, number, last, registry.champion(lineage)
-
-
-def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
+def _require_usable(store: ObjectStore, version: Version, champion: Version | None) -> None:
     name = f"Version {version.version} of '{version.lineage}'"
     if not version.accepted:
         raise RegistryError(f"{name} did not pass its gate: {' '.join(version.reasons)}")
@@ -255,7 +239,6 @@ def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
             f"{name} adapts another base model ({version.base_sha256[:12]}) than the champion "
             f"({champion.base_sha256[:12]}); a new base model starts a new lineage."
         )
-    store = current_store()
     if not store.exists(f"{version.adapter_uri}/{WEIGHTS_FILE}"):
         raise RegistryError(f"{name} has no adapter in the store any more ({store.uri_of(version.adapter_uri)}).")
 
@@ -267,19 +250,15 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
 
     Raises:
         NoVersionError: The lineage has no version.
-        RegistryError: The registry does not answer, or has lost the lineage.
     """
-    registry = open_registry()
-    versions = registry.versions(lineage)
+    versions = Versions(current_store()).all(lineage)
     if not versions:
-        raise no_version(registry, lineage)
-    line = descent(versions, registry.champion(lineage))
-    standings = {version.version: standing_of(version, line) for version in versions}
-    waiting = [each for each in versions if standings[each.version] in ("awaiting approval", "in rollout")]
-    known = {digest for version in (*line, *waiting) for digest in version.digests}
+        raise NoVersionError(unknown_lineage(lineage))
+    learned = ("learned", "awaiting approval", "in rollout")
+    known = {digest for version in versions if version.standing in learned for digest in version.digests}
     found: list[LeftBehind] = []
     for version in reversed(versions):
-        if standings[version.version] == "left behind" and not arrival_digests(version, versions) & known:
+        if version.standing == "left behind" and not arrival_digests(version, versions) & known:
             known |= version.digests
             found.append(LeftBehind.model_validate(version))
     return tuple(reversed(found))

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-from deal_core.config import AdapterConfig, EvaluateConfig
+from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix, KeptMatrix
 from deal_core.method_config import Memory
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
-from infra.tracking.facts import SCORES
+from infra.versions import SCORES
 from tasks.lineage.version_files import reading_beside
 from tasks.references import BaseRef, DatasetRef, Spared
 
@@ -36,7 +36,7 @@ class KnownTask:
     num_test: int
     max_prompt_tokens: int
     """Longest prompt in evaluation and serving. Later arrivals do not change it."""
-    max_new_tokens: int = EvaluateConfig().max_new_tokens
+    max_new_tokens: int
     """Longest answer in evaluation and serving."""
 
     def judged_by(self, dataset: DatasetRef) -> KnownTask:
@@ -59,9 +59,7 @@ class KnownSlice:
 class LineageRecord(VersionedJson):
     """The record of a lineage at one version."""
 
-    kept: ClassVar[Kept] = Kept(
-        f"The lineage's {RECORD_FILE}", StoreError, version=1, later=("slices", "memory", "spared")
-    )
+    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1)
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     lineage: str

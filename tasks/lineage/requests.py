@@ -20,7 +20,6 @@ from deal_core.errors import ConfigError
 from infra.store.base import ObjectStore
 from infra.store.keys import labels_key, renewal_key
 from infra.store.stored import Stored, read_stored, write_stored
-from infra.tracking.database import open_reader
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, choose_task, read_record
@@ -80,7 +79,7 @@ def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
         ConfigError: The lineage does not know the task, the task has no labels, or a new label is not valid.
     """
     store = current_store()
-    known = choose_task(read_record(store, find_version(open_reader(), lineage, None).adapter_uri), task).schema
+    known = choose_task(read_record(store, find_version(store, lineage, None).adapter_uri), task).schema
     before = added_labels(store, lineage, task)
     had = known.with_labels(before)
     has = had.with_labels(labels)
@@ -119,7 +118,7 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
         ConfigError: The lineage does not know the task, or its name is too long for a slice's.
     """
     store = current_store()
-    record = read_record(store, find_version(open_reader(), lineage, None).adapter_uri)
+    record = read_record(store, find_version(store, lineage, None).adapter_uri)
     known = choose_task(record, task)
     next_slice(task, _names(record))  # it raises now rather than after a training
     was_asked = is_renewal_asked(store, lineage, known)

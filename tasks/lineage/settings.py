@@ -15,7 +15,6 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BeforeValidator
 
-from deal_core.config import without_removed
 from deal_core.data.schema import is_name
 from deal_core.errors import ConfigError, StoreError, in_one_line
 from deal_core.judging_config import MonitorConfig
@@ -82,10 +81,7 @@ def _stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
 
 
 def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
-    """Return the mapping in a lineage's file; None: there is no file.
-
-    Earlier releases wrote every setting of a section. Settings that exist no more and change nothing are left out.
-    """
+    """Return the mapping in a lineage's file; None: there is no file."""
     uri = store.uri_of(keys.settings_key(lineage))
     try:
         values = yaml_mapping(store.get_bytes(keys.settings_key(lineage), at_most=MAX_BYTES + 1), uri)
@@ -95,7 +91,7 @@ def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
         raise ConfigError(str(error)) from None
     if values.setdefault("lineage", lineage) != lineage:
         raise ConfigError(f"{uri} is about lineage {brief(values['lineage'])}; name the file after it.")
-    return {name: without_removed(name, part) if isinstance(part, dict) else part for name, part in values.items()}
+    return values
 
 
 class Lineages(NamedTuple):
@@ -179,27 +175,6 @@ def why_held(store: ObjectStore, lineage: str) -> str | None:
         held = (_read_values(store, lineage) or {}).get("held")
         return None if held is None else str(held)
     return None
-
-
-def asks_for_alias_moves(store: ObjectStore, lineage: str) -> bool:
-    """Return whether a move of the alias in MLflow only asks for a promotion, by the lineage's file.
-
-    A mistake elsewhere in the file does not count. While `gate` cannot be read, or the file has a name that no setting
-    has, a move only asks, and the log says so.
-    """
-    uri = store.uri_of(keys.settings_key(lineage))
-    try:
-        values = _read_values(store, lineage) or {}
-        other = WatchedLineage.model_fields.keys() - {"gate"}
-        gate = parse(WatchedLineage, {name: value for name, value in values.items() if name not in other}, uri).gate
-    except ConfigError as error:
-        store.warn_once(
-            f"{keys.settings_key(lineage)} alias_moves",
-            f"A move of {lineage}@champion in MLflow only asks for a promotion, as with alias_moves: request, until "
-            f"the file is mended: {in_one_line(error)}",
-        )
-        return True
-    return gate.alias_moves == "request"
 
 
 def remove_lineage(store: ObjectStore, lineage: str) -> str:

@@ -1,8 +1,7 @@
 """Read the files of a version in the store, and check the copy of its adapter.
 
 An error names the damaged file, its version, and what still works. A version has a digest for each file of its adapter
-(`files_sha256`): the files that the caller reads are compared. An adapter that is not registered yet has one digest of
-all files together.
+(`files_sha256`): the files that the caller reads are compared.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from deal_core.adapter.files import (
     CONFIG_FILE,
     METHOD_FILES,
     PEFT_FILES,
-    TOGETHER,
     WEIGHTS_FILE,
-    Recorded,
     as_recorded,
     digests_of,
     require_undamaged,
@@ -31,9 +28,7 @@ from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
 from infra.versions import Version, Versions
-from tasks.references import AdapterRef
 
-Adapter = AdapterRef | Version
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that safetensors reads."""
@@ -168,8 +163,8 @@ def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
 
 
 @contextmanager
-def borrowed_adapter(store: ObjectStore, adapter: Adapter, *, with_method: bool = False) -> Iterator[Path]:
-    """Give a local copy of an adapter's folder. The copy is removed at the end.
+def borrowed_adapter(store: ObjectStore, version: Version, *, with_method: bool = False) -> Iterator[Path]:
+    """Give a local copy of a version's adapter folder. The copy is removed at the end.
 
     With `with_method`, the files of the method's state are checked too.
 
@@ -177,10 +172,10 @@ def borrowed_adapter(store: ObjectStore, adapter: Adapter, *, with_method: bool 
         IntegrityError: The digest of a file that the caller reads is not the recorded digest.
         ObjectNotFoundError: The store has no such folder.
     """
-    with borrowed_folder(store, _uri_of(adapter)) as folder:
+    with borrowed_folder(store, version.adapter_uri) as folder:
         if with_method:
-            _require_readable(store, _uri_of(adapter), folder, METHOD_FILES)
-        require_recorded(store, adapter, folder, with_method=with_method)
+            _require_readable(store, version.adapter_uri, folder, METHOD_FILES)
+        require_recorded(store, version, folder, with_method=with_method)
         yield folder
 
 
@@ -194,15 +189,19 @@ def borrowed_parent(store: ObjectStore, parent: Version | None) -> Iterator[Path
         yield folder
 
 
-def require_recorded(store: ObjectStore, adapter: Adapter, folder: Path, *, with_method: bool = False) -> None:
+def require_recorded(store: ObjectStore, version: Version, folder: Path, *, with_method: bool = False) -> None:
     """Raise IntegrityError if a file that the caller reads has not its recorded digest.
 
     `folder` is a copy of the adapter's folder.
     """
-    recorded, names = _recorded_of(adapter), ADAPTER_FILES if with_method else PEFT_FILES
-    found = digests_of(folder, ADAPTER_FILES if TOGETHER in recorded else names)
+    names = ADAPTER_FILES if with_method else PEFT_FILES
     require_undamaged(
-        found, recorded, names, what=_name_of(adapter), where=store.uri_of(_uri_of(adapter)), remedy=remedy_for(adapter)
+        digests_of(folder, names),
+        version.files_sha256,
+        names,
+        what=f"Version {version.version} of '{version.lineage}'",
+        where=store.uri_of(version.adapter_uri),
+        remedy=remedy_for(version),
     )
 
 
@@ -224,26 +223,8 @@ def replacing(store: ObjectStore, version: Version, folder: Path) -> Iterator[No
     versions.note_files(version, {**recorded, **as_recorded(new)})
 
 
-def remedy_for(adapter: Adapter) -> str:
+def remedy_for(version: Version) -> str:
     """Return the remedy for a damaged adapter."""
-    if isinstance(adapter, AdapterRef):
-        return "Run the same command again: it uploads the adapter once more."
-    lineage, parent = adapter.lineage, adapter.parent_version
+    lineage, parent = version.lineage, version.parent_version
     back = f", or go back to an earlier version: deal rollback --to {parent} --lineage {lineage}" if parent else ""
     return f"Restore the folder from a backup{back} (deal history --lineage {lineage} lists the versions)."
-
-
-def _recorded_of(adapter: Adapter) -> Recorded:
-    if isinstance(adapter, AdapterRef):
-        return {TOGETHER: (adapter.sha256,)}
-    return adapter.files_sha256
-
-
-def _uri_of(adapter: Adapter) -> str:
-    return adapter.uri if isinstance(adapter, AdapterRef) else adapter.adapter_uri
-
-
-def _name_of(adapter: Adapter) -> str:
-    if isinstance(adapter, AdapterRef):
-        return f"The adapter that was just trained for '{adapter.lineage}'"
-    return f"Version {adapter.version} of '{adapter.lineage}'"

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from pydantic import BaseModel
 
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.monitoring.feedback import SAID, Feedback, is_empty, read_entry
-from infra.log_segments import new_segment, put_table
-from infra.predictions import FEEDBACK_SCHEMA, feedback_log, read_predictions
-from infra.settings import HomeSettings
+from infra.log_batches import put_rows
+from infra.predictions import feedback_log, read_predictions
 from infra.store.base import ObjectStore
 from infra.store.keys import inbox_folder
-from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.inbox import task_spec
 from tasks.lineage.history import find_version
@@ -125,7 +122,7 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
     store, now = current_store(), time.time()
     tasks = task_schemas(store, lineage)
     own = {name: (answer_column(as_landed(store, each)), each) for name, each in tasks.items()}
-    logged = read_predictions(store, HomeSettings().home, lineage, columns=["id", "input"])
+    logged = read_predictions(store, lineage, columns=["id", "input"])
     task_of: dict[str, str] = dict(zip(logged["id"], logged["task"], strict=True))
     has_text = dict(zip(logged["id"], logged["input"].notna(), strict=True))
     keeps_texts = any([*has_text.values()][-1:])  # what the log keeps now, for an answer that it does not have
@@ -152,7 +149,7 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
         raise DataValidationError(f"{path.name} was not taken. {' '.join(problems[:MAX_TOLD])}{more}")
     if not found:
         raise DataValidationError(f"{path.name} has no feedback; fill in the column {', '.join(SAID)} of a row.")
-    _store(store, lineage, found)
+    put_rows(store, feedback_log(lineage), [{"entry": uuid.uuid4().hex, **vars(each)} for each in found])
     return FeedbackResult(
         lineage=lineage,
         file=str(path),
@@ -180,15 +177,9 @@ def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
     Raises:
         RegistryError: The lineage has no champion.
     """
-    record = read_record(store, find_version(open_registry(), lineage, None).adapter_uri)
+    record = read_record(store, find_version(store, lineage, None).adapter_uri)
     schemas = [known.schema for known in record.tasks]
     return {
         each.name: each.with_labels(added_labels(store, lineage, each.name)) if each.labels else each
         for each in schemas
     }
-
-
-def _store(store: ObjectStore, lineage: str, entries: Sequence[Feedback]) -> None:
-    rows = [{"entry": uuid.uuid4().hex, **vars(each)} for each in entries]
-    table = pa.Table.from_pylist(rows, schema=FEEDBACK_SCHEMA)
-    put_table(store, feedback_log(HomeSettings().home, lineage), new_segment(), table)

@@ -85,7 +85,7 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
         RegistryError: The lineage has no champion.
         StoreError: The store does not answer, or the note of what was harvested is damaged.
     """
-    store, home = current_store(), HomeSettings().home
+    store = current_store()
     schemas = task_schemas(store, lineage)
     if task not in schemas:
         raise ConfigError(f"Lineage '{lineage}' knows no task '{task}'; it knows {', '.join(schemas)}.")
@@ -103,8 +103,8 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
         if done.pending is not None:  # the process before may have died before or after it wrote the file
             landed = done.pending.rows if store.exists(done.pending.key) else ()
             done = Harvested(rows=(*done.rows, *landed))
-        logged = read_predictions(store, home, lineage)
-        feedback = read_feedback(store, home, lineage, answers=logged)
+        logged = read_predictions(store, lineage)
+        feedback = read_feedback(store, lineage, answers=logged)
         skipped: Counter[str] = Counter()
         rows = _choose(feedback, logged, as_landed(store, schemas[task]), set(done.rows), skipped)
         key = _land(store, lineage, task, rows, done) if rows else None

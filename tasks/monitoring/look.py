@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,21 +15,19 @@ from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
 from infra.predictions import read_feedback
-from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
-from infra.tracking.client import KIND
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
-from infra.tracking.tracker import open_tracker
-from tasks.adaptation.report import renew_page
+from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import monitor_settings
+from tasks.mlflow_mirror import write_look
 from tasks.monitoring.rows import logged_rows, read_frame, read_reference, rows_of_file, with_texts, write_frame
-from tasks.monitoring.state import MonitorState, OpenAlarm, next_state, read_monitor_state, write_monitor_state
+from tasks.monitoring.state import OpenAlarm, next_state, read_monitor_state, write_monitor_state
 from tasks.notices import Notice, announce
+
+logger = logging.getLogger(__name__)
 
 BASELINE_COLUMNS = ["task", "label", "is_label", "confidence", "label_mass", "chars", "num_answer_chars"]
 """The columns of the live rows that are kept for later looks. They name no answer and no input."""
@@ -52,8 +50,6 @@ class MonitorResult(BaseModel, frozen=True):
     """All open alarms."""
     new_alarms: tuple[OpenAlarm, ...] = ()
     """Those that this look has announced."""
-    tracking_id: str | None = None
-    """The MLflow run with the figures of all looks at this version."""
 
 
 def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
@@ -73,7 +69,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
             "them."
         )
     store = current_store()
-    info = find_version(open_registry(), lineage, None)
+    info = find_version(store, lineage, None)
     record = read_record(store, info.adapter_uri)
     live, num_faulty = (
         (logged_rows(store, lineage, info.version), 0)
@@ -104,7 +100,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
         reference = with_texts(store, record, reference)
     if rebase:
         _rebase(store, info, live, config)
-    feedback = read_feedback(store, HomeSettings().home, lineage, answers=live) if data is None else None
+    feedback = read_feedback(store, lineage, answers=live) if data is None else None
     report = compare(
         reference, live, config, feedback=feedback, before=record.accuracies(1), baseline=_baseline(store, info)
     )
@@ -112,35 +108,23 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     return found if data is not None else _note(store, info, found, report)
 
 
-def _note(store: ObjectStore, info: VersionInfo, found: MonitorResult, report: DriftReport) -> MonitorResult:
-    """Keep the look in MLflow, announce new alarms, then write the state: after a crash the next look does it again."""
+def _note(store: ObjectStore, info: Version, found: MonitorResult, report: DriftReport) -> MonitorResult:
+    """Keep the look, announce new alarms, then write the state: after a crash the next look does it again."""
     now = datetime.now(UTC)
     state, new = next_state(read_monitor_state(store, info.lineage), info.lineage, info.version, report, now)
-    tracking_id = _track(info, report, state)
+    live = LiveLook(lineage=info.lineage, version=info.version, looked=state.looked, drift=report)
+    write_look(store, info, live, metrics_of(report), state.num_looks)
     for alarm in new:
         notice = Notice.of(
             info,
             task=alarm.task,
             reasons=alarm.reasons,
-            tracking_id=tracking_id,
             accuracies=_accuracies(report.task(alarm.task)),
         )
         announce(alarm.kind, notice, once=alarm.identity(info.version))
     write_monitor_state(store, state)
     _drop_old_baselines(store, info)
-    return found.model_copy(update={"alarms": state.alarms, "new_alarms": new, "tracking_id": tracking_id})
-
-
-def _track(info: VersionInfo, report: DriftReport, state: MonitorState) -> str:
-    """Log the figures to the version's monitoring run, one step a look, and renew the version's page."""
-    key = hashlib.sha256(f"monitor {info.run_key}".encode()).hexdigest()
-    tags = {KIND: "monitor", "deal.version": info.version}
-    with open_tracker().start(info.lineage, key, name=f"monitor version {info.version}", tags=tags) as run:
-        run.log_metrics(metrics_of(report), step=state.num_looks)
-    renew_page(
-        info.tracking_id, LiveLook(lineage=info.lineage, version=info.version, looked=state.looked, drift=report)
-    )
-    return str(run.run_id)
+    return found.model_copy(update={"alarms": state.alarms, "new_alarms": new})
 
 
 def metrics_of(report: DriftReport) -> dict[str, float | None]:
@@ -167,7 +151,7 @@ def _accuracies(task: TaskDrift) -> dict[str, float]:
     return {task.task: found.accuracy} if found else {}
 
 
-def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: MonitorConfig) -> None:
+def _rebase(store: ObjectStore, info: Version, live: pd.DataFrame, config: MonitorConfig) -> None:
     """Keep the window of each task that has enough rows, as a look counts them. Other tasks keep their earlier rows."""
     windows = [window(rows, config.window_rows) for _, rows in live.groupby("task")]
     enough = [rows for rows in windows if len(rows) >= config.min_rows]
@@ -183,7 +167,7 @@ def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: M
     write_frame(store, baseline_key(info.lineage, info.version), kept.sample(frac=1, random_state=0))
 
 
-def _baseline(store: ObjectStore, info: VersionInfo) -> pd.DataFrame | None:
+def _baseline(store: ObjectStore, info: Version) -> pd.DataFrame | None:
     key = baseline_key(info.lineage, info.version)
     if not store.exists(key):
         return None
@@ -191,7 +175,7 @@ def _baseline(store: ObjectStore, info: VersionInfo) -> pd.DataFrame | None:
     return read_frame(store, key, "the live rows to compare with", remedy)
 
 
-def _drop_old_baselines(store: ObjectStore, info: VersionInfo) -> None:
+def _drop_old_baselines(store: ObjectStore, info: Version) -> None:
     own = baseline_key(info.lineage, info.version)
     for each in [each.key for each in store.list(baseline_folder(info.lineage)) if each.key != own]:
         store.delete(each)

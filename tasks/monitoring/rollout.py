@@ -11,11 +11,9 @@ from deal_core.judging_config import RolloutTerms
 from deal_core.monitoring.rollout import RolloutReport, judge
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import Move, PromotionLog
-from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
-from infra.tracking.registry import open_registry
 from tasks.context import current_store
-from tasks.lineage.history import find_version, is_deleted
+from tasks.lineage.history import find_version
 
 
 class RolloutStatus(BaseModel, frozen=True):
@@ -34,29 +32,20 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
     """Judge what the prediction log and the feedback say about the version that is tried on live traffic.
 
     Raises:
-        RegistryError: The version was deleted in MLflow.
         StoreError: A log is damaged, or the store does not answer.
     """
     store = current_store()
     opened = PromotionLog(store).open_rollout(lineage)
     if opened is None or opened.champion is None:
         return RolloutStatus(lineage=lineage)
-    registry, remedy = open_registry(), f"end its rollout with: deal rollout abort --lineage {lineage} --why REASON"
-    name = f"Version {opened.version} of '{lineage}'"
-    try:
-        terms = find_version(registry, lineage, opened.version).rollout
-    except RegistryError:
-        if not is_deleted(registry, lineage, opened.version):
-            raise
-        raise RegistryError(f"{name} was deleted in MLflow while it was tried on live traffic; {remedy}") from None
-    if terms is None:
-        raise RegistryError(f"{name} has lost its tag deal.rollout in MLflow; {remedy}")
-    home, since = HomeSettings().home, opened.when.timestamp()
+    terms = find_version(store, lineage, opened.version).rollout
+    assert terms is not None, "a rollout begins only with its terms"
+    since = opened.when.timestamp()
     columns = ["id", "label", "is_label", "confidence", "seconds", "output"]
-    rows = read_predictions(store, home, lineage, since=since, of_rollout=True, columns=columns)
+    rows = read_predictions(store, lineage, since=since, of_rollout=True, columns=columns)
     report = judge(
         rows,
-        read_feedback(store, home, lineage, answers=rows),
+        read_feedback(store, lineage, answers=rows),
         terms,
         champion=opened.champion,
         candidate=opened.version,

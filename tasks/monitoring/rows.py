@@ -26,7 +26,6 @@ from deal_core.monitoring.feedback import is_empty
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from infra.predictions import read_predictions
 from infra.promotions import PromotionLog
-from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import TEST_FILE
 from infra.store.stored import reading_stored
@@ -143,7 +142,7 @@ def with_texts(store: ObjectStore, record: LineageRecord, reference: pd.DataFram
 def logged_rows(store: ObjectStore, lineage: str, version: str) -> pd.DataFrame:
     """Return the rows that a version has answered since it became champion the last time."""
     since = champion_since(store, lineage, version)
-    return read_predictions(store, HomeSettings().home, lineage, version=version, since=since)
+    return read_predictions(store, lineage, version=version, since=since)
 
 
 def champion_since(store: ObjectStore, lineage: str, version: str) -> float | None:

@@ -29,12 +29,12 @@ from deal_core.monitoring.feedback import KEYS, RANDOM_SHARE, select_rows
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
-from infra.settings import HomeSettings
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import task_inputs
+from tasks.lineage.history import find_version
 from tasks.lineage.record import choose_task, read_record
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns, said_columns
-from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version, counting
+from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, counting
 
 CHAMPION_ANSWER = "champion_answer"
 """The column with the champion's answer. Neither ingest nor feedback reads it."""
@@ -91,20 +91,20 @@ def select_to_label(
     Raises:
         ConfigError: There is nothing to choose from, the file exists, or an argument is not valid.
         DataValidationError: `data` cannot be read.
-        RegistryError: The lineage has no champion that may serve.
+        RegistryError: The lineage has no champion.
     """
     output = out or Path(f"{task}-to-label.csv")
     if output.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"The texts would go to {output.name}; give a name that ends in .csv or .jsonl.")
     _require_new(output)
-    store, info = current_store(), choose_version(lineage, None)
+    store = current_store()
+    info = find_version(store, lineage, None)
     record = read_record(store, info.adapter_uri)
     asked = Asked(info, record, choose_task(record, task))
     schema = as_landed(store, asked.known.schema)
     _check_columns(schema)
-    home = HomeSettings().home
-    logged = read_predictions(store, home, lineage, task=task)
-    has_feedback = logged["id"].isin(feedback_ids(store, home, lineage))  # whatever version answered
+    logged = read_predictions(store, lineage, task=task)
+    has_feedback = logged["id"].isin(feedback_ids(store, lineage))  # whatever version answered
     known = frozenset(logged.loc[has_feedback, "input_sha256"]) | task_inputs(store, schema)
     if data is None:
         found = _logged_texts(logged[logged["version"] == info.version], asked)

@@ -18,23 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from deal_core.adapter.files import PEFT_FILES
 from deal_core.base_model.sources import HUB_ID, licence_of_base, resolve_base
 from deal_core.errors import ConfigError, IntegrityError, RegistryError
 from deal_core.evaluation.answering import SERVED_FILE, read_served
+from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, temporary_folder
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
+from infra.versions import Version, Versions, descent
 from tasks.adaptation.frozen_rows import first_rows, load_test_set
-from tasks.adaptation.model_card import NOT_STATED, example_rows, served_task, served_version
-from tasks.adaptation.promote import rejected_by_person
+from tasks.adaptation.model_card import CARD_FILE, NOT_STATED, example_rows, served_task, served_version
 from tasks.base import lend_base, release_base, require_base
 from tasks.context import current_store
-from tasks.lineage.history import descent, find_version, require_in_registry
+from tasks.lineage.history import find_version
+from tasks.lineage.promotion import rejected_by_person
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import TestRowsForgottenError, find_tombstone
-from tasks.lineage.version_files import borrowed_adapter
+from tasks.lineage.version_files import borrowed_adapter, reading_beside
 from tasks.progress import reporter
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ MAX_PROMPTS = 32
 TOLERANCE = 1e-3
 """Largest difference of a logit."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-HUB_FILES = (*PEFT_FILES, "README.md", SERVED_FILE)
 
 
 class Exported(BaseModel, frozen=True):
@@ -88,18 +86,17 @@ def export_version(lineage: str, version: str, to: Target, target: str) -> Expor
         IntegrityError: The export answers otherwise than the served version; nothing was written.
         RegistryError: The version may not leave: it was rejected, waits for a person, or learned from forgotten rows.
     """
-    store, registry = current_store(), open_registry()
-    require_in_registry(registry, store, lineage)
-    info = find_version(registry, lineage, version)
-    require_exportable(store, registry, info)
+    store = current_store()
+    info = find_version(store, lineage, version)
+    require_exportable(store, info)
     record = read_record(store, info.adapter_uri)
     prompts = _prompts(store, record)
     if to == "merged":
         return _export_merged(store, info, record, prompts, Path(target))
-    return _export_to_hub(store, registry, info, record, prompts, target)
+    return _export_to_hub(store, info, record, prompts, target)
 
 
-def require_exportable(store: ObjectStore, registry: Registry, info: VersionInfo) -> None:
+def require_exportable(store: ObjectStore, info: Version) -> None:
     """Refuse a version that must not be used elsewhere.
 
     Raises:
@@ -116,7 +113,7 @@ def require_exportable(store: ObjectStore, registry: Registry, info: VersionInfo
             f"{name} waits for a person's approval; approve it first: deal promote {info.version} --lineage "
             f"{info.lineage}"
         )
-    for each in descent(registry.versions(info.lineage), info):
+    for each in descent(Versions(store).all(info.lineage), info):
         found = find_tombstone(store, each.task, each.digests)
         if found is not None and f"{each.lineage}/{each.version}" in found.versions:
             learned = "it" if each.version == info.version else f"version {each.version}, which it continues,"
@@ -144,7 +141,7 @@ def _prompts(store: ObjectStore, record: LineageRecord) -> list[Prompt]:
 
 
 def _export_merged(
-    store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], target: Path
+    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], target: Path
 ) -> Exported:
     target = target.absolute()  # "." has no name
     part = target.with_name(f".{target.name}.part")
@@ -183,7 +180,7 @@ def _no_folder(target: Path, error: OSError | ValueError) -> ConfigError:
 
 
 def _merge(
-    store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], folder: Path
+    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], folder: Path
 ) -> Exported:
     """Write the merged model into a folder, load it again, and compare it."""
     from transformers import AutoTokenizer
@@ -210,45 +207,43 @@ def _merge(
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found = _compared(info, "merged", "", "float32", served, _logits(loaded, tokenizer, prompts))
     licence = licence_of_base(record.base.source, resolve_base(record.base.source, cache))
-    (folder / "README.md").write_text(_merged_card(record, info, licence, found), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_merged_card(record, info, licence, found), encoding="utf-8")
     return found
 
 
 def _export_to_hub(
-    store: ObjectStore,
-    registry: Registry,
-    info: VersionInfo,
-    record: LineageRecord,
-    prompts: Sequence[Prompt],
-    target: str,
+    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], target: str
 ) -> Exported:
     if not REPOSITORY.fullmatch(target):
         raise ConfigError(f"{target!r} is not the name of a repository of the Hub; give OWNER/NAME.")
     with temporary_folder() as temporary:
         folder = temporary / "version"
-        hub_folder(registry, info, folder)
+        hub_folder(store, info, folder)
         found = _compare_folder(store, info, record, prompts, folder, target)
         address = _upload(folder, target, f"{info.lineage}, version {info.version}")
     return found.model_copy(update={"address": address})
 
 
-def hub_folder(registry: Registry, info: VersionInfo, folder: Path) -> None:
+def hub_folder(store: ObjectStore, info: Version, folder: Path) -> None:
     """Fetch a version as it goes to the Hub: the PEFT files, the model card, and how each task is asked. No rows.
 
     Where the base model's source is a path of this machine, deal.json has the base model's name instead.
+
+    Raises:
+        IntegrityError: A file differs from the recorded one.
+        ObjectNotFoundError: The model card is missing.
     """
-    registry.download(info.lineage, info.version, folder)
-    for path in sorted(folder.iterdir()):
-        if path.name not in HUB_FILES:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    served = read_served(folder) if (folder / SERVED_FILE).is_file() else None
-    if served and not HUB_ID.fullmatch(served.base_source):
+    fetch_version(store, info, folder)
+    with reading_beside(store, info.adapter_uri, CARD_FILE):
+        store.download_file(f"{info.adapter_uri}/{CARD_FILE}", folder / CARD_FILE)
+    served = read_served(folder)
+    if not HUB_ID.fullmatch(served.base_source):
         known = replace(served, base_source=served.base_name)
         (folder / SERVED_FILE).write_text(json.dumps(known.to_json(), indent=2), encoding="utf-8")
 
 
 def _compare_folder(
-    store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], folder: Path, target: str
+    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], folder: Path, target: str
 ) -> Exported:
     """Compare a PEFT folder, loaded by PEFT alone, with the served version."""
     from peft import PeftModel
@@ -300,7 +295,7 @@ def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tenso
 
 
 def _compared(
-    info: VersionInfo, to: Target, address: str, precision: str, served: Sequence[Tensor], exported: Sequence[Tensor]
+    info: Version, to: Target, address: str, precision: str, served: Sequence[Tensor], exported: Sequence[Tensor]
 ) -> Exported:
     differences = [float((one - other).abs().max()) for one, other in zip(served, exported, strict=True)]
     largest = max(differences)
@@ -321,7 +316,7 @@ def _compared(
     )
 
 
-def _merged_card(record: LineageRecord, info: VersionInfo, licence: str | None, found: Exported) -> str:
+def _merged_card(record: LineageRecord, info: Version, licence: str | None, found: Exported) -> str:
     tasks = ", ".join(known.schema.name for known in record.tasks)
     return "\n".join(
         [

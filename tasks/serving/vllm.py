@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
 from deal_core.base_model.sources import resolve_base
-from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError
+from deal_core.errors import ConfigError, DealError, IntegrityError
 from deal_core.safe_text import without_secrets
 from infra.serving.vllm import VllmClient, VllmError
 from infra.settings import HomeSettings, VllmSettings
@@ -34,11 +34,9 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.store.stored import Stored, read_stored, write_stored
-from infra.tracking.facts import VersionInfo, require_through_gate
-from infra.tracking.registry import Registry, open_registry
-from tasks.adaptation.promote import settled_champion
+from infra.versions import Version
 from tasks.context import current_store
-from tasks.lineage.history import find_version, lost_in_registry
+from tasks.lineage.history import find_version
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.version_files import borrowed_adapter, remedy_for, require_recorded, require_stored
 from tasks.progress import reporter
@@ -75,16 +73,14 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
 
     Raises:
         ConfigError: There is no server or no shared folder, or the server does not accept such an adapter.
-        RegistryError: The lineage has no champion that may serve.
+        RegistryError: The lineage has no champion.
         VllmError: The server refuses a request or does not answer. The route has the error too.
     """
     store = current_store()
-    registry = open_registry()
-    champion = require_champion(registry, store, lineage)
+    champion = find_version(store, lineage, None)
     client = VllmClient(settings)
     before = read_route(store, lineage)
     try:
-        require_through_gate(champion)
         route = _move(store, client, settings, champion, before)
         _unload_others(client, route, settings.grace_seconds)
         _remove_other_copies(settings, route)
@@ -93,19 +89,6 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
         write_stored(store, keys.route_key(lineage), route)
         raise
     return route
-
-
-def require_champion(registry: Registry, store: ObjectStore, lineage: str) -> VersionInfo:
-    """Return the champion that answers.
-
-    Raises:
-        RegistryError: The lineage has none.
-    """
-    champion = settled_champion(registry, store, lineage)
-    if champion is None:
-        lost = lost_in_registry(registry, store, lineage)
-        raise RegistryError(lost or f"Lineage '{lineage}' has no champion; promote a version first (deal promote).")
-    return champion
 
 
 def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
@@ -151,7 +134,7 @@ def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
 
 
 def _move(
-    store: ObjectStore, client: VllmClient, settings: VllmSettings, champion: VersionInfo, before: ServingRoute | None
+    store: ObjectStore, client: VllmClient, settings: VllmSettings, champion: Version, before: ServingRoute | None
 ) -> ServingRoute:
     """Load the champion, test it with one request, and write the route."""
     require_stored(store, champion.adapter_uri)
@@ -196,12 +179,12 @@ def _move(
     return route
 
 
-def model_name(version: VersionInfo) -> str:
+def model_name(version: Version) -> str:
     """Return the name of a version in vLLM. It never stands for another adapter, since servers cache by name."""
     return f"{version.lineage}-v{version.version}"
 
 
-def config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
+def config_of(store: ObjectStore, champion: Version) -> dict[str, Any]:
     """Return the adapter's adapter_config.json.
 
     Raises:
@@ -217,7 +200,7 @@ def config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
         ) from None
 
 
-def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> tuple[Path, str]:
+def _published(store: ObjectStore, champion: Version, name: str, settings: VllmSettings) -> tuple[Path, str]:
     """Copy the adapter to the shared folder if necessary; return the folder, and its path on the server."""
     if settings.adapter_dir is None:
         if isinstance(store, FileStore):
@@ -232,7 +215,7 @@ def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: V
     return folder, f"{settings.server_adapter_dir or settings.adapter_dir}/{folder.name}"
 
 
-def _write_folder(store: ObjectStore, info: VersionInfo, target: Path, config: str | None = None) -> bool:
+def _write_folder(store: ObjectStore, info: Version, target: Path, config: str | None = None) -> bool:
     """Copy the two PEFT files of a version to a new folder, which appears at once and complete.
 
     `config` replaces the content of adapter_config.json. The result is False if another process was faster.
@@ -255,14 +238,14 @@ def _write_folder(store: ObjectStore, info: VersionInfo, target: Path, config: s
         return True
 
 
-def _require_recorded(store: ObjectStore, champion: VersionInfo, folder: Path, is_copy: bool) -> None:
+def _require_recorded(store: ObjectStore, champion: Version, folder: Path, is_copy: bool) -> None:
     """Compare the files that the server is about to load with the recorded digests, a copy too."""
     if not is_copy:
         require_recorded(store, champion, folder)
         return
     require_undamaged(
         digests_of(folder),
-        champion.files_sha256 or {},
+        champion.files_sha256,
         PEFT_FILES,
         what=f"The server's copy of version {champion.version} of '{champion.lineage}'",
         where=str(folder),
@@ -299,7 +282,7 @@ def _remove_other_copies(settings: VllmSettings, route: ServingRoute) -> None:
             shutil.rmtree(hidden)
 
 
-def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionInfo, error: DealError) -> ServingRoute:
+def _behind(before: ServingRoute | None, client: VllmClient, champion: Version, error: DealError) -> ServingRoute:
     """The route after an error: the version that answered before, and the error."""
     problem: dict[str, Any] = {"champion": champion.version, "problem": " ".join(str(error).split())}
     if before is None:
@@ -340,9 +323,9 @@ def publish(
             under the name.
         RegistryError: There is no such version, or it may not be used elsewhere.
     """
-    store, registry = current_store(), open_registry()
-    info = find_version(registry, lineage, version) if version else require_champion(registry, store, lineage)
-    require_exportable(store, registry, info)
+    store = current_store()
+    info = find_version(store, lineage, version)
+    require_exportable(store, info)
     config = config_of(store, info)
     require_servable(config, settings)
     base = model or _base_for_vllm(read_record(store, info.adapter_uri))
@@ -364,7 +347,7 @@ def _base_for_vllm(record: LineageRecord) -> str:
     return str(resolve_base(source, HomeSettings().cache_dir))
 
 
-def _require_same(store: ObjectStore, target: Path, info: VersionInfo, config: str) -> None:
+def _require_same(store: ObjectStore, target: Path, info: Version, config: str) -> None:
     """Refuse to change a folder: servers that have loaded it would not notice, and others would load something else."""
     with borrowed_adapter(store, info) as adapter:
         wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(config.encode()).hexdigest()}

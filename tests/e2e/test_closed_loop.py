@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import io
 import json
 import random
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 import tenacity
 import yaml
@@ -21,7 +23,7 @@ from benchmarks.tiny_base import NO_LIMITS
 from infra.store.keys import monitor_key
 from infra.tracking.tracker import open_tracker
 from tasks.notices import EVENTS
-from tests.e2e.whole import DONE, WAIT_SECONDS, Whole, wait_until_learned
+from tests.e2e.whole import BUCKET, DONE, WAIT_SECONDS, Whole, wait_until_learned
 
 LINEAGE, TASK = "support", "colours"
 OLD_ROWS = f"{TASK}.old-1"
@@ -75,11 +77,13 @@ def test_shifted_traffic_becomes_a_promoted_version(whole: Whole, tiny_base: Pat
     learn(whole, "january.jsonl", rows(usual(400, "january")), 1)
     with served(LINEAGE, {**whole.environment, "DEAL_LOG_PREDICTIONS": "texts"}) as (url, _):
         assert {each["version"] for each in ask(url, usual(NUM_ASKED, "february"))} == {"1"}
+        wait_until_logged(whole, NUM_ASKED)
         asyncio.run(look(whole))
         assert live(whole) == ("1", []), "usual traffic is no drift"
 
         june = shifted(NUM_ASKED)
         before = num_right(ask(url, june), june)
+        wait_until_logged(whole, 2 * NUM_ASKED)
         asyncio.run(wait_for_drift(whole))
         assert "drift" in live(whole)[1]
         assert f"{TASK}: drift since" in whole.deal("status")
@@ -186,6 +190,17 @@ def check_the_gate_judged_old_and_renewed_rows(whole: Whole) -> None:
     )
     assert 100 * (new[TASK] - old[TASK]) >= SETTINGS["gate"]["min_gain_over_champion_points"], (new, old)
     assert 100 * (old[OLD_ROWS] - new[OLD_ROWS]) <= SETTINGS["gate"]["max_old_slice_drop_points"], (new, old)
+
+
+def wait_until_logged(whole: Whole, num_rows: int) -> None:
+    """Wait until the prediction log has so many rows."""
+    for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.5), stop=tenacity.stop_after_delay(WAIT_SECONDS)):
+        with attempt:
+            listed = whole.s3.list_objects_v2(Bucket=BUCKET, Prefix=f"team/predictions/{LINEAGE}/")
+            batches = [
+                whole.s3.get_object(Bucket=BUCKET, Key=each["Key"])["Body"].read() for each in listed["Contents"]
+            ]
+            assert sum(pq.read_metadata(io.BytesIO(batch)).num_rows for batch in batches) == num_rows
 
 
 def wait_for_version(url: str, version: str) -> None:

@@ -17,14 +17,14 @@ import boto3
 import psutil
 import pytest
 import yaml
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from prefect.events import Event
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from infra.settings import TrackingSettings
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
 from tests.s3 import ThreadedMotoServer

@@ -1,4 +1,4 @@
-"""What is kept as JSON: the bytes stay those of `tests/golden/json`, which earlier code wrote, and are read back."""
+"""What is kept as JSON: the bytes stay those of `tests/golden/json`, and they are read back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deal_core.config import AdapterConfig, EvaluateConfig
+from deal_core.config import AdapterConfig
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import AdapterStateError, DataValidationError, StoreError
 from deal_core.evaluation.answer_scores import LabelFigures
@@ -102,13 +102,13 @@ def without_columns(served: ServedVersion) -> ServedVersion:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_the_bytes_are_those_that_earlier_code_wrote(name: str) -> None:
+def test_the_bytes_stay(name: str) -> None:
     written = json.dumps(STORED[name][0].to_json(), ensure_ascii=False, indent=2).encode()
     assert written == (GOLDEN / f"{name}.json").read_bytes()
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_what_earlier_code_wrote_is_read(name: str) -> None:
+def test_what_was_written_is_read(name: str) -> None:
     value = STORED[name][0]
     read = type(value).from_json(golden(name))
     assert read == (without_columns(value) if name == "deal" else value)
@@ -174,9 +174,3 @@ def test_what_a_field_refuses_is_said_in_its_own_words() -> None:
         AccuracyMatrix.from_json({**values, "base": [2.0, None]})
     with pytest.raises(ValueError, match=r"^The matrix has 1 rows for 2 versions"):
         EvaluationReport.from_json({**golden("evaluation"), "matrix": {**values, "rows": values["rows"][:1]}})
-
-
-def test_a_task_from_before_answers_had_a_length_has_the_default() -> None:
-    values = golden("record")
-    del values["tasks"][0]["max_new_tokens"]
-    assert LineageRecord.from_json(values).tasks[0].max_new_tokens == EvaluateConfig().max_new_tokens

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from deal_core.adapter.files import digests_of
 from deal_core.errors import IntegrityError
 from flows.champions import evaluate
 from flows.cli.app import app
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.decisions import roll_back
 from tasks.predict import predict, predict_file

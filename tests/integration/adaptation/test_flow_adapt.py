@@ -18,6 +18,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from infra.tracking.registry import Registry, open_registry
+from infra.version_log import Ledger
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import get_client
@@ -28,9 +30,7 @@ from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.forget import forget
-from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
-from infra.version_log import Ledger
 from tasks.adaptation.report import read_page
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli.app import app
 from flows.forget import forget
 from flows.requeue import requeue
-from infra.tracking.registry import open_registry
 from tasks.adaptation import scorer
 from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infra.tracking.registry import open_registry
 
 from deal_core.config import EvaluateConfig
-from deal_core.strategies import deal
+from deal_core.strategies import questions
 from deal_core.strategies.strategy import TaskContext
-from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.frozen_rows import ANSWERS_FILE, read_answers
@@ -44,13 +44,13 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     said: list[str] = []
     monkeypatch.setattr(LogReporter, "said", lambda _, message: said.append(message.strip()))
     taught: list[dict[str, list[str]]] = []
-    make = deal.make_rehearsal
+    make = questions.make_rehearsal
 
     def record_texts(config: Any, model: Any, context: TaskContext, *rest: Any) -> Any:
         taught.append({each.task.name: list(each.rows["input"]) for each in context.old_texts})
         return make(config, model, context, *rest)
 
-    monkeypatch.setattr(deal, "make_rehearsal", record_texts)
+    monkeypatch.setattr(questions, "make_rehearsal", record_texts)
     first, result = run(tiny_base, BANK), run(tiny_base, CLINIC)
     assert first.status == "promoted"
     spared = f"{NUM_JUDGING} of 36 test rows of bank judge; the texts of the others may teach"

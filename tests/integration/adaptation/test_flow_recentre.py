@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from infra.tracking.registry import open_registry
 
 from deal_core.config import EvaluateConfig
-from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from deal_core.config import EvaluateConfig
@@ -19,7 +20,6 @@ from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.cli.app import app
 from flows.forget import forget
-from infra.tracking.registry import open_registry
 from tasks.adaptation.frozen_rows import read_answers
 from tasks.adaptation.report import read_page
 from tasks.adaptation.resume import FINDINGS_FILE
@@ -165,17 +165,17 @@ def test_a_version_is_scored_again_with_the_settings_of_its_run(monkeypatch: pyt
     store, version = current_store(), version_ref(find_version(open_registry(), "l", "3"))
     key = f"{version.adapter_uri}/{FINDINGS_FILE}"
     findings = json.loads(store.get_bytes(key))
-    findings["spec"]["evaluate"] = {**findings["spec"].get("evaluate", {}), "max_batch_tokens": 512}
+    findings["spec"]["evaluate"] = {**findings["spec"].get("evaluate", {}), "max_old_rows": 4000}
     store.put_bytes(key, json.dumps(findings).encode())
     seen: list[int] = []
     make = Scorer.__init__
 
     def note(scorer: Scorer, base: Any, config: Any, **more: Any) -> None:
-        seen.append(config.max_batch_tokens)
+        seen.append(config.max_old_rows)
         make(scorer, base, config, **more)
 
     monkeypatch.setattr(Scorer, "__init__", note)
     asyncio.run(evaluate("l"))
     store.delete(key)
     asyncio.run(evaluate("l"))
-    assert seen == [512, EvaluateConfig().max_batch_tokens], "a version whose findings are lost has the defaults"
+    assert seen == [4000, EvaluateConfig().max_old_rows], "a version whose findings are lost has the defaults"

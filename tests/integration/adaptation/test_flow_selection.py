@@ -8,13 +8,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from infra.tracking.registry import open_registry
 
+import benchmarks  # noqa: F401  its scores
 import tasks.adaptation.train as train_stage
 from deal_core.adapter.state import load_method_state
 from deal_core.method_config import SelectionConfig
 from deal_core.strategies.rehearsal import unpack
 from deal_core.training.job import TrainingJob
-from infra.tracking.registry import open_registry
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
 from tasks.lineage.version_files import borrowed_adapter

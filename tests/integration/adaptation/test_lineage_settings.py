@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from infra.tracking.registry import open_registry
 from typer.testing import CliRunner, Result
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import adapt
 from flows.cli.app import app
 from flows.cli.session import FAILED, STOPPED, WRONG_USE
-from infra.tracking.registry import open_registry
 from tasks.adaptation.resume import read_spec_of
 from tasks.context import current_store
 from tasks.inbox import read_state, write_state

@@ -126,7 +126,7 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         tasks=list(COLOURS_AND_SIZES),
         base_model=spec.base_model,
         train="{}",
-        methods=["{}", '{"deal": {"core": "frozen"}}', '{"rivals": {"ewc_weight": 3}}'],
+        methods=["{}", '{"deal": {"core": "frozen"}}', '{"rehearsal": {"texts": "own", "rows_per_step": 2}}'],
         strategies=["deal", "seq_lora"],
         seeds=[0, 1],
     )
@@ -186,10 +186,13 @@ def test_the_commands_adapter_and_training_reach_the_cells(
     ("options", "message"),
     [
         ({"methods": ['{"deal": {"cor": 1}}']}, r"unknown key 'methods.0.deal.cor'"),
-        ({"train": '{"speed": 1}'}, r"unknown key 'train.speed' \(known: learning_rate"),
+        ({"train": '{"speed": 1}'}, r"unknown key 'train.speed'; remove it, or give one of learning_rate"),
         ({"train": "core=soft"}, "is not JSON"),
         ({"train": "[1]"}, "is no JSON object"),
-        ({"adapter": '{"rnk": 8}'}, r"unknown key 'adapter.rnk' \(known: rank, alpha, target_modules\)"),
+        (
+            {"adapter": '{"rnk": 8}'},
+            r"unknown key 'adapter.rnk'; remove it, or give one of rank, alpha, target_modules",
+        ),
         ({"adapter": '{"rank": 1}'}, "adapter.rank is 1; give at least 2"),
         ({"train": '{"num_processes": 2}'}, "num_processes is 2, but one process trains a cell"),
         ({"part": "test"}, "part is 'test'; give 'dev'"),

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import pytest
+from infra.tracking.registry import open_registry
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 from prefect.states import Scheduled
@@ -22,7 +23,6 @@ from flows.promote import decide, reject
 from flows.server.deploy import _require_own, deploy_all
 from flows.server.status import NEWEST, ServerRuns, read_server
 from infra.promotions import Move
-from infra.tracking.registry import open_registry
 from tasks.adaptation.promote import complete_version
 from tasks.context import current_store
 from tasks.lineage.history import read_moves

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import tenacity
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from typer.testing import CliRunner
@@ -23,8 +25,6 @@ from flows.cli.app import app
 from flows.retrain import retrain
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.ingest import read_manifest
 from tasks.adaptation.report import read_page

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from infra.tracking.registry import Registry, open_registry
 from typer.testing import CliRunner
 
 import flows.cli.demo
@@ -21,7 +22,6 @@ from flows.cli.app import app
 from flows.server.status import read_status
 from flows.watch import InboxWorker, Learned, WatchResult, watch
 from infra.store.base import ObjectInfo, ObjectStore
-from infra.tracking.registry import Registry, open_registry
 from tasks.context import current_store
 from tasks.inbox import InboxLook
 from tasks.inbox import look as look_at_inbox

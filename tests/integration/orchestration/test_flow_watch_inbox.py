@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tenacity
 import yaml
+from infra.tracking.registry import open_registry
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 
@@ -21,7 +22,6 @@ from deal_core.errors import ConfigError
 from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
 from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
 from infra.store.local import FileStore
-from infra.tracking.registry import open_registry
 from tasks.arrival_runs import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
 from tasks.context import current_store
 from tasks.inbox import InboxState, TestFiles, list_arrivals, read_state, write_state

@@ -39,7 +39,6 @@ HARMLESS = {
     "DEAL_NOTIFICATION_BLOCK",
     "DEAL_VLLM_SERVER_ADAPTER_DIR",
     "DEAL_VLLM_TARGET_MODULES",
-    "DEAL_JUDGE_MODEL",
 }
 """Settings with texts that are no secrets and no addresses."""
 RUN = """
@@ -75,8 +74,6 @@ def planted(port: int) -> dict[str, str]:
         "DEAL_WEBHOOK_SECRET": f"sign-{WORD}",
         "DEAL_VLLM_URL": f"http://{host.format('vllm')}",
         "DEAL_VLLM_API_KEY": f"vllm-{WORD}",
-        "DEAL_JUDGE_URL": f"http://{host.format('judge')}/{WORD}",
-        "DEAL_JUDGE_API_KEY": f"judge-{WORD}",
         "DEAL_SERVE_API_KEY": f"serve-{WORD}",
         "DEAL_BASE_MODEL": f"https://{host.format('base')}/model",
         "DEAL_ARTIFACT_URI": f"ftp://{host.format('artifacts')}/mlflow",

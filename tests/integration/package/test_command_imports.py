@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from infra.settings import TrackingSettings
 from infra.tracking.database import open_reader
 from infra.tracking.mlflow_reader import MlflowReader
+
+from infra.settings import TrackingSettings
 
 ROOT = Path(__file__).parents[3]
 RUN = """

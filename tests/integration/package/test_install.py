@@ -23,8 +23,8 @@ IGNORED = shutil.ignore_patterns(
     ".*", "*.egg-info", "__pycache__", "build", "dist", "deal-home", "demo-home", "benchmark-work"
 )
 
-NOT_IN_THE_TESTS = {"bitsandbytes", "setuptools", "trackio"}
-"""The first needs a GPU, pip freeze leaves out the second, and TensorBoard and wandb stand for the third."""
+NOT_IN_THE_TESTS = {"bitsandbytes", "setuptools"}
+"""The first needs a GPU, and pip freeze leaves out the second."""
 
 IMPORT_PACKAGES = """
 import importlib, sys

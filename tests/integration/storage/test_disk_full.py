@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from infra.tracking.registry import open_registry
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import NO_LIMITS
 from flows.cli.app import app
-from infra.tracking.registry import open_registry
 from tests.adapting import BANK
 from tests.in_process import put_back
 

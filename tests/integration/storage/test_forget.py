@@ -261,19 +261,19 @@ def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first
 
 def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(first: AdaptResult, home: Path) -> None:
     test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])["text"]
-    mine, _, other = logged(home, [f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
+    mine, _, other = logged([f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
     store = current_store()
     plan = plan_forget(first.dataset.sha256)
     (held,) = (each for each in plan.held if each.kind == "logged answers")
     assert held.address == "2 rows of predictions/l" and plan.knows_training_rows
-    assert SECRET not in plan.model_dump_json() and len(read_predictions(store, home, "l")) == 3
+    assert SECRET not in plan.model_dump_json() and len(read_predictions(store, "l")) == 3
     for name, answer in (("feedback-1", mine), ("feedback-2", other), ("june", mine)):
         row = json.dumps({"text": "t", "answer_id": answer})
         store.put_bytes(f"inbox/other/{name}.jsonl", f"{row}\n3\n{{".encode())
     plan = asyncio.run(forget(first.dataset.sha256)).plan
     assert plan.harvested == ("inbox/other/feedback-1.jsonl",) and store.exists(plan.harvested[0])
     assert any("inbox/other/feedback-1.jsonl" in str(each) for each in show_forget_plan(plan, "Removed"))
-    assert [*read_predictions(store, home, "l")["id"]] == [other] == [*read_feedback(store, home, "l")["id"]]
+    assert [*read_predictions(store, "l")["id"]] == [other] == [*read_feedback(store, "l")["id"]]
     assert not holding(home, SECRET)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
@@ -147,9 +148,8 @@ def test_what_cannot_be_removed_keeps_gc_from_nothing_else(home: Path, monkeypat
         left.mkdir(parents=True)
         os.utime(left, (0, 0))
     monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
-    old = f"{datetime.now(UTC) - timedelta(days=20):%Y%m%dT%H%M%S}-x"
-    current_store().put_bytes(log_key("predictions", "l", old), b"")
-    current_store().put_bytes("predictions/l/aside/broken.parquet", b"no segment")
+    current_store().put_bytes(log_key("predictions", "l", datetime.now(UTC) - timedelta(days=20)), b"")
+    current_store().put_bytes("predictions/l/aside/broken.parquet", b"no batch")
     remove = shutil.rmtree
 
     def refuse(path: object, **options: object) -> None:
@@ -170,27 +170,40 @@ def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: s
 
 
 @pytest.mark.usefixtures("first")
-def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     store = current_store()
-    logged(home, ["one"])
-    assert len(read_predictions(store, home, "l")) == len(read_feedback(store, home, "l")) == 1
+    logged(["one"])
+    assert len(read_predictions(store, "l")) == len(read_feedback(store, "l")) == 1
     (young,), (said,) = keys("predictions"), keys("feedback")
-    for number, days in enumerate((10, 11, 12)):
-        segment = f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-{number}"
+    for days in (10, 11, 12):
         for log, new in (("predictions", young), ("feedback", said)):
-            store.put_bytes(log_key(log, "l", segment), store.get_bytes(new))
-    left = home / "predictions" / "l" / f"{datetime.now(UTC) - timedelta(days=20):%Y%m%dT%H%M%S}-x.jsonl"
-    left.write_text("left by a server that was killed")
+            store.put_bytes(log_key(log, "l", datetime.now(UTC) - timedelta(days=days)), store.get_bytes(new))
     assert not collect("l").removals
     monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
     planned = collect("l", dry_run=True).removals
-    assert sorted(each.kind for each in planned) == [*["feedback"] * 2, *["prediction log"] * 3]
-    assert left.exists() and len(keys("predictions")) == 4, "a plan removes nothing"
+    assert sorted(each.kind for each in planned) == [*["feedback"] * 2, *["prediction log"] * 2]
+    assert len(keys("predictions")) == 4, "a plan removes nothing"
     assert collect("l").removals == planned
-    assert not left.exists() and len(keys("predictions")) == len(keys("feedback")) == 2
+    assert len(keys("predictions")) == len(keys("feedback")) == 2
     assert young in keys("predictions") and not collect("l").removals
     store.delete("predictions")
     (planned_feedback,) = planned = collect("l", dry_run=True).removals
-    assert planned_feedback.kind == "feedback without an answer" and len(read_feedback(store, home, "l")) == 1
+    assert planned_feedback.kind == "feedback without an answer" and len(read_feedback(store, "l")) == 1
     assert collect("l").removals == planned and not collect("l").removals
-    assert read_feedback(store, home, "l").empty
+    assert read_feedback(store, "l").empty
+
+
+@pytest.mark.usefixtures("first")
+def test_gc_joins_the_batches_of_a_lineage_that_no_run_works_on(home: Path) -> None:
+    ids = [*logged(["one"]), *logged(["two"])]
+    logs, batches = ("predictions", "feedback"), [*keys("predictions"), *keys("feedback")]
+    (home / "locks").mkdir(exist_ok=True)
+    with FileLock(home / "locks" / "l.lock"):
+        assert collect("l").busy == ("l",)
+    collect("l", dry_run=True)
+    assert [*keys("predictions"), *keys("feedback")] == batches
+    done = collect("l")
+    assert not done.removals and len(batches) == 4
+    assert [len(keys(log)) for log in logs] == [1, 1] and not {*batches} & {*keys("predictions"), *keys("feedback")}
+    store = current_store()
+    assert [*read_predictions(store, "l")["id"]] == ids and {*read_feedback(store, "l")["id"]} == {*ids}

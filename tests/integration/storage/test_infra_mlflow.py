@@ -17,15 +17,15 @@ from typing import Any
 
 import mlflow
 import pytest
+from infra.tracking.database import DatabaseReader, open_reader
+from infra.tracking.facts import VersionFacts, VersionInfo
+from infra.tracking.mlflow_reader import MlflowReader
+from infra.tracking.registry import Registry, open_registry
 from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
 from infra.settings import TrackingSettings
 from infra.tracking import mlflow_reader
-from infra.tracking.database import DatabaseReader, open_reader
-from infra.tracking.facts import VersionFacts, VersionInfo
-from infra.tracking.mlflow_reader import MlflowReader
-from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import TrackedRun, Tracker, open_tracker
 
 
@@ -77,6 +77,9 @@ FACTS = VersionFacts(
     config_sha256="c" * 64,
     adapter_uri="adapters/base/key-1",
     adapter_sha256="a" * 64,
+    files_sha256={},
+    landed_sha256="e" * 64,
+    train_seconds=1.0,
     parent_version=None,
     accepted=True,
     reasons=(),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra.settings import TrackingSettings
 from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
+
+from infra.settings import TrackingSettings
 from infra.tracking.tracker import open_tracker
 
 
@@ -25,6 +26,9 @@ def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> 
         config_sha256="c",
         adapter_uri="adapters/base/key",
         adapter_sha256="a",
+        files_sha256={},
+        landed_sha256="e" * 64,
+        train_seconds=1.0,
         parent_version=None,
         accepted=True,
         reasons=(),

@@ -10,19 +10,19 @@ from threading import Event
 from typing import Any
 
 import pytest
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import LineageRebuild, open_registry
+from tasks.lineage.rebuild import RebuildResult
 from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
 from flows.cli.app import app
 from flows.promote import rebuild
 from infra.settings import TrackingSettings
-from infra.tracking.facts import VersionInfo
-from infra.tracking.registry import LineageRebuild, open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import read_page
 from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import read_history
-from tasks.lineage.rebuild import RebuildResult
 from tasks.predict import predict
 from tasks.progress import LogReporter, reporting_to
 from tests.adapting import BANK, CLINIC, run

@@ -48,13 +48,12 @@ def questions(tmp_path: Path) -> Path:
     return file
 
 
-def answer(data: Path, out: Path, **options: Any) -> FileAnswers:
-    values: dict[str, Any] = {"lineage": "l", "task": None, "version": None, "column": None, "chunk_rows": 4}
-    return predict_file(data, out=out, **{**values, **options})
+def answer(data: Path, out: Path) -> FileAnswers:
+    return predict_file(data, out=out, lineage="l", task=None, version=None, column=None)
 
 
-def test_a_file_is_answered_and_a_killed_call_goes_on_to_the_same_bytes(
-    tiny_base: Path, first: AdaptResult, questions: Path, tmp_path: Path
+def test_a_file_is_answered_and_a_call_that_was_cut_short_leaves_none(
+    tiny_base: Path, first: AdaptResult, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         """The death of a process."""
@@ -64,15 +63,16 @@ def test_a_file_is_answered_and_a_killed_call_goes_on_to_the_same_bytes(
         if done > 4:
             raise Killed
 
+    monkeypatch.setattr("tasks.predict.CHUNK_ROWS", 4)
+    before = {path.name for path in tmp_path.iterdir()}
     for suffix in ("jsonl", "parquet"):
-        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
-        result = answer(questions, whole)
-        assert (result.num_rows, result.num_bad, result.num_resumed, result.version) == (11, 1, 0, "1")
+        out = tmp_path / f"whole.{suffix}"
         with pytest.raises(Killed):
-            answer(questions, cut, on_progress=die)
-        assert not cut.exists() and (tmp_path / f"cut.{suffix}.partial").is_dir()
-        assert answer(questions, cut).num_resumed == 4
-        assert cut.read_bytes() == whole.read_bytes()
+            predict_file(questions, out=out, lineage="l", task=None, version=None, column=None, on_progress=die)
+        assert not out.exists()
+        result = answer(questions, out)
+        assert (result.num_rows, result.num_bad, result.version) == (11, 1, "1")
+    assert {path.name for path in tmp_path.iterdir()} - before == {"whole.jsonl", "whole.parquet"}
     rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
     assert rows == pq.read_table(tmp_path / "whole.parquet").to_pylist()
     assert [row["id"] for row in rows] == [str(number) for number in range(11)]
@@ -80,11 +80,8 @@ def test_a_file_is_answered_and_a_killed_call_goes_on_to_the_same_bytes(
     assert {(row["task"], row["lineage"], row["version"]) for row in rows} == {("bank", "l", "1")}
     assert rows[3]["answer"] == predict(rows[3]["text"], lineage="l", task=None, version=None).answer
 
-    with pytest.raises(Killed):
-        answer(questions, tmp_path / "later.jsonl", on_progress=die)
-    questions.write_text(questions.read_text() + "11,one more\n")
-    with pytest.raises(ConfigError, match=r"begun with sha256 .*delete the folder"):
-        answer(questions, tmp_path / "later.jsonl")
+    with pytest.raises(ConfigError, match=r"whole\.jsonl exists already"):
+        answer(questions, tmp_path / "whole.jsonl")
 
 
 def test_the_commands_do_what_their_functions_do(

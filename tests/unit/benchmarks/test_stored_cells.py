@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.stored_cells import in_full, read_stored_cells
+from benchmarks.stored_cells import FIXED, in_full, read_stored_cells
+from deal_core.benchmark.summary import protocols
 from deal_core.config import TrainConfig
 from deal_core.errors import DataValidationError
 
@@ -23,7 +24,7 @@ def test_a_stored_cell_says_every_setting_of_its_training(folder: str) -> None:
     for cell in cells:
         settings = cell["settings"]
         assert settings["schema_version"] == 3 and settings["revision"] >= 1 and settings["scoring"] == "generated"
-        assert {*asdict(TrainConfig())} - {"num_processes", "report_to"} <= {*settings["train"]}
+        assert {*asdict(TrainConfig())} - {"num_processes"} <= {*settings["train"]}
 
 
 def test_what_an_old_cell_left_out_is_what_it_was_then() -> None:
@@ -41,6 +42,20 @@ def test_a_setting_that_is_gone_stays_where_it_changed_something() -> None:
     assert "deal.recycle" not in full["method"] and full["method"]["deal.project"] is False
     assert full["train"]["prompt_loss_weight"] == 0.5
     assert "prompt_loss_weight" not in in_full({**OLD, "train": {"prompt_loss_weight": 0.0}})["train"]
+
+
+def test_a_cell_without_the_settings_that_are_gone_shares_a_table_with_cells_that_say_them(tmp_path: Path) -> None:
+    cells = read_stored_cells(RESULTS / "continual")
+    cell = next(cell for cell in cells if cell["settings"]["strategy"] == "deal")
+    said = cell["settings"]["train"]
+    shorter = {name: value for name, value in said.items() if name not in FIXED}
+    for seed, train in enumerate((said, shorter, {**said, "min_steps": 77})):
+        settings = {**cell["settings"], "seed": seed, "train": train}
+        (tmp_path / f"deal-{seed}.json").write_text(json.dumps({**cell, "settings": settings}))
+    then, today, other = read_stored_cells(tmp_path)
+    assert then["settings"]["train"] == today["settings"]["train"] == said
+    assert other["settings"]["train"]["min_steps"] == 77
+    assert [len(table.cells) for table in protocols([then, today, other])] == [2, 1]
 
 
 def test_a_cell_of_an_unknown_version_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky 
 SHORT = TrainConfig(
     max_steps=4, batch_size=4, learning_rate=5e-3, schedule="constant", balance_labels=False, max_prompt_tokens=64
 )
-PARTS = ("deal", "rehearsal", "rivals", "selection")
+PARTS = ("deal", "rehearsal", "selection", "strategy_options")
 
 
 def at_night(*cases: Any) -> list[Any]:

@@ -86,16 +86,15 @@ def test_secrets_of_the_environment_are_masked_in_every_spelling() -> None:
         "PREFECT_API_AUTH_STRING": "admin:auth-secret",
         "DEAL_WEBHOOK_URL": "https://hooks.example/services/T0123456/abcdef",
         "DEAL_VLLM_API_KEY": "short",
-        "DEAL_JUDGE_URL": "https://judge.example/v1/tenant-0123456789",
         "HTTPS_PROXY": "http://me:proxy%20secret@proxy:3128",
         "HF_TOKEN_PATH": "/home/me/token-file",
         "TOKENIZERS_PARALLELISM": "disabled",
     }
     text = (
-        "a/secret+key a%2Fsecret%2Bkey auth-secret services/T0123456/abcdef v1/tenant-0123456789 "
+        "a/secret+key a%2Fsecret%2Bkey auth-secret services/T0123456/abcdef "
         "proxy secret proxy%20secret short /home/me/token-file disabled"
     )
-    assert without_known_secrets(text, environment) == "*** *** *** *** *** *** *** short /home/me/token-file disabled"
+    assert without_known_secrets(text, environment) == "*** *** *** *** *** *** short /home/me/token-file disabled"
 
 
 def test_known_secrets_inside_a_value_are_masked_and_its_shape_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+import benchmarks  # noqa: F401  its strategies run on it too
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.benchmark.cell import BOUNDS, make_cell
@@ -25,11 +26,11 @@ from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import DealConfig, MethodConfig
-from deal_core.strategies import OWN
+from deal_core.strategies import find_strategies
 from tests.unit.deal_core.conftest import at_night, make_rows, train_into
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
-OFF = DealConfig(form="literal", num_layers=0, mixing=False, lambda1=0, lambda2=0)
+OFF = DealConfig(num_layers=0, mixing=False, lambda1=0, lambda2=0)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_queries_and_values_of_all_attentions_carry_the_adapter(base, train):
 
 
 def test_later_task_with_everything_off_is_plain_lora(base, parent, train):
-    ours, plain = (weights(train(s, parent, deal=OFF, train=STEPS).folder) for s in ("deal", "seq_lora"))
+    ours, plain = (weights(train(s, parent, deal=OFF, train=STEPS).folder) for s in ("deal_literal", "seq_lora"))
     for name in plain:
         torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=1e-4)
 
@@ -108,7 +109,10 @@ OF_ANOTHER_KIND = {"deal", "seq_lora", "o_lora", "ewc", "lwf", "replay", "slao",
 
 @pytest.mark.parametrize(
     "strategy",
-    [*sorted(OF_ANOTHER_KIND), *at_night(*(name for name in (*OWN, *BOUNDS) if name not in OF_ANOTHER_KIND))],
+    [
+        *sorted(OF_ANOTHER_KIND),
+        *at_night(*(name for name in (*find_strategies(), *BOUNDS) if name not in OF_ANOTHER_KIND)),
+    ],
 )
 def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
     cell = make_cell(
@@ -149,7 +153,7 @@ def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
 def test_log_probabilities_of_labels_are_those_of_single_rows(base):
     labelled = TaskSchema(name="shades", labels=("red", "a very light blue"), instruction="Which shade is it?")
     texts = ["rose", "the sea on a day without wind"]
-    found = label_log_probs(base.model, base.tokenizer, labelled, texts, EvaluateConfig(), max_prompt_tokens=64)
+    found = label_log_probs(base.model, base.tokenizer, labelled, texts, max_prompt_tokens=64)
     collate = AnswerCollator(base.tokenizer, is_seq2seq=True)
     for row, text in enumerate(texts):
         for column, label in enumerate(labelled.labels):

@@ -47,7 +47,7 @@ def test_an_overlay_changes_images_and_sizes_and_nothing_else() -> None:
         kubernetes_validate.validate(document, "1.32", strict=True)
         if "template" in document.get("spec", {}):
             (theirs,), (ours,) = (pod["spec"]["template"]["spec"]["containers"] for pod in (document, expected[name]))
-            assert theirs["image"] == "registry.example.com/deal-worker:cpu-0.2.0"
+            assert theirs["image"] == "registry.example.com/deal-worker:cpu-0.3.0"
             theirs["image"] = ours["image"]
     claim = made["PersistentVolumeClaim", "deal-home"]["spec"]
     assert (claim.pop("storageClassName"), claim["resources"]["requests"]["storage"]) == ("shared-files", "1Ti")

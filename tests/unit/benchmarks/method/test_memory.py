@@ -70,7 +70,7 @@ def learn(tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def options(**given: Any) -> MethodConfig:
-    return MethodConfig(options=given)
+    return MethodConfig(strategy_options=given)
 
 
 def test_answers_alone_are_todays_default_and_every_option_changes_what_is_learned(learn: Learn) -> None:
@@ -80,13 +80,13 @@ def test_answers_alone_are_todays_default_and_every_option_changes_what_is_learn
     changed = [{"beta": 1.0}, {"rows": "learned"}, {"per_step": 2}, {"ramp": True}]
     digests = [learn("one_memory", options(**each))[0] for each in changed]
     assert len({default, *digests}) == 1 + len(changed)
-    assert cell["settings"]["method"]["options.beta"] == 0.0, "the cell says the options that were not given"
+    assert cell["settings"]["method"]["strategy_options.beta"] == 0.0, "the cell says the options that were not given"
 
 
 def test_options_are_checked(learn: Learn) -> None:
-    with pytest.raises(ConfigError, match=r"options\.beta is 2"):
+    with pytest.raises(ConfigError, match=r"strategy_options\.beta is 2"):
         learn("one_memory", options(beta=2.0))
-    with pytest.raises(ConfigError, match="Strategy 'seq_lora' takes no options, and beta is given"):
+    with pytest.raises(ConfigError, match="Strategy 'seq_lora' has no option 'beta'; it takes none"):
         learn("seq_lora", options(beta=0.5))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deal_core.adapter import factor
 from deal_core.adapter.reparametrize import Reparametrization
-from deal_core.adapter.retention import FLOOR, LOG_KERNELS
+from deal_core.adapter.retention import log_heat
 from deal_core.adapter.spectrum import decompose
 from deal_core.adapter.stack import LoraStack
 from deal_core.method_config import DealConfig
@@ -21,10 +21,7 @@ SIGMA = torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02, 0.01, 0.005])
 SETTINGS = {
     "soft": DealConfig(),
     "frozen": DealConfig(core="frozen"),
-    "literal": DealConfig(form="literal"),
     "two layers": DealConfig(num_layers=2),
-    "linear decay": DealConfig(kernel="linear_decay"),
-    "spline": DealConfig(kernel="spline", widths=(0.5, 1.0)),
     "offset alone": DealConfig(num_layers=0, mixing=False),
 }
 
@@ -91,10 +88,8 @@ def test_nothing_of_the_core_is_lost_before_the_first_step(name):
     before = b_MOR @ a_MRI
     y_A, y_B = factors(network)
     lost = (y_B @ y_A.mT - before).norm() / before.norm()
-    recycled = SETTINGS[name].form == "spectral"
     # what recycling may lose is the energy outside the core: √(1 − energy) of the norm at most
-    assert lost < (0.05**0.5 if recycled else 1e-4)
-    assert not recycled or lost > 1e-3
+    assert 1e-3 < lost < 0.05**0.5
 
 
 def test_every_slot_can_learn_after_recycling():
@@ -130,8 +125,11 @@ def test_a_frozen_core_never_moves_and_a_soft_one_does():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_pulled_back_gradients_equal_autograd_through_the_network(name):
+    check_pulled_back_gradients(*network_of(replace(SETTINGS[name], lambda1=0.0, lambda2=0.0)))
+
+
+def check_pulled_back_gradients(network: Reparametrization, stack: LoraStack) -> None:
     """Two steps (gradients of A and B first, then back through the networks) against one straight backward pass."""
-    network, stack = network_of(replace(SETTINGS[name], lambda1=0.0, lambda2=0.0))
     step(network, stack, 2)  # away from the symmetric start
     x = torch.randn(5, IN, generator=torch.Generator().manual_seed(3))
 
@@ -152,9 +150,13 @@ def test_pulled_back_gradients_equal_autograd_through_the_network(name):
 @pytest.mark.parametrize("block_bytes", [1, factor.BLOCK_BYTES])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_pass_sets_the_gradients_of_loss_and_penalty(name, block_bytes, monkeypatch):
-    """Compared with autograd through `forward` and `penalty`, for single modules and for all modules together."""
+    """For single modules and for all modules together."""
     monkeypatch.setattr(factor, "BLOCK_BYTES", block_bytes)
-    network, stack = network_of(replace(SETTINGS[name], lambda1=0.3, lambda2=0.7, tolerance=0.5))
+    check_one_pass(*network_of(replace(SETTINGS[name], lambda1=0.3, lambda2=0.7, tolerance=0.5)))
+
+
+def check_one_pass(network: Reparametrization, stack: LoraStack) -> None:
+    """Compared with autograd through `forward` and `penalty`."""
     step(network, stack, 3)
     set_gradients(stack, 5)
     outputs = [side() for side in network.sides[0]]
@@ -181,24 +183,22 @@ def test_a_steep_wall_has_finite_gradients(a, monkeypatch):
         assert found is None or torch.isfinite(found).all()
 
 
-def penalty_gradients(config: DealConfig) -> list[Tensor]:
-    network, stack = network_of(config)
+def penalty_gradients(network: Reparametrization, stack: LoraStack) -> list[Tensor]:
     step(network, stack, 5)
     network.zero_grad()
     network.penalty().backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
 
 
-@pytest.mark.parametrize("form", ["spectral", "literal"])
 @pytest.mark.parametrize("change", [{"lambda1": 0.5}, {"lambda2": 0.5}, {"a": 3.0}, {"b": 1.0}])
-def test_each_weight_and_order_changes_the_gradient(form, change):
-    config = DealConfig(form=form, lambda1=0.1, lambda2=0.1)
-    before, after = penalty_gradients(config), penalty_gradients(replace(config, **change))
+def test_each_weight_and_order_changes_the_gradient(change):
+    config = DealConfig(lambda1=0.1, lambda2=0.1)
+    before, after = (penalty_gradients(*network_of(each)) for each in (config, replace(config, **change)))
     assert any(not torch.allclose(x, y, rtol=1e-3, atol=0) for x, y in zip(before, after, strict=True))
 
 
 def test_tolerance_moves_the_wall():
-    before, after = penalty_gradients(DealConfig()), penalty_gradients(DealConfig(tolerance=0.01))
+    before, after = (penalty_gradients(*network_of(DealConfig(tolerance=each))) for each in (0.1, 0.01))
     assert max(g.abs().max() for g in after) > 10 * max(g.abs().max() for g in before)
 
 
@@ -210,26 +210,25 @@ NETWORK_CHANGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("form", "change"),
-    [
-        *(("spectral", {"kernel": kernel}) for kernel in ("linear_decay", "spline")),
-        *((form, change) for form in ("spectral", "literal") for change in NETWORK_CHANGES),
-    ],
-)
-def test_each_setting_of_the_network_changes_what_is_learned(form, change):
-    def learned(**changes: Any) -> Tensor:
-        network, stack = network_of(replace(DealConfig(form=form), **changes))
-        step(network, stack, 5)
-        y_A, y_B = factors(network)
-        return (y_B @ y_A.mT).detach()
+@pytest.mark.parametrize("change", NETWORK_CHANGES)
+def test_each_setting_of_the_network_changes_what_is_learned(change):
+    default, changed = (learned(*network_of(config)) for config in (DealConfig(), DealConfig(**change)))
+    assert not torch.allclose(default, changed, rtol=1e-4, atol=1e-5)
 
-    assert not torch.allclose(learned(), learned(**change), rtol=1e-4, atol=1e-5)
+
+def learned(network: Reparametrization, stack: LoraStack) -> Tensor:
+    """ΔW of every module after a few steps."""
+    step(network, stack, 5)
+    y_A, y_B = factors(network)
+    return (y_B @ y_A.mT).detach()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_parameter_moves(name):
-    network, stack = network_of(SETTINGS[name])
+    check_every_parameter_moves(*network_of(SETTINGS[name]))
+
+
+def check_every_parameter_moves(network: Reparametrization, stack: LoraStack) -> None:
     before = {key: p.detach().clone() for key, p in network.named_parameters()}
     step(network, stack, 2)
     assert before
@@ -248,43 +247,15 @@ def test_state_restores_constants_and_parameters_bit_for_bit():
         assert torch.equal(restored, wanted)
 
 
-def test_literal_form_follows_its_equation():
-    """Compared with a full Ψ_j, for one layer and perturbed g and c."""
-    network, _ = network_of(DealConfig(form="literal", num_layers=1))
-    side = network.sides[0][1]
-    retention = side.retention
-    with torch.no_grad():
-        retention.filters_KMJN.add_(0.1 * torch.rand_like(retention.filters_KMJN))
-        retention.centres_KMJ.add_(0.1 * torch.rand_like(retention.centres_KMJ))
-    y_NR = side.start_MNR[0]
-    u, s, _ = torch.linalg.svd(y_NR, full_matrices=False)
-    s = s / s[0]
-    expected = torch.zeros_like(y_NR)
-    for j, width in enumerate((0.25, 0.5, 1.0)):
-        phi = torch.exp(-((s - retention.centres_KMJ[0, 0, j]) ** 2) / (2 * width**2))
-        psi, inverse = u @ torch.diag(phi) @ u.mT, u @ torch.diag(1 / phi) @ u.mT
-        expected = expected + psi @ torch.diag(retention.filters_KMJN[0, 0, j]) @ inverse @ y_NR
-    torch.testing.assert_close(side()[0], expected, rtol=1e-3, atol=1e-3)
+def test_the_kernel_follows_its_formula():
+    # s, c, σ → φ: at the centre, half a width away, beyond the end
+    for s, c, width, expected in ((1.0, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 0.8824969), (0.0, 1.0, 0.5, 0.1353353)):
+        log = log_heat(torch.tensor(s), torch.tensor(c), torch.tensor(width))
+        assert float(log.exp()) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "values"),
-    [
-        # s, c, σ → φ: at the centre, half a width away, beyond the end
-        ("heat", [(1, 1, 1, 1.0), (0.5, 1, 1, 0.8824969), (0, 1, 0.5, 0.1353353)]),
-        ("linear_decay", [(1, 1, 1, 0.3678794), (0.5, 1, 1, 0.3032653), (1, 2, 0.5, 0.3678794)]),
-        ("spline", [(1, 1, 1, 0.75), (0.25, 1, 1, 0.28125), (0.75, 1, 1, 0.6875), (0, 1, 0.5, 0.0)]),
-    ],
-)
-def test_kernels_follow_their_formulas(kernel, values):
-    for s, c, width, expected in values:
-        log = LOG_KERNELS[kernel](torch.tensor(float(s)), torch.tensor(float(c)), torch.tensor(float(width)))
-        assert float(log.exp()) - (FLOOR if kernel == "spline" else 0) == pytest.approx(expected, abs=1e-5)
-
-
-def perturbed(config: DealConfig) -> Reparametrization:
-    """A network in which every parameter differs from its start."""
-    network, _ = network_of(config)
+def perturbed(network: Reparametrization) -> Reparametrization:
+    """Change every parameter of a network."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -294,7 +265,7 @@ def perturbed(config: DealConfig) -> Reparametrization:
 
 def test_output_follows_its_equations():
     """h, X̂ and O of one module, written out, for perturbed g, c, Ω and b."""
-    side = perturbed(DealConfig(num_layers=2)).sides[0][1]
+    side = perturbed(network_of(DealConfig(num_layers=2))[0]).sides[0][1]
     s = SIGMA / SIGMA[0]
     gain = torch.ones(RANK)
     for k in range(2):
@@ -310,7 +281,7 @@ def test_output_follows_its_equations():
 
 def test_penalty_follows_its_equation():
     config = DealConfig(lambda1=0.3, lambda2=0.7, a=3.0, b=2.5, tolerance=0.5)
-    network = perturbed(config)
+    network = perturbed(network_of(config)[0])
     expected = 0.0
     for side in network.sides[0]:
         for m in range(MODULES):
@@ -319,18 +290,6 @@ def test_penalty_follows_its_equation():
             free = torch.cat([torch.zeros(len(start), 2), side.update.offset_MNR[m][:, 2:]], 1)
             expected += 0.7 * (free.abs() ** 2.5).mean() + 0.7 * (side.update.mixing_MRR[m].abs() ** 2.5).mean()
     torch.testing.assert_close(network.penalty(), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_literal_penalty_follows_its_equation():
-    config = DealConfig(form="literal", lambda1=0.3, lambda2=0.7, a=3.0, b=2.5)
-    assert network_of(config)[0].penalty() == 0
-    network = perturbed(config)
-    expected = 0.0
-    for side in network.sides[0]:
-        expected += 0.3 * ((side.retention.filters_KMJN - 1 / 3).abs() ** 3).sum()
-        expected += 0.3 * ((side.retention.centres_KMJ - 1).abs() ** 3).sum()
-        expected += 0.7 * sum((theta.abs() ** 2.5).sum() for theta in (side.update.offset_MNR, side.update.mixing_MRR))
-    torch.testing.assert_close(network.penalty(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_seeds_are_those_of_a_new_lora():

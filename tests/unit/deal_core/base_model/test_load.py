@@ -98,16 +98,6 @@ def test_a_converted_model_that_was_changed_afterwards_is_refused(gguf_file: Pat
         load_base(str(gguf_file), tmp_path)
 
 
-def test_a_model_that_an_earlier_release_converted_keeps_its_identity(gguf_file: Path, tmp_path: Path) -> None:
-    source = resolve_base(str(gguf_file), tmp_path) / "deal_source.json"
-    known = load_base(str(gguf_file), tmp_path)
-    origin = json.loads(source.read_text())
-    del origin["content_sha256"]
-    source.write_text(json.dumps(origin))
-    found = load_base(str(gguf_file), tmp_path)
-    assert (found.sha256, found.name) == (known.sha256, known.name)
-
-
 def test_a_gguf_file_is_converted_once_whatever_its_place(gguf_file: Path, tmp_path: Path) -> None:
     seen: list[str] = []
     moved = Path(shutil.copy(gguf_file, tmp_path / gguf_file.name))

@@ -15,7 +15,7 @@ from deal_core.method_config import MethodConfig, SelectionConfig
 def test_a_cell_says_every_setting_that_decides_its_result() -> None:
     said = made("deal", MethodConfig()).to_json()
     assert said["schema_version"] == 3 and said["revision"] == revision_of("deal")
-    assert {*said["train"], "num_processes", "report_to"} == {*asdict(TrainConfig())}
+    assert {*said["train"], "num_processes"} == {*asdict(TrainConfig())}
     parts = asdict(MethodConfig())
     assert {*said["method"]} == {f"{part}.{name}" for part in ("deal", "rehearsal") for name in parts[part]}
 
@@ -49,7 +49,7 @@ def made(strategy: str, method: MethodConfig) -> Cell:
 SELECTING = MethodConfig(selection=SelectionConfig(keep=0.3, score="loss", pick="low"))
 
 
-@pytest.mark.parametrize("strategy", ["deal", "seq_lora", "ella"])
+@pytest.mark.parametrize("strategy", ["deal", "seq_lora", "replay"])
 def test_a_selecting_cell_is_another_cell_and_shares_no_first_version(strategy: str) -> None:
     plain, selecting = made(strategy, MethodConfig()), made(strategy, SELECTING)
     assert not any(name.startswith("selection.") for name in plain.method)

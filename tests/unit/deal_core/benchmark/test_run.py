@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarks  # noqa: F401  its scores
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
@@ -20,7 +21,7 @@ from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.run import HEADS, CellRun, answer_by_head, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import score_answers
@@ -125,7 +126,6 @@ def test_a_cell_keeps_the_answers_and_the_log_probability_of_every_label(run, ba
         base.tokenizer,
         TASKS["colours"].schema,
         [row["input"] for row in rows],
-        EvaluateConfig(),
         max_prompt_tokens=TRAIN.max_prompt_tokens,
     )
     torch.testing.assert_close(torch.tensor(kept.log_probs_NL).float(), expected, atol=0, rtol=1e-3)
@@ -160,9 +160,7 @@ def test_the_versions_of_a_finished_cell_can_be_kept(run, base, tmp_path):
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["0", "1"]
     with adapter_on(base.model, tmp_path / "kept" / "1") as model:
         texts = [row["input"] for row in TASKS["sizes"].part("reported")]
-        found = label_log_probs(
-            model, base.tokenizer, TASKS["sizes"].schema, texts, EvaluateConfig(), max_prompt_tokens=64
-        )
+        found = label_log_probs(model, base.tokenizer, TASKS["sizes"].schema, texts, max_prompt_tokens=64)
     kept = unpack_answers(final_scores(result)["sizes"]).log_probs_NL
     torch.testing.assert_close(torch.tensor(kept).float(), found, atol=0, rtol=2e-3)
 
@@ -195,8 +193,6 @@ def test_old_tasks_are_rehearsed_by_instruction_or_from_kept_rows(run):
     assert (deal["stores"], deal["state_bytes"]) == ("nothing", 0)
     assert replay["stores"] == "data" and replay["state_bytes"] > 0
     assert len({version["adapter_bytes"] for version in deal["versions"]}) == 1
-    grown = [version["adapter_bytes"] for version in run("inc_lora")["versions"]]
-    assert grown[0] < grown[1]
 
 
 def test_a_first_version_is_made_once_for_the_cells_that_share_it(run, tmp_path):
@@ -204,7 +200,7 @@ def test_a_first_version_is_made_once_for_the_cells_that_share_it(run, tmp_path)
     (file,) = (tmp_path / "shared").glob("*/version.json")
     file.write_text(json.dumps({**first, "mark": 1}))
     assert run("deal")["versions"][0] == {**first, "mark": 1}
-    assert "mark" not in run("ewc")["versions"][0]
+    assert "mark" not in run("replay")["versions"][0]
 
 
 def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
@@ -216,9 +212,9 @@ def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        run("o_lora", on_progress=die)
+        run("replay", on_progress=die)
     num_before = len(seen)
-    run("o_lora", on_progress=lambda _, __, doing: seen.append(doing))
+    run("replay", on_progress=lambda _, __, doing: seen.append(doing))
     assert seen[num_before] == "sizes: step 1 of 4"
 
 
@@ -268,7 +264,7 @@ def test_heads_on_the_base_model_are_scored_as_answers_are(run):
 
 
 def test_a_selecting_cell_trains_on_the_chosen_rows_in_as_many_steps(run):
-    method = MethodConfig(selection=SelectionConfig(keep=0.5, score="loss"))
+    method = MethodConfig(selection=SelectionConfig(keep=0.5, score="loss"))  # it reads the parent
     result = run("seq_lora", method, scored="last")
     for version in result["versions"]:
         assert version["num_steps"] == 2 and len(set(version["chosen"])) == 8 and max(version["chosen"]) < 16
@@ -307,7 +303,7 @@ def test_features_do_not_depend_on_the_batch(base: BaseModel):
     texts = ["short", "a text that is a good deal longer than the other ones", "x"]
 
     def found(inputs: list[str]) -> torch.Tensor:
-        return features(base.model, base.tokenizer, task, inputs, max_prompt_tokens=64, max_batch_tokens=4096)
+        return features(base.model, base.tokenizer, task, inputs, max_prompt_tokens=64)
 
     together_ND = found(texts)
     torch.testing.assert_close(together_ND, torch.cat([found([text]) for text in texts]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from deal_core.benchmark.suites import SUITES, SuiteTask, digest_of, load_suite,
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig, RivalConfig
+from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies import OWN, strategy_class
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]
@@ -257,11 +257,13 @@ def cell(strategy: str = "deal", tasks: tuple[str, ...] = ("c", "a", "b"), **cha
 
 
 def test_a_cell_is_decided_by_what_its_strategy_reads():
-    other = MethodConfig(deal=DealConfig(core="frozen"), rivals=RivalConfig(ewc_weight=7.0))
-    assert cell().digest() != cell(method=other).digest() != cell(method=MethodConfig(rivals=other.rivals)).digest()
-    assert cell(method=MethodConfig(rivals=other.rivals)) == cell()
+    other = MethodConfig(deal=DealConfig(core="frozen"), rehearsal=RehearsalConfig(stored_share=0.5))
+    assert cell().digest() != cell(method=other).digest() != cell(method=replace(other, deal=DealConfig())).digest()
+    assert cell("replay", method=replace(other, deal=DealConfig())) == cell("replay", method=other) != cell("replay")
     assert cell("seq_lora", method=other) == cell("seq_lora") and cell("seq_lora").method == {}
-    assert cell("ewc", method=other).method == {"rivals.ewc_weight": 7.0}
+    assert cell("replay", method=other).method["rehearsal.stored_share"] == 0.5
+    with pytest.raises(ConfigError, match="Strategy 'seq_lora' has no option 'weight'; it takes none"):
+        cell("seq_lora", method=MethodConfig(strategy_options={"weight": 7.0}))
 
 
 def test_what_strategies_read_exists():

@@ -20,7 +20,7 @@ from deal_core.benchmark.summary import (
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import DataValidationError
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.rivals import SeqLora
+from deal_core.strategies.seq_lora import SeqLora
 
 
 def made(strategy: str, bits: list[dict[str, str]], **settings: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files of answers: their content, and that an interrupted run gives the same file as an uninterrupted one."""
+"""Files of answers: their content, and that there is no incomplete one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deal_core.data.answer_files import AnswerFiles, Counts, in_chunks, own_names, survey_rows
+from deal_core.data.answer_files import in_chunks, own_names, survey_rows, writing_answers
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns, find_input
 from deal_core.data.reading.readers import read_rows
@@ -19,22 +19,13 @@ from deal_core.data.rows import RawRow, Row
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 
-STATE = {"version": "1", "sha256": "a"}
 
-
-def write_all(source: Path, output: Path, *, stop_after: int | None = None, size: int = 2) -> AnswerFiles:
+def write_all(source: Path, output: Path, *, size: int = 2) -> None:
     survey = survey_rows(source)
-    files = AnswerFiles(output, survey.types, own_names(survey.types))
-    files.begin(STATE)
-    index = 0
-    for index, rows in enumerate(in_chunks(read_rows(source), size)):
-        if index == stop_after:
-            return files
-        if files.counts(index) is None:
+    with writing_answers(output, survey.types, own_names(survey.types)) as write:
+        for rows in in_chunks(read_rows(source), size):
             own = [{"answer": f"answer {row.number}", "task": "t", "lineage": "l", "version": "1"} for row in rows]
-            files.write_chunk(index, [row.values for row in rows], own)
-    files.merge(index + 1)
-    return files
+            write([row.values for row in rows], own)
 
 
 @pytest.fixture
@@ -50,17 +41,27 @@ def json_lines(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_what_was_cut_short_goes_on_and_becomes_the_same_file(json_lines: Path, tmp_path: Path, suffix: str) -> None:
-    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
-    write_all(json_lines, whole)
-    files = write_all(json_lines, cut, stop_after=1)
-    assert not cut.exists() and files.counts(0) == Counts(2, 0) and files.counts(1) is None
-    stamp = (files.folder / f"chunk-000000.{suffix}").stat().st_mtime_ns
-    write_all(json_lines, cut, stop_after=1)
-    assert (files.folder / f"chunk-000000.{suffix}").stat().st_mtime_ns == stamp, "what is complete is not done again"
-    write_all(json_lines, cut)
-    assert cut.read_bytes() == whole.read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", whole.name, cut.name}
+def test_a_file_appears_when_it_is_complete(json_lines: Path, tmp_path: Path, suffix: str) -> None:
+    output, survey = tmp_path / f"out.{suffix}", survey_rows(json_lines)
+
+    def names() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
+
+    def cut_short() -> None:
+        with writing_answers(output, survey.types, own_names(survey.types)) as write:
+            write([{"text": "a"}], [{"answer": "b"}])
+            assert output.name not in names()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
+    assert names() == {json_lines.name}, "nothing is left"
+    write_all(json_lines, output)
+    assert names() == {json_lines.name, output.name}
+    before = output.read_bytes()
+    with pytest.raises(ConfigError, match="exists already"):
+        write_all(json_lines, output)
+    assert output.read_bytes() == before
 
 
 def test_parquet_keeps_types_where_the_values_have_one(json_lines: Path, tmp_path: Path) -> None:
@@ -120,15 +121,6 @@ def test_a_byte_that_is_no_text_stays_visible(tmp_path: Path) -> None:
     assert b"\\udcff" in (tmp_path / "out.jsonl").read_bytes()
 
 
-def test_what_was_begun_otherwise_is_not_gone_on_with(json_lines: Path, tmp_path: Path) -> None:
-    files = write_all(json_lines, tmp_path / "out.jsonl", stop_after=1)
-    with pytest.raises(ConfigError, match=r"begun with version '1' \(now '2'\).*delete the folder"):
-        files.begin({**STATE, "version": "2"})
-    write_all(json_lines, tmp_path / "out.jsonl")
-    with pytest.raises(ConfigError, match="exists already"):
-        files.begin(STATE)
-
-
 def test_names_that_are_all_taken_are_said() -> None:
     assert own_names(["text", "task"])["task"] == "deal_task"
     with pytest.raises(DataValidationError, match="deal_task"):
@@ -151,7 +143,7 @@ def test_the_asked_column_is_found_by_task_by_name_or_by_option() -> None:
 
 
 def test_a_question_has_the_context_that_was_learned_with_it() -> None:
-    task = TaskSchema(name="t", format="completion", joins_context=True)
+    task = TaskSchema(name="t", format="completion")
     without = TaskSchema(name="t", format="completion")
     assert find_input(["question", "context"], without, "f.csv").names == {"prompt": "question"}
     columns = find_input(["instruction", "input"], task, "f.csv")

@@ -82,23 +82,6 @@ def test_schema_and_manifest_come_back_from_json() -> None:
     assert read.task.to_json() == task.to_json()
 
 
-def test_a_manifest_from_before_rows_were_deleted_is_read() -> None:
-    values = DatasetManifest(
-        task=TaskSchema(name="t"),
-        sha256="00",
-        source="f.csv",
-        num_read=1,
-        num_train=1,
-        num_test=0,
-        num_rejected=0,
-        problems={},
-        split="hash",
-    ).to_json()
-    del values["retain_training_rows"], values["files"], values["landed_sha256"]
-    read = DatasetManifest.from_json(values)
-    assert (read.retain_training_rows, read.files, read.landed_sha256) == (False, (), None)
-
-
 @pytest.mark.parametrize(
     ("change", "is_same"),
     [
@@ -115,11 +98,10 @@ def test_a_schema_s_digest_tells_how_it_asks(change: dict[str, Any], is_same: bo
     assert (replace(plain, **change).sha256 == plain.sha256) == is_same
 
 
-def test_the_form_of_prompts_is_stored_where_it_says_something() -> None:
+def test_the_form_of_prompts_is_stored() -> None:
     told, chat = TaskSchema(name="t", prompt="chat"), TaskSchema(name="t", format="chat", prompt="chat")
     assert told.to_json()["prompt"] == "chat" and TypeAdapter(TaskSchema).validate_python(told.to_json()) == told
     assert told.as_asked().prompt == "chat", "clients must render the same prompt"
-    assert "prompt" not in TaskSchema(name="t").to_json(), "schemas of earlier releases have no such key"
     assert chat == TaskSchema(name="t", format="chat") and chat.sha256 == TaskSchema(name="t", format="chat").sha256
 
 

@@ -514,13 +514,11 @@ def test_a_prompt_that_the_task_names_has_no_context(column: str, tmp_path: Path
     assert build(content, tmp_path / "rows.jsonl", task) == sorted((f"Do {i}", f"done {i}") for i in range(NUM_ROWS))
 
 
-@pytest.mark.parametrize("joins", [True, False])
-def test_a_known_task_joins_a_context_only_if_it_was_learned_so(joins: bool, tmp_path: Path) -> None:
-    """Tasks of earlier releases were learned without."""
+def test_a_known_task_joins_a_context_as_a_new_one(tmp_path: Path) -> None:
     content = rows(lambda i: {"question": f"Who {i}?", "context": "Ada", "answer": f"a{i}"})
-    task = TaskSchema(name="t", format="completion", joins_context=joins)
+    task = TaskSchema(name="t", format="completion")
     found = build(content, tmp_path / "rows.jsonl", task)
-    assert found == sorted((f"Who {i}?" + ("\nAda" if joins else ""), f"a{i}") for i in range(NUM_ROWS))
+    assert found == sorted((f"Who {i}?\nAda", f"a{i}") for i in range(NUM_ROWS))
 
 
 def test_a_context_of_any_name_is_joined_if_the_task_names_it(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from deal_core.evaluation.gate import decide
 from deal_core.evaluation.metrics import AccuracyMatrix
-from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Judged
+from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from deal_core.judging_config import GateConfig
 
 
@@ -183,30 +183,6 @@ def test_a_version_below_the_champion_on_the_new_task_is_vetoed_beyond_noise_onl
     assert decide(below(100, lost=4, gained=3), GateConfig()).accepted
     assert decide(below(100, lost=20, gained=2), GateConfig(min_gain_over_champion_points=None)).accepted
     assert not decide(below(100, lost=0, gained=10), GateConfig(min_gain_over_champion_points=20)).accepted
-
-
-def test_a_judge_that_prefers_the_champion_is_a_veto_if_the_gate_asks_for_it() -> None:
-    def judged(*, lost: int, won: int, even: int = 0, missing: int = 0) -> EvaluationReport:
-        scores = (0.0,) * lost + (1.0,) * won + (0.5,) * even
-        return replace(GOOD, judged={"old": Judged(model="j", scores=scores, num_missing=missing)})
-
-    veto, told = GateConfig(judge="veto"), GateConfig(judge="report")
-    (found,) = decide(judged(lost=30, won=10, even=10), veto).vetoes
-    assert (found.kind, found.task, found.value, found.limit) == ("judge", "old", 40.0, 10.0)
-    assert "prefers the champion in 30 of 50 test rows and this version in 10: 40.0 points" in found.message
-    assert decide(judged(lost=30, won=10, even=10), told).accepted and decide(GOOD, veto).accepted
-    assert decide(judged(lost=10, won=30), veto).accepted, "the new version is better"
-    assert decide(judged(lost=3, won=1), veto).accepted, "noise explains it"
-    assert decide(judged(lost=24, won=20, even=60), veto).accepted, "below the limit"
-    assert decide(judged(lost=0, won=0, missing=50), veto).accepted, "without a verdict there is nothing to veto"
-
-
-def test_a_judges_figures_survive_json_and_are_left_out_if_there_are_none() -> None:
-    report = replace(GOOD, judged={"old": Judged(model="j", scores=(1.0, 0.5, 0.0), num_missing=2)})
-    assert EvaluationReport.from_json(json.loads(json.dumps(report.to_json()))) == report
-    assert "judged" not in GOOD.to_json(), "reports of tasks that no judge saw are stored as ever"
-    judged = report.judged["old"]
-    assert (judged.num_won, judged.num_lost, judged.num_even) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(("perplexity", "accepted"), [(44.9, True), (45.1, False), (float("nan"), False), (None, True)])

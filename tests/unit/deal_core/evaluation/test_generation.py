@@ -11,6 +11,7 @@ from deal_core.base_model.load import BaseModel
 from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation import generation
 from deal_core.evaluation.generation import (
     ConfidenceRecorder,
     answer_inputs,
@@ -26,17 +27,16 @@ CONFIG = EvaluateConfig(max_new_tokens=6)
 
 
 @pytest.mark.parametrize("task", [LABELS, TEXT])
-def test_recording_changes_no_token(base: BaseModel, task: TaskSchema) -> None:
+def test_recording_changes_no_token(base: BaseModel, task: TaskSchema, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in INPUTS]
     limit = answer_limit(base.tokenizer, task, CONFIG)
-    plain, recorded = (
-        [
-            list(generate(base.model, base.tokenizer, prompts, limit, max_batch_tokens=tokens, recorder=recorder))
-            for tokens in (1, 10_000)
-        ]
-        for recorder in (None, ConfidenceRecorder(base.tokenizer, task))
-    )
-    assert plain == recorded and plain[0][0].tokens
+    for tokens, num_batches in ((1, 3), (10_000, 1)):
+        monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", tokens)
+        plain, recorded = (
+            list(generate(base.model, base.tokenizer, prompts, limit, recorder=recorder))
+            for recorder in (None, ConfidenceRecorder(base.tokenizer, task))
+        )
+        assert plain == recorded and plain[0].tokens and len(plain) == num_batches
 
 
 def test_a_labels_confidence_is_its_share_at_the_first_token(base: BaseModel) -> None:

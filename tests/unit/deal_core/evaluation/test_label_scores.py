@@ -9,10 +9,11 @@ from transformers import MistralConfig, MistralForCausalLM, MptConfig, MptForCau
 
 from benchmarks.method.protocol import ranking_auc
 from deal_core.adapter.state import adapter_on
-from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation import generation
 from deal_core.evaluation.label_scores import label_log_probs
 
 TASK = TaskSchema(name="shades", labels=("red", "dark green", "a very light blue"), instruction="Which shade is it?")
@@ -34,14 +35,12 @@ def one_by_one(model, tokenizer, task: TaskSchema, *, is_seq2seq: bool) -> torch
 
 
 @pytest.mark.parametrize("max_batch_tokens", [64, 4096])
-def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, base, train):
+def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, base, train, monkeypatch):
+    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", max_batch_tokens)
     folder = train("seq_lora", train=TrainConfig(max_steps=20, learning_rate=3e-2)).folder
-    config = EvaluateConfig(max_batch_tokens=max_batch_tokens)
     seen: list[int] = []
     with torch.no_grad(), adapter_on(base.model, folder) as model:
-        found = label_log_probs(
-            model, base.tokenizer, TASK, TEXTS, config, max_prompt_tokens=64, on_progress=seen.append
-        )
+        found = label_log_probs(model, base.tokenizer, TASK, TEXTS, max_prompt_tokens=64, on_progress=seen.append)
         expected = one_by_one(model, base.tokenizer, TASK, is_seq2seq=False)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert len(set(found.argmax(1).tolist())) > 1 or found.std() > 0.1
@@ -52,7 +51,7 @@ def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, 
 def test_positions_that_count_padding_give_them_too(base):
     torch.manual_seed(0)
     model = MptForCausalLM(MptConfig(vocab_size=base.model.config.vocab_size, d_model=32, n_heads=2, n_layers=2)).eval()
-    found = label_log_probs(model, base.tokenizer, TASK, TEXTS, EvaluateConfig(), max_prompt_tokens=64)
+    found = label_log_probs(model, base.tokenizer, TASK, TEXTS, max_prompt_tokens=64)
     torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
 
 
@@ -70,7 +69,7 @@ def test_a_sliding_window_gives_them_too(base):
             sliding_window=12,
         )
     )
-    found = label_log_probs(model, base.tokenizer, TASK, TEXTS, EvaluateConfig(), max_prompt_tokens=64)
+    found = label_log_probs(model, base.tokenizer, TASK, TEXTS, max_prompt_tokens=64)
     torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
 
 

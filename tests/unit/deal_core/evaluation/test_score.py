@@ -14,6 +14,7 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, encode_rows
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation import generation
 from deal_core.evaluation.generation import answer_inputs, first_answer_logits, generate, read_prefix
 from deal_core.evaluation.likelihood import token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
@@ -41,9 +42,10 @@ def one_by_one(model, tokenizer, task, text, max_new_tokens=10) -> tuple[str, bo
 
 
 @pytest.mark.parametrize("max_batch_tokens", [64, 300, 4096])
-def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base, task, rows, folder):
+def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base, task, rows, folder, monkeypatch):
+    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", max_batch_tokens)
     inputs = rows(12)["input"]
-    config = EvaluateConfig(max_batch_tokens=max_batch_tokens, max_new_tokens=10)
+    config = EvaluateConfig(max_new_tokens=10)
     open_task = TaskSchema(name="open", instruction=task.instruction)
     seen: list[int] = []
     with adapter_on(base.model, folder) as model:
@@ -58,9 +60,10 @@ def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 10])
-def test_answers_without_room_for_their_end_are_told(max_new_tokens, base, task, rows, folder):
+def test_answers_without_room_for_their_end_are_told(max_new_tokens, base, task, rows, folder, monkeypatch):
+    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", 300)
     inputs = rows(12)["input"]
-    config = EvaluateConfig(max_batch_tokens=300, max_new_tokens=max_new_tokens)
+    config = EvaluateConfig(max_new_tokens=max_new_tokens)
     open_task = TaskSchema(name="open", instruction=task.instruction)
     with adapter_on(base.model, folder) as model:
         ended = [one_by_one(model, base.tokenizer, open_task, text, max_new_tokens)[1] for text in inputs]
@@ -72,7 +75,7 @@ def test_answers_without_room_for_their_end_are_told(max_new_tokens, base, task,
 
 @pytest.mark.parametrize("with_logits", [True, False])
 def test_logits_are_kept_for_who_asks_for_them_alone(with_logits, base):
-    (found,) = generate(base.model, base.tokenizer, [[1, 2], [3]], 2, max_batch_tokens=64, with_logits=with_logits)
+    (found,) = generate(base.model, base.tokenizer, [[1, 2], [3]], 2, with_logits=with_logits)
     assert (found.logits_BKV is not None) is with_logits
 
 
@@ -87,9 +90,9 @@ def test_references_that_no_answer_can_reach_are_counted(base, task):
 
 def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
     prompts, vocabulary = [[1, 2]] * 7, base.model.config.vocab_size
-    monkeypatch.setattr("deal_core.evaluation.generation.MAX_LOGIT_BYTES", 3 * 8 * 5 * vocabulary)
+    monkeypatch.setattr(generation, "MAX_LOGIT_BYTES", 3 * 8 * 5 * vocabulary)
     sizes = [
-        [len(found.batch) for found in generate(base.model, base.tokenizer, prompts, 5, max_batch_tokens=64, **asked)]
+        [len(found.batch) for found in generate(base.model, base.tokenizer, prompts, 5, **asked)]
         for asked in ({"with_logits": True}, {})
     ]
     assert sizes == [[3, 3, 1], [7]]
@@ -187,12 +190,13 @@ def test_padding_does_not_change_a_rows_loss(base, task, rows):
     torch.testing.assert_close(together, full[:, -length - 1 : -1])
 
 
-def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, task, rows, folder):
+def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, task, rows, folder, monkeypatch):
     """Whatever the batch; a metric "loss" has these numbers as scores and generates nothing."""
+    monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", 128)
     some = rows(7)
     open_task = TaskSchema(name="open", instruction=task.instruction, metric="loss", format="completion")
     references = [text * (1 + number % 3) for number, text in enumerate(some["output"])]
-    config = EvaluateConfig(max_batch_tokens=128)
+    config = EvaluateConfig()
     with adapter_on(base.model, folder) as model:
         given = (model, base.tokenizer, open_task)
         found = token_probabilities(*given, some["input"], references, config, max_prompt_tokens=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from deal_core.base_model.load import find_config
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_loss
+from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.planning.memory import (
@@ -36,9 +38,10 @@ from deal_core.planning.memory import (
     largest_batch,
     longest_of,
     plan_memory,
-    rehearsed_rows,
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.strategies import strategy_class
+from deal_core.strategies.strategy import PlannedArrival
 
 LLAMA = LlamaConfig(
     vocab_size=300,
@@ -209,14 +212,19 @@ def test_the_longest_row_is_found_among_scripts_with_more_tokens_per_character(b
 
 
 def test_rehearsed_questions_count_where_they_are_asked() -> None:
+    new, old = (TaskSchema(name=name, labels=("a", "b")) for name in ("new", "old"))
+
+    def asked(strategy: str, *old_tasks: TaskSchema, **rehearsal: Any) -> int:
+        arrival = PlannedArrival(task=new, old_tasks=old_tasks, num_rows=9, num_steps=3)
+        method = MethodConfig(rehearsal=RehearsalConfig(**rehearsal))
+        return strategy_class(strategy).questions_per_step(method, arrival)
+
+    assert asked("deal", old, rows_per_step=9) == asked("replay", old, rows_per_step=9) == 9
+    assert asked("deal") == asked("replay") == asked("seq_lora", old) == asked("deal", old, texts="none") == 0
+    assert asked("replay", old, texts="none") == 4
+    assert asked("deal", new) == 0 and asked("deal", new, texts="both") == asked("replay", new) == 4, "it returns"
     train = TrainConfig(batch_size=2)
-    many = MethodConfig(rehearsal=RehearsalConfig(rows_per_step=9))
-    assert largest_batch(train, many, num_old_tasks=1, strategy="deal") == 9
-    assert largest_batch(train, many, num_old_tasks=0, strategy="deal") == 2
-    assert largest_batch(train, many, num_old_tasks=1, strategy="seq_lora") == 2
-    silent = MethodConfig(rehearsal=RehearsalConfig(texts="none"))
-    assert rehearsed_rows(silent, num_old_tasks=1, strategy="deal") == 0
-    assert rehearsed_rows(silent, num_old_tasks=1, strategy="replay") == 4
+    assert [largest_batch(train, questions_per_step=number) for number in (0, 9)] == [2, 9]
 
 
 def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:

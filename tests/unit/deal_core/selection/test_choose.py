@@ -12,6 +12,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+import benchmarks  # noqa: F401  its scores
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
@@ -218,7 +219,7 @@ def test_the_rows_that_are_read_are_known_before(task):
         ({"keep": True}, "selection.keep is True"),
         ({"keep": 1.5}, "selection.keep is 1.5"),
         ({"keep": 5, "band": [0.1, 0.5]}, "selection.band would do nothing: selection.pick is high"),
-        ({"keep": 5, "target": 0.1}, "selection.target would do nothing: selection.score is random"),
+        ({"score_options": {"target": 0.1}}, "selection.score_options would do nothing"),
         ({"keep": 5, "pick": "band", "band": [0.5, 0.5]}, "give the smaller quantile first"),
     ],
 )

@@ -13,19 +13,21 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from deal_core.adapter.state import adapter_on, kept_of_tasks, load_method_state
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import generate
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import longest_of
-from deal_core.strategies import deal, own_texts
+from deal_core.strategies import own_texts, questions
+from deal_core.strategies.deal import Deal
 from deal_core.strategies.label_questions import recentred_questions
 from deal_core.strategies.own_texts import answers_name
-from deal_core.strategies.questions import make_rehearsal, num_answered
+from deal_core.strategies.questions import make_rehearsal
 from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.strategies.strategy import TaskContext, TaskTexts
+from deal_core.strategies.seq_lora import SeqLora
+from deal_core.strategies.strategy import PlannedArrival, TaskContext, TaskTexts
 from deal_core.training.train import OtherRows
 
 LONG = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
@@ -99,10 +101,17 @@ def test_a_plan_knows_how_many_questions_the_parent_answers(arrive, task, config
     rehearsal, _ = arrive(olds, own, config, kept=kept)
     num_kept = sum(len(tensor) for name, tensor in kept.items() if name.endswith("lengths_N"))
     made = sum(len(questions) for kind in rehearsal.kinds for questions in kind) - num_kept
-    num_steps = LONG.num_steps(12)
-    assert made == num_answered(
-        config, task, olds, own, num_texts=12, num_steps=num_steps, learned_last=olds[last].name
+    arrival = PlannedArrival(
+        task=task,
+        old_tasks=tuple(olds),
+        old_texts=tuple(own),
+        num_rows=12,
+        num_steps=LONG.num_steps(12),
+        learned_last=olds[last].name,
     )
+    assert made == Deal.num_answered(MethodConfig(rehearsal=config), arrival)
+    silent = MethodConfig(rehearsal=RehearsalConfig(texts="none"))
+    assert Deal.num_answered(silent, arrival) == SeqLora.num_answered(silent, arrival) == 0
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -139,9 +148,7 @@ def test_a_task_without_labels_is_held_to_the_parents_own_words(asked, base, par
     prompts = [encode_prompt(base.tokenizer, STORY, text, 64) for text in own.rows["input"]]
     words = {}
     with adapter_on(base.model, parent) as model:
-        for batch, answers, _ in generate(
-            model, base.tokenizer, prompts, 50, max_batch_tokens=EvaluateConfig().max_batch_tokens
-        ):
+        for batch, answers, _ in generate(model, base.tokenizer, prompts, 50):
             words |= {tuple(prompts[i]): answer for i, answer in zip(batch, answers, strict=True)}
     assert len(questions) == 6 and all(each.is_parents for each in questions)
     for each in questions:
@@ -272,14 +279,14 @@ def test_a_plan_counts_the_longest_text_of_an_old_task(base, task, rows):
 def test_the_next_arrival_asks_in_another_order(parent, train, monkeypatch):
     """More texts than the steps ask: otherwise the same few would be asked by every arrival."""
     asked: list[list[tuple[int, ...]]] = []
-    make = deal.make_rehearsal
+    make = questions.make_rehearsal
 
     def record(*given):
         made, answers = make(*given)
         asked.append([tuple(each.prompt_ids) for step in range(2) for each in made.draw(step)])
         return made, answers
 
-    monkeypatch.setattr(deal, "make_rehearsal", record)
+    monkeypatch.setattr(questions, "make_rehearsal", record)
     given = {"rehearsal": OWN, "old_tasks": (SIZES,), "others": OtherRows(old_texts=[texts(SIZES, ["large"] * 40)])}
     train("deal", train("deal", parent, **given).folder, **given)
     assert len(asked) == 2 and asked[0] != asked[1]

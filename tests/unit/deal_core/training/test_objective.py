@@ -16,7 +16,6 @@ from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import evaluate_task
-from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import largest_batch
 from deal_core.training.objective import (
     PairCollator,
@@ -176,6 +175,5 @@ def test_cut_answers_that_have_become_equal_are_named(train):
 
 
 def test_a_plan_counts_both_answers():
-    rest = {"num_old_tasks": 0, "strategy": "seq_lora"}
-    assert largest_batch(SHORT, MethodConfig(), **rest, learns_preferences=True) == 8
-    assert largest_batch(SHORT, MethodConfig(), **rest) == 4
+    assert largest_batch(SHORT, questions_per_step=0, learns_preferences=True) == 8
+    assert largest_batch(SHORT, questions_per_step=0) == 4

@@ -104,7 +104,7 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
 
 def test_two_processes_equal_one(base, job, rows, tmp_path):
     """The new rows, and questions about an old task's texts; the last step has rows for rank 0 alone."""
-    job = retrained(job, group_by_length=False, num_epochs=1)
+    job = retrained(job, num_epochs=1)
     (old,), file = job.setup.old_tasks, tmp_path / "texts" / "old.parquet"
     file.parent.mkdir()
     rows(12, first=100).to_parquet(str(file))
@@ -119,9 +119,6 @@ def test_two_processes_equal_one(base, job, rows, tmp_path):
 
 @pytest.mark.nightly
 def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_path):
-    # rows of similar length share a rank, whose batches then need less padding: equal to rounding, which AdamW enlarges
-    job = retrained(job, group_by_length=False)
-
     def kill_rank_1(step: int, _: Mapping[str, float]) -> None:
         if step == 6:
             ranks_of(psutil.Process())["1"].kill()
@@ -190,11 +187,10 @@ def test_a_job_is_read_as_it_was_written(job, tmp_path):
     assert TrainingJob.read(tmp_path / "job.json") == job
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_ranks_share_the_batches_that_one_process_has(grouped):
+def test_ranks_share_the_batches_that_one_process_has():
     lengths = [5, 3, 9, 2, 2, 8, 7, 1, 4, 6]
-    alone = list(BucketSampler(lengths, 4, 0, group_by_length=grouped))
-    shared = BucketSampler(lengths, 4, 0, group_by_length=grouped, blank=10)
+    alone = list(BucketSampler(lengths, 4, 0))
+    shared = BucketSampler(lengths, 4, 0, blank=10)
     assert list(shared) == [*alone, 10, 10] and len(shared) == 12
 
 

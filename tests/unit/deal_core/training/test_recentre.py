@@ -16,7 +16,7 @@ from scipy.special import softmax
 
 from deal_core.adapter.files import digests_of
 from deal_core.adapter.state import adapter_on
-from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.data.collate import answer_collator
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.errors import TrainingDivergedError
@@ -35,7 +35,7 @@ def texts_of(task, rows: Dataset) -> TaskTexts:
 
 def shares(base, task, folder: Path, texts: TaskTexts) -> np.ndarray:
     with adapter_on(base.model, folder) as model:
-        scores, _ = label_scores(model, base.tokenizer, task, texts.rows, EvaluateConfig(), max_prompt_tokens=64)
+        scores, _ = label_scores(model, base.tokenizer, task, texts.rows, max_prompt_tokens=64)
     return softmax(scores, axis=1).mean(0)
 
 
@@ -136,7 +136,7 @@ def test_swapped_targets_leave_a_larger_loss(base, task, rows, parent):
     labels = [encode_answer(base.tokenizer, task, label, 64) for label in task.labels]
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in list(texts.rows["input"])]
     with adapter_on(base.model, parent) as model:
-        scores, _ = label_scores(model, base.tokenizer, task, texts.rows, EvaluateConfig(), max_prompt_tokens=64)
+        scores, _ = label_scores(model, base.tokenizer, task, texts.rows, max_prompt_tokens=64)
         own = softmax(scores, axis=1)
 
         def loss(goals: np.ndarray) -> float:

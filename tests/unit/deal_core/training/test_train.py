@@ -126,10 +126,9 @@ def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
 
 def test_accumulated_micro_batches_equal_one_large_batch(parent, train, rows):
     """The loss is a mean over the tokens of the whole step, not a mean of means."""
-    whole = train("deal", parent, train=replace(SHORT, batch_size=8, group_by_length=False))
-    split = train(
-        "deal", parent, train=replace(SHORT, batch_size=2, gradient_accumulation_steps=4, group_by_length=False)
-    )
+    eight = rows(8)  # each step passes over all rows, whatever their order
+    whole = train("deal", parent, rows=eight, train=replace(SHORT, batch_size=8))
+    split = train("deal", parent, rows=eight, train=replace(SHORT, batch_size=2, gradient_accumulation_steps=4))
     assert whole.losses == pytest.approx(split.losses, rel=1e-4)
     for name, value in weights(whole.folder).items():
         torch.testing.assert_close(weights(split.folder)[name], value, rtol=1e-3, atol=1e-5)
@@ -167,7 +166,6 @@ def test_every_seed_that_the_settings_take_trains(train, seed):
         {"max_prompt_tokens": 40},
         {"max_answer_tokens": 1},
         {"seed": 1},
-        {"group_by_length": False},
         {"balance_labels": False},
         {"schedule": "constant"},
     ],
@@ -186,13 +184,12 @@ def test_epochs_and_accumulation_count_steps(train):
 
 def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, parent, tmp_path):
     from deal_core.method_config import MethodConfig
-    from deal_core.strategies import make_strategy, strategy_class
+    from deal_core.strategies import make_strategy
     from deal_core.strategies.strategy import TaskContext
 
-    for strategy in ("deal", "seq_lora", "inc_lora"):
+    for strategy in ("deal", "seq_lora"):
         adapter = AdapterConfig(rank=4)
-        num_new_slots = strategy_class(strategy).num_new_slots(adapter)
-        model = load_adapter(base.model, parent, is_trainable=True, num_new_slots=num_new_slots)
+        model = load_adapter(base.model, parent, is_trainable=True)
         method = make_strategy(strategy, MethodConfig(), 0)
         encoded = encode_rows(rows(8), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
         context = TaskContext(
@@ -206,7 +203,6 @@ def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, pare
             data_collator=AnswerCollator(base.tokenizer, is_seq2seq=False),
             strategy=method,
             objective=AnswerLoss(),
-            group_by_length=True,
         )
         held = [p for group in trainer.create_optimizer().param_groups for p in group["params"]]
         before = [p.detach().clone() for p in held]
@@ -215,7 +211,6 @@ def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, pare
         trained = {
             "deal": lambda method, model: method.network.parameters(),
             "seq_lora": lambda method, model: (p for n, p in model.named_parameters() if ".lora_" in n),
-            "inc_lora": lambda method, model: (*method.a_new, *method.b_new),
         }[strategy]
         expected = {id(p) for p in trained(method, model)}
         assert {id(p) for p in held} == expected and len(held) == len(expected)
@@ -371,7 +366,7 @@ def test_nothing_is_looked_up_in_the_network(base, parent, train, tmp_path, monk
 
 def test_batches_hold_rows_of_similar_length_and_every_row_once():
     lengths = [(i * 37) % 100 for i in range(203)]
-    sampler = BucketSampler(lengths, 8, seed=0, group_by_length=True)
+    sampler = BucketSampler(lengths, 8, seed=0)
     order = list(sampler)
     assert sorted(order) == list(range(203))
     spread = [max(b) - min(b) for b in ([lengths[i] for i in order[s : s + 8]] for s in range(0, 200, 8))]
@@ -421,26 +416,18 @@ def test_questions_of_one_task_are_one_batch(base):
     assert AnswerCollator(base.tokenizer, is_seq2seq=False).groups(asked) == [asked]
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_balanced_batches_hold_every_label_in_its_share(grouped):
+def test_balanced_batches_hold_every_label_in_its_share():
     lengths = [(i * 37) % 100 for i in range(128)]
     labels = ["often" if i % 8 < 6 else "seldom" for i in range(128)]
-    sampler = BucketSampler(lengths, 8, seed=0, group_by_length=grouped, labels=labels)
+    sampler = BucketSampler(lengths, 8, seed=0, labels=labels)
     order = list(sampler)
     batches = [order[start : start + 8] for start in range(0, 128, 8)]
     counts = [sum(labels[row] == "seldom" for row in batch) for batch in batches]
     assert sorted(order) == list(range(128)) and set(counts) <= {1, 2, 3} and counts.count(2) >= 10
-    if grouped:
-        spread = [max(lengths[row] for row in batch) - min(lengths[row] for row in batch) for batch in batches]
-        assert sum(spread) / len(spread) < 25  # 86 without groups
+    spread = [max(lengths[row] for row in batch) - min(lengths[row] for row in batch) for batch in batches]
+    assert sum(spread) / len(spread) < 25  # 86 in a random order
     sampler.set_epoch(1)
     assert list(sampler) != order
-
-
-def test_a_task_with_few_rows_is_passed_over_until_the_fewest_steps_are_made(train, rows):
-    few = TrainConfig(num_epochs=1, batch_size=4, max_prompt_tokens=64, min_steps=7, checkpoint_steps=0)
-    assert train("seq_lora", rows=rows(10), train=few).result.num_steps == 7
-    assert train("seq_lora", rows=rows(30), train=few).result.num_steps == 8
 
 
 def test_a_linear_schedule_begins_at_the_rate_and_ends_at_zero(tmp_path):

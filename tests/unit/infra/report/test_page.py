@@ -123,7 +123,7 @@ def test_of_a_file_that_was_forgotten_the_page_has_the_numbers() -> None:
 
 
 def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
-    row = Example(row=HOSTILE, text=HOSTILE, expected=HOSTILE, before=HOSTILE, now=HOSTILE)
+    row = Example(row=HOSTILE, text=HOSTILE, expected=HOSTILE, before=HOSTILE, now=HOSTILE, scores=(1.0, 0.0))
     report = sample_report(
         reasons=(HOSTILE,),
         changed=(Changed(task="bank", num_rows=9, num_gained=1, num_lost=1, gained=(row,), lost=(row,)),),
@@ -198,14 +198,16 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_an_empty_answer_is_said_to_be_empty() -> None:
-    row = Example(row=DIGEST, text="t", expected="a loan", before="a card", now=" ")
+    row = Example(row=DIGEST, text="t", expected="a loan", before="a card", now=" ", scores=(0.0, 0.0))
     changed = Changed(task="bank", num_rows=20, num_gained=0, num_lost=1, gained=(), lost=(row,))
     text = "".join(Tags(render(changed=(changed,))).text.split())
     assert "beforeacardnow(empty)" in text and text.count("(empty)") == 1
 
 
 def test_without_texts_rows_are_named_by_their_digests() -> None:
-    changed = Changed(task="bank", num_rows=20, num_gained=0, num_lost=1, gained=(), lost=(Example(row=DIGEST),))
+    changed = Changed(
+        task="bank", num_rows=20, num_gained=0, num_lost=1, gained=(), lost=(Example(row=DIGEST, scores=(1.0, 0.0)),)
+    )
     text = Tags(render(changed=(changed,), include_texts=False)).text
     assert DIGEST in text and "data.include_texts is off" in text and "expected" not in text
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import io
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -14,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
@@ -29,14 +27,12 @@ from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import Feedback, read_entry
 from deal_core.monitoring.predictions import COLUMNS, ROLLOUT_COLUMNS, Prediction
-from infra import log_segments
-from infra.log_segments import SegmentWriter, get_table, read_log, ship
+from infra.log_batches import Log, put_rows, read_log
 from infra.predictions import (
     PREDICTION_SCHEMA,
     feedback_log,
     feedback_without_answer,
     forget_answers,
-    prediction_log,
     read_feedback,
     read_predictions,
     remove_feedback,
@@ -44,9 +40,8 @@ from infra.predictions import (
 from infra.serving import prediction_log as logging_module
 from infra.serving.answer_ids import AnswerIds
 from infra.serving.prediction_log import PredictionLog, open_prediction_log
-from infra.store.keys import log_key
+from infra.store.keys import batch_day, log_key
 from infra.store.local import FileStore
-from tasks.housekeeping.garbage import ship_logs
 from tests.served import WAIT_SECONDS, Champion, running
 
 SECRET = "Zanzibar"
@@ -59,8 +54,8 @@ def store(tmp_path: Path) -> FileStore:
 
 
 @contextmanager
-def logging_to(store: FileStore, home: Path, *, keeps_texts: bool = False) -> Iterator[PredictionLog]:
-    log = PredictionLog(store, home, "l", keeps_texts=keeps_texts, retention_days=30)
+def logging_to(store: FileStore, *, keeps_texts: bool = False) -> Iterator[PredictionLog]:
+    log = PredictionLog(store, "l", keeps_texts=keeps_texts, retention_days=30)
     log.start()
     try:
         yield log
@@ -70,6 +65,10 @@ def logging_to(store: FileStore, home: Path, *, keeps_texts: bool = False) -> It
 
 def ask(log: PredictionLog, *texts: str) -> list[str]:
     return [*Champion(log).ask([InputRow(text, "bank") for text in texts], lambda: False).ids]
+
+
+def say(log: PredictionLog, now: float, **values: Any) -> None:
+    assert log.take_feedback([read_entry(values, "", source="api", now=now).feedback])
 
 
 def wait_until(check: Callable[[], bool]) -> None:
@@ -93,7 +92,7 @@ def test_the_stored_columns_are_those_of_a_row() -> None:
 @pytest.mark.parametrize("keeps_texts", [False, True])
 def test_every_answer_is_one_row_and_numbers_hold_no_text(tmp_path: Path, store: FileStore, keeps_texts: bool) -> None:
     with (
-        logging_to(store, tmp_path, keeps_texts=keeps_texts) as log,
+        logging_to(store, keeps_texts=keeps_texts) as log,
         running(Champion(log), tmp_path / "log", api_key="k") as port,
     ):
         headers = {"Authorization": "Bearer k"}
@@ -104,7 +103,7 @@ def test_every_answer_is_one_row_and_numbers_hold_no_text(tmp_path: Path, store:
         chat = client.chat.completions.create(model="l/talk", messages=[message])  # type: ignore[list-item]
     ids = [*(row["id"] for row in answer), *(choice.id for choice in several.choices), chat.id.split("-")[1]]  # type: ignore[attr-defined]
     assert several.id == f"cmpl-{ids[2]}" and answer[0]["confidence"] == 0.75
-    found = read_predictions(store, tmp_path, "l")
+    found = read_predictions(store, "l")
     assert [*found.columns] == [*COLUMNS] and [*found["id"]] == ids
     assert [*found["task"]] == ["bank"] * 4 + ["talk"] and set(found["version"]) == {"3"}
     assert [*found["label"]] == [None, "a", None, "b", None]
@@ -114,9 +113,9 @@ def test_every_answer_is_one_row_and_numbers_hold_no_text(tmp_path: Path, store:
     assert [*found["input"]] == (texts if keeps_texts else [None] * 5)
     outputs = [text.upper() for text in (texts[0], " A ", *texts[2:])]
     assert [*found["output"]] == (outputs if keeps_texts else [None] * 5)
-    assert [*read_predictions(store, tmp_path, "l", task="talk")["id"]] == ids[4:]
-    assert read_predictions(store, tmp_path, "l", version="2").empty
-    assert len(read_predictions(store, tmp_path, "l", since=found["time"][2])) == 3
+    assert [*read_predictions(store, "l", task="talk")["id"]] == ids[4:]
+    assert read_predictions(store, "l", version="2").empty
+    assert len(read_predictions(store, "l", since=found["time"][2])) == 3
     assert (SECRET.lower() in all_bytes(tmp_path).decode("latin-1").lower()) == keeps_texts
 
 
@@ -124,9 +123,9 @@ def test_off_writes_nothing_and_answers_are_the_same(
     tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DEAL_LOG_PREDICTIONS", raising=False)
-    assert open_prediction_log(tmp_path, "l") is None
+    assert open_prediction_log("l") is None
     found = []
-    with logging_to(store, tmp_path) as log:
+    with logging_to(store) as log:
         for each in (None, log):
             with running(Champion(each), tmp_path / "log") as port:
                 found.append(httpx.post(f"http://127.0.0.1:{port}/invocations", json=ROWS))
@@ -139,7 +138,7 @@ def test_off_writes_nothing_and_answers_are_the_same(
     assert {*logged[0]} - {*plain[0]} == {"id", "confidence"}
     for kept, keeps_texts in (("numbers", False), ("texts", True)):
         monkeypatch.setenv("DEAL_LOG_PREDICTIONS", kept)
-        opened = open_prediction_log(tmp_path, "l")
+        opened = open_prediction_log("l")
         assert opened is not None and opened.keeps_texts == keeps_texts
 
 
@@ -152,17 +151,14 @@ def test_a_server_keeps_its_log_as_long_as_the_settings_say(
         "DEAL_STORE_URI": str(tmp_path / "store"),
     }.items():
         monkeypatch.setenv(name, value)
-    segments = {
-        days: log_key("predictions", "l", f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-x")
-        for days in (6, 20)
-    }
-    for key in segments.values():
+    batches = {days: log_key("predictions", "l", datetime.now(UTC) - timedelta(days=days)) for days in (6, 20)}
+    for key in batches.values():
         store.put_bytes(key, b"")
-    log = open_prediction_log(tmp_path, "l")
+    log = open_prediction_log("l")
     assert log is not None
     log.start()
     try:
-        wait_until(lambda: {info.key for info in store.list("predictions/l")} == {segments[6]})
+        wait_until(lambda: {info.key for info in store.list("predictions/l")} == {batches[6]})
     finally:
         log.close()
 
@@ -171,12 +167,12 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from deal_core.evaluation.answering import InputRow
-from infra.serving.prediction_log import PredictionLog
+from infra.serving import prediction_log
 from infra.store.local import FileStore
 from tests.served import Champion
 
-home = Path(sys.argv[1])
-log = PredictionLog(FileStore(home / "store"), home, "l", keeps_texts=False, retention_days=30)
+prediction_log.BATCH_SECONDS = 0.1
+log = prediction_log.PredictionLog(FileStore(Path(sys.argv[1])), "l", keeps_texts=False, retention_days=30)
 log.start()
 champion = Champion(log)
 while True:
@@ -186,202 +182,175 @@ while True:
 
 
 @pytest.mark.nightly
-def test_a_killed_server_loses_only_what_it_had_not_written(tmp_path: Path, store: FileStore) -> None:
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+def test_a_killed_server_loses_only_the_rows_that_waited(tmp_path: Path, store: FileStore) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
+    said: list[str] = []
+    reading = threading.Thread(
+        target=lambda: said.extend(word for line in process.stdout or () for word in line.split())
+    )
+    reading.start()
     try:
-        wait_until(lambda: len(all_bytes(tmp_path / "predictions").splitlines()) > 30)
-        assert read_predictions(store, tmp_path, "l")["id"].is_unique, "a server that lives keeps its segment"
-        assert not [*store.list("predictions")]
+        wait_until(lambda: len([*store.list("predictions")]) >= 3)
     finally:
         process.send_signal(signal.SIGKILL)
-    said = process.communicate()[0].split()
-    (left,) = prediction_log(tmp_path, "l").segments()
-    lines = left.read_bytes().split(b"\n")
-    assert [json.loads(line)["id"] for line in lines[:-1]] == said[: len(lines) - 1], "an unbroken beginning"
-    assert logging_module.WRITE_SECONDS < 1
-    with left.open("ab") as file:
-        file.write(b'{"id": "half a li')
-    before = left.read_bytes()
-    assert ship(store, prediction_log(tmp_path, "l"), everything=True) == 1 and not left.exists()
-    left.write_bytes(before)  # as if it had been killed before it removed the segment
-    for _ in range(2):
-        assert [*read_predictions(store, tmp_path, "l")["id"]] == said[: len(lines) - 1]
-    assert len([*store.list("predictions")]) == 1
+        reading.join(WAIT_SECONDS)
+        process.wait()
+    found = [*read_predictions(store, "l")["id"]]
+    assert found and found == said[: len(found)], "an unbroken beginning"
 
 
-def test_a_row_that_is_in_the_store_and_here_counts_once(tmp_path: Path, store: FileStore) -> None:
-    log = prediction_log(tmp_path, "l")
-    with logging_to(store, tmp_path) as writing:
-        ids = ask(writing, "a", "b")
-    (stored,) = log.stored(store)
-    SegmentWriter(log).write(get_table(store, stored.key, log).to_pylist())  # as of a process that was killed
-    assert [*read_predictions(store, tmp_path, "l")["id"]] == ids
-    assert read_log(store, log, columns=["chars", "task"]) == read_log(store, log).select(["chars", "task"])
-    assert len(log.segments()) == 1
-
-
-def test_a_full_disk_fails_no_request_and_is_counted(tmp_path: Path, store: FileStore) -> None:
-    """The limit of a file's size has the error of a full disk. It cuts the last line in half."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with logging_to(store, tmp_path) as log, running(Champion(log), tmp_path / "log") as port:
-        url = f"http://127.0.0.1:{port}"
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-        try:
-            for _ in range(10):
-                assert httpx.post(f"{url}/invocations", json=ROWS).is_success
-            wait_until(lambda: log.num_dropped > 0 and log._queue.empty())
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        figure = f"deal_predictions_dropped_total {float(log.num_dropped)}"
-        assert figure in httpx.get(f"{url}/metrics").text
-        last = httpx.post(f"{url}/invocations", json=ROWS).json()["predictions"]
-    found = read_predictions(store, tmp_path, "l")
-    assert {row["id"] for row in last} <= {*found["id"]}, "the log goes on when there is room"
-    assert found["id"].is_unique and len(found) == 22 - log.num_dropped
-
-
-def test_a_full_queue_and_a_dead_thread_drop_and_never_wait(
+def test_while_the_disk_is_full_every_request_is_answered_and_rows_wait(
     tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging_module, "MAX_QUEUED", 5)
-    log = PredictionLog(store, tmp_path, "l", keeps_texts=False, retention_days=30)  # its threads never run
+    monkeypatch.setattr(logging_module, "BATCH_SECONDS", 0.05)
+    monkeypatch.setattr(logging_module, "MAX_WAITING", 12)
+    ids: list[str] = []
+    with logging_to(store) as log, running(Champion(log), tmp_path / "log") as port:
+        url = f"http://127.0.0.1:{port}"
+
+        def invoke() -> None:
+            answer = httpx.post(f"{url}/invocations", json=ROWS)
+            ids.extend(row["id"] for row in answer.raise_for_status().json()["predictions"])
+
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the error is that of a full disk
+        try:
+            for _ in range(8):
+                invoke()
+            wait_until(lambda: log._is_failing)
+            entry = [{"id": ids[0], "label": "a"}]
+            refused = httpx.post(f"{url}/feedback", json=entry)
+            assert refused.status_code == 503 and refused.headers["Retry-After"] == "2"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert httpx.post(f"{url}/feedback", json=entry).status_code == 202
+        assert len(read_feedback(store, "l")) == 1, "it is stored when the client has its answer"
+        assert "deal_predictions_dropped_total 4.0" in httpx.get(f"{url}/metrics").text
+        wait_until(lambda: not log._waiting)
+        invoke()
+    found = [*read_predictions(store, "l")["id"]]
+    assert found == [*ids[:12], *ids[16:]], "what had room was waiting, and the log goes on"
+
+
+def test_a_dead_thread_drops_and_never_waits(tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging_module, "MAX_WAITING", 5)
+    log = PredictionLog(store, "l", keeps_texts=False, retention_days=30)  # its thread never runs
     asking = threading.Thread(target=lambda: [ask(log, "a text") for _ in range(8)], daemon=True)
     asking.start()
     asking.join(WAIT_SECONDS)
     assert not asking.is_alive() and log.num_dropped == 3
     with running(Champion(log), tmp_path / "log") as port:
-        entry = [{"id": log._ids.new(), "label": "a"}]
         assert httpx.post(f"http://127.0.0.1:{port}/invocations", json=ROWS).is_success
-        refused = httpx.post(f"http://127.0.0.1:{port}/feedback", json=entry)
-        assert refused.status_code == 503 and refused.headers["Retry-After"] == "2"
-    assert log.num_dropped == 5, "feedback that was refused is not lost"
+        log.close()
+        assert log.num_dropped == 5
+        assert "5 answers are missing in the prediction log" in (tmp_path / "log").read_text()
 
 
-def test_an_error_in_the_log_fails_no_request(
+def test_feedback_that_hangs_in_the_store_takes_no_place_of_an_answer(
     tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging_module, "MAX_STORING", 2)
+    is_back, put = threading.Event(), put_rows
+    num_hanging: list[int] = []
+
+    def hang(to: FileStore, log: Log, rows: Any) -> None:
+        if log.name == "feedback":
+            num_hanging.append(1)
+            assert is_back.wait(WAIT_SECONDS)
+        put(to, log, rows)
+
+    with logging_to(store) as log, running(Champion(log), tmp_path / "log") as port, ThreadPoolExecutor() as clients:
+        (answer,) = ask(log, "a text")
+        url, entry = f"http://127.0.0.1:{port}", [{"id": answer, "is_right": True}]
+        monkeypatch.setattr(logging_module, "put_rows", hang)
+        hanging = [clients.submit(httpx.post, f"{url}/feedback", json=entry, timeout=WAIT_SECONDS) for _ in range(2)]
+        wait_until(lambda: len(num_hanging) >= 2)
+        assert httpx.post(f"{url}/feedback", json=entry).status_code == 503
+        assert httpx.post(f"{url}/invocations", json=ROWS).is_success
+        is_back.set()
+        assert [each.result().status_code for each in hanging] == [202, 202]
+    assert len(read_log(store, feedback_log("l"))) == 2
+
+
+def test_many_rows_do_not_wait_for_the_clock(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging_module, "BATCH_SECONDS", 3600.0)
+    monkeypatch.setattr(logging_module, "MAX_WAITING", 9)
+    with logging_to(store) as log:
+        for _ in range(3):
+            ask(log, *"abcdefg")
+            wait_until(lambda: not log._waiting)
+    assert log.num_dropped == 0 and len(read_predictions(store, "l")) == 21
+
+
+def test_an_error_in_the_log_fails_no_request(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    with logging_to(store, tmp_path) as log:
-        monkeypatch.setattr(SegmentWriter, "write", fail)
+    monkeypatch.setattr(logging_module, "BATCH_SECONDS", 0.05)
+    with logging_to(store) as log:
+        monkeypatch.setattr(logging_module, "put_rows", fail)
         ask(log, "one")
-        wait_until(lambda: log.num_dropped == 1)
-        monkeypatch.undo()
+        wait_until(lambda: log.num_dropped == 1 and not log._waiting)
+        monkeypatch.setattr(logging_module, "put_rows", put_rows)
         (second,) = ask(log, "two")
         monkeypatch.setattr(logging_module, "predictions_of", fail)
         assert ask(log, "three") == [] and log.num_dropped == 2
-    assert [*read_predictions(store, tmp_path, "l")["id"]] == [second]
+    assert [*read_predictions(store, "l")["id"]] == [second]
 
 
-def test_a_writer_goes_on_when_its_segment_was_moved(tmp_path: Path, store: FileStore) -> None:
-    segments = prediction_log(tmp_path, "l")
-    with logging_to(store, tmp_path) as log:
-        first = ask(log, "one")
-        wait_until(lambda: any(path.stat().st_size for path in segments.segments()))
-        assert ship(store, segments) == 0, "it is young"
-        assert ship(store, segments, everything=True) == len([*store.list("predictions")]) == 1
-        second = ask(log, "two")
-    assert [*read_predictions(store, tmp_path, "l")["id"]] == [*first, *second]
-    assert os.listdir(tmp_path / "predictions" / "l") == [], "the end of a server moves what it has written"
-
-
-def test_no_row_goes_into_a_segment_that_is_moved_in_that_moment(
-    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+def test_a_server_removes_batches_beyond_the_retention_and_no_younger_ones(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, flock = prediction_log(tmp_path, "l"), fcntl.flock
-    writer = SegmentWriter(log)
-
-    def ship_first(file: Any, how: int) -> None:
-        monkeypatch.setattr(fcntl, "flock", flock)
-        ship(store, log, everything=True)
-        flock(file, how)
-
-    for number in ("in a new segment", "in the present one", "in another new one"):
-        monkeypatch.setattr(fcntl, "flock", ship_first)
-        assert writer.write([{"id": number}]) == 0
-    assert len({*read_predictions(store, tmp_path, "l")["id"]}) == 3
-
-
-def test_old_and_large_segments_end(tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = prediction_log(tmp_path, "l")
-    writer = SegmentWriter(log)
-    for number, limit in enumerate(("SEGMENT_ROWS", "SEGMENT_SECONDS"), 1):
-        writer.write([{"id": f"{number}"}])
-        assert len(log.segments()) == number
-        with monkeypatch.context() as patch:
-            patch.setattr(log_segments, limit, 0)
-            writer.write([{"id": f"{number} later"}])
-    assert len(log.segments()) == 3
-    monkeypatch.setattr(log_segments, "SEGMENT_SECONDS", -60)
-    assert ship(store, log) == 3
-
-
-def test_a_segment_that_cannot_be_opened_is_named(tmp_path: Path, store: FileStore) -> None:
-    log = prediction_log(tmp_path, "l")
-    log.folder.mkdir(parents=True)
-    path = log.folder / "20260101T000000-0123456789ab.jsonl"
-    path.symlink_to(path)  # as a file of another user, for a test that may run as root
-    with pytest.raises(StoreError, match=r"0123456789ab.jsonl cannot be used .* as the user who runs deal serve"):
-        ship(store, log)
-    with pytest.raises(StoreError, match="cannot be used"):
-        read_predictions(store, tmp_path, "l")
-
-
-def test_a_server_removes_segments_beyond_the_retention_and_no_younger_ones(tmp_path: Path, store: FileStore) -> None:
-    with logging_to(store, tmp_path) as log:
+    monkeypatch.setattr(logging_module, "BATCH_SECONDS", 0.05)
+    with logging_to(store) as log:
         ask(log, "a")
     (young,) = (info.key for info in store.list("predictions"))
-    left = tmp_path / "predictions" / "l"
-    for days in (29, 40):
-        segment = f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-x"
-        store.put_bytes(log_key("predictions", "l", segment), store.get_bytes(young))
-    kept = {info.key for info in store.list("predictions")} - {log_key("predictions", "l", segment)}
-    (left / f"{segment}.jsonl").write_text("left by a server that was killed")
-    with logging_to(store, tmp_path):
-        wait_until(lambda: {info.key for info in store.list("predictions")} == kept and not list(left.glob("*")))
-    assert len(kept) == 2 and young in kept
+    now = datetime.now(UTC)
+    for log_name in ("predictions", "feedback"):
+        for days in (29, 40):
+            store.put_bytes(log_key(log_name, "l", now - timedelta(days=days)), store.get_bytes(young))
+    with logging_to(store):
+        wait_until(lambda: len([*store.list("predictions")]) == 2 and len([*store.list("feedback")]) == 1)
+    days_left = {batch_day(info.key) for log_name in ("predictions", "feedback") for info in store.list(log_name)}
+    assert days_left == {now.date(), now.date() - timedelta(days=29)} and store.exists(young)
 
 
 @pytest.mark.parametrize("lineage", ["../../data", "..", "", "a/b", ".hidden"])
-def test_a_log_is_no_other_folder(tmp_path: Path, store: FileStore, lineage: str) -> None:
+def test_a_log_is_no_other_folder(store: FileStore, lineage: str) -> None:
     with pytest.raises(ConfigError, match="The lineage is"):
-        PredictionLog(store, tmp_path, lineage, keeps_texts=False, retention_days=30)
+        PredictionLog(store, lineage, keeps_texts=False, retention_days=30)
 
 
-def test_rows_that_wait_are_moved_before_a_row_is_forgotten(
-    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DEAL_HOME", str(tmp_path))
-    monkeypatch.setattr(logging_module, "WRITE_SECONDS", 0.1)  # the wait is as long as for the usual half second
-    with logging_to(store, tmp_path) as log:
+def test_answers_are_forgotten_with_their_feedback(store: FileStore) -> None:
+    with logging_to(store) as log:
         ids = ask(log, "a", "b")
-        log.take_feedback([read_entry({"id": ids[0], "label": "a"}, "", source="api", now=1.0).feedback])
-        ship_logs(store)
-        assert len([*store.list("predictions")]) == len([*store.list("feedback")]) == 1
-        digest = read_predictions(store, tmp_path, "l")["input_sha256"][0]
-        forget_answers(store, tmp_path, "l", {digest})
-    assert [*read_predictions(store, tmp_path, "l")["id"]] == ids[1:] and read_feedback(store, tmp_path, "l").empty
+        say(log, 1.0, id=ids[0], label="a")
+    forget_answers(store, "l", {read_predictions(store, "l")["input_sha256"][0]})
+    assert [*read_predictions(store, "l")["id"]] == ids[1:] and read_feedback(store, "l").empty
+    forget_answers(store, "l", {*read_predictions(store, "l")["input_sha256"]})
+    assert not [*store.list("predictions"), *store.list("feedback")], "no empty batch stays"
 
 
-def test_feedback_goes_when_its_answer_is_gone(tmp_path: Path, store: FileStore) -> None:
-    with logging_to(store, tmp_path) as log:
+def test_feedback_goes_when_its_answer_is_gone(store: FileStore) -> None:
+    with logging_to(store) as log:
         (kept,) = ask(log, "a")
         for number, each in enumerate((kept, "e" * 32, "f" * 32)):
-            log.take_feedback([read_entry({"id": each, "label": "a"}, "", source="api", now=float(number)).feedback])
-    found = feedback_without_answer(store, tmp_path, "l", before=1.5)
+            say(log, float(number), id=each, label="a")
+    found = feedback_without_answer(store, "l", before=1.5)
     assert found == {"e" * 32}, "newer feedback may have its answer on another machine"
-    remove_feedback(store, tmp_path, "l", found)
-    assert {*read_feedback(store, tmp_path, "l")["id"]} == {kept, "f" * 32}
+    remove_feedback(store, "l", found)
+    assert {*read_feedback(store, "l")["id"]} == {kept, "f" * 32}
 
 
 def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStore) -> None:
     bank = {"input": "a", "task": "bank"}
-    with logging_to(store, tmp_path / "elsewhere") as other:
+    with logging_to(store) as other:
         other._ids.share()
         of_another_server = other._ids.new()
-    with logging_to(store, tmp_path, keeps_texts=True) as log, running(Champion(log), tmp_path / "log") as port:
+    with logging_to(store, keeps_texts=True) as log, running(Champion(log), tmp_path / "log") as port:
         url = f"http://127.0.0.1:{port}"
         chat = {"input": json.dumps([{"role": "user", "content": "Hi"}]), "task": "talk"}
         asked = httpx.post(f"{url}/invocations", json={"dataframe_records": [bank, bank, bank, chat]}).json()
@@ -427,7 +396,7 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
             {"id": talk, "answer": "Hello"},
         )
         assert (taken.status_code, taken.json()) == (202, {"taken": 6})
-    found = read_feedback(store, tmp_path, "l")
+    found = read_feedback(store, "l")
     assert [*found.columns] == [each.name for each in fields(Feedback)]
     rows = {row.id: (row.label, row.is_right, row.is_random, row.reviewer) for row in found.itertuples()}
     assert rows == {
@@ -437,29 +406,25 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
         of_another_server: ("b", None, False, None),
         talk: ("Hello", False, False, None),
     }
-    assert set(found["source"]) == {"api"} and not feedback_log(tmp_path, "l").segments()
+    assert set(found["source"]) == {"api"}
 
 
-def test_a_correction_keeps_a_row_in_the_random_sample(tmp_path: Path, store: FileStore) -> None:
-    with logging_to(store, tmp_path) as log:
+def test_a_correction_keeps_a_row_in_the_random_sample(store: FileStore) -> None:
+    with logging_to(store) as log:
         wrong, free = (ids[0] for ids in (ask(log, "a"), ask(log, "b")))
-
-        def say(now: float, **values: Any) -> None:
-            assert log.take_feedback([read_entry(values, "", source="api", now=now).feedback])
-
         for each in (wrong, free, "f" * 32):
-            say(1.0, id=each, is_right=False, is_random=True)
-        say(2.0, id=wrong, label="b", reviewer="Jo")
-        say(2.0, id="f" * 32, answer="Hello", reviewer="Jo")
-        say(3.0, id=free, is_right=True)
-    found = {row.id: row for row in read_feedback(store, tmp_path, "l").itertuples()}
+            say(log, 1.0, id=each, is_right=False, is_random=True)
+        say(log, 2.0, id=wrong, label="b", reviewer="Jo")
+        say(log, 2.0, id="f" * 32, answer="Hello", reviewer="Jo")
+        say(log, 3.0, id=free, is_right=True)
+    found = {row.id: row for row in read_feedback(store, "l").itertuples()}
     assert [(row.is_random, row.is_right) for row in found.values()] == [(True, False), (True, False), (True, True)]
     assert (found[wrong].label, found["f" * 32].label) == ("b", "Hello"), "the correction counts"
 
 
 def test_feedback_has_a_bound(tmp_path: Path, store: FileStore) -> None:
     """Of ids that nobody gave nothing is kept, and of an answer some entries, however often a client sends them."""
-    with logging_to(store, tmp_path) as log, running(Champion(log), tmp_path / "log") as port:
+    with logging_to(store) as log, running(Champion(log), tmp_path / "log") as port:
         (answer,) = ask(log, "a text")
         url, most = f"http://127.0.0.1:{port}/feedback", logging_module.MAX_ENTRIES_OF_ANSWER
         forged = answer[:-1] + ("0" if answer[-1] != "0" else "1")
@@ -468,13 +433,13 @@ def test_feedback_has_a_bound(tmp_path: Path, store: FileStore) -> None:
             assert refused.status_code == 400 and "leave it out" in refused.text
         statuses = [httpx.post(url, json=[{"id": answer, "is_right": True}]).status_code for _ in range(most + 5)]
         assert statuses == [202] * most + [400] * 5
-    assert len(read_log(store, feedback_log(tmp_path, "l"))) == most
+    assert len(read_log(store, feedback_log("l"))) == most
 
 
-def test_ids_of_earlier_servers_are_known_and_those_of_other_lineages_are_not(tmp_path: Path, store: FileStore) -> None:
-    with logging_to(store, tmp_path) as log:
+def test_ids_of_earlier_servers_are_known_and_those_of_other_lineages_are_not(store: FileStore) -> None:
+    with logging_to(store) as log:
         (earlier,) = ask(log, "a text")
-    with logging_to(store, tmp_path / "another machine") as log:
+    with logging_to(store) as log:
         assert log.refusal_of([earlier]) is None
     stranger = AnswerIds(store, "m")
     stranger.share()
@@ -483,18 +448,27 @@ def test_ids_of_earlier_servers_are_known_and_those_of_other_lineages_are_not(tm
 
 
 def test_a_server_that_starts_without_the_store_knows_its_own_ids(
-    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    num_tries: list[int] = []
+
     def fail(*_: Any, **__: Any) -> bool:
+        num_tries.append(1)
         raise StoreError("the store is away")
 
-    monkeypatch.setattr(logging_module, "SHIP_SECONDS", 0.05)
+    monkeypatch.setattr(logging_module.LOG, "handlers", [caplog.handler])
+    monkeypatch.setattr(logging_module.LOG, "propagate", False)
+
+    monkeypatch.setattr(logging_module, "BATCH_SECONDS", 0.05)
     monkeypatch.setattr(store, "put_bytes", fail)
-    with logging_to(store, tmp_path) as log:
+    with logging_to(store) as log:
         (before,) = ask(log, "a text")
         assert log.refusal_of([before]) is None and log.refusal_of(["0" * 32]) is not None
-        monkeypatch.undo()
-        monkeypatch.setattr(logging_module, "SHIP_SECONDS", 0.05)
+        wait_until(lambda: len(num_tries) > 5)
+        assert caplog.messages.count("The prediction log: the store is away") == 2, (
+            "of the ids and of the rows, once each"
+        )
+        monkeypatch.delattr(store, "put_bytes")
         wait_until(lambda: store.exists("serving/l.key") and log._ids._is_shared)
         (after,) = ask(log, "a text")
         assert log.refusal_of([before, after]) is None
@@ -504,7 +478,7 @@ def test_a_server_that_starts_without_the_store_knows_its_own_ids(
 
 
 def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileStore) -> None:
-    with logging_to(store, tmp_path) as log, running(Champion(log), tmp_path / "log", api_key="k") as port:
+    with logging_to(store) as log, running(Champion(log), tmp_path / "log", api_key="k") as port:
         entry = [{"id": "0" * 32, "answer": SECRET}]
         url = f"http://127.0.0.1:{port}/feedback"
         assert httpx.post(url, json=entry).status_code == 401
@@ -512,34 +486,15 @@ def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileS
         assert refused.status_code == 400 and "keeps no texts" in refused.text
 
 
-def test_columns_of_a_rollout_are_empty_in_segments_of_earlier_releases(tmp_path: Path, store: FileStore) -> None:
-    with logging_to(store, tmp_path) as log:
-        ask(log, "a")
-    log_of_l = prediction_log(tmp_path, "l")
-    (info,) = log_of_l.stored(store)
-    earlier = io.BytesIO()
-    pq.write_table(pq.read_table(io.BytesIO(store.get_bytes(info.key))).select([*COLUMNS]), earlier)
-    store.put_bytes(info.key, earlier.getvalue())
-    with logging_to(store, tmp_path) as log:
+def test_rows_of_a_rollout_are_read_when_they_are_asked_for(store: FileStore) -> None:
+    with logging_to(store) as log:
         (returned,) = ask(log, "a")
         rows = [InputRow("b", "bank")]
         log.note(rows, Champion().ask(rows, lambda: False), 0.25, [returned])
         log.note_failure(rows, Champion.served, "4", 0.25)
         assert log.task_of(returned) == "bank"
-    assert len(read_predictions(store, tmp_path, "l")) == 2, "of both segments"
-    found = read_predictions(store, tmp_path, "l", of_rollout=True)
-    assert [*found["shadow_of"]] == [None, None, returned, None] and [*found["is_failed"]] == [None, None, None, True]
-    forget_answers(store, tmp_path, "l", {*found["input_sha256"]})
-    assert read_predictions(store, tmp_path, "l", of_rollout=True).empty, "copies are forgotten too"
-
-
-def test_a_table_without_the_columns_of_a_log_is_named(tmp_path: Path, store: FileStore) -> None:
-    """Read as empty rows, it would hide the answers that deal forget has to delete."""
-    with logging_to(store, tmp_path) as log:
-        ask(log, "a")
-    (info,) = prediction_log(tmp_path, "l").stored(store)
-    other = io.BytesIO()
-    pq.write_table(pq.read_table(io.BytesIO(store.get_bytes(info.key))).drop_columns(["input_sha256"]), other)
-    store.put_bytes(info.key, other.getvalue())
-    with pytest.raises(StoreError, match="is no segment of a log; move it elsewhere"):
-        forget_answers(store, tmp_path, "l", {"0" * 64})
+    assert [*read_predictions(store, "l")["id"]] == [returned]
+    found = read_predictions(store, "l", of_rollout=True)
+    assert [*found["shadow_of"]] == [None, returned, None] and [*found["is_failed"]] == [None, None, True]
+    forget_answers(store, "l", {*found["input_sha256"]})
+    assert read_predictions(store, "l", of_rollout=True).empty, "copies are forgotten too"

@@ -66,6 +66,7 @@ def land(store: ObjectStore, rows: Path, task: str) -> None:
         num_rejected=0,
         problems={},
         split="given",
+        landed_sha256="88",
         test_sha256=hashlib.sha256(rows.read_bytes()).hexdigest(),
     )
     store.upload_file(rows, f"datasets/{task}/77/test.parquet")
@@ -135,7 +136,9 @@ def test_a_row_with_several_right_answers_is_compared_by_the_best(store: ObjectS
     keep(store, "adapters/child", {"old": range(0), "new": range(0)}, {"new": range(NUM_ROWS)})
     (new,) = compare_answers(store, "adapters/child", None, include_texts=True)
     assert (new.num_lost, new.lost[0].row, new.lost[0].expected) == (1, digest(0), "yes")
-    known = KnownTask(schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9)
+    known = KnownTask(
+        schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
+    )
     test_set = load_test_set(store, known)
     assert right_answers(test_set.rows) == ["yes", *([both] * (NUM_ROWS - 1))]
 
@@ -151,7 +154,9 @@ ALTERED: dict[str, Callable[[pa.Table], pa.Table]] = {
 
 @pytest.mark.parametrize("name", ALTERED)
 def test_test_rows_that_were_altered_are_refused_by_every_reader(store: ObjectStore, tmp_path: Path, name: str) -> None:
-    known = KnownTask(schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9)
+    known = KnownTask(
+        schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
+    )
     assert len(load_test_set(store, known).rows) == NUM_ROWS
     require_unaltered(store, known.dataset_uri)
     keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})

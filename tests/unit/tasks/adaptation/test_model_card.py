@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
 from infra.tracking.facts import VersionFacts
+
 from tasks.adaptation.model_card import write_card
 from tasks.references import Spared
 from tests.unit.test_stored_json import RECORD
@@ -20,6 +20,9 @@ FACTS = VersionFacts(
     config_sha256="c" * 64,
     adapter_uri="adapters/support/k",
     adapter_sha256="a" * 64,
+    files_sha256={},
+    landed_sha256="e" * 64,
+    train_seconds=1.0,
     parent_version=None,
     accepted=True,
     reasons=(),

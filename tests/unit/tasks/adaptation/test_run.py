@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from infra.store.local import open_store
 from infra.tracking.facts import VersionInfo
 from infra.version_log import Ledger
+
+from infra.store.local import open_store
 from tasks.adaptation.promote import note_learned
 from tasks.adaptation.run import find_repeat
 from tasks.references import DatasetRef

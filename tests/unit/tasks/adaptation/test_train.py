@@ -19,6 +19,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     summary = TrainSummary(
         adapter_sha256=sha256_together(digests_of(tmp_path / "adapter")),
+        num_rows=1,
         num_steps=1,
         seconds=1.0,
         rows_per_second=1.0,

@@ -30,6 +30,13 @@ def test_a_memory_that_contradicts_the_strategy_is_refused() -> None:
     choose_strategy(spec(strategy="seq_lora", memory="none"), None)
 
 
+def test_options_that_the_lineages_strategy_does_not_take_are_refused() -> None:
+    """A spec without a strategy does not know it when it is read."""
+    read = spec(strategy_options={"weight": 3})
+    with pytest.raises(ConfigError, match=r"Strategy 'deal' has no option 'weight'; it takes none\."):
+        choose_strategy(read, None)
+
+
 @pytest.mark.parametrize(
     ("before", "given", "memory"),
     [
@@ -67,7 +74,7 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
         "settings that differ from version 4's: train.num_epochs 3 (before: 6), gate.max_drop_points 10.0 (before: 3.0)"
     )
     (note,) = changed_settings(spec(selection={"keep": 0.2}), spec().model_dump(mode="json"), "1")
-    assert note.endswith("selection.keep 0.2 (before: null)"), "the part is not stored where it is off"
+    assert note.endswith("selection.keep 0.2 (before: null)")
     earlier = {**before, "memory": "rows", "rehearsal": {**before["rehearsal"], "texts": "both"}}
     (note,) = changed_settings(longer.model_copy(update={"memory": "tests"}), earlier, "4")
     assert note.endswith('memory "tests" (before: "rows")'), "and not what that stands for"
@@ -77,7 +84,7 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
     assert changed_settings(spec(), before, "4") == (), "an old spec may lack a setting"
     (note,) = changed_settings(
         spec(
-            train=dict.fromkeys(("num_epochs", "min_steps", "batch_size", "seed"), 7),
+            train=dict.fromkeys(("num_epochs", "max_steps", "batch_size", "seed"), 7),
             evaluate={"max_new_tokens": 7},
             rehearsal={"num_texts": 7, "rows_per_step": 7},
         ),

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from infra.tracking.facts import VersionInfo
 
 from deal_core.errors import RegistryError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.adapt import adapted, repeated
 from infra.promotions import Change, PromotionLog
 from infra.store.local import open_store
-from infra.tracking.facts import VersionInfo
 from tasks.adaptation.promote import rejected_by_person
 from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.decisions import left_behind as left_behind_by
@@ -97,11 +97,12 @@ def test_a_version_that_waits_names_the_commands_that_decide() -> None:
         run_key="k",
         adapter_uri="a",
         adapter_sha256="s",
+        files_sha256={},
         accepted=True,
         approval="awaiting",
         standing="awaiting approval",
     )
-    dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0)
+    dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0, landed_sha256="x")
     found: Any = SimpleNamespace(
         accuracies={},
         metrics={},

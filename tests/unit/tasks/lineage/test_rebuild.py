@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
-from infra.promotions import Move
 from infra.tracking.facts import VersionFacts
 from infra.version_log import StoredVersion
 from tasks.lineage.rebuild import aliases_after, tags_after
+
+from infra.promotions import Move
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 numbers = count(1)
@@ -40,6 +41,9 @@ def version(number: int, **changes: Any) -> StoredVersion:
         "config_sha256": "",
         "adapter_uri": "",
         "adapter_sha256": "",
+        "files_sha256": {},
+        "landed_sha256": "e",
+        "train_seconds": 1.0,
         "parent_version": None,
         "accepted": True,
         "reasons": (),

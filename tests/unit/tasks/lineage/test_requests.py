@@ -22,7 +22,7 @@ from tasks.references import Arrival, BaseRef, DatasetRef
 
 BANK = TaskSchema(name="bank", labels=("lost card", "fee"), instruction="Which?")
 BASE = BaseRef(source="s", name="n", sha256="b")
-DATASET = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0)
+DATASET = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0, landed_sha256="x")
 
 
 @pytest.fixture

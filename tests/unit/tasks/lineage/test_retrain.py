@@ -128,7 +128,7 @@ def test_what_a_person_asks_for_waits_for_nothing() -> None:
         ({"test_first": True, "skip_if_accuracy": 1.5}, "skip_if_accuracy.*at most 1"),
         ({"min_rows": 0}, "min_rows.*at least 1"),
         ({"budget_hours": 0}, "budget_hours.*more than 0"),
-        ({"min_row": 5}, "unknown key 'retrain.min_row' .known: when, cron"),
+        ({"min_row": 5}, "unknown key 'retrain.min_row'; remove it, or give one of when, cron"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:

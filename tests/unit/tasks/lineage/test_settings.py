@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_named_with_its_place(
 def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
     """Runs a command up to its flow, and returns what the flow would be given."""
     monkeypatch.setenv("DEAL_STORE_URI", store.uri)
-    monkeypatch.setattr("flows.server.embedded.enter_home", lambda home: tmp_path)
+    monkeypatch.setattr("flows.server.embedded.enter_home", lambda home, **_: tmp_path)
 
     def invoke(flow: str, *words: str) -> SimpleNamespace:
         found: list[SimpleNamespace] = []
@@ -281,19 +281,3 @@ def test_a_mistake_in_the_file_does_not_let_the_alias_decide(store: ObjectStore,
     store.put_bytes("lineages/support.yaml", text.encode())
     assert asks_for_alias_moves(store, "support") == asks
     assert not asks_for_alias_moves(store, "without-a-file")
-
-
-def test_a_lineages_file_of_an_earlier_release_is_read(store: ObjectStore) -> None:
-    """`deal lineage add` wrote all settings of a section. Those that are gone count only if they changed something."""
-    earlier = {
-        "lineage": "support",
-        "deal": {"lambda1": 0.2, "sides": "both", "recycle": True, "interpolation": 1.0},
-        "rehearsal": {"parent_share": 0.0, "rows_per_step": 2},
-    }
-    store.put_bytes("lineages/support.yaml", yaml.safe_dump(earlier).encode())
-    found = read_lineage(store, "support")
-    assert (found.deal.lambda1, found.rehearsal.rows_per_step) == (0.2, 2)
-    earlier["deal"] |= {"sides": "A"}  # type: ignore[operator]
-    store.put_bytes("lineages/support.yaml", yaml.safe_dump(earlier).encode())
-    with pytest.raises(ConfigError, match=r"unknown key 'deal\.sides'"):
-        read_lineage(store, "support")

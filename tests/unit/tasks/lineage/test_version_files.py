@@ -31,7 +31,9 @@ from tests.versions import move, put_version, run_key, version
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
-BANK = KnownTask(schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9)
+BANK = KnownTask(
+    schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
+)
 MANIFEST = DatasetManifest(
     task=BANK.schema,
     sha256="77",
@@ -42,6 +44,7 @@ MANIFEST = DatasetManifest(
     num_rejected=0,
     problems={},
     split="given",
+    landed_sha256="88",
 )
 READERS: dict[str, Callable[[ObjectStore], Any]] = {
     f"{ADAPTER}/record.json": lambda store: read_record(store, ADAPTER),

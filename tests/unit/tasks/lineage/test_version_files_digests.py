@@ -70,6 +70,12 @@ def flip(store: FileStore, info: Version, name: str) -> None:
     path.write_bytes(content)
 
 
+def just_trained_as(info: Version) -> AdapterRef:
+    """The adapter of a version before it was registered."""
+    files = {name: tuple(digests) for name, digests in info.files_sha256.items()}
+    return AdapterRef(lineage="l", run_key="k", uri=info.adapter_uri, sha256=info.adapter_sha256, files_sha256=files)
+
+
 def load(store: FileStore, info: Version) -> None:
     """Load it to answer, then to continue it."""
     with borrowed_adapter(store, info) as folder:
@@ -80,7 +86,7 @@ def load(store: FileStore, info: Version) -> None:
 
 def test_a_whole_version_is_lent_and_its_copy_is_gone_afterwards(store: FileStore, info: Version) -> None:
     load(store, info)
-    just_trained = AdapterRef(lineage="l", run_key="k", uri=info.adapter_uri, sha256=info.adapter_sha256)
+    just_trained = just_trained_as(info)
     with borrowed_adapter(store, just_trained) as folder:
         assert folder.is_dir()
     assert not folder.exists()
@@ -100,7 +106,7 @@ def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileSt
     assert "deal rollback --to 1 --lineage l" in message
     with pytest.raises(IntegrityError), borrowed_parent(store, info):
         pytest.fail("it was lent")
-    just_trained = AdapterRef(lineage="l", run_key="k", uri=info.adapter_uri, sha256=info.adapter_sha256)
+    just_trained = just_trained_as(info)
     with pytest.raises(IntegrityError, match="same command again"), borrowed_adapter(store, just_trained):
         pytest.fail("it was lent")
 

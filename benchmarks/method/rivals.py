@@ -1,4 +1,7 @@
-"""The methods that `deal` is compared with, and plain LoRA, the lower bound for all of them."""
+"""The methods that `deal` is compared with. `benchmarks/entry_points.txt` lists them.
+
+What `tensor_numbers` says for `deal plan` is an upper bound.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,13 @@ from torch import Tensor, nn
 from deal_core.adapter.stack import draw_seeds
 from deal_core.config import AdapterConfig
 from deal_core.data.collate import answer_loss
-from deal_core.strategies.questions import keep_rows, make_rehearsal
+from deal_core.limits import AtLeastZero, Positive, settings
+from deal_core.method_config import MethodConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal, ask
-from deal_core.strategies.strategy import MethodState, Stores, Strategy, TaskContext
+from deal_core.strategies.strategy import MethodState, PlannedArrival, Strategy, TaskContext, TensorNumbers
 
 NUM_FISHER_ROWS = 64
 """Rows over which the Fisher information is averaged, one gradient each."""
-
-
-class SeqLora(Strategy):
-    """Plain LoRA fine-tuning, task after task, on one adapter: the lower bound for every method of the field."""
-
-    name = "seq_lora"
 
 
 class IncLora(Strategy):
@@ -45,6 +43,12 @@ class IncLora(Strategy):
     def num_new_slots(cls, adapter: AdapterConfig) -> int:
         """Return the adapter's rank: every later task adds a whole adapter."""
         return adapter.rank
+
+    @classmethod
+    def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:
+        """Count the factors twice: in the adapter, and as fixed and trained slots."""
+        plain = super().tensor_numbers(config, modules, rank)
+        return replace(plain, adapter=2 * plain.adapter, optimiser=plain.adapter + plain.optimiser)
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0. Every arrival gets other seeds."""
@@ -104,6 +108,12 @@ class Slao(Strategy):
 
     name = "slao"
 
+    @classmethod
+    def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:
+        """Count the merged B as well."""
+        plain = super().tensor_numbers(config, modules, rank)
+        return replace(plain, adapter=plain.adapter + rank * sum(num_out for num_out, _ in modules))
+
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Orthonormalise A and restore the last task's unmerged B."""
         super().prepare(model, state, context)
@@ -130,6 +140,14 @@ class Slao(Strategy):
         return MethodState(strategy=self.name, stores=self.stores, tensors=tensors)
 
 
+@settings("strategy_options")
+class OLoraOptions:
+    """Options of `o_lora`."""
+
+    weight: AtLeastZero = 0.01
+    """λ of the orthogonality."""
+
+
 class OLora(IncLora):
     """O-LoRA (arXiv 2310.14152): IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ|.
 
@@ -137,21 +155,35 @@ class OLora(IncLora):
     """
 
     name = "o_lora"
-    reads = ("rivals.o_lora_weight",)
+    Options = OLoraOptions
 
     def penalty(self) -> Tensor | None:
         """Return λ times the sum of the absolute inner products of new and earlier rows of A."""
         if not self.past:
             return None
         overlaps = [(a_past @ a.mT).abs().sum() for (a_past, _), a in zip(self.past, self.a_new, strict=True)]
-        return self.config.rivals.o_lora_weight * torch.stack(overlaps).sum()
+        return self.options.weight * torch.stack(overlaps).sum()
+
+
+@settings("strategy_options")
+class EllaOptions:
+    """Options of `ella`."""
+
+    weight: AtLeastZero = 10_000.0
+    """λ of the overlap with the past."""
 
 
 class Ella(IncLora):
     """ELLA (arXiv 2601.02232): IncLoRA with the penalty λ‖ΔW_new ⊙ W_past‖²_F over all modules, W_past = Σ_i ΔW_i."""
 
     name = "ella"
-    reads = ("rivals.ella_weight",)
+    Options = EllaOptions
+
+    @classmethod
+    def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:
+        """Count the sum of the earlier updates as well: a whole matrix per module."""
+        slots = super().tensor_numbers(config, modules, rank)
+        return replace(slots, adapter=slots.adapter + sum(num_out * num_in for num_out, num_in in modules))
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Form the sum of the earlier updates, M×O×I per stack."""
@@ -167,7 +199,15 @@ class Ella(IncLora):
             (self.scale * b @ a * w_past).square().sum()
             for a, b, w_past in zip(self.a_new, self.b_new, self.w_past, strict=True)
         ]
-        return self.config.rivals.ella_weight * torch.stack(overlaps).sum()
+        return self.options.weight * torch.stack(overlaps).sum()
+
+
+@settings("strategy_options")
+class EwcOptions:
+    """Options of `ewc`."""
+
+    weight: AtLeastZero = 100.0
+    """λ of the quadratic penalty."""
 
 
 class Ewc(Strategy):
@@ -178,7 +218,13 @@ class Ewc(Strategy):
     """
 
     name = "ewc"
-    reads = ("rivals.ewc_weight",)
+    Options = EwcOptions
+
+    @classmethod
+    def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:
+        """Count the Fisher information and the parent's factors as well."""
+        plain = super().tensor_numbers(config, modules, rank)
+        return replace(plain, adapter=3 * plain.adapter)
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Load the Fisher information of the earlier tasks and remember the parent's factors."""
@@ -196,7 +242,7 @@ class Ewc(Strategy):
         terms = [
             (self.fisher[name].to(p.device) * (p - self.anchors[name]).square()).sum() for name, p in self._named()
         ]
-        return self.config.rivals.ewc_weight / 2 * torch.stack(terms).sum()
+        return self.options.weight / 2 * torch.stack(terms).sum()
 
     def finish(self) -> MethodState:
         """Add the squared gradients of the answers' log-likelihood on the task's own rows."""
@@ -220,11 +266,33 @@ class Ewc(Strategy):
         return MethodState(strategy=self.name, stores=self.stores, tensors={k: v.cpu() for k, v in fisher.items()})
 
 
+@settings("strategy_options")
+class LwfOptions:
+    """Options of `lwf`."""
+
+    weight: AtLeastZero = 1.0
+    """Weight of the distillation."""
+    temperature: Positive = 2.0
+    """T of the distillation."""
+
+
 class Lwf(Strategy):
     """LwF (arXiv 1606.09282): SeqLoRA with T²·KL(parent ‖ model) at the answers of a few new rows per step."""
 
     name = "lwf"
-    reads = ("rivals.lwf_weight", "rivals.lwf_temperature", "rehearsal.rows_per_step")
+    reads = ("rehearsal.rows_per_step",)
+    Options = LwfOptions
+
+    @classmethod
+    def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return how many of the new rows a step asks about."""
+        return config.rehearsal.rows_per_step if arrival.old_tasks else 0
+
+    @classmethod
+    def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return the number of new rows: the parent answers all of them."""
+        del config
+        return arrival.num_rows if arrival.old_tasks else 0
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the new task's rows."""
@@ -232,49 +300,17 @@ class Lwf(Strategy):
         self._rehearsal: Rehearsal | None = None
         if state is None:
             return
-        rivals, rehearsal = self.config.rivals, self.config.rehearsal
         rows = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
-        questions = ask(model, context.collator(), rows, temperature=rivals.lwf_temperature)
+        questions = ask(model, context.collator(), rows, temperature=self.options.temperature)
         self._rehearsal = Rehearsal(
             [[questions]],
             context.collator(),
-            num_rows=rehearsal.rows_per_step,
-            weight=rivals.lwf_weight,
-            temperature=rivals.lwf_temperature,
+            num_rows=self.config.rehearsal.rows_per_step,
+            weight=self.options.weight,
+            temperature=self.options.temperature,
             seed=self.seed,
         )
 
     def rehearsal(self) -> Rehearsal | None:
         """Return the parent's answers on the new rows."""
         return self._rehearsal
-
-
-class Replay(Strategy):
-    """SeqLoRA with stored rows of old tasks. `rehearsal.texts` is ignored: this method always keeps data."""
-
-    name = "replay"
-    reads = tuple(
-        f"rehearsal.{name}" for name in ("stored_share", "max_stored_rows", "balance_stored", "rows_per_step", "weight")
-    )
-    revision = 2  # stored rows are put in another order with every arrival
-
-    @property
-    def stores(self) -> Stores:
-        """Always "data": rows of old tasks."""
-        return "data"
-
-    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Make questions of the parent's stored rows."""
-        super().prepare(model, state, context)
-        self._stored = replace(self.config.rehearsal, texts="stored")
-        self._rows = {} if state is None else state.stored_rows
-        self._rehearsal, _ = make_rehearsal(self._stored, model, context, self._rows, self.seed)
-
-    def rehearsal(self) -> Rehearsal | None:
-        """Return questions from stored rows, with their labels as targets."""
-        return self._rehearsal
-
-    def finish(self) -> MethodState:
-        """Add a sample of this task's rows to the stored rows."""
-        kept = keep_rows(self._stored, self.context, self._rows, self.seed)
-        return MethodState(strategy=self.name, stores=self.stores, tensors=kept)

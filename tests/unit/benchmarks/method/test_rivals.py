@@ -13,14 +13,19 @@ from safetensors.torch import load_file
 from deal_core.adapter.state import adapter_on, load_adapter, load_method_state
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_loss
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import first_answer_logits
-from deal_core.method_config import RehearsalConfig, RivalConfig
-from deal_core.strategies.rehearsal import unpack
+from deal_core.method_config import MethodConfig
+from deal_core.strategies import find_strategies, make_strategy, strategy_class
+from deal_core.strategies.conformance import check_strategy
+from deal_core.strategies.strategy import PlannedArrival, Strategy
 from tests.unit.deal_core.conftest import at_night, train_into
 
 LONG = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
 STILL = TrainConfig(max_steps=1, batch_size=4, learning_rate=1e-12, max_prompt_tokens=64, checkpoint_steps=0)
 WIDENING = ["inc_lora", "o_lora", "ella"]
+ALL = ["deal_literal", "ewc", "lwf", "slao", *WIDENING]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -42,18 +47,70 @@ def plain_lora(loaded_base, tmp_path_factory):
     return train_into(tmp_path_factory.mktemp("plain"), copy.deepcopy(loaded_base), "seq_lora", train=LONG).folder
 
 
-@pytest.mark.parametrize("strategy", ["ewc", "lwf", "replay", "slao", *WIDENING])
+def test_every_rival_is_known_and_keeps_the_default_strategies_as_they_are() -> None:
+    assert {"deal", "seq_lora", "replay", *ALL} <= {*find_strategies()}
+    assert strategy_class("deal").__module__.startswith("deal_core.")
+
+
+@pytest.mark.parametrize("strategy", ["ewc", "lwf", *at_night("deal_literal", "inc_lora", "o_lora", "ella", "slao")])
+def test_rivals_keep_the_promises_of_strategies(strategy: str, tmp_path: Path) -> None:
+    check_strategy(strategy, tmp_path)
+
+
+def test_options_that_a_rival_does_not_take_are_named_with_those_that_it_takes() -> None:
+    for strategy, options, message in (
+        ("ewc", {"wieght": 1.0}, r"Strategy 'ewc' has no option 'wieght'; it takes weight\."),
+        ("lwf", {"weight": 1.0, "tau": 2}, r"Strategy 'lwf' has no option 'tau'; it takes weight, temperature\."),
+        ("inc_lora", {"weight": 1.0}, r"Strategy 'inc_lora' has no option 'weight'; it takes none\."),
+        ("ella", {"weight": -1.0}, r"strategy_options\.weight is -1\.0; give at least 0\."),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_strategy(strategy, MethodConfig(strategy_options=options), 0)
+
+
+def test_plans_count_what_rivals_hold() -> None:
+    """One module of 20 outputs and 30 inputs at rank 4."""
+    modules, rank, factors = [(20, 30)], 4, 4 * (20 + 30)
+    plain = Strategy.tensor_numbers(MethodConfig(), modules, rank)
+    numbers = {name: strategy_class(name).tensor_numbers(MethodConfig(), modules, rank) for name in ALL}
+    assert (plain.adapter, plain.optimiser) == (factors, 3 * factors) and numbers["lwf"] == plain
+    assert {name: numbers[name].adapter - plain.adapter for name in ("ewc", "slao", "o_lora", "ella")} == {
+        "ewc": 2 * factors,
+        "slao": 4 * 20,
+        "o_lora": factors,
+        "ella": factors + 20 * 30,
+    }
+    spectral = strategy_class("deal").tensor_numbers(MethodConfig(), modules, rank)
+    assert spectral.adapter - numbers["deal_literal"].adapter == 4 * 30, "no directions are guarded"
+
+
+def test_lwf_asks_about_the_new_rows_also_of_a_task_that_returns() -> None:
+    task = TaskSchema(name="t", labels=("a", "b"))
+    first, second = (PlannedArrival(task=task, old_tasks=olds, num_rows=9, num_steps=3) for olds in ((), (task,)))
+    lwf = strategy_class("lwf")
+    assert [lwf.questions_per_step(MethodConfig(), each) for each in (first, second)] == [0, 4]
+    assert [lwf.num_answered(MethodConfig(), each) for each in (first, second)] == [0, 9]
+
+
+@pytest.mark.parametrize("strategy", ALL)
 def test_first_task_is_plain_lora(strategy, train, plain_lora):
     ours, plain = weights(train(strategy, train=LONG).folder), weights(plain_lora)
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("strategy", ["ewc", "lwf", "replay", "slao", *WIDENING])
-def test_every_later_task_is_learned(strategy, train):
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("ewc", {"weight": 0.1}),
+        ("lwf", {"weight": 0.1}),
+        ("ella", {"weight": 1.0}),
+        *((name, {}) for name in ("slao", "inc_lora", "o_lora")),
+    ],
+)
+def test_every_later_task_is_learned(strategy, options, train):
     first = train(strategy, train=LONG).folder
     quick = TrainConfig(max_steps=30, batch_size=8, learning_rate=2e-2, checkpoint_steps=0)
-    light = RivalConfig(ewc_weight=0.1, lwf_weight=0.1, ella_weight=1.0)
-    losses = train(strategy, first, train=quick, rivals=light).losses
+    losses = train(strategy, first, train=quick, strategy_options=options).losses
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
@@ -93,8 +150,8 @@ def overlap(folder: Path) -> float:
 
 
 def test_o_lora_reads_directions_orthogonal_to_the_earlier_ones(train, parent):
-    free = train("o_lora", parent, train=LONG, rivals=RivalConfig(o_lora_weight=0)).folder
-    held = train("o_lora", parent, train=LONG, rivals=RivalConfig(o_lora_weight=0.5)).folder
+    free = train("o_lora", parent, train=LONG, strategy_options={"weight": 0.0}).folder
+    held = train("o_lora", parent, train=LONG, strategy_options={"weight": 0.5}).folder
     assert overlap(held) < 0.5 * overlap(free)
     plain = train("inc_lora", parent, train=LONG).folder
     assert distance(free, plain) == 0
@@ -108,15 +165,15 @@ def test_ella_keeps_out_of_where_the_past_is_large(train, parent):
             total += float(((b[:, :4] @ a[:4]) * (b[:, 4:] @ a[4:])).square().sum())
         return total
 
-    free = train("ella", parent, train=LONG, rivals=RivalConfig(ella_weight=0)).folder
-    held = train("ella", parent, train=LONG, rivals=RivalConfig(ella_weight=1e4)).folder
+    free = train("ella", parent, train=LONG, strategy_options={"weight": 0.0}).folder
+    held = train("ella", parent, train=LONG, strategy_options={"weight": 1e4}).folder
     assert overlap_of_updates(held) < 0.1 * overlap_of_updates(free)
 
 
 def test_ewc_holds_what_mattered(train):
     first = train("ewc", train=LONG).folder
-    free = train("ewc", first, train=LONG, rivals=RivalConfig(ewc_weight=0)).folder
-    held = train("ewc", first, train=LONG, rivals=RivalConfig(ewc_weight=1e4)).folder
+    free = train("ewc", first, train=LONG, strategy_options={"weight": 0.0}).folder
+    held = train("ewc", first, train=LONG, strategy_options={"weight": 1e4}).folder
     fisher = load_method_state(first).tensors
 
     def moved(folder: Path) -> float:
@@ -143,15 +200,14 @@ def test_ewc_takes_its_information_without_dropout(train, monkeypatch):
         modes.append(model.training)
         return answer_loss(model, inputs)
 
-    monkeypatch.setattr("deal_core.strategies.rivals.answer_loss", noted)
+    monkeypatch.setattr("benchmarks.method.rivals.answer_loss", noted)
     train("ewc")
     assert modes and not any(modes)
 
 
 def test_lwf_holds_the_answers_of_the_parent(base, task, train, parent, rows):
     def drift(weight: float) -> float:
-        config = RivalConfig(lwf_weight=weight)
-        folder = train("lwf", parent, train=LONG, rivals=config).folder
+        folder = train("lwf", parent, train=LONG, strategy_options={"weight": weight}).folder
         shares = []
         for where in (parent, folder):
             with adapter_on(base.model, where) as model:
@@ -167,30 +223,10 @@ def test_lwf_holds_the_answers_of_the_parent(base, task, train, parent, rows):
 
 def test_lwf_follows_its_temperature(train, parent):
     cool, warm = (
-        train("lwf", parent, train=LONG, rivals=RivalConfig(lwf_temperature=temperature)).folder
+        train("lwf", parent, train=LONG, strategy_options={"temperature": temperature}).folder
         for temperature in (1.0, 4.0)
     )
     assert distance(cool, warm) > 1e-3
-
-
-def test_replay_keeps_its_share_of_every_tasks_rows(train):
-    config = RehearsalConfig(stored_share=0.25)
-    first = train("replay", rehearsal=config).folder
-    second = train("replay", first, rehearsal=config).folder
-    state = load_method_state(second)
-    assert state.stores == "data"
-    assert [len(unpack(value)) for _, value in sorted(state.tensors.items())] == [6, 6]
-
-
-def test_replay_asks_the_stored_rows(train):
-    """With a very large weight of the stored rows, the later task changes the adapter in another way."""
-    first = train("replay", rehearsal=RehearsalConfig(stored_share=0.25)).folder
-    light, heavy = (
-        train("replay", first, train=LONG, rehearsal=RehearsalConfig(stored_share=0.25, weight=weight)).folder
-        for weight in (1e-6, 10.0)
-    )
-    plain = train("seq_lora", first, train=LONG).folder
-    assert distance(light, plain) < 1e-2 < distance(heavy, plain)
 
 
 def test_slao_starts_from_an_orthonormal_basis_of_the_last_a(train, parent):
@@ -261,11 +297,3 @@ def test_a_lineage_may_go_on_with_another_strategy(before, strategy, train):
     lost = [note for note in second.result.notes if "gone" in note]
     keeps = before in ("replay", "slao", "ewc")
     assert bool(lost) == (keeps and before != strategy)
-
-
-def test_stored_rows_pass_from_one_strategy_that_keeps_them_to_another(train):
-    stored = RehearsalConfig(texts="stored", stored_share=0.25)
-    first = train("replay", rehearsal=stored).folder
-    second = train("deal", first, rehearsal=stored)
-    assert len(load_method_state(second.folder).stored_rows) == 2
-    assert not any("gone" in note for note in second.result.notes)

@@ -1,0 +1,71 @@
+"""The format of a store, which says what release can open it.
+
+`format.json` names the format. A store gets the file before the first version is written into it. Release 0.2 wrote no
+such file, so a store that has versions and lacks the file is of that release.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.errors import ConfigError
+from deal_core.safe_text import without_secrets
+from infra.store import keys
+from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.stored import reading_stored
+
+FORMAT = 3
+"""The one format that this release reads and writes."""
+
+
+class FormatError(ConfigError):
+    """The store has the format of another release."""
+
+
+class StoreFormat(BaseModel):
+    """The content of `format.json`. Later releases may say more there."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: int
+
+
+def require_format(store: ObjectStore) -> None:
+    """Refuse a store that another release made. A store without versions is new. Nothing is written.
+
+    Raises:
+        FormatError: The store has another format.
+        StoreError: The store does not answer, or `format.json` is damaged.
+    """
+    address = without_secrets(store.uri)
+    try:
+        content = store.get_bytes(keys.FORMAT_FILE)
+    except ObjectNotFoundError:
+        if any(True for folder in (keys.VERSIONS, keys.PROMOTIONS, keys.ADAPTERS) for _ in store.list(folder)):
+            raise FormatError(
+                f"{address} was made by release 0.2, and this release opens no older one; go on with "
+                "deal-pipeline==0.2.0, or start a new home (--home DIR, or another DEAL_STORE_URI) and adapt your "
+                "files again, as docs/upgrade.md says."
+            ) from None
+        return
+    with reading_stored(store, keys.FORMAT_FILE, "the format of the store", "Restore it from a backup of the store."):
+        found = StoreFormat.model_validate_json(content).format
+    if found != FORMAT:
+        other = "a newer" if found > FORMAT else "an older"
+        raise FormatError(
+            f"{address} has format {found}, and this release opens format {FORMAT}; use {other} release of "
+            "deal-pipeline, or another home (--home DIR)."
+        )
+
+
+def write_format(store: ObjectStore) -> None:
+    """Write `format.json` if there is none. Call this before anything of a version is written.
+
+    Raises:
+        FormatError: The store has another format.
+    """
+    content = json.dumps(StoreFormat(format=FORMAT).model_dump()).encode() + b"\n"
+    if not store.put_bytes(keys.FORMAT_FILE, content, if_absent=True):
+        require_format(store)

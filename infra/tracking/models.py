@@ -1,0 +1,139 @@
+"""The registered model of a lineage in MLflow: its versions, its tags and its aliases.
+
+MLflow numbers versions by itself. The tag `deal.version` alone says which version of the lineage an entry is; if MLflow
+repeated a call whose answer was lost, two entries have the same run key, and the older one counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from deal_core.errors import RegistryError
+from deal_core.safe_text import without_secrets
+from infra.tracking.client import all_pages, found_or_none, global_address, report_errors, retry_if_overtaken
+
+OWNER = {"deal.kind": "lineage"}
+"""Tag of the registered models that are lineages."""
+RUN_KEY = "deal.run_key"
+"""Tag of a run, a logged model and a version: the key of their adaptation."""
+VERSION = "deal.version"
+"""Tag of a version: its number in the lineage."""
+REMOVED = "deal.adapter_removed"
+"""Tag of a version and its logged model: the day on which the adapter was removed."""
+DESCRIPTION = "Versions of one adapter, task by task."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A version in MLflow."""
+
+    mlflow_number: str
+    model_id: str
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredLineage:
+    """What MLflow knows of a lineage."""
+
+    tags: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """MLflow's number by alias."""
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    """By number in the lineage."""
+
+    def number_of(self, alias: str) -> str | None:
+        """Return the number in the lineage of the version with an alias; None: there is none, or it is no version."""
+        held = self.aliases.get(alias)
+        return next((number for number, entry in self.entries.items() if entry.mlflow_number == held), None)
+
+
+class ModelRegistry:
+    """Reads and writes the registered models of lineages."""
+
+    def __init__(self, client: MlflowClient, uri: str) -> None:
+        self._client = client
+        self._uri = uri
+
+    def read(self, lineage: str) -> RegisteredLineage:
+        """Return what MLflow knows of a lineage; make its registered model if it is new.
+
+        Raises:
+            RegistryError: MLflow does not answer, or the name belongs to a registered model of another program.
+        """
+        with report_errors(f"read {lineage!r}", self._uri):
+            model = found_or_none(self._client.get_registered_model, lineage)
+            if model is None:
+                try:
+                    model = self._client.create_registered_model(lineage, tags=OWNER, description=DESCRIPTION)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process may have been faster
+                        raise
+                    model = self._client.get_registered_model(lineage)
+            if not OWNER.items() <= model.tags.items():
+                raise RegistryError(
+                    f"MLflow at {without_secrets(self._uri)} has a registered model {lineage!r} that is no lineage of "
+                    "this pipeline: the lineage is not shown there. Rename that model."
+                )
+            entries: dict[str, Entry] = {}
+            found = all_pages(self._client.search_model_versions, f"name = '{lineage}'")
+            for version in sorted(found, key=lambda version: int(version.version)):
+                if VERSION in version.tags and version.tags[VERSION] not in entries:
+                    entries[version.tags[VERSION]] = Entry(
+                        mlflow_number=str(version.version), model_id=version.model_id or "", tags=version.tags
+                    )
+        return RegisteredLineage(
+            tags=model.tags, aliases={name: str(number) for name, number in model.aliases.items()}, entries=entries
+        )
+
+    def add(
+        self, lineage: str, version: str, *, run_id: str, model_id: str, tags: Mapping[str, str], description: str
+    ) -> Entry:
+        """Make an entry for a version of the lineage."""
+        with report_errors(f"register version {version} of {lineage!r}", self._uri), global_address(self._uri):
+            made = self._client.create_model_version(
+                lineage,
+                source=f"models:/{model_id}",
+                run_id=run_id,
+                tags={**tags, VERSION: version},
+                description=description[:5000],
+                model_id=model_id,
+            )
+            shown = [{"name": lineage, "version": made.version}]  # MLflow's page of the model shows its versions by it
+            self._client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(shown)})
+        return Entry(mlflow_number=str(made.version), model_id=model_id, tags=dict(tags))
+
+    @retry_if_overtaken
+    def set_alias(self, lineage: str, alias: str, entry: Entry | None) -> None:
+        """Move an alias to an entry; None: remove it."""
+        with report_errors(f"set {lineage}@{alias}", self._uri):
+            if entry is None:
+                self._client.delete_registered_model_alias(lineage, alias)
+            else:
+                self._client.set_registered_model_alias(lineage, alias, entry.mlflow_number)
+
+    @retry_if_overtaken
+    def tag(self, lineage: str, tags: Mapping[str, str]) -> None:
+        """Set tags of the registered model."""
+        with report_errors(f"tag {lineage!r}", self._uri):
+            for name, value in tags.items():
+                self._client.set_registered_model_tag(lineage, name, value)
+
+    @retry_if_overtaken
+    def tag_entry(self, lineage: str, entry: Entry, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        with report_errors(f"tag a version of {lineage!r}", self._uri):
+            for name, value in tags.items():
+                if entry.tags.get(name) != value:
+                    self._client.set_model_version_tag(lineage, entry.mlflow_number, name, value)
+
+    def tag_model(self, model_ids: Iterable[str], tags: Mapping[str, str]) -> None:
+        """Set tags of logged models."""
+        with report_errors("tag a model", self._uri):
+            for model_id in model_ids:
+                self._client.set_logged_model_tags(model_id, dict(tags))

@@ -1,0 +1,138 @@
+"""A home that another release made: commands refuse it, and nothing of it is changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+from infra.store.base import ObjectStore
+from infra.store.format import FORMAT, FormatError
+from infra.store.local import FileStore, open_store
+from infra.store.s3 import S3Store
+from tasks.context import current_store
+from tests.adapting import BANK, run
+from tests.in_process import put_back
+
+OLD = {
+    "versions/desk/00000001.json": b'{"schema_version": 1, "lineage": "desk", "version": "1", "facts": {}}',
+    "promotions/desk/00000001.json": b'{"schema_version": 1, "number": 1, "lineage": "desk", "champion": "1"}',
+    "adapters/desk/c127fd25dd2fcc5b/adapter_config.json": b"{}",
+    "adapters/desk/c127fd25dd2fcc5b/adapter_model.safetensors": b"weights",
+    "ledger/desk/dae3.json": b"{}",
+    "lineages/desk.yaml": b"lineage: desk\ntrain: {prompt_loss_weight: 0.0}\n",
+    "inbox/bank/may.csv": b"text,label\na,b\n",
+}
+COMMANDS = {
+    "status": ["status"],
+    "history": ["history", "--lineage", "desk"],
+    "adapt": ["adapt", "--task", "bank", "--data", BANK["data"], "--lineage", "desk"],
+    "watch": ["watch", "--once", "--lineage", "desk"],
+    "add": ["lineage", "hold", "desk"],
+    "serve": ["serve", "--lineage", "desk"],
+    "ui": ["ui"],
+    "gc": ["gc"],
+    "up": ["up"],
+}
+
+
+def deal(*arguments: str) -> tuple[int, str]:
+    """The exit code of a command, and all that it printed, in one line."""
+    with put_back():
+        said = CliRunner().invoke(app, list(arguments))
+    return said.exit_code, " ".join(said.output.split())
+
+
+@pytest.fixture
+def old_home(home: Path) -> Path:
+    """A home of 0.2: its store, MLflow's database, and its log."""
+    store = FileStore(home / "store")
+    for key, content in OLD.items():
+        store.put_bytes(key, content)
+    (home / "logs").mkdir()
+    (home / "logs" / "logging.yml").write_text("# as 0.2 wrote it\n")
+    return home
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """The bytes and the time of each file; folders count too."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_home_of_0_2_is_refused_in_one_sentence_and_stays_as_it_is(old_home: Path, name: str) -> None:
+    before = files_of(old_home)
+    code, said = deal(*COMMANDS[name])
+    assert code == 2 and "was made by release 0.2, and this release opens no older one" in said
+    assert "deal-pipeline==0.2.0" in said and "docs/upgrade.md" in said and "Traceback" not in said
+    assert files_of(old_home) == before
+
+
+def test_what_was_left_running_can_be_ended(old_home: Path) -> None:
+    before = files_of(old_home / "store")
+    assert deal("down") == (0, "Nothing was running.")
+    assert files_of(old_home / "store") == before
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_run_of_a_worker_changes_nothing_of_the_store(old_home: Path, tiny_base: Path) -> None:
+    before = files_of(old_home / "store")
+    with pytest.raises(FormatError, match=r"made by release 0\.2"):
+        run(tiny_base, BANK)
+    assert files_of(old_home / "store") == before
+
+
+@pytest.fixture
+def bucket(home: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, tuple[bytes, str]]]:
+    """Gives the content and the time of every object of a store of 0.2 in a bucket that the environment names."""
+    settings = {"STORE_URI": "s3://bucket/deal", "S3_ENDPOINT_URL": s3_server, "S3_REGION": "us-east-1"}
+    for name, value in {**settings, "S3_ACCESS_KEY_ID": "a", "S3_SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"DEAL_{name}", value)
+    store = open_store("s3://bucket/deal")
+    assert isinstance(store, S3Store)
+    store.client.create_bucket(Bucket="bucket")
+    for key, content in OLD.items():
+        store.put_bytes(key, content)
+
+    def objects() -> dict[str, tuple[bytes, str]]:
+        listed = store.client.list_objects_v2(Bucket="bucket")["Contents"]
+        bodies = {item["Key"]: store.client.get_object(Bucket="bucket", Key=item["Key"])["Body"] for item in listed}
+        return {item["Key"]: (bodies[item["Key"]].read(), str(item["LastModified"])) for item in listed}
+
+    return objects
+
+
+@pytest.mark.parametrize("name", ["status", "adapt", "up"])
+def test_a_bucket_of_0_2_is_refused_and_stays_as_it_is(
+    home: Path, bucket: Callable[[], dict[str, tuple[bytes, str]]], name: str
+) -> None:
+    before, local = bucket(), files_of(home)
+    code, said = deal(*COMMANDS[name])
+    assert code == 2 and "s3://bucket/deal was made by release 0.2" in said and "DEAL_STORE_URI" in said
+    assert (bucket(), files_of(home)) == (before, local)
+
+
+def formats(store: ObjectStore) -> dict[str, object]:
+    return {key: json.loads(store.get_bytes(key)) for key in ("format.json",) if store.exists(key)}
+
+
+def test_the_first_run_says_the_format_and_looking_does_not(
+    home: Path, copy_to_home: Callable[[Path], Path], kept_home: Path
+) -> None:
+    assert deal("status")[0] == deal("history")[0] == 0 and not (home / "store").exists()
+    copy_to_home(kept_home)
+    assert formats(current_store()) == {"format.json": {"format": FORMAT}}
+    assert deal("history", "--lineage", "l")[0] == 0
+
+
+def test_a_store_of_a_newer_release_is_refused(home: Path) -> None:
+    FileStore(home / "store").put_bytes("format.json", b'{"format": 4}')
+    code, said = deal("status")
+    assert code == 2 and "has format 4, and this release opens format 3; use a newer release" in said

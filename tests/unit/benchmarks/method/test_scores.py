@@ -1,0 +1,97 @@
+"""Scores after papers: each is the number that its paper means, and is chosen by like any other score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deal_core.adapter.state import adapter_on
+from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, answer_logits, encode_rows
+from deal_core.errors import ConfigError
+from deal_core.evaluation.generation import answer_inputs
+from deal_core.evaluation.likelihood import measure
+from deal_core.method_config import SelectionConfig
+from deal_core.selection import check_score, score_class
+from deal_core.selection.score import Candidates
+
+TRAIN = TrainConfig(max_prompt_tokens=64)
+LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": TRAIN.max_answer_tokens}
+SCORES = ["length", "loss", "difficulty", "errors", "gradient"]
+
+
+def test_every_score_is_a_finite_number_per_row_with_labels_and_without(base, half_learned, task, rows):
+    for kind in (task, replace(task, labels=(), format="completion", metric="rouge_l")):
+        with adapter_on(base.model, half_learned) as model:
+            measured = measure(model, base.tokenizer, kind, rows(12), **LIMITS)
+        candidates = Candidates(rows=rows(12), task=kind, measured=measured, seed=0)
+        for name in SCORES:
+            score, again = (score_class(name)().score(candidates) for _ in range(2))
+            assert score.shape == (12,) and score.isfinite().all() and torch.equal(score, again)
+
+
+def test_difficulty_says_how_many_rows_are_undecided(base, half_learned, task, rows):
+    with adapter_on(base.model, half_learned) as model:
+        measured = measure(model, base.tokenizer, task, rows(40), **LIMITS)
+    (note,) = score_class("difficulty")().notes(Candidates(rows=rows(40), task=task, measured=measured, seed=0))
+    number = sum(0.1 < float(rate) < 0.9 for rate in measured.failure_rate)
+    assert note.startswith(f"{number} rows that were read have a difficulty between 0.1 and 0.9; the others")
+
+
+def test_options_that_a_score_does_not_take_are_named() -> None:
+    for score, options, message in (
+        ("difficulty", {"aim": 0.5}, r"Score 'difficulty' has no option 'aim'; it takes target\."),
+        ("difficulty", {"target": 2.0}, r"selection\.score_options\.target is 2\.0; give at most 1"),
+        ("loss", {"target": 0.5}, r"Score 'loss' has no option 'target'; it takes none\."),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_score(SelectionConfig(keep=0.5, score=score, score_options=options))
+    check_score(SelectionConfig(keep=0.5, score="difficulty", score_options={"target": 0.3}))
+
+
+def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learned, task, rows):
+    data = rows(60)
+    with adapter_on(base.model, half_learned) as model:
+        measured = measure(model, base.tokenizer, task, data, **LIMITS)
+        given = answer_inputs(model, base.tokenizer, task, data["input"], EvaluateConfig(), max_prompt_tokens=64)
+    score = score_class("errors")().score(Candidates(rows=data, task=task, measured=measured, seed=0))
+    is_wrong = [answer.text != label for answer, label in zip(given, data["output"], strict=True)]
+    assert 0 < sum(is_wrong) < 60, "the parent answers some rows rightly and some wrongly"
+    # a wrong row scores above 1, a right one at most 1
+    disagreeing = [row for row, wrong in enumerate(is_wrong) if wrong != (float(score[row]) > 1)]
+    assert len(disagreeing) <= 1
+
+
+def test_the_gradient_is_that_of_the_mean_loss(base, half_learned, task, rows):
+    with adapter_on(base.model, half_learned) as model:
+        measured = measure(model, base.tokenizer, task, rows(20), **LIMITS)
+    candidates = Candidates(rows=rows(20), task=task, measured=measured, seed=0)
+    score = score_class("gradient")().score(candidates)
+    torch.testing.assert_close(score * measured.num_tokens_N, measured.gradient_N)
+    assert ((score >= 0) & (score <= 2**0.5)).all() and len(set(score.tolist())) > 1
+
+
+def test_difficulty_is_the_rate_of_wrong_sampled_answers(base, half_learned, task, rows):
+    data, num_samples = rows(6), 2000
+    encoded = encode_rows(data, base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=50)
+    collate, generator = AnswerCollator(base.tokenizer, is_seq2seq=False), torch.Generator().manual_seed(0)
+    with adapter_on(base.model, half_learned) as model:
+        measured = measure(model, base.tokenizer, task, data, **LIMITS)
+        for row in range(len(data)):
+            batch = collate([encoded[row]])
+            with torch.no_grad():
+                shares_KV = answer_logits(model, batch)[0].softmax(-1)
+            # an answer is right if every token, drawn after the right ones, is right
+            drawn_KS = torch.multinomial(shares_KV, num_samples, replacement=True, generator=generator)
+            wrong = 1 - (drawn_KS == batch["labels"][0][:, None]).all(0).float().mean()
+            d = float(measured.failure_rate[row])
+            assert abs(float(wrong) - d) <= 4 * (d * (1 - d) / num_samples) ** 0.5 + 1e-3
+    order = {}
+    for target in (0.0, 1.0):
+        candidates = Candidates(rows=data, task=task, measured=measured, seed=0)
+        order[target] = (
+            score_class("difficulty")({"target": target}).score(candidates).argsort(descending=True).tolist()
+        )
+    assert order[1.0] == measured.loss_N.argsort(descending=True).tolist() == order[0.0][::-1]
