@@ -94,7 +94,7 @@ def test_a_run_that_dies_before_it_ends_leaves_no_training_rows(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flows.adapt.runs.end_run", die)
+        patch.setattr(RunJournal, "end", die)
         with pytest.raises(RuntimeError, match="killed"):
             run(tiny_base, BANK)
     assert not [key for key in keys("datasets") if key.endswith("train.parquet")]
