@@ -172,8 +172,12 @@ def _lineage(
     try:
         champion, found = look_at_champion(store, name)
         found += find_damage(store, name, _record_of(store, champion))
-        damaged += [f"Lineage {name}: {' '.join(problem.split())}" for problem in found]
-        mlflow_waiting = missing_in_mlflow(store, name)
+        try:
+            mlflow_waiting = missing_in_mlflow(store, name)
+        except DealError as error:
+            found.append(str(error))
+        # a damaged version is found by each of them
+        damaged += [f"Lineage {name}: {' '.join(problem.split())}" for problem in dict.fromkeys(found)]
     except DealError as error:
         damaged.append(f"Lineage {name}: {in_one_line(error)}")
     if watched is not None:

@@ -5,29 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from infra.tracking.runs import list_runs
 from typer.testing import CliRunner
 
 from deal_core.errors import DealError
 from flows.cli.app import app
 from flows.server.status import Status, read_status
-from infra.tracking.tracker import open_tracker
+from infra.run_journal import RunJournal
 from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.decisions import roll_back
-from tasks.lineage.history import read_history
 from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, run
 from tests.in_process import put_back
+from tests.versions import put_version
 
+ENTRIES = (("versions", "00000002.json"), ("runs", "*.json"))
 BY = {"who": "tester", "why": "a test"}
 DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
     "weights cut in half": ("adapter_model.safetensors", lambda data: data[: len(data) // 2]),
@@ -47,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 @pytest.fixture
 def adapters(copied_home: Path) -> dict[str, Path]:
     """The folders of the versions' adapters, in a copy of the home."""
-    return {info.version: copied_home / "store" / info.adapter_uri for info in Versions(current_store()).all("l")}
+    return {each.version: copied_home / "store" / each.adapter_uri for each in Versions(current_store()).all("l")}
 
 
 def ask(version: str | None = None) -> str:
@@ -100,6 +99,11 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def cut(path: Path) -> None:
+    """Leave out the end."""
+    path.write_bytes(path.read_bytes()[:-20])
+
+
 def spell_anew(path: Path) -> None:
     """Write the same JSON in other bytes."""
     path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
@@ -119,24 +123,25 @@ def datasets(copied_home: Path) -> dict[str, Path]:
     return {known.schema.name: copied_home / "store" / known.dataset_uri for known in record.tasks}
 
 
-def test_the_status_notices_changed_bytes_of_the_champion_its_ledger_its_manifests_and_its_test_rows(
+def test_the_status_notices_changed_bytes_of_the_champion_its_entries_its_manifests_and_its_test_rows(
     home: Path, adapters: dict[str, Path], datasets: dict[str, Path]
 ) -> None:
     assert (look(home).damaged, exit_code_of_status()) == ((), 0)
-    entry = min((home / "store" / "ledger" / "l").iterdir())
+    rejected, journal = (min((home / "store" / folder / "l").glob(name)) for folder, name in ENTRIES)
     damages: list[tuple[Path, Callable[[Path], None], str, str]] = [
         (adapters["3"] / "adapter_model.safetensors", flip, "Version 3 of 'l' is damaged", "deal rollback --to"),
         (adapters["3"] / "method.json", spell_anew, "method.json has sha256", "Restore the folder"),
-        (entry, lambda path: path.write_bytes(b"{"), "an entry of the ledger, is damaged", "Delete it"),
+        (rejected, cut, "the entry of version 2 of 'l', is damaged", "Restore it from a backup"),
+        (journal, cut, "the journal of a run, is damaged", "or delete it"),
         (
-            entry,
+            journal,
             lambda path: path.write_text('{"schema_version": 1}'),
-            "an entry of the ledger, is damaged",
-            "Delete it",
+            "the journal of a run, is damaged",
+            "or delete it",
         ),
         (
             datasets["clinic"] / "manifest.json",
-            lambda path: path.write_bytes(path.read_bytes()[:-20]),
+            cut,
             "manifest.json, the record of a dataset, is damaged",
             "Restore it from a backup",
         ),
@@ -174,8 +179,8 @@ def test_altered_test_rows_are_not_scored_and_nothing_is_trained_before_that_is_
     for task in (BANK, CLINIC):
         with pytest.raises(DealError, match=said):
             run(tiny_base, task, again=True)
-    assert len(list_runs(open_tracker(), "l")) == 3, "no run was begun"
-    assert ask() == "3" and [info.version for info in Versions(current_store()).all("l")] == ["1", "2", "3"]
+    assert len(RunJournal(current_store()).all("l")) == 3, "no run was begun"
+    assert ask() == "3" and [each.version for each in Versions(current_store()).all("l")] == ["1", "2", "3"]
 
 
 def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that_is_gone(
@@ -189,36 +194,17 @@ def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that
         ("l", "3", None),
     ]
     assert [each.rejected for each in found.lineages] == [None, None]
-    tags = open_registry().client
-    tags.set_model_version_tag("l", "3", "deal.gate", "rejected")
-    tags.set_model_version_tag("l", "3", "deal.gate_reasons", json.dumps(["bank fell by 20 points."]))
-    assert look(home).lineages[1].rejected == "version 3 (clinic) was rejected: bank fell by 20 points."
-    tags.set_model_version_tag("l", "3", "deal.gate", "accepted")
-    open_registry().client.delete_model_version("l", "3")
+    last = Versions(current_store()).all("l")[-1]
+    rejected = {"version": "4", "run_key": "4" * 64, "accepted": False, "reasons": ("bank fell by 20 points.",)}
+    entry = put_version(current_store(), last.model_copy(update=rejected))
+    assert look(home).lineages[1].rejected == "version 4 (clinic) was rejected: bank fell by 20 points."
+    for key in (entry, "versions/l/00000003.json"):
+        current_store().delete(key)
     found = look(home)
     assert [(each.lineage, each.champion) for each in found.lineages] == [("watched", None), ("l", None)]
     (problem,) = found.damaged
-    assert "Version 3, champion of 'l', was deleted in MLflow" in problem and exit_code_of_status() == 1
-
-
-@pytest.mark.parametrize("content", [b"no database" * 1000, None])
-def test_the_status_notices_a_database_that_is_broken_or_gone(
-    home: Path, adapters: dict[str, Path], mlflow_database: Path, content: bytes | None
-) -> None:
-    if content is None:
-        shutil.copy(mlflow_database, home / "mlflow.db")  # MLflow makes an empty database if there is none
-    else:
-        (home / "mlflow.db").write_bytes(content)
-    with put_back():
-        done = CliRunner().invoke(app, ["status", "--json"])
-    found = json.loads(done.stdout)
-    assert done.exit_code == 1
-    assert [each["lineage"] for each in found["lineages"]] == ["default", "l"]
-    (problem,) = found["damaged"]
-    said = "mlflow.db" if content else "knows no version of lineage 'l', while the store"
-    assert said in problem and "Traceback" not in done.output
-    with pytest.raises(DealError, match=r"mlflow\.db"):
-        read_history("l")
+    assert "lacks the entry of version 3 of 'l', which the promotion log names" in problem
+    assert exit_code_of_status() == 1
 
 
 def test_the_status_notices_a_broken_promotion_log_and_watch(home: Path, adapters: dict[str, Path]) -> None:

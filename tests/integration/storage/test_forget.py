@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from deal_core.adapter.state import kept_of_tasks
-from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
+from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.strategies.own_texts import answers_name
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
@@ -21,8 +20,9 @@ from flows.cli.housekeeping import show_forget_plan
 from flows.forget import forget, plan_forget
 from flows.requeue import requeue
 from infra.predictions import read_feedback, read_predictions
+from infra.run_journal import RunJournal
+from infra.store.keys import mlflow_forget_key, report_key
 from infra.store.local import FileStore
-from infra.tracking.tracker import open_tracker
 from infra.versions import Versions
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
@@ -30,6 +30,8 @@ from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
+from tasks.lineage.version_files import borrowed_parent
+from tasks.mlflow_mirror import sync_lineage
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, run
 from tests.integration.storage.conftest import SECRET, holding, keys, land, logged
@@ -37,15 +39,18 @@ from tests.integration.storage.conftest import SECRET, holding, keys, land, logg
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
-def test_nothing_is_forgotten_with_a_registry_that_does_not_know_the_versions(
-    first: AdaptResult, monkeypatch: pytest.MonkeyPatch, mlflow_database: Path, tmp_path: Path
-) -> None:
+def test_nothing_is_forgotten_while_a_version_is_damaged(first: AdaptResult, home: Path) -> None:
     """Not even the tombstone is written: it would refuse rows that nobody has forgotten."""
-    another, before = shutil.copy(mlflow_database, tmp_path / "another.db"), keys("")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{another}")
-    with pytest.raises(RegistryError, match="The store knows version 1 of 'l'"):
+    store, entry = current_store(), "versions/l/00000001.json"
+    whole = store.get_bytes(entry)
+    store.put_bytes(entry, whole[:-20])
+    before = keys("")
+    with pytest.raises(StoreError, match=r"00000001\.json, the entry of version 1 of 'l', is damaged"):
         asyncio.run(forget(first.dataset.sha256))
     assert keys("") == before
+    store.put_bytes(entry, whole)
+    asyncio.run(forget(first.dataset.sha256))
+    assert holding(home, SECRET) == []
 
 
 def test_damaged_rows_are_named_before_anything_is_forgotten(first: AdaptResult, home: Path) -> None:
@@ -89,14 +94,15 @@ def test_a_run_that_dies_before_it_ends_leaves_no_training_rows(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flows.adapt.runs.end_run", die)
+        patch.setattr(RunJournal, "end", die)
         with pytest.raises(RuntimeError, match="killed"):
             run(tiny_base, BANK)
     assert not [key for key in keys("datasets") if key.endswith("train.parquet")]
     assert not list((home / "work" / "l").glob("*"))
-    version = Versions(current_store()).champion("l")
-    assert version is not None and not open_tracker().run(version.tracking_id).is_finished()
-    assert run(tiny_base, BANK).status == "repeat" and open_tracker().run(version.tracking_id).is_finished()
+    version, journal = Versions(current_store()).champion("l"), RunJournal(current_store())
+    assert version is not None and [each.state for each in journal.all("l")] == ["running"]
+    assert run(tiny_base, BANK).status == "repeat"
+    assert [each.state for each in journal.all("l")] == ["finished"]
 
 
 def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
@@ -108,9 +114,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     assert holding(home, SECRET)
     for uri in (f"adapters/l/{result.run_key[:16]}" for result in (first, second)):
         store.put_bytes(f"{uri}/answers.json", b"{}")
-    tracker = open_tracker()
-    assert second.tracking_id is not None
-    tracker.run(second.tracking_id).log_json("report.json", {"lost": [SECRET]})
+    store.put_bytes(report_key("l", second.run_key, "report.json"), json.dumps({"lost": [SECRET]}).encode())
     left = home / "tmp" / "left by a killed process"
     left.write_text(SECRET)
     os.utime(left, (0, 0))
@@ -130,28 +134,25 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
         "inbox file",
         "answers",
         "reference rows",
-        "artifacts",
+        "report",
         "rows kept by the method",
         "temporary files",
         "work folder",
     }
 
-    old = find_version(current_store(), "l", "1")
-    store.download_folder(old.adapter_uri, tmp_path / "old")  # earlier releases also logged the method's state
-    tracker.client.log_model_artifact(old.model_id, str(tmp_path / "old" / "method.safetensors"))
     done = asyncio.run(forget("inbox/bank/may.jsonl", "the customer asked"))
     assert done.plan.held == plan.held
     assert holding(home, SECRET) == []
     assert keys("datasets/bank") == keys("quarantine") == keys("inbox") == []
     assert not [key for key in keys("adapters") if key.endswith("answers.json")]
+    assert not [path for name in ("report.*", "method.*") for path in home.joinpath("mlflow-artifacts").rglob(name)]
+    assert done.waits_for_mlflow == () and not [key for key in keys("mlflow") if key.endswith(".forget")]
     for number, is_mine in (("1", [True]), ("2", [True, False])):
-        info = find_version(current_store(), "l", number)
-        local = tmp_path / number
-        store.download_folder(info.adapter_uri, local)
+        version, local = find_version(store, "l", number), tmp_path / number
+        store.download_folder(version.adapter_uri, local)
         assert [size == 0 for size in kept_of_tasks(local).values()] == is_mine, "another task's rows stay"
-        copies = [path for path in home.joinpath("mlflow-artifacts").rglob("method.*") if info.model_id in str(path)]
-        assert [copy.name for copy in copies] == (["method.safetensors"] if number == "1" else [])
-        assert all(copy.read_bytes() == (local / copy.name).read_bytes() for copy in copies)
+        with borrowed_parent(store, version):
+            pass  # the digests of the replaced files were recorded
     assert done.tombstone.versions == ("l/1", "l/2")
     assert asyncio.run(forget(first.dataset.sha256)).plan.held == (), "a second command finds nothing"
 
@@ -215,8 +216,7 @@ def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult, unjudged:
     assert set(asyncio.run(evaluate("l")).unjudged) == set(unjudged)
     places = [record.matrix.tasks.index(task) for task in unjudged]
     assert all(record.matrix.rows[2][place] == record.matrix.rows[1][place] for place in places)
-    assert third.tracking_id is not None
-    notes = open_tracker().run(third.tracking_id).read_json("evaluation.json")["notes"]
+    notes = json.loads(current_store().get_bytes(report_key("l", third.run_key, "evaluation.json")))["notes"]
     assert sum("was not judged" in note for note in notes) == len(unjudged)
 
 
@@ -232,6 +232,24 @@ def test_two_tasks_without_test_rows_are_judged_again_one_after_the_other(
     _judged_anew(tiny_base, tmp_path, second, unjudged={"clinic"})
     repaired = run(tiny_base, CLINIC, again=True)
     assert repaired.status == "promoted" and asyncio.run(evaluate("l")).unjudged == {}
+
+
+def test_a_forgetting_while_mlflow_is_away_leaves_an_order_for_each_report(
+    first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    """Once MLflow is back, its copies go."""
+    copies = [*home.joinpath("mlflow-artifacts").rglob("report.*")]
+    assert copies and keys(f"reports/l/{first.run_key[:16]}")
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")  # nothing listens there
+        done = asyncio.run(forget(first.dataset.sha256))
+    assert done.waits_for_mlflow == ("l",) and all(copy.exists() for copy in copies)
+    order = mlflow_forget_key("l", first.run_key)
+    assert [key for key in keys("mlflow") if key.endswith(".forget")] == [order]
+    assert current_store().get_bytes(order).decode() == first.run_key
+    assert not [key for key in keys("reports") if key.endswith("report.json")]
+    sync_lineage(current_store(), "l")
+    assert not any(copy.exists() for copy in copies) and not current_store().exists(order)
 
 
 def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first: AdaptResult) -> None:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
-from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
@@ -20,8 +19,9 @@ from flows.cli.app import app
 from infra.predictions import read_feedback, read_predictions
 from infra.store.keys import log_key
 from infra.store.local import FileStore
+from infra.versions import Versions
+from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
-from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.predict import predict
@@ -90,15 +90,10 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
     assert not work.exists() and not [key for key in adapters if keys(f"adapters/l/{key}")]
     assert collect(older_than="0h").removals == ()
 
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    told = client.get_model_version("l", "2")
-    assert "deal.adapter_removed" in told.tags
-    model_id = told.source.removeprefix("models:/")
-    assert not client.list_logged_model_artifacts(model_id)
-    kept = client.get_model_version("l", "1").source.removeprefix("models:/")
-    assert client.list_logged_model_artifacts(kept), "the champion's stay"
+    kept, removed = Versions(store).all("l")
+    assert kept.since.adapter_removed is None and removed.since.adapter_removed == f"{datetime.now(UTC):%Y-%m-%d}"
     with pytest.raises(RegistryError, match="adapter of version 2 of 'l' was removed on"):
-        find_version(current_store(), "l", "2")
+        find_version(store, "l", "2")
     assert predict("hello", lineage="l", task=None, version=None).version == "1"
 
 
@@ -119,22 +114,13 @@ def test_gc_cut_short_is_completed_by_the_next(
     assert not keys(f"adapters/l/{rejected.run_key[:16]}")
 
 
-def test_gc_with_another_registry_removes_nothing(
-    first: AdaptResult, mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = shutil.copy(mlflow_database, tmp_path / "other.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
-    before = keys("")
-    (problem,) = collect(older_than="0h").problems.values()
-    assert "does not know; nothing of the lineage was removed" in problem
-    assert keys("") == before
-
-
 def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(
     first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_registry().client.delete_model_version("l", "1")
-    store = current_store()
+    """With a damaged or missing entry, nobody can say which adapters are needed."""
+    store, entry = current_store(), "versions/l/00000001.json"
+    whole = store.get_bytes(entry)
+    store.put_bytes(entry, b"{")
     store.put_bytes("adapters/m/0123456789abcdef/adapter_config.json", b"{}")
     before = keys("adapters/l")
     found = CliRunner().invoke(app, ["gc", "--older-than", "1h", "--dry-run", "--home", str(home), "--json"])
@@ -142,15 +128,16 @@ def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(
     assert list(json.loads(found.stdout)["problems"]) == ["l"]
     with monkeypatch.context() as patch:
         patch.setattr("flows.gc.runtime", SimpleNamespace(deployment=SimpleNamespace(id="of a server")))
-        with pytest.raises(DealError, match="Lineage 'l': The store knows version 1"):
+        with pytest.raises(DealError, match=r"Lineage 'l': .*the entry of version 1 of 'l', is damaged"):
             collect(older_than="1000d")  # a run of a server is red, so that people see it
     done = collect(older_than="0h")
     assert [each.address for each in done.removals if each.kind == "adapter"] == ["adapters/m/0123456789abcdef"]
-    assert "The store knows version 1 of 'l'" in done.problems["l"] and "was deleted in MLflow" in done.problems["l"]
+    assert "the entry of version 1 of 'l', is damaged" in done.problems["l"]
     assert keys("adapters/m") == [] and keys("adapters/l") == before
-    for known in (*keys("ledger/l"), *keys("versions/l")):
-        assert f"delete {store.uri_of(known)} too" in collect("l", "0h").problems["l"]
-        store.delete(known)
+    store.delete(entry)
+    assert "lacks the entry of version 1 of 'l', which the promotion log names" in collect("l", "0h").problems["l"]
+    assert keys("adapters/l") == before
+    store.put_bytes(entry, whole)
     assert not collect("l", "0h").problems, "as the message says"
 
 

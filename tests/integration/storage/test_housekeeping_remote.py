@@ -14,6 +14,7 @@ from flows.forget import forget
 from flows.gc import gc
 from infra.store.s3 import S3Store
 from tasks.context import current_store
+from tasks.mlflow_mirror import sync_lineage
 from tests.adapting import BANK, CLINIC, FAIL, run
 
 SECRET = "Zanzibar-4711"
@@ -75,9 +76,11 @@ def test_what_goes_is_gone_from_both_servers(tiny_base: Path, bucket: S3Store, a
         return [info.key for info in bucket.list(f"adapters/l/{run_key[:16]}")]
 
     num_weights = len(list(artifacts.rglob("adapter_model.safetensors")))
+    assert num_weights, "MLflow has copies"
     done = asyncio.run(gc("l", "0h"))
     assert [removal.version for removal in done.removals if removal.kind == "adapter"] == ["2"]
     assert stored(first.run_key) and not stored(rejected.run_key)
+    sync_lineage(bucket, "l")
     assert len(list(artifacts.rglob("adapter_model.safetensors"))) == num_weights - 1
 
     plan = asyncio.run(forget("inbox/bank/may.jsonl", "the customer asked")).plan

@@ -6,10 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from infra.tracking.runs import artifacts_with_rows
 
+from deal_core.errors import StoreError
+from infra.run_journal import RunJournal
+from infra.store import keys
 from infra.store.local import FileStore
-from tasks.housekeeping.forgetting import affected_versions
+from tasks.housekeeping.arrivals import KnownArrival, find_arrival
+from tasks.housekeeping.forgetting import affected_versions, forget_held, plan_forgetting
 from tasks.lineage.tombstones import (
     ForgottenRowsError,
     TestRowsForgottenError,
@@ -19,7 +22,7 @@ from tasks.lineage.tombstones import (
     refuse_forgotten,
     require_test_rows,
 )
-from tests.unit.tasks.housekeeping.test_garbage import version
+from tests.versions import put_version, run, run_key, version
 
 
 def tombstone(**changes: object) -> Tombstone:
@@ -79,6 +82,87 @@ def test_only_forgotten_test_rows_are_said_to_be_forgotten(tmp_path: Path) -> No
     require_test_rows(store, "t", uri)
 
 
-def test_artifacts_made_of_rows_are_told_from_the_others() -> None:
-    paths = ["evaluation.json", "report.json", "figures/loss.png", "report.html", "figures/report.html"]
-    assert artifacts_with_rows(paths) == ("report.json", "report.html")
+FORGOTTEN = "d" * 64
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
+    """Four runs with a report: two learned the arrival, of which one failed; one continues its version; one is another.
+
+    The adapter of the continuing version was removed, so nobody knows what judged it.
+    """
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
+    found = FileStore(tmp_path / "store")
+    put_version(found, version(1, dataset_sha256=FORGOTTEN, accepted=True))
+    put_version(found, version(2, 1, dataset_sha256="e" * 64))
+    put_version(found, version(3, dataset_sha256="e" * 64))
+    found.put_bytes(f"{keys.version_folder('l')}/00000002.removed.json", b'{"schema_version": 1, "day": "2030-01-01"}')
+    for number, sha256 in ((1, FORGOTTEN), (2, "e" * 64), (3, "e" * 64), (4, FORGOTTEN)):
+        RunJournal(found).start(run(number, dataset_sha256=sha256))
+        for name in ("report.json", "evaluation.json", "live.json", "another.txt"):
+            found.put_bytes(keys.report_key("l", run_key(number), name), b"a row")
+    return found
+
+
+def arrival_of(store: FileStore) -> KnownArrival:
+    return find_arrival(store, FORGOTTEN[:8])
+
+
+def orders(store: FileStore) -> dict[str, bytes]:
+    return {info.key: store.get_bytes(info.key) for info in store.list("mlflow")}
+
+
+def reports(store: FileStore) -> list[str]:
+    return [info.key.removeprefix("reports/l/") for info in store.list("reports")]
+
+
+def test_reports_of_the_runs_with_rows_go_and_figures_stay(store: FileStore) -> None:
+    plan = plan_forgetting(store, arrival_of(store))
+    assert {each.kind for each in plan.held} == {"report"}
+    assert orders(store) == {} and len(reports(store)) == 16, "a plan changes nothing"
+    forget_held(store, plan)
+    short = {number: run_key(number)[:16] for number in range(1, 5)}
+    assert orders(store) == {f"mlflow/l/{short[number]}.forget": run_key(number).encode() for number in (1, 2, 4)}
+    assert [key for key in reports(store) if short[3] in key] == [
+        f"{short[3]}/{name}" for name in ("another.txt", "evaluation.json", "live.json", "report.json")
+    ]
+    left = [f"{short[number]}/{name}" for number in (1, 2, 4) for name in ("evaluation.json", "live.json")]
+    assert [key for key in reports(store) if short[3] not in key] == left
+    assert len(RunJournal(store).all("l")) == 4, "a journal has no rows"
+    assert plan_forgetting(store, arrival_of(store)).held == ()
+
+
+@pytest.mark.parametrize("num_deleted", [0, 1, 3])
+def test_orders_for_mlflow_outlive_a_call_that_is_killed_while_it_removes(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, num_deleted: int
+) -> None:
+    """Its next call finds fewer rows, and the orders of the first one still stand."""
+    delete, deleted = store.delete, list[str]()
+
+    def die(key: str) -> int:
+        if len(deleted) == num_deleted:
+            raise KeyboardInterrupt
+        deleted.append(key)
+        return delete(key)
+
+    whole = plan_forgetting(store, arrival_of(store))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete", die)
+        with pytest.raises(KeyboardInterrupt):
+            forget_held(store, whole)
+    ordered = orders(store)
+    assert len(ordered) == 3 and len(reports(store)) == 16 - num_deleted
+    again = plan_forgetting(store, arrival_of(store))
+    assert len(again.held) == len(whole.held) - num_deleted
+    forget_held(store, again)
+    assert orders(store) == ordered and plan_forgetting(store, arrival_of(store)).held == ()
+
+
+@pytest.mark.parametrize("key", ["versions/l/00000001.json", f"runs/l/{run_key(3)[:16]}.json"])
+def test_a_damaged_entry_stops_a_forgetting_before_it_changes_anything(store: FileStore, key: str) -> None:
+    arrival = arrival_of(store)
+    store.put_bytes(key, b"{")
+    before = [(info.key, info.etag) for info in store.list("")]
+    with pytest.raises(StoreError, match="Restore it from a backup"):
+        plan_forgetting(store, arrival)
+    assert [(info.key, info.etag) for info in store.list("")] == before

@@ -9,25 +9,25 @@ from typing import Any
 
 import numpy
 import pytest
-from infra.tracking.facts import VersionFacts
-from infra.version_log import Ledger, StoredVersion, VersionLog
 from safetensors.numpy import save_file
 
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
-from infra.promotions import Change, PromotionLog
+from infra.promotions import PromotionLog
+from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
+from infra.versions import Versions
+from tasks.adaptation.frozen_rows import load_test_set, read_answers
+from tasks.adaptation.manifests import read_manifest
 from tasks.adaptation.resume import read_findings
 from tasks.inbox import read_state
-from tasks.lineage.datasets import read_manifest
-from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_folder, borrowed_parent, require_stored
-from tasks.references import VersionRef
 from tasks.serving.vllm import read_route
+from tests.versions import move, put_version, run_key, version
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
@@ -46,26 +46,6 @@ MANIFEST = DatasetManifest(
     split="given",
     landed_sha256="88",
 )
-FACTS = VersionFacts(
-    run_key="0123456789abcdef" * 4,
-    task="bank",
-    strategy="deal",
-    base_sha256="b" * 64,
-    dataset_sha256="d" * 64,
-    config_sha256="c" * 64,
-    adapter_uri=ADAPTER,
-    adapter_sha256="a" * 64,
-    files_sha256={},
-    landed_sha256="e" * 64,
-    train_seconds=1.0,
-    parent_version=None,
-    accepted=True,
-    reasons=(),
-    average_accuracy=0.5,
-    forgetting=None,
-    backward_transfer=None,
-    forward_transfer=None,
-)
 READERS: dict[str, Callable[[ObjectStore], Any]] = {
     f"{ADAPTER}/record.json": lambda store: read_record(store, ADAPTER),
     f"{ADAPTER}/findings.json": lambda store: read_findings(ADAPTER),
@@ -73,11 +53,11 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
     "datasets/bank/77/manifest.json": lambda store: read_manifest(store, "datasets/bank/77"),
     "datasets/bank/77/test.parquet": lambda store: load_test_set(store, BANK),
     "promotions/l/00000001.json": lambda store: PromotionLog(store).last("l"),
-    "ledger/l/77.json": lambda store: Ledger(store).find("l", "77"),
+    f"runs/l/{run_key(1)[:16]}.json": lambda store: RunJournal(store).find("l", run_key(1)),
     "watch/l.json": lambda store: read_state(store, "l"),
     "labels/l/bank.json": lambda store: added_labels(store, "l", "bank"),
     "serving/l.json": lambda store: read_route(store, "l"),
-    "versions/l/00000007.json": lambda store: VersionLog(store).read("l", 7),
+    "versions/l/00000007.json": lambda store: Versions(store).find("l", "7"),
     "lineages/l.yaml": lambda store: read_lineage(store, "l"),
 }
 
@@ -86,8 +66,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
 def store(home: Path) -> ObjectStore:
     """A store with an adapter, which is that of version 3."""
     found = open_store((home / "store").as_uri())
-    stored = StoredVersion(lineage="l", version="3", created="2030-01-01T00:00:00Z", facts=FACTS)
-    found.put_bytes("versions/l/00000003.json", stored.model_dump_json().encode())
+    put_version(found, version(3, adapter_uri=ADAPTER))
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
     found.put_bytes("datasets/bank/77/manifest.json", json.dumps(MANIFEST.to_json()).encode())
     save_file({"a": numpy.ones((64, 8), numpy.float32)}, weights_of(home))
@@ -123,8 +102,7 @@ def test_a_file_beside_an_adapter_is_named_with_its_version(store: ObjectStore, 
 
 
 def test_of_the_champion_it_is_said_what_still_works(store: ObjectStore) -> None:
-    change = Change(action="promoted", lineage="l", version="3", before=None, champion="3", who="gate", why="passed")
-    PromotionLog(store).add(None, change)
+    move(store, "3")
     with pytest.raises(
         ObjectNotFoundError,
         match=r"record\.json, a file of version 3, champion of 'l', is missing"
@@ -175,18 +153,9 @@ def test_an_adapter_without_one_of_its_files_is_not_lent(store: ObjectStore, nam
 @pytest.mark.parametrize("name", ["method.json", "method.safetensors"])
 def test_a_damaged_state_of_the_method_stops_training_and_not_answering(store: ObjectStore, name: str) -> None:
     store.put_bytes(f"{ADAPTER}/{name}", b"[]")
-    parent = VersionRef(
-        lineage="l",
-        version="3",
-        run_key="k",
-        adapter_uri=ADAPTER,
-        adapter_sha256="a" * 64,
-        files_sha256={},
-        accepted=True,
-    )
     with (
         pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged"),
-        borrowed_parent(store, parent),
+        borrowed_parent(store, Versions(store).find("l", "3")),
     ):
         pytest.fail("it was lent")
     with borrowed_folder(store, ADAPTER) as folder:

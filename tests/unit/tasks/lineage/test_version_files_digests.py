@@ -4,44 +4,24 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
-from infra.tracking.registry import Registry
 from safetensors.torch import save_file
 
 from deal_core.adapter.files import as_recorded, digests_of, sha256_together
-from deal_core.adapter.method_state import STORED_ROWS
 from deal_core.errors import IntegrityError
+from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
-from infra.versions import Version
-from tasks.lineage.history import version_ref
+from infra.versions import Version, Versions
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent, replacing
 from tasks.references import AdapterRef
-from tests.unit.tasks.housekeeping.test_garbage import version
+from tests.versions import put_version, version
 
 CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
 ROOT = Path(__file__).resolve().parents[4]
 WEIGHTS, STATE = "adapter_model.safetensors", "method.safetensors"
-
-
-class Tags:
-    """Takes the place of the registry: what the version's tags say now."""
-
-    def __init__(self, info: Version) -> None:
-        self.info = info
-
-    def tag_version(self, lineage: str, number: str, tags: Mapping[str, str]) -> None:
-        assert (lineage, number) == (self.info.lineage, self.info.version)
-        files = {name: tuple(digests) for name, digests in json.loads(tags["files_sha256"]).items()}
-        self.info = replace(self.info, files_sha256=files)
-
-    def version(self, lineage: str, number: str) -> Version:
-        return self.info
 
 
 @pytest.fixture
@@ -52,7 +32,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
 
 @pytest.fixture
 def info(store: FileStore, tmp_path: Path) -> Version:
-    """Version 2 as this release registers it."""
+    """Version 2 as it was registered, without its parent."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
@@ -63,7 +43,14 @@ def info(store: FileStore, tmp_path: Path) -> Version:
     known = version(2, 1, adapter_sha256=sha256_together(found), files_sha256=as_recorded(found))
     store.upload_folder(folder, known.adapter_uri)
     store.put_bytes(f"{known.adapter_uri}/record.json", b"{}")
+    put_version(store, known)
     return known
+
+
+def now(store: FileStore) -> Version:
+    """The version as the store has it now."""
+    (found,) = Versions(store).all("l")
+    return found
 
 
 @pytest.fixture
@@ -93,7 +80,7 @@ def load(store: FileStore, info: Version) -> None:
     """Load it to answer, then to continue it."""
     with borrowed_adapter(store, info) as folder:
         assert (folder / WEIGHTS).is_file()
-    with borrowed_parent(store, version_ref(info)) as parent:
+    with borrowed_parent(store, info) as parent:
         assert parent is not None and (parent / STATE).is_file()
 
 
@@ -117,7 +104,7 @@ def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileSt
     assert message.startswith("Version 2 of 'l' is damaged") and found in message and recorded in message
     assert store.uri_of(info.adapter_uri) in message and "from a backup" in message
     assert "deal rollback --to 1 --lineage l" in message
-    with pytest.raises(IntegrityError), borrowed_parent(store, version_ref(info)):
+    with pytest.raises(IntegrityError), borrowed_parent(store, info):
         pytest.fail("it was lent")
     just_trained = just_trained_as(info)
     with pytest.raises(IntegrityError, match="same command again"), borrowed_adapter(store, just_trained):
@@ -128,41 +115,40 @@ def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info:
     flip(store, info, STATE)
     with borrowed_adapter(store, info):
         pass
-    with pytest.raises(IntegrityError, match=STATE), borrowed_parent(store, version_ref(info)):
+    with pytest.raises(IntegrityError, match=STATE), borrowed_parent(store, info):
         pytest.fail("it was lent")
 
 
 def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
     store: FileStore, info: Version, emptied: Path
 ) -> None:
-    tags = Tags(info)
-
     def be_killed() -> None:
-        with replacing(store, cast(Registry, tags), tags.info, emptied):
-            load(store, tags.info)
+        with replacing(store, now(store), emptied):
+            load(store, now(store))
             store.upload_file(emptied / "method.json", f"{info.adapter_uri}/method.json")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         be_killed()
-    load(store, tags.info)
-    with replacing(store, cast(Registry, tags), tags.info, emptied):
+    load(store, now(store))
+    with replacing(store, now(store), emptied):
         store.upload_folder(emptied, info.adapter_uri)
-        load(store, tags.info)
-    load(store, tags.info)
-    assert tags.info.files_sha256 == as_recorded(digests_of(store.root / info.adapter_uri))
+        load(store, now(store))
+    load(store, now(store))
+    assert now(store).files_sha256 == as_recorded(digests_of(store.root / info.adapter_uri))
+    with pytest.raises(IntegrityError, match="method"), borrowed_parent(store, info):
+        pytest.fail("it was lent by the digests of before")
     flip(store, info, WEIGHTS)
-    with pytest.raises(IntegrityError, match=WEIGHTS), borrowed_adapter(store, tags.info):
+    with pytest.raises(IntegrityError, match=WEIGHTS), borrowed_adapter(store, now(store)):
         pytest.fail("it was lent")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, STATE])
 def test_damage_is_not_washed_away_by_emptying_rows(store: FileStore, info: Version, emptied: Path, name: str) -> None:
     flip(store, info, name)
-    tags = Tags(info)
-    with replacing(store, cast(Registry, tags), tags.info, emptied):
+    with replacing(store, info, emptied):
         store.upload_folder(emptied, info.adapter_uri)
-    with pytest.raises(IntegrityError), borrowed_parent(store, version_ref(tags.info)):
+    with pytest.raises(IntegrityError, match=name), borrowed_parent(store, now(store)):
         pytest.fail("it was lent")
 
 
