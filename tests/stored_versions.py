@@ -33,10 +33,15 @@ VERSION = Version(
 )
 
 
-def store_version(store: ObjectStore, files: Mapping[str, bytes], lineage: str = "l", **changes: Any) -> Version:
-    """Store the files of an adapter by name, and register its version, which its gate accepted."""
+def store_version(
+    store: ObjectStore, files: Mapping[str, bytes], lineage: str = "l", *, uri: str | None = None, **changes: Any
+) -> Version:
+    """Store the files of an adapter by name, and register its version, which its gate accepted.
+
+    `uri` is the adapter's folder in the store; None: the one that its run would have.
+    """
     run_key = hashlib.sha256(f"{lineage} {len(Versions(store).all(lineage))}".encode()).hexdigest()
-    uri = keys.adapter_uri(lineage, keys.short_run(run_key))
+    uri = uri or keys.adapter_uri(lineage, keys.short_run(run_key))
     for name, content in files.items():
         store.put_bytes(f"{uri}/{name}", content)
     own = {

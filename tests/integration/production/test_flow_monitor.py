@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from tasks.lineage.reports import save_report
 from typer.testing import CliRunner
 
 from deal_core.data.rows import stored_input_digest
@@ -20,11 +21,8 @@ from deal_core.judging_config import MonitorConfig
 from flows.champions import evaluate, monitor, monitor_lineages
 from flows.cli.app import app
 from flows.forget import forget
+from infra.run_journal import RunJournal
 from infra.store.keys import baseline_key
-from infra.tracking.registry import open_registry
-from infra.tracking.runs import list_runs
-from infra.tracking.tracker import open_tracker
-from tasks.adaptation.report import save_report
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
@@ -48,7 +46,7 @@ def lineage(copied_home: Path) -> Path:
 
 
 def reference_of(version: str = "3") -> pd.DataFrame:
-    found = read_reference(current_store(), find_version(open_registry(), "l", version).adapter_uri)
+    found = read_reference(current_store(), find_version(current_store(), "l", version).adapter_uri)
     assert found is not None
     return found
 
@@ -80,7 +78,7 @@ def store_has_baseline() -> bool:
 
 
 def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
-    store, info = current_store(), find_version(open_registry(), "l", "3")
+    store, info = current_store(), find_version(current_store(), "l", "3")
     record, found = read_record(store, info.adapter_uri), reference_of()
     assert {*found["task"]} == {"bank", "clinic"}
     for known in record.tasks:
@@ -94,7 +92,7 @@ def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
         assert set(rows["label"].dropna()) <= set(known.schema.labels)
         assert [*rows["is_label"]] == [*rows["label"].notna()]
     assert found["input"].isna().all() and found["output"].isna().all()
-    assert find_version(open_registry(), "l", "2").adapter_uri != info.adapter_uri and not reference_of("2").empty
+    assert find_version(current_store(), "l", "2").adapter_uri != info.adapter_uri and not reference_of("2").empty
 
     store.delete(f"{info.adapter_uri}/{REFERENCE_FILE}")
     put_predictions(store, "l", live_of(found), "a")
@@ -140,7 +138,7 @@ def test_an_alarm_is_announced_once_until_it_was_gone(lineage: Path, receiver: R
 
 def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, tmp_path: Path) -> None:
     put_predictions(current_store(), "l", pd.concat([live(1), live(1, task="clinic", confidence=0.999)]), "a")
-    before = list_runs(open_tracker(), "l")
+    before = RunJournal(current_store()).all("l")
     found = json.loads(deal("monitor", "--lineage", "l", "--json"))
     deal("monitor", "--lineage", "l", "--json")
     assert {each["kind"] for each in found["new_alarms"]} == {"drift"}
@@ -150,17 +148,29 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     assert run.data.metrics["drift.clinic.confidence"] > 0.15 and run.data.metrics["drift.bank.num_live"] == NUM_LIVE
     steps = [each.step for each in client.get_metric_history(found["tracking_id"], "drift.bank.alarms")]
     assert steps == [1, 2], "all looks at a version are one run"
-    assert list_runs(open_tracker(), "l") == before, "no adaptation"
+    assert RunJournal(current_store()).all("l") == before, "no adaptation"
 
     page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert '<h2 id="live">Live traffic</h2>' in page and "clinic: drift</h3>" in page and "bank: no alarm</h3>" in page
     assert page.count(" and its reference</title>") == 2
-    own = find_version(open_registry(), "l", "3").tracking_id
-    kept = Path(client.download_artifacts(own, "report.html", str(tmp_path))).read_text(encoding="utf-8")
-    assert kept == page
     assert "Live traffic" not in save_report("l", "1", tmp_path / "one.html").file.read_text(encoding="utf-8")
     assert "l live: version 3" in deal("status") and "clinic: drift since" in deal("status")
     assert "alarm" in deal("monitor", "--lineage", "l")
+
+
+def test_a_look_counts_while_mlflow_is_away(
+    lineage: Path, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    put_predictions(current_store(), "l", live(1, confidence=0.999), "a")
+    found = look()
+    assert found.tracking_id is None and "The figures of this look are not in MLflow" in caplog.text
+    assert [each.kind for each in found.new_alarms] == ["drift"] and len(receiver.told()) == 1
+    state = read_monitor_state(current_store(), "l")
+    assert state is not None and state.num_looks == 1
+    page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
+    assert "bank: drift</h3>" in page
 
 
 def test_only_rows_since_the_promotion_count(lineage: Path) -> None:
@@ -174,7 +184,7 @@ def test_only_rows_since_the_promotion_count(lineage: Path) -> None:
 
 def test_feedback_that_says_wrong_is_a_drop(lineage: Path, receiver: Receiver) -> None:
     store = current_store()
-    uri = find_version(open_registry(), "l", "3").adapter_uri
+    uri = find_version(current_store(), "l", "3").adapter_uri
     right = reference_of().assign(score=1.0)  # the tiny model knows nothing
     right.to_parquet(lineage / "store" / uri / REFERENCE_FILE)
     rows = live(1, label="fee dispute", is_label=True)
@@ -185,7 +195,7 @@ def test_feedback_that_says_wrong_is_a_drop(lineage: Path, receiver: Receiver) -
     measured = found.drift.task("bank").measured
     assert measured is not None and measured.accuracy == 0.2 and measured.num_rows == 100
     before = found.drift.task("bank").before
-    assert before == read_record(store, find_version(open_registry(), "l", "1").adapter_uri).accuracies()["bank"]
+    assert before == read_record(store, find_version(current_store(), "l", "1").adapter_uri).accuracies()["bank"]
     told = {each["event"]: each["payload"] for each in receiver.told()}
     assert "measured at 20.0 %" in told["deal.quality.dropped"]["reasons"][0]
     assert told["deal.quality.dropped"]["accuracies"] == {"bank": 0.2}
@@ -252,13 +262,13 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
 
 def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
     store = current_store()
-    bank = read_record(store, find_version(open_registry(), "l", "3").adapter_uri).task("bank")
+    bank = read_record(store, find_version(current_store(), "l", "3").adapter_uri).task("bank")
     assert bank is not None
     done = asyncio.run(forget(bank.dataset_uri.split("/")[2]))
     assert {each.version for each in done.plan.held if each.kind == "reference rows"} == {"1", "2", "3"}
     for version in ("2", "3"):
         assert {*reference_of(version)["task"]} == {"clinic"}
-    assert not store.exists(f"{find_version(open_registry(), 'l', '1').adapter_uri}/{REFERENCE_FILE}")
+    assert not store.exists(f"{find_version(current_store(), 'l', '1').adapter_uri}/{REFERENCE_FILE}")
 
 
 def test_every_champion_is_looked_at(lineage: Path) -> None:
