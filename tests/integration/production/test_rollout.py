@@ -17,7 +17,7 @@ from flows.champions import RolloutResult, rollouts
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import PromotionLog
 from infra.settings import HomeSettings
-from infra.tracking.registry import open_registry
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.monitoring.rollout import look_at_rollout
 from tests.adapting import BANK, CLINIC, PASS, run
@@ -133,7 +133,7 @@ def check_a_worse_canary_is_rejected_by_itself(url: str, base: Path) -> Expected
     found = look()
     assert found.decision is not None and found.decision.action == "rejected", found
     assert moves()[-2:] == [("rollout", "2", "1", "gate"), ("rejected", "2", "1", "rollout")]
-    assert "rollout" not in [alias for each in open_registry().versions("l") for alias in each.aliases]
+    assert "rollout" not in [alias for each in Versions(current_store()).all("l") for alias in each.aliases]
     wait_for(lambda: tried(url) is None)
     assert {ask_as(url, user, TEXTS[0])["version"] for user in answered} == {"1"}
     assert asyncio.run(rollouts()) == []
@@ -153,7 +153,7 @@ def check_a_better_canary_is_promoted(url: str, base: Path, before: Expected) ->
 
 
 def check_a_shadow_changes_no_answer_and_the_log_has_both(url: str, base: Path) -> None:
-    champion = open_registry().champion("l")
+    champion = Versions(current_store()).champion("l")
     assert champion is not None
     body = {"dataframe_records": [{"input": text} for text in TEXTS]}  # the task that the champion learned last
 
