@@ -143,16 +143,21 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     deal("monitor", "--lineage", "l", "--json")
     assert {each["kind"] for each in found["new_alarms"]} == {"drift"}
     client = MlflowClient(f"sqlite:///{lineage / 'mlflow.db'}")
-    run = client.get_run(found["tracking_id"])
-    assert run.data.tags["deal.kind"] == "monitor" and run.info.status == "FINISHED"
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (run,) = client.search_runs(experiments, "tags.`deal.kind` = 'monitor'")
+    assert run.data.tags["deal.version"] == "3" and run.info.status == "FINISHED"
     assert run.data.metrics["drift.clinic.confidence"] > 0.15 and run.data.metrics["drift.bank.num_live"] == NUM_LIVE
-    steps = [each.step for each in client.get_metric_history(found["tracking_id"], "drift.bank.alarms")]
+    steps = [each.step for each in client.get_metric_history(run.info.run_id, "drift.bank.alarms")]
     assert steps == [1, 2], "all looks at a version are one run"
     assert RunJournal(current_store()).all("l") == before, "no adaptation"
 
     page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert '<h2 id="live">Live traffic</h2>' in page and "clinic: drift</h3>" in page and "bank: no alarm</h3>" in page
     assert page.count(" and its reference</title>") == 2
+    run_key = find_version(current_store(), "l", "3").run_key
+    (own,) = client.search_runs(experiments, f"tags.`deal.run_key` = '{run_key}'")
+    kept = Path(client.download_artifacts(own.info.run_id, "report.html", str(tmp_path))).read_text(encoding="utf-8")
+    assert kept == page
     assert "Live traffic" not in save_report("l", "1", tmp_path / "one.html").file.read_text(encoding="utf-8")
     assert "l live: version 3" in deal("status") and "clinic: drift since" in deal("status")
     assert "alarm" in deal("monitor", "--lineage", "l")
@@ -165,7 +170,7 @@ def test_a_look_counts_while_mlflow_is_away(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     put_predictions(current_store(), "l", live(1, confidence=0.999), "a")
     found = look()
-    assert found.tracking_id is None and "The figures of this look are not in MLflow" in caplog.text
+    assert "MLflow lacks a look at version 3" in caplog.text
     assert [each.kind for each in found.new_alarms] == ["drift"] and len(receiver.told()) == 1
     state = read_monitor_state(current_store(), "l")
     assert state is not None and state.num_looks == 1
