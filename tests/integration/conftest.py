@@ -22,7 +22,7 @@ from tests.s3 import ThreadedMotoServer
 
 @pytest.fixture(scope="session")
 def home_made_once(prefect_api: None, mlflow_database: Path, made_once: MakeOnce) -> MakeOnce:
-    """As `made_once`, for a home: it starts with an empty database of MLflow, and is the current one while it is made."""
+    """As `made_once`, for a home: it starts with an empty MLflow, and is current while it is made."""
 
     def folder_of(name: str, learn: Callable[[Path], object]) -> Path:
         def make(folder: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from mlflow.models import Model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -24,11 +23,11 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import answerer as answerer_module
 from deal_core.evaluation.answerer import Answerer
 from deal_core.evaluation.answering import ServedTask, ServedVersion
-from infra.served_model import SIGNATURE
 from infra.serving import run
 from infra.serving.champion import Champion
 from infra.serving.rollout import Rollout
 from infra.serving.server import make_app
+from infra.store.local import FileStore
 from tests.conftest import MakeOnce
 
 WAIT_SECONDS = 120
@@ -58,9 +57,10 @@ class Server:
             newest_task="bank",
         )
         self.answerer = Answerer(served, base, folder / "adapter", "1")
-        self.champion = Champion("l", print)
-        self.champion._answerer, self.champion._meta = self.answerer, Model(signature=SIGNATURE)
-        self.champion.rollout = Rollout(None, "l", self.answerer, None, print)  # type: ignore[arg-type]  # no registry
+        store = FileStore(folder / "store")
+        self.champion = Champion(store, "l", print)
+        self.champion._answerer = self.answerer
+        self.champion.rollout = Rollout(store, self.answerer, None, print)
         self.log = log
 
     @contextmanager

@@ -21,8 +21,9 @@ from deal_core.evaluation.answering import read_served
 from flows.cli.app import app
 from flows.forget import forget
 from infra.settings import VllmSettings
-from infra.versions import Version, Versions
+from infra.versions import Version
 from tasks.context import current_store
+from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.predict import Answer, predict
 from tasks.serving.export import Exported, _merged_card, export_version, hub_folder
@@ -42,9 +43,7 @@ def lineage(copied_home: Path) -> None:
 
 
 def version(number: str) -> Version:
-    found = Versions(current_store()).find("l", number)
-    assert found is not None
-    return found
+    return find_version(current_store(), "l", number)
 
 
 def asked() -> Answer:
@@ -97,7 +96,7 @@ def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, act: str) -> None
 
     with pytest.raises(RegistryError, match="did not pass its gate"):
         hand_over("2")
-    waiting = register("waiting", approval="awaiting")
+    waiting = register("waiting", needs_approval=True)
     with pytest.raises(RegistryError, match=f"deal promote {waiting.version} --lineage l"):
         hand_over(waiting.version)
     asyncio.run(forget(version("1").dataset_sha256))
@@ -153,7 +152,7 @@ def test_what_goes_to_the_hub_is_a_plain_peft_folder_with_its_card(
     home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "hub"
-    hub_folder(open_registry(), version("3"), folder)
+    hub_folder(current_store(), version("3"), folder)
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "adapter_config.json",

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from infra.tracking.runs import list_runs
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -21,12 +20,12 @@ from deal_core.judging_config import MonitorConfig
 from flows.champions import evaluate, monitor, monitor_lineages
 from flows.cli.app import app
 from flows.forget import forget
+from infra.run_journal import RunJournal
 from infra.store.keys import baseline_key
-from infra.tracking.tracker import open_tracker
-from tasks.adaptation.report import save_report
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
+from tasks.lineage.reports import save_report
 from tasks.monitoring.look import MonitorResult
 from tasks.monitoring.rows import REFERENCE_FILE, champion_since, read_reference
 from tasks.monitoring.state import read_monitor_state
@@ -139,27 +138,44 @@ def test_an_alarm_is_announced_once_until_it_was_gone(lineage: Path, receiver: R
 
 def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, tmp_path: Path) -> None:
     put_predictions(current_store(), "l", pd.concat([live(1), live(1, task="clinic", confidence=0.999)]), "a")
-    before = list_runs(open_tracker(), "l")
+    before = RunJournal(current_store()).all("l")
     found = json.loads(deal("monitor", "--lineage", "l", "--json"))
     deal("monitor", "--lineage", "l", "--json")
     assert {each["kind"] for each in found["new_alarms"]} == {"drift"}
     client = MlflowClient(f"sqlite:///{lineage / 'mlflow.db'}")
-    run = client.get_run(found["tracking_id"])
-    assert run.data.tags["deal.kind"] == "monitor" and run.info.status == "FINISHED"
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (run,) = client.search_runs(experiments, "tags.`deal.kind` = 'monitor'")
+    assert run.data.tags["deal.version"] == "3" and run.info.status == "FINISHED"
     assert run.data.metrics["drift.clinic.confidence"] > 0.15 and run.data.metrics["drift.bank.num_live"] == NUM_LIVE
-    steps = [each.step for each in client.get_metric_history(found["tracking_id"], "drift.bank.alarms")]
+    steps = [each.step for each in client.get_metric_history(run.info.run_id, "drift.bank.alarms")]
     assert steps == [1, 2], "all looks at a version are one run"
-    assert list_runs(open_tracker(), "l") == before, "no adaptation"
+    assert RunJournal(current_store()).all("l") == before, "no adaptation"
 
     page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert '<h2 id="live">Live traffic</h2>' in page and "clinic: drift</h3>" in page and "bank: no alarm</h3>" in page
     assert page.count(" and its reference</title>") == 2
-    own = find_version(current_store(), "l", "3").tracking_id
-    kept = Path(client.download_artifacts(own, "report.html", str(tmp_path))).read_text(encoding="utf-8")
+    run_key = find_version(current_store(), "l", "3").run_key
+    (own,) = client.search_runs(experiments, f"tags.`deal.run_key` = '{run_key}'")
+    kept = Path(client.download_artifacts(own.info.run_id, "report.html", str(tmp_path))).read_text(encoding="utf-8")
     assert kept == page
     assert "Live traffic" not in save_report("l", "1", tmp_path / "one.html").file.read_text(encoding="utf-8")
     assert "l live: version 3" in deal("status") and "clinic: drift since" in deal("status")
     assert "alarm" in deal("monitor", "--lineage", "l")
+
+
+def test_a_look_counts_while_mlflow_is_away(
+    lineage: Path, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    put_predictions(current_store(), "l", live(1, confidence=0.999), "a")
+    found = look()
+    assert "MLflow lacks a look at version 3" in caplog.text
+    assert [each.kind for each in found.new_alarms] == ["drift"] and len(receiver.told()) == 1
+    state = read_monitor_state(current_store(), "l")
+    assert state is not None and state.num_looks == 1
+    page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
+    assert "bank: drift</h3>" in page
 
 
 def test_only_rows_since_the_promotion_count(lineage: Path) -> None:

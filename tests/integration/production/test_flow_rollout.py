@@ -1,18 +1,16 @@
-"""A rollout in the promotion log and the registry: how it begins, what ends it, and who decides."""
+"""A rollout in the promotion log: how it begins, what ends it, and who decides."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
 import pytest
-from infra.tracking.registry import Registry, open_registry
 from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
-from flows.champions import abort_rollout, check_rollout, finish_rollout, rollouts
+from flows.champions import abort_rollout, check_rollout, finish_rollout
 from flows.cli.app import app
 from flows.promote import decide
 from infra.promotions import PromotionLog
@@ -20,9 +18,8 @@ from infra.versions import Version, Versions
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
-from tasks.lineage.history import descent, find_version, standing_of
+from tasks.lineage.history import find_version
 from tasks.lineage.promotion import promote_accepted
-from tests.in_process import KilledError
 from tests.registering import register
 
 BY = {"who": "Ada", "why": "a test"}
@@ -44,25 +41,19 @@ def begin(name: str) -> Version:
 
 
 def in_rollout() -> str | None:
-    """The version that the log and the alias name; both name the same."""
-    opened, found = (
-        PromotionLog(current_store()).open_rollout("l"),
-        Versions(current_store()).with_alias("l", "rollout"),
-    )
+    """The version that the log names, and the one with the alias; they are the same."""
+    store = current_store()
+    opened, found = PromotionLog(store).open_rollout("l"), Versions(store).with_alias("l", "rollout")
     assert (opened.version if opened else None) == (found.version if found else None)
     return found.version if found else None
 
 
 def champion() -> str:
-    found = Versions(current_store()).champion("l")
-    assert found is not None
-    return found.version
+    return find_version(current_store(), "l", None).version
 
 
 def standing(version: str) -> str:
-    registry = open_registry()
-    versions = registry.versions("l")
-    return standing_of(find_version(registry, "l", version), descent(versions, registry.champion("l")))
+    return find_version(current_store(), "l", version).standing
 
 
 def newest_move() -> tuple[str, str, str | None, str]:
@@ -75,8 +66,9 @@ def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -
     assert (in_rollout(), champion(), standing("4")) == ("4", "3", "in rollout")
     assert newest_move() == ("rollout", "4", "3", "gate")
     num_moves = len(PromotionLog(current_store()).moves("l"))
-    promote_accepted(current_store(), find_version(current_store(), "l", "4"))  # its run died, and is completed again
-    promote_accepted(current_store(), version)
+    store = current_store()
+    promote_accepted(store, find_version(store, "l", "4"))  # its run died, and is completed again
+    promote_accepted(store, version)
     assert len(PromotionLog(current_store()).moves("l")) == num_moves
     parent = find_parent("l")
     assert parent is not None and parent.version == "3" and find_left_behind("l") == ()
@@ -116,45 +108,15 @@ def test_a_person_or_the_rollout_rejects_the_version() -> None:
             act("l", **BY)
 
 
-def test_a_rollout_whose_version_was_deleted_in_mlflow_can_be_aborted() -> None:
-    begin("a")
-    open_registry().client.delete_model_version("l", "4")
-    with pytest.raises(RegistryError, match=r"Version 4 of .l. was deleted in MLflow .* deal rollout abort"):
-        check_rollout("l")
-    assert abort_rollout("l", **BY).action == "rejected"
-    assert (in_rollout(), champion(), newest_move()) == (None, "3", ("rejected", "4", "3", "Ada"))
-    assert check_rollout("l").status.version is None
-
-
 @pytest.mark.parametrize("by_form", [False, True])
 def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
-    promote_accepted(current_store(), register("a", rollout=TERMS, approval="awaiting"))
+    promote_accepted(current_store(), register("a", rollout=TERMS, needs_approval=True))
     assert (in_rollout(), standing("4")) == (None, "awaiting approval")
     done = decide("l", "4", "approve", **BY) if by_form else promote_to("l", "4", **BY)
     assert (done.action, in_rollout(), champion()) == ("rollout", "4", "3")
     assert find_version(current_store(), "l", "4").approval == "given"
     assert check_rollout("l").decision is None, "nobody has asked it yet"
     assert promote_to("l", "4", **BY).action == "promoted" and (in_rollout(), champion()) == (None, "4")
-
-
-def test_a_rollout_that_was_cut_short_is_completed_by_whoever_looks_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = register("a", rollout=TERMS)
-
-    def die(*_: object) -> None:
-        raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Registry, "set_alias", die)
-        with pytest.raises(KilledError):
-            promote_accepted(current_store(), version)
-    assert find_parent("l") is not None and in_rollout() == "4"
-    with monkeypatch.context() as patch:
-        patch.setattr(Registry, "drop_alias", die)
-        with pytest.raises(KilledError):
-            abort_rollout("l", **BY)
-    assert find_parent("l") is not None and in_rollout() is None
-    open_registry().set_alias("l", "rollout", "4")  # by hand, in MLflow
-    assert asyncio.run(rollouts())[0].status.version is None and in_rollout() is None
 
 
 def test_the_commands_say_what_is_tried(home: Path) -> None:

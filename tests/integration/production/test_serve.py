@@ -11,9 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,27 +20,43 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from infra.tracking.facts import VersionFacts
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.output import DEAL
-from benchmarks.speed.serving import LINEAGE, Clients, Expected, answers_of, learn_versions, served, stale, texts_to_ask
+from benchmarks.speed.serving import (
+    LINEAGE,
+    Clients,
+    Expected,
+    answers_of,
+    learn_versions,
+    make_champion,
+    served,
+    stale,
+    texts_to_ask,
+)
+from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
-from deal_core.errors import ConfigError, RegistryError
+from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answerer
 from infra.predictions import read_feedback, read_predictions
 from infra.served_model import _load_pyfunc
 from infra.serving.champion import NoChampionError
 from infra.serving.run import serve
-from infra.settings import HomeSettings
-from infra.tracking.tracker import open_tracker
-from infra.versions import Versions
+from infra.settings import HomeSettings, TrackingSettings
+from infra.store.keys import adapter_uri, file_name
+from infra.tracking.client import global_address
+from infra.versions import UNREGISTERED, Versions
 from tasks.context import current_store
+from tasks.housekeeping.garbage import ship_logs
+from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_folder
+from tasks.mlflow_mirror import sync_lineage
 
 WAIT_SECONDS = 300.0
 TEXTS = texts_to_ask()[:12]
@@ -69,33 +83,37 @@ def state(url: str) -> dict[str, str | None]:
     return found
 
 
-def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
-    """A version that cannot be served: MLflow has a plain PEFT folder of it."""
-    registry = open_registry()
-    newest = registry.versions(LINEAGE)[-1]
-    facts = VersionFacts(**{name: getattr(newest, name) for name in VersionFacts.__dataclass_fields__})
-    with (
-        borrowed_folder(current_store(), newest.adapter_uri) as folder,
-        open_tracker().start(LINEAGE, "old", name="old") as run,
-    ):
-        model_id = run.log_adapter(folder, "old", sha256=facts.adapter_sha256)
-        known = registry.register(LINEAGE, replace(facts, run_key="old"), tracking_id=run.run_id, model_id=model_id)
-    return known.version
+def register_again(version: str, run_key: str, **changes: Any) -> str:
+    """Register a further version of the same files; return its number."""
+    known = find_version(current_store(), LINEAGE, version)
+    again = known.model_copy(update={"version": UNREGISTERED, "run_key": run_key, **changes})
+    return Versions(current_store()).register(again).version
+
+
+def register_damaged() -> str:
+    """Register a version one of whose files has other bytes in the store than it had."""
+    store, uri = current_store(), adapter_uri(LINEAGE, "damaged")
+    for info in store.list(find_version(store, LINEAGE, "2").adapter_uri):
+        store.put_bytes(f"{uri}/{file_name(info.key)}", store.get_bytes(info.key))
+    store.put_bytes(f"{uri}/{WEIGHTS_FILE}", b"other bytes")
+    return register_again("2", "damaged", adapter_uri=uri)
 
 
 def test_deal_serve_moves_with_the_champion_fails_no_request_and_logs_every_answer_but_no_word(
-    versions: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    versions: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One server for all of it, as its start takes long. In the end it is killed."""
-    open_registry().set_alias(LINEAGE, "champion", "2")
+    """One server for all of it, as its start takes long. MLflow is away all the time. In the end it is killed."""
+    make_champion("2")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
-    store = current_store()
+    store, home = current_store(), HomeSettings().home
     with served() as (url, process):
         asked = answers_with_feedback(url, versions["2"])
-        num_asked = len(TEXTS) + check_the_champion_is_followed(url, versions, tmp_path) + check_requests(url)
-        wait_for(lambda: len(read_feedback(store, LINEAGE)) == 1)
-        wait_for(lambda: len(read_predictions(store, LINEAGE)) == num_asked)
+        num_asked = len(TEXTS) + check_the_champion_is_followed(url, versions) + check_requests(url)
+        wait_for(lambda: len(read_feedback(store, home, LINEAGE)) == 1)
+        wait_for(lambda: len(read_predictions(store, home, LINEAGE)) == num_asked)
         assert psutil.Process(process.pid).children() == [], "one process has the one base model"
+        assert not list(store.list("predictions")), "a server that lives keeps its segment"
         process.kill()
         process.wait(WAIT_SECONDS)
     check_the_log_has_the_answers_and_no_word(asked)
@@ -112,31 +130,30 @@ def answers_with_feedback(url: str, expected: Sequence[str]) -> list[dict[str, A
     return asked
 
 
-def check_the_champion_is_followed(url: str, versions: Expected, tmp_path: Path) -> int:
-    """Move the alias while clients ask. There is no time limit: one waits for the first answer of the new version.
+def check_the_champion_is_followed(url: str, versions: Expected) -> int:
+    """Move the champion while clients ask. There is no time limit: one waits for the first answer of the new version.
 
     Returns:
         How many answers the clients got.
     """
-    registry = open_registry()
     moves: list[tuple[float, str]] = []
     clients = Clients(url, TEXTS, "bank", versions)
     with clients.asking(4):
 
         def move_to(version: str) -> None:
             moves.append((time.monotonic(), version))
-            registry.set_alias(LINEAGE, "champion", version)
+            make_champion(version)
             clients.first_of(version, moves[-1][0], sent_since=moves[-1][0])
 
         for version in ("1", "2"):
             move_to(version)
-        old = register_what_mlflow_cannot_serve(tmp_path)
-        registry.set_alias(LINEAGE, "champion", old)
+        damaged = register_damaged()
+        make_champion(damaged)
         wait_for(lambda: state(url)["problem"] is not None)
-        assert (state(url)["version"], state(url)["champion"]) == ("2", old)
-        assert "MLflow has no model of version" in str(state(url)["problem"])
+        assert (state(url)["version"], state(url)["champion"]) == ("2", damaged)
+        assert f"{WEIGHTS_FILE} has sha256" in str(state(url)["problem"])
         metrics = httpx.get(f"{url}/metrics").text
-        assert f'deal_serving{{champion="{old}",lineage="{LINEAGE}",version="2"}} 1.0' in metrics
+        assert f'deal_serving{{champion="{damaged}",lineage="{LINEAGE}",version="2"}} 1.0' in metrics
         assert "deal_serving_problem 1.0" in metrics
         now = time.monotonic()
         clients.first_of("2", now, sent_since=now)
@@ -145,7 +162,7 @@ def check_the_champion_is_followed(url: str, versions: Expected, tmp_path: Path)
         assert "deal_serving_problem 0.0" in httpx.get(f"{url}/metrics").text
     log = (HomeSettings().home / "logs" / f"serve-{LINEAGE}.log").read_text()
     assert "Version 2 serves" in log and TEXTS[0] not in log
-    assert f"WARNING deal.serving: Version {old} does not load" in log
+    assert f"WARNING deal.serving: Version {damaged} does not load" in log
     assert [each.problem for each in clients.answers if each.problem] == []
     assert stale(clients.answers, moves) == 0
     return len(clients.answers)
@@ -154,59 +171,29 @@ def check_the_champion_is_followed(url: str, versions: Expected, tmp_path: Path)
 def check_the_log_has_the_answers_and_no_word(asked: list[dict[str, Any]]) -> None:
     """The log of a killed server. It keeps numbers."""
     store, home = current_store(), HomeSettings().home
-    everything = read_predictions(store, LINEAGE, task="bank")
+    ship_logs(store)
+    everything = read_predictions(store, home, LINEAGE, task="bank")
     assert set(everything["version"]) == {"1", "2"} and everything["input"].isna().all()
     assert everything["confidence"].between(0, 1).all() and (everything["label_mass"] > 0).all()
     found = everything.head(len(asked))
     assert [*found["id"]] == [row["id"] for row in asked] and set(found["version"]) == {"2"}
     assert [*found["confidence"]] == [row["confidence"] for row in asked]
-    assert [*read_feedback(store, LINEAGE)["id"]] == [asked[0]["id"]]
+    assert len(list(store.list("predictions"))) == 1
+    assert [*read_feedback(store, home, LINEAGE)["id"]] == [asked[0]["id"]]
     kept = [path for path in home.rglob("*") if path.is_file() and {"predictions", "feedback"} & {*path.parts}]
     tables = [path for path in kept if path.suffix == ".parquet"]
     content = b"".join(json.dumps(pq.read_table(path).to_pylist()).encode() + path.read_bytes() for path in tables)
     labels = " ".join(str(label) for label in everything["label"])
     words = {word for text in TEXTS for word in text.split() if len(word) > 4 and word not in labels}
-    assert len(tables) == len(kept) > 1 and words and not [word for word in words if word.encode() in content]
-
-
-def register_again(version: str, run_key: str) -> str:
-    """Register a further version of the same files; return its number."""
-    info = next(each for each in Versions(current_store()).all(LINEAGE) if each.version == version)
-    facts = VersionFacts(**{name: getattr(info, name) for name in VersionFacts.__dataclass_fields__})
-    again = replace(facts, run_key=run_key)
-    return open_registry().register(LINEAGE, again, tracking_id=info.tracking_id, model_id=info.model_id).version
-
-
-def test_files_that_are_not_where_mlflow_says_are_named(versions: Expected, tmp_path: Path) -> None:
-    registry = open_registry()
-    model = registry._logged_model(LINEAGE, "1")
-    assert model is not None
-    folder = Path(model.artifact_location.removeprefix("file://"))
-    folder.rename(tmp_path / "moved")
-    try:
-        with pytest.raises(RegistryError, match=r"no files where MLflow says: .*If the home was moved or copied"):
-            registry.download(LINEAGE, "1", tmp_path / "version")
-    finally:
-        (tmp_path / "moved").rename(folder)
-    registry.download(LINEAGE, "1", tmp_path / "version")
-
-
-def test_files_that_a_server_keeps_need_that_server(
-    versions: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry = open_registry()
-    kept = SimpleNamespace(artifact_location="mlflow-artifacts:/1/models/m-1/artifacts")
-    monkeypatch.setattr(registry, "_logged_model", lambda *names: kept)
-    with pytest.raises(RegistryError, match=r"kept by an MLflow server.*Give deal up first"):
-        registry.download(LINEAGE, "1", tmp_path / "version")
+    assert len(tables) == 2 and words and not [word for word in words if word.encode() in content]
 
 
 @pytest.mark.nightly
 def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry, home = open_registry(), HomeSettings().home
+    home = HomeSettings().home
     monkeypatch.setenv("DEAL_TRUSTED_HOSTS", "a.example b.example")
     third = register_again("1", "third")
-    registry.set_alias(LINEAGE, "champion", third)
+    make_champion(third)
     with served() as (url, process):
         for host, status in (("b.example", 200), ("evil.example", 400)):
             assert httpx.get(f"{url}/health", headers={"Host": host}).status_code == status
@@ -214,14 +201,14 @@ def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypa
         assert list(temporary.iterdir()) == [], "the version is in memory"
         temporary.rmdir()
         temporary.touch()  # no folder can be made there, as on a full disk
-        registry.set_alias(LINEAGE, "champion", "2")
+        make_champion("2")
         wait_for(lambda: state(url)["problem"] is not None)
         assert f"version {third} continues to serve" in str(state(url)["problem"]) and str(temporary) in str(state(url))
         row = {"input": TEXTS[0], "task": "bank"}
         answer = httpx.post(f"{url}/invocations", json={"dataframe_records": [row]}, timeout=60)
         assert answer.headers["X-Deal-Version"] == third
         temporary.unlink()
-        registry.set_alias(LINEAGE, "champion", "1")
+        make_champion("1")
         wait_for(lambda: state(url)["version"] == "1")
         wait_for(lambda: list(temporary.iterdir()) == [])
         assert process.poll() is None
@@ -229,26 +216,29 @@ def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypa
 
 def test_a_lineage_that_does_not_exist_has_no_log(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
+    left = home / "predictions" / "nobody" / "20260101T000000-0123456789ab.jsonl"
+    left.parent.mkdir(parents=True)
+    left.write_text("a file that this server must not move")
 
     def begin(lineage: str) -> None:
-        def settle() -> None: ...
-
-        serve(
-            lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, settle=settle, ready=lambda *_: None
-        )
+        store = current_store()
+        serve(store, lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, ready=lambda *_: None)
 
     with pytest.raises(NoChampionError):
         begin("nobody")
-    assert not list(current_store().list())
+    assert left.exists()
     with pytest.raises(ConfigError, match="The lineage is"):
         begin("../../data")
 
 
 @pytest.mark.nightly
-def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tracking server accepts connections and never answers, so a call of MLflow's client takes minutes."""
+def test_ctrl_c_ends_at_once_though_the_store_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An S3 server accepts connections and never answers, so a request takes minutes."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket")
+        monkeypatch.setenv("DEAL_S3_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "secret")
         process = subprocess.Popen(
             [*DEAL, "serve", "--lineage", LINEAGE, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -256,7 +246,7 @@ def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monk
             silent.settimeout(WAIT_SECONDS)
             with silent.accept()[0]:
                 process.send_signal(signal.SIGINT)
-                said, _ = process.communicate(timeout=WAIT_SECONDS)  # MLflow gives up after ten minutes
+                said, _ = process.communicate(timeout=WAIT_SECONDS)
         finally:
             process.kill()
         assert (process.returncode, said) == (0, b"")
@@ -264,7 +254,7 @@ def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monk
 
 def test_ctrl_c_ends_the_server_while_it_prepares_large_requests(versions: Expected) -> None:
     """Their rows take seconds of processor time to prepare. The server gives them up at the signal, and ends."""
-    open_registry().set_alias(LINEAGE, "champion", "2")
+    make_champion("2")
     body = {"dataframe_records": [{"input": "I lost my card. " * 60_000, "task": "bank"}] * 15}
     with served() as (url, process), ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(httpx.post, f"{url}/invocations", json=body, timeout=2 * WAIT_SECONDS) for _ in range(4)]
@@ -304,7 +294,7 @@ def check_requests(url: str) -> int:
 
 @pytest.mark.nightly
 def test_mlflow_models_serve_answers_with_the_champion(versions: Expected, free_port: int, tmp_path: Path) -> None:
-    open_registry().set_alias(LINEAGE, "champion", "2")
+    example = json.loads((registered_folder("2", tmp_path) / "serving_input_example.json").read_text())
     url = f"http://127.0.0.1:{free_port}"
     command = [
         sys.executable,
@@ -340,7 +330,6 @@ def test_mlflow_models_serve_answers_with_the_champion(versions: Expected, free_
 
     try:
         wait_for(is_up, 240)
-        example = json.loads((registered_folder("2", tmp_path) / "serving_input_example.json").read_text())
         assert httpx.post(f"{url}/invocations", json=example, timeout=60).is_success
         rows = [{"input": text, "task": "bank"} for text in TEXTS[:2]]
         answer = httpx.post(f"{url}/invocations", json={"dataframe_records": rows}, timeout=60)
@@ -379,9 +368,11 @@ def loaded(folder: Path) -> Answerer:
 
 
 def registered_folder(version: str, tmp_path: Path) -> Path:
-    folder = tmp_path / f"registered-{version}"
-    open_registry().download(LINEAGE, version, folder)
-    return folder
+    """A version as somebody gets it who reads MLflow alone."""
+    make_champion(version)
+    sync_lineage(current_store(), LINEAGE)
+    with global_address(TrackingSettings().tracking_uri):
+        return Path(download_artifacts(artifact_uri=f"models:/{LINEAGE}@champion", dst_path=str(tmp_path / version)))
 
 
 def test_the_registrys_folder_loads_with_peft_alone(versions: Expected, tiny_base: Path, tmp_path: Path) -> None:
@@ -393,14 +384,14 @@ def test_the_registrys_folder_loads_with_peft_alone(versions: Expected, tiny_bas
         untouched = plain(**tokens).logits
         found = PeftModel.from_pretrained(plain, str(folder)).eval()(**tokens).logits
         base = load_base(str(tiny_base), HomeSettings().cache_dir, precision="fp32")
-        uri = Versions(current_store()).all(LINEAGE)[1].adapter_uri
+        uri = find_version(current_store(), LINEAGE, "2").adapter_uri
         with borrowed_folder(current_store(), uri) as own, adapter_on(base.model, own) as model:
             wanted = model(**tokens).logits
     assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(found, untouched, atol=1e-2)
 
 
 def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expected, tmp_path: Path) -> None:
-    info = Versions(current_store()).all(LINEAGE)[1]
+    info = find_version(current_store(), LINEAGE, "2")
     folder = registered_folder("2", tmp_path)
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -424,7 +415,8 @@ def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expecte
     for fact in (*digests, *facts):
         assert fact in card, fact
     model = Model.load(str(folder))
-    assert model.run_id == info.tracking_id and model.signature is not None
+    run = MlflowClient(TrackingSettings().tracking_uri).get_run(str(model.run_id))
+    assert run.data.tags["deal.run_key"] == info.run_key and model.signature is not None
     assert model.signature.inputs.input_names() == ["input", "task"]
     assert not model.signature.inputs.input_dict()["task"].required
     pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().splitlines())

@@ -1,32 +1,29 @@
-"""A vLLM server follows the champion: a fake server (tests/fake_vllm.py) with a real registry and store."""
+"""A vLLM server follows the champion: a fake server (tests/fake_vllm.py) with a real store."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy
 import pytest
-from infra.tracking.facts import VersionFacts
-from infra.version_log import VersionLog
 from safetensors.numpy import save
 
-from deal_core.adapter.files import as_recorded, digests_of
+from deal_core.adapter.files import digests_of
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
 from flows.champions import serve_vllm
 from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmClient, VllmError
 from infra.settings import VllmSettings
-from infra.tracking.tracker import open_tracker
 from infra.versions import Versions
 from tasks.context import current_store
 from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
+from tests.stored_versions import move, store_version
 
 CONFIG = {
     "r": 8,
@@ -36,26 +33,6 @@ CONFIG = {
     "bias": "none",
     "peft_type": "LORA",
 }
-FACTS = VersionFacts(
-    run_key="",
-    task="bank",
-    strategy="deal",
-    base_sha256="b" * 64,
-    dataset_sha256="d" * 64,
-    config_sha256="c" * 64,
-    adapter_uri="",
-    adapter_sha256="",
-    files_sha256={},
-    landed_sha256="e" * 64,
-    train_seconds=1.0,
-    parent_version=None,
-    accepted=True,
-    reasons=(),
-    average_accuracy=0.5,
-    forgetting=None,
-    backward_transfer=None,
-    forward_transfer=None,
-)
 Sync = Callable[..., ServingRoute]
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -82,50 +59,40 @@ def sync(server: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Sync:
     return sync
 
 
-def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) -> None:
+def promote(version: str, *, lineage: str = "l", **config: Any) -> None:
     """Make a version of the lineage, unless it exists, and make it champion."""
-    registry = open_registry()
-    if version not in [info.version for info in registry.versions(lineage)]:
-        folder = tmp_path / f"adapter-{lineage}-{version}"
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
-        (folder / "adapter_model.safetensors").write_bytes(weights_of(version))
+    store = current_store()
+    if Versions(store).find(lineage, version) is None:
+        files = {
+            "adapter_config.json": json.dumps({**CONFIG, **config}).encode(),
+            "adapter_model.safetensors": weights_of(version),
+        }
         uri = f"adapters/{lineage}/run-{version}"
-        current_store().upload_folder(folder, uri)
-        files = as_recorded(digests_of(folder))
-        facts = replace(
-            FACTS, run_key=f"{lineage}-{version}", adapter_uri=uri, adapter_sha256=version * 64, files_sha256=files
-        )
-        with open_tracker().start(lineage, facts.run_key, name="bank") as run:
-            model_id = run.log_adapter(folder, "bank", sha256=facts.adapter_sha256)
-            info = registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id)
-        assert info.version == version
-        VersionLog(current_store()).keep(info)
-    registry.set_alias(lineage, "champion", version)
+        made = store_version(store, files, lineage, uri=uri, adapter_sha256=version * 64)
+        assert made.version == version
+    move(store, version, lineage=lineage)
 
 
-def test_the_server_follows_the_champion_there_and_back(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
-    promote(tmp_path, "1")
+def test_the_server_follows_the_champion_there_and_back(server: FakeVllm, sync: Sync) -> None:
+    promote("1")
     first = sync()
     assert (first.model, first.version, first.state, first.problem) == ("l-v1", "1", "in step", None)
     assert server.calls == [("load", "l-v1"), ("ask", "l-v1")]
     assert Path(server.adapters["l-v1"], "adapter_model.safetensors").read_bytes() == weights_of("1")
 
-    promote(tmp_path, "2")
+    promote("2")
     server.calls.clear()
     second = sync()
     assert second.model == "l-v2" and list(server.adapters) == ["l-v2"]
     assert server.calls == [("load", "l-v2"), ("ask", "l-v2"), ("unload", "l-v1")], "unloaded before the other answered"
     assert read_route(current_store(), "l") == second
 
-    promote(tmp_path, "1")
+    promote("1")
     assert sync().model == "l-v1" and list(server.adapters) == ["l-v1"]
 
 
-def test_what_is_in_step_stays_and_a_server_that_forgot_is_told_again(
-    tmp_path: Path, server: FakeVllm, sync: Sync
-) -> None:
-    promote(tmp_path, "1")
+def test_what_is_in_step_stays_and_a_server_that_forgot_is_told_again(server: FakeVllm, sync: Sync) -> None:
+    promote("1")
     server.adapters["other-v1"] = server.adapters["l-v1-v4"] = "/somebody/else"
     first = sync()
     server.calls.clear()
@@ -137,11 +104,11 @@ def test_what_is_in_step_stays_and_a_server_that_forgot_is_told_again(
 
 
 def test_what_served_before_stays_for_the_time_of_grace(
-    tmp_path: Path, server: FakeVllm, sync: Sync, monkeypatch: pytest.MonkeyPatch
+    server: FakeVllm, sync: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    promote(tmp_path, "1")
+    promote("1")
     sync()
-    promote(tmp_path, "2")
+    promote("2")
     waited: list[float] = []
 
     def wait(seconds: float) -> None:
@@ -168,11 +135,11 @@ def test_what_served_before_stays_for_the_time_of_grace(
     ],
 )
 def test_an_adapter_that_the_server_would_not_take_moves_nothing(
-    tmp_path: Path, server: FakeVllm, sync: Sync, config: dict[str, Any], message: str
+    server: FakeVllm, sync: Sync, config: dict[str, Any], message: str
 ) -> None:
-    promote(tmp_path, "1")
+    promote("1")
     before = sync()
-    promote(tmp_path, "2", **config)
+    promote("2", **config)
     server.calls.clear()
     with pytest.raises(ConfigError, match=message):
         sync()
@@ -191,16 +158,16 @@ def test_limits_are_those_of_the_settings() -> None:
         require_servable(CONFIG, router)
 
 
-def test_a_server_that_comes_back_in_time_is_bridged(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
-    promote(tmp_path, "1")
+def test_a_server_that_comes_back_in_time_is_bridged(server: FakeVllm, sync: Sync) -> None:
+    promote("1")
     server.failing = [503, 502, 503]
     assert sync(max_attempts=4).state == "in step"
 
 
-def test_a_server_that_is_away_is_said_and_the_route_stays(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
-    promote(tmp_path, "1")
+def test_a_server_that_is_away_is_said_and_the_route_stays(server: FakeVllm, sync: Sync) -> None:
+    promote("1")
     sync()
-    promote(tmp_path, "2")
+    promote("2")
     server.failing = [503] * 3
     with pytest.raises(VllmAwayError, match=r"not ready \(503\)"):
         sync(max_attempts=3)
@@ -214,10 +181,10 @@ def test_a_server_that_is_away_is_said_and_the_route_stays(tmp_path: Path, serve
     assert route is not None and (route.model, route.problem) == ("l-v2", None)
 
 
-def test_an_adapter_that_does_not_answer_never_gets_the_route(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
-    promote(tmp_path, "1")
+def test_an_adapter_that_does_not_answer_never_gets_the_route(server: FakeVllm, sync: Sync) -> None:
+    promote("1")
     sync()
-    promote(tmp_path, "2")
+    promote("2")
     server.mute = True
     with pytest.raises(VllmError, match="no completion by 'l-v2'"):
         sync()
@@ -226,8 +193,8 @@ def test_an_adapter_that_does_not_answer_never_gets_the_route(tmp_path: Path, se
     assert route is not None and route.model == "l-v1"
 
 
-def test_a_name_never_means_another_adapter(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
-    promote(tmp_path, "1")
+def test_a_name_never_means_another_adapter(server: FakeVllm, sync: Sync) -> None:
+    promote("1")
     server.adapters["l-v1"] = "/somewhere/else"
     with pytest.raises(VllmError, match="another adapter under the name l-v1"):
         sync()
@@ -239,8 +206,8 @@ def test_a_name_never_means_another_adapter(tmp_path: Path, server: FakeVllm, sy
         sync()
 
 
-def test_a_load_whose_answer_got_lost_counts(tmp_path: Path, server: FakeVllm) -> None:
-    promote(tmp_path, "1")
+def test_a_load_whose_answer_got_lost_counts(server: FakeVllm) -> None:
+    promote("1")
     client = vllm.VllmClient(VllmSettings(url=server.url))
     path = str(Path(current_store().uri.removeprefix("file://")) / "adapters/l/run-1")
     client.load("l-v1", path)
@@ -255,9 +222,9 @@ def test_a_damaged_adapter_is_never_handed_over(
     tmp_path: Path, server: FakeVllm, sync: Sync, name: str, is_shared: bool
 ) -> None:
     settings: dict[str, Any] = {"adapter_dir": tmp_path / "shared"} if is_shared else {}
-    promote(tmp_path, "1")
+    promote("1")
     sync(**settings)
-    promote(tmp_path, "2")
+    promote("2")
     file = tmp_path / "home" / "store" / "adapters" / "l" / "run-2" / name
     recorded, whole = digests_of(file.parent)[name], file.read_bytes()
     file.write_bytes(whole + b" " if name == "adapter_config.json" else whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -277,7 +244,7 @@ def test_a_damaged_adapter_is_never_handed_over(
 
 
 def test_a_damaged_copy_is_not_loaded_again(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
-    promote(tmp_path, "1")
+    promote("1")
     sync(adapter_dir=tmp_path / "shared")
     (copy,) = (tmp_path / "shared").iterdir()
     (copy / "adapter_model.safetensors").write_bytes(b"flipped")
@@ -295,7 +262,7 @@ def test_a_damaged_copy_is_not_loaded_again(tmp_path: Path, server: FakeVllm, sy
 def test_a_folder_that_the_server_shares_gets_a_copy_under_the_servers_path(
     tmp_path: Path, server: FakeVllm, sync: Sync
 ) -> None:
-    promote(tmp_path, "1")
+    promote("1")
     shared, seen = tmp_path / "shared", tmp_path / "as the server sees it"
     seen.symlink_to(shared)
     sync(adapter_dir=shared, server_adapter_dir=str(seen))
@@ -313,44 +280,27 @@ def test_copies_go_once_their_adapter_is_unloaded_and_come_back_with_it(
         folder.mkdir(parents=True)
         (folder / "file").write_text("x")
     for version in ("1", "2", "1"):
-        promote(tmp_path, version)
+        promote(version)
         sync(adapter_dir=shared)
         mine = shared / f"l-v{version}-{version * 12}"
         assert set(shared.iterdir()) == {*others, mine}
         assert server.adapters == {f"l-v{version}": str(mine)}
 
 
-def test_an_alias_that_was_moved_past_the_gate_moves_nothing(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
-    promote(tmp_path, "1")
-    sync()
-    promote(tmp_path, "2")
-    open_registry().tag_version("l", "2", {"gate": "rejected"})
-    server.calls.clear()
-    with pytest.raises(RegistryError, match="Version 2 of 'l' is champion in MLflow but did not pass its gate"):
-        sync()
-    assert server.calls == [] and list(server.adapters) == ["l-v1"]
-    route = read_route(current_store(), "l")
-    assert route is not None and (route.model, route.state, route.champion) == ("l-v1", "behind", "2")
-
-
 def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion(
-    tmp_path: Path, server: FakeVllm, monkeypatch: pytest.MonkeyPatch
+    server: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEAL_VLLM_URL", server.url)
     scheduled = serve_vllm.validate_parameters({})
     for lineage, rank in (("a", 8), ("b", 64), ("c", 8)):
-        promote(tmp_path, "1", lineage=lineage, r=rank)
-    client = open_registry().client
-    for name, tags in (("theirs", {}), ("none-yet", {"deal.kind": "lineage"})):
-        client.create_registered_model(name, tags=tags)
-        client.create_model_version(name, source=str(tmp_path))
-    client.set_registered_model_alias("theirs", "champion", "1")
+        promote("1", lineage=lineage, r=rank)
+    store_version(current_store(), {}, "none-yet")
     message = r"Of 3 lineages 1 could not be brought in step with the server\. b: .* its rank is 64"
     with pytest.raises(DealError, match=message):
         asyncio.run(serve_vllm.fn(**scheduled))
     assert list(server.adapters) == ["a-v1", "c-v1"]
 
-    open_registry().client.delete_registered_model_alias("b", "champion")
+    current_store().delete("promotions/b")
     routes = asyncio.run(serve_vllm.fn(**scheduled))
     assert isinstance(routes, list) and [route.model for route in routes] == ["a-v1", "c-v1"]
     route = asyncio.run(serve_vllm.fn("c"))
@@ -367,10 +317,10 @@ def test_a_server_that_is_no_vllm_is_said(content: str, monkeypatch: pytest.Monk
         client.complete("m", "text", 1)
 
 
-def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_server_needs_is_said(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegistryError, match="'l' has no champion"):
         sync_vllm("l", VllmSettings(url="http://127.0.0.1:9"))
-    promote(tmp_path, "1")
+    promote("1")
     with pytest.raises(ConfigError, match="DEAL_VLLM_URL"):
         sync_vllm("l", VllmSettings())
     with running(FakeVllm(api_key="key-1", allows_updates=False), free_port) as fake:
@@ -380,7 +330,8 @@ def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch
         with pytest.raises(VllmError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING") as caught:
             sync_vllm("l", VllmSettings(url=fake.url))
     assert "key-1" not in str(caught.value)
+    home_store = current_store()
     monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket")
-    (champion,) = Versions(current_store()).all("l")
+    (champion,) = Versions(home_store).all("l")
     with pytest.raises(ConfigError, match="DEAL_VLLM_ADAPTER_DIR"):
         _published(current_store(), champion, "l-v1", VllmSettings())

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
+from tasks.adaptation.manifests import read_manifest
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
@@ -20,7 +21,6 @@ from infra.predictions import read_feedback, read_predictions
 from infra.store.keys import log_key
 from infra.store.local import FileStore
 from infra.versions import Versions
-from tasks.adaptation.manifests import read_manifest
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from flows.server.status import _reason, _unusable_files, may_name_a_server
+from flows.cli.app import app
+from flows.server.status import _reason, _unusable_files, may_name_a_server, read_status
 from infra.store.base import ObjectInfo
 from infra.store.local import open_store
+from tasks.context import current_store
 from tasks.inbox import InboxState, look
+from tests.in_process import put_back
+from tests.stored_versions import move, store_version
 
 
 def test_a_failed_arrival_is_told_of_with_what_opens_it_again() -> None:
@@ -82,3 +88,16 @@ def test_prefects_own_home_is_not_looked_into(bare: dict[str, str]) -> None:
 def test_prefect_is_asked_where_it_is_imported_anyway(bare: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prefect", sys)
     assert may_name_a_server(bare)
+
+
+def test_what_mlflow_lacks_is_said_in_one_line_and_by_name(home: Path) -> None:
+    store = current_store()
+    store_version(store, {})
+    move(store, "1")
+    (lineage,) = asyncio.run(read_status(home)).lineages
+    assert lineage.mlflow_waiting == ("version 1", "move 1")
+    with put_back():
+        said = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
+    assert "l: MLflow lacks 2 entries; the next run or deal server sync writes what is missing" in " ".join(
+        said.split()
+    )

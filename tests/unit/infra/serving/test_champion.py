@@ -1,111 +1,143 @@
-"""The champion in memory follows the alias, also with a registry that does not answer or has damaged versions."""
+"""The champion in memory follows the promotion log, also with a store that does not answer or has damaged versions."""
 
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from mlflow.models import Model
 
 from deal_core.errors import ConfigError, RegistryError, StoreError
 from deal_core.evaluation.answering import SERVED_FILE, ServedVersion
-from infra.served_model import PEFT_FILES, ServingError, require_own_loader, write_served_folder
+from deal_core.judging_config import RolloutTerms
+from infra.served_model import LOADER, PEFT_FILES, write_served_folder
 from infra.serving import champion as serving
-from infra.serving.champion import Champion
+from infra.serving.champion import Champion, NoChampionError, ServingError
+from infra.serving.prediction_log import PredictionLog
+from infra.serving.version_files import SERVED_FILES
+from infra.store.base import ObjectInfo
+from infra.store.local import FileStore
+from infra.versions import Version, Versions
+from tests.stored_versions import move, store_version
 
 WAIT_SECONDS = 60
+BASES = ("the base", "another base", "the base", "the base")
+"""The base models of versions 1 to 4."""
 
 
-class Registry:
-    """A registry that names the champion, or does not answer, and gives folders of versions."""
+class Store(FileStore):
+    """A folder that notes what is read, or does not answer."""
 
-    def __init__(self) -> None:
-        self.version: str | None = "1"
-        self.facts = {"accepted": True, "reasons": (), "approval": None, "promoted": None}
-        self.base_of = {"9": "another base"}
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.requests: list[str] = []
         self.is_away = self.is_broken = False
-        self.num_looks = 0
-        self.num_downloads = 0
 
-    def champion(self, lineage: str) -> SimpleNamespace | None:
-        self.num_looks += 1
+    def get_bytes(self, key: str, *, at_most: int | None = None) -> bytes:
+        self._note(f"get {key}")
+        return super().get_bytes(key, at_most=at_most)
+
+    def download_file(self, key: str, local: Path) -> None:
+        self._note(f"download {key}")
+        super().download_file(key, local)
+
+    def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
+        self._note(f"list {prefix}")
+        return super()._list_all(prefix)
+
+    def _note(self, request: str) -> None:
+        self.requests.append(request)
         if self.is_away:
-            raise RegistryError("MLflow is away.")
+            raise StoreError("The store is away.")
         if self.is_broken:
             raise KeyError("what nobody expects")
-        return self.version and SimpleNamespace(lineage=lineage, version=self.version, **self.facts)
 
-    def with_alias(self, lineage: str, alias: str) -> None:
-        assert (lineage, alias) == ("l", "rollout")
+    @property
+    def num_looks(self) -> int:
+        return self.requests.count("list promotions/l")
 
-    def download(self, lineage: str, version: str, folder: Path) -> None:
-        self.num_downloads += 1
-        folder.mkdir()
-        write_mlmodel(folder, python_function={"loader_module": "infra.served_model"})
-        served = ServedVersion(
-            lineage=lineage,
-            base_source="b",
-            base_name="b",
-            tasks=(),
-            newest_task="t",
-            base_sha256=self.base_of.get(version, "the base"),
-        )
-        (folder / SERVED_FILE).write_text(json.dumps(served.to_json()))
+    @property
+    def num_downloads(self) -> int:
+        return sum(request.endswith(f"/{SERVED_FILE}") for request in self.requests)
 
 
 class Answerer:
-    """Accepts every version except the damaged ones."""
+    """Accepts every version except the broken ones."""
 
-    damaged: ClassVar[set[str]] = set()
+    broken: ClassVar[set[str]] = set()
 
     def __init__(self, folder: Path, *_: Any, version: str, **__: Any) -> None:
         self.version, self.base_sha256, self.swaps = version, "the base", list[tuple[str, Any]]()
+        self.candidate: str | None = None
         self._check(version)
 
     def swap(self, folder: Path, version: str, base: Any = None) -> None:
-        assert (folder / SERVED_FILE).exists()
+        assert {path.name for path in folder.iterdir()} == {*SERVED_FILES}
         self._check(version)
         self.version, self.base_sha256 = version, base or self.base_sha256
         self.swaps.append((version, base))
 
+    def add_candidate(self, folder: Path, version: str) -> None:
+        assert {path.name for path in folder.iterdir()} == {*SERVED_FILES}
+        self.candidate = version
+
+    def drop_candidate(self) -> None:
+        self.candidate = None
+
     def _check(self, version: str) -> None:
-        if version in self.damaged:
-            raise ConfigError(f"the files of {version} are damaged.")
+        if version in self.broken:
+            raise ConfigError(f"the files of {version} do not fit.")
 
     def stop(self) -> None:
         pass
 
 
-def write_mlmodel(folder: Path, **flavors: dict[str, Any]) -> None:
-    text = json.dumps({"flavors": flavors, "model_uuid": "m", "utc_time_created": "2026-11-01 00:00:00.000000"})
-    (folder / "MLmodel").write_text(text)  # JSON is YAML
+def files_of(number: int) -> dict[str, bytes]:
+    """The files of a version in the store."""
+    served = ServedVersion(
+        lineage="l", base_source="b", base_name="b", tasks=(), newest_task="t", base_sha256=BASES[number - 1]
+    )
+    return {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": f"weights {number}".encode(),
+        SERVED_FILE: json.dumps(served.to_json()).encode(),
+        "record.json": b"not needed to answer",
+    }
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Registry:
-    registry = Registry()
+def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
+    """A store with the versions 1 to 4 of `l`, of which 1 is champion."""
     monkeypatch.setenv("DEAL_HOME", str(tmp_path))
-    monkeypatch.setattr(serving, "open_registry", lambda: registry)
     monkeypatch.setattr(serving, "load_answerer", Answerer)
     monkeypatch.setattr(serving, "load_base_of", lambda served, *_, **__: served.base_sha256)
     monkeypatch.setattr(serving, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(serving, "MAX_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(Answerer, "damaged", set())
-    return registry
+    monkeypatch.setattr(Answerer, "broken", set())
+    store = Store(tmp_path / "store")
+    for number in range(1, len(BASES) + 1):
+        store_version(store, files_of(number))
+    move(store, "1")
+    store.requests.clear()
+    return store
+
+
+def a_champion(store: Store) -> Champion:
+    return Champion(store, "l", lambda text: None)
 
 
 class Following:
-    """A champion that follows the alias in a thread, and its messages."""
+    """A champion that follows the log in a thread, and its messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
         self.said: list[str] = []
+        self._store = store
         self._changed = threading.Condition()
-        self.champion = Champion("l", self._say)
+        self.champion = Champion(store, "l", self._say)
         self.champion.begin()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self.champion.follow, args=(self._stopped,))
@@ -122,11 +154,11 @@ class Following:
             assert self._changed.wait_for(lambda: any(text in each for each in self.said), WAIT_SECONDS), self.said
             return next(each for each in self.said if text in each)
 
-    def looks(self, registry: Registry, number: int) -> None:
-        """Wait until the alias was read so many more times."""
-        wanted, pause = registry.num_looks + number, threading.Event()
+    def looks(self, number: int) -> None:
+        """Wait until the log was read so many more times."""
+        wanted, pause = self._store.num_looks + number, threading.Event()
         for _ in range(WAIT_SECONDS * 100):
-            if registry.num_looks >= wanted:
+            if self._store.num_looks >= wanted:
                 return
             pause.wait(0.01)
         raise AssertionError("nobody looks")
@@ -138,208 +170,205 @@ class Following:
 
 
 @pytest.fixture
-def following(registry: Registry) -> Iterator[Following]:
-    following = Following()
+def following(store: Store) -> Iterator[Following]:
+    following = Following(store)
     yield following
     following.end()
 
 
-def test_the_alias_is_followed_and_nothing_is_left_on_the_disk(
-    registry: Registry, following: Following, tmp_path: Path
+def test_the_log_is_followed_and_nothing_is_left_on_the_disk(
+    store: Store, following: Following, tmp_path: Path
 ) -> None:
-    registry.version = "2"
-    following.wait_for("Version 2 serves")
+    move(store, "3")
+    following.wait_for("Version 3 serves")
     assert following.champion.state() == {
         "lineage": "l",
-        "version": "2",
-        "champion": "2",
+        "version": "3",
+        "champion": "3",
         "starting": None,
         "problem": None,
     }
-    registry.version = "1"
+    move(store, "1", "rolled back")
     following.wait_for("Version 1 serves")
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_move_of_the_alias_is_settled_before_its_version_is_loaded(registry: Registry) -> None:
-    """`settle` may set the alias back; a server that starts while the store is away takes the alias as it is."""
-    calls: list[str] = []
-
-    def set_back() -> None:
-        calls.append(registry.version)
-        registry.version = "1"
-
-    def store_is_away() -> None:
-        raise StoreError("away")
-
-    registry.version = "2"
-    champion = Champion("l", lambda text: None, settle=set_back)
-    champion.begin()
-    assert champion.version == "1" and calls == ["2"]
-    registry.version = "3"
-    assert champion._let_settle(registry.champion("l")).version == "1"  # type: ignore[union-attr]
-    champion._let_settle(registry.champion("l"))
-    assert calls == ["2", "3"], "an alias that has not moved is not settled"
-    other = Champion("l", lambda text: None, settle=store_is_away)
-    other.begin()
-    assert other.version == "1"
-    registry.version = "4"
-    late = Champion("l", lambda text: None, settle=store_is_away)
-    late.begin()
-    assert late.version == "4", "as it is"
-    late._settle = set_back
-    assert late._let_settle(registry.champion("l")).version == "1", "once the store answers"  # type: ignore[union-attr]
-
-
-def test_another_base_model_is_loaded_only_where_the_version_has_one(registry: Registry, following: Following) -> None:
-    for version in ("9", "2", "3"):
-        registry.version = version
+def test_another_base_model_is_loaded_only_where_the_version_has_one(store: Store, following: Following) -> None:
+    for version in ("2", "3", "4"):
+        move(store, version)
         following.wait_for(f"Version {version} serves")
-    assert following.champion._answerer.swaps == [("9", "another base"), ("2", "the base"), ("3", None)]  # type: ignore[union-attr]
+    assert following.champion._answerer.swaps == [("2", "another base"), ("3", "the base"), ("4", None)]  # type: ignore[union-attr]
 
 
-def test_what_serves_goes_on_while_mlflow_is_away_and_it_is_said_once(registry: Registry, following: Following) -> None:
-    registry.is_away = True
-    following.wait_for("MLflow is away. The loaded version continues to serve.")
-    following.looks(registry, 5)
+def test_a_look_takes_two_small_requests_while_nothing_moves(store: Store) -> None:
+    for version in ("3", "1") * 20:
+        move(store, version)
+    champion = a_champion(store)
+    champion.begin()
+    store.requests.clear()
+    for _ in range(3):
+        champion._read_log()
+        champion._keep_up()
+    assert store.requests == ["list promotions/l", "get promotions/l/00000041.json"] * 3
+    move(store, "3")
+    store.requests.clear()
+    champion._read_log()
+    assert "list versions/l" in store.requests, "a move is looked up"
+    store.requests.clear()
+    champion._keep_up()
+    uri = Versions(FileStore(store.root)).all("l")[2].adapter_uri
+    assert store.requests == [f"download {uri}/{name}" for name in SERVED_FILES], "and only what answering needs"
+
+
+def test_what_serves_goes_on_while_the_store_is_away_and_it_is_said_once(store: Store, following: Following) -> None:
+    store.is_away = True
+    following.wait_for("The store is away. The loaded version continues to serve.")
+    following.looks(5)
     assert following.champion.state()["version"] == "1"
-    assert following.champion.state()["problem"] == "MLflow is away. The loaded version continues to serve."
-    registry.version, registry.is_away = "2", False
-    following.wait_for("Version 2 serves")
+    assert following.champion.state()["problem"] == "The store is away. The loaded version continues to serve."
+    store.is_away = False
+    move(store, "3")
+    following.wait_for("Version 3 serves")
     assert following.champion.state()["problem"] is None
     assert sum("away" in text for text in following.said) == 1
 
 
-def test_the_pause_grows_while_mlflow_is_away(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_gone_is_no_lineage_without_a_champion(store: Store, following: Following) -> None:
+    """A network folder that is not mounted lists nothing."""
+    aside = store.root.with_name("unmounted")
+    store.root.rename(aside)
+    problem = following.wait_for("has no promotion log of 'l' any more")
+    assert store.uri in problem and problem.endswith("The loaded version continues to serve.")
+    assert following.champion.state()["champion"] == "1"
+    aside.rename(store.root)
+    following.looks(3)
+    assert following.champion.state()["problem"] is None
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_the_pause_grows_while_the_store_is_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch, is_remote: bool
+) -> None:
     pauses: list[float] = []
 
     class Stopped(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
             assert timeout is not None
             pauses.append(timeout)
-            registry.is_away = len(pauses) < 7
+            store.is_away = len(pauses) < 7
             return len(pauses) > 7
 
     monkeypatch.setattr(serving, "MAX_POLL_SECONDS", 0.1)
-    champion = Champion("l", lambda text: None)
+    if is_remote:  # where every look costs money
+        monkeypatch.setattr(serving, "REMOTE_POLL_SECONDS", 0.04)
+        monkeypatch.setattr(serving, "FileStore", type(None))
+    champion = a_champion(store)
     champion.begin()
     champion.follow(Stopped())
-    assert pauses == [0.01, 0.02, 0.04, 0.08, 0.1, 0.1, 0.1, 0.01]
+    expected = [0.04, 0.08, *[0.1] * 5, 0.04] if is_remote else [0.01, 0.02, 0.04, 0.08, 0.1, 0.1, 0.1, 0.01]
+    assert pauses == expected
 
 
-def test_an_output_that_was_closed_ends_nothing(registry: Registry) -> None:
+def test_an_output_that_was_closed_ends_nothing(store: Store) -> None:
     def closed(text: str) -> None:
         raise BrokenPipeError
 
-    champion = Champion("l", closed)
+    champion = Champion(store, "l", closed)
     champion.begin()
     assert champion.version == "1"
 
 
-def test_the_thread_outlives_what_nobody_expects(registry: Registry, following: Following) -> None:
-    registry.is_broken = True
+def test_the_thread_outlives_what_nobody_expects(store: Store, following: Following) -> None:
+    store.is_broken = True
     following.wait_for("KeyError")
-    registry.is_broken, registry.version = False, "2"
-    following.wait_for("Version 2 serves")
+    store.is_broken = False
+    move(store, "3")
+    following.wait_for("Version 3 serves")
 
 
-@pytest.mark.parametrize(
-    ("facts", "reason"),
-    [
-        ({"accepted": False, "reasons": ("bank lost 12 points.",)}, "did not pass its gate (bank lost 12 points.)"),
-        ({"approval": "refused", "promoted": "1"}, "was rejected by a person"),
-        ({"approval": "awaiting"}, "waits for a person's approval"),
-    ],
-)
-def test_an_alias_that_was_moved_past_the_gate_moves_nothing_and_is_said_once(
-    registry: Registry, following: Following, facts: dict[str, object], reason: str
+def test_nothing_is_served_where_there_is_no_champion_or_it_does_not_load(store: Store) -> None:
+    with pytest.raises(NoChampionError, match="Lineage 'nobody' has no champion"):
+        Champion(store, "nobody", lambda text: None).begin()
+    Answerer.broken.add("1")
+    with pytest.raises(ServingError, match="Version 1 does not load: the files of 1 do not fit"):
+        a_champion(store).begin()
+    move(store, "7")
+    with pytest.raises(RegistryError, match=rf"Version 7 is champion of 'l', but it is not in {store.uri}"):
+        a_champion(store).begin()
+
+
+@pytest.mark.parametrize("name", SERVED_FILES)
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_a_damaged_file_of_a_version_is_refused_by_name_and_the_old_version_serves_on(
+    store: Store, following: Following, monkeypatch: pytest.MonkeyPatch, name: str, is_missing: bool
 ) -> None:
-    passed, registry.facts = registry.facts, {**registry.facts, **facts}
-    registry.version = "2"
-    problem = following.wait_for("Version 2 of 'l'")
-    assert reason in problem and problem.endswith("The loaded version continues to serve.")
-    following.looks(registry, 5)
-    assert (following.champion.state()["version"], following.champion.state()["champion"]) == ("1", "1")
-    registry.facts = {**passed, "approval": "awaiting", "promoted": "7"}
-    following.wait_for("Version 2 serves")
-    assert following.champion.state()["problem"] is None
-    assert sum(reason in text for text in following.said) == 1
-
-
-def test_nothing_is_served_where_there_is_no_champion_or_it_may_not_serve(registry: Registry) -> None:
-    registry.facts["accepted"] = False
-    with pytest.raises(RegistryError, match="did not pass its gate: it is not served"):
-        Champion("l", lambda text: None).begin()
-    registry.version = None
-    with pytest.raises(RegistryError, match="Lineage 'l' has no champion"):
-        Champion("l", lambda text: None).begin()
-    registry.version, registry.facts["accepted"] = "1", True
-    Answerer.damaged.add("1")
-    with pytest.raises(ServingError, match="Version 1 does not load: the files of 1 are damaged"):
-        Champion("l", lambda text: None).begin()
+    uri = Versions(FileStore(store.root)).all("l")[2].adapter_uri
+    path, whole = store.root / uri / name, files_of(3)[name]
+    path.unlink() if is_missing else path.write_bytes(whole + b" ")
+    move(store, "3")
+    problem = following.wait_for("Version 3 does not load")
+    found = "is missing" if is_missing else "has sha256"
+    assert f"{name} {found}" in problem and store.uri_of(uri) in problem and "Restore the folder" in problem
+    assert problem.endswith("version 1 continues to serve.")
+    assert (following.champion.version, following.champion.state()["champion"]) == ("1", "3")
+    path.write_bytes(whole)
+    monkeypatch.setattr(serving, "PAUSE_SECONDS", 0.0)
+    following.wait_for("Version 3 serves")
 
 
 def test_a_version_that_does_not_load_is_tried_again_after_a_pause(
-    registry: Registry, following: Following, monkeypatch: pytest.MonkeyPatch
+    store: Store, following: Following, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Answerer.damaged.add("2")
-    registry.version = "2"
-    problem = following.wait_for("Version 2 does not load: the files of 2 are damaged; version 1 continues to serve.")
-    following.looks(registry, 5)
-    assert registry.num_downloads == 2, "it is not tried at every look"
+    Answerer.broken.add("3")
+    move(store, "3")
+    problem = following.wait_for("Version 3 does not load: the files of 3 do not fit; version 1 continues to serve.")
+    following.looks(5)
+    assert store.num_downloads == 2, "it is not tried at every look"
     assert following.champion.state() | {"problem": None} == {
         "lineage": "l",
         "version": "1",
-        "champion": "2",
+        "champion": "3",
         "starting": None,
         "problem": None,
     }
     assert following.champion.state()["problem"] == problem
-    Answerer.damaged.clear()
+    Answerer.broken.clear()
     monkeypatch.setattr(serving, "PAUSE_SECONDS", 0.0)
-    following.wait_for("Version 2 serves")
+    following.wait_for("Version 3 serves")
     assert following.champion.state()["problem"] is None
 
 
-def test_a_rollback_from_a_version_that_does_not_load_clears_the_problem(
-    registry: Registry, following: Following
-) -> None:
-    Answerer.damaged.add("2")
-    registry.version = "2"
-    following.wait_for("Version 2 does not load")
-    registry.version = "1"
-    following.looks(registry, 3)
+def test_a_rollback_from_a_version_that_does_not_load_clears_the_problem(store: Store, following: Following) -> None:
+    Answerer.broken.add("3")
+    move(store, "3")
+    following.wait_for("Version 3 does not load")
+    move(store, "1", "rolled back")
+    following.looks(3)
     assert following.champion.state()["problem"] is None and following.champion.version == "1"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A version's folder with a module and code that must not be imported."""
-    folder = tmp_path / "version"
-    (folder / "code").mkdir(parents=True)
-    (tmp_path / "evil_loader.py").write_text("def _load_pyfunc(path): return None\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return folder
+def test_what_the_log_says_is_in_rollout_is_tried_next_to_the_champion(store: Store, tmp_path: Path) -> None:
+    log = PredictionLog(store, tmp_path, "l", keeps_texts=False, retention_days=30)
+    champion = Champion(store, "l", lambda text: None, log)
+    champion.begin()
+    terms = RolloutTerms("canary", 0.5, 200, 10.0, 0.95)
+    tried: Version = store_version(store, files_of(3), parent_version="1", rollout=terms)
+
+    def look() -> tuple[str | None, str | None]:
+        champion._read_log()
+        champion._keep_up()
+        return champion.canary, champion._answerer.candidate  # type: ignore[union-attr, return-value]
+
+    assert look() == (None, None), "it is registered, and no rollout began"
+    move(store, tried.version, "rollout", rollout="canary")
+    assert look() == (tried.version, tried.version)
+    move(store, tried.version, "rejected")
+    assert look() == (None, None)
 
 
-@pytest.mark.parametrize(
-    ("flavors", "message"),
-    [
-        ({"python_function": {"loader_module": "evil_loader"}}, "names the loader evil_loader, and nothing but infra"),
-        ({"python_function": {"loader_module": "infra.served_model", "code": "code"}}, r"code of its own \(code\)"),
-        ({"python_function": {}}, "the loader None"),
-        ({"sklearn": {"loader_module": "infra.served_model"}}, "the loader None"),
-    ],
-)
-def test_code_that_a_folder_names_is_not_run(folder: Path, flavors: dict[str, Any], message: str) -> None:
-    write_mlmodel(folder, **flavors)
-    with pytest.raises(ServingError, match=message):
-        require_own_loader(folder)
-    assert "evil_loader" not in sys.modules
-    assert str(folder / "code") not in sys.path
-
-
-def test_a_folder_as_this_project_writes_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_as_this_project_writes_it_names_its_loader_and_its_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
     adapter, folder = tmp_path / "adapter", tmp_path / "registered"
     adapter.mkdir()
@@ -354,5 +383,6 @@ def test_a_folder_as_this_project_writes_it_is_loaded(tmp_path: Path, monkeypatc
         example=[{"input": "x", "task": "bank"}],
         run_id="r",
     )
-    meta = require_own_loader(folder)
+    meta = Model.load(str(folder))
+    assert meta.flavors["python_function"]["loader_module"] == LOADER and "code" not in meta.flavors["python_function"]
     assert meta.signature is not None and meta.signature.inputs.input_names() == ["input", "task"]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy
 import pytest
 from safetensors.numpy import save_file
+from tasks.adaptation.frozen_rows import load_test_set, read_answers
+from tasks.adaptation.manifests import read_manifest
 
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
@@ -18,8 +20,6 @@ from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
 from infra.versions import Versions
-from tasks.adaptation.frozen_rows import load_test_set, read_answers
-from tasks.adaptation.manifests import read_manifest
 from tasks.adaptation.resume import read_findings
 from tasks.inbox import read_state
 from tasks.lineage.record import KnownTask, read_record
