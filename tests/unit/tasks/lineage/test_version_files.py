@@ -10,8 +10,6 @@ from typing import Any
 import numpy
 import pytest
 from safetensors.numpy import save_file
-from tasks.adaptation.frozen_rows import load_test_set, read_answers
-from tasks.adaptation.manifests import read_manifest
 
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
@@ -22,6 +20,8 @@ from infra.store.local import open_store
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
 from tasks.inbox import read_state
+from tasks.lineage.datasets import read_manifest
+from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
