@@ -32,6 +32,7 @@ def version(number: int, parent: int | None = None, **changes: Any) -> Version:
         "strategy": "deal",
         "base_sha256": "b",
         "dataset_sha256": "d",
+        "landed_sha256": f"landed {number}",
         "config_sha256": "c",
         "adapter_uri": f"adapters/l/{number:016d}",
         "adapter_sha256": "a",
