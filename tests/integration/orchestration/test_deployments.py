@@ -177,7 +177,7 @@ def test_another_home_takes_the_place_when_asked_and_starts_nothing_that_was_sto
 @pytest.fixture
 def waiting(copied_home: Path) -> str:
     """Number of a version that waits for a person."""
-    found = register("waiting", approval="awaiting")
+    found = register("waiting", needs_approval=True)
     promote_accepted(current_store(), found)
     return found.version
 
