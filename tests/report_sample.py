@@ -66,6 +66,7 @@ def sample_report(**changes: Any) -> RunReport:
         "include_texts": True,
         "training": Training(
             strategy="deal",
+            num_rows=96,
             num_steps=120,
             seconds=812.2,
             rows_per_second=3.2,
@@ -122,7 +123,6 @@ def sample_report(**changes: Any) -> RunReport:
             adapter_sha256="ef" * 32,
             config_sha256="01" * 32,
             run_key="23" * 32,
-            tracking_id="45" * 16,
             libraries={"Python": "3.12.1"},
         ),
     }

@@ -19,6 +19,7 @@ VERSION = Version(
     strategy="deal",
     base_sha256="b" * 64,
     dataset_sha256="d" * 64,
+    landed_sha256="e" * 64,
     config_sha256="c" * 64,
     adapter_uri="",
     adapter_sha256="",
@@ -47,6 +48,7 @@ def store_version(
     own = {
         "lineage": lineage,
         "run_key": run_key,
+        "landed_sha256": run_key,
         "adapter_uri": uri,
         "adapter_sha256": run_key,
         "files_sha256": {name: (hashlib.sha256(content).hexdigest(),) for name, content in files.items()},

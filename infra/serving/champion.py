@@ -150,9 +150,8 @@ class Champion:
 
         Raises:
             NoChampionError: There is no champion.
-            RegistryError: The store lacks the champion that the promotion log names.
             ServingError: The champion does not load.
-            StoreError: The store does not answer, or an entry of the promotion log is damaged.
+            StoreError: The store does not answer, or an entry of the promotion log or a version is damaged or missing.
         """
         self._read_log()
         if self._champion is None:
@@ -194,8 +193,7 @@ class Champion:
         """Read the newest entry of the promotion log, and the versions only if the entry is new.
 
         Raises:
-            RegistryError: The store lacks the champion.
-            StoreError: The store does not answer, or an entry or a version is damaged.
+            StoreError: The store does not answer, or an entry or a version is damaged or missing.
         """
         move, place = PromotionLog(self._store).last(self.lineage), without_secrets(self._store.uri)
         if move == self._move:
@@ -203,13 +201,8 @@ class Champion:
         if move is None:  # entries are never removed, but a folder may be unmounted
             raise StoreError(f"{place} has no promotion log of '{self.lineage}' any more; check the store.")
         versions = Versions(self._store).all(self.lineage)
-        champion = next((version for version in versions if version.version == move.champion), None)
-        if move.champion is not None and champion is None:
-            raise RegistryError(
-                f"Version {move.champion} is champion of '{self.lineage}', but it is not in {place}. Restore it from a "
-                f"backup, or go back: deal rollback --to N --lineage {self.lineage}."
-            )
-        self._move, self._champion, self._failed_at = move, champion, None
+        self._champion = next((version for version in versions if "champion" in version.aliases), None)
+        self._move, self._failed_at = move, None
         self._candidate = next((version for version in versions if "rollout" in version.aliases), None)
 
     def _keep_up(self) -> None:

@@ -109,7 +109,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
 
 @contextmanager
 def logged(store: FileStore, home: Path, candidate: Version) -> Iterator[Server]:
-    log = PredictionLog(store, home, "l", keeps_texts=True, retention_days=30)
+    log = PredictionLog(store, "l", keeps_texts=True, retention_days=30)
     log.start()
     server = Server(store, log, candidate)
     try:

@@ -23,7 +23,7 @@ from tests.versions import move, put_version, version
 
 def put(number: int, parent: int | None = None, **changes: Any) -> Version:
     """Store an accepted version that has learned an arrival of its own, and return it as the lineage has it now."""
-    stored = version(number, parent, accepted=True, **{"dataset_sha256": f"{number:064d}", **changes})
+    stored = version(number, parent, **{"accepted": True, "dataset_sha256": f"{number:064d}", **changes})
     current_store().put_bytes(f"{stored.adapter_uri}/{WEIGHTS_FILE}", b"weights")
     put_version(current_store(), stored)
     found = Versions(current_store()).find("l", stored.version)

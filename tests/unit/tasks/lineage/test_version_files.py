@@ -16,6 +16,7 @@ from deal_core.errors import DealError, StoreError
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.format import write_format
 from infra.store.local import open_store
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
@@ -66,6 +67,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
 def store(home: Path) -> ObjectStore:
     """A store with an adapter, which is that of version 3."""
     found = open_store((home / "store").as_uri())
+    write_format(found)
     put_version(found, version(3, adapter_uri=ADAPTER))
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
     found.put_bytes("datasets/bank/77/manifest.json", json.dumps(MANIFEST.to_json()).encode())
