@@ -122,7 +122,6 @@ def sample_report(**changes: Any) -> RunReport:
             adapter_sha256="ef" * 32,
             config_sha256="01" * 32,
             run_key="23" * 32,
-            tracking_id="45" * 16,
             libraries={"Python": "3.12.1"},
         ),
     }

@@ -144,7 +144,7 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def few_rows_judge(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let only so many test rows of a task judge, and spare the others: tests have tens of rows."""
-    from tasks.adaptation import frozen_rows
+    from tasks.lineage import frozen_rows
 
     def judge(num_rows: int) -> None:
         monkeypatch.setattr(frozen_rows, "MIN_JUDGING_ROWS", num_rows)
