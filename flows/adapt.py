@@ -18,7 +18,7 @@ from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
 from infra.run_journal import RunJournal
-from infra.versions import Version
+from infra.versions import Version, Versions
 from tasks.adaptation import run as runs
 from tasks.adaptation.adaptation import AdaptationRun, prepare
 from tasks.adaptation.evaluate import evaluate_version, score_arrival
@@ -42,7 +42,7 @@ from tasks.lineage.datasets import drop_training_rows
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.lineage.settings import AskedSpec, arrival_of
-from tasks.mlflow_mirror import sync_lineage
+from tasks.mlflow_mirror import end_failed, sync_lineage
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import ArrivalScore, DatasetRef, TrainSummary
@@ -139,8 +139,10 @@ async def _prepare_and_learn(
 ) -> AdaptResult:
     """Run the stages of an adaptation."""
     stages, store = Stages(), current_store()
-    await stages.run("mlflow", sync_lineage, store, spec.lineage)  # somebody may have promoted a version there
     parent = await stages.run("parent", find_parent, spec.lineage)
+    synced = await stages.run("mlflow", sync_lineage, store, spec.lineage)  # after an interrupted run has its report
+    if synced.promoted is not None:  # somebody has moved the alias there
+        parent = Versions(store).champion(spec.lineage)
     record = read_record(store, parent.adapter_uri) if parent else None
     spec = with_memory_of(spec, record)
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
@@ -172,8 +174,8 @@ async def _prepare_and_learn(
         drop_training_rows(store, dataset.uri)
         return repeated(known, dataset)
     tested = None
-    if retrain.test_first and parent is not None:
-        tested = await stages.run("test", score_arrival, base, parent, dataset, spec.evaluate)
+    if retrain.test_first and parent is not None and record is not None:
+        tested = await stages.run("test", score_arrival, base, parent, record, dataset, spec.evaluate)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
             drop_training_rows(store, dataset.uri)
@@ -199,7 +201,7 @@ async def _prepare_and_learn(
         result = await _train_to_report(adaptation, stages)
     except BaseException:
         with suppress(DealError):  # it must not hide the run's own error
-            RunJournal(store).end(run, "failed")
+            end_failed(RunJournal(store).end(run, "failed"))
         raise
     runs.remove_work(run)
     drop_training_rows(store, dataset.uri)
@@ -243,6 +245,7 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
         report,
         trained.summary,
         dict(stages.seconds),
+        adaptation.parent_answers,
         include_texts=adaptation.spec.data.include_texts,
     )
     stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
