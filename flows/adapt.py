@@ -18,7 +18,7 @@ from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
 from infra.run_journal import Run, RunJournal
-from infra.versions import Version
+from infra.versions import Version, Versions
 from tasks.adaptation import run as runs
 from tasks.adaptation.adaptation import AdaptationRun, prepare
 from tasks.adaptation.evaluate import evaluate_version, score_arrival
@@ -42,7 +42,7 @@ from tasks.lineage.datasets import drop_training_rows
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.lineage.settings import AskedSpec, arrival_of
-from tasks.mlflow_mirror import sync_lineage
+from tasks.mlflow_mirror import end_failed, sync_lineage
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import ArrivalScore, DatasetRef, TrainSummary
@@ -168,9 +168,10 @@ async def begin(
         DataValidationError: The whole file is refused.
     """
     stages, store = stages or Stages(), current_store()
-    # Somebody may have promoted a version in MLflow; the run must continue that one.
-    await stages.run("mlflow", sync_lineage, store, spec.lineage)
     parent = await stages.run("parent", find_parent, spec.lineage)
+    synced = await stages.run("mlflow", sync_lineage, store, spec.lineage)  # after an interrupted run has its report
+    if synced.promoted is not None:  # somebody has moved the alias there
+        parent = Versions(store).champion(spec.lineage)
     record = read_record(store, parent.adapter_uri) if parent else None
     spec = with_memory_of(spec, record)
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
@@ -203,8 +204,8 @@ async def begin(
         drop_training_rows(store, dataset.uri)
         raise NothingToLearnError(repeated(known, dataset))
     tested = None
-    if retrain.test_first and parent is not None:
-        tested = await stages.run("test", score_arrival, base, parent, dataset, spec.evaluate)
+    if retrain.test_first and parent is not None and record is not None:
+        tested = await stages.run("test", score_arrival, base, parent, record, dataset, spec.evaluate)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
             drop_training_rows(store, dataset.uri)
@@ -250,7 +251,7 @@ async def _failing(run: Run) -> AsyncIterator[None]:
         yield
     except BaseException:
         with suppress(DealError):  # it must not hide the run's own error
-            RunJournal(current_store()).end(run, "failed")
+            end_failed(RunJournal(current_store()).end(run, "failed"))
         raise
 
 
@@ -287,6 +288,7 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
         report,
         trained.summary,
         dict(stages.seconds),
+        adaptation.parent_answers,
         include_texts=adaptation.spec.data.include_texts,
     )
     stages.done("report", f"deal report {version.version} --lineage {version.lineage}")

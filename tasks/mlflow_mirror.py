@@ -261,6 +261,16 @@ def _write_run(tracker: Tracker, run: Run) -> TrackedRun:
     return tracked
 
 
+def end_failed(run: Run) -> None:
+    """End the MLflow run of an adaptation that failed. If MLflow is away, a later synchronisation does it."""
+    try:
+        _write_run(_open(), run)
+    except RegistryError as error:
+        logger.warning(
+            "MLflow shows the run as unfinished until the next run or deal server sync: %s", in_one_line(error)
+        )
+
+
 def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, version: Version) -> None:
     """Write a version with its run, its report and its logged model."""
     if run is None:  # its journal was lost, which loses its settings and its curves

@@ -8,6 +8,11 @@ from typing import Any
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import AdaptResult, adapt
+from infra.report.run_report import EVALUATION_FILE, RunReport
+from infra.versions import Version
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.reports import read_page, read_report
 from tasks.spec import AdaptSpec, parse
 
 BANK = {
@@ -37,3 +42,18 @@ def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: An
         **settings,
     }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
+
+
+def version_of(result: AdaptResult) -> Version:
+    """The version that a run made or repeated."""
+    return find_version(current_store(), result.lineage, result.version)
+
+
+def page_of(result: AdaptResult) -> tuple[RunReport, str]:
+    """The report of a run's version, and its page."""
+    return read_page(current_store(), version_of(result))
+
+
+def evaluation_of(result: AdaptResult) -> Any:
+    """The evaluation of a run's version, as its report has it."""
+    return read_report(current_store(), version_of(result), EVALUATION_FILE)

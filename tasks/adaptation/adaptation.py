@@ -14,9 +14,10 @@ from infra.versions import Version
 from tasks.context import current_store, work_folder
 from tasks.lineage.choices import choose_spared
 from tasks.lineage.datasets import read_manifest
+from tasks.lineage.frozen_rows import Answers, read_answers
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import Renewal, find_renewal
-from tasks.lineage.version_files import borrowed_adapter
+from tasks.lineage.version_files import fetch_adapter
 from tasks.references import ArrivalScore, BaseRef, DatasetRef, Spared
 from tasks.spec import AdaptSpec
 
@@ -42,6 +43,8 @@ class AdaptationRun:
     record: LineageRecord | None
     parent_folder: Path | None
     """A copy of the parent's adapter on this machine, compared with its digests."""
+    parent_answers: Answers
+    """The parent's answers to the test rows of its tasks; empty without a parent, or if they were forgotten."""
     tasks: tuple[KnownTask, ...]
     """All tasks of the new version, each with the test rows that judge it."""
     renewal: Renewal
@@ -94,8 +97,7 @@ def prepare(
     if parent is not None:
         parent_folder = work_folder(run.lineage, run.short_key) / "parent"
         shutil.rmtree(parent_folder, ignore_errors=True)  # of an earlier try, which may be incomplete or damaged
-        with borrowed_adapter(store, parent, with_method=True) as borrowed:
-            shutil.copytree(borrowed, parent_folder)
+        fetch_adapter(store, parent, parent_folder)
     return AdaptationRun(
         spec=spec,
         run=run,
@@ -108,6 +110,7 @@ def prepare(
         parent=parent,
         record=record,
         parent_folder=parent_folder,
+        parent_answers=read_answers(store, parent.adapter_uri).now if parent else {},
         tasks=_tasks_after(
             store, record, dataset, renewal.known, spec.train.max_prompt_tokens, spec.evaluate.max_new_tokens
         ),

@@ -133,7 +133,7 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun) -> _Asked:
     new = [judging_rows(each, spared) for each in new]
     old = [judging_rows(each, spared) for each in old]
     old = within_budget(old, dataset.task, adaptation.spec.evaluate.max_old_rows)
-    answered = read_answers(store, adaptation.parent.adapter_uri).now if adaptation.parent else {}
+    answered = adaptation.parent_answers
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     return _Asked(
@@ -324,8 +324,10 @@ def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> Scores:
     return score_answers(test_set.schema.metric, given, right_answers(test_set.rows))
 
 
-def score_arrival(base: BaseRef, champion: Version, dataset: DatasetRef, config: EvaluateConfig) -> ArrivalScore | None:
-    """Score the champion on an arrival's training rows, before anything is trained on them.
+def score_arrival(
+    base: BaseRef, champion: Version, record: LineageRecord, dataset: DatasetRef, config: EvaluateConfig
+) -> ArrivalScore | None:
+    """Score the champion, which has the record, on an arrival's training rows, before anything is trained on them.
 
     It is asked as it serves: with the labels that it knows. Of more than MAX_TESTED_ROWS rows, those with the smallest
     digests are asked.
@@ -336,7 +338,7 @@ def score_arrival(base: BaseRef, champion: Version, dataset: DatasetRef, config:
     from tasks.adaptation.scorer import Scorer
 
     store = current_store()
-    known = read_record(store, champion.adapter_uri).task(dataset.task)
+    known = record.task(dataset.task)
     if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is not None:
         return None
     rows = arrival_rows(store, known, dataset.uri, MAX_TESTED_ROWS)

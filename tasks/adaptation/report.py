@@ -37,7 +37,7 @@ from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.frozen_rows import MAX_EXAMPLES, compare_answers, cut
+from tasks.lineage.frozen_rows import MAX_EXAMPLES, Answers, compare_answers, cut, read_answers
 from tasks.lineage.reports import write_report
 from tasks.progress import patient
 from tasks.references import DatasetRef, TrainSummary
@@ -56,11 +56,14 @@ def gather_report(
     dataset: DatasetRef,
     summary: TrainSummary,
     seconds: Mapping[str, float],
+    parent_answers: Answers | None,
     include_texts: bool,
 ) -> RunReport:
     """Collect everything about a registered version that its page shows, apart from the evaluation."""
     known = {each.version: each for each in Versions(store).all(version.lineage)}
     parent = known.get(version.parent_version or "")
+    if parent_answers is None:
+        parent_answers = read_answers(store, parent.adapter_uri).now if parent else {}
     return RunReport(
         lineage=version.lineage,
         version=version.version,
@@ -72,9 +75,7 @@ def gather_report(
         include_texts=include_texts,
         training=_training(version.strategy, summary),
         quality=_quality(store, dataset, include_texts),
-        changed=compare_answers(
-            store, version.adapter_uri, parent.adapter_uri if parent else None, include_texts=include_texts
-        ),
+        changed=compare_answers(store, version.adapter_uri, parent_answers, include_texts=include_texts),
         seconds=dict(seconds),
         lineage_so_far=tuple(
             Link(**{name: getattr(each, name) for name in Link.model_fields})
@@ -174,15 +175,17 @@ def report_version(
     report: EvaluationReport,
     summary: TrainSummary,
     seconds: Mapping[str, float],
+    parent_answers: Answers | None = None,
     *,
     include_texts: bool = False,
 ) -> None:
     """Write the report of a version to the store, and a page of it to Prefect.
 
-    `seconds` is the wall time by stage. The page shows texts of rows only with `include_texts`.
+    `seconds` is the wall time by stage. The parent's answers are read if they are not given. The page shows texts of
+    rows only with `include_texts`.
     """
     store = current_store()
-    found = gather_report(store, version, base_name, dataset, summary, seconds, include_texts)
+    found = gather_report(store, version, base_name, dataset, summary, seconds, parent_answers, include_texts)
     write_report(store, version, EVALUATION_FILE, report.to_json())
     write_report(store, version, REPORT_FILE, found.model_dump(mode="json"))
     patient(create_markdown_artifact)(

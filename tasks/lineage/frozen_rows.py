@@ -273,15 +273,15 @@ class _Row(NamedTuple):
 
 
 def compare_answers(
-    store: ObjectStore, adapter_uri: str, parent_uri: str | None, *, include_texts: bool
+    store: ObjectStore, adapter_uri: str, of_parent: Answers, *, include_texts: bool
 ) -> tuple[Changed, ...]:
     """Compare a version's answers to each task's frozen test rows with its parent's, or else with the base model's.
 
+    `of_parent` are the parent's answers; empty without a parent.
     A task without stored answers to compare with is left out. The examples have texts and answers only with
     `include_texts`; otherwise they have only the digests of the rows.
     """
     kept = read_answers(store, adapter_uri)
-    of_parent = read_answers(store, parent_uri).now if parent_uri else {}
     found = []
     for known in read_record(store, adapter_uri).tasks:
         name = known.schema.name

@@ -25,7 +25,7 @@ from deal_core.adapter.files import (
 )
 from deal_core.errors import DealError, StoreError
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
-from infra.store.keys import lineage_of
+from infra.store.keys import file_name, lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
 from infra.versions import Version, Versions
 
@@ -179,14 +179,33 @@ def borrowed_adapter(store: ObjectStore, version: Version, *, with_method: bool 
         yield folder
 
 
+def fetch_adapter(store: ObjectStore, version: Version, folder: Path) -> None:
+    """Copy the files of a version's adapter that training it on needs into a new folder, and check them.
+
+    Raises:
+        IntegrityError: The digest of a file is not the recorded digest.
+        ObjectNotFoundError: The configuration or the weights are missing.
+        StoreError: A file is damaged.
+    """
+    uri = version.adapter_uri
+    names = {file_name(info.key) for info in store.list(uri)}
+    for name in ADAPTER_FILES:
+        if name in names:
+            with reading_beside(store, uri, name):
+                store.download_file(f"{uri}/{name}", folder / name)
+    _require_readable(store, uri, folder, ADAPTER_FILES)
+    require_recorded(store, version, folder, with_method=True)
+
+
 @contextmanager
 def borrowed_parent(store: ObjectStore, parent: Version | None) -> Iterator[Path | None]:
-    """Do the same as `borrowed_adapter` for a parent, with the method's state. Without a parent, give None."""
+    """Give a copy of a parent's adapter as `fetch_adapter` writes it, which is removed at the end; None: no parent."""
     if parent is None:
         yield None
         return
-    with borrowed_adapter(store, parent, with_method=True) as folder:
-        yield folder
+    with temporary_folder() as temporary:
+        fetch_adapter(store, parent, temporary / "parent")
+        yield temporary / "parent"
 
 
 def require_recorded(store: ObjectStore, version: Version, folder: Path, *, with_method: bool = False) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from deal_core.adapter.files import digests_of
+from deal_core.adapter.files import ADAPTER_FILES, digests_of
 from deal_core.errors import IntegrityError
+from deal_core.evaluation.answering import SERVED_FILE
 from flows.champions import evaluate
 from flows.cli.app import app
+from infra.serving.version_files import SERVED_FILES, fetch_version
 from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.lineage.decisions import roll_back
@@ -90,40 +91,21 @@ def test_an_adapter_that_is_brought_back_serves_again(champion: Version, home: P
     assert predict("I lost my card", lineage="l", task="bank", version=None).version == "3"
 
 
-@pytest.mark.parametrize("name", ["deal.json", "adapter_config.json", WEIGHTS, "MLmodel"])
-def test_what_is_fetched_to_be_served_is_compared_too(champion: Version, tmp_path: Path, name: str) -> None:
-    registry = open_registry()
-    registry.download("l", "3", tmp_path / "whole")
-    location = registry.client.get_logged_model(champion.model_id).artifact_location
-    path = Path(location.removeprefix("file://")) / name
+@pytest.mark.parametrize("name", SERVED_FILES)
+def test_what_is_fetched_to_be_served_is_compared_too(champion: Version, home: Path, tmp_path: Path, name: str) -> None:
+    fetch_version(current_store(), champion, tmp_path / "whole")
+    path = folder_of(home, champion) / name
     recorded, content = digests_of(path.parent, [name])[name], path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(IntegrityError) as caught:
-        registry.download("l", "3", tmp_path / "served")
+        fetch_version(current_store(), champion, tmp_path / "served")
     found = digests_of(path.parent, [name])[name]
     message = str(caught.value)
     for part in ("Version 3 of 'l'", name, recorded, found, "deal rollback"):
         assert part in message
-    assert not (tmp_path / "served").exists()
 
 
-def test_a_version_that_lost_its_digests_in_mlflow_is_compared_by_its_one_digest(
-    champion: Version, home: Path, tmp_path: Path
-) -> None:
-    registry = open_registry()
-    registry.client.delete_model_version_tag("l", "3", "deal.files_sha256")
-    registry.client.delete_logged_model_tag(champion.model_id, "deal.files_sha256")
-    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "3"
-    registry.download("l", "3", tmp_path / "served")
-    flip(folder_of(home, champion) / WEIGHTS)
-    with pytest.raises(IntegrityError, match=champion.adapter_sha256):
-        predict("I lost my card", lineage="l", task="bank", version=None)
-
-
-def test_the_registry_knows_the_digest_of_each_file(champion: Version, home: Path) -> None:
-    found = digests_of(folder_of(home, champion))
-    assert set(found) >= {"adapter_config.json", WEIGHTS, "method.json"}
+def test_a_version_has_the_digest_of_each_file(champion: Version, home: Path) -> None:
+    found = digests_of(folder_of(home, champion), (*ADAPTER_FILES, SERVED_FILE))
+    assert set(found) >= {"adapter_config.json", WEIGHTS, "method.json", "deal.json"}
     assert champion.files_sha256 == {name: (digest,) for name, digest in found.items()}
-    model = open_registry().client.get_logged_model(champion.model_id)
-    assert json.loads(model.tags["deal.files_sha256"])[WEIGHTS] == found[WEIGHTS]
-    assert current_store().exists(f"{champion.adapter_uri}/{WEIGHTS}")

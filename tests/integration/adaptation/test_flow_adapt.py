@@ -1,4 +1,4 @@
-"""The adapt flow from a landed file to the registry, on a base model of two layers."""
+"""The adapt flow from a landed file to the champion, on a base model of two layers."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from infra.tracking.registry import Registry
-from infra.version_log import Ledger
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 
 from deal_core.adapter.state import kept_of_tasks
-from deal_core.errors import ConfigError, DataValidationError, RegistryError
+from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.forget import forget
-from infra.tracking.tracker import open_tracker
-from infra.versions import Versions
-from tasks.adaptation.report import read_page
+from infra.promotions import Move, PromotionLog
+from infra.run_journal import Run, RunJournal
+from infra.versions import UNREGISTERED, Version, Versions
+from tasks.adaptation.adaptation import AdaptationRun
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
+from tasks.lineage.promotion import move_champion
 from tasks.lineage.record import read_record
+from tasks.lineage.reports import read_page
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.predict import predict
-from tasks.references import AdaptationJob
 from tasks.spec import AdaptSpec
-from tests.adapting import BANK, CLINIC, FAIL, PASS, run
+from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, page_of, run, version_of
 from tests.conftest import MakeOnce
+from tests.registering import in_mlflow, mlflow_run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -92,9 +91,16 @@ def versions() -> list[tuple[str, str, tuple[str, ...]]]:
     return [(info.version, info.task, info.aliases) for info in Versions(current_store()).all("l")]
 
 
-def tracked_run(home: Path, result: AdaptResult) -> Any:
-    assert result.tracking_id is not None
-    return MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_run(result.tracking_id)
+def journal_of(result: AdaptResult) -> Run:
+    found = RunJournal(current_store()).find(result.lineage, result.run_key)
+    assert found is not None
+    return found
+
+
+def losses_in_mlflow(result: AdaptResult) -> list[int]:
+    """The steps whose loss MLflow has."""
+    tracked = in_mlflow(result.lineage, result.run_key)
+    return sorted(point.step for point in tracked.client.get_metric_history(tracked.run_id, "train/loss"))
 
 
 def quarantined(result: AdaptResult) -> list[Any]:
@@ -115,13 +121,15 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert kept == {"test.parquet", "manifest.json"}, "training rows are deleted after the training"
     names = {info.key.removeprefix(f"{adapter}/") for info in store.list(adapter)}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "method.json", "record.json"}
+    assert names >= {"findings.json", "answers.json", "README.md", "deal.json"}
 
     record = read_record(store, adapter)
     assert [known.schema.name for known in record.tasks] == ["bank"]
     assert len(record.tasks[0].schema.labels) == 6
     assert record.matrix.to_json() == result.matrix
-    entry = Ledger(store).find("l", result.dataset.sha256)
-    assert entry is not None and (entry.version, entry.run_key) == ("1", result.run_key)
+    version = version_of(result)
+    assert (version.since.promoted, version.run_key, version.standing) == (1, result.run_key, "learned")
+    assert version.dataset_sha256 == result.dataset.sha256 and journal_of(result).state == "finished"
     assert not list((home / "work").rglob("*.*")), "checkpoints were not deleted"
 
 
@@ -137,8 +145,8 @@ def test_a_lineage_supplies_what_the_next_spec_leaves_open(tiny_base: Path, monk
         assert len(kept_of_tasks(folder)) == 2, "of both arrivals"
     asked: list[AdaptSpec] = []
 
-    async def stop(spec: AdaptSpec, job: AdaptationJob, stages: object) -> None:
-        asked.append(spec)
+    async def stop(adaptation: AdaptationRun, stages: object) -> None:
+        asked.append(adaptation.spec)
         raise Killed
 
     monkeypatch.setattr("flows.adapt._train_to_report", stop)
@@ -147,9 +155,10 @@ def test_a_lineage_supplies_what_the_next_spec_leaves_open(tiny_base: Path, monk
     assert (asked[0].strategy, asked[0].memory) == ("deal", "none")
 
 
-def test_mlflow_holds_the_whole_run(first: AdaptResult, home: Path) -> None:
+def test_mlflow_holds_the_whole_run(first: AdaptResult) -> None:
     result = first
-    found = tracked_run(home, result)
+    tracked = in_mlflow("l", result.run_key)
+    client, found = tracked.client, mlflow_run("l", result.run_key)
 
     assert found.info.status == "FINISHED"
     assert found.data.params["train.max_steps"] == "3"
@@ -164,13 +173,12 @@ def test_mlflow_holds_the_whole_run(first: AdaptResult, home: Path) -> None:
     assert [entry.dataset.name for entry in found.inputs.dataset_inputs] == ["bank"]
     assert found.inputs.dataset_inputs[0].dataset.digest == result.dataset.sha256[:36]
 
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    assert [point.step for point in client.get_metric_history(result.tracking_id, "train/loss")] == [1, 2, 3]
-    files = {entry.path for entry in client.list_artifacts(result.tracking_id)}
+    assert losses_in_mlflow(result) == [1, 2, 3]
+    files = {entry.path for entry in client.list_artifacts(tracked.run_id)}
     assert {"evaluation.json", "report.json", "report.html"} <= files
     tags = client.get_model_version("l", "1").tags
     assert tags["deal.dataset_sha256"] == result.dataset.sha256
-    assert tags["deal.task"] == "bank" and tags["deal.gate"] == "accepted" and "deal.config_sha256" in tags
+    assert tags["deal.task"] == "bank" and tags["deal.gate"] == "accepted" and tags["deal.version"] == "1"
 
 
 def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
@@ -230,8 +238,7 @@ def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home
     result = run(tiny_base, CLINIC, train=train)
     assert (result.status, result.version, result.parent_version, result.num_steps) == ("promoted", "2", "1", 3)
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
-    history = MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(result.tracking_id or "", "train/loss")
-    assert [point.step for point in history] == [1, 2, 3]
+    assert losses_in_mlflow(result) == [1, 2, 3]
     assert set(result.accuracies) == {"bank", "clinic"}
     assert not list((home / "work").rglob("*.*")), "the files of the processes were not deleted"
 
@@ -260,8 +267,8 @@ def test_a_run_killed_by_kill_9_goes_on_from_its_checkpoint_and_makes_one_versio
     result = run(tiny_base, CLINIC, train=train)
     assert (result.status, result.version, result.parent_version) == ("promoted", "2", "1")
     assert (result.resumed_from_step, result.num_steps) == (4, 6)
-    history = MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(result.tracking_id or "", "train/loss")
-    assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6], "none is lost, none is logged twice"
+    assert losses_in_mlflow(result) == [1, 2, 3, 4, 5, 6], "none is lost, none is logged twice"
+    assert [step for step, _ in journal_of(result).curve["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert [version for version, *_ in versions()] == ["1", "2"] and not list((home / "work").rglob("*.*"))
 
 
@@ -285,7 +292,7 @@ def test_other_settings_do_not_make_an_adapted_arrival_new(
 ) -> None:
     assert run(tiny_base, BANK, deal={"energy": 0.9}).status == "repeat"
     tasks = [name.rpartition("-")[0] for each in caplog.records if (name := getattr(each, "task_run_name", None))]
-    assert tasks == ["parent", "ingest", "repeat"], "Prefect knows the stages of a run as tasks"
+    assert tasks == ["ingest"], "Prefect knows the stages of a run as tasks"
 
 
 @pytest.mark.nightly
@@ -297,15 +304,16 @@ def test_again_trains_anew_each_time(tiny_base: Path, first: AdaptResult) -> Non
     assert third.matrix["tasks"] == ["bank"]
 
 
-def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, home: Path, first: AdaptResult) -> None:
+def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, first: AdaptResult) -> None:
     rejected = run(tiny_base, CLINIC, gate=FAIL)
 
     assert (rejected.status, rejected.rejected, rejected.version) == ("rejected", True, "2")
     assert rejected.reasons and "clinic" in rejected.reasons[0]
     assert versions() == [("1", "bank", ("challenger", "champion")), ("2", "clinic", ())]
-    assert Ledger(current_store()).find("l", rejected.dataset.sha256) is None
-    assert tracked_run(home, rejected).info.status == "FINISHED"
-    assert Versions(current_store()).all("l")[1].reasons == rejected.reasons
+    version = version_of(rejected)
+    assert (version.since.promoted, version.standing) == (None, "rejected by the gate")
+    assert mlflow_run("l", rejected.run_key).info.status == "FINISHED" and journal_of(rejected).state == "finished"
+    assert version.reasons == rejected.reasons
 
     repeat = run(tiny_base, CLINIC, gate=FAIL)
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", True, "2")
@@ -403,25 +411,26 @@ def test_what_contradicts_the_lineage_is_refused(
         run(tiny_base, task, **settings)
 
 
-@pytest.mark.parametrize("alias", ["champion", "challenger"])
+@pytest.mark.parametrize("is_written", [False, True])
 def test_a_promotion_cut_short_is_completed_by_the_next_run(
-    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, alias: str
+    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, is_written: bool
 ) -> None:
-    whole = Registry.set_alias
+    whole = PromotionLog.add
 
-    def die(registry: Registry, lineage: str, name: Any, version: str) -> None:
-        if name == alias:
-            raise Killed
-        whole(registry, lineage, name, version)
+    def die(log: PromotionLog, *move: Any) -> Move | None:
+        if is_written:
+            whole(log, *move)
+        raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "set_alias", die)
+        patch.setattr(PromotionLog, "add", die)
         with pytest.raises(Killed):
             run(tiny_base, CLINIC)
     repeat = run(tiny_base, CLINIC)
 
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "2")
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
+    assert len(PromotionLog(current_store()).moves("l")) == 2, "no move is written twice"
 
 
 @pytest.mark.nightly
@@ -433,19 +442,19 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("flows.adapt.report_run", die)
-        patch.setattr("tasks.adaptation.run.fail_run", die)  # a crashed machine: the status of the run stays RUNNING
+        patch.setattr("flows.adapt.report_version", die)
+        patch.setattr(RunJournal, "end", die)  # a crashed machine: the run stays as it was
         with pytest.raises(Killed):
             run(tiny_base, CLINIC, gate=gate)
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    tracking_id = client.get_model_version("l", "2").run_id
-    assert client.get_run(tracking_id).info.status == "RUNNING" and list((home / "work").rglob("training.json"))
+    version = Versions(current_store()).all("l")[1]
+    assert mlflow_run("l", version.run_key).info.status == "RUNNING" and list((home / "work").rglob("training.json"))
     repeat = run(tiny_base, CLINIC, gate=gate)
 
-    assert (repeat.status, repeat.version) == ("repeat", "2")
-    done = client.get_run(tracking_id)
+    assert (repeat.status, repeat.version, journal_of(repeat).state) == ("repeat", "2", "finished")
+    assert page_of(repeat)[0].version == "2"
+    done, tracked = mlflow_run("l", repeat.run_key), in_mlflow("l", repeat.run_key)
     assert done.info.status == "FINISHED" and "accuracy/clinic" in done.data.metrics
-    assert "report.html" in {entry.path for entry in client.list_artifacts(tracking_id)}
+    assert "report.html" in {entry.path for entry in tracked.client.list_artifacts(tracked.run_id)}
     assert not list((home / "work").rglob("*.*"))
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "they are learned"
 
@@ -458,46 +467,65 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("flows.adapt.report_run", die)
+        patch.setattr("flows.adapt.report_version", die)
         with pytest.raises(Killed):
             run(tiny_base, CLINIC)
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    version = client.get_model_version("l", "2")
-    num_train = json.loads(current_store().get_bytes(f"{version.tags['deal.adapter_uri']}/findings.json"))["dataset"][
-        "num_train"
-    ]
-    client.delete_run(version.run_id)  # a person deletes failed runs in MLflow's UI
+    store = current_store()
+    version = Versions(store).all("l")[1]
+    num_train = json.loads(store.get_bytes(f"{version.adapter_uri}/findings.json"))["dataset"]["num_train"]
+    answers = f"{version.adapter_uri}/answers.json"
+    whole = store.get_bytes(answers)
+    store.put_bytes(answers, b"{")
     told: list[str | None] = []
     monkeypatch.setattr("tasks.notices.announce", lambda kind, notice, once: told.append(notice.version))
     parent = find_parent("l")
     assert parent is not None and parent.version == "2"
-    assert "Cannot write its report, version 2 of 'l': RegistryError" in caplog.text and told == ["2"]
+    assert "Cannot write its report, version 2 of 'l': StoreError" in caplog.text and told == ["2"]
     assert not list((home / "work").rglob("*.*")) and not list((home / "store" / "datasets").rglob("train.parquet"))
 
-    client.restore_run(version.run_id)
-    asyncio.run(forget(version.tags["deal.dataset_sha256"]))
+    store.put_bytes(answers, whole)
+    asyncio.run(forget(version.dataset_sha256))
     parent = find_parent("l")
     assert parent is not None and parent.version == "2"
-    assert client.get_run(version.run_id).info.status == "FINISHED", "the second attempt finds the report"
-    report, page = read_page(version.run_id)
+    journal = RunJournal(store).find("l", version.run_key)
+    assert journal is not None and journal.state == "finished", "the second attempt can write the report"
+    report, page = read_page(store, parent)
     assert (report.quality.num_train, report.quality.source) == (num_train, None)
     assert "A file that was forgotten since" in page
 
 
-def test_an_mlflow_that_does_not_end_the_run_does_not_hide_why_it_failed(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_journal_that_cannot_be_written_does_not_hide_why_a_run_failed(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def break_down(*args: Any) -> None:
         raise DataValidationError("the cause")
 
     def refuse(*args: Any) -> None:
-        raise MlflowException("the server is away")
+        raise StoreError("the store is away")
 
     monkeypatch.setattr("flows.adapt._train_to_report", break_down)
-    monkeypatch.setattr(MlflowClient, "set_terminated", refuse)
+    monkeypatch.setattr(RunJournal, "end", refuse)
     with pytest.raises(DataValidationError, match="the cause"):
         run(tiny_base, BANK)
-    assert "Cannot end the run" in caplog.text and "the server is away" in caplog.text
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_run_that_fails_is_failed_in_mlflow_at_once_if_mlflow_answers(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_away: bool
+) -> None:
+    def break_down(*args: Any) -> None:
+        if is_away:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing answers there
+        raise DataValidationError("the cause")
+
+    monkeypatch.setattr("tasks.adaptation.train._train", break_down)
+    with pytest.raises(DataValidationError, match="the cause"):
+        run(tiny_base, BANK)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (failed,) = RunJournal(current_store()).all("l")
+    assert failed.state == "failed"
+    assert mlflow_run("l", failed.run_key).info.status == ("RUNNING" if is_away else "FAILED")
+    assert ("the next run or deal server sync" in caplog.text) is is_away
 
 
 @pytest.mark.nightly
@@ -520,18 +548,23 @@ def test_an_again_that_is_started_again_after_it_registered_trains_nothing(
 def test_a_version_that_another_has_overtaken_is_not_promoted(
     tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Registry.register
+    whole = Versions.register
 
-    def overtaken(registry: Registry, *args: Any, **kwargs: Any) -> Any:
-        made = whole(registry, *args, **kwargs)
-        registry.client.delete_registered_model_alias("l", "champion")
-        return made
+    def overtaken(known: Versions, version: Version) -> Version:
+        """Another version becomes champion at the same time."""
+        parent = version_of(first)
+        other = parent.model_copy(update={"version": UNREGISTERED, "run_key": "other", "parent_version": "1"})
+        move_champion(known.store, whole(known, other), expected="1", action="promoted", who="someone", why="test")
+        return whole(known, version)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "register", overtaken)
-        with pytest.raises(RegistryError, match=r"no version is champion now.*Run the same command again"):
+        patch.setattr(Versions, "register", overtaken)
+        with pytest.raises(RegistryError, match=r"version 2 is champion now.*Run the same command again"):
             run(tiny_base, CLINIC)
-    assert versions()[1] == ("2", "clinic", ()), "accepted, but not promoted, because it does not continue the champion"
+    assert versions()[1:] == [("2", "bank", ("champion",)), ("3", "clinic", ("challenger",))]
+    overtaken_version = Versions(current_store()).all("l")[2]
+    assert overtaken_version.accepted and overtaken_version.since.promoted is None, "it does not continue the champion"
+    assert run(tiny_base, CLINIC).parent_version == "2", "the same command starts from the present champion"
 
 
 def test_a_run_that_died_after_training_is_marked_failed_and_not_trained_again(
@@ -540,19 +573,21 @@ def test_a_run_that_died_after_training_is_marked_failed_and_not_trained_again(
     def die(*args: Any, **kwargs: Any) -> None:
         raise Killed
 
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "register", die)
+        patch.setattr(Versions, "register", die)
         with pytest.raises(Killed):
             run(tiny_base, BANK)
-    experiment = client.get_experiment_by_name("deal/l").experiment_id
-    assert [found.info.status for found in client.search_runs([experiment])] == ["FAILED"]
+    assert [found.state for found in RunJournal(current_store()).all("l")] == ["failed"]
 
     summary = next((home / "work").rglob("training.json"))
     summary.write_bytes(summary.read_bytes().replace(b'"num_steps":3', b'"num_steps":99'))
     result = run(tiny_base, BANK)
     assert (result.status, result.version, result.num_steps) == ("promoted", "1", 99)
-    assert [found.info.status for found in client.search_runs([experiment])] == ["FINISHED"], "continued, not doubled"
+    assert [found.state for found in RunJournal(current_store()).all("l")] == ["finished"], "continued, not doubled"
+    tracked = in_mlflow("l", result.run_key)
+    found = tracked.client.get_run(tracked.run_id)
+    (only,) = tracked.client.search_runs([found.info.experiment_id])
+    assert (only.info.run_id, only.info.status) == (tracked.run_id, "FINISHED")
 
 
 def test_the_frozen_test_rows_are_those_of_the_file(first: AdaptResult, tmp_path: Path) -> None:
@@ -571,8 +606,7 @@ def test_a_label_that_takes_over_the_answers_is_named_with_its_cost(tiny_base: P
         files[split].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     task = {"name": "tickets", "data": str(files["train"]), "test_data": str(files["test"])}
     result = run(tiny_base, task, train={"max_steps": 60, "learning_rate": 0.02, "max_prompt_tokens": 64})
-    assert result.tracking_id is not None
-    evaluation = open_tracker().run(result.tracking_id).read_json("evaluation.json")
+    evaluation = evaluation_of(result)
     labels = sorted(tuple(each.values()) for each in evaluation["labels"]["tickets"])
     assert labels == [("closed", 12, 1.0, 1.0), ("open", 12, 0.0, 0.0)]
     (note,) = [note for note in evaluation["notes"] if "of the answers" in note]

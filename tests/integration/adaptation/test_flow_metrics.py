@@ -11,12 +11,11 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import MODULES_VARIABLE
 from flows.cli.console import show_adaptation
 from flows.cli.plan import show_validation
-from tasks.adaptation.report import read_page
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers
 from tasks.lineage.record import read_record
 from tasks.validate import validate
-from tests.adapting import BANK, FAIL, run
+from tests.adapting import BANK, FAIL, page_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -49,7 +48,7 @@ def test_free_answers_are_judged_by_rouge_l_and_labels_by_exact_match(notes: dic
     assert first.metrics == {"notes": "rouge_l"} and second.metrics == {"notes": "rouge_l", "bank": "exact"}
     record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
     assert [known.schema.metric for known in record.tasks] == ["rouge_l", "exact"]
-    report, page = read_page(str(second.tracking_id))
+    report, page = page_of(second)
     assert "Scored otherwise than by exact match: notes by ROUGE-L." in page
     (changed,) = (each for each in report.changed if each.task == "notes")
     assert changed.metric == "rouge_l" and changed.num_rows == 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,16 @@ import pytest
 from deal_core.config import EvaluateConfig
 from deal_core.strategies import questions
 from deal_core.strategies.strategy import TaskContext
-from infra.tracking.tracker import open_tracker
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE, read_answers
-from tasks.lineage.history import find_version, version_ref
+from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.planning import plan
 from tasks.progress import LogReporter
 from tasks.spec import AdaptSpec, parse
 from tasks.validate import validate
-from tests.adapting import BANK, CLINIC, run
+from tests.adapting import BANK, CLINIC, evaluation_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 NUM_JUDGING = 20
@@ -32,11 +31,6 @@ NUM_JUDGING = 20
 @pytest.fixture(autouse=True)
 def spare_rows(few_rows_judge: Callable[[int], None]) -> None:
     few_rows_judge(NUM_JUDGING)
-
-
-def evaluation_of(tracking_id: str | None) -> Mapping[str, Any]:
-    assert tracking_id is not None
-    return open_tracker().run(tracking_id).read_json("evaluation.json")
 
 
 def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,21 +47,21 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     first, result = run(tiny_base, BANK), run(tiny_base, CLINIC)
     assert first.status == "promoted"
     spared = f"{NUM_JUDGING} of 36 test rows of bank judge; the texts of the others may teach"
-    assert spared in evaluation_of(first.tracking_id)["notes"] and said.count(spared) == 1
+    assert spared in evaluation_of(first)["notes"] and said.count(spared) == 1
     assert (result.status, result.version) == ("promoted", "2")
     info = find_version(current_store(), "l", "2")
     adapter_uri = info.adapter_uri
     tasks = read_record(current_store(), adapter_uri).tasks
     judging = {each.schema.name: NUM_JUDGING for each in tasks}
-    assert evaluation_of(result.tracking_id)["num_rows"] == judging
+    assert evaluation_of(result)["num_rows"] == judging
     assert [set(each) for each in taught] == [set(), {"bank"}], "the new task's own rows are not asked about"
     assert len(taught[1]["bank"]) == tasks[0].num_test - NUM_JUDGING
-    (note,) = (note for note in evaluation_of(result.tracking_id)["notes"] if "questions about old tasks" in note)
+    (note,) = (note for note in evaluation_of(result)["notes"] if "questions about old tasks" in note)
     assert note.startswith("rehearsed 16 questions about old tasks (sets: 1)")
     assert {name: len(each) for name, each in read_answers(current_store(), adapter_uri).now.items()} == judging
 
     current_store().delete(f"{adapter_uri}/{ANSWERS_FILE}")  # as `deal forget` of another task does
-    assert score_version(version_ref(info), EvaluateConfig()).num_rows == judging
+    assert score_version(info, EvaluateConfig()).num_rows == judging
 
 
 @pytest.mark.nightly
@@ -86,7 +80,7 @@ def test_rows_that_taught_by_their_texts_judge_no_later_version_either(tiny_base
     assert run(tiny_base, {"name": "orders", "data": str(file)}).status == "promoted"
     second = run(tiny_base, BANK, memory="none")
     assert second.status == "promoted"
-    judging = evaluation_of(second.tracking_id)["num_rows"]
+    judging = evaluation_of(second)["num_rows"]
     assert judging == {"orders": 20, "bank": 20}
     adapter_uri = find_version(current_store(), "l", "2").adapter_uri
     assert read_record(current_store(), adapter_uri).spared == "all"
@@ -118,5 +112,5 @@ def test_several_processes_ask_about_the_same_texts(tiny_base: Path) -> None:
     train = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
     run(tiny_base, BANK)
     two = run(tiny_base, CLINIC, train={**train, "num_processes": 2})
-    notes = evaluation_of(two.tracking_id)["notes"]
+    notes = evaluation_of(two)["notes"]
     assert any(note.startswith("rehearsed 16 questions about old tasks (sets: 1)") for note in notes)

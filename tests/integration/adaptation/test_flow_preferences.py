@@ -9,9 +9,8 @@ import pytest
 
 from deal_core.errors import DataValidationError
 from flows.cli.plan import show_validation
-from tasks.adaptation.report import read_page
 from tasks.validate import validate
-from tests.adapting import BANK, PASS, run
+from tests.adapting import BANK, PASS, page_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 THINGS = ("lost card", "late parcel", "low iron", "broken bone", "customs hold")
@@ -37,12 +36,12 @@ def test_preferences_are_learned_kept_and_judged_by_their_numbers(tiny_base: Pat
     first = run(tiny_base, task, train=train, gate=gate)
     assert (first.status, first.metrics) == ("promoted", {"tone": "preference"}), first.reasons
     assert first.matrix is not None and (first.accuracies["tone"], first.matrix["base"][0]) == (1.0, 0.5)
-    _, page = read_page(str(first.tracking_id))
+    _, page = page_of(first)
     assert "preferred answers" in page and "preferences (DPO): before, the better answer was the likelier one" in page
 
     second = run(tiny_base, BANK, train={**train, "max_steps": 3})
     assert second.status == "promoted" and second.metrics == {"tone": "preference", "bank": "exact"}
-    _, page = read_page(str(second.tracking_id))
+    _, page = page_of(second)
     assert "settings that differ from version 1&#39;s: train.max_steps 3 (before: 12), gate.min_gain_points" in page
 
     opposite = {"name": "tone", "data": write(tmp_path / "opposite.jsonl", is_swapped=True)}

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from deal_core.config import EvaluateConfig
-from infra.tracking.tracker import open_tracker
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
-from tasks.lineage.history import find_version, version_ref
+from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
-from tests.adapting import BANK, CLINIC, run
+from tests.adapting import BANK, CLINIC, evaluation_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 TRAIN = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
@@ -28,14 +27,13 @@ def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(
     assert (result.status, result.version) == ("promoted", "2")
     info = find_version(current_store(), "l", "2")
     tasks = read_record(current_store(), info.adapter_uri).tasks
-    assert result.tracking_id is not None
-    evaluation = open_tracker().run(result.tracking_id).read_json("evaluation.json")
+    evaluation = evaluation_of(result)
     judging = {each.schema.name: 20 for each in tasks}
     assert evaluation["num_rows"] == judging
     assert {name: len(each) for name, each in evaluation["parent_outcomes"].items()} == judging
     assert any(note.startswith("re-centred the labels of 2 tasks in 2 steps") for note in evaluation["notes"])
 
-    again = score_version(version_ref(info), EvaluateConfig())
+    again = score_version(info, EvaluateConfig())
     assert again.accuracies == again.recorded
 
     assert run(tiny_base, CLINIC, train={**TRAIN, "recentre_steps": 3}, again=True).version == "3"

@@ -19,14 +19,13 @@ from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.cli.app import app
 from flows.forget import forget
-from tasks.adaptation.report import read_page
 from tasks.adaptation.resume import FINDINGS_FILE
 from tasks.adaptation.scorer import Scorer
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers
-from tasks.lineage.history import find_version, version_ref
+from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
-from tests.adapting import PASS, run
+from tests.adapting import PASS, page_of, run
 from tests.in_process import put_back
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -69,7 +68,7 @@ def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
     assert renew(home) == {"lineage": "l", "task": "colours", "num_test": 10, "was_asked": False}
     now = learn(tiny_base, file_of(tmp_path, "july", "cold", "warm"))
     assert now.status == "promoted" and now.accuracies["colours"] > 0.8 and now.accuracies["colours.old-1"] < 0.5
-    report, page = read_page(str(now.tracking_id))
+    report, page = page_of(now)
     assert "deal tests renew asked for them; the 10 rows before stay as colours.old-1" in page
     assert report.version == now.version
 
@@ -161,7 +160,7 @@ def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(home: Path, tin
 
 @pytest.mark.usefixtures("copied_home")
 def test_a_version_is_scored_again_with_the_settings_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, version = current_store(), version_ref(find_version(current_store(), "l", "3"))
+    store, version = current_store(), find_version(current_store(), "l", "3")
     key = f"{version.adapter_uri}/{FINDINGS_FILE}"
     findings = json.loads(store.get_bytes(key))
     findings["spec"]["evaluate"] = {**findings["spec"].get("evaluate", {}), "max_old_rows": 4000}

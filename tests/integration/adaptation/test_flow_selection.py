@@ -15,11 +15,9 @@ from deal_core.adapter.state import load_method_state
 from deal_core.method_config import SelectionConfig
 from deal_core.strategies.rehearsal import unpack
 from deal_core.training.job import TrainingJob
-from infra.versions import Versions
-from tasks.adaptation.report import read_page
 from tasks.context import current_store
 from tasks.lineage.version_files import borrowed_adapter
-from tests.adapting import BANK, CLINIC, run
+from tests.adapting import BANK, CLINIC, page_of, run, version_of
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 TRAIN = {
@@ -67,12 +65,10 @@ def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
     assert trained_on[1] == trained_on[0] and len(trained_on[0]) == kept
     assert second.num_steps == -(-kept // 4)
     assert not list(home.rglob("selection.json")), "row numbers are of no use after the run"
-    version = Versions(current_store()).all("l")[-1]
-    assert second.tracking_id is not None
-    _, page = read_page(second.tracking_id)
+    _, page = page_of(second)
     assert f"{kept} of {second.dataset.num_train} training rows were chosen by loss (the highest)" in page
     assert f"learned from {kept} of {second.dataset.num_train} rows" in page
     assert "labels that were checked" in page or "no label could be checked" in page
-    with borrowed_adapter(current_store(), version, with_method=True) as folder:
+    with borrowed_adapter(current_store(), version_of(second), with_method=True) as folder:
         stored = [len(unpack(rows)) for _, rows in sorted(load_method_state(folder).stored_rows.items())]
     assert stored == [2, max(1, round(0.1 * kept))], "a tenth of the chosen rows, not of all"

@@ -1,0 +1,182 @@
+"""The stages of an adaptation as Prefect's tasks: tried again after an error of a connection, and nothing read twice."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import EndpointConnectionError
+
+import tasks.adaptation.ingest as ingest_stage
+import tasks.adaptation.train as train_stage
+from deal_core.adapter.files import ADAPTER_FILES
+from deal_core.errors import DataValidationError, StoreError
+from flows.adapt import AdaptResult
+from infra.store.local import FileStore
+from infra.store.s3 import S3Store
+from infra.versions import Versions
+from tasks.adaptation.evaluate import evaluate_version
+from tasks.adaptation.gate import judge_version
+from tasks.adaptation.ingest import ingest_arrival
+from tasks.adaptation.promote import promote_version
+from tasks.adaptation.register import register_version
+from tasks.adaptation.report import report_version
+from tasks.adaptation.train import train_version
+from tasks.context import current_store
+from tests.adapting import BANK, CLINIC, run, version_of
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+STAGES = (
+    ingest_arrival,
+    train_version,
+    evaluate_version,
+    judge_version,
+    register_version,
+    promote_version,
+    report_version,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no stage wait before it is tried again."""
+    for stage in STAGES:
+        monkeypatch.setattr(stage, "retry_delay_seconds", 0)
+
+
+def counted(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
+    """Each call of a module's function from now on."""
+    calls: list[str] = []
+    whole = getattr(module, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        return whole(*args, **options)
+
+    patch.setattr(module, name, call)
+    return calls
+
+
+def test_a_stage_that_loses_its_connection_is_tried_again_and_the_run_goes_on(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainings = counted(monkeypatch, train_stage, "_train")
+    lost: list[str] = []
+    upload, put = FileStore.upload_folder, FileStore.put_bytes
+
+    def lose(key: str) -> None:
+        """Be away at the first write of what a stage makes."""
+        kind = key.partition("/")[0]
+        if kind in ("datasets", "adapters", "versions", "promotions", "reports") and kind not in lost:
+            lost.append(kind)
+            raise StoreError(f"Cannot write {key!r}.") from EndpointConnectionError(endpoint_url="http://store")
+
+    def upload_or_lose(store: FileStore, local: Path, prefix: str, **options: Any) -> int:
+        lose(prefix)
+        return upload(store, local, prefix, **options)
+
+    def put_or_lose(store: FileStore, key: str, data: bytes, **options: Any) -> bool:
+        lose(key)
+        return put(store, key, data, **options)
+
+    monkeypatch.setattr(FileStore, "upload_folder", upload_or_lose)
+    monkeypatch.setattr(FileStore, "put_bytes", put_or_lose)
+    result = run(tiny_base, BANK)
+
+    assert (result.status, result.version) == ("promoted", "1")
+    assert lost == ["datasets", "adapters", "versions", "promotions", "reports"]
+    tried_again = {
+        name.rpartition("-")[0]
+        for record in caplog.records
+        if "Retry 1/" in record.getMessage() and (name := getattr(record, "task_run_name", None))
+    }
+    assert tried_again == {"ingest", "train", "register", "promote", "report"}
+    assert len(trainings) == 1, "a training that has ended is not repeated, because its upload failed"
+    assert [version.version for version in Versions(current_store()).all("l")] == ["1"], "nothing is registered twice"
+
+
+def test_a_mistake_in_the_data_is_not_tried_again(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "", "label": "a"}\n' * 5)
+    tries = counted(monkeypatch, ingest_stage, "build_dataset")
+    with pytest.raises(DataValidationError):
+        run(tiny_base, {"name": "bank", "data": str(bad)})
+    assert len(tries) == 1
+
+
+READ_AGAIN = {
+    r"versions/|promotions/|index/": "another process may have moved the champion since",
+    r"runs/": "the journal of the run itself, which each change of it reads",
+    r"mlflow/": "the note about what MLflow has, before and after the run",
+    r"datasets/.*\.json": "a manifest of one page says how to read the rows beside it",
+    r"datasets/.*/test\.parquet": "frozen rows: each stage that needs them compares them with their digest",
+}
+"""Keys that a run reads more than once, each with the reason."""
+
+
+@pytest.mark.parametrize("store_kind", ["folder", "s3"])
+def test_nothing_of_the_parent_is_read_or_downloaded_twice_in_one_run(
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    store_kind: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    kind: type[FileStore | S3Store] = FileStore
+    if store_kind == "s3":
+        import boto3
+
+        address = request.getfixturevalue("s3_server")
+        boto3.client("s3", endpoint_url=address, aws_access_key_id="a", aws_secret_access_key="b").create_bucket(
+            Bucket="lineages"
+        )
+        for name, value in {
+            "STORE_URI": "s3://lineages/team",
+            "S3_ENDPOINT_URL": address,
+            "S3_ACCESS_KEY_ID": "a",
+            "S3_SECRET_ACCESS_KEY": "b",
+            "S3_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(f"DEAL_{name}", value)
+        kind = S3Store
+    first = run(tiny_base, BANK)
+    reads = count_reads(monkeypatch, kind)
+    second = run(tiny_base, CLINIC)
+    assert (second.status, second.parent_version) == ("promoted", "1")
+
+    of_parent = read_of(reads, first)
+    assert set(of_parent) == {*ADAPTER_FILES, "record.json", "answers.json", "findings.json"}
+    assert set(of_parent.values()) == {1}, of_parent
+    twice = {key: number for key, number in reads.items() if number > 1 and not is_read_again(key)}
+    assert twice == {}
+
+
+def read_of(reads: Counter[str], result: AdaptResult) -> dict[str, int]:
+    """How often each file of a version's adapter was read."""
+    folder = version_of(result).adapter_uri + "/"
+    return {key.removeprefix(folder): number for key, number in reads.items() if key.startswith(folder)}
+
+
+def is_read_again(key: str) -> bool:
+    return any(re.match(pattern, key) for pattern in READ_AGAIN)
+
+
+def count_reads(patch: pytest.MonkeyPatch, kind: type[FileStore | S3Store]) -> Counter[str]:
+    """How often each key is read from now on, by any of a store's ways to read."""
+    reads: Counter[str] = Counter()
+
+    def counting(read: Callable[..., Any]) -> Callable[..., Any]:
+        def read_counted(store: Any, key: str, *args: Any, **options: Any) -> Any:
+            reads[key] += 1
+            return read(store, key, *args, **options)
+
+        return read_counted
+
+    for name in ("get_bytes", "download_file"):  # a folder is downloaded file by file
+        patch.setattr(kind, name, counting(getattr(kind, name)))
+    return reads
