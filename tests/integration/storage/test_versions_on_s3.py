@@ -15,7 +15,7 @@ from infra.store.folders import MAX_REQUESTS
 from infra.store.local import open_store
 from infra.store.s3 import S3Store
 from infra.versions import Versions
-from tests.versions import move, put_version, run_key, unregistered, version
+from tests.stored_versions import move, put_version, run_key, unregistered, version
 
 NUM_VERSIONS, NUM_MOVES = 1000, 20
 MOST = 20

@@ -7,7 +7,7 @@ from pathlib import Path
 from tasks.adaptation.run import find_repeat
 from tasks.context import current_store
 from tasks.references import DatasetRef
-from tests.versions import move, put_version, version
+from tests.stored_versions import move, put_version, version
 
 NOW = DatasetRef(
     task="t", uri="d", sha256="split as of now", num_train=1, num_test=1, num_rejected=0, landed_sha256="x"

@@ -18,7 +18,7 @@ from tasks.lineage.decisions import find_left_behind, promote_to, reject_version
 from tasks.lineage.decisions import left_behind as left_behind_by
 from tasks.lineage.promotion import rejected_by_person
 from tasks.references import DatasetRef
-from tests.versions import move, put_version, version
+from tests.stored_versions import move, put_version, version
 
 
 def put(number: int, parent: int | None = None, **changes: Any) -> Version:

@@ -9,7 +9,7 @@ import pytest
 from deal_core.errors import RegistryError
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tests.versions import put_version, version
+from tests.stored_versions import put_version, version
 
 
 @pytest.mark.parametrize(

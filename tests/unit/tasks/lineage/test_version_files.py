@@ -28,7 +28,7 @@ from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_folder, borrowed_parent, require_stored
 from tasks.serving.vllm import read_route
-from tests.versions import move, put_version, run_key, version
+from tests.stored_versions import move, put_version, run_key, version
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}

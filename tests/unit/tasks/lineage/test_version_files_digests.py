@@ -16,7 +16,7 @@ from deal_core.errors import IntegrityError
 from infra.store.local import FileStore
 from infra.versions import Version, Versions
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent, replacing
-from tests.versions import put_version, version
+from tests.stored_versions import put_version, version
 
 CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
 ROOT = Path(__file__).resolve().parents[4]
