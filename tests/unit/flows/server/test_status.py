@@ -94,7 +94,7 @@ def test_what_mlflow_lacks_is_said_in_one_line_and_by_name(home: Path) -> None:
     store = current_store()
     store_version(store, {})
     move(store, "1")
-    (lineage,) = asyncio.run(read_status(home)).lineages
+    lineage = asyncio.run(read_status(home)).lineages[-1]
     assert lineage.mlflow_waiting == ("version 1", "move 1")
     with put_back():
         said = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
