@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from deal_core import selection, strategies
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("deal_core", "infra", "tasks", "flows", "deal_pipeline")
 MAY_IMPORT = {
@@ -426,6 +428,26 @@ def test_an_import_that_does_work_is_found(source: str, tmp_path: Path) -> None:
 
 def test_a_run_begins_without_what_only_work_needs() -> None:
     """Most runs that a server starts find nothing new or their lineage at work: they shall not pay for torch."""
-    code = "import sys, flows.watch; sys.exit(', '.join({'torch', 'sklearn', 'scipy.stats'} & {*sys.modules}) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert not loaded_by("import flows.watch")
+
+
+def test_what_a_strategy_needs_is_known_without_torch() -> None:
+    """Commands that check a file or find a repeat read it."""
+    classes = "from deal_core.strategies import OWN, strategy_class; [strategy_class(name) for name in OWN]"
+    assert not loaded_by(classes)
+    assert "torch" in loaded_by("from deal_core.strategies import questions")
+
+
+def loaded_by(code: str) -> str:
+    """The heavy modules that a process has loaded after this code."""
+    code += "; import sys; print(*{'torch', 'peft', 'transformers', 'sklearn', 'scipy.stats'} & {*sys.modules})"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_no_wheel_has_research() -> None:
+    """Its strategies and scores are plug-ins that a clone registers."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    assert not [name for name in listed if name.startswith("benchmarks")]
+    assert strategies.OWN.keys() == {"deal", "seq_lora", "replay"} and selection.OWN.keys() == {"random"}
