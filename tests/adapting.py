@@ -23,13 +23,6 @@ CLINIC = {
     "columns": {"text": "note", "label": "finding"},
 }
 PASS: dict[str, Any] = dict(NO_LIMITS)
-FIRST_TRAIN: dict[str, Any] = {
-    "learning_rate": 5e-4,
-    "num_epochs": 1,
-    "schedule": "constant",
-    "balance_labels": False,
-}
-"""The defaults of the first release that have changed since."""
 FAIL = {**PASS, "min_accuracy": 1.0}
 
 
