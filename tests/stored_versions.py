@@ -90,6 +90,7 @@ def version(number: int, parent: int | None = None, **changes: Any) -> Version:
         "created": CREATED,
         "parent_version": None if parent is None else str(parent),
         "run_key": run_key(number),
+        "landed_sha256": f"{number:064d}",
         "adapter_uri": keys.adapter_uri("l", keys.short_run(run_key(number))),
         "accepted": False,
         "since": Since(**{name: changes.pop(name) for name in set(Since.model_fields) & changes.keys()}),

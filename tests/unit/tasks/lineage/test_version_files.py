@@ -17,9 +17,9 @@ from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.format import write_format
-from infra.store.local import open_store
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
+from tasks.context import current_store
 from tasks.inbox import read_state
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import load_test_set, read_answers
@@ -66,7 +66,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
 @pytest.fixture
 def store(home: Path) -> ObjectStore:
     """A store with an adapter, which is that of version 3."""
-    found = open_store((home / "store").as_uri())
+    found = current_store()
     write_format(found)
     put_version(found, version(3, adapter_uri=ADAPTER))
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
