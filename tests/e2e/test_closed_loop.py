@@ -20,8 +20,9 @@ from prefect.client.orchestration import PrefectClient
 
 from benchmarks.speed.serving import served
 from benchmarks.tiny_base import NO_LIMITS
+from infra.report.run_report import EVALUATION_FILE
 from infra.store.keys import monitor_key
-from infra.tracking.tracker import open_tracker
+from tasks.lineage.reports import read_report
 from tasks.notices import EVENTS
 from tests.e2e.whole import BUCKET, DONE, WAIT_SECONDS, Whole, wait_until_learned
 
@@ -183,7 +184,7 @@ def fill_in(path: Path, texts: dict[str, str]) -> list[dict[str, str]]:
 def check_the_gate_judged_old_and_renewed_rows(whole: Whole) -> None:
     first, second = whole.versions(LINEAGE)
     assert "champion" in second.aliases and second.parent_version == first.version
-    evaluation = open_tracker(whole.tracking()).run(second.tracking_id).read_json("evaluation.json")
+    evaluation = read_report(whole.store(), second, EVALUATION_FILE)
     assert evaluation["slices"] == {OLD_ROWS: TASK}
     new, old = (
         {name: evaluation[side][name] for name in (TASK, OLD_ROWS)} for side in ("accuracies", "parent_accuracies")

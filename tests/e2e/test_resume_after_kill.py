@@ -15,8 +15,12 @@ import yaml
 from mlflow import MlflowClient
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
+from infra.run_journal import RunJournal
+from infra.settings import TrackingSettings
+from infra.store.local import FileStore
 from tests.e2e.command import DEAL
 from tests.e2e.conftest import AdaptHere
+from tests.registering import in_mlflow
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 0.02
@@ -42,11 +46,15 @@ def deal(home: Path, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def losses(home: Path, tracking_id: str) -> dict[int, float]:
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    history = client.get_metric_history(tracking_id, "train/loss")
+def losses(home: Path, run_key: str) -> dict[int, float]:
+    """The losses that MLflow has of a run, which are those of its journal."""
+    tracked = in_mlflow("l", run_key, TrackingSettings(home=home))
+    history = tracked.client.get_metric_history(tracked.run_id, "train/loss")
     assert len(history) == len({point.step for point in history}), "a step was logged twice"
-    return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
+    found = {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
+    journal = RunJournal(FileStore(home / "store")).find("l", run_key)
+    assert journal is not None and dict(journal.curve["train/loss"]) == found
+    return found
 
 
 def servers_of(home: Path) -> list[int]:
@@ -113,7 +121,7 @@ def test_killed_and_started_again_equals_uninterrupted(spec: Path, tmp_path: Pat
     assert len(client.search_model_versions("name = 'l'")) == 2
     experiment = client.get_experiment_by_name("deal/l").experiment_id
     assert [run.info.status for run in client.search_runs([experiment])] == ["FINISHED"] * 2
-    resumed, uninterrupted = losses(killed, result["tracking_id"]), losses(whole, expected["tracking_id"])
+    resumed, uninterrupted = losses(killed, result["run_key"]), losses(whole, expected["run_key"])
     assert list(resumed) == list(uninterrupted) == list(range(1, 61))
     assert resumed == pytest.approx(uninterrupted, abs=TOLERANCE)
     assert not servers_of(killed), "the next command ends what the killed one left, and then its own"

@@ -16,10 +16,10 @@ import pytest
 import tenacity
 from playwright.sync_api import sync_playwright
 
-from infra.tracking.tracker import open_tracker
 from tasks.arrival_runs import ARRIVAL_LANDED
 from tests.e2e.command import DEAL
 from tests.e2e.whole import BUCKET, CRASHED, DONE, SECRET, WAIT_SECONDS, Whole, rows_of, tree_of, wait_until_learned
+from tests.registering import mlflow_run
 
 CHROMIUM = shutil.which("chromium")
 NUM_ARRIVALS = 4
@@ -96,8 +96,8 @@ def check_both_pages_show_a_finished_adaptation(whole: Whole) -> None:
         page.get_by_text("@ champion").first.wait_for()
         page.goto(f"{whole.mlflow_url}/#/models/one/versions/{version.version}")
         page.get_by_text("parcels-one").first.wait_for()
-        run = open_tracker(whole.tracking()).client.get_run(version.tracking_id)
-        page.goto(f"{whole.mlflow_url}/#/experiments/{run.info.experiment_id}/runs/{version.tracking_id}/artifacts")
+        run = mlflow_run("one", version.run_key, whole.tracking()).info
+        page.goto(f"{whole.mlflow_url}/#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts")
         page.get_by_text("evaluation.json").first.wait_for()
         browser.close()
 

@@ -22,8 +22,10 @@ from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from infra.settings import TrackingSettings
-from infra.versions import Version
+from infra.settings import StoreSettings, TrackingSettings
+from infra.store.base import ObjectStore
+from infra.store.local import open_store
+from infra.versions import Version, Versions
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
 from tests.s3 import ThreadedMotoServer
@@ -85,7 +87,13 @@ class Whole:
         return [order[number] for number in sorted(order)]
 
     def versions(self, lineage: str) -> tuple[Version, ...]:
-        return open_registry(self.tracking()).versions(lineage)
+        return Versions(self.store()).all(lineage)
+
+    def store(self) -> ObjectStore:
+        names = ("STORE_URI", "S3_ENDPOINT_URL", "S3_REGION", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY")
+        values = {name.lower(): self.environment[f"DEAL_{name}"] for name in names}
+        settings = StoreSettings.model_validate({"home": self.home, **values})
+        return open_store(settings.store_uri, settings)
 
     def tracking(self) -> TrackingSettings:
         return TrackingSettings.model_validate({"home": self.home, "tracking_uri": self.mlflow_url})
