@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from deal_core.evaluation.answer_scores import LabelFigures
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
+from deal_core.judging_config import RolloutTerms
+from infra.run_journal import Run
+from infra.store.local import FileStore
+from infra.store.stored import Stored, read_stored, write_stored
+from infra.versions import Version
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.references import BaseRef
 
@@ -91,6 +97,53 @@ STORED: dict[str, tuple[Any, type[Exception]]] = {
     "record": (RECORD, StoreError),
     "deal": (SERVED, AdapterStateError),
 }
+
+
+CREATED = datetime(2026, 3, 1, 12, tzinfo=UTC)
+WRITTEN: dict[str, Stored] = {
+    "version": Version(
+        lineage="support",
+        version="2",
+        created=CREATED,
+        task="talk",
+        parent_version="1",
+        run_key="01" * 32,
+        strategy="deal",
+        base_sha256="02" * 32,
+        dataset_sha256="03" * 32,
+        landed_sha256="04" * 32,
+        config_sha256="05" * 32,
+        adapter_uri="adapters/support/0101",
+        adapter_sha256="06" * 32,
+        files_sha256={"method.json": ("07" * 32, "08" * 32)},
+        accepted=False,
+        reasons=("talk: Größe.",),
+        vetoes=({"kind": "floor", "task": "talk", "value": 20.0, "limit": None},),
+        rollout=RolloutTerms("canary", 0.1, 200, 10.0, 0.95),
+        train_seconds=1.5,
+        average_accuracy=2 / 3,
+        forgetting=None,
+        backward_transfer=-0.25,
+        forward_transfer=None,
+        accuracies={"bank": 1.0, "talk": 1 / 3},
+    ),
+    "run": Run(
+        lineage="support",
+        task="talk",
+        run_key="01" * 32,
+        dataset_uri="datasets/talk/x",
+        dataset_sha256="03" * 32,
+        num_rows={"train": 5, "test": 3, "rejected": 2},
+        base_sha256="02" * 32,
+        parent_version="1",
+        params={"train": {"max_steps": 3}, "strategy": "deal"},
+        state="failed",
+        started=CREATED,
+        ended=CREATED,
+        curve={"train/loss": ((1, 2.5), (2, float("inf")))},
+    ),
+}
+"""What the store has of versions and runs."""
 
 
 def golden(name: str) -> Any:
@@ -174,3 +227,18 @@ def test_what_a_field_refuses_is_said_in_its_own_words() -> None:
         AccuracyMatrix.from_json({**values, "base": [2.0, None]})
     with pytest.raises(ValueError, match=r"^The matrix has 1 rows for 2 versions"):
         EvaluationReport.from_json({**golden("evaluation"), "matrix": {**values, "rows": values["rows"][:1]}})
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_versions_and_runs_in_the_store_keep_their_bytes_and_are_read_back(name: str, tmp_path: Path) -> None:
+    stored, store = WRITTEN[name], FileStore(tmp_path)
+    write_stored(store, name, stored)
+    assert store.get_bytes(name) == (GOLDEN / f"{name}.json").read_bytes()
+    assert read_stored(store, name, type(stored), what="it", remedy="") == stored
+    store.put_bytes(name, json.dumps({**golden(name), "schema_version": 99}).encode())
+    with pytest.raises(StoreError, match="has schema version 99, this release reads 1; "):
+        read_stored(store, name, type(stored), what="it", remedy="")
+    for values in ({**golden(name), "surprise": 1}, {key: each for key, each in golden(name).items() if key != "task"}):
+        store.put_bytes(name, json.dumps(values).encode())
+        with pytest.raises(StoreError, match=r"is damaged \(.*(surprise|task)"):
+            read_stored(store, name, type(stored), what="it", remedy="")
