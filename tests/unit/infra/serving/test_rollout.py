@@ -122,7 +122,7 @@ def logged(store: FileStore, home: Path, candidate: Version) -> Iterator[Server]
 
 
 def rows_of(store: FileStore, home: Path) -> list[dict[str, Any]]:
-    return read_predictions(store, home, "l", of_rollout=True).to_dict("records")  # type: ignore[return-value]
+    return read_predictions(store, "l", of_rollout=True).to_dict("records")  # type: ignore[return-value]
 
 
 def test_a_share_of_the_keys_goes_to_the_canary_and_always_the_same_ones() -> None:
@@ -181,7 +181,7 @@ def test_where_a_canary_fails_the_champion_answers_and_the_log_counts_it(
     failed, answered = sorted(rows_of(store, tmp_path), key=lambda row: str(row["version"]), reverse=True)
     assert (failed["version"], failed["is_failed"], failed["input"]) == ("2", True, None)
     assert (answered["version"], answered["is_failed"]) == ("1", None)
-    assert [*read_predictions(store, tmp_path, "l")["version"]] == ["1"]
+    assert [*read_predictions(store, "l")["version"]] == ["1"]
 
 
 def test_a_request_that_both_versions_refuse_counts_for_neither(tmp_path: Path, store: FileStore) -> None:
@@ -267,7 +267,7 @@ def test_a_shadow_answers_copies_and_what_it_cannot_do_is_dropped(
     copies = [row for row in rows if row["shadow_of"]]
     assert {row["version"] for row in copies} == {"2"} and {row["output"] for row in copies} == {"a"}
     assert {row["shadow_of"] for row in copies} <= {row["id"] for row in rows if row["version"] == "1"}
-    assert [*read_predictions(store, tmp_path, "l")["version"]] == ["1"] * 6
+    assert [*read_predictions(store, "l")["version"]] == ["1"] * 6
 
 
 def test_a_version_is_tried_only_where_it_may_be_and_can_be_judged(tmp_path: Path, store: FileStore) -> None:
