@@ -420,7 +420,8 @@ def _remove_adapter(tracker: Tracker, lineage: str, version: str, day: str) -> N
 def _write_aliases(store: ObjectStore, tracker: Tracker, lineage: str, last: Move) -> Iterable[str]:
     """Set the aliases by the promotion log. The tags around it tell whether a move of the alias is a person's."""
     registered = tracker.models.read(lineage)
-    wanted = {alias: version.version for version in Versions(store).all(lineage) for alias in version.aliases}
+    versions = Versions(store).all(lineage)
+    wanted: dict[str, str] = {alias: version.version for version in versions for alias in version.aliases}
     number = str(last.number)
     is_set = registered.tags.get(MIRRORED) == registered.tags.get(MIRRORING) == number
     if is_set and all(registered.number_of(alias) == wanted.get(alias) for alias in ALIASES):

@@ -24,10 +24,11 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.settings import StoreSettings
 from infra.store.local import FileStore, open_store
 from infra.store.s3 import S3Store, make_client
-from tasks.adaptation.ingest import ingest_arrival, read_manifest
+from tasks.adaptation.ingest import ingest_arrival
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.inbox import InboxState, look, settle, task_spec
+from tasks.lineage.datasets import read_manifest
 from tasks.references import Arrival
 from tests.loopback import Loopback
 from tests.s3 import ThreadedMotoServer
