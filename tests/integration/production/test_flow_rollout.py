@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_a_person_or_the_rollout_rejects_the_version() -> None:
 def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
     promote_accepted(current_store(), register("a", rollout=TERMS, needs_approval=True))
     assert (in_rollout(), standing("4")) == (None, "awaiting approval")
-    done = decide("l", "4", "approve", **BY) if by_form else promote_to("l", "4", **BY)
+    done = asyncio.run(decide("l", "4", "approve", **BY)) if by_form else promote_to("l", "4", **BY)
     assert (done.action, in_rollout(), champion()) == ("rollout", "4", "3")
     assert find_version(current_store(), "l", "4").approval == "given"
     assert check_rollout("l").decision is None, "nobody has asked it yet"

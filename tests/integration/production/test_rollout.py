@@ -16,7 +16,6 @@ from benchmarks.speed.serving import Expected, answers_of, served, texts_to_ask
 from flows.champions import RolloutResult, rollouts
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import PromotionLog
-from infra.settings import HomeSettings
 from infra.versions import Versions
 from tasks.context import current_store
 from tasks.monitoring.rollout import look_at_rollout
@@ -97,12 +96,7 @@ def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
         answered[user] = row["version"]
         ids.add(row["id"])
         user += 1
-    wait_for(
-        lambda: all(
-            ids <= set(read(current_store(), HomeSettings().home, "l")["id"])
-            for read in (read_feedback, read_predictions)
-        )
-    )
+    wait_for(lambda: all(ids <= set(read(current_store(), "l")["id"]) for read in (read_feedback, read_predictions)))
     return answered
 
 
@@ -167,10 +161,10 @@ def check_a_shadow_changes_no_answer_and_the_log_has_both(url: str, base: Path) 
     assert answers() == before
 
     def logged() -> Any:
-        return read_predictions(current_store(), HomeSettings().home, "l", version=version, of_rollout=True)
+        return read_predictions(current_store(), "l", version=version, of_rollout=True)
 
     wait_for(lambda: len(logged()) == len(TEXTS))
-    everything = read_predictions(current_store(), HomeSettings().home, "l")
+    everything = read_predictions(current_store(), "l")
     twins = everything.set_index("id").loc[logged()["shadow_of"]]
     assert set(twins["version"]) == {champion.version} and [*twins["input_sha256"]] == [*logged()["input_sha256"]]
     assert version not in set(everything["version"]), "no other reader sees what was not returned"

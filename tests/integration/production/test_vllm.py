@@ -19,6 +19,7 @@ from flows.champions import serve_vllm
 from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmClient, VllmError
 from infra.settings import VllmSettings
+from infra.store.local import open_store
 from infra.versions import Versions
 from tasks.context import current_store
 from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
@@ -237,7 +238,7 @@ def test_a_damaged_adapter_is_never_handed_over(
     assert route is not None and (route.model, route.state) == ("l-v1", "behind")
     assert route.problem and "is damaged" in route.problem
     file.write_bytes(b"\xff" if name == "adapter_config.json" else b"")
-    with pytest.raises(StoreError, match=rf"{name}, a file of version 2 of 'l', is damaged"):
+    with pytest.raises(StoreError, match=rf"{name}, a file of version 2, champion of 'l', is damaged"):
         sync(**settings)
     file.write_bytes(whole)
     assert sync(**settings).model == "l-v2"
@@ -330,8 +331,6 @@ def test_what_a_server_needs_is_said(free_port: int, monkeypatch: pytest.MonkeyP
         with pytest.raises(VllmError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING") as caught:
             sync_vllm("l", VllmSettings(url=fake.url))
     assert "key-1" not in str(caught.value)
-    home_store = current_store()
-    monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket")
-    (champion,) = Versions(home_store).all("l")
+    (champion,) = Versions(current_store()).all("l")
     with pytest.raises(ConfigError, match="DEAL_VLLM_ADAPTER_DIR"):
-        _published(current_store(), champion, "l-v1", VllmSettings())
+        _published(open_store("s3://bucket"), champion, "l-v1", VllmSettings())
