@@ -66,6 +66,7 @@ def sample_report(**changes: Any) -> RunReport:
         "include_texts": True,
         "training": Training(
             strategy="deal",
+            num_rows=96,
             num_steps=120,
             seconds=812.2,
             rows_per_second=3.2,
