@@ -47,7 +47,7 @@ class RankError(DealError):
 
 
 class RegistryError(DealError):
-    """The model registry refused a request, or its answer contradicts it."""
+    """A lineage lacks a version, or has one that cannot do what is asked."""
 
 
 class StoreError(DealError):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
-from infra.run_journal import RunJournal
+from infra.run_journal import Run, RunJournal
 from infra.versions import Version, Versions
 from tasks.adaptation import run as runs
 from tasks.adaptation.adaptation import AdaptationRun, prepare
@@ -114,6 +114,14 @@ async def adapt_locked(spec: AdaptSpec, retrain: RetrainPolicy = AT_ONCE) -> Ada
     return await learn_arrival(spec, again=False, retrain=retrain)
 
 
+class NothingToLearnError(DealError):
+    """An arrival needs no training: a version has learned it, or the champion answers it well enough."""
+
+    def __init__(self, result: AdaptResult) -> None:
+        super().__init__(result.message)
+        self.result = result
+
+
 async def learn_arrival(
     spec: AdaptSpec, again: bool, retrain: RetrainPolicy = AT_ONCE, *, requeued_sha256: str | None = None
 ) -> AdaptResult:
@@ -121,8 +129,12 @@ async def learn_arrival(
 
     `requeued_sha256` is the dataset of the version whose arrival is learned again.
     """
+    stages = Stages()
     try:
-        result = await _prepare_and_learn(spec, again, retrain, requeued_sha256)
+        adaptation = await begin(spec, stages, again=again, retrain=retrain, requeued_sha256=requeued_sha256)
+        return await _finish(adaptation, stages)
+    except NothingToLearnError as nothing:
+        return nothing.result
     except Interrupted:
         raise
     except Exception as error:
@@ -131,14 +143,31 @@ async def learn_arrival(
         if full is not None and full is not error:
             raise full from error
         raise
-    return result
 
 
-async def _prepare_and_learn(
-    spec: AdaptSpec, again: bool, retrain: RetrainPolicy, requeued_sha256: str | None
-) -> AdaptResult:
-    """Run the stages of an adaptation."""
-    stages, store = Stages(), current_store()
+async def begin(
+    spec: AdaptSpec,
+    stages: Stages | None = None,
+    *,
+    again: bool = False,
+    retrain: RetrainPolicy = AT_ONCE,
+    requeued_sha256: str | None = None,
+) -> AdaptationRun:
+    """Find the parent, check and store the arrival, load the base model, start the run. The caller holds the lineage.
+
+    Args:
+        spec: The arrival, the lineage and the settings.
+        stages: Gets the times of the stages.
+        again: Train even if the lineage has learned this arrival.
+        retrain: Whether the arrival may be skipped.
+        requeued_sha256: Digest of the dataset of the version whose arrival is learned again.
+
+    Raises:
+        NothingToLearnError: A version has learned the arrival, or it is skipped.
+        ConfigError: The spec contradicts the lineage.
+        DataValidationError: The whole file is refused.
+    """
+    stages, store = stages or Stages(), current_store()
     parent = await stages.run("parent", find_parent, spec.lineage)
     synced = await stages.run("mlflow", sync_lineage, store, spec.lineage)  # after an interrupted run has its report
     if synced.promoted is not None:  # somebody has moved the alias there
@@ -149,9 +178,10 @@ async def _prepare_and_learn(
     dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, record, spec.lineage, again)
     stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)
+    # Before the base model is loaded: most repeats are known by their rows alone.
     if known := await stages.run("repeat", runs.find_own if again else runs.find_repeat, dataset, spec.lineage):
         drop_training_rows(store, dataset.uri)
-        return repeated(known, dataset)
+        raise NothingToLearnError(repeated(known, dataset))
     source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0
     await asyncio.to_thread(
         refuse_what_cannot_fit, source, adapter, strategy, spec.method, spec.train, num_versions=num_versions
@@ -172,18 +202,18 @@ async def _prepare_and_learn(
     )
     if known := await stages.run("repeat", runs.find_registered, spec.lineage, run_key):
         drop_training_rows(store, dataset.uri)
-        return repeated(known, dataset)
+        raise NothingToLearnError(repeated(known, dataset))
     tested = None
     if retrain.test_first and parent is not None and record is not None:
         tested = await stages.run("test", score_arrival, base, parent, record, dataset, spec.evaluate)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
             drop_training_rows(store, dataset.uri)
-            return skipped(parent, dataset, tested, stages.seconds)
+            raise NothingToLearnError(skipped(parent, dataset, tested, stages.seconds))
     params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
     run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
-    try:
-        adaptation = await stages.run(
+    async with _failing(run):
+        return await stages.run(
             "start",
             prepare,
             spec,
@@ -198,18 +228,31 @@ async def _prepare_and_learn(
             tested=tested,
             requeued_sha256=requeued_sha256,
         )
+
+
+async def _finish(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
+    """Run the stages from training to report, and what follows them."""
+    store, run = current_store(), adaptation.run
+    async with _failing(run):
         result = await _train_to_report(adaptation, stages)
-    except BaseException:
-        with suppress(DealError):  # it must not hide the run's own error
-            end_failed(RunJournal(store).end(run, "failed"))
-        raise
     runs.remove_work(run)
-    drop_training_rows(store, dataset.uri)
+    drop_training_rows(store, adaptation.dataset.uri)
     RunJournal(store).end(run, "finished")  # last: a run that has not ended is completed by the lineage's next run
-    synced = await stages.run("mlflow", sync_lineage, store, spec.lineage)
+    synced = await stages.run("mlflow", sync_lineage, store, run.lineage)
     if synced.problem is not None:
         _say([f"MLflow lacks {listed(synced.missing)}; the next run or deal server sync writes it"])
     return result
+
+
+@asynccontextmanager
+async def _failing(run: Run) -> AsyncIterator[None]:
+    """Write into the journal that the run failed, if the block does."""
+    try:
+        yield
+    except BaseException:
+        with suppress(DealError):  # it must not hide the run's own error
+            end_failed(RunJournal(current_store()).end(run, "failed"))
+        raise
 
 
 async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:

@@ -250,8 +250,12 @@ async def serve_vllm(lineage: str | None = None, url: str | None = None) -> Serv
     if lineage is not None:
         return await sync(lineage)
     versions = Versions(current_store())
-    names = [name for name in versions.lineages() if versions.champion(name) is not None]
-    return await for_each(names, sync, "could not be brought in step with the server")
+
+    async def sync_champion(name: str) -> ServingRoute | None:
+        return await sync(name) if versions.champion(name) is not None else None
+
+    found = await for_each(versions.lineages(), sync_champion, "could not be brought in step with the server")
+    return [route for route in found if route is not None]
 
 
 @flow(name="harvest", flow_run_name="harvest-{task}")

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
@@ -25,7 +25,7 @@ from infra.settings import TrackingSettings
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.stored import Stored, read_stored, write_stored
-from infra.versions import SCORES, Version, Versions
+from infra.versions import SCORES, Alias, Version, Versions
 from tasks.lineage.decisions import promoted_by_hand
 from tasks.lineage.record import read_record
 from tasks.lineage.reports import read_page, read_report, write_report
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 WITH_ROWS = (REPORT_FILE, PAGE_FILE)
 """Artifacts of a run that contain rows: gained and lost examples, and rows in quarantine. Code that logs rows under
 another name adds the name here."""
-ALIASES = ("champion", "challenger", "previous", "rollout")
+ALIASES: tuple[Alias, ...] = get_args(Alias)
 MIRRORING, MIRRORED = "deal.mirroring", "deal.mirrored"
 """Tags of the registered model: the number of the move whose aliases are being set, and of the one whose aliases were
 set. If they differ, a write was interrupted, and no alias says what a person wants."""
@@ -420,7 +420,8 @@ def _remove_adapter(tracker: Tracker, lineage: str, version: str, day: str) -> N
 def _write_aliases(store: ObjectStore, tracker: Tracker, lineage: str, last: Move) -> Iterable[str]:
     """Set the aliases by the promotion log. The tags around it tell whether a move of the alias is a person's."""
     registered = tracker.models.read(lineage)
-    wanted = {alias: version.version for version in Versions(store).all(lineage) for alias in version.aliases}
+    versions = Versions(store).all(lineage)
+    wanted: dict[str, str] = {alias: version.version for version in versions for alias in version.aliases}
     number = str(last.number)
     is_set = registered.tags.get(MIRRORED) == registered.tags.get(MIRRORING) == number
     if is_set and all(registered.number_of(alias) == wanted.get(alias) for alias in ALIASES):

@@ -1,15 +1,19 @@
-"""Versions in a store, made without a training."""
+"""Versions and runs in a store, made without a training."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from infra.promotions import ENDING, Action, Change, Move, PromotionLog
+from infra.run_journal import Run
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.versions import Version, Versions
+from infra.versions import UNREGISTERED, Since, Version, Versions
+
+CREATED = datetime(2020, 5, 30, tzinfo=UTC)
 
 VERSION = Version(
     lineage="l",
@@ -19,6 +23,7 @@ VERSION = Version(
     strategy="deal",
     base_sha256="b" * 64,
     dataset_sha256="d" * 64,
+    landed_sha256="e" * 64,
     config_sha256="c" * 64,
     adapter_uri="",
     adapter_sha256="",
@@ -47,6 +52,7 @@ def store_version(
     own = {
         "lineage": lineage,
         "run_key": run_key,
+        "landed_sha256": run_key,
         "adapter_uri": uri,
         "adapter_sha256": run_key,
         "files_sha256": {name: (hashlib.sha256(content).hexdigest(),) for name, content in files.items()},
@@ -65,10 +71,58 @@ def move(store: ObjectStore, version: str, action: Action = "promoted", lineage:
         version=version,
         before=before,
         champion=version if action in ENDING else before,
-        who="Ada",
-        why="a test",
-        **changes,
+        **{"who": "Ada", "why": "a test", **changes},
     )
     written = log.add(last, change)
     assert written is not None
     return written
+
+
+def run_key(number: int) -> str:
+    """The key of a run. Its short key ends with the number."""
+    return f"{number:016d}" + "0" * 48
+
+
+def version(number: int, parent: int | None = None, **changes: Any) -> Version:
+    """A version that its gate rejected, unless the changes say otherwise. They may name fields of `Since`."""
+    own = {
+        "version": str(number),
+        "created": CREATED,
+        "parent_version": None if parent is None else str(parent),
+        "run_key": run_key(number),
+        "landed_sha256": f"{number:064d}",
+        "adapter_uri": keys.adapter_uri("l", keys.short_run(run_key(number))),
+        "accepted": False,
+        "since": Since(**{name: changes.pop(name) for name in set(Since.model_fields) & changes.keys()}),
+    }
+    return VERSION.model_copy(update={**own, **changes})
+
+
+def unregistered(number: int, parent: int | None = None, **changes: Any) -> Version:
+    """A version to register. `number` makes its run key."""
+    return version(number, parent, **changes).model_copy(update={"version": UNREGISTERED})
+
+
+def put_version(store: ObjectStore, stored: Version) -> str:
+    """Store a version under its own number; return its key."""
+    key = keys.version_key(stored.lineage, int(stored.version))
+    store.put_bytes(key, stored.model_dump_json().encode())
+    return key
+
+
+def run(number: int, parent: int | None = None, **changes: Any) -> Run:
+    """A run that has failed, unless the changes say otherwise."""
+    values: dict[str, Any] = {
+        "lineage": "l",
+        "task": "t",
+        "run_key": run_key(number),
+        "dataset_uri": "datasets/t/d/l/s",
+        "dataset_sha256": "d",
+        "num_rows": {"train": 9, "test": 3, "rejected": 0},
+        "base_sha256": "b",
+        "parent_version": None if parent is None else str(parent),
+        "params": {},
+        "state": "failed",
+        "started": CREATED,
+    }
+    return Run(**{**values, **changes})

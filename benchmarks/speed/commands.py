@@ -50,6 +50,7 @@ VERSION = Version(
     strategy="deal",
     base_sha256="b" * 64,
     dataset_sha256="d" * 64,
+    landed_sha256="e" * 64,
     config_sha256="c" * 64,
     adapter_uri="adapters/long/key",
     adapter_sha256="a" * 64,

@@ -89,7 +89,7 @@ def _environment() -> Environment:
 
 
 def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixRow]:
-    """Return the base model's row, then a row for each version with its number in the registry."""
+    """Return the base model's row, then a row for each version with its number in the lineage."""
     rows = [MatrixRow("base", "", tuple(_cell(value, False) for value in matrix.base))]
     for version, trained, values in zip(versions, matrix.trained, matrix.rows, strict=True):
         cells = (_cell(value, task == trained) for task, value in zip(matrix.tasks, values, strict=True))

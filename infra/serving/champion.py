@@ -63,7 +63,7 @@ class Champion:
         self._print = say
         self._answerer: Answerer | None = None
         self._move: Move | None = None
-        """The newest entry of the promotion log."""
+        """The newest entry of the promotion log that was followed."""
         self._champion: Version | None = None
         """The champion after that entry; it may not be loaded yet."""
         self._candidate: Version | None = None
@@ -150,9 +150,8 @@ class Champion:
 
         Raises:
             NoChampionError: There is no champion.
-            RegistryError: The store lacks the champion that the promotion log names.
             ServingError: The champion does not load.
-            StoreError: The store does not answer, or an entry of the promotion log is damaged.
+            StoreError: See `_read_log`.
         """
         self._read_log()
         if self._champion is None:
@@ -194,23 +193,17 @@ class Champion:
         """Read the newest entry of the promotion log, and the versions only if the entry is new.
 
         Raises:
-            RegistryError: The store lacks the champion.
-            StoreError: The store does not answer, or an entry or a version is damaged.
+            StoreError: The store does not answer, or an entry or a version is missing or damaged.
         """
-        move, place = PromotionLog(self._store).last(self.lineage), without_secrets(self._store.uri)
+        move = PromotionLog(self._store).last(self.lineage)
         if move == self._move:
             return
         if move is None:  # entries are never removed, but a folder may be unmounted
+            place = without_secrets(self._store.uri)
             raise StoreError(f"{place} has no promotion log of '{self.lineage}' any more; check the store.")
-        versions = Versions(self._store).all(self.lineage)
-        champion = next((version for version in versions if version.version == move.champion), None)
-        if move.champion is not None and champion is None:
-            raise RegistryError(
-                f"Version {move.champion} is champion of '{self.lineage}', but it is not in {place}. Restore it from a "
-                f"backup, or go back: deal rollback --to N --lineage {self.lineage}."
-            )
-        self._move, self._champion, self._failed_at = move, champion, None
-        self._candidate = next((version for version in versions if "rollout" in version.aliases), None)
+        named = {alias: version for version in Versions(self._store).all(self.lineage) for alias in version.aliases}
+        self._champion, self._candidate = named.get("champion"), named.get("rollout")
+        self._move, self._failed_at = move, None
 
     def _keep_up(self) -> None:
         """Load the champion if it does not answer yet, and then what is tried next to it."""

@@ -25,9 +25,8 @@ from deal_core.monitoring.predictions import Prediction, failures_of, prediction
 from infra.log_batches import BATCH_SECONDS, beyond_retention, put_rows
 from infra.predictions import feedback_log, prediction_log
 from infra.serving.answer_ids import AnswerIds
-from infra.settings import ServingSettings, StoreSettings
+from infra.settings import ServingSettings
 from infra.store.base import ObjectStore
-from infra.store.local import open_store
 
 MAX_WAITING = 10_000
 """Rows that wait for the store; further rows are dropped. The tasks of as many answers are remembered for feedback, and
@@ -229,13 +228,13 @@ def _forget_oldest(known: OrderedDict[str, Any]) -> None:
         known.popitem(last=False)
 
 
-def open_prediction_log(lineage: str) -> PredictionLog | None:
+def open_prediction_log(store: ObjectStore, lineage: str) -> PredictionLog | None:
     """Return the log that the settings ask for, not started yet; None: DEAL_LOG_PREDICTIONS is off."""
-    serving, settings = ServingSettings(), StoreSettings()
+    serving = ServingSettings()
     if serving.log_predictions == "off":
         return None
     return PredictionLog(
-        open_store(settings.store_uri, settings),
+        store,
         lineage,
         keeps_texts=serving.log_predictions == "texts",
         retention_days=serving.log_retention_days,

@@ -52,7 +52,7 @@ def serve(
 ) -> bool:
     """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second SIGINT ends them.
 
-    `store` has the versions. `home` gets the server's log. The port 0 is any free one.
+    `store` has the versions and gets the prediction log. `home` gets the server's log. The port 0 is any free one.
     `trusted_hosts` are names that clients may use, in addition to those of loopback and `host`.
 
     `say` gets each message for the user. `ready` is called once, with the address and the version that answers.
@@ -67,7 +67,7 @@ def serve(
     """
     api_key, trusted = _api_key(host, say), _trusted(host, trusted_hosts)
     listener = _listen(host, port)
-    log = open_prediction_log(lineage)
+    log = open_prediction_log(store, lineage)
     champion, ended = Champion(store, lineage, say, log), threading.Event()
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads

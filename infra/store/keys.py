@@ -53,6 +53,7 @@ PROMOTIONS = "promotions"
 LINEAGES = "lineages"
 WATCH = "watch"
 FORGOTTEN = "forgotten"
+SERVING = "serving"
 PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
@@ -351,12 +352,17 @@ def tombstone_key(task: str, sha256: str) -> str:
 
 def route_key(lineage: str) -> str:
     """Return the key of a lineage's route: its model name in a vLLM server."""
-    return f"serving/{lineage}.json"
+    return f"{SERVING}/{lineage}.json"
 
 
 def answer_ids_key(lineage: str) -> str:
     """Return the key of the secret that the ids of a lineage's answers are made with."""
-    return f"serving/{lineage}.key"
+    return f"{SERVING}/{lineage}.key"
+
+
+def is_answer_ids_key(key: str) -> bool:
+    """Return whether a key in `serving/` is one of `answer_ids_key`."""
+    return key.endswith(".key")
 
 
 def log_folder(log: str, lineage: str) -> str:

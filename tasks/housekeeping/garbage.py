@@ -173,6 +173,11 @@ def list_logged_lineages(store: ObjectStore) -> tuple[str, ...]:
     return tuple(sorted(name for name in found if is_name(name)))
 
 
+def has_logging_servers(store: ObjectStore) -> bool:
+    """Return whether a server with a prediction log has ever used the store. It may hold rows that wait."""
+    return any(keys.is_answer_ids_key(info.key) for info in store.list(keys.SERVING))
+
+
 def merge_logs(store: ObjectStore, lineage: str) -> None:
     """Join the small batches of a lineage's logs. The caller holds the lineage."""
     for log in (prediction_log(lineage), feedback_log(lineage)):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from deal_core import selection, strategies
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("deal_core", "infra", "tasks", "flows", "deal_pipeline")
 MAY_IMPORT = {
@@ -34,6 +36,8 @@ PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "she
 NOT_IMPORTED_BY_US = {"gguf": "transformers reads GGUF files with it"}
 WITHOUT_A_FLOW = {"lock"}
 """Modules in the root of flows/ that define no flow."""
+STAGES = ("ingest", "train", "evaluate", "gate", "register", "promote", "report")
+"""Modules of tasks/adaptation/ with a Prefect task each."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -138,6 +142,34 @@ def circles(graph: dict[str, set[str]]) -> set[str]:
     return {name for name in graph if name in reached(name)}
 
 
+def folders_of(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The folders that the modules of each folder import. A folder, its parents and its subfolders may do as they like.
+
+    They are one concept and its parts: `infra.promotions` reads what `infra.store` stores.
+    """
+
+    def folder(module: str) -> str:
+        is_package = any(other.startswith(f"{module}.") for other in graph)
+        return module if is_package else module.rpartition(".")[0]
+
+    def is_within(inner: str, outer: str) -> bool:
+        return f"{inner}.".startswith(f"{outer}.")
+
+    folders: dict[str, set[str]] = {folder(module): set() for module in graph}
+    for module, imported in graph.items():
+        own = folder(module)
+        others = {folder(name) for name in imported}
+        folders[own] |= {other for other in others if not is_within(own, other) and not is_within(other, own)}
+    return folders
+
+
+def users_of_stages(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that import the stages or what belongs to them, other than flows: they would import Prefect with them."""
+    adaptation = {name for name in graph if name.startswith("tasks.adaptation.")}
+    importing = {name for name, imported in graph.items() if imported & adaptation} - adaptation
+    return {name for name in importing if not re.fullmatch(r"flows\.\w+", name)}
+
+
 def names_used_twice(trees: dict[str, ast.AST]) -> dict[str, list[str]]:
     """Public classes that more than one module defines."""
     places: dict[str, list[str]] = {}
@@ -173,6 +205,35 @@ def test_a_circle_is_found() -> None:
         )
     }
     assert circles(import_graph(parsed)) == {"p.a", "p.b", "p.c"}
+
+
+def test_no_folder_imports_itself_by_way_of_others(trees: dict[str, ast.AST]) -> None:
+    assert not circles(folders_of(import_graph(trees)))
+
+
+def test_a_circle_of_folders_is_found() -> None:
+    graph: dict[str, set[str]] = {
+        "p": set(),
+        "p.base": {"p.a", "p.a.one"},
+        "p.a": set(),
+        "p.a.one": {"p.base", "p.b.one"},
+        "p.a.two": set(),
+        "p.b.one": {"p.a.in.one"},
+        "p.a.in.one": {"p.a.two"},
+        "p.b.two": {"p.a.two"},
+        "p.bc.one": {"p.b.two"},
+    }
+    assert folders_of(graph) == {"p": set(), "p.a": {"p.b"}, "p.b": {"p.a", "p.a.in"}, "p.a.in": set(), "p.bc": {"p.b"}}
+    assert circles(folders_of(graph)) == {"p.a", "p.b"}, "p and p.a.in import their own parts alone"
+
+
+def test_the_stages_of_an_adaptation_are_imported_by_flows_alone(trees: dict[str, ast.AST]) -> None:
+    """So commands that only read or answer, such as `deal validate`, import no Prefect through them."""
+    graph = import_graph(trees)
+    assert {f"tasks.adaptation.{name}" for name in STAGES} <= graph.keys()
+    assert not users_of_stages(graph)
+    wrong = {"tasks.validate": {"tasks.adaptation.ingest"}, "flows.cli.learn": {"tasks.adaptation.run"}}
+    assert users_of_stages({**graph, **wrong}) == wrong.keys()
 
 
 def test_no_two_public_classes_have_one_name(trees: dict[str, ast.AST]) -> None:
@@ -367,6 +428,26 @@ def test_an_import_that_does_work_is_found(source: str, tmp_path: Path) -> None:
 
 def test_a_run_begins_without_what_only_work_needs() -> None:
     """Most runs that a server starts find nothing new or their lineage at work: they shall not pay for torch."""
-    code = "import sys, flows.watch; sys.exit(', '.join({'torch', 'sklearn', 'scipy.stats'} & {*sys.modules}) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert not loaded_by("import flows.watch")
+
+
+def test_what_a_strategy_needs_is_known_without_torch() -> None:
+    """Commands that check a file or find a repeat read it."""
+    classes = "from deal_core.strategies import OWN, strategy_class; [strategy_class(name) for name in OWN]"
+    assert not loaded_by(classes)
+    assert "torch" in loaded_by("from deal_core.strategies import questions")
+
+
+def loaded_by(code: str) -> str:
+    """The heavy modules that a process has loaded after this code."""
+    code += "; import sys; print(*{'torch', 'peft', 'transformers', 'sklearn', 'scipy.stats'} & {*sys.modules})"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_no_wheel_has_research() -> None:
+    """Its strategies and scores are plug-ins that a clone registers."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    assert not [name for name in listed if name.startswith("benchmarks")]
+    assert strategies.OWN.keys() == {"deal", "seq_lora", "replay"} and selection.OWN.keys() == {"random"}

@@ -71,7 +71,9 @@ def test_a_version_answers_once_and_the_figures_come_from_its_file(
     for name in ("bank", "clinic"):
         (tmp_path / f"{name}.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = next(
-        path.parent for path in (three_versions / "mlflow-artifacts").rglob("deal.json") if "clinic" in path.read_text()
+        path.parent
+        for path in (three_versions / "store" / "adapters").rglob("deal.json")
+        if "clinic" in path.read_text()
     )
     kept, out = tmp_path / "answers.parquet", tmp_path / "figures.json"
     runner, options = CliRunner(), ["--looks", "5", "--draws", "2", "--text-draws", "0", "--out", str(out)]

@@ -177,7 +177,7 @@ def test_another_home_takes_the_place_when_asked_and_starts_nothing_that_was_sto
 @pytest.fixture
 def waiting(copied_home: Path) -> str:
     """Number of a version that waits for a person."""
-    found = register("waiting", approval="awaiting")
+    found = register("waiting", needs_approval=True)
     promote_accepted(current_store(), found)
     return found.version
 
@@ -190,20 +190,20 @@ def test_a_person_decides_by_the_form(waiting: str) -> None:
     before = len(read_moves("l"))
     for wrong in ({**BY, "why": "  "}, {**BY, "who": ""}):
         with pytest.raises(ParameterTypeError):
-            decide("l", waiting, "approve", **wrong)
+            asyncio.run(decide("l", waiting, "approve", **wrong))
     assert len(read_moves("l")) == before
-    decide("l", waiting, "approve", **BY)
+    asyncio.run(decide("l", waiting, "approve", **BY))
     champion = Versions(current_store()).champion("l")
     assert champion is not None and champion.version == waiting
     assert (last_move().action, last_move().who, last_move().why) == ("promoted", "Ada", "read the report")
     with pytest.raises(RegistryError, match="does not wait for a person: it was approved"):
-        decide("l", waiting, "reject", **BY)
+        asyncio.run(decide("l", waiting, "reject", **BY))
 
 
 def test_a_person_rejects_by_the_form(waiting: str) -> None:
-    decide("l", waiting, "reject", **BY)
+    asyncio.run(decide("l", waiting, "reject", **BY))
     assert (last_move().action, last_move().who, last_move().why) == ("rejected", "Ada", "read the report")
     with pytest.raises(RegistryError, match="it was rejected"):
-        decide("l", waiting, "approve", **BY)
+        asyncio.run(decide("l", waiting, "approve", **BY))
     with pytest.raises(RegistryError, match="is rejected already, by Ada: read the report"):
-        reject("l", waiting, why="again")
+        asyncio.run(reject("l", waiting, why="again"))

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import tenacity
-from infra.tracking.registry import Registry
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from typer.testing import CliRunner
@@ -24,18 +23,18 @@ from flows.cli.app import app
 from flows.retrain import retrain
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
-from infra.tracking.tracker import open_tracker
 from infra.versions import Version, Versions
-from tasks.adaptation.ingest import read_manifest
-from tasks.adaptation.report import read_page
 from tasks.batches import read_batches
 from tasks.context import current_store
+from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import read_history
+from tasks.lineage.reports import read_page
 from tasks.lineage.retrain import RetrainPolicy, Waiting
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.progress import reporting_to
 from tasks.spec import parse
 from tests.in_process import put_back
+from tests.registering import mlflow_run
 
 EXAMPLES = Path(__file__).parents[2] / "data" / "examples"
 ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes().splitlines(keepends=True)
@@ -180,8 +179,8 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     (accuracy,) = [entry.arrival_accuracy for entry in read_history("l", 1)]
     assert accuracy is not None and 0 < accuracy < 1
     newest = versions()[-1]
-    assert open_tracker().client.get_run(newest.tracking_id).data.metrics["arrival_accuracy"] == accuracy
-    report, page = read_page(newest.tracking_id)
+    assert mlflow_run("l", newest.run_key).data.metrics["arrival_accuracy"] == accuracy
+    report, page = read_page(current_store(), newest)
     assert report.arrival_accuracy == accuracy and f"{100 * accuracy:.1f} %" in page
     with put_back():
         shown = CliRunner().invoke(app, ["history", "--lineage", "l"]).output
@@ -265,7 +264,7 @@ def test_a_batch_that_failed_is_tried_again_without_what_landed_since(
         raise RuntimeError("the server is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "register", fail)
+        patch.setattr(Versions, "register", fail)
         assert learn(now()) == [("parcels/1.jsonl", "failed", None)]
     land(home, "parcels/2.jsonl", ROWS[60:])
     monkeypatch.setattr("tasks.inbox.PAUSE", timedelta(0))

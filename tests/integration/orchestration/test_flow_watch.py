@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from infra.tracking.registry import Registry
 from typer.testing import CliRunner
 
 import flows.cli.demo
@@ -192,7 +191,7 @@ def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
         codes = [CliRunner().invoke(app, ["status", "--json", *words]).exit_code for words in ([], ["--check"])]
     assert codes == [0, 1]
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "register", fail)
+        patch.setattr(Versions, "register", fail)
         failed, said = look(lineage(tiny_base))
     assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
     assert any("RuntimeError: the server is away" in line for line in said)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,22 @@ def keys(prefix: str) -> list[str]:
     return [info.key for info in current_store().list(prefix)]
 
 
-def logged(texts: list[str]) -> list[str]:
-    """Log an answer of lineage l to each text, with feedback; return the ids of the answers."""
+@contextmanager
+def logging(texts: list[str]) -> Iterator[list[str]]:
+    """Log an answer of lineage l to each text, with feedback; yield their ids. They are stored after the block."""
     log = PredictionLog(current_store(), "l", keeps_texts=True, retention_days=30)
     champion = Champion(log)
     log.start()
     ids = [*champion.ask([InputRow(text, "bank") for text in texts], lambda: False).ids]
     log.take_feedback([read_entry({"id": each, "label": "a"}, "", source="api", now=1.0).feedback for each in ids])
+    yield ids
     log.close()
-    return ids
+
+
+def logged(texts: list[str]) -> list[str]:
+    """Log an answer of lineage l to each text, with feedback; return the ids of the answers."""
+    with logging(texts) as ids:
+        return ids
 
 
 def holding(home: Path, text: str) -> list[str]:

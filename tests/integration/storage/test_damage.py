@@ -24,7 +24,7 @@ from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, run
 from tests.in_process import put_back
-from tests.versions import put_version
+from tests.stored_versions import put_version
 
 ENTRIES = (("versions", "00000002.json"), ("runs", "*.json"))
 BY = {"who": "tester", "why": "a test"}

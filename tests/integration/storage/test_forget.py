@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flows.champions import evaluate
 from flows.cli.housekeeping import show_forget_plan
 from flows.forget import forget, plan_forget
 from flows.requeue import requeue
+from infra.log_batches import BATCH_SECONDS
 from infra.predictions import read_feedback, read_predictions
 from infra.run_journal import RunJournal
 from infra.store.keys import mlflow_forget_key, report_key
@@ -34,7 +36,7 @@ from tasks.lineage.version_files import borrowed_parent
 from tasks.mlflow_mirror import sync_lineage
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, run
-from tests.integration.storage.conftest import SECRET, holding, keys, land, logged
+from tests.integration.storage.conftest import SECRET, holding, keys, land, logged, logging
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -275,6 +277,25 @@ def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(first: AdaptResul
     assert any("inbox/other/feedback-1.jsonl" in str(each) for each in show_forget_plan(plan, "Removed"))
     assert [*read_predictions(store, "l")["id"]] == [other] == [*read_feedback(store, "l")["id"]]
     assert not holding(home, SECRET)
+
+
+def test_answers_that_a_server_has_not_stored_yet_are_forgotten(
+    first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, sleep = ExitStack(), asyncio.sleep
+    stack.enter_context(logging([f"My card {SECRET} was lost abroad."]))
+
+    async def sleep_while_the_server_stores(seconds: float) -> None:
+        if seconds == 2 * BATCH_SECONDS:
+            stack.close()
+        else:
+            await sleep(seconds)
+
+    assert not keys("predictions")
+    monkeypatch.setattr(asyncio, "sleep", sleep_while_the_server_stores)
+    asyncio.run(forget(first.dataset.sha256))
+    stack.close()
+    assert not [*keys("predictions"), *keys("feedback")] and not holding(home, SECRET)
 
 
 def test_a_test_file_alone_does_not_tell_the_training_rows(first: AdaptResult) -> None:

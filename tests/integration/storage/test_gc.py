@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
-from tasks.adaptation.manifests import read_manifest
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
@@ -22,6 +21,7 @@ from infra.store.keys import log_key
 from infra.store.local import FileStore
 from infra.versions import Versions
 from tasks.context import current_store
+from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.predict import predict

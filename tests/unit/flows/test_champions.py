@@ -1,8 +1,9 @@
-"""The nightly evaluation: a lineage that fails does not stop the others, and lower accuracies are reported."""
+"""Flows over all lineages: one that fails does not stop the others. An evaluation reports lower accuracies."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,17 +11,25 @@ import pytest
 
 import flows.champions
 from deal_core.config import EvaluateConfig
-from deal_core.errors import DealError, RegistryError, StoreError
+from deal_core.errors import DealError, RegistryError
+from flows.champions import RolloutResult
+from infra.settings import VllmSettings
+from tasks.context import current_store
+from tasks.monitoring.rollout import RolloutStatus
 from tasks.progress import Interrupted, LogReporter, reporting_to
+from tasks.serving.vllm import ServingRoute
+from tests.stored_versions import move, store_version
+
+ROUTE = ServingRoute(lineage="c", url="http://vllm", champion="1", state="in step")
 
 
 @pytest.fixture(autouse=True)
-def three_lineages(monkeypatch: pytest.MonkeyPatch) -> None:
+def three_lineages(home: Path) -> None:
     """Lineages a and c with a champion, b without one."""
-    registry = SimpleNamespace(champion=lambda name: None if name == "b" else name)
-    monkeypatch.setattr(flows.champions, "open_registry", lambda: registry)
-    monkeypatch.setattr(flows.champions, "current_store", lambda: None)
-    monkeypatch.setattr(flows.champions, "known_lineages", lambda store: ("a", "b", "c"))
+    for name in ("a", "b", "c"):
+        stored = store_version(current_store(), {}, name)
+        if name != "b":
+            move(current_store(), stored.version, lineage=name)
 
 
 def champions(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
@@ -55,18 +64,33 @@ def test_an_evaluation_that_was_asked_to_stop_does(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_lineage_whose_log_is_damaged_keeps_no_other_rollout_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_rollout(name: str) -> None:
-        if name == "a":
-            raise StoreError("its log is damaged")
-
+    tried = store_version(current_store(), {}, "c", parent_version="1")
+    move(current_store(), tried.version, "rollout", lineage="c", rollout="shadow")
+    current_store().put_bytes("promotions/a/00000001.json", b"{")
     checked: list[str] = []
-    monkeypatch.setattr(flows.champions, "known_lineages", lambda store: ["a", "b", "c"])
-    monkeypatch.setattr(flows.champions, "PromotionLog", lambda store: SimpleNamespace(open_rollout=open_rollout))
-    monkeypatch.setattr(flows.champions, "open_registry", lambda: SimpleNamespace(lineages_with=lambda alias: {"c"}))
-    monkeypatch.setattr(flows.champions, "check_rollout", checked.append)
-    with pytest.raises(DealError, match=r"Of 3 lineages 1 could not be looked at\. a: .*its log is damaged"):
+
+    def check(name: str) -> RolloutResult:
+        checked.append(name)
+        return RolloutResult(status=RolloutStatus(lineage=name))
+
+    monkeypatch.setattr(flows.champions, "check_rollout", check)
+    with pytest.raises(DealError, match=r"Of 3 lineages 1 could not be looked at\. a: .*promotions/a/00000001"):
         asyncio.run(flows.champions.rollouts.fn())
     assert checked == ["c"]
+
+
+def test_a_lineage_whose_versions_are_damaged_keeps_no_other_from_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    current_store().put_bytes("versions/a/00000001.json", b"{")
+    loaded: list[str] = []
+
+    def load(name: str, settings: VllmSettings) -> ServingRoute:
+        loaded.append(name)
+        return ROUTE
+
+    monkeypatch.setattr(flows.champions, "sync_vllm", load)
+    with pytest.raises(DealError, match=r"Of 3 lineages 1 could not be brought in step .* a: .*versions/a/00000001"):
+        asyncio.run(flows.champions.serve_vllm.fn())
+    assert loaded == ["c"]
 
 
 def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +101,6 @@ def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPa
         num_rows={"bank": 4, "clinic": 4, "new": 4},
         unjudged={},
     )
-    monkeypatch.setattr(flows.champions, "find_version", lambda *_: None)
-    monkeypatch.setattr(flows.champions, "version_ref", lambda _: SimpleNamespace(version="3"))
     monkeypatch.setattr(flows.champions, "evaluate_settings", lambda _: EvaluateConfig())
     monkeypatch.setattr(flows.champions, "score_version", lambda *_: scores)
 
@@ -92,4 +114,4 @@ def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPa
 
     assert asyncio.run(evaluate()).accuracies["bank"] == 0.25
     (line,) = said
-    assert "Version 3 of a" in line and "25.0% on bank, below the 75.0%" in line
+    assert "Version 1 of a" in line and "25.0% on bank, below the 75.0%" in line

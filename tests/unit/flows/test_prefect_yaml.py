@@ -110,6 +110,7 @@ def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]
         "evaluate-lineage",
         "monitor-lineage",
         "rollout",
+        "sync-mlflow",
         "promote",
         "rollback",
         "reject",

@@ -11,7 +11,7 @@ import pytest
 from deal_core.errors import StoreError
 from infra.run_journal import RunJournal
 from infra.store.local import FileStore
-from tests.versions import CREATED, run, run_key
+from tests.stored_versions import CREATED, run, run_key
 
 
 @pytest.fixture

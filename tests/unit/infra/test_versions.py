@@ -17,7 +17,7 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.versions import Version, Versions, descent, require_adapter
-from tests.versions import move, put_version, run_key, unregistered, version
+from tests.stored_versions import move, put_version, run_key, unregistered, version
 
 TERMS = RolloutTerms("canary", 0.1, 200, 10.0, 0.95)
 TWO_PROCESSES = """
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from infra.store.local import FileStore
 from infra.versions import Versions
-from tests.versions import unregistered
+from tests.stored_versions import unregistered
 
 versions, offset = Versions(FileStore(Path(sys.argv[1]))), int(sys.argv[2])
 print("ready", flush=True)

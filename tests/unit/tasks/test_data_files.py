@@ -24,10 +24,11 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.settings import StoreSettings
 from infra.store.local import FileStore, open_store
 from infra.store.s3 import S3Store, make_client
-from tasks.adaptation.ingest import ingest_arrival, read_manifest
+from tasks.adaptation.ingest import ingest_arrival
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.inbox import InboxState, look, settle, task_spec
+from tasks.lineage.datasets import read_manifest
 from tasks.references import Arrival
 from tests.loopback import Loopback
 from tests.s3 import ThreadedMotoServer
@@ -415,10 +416,8 @@ def test_a_folder_in_the_inbox_of_a_bucket_is_one_arrival(bucket: Any, monkeypat
     assert complete() == ["inbox/bank/whole.csv"]
     store.put_bytes(f"{folder}/_SUCCESS", b"")
     assert complete() == [folder, "inbox/bank/whole.csv"]
-    parts, whole = (
-        ingest_arrival(Arrival(task="bank", data=task_spec(store, key).data), DataConfig(max_bad_share=0.1), None, "l")
-        for key in complete()
-    )
+    arrivals = (Arrival(task="bank", data=task_spec(store, key).data) for key in complete())
+    parts, whole = (ingest_arrival.fn(arrival, DataConfig(max_bad_share=0.1), None, "l") for arrival in arrivals)
     assert (parts.sha256, parts.num_train, parts.num_test) == (whole.sha256, whole.num_train, whole.num_test)
     (bad,) = map(json.loads, store.get_bytes(str(parts.quarantine)).splitlines())
     assert (bad["file"], bad["row"], bad["reason"]) == ("may/part-1.csv", 12, "empty text")

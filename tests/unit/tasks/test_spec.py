@@ -170,22 +170,13 @@ def test_what_reports_may_show_is_no_setting_of_the_run() -> None:
     )
 
 
-def test_selection_changes_digests_and_json_only_where_it_is_on() -> None:
+def test_selection_is_a_setting_of_the_run() -> None:
     plain = {"task": {"name": "t", "data": "x"}}
-    off, idle, named, kept = (
-        parse(AdaptSpec, {**plain, **change}, "a")
-        for change in (
-            {},
-            {"selection": {"max_scored": 9}},
-            {"selection": {"noise": "name"}},
-            {"selection": {"keep": 0.5}},
-        )
+    off, named, kept = (
+        parse(AdaptSpec, {**plain, "selection": change}, "a") for change in ({}, {"noise": "name"}, {"keep": 0.5})
     )
-    digests = [spec.config_sha256(AdapterConfig(), "deal") for spec in (off, idle, named, kept)]
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
-    assert "selection" not in off.model_dump(mode="json") and kept.model_dump()["selection"]["keep"] == 0.5
-    assert "selection" not in settings_of(off, AdapterConfig(), "deal")
+    assert len({spec.config_sha256(AdapterConfig(), "deal") for spec in (off, named, kept)}) == 3
+    assert settings_of(kept, AdapterConfig(), "deal")["selection"]["keep"] == 0.5
     assert kept.method.selection.keep == 0.5
     with pytest.raises(ConfigError, match=r"selection.score is 'unknown'; give random, "):
         parse(AdaptSpec, {**plain, "selection": {"keep": 0.5, "score": "unknown"}}, "a")

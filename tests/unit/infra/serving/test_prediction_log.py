@@ -123,7 +123,7 @@ def test_off_writes_nothing_and_answers_are_the_same(
     tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DEAL_LOG_PREDICTIONS", raising=False)
-    assert open_prediction_log("l") is None
+    assert open_prediction_log(store, "l") is None
     found = []
     with logging_to(store) as log:
         for each in (None, log):
@@ -138,23 +138,17 @@ def test_off_writes_nothing_and_answers_are_the_same(
     assert {*logged[0]} - {*plain[0]} == {"id", "confidence"}
     for kept, keeps_texts in (("numbers", False), ("texts", True)):
         monkeypatch.setenv("DEAL_LOG_PREDICTIONS", kept)
-        opened = open_prediction_log("l")
+        opened = open_prediction_log(store, "l")
         assert opened is not None and opened.keeps_texts == keeps_texts
 
 
-def test_a_server_keeps_its_log_as_long_as_the_settings_say(
-    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {
-        "DEAL_LOG_PREDICTIONS": "numbers",
-        "DEAL_LOG_RETENTION_DAYS": "7",
-        "DEAL_STORE_URI": str(tmp_path / "store"),
-    }.items():
-        monkeypatch.setenv(name, value)
+def test_a_server_keeps_its_log_as_long_as_the_settings_say(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
+    monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "7")
     batches = {days: log_key("predictions", "l", datetime.now(UTC) - timedelta(days=days)) for days in (6, 20)}
     for key in batches.values():
         store.put_bytes(key, b"")
-    log = open_prediction_log("l")
+    log = open_prediction_log(store, "l")
     assert log is not None
     log.start()
     try:

@@ -18,6 +18,7 @@ from deal_core.evaluation.answering import InputRow
 from deal_core.evaluation.generation import Confidence
 from deal_core.judging_config import RolloutKind, RolloutTerms
 from infra.predictions import read_predictions
+from infra.serving import prediction_log
 from infra.serving import rollout as serving
 from infra.serving.champion import Champion
 from infra.serving.formats import Caller, HttpAnswer, RefusalError, complete
@@ -104,12 +105,13 @@ class Server:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
     monkeypatch.setenv("DEAL_HOME", str(tmp_path))
+    monkeypatch.setattr(prediction_log, "BATCH_SECONDS", 0.05)
     return FileStore(tmp_path / "store")
 
 
 @contextmanager
-def logged(store: FileStore, home: Path, candidate: Version) -> Iterator[Server]:
-    log = PredictionLog(store, home, "l", keeps_texts=True, retention_days=30)
+def logged(store: FileStore, candidate: Version) -> Iterator[Server]:
+    log = PredictionLog(store, "l", keeps_texts=True, retention_days=30)
     log.start()
     server = Server(store, log, candidate)
     try:
@@ -121,8 +123,8 @@ def logged(store: FileStore, home: Path, candidate: Version) -> Iterator[Server]
         log.close()
 
 
-def rows_of(store: FileStore, home: Path) -> list[dict[str, Any]]:
-    return read_predictions(store, home, "l", of_rollout=True).to_dict("records")  # type: ignore[return-value]
+def rows_of(store: FileStore) -> list[dict[str, Any]]:
+    return read_predictions(store, "l", of_rollout=True).to_dict("records")  # type: ignore[return-value]
 
 
 def test_a_share_of_the_keys_goes_to_the_canary_and_always_the_same_ones() -> None:
@@ -136,8 +138,8 @@ def test_a_share_of_the_keys_goes_to_the_canary_and_always_the_same_ones() -> No
     assert all(wider.takes(key) for key in taken), "who was among a share is among a larger one"
 
 
-def test_a_canary_answers_its_users_and_the_names_that_ask_for_it(tmp_path: Path, store: FileStore) -> None:
-    with logged(store, tmp_path, in_rollout(store)) as server:
+def test_a_canary_answers_its_users_and_the_names_that_ask_for_it(store: FileStore) -> None:
+    with logged(store, in_rollout(store)) as server:
         assert server.ask().version == "1" and server.champion.canary is None
         server.keep_up()
         assert server.champion.canary == "2" and server.champion.state()["rollout"] == {
@@ -157,7 +159,7 @@ def test_a_canary_answers_its_users_and_the_names_that_ask_for_it(tmp_path: Path
         server.candidate = None
         server.keep_up()
         assert {server.ask(key=key).version for key in by_key} == {"1"} and server.champion.canary is None
-    versions = [row["version"] for row in rows_of(store, tmp_path)]
+    versions = [row["version"] for row in rows_of(store)]
     assert len(versions) == 1 + 40 * 6 + 1 and {*versions} == {"1", "2"}
 
 
@@ -171,21 +173,21 @@ def refusing(text: str) -> str:
 
 @pytest.mark.parametrize("failing", [broken, refusing])
 def test_where_a_canary_fails_the_champion_answers_and_the_log_counts_it(
-    tmp_path: Path, store: FileStore, failing: Callable[[str], str]
+    store: FileStore, failing: Callable[[str], str]
 ) -> None:
-    with logged(store, tmp_path, in_rollout(store, share=1.0)) as server:
+    with logged(store, in_rollout(store, share=1.0)) as server:
         server.keep_up()
         server.answerer.answer = failing
         found = server.ask()
         assert (found.version, found.answers) == ("1", ["A"])
-    failed, answered = sorted(rows_of(store, tmp_path), key=lambda row: str(row["version"]), reverse=True)
+    failed, answered = sorted(rows_of(store), key=lambda row: str(row["version"]), reverse=True)
     assert (failed["version"], failed["is_failed"], failed["input"]) == ("2", True, None)
     assert (answered["version"], answered["is_failed"]) == ("1", None)
-    assert [*read_predictions(store, tmp_path, "l")["version"]] == ["1"]
+    assert [*read_predictions(store, "l")["version"]] == ["1"]
 
 
-def test_a_request_that_both_versions_refuse_counts_for_neither(tmp_path: Path, store: FileStore) -> None:
-    with logged(store, tmp_path, in_rollout(store, share=1.0)) as server:
+def test_a_request_that_both_versions_refuse_counts_for_neither(store: FileStore) -> None:
+    with logged(store, in_rollout(store, share=1.0)) as server:
         server.keep_up()
         server.answerer.answer = server.answerer.answer_of_champion = refusing
         with pytest.raises(ConfigError, match="chat template"):
@@ -193,17 +195,17 @@ def test_a_request_that_both_versions_refuse_counts_for_neither(tmp_path: Path, 
         server.answerer.answer_of_champion = broken
         with pytest.raises(RuntimeError):
             server.ask()
-    rows = {(row["version"], row["is_failed"]) for row in rows_of(store, tmp_path)}
-    assert rows == {("1", True), ("2", True)} and len(rows_of(store, tmp_path)) == 2, "of the second request alone"
+    rows = {(row["version"], row["is_failed"]) for row in rows_of(store)}
+    assert rows == {("1", True), ("2", True)} and len(rows_of(store)) == 2, "of the second request alone"
 
 
-def test_a_shadow_that_refuses_what_the_champion_has_answered_has_failed(tmp_path: Path, store: FileStore) -> None:
-    with logged(store, tmp_path, in_rollout(store, "shadow", 1.0)) as server:
+def test_a_shadow_that_refuses_what_the_champion_has_answered_has_failed(store: FileStore) -> None:
+    with logged(store, in_rollout(store, "shadow", 1.0)) as server:
         server.keep_up()
         server.answerer.answer = refusing
         (returned,) = server.ask().ids
         deadline = time.monotonic() + WAIT_SECONDS
-        while not (failed := [row for row in rows_of(store, tmp_path) if row["is_failed"]]):
+        while not (failed := [row for row in rows_of(store) if row["is_failed"]]):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert [(row["version"], row["shadow_of"]) for row in failed] == [("2", returned)]
@@ -215,12 +217,12 @@ def complete_with(server: Server, model: str) -> HttpAnswer:
     return complete(server.champion, body, Caller(lambda: False), is_chat=False)  # type: ignore[arg-type]
 
 
-def test_no_other_version_answers_for_the_canary_that_a_request_names(tmp_path: Path, store: FileStore) -> None:
+def test_no_other_version_answers_for_the_canary_that_a_request_names(store: FileStore) -> None:
     def exchanged(text: str) -> str:
         server.answerer.candidate = "3"
         return text
 
-    with logged(store, tmp_path, in_rollout(store)) as server:
+    with logged(store, in_rollout(store)) as server:
         server.keep_up()
         assert complete_with(server, "l@2").version == "2"
         for answer, status in ((broken, 500), (refusing, 400), (exchanged, 503)):
@@ -228,30 +230,30 @@ def test_no_other_version_answers_for_the_canary_that_a_request_names(tmp_path: 
             with pytest.raises(RefusalError) as refusal:
                 complete_with(server, "l@2")
             assert refusal.value.status == status
-    rows = [(row["version"], row["is_failed"]) for row in rows_of(store, tmp_path)]
+    rows = [(row["version"], row["is_failed"]) for row in rows_of(store)]
     assert rows == [("2", None), ("2", True)], "no row of an answer that nobody got"
 
 
-def test_an_answer_of_a_champion_that_has_moved_is_not_logged(tmp_path: Path, store: FileStore) -> None:
+def test_an_answer_of_a_champion_that_has_moved_is_not_logged(store: FileStore) -> None:
     def moved(text: str) -> str:
         server.answerer.version = "7"
         return text
 
-    with logged(store, tmp_path, in_rollout(store, "shadow", 1.0)) as server:
+    with logged(store, in_rollout(store, "shadow", 1.0)) as server:
         server.keep_up()
         server.answerer.answer_of_champion = moved
         with pytest.raises(RefusalError, match="Version 1 does not answer here; version 7 does") as refusal:
             complete_with(server, "l@1")
         assert refusal.value.status == 404
         assert complete_with(server, "l").version == "7"
-    assert [row["version"] for row in rows_of(store, tmp_path) if not row["shadow_of"]] == ["7"]
+    assert [row["version"] for row in rows_of(store) if not row["shadow_of"]] == ["7"]
 
 
 def test_a_shadow_answers_copies_and_what_it_cannot_do_is_dropped(
-    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "MAX_COPIES", 2)
-    with logged(store, tmp_path, in_rollout(store, "shadow", 1.0)) as server:
+    with logged(store, in_rollout(store, "shadow", 1.0)) as server:
         server.keep_up()
         server.answerer.may_answer.clear()
         found = [server.ask() for _ in range(6)]
@@ -260,17 +262,17 @@ def test_a_shadow_answers_copies_and_what_it_cannot_do_is_dropped(
         assert 3 <= num_dropped <= 4, "one or none is with the shadow, two wait"
         server.answerer.may_answer.set()
         deadline = time.monotonic() + WAIT_SECONDS
-        while len([row for row in rows_of(store, tmp_path) if row["shadow_of"]]) < 6 - num_dropped:
+        while len([row for row in rows_of(store) if row["shadow_of"]]) < 6 - num_dropped:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    rows = rows_of(store, tmp_path)
+    rows = rows_of(store)
     copies = [row for row in rows if row["shadow_of"]]
     assert {row["version"] for row in copies} == {"2"} and {row["output"] for row in copies} == {"a"}
     assert {row["shadow_of"] for row in copies} <= {row["id"] for row in rows if row["version"] == "1"}
-    assert [*read_predictions(store, tmp_path, "l")["version"]] == ["1"] * 6
+    assert [*read_predictions(store, "l")["version"]] == ["1"] * 6
 
 
-def test_a_version_is_tried_only_where_it_may_be_and_can_be_judged(tmp_path: Path, store: FileStore) -> None:
+def test_a_version_is_tried_only_where_it_may_be_and_can_be_judged(store: FileStore) -> None:
     candidate = in_rollout(store)
     unlogged = Server(store, None, candidate)
     unlogged.keep_up()
@@ -278,15 +280,15 @@ def test_a_version_is_tried_only_where_it_may_be_and_can_be_judged(tmp_path: Pat
     assert unlogged.answerer.candidate is None and unlogged.ask().version == "1"
     assert unlogged.said == ["Version 2 is not tried: its rollout needs DEAL_LOG_PREDICTIONS."]
     for changes in ({"rollout": None}, {"parent_version": "0"}):
-        with logged(store, tmp_path, candidate.model_copy(update=changes)) as server:
+        with logged(store, candidate.model_copy(update=changes)) as server:
             server.keep_up()
             assert server.answerer.candidate is None and server.champion.canary is None, changes
 
 
-def test_a_damaged_file_of_the_candidate_is_named_and_the_champion_serves(tmp_path: Path, store: FileStore) -> None:
+def test_a_damaged_file_of_the_candidate_is_named_and_the_champion_serves(store: FileStore) -> None:
     candidate = in_rollout(store)
     store.put_bytes(f"{candidate.adapter_uri}/adapter_model.safetensors", b"other bytes")
-    with logged(store, tmp_path, candidate) as server:
+    with logged(store, candidate) as server:
         server.keep_up()
         (problem,) = server.said
         assert problem.startswith("Version 2 does not load for its rollout: Version 2 of 'l' is damaged")
@@ -294,8 +296,8 @@ def test_a_damaged_file_of_the_candidate_is_named_and_the_champion_serves(tmp_pa
         assert server.answerer.candidate is None and server.ask().version == "1"
 
 
-def test_a_version_that_does_not_load_is_told_once_and_the_champion_serves(tmp_path: Path, store: FileStore) -> None:
-    with logged(store, tmp_path, in_rollout(store)) as server:
+def test_a_version_that_does_not_load_is_told_once_and_the_champion_serves(store: FileStore) -> None:
+    with logged(store, in_rollout(store)) as server:
         server.answerer.is_damaged = True
         server.keep_up()
         server.keep_up()
@@ -308,8 +310,8 @@ def test_a_row_without_a_task_means_the_champions_newest_task() -> None:
     assert [row.task for row in rows] == [TASKS[0].name, "talk"]
 
 
-def test_a_task_that_only_the_candidate_knows_is_not_the_canarys(tmp_path: Path, store: FileStore) -> None:
-    with logged(store, tmp_path, in_rollout(store, share=1.0)) as server:
+def test_a_task_that_only_the_candidate_knows_is_not_the_canarys(store: FileStore) -> None:
+    with logged(store, in_rollout(store, share=1.0)) as server:
         server.keep_up()
         assert server.ask(ROWS, key="a").version == "2"
         assert server.ask([InputRow("a", "new")], key="a").version == "1", "which refuses a task that it does not know"

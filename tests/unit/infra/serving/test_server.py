@@ -18,6 +18,7 @@ import pytest
 from deal_core.errors import ConfigError
 from infra.serving import connections, run, server
 from infra.serving.run import API_KEY, _api_key
+from infra.store.local import FileStore
 from tests.served import WAIT_SECONDS, Champion, running
 
 JSON = {"Content-Type": "application/json"}
@@ -179,6 +180,7 @@ def test_a_trusted_host_that_can_match_no_request_is_refused_before_the_server_l
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="The trusted host is"):
         run.serve(
+            FileStore(tmp_path / "store"),
             "l",
             tmp_path,
             host="127.0.0.1",
@@ -186,7 +188,6 @@ def test_a_trusted_host_that_can_match_no_request_is_refused_before_the_server_l
             trusted_hosts=["a.example", name],
             say=lambda text: None,
             ready=lambda url, version: None,
-            settle=lambda: None,
         )
 
 

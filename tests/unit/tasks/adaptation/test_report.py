@@ -61,7 +61,7 @@ def test_contradictions_are_told_with_their_texts_only_where_texts_may_be(
     rows += [{"text": "Jane Doe called", "label": label} for label in ("lost", "late", "yes, please")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arrival = Arrival(task="calls", data=str(tmp_path / "rows.jsonl"))
-    dataset = ingest_arrival(arrival, DataConfig(include_texts=is_kept), None, "l")
+    dataset = ingest_arrival.fn(arrival, DataConfig(include_texts=is_kept), None, "l")
     several, separated = _quality(current_store(), dataset, is_shown).warnings
     assert several.startswith("Texts with several labels: 1 (")
     assert ("'Jane Doe called': 'late' and 'lost' and 'yes, please'" in several) == (is_kept and is_shown)

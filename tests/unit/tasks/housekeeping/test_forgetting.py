@@ -22,7 +22,7 @@ from tasks.lineage.tombstones import (
     refuse_forgotten,
     require_test_rows,
 )
-from tests.versions import put_version, run, run_key, version
+from tests.stored_versions import put_version, run, run_key, version
 
 
 def tombstone(**changes: object) -> Tombstone:

@@ -26,8 +26,8 @@ from tasks.housekeeping.garbage import (
     remove,
     remove_local,
 )
-from tests.versions import CREATED, put_version, version
-from tests.versions import run as made_run
+from tests.stored_versions import CREATED, put_version, version
+from tests.stored_versions import run as made_run
 
 NOW = datetime(2020, 6, 30, tzinfo=UTC)
 LIMIT = timedelta(days=30)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-import tasks.lineage.history
 from deal_core.errors import RegistryError
+from tasks.context import current_store
 from tasks.lineage.history import find_version
+from tests.stored_versions import put_version, version
 
 
 @pytest.mark.parametrize(
-    ("versions", "remedy", "other"),
-    [((), "adapt it first", "deal promote"), (("1", "2"), "deal promote N --lineage l", "adapt it first")],
+    ("num_versions", "remedy", "other"),
+    [(0, "adapt it first", "deal promote"), (2, "deal promote N --lineage l", "adapt it first")],
 )
 def test_the_remedy_for_a_missing_champion_depends_on_whether_there_are_versions(
-    monkeypatch: pytest.MonkeyPatch, versions: tuple[str, ...], remedy: str, other: str
+    home: Path, num_versions: int, remedy: str, other: str
 ) -> None:
-    registry: Any = SimpleNamespace(champion=lambda lineage: None, versions=lambda lineage, newest: versions)
-    monkeypatch.setattr(tasks.lineage.history, "open_reader", lambda: registry)
+    for number in range(num_versions):
+        put_version(current_store(), version(number + 1, accepted=True))
     with pytest.raises(RegistryError, match=remedy) as caught:
-        find_version(registry, "l", None)
+        find_version(current_store(), "l", None)
     assert other not in str(caught.value)

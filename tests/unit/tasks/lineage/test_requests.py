@@ -14,9 +14,8 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.local import FileStore
-from tasks.adaptation.ingest import _new_label_remedy
 from tasks.adaptation.run import make_run_key
-from tasks.landing import choose_schema
+from tasks.landing import _new_label_remedy, choose_schema
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, find_renewal, keep_labels
 from tasks.references import Arrival, BaseRef, DatasetRef

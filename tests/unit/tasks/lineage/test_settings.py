@@ -22,7 +22,6 @@ from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from tasks.lineage.settings import (
     AskedSpec,
-    asks_for_alias_moves,
     hold_lineage_file,
     read_lineage,
     spec_from_options,
@@ -262,22 +261,3 @@ def test_the_last_word_on_memory_wins(
     arrival = {"lineage": "support", "task": {"name": "t", "data": "x.csv"}, **yaml.safe_load(spec)}
     found = adapt(store, write(tmp_path / "s.yaml", yaml.safe_dump(arrival)), memory=option).method.rehearsal
     assert found.keeps_rows == keeps_rows and found.weight == 2.0
-
-
-@pytest.mark.parametrize(
-    ("text", "asks"),
-    [
-        ("gate: {alias_moves: request}\n", True),
-        ("gate: {alias_moves: follow}\n", False),
-        ("gate: {alias_moves: request}\ntrain: {max_steps: many}\n", True),
-        ("train: {max_steps: many}\n", False),
-        ("gate: {alias_moves: requst}\n", True),
-        ("gate: {alias_move: request}\n", True),
-        ("gates: {alias_moves: request}\n", True),
-        ("gate: [\n", True),
-    ],
-)
-def test_a_mistake_in_the_file_does_not_let_the_alias_decide(store: ObjectStore, text: str, asks: bool) -> None:
-    store.put_bytes("lineages/support.yaml", text.encode())
-    assert asks_for_alias_moves(store, "support") == asks
-    assert not asks_for_alias_moves(store, "without-a-file")

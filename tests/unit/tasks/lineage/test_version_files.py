@@ -10,24 +10,25 @@ from typing import Any
 import numpy
 import pytest
 from safetensors.numpy import save_file
-from tasks.adaptation.frozen_rows import load_test_set, read_answers
-from tasks.adaptation.manifests import read_manifest
 
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.local import open_store
+from infra.store.format import write_format
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
+from tasks.context import current_store
 from tasks.inbox import read_state
+from tasks.lineage.datasets import read_manifest
+from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_folder, borrowed_parent, require_stored
 from tasks.serving.vllm import read_route
-from tests.versions import move, put_version, run_key, version
+from tests.stored_versions import move, put_version, run_key, version
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
@@ -65,7 +66,8 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
 @pytest.fixture
 def store(home: Path) -> ObjectStore:
     """A store with an adapter, which is that of version 3."""
-    found = open_store((home / "store").as_uri())
+    found = current_store()
+    write_format(found)
     put_version(found, version(3, adapter_uri=ADAPTER))
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
     found.put_bytes("datasets/bank/77/manifest.json", json.dumps(MANIFEST.to_json()).encode())

@@ -5,32 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from infra.tracking.facts import VersionFacts
 
 from tasks.lineage.model_card import write_card
 from tasks.references import Spared
+from tests.stored_versions import VERSION
 from tests.unit.test_stored_json import RECORD
-
-FACTS = VersionFacts(
-    run_key="k",
-    task="talk",
-    strategy="deal",
-    base_sha256="b" * 64,
-    dataset_sha256="d" * 64,
-    config_sha256="c" * 64,
-    adapter_uri="adapters/support/k",
-    adapter_sha256="a" * 64,
-    files_sha256={},
-    landed_sha256="e" * 64,
-    train_seconds=1.0,
-    parent_version=None,
-    accepted=True,
-    reasons=(),
-    average_accuracy=0.5,
-    forgetting=None,
-    backward_transfer=None,
-    forward_transfer=None,
-)
 
 
 @pytest.mark.parametrize(("spared", "bank", "talk"), [(None, 120, 120), ("labelled", 70, 120), ("all", 70, 70)])
@@ -39,7 +18,7 @@ def test_rows_whose_texts_may_teach_are_not_counted(spared: Spared, bank: int, t
         replace(known, num_test=120, dataset_uri=f"datasets/{known.schema.name}/{'e' * 64}/support/s")
         for known in RECORD.tasks
     )
-    card = write_card(replace(RECORD, tasks=tasks, spared=spared), FACTS, "mit", "CAUSAL_LM")
+    card = write_card(replace(RECORD, tasks=tasks, spared=spared), VERSION, "mit", "CAUSAL_LM")
     digest = "e" * 64
     assert f"`{digest}` | {bank} |" in card and f"`{digest}` | {talk} |" in card
     assert ("Fewer than 100 test rows" in card) == (spared is not None)
