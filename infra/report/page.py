@@ -138,7 +138,7 @@ def origin_of(report: RunReport) -> str:
 def learned_rows_of(report: RunReport) -> str:
     """Return how many training rows the version learned from. `selection` may have left out some."""
     landed, learned = count(report.quality.num_train, "row"), report.training.num_rows
-    return landed if learned in (None, report.quality.num_train) else f"{learned} of {landed}"
+    return landed if learned == report.quality.num_train else f"{learned} of {landed}"
 
 
 def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str, str]]:
