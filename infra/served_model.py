@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import mlflow.pyfunc
 import pandas as pd
-import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
@@ -27,7 +25,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from deal_core.adapter.files import PEFT_FILES
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answered, load_answerer
-from deal_core.evaluation.answering import InputRow, read_served
+from deal_core.evaluation.answering import InputRow
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
@@ -51,11 +49,8 @@ SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "input"), ColSpec(DataType.string, "task", required=False)]),
     outputs=Schema([ColSpec(DataType.string, name) for name in ("output", "task", "version", "lineage")]),
 )
-REGISTERED_FILE = "registered_model_meta"
-"""A file with the version's number. MLflow adds this file to a model that it downloads by the name of a version."""
-SERVED_VERSION = "DEAL_SERVED_VERSION"
 VERSION = "version"
-"""The attribute of a table of answers that names the version."""
+"""The name of the version's number: in a model's metadata, and as an attribute of a table of answers."""
 
 
 class ServedModel:
@@ -106,23 +101,11 @@ def _load_pyfunc(data_path: str) -> ServedModel:
     """Load the version in a folder. MLflow calls this function."""
     folder = Path(data_path)
     settings = ServingSettings()
-    version = _version_of(folder, read_served(folder).lineage)
+    version = str((Model.load(data_path).metadata or {}).get(VERSION, UNKNOWN_VERSION))
     answerer = load_answerer(
         folder, HomeSettings().cache_dir, settings.base_model, precision=settings.serving_precision, version=version
     )
     return ServedModel(answerer.ask)
-
-
-def _version_of(folder: Path, lineage: str) -> str:
-    """Return the version's number: from the environment, or from the file that MLflow added."""
-    if number := os.environ.get(SERVED_VERSION):
-        return number
-    path = folder / REGISTERED_FILE
-    if not path.is_file():
-        return UNKNOWN_VERSION
-    noted = yaml.safe_load(path.read_text(encoding="utf-8"))
-    name, number = str(noted["model_name"]), str(noted["model_version"])
-    return number if name == lineage else f"{name}/{number}"  # a copy under another name has its own numbers
 
 
 def write_served_folder(
@@ -134,13 +117,14 @@ def write_served_folder(
     served_file: str,
     example: Sequence[Mapping[str, str]],
     run_id: str,
+    version: str,
 ) -> None:
     """Write the folder of a version's logged model: the files of the plain PEFT folder `adapter`, and MLflow's files.
 
     The method's state is left out: only training needs it, and training reads it from the object store.
 
     `card` becomes README.md. `served` has the values for the loader, and becomes the file `served_file`. `example` has
-    rows of input and task.
+    rows of input and task. `version` is the number in the lineage, which is not MLflow's.
     """
     target.mkdir(parents=True, exist_ok=True)
     for name in PEFT_FILES:
@@ -160,7 +144,12 @@ def write_served_folder(
             signature=SIGNATURE,
             input_example=pd.DataFrame(list(example)),
             pip_requirements=pinned,
-            metadata={PROJECT: project, "base_model": served["base_name"], "base_sha256": served["base_sha256"]},
+            metadata={
+                PROJECT: project,
+                VERSION: version,
+                "base_model": served["base_name"],
+                "base_sha256": served["base_sha256"],
+            },
         )
         for name in MLFLOW_FILES:  # by name, because MLflow also copies the uv files of the working folder
             shutil.copyfile(folder / name, target / name)

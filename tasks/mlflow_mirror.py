@@ -128,8 +128,10 @@ def _open() -> Tracker:
 def _entries(store: ObjectStore, lineage: str) -> list[str]:
     """The names of everything that MLflow is to have of a lineage, in the order in which it is written."""
     versions = Versions(store).all(lineage)
+    runs = {run.run_key: run for run in RunJournal(store).all(lineage)}
     registered = {version.run_key for version in versions}
-    failed = [run for run in RunJournal(store).all(lineage) if run.state == "failed" and run.run_key not in registered]
+    failed = [run for run in runs.values() if run.state == "failed" and run.run_key not in registered]
+    reported = [version for version in versions if _is_over(runs.get(version.run_key))]
     last = PromotionLog(store).last(lineage)
     orders = [
         keys.file_name(info.key).removesuffix(".forget") for info in store.list(keys.mlflow_forget_folder(lineage))
@@ -138,9 +140,15 @@ def _entries(store: ObjectStore, lineage: str) -> list[str]:
         *(f"forget {run}" for run in orders),
         *(f"failed run {run.short_key}" for run in failed),
         *(f"version {version.version}" for version in versions),
+        *(f"report {version.version}" for version in reported),
         *(f"removal of adapter {version.version}" for version in versions if version.since.adapter_removed),
         *([f"move {last.number}"] if last else ()),
     ]
+
+
+def _is_over(run: Run | None) -> bool:
+    """Whether a run that has registered a version has written its report, or never will."""
+    return run is None or run.state != "running"
 
 
 def _read_note(store: ObjectStore, lineage: str) -> Mirrored:
@@ -185,6 +193,11 @@ def _write_lineage(
             _write_version(store, tracker, runs.get(version.run_key), version)
             written.append(name)
         note.add(name)
+        report = f"report {version.version}"
+        if report not in note and _is_over(runs.get(version.run_key)):
+            _write_report(store, tracker, version)
+            written.append(report)
+            note.add(report)
         if day := version.since.adapter_removed:
             removal = f"removal of adapter {version.version}"
             if removal not in note:
@@ -290,7 +303,6 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
     scores: dict[str, float | None] = {name: getattr(version, name) for name in SCORES}
     scores |= {f"accuracy/{name}": value for name, value in version.accuracies.items()}
     tracked.log_metrics({**scores, "arrival_accuracy": version.arrival_accuracy})
-    _write_report(store, tracked, version)
     settings = {"task": version.task, "strategy": version.strategy, **run.params}
     described: dict[str, Any] = {
         "sha256": version.adapter_sha256,
@@ -338,12 +350,15 @@ def _tags_of(version: Version) -> dict[str, str]:
     return {f"deal.{name}": str(value) for name, value in values.items() if value not in (None, "")}
 
 
-def _write_report(store: ObjectStore, tracked: TrackedRun, version: Version) -> None:
-    """Write a version's report as artifacts and metrics. A report whose rows were forgotten is left out."""
+def _write_report(store: ObjectStore, tracker: Tracker, version: Version) -> None:
+    """Write a version's report as artifacts and metrics of its run. A report whose rows were forgotten is left out."""
     try:
         evaluation = read_report(store, version, EVALUATION_FILE)
         report, page = read_page(store, version)
     except (ObjectNotFoundError, RegistryError):
+        return
+    tracked = tracker.find(version.lineage, version.run_key)
+    if tracked is None:  # somebody has deleted the run
         return
     measured = EvaluationReport.from_json(evaluation)
     tracked.log_metrics(
@@ -401,6 +416,7 @@ def _write_served_folder(store: ObjectStore, adapter: Path, target: Path, versio
         served_file=SERVED_FILE,
         example=example_rows(record),
         run_id=run_id,
+        version=version.version,
     )
 
 

@@ -126,11 +126,12 @@ def test_a_version_is_learned_and_promoted_while_mlflow_is_away_and_written_afte
     fourth = run(tiny_base, {**BANK, "name": "again"})
     assert (fourth.status, fourth.version, champion()) == ("promoted", "4", "4")
     (status,) = (each for each in asyncio.run(read_status(copied_home)).lineages if each.lineage == "l")
-    assert status.mlflow_waiting == ("version 4", "move 3")
+    assert status.mlflow_waiting == ("version 4", "report 4", "move 3")
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)  # a server that knows nothing of the lineage
     synced = sync()
-    assert synced.written == ("version 1", "version 2", "version 3", "version 4", "move 3") and synced.missing == ()
+    assert synced.missing == () and synced.written[-1] == "move 3"
+    assert synced.written[:-1] == tuple(f"{what} {number}" for number in "1234" for what in ("version", "report"))
     assert aliases_in_mlflow()["champion"] == "4" and waiting(current_store(), "l") == ()
     history = client().get_metric_history(mlflow_run("l", fourth.run_key).info.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3], "the journal has kept the curve"

@@ -382,6 +382,7 @@ def test_a_folder_as_this_project_writes_it_names_its_loader_and_its_columns(
         served_file="deal.json",
         example=[{"input": "x", "task": "bank"}],
         run_id="r",
+        version="7",
     )
     meta = Model.load(str(folder))
     flavor = meta.flavors["python_function"]
