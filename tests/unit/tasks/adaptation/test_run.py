@@ -57,6 +57,6 @@ def test_rows_that_were_split_otherwise_are_a_repeat_of_what_was_left_behind(
         note_learned(Ledger(store), version)
     found = find_repeat(NOW, "l")
     assert found is not None and (found.version, found.standing) == ("2", "left behind")
-    assert find_repeat(NOW.model_copy(update={"landed_sha256": None}), "l") is None
+    assert find_repeat(NOW.model_copy(update={"landed_sha256": "of other rows"}), "l") is None
     champion = versions[1]
     assert find_repeat(NOW, "l") is None, "its test rows were forgotten, and the arrival brings new ones"

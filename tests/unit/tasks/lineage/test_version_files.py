@@ -15,6 +15,7 @@ from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
 from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.format import write_format
 from infra.store.local import open_store
 from infra.tracking.facts import VersionFacts
 from infra.version_log import Ledger, StoredVersion, VersionLog
@@ -86,6 +87,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
 def store(home: Path) -> ObjectStore:
     """A store with an adapter, which is that of version 3."""
     found = open_store((home / "store").as_uri())
+    write_format(found)
     stored = StoredVersion(lineage="l", version="3", created="2030-01-01T00:00:00Z", facts=FACTS)
     found.put_bytes("versions/l/00000003.json", stored.model_dump_json().encode())
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
