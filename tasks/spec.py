@@ -241,6 +241,8 @@ class AdaptSpec(LineageSpec):
             },
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
+        if not self.selection.is_on:  # its other settings change nothing then
+            del settings["selection"]
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
