@@ -33,7 +33,7 @@ from deal_core.benchmark.summary import (
     matrix_of,
     name_of_memory,
 )
-from deal_core.evaluation.metrics import paired_interval
+from deal_core.evaluation.accuracy_matrix import paired_interval
 
 OPTION_PARTS = (*COMMON, "token_mask")
 """Parts of the method's settings whose settings are options here. token_mask is gone; its cells are kept."""

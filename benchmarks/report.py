@@ -39,7 +39,7 @@ from deal_core.benchmark.summary import (
     summarise,
 )
 from deal_core.config import MAX_OWN_TEXTS, TrainConfig
-from deal_core.evaluation.metrics import paired_interval
+from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.judging_config import GateConfig
 from deal_core.method_config import DEFAULT_MEMORY, Memory
 from flows.cli.console import interval, points

@@ -127,7 +127,7 @@ MIN_OWN_TEXTS = 20
 PREFERENCE = "preference"
 """The metric of tasks that learn preferences."""
 METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss", PREFERENCE)
-"""The metrics of a task; `deal_core.evaluation.answer_scores` has their functions."""
+"""The metrics of a task; `deal_core.evaluation.metrics` has their functions."""
 MEASURED = ("loss", PREFERENCE)
 """Metrics that read the model's probabilities of given answers: nothing is generated."""
 _OWN_METRIC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -12,7 +12,7 @@ from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.errors import DealError
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage

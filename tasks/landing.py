@@ -12,7 +12,7 @@ from deal_core.data.dataset import Landing
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answer_scores import require_metric
+from deal_core.evaluation.metrics import require_metric
 from deal_core.safe_text import brief
 from infra.store.base import ObjectStore
 from tasks.data_files import local_files

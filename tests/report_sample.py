@@ -6,8 +6,8 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from deal_core.evaluation.answer_scores import LabelFigures
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.metrics import LabelFigures
 from deal_core.evaluation.report import EvaluationReport
 from infra.report.run_report import Changed, Example, Link, Origin, Quality, QuarantinedRow, RunReport, Training
 

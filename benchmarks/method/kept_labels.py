@@ -27,7 +27,7 @@ from benchmarks.output import RESULTS, Out, write_result
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import load_suite
 from deal_core.benchmark.summary import CellJson, final_scores
-from deal_core.evaluation.answer_scores import plain_answer
+from deal_core.evaluation.metrics import plain_answer
 from deal_core.method_config import MEMORY, RehearsalConfig
 from deal_core.strategies.questions import choose_kept
 

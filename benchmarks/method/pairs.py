@@ -33,7 +33,7 @@ from deal_core.benchmark.summary import (
     interval_over_rows,
     method_name,
 )
-from deal_core.evaluation.metrics import PairedInterval, paired_interval
+from deal_core.evaluation.accuracy_matrix import PairedInterval, paired_interval
 from deal_core.evaluation.recentring import recentred_hits
 from deal_core.method_config import DealConfig
 

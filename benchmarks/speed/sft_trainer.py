@@ -47,7 +47,7 @@ from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError
-from deal_core.evaluation.metrics import paired_interval
+from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings

@@ -37,7 +37,7 @@ from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.metrics import paired_interval
+from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import make_strategy
 from deal_core.strategies.strategy import TaskContext

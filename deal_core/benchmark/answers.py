@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deal_core.evaluation.answer_scores import number_labels, plain_answer
+from deal_core.evaluation.metrics import number_labels, plain_answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from deal_core.data.reading.lines import open_text
 from deal_core.data.reading.readers import look_at, read_rows
 from deal_core.data.schema import SURROGATE, PromptForm, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.evaluation.answer_scores import number_labels, plain_answer
+from deal_core.evaluation.metrics import number_labels, plain_answer
 from deal_core.safe_text import listed
 
 Rows = tuple[dict[str, Any], ...]

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
 from deal_core.errors import DataValidationError
-from deal_core.evaluation.metrics import AccuracyMatrix, PairedInterval, mean_of_all, paired_interval
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, PairedInterval, mean_of_all, paired_interval
 from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, MethodConfig
 from deal_core.schema_version import require_schema_version
 from deal_core.strategies import find_strategies

@@ -19,7 +19,6 @@ from deal_core.base_model.language_model import LanguageModel
 from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.answer_scores import number_labels, plain_answer
 from deal_core.evaluation.generation import (
     MAX_LOGIT_BYTES,
     OnProgress,
@@ -28,6 +27,7 @@ from deal_core.evaluation.generation import (
     device_of,
     read_prefix,
 )
+from deal_core.evaluation.metrics import number_labels, plain_answer
 
 Floats = NDArray[np.float64]
 

@@ -1,259 +1,270 @@
-"""The accuracy matrix with its figures of learning and forgetting, and the bootstrap of paired samples."""
+"""What answers are worth: a score from 0 to 1 for every test row, by its task's metric, and figures of each label."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+import importlib
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy
-from numpy.typing import NDArray
-from pydantic import BeforeValidator, ConfigDict, PlainSerializer
+import regex
+from rapidfuzz.distance import LCSseq
 
-from deal_core.schema_version import Kept, VersionedJson
+from deal_core.errors import ConfigError
+from deal_core.safe_text import listed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ScoreAnswer = Callable[[str, str], float]
+"""Answer and reference → score, 0 to 1."""
+
+MODULES_VARIABLE = "DEAL_METRIC_MODULES"
+"""Environment variable: the modules, separated by commas, whose functions may be a task's metric."""
+COLLAPSE_SHARE, COLLAPSE_FACTOR = 0.5, 2.0
+"""Answers to a task have collapsed if one label is at least this share of them, and this many times its share of the
+references."""
+_WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese characters."""
+_WORD = regex.compile(r"\w+")
+"""The module `regex` counts combining marks, such as vowel signs, as parts of a word; `re` does not."""
+_BEFORE_NUMBER, _AFTER_NUMBER = r"(?<!\d[.,])(?<!(?:^|[^\w])[-\u2212])", r"(?![.,]\d)"
+"""What may not stand around a number: other digits of the same number, or its sign. A hyphen after a word is none."""
 
 
-@dataclass(frozen=True)
-class AccuracyMatrix(VersionedJson):
-    """R[t][i]: accuracy of version t on task i. Rows are versions, columns tasks in order of first arrival.
+def _in_words(text: str) -> str:
+    """The text as words are compared: case-folded, and each letter with its marks in one form (NFC)."""
+    return unicodedata.normalize("NFC", text.casefold())
 
-    Accuracies are shares, 0 to 1. A cell is None for versions before the task was learned, except the version directly
-    before it (needed for forward transfer). A benchmark may fill only the first and last cells after that.
+
+def plain_answer(text: str) -> str:
+    """Return an answer as answers are compared: stripped, case-folded and in one form (NFC).
+
+    Tokenizers may give a letter with a mark in another form than a file does.
     """
+    return _in_words(text.strip())
 
-    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1)
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
-    tasks: tuple[str, ...] = ()
-    trained: tuple[str, ...] = ()
-    """The task that each row's version was trained on."""
-    rows: tuple[tuple[float | None, ...], ...] = ()
-    base: tuple[float | None, ...] = ()
-    """Accuracy of the untouched base model on each task."""
-    slices: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Column with earlier test rows of a task → the task. Averages, forgetting and transfer leave these columns out."""
-    measured_from: Mapping[str, int] = field(default_factory=dict, hash=False)
-    """Task whose test rows were replaced → the first row of the matrix whose figure is of the present test rows."""
+def exact_match(answer: str, expected: str) -> bool:
+    """Whether two answers are the same; see `plain_answer`."""
+    return plain_answer(answer) == plain_answer(expected)
 
-    def __post_init__(self) -> None:
-        if tuple(name for name in self.tasks if name not in self.slices) != tuple(dict.fromkeys(self.trained)):
-            raise ValueError(
-                f"The matrix has tasks {self.tasks} for versions trained on {self.trained}; "
-                "give every task once, in order of first arrival."
-            )
-        if len(self.trained) != len(self.rows) or len(self.base) != len(self.tasks):
-            raise ValueError(
-                f"The matrix has {len(self.rows)} rows for {len(self.trained)} versions and {len(self.base)} base "
-                f"accuracies for {len(self.tasks)} tasks; give one row per version and one base accuracy per task."
-            )
-        for values in (*self.rows, self.base):
-            if len(values) != len(self.tasks) or any(value is not None and not 0 <= value <= 1 for value in values):
-                raise ValueError(f"The matrix has {values} for {len(self.tasks)} tasks; give shares from 0 to 1.")
-        for column, first in enumerate(self.first_versions()):
-            is_slice = self.tasks[column] in self.slices  # its rows may be forgotten
-            if not is_slice and (self.rows[first][column] is None or self.rows[-1][column] is None):
-                raise ValueError(
-                    f"The matrix lacks an accuracy of {self.tasks[column]!r}; evaluate the version that "
-                    "learned a task, and the last one, on it."
-                )
 
-    def with_row(
-        self, task: str, accuracies: Mapping[str, float], *, base_accuracy: float | None, parent_accuracy: float | None
-    ) -> AccuracyMatrix:
-        """A new matrix with one more version, trained on `task`, which is new to the lineage or not.
+def contains(answer: str, expected: str) -> float:
+    """1 if the reference stands in the answer as whole words, else 0. Case and white space do not count.
 
-        `accuracies` are the new version's on every task so far, including `task`. On a new task, `base_accuracy` is the
-        untouched base model's, and `parent_accuracy` the parent's before training.
+    A reference in a script that writes no spaces between words may stand anywhere. A number is one word with its sign,
+    its decimals and its groups of digits: 5 does not stand in 5.75, -5 or 1,005.
+    """
+    wanted, given = (" ".join(_in_words(text).split()) for text in (expected, answer))
+    if _WITHOUT_SPACES.search(wanted):
+        return float(wanted in given)
+    before = _BEFORE_NUMBER if wanted[:1].isdigit() else ""
+    after = _AFTER_NUMBER if wanted[-1:].isdigit() else ""
+    return float(regex.search(rf"{before}(?<!\w){regex.escape(wanted)}(?!\w){after}", given) is not None)
 
-        Raises:
-            ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
-        """
-        tasks, rows, base = self.tasks, self.rows, self.base
-        if task not in tasks:
-            before = [None] * max(len(rows) - 1, 0) + [parent_accuracy] * min(len(rows), 1)
-            rows = tuple((*row, cell) for row, cell in zip(rows, before, strict=True))
-            tasks, base = (*tasks, task), (*base, base_accuracy)
-        if set(accuracies) - set(self.slices) != set(tasks) - set(self.slices):
-            raise ValueError(f"The new version has accuracies of {sorted(accuracies)}; give those of {sorted(tasks)}.")
-        new_row = tuple(None if (value := accuracies.get(name)) is None else float(value) for name in tasks)
-        return replace(self, tasks=tasks, trained=(*self.trained, task), rows=(*rows, new_row), base=base)
 
-    def remeasured(self, task: str, *, base_accuracy: float, last_accuracy: float) -> AccuracyMatrix:
-        """The matrix after a task got other test rows, with new accuracies of the base and the last version.
+def rouge_l(answer: str, expected: str) -> float:
+    """ROUGE-L: F1 of the longest common subsequence of words (Lin, 2004).
 
-        Cells of earlier versions stay: they are accuracies on the previous test rows.
-        """
-        column = self.tasks.index(task)
+    Words are runs of letters, digits and underscores of any script, case-folded and not stemmed. Two texts without
+    words are equal. A language without spaces between words gives long "words", so the score is coarse there.
+    """
+    answer_words, expected_words = (_WORD.findall(_in_words(text)) for text in (answer, expected))
+    num_words = len(answer_words) + len(expected_words)
+    return 2 * LCSseq.similarity(answer_words, expected_words) / num_words if num_words else 1.0
 
-        def put(row: tuple[float | None, ...], value: float) -> tuple[float | None, ...]:
-            return (*row[:column], value, *row[column + 1 :])
 
-        rows = (*self.rows[:-1], put(self.rows[-1], last_accuracy))
-        since = {**self.measured_from, task: len(rows) - 1}
-        return replace(self, rows=rows, base=put(self.base, base_accuracy), measured_from=since)
+def rouge1(answer: str, expected: str) -> float:
+    """ROUGE-1: F1 of the words that two texts share. Words are case-folded, and repeated words count repeatedly."""
+    answer_words, expected_words = Counter(answer.casefold().split()), Counter(expected.casefold().split())
+    num_shared = (answer_words & expected_words).total()
+    num_words = answer_words.total() + expected_words.total()
+    return 2 * num_shared / num_words if num_words else 1.0
 
-    def with_slice(self, task: str, name: str) -> AccuracyMatrix:
-        """The matrix with the present test rows of a task as the slice `name`: a copy of the task's column."""
-        column = self.tasks.index(task)
-        return replace(
-            self,
-            tasks=(*self.tasks, name),
-            rows=tuple((*row, row[column]) for row in self.rows),
-            base=(*self.base, self.base[column]),
-            slices={**self.slices, name: task},
+
+def json_fields(answer: str, expected: str) -> float:
+    """Share of the fields of two JSON objects that are equal; 0 if the answer is no JSON object.
+
+    A field of only one of the objects counts as wrong. Texts are compared after strip and case-fold. A reference that
+    is no JSON object is compared as a whole.
+
+    Example:
+        >>> json_fields('{"name": "Ada", "age": 36}', '{"name": "ada", "age": 37}')
+        0.5
+    """
+    wanted, given = _json_object(expected), _json_object(answer)
+    if wanted is None:
+        return float(exact_match(answer, expected))
+    if given is None:
+        return 0.0
+    names = wanted.keys() | given.keys()
+    right = sum(name in wanted and name in given and _same(wanted[name], given[name]) for name in names)
+    return right / len(names) if names else 1.0
+
+
+def measured(answer: str, expected: str) -> float:
+    """The score of a row that was measured, not answered: its "answer" is the number itself."""
+    del expected
+    return float(answer)
+
+
+METRICS: dict[str, tuple[str, ScoreAnswer]] = {  # the keys are deal_core.config.METRICS
+    "exact": ("accuracy", lambda answer, expected: float(exact_match(answer, expected))),
+    "contains": ("answers that contain the reference", contains),
+    "rouge_l": ("ROUGE-L", rouge_l),
+    "json_fields": ("right fields", json_fields),
+    "loss": ("probability per token", measured),
+    "preference": ("preferred answers", measured),
+}
+"""A metric → its name for people, and its function.
+
+loss: the reference's negative log-likelihood per token, L, as the score exp(−L): the geometric mean of its tokens'
+probabilities. preference: whether the model prefers the better of two answers; see
+`deal_core.evaluation.likelihood.preferred`. Nothing is generated for either."""
+
+
+def metric_name(metric: str) -> str:
+    """Name of a metric for people; of a function, its name without the module."""
+    return METRICS[metric][0] if metric in METRICS else metric.rpartition(":")[2]
+
+
+def scored_otherwise(metrics: Mapping[str, str]) -> str:
+    """Say which tasks are not scored by exact match; empty if there are none."""
+    others = [f"{task} by {metric_name(metric)}" for task, metric in metrics.items() if metric != "exact"]
+    return f"Scored otherwise than by exact match: {', '.join(others)}." if others else ""
+
+
+def require_metric(metric: str) -> None:
+    """Require that a metric can be used on this machine, before anything is trained.
+
+    Raises:
+        ConfigError: It is a function of a module that is not allowed or not found.
+    """
+    _function(metric)
+
+
+def right_answers(rows: Dataset) -> list[str | Sequence[str]]:
+    """The right answers of test rows: the column references where a row has several, else the output."""
+    outputs = list(rows["output"])
+    if "references" not in rows.column_names:
+        return outputs
+    return [found or output for found, output in zip(rows["references"], outputs, strict=True)]
+
+
+def all_of(answers: str | Sequence[str]) -> Sequence[str]:
+    """The right answers of one row as a sequence."""
+    return (answers,) if isinstance(answers, str) else answers
+
+
+def score_answers(metric: str, answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> tuple[float, ...]:
+    """Return the score of every answer. An answer with several references has the score of the best one.
+
+    Raises:
+        ConfigError: The metric is a function of a module that is not allowed or not found, or it fails, or it returns
+            no number from 0 to 1.
+    """
+    score = _function(metric)
+    return tuple(
+        max(_checked(metric, score, answer, each) for each in all_of(found))
+        for answer, found in zip(answers, references, strict=True)
+    )
+
+
+def _function(metric: str) -> ScoreAnswer:
+    if metric in METRICS:
+        return METRICS[metric][1]
+    module, _, name = metric.partition(":")
+    allowed = [each.strip() for each in os.environ.get(MODULES_VARIABLE, "").split(",") if each.strip()]
+    if module not in allowed:
+        raise ConfigError(
+            f"task.metric is {metric!r}, but {MODULES_VARIABLE} does not allow the module {module!r}; it allows "
+            f"{listed(allowed) or 'none'}. Who runs the worker sets this variable."
         )
-
-    @property
-    def average_accuracy(self) -> float | None:
-        """AA = mean_i R[T][i]; None before the first version."""
-        last = self.rows[-1] if self.rows else ()
-        return mean_of_all(value for name, value in zip(self.tasks, last, strict=False) if name not in self.slices)
-
-    @property
-    def forgetting_by_task(self) -> dict[str, float]:
-        """Forgetting_i = max over i ≤ t < T of R[t][i], minus R[T][i], for every task learned before the last version.
-
-        The maximum starts at the first version trained on the task, or at the first one that was measured on the task's
-        present test rows. Versions that were not evaluated on the task do not count. A negative value is a gain. The
-        dict is empty with one task.
-        """
-        return {task: self._best(column, first) - self._known(-1, column) for task, column, first in self._old_tasks()}
-
-    @property
-    def forgetting(self) -> float | None:
-        """Mean of `forgetting_by_task`; None with one task."""
-        return mean_of_all(self.forgetting_by_task.values())
-
-    @property
-    def relative_forgetting(self) -> float | None:
-        """Mean over the old tasks of Forgetting_i as a share of the task's own range, best_i − base_i.
-
-        It compares tasks with different metrics. None with one task, or if a task's best version is not above the base.
-        """
-        shares: list[float | None] = []
-        for task, column, first in self._old_tasks():
-            span = self._best(column, first) - (self.base[column] or 0.0)
-            shares.append(self.forgetting_by_task[task] / span if span > 0 else None)
-        return mean_of_all(shares)
-
-    @property
-    def backward_transfer(self) -> float | None:
-        """BWT = mean_{i<T}(R[T][i] − R[i][i]); None with one task.
-
-        R[i][i] is of the first version trained on task i, or the first one measured on the task's present test rows.
-        """
-        old = self._old_tasks()
-        return mean_of_all(self._known(-1, column) - self._known(first, column) for _, column, first in old)
-
-    @property
-    def forward_transfer(self) -> float | None:
-        """FWT = mean_{i>1}(R[i−1][i] − base_i): how much earlier tasks improve a task before its own training.
-
-        None with one task, or if the parent or the base was not evaluated on a task before its training. Tasks whose
-        test rows were replaced do not count.
-        """
-        gains: list[float | None] = []
-        for column, first in enumerate(self.first_versions()):
-            if first > 0 and self.tasks[column] not in (*self.slices, *self.measured_from):
-                before, untouched = self.rows[first - 1][column], self.base[column]
-                gains.append(None if before is None or untouched is None else before - untouched)
-        return mean_of_all(gains)
-
-    def first_versions(self) -> list[int]:
-        """Return the number of the first version that was trained on each column's task."""
-        return [self.trained.index(self.slices.get(task, task)) for task in self.tasks]
-
-    def _old_tasks(self) -> list[tuple[str, int, int]]:
-        """Task, column and first version of every task learned before the last version; empty with a single task.
-
-        The first version is one whose figure is of the present test rows.
-        """
-        if len(self.tasks) - len(self.slices) < 2:
-            return []
-        columns = enumerate(zip(self.tasks, self.first_versions(), strict=True))
-        last = len(self.rows) - 1
-        return [
-            (task, column, max(first, self.measured_from.get(task, 0)))
-            for column, (task, first) in columns
-            if first < last and task not in self.slices
-        ]
-
-    def _best(self, column: int, first: int) -> float:
-        """The best accuracy of a column from a version on, without the last version."""
-        return max(row[column] or 0.0 for row in self.rows[first:-1])
-
-    def _known(self, version: int, column: int) -> float:
-        value = self.rows[version][column]
-        assert value is not None, "checked when the matrix was made"
-        return value
+    try:
+        found: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"task.metric is {metric!r}, which was not found: {error}.") from None
+    if not callable(found):
+        raise ConfigError(f"task.metric is {metric!r}, which is no function; give one of (answer, reference).")
+    return found  # type: ignore[no-any-return]
 
 
-def _matrix_of(values: Any) -> AccuracyMatrix:
-    return values if isinstance(values, AccuracyMatrix) else AccuracyMatrix.from_json(values)
+def _checked(metric: str, score: ScoreAnswer, answer: str, expected: str) -> float:
+    if metric in METRICS:
+        return score(answer, expected)
+    try:
+        value = float(score(answer, expected))
+    except Exception as error:
+        # the error itself may quote an answer
+        raise ConfigError(f"task.metric {metric!r} failed ({type(error).__name__}); correct the function.") from None
+    if not 0 <= value <= 1:  # also not a number
+        raise ConfigError(f"task.metric {metric!r} returned {value}; return a number from 0 to 1.")
+    return value
 
 
-KeptMatrix = Annotated[AccuracyMatrix, BeforeValidator(_matrix_of), PlainSerializer(AccuracyMatrix.to_json)]
-"""A matrix as a field of something else that is kept as JSON: its own schema version stands inside."""
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
-def mean_of_all(values: Iterable[float | None]) -> float | None:
-    """Mean, or None if there is no value or a value is unknown: a mean of the rest would be another figure."""
-    values = list(values)
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, str) and isinstance(second, str):
+        return exact_match(first, second)
+    return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairedInterval:
-    """Mean difference of two paired samples, with its 95 % bootstrap interval."""
+class LabelFigures:
+    """How one label is answered."""
 
-    mean: float
-    low: float
-    high: float
-
-    def in_points(self) -> dict[str, float]:
-        """Return mean, low and high times 100, in this order."""
-        return {name: 100 * value for name, value in vars(self).items()}
-
-
-RESAMPLES_AT_ONCE = 500
+    label: str | None
+    """The label; None stands for all answers that are no label."""
+    num_rows: int
+    """Test rows with this label."""
+    recall: float | None
+    """Share of these rows that are answered with it; None without such rows."""
+    share: float
+    """Its share of all answers."""
 
 
-def paired_interval(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    strata: Sequence[int] = (),
-    num_resamples: int = 10_000,
-    seed: int = 0,
-) -> PairedInterval:
-    """Bootstrap the mean of first − second, drawing pairs, and give the 2.5 and 97.5 percentiles.
+def number_labels(labels: Sequence[str]) -> dict[str, int]:
+    """Return the number of each label, by the label as answers are compared."""
+    return {plain_answer(label): number for number, label in enumerate(labels)}
 
-    Both samples have one value per unit (a row's score, a step's time), in the same order. `strata` are the sizes of
-    groups that follow each other, such as tasks: pairs are drawn within their group, and all groups have equal weight.
 
-    Raises:
-        ValueError: the samples are empty or of different length.
+def label_figures(answers: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> list[LabelFigures]:
+    """Return the figures of every label in the schema's order; answers outside the labels come last, if there are any.
+
+    Answers and labels are compared as accuracy compares them: stripped and case-folded.
     """
-    if len(first) != len(second) or len(first) == 0:
-        raise ValueError(f"The samples have {len(first)} and {len(second)} values; give two of one length, not empty.")
-    difference = numpy.asarray(first, dtype=numpy.float64) - numpy.asarray(second, dtype=numpy.float64)
-    groups = numpy.split(difference, numpy.cumsum(strata or [len(difference)])[:-1])
-    generator = numpy.random.default_rng(seed)
-    means = numpy.mean([_resampled_means(group, num_resamples, generator) for group in groups], axis=0)
-    low, high = numpy.quantile(means, [0.025, 0.975])
-    mean = numpy.mean([group.mean() for group in groups])
-    return PairedInterval(mean=float(mean), low=float(low), high=float(high))
+    answered = [plain_answer(answer) for answer in answers]
+    expected = [plain_answer(reference) for reference in references]
+    given, wanted = Counter(answered), Counter(expected)
+    right = Counter(answer for answer, reference in zip(answered, expected, strict=True) if answer == reference)
+    total = max(1, len(answered))
+    found = []
+    for label, name in zip(labels, map(plain_answer, labels), strict=True):
+        recall = right[name] / wanted[name] if wanted[name] else None
+        found.append(LabelFigures(label=label, num_rows=wanted[name], recall=recall, share=given[name] / total))
+    outside = len(answered) - sum(given[plain_answer(label)] for label in labels)
+    if outside:
+        found.append(LabelFigures(label=None, num_rows=0, recall=None, share=outside / total))
+    return found
 
 
-def _resampled_means(
-    values: NDArray[numpy.float64], num_resamples: int, generator: numpy.random.Generator
-) -> list[float]:
-    """The means of resamples. A resample is how often each value is drawn; hits have few values."""
-    values_V, counts_V = numpy.unique(values, return_counts=True)
-    means: list[float] = []
-    while len(means) < num_resamples:
-        size = min(RESAMPLES_AT_ONCE, num_resamples - len(means))
-        drawn_RV = generator.multinomial(len(values), counts_V / len(values), size)
-        means.extend(drawn_RV @ values_V / len(values))
-    return means
+def collapsed(figures: Sequence[LabelFigures]) -> LabelFigures | None:
+    """Return the label that has taken over the answers, or None."""
+    num_rows = max(1, sum(each.num_rows for each in figures))
+    most = max(figures, key=lambda each: each.share, default=None)
+    if most is None or most.share < COLLAPSE_SHARE or most.share < COLLAPSE_FACTOR * most.num_rows / num_rows:
+        return None
+    return most

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from deal_core.evaluation.answer_scores import LabelFigures, metric_name
-from deal_core.evaluation.metrics import KeptMatrix
+from deal_core.evaluation.accuracy_matrix import KeptMatrix
+from deal_core.evaluation.metrics import LabelFigures, metric_name
 from deal_core.evaluation.significance import PairedDrop
 from deal_core.schema_version import Kept, VersionedJson
 

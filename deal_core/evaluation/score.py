@@ -13,7 +13,9 @@ from deal_core.base_model.language_model import LanguageModel
 from deal_core.config import MEASURED, PREFERENCE, EvaluateConfig
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.answer_scores import (
+from deal_core.evaluation.generation import Confidence, OnProgress, answer_inputs
+from deal_core.evaluation.likelihood import preferred, token_probabilities
+from deal_core.evaluation.metrics import (
     LabelFigures,
     all_of,
     label_figures,
@@ -22,8 +24,6 @@ from deal_core.evaluation.answer_scores import (
     rouge1,
     score_answers,
 )
-from deal_core.evaluation.generation import Confidence, OnProgress, answer_inputs
-from deal_core.evaluation.likelihood import preferred, token_probabilities
 
 
 @dataclass(frozen=True, kw_only=True)

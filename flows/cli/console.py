@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.table import Table
 from rich.text import Text
 
-from deal_core.evaluation.answer_scores import scored_otherwise
+from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.safe_text import printable, printable_json, without_known_secrets_inside, without_secrets
 
 if TYPE_CHECKING:

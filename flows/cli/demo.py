@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.judging_config import GateConfig
 from flows.adapt import AdaptResult, Scores
 from flows.watch import WatchResult, watch

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from deal_core.evaluation.answer_scores import scored_otherwise
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
 from infra.report.run_report import Changed, RunReport
@@ -54,7 +54,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
         "charts": _charts(report, evaluation, versions, live),
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
         "totals": totals(report.changed),
-        "otherwise": scored_otherwise(evaluation.metrics),
+        "otherwise": scored_otherwise(evaluation.accuracy_matrix),
         "live": live,
     }
     return _environment().get_template("page.html.j2").render(context)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from prefect import task
 
 from deal_core.config import EvaluateConfig
-from deal_core.evaluation.answer_scores import right_answers, score_answers
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
 from deal_core.safe_text import listed
 from infra.store.base import ObjectStore

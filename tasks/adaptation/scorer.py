@@ -13,9 +13,9 @@ from pathlib import Path
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.config import EvaluateConfig
-from deal_core.evaluation.answer_scores import collapsed
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_scores
+from deal_core.evaluation.metrics import collapsed
 from deal_core.evaluation.recentring import recentred_accuracy
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from deal_core.config import MAX_OWN_TEXTS, MEASURED, MIN_JUDGING_ROWS, MIN_OWN_TEXTS
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
-from deal_core.evaluation.answer_scores import score_answers
 from deal_core.evaluation.answering import ServedTask
+from deal_core.evaluation.metrics import score_answers
 from deal_core.regular_file import sha256_of_file
 from deal_core.schema_version import require_schema_version
 from infra.report.run_report import Changed, Example

@@ -8,7 +8,7 @@ from datetime import datetime
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, RegistryError
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.safe_text import listed
 from infra.promotions import Move, PromotionLog
 from infra.store import keys

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.answering import ServedTask, ServedVersion
+from deal_core.evaluation.metrics import scored_otherwise
 from infra.report import page as words
 from infra.store.keys import dataset_sha256
 from infra.versions import SCORES, Version

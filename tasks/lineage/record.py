@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
-from deal_core.evaluation.metrics import AccuracyMatrix, KeptMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, KeptMatrix
 from deal_core.method_config import Memory
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore

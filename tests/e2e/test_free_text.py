@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deal_core.base_model.load import choose_dtype
 from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
-from deal_core.evaluation.answer_scores import rouge_l
+from deal_core.evaluation.metrics import rouge_l
 from infra.settings import HomeSettings
 from tests.e2e.command import deal
 

@@ -12,9 +12,9 @@ import pytest
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import AdapterStateError, DataValidationError, StoreError
-from deal_core.evaluation.answer_scores import LabelFigures
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.answering import ServedTask, ServedVersion
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.metrics import LabelFigures
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from deal_core.judging_config import RolloutTerms
 from infra.run_journal import Run

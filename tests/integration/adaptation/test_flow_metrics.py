@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answer_scores import MODULES_VARIABLE
+from deal_core.evaluation.metrics import MODULES_VARIABLE
 from flows.cli.console import show_adaptation
 from flows.cli.plan import show_validation
 from tasks.context import current_store

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.gate import decide
-from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from deal_core.judging_config import GateConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answer_scores import MODULES_VARIABLE, score_answers
+from deal_core.evaluation.metrics import MODULES_VARIABLE, score_answers
 from tests.loopback import Loopback
 
 DOCS = Path(__file__).parents[4] / "docs"

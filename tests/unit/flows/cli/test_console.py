@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from deal_core.errors import MAX_ERROR_CHARS, DealError, in_one_line
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt import Scores
 from flows.cli.console import Screen, home_option, matrix_table, new_table, percent
 from flows.cli.demo import DemoResult, LineageOutcome

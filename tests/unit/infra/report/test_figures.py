@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
 from benchmarks.report import fill_figure, kept_figure
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.report.figures import (
     COLOURS,
     accuracy_over_versions,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.config import DataConfig
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from tasks.adaptation.ingest import ingest_arrival
 from tasks.adaptation.report import NEWEST, _quality, artifact_key, markdown_of, problem_of, thin
 from tasks.context import current_store

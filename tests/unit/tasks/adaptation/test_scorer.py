@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deal_core.evaluation.answer_scores import LabelFigures
+from deal_core.evaluation.metrics import LabelFigures
 from deal_core.evaluation.score import TaskEvaluation
 from tasks.adaptation.scorer import Scored, collapse_notes
 

@@ -10,7 +10,7 @@ import pytest
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt import adapted, repeated
 from infra.versions import Version, Versions
 from tasks.context import current_store

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import REFERENCES, ROW_SCHEMA, DatasetManifest, TaskSchema
 from deal_core.errors import StoreError
-from deal_core.evaluation.answer_scores import right_answers
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.metrics import right_answers
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
 from tasks.lineage.frozen_rows import (

@@ -12,7 +12,7 @@ import pytest
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.store.local import FileStore
 from tasks.adaptation.run import make_run_key
 from tasks.landing import _new_label_remedy, choose_schema

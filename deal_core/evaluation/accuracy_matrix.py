@@ -1,0 +1,259 @@
+"""The accuracy matrix with its figures of learning and forgetting, and the bootstrap of paired samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
+
+import numpy
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer
+
+from deal_core.schema_version import Kept, VersionedJson
+
+
+@dataclass(frozen=True)
+class AccuracyMatrix(VersionedJson):
+    """R[t][i]: accuracy of version t on task i. Rows are versions, columns tasks in order of first arrival.
+
+    Accuracies are shares, 0 to 1. A cell is None for versions before the task was learned, except the version directly
+    before it (needed for forward transfer). A benchmark may fill only the first and last cells after that.
+    """
+
+    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
+
+    tasks: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    """The task that each row's version was trained on."""
+    rows: tuple[tuple[float | None, ...], ...] = ()
+    base: tuple[float | None, ...] = ()
+    """Accuracy of the untouched base model on each task."""
+    slices: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Column with earlier test rows of a task → the task. Averages, forgetting and transfer leave these columns out."""
+    measured_from: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Task whose test rows were replaced → the first row of the matrix whose figure is of the present test rows."""
+
+    def __post_init__(self) -> None:
+        if tuple(name for name in self.tasks if name not in self.slices) != tuple(dict.fromkeys(self.trained)):
+            raise ValueError(
+                f"The matrix has tasks {self.tasks} for versions trained on {self.trained}; "
+                "give every task once, in order of first arrival."
+            )
+        if len(self.trained) != len(self.rows) or len(self.base) != len(self.tasks):
+            raise ValueError(
+                f"The matrix has {len(self.rows)} rows for {len(self.trained)} versions and {len(self.base)} base "
+                f"accuracies for {len(self.tasks)} tasks; give one row per version and one base accuracy per task."
+            )
+        for values in (*self.rows, self.base):
+            if len(values) != len(self.tasks) or any(value is not None and not 0 <= value <= 1 for value in values):
+                raise ValueError(f"The matrix has {values} for {len(self.tasks)} tasks; give shares from 0 to 1.")
+        for column, first in enumerate(self.first_versions()):
+            is_slice = self.tasks[column] in self.slices  # its rows may be forgotten
+            if not is_slice and (self.rows[first][column] is None or self.rows[-1][column] is None):
+                raise ValueError(
+                    f"The matrix lacks an accuracy of {self.tasks[column]!r}; evaluate the version that "
+                    "learned a task, and the last one, on it."
+                )
+
+    def with_row(
+        self, task: str, accuracies: Mapping[str, float], *, base_accuracy: float | None, parent_accuracy: float | None
+    ) -> AccuracyMatrix:
+        """A new matrix with one more version, trained on `task`, which is new to the lineage or not.
+
+        `accuracies` are the new version's on every task so far, including `task`. On a new task, `base_accuracy` is the
+        untouched base model's, and `parent_accuracy` the parent's before training.
+
+        Raises:
+            ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
+        """
+        tasks, rows, base = self.tasks, self.rows, self.base
+        if task not in tasks:
+            before = [None] * max(len(rows) - 1, 0) + [parent_accuracy] * min(len(rows), 1)
+            rows = tuple((*row, cell) for row, cell in zip(rows, before, strict=True))
+            tasks, base = (*tasks, task), (*base, base_accuracy)
+        if set(accuracies) - set(self.slices) != set(tasks) - set(self.slices):
+            raise ValueError(f"The new version has accuracies of {sorted(accuracies)}; give those of {sorted(tasks)}.")
+        new_row = tuple(None if (value := accuracies.get(name)) is None else float(value) for name in tasks)
+        return replace(self, tasks=tasks, trained=(*self.trained, task), rows=(*rows, new_row), base=base)
+
+    def remeasured(self, task: str, *, base_accuracy: float, last_accuracy: float) -> AccuracyMatrix:
+        """The matrix after a task got other test rows, with new accuracies of the base and the last version.
+
+        Cells of earlier versions stay: they are accuracies on the previous test rows.
+        """
+        column = self.tasks.index(task)
+
+        def put(row: tuple[float | None, ...], value: float) -> tuple[float | None, ...]:
+            return (*row[:column], value, *row[column + 1 :])
+
+        rows = (*self.rows[:-1], put(self.rows[-1], last_accuracy))
+        since = {**self.measured_from, task: len(rows) - 1}
+        return replace(self, rows=rows, base=put(self.base, base_accuracy), measured_from=since)
+
+    def with_slice(self, task: str, name: str) -> AccuracyMatrix:
+        """The matrix with the present test rows of a task as the slice `name`: a copy of the task's column."""
+        column = self.tasks.index(task)
+        return replace(
+            self,
+            tasks=(*self.tasks, name),
+            rows=tuple((*row, row[column]) for row in self.rows),
+            base=(*self.base, self.base[column]),
+            slices={**self.slices, name: task},
+        )
+
+    @property
+    def average_accuracy(self) -> float | None:
+        """AA = mean_i R[T][i]; None before the first version."""
+        last = self.rows[-1] if self.rows else ()
+        return mean_of_all(value for name, value in zip(self.tasks, last, strict=False) if name not in self.slices)
+
+    @property
+    def forgetting_by_task(self) -> dict[str, float]:
+        """Forgetting_i = max over i ≤ t < T of R[t][i], minus R[T][i], for every task learned before the last version.
+
+        The maximum starts at the first version trained on the task, or at the first one that was measured on the task's
+        present test rows. Versions that were not evaluated on the task do not count. A negative value is a gain. The
+        dict is empty with one task.
+        """
+        return {task: self._best(column, first) - self._known(-1, column) for task, column, first in self._old_tasks()}
+
+    @property
+    def forgetting(self) -> float | None:
+        """Mean of `forgetting_by_task`; None with one task."""
+        return mean_of_all(self.forgetting_by_task.values())
+
+    @property
+    def relative_forgetting(self) -> float | None:
+        """Mean over the old tasks of Forgetting_i as a share of the task's own range, best_i − base_i.
+
+        It compares tasks with different metrics. None with one task, or if a task's best version is not above the base.
+        """
+        shares: list[float | None] = []
+        for task, column, first in self._old_tasks():
+            span = self._best(column, first) - (self.base[column] or 0.0)
+            shares.append(self.forgetting_by_task[task] / span if span > 0 else None)
+        return mean_of_all(shares)
+
+    @property
+    def backward_transfer(self) -> float | None:
+        """BWT = mean_{i<T}(R[T][i] − R[i][i]); None with one task.
+
+        R[i][i] is of the first version trained on task i, or the first one measured on the task's present test rows.
+        """
+        old = self._old_tasks()
+        return mean_of_all(self._known(-1, column) - self._known(first, column) for _, column, first in old)
+
+    @property
+    def forward_transfer(self) -> float | None:
+        """FWT = mean_{i>1}(R[i−1][i] − base_i): how much earlier tasks improve a task before its own training.
+
+        None with one task, or if the parent or the base was not evaluated on a task before its training. Tasks whose
+        test rows were replaced do not count.
+        """
+        gains: list[float | None] = []
+        for column, first in enumerate(self.first_versions()):
+            if first > 0 and self.tasks[column] not in (*self.slices, *self.measured_from):
+                before, untouched = self.rows[first - 1][column], self.base[column]
+                gains.append(None if before is None or untouched is None else before - untouched)
+        return mean_of_all(gains)
+
+    def first_versions(self) -> list[int]:
+        """Return the number of the first version that was trained on each column's task."""
+        return [self.trained.index(self.slices.get(task, task)) for task in self.tasks]
+
+    def _old_tasks(self) -> list[tuple[str, int, int]]:
+        """Task, column and first version of every task learned before the last version; empty with a single task.
+
+        The first version is one whose figure is of the present test rows.
+        """
+        if len(self.tasks) - len(self.slices) < 2:
+            return []
+        columns = enumerate(zip(self.tasks, self.first_versions(), strict=True))
+        last = len(self.rows) - 1
+        return [
+            (task, column, max(first, self.measured_from.get(task, 0)))
+            for column, (task, first) in columns
+            if first < last and task not in self.slices
+        ]
+
+    def _best(self, column: int, first: int) -> float:
+        """The best accuracy of a column from a version on, without the last version."""
+        return max(row[column] or 0.0 for row in self.rows[first:-1])
+
+    def _known(self, version: int, column: int) -> float:
+        value = self.rows[version][column]
+        assert value is not None, "checked when the matrix was made"
+        return value
+
+
+def _matrix_of(values: Any) -> AccuracyMatrix:
+    return values if isinstance(values, AccuracyMatrix) else AccuracyMatrix.from_json(values)
+
+
+KeptMatrix = Annotated[AccuracyMatrix, BeforeValidator(_matrix_of), PlainSerializer(AccuracyMatrix.to_json)]
+"""A matrix as a field of something else that is kept as JSON: its own schema version stands inside."""
+
+
+def mean_of_all(values: Iterable[float | None]) -> float | None:
+    """Mean, or None if there is no value or a value is unknown: a mean of the rest would be another figure."""
+    values = list(values)
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedInterval:
+    """Mean difference of two paired samples, with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def in_points(self) -> dict[str, float]:
+        """Return mean, low and high times 100, in this order."""
+        return {name: 100 * value for name, value in vars(self).items()}
+
+
+RESAMPLES_AT_ONCE = 500
+
+
+def paired_interval(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    strata: Sequence[int] = (),
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedInterval:
+    """Bootstrap the mean of first − second, drawing pairs, and give the 2.5 and 97.5 percentiles.
+
+    Both samples have one value per unit (a row's score, a step's time), in the same order. `strata` are the sizes of
+    groups that follow each other, such as tasks: pairs are drawn within their group, and all groups have equal weight.
+
+    Raises:
+        ValueError: the samples are empty or of different length.
+    """
+    if len(first) != len(second) or len(first) == 0:
+        raise ValueError(f"The samples have {len(first)} and {len(second)} values; give two of one length, not empty.")
+    difference = numpy.asarray(first, dtype=numpy.float64) - numpy.asarray(second, dtype=numpy.float64)
+    groups = numpy.split(difference, numpy.cumsum(strata or [len(difference)])[:-1])
+    generator = numpy.random.default_rng(seed)
+    means = numpy.mean([_resampled_means(group, num_resamples, generator) for group in groups], axis=0)
+    low, high = numpy.quantile(means, [0.025, 0.975])
+    mean = numpy.mean([group.mean() for group in groups])
+    return PairedInterval(mean=float(mean), low=float(low), high=float(high))
+
+
+def _resampled_means(
+    values: NDArray[numpy.float64], num_resamples: int, generator: numpy.random.Generator
+) -> list[float]:
+    """The means of resamples. A resample is how often each value is drawn; hits have few values."""
+    values_V, counts_V = numpy.unique(values, return_counts=True)
+    means: list[float] = []
+    while len(means) < num_resamples:
+        size = min(RESAMPLES_AT_ONCE, num_resamples - len(means))
+        drawn_RV = generator.multinomial(len(values), counts_V / len(values), size)
+        means.extend(drawn_RV @ values_V / len(values))
+    return means

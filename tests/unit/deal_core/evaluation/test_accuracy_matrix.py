@@ -1,0 +1,170 @@
+"""Metrics against values worked out by hand from the definitions."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy
+import pytest
+
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, paired_interval
+
+THREE = AccuracyMatrix(
+    tasks=("a", "b", "c"),
+    trained=("a", "b", "c"),
+    rows=((0.8, 0.3, None), (0.9, 0.7, 0.4), (0.6, 0.8, 0.5)),
+    base=(0.1, 0.2, 0.25),
+)
+
+
+def test_metrics_of_three_tasks_follow_the_definitions() -> None:
+    assert THREE.average_accuracy == pytest.approx((0.6 + 0.8 + 0.5) / 3)
+    # a's best before the end is its second version, not the one that learned it; b gained, which counts as less than 0
+    assert THREE.forgetting_by_task == pytest.approx({"a": 0.9 - 0.6, "b": 0.7 - 0.8})
+    assert THREE.forgetting == pytest.approx((0.3 - 0.1) / 2)
+    assert THREE.backward_transfer == pytest.approx(((0.6 - 0.8) + (0.8 - 0.7)) / 2)
+    assert THREE.forward_transfer == pytest.approx(((0.3 - 0.2) + (0.4 - 0.25)) / 2)
+
+
+def test_accuracy_before_a_task_was_learned_does_not_count_as_forgotten() -> None:
+    lucky = AccuracyMatrix(
+        tasks=("a", "b", "c"),
+        trained=("a", "b", "c"),
+        base=(0.0, 0.0, 0.0),
+        rows=((0.5, 0.9, None), (0.5, 0.6, 0.0), (0.5, 0.6, 0.5)),
+    )
+    assert lucky.forgetting_by_task == {"a": 0.0, "b": 0.0}
+
+
+def test_with_one_task_transfer_and_forgetting_are_undefined() -> None:
+    one = AccuracyMatrix().with_row("a", {"a": 0.5}, base_accuracy=0.1, parent_accuracy=None)
+    again = one.with_row("a", {"a": 0.4}, base_accuracy=None, parent_accuracy=None)
+    for matrix in (one, again):
+        assert (matrix.forgetting, matrix.backward_transfer, matrix.forward_transfer) == (None, None, None)
+        assert matrix.forgetting_by_task == {}
+    assert again.average_accuracy == 0.4
+    assert AccuracyMatrix().average_accuracy is None
+
+
+def test_with_row_places_base_and_parent_of_a_new_task() -> None:
+    matrix = AccuracyMatrix().with_row("a", {"a": 0.8}, base_accuracy=0.1, parent_accuracy=None)
+    matrix = matrix.with_row("b", {"b": 0.7, "a": 0.9}, base_accuracy=0.2, parent_accuracy=0.3)
+    matrix = matrix.with_row("c", {"a": 0.6, "b": 0.8, "c": 0.5}, base_accuracy=0.25, parent_accuracy=0.4)
+    assert matrix == THREE
+
+
+def test_a_task_that_arrives_again_keeps_its_column_and_its_first_accuracy() -> None:
+    matrix = THREE.with_row("a", {"a": 0.95, "b": 0.4, "c": 0.5}, base_accuracy=None, parent_accuracy=None)
+    assert matrix.tasks == ("a", "b", "c") and matrix.trained[-1] == "a" and matrix.base == THREE.base
+    # R[a][a] stays the 0.8 of the first version trained on it, and c is an old task now
+    assert matrix.backward_transfer == pytest.approx(((0.95 - 0.8) + (0.4 - 0.7) + (0.5 - 0.5)) / 3)
+    assert matrix.forgetting_by_task == pytest.approx({"a": 0.9 - 0.95, "b": 0.8 - 0.4, "c": 0.0})
+    assert matrix.forward_transfer == THREE.forward_transfer
+
+
+def test_forward_transfer_is_undefined_when_a_parent_or_base_is_unknown() -> None:
+    start = AccuracyMatrix().with_row("a", {"a": 0.8}, base_accuracy=0.1, parent_accuracy=None)
+    for base, parent in ((None, 0.3), (0.2, None)):
+        matrix = start.with_row("b", {"a": 0.8, "b": 0.7}, base_accuracy=base, parent_accuracy=parent)
+        assert matrix.forward_transfer is None and matrix.forgetting == 0.0
+        more = matrix.with_row("c", {"a": 0.8, "b": 0.7, "c": 0.6}, base_accuracy=0.1, parent_accuracy=0.2)
+        assert more.forward_transfer is None  # the mean of the one known gain would be another figure
+
+
+def test_metrics_do_not_change_their_input() -> None:
+    before = copy.deepcopy(THREE)
+    accuracies = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}
+    THREE.with_row("d", accuracies, base_accuracy=0.0, parent_accuracy=0.0)
+    _ = THREE.average_accuracy, THREE.forgetting, THREE.backward_transfer, THREE.forward_transfer
+    first, second = numpy.array([1.0, 0.0]), numpy.array([0.0, 0.0])
+    paired_interval(first, second)
+    assert before == THREE and list(accuracies) == ["a", "b", "c", "d"]
+    assert first.tolist() == [1.0, 0.0] and second.tolist() == [0.0, 0.0]
+
+
+def test_matrix_survives_json() -> None:
+    assert AccuracyMatrix.from_json(json.loads(json.dumps(THREE.to_json()))) == THREE
+    with pytest.raises(ValueError, match="schema version 99"):
+        AccuracyMatrix.from_json({**THREE.to_json(), "schema_version": 99})
+
+
+def test_a_version_between_that_was_not_scored_is_passed_over() -> None:
+    matrix = AccuracyMatrix(
+        tasks=THREE.tasks,
+        trained=THREE.trained,
+        base=THREE.base,
+        rows=((0.8, 0.3, None), (None, 0.7, 0.4), (0.6, 0.8, 0.5)),
+    )
+    assert matrix.forgetting_by_task == pytest.approx({"a": 0.2, "b": -0.1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ("b", "a", "c")}, "order of first arrival"),
+        ({"base": (0.1,)}, "one base accuracy per task"),
+        ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4))}, "one row per version"),
+        ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4), (0.6, 0.8, 50.0))}, "shares from 0 to 1"),
+        ({"rows": ((None, 0.3, None), (0.9, 0.7, 0.4), (0.6, 0.8, 0.5))}, "lacks an accuracy of 'a'"),
+        ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4), (0.6, None, 0.5))}, "lacks an accuracy of 'b'"),
+    ],
+)
+def test_a_matrix_that_contradicts_itself_is_refused(change: dict[str, object], message: str) -> None:
+    fields: dict[str, object] = {"tasks": THREE.tasks, "trained": THREE.trained, "rows": THREE.rows, "base": THREE.base}
+    with pytest.raises(ValueError, match=message):
+        AccuracyMatrix(**{**fields, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("accuracies", [{"a": 0.5}, {"a": 0.5, "b": 0.5, "c": 0.5, "x": 0.5}])
+def test_with_row_wants_every_task_and_no_other(accuracies: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="The new version has accuracies of"):
+        THREE.with_row("a", accuracies, base_accuracy=None, parent_accuracy=None)
+
+
+def test_paired_interval_covers_the_mean_as_theory_says() -> None:
+    generator = numpy.random.default_rng(3)
+    shared = generator.normal(size=400) * 10  # the pairs' common part must cancel
+    interval = paired_interval(shared + generator.normal(0.5, 1.0, 400), shared, num_resamples=2000)
+    half_width = 1.96 / 400**0.5
+    assert interval.low < interval.mean < interval.high
+    assert interval.high - interval.low == pytest.approx(2 * half_width, rel=0.15)
+    assert interval.mean == pytest.approx(0.5, abs=0.15)
+
+
+def test_paired_interval_is_reproducible_and_follows_its_seed() -> None:
+    first, second = numpy.random.default_rng(5).normal(size=(2, 40)).tolist()
+    one = paired_interval(first, second, num_resamples=50)
+    assert one == paired_interval(first, second, num_resamples=50)
+    other = paired_interval(first, second, num_resamples=50, seed=1)
+    assert other.mean == one.mean and (other.low, other.high) != (one.low, one.high)
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), ([1.0], [1.0, 2.0])])
+def test_paired_interval_wants_pairs(first: list[float], second: list[float]) -> None:
+    with pytest.raises(ValueError, match="two of one length"):
+        paired_interval(first, second)
+
+
+def test_other_test_rows_change_the_base_and_the_last_version_alone() -> None:
+    changed = THREE.remeasured(THREE.tasks[0], base_accuracy=0.25, last_accuracy=0.75)
+    assert (changed.base[0], changed.rows[-1][0]) == (0.25, 0.75)
+    assert (changed.base[1:], changed.rows[:-1], changed.rows[-1][1:]) == (
+        THREE.base[1:],
+        THREE.rows[:-1],
+        THREE.rows[-1][1:],
+    )
+
+
+def test_figures_of_replaced_test_rows_are_not_compared_with_the_present_ones() -> None:
+    """The task stays as good as it was, on harder rows; nothing is forgotten."""
+    matrix = AccuracyMatrix().with_row("bank", {"bank": 0.95}, base_accuracy=0.1, parent_accuracy=None)
+    matrix = matrix.with_row("clinic", {"bank": 0.95, "clinic": 0.8}, base_accuracy=0.1, parent_accuracy=0.2)
+    renewed = matrix.with_slice("bank", "bank.old-1").remeasured("bank", base_accuracy=0.1, last_accuracy=0.7)
+    found = renewed.with_row(
+        "clinic", {"bank": 0.65, "bank.old-1": 0.95, "clinic": 0.8}, base_accuracy=None, parent_accuracy=None
+    )
+    assert found.forgetting_by_task["bank"] == pytest.approx(0.05), "since the rows were replaced"
+    assert found.backward_transfer == pytest.approx((-0.05 + 0) / 2)
+    assert found.forward_transfer == pytest.approx(0.1), "of clinic"
+    assert AccuracyMatrix.from_json(found.to_json()) == found
