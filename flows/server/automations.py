@@ -54,6 +54,7 @@ TITLES: dict[Kind, str] = {
     "awaiting-approval": "version {{ event.payload.version }} waits for approval",
     "rollout": "version {{ event.payload.version }} is tried on live traffic",
     "rolled-back": "version {{ event.payload.version }} is champion again",
+    "alias-set-back": "a move of the alias in MLflow was set back",
     "failed": "an adaptation failed",
     "drift": "live traffic of {{ event.payload.task }} has changed",
     "quality": "live accuracy of {{ event.payload.task }} has dropped",

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +155,7 @@ def _wrong_values() -> dict[str, tuple[str, str]]:
     cases: dict[str, tuple[str, str]] = {}
     turn = 0
     for name, field in AdaptSpec.model_fields.items():
-        if not isinstance(field.default, tuple | None | str | int | float | bool) and name != "task":
+        if is_dataclass(field.default):
             for each in fields(field.default):
                 kind = type(each.default) if each.default is not None else float
                 cases[f"{name}.{each.name}"] = (name, f"{{{each.name}: {wrong[kind][turn % len(wrong[kind])]}}}")

@@ -30,14 +30,15 @@ from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
 from flows.server.automations import apply_notifications, notifications
 from infra.report.run_report import RunReport
-from tasks.adaptation.report import save_report
 from tasks.arrival_runs import LANDED
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE
+from tasks.lineage.reports import save_report
 from tasks.notices import Notice, announce, announce_failure
 from tasks.spec import AdaptSpec, parse
 from tests.in_process import put_back
 from tests.receiver import Receiver
+from tests.registering import mlflow_run
 
 PLANTED = "xylophone-4711"
 """In every row's text, in a label that is wrong, and in no name."""
@@ -114,7 +115,7 @@ def files_with(folder: Path, text: str) -> set[str]:
     return {path.name for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()}
 
 
-def test_a_page_is_kept_and_written_again_from_mlflow_alone(
+def test_a_page_is_shown_in_mlflow_and_written_again_from_the_store_alone(
     tiny_base: Path, tmp_path: Path, home: Path, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -122,8 +123,7 @@ def test_a_page_is_kept_and_written_again_from_mlflow_alone(
         learn(tiny_base, write_rows(tmp_path / f"{task}.jsonl", task), "pages", task, data={"include_texts": True})
         for task in ("first", "second")
     ]
-    run_id = results[1].tracking_id
-    assert run_id is not None
+    run_id = mlflow_run("pages", results[1].run_key).info.run_id
     artifacts = Path(client(home).download_artifacts(run_id, "", str(tmp_path)))
     page = (artifacts / "report.html").read_bytes()
     report = RunReport.from_json(json.loads((artifacts / "report.json").read_text()))
@@ -147,7 +147,8 @@ def test_a_page_is_kept_and_written_again_from_mlflow_alone(
 
     said = [record.getMessage() for record in caplog.records if CONTRARY in record.getMessage()]
     assert len(said) == 2 and not any(PLANTED in each for each in said), "each run warns at once, without a text"
-    shutil.rmtree(home / "store")
+    (home / "mlflow.db").unlink()
+    shutil.rmtree(home / "mlflow-artifacts")
     file = tmp_path / "new" / "page.html"
     told_by_command = deal("report", "2", "--lineage", "pages", "--out", str(file), "--json")
     assert file.read_bytes() == page
@@ -159,7 +160,7 @@ def test_a_page_is_kept_and_written_again_from_mlflow_alone(
     first, second = receiver.told()
     assert first["event"] == second["event"] == "deal.version.promoted" and first["id"] != second["id"]
     assert second["payload"]["version"] == "2" and second["payload"]["accuracies"] == results[1].accuracies
-    assert second["payload"]["tracking_id"] == run_id
+    assert second["payload"]["run_key"] == results[1].run_key
     events = events_of("deal.version.promoted", "deal.lineage.pages", 2)
     assert {each["id"]: each["payload"] for each in events} == {each["id"]: each["payload"] for each in (first, second)}
     assert all(event["related"][0]["prefect.resource.role"] == "flow-run" for event in events)
