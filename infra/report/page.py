@@ -54,7 +54,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
         "charts": _charts(report, evaluation, versions, live),
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
         "totals": totals(report.changed),
-        "otherwise": scored_otherwise(evaluation.accuracy_matrix),
+        "otherwise": scored_otherwise(evaluation.metrics),
         "live": live,
     }
     return _environment().get_template("page.html.j2").render(context)
