@@ -18,13 +18,13 @@ from pydantic import BaseModel
 from deal_core.errors import DealError, RegistryError, in_one_line
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
+from infra.mirror_note import is_over, read_note, waiting, write_note
 from infra.promotions import Change, Move, PromotionLog
 from infra.report.run_report import EVALUATION_FILE, LIVE_FILE, PAGE_FILE, REPORT_FILE
 from infra.run_journal import Run, RunJournal
 from infra.settings import TrackingSettings
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
-from infra.store.stored import Stored, read_stored, write_stored
 from infra.versions import SCORES, Alias, Version, Versions
 from tasks.lineage.decisions import promoted_by_hand
 from tasks.lineage.record import read_record
@@ -49,13 +49,6 @@ BY_HAND = "MLflow"
 """The name in the promotion log for a person who moved the alias in MLflow."""
 
 
-class Mirrored(Stored):
-    """The note about what MLflow has of a lineage."""
-
-    written: tuple[str, ...] = ()
-    """Entries as `_entries` names them."""
-
-
 class Synced(BaseModel, frozen=True):
     """What a synchronisation wrote into MLflow."""
 
@@ -69,16 +62,6 @@ class Synced(BaseModel, frozen=True):
     """The version that a person promoted by moving the alias in MLflow."""
     set_back: str | None = None
     """Why a move of the alias was not accepted; the alias is set back."""
-
-
-def waiting(store: ObjectStore, lineage: str) -> tuple[str, ...]:
-    """Return what MLflow lacks of a lineage, by the note of the last synchronisation. MLflow is not asked.
-
-    Example:
-        `("version 3", "move 4")`
-    """
-    written = set(_read_note(store, lineage).written)
-    return tuple(entry for entry in _entries(store, lineage) if entry not in written)
 
 
 def sync_lineage(store: ObjectStore, lineage: str) -> Synced:
@@ -125,43 +108,6 @@ def _open() -> Tracker:
     return Tracker(settings)
 
 
-def _entries(store: ObjectStore, lineage: str) -> list[str]:
-    """The names of everything that MLflow is to have of a lineage, in the order in which it is written."""
-    versions = Versions(store).all(lineage)
-    runs = {run.run_key: run for run in RunJournal(store).all(lineage)}
-    registered = {version.run_key for version in versions}
-    failed = [run for run in runs.values() if run.state == "failed" and run.run_key not in registered]
-    reported = [version for version in versions if _is_over(runs.get(version.run_key))]
-    last = PromotionLog(store).last(lineage)
-    orders = [
-        keys.file_name(info.key).removesuffix(".forget") for info in store.list(keys.mlflow_forget_folder(lineage))
-    ]
-    return [
-        *(f"forget {run}" for run in orders),
-        *(f"failed run {run.short_key}" for run in failed),
-        *(f"version {version.version}" for version in versions),
-        *(f"report {version.version}" for version in reported),
-        *(f"removal of adapter {version.version}" for version in versions if version.since.adapter_removed),
-        *([f"move {last.number}"] if last else ()),
-    ]
-
-
-def _is_over(run: Run | None) -> bool:
-    """Whether a run that has registered a version has written its report, or never will."""
-    return run is None or run.state != "running"
-
-
-def _read_note(store: ObjectStore, lineage: str) -> Mirrored:
-    note = read_stored(
-        store,
-        keys.mlflow_key(lineage),
-        Mirrored,
-        what="the note about what MLflow has",
-        remedy="Delete it: everything is looked for in MLflow again.",
-    )
-    return note or Mirrored()
-
-
 def _forget(store: ObjectStore, tracker: Tracker, lineage: str) -> None:
     """Remove the rows of forgotten arrivals from MLflow, as `deal forget` has ordered."""
     for info in list(store.list(keys.mlflow_forget_folder(lineage))):
@@ -177,7 +123,7 @@ def _write_lineage(
     """Write the missing entries; return the version that a person promoted in MLflow, or why a move is set back."""
     versions, runs = Versions(store).all(lineage), {run.run_key: run for run in RunJournal(store).all(lineage)}
     registered = tracker.models.read(lineage)
-    note = set(_read_note(store, lineage).written)
+    note = set(read_note(store, lineage))
     if versions and not registered.entries:  # its database was lost
         note = set()
     hand = _follow_hand_move(store, tracker, lineage, registered)
@@ -194,7 +140,7 @@ def _write_lineage(
             written.append(name)
         note.add(name)
         report = f"report {version.version}"
-        if report not in note and _is_over(runs.get(version.run_key)):
+        if report not in note and is_over(runs.get(version.run_key)):
             _write_report(store, tracker, version)
             written.append(report)
             note.add(report)
@@ -208,8 +154,7 @@ def _write_lineage(
     if last is not None:
         written += _write_aliases(store, tracker, lineage, last)
         note.add(f"move {last.number}")
-    entries = _entries(store, lineage)
-    write_stored(store, keys.mlflow_key(lineage), Mirrored(written=tuple(entry for entry in entries if entry in note)))
+    write_note(store, lineage, note)
     return hand
 
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from deal_core.errors import DealError, in_one_line
 from deal_core.safe_text import without_secrets
 from flows.server.local_processes import read_stack
+from infra.mirror_note import waiting as missing_in_mlflow
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
@@ -30,7 +31,6 @@ from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.retrain import Waiting
 from tasks.lineage.settings import WatchedLineage, read_lineages
-from tasks.mlflow_mirror import waiting as missing_in_mlflow
 from tasks.monitoring.state import read_monitor_state
 from tasks.waiting import plan
 

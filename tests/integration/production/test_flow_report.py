@@ -221,8 +221,8 @@ def test_a_version_without_report_data_is_refused_in_words(home: Path, tiny_base
     assert written.verdict == "rejected" and written.reasons == result.reasons
     with pytest.raises(ConfigError, match="--out"):
         save_report("old", "1", tmp_path / "a.jsonl" / "page.html")
-    next((home / "mlflow-artifacts").rglob("report.json")).unlink()
-    with pytest.raises(RegistryError, match=r"has no report\.json"):
+    next((home / "store" / "reports").rglob("report.json")).unlink()
+    with pytest.raises(RegistryError, match="has no report"):
         save_report("old", "1", tmp_path / "page.html")
     with pytest.raises(RegistryError, match="no version 7"):
         save_report("old", "7", tmp_path / "page.html")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from flows.forget import forget
 from flows.mlflow import sync_mlflow
 from flows.server.status import read_status
+from infra.mirror_note import waiting
 from infra.promotions import PromotionLog
 from infra.settings import TrackingSettings
 from infra.store import keys
@@ -25,7 +26,7 @@ from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import read_moves
-from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage, waiting
+from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage
 from tests.adapting import BANK, run
 from tests.in_process import KilledError
 from tests.receiver import Receiver
