@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
-from deal_core.errors import DealError, RegistryError, in_one_line
+from deal_core.errors import DealError, IntegrityError, RegistryError, StoreError, in_one_line
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
 from infra.mirror_note import is_over, read_note, waiting, write_note
@@ -71,13 +71,15 @@ def sync_lineage(store: ObjectStore, lineage: str) -> Synced:
     error is logged and returned, never raised: a mirror must not stop a lineage.
     """
     written: list[str] = []
+    unreadable: list[str] = []
     hand: tuple[str | None, str | None] = (None, None)
     problem = None
     try:
         tracker = _open()
         _forget(store, tracker, lineage)
         if Versions(store).all(lineage) or RunJournal(store).all(lineage):
-            hand = _write_lineage(store, tracker, lineage, written)
+            hand = _write_lineage(store, tracker, lineage, written, unreadable)
+        problem = " ".join(unreadable) or None
     except RegistryError as error:
         problem = in_one_line(error)
         logger.warning(
@@ -118,9 +120,13 @@ def _forget(store: ObjectStore, tracker: Tracker, lineage: str) -> None:
 
 
 def _write_lineage(
-    store: ObjectStore, tracker: Tracker, lineage: str, written: list[str]
+    store: ObjectStore, tracker: Tracker, lineage: str, written: list[str], unreadable: list[str]
 ) -> tuple[str | None, str | None]:
-    """Write the missing entries; return the version that a person promoted in MLflow, or why a move is set back."""
+    """Write the missing entries; return the version that a person promoted in MLflow, or why a move is set back.
+
+    Entries that were written are appended to `written`, and to `unreadable` why a version's files cannot be read: that
+    version is left out, and the others are written.
+    """
     versions, runs = Versions(store).all(lineage), {run.run_key: run for run in RunJournal(store).all(lineage)}
     registered = tracker.models.read(lineage)
     note = set(read_note(store, lineage))
@@ -136,7 +142,11 @@ def _write_lineage(
     for version in versions:
         name = f"version {version.version}"
         if version.version not in registered.entries:
-            _write_version(store, tracker, runs.get(version.run_key), version)
+            try:
+                _write_version(store, tracker, runs.get(version.run_key), version)
+            except (StoreError, IntegrityError) as error:
+                unreadable.append(in_one_line(error))
+                continue
             written.append(name)
         note.add(name)
         report = f"report {version.version}"
@@ -151,8 +161,7 @@ def _write_lineage(
                 written.append(removal)
                 note.add(removal)
     last = PromotionLog(store).last(lineage)
-    if last is not None:
-        written += _write_aliases(store, tracker, lineage, last)
+    if last is not None and _write_aliases(store, tracker, lineage, last, written):
         note.add(f"move {last.number}")
     write_note(store, lineage, note)
     return hand
@@ -378,22 +387,31 @@ def _remove_adapter(tracker: Tracker, lineage: str, version: str, day: str) -> N
             remove_model_files(tracker.client, entry.model_id)
 
 
-def _write_aliases(store: ObjectStore, tracker: Tracker, lineage: str, last: Move) -> Iterable[str]:
-    """Set the aliases by the promotion log. The tags around it tell whether a move of the alias is a person's."""
+def _write_aliases(store: ObjectStore, tracker: Tracker, lineage: str, last: Move, written: list[str]) -> bool:
+    """Set the aliases by the promotion log; return whether all are set. False: MLflow lacks a version that has one.
+
+    The tags around it tell whether a move of the alias is a person's.
+    """
     registered = tracker.models.read(lineage)
     versions = Versions(store).all(lineage)
     wanted: dict[str, str] = {alias: version.version for version in versions for alias in version.aliases}
     number = str(last.number)
     is_set = registered.tags.get(MIRRORED) == registered.tags.get(MIRRORING) == number
     if is_set and all(registered.number_of(alias) == wanted.get(alias) for alias in ALIASES):
-        return []
+        return True
     tracker.models.tag(lineage, {MIRRORING: number})
     for alias in ALIASES:
-        if registered.number_of(alias) != wanted.get(alias) or (alias in registered.aliases) != (alias in wanted):
+        is_right = registered.number_of(alias) == wanted.get(alias) and (alias in registered.aliases) == (
+            alias in wanted
+        )
+        if not is_right and wanted.get(alias, "") in {"", *registered.entries}:
             entry = registered.entries[wanted[alias]] if alias in wanted else None
             tracker.models.set_alias(lineage, alias, entry)
+    if not registered.entries.keys() >= set(wanted.values()):
+        return False
     tracker.models.tag(lineage, {MIRRORED: number})
-    return [f"move {number}"]
+    written.append(f"move {number}")
+    return True
 
 
 def _follow_hand_move(

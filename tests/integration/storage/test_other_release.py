@@ -126,7 +126,7 @@ def formats(store: ObjectStore) -> dict[str, object]:
 def test_the_first_run_says_the_format_and_looking_does_not(
     home: Path, copy_to_home: Callable[[Path], Path], kept_home: Path
 ) -> None:
-    assert deal("status")[0] == deal("history")[0] == 0 and not (home / "store").exists()
+    assert deal("status")[0] == deal("lineage", "list")[0] == 0 and not (home / "store").exists()
     copy_to_home(kept_home)
     assert formats(current_store()) == {"format.json": {"format": FORMAT}}
     assert deal("history", "--lineage", "l")[0] == 0
