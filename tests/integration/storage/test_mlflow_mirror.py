@@ -176,6 +176,24 @@ def test_a_sync_that_is_cut_short_goes_on_and_doubles_nothing(
     assert len(client().search_runs([experiment])) == len(client().search_logged_models([experiment])) == 3
 
 
+def test_a_version_whose_files_are_damaged_keeps_no_other_out_of_mlflow(
+    copied_home: Path, mlflow_database: Path, receiver: Receiver
+) -> None:
+    for path in copied_home.glob("mlflow.db*"):
+        path.unlink()
+    shutil.copy(mlflow_database, copied_home / "mlflow.db")
+    store, first = current_store(), Versions(current_store()).all("l")[0]
+    weights = f"{first.adapter_uri}/adapter_model.safetensors"
+    kept = store.get_bytes(weights)
+    store.put_bytes(weights, kept[:-1] + b"x")
+    synced = sync()
+    assert synced.missing == ("version 1", "report 1", "move 2") and "Version 1 of 'l'" in (synced.problem or "")
+    assert aliases_in_mlflow() == {"champion": "3", "challenger": "3"}, "previous, version 1, is not there"
+    assert sync().set_back is None and receiver.told() == [], "nobody has moved an alias"
+    store.put_bytes(weights, kept)
+    assert sync().missing == () and aliases_in_mlflow()["previous"] == "1"
+
+
 class TestMovesByHand:
     """A person moves the alias `champion` on MLflow's page."""
 
