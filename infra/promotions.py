@@ -94,8 +94,8 @@ class PromotionLog:
     def parse(self, key: str, content: bytes) -> Move:
         """Return the entry with a key; raise StoreError if it is damaged, or another release wrote it."""
         remedy = (
-            "Restore it from a backup of the store, or use the program version that wrote it. The lineage still "
-            "predicts and serves; until then its champion does not move, and nothing is learned."
+            "Restore it from a backup of the store, or use the program version that wrote it. Until then nobody knows "
+            "which version is champion, and nothing is learned; a server that runs serves on."
         )
         with reading_stored(self.store, key, "an entry of the promotion log", remedy):
             return Move.model_validate_json(content)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from deal_core.errors import DealError
+from deal_core.errors import DealError, StoreError
 from flows.cli.app import app
 from flows.server.status import Status, read_status
 from infra.run_journal import RunJournal
@@ -217,5 +217,6 @@ def test_the_status_notices_a_broken_promotion_log_and_watch(home: Path, adapter
     log, watch = look(home).damaged
     assert "00000002.json, an entry of the promotion log, is damaged" in log
     assert "watch/l.json, the state of a watch, is damaged" in watch
-    assert ask() == "3", "it still serves"
+    with pytest.raises(StoreError, match="nobody knows which version is champion"):
+        ask()
     assert exit_code_of_status() == 1

@@ -144,8 +144,7 @@ def test_the_asked_column_is_found_by_task_by_name_or_by_option() -> None:
 
 def test_a_question_has_the_context_that_was_learned_with_it() -> None:
     task = TaskSchema(name="t", format="completion")
-    without = TaskSchema(name="t", format="completion")
-    assert find_input(["question", "context"], without, "f.csv").names == {"prompt": "question"}
+    assert find_input(["question", "context"], task, "f.csv").names == {"prompt": "question", "context": "context"}
     columns = find_input(["instruction", "input"], task, "f.csv")
     assert columns.names == {"prompt": "instruction", "context": "input"}
     checker = RowChecker(task, columns, max_text_chars=100)
