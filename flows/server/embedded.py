@@ -92,7 +92,7 @@ def enter_home(home: Path | None, *, of_any_release: bool = False) -> Path:
             current_store()
         except FormatError:
             raise
-        except (DealError, ValueError):  # the command says so, if it needs the store
+        except (DealError, ValueError, RuntimeError):  # the command says so, if it needs the store
             pass
     log_file = folder / "logs" / "deal.log"
     logging_file = log_file.with_name("logging.yml")

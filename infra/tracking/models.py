@@ -85,7 +85,9 @@ class ModelRegistry:
             for version in sorted(found, key=lambda version: int(version.version)):
                 if VERSION in version.tags and version.tags[VERSION] not in entries:
                     entries[version.tags[VERSION]] = Entry(
-                        mlflow_number=str(version.version), model_id=version.model_id or "", tags=version.tags
+                        mlflow_number=str(version.version),
+                        model_id=(version.source or "").removeprefix("models:/"),
+                        tags=version.tags,
                     )
         return RegisteredLineage(
             tags=model.tags, aliases={name: str(number) for name, number in model.aliases.items()}, entries=entries
