@@ -158,6 +158,8 @@ def _wrong_values() -> dict[str, tuple[str, str]]:
         if is_dataclass(field.default):
             for each in fields(field.default):
                 kind = type(each.default) if each.default is not None else float
+                if kind not in wrong:  # options of a plug-in, which the plug-in checks
+                    continue
                 cases[f"{name}.{each.name}"] = (name, f"{{{each.name}: {wrong[kind][turn % len(wrong[kind])]}}}")
                 turn += 1
     for name in ("adapter", "deal", "train", "gate", "task", "data"):

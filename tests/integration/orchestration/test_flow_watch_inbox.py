@@ -170,6 +170,7 @@ def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
         FileStore, "get_bytes", lambda self, key, **limit: read.append(key) or original(self, key, **limit)
     )
     store, test_files = current_store(), TestFiles()
+    read.clear()  # the store's format
     for _ in range(2):
         assert [info.key for info in look_at_inbox(store, test_files).arrivals] == ["inbox/bank/new.jsonl"]
     assert sorted(read) == ["inbox/bank/task.yaml", "inbox/parcels/task.yaml"]
