@@ -61,7 +61,7 @@ MOVED = {
     "selection.target": "selection.score_options",
 }
 """Key of earlier releases → where the strategies and scores in `benchmarks` take it."""
-MAX_PROBLEMS = 20
+MAX_PROBLEMS = 15
 """Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)
 AZURE_CONTAINER = re.compile(r"^(abfss?://)[^/@:]+@")
