@@ -20,7 +20,6 @@ GROUP = "deal_pipeline.strategies"
 OWN = {
     "deal": "deal_core.strategies.deal:Deal",
     "seq_lora": "deal_core.strategies.seq_lora:SeqLora",
-    "frozen_a": "deal_core.strategies.frozen_a:FrozenA",
     "replay": "deal_core.strategies.replay:Replay",
 }
 """This project's strategies. Another package cannot replace them."""
