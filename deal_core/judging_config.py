@@ -66,8 +66,6 @@ class GateConfig:
     """Largest perplexity of plain English, as a multiple of the untouched base model's."""
     max_norm_ratio: AtLeastOne | None = 10.0
     """Largest norm ‖ΔW‖ of the adapter, as a multiple of the parent's. The inverse is the smallest."""
-    min_rows: Count | None = None
-    """Fewest test rows of the new task. None: any number."""
     confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
     """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
     approval: Approval = "automatic"

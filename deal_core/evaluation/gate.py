@@ -15,7 +15,7 @@ from deal_core.judging_config import GateConfig
 _SLACK = 1e-9
 """Tolerance for rounding: a gain of 0.6 − 0.5 must not miss a floor of 10 points."""
 
-VetoKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter", "rows"]
+VetoKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,6 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
         *_mean_drop(drops, config),
         *_general_ability(report, config),
         *_adapter(report, config),
-        *_too_few_rows(report, config),
     ]
     return GateDecision(tuple(vetoes), tuple(_notes(drops, config)))
 
@@ -188,13 +187,6 @@ def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[V
             message=f"General ability: perplexity of plain English is {now:.1f}, {ratio:.2f} times the base model's "
             f"{before:.1f}; the limit is {limit:.2f} times.",
         )
-
-
-def _too_few_rows(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
-    limit, num_rows = config.min_rows, report.num_rows[report.task]
-    if limit is not None and num_rows < limit:
-        message = f"{report.task}: {num_rows} test rows judge it; the limit is {limit}."
-        yield Veto(kind="rows", task=report.task, value=num_rows, limit=limit, message=message)
 
 
 def _adapter(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
