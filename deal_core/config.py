@@ -126,7 +126,7 @@ MIN_OWN_TEXTS = 20
 """A task with fewer rows to spare spares none: so few texts do not hold it."""
 PREFERENCE = "preference"
 """The metric of tasks that learn preferences."""
-METRICS = ("exact", "starts", "contains", "rouge_l", "json_fields", "loss", PREFERENCE)
+METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss", PREFERENCE)
 """The metrics of a task; `deal_core.evaluation.metrics` has their functions."""
 MEASURED = ("loss", PREFERENCE)
 """Metrics that read the model's probabilities of given answers: nothing is generated."""

@@ -116,7 +116,6 @@ def measured(answer: str, expected: str) -> float:
 
 METRICS: dict[str, tuple[str, ScoreAnswer]] = {  # the keys are deal_core.config.METRICS
     "exact": ("accuracy", lambda answer, expected: float(exact_match(answer, expected))),
-    "starts": ("answers that start with the reference", lambda answer, expected: float(answer.startswith(expected))),
     "contains": ("answers that contain the reference", contains),
     "rouge_l": ("ROUGE-L", rouge_l),
     "json_fields": ("right fields", json_fields),
