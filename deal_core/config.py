@@ -65,8 +65,6 @@ class TrainConfig:
     """Rate of AdamW at the first step; no warm-up, no weight decay."""
     schedule: Schedule = "linear"
     """Course of the learning rate: it falls linearly to zero at the last step, or it stays constant."""
-    weight_decay: AtLeastZero = 0.0
-    """Weight decay of AdamW."""
     num_epochs: Count = 3
     """Passes over the training rows. One pass over 150 rows is 19 steps, which are too few."""
     max_steps: Count | None = None

@@ -51,7 +51,7 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.schedule,
-        weight_decay=train.weight_decay,
+        weight_decay=0.0,
         max_grad_norm=train.max_grad_norm,
         max_steps=train.num_steps(num_rows),
         logging_steps=1,
@@ -139,7 +139,7 @@ class AdapterTrainer(Trainer):
         """AdamW over the strategy's parameters, which need not be parameters of the model."""
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
-                list(self.strategy.parameters()), lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+                list(self.strategy.parameters()), lr=self.args.learning_rate, weight_decay=0.0
             )
         return self.optimizer
 
