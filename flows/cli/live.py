@@ -14,7 +14,7 @@ from typer import Argument, Option
 from deal_core.errors import ConfigError
 from flows.cli.console import heading, new_table, percent
 from flows.cli.session import Column, CommandResult, Lineage, Session, command, main_app
-from flows.cli.versions import Why, show_decision
+from flows.cli.versions import Why, show_decision, show_mirrored
 
 if TYPE_CHECKING:
     from deal_core.monitoring.report import TaskDrift
@@ -106,7 +106,8 @@ def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
     shown = _show_rollout(found.status)
     if found.decision is None:
         return CommandResult(found, shown)
-    return CommandResult(found, [*shown, *show_decision(found.decision)], rejected=found.decision.action == "rejected")
+    decided = [*show_decision(found.decision), *show_mirrored(lineage)]
+    return CommandResult(found, [*shown, *decided], rejected=found.decision.action == "rejected")
 
 
 @command(rollout_app, "promoting")
@@ -115,7 +116,7 @@ def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout fini
     from flows.champions import finish_rollout
 
     done = finish_rollout(lineage, who=deal.account, why=why)
-    return CommandResult(done, show_decision(done))
+    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
 
 
 @command(rollout_app, "rejecting")
@@ -124,7 +125,7 @@ def abort(deal: Session, lineage: Lineage = "default", why: Why = "rollout abort
     from flows.champions import abort_rollout
 
     done = abort_rollout(lineage, who=deal.account, why=why)
-    return CommandResult(done, show_decision(done))
+    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
 
 
 def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:

@@ -84,12 +84,10 @@ def renew(
 @command(main_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
     """Make a version champion. Its parent must be the present champion."""
-    from flows.mlflow import mirror
     from tasks.lineage.decisions import promote_to
 
     done = promote_to(lineage, version, who=deal.account, why=why)
-    asyncio.run(mirror(lineage))
-    return CommandResult(done, show_decision(done))
+    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
 
 
 @command(main_app, "rolling back")
@@ -100,12 +98,10 @@ def rollback(
     why: Why = "rolled back by hand",
 ) -> CommandResult:
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
-    from flows.mlflow import mirror
     from tasks.lineage.decisions import roll_back
 
     done = roll_back(lineage, to, who=deal.account, why=why)
-    asyncio.run(mirror(lineage))
-    return CommandResult(done, show_decision(done))
+    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
 
 
 @command(main_app, "rejecting")
@@ -116,12 +112,24 @@ def reject(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Reject a version. It can never become champion."""
-    from flows.mlflow import mirror
     from tasks.lineage.decisions import reject_version
 
     done = reject_version(lineage, version, who=deal.account, why=why)
-    asyncio.run(mirror(lineage))
-    return CommandResult(done, show_decision(done))
+    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+
+
+def show_mirrored(lineage: str) -> Sequence[RenderableType]:
+    """Bring MLflow in step with a decision; return what it lacks, in one line."""
+    from flows.mlflow import mirror
+
+    synced = asyncio.run(mirror(lineage))
+    if synced is None:
+        return ["MLflow follows when the run that works on the lineage ends."]
+    if synced.problem is None:
+        return []
+    return [
+        escape(f"MLflow lacks {listed(synced.missing)}; the next run or deal server sync writes it. {synced.problem}")
+    ]
 
 
 def show_decision(done: Decision) -> Sequence[RenderableType]:
