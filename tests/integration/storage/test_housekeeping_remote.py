@@ -12,6 +12,7 @@ import pytest
 
 from flows.forget import forget
 from flows.gc import gc
+from infra.settings import StoreSettings
 from infra.store.s3 import S3Store
 from tasks.context import current_store
 from tasks.mlflow_mirror import sync_lineage
@@ -34,9 +35,9 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     }
     for name, value in settings.items():
         monkeypatch.setenv(f"DEAL_{name}", value)
+    S3Store("team", "store", StoreSettings()).client.create_bucket(Bucket="team")
     store = current_store()
     assert isinstance(store, S3Store)
-    store.client.create_bucket(Bucket=store.bucket)
     return store
 
 
