@@ -1,4 +1,4 @@
-"""The promotion log of a lineage: which version was champion when, who moved the alias, and why.
+"""The promotion log of a lineage: which version was champion when, who moved the champion, and why.
 
 The log is only added to. It has one object per move, `promotions/<lineage>/<number>.json`, written with a conditional
 put: of two concurrent moves one gets the next number, and the other finds the number taken. MLflow's aliases follow the

@@ -73,19 +73,26 @@ def sync_lineage(store: ObjectStore, lineage: str) -> Synced:
     written: list[str] = []
     unreadable: list[str] = []
     hand: tuple[str | None, str | None] = (None, None)
+    missing: tuple[str, ...] = ()
     problem = None
     try:
         tracker = _open()
         _forget(store, tracker, lineage)
-        if Versions(store).all(lineage) or RunJournal(store).all(lineage):
-            hand = _write_lineage(store, tracker, lineage, written, unreadable)
+        hand = _write_lineage(store, tracker, lineage, written, unreadable)
         problem = " ".join(unreadable) or None
-    except RegistryError as error:
+        missing = waiting(store, lineage)
+    except Exception as error:  # whatever it is: the store has everything, and a later call writes what is missing
         problem = in_one_line(error)
-        logger.warning(
-            "MLflow lacks entries of '%s'; the next run or deal server sync writes them: %s", lineage, problem
+        known = isinstance(error, DealError)
+        logger.log(
+            logging.WARNING if known else logging.ERROR,
+            "MLflow lacks entries of '%s'; the next run or deal server sync writes them: %s",
+            lineage,
+            problem,
+            exc_info=None if known else error,
         )
-    missing = waiting(store, lineage)
+        with suppress(DealError):  # a damaged entry: whoever needs it says so
+            missing = waiting(store, lineage)
     return Synced(
         lineage=lineage,
         written=tuple(written),
@@ -113,8 +120,7 @@ def _open() -> Tracker:
 def _forget(store: ObjectStore, tracker: Tracker, lineage: str) -> None:
     """Remove the rows of forgotten arrivals from MLflow, as `deal forget` has ordered."""
     for info in list(store.list(keys.mlflow_forget_folder(lineage))):
-        run = tracker.find(lineage, store.get_bytes(info.key).decode())
-        if run is not None:
+        for run in tracker.find_all(lineage, store.get_bytes(info.key).decode()):
             run.remove_files(WITH_ROWS)
         store.delete(info.key)
 
@@ -128,11 +134,13 @@ def _write_lineage(
     version is left out, and the others are written.
     """
     versions, runs = Versions(store).all(lineage), {run.run_key: run for run in RunJournal(store).all(lineage)}
+    if not versions and not runs:
+        return None, None
     registered = tracker.models.read(lineage)
     note = set(read_note(store, lineage))
     if versions and not registered.entries:  # its database was lost
         note = set()
-    hand = _follow_hand_move(store, tracker, lineage, registered)
+    hand = _follow_hand_move(store, lineage, registered)
     for run in runs.values():
         name = f"failed run {run.short_key}"
         if run.state == "failed" and name not in note and all(run.run_key != each.run_key for each in versions):
@@ -414,9 +422,7 @@ def _write_aliases(store: ObjectStore, tracker: Tracker, lineage: str, last: Mov
     return True
 
 
-def _follow_hand_move(
-    store: ObjectStore, tracker: Tracker, lineage: str, registered: RegisteredLineage
-) -> tuple[str | None, str | None]:
+def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLineage) -> tuple[str | None, str | None]:
     """Take a move of the alias `champion` in MLflow as a promotion by hand, if it may be one.
 
     It counts only if the log has not moved since its aliases were set, and if a command would accept the version now.

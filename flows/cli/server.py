@@ -184,30 +184,21 @@ def sync(
     lineages: Annotated[list[str] | None, Argument(help="Lineages.", show_default="all with a version")] = None,
 ) -> CommandResult:
     """Write into MLflow what it lacks of the store: runs, models, versions and aliases."""
-    from flows.mlflow import mirror
-    from infra.versions import Versions
+    from flows.mlflow import sync_mlflow
     from tasks.progress import reporting_to
 
-    synced = []
-    shown = []
     with reporting_to(deal.screen):
-        for lineage in lineages or Versions(deal.store).lineages():
-            result = asyncio.run(mirror(lineage))
-            if result is None:
-                shown.append(f"{lineage}: a run works on it, and writes into MLflow at its end.")
-                continue
-            synced.append(result)
-            shown.append(
-                f"{lineage}: {listed(result.written) + ' written' if result.written else 'MLflow lacked nothing'}."
-            )
-            if result.promoted:
-                shown.append(
-                    f"{lineage}: version {result.promoted} is champion, as somebody moved the alias in MLflow."
-                )
-            if result.set_back:
-                shown.append(f"{lineage}: {result.set_back}")
-            if result.problem:
-                shown.append(f"{lineage}: MLflow still lacks {listed(result.missing)}. {result.problem}")
+        synced = asyncio.run(sync_mlflow.fn(tuple(lineages or ())))
+    shown = []
+    for result in synced:
+        name = result.lineage
+        shown.append(f"{name}: {listed(result.written) + ' written' if result.written else 'MLflow lacked nothing'}.")
+        if result.promoted:
+            shown.append(f"{name}: version {result.promoted} is champion, as somebody moved the alias in MLflow.")
+        if result.set_back:
+            shown.append(f"{name}: {result.set_back}")
+        if result.problem:
+            shown.append(f"{name}: MLflow still lacks {listed(result.missing)}. {result.problem}")
     return CommandResult(synced, [*map(escape, shown)], failed=any(result.problem for result in synced))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 import mlflow
@@ -20,7 +23,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
-from infra.tracking.database_file import database_file, schema_of
 
 MLFLOW = "mlflow-skinny"
 """The distribution that has MLflow's client. `mlflow` adds the server, in the same version; a worker does without."""
@@ -48,12 +50,29 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
         RegistryError: The address does not answer, or the database cannot be read.
     """
     uri = settings.tracking_uri
-    if (file := database_file(uri)) is not None:
-        schema_of(file)
+    _require_readable(uri)
     with report_errors("open MLflow", uri):
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _require_readable(uri: str) -> None:
+    """Raise RegistryError if the address is that of an SQLite file which cannot be read.
+
+    MLflow's client would try to open it for minutes.
+    """
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not file.is_file():  # the client makes a new one
+        return
+    try:
+        with closing(sqlite3.connect(f"file:{quote(os.path.abspath(file))}?mode=ro", uri=True, timeout=30)) as database:
+            database.execute("SELECT name FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        raise RegistryError(
+            f"Cannot read MLflow's database {file}: {error}. If the file is damaged, restore it from a backup; without "
+            "one, move it away and give: deal server sync"
+        ) from error
 
 
 def require_answer(uri: str) -> None:

@@ -60,13 +60,16 @@ class Tracker:
 
     def find(self, lineage: str, run_key: str) -> TrackedRun | None:
         """Return the run with `run_key`, if there is one."""
+        return next(iter(self.find_all(lineage, run_key, ViewType.ACTIVE_ONLY)), None)
+
+    def find_all(self, lineage: str, run_key: str, view: int = ViewType.ALL) -> list[TrackedRun]:
+        """Return all runs with `run_key`, newest first; with `ViewType.ALL` also those that somebody has deleted."""
         with report_errors("find a run", self.uri):
             experiment = self.client.get_experiment_by_name(f"deal/{lineage}")
             if experiment is None:
-                return None
-            own = f"tags.`{RUN_KEY}` = '{run_key}'"
-            runs = self.client.search_runs([experiment.experiment_id], own, ViewType.ALL, max_results=1)
-        return TrackedRun(self.client, runs[0].info.run_id) if runs else None
+                return []
+            runs = self.client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'", view)
+        return [TrackedRun(self.client, run.info.run_id) for run in runs]
 
     def start(
         self,
@@ -84,15 +87,13 @@ class Tracker:
         """
         with report_errors("start a run", self.uri):
             experiment_id = self._experiment(lineage)
-            own_run = f"tags.`{RUN_KEY}` = '{run_key}'"
-            found = self.client.search_runs([experiment_id], own_run, ViewType.ACTIVE_ONLY, max_results=1)
-            if found:
-                run_id = found[0].info.run_id
-                self.client.update_run(run_id, status="RUNNING")
+            run = self.find(lineage, run_key)
+            if run is not None:
+                self.client.update_run(run.run_id, status="RUNNING")
             else:
                 own = {RUN_KEY: run_key, "deal.lineage": lineage}
-                run_id = self.client.create_run(experiment_id, tags=own, run_name=name).info.run_id
-        run = TrackedRun(self.client, run_id)
+                made = self.client.create_run(experiment_id, tags=own, run_name=name)
+                run = TrackedRun(self.client, made.info.run_id)
         run.log_params(params or {})
         run.set_tags(tags or {})
         return run

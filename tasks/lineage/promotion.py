@@ -7,7 +7,7 @@ sees that the champion has changed. So a move needs no lock.
 from __future__ import annotations
 
 from deal_core.errors import RegistryError
-from infra.promotions import Action, Change, PromotionLog
+from infra.promotions import Action, Change, Move, PromotionLog
 from infra.store.base import ObjectStore
 from infra.versions import ROLLOUT, Version, Versions
 
@@ -93,7 +93,7 @@ def move_champion(
         why=why,
         run=run,
     )
-    _add(store, change, is_due=champion == expected)
+    _add(store, last, change, is_due=champion == expected)
 
 
 def begin_rollout(store: ObjectStore, version: Version, *, who: str, why: str, run: str | None = None) -> None:
@@ -121,17 +121,16 @@ def begin_rollout(store: ObjectStore, version: Version, *, who: str, why: str, r
         run=run,
         rollout=version.rollout.kind,
     )
-    _add(store, change, is_due=champion == version.parent_version)
+    _add(store, last, change, is_due=champion == version.parent_version)
 
 
-def _add(store: ObjectStore, change: Change, *, is_due: bool) -> None:
-    """Add a change to the log, if it is due and its version was not rejected."""
+def _add(store: ObjectStore, last: Move | None, change: Change, *, is_due: bool) -> None:
+    """Add a change to the log after its `last` entry, if it is due and its version was not rejected."""
     log, lineage = PromotionLog(store), change.lineage
-    last = log.last(lineage)
     known = Versions(store).find(lineage, change.version)  # the caller's copy may be older than the log
     if known is not None and known.approval == "refused":
         raise RegistryError(rejected_by_person(known))
-    if is_due and (last.champion if last else None) == change.before and log.add(last, change) is not None:
+    if is_due and log.add(last, change) is not None:
         return
     winner = log.last(lineage)
     by = f" by {winner.who} ({winner.why})" if winner else ""

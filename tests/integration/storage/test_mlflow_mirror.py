@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from mlflow import MlflowClient
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from flows.cli.app import app
 from flows.forget import forget
 from flows.mlflow import sync_mlflow
 from flows.server.status import read_status
@@ -21,14 +24,14 @@ from infra.promotions import PromotionLog
 from infra.settings import TrackingSettings
 from infra.store import keys
 from infra.tracking.models import ModelRegistry
-from infra.tracking.tracker import Tracker
+from infra.tracking.tracker import TrackedRun, Tracker
 from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import read_moves
 from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage
 from tests.adapting import BANK, run
-from tests.in_process import KilledError
+from tests.in_process import KilledError, put_back
 from tests.receiver import Receiver
 from tests.registering import in_mlflow, mlflow_run, register
 
@@ -194,6 +197,31 @@ def test_a_version_whose_files_are_damaged_keeps_no_other_out_of_mlflow(
     assert sync().missing == () and aliases_in_mlflow()["previous"] == "1"
 
 
+def test_an_error_that_nobody_expected_is_returned_and_the_next_call_writes_everything(
+    copied_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register("fourth")
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRegistry, "add", lambda *args, **options: 1 / 0)
+        broken = sync_lineage(current_store(), "l")
+    assert broken.problem == "ZeroDivisionError: division by zero" and broken.missing[0] == "version 4"
+    assert "ZeroDivisionError" in caplog.text
+    assert sync().missing == ()
+
+
+def test_the_command_says_what_it_wrote(copied_home: Path) -> None:
+    register("fourth")
+
+    def deal(*words: str) -> str:
+        with put_back():
+            done = CliRunner().invoke(app, ["server", "sync", *words, "--home", str(copied_home)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert json.loads(deal("l", "--json"))[0]["written"] == ["version 4", "report 4", "move 2"]
+    assert deal() == "l: MLflow lacked nothing.\n"
+
+
 class TestMovesByHand:
     """A person moves the alias `champion` on MLflow's page."""
 
@@ -281,22 +309,24 @@ def test_rows_that_are_forgotten_while_mlflow_is_away_are_gone_from_it_after_the
     first, *_ = Versions(current_store()).all("l")
     held = in_mlflow("l", first.run_key)
     assert {"report.json", "report.html"} <= {entry.path for entry in held.client.list_artifacts(held.run_id)}
+    held.client.delete_run(held.run_id)  # a person; the artifacts stay until MLflow's own gc
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     asyncio.run(forget(first.dataset_sha256, reason="asked for"))
     orders = [info.key for info in current_store().list(keys.mlflow_forget_folder("l"))]
     assert keys.mlflow_forget_key("l", first.run_key) in orders
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    whole: list[str] = []
-    remove = Tracker.find
+    steps: list[str] = []
+    for owner, name in ((TrackedRun, "remove_files"), (ModelRegistry, "read")):
+        whole = getattr(owner, name)
 
-    def note(tracker: Tracker, lineage: str, run_key: str) -> Any:
-        whole.append(run_key)
-        return remove(tracker, lineage, run_key)
+        def note(*args: Any, name: str = name, whole: Any = whole) -> Any:
+            steps.append(name)
+            return whole(*args)
 
-    monkeypatch.setattr(Tracker, "find", note)
-    assert sync().missing == () and whole[0] in {version.run_key for version in Versions(current_store()).all("l")}
-    for version in Versions(current_store()).all("l"):
-        if version.dataset_sha256 == first.dataset_sha256:
-            kept = {entry.path for entry in held.client.list_artifacts(in_mlflow("l", version.run_key).run_id)}
-            assert not kept & set(WITH_ROWS)
+        monkeypatch.setattr(owner, name, note)
+    assert sync().missing == () and steps[0] == "remove_files", "before anything is written"
+    for each in Tracker(TrackingSettings()).find_all("l", first.run_key):
+        kept = {entry.path for entry in held.client.list_artifacts(each.run_id)}
+        assert not kept & set(WITH_ROWS)
+    assert not {entry.path for entry in held.client.list_artifacts(held.run_id)} & set(WITH_ROWS)
     assert not list(current_store().list(keys.mlflow_forget_folder("l")))
