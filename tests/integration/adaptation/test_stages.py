@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import runpy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +28,11 @@ from tasks.adaptation.register import register_version
 from tasks.adaptation.report import report_version
 from tasks.adaptation.train import train_version
 from tasks.context import current_store
+from tasks.spec import AdaptSpec, parse
 from tests.adapting import BANK, CLINIC, run, version_of
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+QUICK = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
 STAGES = (
     ingest_arrival,
     train_version,
@@ -96,6 +100,16 @@ def test_a_stage_that_loses_its_connection_is_tried_again_and_the_run_goes_on(
     assert tried_again == {"ingest", "train", "register", "promote", "report"}
     assert len(trainings) == 1, "a training that has ended is not repeated, because its upload failed"
     assert [version.version for version in Versions(current_store()).all("l")] == ["1"], "nothing is registered twice"
+
+
+def test_a_flow_of_ones_own_trains_and_scores_and_registers_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    """The example of docs/architecture.md, as it stands there."""
+    page = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (tmp_path / "example.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    example = runpy.run_path(str(tmp_path / "example.py"))
+    spec = parse(AdaptSpec, {"lineage": "l", "base_model": str(tiny_base), "task": BANK, "train": QUICK}, "test")
+    assert asyncio.run(example["try_out"](spec)).keys() == {"bank"}
+    assert Versions(current_store()).all("l") == ()
 
 
 def test_a_mistake_in_the_data_is_not_tried_again(
