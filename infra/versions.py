@@ -290,6 +290,13 @@ def require_adapter(version: Version) -> None:
         )
 
 
+def remedy_for(version: Version) -> str:
+    """Return the remedy for a damaged adapter."""
+    lineage, parent = version.lineage, version.parent_version
+    back = f", or go back to an earlier version: deal rollback --to {parent} --lineage {lineage}" if parent else ""
+    return f"Restore the folder from a backup{back} (deal history --lineage {lineage} lists the versions)."
+
+
 def _named(lineage: str, number: str) -> tuple[str, str]:
     """The name of a version's file, and the remedy if it is damaged."""
     return (

@@ -9,7 +9,7 @@ from deal_core.adapter.files import PEFT_FILES, digests_of, require_undamaged
 from deal_core.evaluation.answering import SERVED_FILE
 from deal_core.safe_text import without_secrets
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.versions import Version, require_adapter
+from infra.versions import Version, remedy_for, require_adapter
 
 SERVED_FILES = (*PEFT_FILES, SERVED_FILE)
 
@@ -27,13 +27,11 @@ def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
     for name in SERVED_FILES:
         with suppress(ObjectNotFoundError):  # the comparison below names the file
             store.download_file(f"{version.adapter_uri}/{name}", folder / name)
-    lineage = version.lineage
     require_undamaged(
         digests_of(folder, SERVED_FILES),
         version.files_sha256,
         SERVED_FILES,
-        what=f"Version {version.version} of '{lineage}'",
+        what=f"Version {version.version} of '{version.lineage}'",
         where=without_secrets(store.uri_of(version.adapter_uri)),
-        remedy=f"Restore the folder from a backup, or go back to an earlier version: deal rollback --lineage {lineage} "
-        f"(deal history --lineage {lineage} lists the versions).",
+        remedy=remedy_for(version),
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from infra.run_journal import Run
-from infra.store.base import ObjectStore
 from infra.versions import Version
 from tasks.context import current_store, work_folder
 from tasks.lineage.choices import choose_spared
@@ -92,7 +91,7 @@ def prepare(
         ObjectNotFoundError: The parent's adapter is missing.
     """
     store = current_store()
-    renewal = find_renewal(store, record, dataset)
+    schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
     parent_folder = None
     if parent is not None:
         parent_folder = work_folder(run.lineage, run.short_key) / "parent"
@@ -102,7 +101,7 @@ def prepare(
         spec=spec,
         run=run,
         dataset=dataset,
-        schema=read_manifest(store, dataset.uri).task,
+        schema=schema,
         base=base,
         adapter=adapter,
         strategy=strategy,
@@ -111,9 +110,7 @@ def prepare(
         record=record,
         parent_folder=parent_folder,
         parent_answers=read_answers(store, parent.adapter_uri).now if parent else {},
-        tasks=_tasks_after(
-            store, record, dataset, renewal.known, spec.train.max_prompt_tokens, spec.evaluate.max_new_tokens
-        ),
+        tasks=_tasks_after(record, dataset, schema, renewal.known, spec),
         renewal=renewal,
         spared=choose_spared(spec, strategy, record),
         tested=tested,
@@ -121,31 +118,23 @@ def prepare(
     )
 
 
-def _new_task(store: ObjectStore, dataset: DatasetRef, max_prompt_tokens: int, max_new_tokens: int) -> KnownTask:
-    """Return the task of a dataset whose test rows judge it from now on."""
-    return KnownTask(
-        schema=read_manifest(store, dataset.uri).task,
-        dataset_uri=dataset.uri,
-        num_test=dataset.num_test,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-    )
-
-
 def _tasks_after(
-    store: ObjectStore,
-    before: LineageRecord | None,
-    dataset: DatasetRef,
-    renewed: KnownTask | None,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
+    before: LineageRecord | None, dataset: DatasetRef, schema: TaskSchema, renewed: KnownTask | None, spec: AdaptSpec
 ) -> tuple[KnownTask, ...]:
     """Return the tasks that a version knows after it learned the dataset, each with the test rows that judge it.
 
-    The limits are those of a new task. `renewed` is the task whose test rows the dataset's replace.
+    A new task has the dataset's `schema` and test rows, and the limits of `spec`. `renewed` is the task whose test rows
+    the dataset's replace.
     """
     known = before.tasks if before else ()
     if before is None or before.task(dataset.task) is None:
-        known = (*known, _new_task(store, dataset, max_prompt_tokens, max_new_tokens))
+        new = KnownTask(
+            schema=schema,
+            dataset_uri=dataset.uri,
+            num_test=dataset.num_test,
+            max_prompt_tokens=spec.train.max_prompt_tokens,
+            max_new_tokens=spec.evaluate.max_new_tokens,
+        )
+        known = (*known, new)
     known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
     return tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)

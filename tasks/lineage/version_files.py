@@ -27,7 +27,7 @@ from deal_core.errors import DealError, StoreError
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import file_name, lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
-from infra.versions import Version, Versions
+from infra.versions import Version, Versions, remedy_for
 
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
@@ -240,10 +240,3 @@ def replacing(store: ObjectStore, version: Version, folder: Path) -> Iterator[No
     versions.note_files(version, between)
     yield
     versions.note_files(version, {**recorded, **as_recorded(new)})
-
-
-def remedy_for(version: Version) -> str:
-    """Return the remedy for a damaged adapter."""
-    lineage, parent = version.lineage, version.parent_version
-    back = f", or go back to an earlier version: deal rollback --to {parent} --lineage {lineage}" if parent else ""
-    return f"Restore the folder from a backup{back} (deal history --lineage {lineage} lists the versions)."

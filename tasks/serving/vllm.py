@@ -34,11 +34,11 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.store.stored import Stored, read_stored, write_stored
-from infra.versions import Version
+from infra.versions import Version, remedy_for
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import LineageRecord, read_record
-from tasks.lineage.version_files import borrowed_adapter, remedy_for, require_recorded, require_stored
+from tasks.lineage.version_files import borrowed_adapter, require_recorded, require_stored
 from tasks.progress import reporter
 from tasks.serving.export import require_exportable
 
