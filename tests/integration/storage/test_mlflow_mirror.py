@@ -27,7 +27,7 @@ from infra.tracking.models import ModelRegistry
 from infra.tracking.tracker import TrackedRun, Tracker
 from infra.versions import Versions
 from tasks.context import current_store
-from tasks.lineage.decisions import roll_back
+from tasks.lineage.decisions import promote_to, roll_back
 from tasks.lineage.history import read_moves
 from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage
 from tests.adapting import BANK, run
@@ -274,9 +274,24 @@ class TestMovesByHand:
         assert champion() == "1" == aliases_in_mlflow()["champion"]
         assert [notice["event"] for notice in receiver.told()] == ["deal.version.rolled-back", "deal.alias.set-back"]
 
+    def test_the_log_wins_even_if_the_version_could_be_promoted_again(self, copied_home: Path) -> None:
+        register("fourth")
+        sync()
+        move_alias("4")
+        roll_back("l", "1", **BY)
+        promote_to("l", "3", **BY)  # which version 4 continues
+        assert "set back to version 3" in (sync().set_back or "")
+        assert champion() == "3" == aliases_in_mlflow()["champion"]
+
     @pytest.mark.parametrize("killed_at", ["set_alias", "tag"])
+    @pytest.mark.parametrize("moved_to", ["3", None])
     def test_after_a_kill_between_alias_and_tag_the_log_wins(
-        self, copied_home: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, killed_at: str
+        self,
+        copied_home: Path,
+        receiver: Receiver,
+        monkeypatch: pytest.MonkeyPatch,
+        killed_at: str,
+        moved_to: str | None,
     ) -> None:
         roll_back("l", "1", **BY)
         whole, calls = getattr(ModelRegistry, killed_at), []
@@ -290,7 +305,8 @@ class TestMovesByHand:
             patch.setattr(ModelRegistry, killed_at, die_after)
             with pytest.raises(KilledError):
                 sync_lineage(current_store(), "l")
-        move_alias("3")  # whether this is a person's move or what the write left cannot be told
+        if moved_to is not None:
+            move_alias(moved_to)  # whether this is a person's move or what the write left cannot be told
         assert sync().promoted is None and champion() == "1" == aliases_in_mlflow()["champion"]
         assert read_moves("l")[-1].action == "rolled back" and len(calls) == 1
         assert [notice["event"] for notice in receiver.told()] == ["deal.version.rolled-back"]
