@@ -55,6 +55,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "learned-answers": {"rows": "learned"},
     "learned-both": {"rows": "learned", "beta": 0.5},
     "learned-labels": {"rows": "learned", "beta": 1.0},
+    # Experiment 2: closing steps after the training, on new and old rows alike; all layers, or the last four.
+    "both-closing-25": {"beta": 0.5, "closing_steps": 25},
+    "both-closing-50": {"beta": 0.5, "closing_steps": 50},
+    "both-closing-25-top": {"beta": 0.5, "closing_steps": 25, "closing_layers": 4},
+    "learned-both-closing-25": {"rows": "learned", "beta": 0.5, "closing_steps": 25},
     # Experiment 3: few rehearsed rows while the new task is learned, more at the end; old tasks weigh more when many.
     "both-ramp": {"beta": 0.5, "ramp": True},
     "both-root": {"beta": 0.5, "root_weight": True},

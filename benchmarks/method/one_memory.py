@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+import torch
 from peft import PeftModel
 
 from deal_core.adapter.method_state import MethodState
@@ -44,6 +45,11 @@ class MemoryOptions:
     """Half as many rehearsed rows in the first step, one and a half times as many in the last."""
     root_weight: Flag = False
     """Weigh the rehearsal's loss by the square root of the number of old tasks."""
+    closing_steps: CountOrZero = 0
+    """Steps after the training, on a batch of which one half are rows of the new task and the other half rehearsed rows
+    of the old ones, with the same targets. The rate falls linearly from that of the training to 0."""
+    closing_layers: CountOrZero = 0
+    """Only so many of the last layers are trained in the closing steps; 0: all."""
 
 
 class StagedRehearsal(Rehearsal):
@@ -128,8 +134,49 @@ class OneMemory(Deal):
                 )
             sets.append(questions)
         super().prepare(model, state, context)
+        self._old = sets
         if not sets:
             return
         counts = rows_of_steps(self.options, context.train.num_steps(len(context.encoded)), len(sets))
         weight = math.sqrt(len(sets)) if self.options.root_weight else 1.0
         self._rehearsal = StagedRehearsal(sets, context.collator(), counts, weight=weight, seed=seed)
+
+    def finish(self) -> MethodState:
+        """Take the closing steps on A and B."""
+        state, context = super().finish(), self.context
+        num_steps = self.options.closing_steps
+        if not (num_steps and self._old):
+            return state
+        new = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
+        collate, num_rows = context.collator(), context.train.batch_size
+        rehearsal = Rehearsal(
+            [self._old, [new]], collate, num_rows=num_rows, weight=1.0, temperature=1.0, seed=self.seed
+        )
+        last = num_layers(self.model) - (self.options.closing_layers or num_layers(self.model))
+        factors = [
+            factor for name, factor in self.model.named_parameters() if factor.requires_grad and layer_of(name) >= last
+        ]
+        optimizer = torch.optim.AdamW(factors, lr=context.train.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)
+        self.model.train()
+        for step in range(num_steps):
+            loss = rehearsal.loss(self.model, step)
+            assert loss is not None, "there are rows"
+            self.model.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if context.train.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(factors, context.train.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+        self.model.zero_grad()
+        return state
+
+
+def layer_of(name: str) -> int:
+    """Return the number of the layer in a parameter's name, as in `model.layers.12.self_attn.q_proj.lora_A`."""
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+def num_layers(model: PeftModel) -> int:
+    """Return the number of layers that carry an adapter."""
+    return 1 + max(layer_of(name) for name, factor in model.named_parameters() if factor.requires_grad)

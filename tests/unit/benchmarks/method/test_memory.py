@@ -77,7 +77,7 @@ def test_answers_alone_are_todays_default_and_every_option_changes_what_is_learn
     default, _ = learn("deal", MethodConfig(rehearsal=RehearsalConfig(texts="own")))
     answers, cell = learn(*ARMS["answers"])
     assert answers == default, "the same rows, targets, order and steps"
-    changed = [{"beta": 1.0}, {"rows": "learned"}, {"per_step": 2}, {"ramp": True}]
+    changed = [{"beta": 1.0}, {"rows": "learned"}, {"per_step": 2}, {"ramp": True}, {"closing_steps": 2}]
     digests = [learn("one_memory", options(**each))[0] for each in changed]
     assert len({default, *digests}) == 1 + len(changed)
     assert cell["settings"]["method"]["strategy_options.beta"] == 0.0, "the cell says the options that were not given"
