@@ -193,14 +193,13 @@ class ObjectStore(ABC):
         Raises:
             StoreError: `local` is no folder, is empty, or does not contain the marker.
         """
-        files = sorted(path for path in local.rglob("*") if path.is_file())
-        names = {path: path.relative_to(local).as_posix() for path in files}
-        if not files or (marker is not None and marker not in names.values()):
-            wanted = f"file {marker}" if files else "files"
+        names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+        if not names or (marker is not None and marker not in names):
+            wanted = f"file {marker}" if names else "files"
             raise StoreError(f"The folder {local} has no {wanted} to upload to {prefix}; check that it was written.")
-        for path in sorted(files, key=lambda path: names[path] == marker):
-            self.upload_file(path, folder_of(prefix) + names[path])
-        return len(files)
+        for name in sorted(names, key=lambda name: name == marker):
+            self.upload_file(local / name, folder_of(prefix) + name)
+        return len(names)
 
     def download_folder(self, prefix: str, local: Path) -> int:
         """Write every object below `prefix` into the folder `local`; return the number of files.

@@ -31,43 +31,37 @@ def read_folder(store: ObjectStore, folder: str) -> dict[str, bytes]:
     Raises:
         StoreError: The store does not answer.
     """
+
+    def read(info: ObjectInfo) -> None:
+        with suppress(ObjectNotFoundError):  # deleted since it was listed
+            contents[info.key, info.etag] = store.get_bytes(info.key)
+
     infos = list(store.list(folder))
-    index = _read_index(store, folder) if len(infos) > MAX_REQUESTS else {}
-    missing = [info for info in infos if index.get(info.key, ("", ""))[0] != info.etag]
-    found = {info.key: index[info.key][1].encode("utf-8", "surrogateescape") for info in infos if info.key in index}
+    contents = _read_index(store, folder) if len(infos) > MAX_REQUESTS else {}
+    missing = [info for info in infos if (info.key, info.etag) not in contents]
     with ThreadPoolExecutor(_READERS) as readers:
-        for info, content in zip(missing, readers.map(lambda info: _content(store, info), missing), strict=True):
-            if content is None:  # deleted since it was listed
-                found.pop(info.key, None)
-            else:
-                found[info.key] = content
+        list(readers.map(read, missing))
+    present = [info for info in infos if (info.key, info.etag) in contents]
     if len(missing) > MAX_REQUESTS:
         entries = {
-            info.key: (info.etag, found[info.key].decode("utf-8", "surrogateescape"))
-            for info in infos
-            if info.key in found
+            info.key: (info.etag, contents[info.key, info.etag].decode("utf-8", "surrogateescape")) for info in present
         }
         body = json.dumps(entries).encode()
         with suppress(StoreError):  # a reader may have no right to write
             store.put_bytes(keys.index_key(folder), _digest(body) + b"\n" + body)
-    return {info.key: found[info.key] for info in infos if info.key in found}
+    return {info.key: contents[info.key, info.etag] for info in present}
 
 
-def _read_index(store: ObjectStore, folder: str) -> dict[str, tuple[str, str]]:
-    """Return ETag and content by key; empty if there is no index, or a damaged one: it is written again."""
+def _read_index(store: ObjectStore, folder: str) -> dict[tuple[str, str], bytes]:
+    """Return content by key and ETag; empty if there is no index, or a damaged one: it is written again."""
     try:
         digest, _, body = store.get_bytes(keys.index_key(folder)).partition(b"\n")
     except (ObjectNotFoundError, UnusableObjectError):
         return {}
-    return {key: (etag, text) for key, (etag, text) in json.loads(body).items()} if digest == _digest(body) else {}
+    if digest != _digest(body):
+        return {}
+    return {(key, etag): text.encode("utf-8", "surrogateescape") for key, (etag, text) in json.loads(body).items()}
 
 
 def _digest(body: bytes) -> bytes:
     return hashlib.sha256(body).hexdigest().encode()
-
-
-def _content(store: ObjectStore, info: ObjectInfo) -> bytes | None:
-    try:
-        return store.get_bytes(info.key)
-    except ObjectNotFoundError:
-        return None

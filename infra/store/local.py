@@ -93,16 +93,15 @@ class FileStore(ObjectStore):
         top, *below = Path(folder).parts or ("",)
         if any((self.root / top / Path(*below[:depth])).is_symlink() for depth in range(1, len(below) + 1)):
             return
-        found = []
+        keys = []
         with self._report_errors("list", prefix):
             for parent, folders, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
-                if Path(parent) == self.root and RESERVED in folders:
-                    folders.remove(RESERVED)
-                found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
-                if Path(parent) != self.root:  # os.walk does not follow links; a top folder may be one
-                    links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-                    found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in links]
-        for key in sorted(found, key=os.fsencode):
+                if Path(parent) == self.root:
+                    folders[:] = [name for name in folders if name != RESERVED]
+                else:  # os.walk does not follow links; a top folder may be one
+                    names += [name for name in folders if os.path.islink(os.path.join(parent, name))]
+                keys += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
+        for key in sorted(keys, key=os.fsencode):
             with suppress(FileNotFoundError):  # deleted meanwhile, or a link to nothing
                 yield self._listed(key)
 
