@@ -197,10 +197,7 @@ class Versions:
         since = _since(tuple(versions.values()), moves, removed)
         return tuple(
             version.model_copy(
-                update={
-                    "since": since[number],
-                    "files_sha256": replaced.get(number, version.files_sha256),
-                }
+                update={"since": since[number], "files_sha256": replaced.get(number, version.files_sha256)}
             )
             for number, version in versions.items()
         )
@@ -221,15 +218,11 @@ class Versions:
 
     def find(self, lineage: str, version: str) -> Version | None:
         """Return the version with a number, if there is one."""
-        return next((each for each in self.all(lineage) if each.version == version), None)
+        return next((stored for stored in self.all(lineage) if stored.version == version), None)
 
     def champion(self, lineage: str) -> Version | None:
         """Return the lineage's champion, if it has one."""
-        return self.with_alias(lineage, "champion")
-
-    def with_alias(self, lineage: str, alias: Alias) -> Version | None:
-        """Return the version with an alias, if there is one."""
-        return next((version for version in self.all(lineage) if alias in version.aliases), None)
+        return next((version for version in self.all(lineage) if "champion" in version.aliases), None)
 
     def with_run_key(self, lineage: str, run_key: str) -> Version | None:
         """Return the version that a run registered, if it did."""
@@ -247,18 +240,16 @@ class Versions:
         """
         assert version.version == UNREGISTERED, "a version is registered once"
         while True:
-            known = self.all(version.lineage)
-            same = next((each for each in known if each.run_key == version.run_key), None)
-            if same is not None:
-                return same
-            number = int(known[-1].version) + 1 if known else 1
+            versions = self.all(version.lineage)
+            for registered in versions:
+                if registered.run_key == version.run_key:
+                    return registered
+            number = int(versions[-1].version) + 1 if versions else 1
             numbered = version.model_copy(update={"version": str(number), "created": datetime.now(UTC)})
             key = keys.version_key(version.lineage, number)
             content = (numbered.model_dump_json(indent=1) + "\n").encode("utf-8", "replace")
             if self.store.put_bytes(key, content, if_absent=True):
-                registered = self.find(version.lineage, str(number))
-                assert registered is not None, "it was stored just now"
-                return registered
+                return next(stored for stored in self.all(version.lineage) if stored.version == numbered.version)
 
     def note_files(self, version: Version, files_sha256: Recorded) -> None:
         """Write down which digests the files of a version's adapter may have from now on."""
@@ -273,7 +264,7 @@ class Versions:
 
 def descent(versions: Sequence[Version], version: Version | None) -> tuple[Version, ...]:
     """Return a version and its ancestors, newest first. Without a version the result is empty."""
-    by_number = {each.version: each for each in versions}
+    by_number = {entry.version: entry for entry in versions}
     line: list[Version] = []
     while version is not None:
         line.append(version)
@@ -326,13 +317,13 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
     names = dict(_aliases(versions, states, moves))
     champion = next((version for version in versions if version.version == names.get("champion")), None)
     line = {version.version for version in descent(versions, champion)}
-    found = {}
+    since = {}
     for version in versions:
         own, state = version.version, states[version.version]
         aliases = tuple(sorted(alias for alias, number in names.items() if number == own))
         standing = _standing(version, state, own in line, "rollout" in aliases, champion)
-        found[own] = Since(aliases=aliases, standing=standing, **state)
-    return found
+        since[own] = Since(aliases=aliases, standing=standing, **state)
+    return since
 
 
 def _aliases(
@@ -347,7 +338,7 @@ def _aliases(
     tried = rollout_of(moves)
     if tried is not None:
         yield "rollout", tried.version
-    good = [each.version for each in versions if each.accepted and states[each.version]["approval"] != "refused"]
+    good = [entry.version for entry in versions if entry.accepted and states[entry.version]["approval"] != "refused"]
     if good:
         yield "challenger", good[-1]
 

@@ -14,7 +14,6 @@ import ipaddress
 import logging
 import time
 import uuid
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -56,10 +55,11 @@ class Webhook:
         which a receiver recognises a repeated notice.
         """
         attempts = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(httpx.TransportError) | tenacity.retry_if_result(_is_busy),
+            retry=tenacity.retry_if_exception_type(httpx.TransportError)
+            | tenacity.retry_if_result(lambda status: status == 429 or status >= 500),
             wait=self._wait,
             stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
-            retry_error_callback=_last_result,
+            retry_error_callback=lambda state: state.outcome and state.outcome.result(),  # the last status, or error
         )
         try:
             with httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False) as client:
@@ -85,17 +85,6 @@ class Webhook:
         }
         with client.stream("POST", self._url, content=body, headers=headers) as response:
             return response.status_code
-
-
-def _is_busy(status: int) -> bool:
-    """Whether the receiver may accept the notice later."""
-    return status == 429 or status >= 500
-
-
-def _last_result(state: tenacity.RetryCallState) -> Any:
-    """Return the last status, or raise the last error."""
-    assert state.outcome is not None
-    return state.outcome.result()
 
 
 def open_webhook() -> Webhook | None:
