@@ -10,7 +10,7 @@ version what became of it as `since`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -298,61 +298,52 @@ def _named(lineage: str, number: str) -> tuple[str, str]:
 
 
 def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[str, str]) -> dict[str, Since]:
-    """What became of each version, by its number. Both arguments are oldest first."""
-    states: dict[str, dict[str, Any]] = {
-        version.version: {
-            "approval": "awaiting" if version.accepted and version.needs_approval else None,
-            "adapter_removed": removed.get(version.version),
-        }
-        for version in versions
+    """What became of each version, by its number. Both sequences are oldest first."""
+    promoted: dict[str, int] = {}
+    rolled_out: dict[str, int] = {}
+    refused_by: dict[str, str] = {}
+    approval: dict[str, ApprovalState | None] = {
+        version.version: "awaiting" if version.accepted and version.needs_approval else None for version in versions
     }
     for move in moves:
-        state = states.get(move.version, {})
         if move.action == "rejected":
-            state |= {"approval": "refused", "refused_by": move.who}
+            approval[move.version], refused_by[move.version] = "refused", move.who
         elif move.action in ("promoted", "rollout"):
-            state["promoted" if move.action == "promoted" else "rolled_out"] = move.number
+            (promoted if move.action == "promoted" else rolled_out)[move.version] = move.number
             if move.run is None:  # a person decided
-                state["approval"] = "given"
-    names = dict(_aliases(versions, states, moves))
-    champion = next((version for version in versions if version.version == names.get("champion")), None)
-    line = {version.version for version in descent(versions, champion)}
+                approval[move.version] = "given"
+    good = [version.version for version in versions if version.accepted and approval[version.version] != "refused"]
+    changes = [move.before for move in moves if move.before is not None and move.before != move.champion]
+    tried = rollout_of(moves)
+    aliases: dict[Alias, str | None] = {
+        "challenger": good[-1] if good else None,
+        "champion": moves[-1].champion if moves else None,
+        "previous": changes[-1] if changes else None,
+        "rollout": tried.version if tried else None,
+    }
+    champion = next((version for version in versions if version.version == aliases["champion"]), None)
+    learned = {version.version for version in descent(versions, champion)}
     since = {}
     for version in versions:
-        own, state = version.version, states[version.version]
-        aliases = tuple(sorted(alias for alias, number in names.items() if number == own))
-        standing = _standing(version, state, own in line, "rollout" in aliases, champion)
-        since[own] = Since(aliases=aliases, standing=standing, **state)
+        number = version.version
+        standing: Standing = "left behind"
+        if not version.accepted:
+            standing = "rejected by the gate"
+        elif approval[number] == "refused":
+            standing = "rejected by its rollout" if refused_by[number] == ROLLOUT else "rejected by a person"
+        elif number in learned:
+            standing = "learned"
+        elif number == aliases["rollout"]:
+            standing = "in rollout"
+        elif approval[number] == "awaiting" and version.parent_version == aliases["champion"]:
+            standing = "awaiting approval"
+        since[number] = Since(
+            aliases=tuple(alias for alias, named in aliases.items() if named == number),
+            approval=approval[number],
+            promoted=promoted.get(number),
+            rolled_out=rolled_out.get(number),
+            refused_by=refused_by.get(number),
+            adapter_removed=removed.get(number),
+            standing=standing,
+        )
     return since
-
-
-def _aliases(
-    versions: Sequence[Version], states: Mapping[str, Mapping[str, Any]], moves: Sequence[Move]
-) -> Iterator[tuple[Alias, str]]:
-    """The number of the version with each alias."""
-    if moves and moves[-1].champion is not None:
-        yield "champion", moves[-1].champion
-    changes = [move.before for move in moves if move.before is not None and move.before != move.champion]
-    if changes:
-        yield "previous", changes[-1]
-    tried = rollout_of(moves)
-    if tried is not None:
-        yield "rollout", tried.version
-    good = [entry.version for entry in versions if entry.accepted and states[entry.version]["approval"] != "refused"]
-    if good:
-        yield "challenger", good[-1]
-
-
-def _standing(
-    version: Version, state: Mapping[str, Any], is_learned: bool, is_tried: bool, champion: Version | None
-) -> Standing:
-    if not version.accepted:
-        return "rejected by the gate"
-    if state["approval"] == "refused":
-        return "rejected by its rollout" if state["refused_by"] == ROLLOUT else "rejected by a person"
-    if is_learned:
-        return "learned"
-    if is_tried:
-        return "in rollout"
-    continues_champion = version.parent_version == (champion.version if champion else None)
-    return "awaiting approval" if state["approval"] == "awaiting" and continues_champion else "left behind"

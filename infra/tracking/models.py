@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -43,10 +43,10 @@ class Entry:
 class RegisteredLineage:
     """What MLflow knows of a lineage."""
 
-    tags: Mapping[str, str] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str]
+    aliases: Mapping[str, str]
     """MLflow's number by alias."""
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+    entries: Mapping[str, Entry]
     """By number in the lineage."""
 
     def number_of(self, alias: str) -> str | None:
