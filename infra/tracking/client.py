@@ -43,29 +43,21 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
         RegistryError: The address does not answer, or the database cannot be read.
     """
     uri = settings.tracking_uri
-    _require_readable(uri)
+    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if file is not None and file.is_file():  # MLflow's client would try to open a damaged one for minutes
+        place = f"file:{quote(os.path.abspath(file))}?mode=ro"
+        try:
+            with closing(sqlite3.connect(place, uri=True, timeout=30)) as database:
+                database.execute("SELECT name FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            raise RegistryError(
+                f"Cannot read MLflow's database {file}: {error}. If the file is damaged, restore it from a backup; "
+                "without one, move it away and give: deal server sync"
+            ) from error
     with report_errors("open MLflow", uri):
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _require_readable(uri: str) -> None:
-    """Raise RegistryError if the address is that of an SQLite file which cannot be read.
-
-    MLflow's client would try to open it for minutes.
-    """
-    file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not file.is_file():  # the client makes a new one
-        return
-    try:
-        with closing(sqlite3.connect(f"file:{quote(os.path.abspath(file))}?mode=ro", uri=True, timeout=30)) as database:
-            database.execute("SELECT name FROM sqlite_master").fetchone()
-    except sqlite3.Error as error:
-        raise RegistryError(
-            f"Cannot read MLflow's database {file}: {error}. If the file is damaged, restore it from a backup; without "
-            "one, move it away and give: deal server sync"
-        ) from error
 
 
 def require_answer(uri: str) -> None:
