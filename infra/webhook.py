@@ -40,12 +40,17 @@ class Webhook:
     """
 
     def __init__(self, url: str, secret: bytes) -> None:
-        if not _is_safe(url):
+        host, scheme = host_of(url, "DEAL_WEBHOOK_URL"), urlsplit(url).scheme
+        try:
+            is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:  # a host by name
+            is_loopback = False
+        # third parties must not read the notices
+        if not (scheme == "https" or (scheme == "http" and is_loopback)):
             raise ConfigError("DEAL_WEBHOOK_URL is neither https:// nor http:// on the loopback address; give one.")
         self._url = url
         self._secret = secret
-        parts = urlsplit(url)
-        self._shown = f"{parts.scheme}://{parts.hostname}"  # a path may contain a token
+        self._shown = f"{scheme}://{host}"  # a path may contain a token
         self._wait = tenacity.wait_random_exponential(multiplier=1, max=MAX_PAUSE_SECONDS)
 
     def send(self, event: str, body: bytes, delivery: uuid.UUID) -> bool:
@@ -116,16 +121,6 @@ def read_secret(text: str) -> bytes:
     if not key:
         raise ConfigError(f"DEAL_WEBHOOK_SECRET has no base64 after {PREFIX}; give the key that was made.")
     return key
-
-
-def _is_safe(url: str) -> bool:
-    """Return whether third parties cannot read the notices: https, or loopback."""
-    host, scheme = host_of(url, "DEAL_WEBHOOK_URL"), urlsplit(url).scheme
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a host by name
-        is_loopback = False
-    return scheme == "https" or (scheme == "http" and is_loopback)
 
 
 def sign(secret: bytes, delivery: str, timestamp: str, body: bytes) -> str:
