@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deal_core.judging_config import RolloutKind
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.folders import read_folder
-from infra.store.stored import reading_stored
+from infra.store.stored import read_folder, reading_stored
 
 Action = Literal["promoted", "rolled back", "rejected", "rollout"]
 """rollout: the version is tried on live traffic; its promotion or rejection ends that."""

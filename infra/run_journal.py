@@ -14,8 +14,7 @@ from pydantic import ConfigDict, Field
 
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.folders import read_folder
-from infra.store.stored import Stored, parse_stored, read_stored, reading_stored, write_stored
+from infra.store.stored import Stored, parse_stored, read_folder, read_stored, reading_stored, write_stored
 
 RunState = Literal["running", "finished", "failed"]
 Curve = Mapping[str, tuple[tuple[int, float], ...]]

@@ -23,8 +23,7 @@ from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.folders import read_folder
-from infra.store.stored import Stored, parse_stored, reading_stored
+from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
 
 Alias = Literal["champion", "challenger", "previous", "rollout"]
 """champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is tried
