@@ -80,7 +80,7 @@ class ModelRegistry:
                     f"MLflow at {without_secrets(self._uri)} has a registered model {lineage!r} that is no lineage of "
                     "this pipeline: the lineage is not shown there. Rename that model."
                 )
-            versions = get_results_from_paginated_fn(
+            versions = get_results_from_paginated_fn(  # type: ignore[no-untyped-call] # MLflow has no types for it
                 lambda size, token: self._client.search_model_versions(f"name = '{lineage}'", size, page_token=token),
                 PAGE,
             )
