@@ -124,9 +124,11 @@ def read_feedback(store: ObjectStore, lineage: str, *, answers: pd.DataFrame | N
             for row in entries.itertuples()
         ]
         entries["is_right"] = pd.Series(is_right, dtype=object)
+    # facts that any entry of an answer tells
     chosen = set(entries.loc[entries["is_random"] == True, "id"])  # noqa: E712
     telling = entries[entries["is_right"].notna()].sort_values("time", kind="stable")
     newest = dict(zip(telling["id"], telling["is_right"], strict=True))
+    # the entry of each answer that counts
     entries["is_reviewed"] = (entries["source"] == "command") | entries["reviewer"].notna()
     rows = entries.sort_values(["is_reviewed", "time"], kind="stable").drop_duplicates("id", keep="last")
     rows = rows.drop(columns="is_reviewed").sort_values("time", kind="stable", ignore_index=True)
