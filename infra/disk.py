@@ -35,20 +35,23 @@ def disk_full(error: BaseException) -> DiskFullError | None:
     if isinstance(error, DiskFullError):
         return error
     chain = list(_chain(error))
-    if not any(_is_full(each) for each in chain):
+    if not any(
+        (isinstance(cause, OSError) and cause.errno in FULL) or any(text in str(cause).lower() for text in FULL_TEXTS)
+        for cause in chain
+    ):
         return None
     # the error of a failed copy names the source first, so the named place with the least space is taken
-    named = [name for each in chain if isinstance(each, OSError) for name in (each.filename, each.filename2)]
+    named = [name for cause in chain if isinstance(cause, OSError) for name in (cause.filename, cause.filename2)]
     paths = [Path(name) for name in named if isinstance(name, str)]
     return _full_error(min(paths, key=_free) if paths else fullest_place())
 
 
 def disk_full_unexpected(error: Exception) -> DiskFullError | None:
     """Like `disk_full`, but for an unexpected error, which an almost full disk may have caused."""
-    found = disk_full(error)
-    if found is None and (place := fullest_place()) and _free(place) < LITTLE_BYTES:
+    full = disk_full(error)
+    if full is None and _free(place := fullest_place()) < LITTLE_BYTES:
         return _full_error(place)
-    return found
+    return full
 
 
 def require_room(folder: Path, num_bytes: int) -> None:
@@ -75,13 +78,6 @@ def _full_error(place: Path, why: str = "") -> DiskFullError:
         f"The disk of {place} is full: {_free(place) / (1 << 20):.1f} MB are free{why}. Free some space (deal gc "
         "lists files that can be removed), then run the same command again: it continues from the last checkpoint."
     )
-
-
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in FULL:
-        return True
-    message = str(error).lower()
-    return any(text in message for text in FULL_TEXTS)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -107,32 +107,34 @@ def read_feedback(store: ObjectStore, lineage: str, *, answers: pd.DataFrame | N
     counts. An answer was chosen at random if one entry says so.
     `answers` are the rows of the log that matter to the caller; None: all are read.
     """
-    found = _frame(read_log(store, feedback_log(lineage))).drop(columns="entry")
-    if found["label"].notna().any():
+    entries = _frame(read_log(store, feedback_log(lineage))).drop(columns="entry")
+    if entries["label"].notna().any():
         if answers is None:
             columns = ["id", "label", "is_label", "output"]
             answers = _frame(read_log(store, prediction_log(lineage), columns=columns))
-        given = {
+        answer_of = {
             row.id: row.output if row.is_label is None else row.label if row.is_label else ""
             for row in answers.itertuples()
             if row.is_label is not None or row.output is not None
         }
         is_right = [
-            label_key(given[row.id]) == label_key(row.label)
-            if row.label is not None and row.id in given
+            label_key(answer_of[row.id]) == label_key(row.label)
+            if row.label is not None and row.id in answer_of
             else row.is_right
-            for row in found.itertuples()
+            for row in entries.itertuples()
         ]
-        found["is_right"] = pd.Series(is_right, dtype=object)
-    chosen = set(found.loc[found["is_random"] == True, "id"])  # noqa: E712
-    judged = found[found["is_right"].notna()].sort_values("time", kind="stable")
-    newest = dict(zip(judged["id"], judged["is_right"], strict=True))
-    found["is_reviewed"] = (found["source"] == "command") | found["reviewer"].notna()
-    found = found.sort_values(["is_reviewed", "time"], kind="stable").drop_duplicates("id", keep="last")
-    found = found.drop(columns="is_reviewed").sort_values("time", kind="stable", ignore_index=True)
-    is_right = [newest.get(row.id) if row.is_right is None else row.is_right for row in found.itertuples()]
-    return found.assign(
-        is_right=pd.Series(is_right, dtype=object), is_random=pd.Series(found["id"].isin(chosen), dtype=object)
+        entries["is_right"] = pd.Series(is_right, dtype=object)
+    # facts that any entry of an answer tells
+    chosen = set(entries.loc[entries["is_random"] == True, "id"])  # noqa: E712
+    telling = entries[entries["is_right"].notna()].sort_values("time", kind="stable")
+    newest = dict(zip(telling["id"], telling["is_right"], strict=True))
+    # the entry of each answer that counts
+    entries["is_reviewed"] = (entries["source"] == "command") | entries["reviewer"].notna()
+    rows = entries.sort_values(["is_reviewed", "time"], kind="stable").drop_duplicates("id", keep="last")
+    rows = rows.drop(columns="is_reviewed").sort_values("time", kind="stable", ignore_index=True)
+    is_right = [newest.get(row.id) if row.is_right is None else row.is_right for row in rows.itertuples()]
+    return rows.assign(
+        is_right=pd.Series(is_right, dtype=object), is_random=pd.Series(rows["id"].isin(chosen), dtype=object)
     )
 
 
@@ -152,13 +154,12 @@ def feedback_without_answer(store: ObjectStore, lineage: str, before: float) -> 
 
     `before` leaves out newer feedback, in seconds since 1970: a server stores feedback at once, and answers later.
     """
-    table = read_log(store, feedback_log(lineage), columns=["id", "time"])
-    said = _frame(table).groupby("id")["time"].max()
-    waiting = set(said[said < before].index)
-    if not waiting:
+    newest = _frame(read_log(store, feedback_log(lineage), columns=["id", "time"])).groupby("id")["time"].max()
+    old = set(newest[newest < before].index)
+    if not old:
         return set()
     answers = read_log(store, prediction_log(lineage), columns=["id"])
-    return waiting - set(answers.column("id").to_pylist())
+    return old - set(answers.column("id").to_pylist())
 
 
 def remove_feedback(store: ObjectStore, lineage: str, ids: Collection[str]) -> None:

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deal_core.judging_config import RolloutKind
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.folders import read_folder
-from infra.store.stored import reading_stored
+from infra.store.stored import read_folder, reading_stored
 
 Action = Literal["promoted", "rolled back", "rejected", "rollout"]
 """rollout: the version is tried on live traffic; its promotion or rejection ends that."""
@@ -69,8 +68,8 @@ class PromotionLog:
 
     def last(self, lineage: str) -> Move | None:
         """Return the newest move, if there is one."""
-        found = self._keys(lineage)
-        return self.parse(found[-1], self.store.get_bytes(found[-1])) if found else None
+        entries = [info.key for info in self.store.list(keys.promotion_folder(lineage))]
+        return self.parse(entries[-1], self.store.get_bytes(entries[-1])) if entries else None
 
     def champion_at(self, lineage: str, when: datetime) -> str | None:
         """Return the version that was champion at a time; None: the log names no champion for this time."""
@@ -86,10 +85,6 @@ class PromotionLog:
         move = Move(number=after.number + 1 if after else 1, when=datetime.now(UTC), **change.model_dump())
         key = keys.promotion_key(move.lineage, move.number)
         return move if self.store.put_bytes(key, move.model_dump_json(indent=2).encode(), if_absent=True) else None
-
-    def _keys(self, lineage: str) -> list[str]:
-        """Return the keys of all entries, oldest first."""
-        return [info.key for info in self.store.list(keys.promotion_folder(lineage))]
 
     def parse(self, key: str, content: bytes) -> Move:
         """Return the entry with a key; raise StoreError if it is damaged, or another release wrote it."""

@@ -14,8 +14,7 @@ from pydantic import ConfigDict, Field
 
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.folders import read_folder
-from infra.store.stored import Stored, parse_stored, read_stored, reading_stored, write_stored
+from infra.store.stored import Stored, parse_stored, read_folder, read_stored, reading_stored, write_stored
 
 RunState = Literal["running", "finished", "failed"]
 Curve = Mapping[str, tuple[tuple[int, float], ...]]
@@ -84,11 +83,8 @@ class RunJournal:
 
     def start(self, run: Run) -> Run:
         """Write a run that starts; a run that is continued keeps its start and its curves."""
-        before = self.find(run.lineage, run.run_key)
-        if before is not None:
-            run = run.model_copy(update={"started": before.started, "curve": before.curve})
-        self._write(run)
-        return run
+        before = self.find(run.lineage, run.run_key) or run
+        return self._write(run, started=before.started, curve=before.curve)
 
     def add_curve(self, run: Run, curve: Curve) -> Run:
         """Add points to the curves of a run. Of two points of one step the later one counts."""
@@ -96,16 +92,15 @@ class RunJournal:
             name: tuple(sorted((dict(run.curve.get(name, ())) | dict(curve.get(name, ()))).items()))
             for name in {*run.curve, *curve}
         }
-        run = run.model_copy(update={"curve": merged})
-        self._write(run)
-        return run
+        return self._write(run, curve=merged)
 
     def end(self, run: Run, state: Literal["finished", "failed"]) -> Run:
         """Write the end of a run."""
         before = self.find(run.lineage, run.run_key) or run  # the caller may have the run as it was before its training
-        run = before.model_copy(update={"state": state, "ended": datetime.now(UTC)})
-        self._write(run)
-        return run
+        return self._write(before, state=state, ended=datetime.now(UTC))
 
-    def _write(self, run: Run) -> None:
+    def _write(self, run: Run, **changes: Any) -> Run:
+        """Write a run with changes, and return it."""
+        run = run.model_copy(update=changes)
         write_stored(self.store, keys.run_journal_key(run.lineage, run.run_key), run)
+        return run

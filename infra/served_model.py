@@ -69,20 +69,20 @@ class ServedModel:
         tasks = model_input["task"].tolist() if "task" in model_input else [None] * len(inputs)
         try:
             rows = [_row(*row, number) for number, row in enumerate(zip(inputs, tasks, strict=True), 1)]
-            found = self.ask(rows)
+            answered = self.ask(rows)
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
         table = pd.DataFrame(
             {
-                "output": found.answers,
-                "task": [row.task or found.served.newest_task for row in rows],
-                "version": found.version,
-                "lineage": found.served.lineage,
+                "output": answered.answers,
+                "task": [row.task or answered.served.newest_task for row in rows],
+                "version": answered.version,
+                "lineage": answered.served.lineage,
             }
         )
-        if found.ids:
-            table["id"], table["confidence"] = list(found.ids), [each.confidence for each in found.confidences]
-        table.attrs[VERSION] = found.version  # so that a table without rows names the version too
+        if answered.ids:
+            table["id"], table["confidence"] = list(answered.ids), [sure.confidence for sure in answered.confidences]
+        table.attrs[VERSION] = answered.version  # so that a table without rows names the version too
         return table
 
 

@@ -10,7 +10,7 @@ version what became of it as `since`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -23,8 +23,7 @@ from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.folders import read_folder
-from infra.store.stored import Stored, parse_stored, reading_stored
+from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
 
 Alias = Literal["champion", "challenger", "previous", "rollout"]
 """champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is tried
@@ -197,10 +196,7 @@ class Versions:
         since = _since(tuple(versions.values()), moves, removed)
         return tuple(
             version.model_copy(
-                update={
-                    "since": since[number],
-                    "files_sha256": replaced.get(number, version.files_sha256),
-                }
+                update={"since": since[number], "files_sha256": replaced.get(number, version.files_sha256)}
             )
             for number, version in versions.items()
         )
@@ -221,15 +217,11 @@ class Versions:
 
     def find(self, lineage: str, version: str) -> Version | None:
         """Return the version with a number, if there is one."""
-        return next((each for each in self.all(lineage) if each.version == version), None)
+        return next((stored for stored in self.all(lineage) if stored.version == version), None)
 
     def champion(self, lineage: str) -> Version | None:
         """Return the lineage's champion, if it has one."""
-        return self.with_alias(lineage, "champion")
-
-    def with_alias(self, lineage: str, alias: Alias) -> Version | None:
-        """Return the version with an alias, if there is one."""
-        return next((version for version in self.all(lineage) if alias in version.aliases), None)
+        return next((version for version in self.all(lineage) if "champion" in version.aliases), None)
 
     def with_run_key(self, lineage: str, run_key: str) -> Version | None:
         """Return the version that a run registered, if it did."""
@@ -247,18 +239,16 @@ class Versions:
         """
         assert version.version == UNREGISTERED, "a version is registered once"
         while True:
-            known = self.all(version.lineage)
-            same = next((each for each in known if each.run_key == version.run_key), None)
-            if same is not None:
-                return same
-            number = int(known[-1].version) + 1 if known else 1
+            versions = self.all(version.lineage)
+            for registered in versions:
+                if registered.run_key == version.run_key:
+                    return registered
+            number = int(versions[-1].version) + 1 if versions else 1
             numbered = version.model_copy(update={"version": str(number), "created": datetime.now(UTC)})
             key = keys.version_key(version.lineage, number)
             content = (numbered.model_dump_json(indent=1) + "\n").encode("utf-8", "replace")
             if self.store.put_bytes(key, content, if_absent=True):
-                registered = self.find(version.lineage, str(number))
-                assert registered is not None, "it was stored just now"
-                return registered
+                return next(stored for stored in self.all(version.lineage) if stored.version == numbered.version)
 
     def note_files(self, version: Version, files_sha256: Recorded) -> None:
         """Write down which digests the files of a version's adapter may have from now on."""
@@ -273,7 +263,7 @@ class Versions:
 
 def descent(versions: Sequence[Version], version: Version | None) -> tuple[Version, ...]:
     """Return a version and its ancestors, newest first. Without a version the result is empty."""
-    by_number = {each.version: each for each in versions}
+    by_number = {entry.version: entry for entry in versions}
     line: list[Version] = []
     while version is not None:
         line.append(version)
@@ -307,61 +297,52 @@ def _named(lineage: str, number: str) -> tuple[str, str]:
 
 
 def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[str, str]) -> dict[str, Since]:
-    """What became of each version, by its number. Both arguments are oldest first."""
-    states: dict[str, dict[str, Any]] = {
-        version.version: {
-            "approval": "awaiting" if version.accepted and version.needs_approval else None,
-            "adapter_removed": removed.get(version.version),
-        }
-        for version in versions
+    """What became of each version, by its number. Both sequences are oldest first."""
+    promoted: dict[str, int] = {}
+    rolled_out: dict[str, int] = {}
+    refused_by: dict[str, str] = {}
+    approval: dict[str, ApprovalState | None] = {
+        version.version: "awaiting" if version.accepted and version.needs_approval else None for version in versions
     }
     for move in moves:
-        state = states.get(move.version, {})
         if move.action == "rejected":
-            state |= {"approval": "refused", "refused_by": move.who}
+            approval[move.version], refused_by[move.version] = "refused", move.who
         elif move.action in ("promoted", "rollout"):
-            state["promoted" if move.action == "promoted" else "rolled_out"] = move.number
+            (promoted if move.action == "promoted" else rolled_out)[move.version] = move.number
             if move.run is None:  # a person decided
-                state["approval"] = "given"
-    names = dict(_aliases(versions, states, moves))
-    champion = next((version for version in versions if version.version == names.get("champion")), None)
-    line = {version.version for version in descent(versions, champion)}
-    found = {}
-    for version in versions:
-        own, state = version.version, states[version.version]
-        aliases = tuple(sorted(alias for alias, number in names.items() if number == own))
-        standing = _standing(version, state, own in line, "rollout" in aliases, champion)
-        found[own] = Since(aliases=aliases, standing=standing, **state)
-    return found
-
-
-def _aliases(
-    versions: Sequence[Version], states: Mapping[str, Mapping[str, Any]], moves: Sequence[Move]
-) -> Iterator[tuple[Alias, str]]:
-    """The number of the version with each alias."""
-    if moves and moves[-1].champion is not None:
-        yield "champion", moves[-1].champion
+                approval[move.version] = "given"
+    good = [version.version for version in versions if version.accepted and approval[version.version] != "refused"]
     changes = [move.before for move in moves if move.before is not None and move.before != move.champion]
-    if changes:
-        yield "previous", changes[-1]
     tried = rollout_of(moves)
-    if tried is not None:
-        yield "rollout", tried.version
-    good = [each.version for each in versions if each.accepted and states[each.version]["approval"] != "refused"]
-    if good:
-        yield "challenger", good[-1]
-
-
-def _standing(
-    version: Version, state: Mapping[str, Any], is_learned: bool, is_tried: bool, champion: Version | None
-) -> Standing:
-    if not version.accepted:
-        return "rejected by the gate"
-    if state["approval"] == "refused":
-        return "rejected by its rollout" if state["refused_by"] == ROLLOUT else "rejected by a person"
-    if is_learned:
-        return "learned"
-    if is_tried:
-        return "in rollout"
-    continues_champion = version.parent_version == (champion.version if champion else None)
-    return "awaiting approval" if state["approval"] == "awaiting" and continues_champion else "left behind"
+    aliases: dict[Alias, str | None] = {
+        "challenger": good[-1] if good else None,
+        "champion": moves[-1].champion if moves else None,
+        "previous": changes[-1] if changes else None,
+        "rollout": tried.version if tried else None,
+    }
+    champion = next((version for version in versions if version.version == aliases["champion"]), None)
+    learned = {version.version for version in descent(versions, champion)}
+    since = {}
+    for version in versions:
+        number = version.version
+        standing: Standing = "left behind"
+        if not version.accepted:
+            standing = "rejected by the gate"
+        elif approval[number] == "refused":
+            standing = "rejected by its rollout" if refused_by[number] == ROLLOUT else "rejected by a person"
+        elif number in learned:
+            standing = "learned"
+        elif number == aliases["rollout"]:
+            standing = "in rollout"
+        elif approval[number] == "awaiting" and version.parent_version == aliases["champion"]:
+            standing = "awaiting approval"
+        since[number] = Since(
+            aliases=tuple(alias for alias, named in aliases.items() if named == number),
+            approval=approval[number],
+            promoted=promoted.get(number),
+            rolled_out=rolled_out.get(number),
+            refused_by=refused_by.get(number),
+            adapter_removed=removed.get(number),
+            standing=standing,
+        )
+    return since

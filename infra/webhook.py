@@ -14,7 +14,6 @@ import ipaddress
 import logging
 import time
 import uuid
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -41,12 +40,17 @@ class Webhook:
     """
 
     def __init__(self, url: str, secret: bytes) -> None:
-        if not _is_safe(url):
+        host, scheme = host_of(url, "DEAL_WEBHOOK_URL"), urlsplit(url).scheme
+        try:
+            is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:  # a host by name
+            is_loopback = False
+        # third parties must not read the notices
+        if not (scheme == "https" or (scheme == "http" and is_loopback)):
             raise ConfigError("DEAL_WEBHOOK_URL is neither https:// nor http:// on the loopback address; give one.")
         self._url = url
         self._secret = secret
-        parts = urlsplit(url)
-        self._shown = f"{parts.scheme}://{parts.hostname}"  # a path may contain a token
+        self._shown = f"{scheme}://{host}"  # a path may contain a token
         self._wait = tenacity.wait_random_exponential(multiplier=1, max=MAX_PAUSE_SECONDS)
 
     def send(self, event: str, body: bytes, delivery: uuid.UUID) -> bool:
@@ -56,10 +60,11 @@ class Webhook:
         which a receiver recognises a repeated notice.
         """
         attempts = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(httpx.TransportError) | tenacity.retry_if_result(_is_busy),
+            retry=tenacity.retry_if_exception_type(httpx.TransportError)
+            | tenacity.retry_if_result(lambda status: status == 429 or status >= 500),
             wait=self._wait,
             stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
-            retry_error_callback=_last_result,
+            retry_error_callback=lambda state: state.outcome and state.outcome.result(),  # the last status, or error
         )
         try:
             with httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False) as client:
@@ -85,17 +90,6 @@ class Webhook:
         }
         with client.stream("POST", self._url, content=body, headers=headers) as response:
             return response.status_code
-
-
-def _is_busy(status: int) -> bool:
-    """Whether the receiver may accept the notice later."""
-    return status == 429 or status >= 500
-
-
-def _last_result(state: tenacity.RetryCallState) -> Any:
-    """Return the last status, or raise the last error."""
-    assert state.outcome is not None
-    return state.outcome.result()
 
 
 def open_webhook() -> Webhook | None:
@@ -127,16 +121,6 @@ def read_secret(text: str) -> bytes:
     if not key:
         raise ConfigError(f"DEAL_WEBHOOK_SECRET has no base64 after {PREFIX}; give the key that was made.")
     return key
-
-
-def _is_safe(url: str) -> bool:
-    """Return whether third parties cannot read the notices: https, or loopback."""
-    host, scheme = host_of(url, "DEAL_WEBHOOK_URL"), urlsplit(url).scheme
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a host by name
-        is_loopback = False
-    return scheme == "https" or (scheme == "http" and is_loopback)
 
 
 def sign(secret: bytes, delivery: str, timestamp: str, body: bytes) -> str:

@@ -354,8 +354,9 @@ def write_look(
     tags = {KIND: "monitor", "deal.version": version.version}
     try:
         tracker = _open()
-        with tracker.start(version.lineage, key, name=f"monitor version {version.version}", tags=tags) as run:
-            run.log_metrics(metrics, step=look)
+        run = tracker.start(version.lineage, key, name=f"monitor version {version.version}", tags=tags)
+        run.log_metrics(metrics, step=look)
+        run.end()
         own = tracker.find(version.lineage, version.run_key)
         if own is not None:
             own.log_text(PAGE_FILE, read_page(store, version)[1])
@@ -384,15 +385,9 @@ def _write_served_folder(store: ObjectStore, adapter: Path, target: Path, versio
 
 def _remove_adapter(tracker: Tracker, lineage: str, version: str, day: str) -> None:
     """Remove the files of a version whose adapter `deal gc` removed. The entry stays."""
-    from infra.tracking.models import REMOVED
-    from infra.tracking.tracker import remove_model_files
-
     entry = tracker.models.read(lineage).entries.get(version)
     if entry is not None:
-        tracker.models.tag_entry(lineage, entry, {REMOVED: day})
-        if entry.model_id:
-            tracker.models.tag_model([entry.model_id], {REMOVED: day})
-            remove_model_files(tracker.client, entry.model_id)
+        tracker.models.remove_files(lineage, entry, day)
 
 
 def _write_aliases(store: ObjectStore, tracker: Tracker, lineage: str, last: Move, written: list[str]) -> bool:

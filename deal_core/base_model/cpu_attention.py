@@ -43,7 +43,7 @@ def attend(
     is_plain = is_known and dropout == 0.0 and kwargs.get("position_bias") is None
     is_plain = is_plain and query_BHTD.shape[:3].numel() * key_BGSD.shape[2] <= MAX_SCORES
     if not (torch.is_grad_enabled() and query_BHTD.device.type == "cpu" and is_plain):
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+        fused: tuple[Tensor, None] = sdpa_attention_forward(
             module,
             query_BHTD,
             key_BGSD,
@@ -54,7 +54,7 @@ def attend(
             is_causal=is_causal,
             **kwargs,
         )
-        return found
+        return fused
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and query_BHTD.shape[2] > 1
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
@@ -94,7 +94,7 @@ def _products(
 ) -> Tensor:
     """Return softmax(s·Q·Kᵀ + M)·V; M is a boolean mask (True: attend) or a mask of numbers to add."""
     num_repeats = query_BHTD.shape[1] // key_BGSD.shape[1]
-    key_BHSD, value_BHSD = (each.repeat_interleave(num_repeats, dim=1) for each in (key_BGSD, value_BGSD))
+    key_BHSD, value_BHSD = (heads.repeat_interleave(num_repeats, dim=1) for heads in (key_BGSD, value_BGSD))
     scores_BHTS = (query_BHTD * scale) @ key_BHSD.mT
     if is_causal:
         mask = scores_BHTS.new_ones(scores_BHTS.shape[-2:], dtype=torch.bool).tril()

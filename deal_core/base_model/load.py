@@ -101,8 +101,21 @@ def load_base(
             f"The base model {source!r} ({folder}) cannot be loaded ({type(error).__name__}: {error}). Give a complete "
             "causal or sequence-to-sequence language model of an architecture that transformers itself knows."
         ) from error
-    _ensure_pad_token(tokenizer, source)
-    model.generation_config = _plain_greedy(model.generation_config, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ConfigError(
+                f"The tokenizer of {source!r} has no padding, end or unknown token; set one in its folder."
+            )
+    # The special tokens alone are taken over: a repetition penalty, for example, would act on greedy answers, and
+    # against every label in the instruction.
+    advised = model.generation_config
+    model.generation_config = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=advised.bos_token_id,
+        eos_token_id=advised.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=advised.decoder_start_token_id,
+    )
     if not quantized:
         model.to(PartialState().device)
     model.eval()
@@ -135,28 +148,6 @@ def choose_dtype(precision: Precision) -> torch.dtype:
 def precision_name(precision: Precision) -> Literal["bf16", "fp32"]:
     """Name of the precision that `choose_dtype` chooses."""
     return "bf16" if choose_dtype(precision) == torch.bfloat16 else "fp32"
-
-
-def _ensure_pad_token(tokenizer: Any, source: str) -> None:
-    if tokenizer.pad_token is not None:
-        return
-    fallback = tokenizer.eos_token or tokenizer.unk_token
-    if fallback is None:
-        raise ConfigError(f"The tokenizer of {source!r} has no padding, end or unknown token; set one in its folder.")
-    tokenizer.pad_token = fallback
-
-
-def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> transformers.GenerationConfig:
-    """A config with the special tokens of the base's own config, and none of its other settings.
-
-    A repetition penalty, for example, would act on greedy answers, and against every label in the instruction.
-    """
-    return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=theirs.decoder_start_token_id,
-    )
 
 
 def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
@@ -222,7 +213,18 @@ def find_config(source: str, cache_folder: Path) -> BaseConfig:
         return BaseConfig(config=_read_config(path.parent, source, gguf_file=path.name), folder=None)
     if os.path.isfile(path) or not sources.HUB_ID.fullmatch(source) or source.endswith(".gguf"):
         raise ConfigError(f"There is no base model {source!r}. {sources.KINDS}")
-    return _config_from_hub(source)
+    try:
+        folder = sources.fetch_model(source, ["config.json"])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} Without its config.json the model's size is unknown; give a local folder that has it. "
+            f"{sources.KINDS}"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"The base model {source!r} has no config.json on the Hub. {sources.KINDS}")
+    # the Hub's cache may have the weights already
+    has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return BaseConfig(config=_read_config(folder, source), folder=folder if has_weights else None)
 
 
 def _read_config(folder: Path, source: str, **options: str) -> Any:
@@ -233,18 +235,3 @@ def _read_config(folder: Path, source: str, **options: str) -> Any:
             f"The config of base model {source!r} cannot be read ({type(error).__name__}: {error}). Give a model of an "
             "architecture that transformers itself knows."
         ) from error
-
-
-def _config_from_hub(source: str) -> BaseConfig:
-    """The config from the Hub or its local cache; `folder` is set only if the cache has the weights."""
-    try:
-        folder = sources.fetch_model(source, ["config.json"])
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error} Without its config.json the model's size is unknown; give a local folder that has it. "
-            f"{sources.KINDS}"
-        ) from error
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"The base model {source!r} has no config.json on the Hub. {sources.KINDS}")
-    has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-    return BaseConfig(config=_read_config(folder, source), folder=folder if has_weights else None)

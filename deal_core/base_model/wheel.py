@@ -109,9 +109,9 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _check(file: Path, expected: str, what: str) -> None:
-    found = sha256_of_file(file)
-    if found != expected:
+    sha256 = sha256_of_file(file)
+    if sha256 != expected:
         raise ConfigError(
-            f"{what} has sha256 {found}, expected {expected}: it was changed or damaged on the way. Try again. If this "
-            "repeats, the package index serves another file; then give another base model."
+            f"{what} has sha256 {sha256}, expected {expected}: it was changed or damaged on the way. Try again. If "
+            "this repeats, the package index serves another file; then give another base model."
         )

@@ -169,13 +169,11 @@ class ObjectStore(ABC):
     def download_file(self, key: str, local: Path) -> None:
         """Write the object to `local` in pieces that fit into memory. A reader sees the complete file or none."""
 
-    def delete(self, prefix: str) -> int:
-        """Delete the object `prefix` and all objects below it; return their number. An empty prefix is refused."""
+    def delete(self, prefix: str) -> None:
+        """Delete the object `prefix` and all objects below it. An empty prefix is refused."""
         whole = check_key(prefix.removesuffix("/"))
-        keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
-        for key in keys:
+        for key in [info.key for info in self.list(whole)] + [whole] * self.exists(whole):
             self._delete_one(key)
-        return len(keys)
 
     @abstractmethod
     def _delete_one(self, key: str) -> None:
@@ -185,40 +183,28 @@ class ObjectStore(ABC):
         """Return the full address of a key or prefix, for people and other programs."""
         return f"{self.uri.rstrip('/')}/{check_key(key)}"
 
-    def upload_folder(self, local: Path, prefix: str, *, marker: str | None = None) -> int:
-        """Store every file below the folder `local` under `prefix`; return the number of files.
+    def upload_folder(self, local: Path, prefix: str, *, marker: str | None = None) -> None:
+        """Store every file below the folder `local` under `prefix`.
 
         The file with the name `marker` is uploaded last, so its object shows that the upload is complete.
 
         Raises:
             StoreError: `local` is no folder, is empty, or does not contain the marker.
         """
-        files = sorted(path for path in local.rglob("*") if path.is_file())
-        names = {path: path.relative_to(local).as_posix() for path in files}
-        if not files or (marker is not None and marker not in names.values()):
-            wanted = f"file {marker}" if files else "files"
+        names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+        if not names or (marker is not None and marker not in names):
+            wanted = f"file {marker}" if names else "files"
             raise StoreError(f"The folder {local} has no {wanted} to upload to {prefix}; check that it was written.")
-        for path in sorted(files, key=lambda path: names[path] == marker):
-            self.upload_file(path, folder_of(prefix) + names[path])
-        return len(files)
+        for name in sorted(names, key=lambda name: name == marker):
+            self.upload_file(local / name, folder_of(prefix) + name)
 
-    def download_folder(self, prefix: str, local: Path) -> int:
-        """Write every object below `prefix` into the folder `local`; return the number of files.
-
-        A new folder appears when all its files exist. In an existing folder, files are replaced one by one, and its
-        other files are kept.
-        """
+    def download_folder(self, prefix: str, local: Path) -> None:
+        """Write every object below `prefix` into the folder `local`."""
         keys = [info.key for info in self.list(prefix)]
         if not keys:
             raise ObjectNotFoundError(f"There is nothing below {prefix!r} in {self.uri}; check the name.")
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=local.parent) as part:
-            folder = local if local.is_dir() else Path(part) / "complete"
-            for key in keys:
-                self.download_file(key, folder / key.removeprefix(folder_of(prefix)))
-            if folder != local:
-                folder.rename(local)
-        return len(keys)
+        for key in keys:
+            self.download_file(key, local / key.removeprefix(folder_of(prefix)))
 
 
 @contextmanager

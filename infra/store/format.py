@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 
-from pydantic import BaseModel, ConfigDict
-
 from deal_core.errors import ConfigError
 from deal_core.safe_text import without_secrets
 from infra.store import keys
@@ -22,14 +20,6 @@ FORMAT = 3
 
 class FormatError(ConfigError):
     """The store has the format of another release."""
-
-
-class StoreFormat(BaseModel):
-    """The content of `format.json`. Later releases may say more there."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    format: int
 
 
 def require_format(store: ObjectStore) -> None:
@@ -51,11 +41,11 @@ def require_format(store: ObjectStore) -> None:
             ) from None
         return
     with reading_stored(store, keys.FORMAT_FILE, "the format of the store", "Restore it from a backup of the store."):
-        found = StoreFormat.model_validate_json(content).format
-    if found != FORMAT:
-        other = "a newer" if found > FORMAT else "an older"
+        number = int(json.loads(content)["format"])  # later releases may say more there
+    if number != FORMAT:
+        other = "a newer" if number > FORMAT else "an older"
         raise FormatError(
-            f"{address} has format {found}, and this release opens format {FORMAT}; use {other} release of "
+            f"{address} has format {number}, and this release opens format {FORMAT}; use {other} release of "
             "deal-pipeline, or another home (--home DIR)."
         )
 
@@ -66,6 +56,6 @@ def write_format(store: ObjectStore) -> None:
     Raises:
         FormatError: The store has another format.
     """
-    content = json.dumps(StoreFormat(format=FORMAT).model_dump()).encode() + b"\n"
+    content = json.dumps({"format": FORMAT}).encode() + b"\n"
     if not store.put_bytes(keys.FORMAT_FILE, content, if_absent=True):
         require_format(store)

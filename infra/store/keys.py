@@ -31,7 +31,7 @@
     monitor/LINEAGE/VERSION.parquet           live rows that later looks compare with, as numbers only
 
 SHA256 is the digest of an arrival's good rows, FILES the digests of its files, SCHEMA that of the task, RUN the first
-part of a run's key.
+part of a run's key. In the templates below, `{:.16}` is the first 16 characters of a part.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, datetime
 from typing import NamedTuple
 
@@ -70,6 +70,70 @@ BATCH_TIME = "%Y%m%dT%H%M%S"
 """Form of the time (UTC) that the name of a log's batch begins with."""
 BATCH_NAME = re.compile(r"\d{8}T\d{6}-.+\.parquet")
 
+OfTask = Callable[[str], str]
+"""From a task."""
+OfRows = Callable[[str, str], str]
+"""From a task and a digest."""
+OfLineage = Callable[[str], str]
+"""From a lineage."""
+OfLineageAndTask = Callable[[str, str], str]
+OfRun = Callable[[str, str], str]
+"""From a lineage and the key of a run, of which the first part is enough."""
+OfNumber = Callable[[str, int], str]
+"""From a lineage and a number. The keys sort by number."""
+
+inbox_folder: OfTask = "inbox/{}".format
+counts_key: OfTask = "counts/{}.json".format
+dataset_folder: OfRows = "datasets/{}/{}".format
+"""All datasets with the same rows."""
+dataset_uri: Callable[[str, str, str, str], str] = "datasets/{}/{}/{}/{:.16}".format
+"""One lineage's dataset, from the task, the digest of the rows, the lineage and the digest of the schema."""
+quarantine_folder: OfRows = "quarantine/{}/{}".format
+"""The bad rows of all arrivals with the same good rows."""
+tombstone_key: OfRows = "forgotten/{}/{}.json".format
+"""From the digest of a dataset or of a file."""
+
+adapters_folder: OfLineage = "adapters/{}".format
+adapter_uri: Callable[[str, str], str] = "adapters/{}/{}".format
+"""The adapter that a run made, from the lineage and the first part of the run's key."""
+run_folder: OfLineage = "runs/{}".format
+run_journal_key: OfRun = "runs/{}/{:.16}.json".format
+report_folder: OfLineage = "reports/{}".format
+report_key: Callable[[str, str, str], str] = "reports/{}/{:.16}/{}".format
+"""A file of a run's report, from the lineage, the run's key and the file's name."""
+version_folder: OfLineage = "versions/{}".format
+version_key: OfNumber = "versions/{}/{:08d}.json".format
+version_note_key: Callable[[str, int, str], str] = "versions/{}/{:08d}.{}.json".format
+"""A later note about a version, from the lineage, the number and the kind of note: `files` or `removed`."""
+promotion_folder: OfLineage = "promotions/{}".format
+promotion_key: OfNumber = "promotions/{}/{:08d}.json".format
+index_key: Callable[[str], str] = "index/{}.json".format
+"""The index of a folder."""
+mlflow_key: OfLineage = "mlflow/{}.json".format
+mlflow_forget_folder: OfLineage = "mlflow/{}".format
+mlflow_forget_key: OfRun = "mlflow/{}/{:.16}.forget".format
+
+settings_key: OfLineage = "lineages/{}.yaml".format
+labels_key: OfLineageAndTask = "labels/{}/{}.json".format
+renewal_key: OfLineageAndTask = "renewals/{}/{}.json".format
+watch_key: OfLineage = "watch/{}.json".format
+landed_key: Callable[[str, str], str] = "landed/{}/{:.32}.json".format
+"""The announcement of an arrival, from the lineage and the digest of the arrival's key, content and companions."""
+batch_folder: OfLineage = "batches/{}".format
+batch_key: OfLineageAndTask = "batches/{}/{}.json".format
+
+route_key: OfLineage = "serving/{}.json".format
+answer_ids_key: OfLineage = "serving/{}.key".format
+log_folder: Callable[[str, str], str] = "{}/{}".format
+"""From the log, PREDICTIONS or FEEDBACK, and the lineage."""
+log_day_folder: Callable[[str, str, date], str] = "{}/{}/{}".format
+"""From the log, the lineage and the day."""
+harvest_key: OfLineageAndTask = "harvests/{}/{}.json".format
+monitor_key: OfLineage = "monitor/{}.json".format
+baseline_folder: OfLineage = "monitor/{}".format
+baseline_key: Callable[[str, str], str] = "monitor/{}/{}.parquet".format
+"""The live rows that later looks compare with, from the lineage and the version."""
+
 
 def file_name(key: str) -> str:
     """Return the last part of a key."""
@@ -81,6 +145,11 @@ def lineage_of(key: str) -> str:
     return key.split("/")[1]
 
 
+def short_run(run_key: str) -> str:
+    """Return the part of a run's key that names its folders."""
+    return run_key[:16]
+
+
 class DatasetFile(NamedTuple):
     """A file of a dataset."""
 
@@ -88,18 +157,7 @@ class DatasetFile(NamedTuple):
     sha256: str
     """Digest of the dataset's rows."""
     lineage: str
-    """The lineage of the dataset."""
     name: str
-
-
-def dataset_folder(task: str, sha256: str) -> str:
-    """Return the folder of all datasets with the same rows."""
-    return f"{DATASETS}/{task}/{sha256}"
-
-
-def dataset_uri(task: str, sha256: str, lineage: str, schema_sha256: str) -> str:
-    """Return the folder of one lineage's dataset."""
-    return f"{dataset_folder(task, sha256)}/{lineage}/{schema_sha256[:16]}"
 
 
 def parse_dataset_file(key: str) -> DatasetFile | None:
@@ -118,11 +176,6 @@ def dataset_sha256(uri: str) -> str:
         '3fa9'
     """
     return uri.split("/")[2]
-
-
-def quarantine_folder(task: str, sha256: str) -> str:
-    """Return the folder of the bad rows of all arrivals with the same good rows."""
-    return f"{QUARANTINE}/{task}/{sha256}"
 
 
 def quarantine_key(task: str, sha256: str, files: Sequence[str]) -> str:
@@ -153,37 +206,12 @@ class AdapterFile(NamedTuple):
     name: str
 
 
-def adapters_folder(lineage: str) -> str:
-    """Return the folder of all adapters of a lineage."""
-    return f"{ADAPTERS}/{lineage}"
-
-
-def short_run(run_key: str) -> str:
-    """Return the part of a run's key that names its folders."""
-    return run_key[:16]
-
-
-def landed_key(lineage: str, digest: str) -> str:
-    """Return the key of the announcement of an arrival. `digest` is that of its key, content and companions."""
-    return f"landed/{lineage}/{digest[:32]}.json"
-
-
-def adapter_uri(lineage: str, run: str) -> str:
-    """Return the folder of the adapter that a run made."""
-    return f"{adapters_folder(lineage)}/{run}"
-
-
 def parse_adapter_file(key: str) -> AdapterFile | None:
     """Parse the key of an adapter's file; None: the key has another form."""
     match key.split("/", 3):
         case [folder, lineage, run, name] if folder == ADAPTERS:
             return AdapterFile(lineage, run, name)
     return None
-
-
-def inbox_folder(task: str) -> str:
-    """Return the folder in which the files of a task land."""
-    return f"{INBOX}/{task}"
 
 
 def task_of(key: str) -> str:
@@ -225,59 +253,9 @@ def arrival_of(key: str) -> str | None:
     return top_of(key) if len(parts) > 2 and is_read("/".join(parts[1:])) else None
 
 
-def run_folder(lineage: str) -> str:
-    """Return the folder of the journals of a lineage's runs."""
-    return f"{RUNS}/{lineage}"
-
-
-def run_journal_key(lineage: str, run_key: str) -> str:
-    """Return the key of the journal of a run."""
-    return f"{run_folder(lineage)}/{short_run(run_key)}.json"
-
-
-def report_folder(lineage: str) -> str:
-    """Return the folder of the reports of a lineage's runs."""
-    return f"reports/{lineage}"
-
-
-def report_key(lineage: str, run_key: str, file: str) -> str:
-    """Return the key of a file of a run's report."""
-    return f"{report_folder(lineage)}/{short_run(run_key)}/{file}"
-
-
 def run_of_report(key: str) -> str:
     """Return the first part of the run's key, from the key of a file of its report."""
     return key.split("/")[2]
-
-
-def mlflow_key(lineage: str) -> str:
-    """Return the key of the note about what MLflow has of a lineage."""
-    return f"mlflow/{lineage}.json"
-
-
-def mlflow_forget_folder(lineage: str) -> str:
-    """Return the folder of the runs whose rows are still to be removed from MLflow."""
-    return f"mlflow/{lineage}"
-
-
-def mlflow_forget_key(lineage: str, run_key: str) -> str:
-    """Return the key of the order to remove the rows of a run from MLflow."""
-    return f"{mlflow_forget_folder(lineage)}/{short_run(run_key)}.forget"
-
-
-def index_key(folder: str) -> str:
-    """Return the key of a folder's index."""
-    return f"index/{folder}.json"
-
-
-def version_folder(lineage: str) -> str:
-    """Return the folder of a lineage's versions."""
-    return f"{VERSIONS}/{lineage}"
-
-
-def version_key(lineage: str, number: int) -> str:
-    """Return the key of a version. The keys sort by number."""
-    return f"{version_folder(lineage)}/{number:08d}.json"
 
 
 def version_number(key: str) -> str:
@@ -290,89 +268,14 @@ def version_number(key: str) -> str:
     return file_name(key).partition(".")[0].lstrip("0")
 
 
-def version_note_key(lineage: str, number: int, kind: str) -> str:
-    """Return the key of a later note about a version: `files` or `removed`."""
-    return f"{version_folder(lineage)}/{number:08d}.{kind}.json"
-
-
-def promotion_folder(lineage: str) -> str:
-    """Return the folder of a lineage's promotion log."""
-    return f"{PROMOTIONS}/{lineage}"
-
-
-def promotion_key(lineage: str, number: int) -> str:
-    """Return the key of an entry of the promotion log. The keys sort by number."""
-    return f"{promotion_folder(lineage)}/{number:08d}.json"
-
-
-def settings_key(lineage: str) -> str:
-    """Return the key of a lineage's stored settings."""
-    return f"{LINEAGES}/{lineage}.yaml"
-
-
-def labels_key(lineage: str, task: str) -> str:
-    """Return the key of the labels that were added to a task by command."""
-    return f"labels/{lineage}/{task}.json"
-
-
-def renewal_key(lineage: str, task: str) -> str:
-    """Return the key of the request for new test rows of a task."""
-    return f"renewals/{lineage}/{task}.json"
-
-
-def watch_key(lineage: str) -> str:
-    """Return the key of the arrivals that a watch has handled for a lineage."""
-    return f"{WATCH}/{lineage}.json"
-
-
-def batch_folder(lineage: str) -> str:
-    """Return the folder of the files that a lineage learns together now."""
-    return f"batches/{lineage}"
-
-
-def batch_key(lineage: str, task: str) -> str:
-    """Return the key of the files of a task that a lineage learns together now."""
-    return f"{batch_folder(lineage)}/{task}.json"
-
-
-def counts_key(task: str) -> str:
-    """Return the key of the numbers of rows of a task's files in the inbox."""
-    return f"counts/{task}.json"
-
-
 def lineage_of_watch(key: str) -> str:
     """Return the lineage of a key in `watch/`."""
     return file_name(key).removesuffix(".json")
 
 
-def tombstone_key(task: str, sha256: str) -> str:
-    """Return the key of the tombstone of a forgotten dataset or file."""
-    return f"{FORGOTTEN}/{task}/{sha256}.json"
-
-
-def route_key(lineage: str) -> str:
-    """Return the key of a lineage's route: its model name in a vLLM server."""
-    return f"{SERVING}/{lineage}.json"
-
-
-def answer_ids_key(lineage: str) -> str:
-    """Return the key of the secret that the ids of a lineage's answers are made with."""
-    return f"{SERVING}/{lineage}.key"
-
-
 def is_answer_ids_key(key: str) -> bool:
     """Return whether a key in `serving/` is one of `answer_ids_key`."""
     return key.endswith(".key")
-
-
-def log_folder(log: str, lineage: str) -> str:
-    """Return the folder of a lineage's prediction log (`log` is PREDICTIONS) or feedback (FEEDBACK)."""
-    return f"{log}/{lineage}"
-
-
-def log_day_folder(log: str, lineage: str, day: date) -> str:
-    """Return the folder of one day of a log."""
-    return f"{log_folder(log, lineage)}/{day.isoformat()}"
 
 
 def log_key(log: str, lineage: str, written: datetime) -> str:
@@ -399,23 +302,3 @@ def batch_time(key: str) -> datetime:
 def batch_day(key: str) -> date:
     """Return the day (UTC) on which a batch of a log was written, from its key."""
     return batch_time(key).date()
-
-
-def harvest_key(lineage: str, task: str) -> str:
-    """Return the key of the note of the feedback that has become rows of an arrival of a task."""
-    return f"harvests/{lineage}/{task}.json"
-
-
-def monitor_key(lineage: str) -> str:
-    """Return the key of the last look at a lineage's live traffic."""
-    return f"monitor/{lineage}.json"
-
-
-def baseline_folder(lineage: str) -> str:
-    """Return the folder of live rows that later looks compare with."""
-    return f"monitor/{lineage}"
-
-
-def baseline_key(lineage: str, version: str) -> str:
-    """Return the key of the live rows that later looks at a version compare with."""
-    return f"{baseline_folder(lineage)}/{version}.parquet"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import shutil
 import stat
@@ -15,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from deal_core.errors import ConfigError, StoreError
-from deal_core.regular_file import IrregularFileError, complete_file, irregularity, open_regular
+from deal_core.regular_file import IrregularFileError, complete_file, flush_to_disk, irregularity, open_regular
 from deal_core.safe_text import without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import (
@@ -77,7 +76,7 @@ class FileStore(ObjectStore):
         """Write the file. Of several concurrent writers with `if_absent`, the first hard link wins."""
         target = self._path(key)
         with self._report_errors("write", key), self._incoming() as part:
-            _copy(io.BytesIO(data), part)
+            part.write_bytes(data)
             return _place(part, target, if_absent=if_absent)
 
     def find(self, key: str) -> ObjectInfo | None:
@@ -93,16 +92,15 @@ class FileStore(ObjectStore):
         top, *below = Path(folder).parts or ("",)
         if any((self.root / top / Path(*below[:depth])).is_symlink() for depth in range(1, len(below) + 1)):
             return
-        found = []
+        keys = []
         with self._report_errors("list", prefix):
             for parent, folders, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
-                if Path(parent) == self.root and RESERVED in folders:
-                    folders.remove(RESERVED)
-                found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
-                if Path(parent) != self.root:  # os.walk does not follow links; a top folder may be one
-                    links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-                    found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in links]
-        for key in sorted(found, key=os.fsencode):
+                if Path(parent) == self.root:
+                    folders[:] = [name for name in folders if name != RESERVED]
+                else:  # os.walk does not follow links; a top folder may be one
+                    names += [name for name in folders if os.path.islink(os.path.join(parent, name))]
+                keys += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
+        for key in sorted(keys, key=os.fsencode):
             with suppress(FileNotFoundError):  # deleted meanwhile, or a link to nothing
                 yield self._listed(key)
 
@@ -110,14 +108,19 @@ class FileStore(ObjectStore):
         """Copy a file in."""
         target = self._path(key)
         with self._report_errors("write", key), self._incoming() as part:
-            with open_regular(check_source(local, key)) as source:
-                _copy(source, part)
+            with open_regular(check_source(local, key)) as source, part.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
             _place(part, target, if_absent=False)
 
     def download_file(self, key: str, local: Path) -> None:
         """Copy a file out."""
-        with self._report_errors("read", key), open_regular(self.path_of(key)) as source, complete_file(local) as part:
-            _copy(source, part)
+        with (
+            self._report_errors("read", key),
+            open_regular(self.path_of(key)) as source,
+            complete_file(local) as part,
+            part.open("wb") as copy,
+        ):
+            shutil.copyfileobj(source, copy)
 
     def _delete_one(self, key: str) -> None:
         """Delete the file and the folders that become empty."""
@@ -198,6 +201,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 def _place(part: Path, target: Path, *, if_absent: bool) -> bool:
     """Give a complete file its name; return False if `if_absent` is set and the name exists."""
+    flush_to_disk(part)  # else a power cut may leave an empty file under the name
     for remaining in reversed(range(NUM_TRIES)):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,11 +223,3 @@ def _info_of(key: str, status: os.stat_result, problem: str | None = None) -> Ob
     etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"  # no inode: a copy of a home is the same home
     landed = datetime.fromtimestamp(status.st_ctime, UTC)
     return ObjectInfo(key=key, size=status.st_size, etag=etag, modified=modified, landed=landed, problem=problem)
-
-
-def _copy(reader: io.BufferedIOBase, target: Path) -> None:
-    """Copy a file in pieces of 1 MiB and wait until the copy is on the disk."""
-    with target.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
-        writer.flush()
-        os.fsync(writer.fileno())

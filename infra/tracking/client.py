@@ -1,4 +1,4 @@
-"""Access to MLflow: clients with an explicit address, pages of results, and errors that say what to do."""
+"""Access to MLflow: clients with an explicit address, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import importlib.metadata
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 import mlflow
-import tenacity
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.store.entities import PagedList
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from sqlalchemy.exc import SQLAlchemyError
 
 from deal_core.errors import RegistryError
@@ -28,12 +26,7 @@ MLFLOW = "mlflow-skinny"
 """The distribution that has MLflow's client. `mlflow` adds the server, in the same version; a worker does without."""
 KIND = "deal.kind"
 """Tag of a run that is not an adaptation, such as "monitor"."""
-FILES_SHA256 = "deal.files_sha256"
-"""Tag of a logged model: SHA-256 of each of its files, as JSON."""
 ANSWER_SECONDS = 10.0
-PAGE = 1000
-"""Number of results that are requested at once."""
-Found = TypeVar("Found")
 
 _address_lock = threading.Lock()
 
@@ -50,29 +43,21 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
         RegistryError: The address does not answer, or the database cannot be read.
     """
     uri = settings.tracking_uri
-    _require_readable(uri)
+    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if file is not None and file.is_file():  # MLflow's client would try to open a damaged one for minutes
+        place = f"file:{quote(os.path.abspath(file))}?mode=ro"
+        try:
+            with closing(sqlite3.connect(place, uri=True, timeout=30)) as database:
+                database.execute("SELECT name FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            raise RegistryError(
+                f"Cannot read MLflow's database {file}: {error}. If the file is damaged, restore it from a backup; "
+                "without one, move it away and give: deal server sync"
+            ) from error
     with report_errors("open MLflow", uri):
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _require_readable(uri: str) -> None:
-    """Raise RegistryError if the address is that of an SQLite file which cannot be read.
-
-    MLflow's client would try to open it for minutes.
-    """
-    file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not file.is_file():  # the client makes a new one
-        return
-    try:
-        with closing(sqlite3.connect(f"file:{quote(os.path.abspath(file))}?mode=ro", uri=True, timeout=30)) as database:
-            database.execute("SELECT name FROM sqlite_master").fetchone()
-    except sqlite3.Error as error:
-        raise RegistryError(
-            f"Cannot read MLflow's database {file}: {error}. If the file is damaged, restore it from a backup; without "
-            "one, move it away and give: deal server sync"
-        ) from error
 
 
 def require_answer(uri: str) -> None:
@@ -122,37 +107,8 @@ def global_address(uri: str) -> Iterator[None]:
             mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
 
 
-def all_pages(
-    search: Callable[..., PagedList[Found]], *args: Any, max_results: int = PAGE, **options: Any
-) -> Iterator[Found]:
-    """Yield the results of a search. Each page of `max_results` is requested when its first result is needed."""
-    token = None
-    while True:
-        page = search(*args, max_results=max_results, page_token=token, **options)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def found_or_none(read: Callable[..., Found], *args: Any) -> Found | None:
-    """Return the result of a call to MLflow; None: the run, model or version does not exist."""
-    try:
-        return read(*args)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-
-
-retry_if_overtaken = tenacity.retry(
-    retry=tenacity.retry_if_exception_message(match="(?i).*(unique|duplicate)"),
-    wait=tenacity.wait_random(max=0.2),
-    stop=tenacity.stop_after_attempt(3),
-    reraise=True,
-)
-"""Decorator for a function that sets a value and can be repeated.
-
-MLflow looks for the value's row, then inserts or updates the row. If two processes insert the row at the same time, one
-of them gets an error. Its second attempt updates the row.
-"""
+def remove_artifacts(client: MlflowClient, location: str, names: Iterable[str]) -> None:
+    """Remove files and folders at the top of a place of artifacts."""
+    repository = get_artifact_repository(location, tracking_uri=client.tracking_uri)
+    for name in names:
+        repository.delete_artifacts(name)  # type: ignore[no-untyped-call] # MLflow has no types for it

@@ -7,17 +7,18 @@ repeated a call whose answer was lost, two entries have the same run key, and th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils import get_results_from_paginated_fn
 
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
-from infra.tracking.client import all_pages, found_or_none, global_address, report_errors, retry_if_overtaken
+from infra.tracking.client import KIND, global_address, remove_artifacts, report_errors
 
-OWNER = {"deal.kind": "lineage"}
+OWNER = {KIND: "lineage"}
 """Tag of the registered models that are lineages."""
 RUN_KEY = "deal.run_key"
 """Tag of a run, a logged model and a version: the key of their adaptation."""
@@ -26,6 +27,8 @@ VERSION = "deal.version"
 REMOVED = "deal.adapter_removed"
 """Tag of a version and its logged model: the day on which the adapter was removed."""
 DESCRIPTION = "Versions of one adapter, task by task."
+PAGE = 1000
+"""Number of versions that are requested at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +37,16 @@ class Entry:
 
     mlflow_number: str
     model_id: str
-    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredLineage:
     """What MLflow knows of a lineage."""
 
-    tags: Mapping[str, str] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str]
+    aliases: Mapping[str, str]
     """MLflow's number by alias."""
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+    entries: Mapping[str, Entry]
     """By number in the lineage."""
 
     def number_of(self, alias: str) -> str | None:
@@ -67,28 +69,28 @@ class ModelRegistry:
             RegistryError: MLflow does not answer, or the name belongs to a registered model of another program.
         """
         with report_errors(f"read {lineage!r}", self._uri):
-            model = found_or_none(self._client.get_registered_model, lineage)
-            if model is None:
-                try:
-                    model = self._client.create_registered_model(lineage, tags=OWNER, description=DESCRIPTION)
-                except MlflowException as error:
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process may have been faster
-                        raise
-                    model = self._client.get_registered_model(lineage)
+            try:
+                model = self._client.get_registered_model(lineage)
+            except MlflowException as absent:
+                if absent.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                model = self._client.create_registered_model(lineage, tags=OWNER, description=DESCRIPTION)
             if not OWNER.items() <= model.tags.items():
                 raise RegistryError(
                     f"MLflow at {without_secrets(self._uri)} has a registered model {lineage!r} that is no lineage of "
                     "this pipeline: the lineage is not shown there. Rename that model."
                 )
-            entries: dict[str, Entry] = {}
-            found = all_pages(self._client.search_model_versions, f"name = '{lineage}'")
-            for version in sorted(found, key=lambda version: int(version.version)):
-                if VERSION in version.tags and version.tags[VERSION] not in entries:
-                    entries[version.tags[VERSION]] = Entry(
-                        mlflow_number=str(version.version),
-                        model_id=(version.source or "").removeprefix("models:/"),
-                        tags=version.tags,
-                    )
+            versions = get_results_from_paginated_fn(  # type: ignore[no-untyped-call] # MLflow has no types for it
+                lambda size, token: self._client.search_model_versions(f"name = '{lineage}'", size, page_token=token),
+                PAGE,
+            )
+        entries = {
+            version.tags[VERSION]: Entry(
+                mlflow_number=str(version.version), model_id=(version.source or "").removeprefix("models:/")
+            )
+            for version in sorted(versions, key=lambda version: int(version.version), reverse=True)  # the oldest counts
+            if VERSION in version.tags
+        }
         return RegisteredLineage(
             tags=model.tags, aliases={name: str(number) for name, number in model.aliases.items()}, entries=entries
         )
@@ -108,9 +110,8 @@ class ModelRegistry:
             )
             shown = [{"name": lineage, "version": made.version}]  # MLflow's page of the model shows its versions by it
             self._client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(shown)})
-        return Entry(mlflow_number=str(made.version), model_id=model_id, tags=dict(tags))
+        return Entry(mlflow_number=str(made.version), model_id=model_id)
 
-    @retry_if_overtaken
     def set_alias(self, lineage: str, alias: str, entry: Entry | None) -> None:
         """Move an alias to an entry; None: remove it."""
         with report_errors(f"set {lineage}@{alias}", self._uri):
@@ -119,23 +120,18 @@ class ModelRegistry:
             else:
                 self._client.set_registered_model_alias(lineage, alias, entry.mlflow_number)
 
-    @retry_if_overtaken
     def tag(self, lineage: str, tags: Mapping[str, str]) -> None:
         """Set tags of the registered model."""
         with report_errors(f"tag {lineage!r}", self._uri):
             for name, value in tags.items():
                 self._client.set_registered_model_tag(lineage, name, value)
 
-    @retry_if_overtaken
-    def tag_entry(self, lineage: str, entry: Entry, tags: Mapping[str, str]) -> None:
-        """Set tags of a version."""
-        with report_errors(f"tag a version of {lineage!r}", self._uri):
-            for name, value in tags.items():
-                if entry.tags.get(name) != value:
-                    self._client.set_model_version_tag(lineage, entry.mlflow_number, name, value)
-
-    def tag_model(self, model_ids: Iterable[str], tags: Mapping[str, str]) -> None:
-        """Set tags of logged models."""
-        with report_errors("tag a model", self._uri):
-            for model_id in model_ids:
-                self._client.set_logged_model_tags(model_id, dict(tags))
+    def remove_files(self, lineage: str, entry: Entry, day: str) -> None:
+        """Remove the files of a version's logged model, and tag both with the day. Can be repeated."""
+        with report_errors(f"remove the files of a version of {lineage!r}", self._uri):
+            self._client.set_model_version_tag(lineage, entry.mlflow_number, REMOVED, day)
+            if entry.model_id:
+                self._client.set_logged_model_tags(entry.model_id, {REMOVED: day})
+                location = str(self._client.get_logged_model(entry.model_id).artifact_location)
+                files = self._client.list_logged_model_artifacts(entry.model_id)
+                remove_artifacts(self._client, location, [file.path for file in files])

@@ -9,23 +9,21 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 
-from deal_core.adapter.files import digests_of
-from deal_core.errors import ConfigError, RegistryError
+from deal_core.errors import ConfigError
 from deal_core.safe_text import holds_secret, without_secrets
 from infra.settings import TrackingSettings
-from infra.tracking.client import FILES_SHA256, open_client, report_errors
+from infra.tracking.client import open_client, remove_artifacts, report_errors
 from infra.tracking.models import RUN_KEY, ModelRegistry
 
 logger = logging.getLogger(__name__)
@@ -86,46 +84,37 @@ class Tracker:
         existing tags.
         """
         with report_errors("start a run", self.uri):
-            experiment_id = self._experiment(lineage)
-            run = self.find(lineage, run_key)
-            if run is not None:
-                self.client.update_run(run.run_id, status="RUNNING")
+            experiment = self.client.get_experiment_by_name(f"deal/{lineage}")
+            if experiment is None:
+                is_server = self.uri.startswith(("http://", "https://"))  # a server has its own place for artifacts
+                location = None if is_server else f"{self.artifact_uri.rstrip('/')}/{lineage}"
+                experiment_id = str(self.client.create_experiment(f"deal/{lineage}", artifact_location=location))
             else:
+                experiment_id = str(experiment.experiment_id)
+                if experiment.lifecycle_stage != "active":  # somebody has deleted it
+                    self.client.restore_experiment(experiment_id)
+            run = self.find(lineage, run_key)
+            if run is None:
                 own = {RUN_KEY: run_key, "deal.lineage": lineage}
                 made = self.client.create_run(experiment_id, tags=own, run_name=name)
                 run = TrackedRun(self.client, made.info.run_id)
+            else:
+                self.client.update_run(run.run_id, status="RUNNING")
         run.log_params(params or {})
         run.set_tags(tags or {})
         return run
 
-    def _experiment(self, lineage: str) -> str:
-        """Return the id of the lineage's experiment; make the experiment if it is new."""
-        name = f"deal/{lineage}"
-        is_server = self.uri.startswith(("http://", "https://"))  # a server has its own place for artifacts
-        location = None if is_server else f"{self.artifact_uri.rstrip('/')}/{lineage}"
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return str(self.client.create_experiment(name, artifact_location=location))
-            except MlflowException as error:
-                experiment = self.client.get_experiment_by_name(name)  # another process may have been faster
-                if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
-                    raise
-        if experiment.lifecycle_stage != "active":
-            self.client.restore_experiment(experiment.experiment_id)
-        return str(experiment.experiment_id)
-
 
 class TrackedRun:
-    """A run. As a context manager it ends the run with the status FINISHED or FAILED."""
+    """A run."""
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self.client = client
         self.run_id = run_id
         self._curve: list[Metric] = []
-        """Points that an earlier process may have logged already."""
-        self._waiting: list[Metric] = []
+        """Points that wait. An earlier process may have logged them already."""
         self._last_steps: dict[str, int] = {}
+        """The last step that was logged of each curve."""
         self._pause = FLUSH_SECONDS
         self._next_send = 0.0
 
@@ -156,8 +145,7 @@ class TrackedRun:
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add points to curves without sending them; `flush` and `end` do. Steps that were logged are skipped."""
-        now = int(time.time() * 1000)
-        self._curve += [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        self._curve += _points(metrics, step)
 
     def flush(self) -> None:
         """Send the waiting points; raise RegistryError if MLflow does not accept them."""
@@ -166,9 +154,8 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Log results. Undefined results, which are None, are skipped."""
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(key, float(value), now, step) for key, value in metrics.items() if value is not None]
-        self.flush()
+        with self._report_errors("log metrics"):
+            self.client.log_batch(self.run_id, metrics=_points(metrics, step))
 
     def log_stage(self, stage: str, seconds: float, num_rows: int | None = None) -> None:
         """Log a stage's wall time, and its rows per second if the number of rows is known."""
@@ -179,18 +166,17 @@ class TrackedRun:
         """Log settings; nested settings get dotted names. Existing parameters of the run are kept."""
         flat = dict(_flatten(params))
         with self._report_errors("log parameters"):
-            known = self.client.get_run(self.run_id).data.params if flat else {}
-            new = [Param(key, value) for key, value in flat.items() if key not in known]
+            kept = self.client.get_run(self.run_id).data.params
+            new = [Param(key, value) for key, value in flat.items() if key not in kept]
             self.client.log_batch(self.run_id, params=new)
-        for key in flat.keys() & known.keys():
-            if known[key] != flat[key]:
-                logger.warning("Run %s keeps %s = %s; now it is %s.", self.run_id, key, known[key], flat[key])
+        for key, value in flat.items():
+            if kept.get(key, value) != value:
+                logger.warning("Run %s keeps %s = %s; now it is %s.", self.run_id, key, kept[key], value)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, or replace their values."""
         with self._report_errors("set tags"):
-            for key, value in tags.items():
-                self.client.set_tag(self.run_id, key, value)
+            self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def log_dataset(self, name: str, sha256: str, uri: str, counts: Mapping[str, int]) -> None:
         """Log a task's dataset as the run's input: its digest, its address in the store and its numbers of rows.
@@ -246,31 +232,20 @@ class TrackedRun:
             run = self.client.get_run(self.run_id)
             own = f"source_run_id = '{self.run_id}' AND tags.`{ADAPTER_SHA256}` = '{sha256}'"
             models = self.client.search_logged_models([run.info.experiment_id], own, max_results=1)
-            model = (
-                models[0]
-                if models
-                else self.client.create_logged_model(
-                    run.info.experiment_id,
-                    name=re.sub(r"[^A-Za-z0-9_-]", "-", name),
-                    source_run_id=self.run_id,
-                    tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256},
-                    params={key: value[:MAX_PARAM_CHARS] for key, value in _flatten(params)},
-                    model_type=MODEL_TYPE,
-                )
+            model = next(iter(models), None) or self.client.create_logged_model(
+                run.info.experiment_id,
+                name=re.sub(r"[^A-Za-z0-9_-]", "-", name),
+                source_run_id=self.run_id,
+                tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256},
+                params={key: value[:MAX_PARAM_CHARS] for key, value in _flatten(params)},
+                model_type=MODEL_TYPE,
             )
             model_id = str(model.model_id)
-            if str(model.status) != "READY":
+            if str(model.status) != "READY":  # otherwise an earlier process has completed it
                 if folder is not None:
-                    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-                    self.client.set_logged_model_tags(model_id, {FILES_SHA256: json.dumps(digests_of(folder, names))})
                     self.client.log_model_artifacts(model_id, str(folder))
-                now = int(time.time() * 1000)
                 digest = dataset_sha256[:MAX_DATASET_DIGEST_SIZE]
-                points = [
-                    Metric(key, float(value), now, 0, model_id, dataset, digest)
-                    for key, value in metrics.items()
-                    if value is not None
-                ]
+                points = _points(metrics, 0, model_id=model_id, dataset_name=dataset, dataset_digest=digest)
                 self.client.log_batch(self.run_id, metrics=points)
                 self.client.finalize_logged_model(model_id, "READY")
             outputs = run.outputs.model_outputs if run.outputs else []
@@ -278,64 +253,38 @@ class TrackedRun:
                 self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
         return model_id
 
-    def remove_files(self, names: Sequence[str]) -> None:
+    def remove_files(self, names: Collection[str]) -> None:
         """Remove those of the named artifacts that the run has. Can be repeated."""
         with self._report_errors("remove artifacts"):
-            present = {entry.path for entry in self.client.list_artifacts(self.run_id)}
+            present = {file.path for file in self.client.list_artifacts(self.run_id)}
             location = str(self.client.get_run(self.run_id).info.artifact_uri)
-            _remove(location, self.client.tracking_uri, [name for name in names if name in present])
+            remove_artifacts(self.client, location, present & {*names})
 
     def end(self, status: Literal["FINISHED", "FAILED"] = "FINISHED") -> None:
         """Send the waiting points and end the run."""
-        try:
-            self.flush()
-        finally:
-            with self._report_errors("end the run"):
-                self.client.set_terminated(self.run_id, status)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.end("FINISHED")
-            return
-        try:  # an error here must not hide the run's error
-            self.set_tags({"deal.error": kind.__name__})
-            self.end("FAILED")
-        except RegistryError as second:
-            logger.warning("%s", second)
+        self.flush()
+        with self._report_errors("end the run"):
+            self.client.set_terminated(self.run_id, status)
 
     def _send(self) -> None:
-        for point in self._curve:
-            if point.key not in self._last_steps:
-                history = self.client.get_metric_history(self.run_id, point.key)
-                self._last_steps[point.key] = max((logged.step for logged in history), default=-1)
-            if point.step > self._last_steps[point.key]:
-                self._waiting.append(point)
-                self._last_steps[point.key] = point.step
+        """Send those of the waiting points that nobody has logged."""
+        for key in {point.key for point in self._curve} - self._last_steps.keys():
+            history = self.client.get_metric_history(self.run_id, key)
+            self._last_steps[key] = max((point.step for point in history), default=-1)
+        new = [point for point in self._curve if point.step > self._last_steps[point.key]]
+        if new:
+            self.client.log_batch(self.run_id, metrics=new)
+        self._last_steps |= {point.key: point.step for point in new}
         self._curve = []
-        if self._waiting:
-            self.client.log_batch(self.run_id, metrics=self._waiting)
-            self._waiting = []
 
     def _report_errors(self, action: str) -> AbstractContextManager[None]:
         return report_errors(f"{action} of run {self.run_id}", self.client.tracking_uri)
 
 
-def remove_model_files(client: MlflowClient, model_id: str) -> None:
-    """Remove all files of a logged model. The model stays. Can be repeated."""
-    with report_errors(f"remove the files of the model {model_id}", client.tracking_uri):
-        location = str(client.get_logged_model(model_id).artifact_location)
-        names = [entry.path for entry in client.list_logged_model_artifacts(model_id)]
-        _remove(location, client.tracking_uri, names)
-
-
-def _remove(location: str, uri: str, names: Sequence[str]) -> None:
-    if names:
-        repository = get_artifact_repository(location, tracking_uri=uri)
-        for name in names:
-            repository.delete_artifacts(name)  # type: ignore[no-untyped-call] # MLflow has no types for it
+def _points(metrics: Mapping[str, float | None], step: int, **origin: str) -> list[Metric]:
+    """Points of now, without those that have no value. `origin` names the logged model and the dataset."""
+    now = int(time.time() * 1000)
+    return [Metric(key, float(value), now, step, **origin) for key, value in metrics.items() if value is not None]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

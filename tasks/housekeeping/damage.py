@@ -14,7 +14,7 @@ from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.folders import read_folder
+from infra.store.stored import read_folder
 from infra.versions import Versions
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import require_unaltered

@@ -44,7 +44,8 @@ def begin(name: str) -> Version:
 def in_rollout() -> str | None:
     """The version that the log names, and the one with the alias; they are the same."""
     store = current_store()
-    opened, found = PromotionLog(store).open_rollout("l"), Versions(store).with_alias("l", "rollout")
+    opened = PromotionLog(store).open_rollout("l")
+    found = next((version for version in Versions(store).all("l") if "rollout" in version.aliases), None)
     assert (opened.version if opened else None) == (found.version if found else None)
     return found.version if found else None
 

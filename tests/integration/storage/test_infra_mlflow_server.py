@@ -17,15 +17,16 @@ def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> 
     params = {f"p{number:03d}": number for number in range(150)}  # more than the server accepts in one request
     tracker.models.read("base")
     for _ in range(2):  # the process died just before the end
-        with tracker.start("base", "key", name="billing", params=params) as run:
-            for step in range(1500):
-                run.log(step, {"loss": 1.0})
-            run.log_dataset("billing", "f" * 64, "file:///x", {"num_train": 1})
-            model_id = run.log_adapter(
-                adapter, "billing", sha256="a", params=params, metrics={}, dataset="billing", dataset_sha256="f" * 64
-            )
-            if "1" not in tracker.models.read("base").entries:
-                tracker.models.add("base", "1", run_id=run.run_id, model_id=model_id, tags={}, description="x")
+        run = tracker.start("base", "key", name="billing", params=params)
+        for step in range(1500):
+            run.log(step, {"loss": 1.0})
+        run.log_dataset("billing", "f" * 64, "file:///x", {"num_train": 1})
+        model_id = run.log_adapter(
+            adapter, "billing", sha256="a", params=params, metrics={}, dataset="billing", dataset_sha256="f" * 64
+        )
+        if "1" not in tracker.models.read("base").entries:
+            tracker.models.add("base", "1", run_id=run.run_id, model_id=model_id, tags={}, description="x")
+        run.end()
     registered = tracker.models.read("base")
     tracker.models.set_alias("base", "champion", registered.entries["1"])
     assert tracker.models.read("base").number_of("champion") == "1"

@@ -121,7 +121,7 @@ def test_of_racing_conditional_puts_exactly_one_wins(store: ObjectStore, racer: 
             winner = f"racer {won.index(True)}" if racer == "different" else "racer"
             assert store.get_bytes("ledger/base/one.json") == winner.encode()
             assert keys(store) == ["ledger/base/one.json"]
-            assert store.delete("ledger") == 1
+            store.delete("ledger")
 
 
 def test_a_late_conditional_put_leaves_what_is_there(store: ObjectStore) -> None:
@@ -171,9 +171,8 @@ def test_a_listing_tells_size_and_change(store: ObjectStore) -> None:
 def test_deleting_takes_the_object_and_its_folder_and_no_neighbour(store: ObjectStore) -> None:
     for key in ("a/1", "a/b/2", "ab/3", "c/d"):
         store.put_bytes(key, b"x")
-    assert store.delete("a") == 2
-    assert store.delete("c/d") == 1
-    assert store.delete("c/d") == 0
+    for prefix in ("a", "c/d", "c/d"):
+        store.delete(prefix)
     assert keys(store) == ["ab/3"]
     assert store.put_bytes("a", b"no folder is left in the way")
     with pytest.raises(StoreError):
@@ -229,43 +228,16 @@ def test_a_folder_goes_up_and_down_with_its_marker_last(store: ObjectStore, tmp_
     order = []
     upload = store.upload_file
     store.upload_file = lambda local, key: (order.append(key), upload(local, key))[1]  # type: ignore[method-assign]
-    assert store.upload_folder(source, "data/x", marker="manifest.json") == 3
+    store.upload_folder(source, "data/x", marker="manifest.json")
     assert order[-1] == "data/x/manifest.json"
 
-    assert store.download_folder("data/x", tmp_path / "target") == 3
+    store.download_folder("data/x", tmp_path / "target")
     found = {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*.*")}
     assert found == {"manifest.json", "train.parquet", "sub/z.bin"}
     assert (tmp_path / "target" / "sub" / "z.bin").read_text() == "sub/z.bin"
     with pytest.raises(StoreError, match=r"no file absent\.json"):
         store.upload_folder(source, "data/y", marker="absent.json")
     assert keys(store, "data/y") == []
-
-
-def test_a_folder_that_was_there_is_updated_and_keeps_its_other_files(store: ObjectStore, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "mine").write_text("mine")
-    (target / "one").write_text("old")
-    store.put_bytes("x/one", b"new")
-    store.download_folder("x", target)
-    assert (target / "mine").read_text() == "mine"
-    assert (target / "one").read_text() == "new"
-
-
-def test_a_broken_download_leaves_nothing(store: ObjectStore, tmp_path: Path) -> None:
-    for name in ("x/1", "x/2"):
-        store.put_bytes(name, b"x")
-    download = store.download_file
-
-    def break_down(key: str, local: Path) -> None:
-        if key == "x/2":
-            raise StoreError("the network went away")
-        download(key, local)
-
-    store.download_file = break_down  # type: ignore[method-assign]
-    with pytest.raises(StoreError, match="went away"):
-        store.download_folder("x", tmp_path / "new" / "target")
-    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_conditional_put_whose_answer_got_lost_still_knows_that_it_won(s3_store: S3Store) -> None:
@@ -345,7 +317,8 @@ def test_objects_that_others_put_under_odd_keys_are_skipped(
     for key in ("x/../../escaped", "x/", "x/good"):
         s3_store.client.put_object(Bucket=s3_store.bucket, Key=s3_store.root + key, Body=b"x")
     assert keys(s3_store) == ["x/good"]
-    assert s3_store.download_folder("x", tmp_path / "deep" / "target") == 1
+    s3_store.download_folder("x", tmp_path / "deep" / "target")
+    assert [path.name for path in (tmp_path / "deep").rglob("*") if path.is_file()] == ["good"]
     assert not list(tmp_path.rglob("escaped"))
     assert "x/../../escaped" in caplog.text
     assert caplog.text.count("Skipped") == 1, "what shows an empty folder is not worth a warning, and one is enough"

@@ -12,9 +12,9 @@ import pytest
 
 from deal_core.errors import StoreError
 from infra.settings import StoreSettings
-from infra.store.folders import MAX_REQUESTS
 from infra.store.local import open_store
 from infra.store.s3 import S3Store
+from infra.store.stored import MAX_REQUESTS
 from infra.versions import Versions
 from tests.stored_versions import move, put_version, run_key, unregistered, version
 

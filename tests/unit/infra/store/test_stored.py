@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
-from infra.store.folders import MAX_REQUESTS, read_folder
 from infra.store.local import FileStore
+from infra.store.stored import MAX_REQUESTS, read_folder
 
 INDEX = "index/versions/l.json"
 
