@@ -151,10 +151,10 @@ def _move(
         _require_recorded(store, champion, folder, is_copy=settings.adapter_dir is not None)
         client.load(name, path)
         reporter().said(f"{name} is loaded from {path}")
-    elif loaded[name].root != path:
+    elif loaded[name] != path:
         raise VllmError(
-            f"The server has another adapter under the name {name} ({loaded[name].root}, not {path}); restart it, "
-            "since it caches by name."
+            f"The server has another adapter under the name {name} ({loaded[name]}, not {path}); restart it, since it "
+            "caches by name."
         )
     try:
         client.complete(name, TRIAL_PROMPT, TRIAL_TOKENS)
