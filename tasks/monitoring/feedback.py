@@ -121,41 +121,37 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
     """
     store, now = current_store(), time.time()
     tasks = task_schemas(store, lineage)
-    own = {name: (answer_column(as_landed(store, each)), each) for name, each in tasks.items()}
+    own = {name: (answer_column(as_landed(store, schema)), schema) for name, schema in tasks.items()}
     logged = read_predictions(store, lineage, columns=["id", "input"])
     task_of: dict[str, str] = dict(zip(logged["id"], logged["task"], strict=True))
     has_text = dict(zip(logged["id"], logged["input"].notna(), strict=True))
     keeps_texts = any([*has_text.values()][-1:])  # what the log keeps now, for an answer that it does not have
-    found: list[Feedback] = []
+    entries: list[Feedback] = []
     problems: list[str] = []
     num_blank = 0
     for row in read_rows(path):
-        known = task_of.get(str(row.values.get("id")).strip()[-32:], "")
-        values = _in_names_of_feedback(row.values, [own[known]] if known in own else own.values())
+        place, task = f"Row {row.number}", task_of.get(str(row.values.get("id")).strip()[-32:], "")
+        values = _in_names_of_feedback(row.values, [own[task]] if task in own else own.values())
         if row.fault is not None:
-            problems.append(f"Row {row.number} cannot be read.")
+            problems.append(f"{place} cannot be read.")
         elif all(is_empty(values.get(name)) for name in SAID):
             num_blank += 1
         else:
             try:
-                place = f"Row {row.number}"
                 entry = read_entry(values, place, source="command", now=now)
                 entry.check_texts(has_text.get(entry.feedback.id, keeps_texts), place)
-                found.append(entry.check_against(tasks, task_of.get(entry.feedback.id), place))
+                entries.append(entry.check_against(tasks, task_of.get(entry.feedback.id), place))
             except ConfigError as error:
                 problems.append(str(error))
     if problems:
         more = f" {len(problems) - MAX_TOLD} more rows are wrong." if len(problems) > MAX_TOLD else ""
         raise DataValidationError(f"{path.name} was not taken. {' '.join(problems[:MAX_TOLD])}{more}")
-    if not found:
+    if not entries:
         raise DataValidationError(f"{path.name} has no feedback; fill in the column {', '.join(SAID)} of a row.")
-    put_rows(store, feedback_log(lineage), [{"entry": uuid.uuid4().hex, **vars(each)} for each in found])
+    put_rows(store, feedback_log(lineage), [{"entry": uuid.uuid4().hex, **vars(entry)} for entry in entries])
+    num_unknown = sum(entry.id not in task_of for entry in entries)
     return FeedbackResult(
-        lineage=lineage,
-        file=str(path),
-        num_taken=len(found),
-        num_blank=num_blank,
-        num_unknown=sum(each.id not in task_of for each in found),
+        lineage=lineage, file=str(path), num_taken=len(entries), num_blank=num_blank, num_unknown=num_unknown
     )
 
 
@@ -178,8 +174,8 @@ def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
         RegistryError: The lineage has no champion.
     """
     record = read_record(store, find_version(store, lineage, None).adapter_uri)
-    schemas = [known.schema for known in record.tasks]
+    schemas = [task.schema for task in record.tasks]
     return {
-        each.name: each.with_labels(added_labels(store, lineage, each.name)) if each.labels else each
-        for each in schemas
+        schema.name: schema.with_labels(added_labels(store, lineage, schema.name)) if schema.labels else schema
+        for schema in schemas
     }

@@ -43,20 +43,10 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
     since = opened.when.timestamp()
     columns = ["id", "label", "is_label", "confidence", "seconds", "output"]
     rows = read_predictions(store, lineage, since=since, of_rollout=True, columns=columns)
-    report = judge(
-        rows,
-        read_feedback(store, lineage, answers=rows),
-        terms,
-        champion=opened.champion,
-        candidate=opened.version,
-    )
+    feedback = read_feedback(store, lineage, answers=rows)
+    report = judge(rows, feedback, terms, champion=opened.champion, candidate=opened.version)
     return RolloutStatus(
-        lineage=lineage,
-        version=opened.version,
-        champion=opened.champion,
-        since=opened.when,
-        terms=terms,
-        report=report,
+        lineage=lineage, version=opened.version, champion=opened.champion, since=opened.when, terms=terms, report=report
     )
 
 
