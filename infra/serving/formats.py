@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlflow.exceptions import MlflowException
@@ -40,7 +39,6 @@ TABLE_BODY = '{"dataframe_records": [{"input": "the text"}]}'
 OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the text"}]}'
 FEEDBACK_BODY = '[{"id": ID, "label": LABEL}]'
 RETRY = {"Retry-After": "2"}
-NOT_FOUND = "model_not_found"
 DONE = "data: [DONE]\n\n"
 REFUSED = {"tools": "tools", "functions": "functions", "logprobs": "log-probabilities", "audio": "audio"}
 """Keys of a request that ask for something that the server does not have."""
@@ -100,14 +98,43 @@ def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
 
 
 def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -> HttpAnswer:
-    """Answer a body in the form of OpenAI's API."""
-    request = read_request(_decode_object(body, OPENAI_BODY), serving.served, is_chat=is_chat)
-    request.require_version(serving.version, serving.canary)
+    """Answer a body of POST /v1/chat/completions (`is_chat`) or /v1/completions.
+
+    Sampling settings (temperature, top_p, seed, max_tokens, stop) have no effect: an answer is the most likely one, up
+    to the task's longest answer.
+    """
+    values, served = _decode_object(body, OPENAI_BODY), serving.served
+    model = values.get("model")
+    if not isinstance(model, str):
+        raise _wrong(f"model is missing; give the lineage's name: {served.lineage}.")
+    name, _, task_name = model.partition("/")
+    lineage, _, version = name.partition("@")
+    if lineage != served.lineage:
+        raise _not_found(f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.")
+    for key, what in REFUSED.items():
+        if values.get(key):
+            raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
+    if values.get("n") not in (None, 1):
+        raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
+    task = served.task(task_name or None)
+    if task is None:
+        names = ", ".join(task.schema.name for task in served.tasks)
+        raise _not_found(f"model names the task {task_name!r}; the version that answers knows {names}.")
+    texts = _chat_input(values, task.schema) if is_chat else _prompts(values, task.schema)
+    rows = [InputRow(text, task.schema.name) for text in texts]
+    user = values["user"] if isinstance(values.get("user"), str) else None
+
+    def require_version(*answering: str | None) -> None:
+        if version and version not in answering:
+            raise _not_found(f"Version {version} does not answer here; version {answering[0]} does.")
+
+    require_version(serving.version, serving.canary)
     with _refusing():
-        answered = serving.ask(request.rows, caller.is_given_up, caller.key or request.user, request.version)
-    request.require_version(answered.version)  # the champion may have moved
-    kind = "text/event-stream" if request.is_stream else "application/json"
-    return HttpAnswer(request.body(answered), answered.version, kind)
+        answered = serving.ask(rows, caller.is_given_up, caller.key or user, version or None)
+    require_version(answered.version)  # the champion may have moved
+    if values.get("stream") is True:
+        return HttpAnswer(_written(answered, is_chat, is_stream=True), answered.version, "text/event-stream")
+    return HttpAnswer(_written(answered, is_chat, is_stream=False), answered.version)
 
 
 def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
@@ -180,55 +207,37 @@ def _reason(error: MlflowException) -> str:
     return " ".join(message.split())[:1000]
 
 
-@dataclass(frozen=True)
-class ApiRequest:
-    """The rows of a request, and how the answer is written."""
+def _written(answered: Answered, is_chat: bool, *, is_stream: bool) -> str:
+    """Return the body of an answer as JSON, or as server-sent events. A stream has each answer as one piece.
 
-    rows: tuple[InputRow, ...]
-    version: str | None
-    """The version that has to answer; None: the champion, whatever its number."""
-    is_chat: bool
-    is_stream: bool
-    user: str | None = None
-    """The client's name of its user; None: it gives none."""
-
-    def require_version(self, version: str | None, canary: str | None = None) -> None:
-        """Raise RefusalError if the model's name has a version, and neither `version` nor `canary` is that one."""
-        if self.version is not None and self.version not in (version, canary):
-            message = f"Version {self.version} does not answer here; version {version} does."
-            raise RefusalError(404, message, code=NOT_FOUND)
-
-    def body(self, answered: Answered) -> str:
-        """Return the answer as JSON, or as server-sent events. A stream has each answer as one piece.
-
-        The answer's id is that of its row in the prediction log. Of several rows, each choice has its row's id.
-        """
-        is_cut = answered.is_cut or [False] * len(answered.answers)
-        choices: list[dict[str, Any]] = []
-        for number, (text, cut) in enumerate(zip(answered.answers, is_cut, strict=True)):
-            choice = {"index": number, "logprobs": None, "finish_reason": "length" if cut else "stop"}
-            if len(answered.ids) > 1:
-                choice["id"] = answered.ids[number]
-            message = {"role": "assistant", "content": text}
-            if not self.is_chat:
-                choices.append({**choice, "text": text})
-            elif not self.is_stream:
-                choices.append({**choice, "message": message})
-            else:  # the end of a chat is a piece of its own
-                choices += [{**choice, "delta": message, "finish_reason": None}, {**choice, "delta": {}}]
-        kind = "text_completion"
-        if self.is_chat:
-            kind = "chat.completion.chunk" if self.is_stream else "chat.completion"
-        answer = {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{[*answered.ids, uuid.uuid4().hex][0]}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": f"{answered.served.lineage}@{answered.version}",
-        }
-        if not self.is_stream:
-            return json.dumps({**answer, "choices": choices}, ensure_ascii=False)
-        pieces = [json.dumps({**answer, "choices": [choice]}, ensure_ascii=False) for choice in choices]
-        return "".join(f"data: {piece}\n\n" for piece in pieces) + DONE
+    The answer's id is that of its row in the prediction log. Of several rows, each choice has its row's id.
+    """
+    is_cut = answered.is_cut or [False] * len(answered.answers)
+    choices: list[dict[str, Any]] = []
+    for number, (text, cut) in enumerate(zip(answered.answers, is_cut, strict=True)):
+        choice = {"index": number, "logprobs": None, "finish_reason": "length" if cut else "stop"}
+        if len(answered.ids) > 1:
+            choice["id"] = answered.ids[number]
+        message = {"role": "assistant", "content": text}
+        if not is_chat:
+            choices.append({**choice, "text": text})
+        elif not is_stream:
+            choices.append({**choice, "message": message})
+        else:  # the end of a chat is a piece of its own
+            choices += [{**choice, "delta": message, "finish_reason": None}, {**choice, "delta": {}}]
+    kind = "text_completion"
+    if is_chat:
+        kind = "chat.completion.chunk" if is_stream else "chat.completion"
+    answer = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{[*answered.ids, uuid.uuid4().hex][0]}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": f"{answered.served.lineage}@{answered.version}",
+    }
+    if not is_stream:
+        return json.dumps({**answer, "choices": choices}, ensure_ascii=False)
+    pieces = [json.dumps({**answer, "choices": [choice]}, ensure_ascii=False) for choice in choices]
+    return "".join(f"data: {piece}\n\n" for piece in pieces) + DONE
 
 
 def list_models(served: ServedVersion, version: str) -> dict[str, Any]:
@@ -241,44 +250,12 @@ def list_models(served: ServedVersion, version: str) -> dict[str, Any]:
     }
 
 
-def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: bool) -> ApiRequest:
-    """Read the body of POST /v1/chat/completions or /v1/completions.
-
-    Sampling settings (temperature, top_p, seed, max_tokens, stop) have no effect: an answer is the most likely one, up
-    to the task's longest answer.
-    """
-    model = values.get("model")
-    if not isinstance(model, str):
-        raise _wrong(f"model is missing; give the lineage's name: {served.lineage}.")
-    name, _, task_name = model.partition("/")
-    lineage, _, version = name.partition("@")
-    if lineage != served.lineage:
-        raise RefusalError(
-            404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.", code=NOT_FOUND
-        )
-    for key, what in REFUSED.items():
-        if values.get(key):
-            raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
-    if values.get("n") not in (None, 1):
-        raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
-    task = served.task(task_name or None)
-    if task is None:
-        names = ", ".join(task.schema.name for task in served.tasks)
-        raise RefusalError(
-            404, f"model names the task {task_name!r}; the version that answers knows {names}.", code=NOT_FOUND
-        )
-    texts = _chat_input(values, task.schema) if is_chat else _prompts(values, task.schema)
-    return ApiRequest(
-        rows=tuple(InputRow(text, task.schema.name) for text in texts),
-        version=version or None,
-        is_chat=is_chat,
-        is_stream=values.get("stream") is True,
-        user=values["user"] if isinstance(values.get("user"), str) else None,
-    )
-
-
 def _wrong(message: str) -> RefusalError:
     return RefusalError(400, message, code="invalid_request_error")
+
+
+def _not_found(message: str) -> RefusalError:
+    return RefusalError(404, message, code="model_not_found")
 
 
 def _chat_input(values: Mapping[str, Any], task: TaskSchema) -> list[str]:
@@ -310,21 +287,17 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         raise _wrong(f"A message has the role {brief(role)}; the roles are {', '.join(ROLES)}.")
     if calls and normal_calls(calls) is None:
         raise _wrong('tool_calls is no list of {"function": {"name": …, "arguments": …}}.')
-    names = ("tool_calls", "tool_call_id", "name") if role == "tool" else ("tool_calls",)
-    kept = {name: message[name] for name in names if message.get(name)}  # clients send null for what is not there
-    return {"role": role, "content": _content(message), **kept}
-
-
-def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return ""
     parts = content if isinstance(content, list) else []
-    if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        return "\n".join(part["text"] for part in parts)  # as training joins them
+    if content is None and calls:
+        content = ""
+    elif parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        content = "\n".join(part["text"] for part in parts)  # as training joins them
     if not isinstance(content, str):
         raise _wrong("A message's content is no text; the server reads texts only.")
-    return content
+    names = ("tool_calls", "tool_call_id", "name") if role == "tool" else ("tool_calls",)
+    kept = {name: message[name] for name in names if message.get(name)}  # clients send null for what is not there
+    return {"role": role, "content": content, **kept}
 
 
 def _prompts(values: Mapping[str, Any], task: TaskSchema) -> list[str]:

@@ -81,10 +81,8 @@ class PredictionLog:
         self._due.set()
         if self._thread.is_alive():
             self._thread.join(JOIN_SECONDS)
-        if self._waiting:
-            LOG.warning(
-                "%d answers are missing in the prediction log: the store did not take them in time.", len(self._waiting)
-            )
+        if num_lost := len(self._waiting):
+            LOG.warning("%d answers are missing in the prediction log: the store did not take them in time.", num_lost)
 
     def note(
         self, rows: Sequence[InputRow], answered: Answered, seconds: float, shadow_of: Sequence[str] = ()
@@ -185,9 +183,8 @@ class PredictionLog:
                 except Exception as error:  # the thread must not end
                     failed.add(step.__name__)
                     if step.__name__ not in told:
-                        LOG.warning(
-                            "The prediction log: %s", error, exc_info=None if isinstance(error, DealError) else error
-                        )
+                        defect = None if isinstance(error, DealError) else error
+                        LOG.warning("The prediction log: %s", error, exc_info=defect)
             told = failed
 
     def _store_rows(self) -> None:
@@ -245,7 +242,6 @@ class AnswerIds:
         self._store, self._place = store, answer_ids_key(lineage)
         self._keys = [secrets.token_bytes(32)]
         """The key of new ids comes first. Those of earlier ids follow."""
-        self._sharing = threading.Lock()
         self._is_shared = False
 
     def share(self) -> None:
@@ -254,14 +250,13 @@ class AnswerIds:
         Raises:
             StoreError: The store does not answer.
         """
-        with self._sharing:
-            if self._is_shared:
-                return
-            self._store.put_bytes(self._place, secrets.token_hex(32).encode(), if_absent=True)
-            shared = self._store.get_bytes(self._place, at_most=1024)
-            if not shared.strip():
-                raise StoreError(f"{self._store.uri_of(self._place)} is empty; delete it.")
-            self._keys, self._is_shared = [shared.strip(), *self._keys], True
+        if self._is_shared:
+            return
+        self._store.put_bytes(self._place, secrets.token_hex(32).encode(), if_absent=True)
+        shared = self._store.get_bytes(self._place, at_most=1024).strip()
+        if not shared:
+            raise StoreError(f"{self._store.uri_of(self._place)} is empty; delete it.")
+        self._keys, self._is_shared = [shared, *self._keys], True
 
     def new(self) -> str:
         """Return an id that no other answer has."""

@@ -38,16 +38,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from infra.serving.champion import Champion
-from infra.serving.formats import (
-    RETRY,
-    Caller,
-    HttpAnswer,
-    RefusalError,
-    complete,
-    give_feedback,
-    list_models,
-    predict,
-)
+from infra.serving.formats import RETRY, Caller, HttpAnswer, RefusalError, complete, give_feedback, list_models, predict
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""

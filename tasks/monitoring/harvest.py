@@ -141,8 +141,8 @@ def _choose(
         if answer is None or reason:
             skipped[reason] += 1
             continue
-        text = answer["input_sha256"]
-        newest.pop(text, None)
+        input_sha256 = answer["input_sha256"]
+        newest.pop(input_sha256, None)
         values = row_columns(schema, answer["input"], right, answer["output"]) | {
             "answer_id": answer["id"],
             "answered_by": f"{answer['lineage']}@{answer['version']}",
@@ -151,7 +151,8 @@ def _choose(
             "reviewed_at": _time(entry["time"]),
             "is_random": bool(entry["is_random"]),
         }
-        newest[text] = row_digest(text, label_key(right) if schema.labels else right).hex(), values
+        digest = row_digest(input_sha256, label_key(right) if schema.labels else right).hex()
+        newest[input_sha256] = digest, values
     return dict(newest.values())
 
 

@@ -101,11 +101,6 @@ def next_state(
             elif task.status == "compared":
                 alarms.pop(key, None)
     state = MonitorState(
-        lineage=lineage,
-        version=version,
-        looked=now,
-        num_looks=num_looks,
-        alarms=tuple(alarms.values()),
-        tasks=told,
+        lineage=lineage, version=version, looked=now, num_looks=num_looks, alarms=tuple(alarms.values()), tasks=told
     )
     return state, tuple(new)
