@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deal_core.evaluation.report import EvaluationReport
@@ -91,7 +90,18 @@ def live_traffic(task: TaskDrift) -> Figure:
     figure = new_figure(7.5, max(2.6, 1.3 + 0.36 * len(shares)))
     if shares:
         labels, confidences = figure.subplots(1, 2, width_ratios=[1.25, 1.0])
-        _draw_shares(labels, shares)
+        for side, (name, colour) in enumerate(SIDES):
+            heights = [100 * pair[side] for pair in shares.values()]
+            lines = [place + (side - 0.5) * BAR_HEIGHT for place in range(len(shares))]
+            labels.barh(lines, heights, height=BAR_HEIGHT * 0.94, color=colour, label=name)
+        tidy(labels)
+        labels.grid(axis="y", visible=False)
+        labels.set_yticks([*range(len(shares))], [name.replace("$", r"\$") for name in shares], fontsize=8.5)
+        labels.invert_yaxis()
+        labels.set_xlim(left=0)
+        labels.set_xlabel("share of the answers, %", color=MUTED)
+        labels.set_title("Answers", fontsize=11, loc="left")
+        labels.legend(frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=2)
     else:
         confidences = figure.subplots()
     confidences.set_title("Confidence", fontsize=11, loc="left")
@@ -129,19 +139,3 @@ def shown_labels(shares: Mapping[str, tuple[float, float]]) -> dict[str, tuple[f
     if others:
         shown[f"{len(others)} others"] = (sum(pair[0] for pair in others), sum(pair[1] for pair in others))
     return shown
-
-
-def _draw_shares(axes: Axes, shares: Mapping[str, tuple[float, float]]) -> None:
-    places = range(len(shares))
-    for side, (name, colour) in enumerate(SIDES):
-        heights = [100 * pair[side] for pair in shares.values()]
-        lines = [place + (side - 0.5) * BAR_HEIGHT for place in places]
-        axes.barh(lines, heights, height=BAR_HEIGHT * 0.94, color=colour, label=name)
-    tidy(axes)
-    axes.grid(axis="y", visible=False)
-    axes.set_yticks([*places], [name.replace("$", r"\$") for name in shares], fontsize=8.5)
-    axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel("share of the answers, %", color=MUTED)
-    axes.set_title("Answers", fontsize=11, loc="left")
-    axes.legend(frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=2)

@@ -166,7 +166,17 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
 
     `fill` maps a module (`model.layers.3.self_attn.q_proj`) to the share of its slots in use, 0 to 1.
     """
-    groups = by_projection(fill)
+    # by projection and layer; the first number in a module's name is its layer
+    by_path: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
+    for module, share in fill.items():
+        parts = module.split(".")
+        layer = next((int(part) for part in parts if part.isdigit()), 0)
+        by_path[tuple(part for part in parts if not part.isdigit())][layer] = share
+    common = set.intersection(*map(set, by_path)) if len(by_path) > 1 else set()
+    groups = {
+        ("\n".join(part for part in path if part not in common) if common else path[-1]): dict(sorted(shares.items()))
+        for path, shares in by_path.items()
+    }
     figure = new_figure(7.5, 1.0 + 1.25 * max(len(groups), 1))
     panels = figure.subplots(max(len(groups), 1), 1, sharex=True, squeeze=False)[:, 0]
     if not groups:
@@ -190,20 +200,6 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
     panels[-1].set_xlabel("layer", color=MUTED)
     panels[0].set_title("Slots of the adapter in use, %", fontsize=11, loc="left")
     return figure
-
-
-def by_projection(fill: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """Return the share by projection and layer. The first number in a module's name is its layer."""
-    groups: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
-    for module, share in fill.items():
-        parts = module.split(".")
-        layer = next((int(part) for part in parts if part.isdigit()), 0)
-        groups[tuple(part for part in parts if not part.isdigit())][layer] = share
-    common = set.intersection(*(set(path) for path in groups)) if len(groups) > 1 else set()
-    return {
-        ("\n".join(part for part in path if part not in common) if common else path[-1]): dict(sorted(shares.items()))
-        for path, shares in groups.items()
-    }
 
 
 def result_figure(

@@ -144,7 +144,7 @@ class Champion:
         Raises:
             NoChampionError: There is no champion.
             ServingError: The champion does not load.
-            StoreError: See `_read_log`.
+            StoreError: The store does not answer, or an entry or a version is missing or damaged.
         """
         self._read_log()
         if self._champion is None:
@@ -183,11 +183,7 @@ class Champion:
             self.rollout.stop()
 
     def _read_log(self) -> None:
-        """Read the newest entry of the promotion log, and the versions only if the entry is new.
-
-        Raises:
-            StoreError: The store does not answer, or an entry or a version is missing or damaged.
-        """
+        """Read the newest entry of the promotion log, and the versions only if the entry is new."""
         move = PromotionLog(self._store).last(self.lineage)
         if move == self._move:
             return

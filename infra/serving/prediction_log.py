@@ -245,11 +245,7 @@ class AnswerIds:
         self._is_shared = False
 
     def share(self) -> None:
-        """Take the key that the lineage's servers share; the first server makes it. Later calls do nothing.
-
-        Raises:
-            StoreError: The store does not answer.
-        """
+        """Take the key that the lineage's servers share; the first server makes it. Later calls do nothing."""
         if self._is_shared:
             return
         self._store.put_bytes(self._place, secrets.token_hex(32).encode(), if_absent=True)

@@ -107,15 +107,14 @@ class Rollout:
         key: str | None,
         version: str | None,
     ) -> Answered | Callable[[], None]:
-        """Let the candidate answer a request of the canary's share; otherwise the champion (`served`) has to answer.
+        """Let the candidate answer a request of the canary's share. Of others, the champion (`served`) has to answer.
+
+        Then the result is a function that logs a refusal as the candidate's failure. The caller calls it, unless the
+        champion refuses the request too.
 
         Each row names its task; a task that the champion does not know is not the candidate's to answer. Requests with
         the same `key` go to the same version; without a key, the same requests do. `version` is the version that the
         request names, if it names one. Then the candidate's error is raised, as the champion must not answer instead.
-
-        Returns:
-            The answer, or a function that logs a refusal as the candidate's failure. The caller calls the function,
-            unless the champion refuses the request too.
         """
         trial = self.trial
         if (

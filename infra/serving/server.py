@@ -106,12 +106,20 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):  # no client reads this answer
             return Response(status_code=400)
-        refusal = error if isinstance(error, RefusalError) else _no_route(request, error)
-        told: Any = str(refusal)
+        refusal = error
+        if isinstance(error, HTTPException):  # a path or a method that the server does not have
+            path, headers = request.url.path[:100], error.headers or {}
+            told = f"{path} takes no {request.method[:20]}; send {headers.get('Allow')}."
+            if error.status_code == 404:
+                paths = ", ".join(route.path for route in request.app.routes)
+                told = f"There is no {path} here; the paths are {paths}."
+            refusal = RefusalError(error.status_code, told, headers)
+        assert isinstance(refusal, RefusalError)
+        body: Any = str(refusal)
         if f"{request.url.path}/".startswith("/v1/"):
-            told = {"message": told, "type": "invalid_request_error", "param": None, "code": refusal.code}
-        headers = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage, **refusal.headers}
-        return JSONResponse({"error": told}, refusal.status, headers)
+            body = {"message": body, "type": "invalid_request_error", "param": None, "code": refusal.code}
+        names = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage}
+        return JSONResponse({"error": body}, refusal.status, {**names, **refusal.headers})
 
     return Starlette(
         routes=[
@@ -128,17 +136,6 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
         exception_handlers=dict.fromkeys((404, 405, RefusalError, ClientDisconnect), refuse),
     )
-
-
-def _no_route(request: Request, error: Exception) -> RefusalError:
-    """Return the refusal of a path or a method that the server does not have."""
-    assert isinstance(error, HTTPException)
-    path, headers = request.url.path[:100], error.headers or {}
-    message = f"{path} takes no {request.method[:20]}; send {headers.get('Allow')}."
-    if error.status_code == 404:
-        paths = ", ".join(route.path for route in request.app.routes)
-        message = f"There is no {path} here; the paths are {paths}."
-    return RefusalError(error.status_code, message, headers)
 
 
 def _require_key(request: Request, api_key: str | None) -> None:

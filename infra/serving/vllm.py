@@ -111,21 +111,19 @@ class VllmClient:
                     )
         if answer.is_success:
             return answer
-        raise VllmError(f"The vLLM server at {self._shown} did not {action}: {_reason(answer, path)}")
-
-
-def _reason(answer: httpx.Response, path: str) -> str:
-    """Return the server's message. In some releases it is inside `error`, in others at the top level."""
-    if answer.status_code == 401:
-        return "it wants an API key; set DEAL_VLLM_API_KEY."
-    message = None
-    with suppress(ValueError, AttributeError):  # no JSON, or no object
-        values = answer.json()
-        message = values.get("error", values).get("message")
-    if message:
-        return re.sub(r"\s+", " ", str(message))[:500]
-    if answer.status_code in (404, 405) and path.endswith("_lora_adapter"):
-        return (
-            "it takes no adapters while it runs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora."
-        )
-    return f"it answered {answer.status_code}."
+        message = None
+        with suppress(ValueError, AttributeError):  # no JSON, or no object
+            values = answer.json()
+            message = values.get("error", values).get("message")  # in some releases it is at the top level
+        if answer.status_code == 401:
+            reason = "it wants an API key; set DEAL_VLLM_API_KEY."
+        elif message:
+            reason = re.sub(r"\s+", " ", str(message))[:500]
+        elif answer.status_code in (404, 405) and path.endswith("_lora_adapter"):
+            reason = (
+                "it takes no adapters while it runs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and "
+                "--enable-lora."
+            )
+        else:
+            reason = f"it answered {answer.status_code}."
+        raise VllmError(f"The vLLM server at {self._shown} did not {action}: {reason}")

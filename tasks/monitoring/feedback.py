@@ -31,11 +31,7 @@ MAX_TOLD = 3
 
 
 def as_landed(store: ObjectStore, schema: TaskSchema) -> TaskSchema:
-    """Return the task with the names of columns that its next file must have: those of the task file, if it gives any.
-
-    Raises:
-        TaskFieldsError: The task file is damaged or has a setting that is not valid.
-    """
+    """Return the task with the names of columns that its next file must have: those of the task file, if it has any."""
     spec = task_spec(store, f"{inbox_folder(schema.name)}/feedback.jsonl")
     return replace(
         schema, columns=spec.columns or schema.columns, assistant_turns=spec.assistant_turns or schema.assistant_turns
@@ -43,11 +39,8 @@ def as_landed(store: ObjectStore, schema: TaskSchema) -> TaskSchema:
 
 
 def answer_column(schema: TaskSchema) -> str:
-    """Return the column that a person fills in: the task's own for a label or a completion.
-
-    A chat's right answer is a part of its messages, and a preference has two answers, so their column is the one of
-    feedback, `answer`.
-    """
+    """Return the column that a person fills in: the task's own for a label or a completion, or feedback's `answer`."""
+    # a chat's right answer is a part of its messages, and a preference has two answers
     if schema.format == "chat" or schema.learns_preferences:
         return "answer"
     name = "completion" if schema.format == "completion" else "label"
@@ -156,10 +149,7 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
 
 
 def _in_names_of_feedback(values: Mapping[str, Any], own: Iterable[tuple[str, TaskSchema]]) -> Mapping[str, Any]:
-    """Return a row with `label` or `answer` in place of a task's own name of that column.
-
-    `own` has the name and the task, for each task that the row may be of.
-    """
+    """Return a row with `label` or `answer` in place of the own name of that column in one of the tasks `own`."""
     for column, schema in own:
         if not is_empty(values.get(column)) and not any(name in values for name in SAID if name != column):
             others = {name: value for name, value in values.items() if name != column}
@@ -168,11 +158,7 @@ def _in_names_of_feedback(values: Mapping[str, Any], own: Iterable[tuple[str, Ta
 
 
 def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
-    """Return the tasks of a lineage's champion by name, with the labels that were added by command.
-
-    Raises:
-        RegistryError: The lineage has no champion.
-    """
+    """Return the tasks of a lineage's champion by name, with the labels that were added by command."""
     record = read_record(store, find_version(store, lineage, None).adapter_uri)
     schemas = [task.schema for task in record.tasks]
     return {

@@ -97,7 +97,13 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
         if known := rows.keys() & {*done}:
             skipped[KNOWN] += len(known)
             rows = {digest: values for digest, values in rows.items() if digest not in known}
-        key = _land(store, lineage, task, rows, done) if rows else None
+        key = None
+        if rows:  # noted before and after, so that a crash in between loses no row and lands none twice
+            content = "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in rows.values()).encode()
+            key = f"{inbox_folder(task)}/{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+            write_stored(store, note, Harvested(rows=done, pending=Pending(key=key, rows=tuple(rows))))
+            store.put_bytes(key, content, if_absent=True)
+            write_stored(store, note, Harvested(rows=(*done, *rows)))
     return HarvestResult(lineage=lineage, task=task, key=key, num_rows=len(rows), skipped=dict(skipped))
 
 
@@ -126,10 +132,7 @@ def _answer_ids(content: bytes) -> Iterator[str]:
 def _choose(
     feedback: pd.DataFrame, logged: pd.DataFrame, schema: TaskSchema, skipped: Counter[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the rows to harvest by digest, the newest of each text, in the order of their feedback.
-
-    Count what is skipped.
-    """
+    """Return the rows to harvest by digest, the newest of each text, in the order of their feedback."""
     answers = {row["id"]: row for row in logged.to_dict("records")}
     newest: dict[str, tuple[str, dict[str, Any]]] = {}
     for entry in feedback.to_dict("records"):
@@ -171,19 +174,6 @@ def _problem(entry: Mapping[str, Any], answer: Mapping[str, Any], schema: TaskSc
     if schema.learns_preferences and entry["label"].strip() == answer["output"].strip():
         return NOTHING_TO_PREFER
     return EARLIER_TURNS if has_earlier_answers(schema, answer["input"]) else ""
-
-
-def _land(
-    store: ObjectStore, lineage: str, task: str, rows: Mapping[str, Mapping[str, Any]], done: tuple[str, ...]
-) -> str:
-    """Write the file, and note its rows before and after. A crash in between loses no row and lands none twice."""
-    content = "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in rows.values()).encode()
-    key = f"{inbox_folder(task)}/{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
-    pending = Pending(key=key, rows=tuple(rows))
-    write_stored(store, harvest_key(lineage, task), Harvested(rows=done, pending=pending))
-    store.put_bytes(key, content, if_absent=True)
-    write_stored(store, harvest_key(lineage, task), Harvested(rows=(*done, *rows)))
-    return key
 
 
 def _alone(lineage: str, task: str) -> AbstractContextManager[None]:

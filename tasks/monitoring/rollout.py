@@ -29,11 +29,7 @@ class RolloutStatus(BaseModel, frozen=True):
 
 
 def look_at_rollout(lineage: str) -> RolloutStatus:
-    """Judge what the prediction log and the feedback say about the version that is tried on live traffic.
-
-    Raises:
-        StoreError: A log is damaged, or the store does not answer.
-    """
+    """Judge what the prediction log and the feedback say about the version that is tried on live traffic."""
     store = current_store()
     opened = PromotionLog(store).open_rollout(lineage)
     if opened is None or opened.champion is None:
@@ -51,11 +47,7 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
 
 
 def require_open(store: ObjectStore, lineage: str) -> Move:
-    """Return the entry of the promotion log that began the rollout.
-
-    Raises:
-        RegistryError: No version of the lineage is tried on live traffic.
-    """
+    """Return the entry of the promotion log that began the rollout; RegistryError: there is no rollout."""
     opened = PromotionLog(store).open_rollout(lineage)
     if opened is None:
         raise RegistryError(

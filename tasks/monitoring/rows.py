@@ -69,11 +69,7 @@ def has_reference(store: ObjectStore, adapter_uri: str) -> bool:
 
 
 def read_reference(store: ObjectStore, adapter_uri: str) -> pd.DataFrame | None:
-    """Read the reference of a version; None: it has none.
-
-    Raises:
-        StoreError: The file is damaged.
-    """
+    """Read the reference of a version; None: it has none; StoreError: it is damaged."""
     return _read(store, f"{adapter_uri}/{REFERENCE_FILE}") if has_reference(store, adapter_uri) else None
 
 
@@ -83,11 +79,7 @@ def _read(store: ObjectStore, key: str) -> pd.DataFrame:
 
 
 def read_frame(store: ObjectStore, key: str, what: str, remedy: str) -> pd.DataFrame:
-    """Read a table of the store; for `what` and `remedy` see `reading_stored`.
-
-    Raises:
-        StoreError: The table is damaged.
-    """
+    """Read a table of the store; arguments and errors are those of `reading_stored`."""
     with reading_stored(store, key, what, remedy):
         try:
             return pd.read_parquet(io.BytesIO(store.get_bytes(key)))
@@ -165,7 +157,12 @@ def rows_of_file(path: Path, record: LineageRecord, version: str) -> tuple[pd.Da
             f"{path.name} has neither the columns of the prediction log ({', '.join(OF_LOG)}, …) nor a column "
             "'answer'; give a file of deal predict --data, or one with these columns."
         )
-    table = _typed(pd.DataFrame(answers, columns=list(COLUMNS)), record)
+    # the columns get their types, as a CSV has texts only
+    table = pd.DataFrame(answers, columns=list(COLUMNS)).map(lambda value: None if value == "" else value)
+    labelled = [task.schema.name for task in record.tasks if task.schema.labels]
+    is_label = table["label"].notna().astype("boolean").where(table["task"].isin(labelled))
+    numbers = {name: pd.to_numeric(table[name], errors="coerce") for name in NUMBERS}
+    table = table.assign(**numbers, is_label=is_label)
     versions = table["version"].fillna(version).astype(str)
     of_version = table[(versions == version) & table["lineage"].fillna(record.lineage).eq(record.lineage)]
     if of_version.empty:
@@ -201,12 +198,3 @@ def _answered(
                 "lineage": row.values.get(own["lineage"]),
                 "version": row.values.get(own["version"]),
             }
-
-
-def _typed(table: pd.DataFrame, record: LineageRecord) -> pd.DataFrame:
-    """Give the columns their types; a CSV has texts only."""
-    table = table.map(lambda value: None if value == "" else value)
-    numbers = {name: pd.to_numeric(table[name], errors="coerce") for name in NUMBERS}
-    labelled = [task.schema.name for task in record.tasks if task.schema.labels]
-    is_label = table["label"].notna().astype("boolean").where(table["task"].isin(labelled))
-    return table.assign(**numbers, is_label=is_label)

@@ -58,18 +58,10 @@ class MonitorState(Stored):
 
 
 def read_monitor_state(store: ObjectStore, lineage: str) -> MonitorState | None:
-    """Read the state of a lineage; None: nobody has looked yet.
-
-    Raises:
-        StoreError: The file is damaged, or has another schema version.
-    """
-    return read_stored(
-        store,
-        monitor_key(lineage),
-        MonitorState,
-        what=f"the state of the monitor of '{lineage}'",
-        remedy="Delete it: the next look writes a new one, and announces its alarms again.",
-    )
+    """Read the state of a lineage; None: nobody has looked yet; StoreError: it is damaged."""
+    what = f"the state of the monitor of '{lineage}'"
+    remedy = "Delete it: the next look writes a new one, and announces its alarms again."
+    return read_stored(store, monitor_key(lineage), MonitorState, what=what, remedy=remedy)
 
 
 def write_monitor_state(store: ObjectStore, state: MonitorState) -> None:

@@ -90,11 +90,9 @@ def export_version(lineage: str, version: str, to: Target, target: str) -> Expor
 
 
 def require_exportable(store: ObjectStore, info: Version) -> None:
-    """Refuse a version that must not be used elsewhere.
+    """Raise RegistryError for a version that must not be used elsewhere.
 
-    Raises:
-        RegistryError: It did not pass its gate, a person rejected it or has not approved it yet, or rows that it or an
-            ancestor learned were forgotten.
+    It did not pass its gate, a person rejected it or has not approved it yet, or rows that it learned were forgotten.
     """
     name = f"Version {info.version} of '{info.lineage}'"
     if not info.accepted:
@@ -198,6 +196,9 @@ def _merge(
 def _export_to_hub(
     store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], target: str
 ) -> Exported:
+    """Compare the PEFT folder with the served version, and upload it to a private repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from peft import PeftModel
 
     from deal_core.adapter.state import adapter_on
@@ -210,14 +211,30 @@ def _export_to_hub(
         base = lend_base(record.base)
         with borrowed_adapter(store, info) as adapter, adapter_on(base.model, adapter) as model:
             served = _logits(model, base.tokenizer, prompts)
-        plain = PeftModel.from_pretrained(base.model, folder)  # the folder, loaded by PEFT alone
+        # what goes to the Hub, loaded by PEFT alone
+        plain = PeftModel.from_pretrained(base.model, folder)
         try:
             logits = _logits(plain, base.tokenizer, prompts)
         finally:
             plain.unload()
         exported = _compared(info, "hub", target, str(base.model.dtype).removeprefix("torch."), served, logits)
-        address = _upload(folder, target, f"{info.lineage}, version {info.version}")
-    return exported.model_copy(update={"address": address})
+        api = HfApi()
+        try:
+            url = api.create_repo(target, private=True, exist_ok=True)
+            if not api.repo_info(target).private:  # it was there before
+                raise ConfigError(
+                    f"{target} is a public repository of the Hub: everyone could read the adapter. Make it private in "
+                    "its settings on the Hub, or name another one. Nothing was uploaded."
+                )
+            message = f"{info.lineage}, version {info.version}"
+            api.upload_folder(repo_id=target, folder_path=folder, commit_message=message)
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # OSError: the Hub does not answer
+            reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+            raise ConfigError(
+                f"{target} could not be written on the Hub ({reason}). The token of HF_TOKEN must be allowed to write "
+                "there."
+            ) from None
+    return exported.model_copy(update={"address": str(url)})
 
 
 def hub_folder(store: ObjectStore, info: Version, folder: Path) -> None:
@@ -236,29 +253,6 @@ def hub_folder(store: ObjectStore, info: Version, folder: Path) -> None:
     if not HUB_ID.fullmatch(served.base_source):
         served = replace(served, base_source=served.base_name)
         (folder / SERVED_FILE).write_text(json.dumps(served.to_json(), indent=2), encoding="utf-8")
-
-
-def _upload(folder: Path, repository: str, message: str) -> str:
-    """Upload a folder to a private repository, and return its address. The repository is created if it is not there."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    api = HfApi()
-    try:
-        url = api.create_repo(repository, private=True, exist_ok=True)
-        if not api.repo_info(repository).private:  # it was there before
-            raise ConfigError(
-                f"{repository} is a public repository of the Hub: everyone could read the adapter. Make it private in "
-                "its settings on the Hub, or name another one. Nothing was uploaded."
-            )
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # OSError: the Hub does not answer
-        reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
-        raise ConfigError(
-            f"{repository} could not be written on the Hub ({reason}). The token of HF_TOKEN must be allowed to write "
-            "there."
-        ) from None
-    return str(url)
 
 
 def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tensor]:

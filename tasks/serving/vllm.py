@@ -83,8 +83,17 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
     before = read_route(store, lineage)
     try:
         route = _move(store, client, settings, champion, before)
-        _unload_others(client, route, settings.grace_seconds)
-        _remove_other_copies(settings, route)
+        # the lineage's other adapters go, after clients had time to read the new route
+        own = re.compile(rf"{re.escape(lineage)}-v\d+")
+        others = [name for name in client.models() if own.fullmatch(name) and name != route.model]
+        if others:
+            assert route.since is not None
+            time.sleep(max(0.0, settings.grace_seconds - (datetime.now(UTC) - route.since).total_seconds()))
+        for name in others:
+            client.unload(name)
+            reporter().said(f"{name} is unloaded")
+        if settings.adapter_dir is not None:
+            _remove_copies(settings.adapter_dir, lineage, f"{route.model}-{champion.adapter_sha256[:12]}")
     except DealError as error:
         # the version that answered before still does; the route may have moved before the error
         number, url = champion.version, without_secrets(client.url)
@@ -97,18 +106,10 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
 
 
 def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
-    """Read the route of a lineage; None: vLLM never served the lineage.
-
-    Raises:
-        StoreError: The route is damaged, or another release wrote it.
-    """
-    return read_stored(
-        store,
-        keys.route_key(lineage),
-        ServingRoute,
-        what=f"the route by which vLLM serves '{lineage}'",
-        remedy="Restore it from a backup of the store, or delete it: deal vllm sync writes it anew.",
-    )
+    """Read the route of a lineage; None: vLLM never served the lineage; StoreError: it is damaged."""
+    what = f"the route by which vLLM serves '{lineage}'"
+    remedy = "Restore it from a backup of the store, or delete it: deal vllm sync writes it anew."
+    return read_stored(store, keys.route_key(lineage), ServingRoute, what=what, remedy=remedy)
 
 
 def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
@@ -243,29 +244,13 @@ def _write_folder(store: ObjectStore, info: Version, target: Path, config: str |
         return True
 
 
-def _unload_others(client: VllmClient, route: ServingRoute, grace_seconds: float) -> None:
-    """Unload the lineage's other adapters, after clients had time to read the new route."""
-    own = re.compile(rf"{re.escape(route.lineage)}-v\d+")
-    others = [name for name in client.models() if own.fullmatch(name) and name != route.model]
-    if not others:
-        return
-    assert route.since is not None
-    time.sleep(max(0.0, grace_seconds - (datetime.now(UTC) - route.since).total_seconds()))
-    for name in others:
-        client.unload(name)
-        reporter().said(f"{name} is unloaded")
-
-
-def _remove_other_copies(settings: VllmSettings, route: ServingRoute) -> None:
-    """Remove the copies of the lineage's other adapters. Each is renamed first, so no partial copy has a valid name."""
-    if settings.adapter_dir is None or route.adapter_sha256 is None:
-        return
-    current = f"{route.model}-{route.adapter_sha256[:12]}"
-    own = re.compile(rf"\.?{re.escape(route.lineage)}-v\d+-[0-9a-f]{{12}}")
-    for folder in sorted(settings.adapter_dir.iterdir()):  # hidden folders of an interrupted call come first
-        if own.fullmatch(folder.name) and folder.name != current:
-            hidden = folder.with_name(f".{folder.name.removeprefix('.')}")
-            folder.rename(hidden)
+def _remove_copies(folder: Path, lineage: str, current: str) -> None:
+    """Remove the lineage's copies except one. Each is renamed first, so no partial copy has a valid name."""
+    own = re.compile(rf"\.?{re.escape(lineage)}-v\d+-[0-9a-f]{{12}}")
+    for copy in sorted(folder.iterdir()):  # hidden folders of an interrupted call come first
+        if own.fullmatch(copy.name) and copy.name != current:
+            hidden = copy.with_name(f".{copy.name.removeprefix('.')}")
+            copy.rename(hidden)
             shutil.rmtree(hidden)
 
 
@@ -314,26 +299,19 @@ def publish(
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / model_name(info)
     is_new = not target.exists() and _write_folder(store, info, target, content)
-    if not is_new:
-        _require_same(store, target, info, content)
+    if not is_new:  # servers that have loaded it would not notice a change, and others would load something else
+        with borrowed_adapter(store, info) as adapter:
+            wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(content.encode()).hexdigest()}
+        there = digests_of(target, PEFT_FILES)
+        if names := ", ".join(name for name in PEFT_FILES if there.get(name) != wanted[name]):
+            other = ""
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                named = json.loads((target / CONFIG_FILE).read_bytes())["base_model_name_or_path"]
+                other = f" It was published for the base model {named}."
+            raise ConfigError(
+                f"{target} is there with other content ({names}), and a published name never changes.{other} Give "
+                "another folder, or stop the servers that use this one and remove it."
+            )
     return Published(
         lineage=lineage, version=info.version, model=target.name, folder=str(target), base_model=base, is_new=is_new
-    )
-
-
-def _require_same(store: ObjectStore, target: Path, info: Version, config: str) -> None:
-    """Refuse to change a folder: servers that have loaded it would not notice, and others would load something else."""
-    with borrowed_adapter(store, info) as adapter:
-        wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(config.encode()).hexdigest()}
-    there = digests_of(target, PEFT_FILES)
-    names = ", ".join(name for name in PEFT_FILES if there.get(name) != wanted[name])
-    if not names:
-        return
-    other = ""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        base = json.loads((target / CONFIG_FILE).read_bytes())["base_model_name_or_path"]
-        other = f" It was published for the base model {base}."
-    raise ConfigError(
-        f"{target} is there with other content ({names}), and a published name never changes.{other} Give another "
-        "folder, or stop the servers that use this one and remove it."
     )
