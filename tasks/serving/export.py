@@ -266,9 +266,11 @@ def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tenso
 
 
 def _compared(
-    info: Version, to: Target, address: str, precision: str, served: Sequence[Tensor], exported: Sequence[Tensor]
+    info: Version, to: Target, address: str, precision: str, served: list[Tensor], exported: list[Tensor]
 ) -> Exported:
-    largest = max(float((one - other).abs().max()) for one, other in zip(served, exported, strict=True))
+    import torch
+
+    largest = float((torch.stack(served) - torch.stack(exported)).abs().max())  # NaN if one of them is NaN
     if not largest <= TOLERANCE:
         raise IntegrityError(
             f"The export of version {info.version} of '{info.lineage}' answers otherwise than the served version: a "
