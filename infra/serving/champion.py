@@ -26,10 +26,9 @@ from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
 from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog
 from infra.serving.prediction_log import LOG, PredictionLog
-from infra.serving.rollout import Rollout, with_tasks
-from infra.serving.version_files import fetch_version
+from infra.serving.rollout import Rollout, try_to_load, with_tasks
 from infra.settings import HomeSettings, ServingSettings
-from infra.store.base import ObjectStore, temporary_folder
+from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.versions import Version, Versions
 
@@ -206,38 +205,26 @@ class Champion:
     def _try(self, version: Version) -> None:
         """Load a version; if this fails, report the reason."""
         started, self._starting = time.monotonic(), version.version
-        try:
-            with temporary_folder() as temporary:
-                self._load(version, temporary / "version")
-        except Exception as error:  # a full disk, damaged files, too little memory: the loaded version must serve on
-            kind = ""
-            if not isinstance(error, DealError | OSError):
-                kind = f"{type(error).__name__}: "
-                LOG.exception("Version %s does not load", version.version)
-            self._failed_at = time.monotonic()
-            serving = f"; version {self.version} continues to serve" if self.version else ""
-            reason = " ".join(str(error).split()).rstrip(".")
-            self._note(f"Version {version.version} does not load: {kind}{reason}{serving}.")
-        else:
+        problem = try_to_load(self._store, version, lambda folder: self._load(folder, version.version))
+        self._starting = None
+        if problem is None:
             self._failed_at = self._problem = None
             self._say(f"Version {version.version} serves (ready in {time.monotonic() - started:.1f} s).")
-        finally:
-            self._starting = None
-
-    def _load(self, version: Version, folder: Path) -> None:
-        """Download a version into a new folder, and let it answer. Only a version on another base loads a model."""
-        fetch_version(self._store, version, folder)
-        settings, cache = ServingSettings(), HomeSettings().cache_dir
-        precision = settings.serving_precision
-        if self._answerer is None:
-            self._answerer = load_answerer(
-                folder, cache, settings.base_model, precision=precision, version=version.version
-            )
-        elif (served := read_served(folder)).base_sha256 == self._answerer.base_sha256:
-            self._answerer.swap(folder, version.version)
         else:
-            base = load_base_of(served, cache, settings.base_model, precision=precision)
-            self._answerer.swap(folder, version.version, base)
+            self._failed_at = time.monotonic()
+            serving = f"; version {self.version} continues to serve" if self.version else ""
+            self._note(f"Version {version.version} does not load: {problem.rstrip('.')}{serving}.")
+
+    def _load(self, folder: Path, number: str) -> None:
+        """Let the version in a folder answer. Only a version on another base model loads a model."""
+        settings, cache = ServingSettings(), HomeSettings().cache_dir
+        base_source, precision = settings.base_model, settings.serving_precision
+        if self._answerer is None:
+            self._answerer = load_answerer(folder, cache, base_source, precision=precision, version=number)
+        elif (served := read_served(folder)).base_sha256 == self._answerer.base_sha256:
+            self._answerer.swap(folder, number)
+        else:
+            self._answerer.swap(folder, number, load_base_of(served, cache, base_source, precision=precision))
             gc.collect()
             torch.cuda.empty_cache()
 

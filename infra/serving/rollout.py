@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from deal_core.errors import ConfigError, DealError
@@ -155,16 +156,12 @@ class Rollout:
             _report(error, trial)
 
     def _try(self, candidate: Version, trial: Trial) -> None:
-        try:
-            with temporary_folder() as temporary:
-                folder = temporary / "candidate"
-                fetch_version(self._store, candidate, folder)
-                self._answerer.add_candidate(folder, trial.version)
-        except Exception as error:  # damaged files, a full disk: the champion must serve on
-            if not isinstance(error, DealError | OSError):
-                LOG.exception("Version %s does not load", trial.version)
+        problem = try_to_load(
+            self._store, candidate, lambda folder: self._answerer.add_candidate(folder, trial.version)
+        )
+        if problem is not None:
             self._failed = trial, time.monotonic()
-            self._tell(f"Version {trial.version} does not load for its rollout: {' '.join(str(error).split())}")
+            self._tell(f"Version {trial.version} does not load for its rollout: {problem}")
             return
         self._failed = self.problem = None
         self.trial = trial
@@ -198,6 +195,22 @@ class Rollout:
         if answered.version != trial.version:  # another candidate has taken its place meanwhile
             raise GivenUpError(f"Version {trial.version} is not tried any more; ask again.")
         return self._log.note(rows, answered, time.perf_counter() - begun, ids)
+
+
+def try_to_load(store: ObjectStore, version: Version, load: Callable[[Path], None]) -> str | None:
+    """Download a version and call `load` with its folder; return why it does not load. What serves must serve on."""
+    try:
+        with temporary_folder() as temporary:
+            folder = temporary / "version"
+            fetch_version(store, version, folder)
+            load(folder)
+    except Exception as error:  # damaged files, a full disk, too little memory
+        reason = " ".join(str(error).split())
+        if isinstance(error, DealError | OSError):
+            return reason
+        LOG.exception("Version %s does not load", version.version)
+        return f"{type(error).__name__}: {reason}"
+    return None
 
 
 def _report(error: Exception, trial: Trial) -> None:
