@@ -276,7 +276,7 @@ def _draw_bars(axes: Axes, matrix: AccuracyMatrix, name: str) -> None:
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_title("at the end, all tasks\n", fontsize=12, fontweight="bold", loc="left")
     axes.text(0, 1.03, "accuracy in %", transform=axes.transAxes, fontsize=9.5, color=MUTED)
-    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.99), "ncols": 2}
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.99), "ncols": 2}
     axes.legend(**place, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
 
 
