@@ -91,10 +91,10 @@ class PredictionLog:
 
         `shadow_of` are the ids of the answers that were returned instead of these.
         """
-        texts = self.keeps_texts
+        new_id, keeps_texts = self._ids.new, self.keeps_texts
         try:
             made = predictions_of(
-                rows, answered, new_id=self._ids.new, seconds=seconds, keeps_texts=texts, shadow_of=shadow_of
+                rows, answered, new_id=new_id, seconds=seconds, keeps_texts=keeps_texts, shadow_of=shadow_of
             )
         except Exception:
             LOG.exception("Answers were not logged")
