@@ -9,15 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlflow.models import Model
-from mlflow.pyfunc import PyFuncModel
-
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
 from deal_core.evaluation.generation import Confidence
-from infra.served_model import SIGNATURE, ServedModel
 from infra.serving import run
 from infra.serving.prediction_log import PredictionLog
 from infra.serving.server import LOOPBACK_NAMES, make_app
@@ -51,10 +47,6 @@ class Champion:
 
     def state(self) -> dict[str, Any]:
         return {"lineage": self.lineage, "version": self.version, "champion": self.version, "problem": None}
-
-    def model(self, is_given_up: Callable[[], bool], key: str | None = None) -> PyFuncModel:
-        model = ServedModel(lambda rows: self.ask(rows, is_given_up))
-        return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=model)
 
     def ask(
         self,

@@ -79,46 +79,6 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     return [position - excess for position in moved]
 
 
-def draw_heatmap(axes: Axes, matrix: AccuracyMatrix) -> None:
-    """Draw the accuracy matrix in per cent: a column per task, a row for the base model, then a row per version.
-
-    A version's cell for its new task has a frame. Cells that were not measured are hatched.
-    """
-    values = 100 * numpy.array([matrix.base, *matrix.rows], dtype=float)
-    tops = [-GAP, *range(1, len(values))]
-    for (row, column), value in numpy.ndenumerate(values):
-        cell = Rectangle((column, tops[row]), 1, 1, edgecolor="white", linewidth=2)
-        axes.add_patch(cell)
-        if numpy.isnan(value):
-            cell.set(facecolor="#F4F4F4", edgecolor="#CCCCCC", hatch="///", linewidth=0)
-            continue
-        is_dark = value >= 50
-        place = DARK_FROM + (1 - DARK_FROM) * (value - 50) / 50 if is_dark else LIGHT_TO * value / 50
-        cell.set_facecolor(COLOUR_MAP(place))
-        colour = "white" if is_dark else "black"
-        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
-    for version, task in enumerate(matrix.trained, start=1):
-        corner = (matrix.tasks.index(task), version)
-        axes.add_patch(
-            Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.4, zorder=3, clip_on=False)
-        )
-    axes.set_xlim(0, len(matrix.tasks))
-    axes.set_ylim(len(values), -GAP)
-    name_columns(axes, matrix.tasks, offset=0.5)
-    names = ["base model", *(f"{number}  after {task}" for number, task in enumerate(matrix.trained, start=1))]
-    axes.set_yticks([top + 0.5 for top in tops], names, fontsize=9)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-
-
-def name_columns(axes: Axes, names: Sequence[str], *, offset: float = 0.0) -> None:
-    """Write the tasks' names below their columns. Long names and many names are slanted."""
-    axes.set_xticks([column + offset for column in range(len(names))], names, fontsize=9)
-    if len(names) > 6 or max(map(len, names)) > 12:
-        for label in axes.get_xticklabels():
-            label.set(ha="right", rotation=35, rotation_mode="anchor")
-
-
 def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ()) -> Figure:
     """Draw one line per task, from the version that first learned the task to the last version.
 
@@ -135,30 +95,19 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
     ends = []
     for column in shown:  # earlier test rows that were forgotten have no value
         first = matrix.first_versions()[column]
-        known = {
-            step + 1: 100 * value
-            for step, row in enumerate(matrix.rows[first:], first)
-            if (value := row[column]) is not None
-        }
-        _mark(axes, column, list(known), list(known.values()))
-        ends.append(known[last])
+        rows = enumerate(matrix.rows[first:], first + 1)
+        points = {version: 100 * value for version, row in rows if (value := row[column]) is not None}
+        _mark(axes, column, list(points), list(points.values()))
+        ends.append(points[last])
     tidy(axes)
     axes.set_ylim(0, 100)
     axes.set_xlim(0.9, max(last, 1.1))
     heights = spread(ends, gap=min(5.5 * 4.2 / tall, HIGHEST_NAME / len(shown)))
     beyond = min(0.0, HIGHEST_NAME - max(heights)) or max(0.0, -min(heights))  # names stay beside the lines
-    for column, end, height in zip(shown, ends, (each + beyond for each in heights), strict=True):
-        beside = axes.get_yaxis_transform()
+    for column, end, height in zip(shown, ends, (height + beyond for height in heights), strict=True):
+        beside, name = axes.get_yaxis_transform(), shorten(matrix.tasks[column], MAX_NAME)
         _mark(axes, column, [1.03], [height], transform=beside)
-        axes.text(
-            1.05,
-            height,
-            f"{end:.1f}  {shorten(matrix.tasks[column], MAX_NAME)}",
-            transform=beside,
-            va="center",
-            fontsize=9,
-            color="#333333",
-        )
+        axes.text(1.05, height, f"{end:.1f}  {name}", transform=beside, va="center", fontsize=9, color="#333333")
     axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("accuracy, %", color=MUTED)
@@ -195,28 +144,13 @@ def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
         return figure
     steps, values = (numpy.array(column) for column in zip(*points, strict=True))
     many = len(points) >= 60
-    axes.plot(
-        steps,
-        values,
-        color=COLOURS[0],
-        linewidth=1.2,
-        alpha=0.35 if many else 1.0,
-        marker="" if many else "o",
-        markersize=3.5,
-    )
+    style: dict[str, Any] = {"alpha": 0.35} if many else {"marker": "o", "markersize": 3.5}
+    axes.plot(steps, values, color=COLOURS[0], linewidth=1.2, **style)
     if many:
         half = len(points) // 30
         smooth = numpy.convolve(values, numpy.ones(2 * half + 1) / (2 * half + 1), "valid")
         axes.plot(steps[half : len(steps) - half], smooth, color=COLOURS[0], linewidth=2.2)
-        axes.text(
-            1,
-            1.02,
-            f"line: running mean of {2 * half + 1} points",
-            transform=axes.transAxes,
-            ha="right",
-            fontsize=9,
-            color=MUTED,
-        )
+        axes.set_title(f"line: running mean of {2 * half + 1} points", fontsize=9, loc="right", color=MUTED)
     tidy(axes)
     axes.set_ylim(0, float(values.max()) * 1.06 or 1)
     axes.set_xlim(left=0)
@@ -232,7 +166,17 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
 
     `fill` maps a module (`model.layers.3.self_attn.q_proj`) to the share of its slots in use, 0 to 1.
     """
-    groups = by_projection(fill)
+    # by projection and layer; the first number in a module's name is its layer
+    by_path: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
+    for module, share in fill.items():
+        parts = module.split(".")
+        layer = next((int(part) for part in parts if part.isdigit()), 0)
+        by_path[tuple(part for part in parts if not part.isdigit())][layer] = share
+    common = set.intersection(*map(set, by_path)) if len(by_path) > 1 else set()
+    groups = {
+        ("\n".join(part for part in path if part not in common) if common else path[-1]): dict(sorted(shares.items()))
+        for path, shares in by_path.items()
+    }
     figure = new_figure(7.5, 1.0 + 1.25 * max(len(groups), 1))
     panels = figure.subplots(max(len(groups), 1), 1, sharex=True, squeeze=False)[:, 0]
     if not groups:
@@ -244,15 +188,8 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
         panel.bar(list(shares), heights, color=COLOURS[0], width=0.82)
         mean = sum(heights) / len(heights)
         panel.axhline(mean, color=COLOURS[1], linewidth=1.4)
-        panel.text(
-            1.008,
-            mean / 100,
-            f"mean\n{mean:.0f} %",
-            transform=panel.transAxes,
-            va="center",
-            fontsize=9,
-            color=COLOURS[1],
-        )
+        told = f"mean\n{mean:.0f} %"
+        panel.text(1.008, mean / 100, told, transform=panel.transAxes, va="center", fontsize=9, color=COLOURS[1])
         tidy(panel)
         panel.set_ylim(0, 100)
         panel.set_yticks([0, 50, 100])
@@ -263,20 +200,6 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
     panels[-1].set_xlabel("layer", color=MUTED)
     panels[0].set_title("Slots of the adapter in use, %", fontsize=11, loc="left")
     return figure
-
-
-def by_projection(fill: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """Return the share by projection and layer. The first number in a module's name is its layer."""
-    found: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
-    for module, share in fill.items():
-        parts = module.split(".")
-        layer = next((int(part) for part in parts if part.isdigit()), 0)
-        found[tuple(part for part in parts if not part.isdigit())][layer] = share
-    common = set.intersection(*(set(path) for path in found)) if len(found) > 1 else set()
-    return {
-        ("\n".join(part for part in path if part not in common) if common else path[-1]): dict(sorted(shares.items()))
-        for path, shares in found.items()
-    }
 
 
 def result_figure(
@@ -290,56 +213,76 @@ def result_figure(
     panel = max(3.6, 0.62 * len(matrix.tasks))
     figure = new_figure(1.4 + panel * 2.1, 2.9 + 0.4 * len(matrix.rows))
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.1 if rival is None else 1.0))
-    _draw_half(left, matrix, name)
+    _draw_heatmap(left, matrix, name)
     if rival is None:
-        _draw_bars(right, {"base model": matrix.base, name: matrix.rows[-1]}, matrix.tasks)
+        _draw_bars(right, matrix, name)
     else:
-        _draw_half(right, rival, rival_name)
+        _draw_heatmap(right, rival, rival_name)
         right.set_yticks([])
-    figure.suptitle(_finding(matrix, rival, name, rival_name), fontsize=13, fontweight="bold", x=0.01, ha="left")
+    shown = {name: matrix} if rival is None else {name: matrix, rival_name: rival}
+    means = {name: shown[name].average_accuracy for name in shown}
+    told = ", ".join(name if mean is None else f"{name} {100 * mean:.1f} %" for name, mean in means.items())
+    title = f"Mean accuracy after {len(matrix.rows)} arrival{'s' * (len(matrix.rows) > 1)}: {told}"
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
-def _finding(matrix: AccuracyMatrix, rival: AccuracyMatrix | None, name: str, rival_name: str) -> str:
-    """What a reader should take home, in one sentence."""
-    shown = {name: matrix} if rival is None else {name: matrix, rival_name: rival}
-    means = {name: each.average_accuracy for name, each in shown.items()}
-    told = ", ".join(name if mean is None else f"{name} {100 * mean:.1f} %" for name, mean in means.items())
-    return f"Mean accuracy after {len(matrix.rows)} arrival{'s' * (len(matrix.rows) > 1)}: {told}"
+def _draw_heatmap(axes: Axes, matrix: AccuracyMatrix, name: str) -> None:
+    """Draw the accuracy matrix in per cent: a column per task, a row for the base model, then a row per version.
 
-
-def _draw_half(axes: Axes, matrix: AccuracyMatrix, name: str) -> None:
-    draw_heatmap(axes, matrix)
+    A version's cell for its new task has a frame. Cells that were not measured are hatched.
+    """
+    values = 100 * numpy.array([matrix.base, *matrix.rows], dtype=float)
+    tops = [-GAP, *range(1, len(values))]
+    for (row, column), value in numpy.ndenumerate(values):
+        cell = Rectangle((column, tops[row]), 1, 1, edgecolor="white", linewidth=2)
+        axes.add_patch(cell)
+        if numpy.isnan(value):
+            cell.set(facecolor="#F4F4F4", edgecolor="#CCCCCC", hatch="///", linewidth=0)
+            continue
+        is_dark = value >= 50
+        place = DARK_FROM + (1 - DARK_FROM) * (value - 50) / 50 if is_dark else LIGHT_TO * value / 50
+        cell.set_facecolor(COLOUR_MAP(place))
+        colour = "white" if is_dark else "black"
+        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
+    for version, task in enumerate(matrix.trained, start=1):
+        corner = (matrix.tasks.index(task), version)
+        frame = Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.4, zorder=3, clip_on=False)
+        axes.add_patch(frame)
+    axes.set_xlim(0, len(matrix.tasks))
+    axes.set_ylim(len(values), -GAP)
+    _name_columns(axes, matrix.tasks, offset=0.5)
+    names = ["base model", *(f"{number}  after {task}" for number, task in enumerate(matrix.trained, start=1))]
+    axes.set_yticks([top + 0.5 for top in tops], names, fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     axes.set_title(f"{name}\n", fontsize=12, fontweight="bold", loc="left")
     axes.text(0, 1.03, describe(matrix), transform=axes.transAxes, fontsize=9.5, color=MUTED)
 
 
-def _draw_bars(axes: Axes, series: Mapping[str, Sequence[float | None]], tasks: Sequence[str]) -> None:
-    """Draw the accuracy of every task, a bar per series."""
-    colours = ("#BBBBBB", COLOURS[0])
-    width = 0.8 / len(series)
-    for index, (name, values) in enumerate(series.items()):
-        offset = (index - (len(series) - 1) / 2) * width
+def _draw_bars(axes: Axes, matrix: AccuracyMatrix, name: str) -> None:
+    """Draw the accuracy of every task at the end, beside the base model's."""
+    size = 8 if len(matrix.tasks) <= 4 else 6
+    sides = (("base model", "#BBBBBB", matrix.base, -0.2), (name, COLOURS[0], matrix.rows[-1], 0.2))
+    for label, colour, values, offset in sides:
         places = [column + offset for column in range(len(values))]
-        heights = [100 * (value or 0) for value in values]
-        axes.bar(places, heights, width=width * 0.92, color=colours[index], label=name)
-        for place, height, value in zip(places, heights, values, strict=True):
-            text = "–" if value is None else f"{height:.0f}"
-            size = 8 if len(values) <= 4 else 6
-            axes.text(place, height + 1.5, text, ha="center", fontsize=size, color="#333333")
+        bars = axes.bar(places, [100 * (value or 0) for value in values], width=0.37, color=colour, label=label)
+        texts = ["–" if value is None else f"{100 * value:.0f}" for value in values]
+        axes.bar_label(bars, texts, padding=2, fontsize=size, color="#333333")
     tidy(axes)
-    name_columns(axes, tasks)
+    _name_columns(axes, matrix.tasks)
     axes.tick_params(axis="x", length=0)
     axes.set_ylim(0, 108)
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_title("at the end, all tasks\n", fontsize=12, fontweight="bold", loc="left")
     axes.text(0, 1.03, "accuracy in %", transform=axes.transAxes, fontsize=9.5, color=MUTED)
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 0.99),
-        ncols=len(series),
-        frameon=False,
-        fontsize=8.5,
-        handlelength=1.0,
-        columnspacing=1.2,
-    )
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.99), "ncols": 2}
+    axes.legend(**place, frameon=False, fontsize=8.5, handlelength=1.0, columnspacing=1.2)
+
+
+def _name_columns(axes: Axes, names: Sequence[str], *, offset: float = 0.0) -> None:
+    """Write the tasks' names below their columns. Long names and many names are slanted."""
+    axes.set_xticks([column + offset for column in range(len(names))], names, fontsize=9)
+    if len(names) > 6 or max(map(len, names)) > 12:
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation=35, rotation_mode="anchor")

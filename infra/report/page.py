@@ -42,35 +42,31 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
     matplotlib is not installed, as on a worker, the page says so in place of its charts.
     """
     versions = versions_of(report, evaluation)
+    try:
+        from infra.report.charts import charts_of
+
+        charts = charts_of(report, evaluation, versions, live)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        charts = None
+    landed, learned = count(report.quality.num_train, "row"), report.training.num_rows
     slowest = max(report.seconds.values(), default=0.0) or 1.0
     context: dict[str, Any] = {
         "report": report,
         "evaluation": evaluation,
         "verdict": verdict_of(report),
         "origin": origin_of(report),
-        "learned_rows": learned_rows_of(report),
+        "learned_rows": landed if learned == report.quality.num_train else f"{learned} of {landed}",  # see `selection`
         "scores": scores_of(report, evaluation),
         "matrix": matrix_rows(evaluation.matrix, versions),
-        "charts": _charts(report, evaluation, versions, live),
+        "charts": charts,
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
         "totals": totals(report.changed),
         "otherwise": scored_otherwise(evaluation.metrics),
         "live": live,
     }
     return _environment().get_template("page.html.j2").render(context)
-
-
-def _charts(
-    report: RunReport, evaluation: EvaluationReport, versions: Sequence[str], live: LiveLook | None
-) -> dict[str, str] | None:
-    """The charts by name, and those of live traffic by `live:TASK`; None: matplotlib is not installed here."""
-    try:
-        from infra.report.charts import charts_of
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        return None
-    return charts_of(report, evaluation, versions, live)
 
 
 @functools.cache
@@ -90,29 +86,29 @@ def _environment() -> Environment:
 
 def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixRow]:
     """Return the base model's row, then a row for each version with its number in the lineage."""
-    rows = [MatrixRow("base", "", tuple(_cell(value, False) for value in matrix.base))]
-    for version, trained, values in zip(versions, matrix.trained, matrix.rows, strict=True):
-        cells = (_cell(value, task == trained) for task, value in zip(matrix.tasks, values, strict=True))
-        rows.append(MatrixRow(version, trained, tuple(cells)))
+    rows = []
+    names, trained = ("base", *versions), ("", *matrix.trained)
+    for name, learned, shares in zip(names, trained, (matrix.base, *matrix.rows), strict=True):
+        cells = tuple(
+            MatrixCell(percent(share), None if share is None else round(share * (NUM_SHADES - 1)), task == learned)
+            for task, share in zip(matrix.tasks, shares, strict=True)
+        )
+        rows.append(MatrixRow(name, learned, cells))
     return rows
-
-
-def _cell(share: float | None, is_trained: bool) -> MatrixCell:
-    shade = None if share is None else round(share * (NUM_SHADES - 1))
-    return MatrixCell(percent(share), shade, is_trained)
 
 
 def verdict_of(report: RunReport) -> str:
     """Return the gate's verdict on the version as a sentence."""
     version = f"Version {report.version} of {report.lineage}"
-    if report.verdict == "promoted":
-        return f"{version} has learned {report.task}, passed the gate and was promoted."
-    if report.verdict == "awaiting-approval":
-        return f"{version} has learned {report.task}, passed the gate and waits for a person's approval."
-    if report.verdict == "rollout":
-        return f"{version} has learned {report.task}, passed the gate and is tried on live traffic."
-    stays = f"version {report.parent_version} stays champion" if report.parent_version else "there is no champion yet"
-    return f"{version}, trained on {report.task}, was rejected by the gate; {stays}."
+    if report.verdict == "rejected":
+        stays = f"{origin_of(report)} stays champion" if report.parent_version else "there is no champion yet"
+        return f"{version}, trained on {report.task}, was rejected by the gate; {stays}."
+    became = {
+        "promoted": "was promoted",
+        "awaiting-approval": "waits for a person's approval",
+        "rollout": "is tried on live traffic",
+    }
+    return f"{version} has learned {report.task}, passed the gate and {became[report.verdict]}."
 
 
 def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
@@ -120,12 +116,12 @@ def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
 
     Rejected versions have no row, and neither have versions that a rollback left out.
     """
-    known = {link.version: link.parent_version for link in report.lineage_so_far}
+    parents = {link.version: link.parent_version for link in report.lineage_so_far}
     chain: list[str] = []
     version: str | None = report.version
     while version is not None and version not in chain:
         chain.insert(0, version)
-        version = known.get(version)
+        version = parents.get(version)
     num_rows = len(evaluation.matrix.rows)
     return chain if len(chain) == num_rows else [f"row {number}" for number in range(1, num_rows + 1)]
 
@@ -133,12 +129,6 @@ def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
 def origin_of(report: RunReport) -> str:
     """Return the name of the version's parent."""
     return f"version {report.parent_version}" if report.parent_version else "the base model"
-
-
-def learned_rows_of(report: RunReport) -> str:
-    """Return how many training rows the version learned from. `selection` may have left out some."""
-    landed, learned = count(report.quality.num_train, "row"), report.training.num_rows
-    return landed if learned == report.quality.num_train else f"{learned} of {landed}"
 
 
 def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str, str]]:
@@ -157,10 +147,9 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
         scores.append(("forgetting", f"{points(matrix.forgetting)} points"))
     if matrix.relative_forgetting is not None and len({evaluation.metric_name(name) for name in matrix.tasks}) > 1:
         scores.append(("forgetting, of what was gained", f"{percent(matrix.relative_forgetting)} %"))
-    parents = evaluation.parent_accuracies
     changes = {
-        old: evaluation.accuracies[old] - parents[old]
-        for old in parents
+        old: evaluation.accuracies[old] - accuracy
+        for old, accuracy in evaluation.parent_accuracies.items()
         if old != task and old not in evaluation.slices
     }
     if changes:

@@ -1,4 +1,4 @@
-"""The values of a run's page that `evaluation.json` does not have. MLflow keeps them as `report.json`."""
+"""The values of a run's page that `evaluation.json` does not have. The store keeps them as `report.json`."""
 
 from __future__ import annotations
 

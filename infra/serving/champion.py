@@ -2,6 +2,9 @@
 
 A thread watches the promotion log in the store. When the champion moves, the thread downloads the new version and swaps
 the adapter. If this fails, or the store does not answer, the loaded version continues to serve.
+
+What computes is an `Answerer`. This module and `infra.serving.rollout` use its methods `ask`, `swap`, `add_candidate`,
+`drop_candidate`, `drain` and `stop`. The web application knows only `Champion`.
 """
 
 from __future__ import annotations
@@ -16,20 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mlflow.models import Model
-from mlflow.pyfunc import PyFuncModel
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
 from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError, load_answerer, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
 from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog
-from infra.served_model import SIGNATURE, ServedModel
 from infra.serving.prediction_log import LOG, PredictionLog
-from infra.serving.rollout import Rollout, with_tasks
-from infra.serving.version_files import fetch_version
+from infra.serving.rollout import Rollout, try_to_load, with_tasks
 from infra.settings import HomeSettings, ServingSettings
-from infra.store.base import ObjectStore, temporary_folder
+from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.versions import Version, Versions
 
@@ -112,8 +111,8 @@ class Champion:
         """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`.
 
         In a canary's rollout, requests with the same `key` go to the same version. `version` is the version that the
-        request names, if it names one. The champion may move while it computes: an answer of another version than the
-        named one is not logged, and the caller must not return it.
+        request names, if it names one. If the champion moves meanwhile, the answer may be of another version: it is not
+        logged then, and the caller must not return it.
         """
         assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
         begun, served = time.perf_counter(), self.served
@@ -121,29 +120,22 @@ class Champion:
         tried = self.rollout.ask(named, served, is_given_up, key, version)
         if isinstance(tried, Answered):
             return tried._replace(served=served)
+        log_refusal = tried
         try:
             answered = self._answerer.ask(rows, is_given_up)
         except (ConfigError, GivenUpError):  # what both versions refuse counts for neither
             raise
         except Exception:
-            self.rollout.count(tried)
+            log_refusal()
             if self.log is not None and self.rollout.trial is not None:  # a rollout compares failures too
                 self.log.note_failure(rows, served, self._answerer.version, time.perf_counter() - begun)
             raise
-        self.rollout.count(tried)
+        log_refusal()
         if self.log is None or version not in (None, answered.version):
             return answered
         answered = self.log.note(rows, answered, time.perf_counter() - begun)
         self.rollout.copy(named, answered, key)
         return answered
-
-    def model(self, is_given_up: Callable[[], bool], key: str | None = None) -> PyFuncModel:
-        """Return the model for one request. Like MLflow's servers, it checks tables against the model's signature.
-
-        The arguments are those of `ask`.
-        """
-        model = ServedModel(lambda rows: self.ask(rows, is_given_up, key))
-        return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=model)
 
     def begin(self) -> None:
         """Load the champion.
@@ -151,7 +143,7 @@ class Champion:
         Raises:
             NoChampionError: There is no champion.
             ServingError: The champion does not load.
-            StoreError: See `_read_log`.
+            StoreError: The store does not answer, or an entry or a version is missing or damaged.
         """
         self._read_log()
         if self._champion is None:
@@ -190,11 +182,7 @@ class Champion:
             self.rollout.stop()
 
     def _read_log(self) -> None:
-        """Read the newest entry of the promotion log, and the versions only if the entry is new.
-
-        Raises:
-            StoreError: The store does not answer, or an entry or a version is missing or damaged.
-        """
+        """Read the newest entry of the promotion log, and the versions only if the entry is new."""
         move = PromotionLog(self._store).last(self.lineage)
         if move == self._move:
             return
@@ -217,36 +205,26 @@ class Champion:
     def _try(self, version: Version) -> None:
         """Load a version; if this fails, report the reason."""
         started, self._starting = time.monotonic(), version.version
-        try:
-            with temporary_folder() as temporary:
-                self._load(version, temporary / "version")
-        except Exception as error:  # a full disk, damaged files, too little memory: the loaded version must serve on
-            kind = ""
-            if not isinstance(error, DealError | OSError):
-                kind = f"{type(error).__name__}: "
-                LOG.exception("Version %s does not load", version.version)
-            self._failed_at = time.monotonic()
-            serving = f"; version {self.version} continues to serve" if self.version else ""
-            reason = " ".join(str(error).split()).rstrip(".")
-            self._note(f"Version {version.version} does not load: {kind}{reason}{serving}.")
-        else:
+        problem = try_to_load(self._store, version, lambda folder: self._load(folder, version.version))
+        self._starting = None
+        if problem is None:
             self._failed_at = self._problem = None
             self._say(f"Version {version.version} serves (ready in {time.monotonic() - started:.1f} s).")
-        finally:
-            self._starting = None
+        else:
+            self._failed_at = time.monotonic()
+            serving = f"; version {self.version} continues to serve" if self.version else ""
+            self._note(f"Version {version.version} does not load: {problem.rstrip('.')}{serving}.")
 
-    def _load(self, version: Version, folder: Path) -> None:
-        fetch_version(self._store, version, folder)
-        settings, cache, number = ServingSettings(), HomeSettings().cache_dir, version.version
+    def _load(self, folder: Path, number: str) -> None:
+        """Let the version in a folder answer. Only a version on another base model loads a model."""
+        settings, cache = ServingSettings(), HomeSettings().cache_dir
+        base_source, precision = settings.base_model, settings.serving_precision
         if self._answerer is None:
-            self._answerer = load_answerer(
-                folder, cache, settings.base_model, precision=settings.serving_precision, version=number
-            )
+            self._answerer = load_answerer(folder, cache, base_source, precision=precision, version=number)
         elif (served := read_served(folder)).base_sha256 == self._answerer.base_sha256:
             self._answerer.swap(folder, number)
         else:
-            base = load_base_of(served, cache, settings.base_model, precision=settings.serving_precision)
-            self._answerer.swap(folder, number, base)
+            self._answerer.swap(folder, number, load_base_of(served, cache, base_source, precision=precision))
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -1,18 +1,18 @@
 """The connections of the web server: how many there may be, from one address and in all, and how long they may idle.
 
-uvicorn limits neither, and waits for ever for the first request. Here a protocol stands in front of uvicorn's own and
-hands everything on. At a limit, the connection that has waited longest for its client is closed, not the new one. So
-nobody keeps others away by idle connections or slow requests, and a look at /health always comes through.
+uvicorn limits neither, and waits for ever for the first request. Here a protocol stands in front of uvicorn's own. At a
+limit, the connection that has waited longest for its client is closed, not the new one. So nobody keeps others away by
+idle connections or slow requests, and a look at /health always comes through.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 512
 MAX_OF_ADDRESS = 256
@@ -28,9 +28,9 @@ class Connections:
         self._app = app
         self._open: dict[Any, Connection] = {}
 
-    def in_front_of(self, make: Callable[..., asyncio.Protocol]) -> Callable[..., asyncio.Protocol]:
-        """Return what makes the protocol of a new connection; `make` makes uvicorn's."""
-        return lambda **options: Connection(self, make(**options))
+    def protocol(self, **options: Any) -> Connection:
+        """Return the protocol of a new connection. `options` are those of uvicorn's."""
+        return Connection(self, H11Protocol(**options))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. Only while the answer is computed, its connection does not wait for the client."""
@@ -77,20 +77,23 @@ class Connections:
             del self._open[connection.peer]
 
 
-class Connection(asyncio.Protocol):
+class Connection:
     """One connection. It hands everything to uvicorn's protocol, and closes if its client sends no request in time."""
 
     def __init__(self, connections: Connections, inner: asyncio.Protocol) -> None:
         self._connections, self._inner = connections, inner
+        # bytes do not restart the time limit, since a request ends it: they go straight to uvicorn's protocol
+        self.data_received, self.eof_received = inner.data_received, inner.eof_received
+        self.pause_writing, self.resume_writing = inner.pause_writing, inner.resume_writing
         self._limit: asyncio.TimerHandle | None = None
         self.is_answering = False
         """Whether the server has the whole request and its answer has not begun."""
         self.since = 0.0
         """When it began to wait for its client, by the loop's clock."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin the time limit for the first request."""
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # of a stream
+        self._transport = transport
         self.peer = (transport.get_extra_info("peername") or (None, id(self)))[:2]
         """Address and port, as a request's scope has them."""
         self.address = self.peer[0]
@@ -103,22 +106,6 @@ class Connection(asyncio.Protocol):
         self.end_limit()
         self._connections.remove(self)
         self._inner.connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Hand bytes on. They do not restart the time limit: a request ends it."""
-        self._inner.data_received(data)
-
-    def eof_received(self) -> bool | None:
-        """Hand the end of the client's bytes on."""
-        return self._inner.eof_received()
-
-    def pause_writing(self) -> None:
-        """Hand on that the client reads slowly."""
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        """Hand on that the client reads again."""
-        self._inner.resume_writing()
 
     def begin_limit(self) -> None:
         """Wait for the client's next request, for IDLE_SECONDS."""

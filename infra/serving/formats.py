@@ -13,21 +13,23 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.pyfunc import PyFuncModel
 from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
 
 from deal_core.data.chats import ROLES, normal_calls, role_of
+from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedVersion, require_few_messages
 from deal_core.monitoring.feedback import read_entry
 from deal_core.safe_text import brief
-from infra.served_model import VERSION
+from infra.served_model import SIGNATURE, VERSION, ServedModel
 from infra.serving.champion import Champion
 from infra.serving.prediction_log import LOG
 
@@ -37,7 +39,6 @@ TABLE_BODY = '{"dataframe_records": [{"input": "the text"}]}'
 OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the text"}]}'
 FEEDBACK_BODY = '[{"id": ID, "label": LABEL}]'
 RETRY = {"Retry-After": "2"}
-NOT_FOUND = "model_not_found"
 DONE = "data: [DONE]\n\n"
 REFUSED = {"tools": "tools", "functions": "functions", "logprobs": "log-probabilities", "audio": "audio"}
 """Keys of a request that ask for something that the server does not have."""
@@ -78,34 +79,62 @@ class Caller(NamedTuple):
 
 def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
     """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs."""
-    model = serving.model(caller.is_given_up, caller.key)
     values = _decode_object(body, TABLE_BODY)
     values.pop("params", None)  # MLflow's clients may send params; the model has none
     if "task" in values:  # MLflow ignores what stands beside the rows, so another task would answer
         raise RefusalError(400, "task stands beside the rows; give it in each row.")
     try:
-        schema = model.metadata.get_input_schema()  # type: ignore[no-untyped-call]
-        table = infer_and_parse_data(values, schema)
+        table = infer_and_parse_data(values, SIGNATURE.inputs)
     except MlflowException as error:
         raise RefusalError(400, _reason(error)) from None
     except Exception as error:  # pandas raises many kinds of errors
         raise RefusalError(400, f"The body is no table of rows ({type(error).__name__}).") from None
-    with _refusing():
-        predictions: Any = model.predict(table)
+    model = ServedModel(lambda rows: serving.ask(rows, caller.is_given_up, caller.key))
+    with _refusing():  # like MLflow's servers, PyFuncModel checks the table against the signature
+        predictions: Any = PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=model).predict(table)
     written = io.StringIO()
     predictions_to_json(predictions, written)  # type: ignore[no-untyped-call]
     return HttpAnswer(written.getvalue(), predictions.attrs[VERSION])
 
 
 def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -> HttpAnswer:
-    """Answer a body in the form of OpenAI's API."""
-    asked = read_request(_decode_object(body, OPENAI_BODY), serving.served, is_chat=is_chat)
-    asked.require_version(serving.version, serving.canary)
+    """Answer a body of POST /v1/chat/completions (`is_chat`) or /v1/completions.
+
+    Sampling settings (temperature, top_p, seed, max_tokens, stop) have no effect: an answer is the most likely one, up
+    to the task's longest answer.
+    """
+    values, served = _decode_object(body, OPENAI_BODY), serving.served
+    model = values.get("model")
+    if not isinstance(model, str):
+        raise _wrong(f"model is missing; give the lineage's name: {served.lineage}.")
+    name, _, task_name = model.partition("/")
+    lineage, _, version = name.partition("@")
+    if lineage != served.lineage:
+        raise _not_found(f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.")
+    for key, what in REFUSED.items():
+        if values.get(key):
+            raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
+    if values.get("n") not in (None, 1):
+        raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
+    task = served.task(task_name or None)
+    if task is None:
+        names = ", ".join(task.schema.name for task in served.tasks)
+        raise _not_found(f"model names the task {task_name!r}; the version that answers knows {names}.")
+    texts = _chat_input(values, task.schema) if is_chat else _prompts(values, task.schema)
+    rows = [InputRow(text, task.schema.name) for text in texts]
+    user = values["user"] if isinstance(values.get("user"), str) else None
+
+    def require_version(*answering: str | None) -> None:
+        if version and version not in answering:
+            raise _not_found(f"Version {version} does not answer here; version {answering[0]} does.")
+
+    require_version(serving.version, serving.canary)
     with _refusing():
-        answered = serving.ask(asked.rows, caller.is_given_up, caller.key or asked.user, asked.version)
-    asked.require_version(answered.version)  # the champion may have moved
-    kind = "text/event-stream" if asked.is_stream else "application/json"
-    return HttpAnswer(asked.body(answered), answered.version, kind)
+        answered = serving.ask(rows, caller.is_given_up, caller.key or user, version or None)
+    require_version(answered.version)  # the champion may have moved
+    if values.get("stream") is True:
+        return HttpAnswer(_written(answered, is_chat, is_stream=True), answered.version, "text/event-stream")
+    return HttpAnswer(_written(answered, is_chat, is_stream=False), answered.version)
 
 
 def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
@@ -116,20 +145,20 @@ def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
     if not isinstance(values, list) or not values or len(values) > MAX_ENTRIES:
         raise RefusalError(400, f"The body is no list of 1 to {MAX_ENTRIES} entries; send {FEEDBACK_BODY}.")
     tasks = {task.schema.name: task.schema for task in serving.served.tasks}
-    now, found = time.time(), []
+    now, checked = time.time(), []
     try:
         for number, entry in enumerate(values, 1):
             place = f"Entry {number}"
             read = read_entry(entry, place, source="api", now=now)
             read.check_texts(log.keeps_texts, place)
-            found.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
+            checked.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
     except ConfigError as error:
         raise RefusalError(400, str(error)) from None
-    if refusal := log.refusal_of([feedback.id for feedback in found]):
+    if refusal := log.refusal_of([feedback.id for feedback in checked]):
         raise RefusalError(400, f"Entry {refusal[0]} {refusal[1]}; leave it out.")
-    if not log.take_feedback(found):
+    if not log.take_feedback(checked):
         raise RefusalError(503, "The feedback was not stored; send it again in a moment.", RETRY)
-    return HttpAnswer(json.dumps({"taken": len(found)}), serving.version or "", status=202)
+    return HttpAnswer(json.dumps({"taken": len(checked)}), serving.version or "", status=202)
 
 
 @contextmanager
@@ -178,62 +207,37 @@ def _reason(error: MlflowException) -> str:
     return " ".join(message.split())[:1000]
 
 
-def api_refusal(refusal: RefusalError) -> dict[str, Any]:
-    """Return the body of a refusal in the form of OpenAI's API."""
-    return {"error": {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": refusal.code}}
+def _written(answered: Answered, is_chat: bool, *, is_stream: bool) -> str:
+    """Return the body of an answer as JSON, or as server-sent events. A stream has each answer as one piece.
 
-
-@dataclass(frozen=True)
-class ApiRequest:
-    """The rows of a request, and how the answer is written."""
-
-    rows: tuple[InputRow, ...]
-    version: str | None
-    """The version that has to answer; None: the champion, whatever its number."""
-    is_chat: bool
-    is_stream: bool
-    user: str | None = None
-    """The client's name of its user; None: it gives none."""
-
-    def require_version(self, version: str | None, canary: str | None = None) -> None:
-        """Raise RefusalError if the model's name has a version, and neither `version` nor `canary` is that one."""
-        if self.version is not None and self.version not in (version, canary):
-            message = f"Version {self.version} does not answer here; version {version} does."
-            raise RefusalError(404, message, code=NOT_FOUND)
-
-    def body(self, answered: Answered) -> str:
-        """Return the answer as JSON, or as server-sent events. A stream has each answer as one piece.
-
-        The answer's id is that of its row in the prediction log. Of several rows, each choice has its row's id.
-        """
-        is_cut = answered.is_cut or [False] * len(answered.answers)
-        choices: list[dict[str, Any]] = []
-        for number, (text, cut) in enumerate(zip(answered.answers, is_cut, strict=True)):
-            shared = {"index": number, "logprobs": None, "finish_reason": "length" if cut else "stop"}
-            own = {"id": answered.ids[number]} if len(answered.ids) > 1 else {}
-            choices += self._choices({**shared, **own}, text)
-        kind = "text_completion"
-        if self.is_chat:
-            kind = "chat.completion.chunk" if self.is_stream else "chat.completion"
-        made = {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{[*answered.ids, uuid.uuid4().hex][0]}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": f"{answered.served.lineage}@{answered.version}",
-        }
-        if not self.is_stream:
-            return json.dumps({**made, "choices": choices}, ensure_ascii=False)
-        events = [json.dumps({**made, "choices": [each]}, ensure_ascii=False) for each in choices]
-        return "".join(f"data: {event}\n\n" for event in events) + DONE
-
-    def _choices(self, shared: dict[str, Any], text: str) -> list[dict[str, Any]]:
-        """Return an answer as one choice; in a stream of a chat, its end is a choice of its own."""
-        if not self.is_chat:
-            return [{**shared, "text": text}]
+    The answer's id is that of its row in the prediction log. Of several rows, each choice has its row's id.
+    """
+    is_cut = answered.is_cut or [False] * len(answered.answers)
+    choices: list[dict[str, Any]] = []
+    for number, (text, cut) in enumerate(zip(answered.answers, is_cut, strict=True)):
+        choice = {"index": number, "logprobs": None, "finish_reason": "length" if cut else "stop"}
+        if len(answered.ids) > 1:
+            choice["id"] = answered.ids[number]
         message = {"role": "assistant", "content": text}
-        if not self.is_stream:
-            return [{**shared, "message": message}]
-        return [{**shared, "delta": message, "finish_reason": None}, {**shared, "delta": {}}]
+        if not is_chat:
+            choices.append({**choice, "text": text})
+        elif not is_stream:
+            choices.append({**choice, "message": message})
+        else:  # the end of a chat is a piece of its own
+            choices += [{**choice, "delta": message, "finish_reason": None}, {**choice, "delta": {}}]
+    kind = "text_completion"
+    if is_chat:
+        kind = "chat.completion.chunk" if is_stream else "chat.completion"
+    answer = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{[*answered.ids, uuid.uuid4().hex][0]}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": f"{answered.served.lineage}@{answered.version}",
+    }
+    if not is_stream:
+        return json.dumps({**answer, "choices": choices}, ensure_ascii=False)
+    pieces = [json.dumps({**answer, "choices": [choice]}, ensure_ascii=False) for choice in choices]
+    return "".join(f"data: {piece}\n\n" for piece in pieces) + DONE
 
 
 def list_models(served: ServedVersion, version: str) -> dict[str, Any]:
@@ -246,69 +250,30 @@ def list_models(served: ServedVersion, version: str) -> dict[str, Any]:
     }
 
 
-def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: bool) -> ApiRequest:
-    """Read the body of POST /v1/chat/completions or /v1/completions.
-
-    Sampling settings (temperature, top_p, seed, max_tokens, stop) have no effect: an answer is the most likely one, up
-    to the task's longest answer.
-    """
-    version, task_name = _version_and_task(values, served)
-    for key, what in REFUSED.items():
-        if values.get(key):
-            raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
-    if values.get("n") not in (None, 1):
-        raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
-    task = served.task(task_name)
-    if task is None:
-        names = ", ".join(each.schema.name for each in served.tasks)
-        raise RefusalError(
-            404, f"model names the task {task_name!r}; the version that answers knows {names}.", code=NOT_FOUND
-        )
-    read = _chat_input if is_chat else _prompts
-    texts = read(values, task.schema.format == "chat", task.schema.name)
-    return ApiRequest(
-        rows=tuple(InputRow(text, task.schema.name) for text in texts),
-        version=version,
-        is_chat=is_chat,
-        is_stream=values.get("stream") is True,
-        user=values["user"] if isinstance(values.get("user"), str) else None,
-    )
-
-
 def _wrong(message: str) -> RefusalError:
     return RefusalError(400, message, code="invalid_request_error")
 
 
-def _version_and_task(values: Mapping[str, Any], served: ServedVersion) -> tuple[str | None, str | None]:
-    """Return the version and the task that the model's name has."""
-    model = values.get("model")
-    if not isinstance(model, str):
-        raise _wrong(f"model is missing; give the lineage's name: {served.lineage}.")
-    rest, _, task = model.partition("/")
-    lineage, _, version = rest.partition("@")
-    if lineage != served.lineage:
-        raise RefusalError(
-            404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.", code=NOT_FOUND
-        )
-    return version or None, task or None
+def _not_found(message: str) -> RefusalError:
+    return RefusalError(404, message, code="model_not_found")
 
 
-def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[str]:
+def _chat_input(values: Mapping[str, Any], task: TaskSchema) -> list[str]:
     messages = values.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise _wrong("messages is no list of messages; give role and content for each.")
     try:
         require_few_messages(len(messages), "The chat")
     except ConfigError as error:
         raise _wrong(str(error)) from None
-    read = [_message(each) for each in messages]
-    if takes_chat:
-        return [json.dumps(read, ensure_ascii=False)]
-    if [each["role"] for each in read] != ["user"]:
+    chat = [_message(message) for message in messages]
+    if task.format == "chat":
+        return [json.dumps(chat, ensure_ascii=False)]
+    if [message["role"] for message in chat] != ["user"]:
         raise _wrong(
-            f"The task {task} takes one text, under the server's instruction; send one message of the role user."
+            f"The task {task.name} takes one text, under the server's instruction; send one message of the role user."
         )
-    return [read[0]["content"]]
+    return [chat[0]["content"]]
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,28 +287,24 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         raise _wrong(f"A message has the role {brief(role)}; the roles are {', '.join(ROLES)}.")
     if calls and normal_calls(calls) is None:
         raise _wrong('tool_calls is no list of {"function": {"name": …, "arguments": …}}.')
-    names = ("tool_calls", "tool_call_id", "name") if role == "tool" else ("tool_calls",)
-    kept = {name: message[name] for name in names if message.get(name)}  # clients send null for what is not there
-    return {"role": role, "content": _content(message), **kept}
-
-
-def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return ""
     parts = content if isinstance(content, list) else []
-    if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        return "\n".join(part["text"] for part in parts)  # as training joins them
+    if content is None and calls:
+        content = ""
+    elif parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        content = "\n".join(part["text"] for part in parts)  # as training joins them
     if not isinstance(content, str):
         raise _wrong("A message's content is no text; the server reads texts only.")
-    return content
+    names = ("tool_calls", "tool_call_id", "name") if role == "tool" else ("tool_calls",)
+    kept = {name: message[name] for name in names if message.get(name)}  # clients send null for what is not there
+    return {"role": role, "content": content, **kept}
 
 
-def _prompts(values: Mapping[str, Any], takes_chat: bool, task: str) -> Sequence[str]:
-    if takes_chat:
-        raise _wrong(f"The task {task} takes chats; send its messages to /v1/chat/completions.")
+def _prompts(values: Mapping[str, Any], task: TaskSchema) -> list[str]:
+    if task.format == "chat":
+        raise _wrong(f"The task {task.name} takes chats; send its messages to /v1/chat/completions.")
     prompt = values.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise _wrong("prompt is no text and no list of texts; token numbers are not read.")
     return prompts

@@ -7,7 +7,9 @@ and counted. Feedback does not wait: it is stored before its request is answered
 
 from __future__ import annotations
 
+import hmac
 import logging
+import secrets
 import threading
 import time
 import uuid
@@ -24,9 +26,9 @@ from deal_core.monitoring.feedback import Feedback
 from deal_core.monitoring.predictions import Prediction, failures_of, predictions_of
 from infra.log_batches import BATCH_SECONDS, beyond_retention, put_rows
 from infra.predictions import feedback_log, prediction_log
-from infra.serving.answer_ids import AnswerIds
 from infra.settings import ServingSettings
 from infra.store.base import ObjectStore
+from infra.store.keys import answer_ids_key
 
 MAX_WAITING = 10_000
 """Rows that wait for the store; further rows are dropped. The tasks of as many answers are remembered for feedback, and
@@ -38,6 +40,8 @@ MAX_STORING = 8
 CLEAN_SECONDS = 3600.0
 """Time between two looks for batches that are older than the retention."""
 JOIN_SECONDS = 5.0
+NUM_RANDOM = 18
+"""Digits of an id that are drawn at random."""
 
 LOG = logging.getLogger("deal.serving")
 
@@ -77,10 +81,8 @@ class PredictionLog:
         self._due.set()
         if self._thread.is_alive():
             self._thread.join(JOIN_SECONDS)
-        if self._waiting:
-            LOG.warning(
-                "%d answers are missing in the prediction log: the store did not take them in time.", len(self._waiting)
-            )
+        if num_lost := len(self._waiting):
+            LOG.warning("%d answers are missing in the prediction log: the store did not take them in time.", num_lost)
 
     def note(
         self, rows: Sequence[InputRow], answered: Answered, seconds: float, shadow_of: Sequence[str] = ()
@@ -89,14 +91,10 @@ class PredictionLog:
 
         `shadow_of` are the ids of the answers that were returned instead of these.
         """
+        new_id, keeps_texts = self._ids.new, self.keeps_texts
         try:
             made = predictions_of(
-                rows,
-                answered,
-                new_id=self._ids.new,
-                seconds=seconds,
-                keeps_texts=self.keeps_texts,
-                shadow_of=shadow_of,
+                rows, answered, new_id=new_id, seconds=seconds, keeps_texts=keeps_texts, shadow_of=shadow_of
             )
         except Exception:
             LOG.exception("Answers were not logged")
@@ -104,9 +102,11 @@ class PredictionLog:
                 self.num_dropped += len(rows)
             return answered
         if not shadow_of:  # no client knows the ids of the others
-            self._remember(made)
+            with self._changing:
+                self._tasks.update((row.id, row.task) for row in made)
+                _forget_oldest(self._tasks)
         self._keep(made)
-        return answered._replace(ids=[each.id for each in made])
+        return answered._replace(ids=[row.id for row in made])
 
     def note_failure(
         self,
@@ -122,15 +122,10 @@ class PredictionLog:
         except Exception:
             LOG.exception("A failure was not logged")
 
-    def _remember(self, made: Sequence[Prediction]) -> None:
-        with self._changing:
-            self._tasks.update((each.id, each.task) for each in made)
-            _forget_oldest(self._tasks)
-
     def _keep(self, made: Sequence[Prediction]) -> None:
         with self._changing:
             room = MAX_WAITING - len(self._waiting)
-            self._waiting += [vars(each) for each in made[:room]]
+            self._waiting += [vars(row) for row in made[:room]]
             self.num_dropped += len(made[room:])
             is_filling = len(self._waiting) > MAX_WAITING // 2
         if is_filling and not self._is_failing:
@@ -141,14 +136,14 @@ class PredictionLog:
         if not self._storing.acquire(blocking=False):
             return False
         try:
-            put_rows(self._store, self._feedback, [{"entry": uuid.uuid4().hex, **vars(each)} for each in entries])
+            put_rows(self._store, self._feedback, [{"entry": uuid.uuid4().hex, **vars(entry)} for entry in entries])
         except StoreError as error:
             LOG.warning("Feedback was not stored: %s", error)
             return False
         finally:
             self._storing.release()
         with self._changing:
-            for answer_id, number in Counter(each.id for each in entries).items():
+            for answer_id, number in Counter(entry.id for entry in entries).items():
                 self._num_entries[answer_id] = self._num_entries.pop(answer_id, 0) + number
             _forget_oldest(self._num_entries)
         return True
@@ -188,9 +183,8 @@ class PredictionLog:
                 except Exception as error:  # the thread must not end
                     failed.add(step.__name__)
                     if step.__name__ not in told:
-                        LOG.warning(
-                            "The prediction log: %s", error, exc_info=None if isinstance(error, DealError) else error
-                        )
+                        defect = None if isinstance(error, DealError) else error
+                        LOG.warning("The prediction log: %s", error, exc_info=defect)
             told = failed
 
     def _store_rows(self) -> None:
@@ -199,7 +193,6 @@ class PredictionLog:
             rows = self._waiting[:]
         if not rows:
             return
-        num_lost = 0
         try:
             put_rows(self._store, self._predictions, rows)
         except StoreError:  # the rows wait on
@@ -207,11 +200,11 @@ class PredictionLog:
             raise
         except Exception:  # another attempt would fail too
             LOG.exception("Answers were not logged")
-            num_lost = len(rows)
+            with self._changing:
+                self.num_dropped += len(rows)
         self._is_failing = False
         with self._changing:
             del self._waiting[: len(rows)]
-            self.num_dropped += num_lost
 
     def _remove_old(self) -> None:
         """Remove the batches that are older than the retention, once an hour."""
@@ -223,9 +216,9 @@ class PredictionLog:
         self._cleaned = time.monotonic()
 
 
-def _forget_oldest(known: OrderedDict[str, Any]) -> None:
-    while len(known) > MAX_WAITING:
-        known.popitem(last=False)
+def _forget_oldest(by_answer: OrderedDict[str, Any]) -> None:
+    while len(by_answer) > MAX_WAITING:
+        by_answer.popitem(last=False)
 
 
 def open_prediction_log(store: ObjectStore, lineage: str) -> PredictionLog | None:
@@ -233,9 +226,44 @@ def open_prediction_log(store: ObjectStore, lineage: str) -> PredictionLog | Non
     serving = ServingSettings()
     if serving.log_predictions == "off":
         return None
-    return PredictionLog(
-        store,
-        lineage,
-        keeps_texts=serving.log_predictions == "texts",
-        retention_days=serving.log_retention_days,
-    )
+    texts, days = serving.log_predictions == "texts", serving.log_retention_days
+    return PredictionLog(store, lineage, keeps_texts=texts, retention_days=days)
+
+
+class AnswerIds:
+    """Makes ids for one server of a lineage. Until `share` has succeeded, only this server knows them.
+
+    Any server of a lineage knows an id that one of them gave, without looking it up. An id is 32 hexadecimal digits: 18
+    are drawn at random, and 14 are a keyed digest of these (HMAC-SHA256, shortened). The servers share the key, which
+    lies in the object store. So feedback for ids that nobody gave is refused, and no list of ids has to be kept.
+    """
+
+    def __init__(self, store: ObjectStore, lineage: str) -> None:
+        self._store, self._place = store, answer_ids_key(lineage)
+        self._keys = [secrets.token_bytes(32)]
+        """The key of new ids comes first. Those of earlier ids follow."""
+        self._is_shared = False
+
+    def share(self) -> None:
+        """Take the key that the lineage's servers share; the first server makes it. Later calls do nothing."""
+        if self._is_shared:
+            return
+        self._store.put_bytes(self._place, secrets.token_hex(32).encode(), if_absent=True)
+        shared = self._store.get_bytes(self._place, at_most=1024).strip()
+        if not shared:
+            raise StoreError(f"{self._store.uri_of(self._place)} is empty; delete it.")
+        self._keys, self._is_shared = [shared, *self._keys], True
+
+    def new(self) -> str:
+        """Return an id that no other answer has."""
+        drawn = secrets.token_hex(NUM_RANDOM // 2)
+        return drawn + _digest(self._keys[0], drawn)
+
+    def is_given(self, answer_id: str) -> bool:
+        """Return whether a server of the lineage has made this id."""
+        drawn, digest = answer_id[:NUM_RANDOM], answer_id[NUM_RANDOM:]
+        return any(hmac.compare_digest(digest.encode(), _digest(key, drawn).encode()) for key in self._keys)
+
+
+def _digest(key: bytes, drawn: str) -> str:
+    return hmac.digest(key, drawn.encode(), "sha256").hex()[: 32 - NUM_RANDOM]

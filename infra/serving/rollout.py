@@ -11,9 +11,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, Full, Queue
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError
@@ -26,7 +29,6 @@ from infra.versions import Version
 
 MAX_COPIES = 256
 """Requests that wait for a shadow. Further ones are not copied."""
-LOOK_SECONDS = 0.5
 PAUSE_SECONDS = 60.0
 """Pause before a candidate that did not load is tried again."""
 
@@ -45,48 +47,23 @@ class Trial:
         return drawn < self.share * 2**64
 
 
-class Copy(NamedTuple):
-    """A request that was answered by the champion and waits for the shadow."""
-
-    trial: Trial
-    rows: Sequence[InputRow]
-    served: ServedVersion
-    """The champion that answered."""
-    ids: Sequence[str]
-    """The ids of its answers."""
-
-
-class Refused(NamedTuple):
-    """A request that the candidate has refused. The arguments of `PredictionLog.note_failure`."""
-
-    rows: Sequence[InputRow]
-    served: ServedVersion
-    version: str
-    seconds: float
-
-
 class Rollout:
-    """The candidate of one server. `keep_up` loads and removes it.
-
-    The other methods fail no request, except one that names the candidate's version.
-    """
+    """The candidate of one server. `keep_up` loads and removes it. `note` gets each message for the user."""
 
     def __init__(
         self, store: ObjectStore, answerer: Answerer, log: PredictionLog | None, note: Callable[[str], None]
     ) -> None:
-        self._store, self._answerer, self._log = store, answerer, log
-        self._note = note
+        self._store, self._answerer, self._log, self._note = store, answerer, log, note
         self.trial: Trial | None = None
         """What is tried now; None: nothing."""
         self.problem: str | None = None
         """Why the version in rollout is not tried."""
-        self._told = ""
         self._failed: tuple[Trial, float] | None = None
-        self._copies: Queue[Copy] = Queue(MAX_COPIES)
+        """What did not load, and when (monotonic seconds)."""
+        self._shadow = ThreadPoolExecutor(1, thread_name_prefix="shadow")
+        self._room = threading.Semaphore(MAX_COPIES)
         self.num_dropped = 0
         """Requests that were not copied since the server started, because the shadow is slower than they come."""
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
 
     @property
     def canary(self) -> str | None:
@@ -101,21 +78,27 @@ class Rollout:
 
     def keep_up(self, candidate: Version | None, champion: str | None) -> None:
         """Load the version in rollout, or remove it. `champion` is the version that answers now."""
-        wanted = self._wanted(candidate, champion)
-        if wanted == self.trial:
+        wanted = None
+        # a candidate continues the champion; otherwise the champion does not answer yet
+        if candidate is not None and candidate.rollout is not None and candidate.parent_version == champion:
+            wanted = Trial(candidate.version, candidate.rollout.kind, candidate.rollout.share)
+        if wanted is not None and self._log is None:
+            self._tell(f"Version {wanted.version} is not tried: its rollout needs DEAL_LOG_PREDICTIONS.")
             return
-        if self.trial is not None:
+        if wanted != self.trial and self.trial is not None:
             self.trial = None
             self._answerer.drop_candidate()
-        if wanted is not None and (
+        if wanted is None:
+            self.problem = None
+        elif wanted != self.trial and (
             self._failed is None or self._failed[0] != wanted or time.monotonic() - self._failed[1] > PAUSE_SECONDS
         ):
             assert candidate is not None, "it is what is wanted"
             self._try(candidate, wanted)
 
     def stop(self) -> None:
-        """End the thread of the shadow."""
-        self._ended.set()
+        """Drop the copies that wait."""
+        self._shadow.shutdown(wait=False, cancel_futures=True)
 
     def ask(
         self,
@@ -124,22 +107,25 @@ class Rollout:
         is_given_up: Callable[[], bool],
         key: str | None,
         version: str | None,
-    ) -> Answered | Refused | None:
-        """Let the candidate answer a request of the canary's share; otherwise the champion (`served`) has to answer.
+    ) -> Answered | Callable[[], None]:
+        """Let the candidate answer a request of the canary's share. Of others, the champion (`served`) has to answer.
+
+        Then the result is a function that logs a refusal as the candidate's failure. The caller calls it, unless the
+        champion refuses the request too.
 
         Each row names its task; a task that the champion does not know is not the candidate's to answer. Requests with
         the same `key` go to the same version; without a key, the same requests do. `version` is the version that the
         request names, if it names one. Then the candidate's error is raised, as the champion must not answer instead.
-
-        A refusal is returned; the caller gives it to `count`, unless the champion refuses the request too.
         """
         trial = self.trial
-        if trial is None or trial.kind != "canary" or version not in (None, trial.version):
-            return None
-        if version is None and not trial.takes(key or digest(rows)):
-            return None
-        if any(served.task(row.task) is None for row in rows):
-            return None
+        if (
+            trial is None
+            or trial.kind != "canary"
+            or version not in (None, trial.version)
+            or (version is None and not trial.takes(key or digest(rows)))
+            or any(served.task(row.task) is None for row in rows)
+        ):
+            return lambda: None
         begun = time.perf_counter()
         try:
             return self._ask(trial, rows, is_given_up)
@@ -147,98 +133,84 @@ class Rollout:
             if version is not None:
                 raise
             _report(error, trial)
-            is_refused = isinstance(error, ConfigError)
-            return Refused(rows, served, trial.version, time.perf_counter() - begun) if is_refused else None
-
-    def count(self, refused: Refused | None) -> None:
-        """Log a refusal as the candidate's failure; None: there is none."""
-        if refused is not None and self._log is not None:
-            self._log.note_failure(*refused)
+            if not isinstance(error, ConfigError) or self._log is None:
+                return lambda: None
+            return partial(self._log.note_failure, rows, served, trial.version, time.perf_counter() - begun)
 
     def copy(self, rows: Sequence[InputRow], answered: Answered, key: str | None) -> None:
         """Let the shadow answer a copy of a request later. If too many wait, there is no copy."""
         trial = self.trial
         if trial is None or trial.kind != "shadow" or not answered.ids or not trial.takes(key or digest(rows)):
             return
-        try:
-            self._copies.put_nowait(Copy(trial, rows, answered.served, answered.ids))
-        except Full:
+        if not self._room.acquire(blocking=False):
             self.num_dropped += 1
+            return
+        with suppress(RuntimeError):  # the server is ending
+            self._shadow.submit(self._answer_copy, trial, rows, answered)
 
-    def _wanted(self, candidate: Version | None, champion: str | None) -> Trial | None:
-        """Return what has to be tried. `problem` says why a version in rollout is not."""
-        self.problem = None
-        if candidate is None or candidate.rollout is None:
-            return None
-        if candidate.parent_version != champion:
-            return None  # the champion does not answer yet
-        if self._log is None:
-            self._tell(f"Version {candidate.version} is not tried: its rollout needs DEAL_LOG_PREDICTIONS.")
-            return None
-        trial = Trial(candidate.version, candidate.rollout.kind, candidate.rollout.share)
-        if self._failed is not None and self._failed[0] == trial:
-            self.problem = f"Version {trial.version} does not load; the server's output says why."
-        return trial
+    def _answer_copy(self, trial: Trial, rows: Sequence[InputRow], answered: Answered) -> None:
+        self._room.release()
+        try:
+            self._ask(trial, rows, lambda: self.trial != trial, answered)
+        except Exception as error:
+            _report(error, trial)
 
     def _try(self, candidate: Version, trial: Trial) -> None:
-        try:
-            with temporary_folder() as temporary:
-                folder = temporary / "candidate"
-                fetch_version(self._store, candidate, folder)
-                self._answerer.add_candidate(folder, trial.version)
-        except Exception as error:  # damaged files, a full disk: the champion must serve on
-            if not isinstance(error, DealError | OSError):
-                LOG.exception("Version %s does not load", trial.version)
+        problem = try_to_load(
+            self._store, candidate, lambda folder: self._answerer.add_candidate(folder, trial.version)
+        )
+        if problem is not None:
             self._failed = trial, time.monotonic()
-            self._tell(f"Version {trial.version} does not load for its rollout: {' '.join(str(error).split())}")
+            self._tell(f"Version {trial.version} does not load for its rollout: {problem}")
             return
-        self._failed, self.problem, self._told = None, None, ""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._answer_copies, name="shadow", daemon=True)
-            self._thread.start()
+        self._failed = self.problem = None
         self.trial = trial
         share = f"{100 * trial.share:g} % of the requests"
         what = f"answers copies of {share}" if trial.kind == "shadow" else f"answers {share}"
         self._note(f"Version {trial.version} is tried: it {what}.")
 
     def _tell(self, problem: str) -> None:
-        self.problem = problem
-        if problem != self._told:
+        if problem != self.problem:
             self._note(problem)
-        self._told = problem
+        self.problem = problem
 
     def _ask(
-        self, trial: Trial, rows: Sequence[InputRow], is_given_up: Callable[[], bool], copy: Copy | None = None
+        self, trial: Trial, rows: Sequence[InputRow], is_given_up: Callable[[], bool], returned: Answered | None = None
     ) -> Answered:
         """Let the candidate answer, and log the answer or the failure. The refusal of a request is not logged.
 
-        The champion has answered what is copied, so there a refusal is a failure.
+        `returned` is the champion's answer if the request is a copy. Then a refusal is a failure.
         """
         assert self._log is not None, "there is no trial without a log"
-        begun, served = time.perf_counter(), copy.served if copy else self._answerer.served
-        ids = copy.ids if copy else ()
+        begun, is_copy = time.perf_counter(), returned is not None
+        served, ids = (self._answerer.served, ()) if returned is None else (returned.served, returned.ids)
         try:
-            answered = self._answerer.ask(rows, is_given_up, by_candidate=True, in_background=copy is not None)
+            answered = self._answerer.ask(rows, is_given_up, by_candidate=True, in_background=is_copy)
         except GivenUpError:
             raise
         except Exception as error:
-            if copy is not None or not isinstance(error, ConfigError):
+            if is_copy or not isinstance(error, ConfigError):
                 self._log.note_failure(rows, served, trial.version, time.perf_counter() - begun, ids)
             raise
         if answered.version != trial.version:  # another candidate has taken its place meanwhile
             raise GivenUpError(f"Version {trial.version} is not tried any more; ask again.")
         return self._log.note(rows, answered, time.perf_counter() - begun, ids)
 
-    def _answer_copies(self) -> None:
-        while not self._ended.is_set():
-            try:
-                copy = self._copies.get(timeout=LOOK_SECONDS)
-            except Empty:
-                continue
-            try:
-                self._ask(copy.trial, copy.rows, lambda trial=copy.trial: self.trial != trial, copy)  # type: ignore[misc]
-            except Exception as error:  # the thread must not end
-                _report(error, copy.trial)
+
+def try_to_load(store: ObjectStore, version: Version, load: Callable[[Path], None]) -> str | None:
+    """Download a version and call `load` with its folder; return why it does not load. What serves must serve on."""
+    try:
+        with temporary_folder() as temporary:
+            folder = temporary / "version"
+            fetch_version(store, version, folder)
+            load(folder)
+    except Exception as error:  # damaged files, a full disk, too little memory
+        reason = " ".join(str(error).split())
+        if isinstance(error, DealError | OSError):
+            return reason
+        LOG.exception("Version %s does not load", version.version)
+        return f"{type(error).__name__}: {reason}"
+    return None
 
 
 def _report(error: Exception, trial: Trial) -> None:

@@ -66,7 +66,12 @@ def serve(
         DealError: The champion cannot be loaded; see `Champion.begin`.
     """
     api_key, trusted = _api_key(host, say), _trusted(host, trusted_hosts)
-    listener = _listen(host, port)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"Cannot listen on {host} port {port} ({reason}); give another with --port.") from None
     log = open_prediction_log(store, lineage)
     champion, ended = Champion(store, lineage, say, log), threading.Event()
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
@@ -78,9 +83,9 @@ def serve(
             follower.start()
             if log is not None:
                 log.start()  # not before: now the lineage is known
-            ready(_url(listener), str(champion.version))
-            app = make_app(champion, trusted, api_key)
-            make_server(app, champion.drain).run([listener])
+            address, bound_port = listener.getsockname()[:2]
+            ready(f"http://{_in_brackets(address)}:{bound_port}", str(champion.version))
+            make_server(make_app(champion, trusted, api_key), champion.drain).run([listener])
         finally:
             ended.set()
             champion.stop()
@@ -107,18 +112,16 @@ def make_server(app: ASGIApp, on_end: Callable[[], object] = lambda: None) -> uv
     config = uvicorn.Config(
         connections,
         loop="asyncio",
-        http="h11",
+        http=connections.protocol,  # type: ignore[arg-type]  # what makes a protocol
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         proxy_headers=False,  # any client could write them, and limits hold for addresses
         server_header=False,
-        timeout_keep_alive=IDLE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
+        timeout_keep_alive=IDLE_SECONDS,  # type: ignore[arg-type]  # call_later takes it
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    config.load()
-    config.http_protocol_class = connections.in_front_of(config.http_protocol_class)  # type: ignore[assignment]
     return _Server(config, on_end)
 
 
@@ -175,17 +178,3 @@ def _trusted(host: str, more: Sequence[str]) -> list[str]:
 def _in_brackets(host: str) -> str:
     """Return a host as requests name it: an IPv6 address in brackets."""
     return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
-
-
-def _url(listener: socket.socket) -> str:
-    address, port = listener.getsockname()[:2]
-    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"Cannot listen on {host} port {port} ({reason}); give another with --port.") from None

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,17 +38,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from infra.serving.champion import Champion
-from infra.serving.formats import (
-    RETRY,
-    Caller,
-    HttpAnswer,
-    RefusalError,
-    api_refusal,
-    complete,
-    give_feedback,
-    list_models,
-    predict,
-)
+from infra.serving.formats import RETRY, Caller, HttpAnswer, RefusalError, complete, give_feedback, list_models, predict
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""
@@ -85,28 +73,19 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
     bodies = Bodies()
     meter = Meter(serving)
 
-    def answering(path: str, work: Work, refusal_body: Callable[[RefusalError], Any]) -> Route:
+    def answering(path: str, work: Work) -> Route:
         async def respond(request: Request) -> Response:
-            with meter.measured(path) as measured:
-                try:
-                    _require_key(request, api_key)
-                    _require_json(request)
-                    _require_place(places)
-                    body = await bodies.read(request)  # without a place: a slow client takes none from others
-                    _require_place(places)
-                    async with places:
-                        found = await _answer(serving, pool, request, body, work)
-                except RefusalError as refusal:
-                    measured.status = refusal.status
-                    told = json.dumps(refusal_body(refusal), ensure_ascii=False)
-                    named = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage}
-                    return Response(told, refusal.status, {**named, **refusal.headers}, "application/json")
-                except ClientDisconnect:  # no client reads this answer
-                    measured.status = 400
-                    return Response(status_code=400)
-                measured.status, measured.version = found.status, found.version
-                headers = {"X-Deal-Version": found.version, "X-Deal-Lineage": serving.lineage}
-                return Response(found.body, found.status, headers, found.kind)
+            with meter.measured(path) as labels:
+                _require_key(request, api_key)
+                _require_json(request)
+                _require_place(places)
+                body = await bodies.read(request)  # without a place: a slow client takes none from others
+                _require_place(places)
+                async with places:
+                    answer = await _answer(serving, pool, request, body, work)
+                labels |= {"status": str(answer.status), "version": answer.version}
+                headers = {"X-Deal-Version": answer.version, "X-Deal-Lineage": serving.lineage}
+                return Response(answer.body, answer.status, headers, answer.kind)
 
         return Route(path, respond, methods=["POST"])
 
@@ -118,21 +97,36 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
         return JSONResponse(serving.state())
 
     async def models(request: Request) -> Response:
-        try:
-            _require_key(request, api_key)
-        except RefusalError as refusal:
-            return JSONResponse(api_refusal(refusal), refusal.status, dict(refusal.headers))
+        _require_key(request, api_key)
         return JSONResponse(list_models(serving.served, serving.version or ""))
 
     async def metrics(_: Request) -> Response:
         return meter.page()
 
+    async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):  # no client reads this answer
+            return Response(status_code=400)
+        refusal = error
+        if isinstance(error, HTTPException):  # a path or a method that the server does not have
+            path, headers = request.url.path[:100], error.headers or {}
+            told = f"{path} takes no {request.method[:20]}; send {headers.get('Allow')}."
+            if error.status_code == 404:
+                paths = ", ".join(route.path for route in request.app.routes)
+                told = f"There is no {path} here; the paths are {paths}."
+            refusal = RefusalError(error.status_code, told, headers)
+        assert isinstance(refusal, RefusalError)
+        body: Any = str(refusal)
+        if f"{request.url.path}/".startswith("/v1/"):
+            body = {"message": body, "type": "invalid_request_error", "param": None, "code": refusal.code}
+        names = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage}
+        return JSONResponse({"error": body}, refusal.status, {**names, **refusal.headers})
+
     return Starlette(
         routes=[
-            answering("/invocations", predict, lambda refusal: {"error": str(refusal)}),
-            answering("/feedback", give_feedback, lambda refusal: {"error": str(refusal)}),
-            answering("/v1/chat/completions", partial(complete, is_chat=True), api_refusal),
-            answering("/v1/completions", partial(complete, is_chat=False), api_refusal),
+            answering("/invocations", predict),
+            answering("/feedback", give_feedback),
+            answering("/v1/chat/completions", partial(complete, is_chat=True)),
+            answering("/v1/completions", partial(complete, is_chat=False)),
             Route("/v1/models", models),
             Route("/health", health),
             Route("/ping", health),
@@ -140,21 +134,8 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
             Route("/metrics", metrics),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
-        exception_handlers={404: _refuse_route, 405: _refuse_route},
+        exception_handlers=dict.fromkeys((404, 405, RefusalError, ClientDisconnect), refuse),
     )
-
-
-async def _refuse_route(request: Request, error: Exception) -> Response:
-    """Answer a request for a path or with a method that the server does not have."""
-    assert isinstance(error, HTTPException)
-    path, headers = request.url.path, error.headers or {}
-    message = f"{path[:100]} takes no {request.method[:20]}; send {headers.get('Allow')}."
-    if error.status_code == 404:
-        known = ", ".join(route.path for route in request.app.routes)
-        message = f"There is no {path[:100]} here; the paths are {known}."
-    is_api = path == "/v1" or path.startswith("/v1/")
-    body = api_refusal(RefusalError(error.status_code, message)) if is_api else {"error": message}
-    return JSONResponse(body, error.status_code, headers)
 
 
 def _require_key(request: Request, api_key: str | None) -> None:
@@ -246,14 +227,6 @@ async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request,
             working.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
 
 
-@dataclass
-class Measured:
-    """What is known of a request when it ends."""
-
-    status: int = 200
-    version: str = ""
-
-
 class Meter(Collector):
     """Figures of one server for Prometheus: its version and requests, and the rows and copies that it left out."""
 
@@ -284,18 +257,21 @@ class Meter(Collector):
         yield CounterMetricFamily("deal_shadow_requests_dropped", left_out, value=rollout.num_dropped if rollout else 0)
 
     @contextmanager
-    def measured(self, path: str) -> Iterator[Measured]:
-        """Count a request, with the status and the version that the caller sets."""
-        begun, found = time.perf_counter(), Measured()
+    def measured(self, path: str) -> Iterator[dict[str, str]]:
+        """Count a request, under labels to which the caller adds the answer's status and version."""
+        begun, labels = time.perf_counter(), {"path": path, "status": "500", "version": ""}
         self._open.inc()
         try:
-            yield found
-        except BaseException:
-            found.status = 500
+            yield labels
+        except RefusalError as refusal:
+            labels["status"] = str(refusal.status)
+            raise
+        except ClientDisconnect:
+            labels["status"] = "400"
             raise
         finally:
             self._open.dec()
-            self._requests.labels(path, str(found.status), found.version).inc()
+            self._requests.labels(**labels).inc()
             self._seconds.labels(path).observe(time.perf_counter() - begun)
 
     def page(self) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -34,17 +34,6 @@ class VllmAwayError(VllmError):
     """The vLLM server does not answer."""
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """An entry of the server's list."""
-
-    name: str
-    root: str
-    """The path from which the server loaded the model."""
-    parent: str | None
-    """The base model of an adapter; None: the entry is the base model."""
-
-
 class VllmClient:
     """A client of one server.
 
@@ -64,14 +53,11 @@ class VllmClient:
         self._max_attempts = settings.max_attempts
         self._shown = without_secrets(self.url)
 
-    def models(self) -> dict[str, LoadedModel]:
-        """Return the base model and the adapters of the server, by name."""
+    def models(self) -> dict[str, str]:
+        """Return the names of the base model and of the adapters, each with the path from which it was loaded."""
         answer = self._send("list its models", "GET", "/v1/models")
         try:
-            return {
-                entry["id"]: LoadedModel(entry["id"], str(entry.get("root") or ""), entry.get("parent"))
-                for entry in answer.json()["data"]
-            }
+            return {entry["id"]: str(entry.get("root") or "") for entry in answer.json()["data"]}
         except NO_ANSWER:
             raise VllmError(f"{self._shown} lists no models as vLLM does; give the address of a vLLM server.") from None
 
@@ -80,8 +66,7 @@ class VllmClient:
         try:
             self._send(f"load {path}", "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         except VllmError:
-            known = self.models().get(name)
-            if known is None or known.root != path:  # otherwise an earlier attempt loaded it, and its answer got lost
+            if self.models().get(name) != path:  # otherwise an earlier attempt loaded it, and its answer got lost
                 raise
 
     def unload(self, name: str) -> None:
@@ -105,45 +90,40 @@ class VllmClient:
 
     def _send(self, action: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         """Send a request; repeat it while the server does not answer."""
-        retrying = Retrying(
+        for attempt in Retrying(
             stop=stop_after_attempt(self._max_attempts),
             wait=wait_exponential(FIRST_PAUSE_SECONDS, max=10),
             retry=retry_if_exception_type(VllmAwayError),
             reraise=True,
-        )
-        return retrying(self._send_once, action, method, path, body)
-
-    def _send_once(self, action: str, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
-        try:
-            answer = self._client.request(method, path, json=body)
-        except httpx.TransportError as error:
-            raise VllmAwayError(
-                f"The vLLM server at {self._shown} is away ({type(error).__name__}: {error}); start it, then run "
-                "this again."
-            ) from None
-        if answer.status_code in AWAY:
-            raise VllmAwayError(
-                f"The vLLM server at {self._shown} is not ready ({answer.status_code}); run this again when it is."
-            )
+        ):
+            with attempt:
+                try:
+                    answer = self._client.request(method, path, json=body)
+                except httpx.TransportError as error:
+                    raise VllmAwayError(
+                        f"The vLLM server at {self._shown} is away ({type(error).__name__}: {error}); start it, then "
+                        "run this again."
+                    ) from None
+                if answer.status_code in AWAY:
+                    raise VllmAwayError(
+                        f"The vLLM server at {self._shown} is not ready ({answer.status_code}); run this again when it "
+                        "is."
+                    )
         if answer.is_success:
             return answer
-        raise VllmError(f"The vLLM server at {self._shown} did not {action}: {_reason(answer, path)}")
-
-
-def _reason(answer: httpx.Response, path: str) -> str:
-    """Return the server's message. In some releases it is inside `error`, in others at the top level."""
-    if answer.status_code == 401:
-        return "it wants an API key; set DEAL_VLLM_API_KEY."
-    try:
-        said = answer.json()
-    except ValueError:
-        said = {}
-    error = said.get("error", said) if isinstance(said, dict) else {}
-    message = error.get("message") if isinstance(error, dict) else None
-    if message:
-        return re.sub(r"\s+", " ", str(message))[:500]
-    if answer.status_code in (404, 405) and path.endswith("_lora_adapter"):
-        return (
-            "it takes no adapters while it runs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora."
-        )
-    return f"it answered {answer.status_code}."
+        message = None
+        with suppress(ValueError, AttributeError):  # no JSON, or no object
+            values = answer.json()
+            message = values.get("error", values).get("message")  # in some releases it is at the top level
+        if answer.status_code == 401:
+            reason = "it wants an API key; set DEAL_VLLM_API_KEY."
+        elif message:
+            reason = re.sub(r"\s+", " ", str(message))[:500]
+        elif answer.status_code in (404, 405) and path.endswith("_lora_adapter"):
+            reason = (
+                "it takes no adapters while it runs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and "
+                "--enable-lora."
+            )
+        else:
+            reason = f"it answered {answer.status_code}."
+        raise VllmError(f"The vLLM server at {self._shown} did not {action}: {reason}")

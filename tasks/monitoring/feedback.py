@@ -31,11 +31,7 @@ MAX_TOLD = 3
 
 
 def as_landed(store: ObjectStore, schema: TaskSchema) -> TaskSchema:
-    """Return the task with the names of columns that its next file must have: those of the task file, if it gives any.
-
-    Raises:
-        TaskFieldsError: The task file is damaged or has a setting that is not valid.
-    """
+    """Return the task with the names of columns that its next file must have: those of the task file, if it has any."""
     spec = task_spec(store, f"{inbox_folder(schema.name)}/feedback.jsonl")
     return replace(
         schema, columns=spec.columns or schema.columns, assistant_turns=spec.assistant_turns or schema.assistant_turns
@@ -43,11 +39,8 @@ def as_landed(store: ObjectStore, schema: TaskSchema) -> TaskSchema:
 
 
 def answer_column(schema: TaskSchema) -> str:
-    """Return the column that a person fills in: the task's own for a label or a completion.
-
-    A chat's right answer is a part of its messages, and a preference has two answers, so their column is the one of
-    feedback, `answer`.
-    """
+    """Return the column that a person fills in: the task's own for a label or a completion, or feedback's `answer`."""
+    # a chat's right answer is a part of its messages, and a preference has two answers
     if schema.format == "chat" or schema.learns_preferences:
         return "answer"
     name = "completion" if schema.format == "completion" else "label"
@@ -121,49 +114,42 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
     """
     store, now = current_store(), time.time()
     tasks = task_schemas(store, lineage)
-    own = {name: (answer_column(as_landed(store, each)), each) for name, each in tasks.items()}
+    own = {name: (answer_column(as_landed(store, schema)), schema) for name, schema in tasks.items()}
     logged = read_predictions(store, lineage, columns=["id", "input"])
     task_of: dict[str, str] = dict(zip(logged["id"], logged["task"], strict=True))
     has_text = dict(zip(logged["id"], logged["input"].notna(), strict=True))
     keeps_texts = any([*has_text.values()][-1:])  # what the log keeps now, for an answer that it does not have
-    found: list[Feedback] = []
+    entries: list[Feedback] = []
     problems: list[str] = []
     num_blank = 0
     for row in read_rows(path):
-        known = task_of.get(str(row.values.get("id")).strip()[-32:], "")
-        values = _in_names_of_feedback(row.values, [own[known]] if known in own else own.values())
+        place, task = f"Row {row.number}", task_of.get(str(row.values.get("id")).strip()[-32:], "")
+        values = _in_names_of_feedback(row.values, [own[task]] if task in own else own.values())
         if row.fault is not None:
-            problems.append(f"Row {row.number} cannot be read.")
+            problems.append(f"{place} cannot be read.")
         elif all(is_empty(values.get(name)) for name in SAID):
             num_blank += 1
         else:
             try:
-                place = f"Row {row.number}"
                 entry = read_entry(values, place, source="command", now=now)
                 entry.check_texts(has_text.get(entry.feedback.id, keeps_texts), place)
-                found.append(entry.check_against(tasks, task_of.get(entry.feedback.id), place))
+                entries.append(entry.check_against(tasks, task_of.get(entry.feedback.id), place))
             except ConfigError as error:
                 problems.append(str(error))
     if problems:
         more = f" {len(problems) - MAX_TOLD} more rows are wrong." if len(problems) > MAX_TOLD else ""
         raise DataValidationError(f"{path.name} was not taken. {' '.join(problems[:MAX_TOLD])}{more}")
-    if not found:
+    if not entries:
         raise DataValidationError(f"{path.name} has no feedback; fill in the column {', '.join(SAID)} of a row.")
-    put_rows(store, feedback_log(lineage), [{"entry": uuid.uuid4().hex, **vars(each)} for each in found])
+    put_rows(store, feedback_log(lineage), [{"entry": uuid.uuid4().hex, **vars(entry)} for entry in entries])
+    num_unknown = sum(entry.id not in task_of for entry in entries)
     return FeedbackResult(
-        lineage=lineage,
-        file=str(path),
-        num_taken=len(found),
-        num_blank=num_blank,
-        num_unknown=sum(each.id not in task_of for each in found),
+        lineage=lineage, file=str(path), num_taken=len(entries), num_blank=num_blank, num_unknown=num_unknown
     )
 
 
 def _in_names_of_feedback(values: Mapping[str, Any], own: Iterable[tuple[str, TaskSchema]]) -> Mapping[str, Any]:
-    """Return a row with `label` or `answer` in place of a task's own name of that column.
-
-    `own` has the name and the task, for each task that the row may be of.
-    """
+    """Return a row with `label` or `answer` in place of the own name of that column in one of the tasks `own`."""
     for column, schema in own:
         if not is_empty(values.get(column)) and not any(name in values for name in SAID if name != column):
             others = {name: value for name, value in values.items() if name != column}
@@ -172,14 +158,10 @@ def _in_names_of_feedback(values: Mapping[str, Any], own: Iterable[tuple[str, Ta
 
 
 def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
-    """Return the tasks of a lineage's champion by name, with the labels that were added by command.
-
-    Raises:
-        RegistryError: The lineage has no champion.
-    """
+    """Return the tasks of a lineage's champion by name, with the labels that were added by command."""
     record = read_record(store, find_version(store, lineage, None).adapter_uri)
-    schemas = [known.schema for known in record.tasks]
+    schemas = [task.schema for task in record.tasks]
     return {
-        each.name: each.with_labels(added_labels(store, lineage, each.name)) if each.labels else each
-        for each in schemas
+        schema.name: schema.with_labels(added_labels(store, lineage, schema.name)) if schema.labels else schema
+        for schema in schemas
     }

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from pydantic import BaseModel
@@ -66,13 +66,6 @@ class HarvestResult(BaseModel, frozen=True):
     """Feedback with a right answer that was not harvested, by the reason."""
 
 
-class _Row(NamedTuple):
-    """A row to harvest."""
-
-    digest: str
-    values: dict[str, Any]
-
-
 def harvest_feedback(task: str, lineage: str) -> HarvestResult:
     """Write the reviewed right answers to a task's logged texts into the task's inbox.
 
@@ -90,24 +83,27 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
     if task not in schemas:
         raise ConfigError(f"Lineage '{lineage}' knows no task '{task}'; it knows {', '.join(schemas)}.")
     with _alone(lineage, task):
-        done = (
-            read_stored(
-                store,
-                harvest_key(lineage, task),
-                Harvested,
-                what="the note of harvested feedback",
-                remedy="Restore it; if it is deleted, the feedback that is still in the log lands again.",
-            )
-            or Harvested()
-        )
-        if done.pending is not None:  # the process before may have died before or after it wrote the file
-            landed = done.pending.rows if store.exists(done.pending.key) else ()
-            done = Harvested(rows=(*done.rows, *landed))
+        remedy = "Restore it; if it is deleted, the feedback that is still in the log lands again."
+        note = harvest_key(lineage, task)
+        stored = read_stored(store, note, Harvested, what="the note of harvested feedback", remedy=remedy)
+        done = stored.rows if stored is not None else ()
+        # the process before may have died before or after it wrote the file
+        if stored is not None and stored.pending is not None and store.exists(stored.pending.key):
+            done += stored.pending.rows
         logged = read_predictions(store, lineage)
         feedback = read_feedback(store, lineage, answers=logged)
         skipped: Counter[str] = Counter()
-        rows = _choose(feedback, logged, as_landed(store, schemas[task]), set(done.rows), skipped)
-        key = _land(store, lineage, task, rows, done) if rows else None
+        rows = _choose(feedback, logged, as_landed(store, schemas[task]), skipped)
+        if known := rows.keys() & {*done}:
+            skipped[KNOWN] += len(known)
+            rows = {digest: values for digest, values in rows.items() if digest not in known}
+        key = None
+        if rows:  # noted before and after, so that a crash in between loses no row and lands none twice
+            content = "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in rows.values()).encode()
+            key = f"{inbox_folder(task)}/{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+            write_stored(store, note, Harvested(rows=done, pending=Pending(key=key, rows=tuple(rows))))
+            store.put_bytes(key, content, if_absent=True)
+            write_stored(store, note, Harvested(rows=(*done, *rows)))
     return HarvestResult(lineage=lineage, task=task, key=key, num_rows=len(rows), skipped=dict(skipped))
 
 
@@ -134,66 +130,50 @@ def _answer_ids(content: bytes) -> Iterator[str]:
 
 
 def _choose(
-    feedback: pd.DataFrame, logged: pd.DataFrame, schema: TaskSchema, harvested: Collection[str], skipped: Counter[str]
-) -> list[_Row]:
-    """Return the rows to harvest, the newest of each text, in the order of their feedback. Count what is skipped."""
+    feedback: pd.DataFrame, logged: pd.DataFrame, schema: TaskSchema, skipped: Counter[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the rows to harvest by digest, the newest of each text, in the order of their feedback."""
     answers = {row["id"]: row for row in logged.to_dict("records")}
-    found: dict[str, _Row] = {}
-    for said in feedback.to_dict("records"):
-        answer = answers.get(said["id"])
-        if said["label"] is None or (answer is not None and answer["task"] != schema.name):
+    newest: dict[str, tuple[str, dict[str, Any]]] = {}
+    for entry in feedback.to_dict("records"):
+        answer = answers.get(entry["id"])
+        right = entry["label"]
+        if right is None or (answer is not None and answer["task"] != schema.name):
             continue
-        reason = NOT_IN_LOG if answer is None else _problem(said, answer, schema)
+        reason = NOT_IN_LOG if answer is None else _problem(entry, answer, schema)
         if answer is None or reason:
             skipped[reason] += 1
             continue
-        right = said["label"]
-        digest = row_digest(answer["input_sha256"], label_key(right) if schema.labels else right).hex()
-        found.pop(answer["input_sha256"], None)
-        values = row_columns(schema, answer["input"], right, answer["output"])
-        found[answer["input_sha256"]] = _Row(digest, values | _origin(said, answer))
-    rows = [row for row in found.values() if row.digest not in harvested]
-    if len(rows) < len(found):
-        skipped[KNOWN] += len(found) - len(rows)
-    return rows
+        input_sha256 = answer["input_sha256"]
+        newest.pop(input_sha256, None)
+        values = row_columns(schema, answer["input"], right, answer["output"]) | {
+            "answer_id": answer["id"],
+            "answered_by": f"{answer['lineage']}@{answer['version']}",
+            "answered_at": _time(answer["time"]),
+            "reviewed_by": entry["reviewer"] or entry["source"],
+            "reviewed_at": _time(entry["time"]),
+            "is_random": bool(entry["is_random"]),
+        }
+        digest = row_digest(input_sha256, label_key(right) if schema.labels else right).hex()
+        newest[input_sha256] = digest, values
+    return dict(newest.values())
 
 
-def _problem(said: Mapping[str, Any], answer: Mapping[str, Any], schema: TaskSchema) -> str:
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _problem(entry: Mapping[str, Any], answer: Mapping[str, Any], schema: TaskSchema) -> str:
     """Why a right answer is not harvested; empty: it is."""
-    if said["source"] != "command" and said["reviewer"] is None:
+    if entry["source"] != "command" and entry["reviewer"] is None:
         return NOT_REVIEWED
     if answer["input"] is None:
         return NO_TEXT
-    if schema.labels and label_key(said["label"]) not in {label_key(label) for label in schema.labels}:
+    if schema.labels and label_key(entry["label"]) not in {label_key(label) for label in schema.labels}:
         return NO_LABEL
-    if schema.learns_preferences and said["label"].strip() == answer["output"].strip():
+    if schema.learns_preferences and entry["label"].strip() == answer["output"].strip():
         return NOTHING_TO_PREFER
     return EARLIER_TURNS if has_earlier_answers(schema, answer["input"]) else ""
-
-
-def _origin(said: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
-    def when(seconds: float) -> str:
-        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-    return {
-        "answer_id": answer["id"],
-        "answered_by": f"{answer['lineage']}@{answer['version']}",
-        "answered_at": when(answer["time"]),
-        "reviewed_by": said["reviewer"] or said["source"],
-        "reviewed_at": when(said["time"]),
-        "is_random": bool(said["is_random"]),
-    }
-
-
-def _land(store: ObjectStore, lineage: str, task: str, rows: Sequence[_Row], done: Harvested) -> str:
-    """Write the file, and note its rows before and after. A crash in between loses no row and lands none twice."""
-    content = "".join(json.dumps(row.values, ensure_ascii=False) + "\n" for row in rows).encode()
-    key = f"{inbox_folder(task)}/{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
-    digests = tuple(row.digest for row in rows)
-    write_stored(store, harvest_key(lineage, task), Harvested(rows=done.rows, pending=Pending(key=key, rows=digests)))
-    store.put_bytes(key, content, if_absent=True)
-    write_stored(store, harvest_key(lineage, task), Harvested(rows=(*done.rows, *digests)))
-    return key
 
 
 def _alone(lineage: str, task: str) -> AbstractContextManager[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,8 +12,8 @@ from pydantic import BaseModel
 from deal_core.errors import ConfigError, StoreError
 from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare, window
-from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
-from infra.predictions import read_feedback
+from deal_core.monitoring.report import DriftReport, LiveLook
+from infra.predictions import read_feedback, read_predictions
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
 from infra.versions import Version
@@ -23,11 +22,9 @@ from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import monitor_settings
 from tasks.mlflow_mirror import write_look
-from tasks.monitoring.rows import logged_rows, read_frame, read_reference, rows_of_file, with_texts, write_frame
+from tasks.monitoring.rows import champion_since, read_frame, read_reference, rows_of_file, with_texts, write_frame
 from tasks.monitoring.state import OpenAlarm, next_state, read_monitor_state, write_monitor_state
 from tasks.notices import Notice, announce
-
-logger = logging.getLogger(__name__)
 
 BASELINE_COLUMNS = ["task", "label", "is_label", "confidence", "label_mass", "chars", "num_answer_chars"]
 """The columns of the live rows that are kept for later looks. They name no answer and no input."""
@@ -71,30 +68,22 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     store = current_store()
     info = find_version(store, lineage, None)
     record = read_record(store, info.adapter_uri)
-    live, num_faulty = (
-        (logged_rows(store, lineage, info.version), 0)
-        if data is None
-        else rows_of_file(Path(data), record, info.version)
-    )
-    found = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live), num_faulty=num_faulty)
+    if data is None:
+        since = champion_since(store, lineage, info.version)
+        live, num_faulty = read_predictions(store, lineage, version=info.version, since=since), 0
+    else:
+        live, num_faulty = rows_of_file(Path(data), record, info.version)
+    result = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live), num_faulty=num_faulty)
     reference = read_reference(store, info.adapter_uri)
     if reference is None:
-        return found.model_copy(
-            update={
-                "problem": (
-                    f"Version {info.version} has no reference; write one with: deal evaluate --lineage {lineage}."
-                )
-            }
-        )
+        problem = f"Version {info.version} has no reference; write one with: deal evaluate --lineage {lineage}."
+        return result.model_copy(update={"problem": problem})
     if live.empty:
-        return found.model_copy(
-            update={
-                "problem": (
-                    f"The prediction log has no answer of version {info.version}. DEAL_LOG_PREDICTIONS switches it on "
-                    "for deal serve; answers of another server are compared with: deal monitor --data FILE."
-                )
-            }
+        problem = (
+            f"The prediction log has no answer of version {info.version}. DEAL_LOG_PREDICTIONS switches it on for deal "
+            "serve; answers of another server are compared with: deal monitor --data FILE."
         )
+        return result.model_copy(update={"problem": problem})
     config = monitor_settings(store, lineage)
     if live["input"].notna().any():
         reference = with_texts(store, record, reference)
@@ -104,51 +93,46 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     report = compare(
         reference, live, config, feedback=feedback, before=record.accuracies(1), baseline=_baseline(store, info)
     )
-    found = found.model_copy(update={"drift": report})
-    return found if data is not None else _note(store, info, found, report)
+    result = result.model_copy(update={"drift": report})
+    return result if data is not None else _note(store, info, result, report)
 
 
-def _note(store: ObjectStore, info: Version, found: MonitorResult, report: DriftReport) -> MonitorResult:
+def _note(store: ObjectStore, info: Version, result: MonitorResult, report: DriftReport) -> MonitorResult:
     """Keep the look, announce new alarms, then write the state: after a crash the next look does it again."""
     now = datetime.now(UTC)
     state, new = next_state(read_monitor_state(store, info.lineage), info.lineage, info.version, report, now)
-    live = LiveLook(lineage=info.lineage, version=info.version, looked=state.looked, drift=report)
-    write_look(store, info, live, metrics_of(report), state.num_looks)
+    live = LiveLook(lineage=info.lineage, version=info.version, looked=now, drift=report)
+    write_look(store, info, live, _metrics(report), state.num_looks)
     for alarm in new:
-        notice = Notice.of(
-            info,
-            task=alarm.task,
-            reasons=alarm.reasons,
-            accuracies=_accuracies(report.task(alarm.task)),
-        )
+        task = report.task(alarm.task)
+        accuracy = task.measured or task.estimated
+        accuracies = {task.task: accuracy.accuracy} if accuracy else {}
+        notice = Notice.of(info, task=alarm.task, reasons=alarm.reasons, accuracies=accuracies)
         announce(alarm.kind, notice, once=alarm.identity(info.version))
     write_monitor_state(store, state)
-    _drop_old_baselines(store, info)
-    return found.model_copy(update={"alarms": state.alarms, "new_alarms": new})
+    # rows that a rebase has kept for earlier versions
+    own = baseline_key(info.lineage, info.version)
+    for key in [info.key for info in store.list(baseline_folder(info.lineage)) if info.key != own]:
+        store.delete(key)
+    return result.model_copy(update={"alarms": state.alarms, "new_alarms": new})
 
 
-def metrics_of(report: DriftReport) -> dict[str, float | None]:
+def _metrics(report: DriftReport) -> dict[str, float | None]:
     """Return the figures of a report as metrics, `drift.TASK.NAME`."""
-    found: dict[str, float | None] = {}
-    for each in report.tasks:
+    metrics: dict[str, float | None] = {}
+    for task in report.tasks:
         values: dict[str, float | None] = {
-            "num_live": each.num_live,
-            "num_logged": each.num_logged,
-            "alarms": len(each.alarms),
-            "estimated_accuracy": each.estimated.accuracy if each.estimated else None,
-            "measured_accuracy": each.measured.accuracy if each.measured else None,
+            "num_live": task.num_live,
+            "num_logged": task.num_logged,
+            "alarms": len(task.alarms),
+            "estimated_accuracy": task.estimated.accuracy if task.estimated else None,
+            "measured_accuracy": task.measured.accuracy if task.measured else None,
         }
-        for test in each.tests:
+        for test in task.tests:
             name = test.name.replace(" ", "_")
             values |= {name: test.effect, f"{name}_p": test.p_value}
-        found |= {f"drift.{each.task}.{name}": value for name, value in values.items()}
-    return found
-
-
-def _accuracies(task: TaskDrift) -> dict[str, float]:
-    """The measured accuracy, or else the estimated one."""
-    found = task.measured or task.estimated
-    return {task.task: found.accuracy} if found else {}
+        metrics |= {f"drift.{task.task}.{name}": value for name, value in values.items()}
+    return metrics
 
 
 def _rebase(store: ObjectStore, info: Version, live: pd.DataFrame, config: MonitorConfig) -> None:
@@ -173,9 +157,3 @@ def _baseline(store: ObjectStore, info: Version) -> pd.DataFrame | None:
         return None
     remedy = "Delete it: the test rows take its place, until the next deal monitor --rebase."
     return read_frame(store, key, "the live rows to compare with", remedy)
-
-
-def _drop_old_baselines(store: ObjectStore, info: Version) -> None:
-    own = baseline_key(info.lineage, info.version)
-    for each in [each.key for each in store.list(baseline_folder(info.lineage)) if each.key != own]:
-        store.delete(each)

@@ -29,11 +29,7 @@ class RolloutStatus(BaseModel, frozen=True):
 
 
 def look_at_rollout(lineage: str) -> RolloutStatus:
-    """Judge what the prediction log and the feedback say about the version that is tried on live traffic.
-
-    Raises:
-        StoreError: A log is damaged, or the store does not answer.
-    """
+    """Judge what the prediction log and the feedback say about the version that is tried on live traffic."""
     store = current_store()
     opened = PromotionLog(store).open_rollout(lineage)
     if opened is None or opened.champion is None:
@@ -43,29 +39,15 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
     since = opened.when.timestamp()
     columns = ["id", "label", "is_label", "confidence", "seconds", "output"]
     rows = read_predictions(store, lineage, since=since, of_rollout=True, columns=columns)
-    report = judge(
-        rows,
-        read_feedback(store, lineage, answers=rows),
-        terms,
-        champion=opened.champion,
-        candidate=opened.version,
-    )
+    feedback = read_feedback(store, lineage, answers=rows)
+    report = judge(rows, feedback, terms, champion=opened.champion, candidate=opened.version)
     return RolloutStatus(
-        lineage=lineage,
-        version=opened.version,
-        champion=opened.champion,
-        since=opened.when,
-        terms=terms,
-        report=report,
+        lineage=lineage, version=opened.version, champion=opened.champion, since=opened.when, terms=terms, report=report
     )
 
 
 def require_open(store: ObjectStore, lineage: str) -> Move:
-    """Return the entry of the promotion log that began the rollout.
-
-    Raises:
-        RegistryError: No version of the lineage is tried on live traffic.
-    """
+    """Return the entry of the promotion log that began the rollout; RegistryError: there is no rollout."""
     opened = PromotionLog(store).open_rollout(lineage)
     if opened is None:
         raise RegistryError(

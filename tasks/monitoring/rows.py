@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -24,7 +24,6 @@ from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
 from deal_core.monitoring.feedback import is_empty
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
-from infra.predictions import read_predictions
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import TEST_FILE
@@ -44,33 +43,24 @@ NUMBERS = ("time", "chars", "confidence", "label_mass", "num_answer_chars", "sec
 def write_reference(
     store: ObjectStore, adapter_uri: str, lineage: str, sets: Sequence[TestSet], found: Mapping[str, TaskEvaluation]
 ) -> None:
-    """Write the answers of an evaluation beside the adapter. A task that was measured and not answered is left out."""
-    rows = [row for each in sets for row in _reference_rows(lineage, each, found[each.schema.name])]
-    numbers = dict.fromkeys(("time", "seconds", "confidence", "label_mass", "score"), "float64")
+    """Write the answers of an evaluation beside the adapter. A task that was measured and not answered is left out.
+
+    A row's id is the digest of the test row; the version is not known yet.
+    """
+    rows: list[dict[str, Any]] = []
+    for test_set in sets:
+        evaluation, tests = found[test_set.schema.name], test_set.rows
+        if not evaluation.confidences:
+            continue
+        columns = (tests["sha256"], tests["input"], evaluation.answers, evaluation.confidences, evaluation.outcomes)
+        for digest, text, answer, confidence, score in zip(*columns, strict=True):
+            facts = answer_facts(test_set.schema, text, answer)
+            numbers = {"confidence": confidence.confidence, "label_mass": confidence.label_mass, "score": score}
+            rows.append({**facts, **numbers, "id": digest, "lineage": lineage})
+    floats = dict.fromkeys(("time", "seconds", "confidence", "label_mass", "score"), "float64")
     texts = dict.fromkeys(("id", "lineage", "version", "task", "input_sha256", "label", "input", "output"), "string")
-    frame = pd.DataFrame(rows, columns=[*COLUMNS, "score"]).astype({**numbers, "is_label": "boolean", **texts})
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, "score"]).astype({**floats, "is_label": "boolean", **texts})
     write_frame(store, f"{adapter_uri}/{REFERENCE_FILE}", frame)
-
-
-def _reference_rows(lineage: str, test_set: TestSet, found: TaskEvaluation) -> list[dict[str, object]]:
-    """One task's answers as rows. A row's id is the digest of the test row; the version is not known yet."""
-    if not found.confidences:
-        return []
-    rows = zip(
-        test_set.rows["sha256"], test_set.rows["input"], found.answers, found.confidences, found.outcomes, strict=True
-    )
-    shared = {"lineage": lineage, "version": None, "time": None, "seconds": None, "input": None, "output": None}
-    return [
-        {
-            **shared,
-            **answer_facts(test_set.schema, text, answer),
-            "id": digest,
-            "confidence": confidence.confidence,
-            "label_mass": confidence.label_mass,
-            "score": score,
-        }
-        for digest, text, answer, confidence, score in rows
-    ]
 
 
 def has_reference(store: ObjectStore, adapter_uri: str) -> bool:
@@ -79,14 +69,8 @@ def has_reference(store: ObjectStore, adapter_uri: str) -> bool:
 
 
 def read_reference(store: ObjectStore, adapter_uri: str) -> pd.DataFrame | None:
-    """Read the reference of a version; None: it has none.
-
-    Raises:
-        StoreError: The file is damaged.
-    """
-    if not has_reference(store, adapter_uri):
-        return None
-    return _read(store, f"{adapter_uri}/{REFERENCE_FILE}")
+    """Read the reference of a version; None: it has none; StoreError: it is damaged."""
+    return _read(store, f"{adapter_uri}/{REFERENCE_FILE}") if has_reference(store, adapter_uri) else None
 
 
 def _read(store: ObjectStore, key: str) -> pd.DataFrame:
@@ -95,11 +79,7 @@ def _read(store: ObjectStore, key: str) -> pd.DataFrame:
 
 
 def read_frame(store: ObjectStore, key: str, what: str, remedy: str) -> pd.DataFrame:
-    """Read a table of the store; for `what` and `remedy` see `reading_stored`.
-
-    Raises:
-        StoreError: The table is damaged.
-    """
+    """Read a table of the store; arguments and errors are those of `reading_stored`."""
     with reading_stored(store, key, what, remedy):
         try:
             return pd.read_parquet(io.BytesIO(store.get_bytes(key)))
@@ -139,12 +119,6 @@ def with_texts(store: ObjectStore, record: LineageRecord, reference: pd.DataFram
     return reference.assign(input=reference["id"].map(texts))
 
 
-def logged_rows(store: ObjectStore, lineage: str, version: str) -> pd.DataFrame:
-    """Return the rows that a version has answered since it became champion the last time."""
-    since = champion_since(store, lineage, version)
-    return read_predictions(store, lineage, version=version, since=since)
-
-
 def champion_since(store: ObjectStore, lineage: str, version: str) -> float | None:
     """Return when a version became champion the last time, in UTC seconds; None: the log does not say."""
     newest_first = reversed(PromotionLog(store).moves(lineage))
@@ -152,80 +126,68 @@ def champion_since(store: ObjectStore, lineage: str, version: str) -> float | No
     return own[-1].when.timestamp() if own else None
 
 
-class FileRows(NamedTuple):
-    """The answers of a version in a file."""
-
-    rows: pd.DataFrame
-    num_faulty: int
-    """Rows that cannot be read. They are left out."""
-
-
-def rows_of_file(path: Path, record: LineageRecord, version: str) -> FileRows:
+def rows_of_file(path: Path, record: LineageRecord, version: str) -> tuple[pd.DataFrame, int]:
     """Read answers of a version from a file: with the columns of the log, or as `deal predict --data` writes it.
 
     A file of the second kind has a column with the inputs and a column `answer`; `task`, `lineage` and `version` may be
     missing. It has no confidences, so neither these are compared nor is accuracy estimated. A row without a task is of
     the task learned last. Rows without an answer and rows of other versions are left out.
 
+    Returns:
+        The answers, and the number of rows that cannot be read. They are left out too.
+
     Raises:
         ConfigError: The file has neither kind of columns, a task is unknown, or no row is of the version.
         DataValidationError: The file cannot be read.
     """
     columns = list(survey_rows(path).types)
-    num_faulty = 0
-
-    def readable() -> Iterator[RawRow]:
-        nonlocal num_faulty
-        for row in read_rows(path):
-            if row.fault is None:
-                yield row
-            num_faulty += row.fault is not None
-
+    # name of each column that `deal predict` has added: if the input had the name already, it begins with deal_
+    own = {name: f"deal_{name}" if f"deal_{name}" in columns else name for name in OWN_COLUMNS}
+    rows = [*read_rows(path)]
+    readable = [row for row in rows if row.fault is None]
     if set(OF_LOG) <= set(columns):
         last = choose_task(record, None).schema.name
-        rows = [{**dict.fromkeys(COLUMNS), **row.values} for row in readable()]
-        rows = [{**row, "task": last if is_empty(row["task"]) else row["task"]} for row in rows]
-    elif _own(columns)["answer"] in columns:
-        rows = [*_answered(path, readable(), columns, record)]
+        values = [{**dict.fromkeys(COLUMNS), **row.values} for row in readable]
+        answers = [{**row, "task": last if is_empty(row["task"]) else row["task"]} for row in values]
+    elif own["answer"] in columns:
+        inputs = [name for name in columns if name not in own.values()]
+        answers = [*_answered(path, readable, inputs, own, record)]
     else:
         raise ConfigError(
             f"{path.name} has neither the columns of the prediction log ({', '.join(OF_LOG)}, …) nor a column "
             "'answer'; give a file of deal predict --data, or one with these columns."
         )
-    found = _typed(pd.DataFrame(rows, columns=list(COLUMNS)), record)
-    known = found["version"].fillna(version).astype(str)
-    own = found[(known == version) & found["lineage"].fillna(record.lineage).eq(record.lineage)]
-    if own.empty:
-        others = ", ".join(sorted(set(known)))
+    # the columns get their types, as a CSV has texts only
+    table = pd.DataFrame(answers, columns=list(COLUMNS)).map(lambda value: None if value == "" else value)
+    labelled = [task.schema.name for task in record.tasks if task.schema.labels]
+    is_label = table["label"].notna().astype("boolean").where(table["task"].isin(labelled))
+    numbers = {name: pd.to_numeric(table[name], errors="coerce") for name in NUMBERS}
+    table = table.assign(**numbers, is_label=is_label)
+    versions = table["version"].fillna(version).astype(str)
+    of_version = table[(versions == version) & table["lineage"].fillna(record.lineage).eq(record.lineage)]
+    if of_version.empty:
+        others = ", ".join(sorted(set(versions)))
         raise ConfigError(
             f"{path.name} has no answer of version {version} of {record.lineage}"
             + (f", only of version {others}" if others else "")
             + "; give a file that this version has answered."
         )
-    return FileRows(own.assign(version=version, lineage=record.lineage), num_faulty)
-
-
-def _own(columns: list[str]) -> dict[str, str]:
-    """Name of each column that `deal predict` has added: if the input had the name already, it begins with deal_."""
-    return {name: f"deal_{name}" if f"deal_{name}" in columns else name for name in OWN_COLUMNS}
+    return of_version.assign(version=version, lineage=record.lineage), len(rows) - len(readable)
 
 
 def _answered(
-    path: Path, rows: Iterable[RawRow], columns: list[str], record: LineageRecord
+    path: Path, rows: Iterable[RawRow], inputs: Sequence[str], own: Mapping[str, str], record: LineageRecord
 ) -> Iterator[dict[str, Any]]:
-    own = _own(columns)
-    others = [name for name in columns if name not in own.values()]
+    """Read rows as `deal predict --data` writes them. `inputs` are the columns of the input, `own` the added ones."""
     checkers: dict[str, RowChecker] = {}
     for row in rows:
-        values: Mapping[str, Any] = row.values
-        answer = values.get(own["answer"])
+        answer, name = row.values.get(own["answer"]), row.values.get(own["task"])
         if not isinstance(answer, str):
             continue
-        name = values.get(own["task"])
         schema = choose_task(record, None if is_empty(name) else str(name)).schema
         if schema.name not in checkers:
-            found = find_input(others, schema, path.name)
-            checkers[schema.name] = RowChecker(schema, found, max_text_chars=sys.maxsize)
+            columns = find_input(inputs, schema, path.name)
+            checkers[schema.name] = RowChecker(schema, columns, max_text_chars=sys.maxsize)
         text = checkers[schema.name].check_input(row)
         if isinstance(text, str):
             yield {
@@ -233,18 +195,6 @@ def _answered(
                 **answer_facts(schema, text, answer),
                 "input": text,
                 "output": answer,
-                "lineage": values.get(own["lineage"]),
-                "version": values.get(own["version"]),
+                "lineage": row.values.get(own["lineage"]),
+                "version": row.values.get(own["version"]),
             }
-
-
-def _typed(found: pd.DataFrame, record: LineageRecord) -> pd.DataFrame:
-    """Give the columns their types; a CSV has texts only."""
-    empty = found.map(lambda value: None if value == "" else value)
-    numbers = {name: pd.to_numeric(empty[name], errors="coerce") for name in NUMBERS}
-    labels = {task.schema.name for task in record.tasks if task.schema.labels}
-    is_label = [
-        label is not None and not pd.isna(label) if task in labels else None
-        for task, label in zip(empty["task"], empty["label"], strict=True)
-    ]
-    return empty.assign(**numbers, is_label=pd.array(is_label, dtype="boolean"))

@@ -6,8 +6,6 @@ ids of logged answers, and `is_random`.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -107,9 +105,7 @@ def select_to_label(
     has_feedback = logged["id"].isin(feedback_ids(store, lineage))  # whatever version answered
     known = frozenset(logged.loc[has_feedback, "input_sha256"]) | task_inputs(store, schema)
     if data is None:
-        found = _logged_texts(logged[logged["version"] == info.version], asked)
-        rows = found[[not has_earlier_answers(schema, text) for text in found["input"]]]
-        num_unusable = int((logged["version"] == info.version).sum()) - len(rows)
+        rows, num_unusable = _logged_texts(logged[logged["version"] == info.version], schema, asked)
     else:
         rows, num_unusable = _answered_texts(data, column, schema, asked, known, on_progress)
     chosen = select_rows(rows, number, random_share=random_share, known=known)
@@ -153,16 +149,18 @@ def _check_columns(schema: TaskSchema) -> None:
         )
 
 
-def _logged_texts(logged: pd.DataFrame, asked: Asked) -> pd.DataFrame:
-    found = logged[logged["input"].notna()]
-    if found.empty:
+def _logged_texts(logged: pd.DataFrame, schema: TaskSchema, asked: Asked) -> tuple[pd.DataFrame, int]:
+    """The rows of the log whose text can be labelled, and the number of the others."""
+    rows = logged[logged["input"].notna()]
+    if rows.empty:
         what = f"no texts, only {len(logged)} rows of numbers," if len(logged) else "no answers"
         raise ConfigError(
             f"The prediction log has {what} of version {asked.info.version} of '{asked.info.lineage}' to task "
-            f"'{asked.known.schema.name}'. Start deal serve with DEAL_LOG_PREDICTIONS=texts and wait for traffic, or "
-            "give a file of texts with --data FILE."
+            f"'{schema.name}'. Start deal serve with DEAL_LOG_PREDICTIONS=texts and wait for traffic, or give a file "
+            "of texts with --data FILE."
         )
-    return found
+    rows = rows[[not has_earlier_answers(schema, text) for text in rows["input"]]]
+    return rows, len(logged) - len(rows)
 
 
 def _answered_texts(
@@ -192,22 +190,16 @@ def _answered_texts(
             texts.setdefault(stored_input_digest(schema.format, text).hex(), text)
         else:
             num_unusable += 1
-    rows: list[dict[str, Any]] = [{"input_sha256": each, "input": texts[each]} for each in texts if each in known]
+    rows: list[dict[str, Any]] = [{"input_sha256": key, "input": texts[key]} for key in texts if key in known]
     new = [text for digest, text in texts.items() if digest not in known]
     if new:
-        rows += _answer(new, asked, on_progress)
+        on_rows = counting(on_progress, len(new))
+        with answering(asked) as answer:
+            answers = [given for chunk in in_chunks(new, CHUNK_ROWS) for given in answer(chunk, on_rows)]
+        for text, given in zip(new, answers, strict=True):
+            facts = answer_facts(asked.known.schema, text, given.text)
+            rows.append({**facts, "input": text, "output": given.text, "confidence": given.confidence.confidence})
     return pd.DataFrame(rows, columns=[*COLUMNS]), num_unusable
-
-
-def _answer(texts: Sequence[str], asked: Asked, on_progress: OnProgress) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    on_rows = counting(on_progress, len(texts))
-    with answering(asked) as answer:
-        for chunk in in_chunks(texts, CHUNK_ROWS):
-            for text, given in zip(chunk, answer(chunk, on_rows), strict=True):
-                facts = answer_facts(asked.known.schema, text, given.text)
-                rows.append({**facts, "input": text, "output": given.text, "confidence": given.confidence.confidence})
-    return rows
 
 
 def _to_fill_in(schema: TaskSchema, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,19 +216,17 @@ def _to_fill_in(schema: TaskSchema, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_new(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a file that does not exist, completely or not at all. No cell of a CSV runs as a formula."""
-    content = io.StringIO(newline="")
-    if path.suffix == ".jsonl":
-        content.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    else:
-        cells = guarded([{name: _csv_cell(value) for name, value in row.items()} for row in rows])
-        columns = dict.fromkeys(name for row in cells for name in row)
-        writer = csv.DictWriter(content, [*columns])  # its line ends, CRLF, make it quote a lone CR in a text
-        writer.writeheader()
-        writer.writerows(cells)
     _require_new(path)
     with complete_file(path) as part:
-        part.write_text(content.getvalue(), "utf-8-sig" if path.suffix == ".csv" else "utf-8", newline="")
-
-
-def _csv_cell(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if path.suffix == ".jsonl":
+            part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+            return
+        texts = [
+            {
+                name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                for name, value in row.items()
+            }
+            for row in rows
+        ]
+        # with these line ends, a lone CR in a text is quoted
+        pd.DataFrame(guarded(texts)).to_csv(part, index=False, encoding="utf-8-sig", lineterminator="\r\n")

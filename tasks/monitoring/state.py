@@ -10,7 +10,7 @@ from datetime import datetime
 
 from pydantic import BaseModel
 
-from deal_core.monitoring.report import ALARM_KINDS, AlarmKind, DriftReport, TaskDrift
+from deal_core.monitoring.report import ALARM_KINDS, AlarmKind, DriftReport
 from infra.store.base import ObjectStore
 from infra.store.keys import monitor_key
 from infra.store.stored import Stored, read_stored, write_stored
@@ -51,25 +51,17 @@ class MonitorState(Stored):
 
     def line(self) -> str:
         """Return the state in one line."""
-        found = [f"{each.task}: {each.kind} since {each.since:%Y-%m-%d %H:%M}" for each in self.alarms]
-        alarmed = {each.task for each in self.alarms}
-        found += [f"{task}: {said}" for task, said in self.tasks.items() if task not in alarmed]
-        return f"version {self.version}, {self.looked:%Y-%m-%d %H:%M} UTC: {'; '.join(found) or 'no rows'}"
+        parts = [f"{alarm.task}: {alarm.kind} since {alarm.since:%Y-%m-%d %H:%M}" for alarm in self.alarms]
+        alarmed = {alarm.task for alarm in self.alarms}
+        parts += [f"{task}: {outcome}" for task, outcome in self.tasks.items() if task not in alarmed]
+        return f"version {self.version}, {self.looked:%Y-%m-%d %H:%M} UTC: {'; '.join(parts) or 'no rows'}"
 
 
 def read_monitor_state(store: ObjectStore, lineage: str) -> MonitorState | None:
-    """Read the state of a lineage; None: nobody has looked yet.
-
-    Raises:
-        StoreError: The file is damaged, or has another schema version.
-    """
-    return read_stored(
-        store,
-        monitor_key(lineage),
-        MonitorState,
-        what=f"the state of the monitor of '{lineage}'",
-        remedy="Delete it: the next look writes a new one, and announces its alarms again.",
-    )
+    """Read the state of a lineage; None: nobody has looked yet; StoreError: it is damaged."""
+    what = f"the state of the monitor of '{lineage}'"
+    remedy = "Delete it: the next look writes a new one, and announces its alarms again."
+    return read_stored(store, monitor_key(lineage), MonitorState, what=what, remedy=remedy)
 
 
 def write_monitor_state(store: ObjectStore, state: MonitorState) -> None:
@@ -81,37 +73,26 @@ def next_state(
     before: MonitorState | None, lineage: str, version: str, report: DriftReport, now: datetime
 ) -> tuple[MonitorState, tuple[OpenAlarm, ...]]:
     """Return the state after a look, and the alarms to announce. A new version begins without open alarms."""
-    kept = before.alarms if before is not None and before.version == version else ()
-    known = {(each.task, each.kind): each for each in kept}
     num_looks = (before.num_looks if before else 0) + 1
-    alarms, new = [], []
+    kept = before.alarms if before is not None and before.version == version else ()
+    alarms = {(alarm.task, alarm.kind): alarm for alarm in kept}  # those of tasks without rows stay
+    new: list[OpenAlarm] = []
+    told: dict[str, str] = {}
     for task in report.tasks:
+        told[task.task] = f"{task.status} ({task.num_live})"
+        if task.status == "compared":
+            told[task.task] = f"{task.num_live} rows, " + ("alarms" if task.alarms else "no alarm")
         for kind in ALARM_KINDS:
+            key = task.task, kind
             reasons = tuple(alarm.reason for alarm in task.alarms if alarm.kind == kind)
-            alarm = known.pop((task.task, kind), None)
-            if reasons and alarm is None:
-                alarm = OpenAlarm(task=task.task, kind=kind, since=now, look=num_looks, reasons=reasons)
-                new.append(alarm)
-            elif reasons and alarm is not None:
-                alarm = alarm.model_copy(update={"reasons": reasons})
+            if reasons and key in alarms:
+                alarms[key] = alarms[key].model_copy(update={"reasons": reasons})
+            elif reasons:
+                alarms[key] = OpenAlarm(task=task.task, kind=kind, since=now, look=num_looks, reasons=reasons)
+                new.append(alarms[key])
             elif task.status == "compared":
-                continue
-            if alarm is not None:
-                alarms.append(alarm)
-    alarms += known.values()  # the look had no rows of these tasks
+                alarms.pop(key, None)
     state = MonitorState(
-        lineage=lineage,
-        version=version,
-        looked=now,
-        num_looks=num_looks,
-        alarms=tuple(alarms),
-        tasks={task.task: describe(task) for task in report.tasks},
+        lineage=lineage, version=version, looked=now, num_looks=num_looks, alarms=tuple(alarms.values()), tasks=told
     )
     return state, tuple(new)
-
-
-def describe(task: TaskDrift) -> str:
-    """Say in a few words what a look did with a task."""
-    if task.status == "compared":
-        return f"{task.num_live} rows, " + ("alarms" if task.alarms else "no alarm")
-    return f"{task.status} ({task.num_live})"

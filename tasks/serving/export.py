@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
@@ -44,6 +44,8 @@ ROWS_PER_TASK = 4
 MAX_PROMPTS = 32
 TOLERANCE = 1e-3
 """Largest difference of a logit."""
+Prompt = tuple[KnownTask, str]
+"""A task, and a text that it is asked."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -61,13 +63,6 @@ class Exported(BaseModel, frozen=True):
     tolerance: float
     precision: str
     """Type of the base model's weights in the comparison. A merged model has it too."""
-
-
-class Prompt(NamedTuple):
-    """A text that a task is asked."""
-
-    task: KnownTask
-    text: str
 
 
 def export_version(lineage: str, version: str, to: Target, target: str) -> Exported:
@@ -90,18 +85,14 @@ def export_version(lineage: str, version: str, to: Target, target: str) -> Expor
     info = find_version(store, lineage, version)
     require_exportable(store, info)
     record = read_record(store, info.adapter_uri)
-    prompts = _prompts(store, record)
-    if to == "merged":
-        return _export_merged(store, info, record, prompts, Path(target))
-    return _export_to_hub(store, info, record, prompts, target)
+    export = _export_merged if to == "merged" else _export_to_hub
+    return export(store, info, record, _prompts(store, record), target)
 
 
 def require_exportable(store: ObjectStore, info: Version) -> None:
-    """Refuse a version that must not be used elsewhere.
+    """Raise RegistryError for a version that must not be used elsewhere.
 
-    Raises:
-        RegistryError: It did not pass its gate, a person rejected it or has not approved it yet, or rows that it or an
-            ancestor learned were forgotten.
+    It did not pass its gate, a person rejected it or has not approved it yet, or rows that it learned were forgotten.
     """
     name = f"Version {info.version} of '{info.lineage}'"
     if not info.accepted:
@@ -113,13 +104,13 @@ def require_exportable(store: ObjectStore, info: Version) -> None:
             f"{name} waits for a person's approval; approve it first: deal promote {info.version} --lineage "
             f"{info.lineage}"
         )
-    for each in descent(Versions(store).all(info.lineage), info):
-        found = find_tombstone(store, each.task, each.digests)
-        if found is not None and f"{each.lineage}/{each.version}" in found.versions:
-            learned = "it" if each.version == info.version else f"version {each.version}, which it continues,"
+    for version in descent(Versions(store).all(info.lineage), info):
+        tombstone = find_tombstone(store, version.task, version.digests)
+        if tombstone is not None and f"{version.lineage}/{version.version}" in tombstone.versions:
+            learned = "it" if version.version == info.version else f"version {version.version}, which it continues,"
             raise RegistryError(
-                f"{name} is not exported: rows of '{each.task}' that {learned} learned were {found.said}, and its "
-                f"weights still hold them. Export a version that did not learn them (deal history --lineage "
+                f"{name} is not exported: rows of '{version.task}' that {learned} learned were {tombstone.said}, and "
+                f"its weights still hold them. Export a version that did not learn them (deal history --lineage "
                 f"{info.lineage})."
             )
 
@@ -128,59 +119,50 @@ def _prompts(store: ObjectStore, record: LineageRecord) -> list[Prompt]:
     """Return texts to compare with: test rows of each task, or an invented text where its rows are gone."""
     examples = {row["task"]: row["input"] for row in example_rows(record)}
     num_rows = max(1, min(ROWS_PER_TASK, MAX_PROMPTS // len(record.tasks)))
-    found = []
-    for known in record.tasks:
-        name = known.schema.name
+    prompts = []
+    for task in record.tasks:
         try:
-            rows = load_test_set(store, known).rows
+            rows = load_test_set(store, task).rows
             texts: Sequence[str] = first_rows(rows, min(num_rows, len(rows)))["input"]
         except TestRowsForgottenError:
-            texts = [served_task(known).readable(examples[name], "The example")]
-        found += [Prompt(known, text) for text in texts]
-    return found
+            texts = [served_task(task).readable(examples[task.schema.name], "The example")]
+        prompts += [(task, text) for text in texts]
+    return prompts
 
 
 def _export_merged(
-    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], target: Path
+    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], address: str
 ) -> Exported:
-    target = target.absolute()  # "." has no name
-    part = target.with_name(f".{target.name}.part")
-    try:
-        is_free = not target.exists() or (
-            target.is_dir() and not any(target.iterdir()) and not target.samefile(Path.cwd())
-        )
-    except (OSError, ValueError) as error:
-        raise _no_folder(target, error) from None
-    if not is_free:
-        raise ConfigError(f"{target} is there already; name a new folder.")
     if record.base.quantize != "none":
         raise ConfigError(
             f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
             "another one than the served version. Export the adapter: --to hub, or copy its folder (deal history)."
         )
-    shutil.rmtree(part, ignore_errors=True)
+    target = Path(address).absolute()  # "." has no name
+    part = target.with_name(f".{target.name}.part")
     try:  # before the model is merged, which takes long
-        part.mkdir(parents=True)
+        is_there = target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd()))
+        if not is_there:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
     except (OSError, ValueError) as error:
-        raise _no_folder(target, error) from None
+        reason = error.strerror if isinstance(error, OSError) else "it has a NUL in its name"
+        raise ConfigError(f"{target} cannot be made ({reason}); name a new folder that you may write.") from None
+    if is_there:
+        raise ConfigError(f"{target} is there already; name a new folder.")
     try:
-        found = _merge(store, info, record, prompts, part).model_copy(update={"address": str(target)})
+        exported = _merge(store, info, record, prompts, part, str(target))
         if target.is_dir():
             target.rmdir()
         part.rename(target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return found
-
-
-def _no_folder(target: Path, error: OSError | ValueError) -> ConfigError:
-    reason = error.strerror if isinstance(error, OSError) else "it has a NUL in its name"
-    return ConfigError(f"{target} cannot be made ({reason}); name a new folder that you may write.")
+    return exported
 
 
 def _merge(
-    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], folder: Path
+    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], folder: Path, address: str
 ) -> Exported:
     """Write the merged model into a folder, load it again, and compare it."""
     from transformers import AutoTokenizer
@@ -205,23 +187,54 @@ def _merge(
     gc.collect()
     loaded = model_class.from_pretrained(folder, dtype="float32", trust_remote_code=False).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    found = _compared(info, "merged", "", "float32", served, _logits(loaded, tokenizer, prompts))
+    exported = _compared(info, "merged", address, "float32", served, _logits(loaded, tokenizer, prompts))
     licence = licence_of_base(record.base.source, resolve_base(record.base.source, cache))
-    (folder / CARD_FILE).write_text(_merged_card(record, info, licence, found), encoding="utf-8")
-    return found
+    (folder / CARD_FILE).write_text(_merged_card(record, info, licence, exported), encoding="utf-8")
+    return exported
 
 
 def _export_to_hub(
     store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], target: str
 ) -> Exported:
+    """Compare the PEFT folder with the served version, and upload it to a private repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from peft import PeftModel
+
+    from deal_core.adapter.state import adapter_on
+
     if not REPOSITORY.fullmatch(target):
         raise ConfigError(f"{target!r} is not the name of a repository of the Hub; give OWNER/NAME.")
     with temporary_folder() as temporary:
         folder = temporary / "version"
         hub_folder(store, info, folder)
-        found = _compare_folder(store, info, record, prompts, folder, target)
-        address = _upload(folder, target, f"{info.lineage}, version {info.version}")
-    return found.model_copy(update={"address": address})
+        base = lend_base(record.base)
+        with borrowed_adapter(store, info) as adapter, adapter_on(base.model, adapter) as model:
+            served = _logits(model, base.tokenizer, prompts)
+        # what goes to the Hub, loaded by PEFT alone
+        plain = PeftModel.from_pretrained(base.model, folder)
+        try:
+            logits = _logits(plain, base.tokenizer, prompts)
+        finally:
+            plain.unload()
+        exported = _compared(info, "hub", target, str(base.model.dtype).removeprefix("torch."), served, logits)
+        api = HfApi()
+        try:
+            url = api.create_repo(target, private=True, exist_ok=True)
+            if not api.repo_info(target).private:  # it was there before
+                raise ConfigError(
+                    f"{target} is a public repository of the Hub: everyone could read the adapter. Make it private in "
+                    "its settings on the Hub, or name another one. Nothing was uploaded."
+                )
+            message = f"{info.lineage}, version {info.version}"
+            api.upload_folder(repo_id=target, folder_path=folder, commit_message=message)
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # OSError: the Hub does not answer
+            reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+            raise ConfigError(
+                f"{target} could not be written on the Hub ({reason}). The token of HF_TOKEN must be allowed to write "
+                "there."
+            ) from None
+    return exported.model_copy(update={"address": str(url)})
 
 
 def hub_folder(store: ObjectStore, info: Version, folder: Path) -> None:
@@ -238,50 +251,8 @@ def hub_folder(store: ObjectStore, info: Version, folder: Path) -> None:
         store.download_file(f"{info.adapter_uri}/{CARD_FILE}", folder / CARD_FILE)
     served = read_served(folder)
     if not HUB_ID.fullmatch(served.base_source):
-        known = replace(served, base_source=served.base_name)
-        (folder / SERVED_FILE).write_text(json.dumps(known.to_json(), indent=2), encoding="utf-8")
-
-
-def _compare_folder(
-    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], folder: Path, target: str
-) -> Exported:
-    """Compare a PEFT folder, loaded by PEFT alone, with the served version."""
-    from peft import PeftModel
-
-    from deal_core.adapter.state import adapter_on
-
-    base = lend_base(record.base)
-    with borrowed_adapter(store, info) as adapter, adapter_on(base.model, adapter) as model:
-        served = _logits(model, base.tokenizer, prompts)
-    plain = PeftModel.from_pretrained(base.model, folder)
-    try:
-        logits = _logits(plain, base.tokenizer, prompts)
-    finally:
-        plain.unload()
-    return _compared(info, "hub", target, str(base.model.dtype).removeprefix("torch."), served, logits)
-
-
-def _upload(folder: Path, repository: str, message: str) -> str:
-    """Upload a folder to a private repository, and return its address. The repository is created if it is not there."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    api = HfApi()
-    try:
-        url = api.create_repo(repository, private=True, exist_ok=True)
-        if not api.repo_info(repository).private:  # it was there before
-            raise ConfigError(
-                f"{repository} is a public repository of the Hub: everyone could read the adapter. Make it private in "
-                "its settings on the Hub, or name another one. Nothing was uploaded."
-            )
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # OSError: the Hub does not answer
-        reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
-        raise ConfigError(
-            f"{repository} could not be written on the Hub ({reason}). The token of HF_TOKEN must be allowed to write "
-            "there."
-        ) from None
-    return str(url)
+        served = replace(served, base_source=served.base_name)
+        (folder / SERVED_FILE).write_text(json.dumps(served.to_json(), indent=2), encoding="utf-8")
 
 
 def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tensor]:
@@ -295,10 +266,11 @@ def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tenso
 
 
 def _compared(
-    info: Version, to: Target, address: str, precision: str, served: Sequence[Tensor], exported: Sequence[Tensor]
+    info: Version, to: Target, address: str, precision: str, served: list[Tensor], exported: list[Tensor]
 ) -> Exported:
-    differences = [float((one - other).abs().max()) for one, other in zip(served, exported, strict=True)]
-    largest = max(differences)
+    import torch
+
+    largest = float((torch.stack(served) - torch.stack(exported)).abs().max())  # NaN if one of them is NaN
     if not largest <= TOLERANCE:
         raise IntegrityError(
             f"The export of version {info.version} of '{info.lineage}' answers otherwise than the served version: a "
@@ -316,24 +288,23 @@ def _compared(
     )
 
 
-def _merged_card(record: LineageRecord, info: Version, licence: str | None, found: Exported) -> str:
-    tasks = ", ".join(known.schema.name for known in record.tasks)
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            *([f"license: {json.dumps(licence)}"] if licence else []),
-            "---",
-            f"# {info.lineage}, version {info.version}: {tasks}",
-            "",
-            f"{record.base.name} with the LoRA adapter of version {info.version} merged into its weights. The file "
-            "`deal.json` has the prompt of each task.",
-            "",
-            f"- base model: {record.base.name}, sha256 `{record.base.sha256}`",
-            f"- licence of the base model: {licence or NOT_STATED}",
-            f"- adapter: sha256 `{info.adapter_sha256}`",
-            f"- logits against the served version: {found.max_difference:.3g} at most on {found.num_prompts} prompts "
-            f"of its tasks, in {found.precision}",
-            "",
-        ]
-    )
+def _merged_card(record: LineageRecord, info: Version, licence: str | None, exported: Exported) -> str:
+    tasks = ", ".join(task.schema.name for task in record.tasks)
+    lines = [
+        "---",
+        "library_name: transformers",
+        *([f"license: {json.dumps(licence)}"] if licence else []),
+        "---",
+        f"# {info.lineage}, version {info.version}: {tasks}",
+        "",
+        f"{record.base.name} with the LoRA adapter of version {info.version} merged into its weights. The file "
+        "`deal.json` has the prompt of each task.",
+        "",
+        f"- base model: {record.base.name}, sha256 `{record.base.sha256}`",
+        f"- licence of the base model: {licence or NOT_STATED}",
+        f"- adapter: sha256 `{info.adapter_sha256}`",
+        f"- logits against the served version: {exported.max_difference:.3g} at most on {exported.num_prompts} prompts "
+        f"of its tasks, in {exported.precision}",
+        "",
+    ]
+    return "\n".join(lines)

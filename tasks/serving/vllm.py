@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
 from deal_core.base_model.sources import resolve_base
-from deal_core.errors import ConfigError, DealError, IntegrityError
+from deal_core.errors import ConfigError, DealError
 from deal_core.safe_text import without_secrets
 from infra.serving.vllm import VllmClient, VllmError
 from infra.settings import HomeSettings, VllmSettings
@@ -34,11 +35,11 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.store.stored import Stored, read_stored, write_stored
-from infra.versions import Version, remedy_for
+from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.record import LineageRecord, read_record
-from tasks.lineage.version_files import borrowed_adapter, require_recorded, require_stored
+from tasks.lineage.record import read_record
+from tasks.lineage.version_files import borrowed_adapter, reading_beside, require_recorded, require_stored
 from tasks.progress import reporter
 from tasks.serving.export import require_exportable
 
@@ -82,28 +83,33 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
     before = read_route(store, lineage)
     try:
         route = _move(store, client, settings, champion, before)
-        _unload_others(client, route, settings.grace_seconds)
-        _remove_other_copies(settings, route)
+        # the lineage's other adapters go, after clients had time to read the new route
+        own = re.compile(rf"{re.escape(lineage)}-v\d+")
+        others = [name for name in client.models() if own.fullmatch(name) and name != route.model]
+        if others:
+            assert route.since is not None
+            time.sleep(max(0.0, settings.grace_seconds - (datetime.now(UTC) - route.since).total_seconds()))
+        for name in others:
+            client.unload(name)
+            reporter().said(f"{name} is unloaded")
+        if settings.adapter_dir is not None:
+            _remove_copies(settings.adapter_dir, lineage, f"{route.model}-{champion.adapter_sha256[:12]}")
     except DealError as error:
-        route = _behind(read_route(store, lineage), client, champion, error)
-        write_stored(store, keys.route_key(lineage), route)
+        # the version that answered before still does; the route may have moved before the error
+        number, url = champion.version, without_secrets(client.url)
+        last = read_route(store, lineage) or ServingRoute(lineage=lineage, url=url, champion=number, state="behind")
+        state = "in step" if last.version == number else "behind"
+        problem = {"champion": number, "state": state, "problem": " ".join(str(error).split())}
+        write_stored(store, keys.route_key(lineage), last.model_copy(update=problem))
         raise
     return route
 
 
 def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
-    """Read the route of a lineage; None: vLLM never served the lineage.
-
-    Raises:
-        StoreError: The route is damaged, or another release wrote it.
-    """
-    return read_stored(
-        store,
-        keys.route_key(lineage),
-        ServingRoute,
-        what=f"the route by which vLLM serves '{lineage}'",
-        remedy="Restore it from a backup of the store, or delete it: deal vllm sync writes it anew.",
-    )
+    """Read the route of a lineage; None: vLLM never served the lineage; StoreError: it is damaged."""
+    what = f"the route by which vLLM serves '{lineage}'"
+    remedy = "Restore it from a backup of the store, or delete it: deal vllm sync writes it anew."
+    return read_stored(store, keys.route_key(lineage), ServingRoute, what=what, remedy=remedy)
 
 
 def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
@@ -148,13 +154,23 @@ def _move(
     folder, path = _published(store, champion, name, settings)
     loaded = client.models()
     if name not in loaded:
-        _require_recorded(store, champion, folder, is_copy=settings.adapter_dir is not None)
+        if settings.adapter_dir is None:
+            require_recorded(store, champion, folder)
+        else:
+            require_undamaged(
+                digests_of(folder),
+                champion.files_sha256,
+                PEFT_FILES,
+                what=f"The server's copy of version {champion.version} of '{champion.lineage}'",
+                where=str(folder),
+                remedy="Remove that folder and run this again: the adapter is copied anew.",
+            )
         client.load(name, path)
         reporter().said(f"{name} is loaded from {path}")
-    elif loaded[name].root != path:
+    elif loaded[name] != path:
         raise VllmError(
-            f"The server has another adapter under the name {name} ({loaded[name].root}, not {path}); restart it, "
-            "since it caches by name."
+            f"The server has another adapter under the name {name} ({loaded[name]}, not {path}); restart it, since it "
+            "caches by name."
         )
     try:
         client.complete(name, TRIAL_PROMPT, TRIAL_TOKENS)
@@ -184,20 +200,10 @@ def model_name(version: Version) -> str:
     return f"{version.lineage}-v{version.version}"
 
 
-def config_of(store: ObjectStore, champion: Version) -> dict[str, Any]:
-    """Return the adapter's adapter_config.json.
-
-    Raises:
-        IntegrityError: It is no JSON.
-    """
-    key = f"{champion.adapter_uri}/{CONFIG_FILE}"
-    try:
-        return dict(json.loads(store.get_bytes(key)))
-    except ValueError:
-        raise IntegrityError(
-            f"Version {champion.version} of '{champion.lineage}' is damaged: {store.uri_of(key)} is no JSON. "
-            f"{remedy_for(champion)}"
-        ) from None
+def config_of(store: ObjectStore, version: Version) -> dict[str, Any]:
+    """Return the adapter's adapter_config.json; raise StoreError if it is damaged."""
+    with reading_beside(store, version.adapter_uri, CONFIG_FILE):
+        return dict(json.loads(store.get_bytes(f"{version.adapter_uri}/{CONFIG_FILE}")))
 
 
 def _published(store: ObjectStore, champion: Version, name: str, settings: VllmSettings) -> tuple[Path, str]:
@@ -209,7 +215,7 @@ def _published(store: ObjectStore, champion: Version, name: str, settings: VllmS
             f"The adapter is in {store.uri}, which the server does not read; set DEAL_VLLM_ADAPTER_DIR to a folder "
             "that this machine and the server share."
         )
-    folder = settings.adapter_dir / _copy_name(name, champion.adapter_sha256)
+    folder = settings.adapter_dir / f"{name}-{champion.adapter_sha256[:12]}"
     if not folder.exists():
         _write_folder(store, champion, folder)
     return folder, f"{settings.server_adapter_dir or settings.adapter_dir}/{folder.name}"
@@ -238,57 +244,14 @@ def _write_folder(store: ObjectStore, info: Version, target: Path, config: str |
         return True
 
 
-def _require_recorded(store: ObjectStore, champion: Version, folder: Path, is_copy: bool) -> None:
-    """Compare the files that the server is about to load with the recorded digests, a copy too."""
-    if not is_copy:
-        require_recorded(store, champion, folder)
-        return
-    require_undamaged(
-        digests_of(folder),
-        champion.files_sha256,
-        PEFT_FILES,
-        what=f"The server's copy of version {champion.version} of '{champion.lineage}'",
-        where=str(folder),
-        remedy="Remove that folder and run this again: the adapter is copied anew.",
-    )
-
-
-def _copy_name(name: str, adapter_sha256: str) -> str:
-    return f"{name}-{adapter_sha256[:12]}"
-
-
-def _unload_others(client: VllmClient, route: ServingRoute, grace_seconds: float) -> None:
-    """Unload the lineage's other adapters, after clients had time to read the new route."""
-    own = re.compile(rf"{re.escape(route.lineage)}-v\d+")
-    others = [name for name in client.models() if own.fullmatch(name) and name != route.model]
-    if not others:
-        return
-    assert route.since is not None
-    time.sleep(max(0.0, grace_seconds - (datetime.now(UTC) - route.since).total_seconds()))
-    for name in others:
-        client.unload(name)
-        reporter().said(f"{name} is unloaded")
-
-
-def _remove_other_copies(settings: VllmSettings, route: ServingRoute) -> None:
-    """Remove the copies of the lineage's other adapters. Each is renamed first, so no partial copy has a valid name."""
-    if settings.adapter_dir is None or route.model is None or route.adapter_sha256 is None:
-        return
-    own = re.compile(rf"\.?{re.escape(route.lineage)}-v\d+-[0-9a-f]{{12}}")
-    for folder in sorted(settings.adapter_dir.iterdir()):  # hidden folders of an interrupted call come first
-        if own.fullmatch(folder.name) and folder.name != _copy_name(route.model, route.adapter_sha256):
-            hidden = folder.with_name(f".{folder.name.removeprefix('.')}")
-            folder.rename(hidden)
+def _remove_copies(folder: Path, lineage: str, current: str) -> None:
+    """Remove the lineage's copies except one. Each is renamed first, so no partial copy has a valid name."""
+    own = re.compile(rf"\.?{re.escape(lineage)}-v\d+-[0-9a-f]{{12}}")
+    for copy in sorted(folder.iterdir()):  # hidden folders of an interrupted call come first
+        if own.fullmatch(copy.name) and copy.name != current:
+            hidden = copy.with_name(f".{copy.name.removeprefix('.')}")
+            copy.rename(hidden)
             shutil.rmtree(hidden)
-
-
-def _behind(before: ServingRoute | None, client: VllmClient, champion: Version, error: DealError) -> ServingRoute:
-    """The route after an error: the version that answered before, and the error."""
-    problem: dict[str, Any] = {"champion": champion.version, "problem": " ".join(str(error).split())}
-    if before is None:
-        return ServingRoute(lineage=champion.lineage, url=without_secrets(client.url), state="behind", **problem)
-    state = "in step" if before.version == champion.version else "behind"
-    return before.model_copy(update={**problem, "state": state})
 
 
 class Published(BaseModel, frozen=True):
@@ -328,42 +291,27 @@ def publish(
     require_exportable(store, info)
     config = config_of(store, info)
     require_servable(config, settings)
-    base = model or _base_for_vllm(read_record(store, info.adapter_uri))
+    base = model
+    if not base:  # what such a server is given: the base model's Hub id, or its folder on this machine
+        recorded = read_record(store, info.adapter_uri).base
+        is_on_hub = "/" in recorded.name and not Path(recorded.source).expanduser().exists()
+        base = recorded.name if is_on_hub else str(resolve_base(recorded.source, HomeSettings().cache_dir))
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / model_name(info)
     is_new = not target.exists() and _write_folder(store, info, target, content)
-    if not is_new:
-        _require_same(store, target, info, content)
+    if not is_new:  # servers that have loaded it would not notice a change, and others would load something else
+        with borrowed_adapter(store, info) as adapter:
+            wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(content.encode()).hexdigest()}
+        there = digests_of(target, PEFT_FILES)
+        if names := ", ".join(name for name in PEFT_FILES if there.get(name) != wanted[name]):
+            other = ""
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                named = json.loads((target / CONFIG_FILE).read_bytes())["base_model_name_or_path"]
+                other = f" It was published for the base model {named}."
+            raise ConfigError(
+                f"{target} is there with other content ({names}), and a published name never changes.{other} Give "
+                "another folder, or stop the servers that use this one and remove it."
+            )
     return Published(
         lineage=lineage, version=info.version, model=target.name, folder=str(target), base_model=base, is_new=is_new
     )
-
-
-def _base_for_vllm(record: LineageRecord) -> str:
-    """Return what `vllm serve` is given for a base model: its Hub id, or its folder on this machine."""
-    source = record.base.source
-    if "/" in record.base.name and not Path(source).expanduser().exists():
-        return record.base.name
-    return str(resolve_base(source, HomeSettings().cache_dir))
-
-
-def _require_same(store: ObjectStore, target: Path, info: Version, config: str) -> None:
-    """Refuse to change a folder: servers that have loaded it would not notice, and others would load something else."""
-    with borrowed_adapter(store, info) as adapter:
-        wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(config.encode()).hexdigest()}
-    there = digests_of(target, PEFT_FILES)
-    names = ", ".join(name for name in PEFT_FILES if there.get(name) != wanted[name])
-    if names:
-        base = _base_named(target)
-        other = f" It was published for the base model {base}." if base else ""
-        raise ConfigError(
-            f"{target} is there with other content ({names}), and a published name never changes.{other} Give another "
-            "folder, or stop the servers that use this one and remove it."
-        )
-
-
-def _base_named(folder: Path) -> str | None:
-    try:
-        return str(json.loads((folder / CONFIG_FILE).read_bytes())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

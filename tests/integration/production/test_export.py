@@ -26,7 +26,7 @@ from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.predict import Answer, predict
-from tasks.serving.export import Exported, _merged_card, export_version, hub_folder
+from tasks.serving.export import Exported, _compared, _merged_card, export_version, hub_folder
 from tasks.serving.vllm import publish
 from tests.in_process import put_back
 from tests.loopback import Loopback
@@ -85,6 +85,12 @@ def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch
         export_version("l", "3", "merged", str(tmp_path / "merged"))
     assert list(tmp_path.glob("*merged*")) == []
     assert asked().answer is not None
+
+
+def test_logits_that_are_no_numbers_are_refused_wherever_they_stand() -> None:
+    right, broken = torch.zeros(3), torch.tensor([0.0, float("nan"), 0.0])
+    with pytest.raises(IntegrityError, match="a logit differs by nan"):
+        _compared(version("3"), "merged", "x", "float32", [right, right], [right, broken])
 
 
 @pytest.mark.parametrize("act", ["merged", "publish"])

@@ -38,8 +38,7 @@ from infra.predictions import (
     remove_feedback,
 )
 from infra.serving import prediction_log as logging_module
-from infra.serving.answer_ids import AnswerIds
-from infra.serving.prediction_log import PredictionLog, open_prediction_log
+from infra.serving.prediction_log import AnswerIds, PredictionLog, open_prediction_log
 from infra.store.keys import batch_day, log_key
 from infra.store.local import FileStore
 from tests.served import WAIT_SECONDS, Champion, running

@@ -118,8 +118,7 @@ def logged(store: FileStore, candidate: Version) -> Iterator[Server]:
         yield server
     finally:
         server.champion.stop()
-        if server.rollout._thread is not None:
-            server.rollout._thread.join(WAIT_SECONDS)
+        server.rollout._shadow.shutdown()
         log.close()
 
 
