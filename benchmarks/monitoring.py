@@ -23,7 +23,6 @@ import typer
 from benchmarks.output import RESULTS, Out, write_result
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import Precision
-from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import load_base_of
 from deal_core.evaluation.answering import ServedTask, read_served
@@ -88,14 +87,7 @@ def ask(folder: Path, data: Path, tasks: Sequence[str], base: str | None, precis
                 raise ConfigError(f"{folder} does not know the task {name!r}; give --tasks that it knows.")
             for condition, rows in conditions(data, name):
                 texts = [task.readable(row["text"], "A row") for row in rows]
-                given = answer_inputs(
-                    adapted,
-                    model.tokenizer,
-                    task.schema,
-                    texts,
-                    EvaluateConfig(max_new_tokens=task.max_new_tokens),
-                    max_prompt_tokens=task.max_prompt_tokens,
-                )
+                given = answer_inputs(adapted, model.tokenizer, task, texts)
                 for number, (row, text, answer) in enumerate(zip(rows, texts, given, strict=True)):
                     found.append(
                         {

@@ -21,8 +21,9 @@ from benchmarks.output import RESULTS, Base, Out, write_result
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
@@ -39,6 +40,7 @@ TASK = TaskSchema(
     instruction="Write a work order of one sentence about the following message of a tenant.",
 )
 TRAIN = TrainConfig(max_prompt_tokens=192, max_answer_tokens=40, checkpoint_steps=0)
+ASKED = ServedTask(schema=TASK, max_prompt_tokens=TRAIN.max_prompt_tokens, max_new_tokens=TRAIN.max_answer_tokens)
 
 
 def pairs(split: str) -> Dataset:
@@ -80,14 +82,7 @@ def main(
                 checkpoint_folder=Path(folder) / "checkpoints",
             )
             with adapter_on(model.model, adapter) as version:
-                judged = evaluate_task(
-                    version,
-                    model.tokenizer,
-                    TASK,
-                    test_rows,
-                    EvaluateConfig(max_new_tokens=40),
-                    max_prompt_tokens=TRAIN.max_prompt_tokens,
-                )
+                judged = evaluate_task(version, model.tokenizer, ASKED, test_rows)
                 ratio = perplexity(version, model.tokenizer) / before
         figures.append(
             {

@@ -38,7 +38,7 @@ from deal_core.benchmark.cell import make_cell
 from deal_core.benchmark.suites import digest_of, load_suite, name_of, order_of
 from deal_core.benchmark.summary import CellJson, final_scores, round_alike, row_scores
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.evaluation.recentring import recentred_hits
+from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from tasks.adaptation.run import identify_base
 from tasks.benchmark import make_cell_file

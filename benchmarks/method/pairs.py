@@ -34,7 +34,7 @@ from deal_core.benchmark.summary import (
     method_name,
 )
 from deal_core.evaluation.accuracy_matrix import PairedInterval, paired_interval
-from deal_core.evaluation.recentring import recentred_hits
+from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import DealConfig
 
 OUT, CELLS = RESULTS / "pairs.json", RESULTS / "development"

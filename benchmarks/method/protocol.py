@@ -32,8 +32,7 @@ from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name
 from deal_core.config import TrainConfig
-from deal_core.evaluation.label_scores import Floats
-from deal_core.evaluation.recentring import recentred_accuracy
+from deal_core.evaluation.label_scores import Floats, recentred_accuracy
 
 CELLS = RESULTS / "development"
 CELL_FOLDERS = (RESULTS / "continual", CELLS)

@@ -11,7 +11,8 @@ from datasets import Dataset
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.score import TaskEvaluation, evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
@@ -63,12 +64,8 @@ class Versions:
         with adapter_on(self.base.model, self.folder / name) as model:
             for task in self.tasks:
                 rows = Dataset.from_list(list(task.part("dev", max_test_rows)))
-                found[task.schema.name] = evaluate_task(
-                    model,
-                    self.base.tokenizer,
-                    task.schema,
-                    rows,
-                    EvaluateConfig(max_new_tokens=20),
-                    max_prompt_tokens=self.train.max_prompt_tokens,
+                asked = ServedTask(
+                    schema=task.schema, max_prompt_tokens=self.train.max_prompt_tokens, max_new_tokens=20
                 )
+                found[task.schema.name] = evaluate_task(model, self.base.tokenizer, asked, rows)
         return found

@@ -41,7 +41,7 @@ from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
 from deal_core.benchmark.suites import Rows, SuiteTask
-from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig
+from deal_core.config import MAX_OWN_TEXTS
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.general_ability import perplexity
@@ -404,7 +404,7 @@ def _score(
         if log_probs_NL is not None and cell.scoring == "likeliest":
             evaluation = evaluate_answers(task, dataset, [labels[best] for best in log_probs_NL.argmax(1).tolist()])
         else:
-            evaluation = evaluate_task(model, tokenizer, task, dataset, EvaluateConfig(), max_prompt_tokens=longest)
+            evaluation = evaluate_task(model, tokenizer, run.served(name), dataset)
         scores[name] = _kept(evaluation)
         if log_probs_NL is not None:
             right = [row["output"] for row in rows]

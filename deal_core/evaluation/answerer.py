@@ -16,7 +16,6 @@ from peft import PeftModel
 from deal_core.adapter import state as adapters
 from deal_core.adapter.state import CANDIDATE_NAME, SavedAdapter, activate, load_adapter, read_adapter, swap_adapter
 from deal_core.base_model.load import BaseModel, Precision, load_base
-from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation import generation
@@ -375,9 +374,8 @@ class Answerer:
             answers = generation.answer_prompts(
                 self._model,
                 self._first.tokenizer,  # the candidate's too: both are on one base model
-                task.schema,
+                task,
                 [rows[place][1] for place in places],
-                EvaluateConfig(max_new_tokens=task.max_new_tokens),
             )
             found.update(zip(places, answers, strict=True))
         given = iter([found[place] for place in range(len(rows))])
