@@ -1,18 +1,30 @@
-"""One cell of the benchmark: all settings that decide its figures."""
+"""One cell of the benchmark: all settings that decide its figures, and the answers that its file keeps.
+
+Shapes: N test rows, L labels.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from deal_core.benchmark.suites import Part
 from deal_core.config import NOT_DECIDING, AdapterConfig, TrainConfig
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
+from deal_core.evaluation.metrics import number_labels, plain_answer
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import find_strategies, strategy_class
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 3
 """Version 3 says every setting of the training and of the strategy, so no default of today is needed to read it."""
@@ -119,8 +131,8 @@ def make_cell(
     Raises:
         ConfigError: There is no such strategy, or it does not take its options.
     """
-    if strategy not in (known := (*find_strategies(), *BOUNDS)):
-        raise ConfigError(f"strategy is {strategy!r}; give {', '.join(known)}.")
+    if strategy not in (names := (*find_strategies(), *BOUNDS)):
+        raise ConfigError(f"strategy is {strategy!r}; give {', '.join(names)}.")
     is_bound = strategy in BOUNDS
     return Cell(
         strategy=strategy,
@@ -153,3 +165,47 @@ def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledAnswers:
+    """The answers of one version to one labelled task."""
+
+    labels: tuple[str, ...]
+    targets_N: NDArray[np.int64]
+    """Number of each row's right label."""
+    answers: tuple[int | str, ...]
+    """Each row's answer: the number of a label, or another text."""
+    log_probs_NL: NDArray[np.float64]
+    """log p(label | prompt)."""
+
+    def texts(self) -> list[str]:
+        """The answers as texts."""
+        return [self.labels[answer] if isinstance(answer, int) else answer for answer in self.answers]
+
+
+def pack_answers(
+    answers: Sequence[str], references: Sequence[str], labels: Sequence[str], log_probs_NL: Tensor
+) -> dict[str, Any]:
+    """Return JSON values. Log-probabilities are half-precision floats in base64, row by row: three digits are kept."""
+    numbers = number_labels(labels)
+    half_NL = log_probs_NL.clamp(min=-6e4).numpy().astype("<f2")
+    return {
+        "labels": list(labels),
+        "targets": [numbers[plain_answer(reference)] for reference in references],
+        "answers": [numbers.get(plain_answer(answer), answer) for answer in answers],
+        "log_probs": base64.b64encode(half_NL.tobytes()).decode(),
+    }
+
+
+def unpack_answers(score: Mapping[str, Any]) -> LabelledAnswers | None:
+    """Read back what `pack_answers` wrote; None if a cell has no such values, as an open task or an old cell."""
+    if "log_probs" not in score:
+        return None
+    flat = np.frombuffer(base64.b64decode(score["log_probs"]), "<f2").astype(np.float64)
+    return LabelledAnswers(
+        labels=tuple(score["labels"]),
+        targets_N=np.array(score["targets"], dtype=np.int64),
+        answers=tuple(score["answers"]),
+        log_probs_NL=flat.reshape(len(score["targets"]), len(score["labels"])),
+    )
