@@ -124,10 +124,15 @@ def _is_recentred(cell: CellJson) -> bool:
     return bool(cell["settings"]["train"].get("recentre_steps"))
 
 
+def as_trained(cell: CellJson) -> CellJson:
+    """A cell without what it says of its training, so that `departures` leaves out the steps that re-centre."""
+    return {**cell, "settings": {**cell["settings"], "train": {}}}
+
+
 def _trained_arms(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, list[CellJson]]:
     groups: dict[tuple[str, str], list[CellJson]] = {}
     for cell in cells:
-        groups.setdefault((cell["settings"]["strategy"], departures(cell, after_training=False)), []).append(cell)
+        groups.setdefault((cell["settings"]["strategy"], departures(as_trained(cell))), []).append(cell)
 
     def best(chosen: Callable[[CellJson], bool]) -> list[CellJson]:
         fitting = [group for group in groups.values() if chosen(group[0])]

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 from datasets import Dataset, disable_progress_bars
 
+from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Base, Out, write_result
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
@@ -27,7 +28,7 @@ from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
 
 ROWS = Path(__file__).parents[1] / "examples" / "repairs" / "messages.jsonl"
@@ -73,14 +74,7 @@ def main(
         )
         with TemporaryDirectory() as folder:
             adapter = Path(folder) / "adapter"
-            result = train_adapter(
-                model,
-                train_rows,
-                setup,
-                parent_folder=None,
-                output_folder=adapter,
-                checkpoint_folder=Path(folder) / "checkpoints",
-            )
+            result = train_into(adapter, model, train_rows, setup)
             with adapter_on(model.model, adapter) as version:
                 judged = evaluate_task(version, model.tokenizer, ASKED, test_rows)
                 ratio = perplexity(version, model.tokenizer) / before

@@ -24,7 +24,7 @@ import typer
 
 from benchmarks.method.protocol import todays_cells
 from benchmarks.output import RESULTS, Out, write_result
-from deal_core.benchmark.cell import unpack_answers
+from benchmarks.stored_cells import unpack_answers
 from deal_core.benchmark.suites import load_suite
 from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.metrics import plain_answer

@@ -31,9 +31,9 @@ from benchmarks.method import one_memory
 from benchmarks.method.pairs import LEAST_GAIN, over_cells
 from benchmarks.method.protocol import JUDGED
 from benchmarks.output import RESULTS
-from benchmarks.stored_cells import read_stored_cells
+from benchmarks.stored_cells import read_stored_cells, unpack_answers
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.cell import make_cell, unpack_answers
+from deal_core.benchmark.cell import make_cell
 from deal_core.benchmark.suites import digest_of, load_suite, name_of, order_of
 from deal_core.benchmark.summary import CellJson, final_scores, round_alike, row_scores
 from deal_core.config import AdapterConfig, TrainConfig

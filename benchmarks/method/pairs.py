@@ -22,8 +22,7 @@ from scipy.stats import t
 
 from benchmarks.method.protocol import todays_training, training_of
 from benchmarks.output import RESULTS, Out, write_result
-from benchmarks.stored_cells import LEFT_OUT_OF_REHEARSAL, LEFT_OUT_OF_TRAINING, read_stored_cells
-from deal_core.benchmark.cell import unpack_answers
+from benchmarks.stored_cells import LEFT_OUT_OF_REHEARSAL, LEFT_OUT_OF_TRAINING, read_stored_cells, unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import (
     CellJson,

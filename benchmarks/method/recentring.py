@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.method.protocol import JUDGED, todays_cells
 from benchmarks.output import RESULTS, Out, write_result
-from deal_core.benchmark.cell import LabelledAnswers, unpack_answers
+from benchmarks.stored_cells import LabelledAnswers, unpack_answers
 from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.label_scores import label_offsets
 

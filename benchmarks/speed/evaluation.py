@@ -27,6 +27,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Base, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
@@ -38,7 +39,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.generation import answer_inputs, answer_limit
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.training.train import OtherRows, TrainingSetup
 from infra.settings import HomeSettings
 
 MAX_PROMPT_TOKENS = 512
@@ -77,15 +78,7 @@ def learn(base: BaseModel, tasks: Sequence[Task], steps: int, folder: Path) -> N
         method=MethodConfig(),
         train=TrainConfig(max_steps=steps, checkpoint_steps=0),
     )
-    train_adapter(
-        base,
-        rows,
-        setup,
-        parent_folder=None,
-        others=OtherRows(joined=others),
-        output_folder=folder,
-        checkpoint_folder=folder / "checkpoints",
-    )
+    train_into(folder, base, rows, setup, others=OtherRows(joined=others))
 
 
 @torch.inference_mode()

@@ -200,11 +200,10 @@ def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
     return list(most.values())
 
 
-def departures(cell: CellJson, *, after_training: bool = True) -> str:
+def departures(cell: CellJson) -> str:
     """Describe a cell's settings that differ from today's defaults, and a past revision, for people.
 
-    A cell of `deal` says its memory. Without `after_training` the settings AFTER_TRAINING are left out. A strategy that
-    is not installed has no defaults, so all of its settings are named.
+    A cell of `deal` says its memory. All settings of a strategy that is not installed are named: it has no defaults.
     """
     settings = cell["settings"]
     strategy, revision = settings["strategy"], settings.get("revision", 1)
@@ -221,8 +220,7 @@ def departures(cell: CellJson, *, after_training: bool = True) -> str:
         if strategy == OURS and meant.items() <= settings["method"].items():
             others = [change for change in changes if change.partition(" ")[0] not in meant]
             changes = [name_of_memory(memory), *others]
-    if after_training:
-        changes += [f"train.{name} {value}" for name in AFTER_TRAINING if (value := settings["train"].get(name))]
+    changes += [f"train.{name} {value}" for name in AFTER_TRAINING if (value := settings["train"].get(name))]
     if (is_installed or strategy in BOUNDS) and revision < revision_of(strategy):
         changes.append(f"revision {revision}")
     return ", ".join(changes)
