@@ -27,10 +27,9 @@ from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import (
     CellJson,
     accuracy,
-    departures,
     final_scores,
     interval_over_rows,
-    method_name,
+    method_of,
 )
 from deal_core.evaluation.accuracy_matrix import PairedInterval, paired_interval
 from deal_core.evaluation.label_scores import recentred_hits
@@ -78,11 +77,11 @@ def recentred_difference(cell: CellJson, other: CellJson) -> PairedInterval | No
     hits: list[list[float]] = [[], []]
     strata = []
     for name in sorted(final_scores(cell)):
-        for found, each in zip(hits, (cell, other), strict=True):
-            answers = unpack_answers(final_scores(each)[name])
+        for side, of_cell in zip(hits, (cell, other), strict=True):
+            answers = unpack_answers(final_scores(of_cell)[name])
             if answers is None:
                 return None
-            found += map(float, recentred_hits(answers.log_probs_NL, answers.targets_N))
+            side += map(float, recentred_hits(answers.log_probs_NL, answers.targets_N))
         strata.append(len(hits[0]) - sum(strata))
     return paired_interval(*hits, strata=strata)
 
@@ -91,8 +90,7 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
     """The figures of one value of a setting with one method."""
     lines = []
     for after, before in pairs:
-        found = [final_scores(each) for each in (after, before)]
-        with_it, without = (fmean(map(accuracy, each.values())) for each in found)
+        with_it, without = (fmean(map(accuracy, final_scores(cell).values())) for cell in (after, before))
         over_rows, recentred = interval_over_rows([after], [before]), recentred_difference(after, before)
         settings = after["settings"]
         suite, order = name_of(tuple(settings["tasks"]))
@@ -105,7 +103,7 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
                 "without": 100 * without,
                 "difference_over_rows": over_rows.in_points(),
                 "recentred": recentred and recentred.in_points(),
-                "perplexity": [each["perplexity"]["adapted"] for each in (after, before)],
+                "perplexity": [cell["perplexity"]["adapted"] for cell in (after, before)],
             }
         )
     differences = [line["with"] - line["without"] for line in lines]
@@ -139,16 +137,16 @@ def main(
 ) -> None:
     """Write the figures of every value of these settings, method by method."""
     todays = todays_training()
-    known = [cell for cell in read_stored_cells(cells) if training_of(cell["settings"]).items() >= todays.items()]
-    found: list[dict[str, Any]] = []
+    comparable = [cell for cell in read_stored_cells(cells) if training_of(cell["settings"]).items() >= todays.items()]
+    arms: list[dict[str, Any]] = []
     for name in setting or SETTINGS:
         groups: dict[tuple[str, Any], list[tuple[CellJson, CellJson]]] = defaultdict(list)
-        for value, after, before in pairs_of(known, name):
-            groups[method_name(before["settings"]["strategy"], departures(before)), value].append((after, before))
-        found += [
+        for value, after, before in pairs_of(comparable, name):
+            groups[method_of(before), value].append((after, before))
+        arms += [
             {"setting": name, "method": method, **compare(value, pairs)} for (method, value), pairs in groups.items()
         ]
-    write_result(out, {"arms": found})
+    write_result(out, {"arms": arms})
 
 
 if __name__ == "__main__":

@@ -241,6 +241,11 @@ def method_name(strategy: str, changes: str) -> str:
     return strategy + (f" ({changes})" if changes else "")
 
 
+def method_of(cell: CellJson) -> str:
+    """The name of a cell's method."""
+    return method_name(cell["settings"]["strategy"], departures(cell))
+
+
 def summarise(protocol: Protocol, judged: Collection[str] | None = None) -> list[dict[str, Any]]:
     """One dict per strategy, settings and order. With several orders, a dict over all orders comes first.
 
