@@ -149,7 +149,7 @@ def options(
     first, second = NOISY_TASKS[1], NOISY_TASKS[0]
     suite, model = load_suite(data, (first, second)), load_base(base, HomeSettings().cache_dir)
     train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, max_steps=STEPS)
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         parent = Path(temporary) / "parent"
         setup = TrainingSetup(
@@ -157,15 +157,16 @@ def options(
         )
         train_into(parent, model, Dataset.from_list(list(suite[first].train[:rows])), setup)
         arrival = Dataset.from_list(list(suite[second].train[:rows]))
+        later = replace(setup, task=suite[second].schema, old_tasks=(suite[first].schema,))
         for number in range(repeats):
             for name in random.Random(number).sample(list(OPTIONS), len(OPTIONS)):
-                each = replace(setup, task=suite[second].schema, old_tasks=(suite[first].schema,), method=OPTIONS[name])
-                folder = Path(temporary) / f"{number}-{len(found[name])}-{list(OPTIONS).index(name)}"
+                of_option = replace(later, method=OPTIONS[name])
+                folder = Path(temporary) / f"{number}-{len(seconds[name])}-{list(OPTIONS).index(name)}"
                 folder.mkdir()
-                found[name].append(_seconds(model, arrival, each, parent, folder))
+                seconds[name].append(_seconds(model, arrival, of_option, parent, folder))
     medians = {
         name: dict(zip(("before", "step"), map(statistics.median, zip(*trials, strict=True)), strict=True))
-        for name, trials in found.items()
+        for name, trials in seconds.items()
     }
     settings = {
         "base": model.name,

@@ -99,7 +99,7 @@ def one_round(home: Path, base: Path, seed: int, seconds: float, wanted: Any) ->
         victim.send_signal(signal.SIGKILL)
     try:
         wait_until_learned(name)
-        versions = versions_of(name)
+        versions: Any = versions_of(name)
     except TimeoutError as error:
         versions = str(error)
     took = time.monotonic() - started

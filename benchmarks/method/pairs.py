@@ -75,7 +75,7 @@ def pairs_of(cells: Sequence[CellJson], setting: str) -> Iterator[tuple[Any, Cel
 def recentred_difference(cell: CellJson, other: CellJson) -> PairedInterval | None:
     """As `interval_over_rows`, of re-centred answers; None if a cell keeps no log-probabilities of labels."""
     hits: list[list[float]] = [[], []]
-    strata = []
+    strata: list[int] = []
     for name in sorted(final_scores(cell)):
         for side, of_cell in zip(hits, (cell, other), strict=True):
             answers = unpack_answers(final_scores(of_cell)[name])

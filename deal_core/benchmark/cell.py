@@ -47,15 +47,11 @@ class Cell:
     Attributes:
         strategy: A strategy, or one of BOUNDS.
         tasks: Tasks in order of arrival.
-        seed: Seed of initialisation and of the order of rows.
-        rows: Number of training rows per task; the first rows are used.
-        part: Part of the test rows.
-        max_test_rows: Number of test rows; the first rows are used. None: all.
-        scored: Which entries of the accuracy matrix are measured.
-        scoring: How the answers of tasks with labels are found.
+        seed: Of initialisation and of the order of rows.
+        rows: Training rows per task; the first rows are used.
+        part: Of the test rows.
+        max_test_rows: The first rows are used. None: all.
         scores_unused: Whether the last version also answers the training rows that no cell of this many rows uses.
-        adapter: Shape of the first adapter.
-        train: Steps, batches and learning rate.
         method: Dotted name of a method setting → its value, for the settings that the strategy reads.
         base: Name and digest of the base model.
         data: Digest of the tasks.

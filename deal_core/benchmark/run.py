@@ -69,9 +69,7 @@ class CellRun:
 
     Attributes:
         base: The base model, without an adapter.
-        cell: The cell's settings.
         tasks: The cell's tasks by name.
-        method: Settings of the strategies.
         work: Folder of this cell's versions; the caller removes it at the end.
         shared: Folder of first versions that cells share.
         keep: Folder for the versions of a finished cell, one folder each, by number; None: they are deleted.
@@ -98,14 +96,14 @@ def run_cell(run: CellRun) -> dict[str, Any]:
         base and of the last version. `stores` and `state_bytes` describe the last version's method state.
 
     Raises:
-        ConfigError: A task's prompt does not fit without any text, or tokens of a task with labels are to be masked.
+        ConfigError: A task's prompt does not fit without any text, or steps that re-centre have no texts.
         DealError: the errors of `train_adapter`.
         Timeout: Another process makes the first version, which cells share.
     """
     cell, base = run.cell, run.base
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
-        if name != cell.tasks[-1] or cell.train.recentre_steps:
+        if cell.train.recentre_steps:
             _own_texts(run, name)
     if cell.strategy in UNTRAINED:
         is_base = cell.strategy == "base"

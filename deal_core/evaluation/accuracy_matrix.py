@@ -165,13 +165,13 @@ class AccuracyMatrix(VersionedJson):
         """The tasks learned before the last version; empty with a single task."""
         if len(self.tasks) - len(self.slices) < 2:
             return []
-        found = []
+        old_tasks = []
         for column, (name, learned) in enumerate(zip(self.tasks, self.first_versions(), strict=True)):
             first = max(learned, self.measured_from.get(name, 0))
             if first < len(self.rows) - 1 and name not in self.slices:
                 values = [row[column] or 0.0 for row in self.rows[first:]]
-                found.append(_OldTask(name, self.base[column] or 0.0, values[0], max(values[:-1]), values[-1]))
-        return found
+                old_tasks.append(_OldTask(name, self.base[column] or 0.0, values[0], max(values[:-1]), values[-1]))
+        return old_tasks
 
 
 class _OldTask(NamedTuple):

@@ -106,7 +106,8 @@ def _figures(model: LanguageModel, features: Mapping[str, Tensor]) -> Tensor:
     # ‖softmax(logits) − onehot(token)‖² = Σ p² over the vocabulary − 2 p(token) + 1
     sums_BK = torch.linalg.vector_norm(logits_BKV.softmax(-1), dim=-1).square()
     squares_BK = (sums_BK - 2 * (-losses_BK).exp() + 1).clamp(min=0) * is_token_BK
-    return torch.stack([each.sum(1) for each in (losses_BK, is_token_BK.double(), hits_BK.double(), squares_BK)], 1)
+    figures = (losses_BK, is_token_BK.double(), hits_BK.double(), squares_BK)
+    return torch.stack([figure_BK.sum(1) for figure_BK in figures], 1)
 
 
 def token_probabilities(
