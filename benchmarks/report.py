@@ -442,6 +442,7 @@ def main(
     pages = templates()
     pages.filters |= {"points": points, "interval": interval, "name": name_of, "keeps": keeps, "shown": shown}
     pages.filters["training"] = describe_training
+    cost = read(results / "step_cost.json")  # what is missing is said before the long work
     cells, development = (read_stored_cells(results / folder) for folder in ("continual", "development"))
     all_protocols = protocols(cells)
     tables = sorted(
@@ -469,7 +470,7 @@ def main(
         "num_tried": len(tried),
         "protocol": protocol,
         "chosen": choice_of(protocol),
-        "cost": read(results / "step_cost.json"),
+        "cost": cost,
         "cost_names": COST_NAMES,
         "lifts": lift_lines(read_stored_cells(results / "superni")),
         "roundings": roundings(cells),
