@@ -87,12 +87,12 @@ def seconds_of(option: str, cell: CellJson, measured: Mapping[str, Any]) -> floa
     name = {ALL: "no option"}.get(option, option.partition(",")[0])
     if name not in measured["options"] and name.startswith("selection.score"):
         name = "selection.score: loss"
-    settings, found = cell["settings"], measured["options"].get(name)
-    if found is None or settings["train"]["max_prompt_tokens"] != measured["max_prompt_tokens"]:
+    settings, seconds = cell["settings"], measured["options"].get(name)
+    if seconds is None or settings["train"]["max_prompt_tokens"] != measured["max_prompt_tokens"]:
         return None
     num_steps = sum(version["num_steps"] for version in cell["versions"]) / len(cell["versions"])
-    step = (found if name.startswith("train.") else measured["options"]["no option"])["step"]
-    return float(found["before"] * settings["rows"] / measured["rows"] + step * num_steps)
+    step = (seconds if name.startswith("train.") else measured["options"]["no option"])["step"]
+    return float(seconds["before"] * settings["rows"] / measured["rows"] + step * num_steps)
 
 
 def line_of(trial: Trial, group: Mapping[str, Trial], measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,14 +124,14 @@ def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[
         if trial.option in groups[trial.group]:
             raise ValueError(f"Two cells with {trial.option!r} differ in {TRAIN_OPTIONS}; give them different names.")
         groups[trial.group][trial.option] = trial
-    found = []
+    shown = []
     for group in groups.values():
         if len(group) > 1:
             cell = next(iter(group.values())).cell
             settings, machine = cell["settings"], cell["versions"][-1].get("machine", {})
             suite, order = name_of(tuple(settings["tasks"]))
             lines = [line_of(trial, group, measured) for trial in group.values()]
-            found.append(
+            shown.append(
                 {
                     "suite": suite,
                     "order": order,
@@ -143,7 +143,7 @@ def tables(cells: Sequence[CellJson], measured: Mapping[str, Any]) -> list[dict[
                     "lines": sorted(lines, key=lambda line: -line["accuracy"]),
                 }
             )
-    return sorted(found, key=lambda table: (-table["rows"], table["strategy"], table["order"], table["seed"]))
+    return sorted(shown, key=lambda table: (-table["rows"], table["strategy"], table["order"], table["seed"]))
 
 
 def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
@@ -157,8 +157,8 @@ def arms(path: Path, first_row: int = 0) -> dict[str, dict[str, Any]]:
         for arm, trial in trials.items()
     }
     strata = [len(bits[first_row:]) for _, bits in sorted(trials["plain"]["outcomes"].items())]
-    found = {arm: paired_interval(each, rows["plain"], strata=strata).in_points() for arm, each in rows.items()}
-    return {arm: {"mean": 100 * fmean(rows[arm]), "difference": [*each.values()]} for arm, each in found.items()}
+    intervals = {arm: paired_interval(scores, rows["plain"], strata=strata).in_points() for arm, scores in rows.items()}
+    return {arm: {"mean": 100 * fmean(rows[arm]), "difference": [*each.values()]} for arm, each in intervals.items()}
 
 
 def merging(path: Path) -> dict[str, float]:
@@ -168,8 +168,8 @@ def merging(path: Path) -> dict[str, float]:
 
 def masked(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Option → its line, of the table that has the token mask."""
-    found = next(table["lines"] for table in tables if any("token_mask" in line["option"] for line in table["lines"]))
-    return {line["option"]: line for line in found}
+    lines = next(table["lines"] for table in tables if any("token_mask" in line["option"] for line in table["lines"]))
+    return {line["option"]: line for line in lines}
 
 
 def main(
@@ -182,7 +182,7 @@ def main(
     """Fill the page."""
     measured = read(RESULTS / "option_seconds.json")
     clean = tables(read_stored_cells(cells), measured)
-    found = {
+    values = {
         "clean": clean,
         "masked": masked(clean),
         "noisy": tables(read_stored_cells(noisy), measured),
@@ -192,7 +192,7 @@ def main(
         "unlabelled": arms(RESULTS / "arms_unlabelled.json"),
         "preferences": read(RESULTS / "preferences.json"),
     }
-    page.write_text(templates().get_template("data_efficiency.md.j2").render(found))
+    page.write_text(templates().get_template("data_efficiency.md.j2").render(values))
     typer.echo(f"{page} written")
 
 

@@ -141,8 +141,9 @@ def budget(
     out: Out = RESULTS / "evaluation_budget.json",
 ) -> None:
     """The noise by the number of rows: half the width of the gate's one-sided interval."""
-    found = [cell for cell in read_stored_cells(cells) if cell["settings"]["strategy"] == "deal"]
-    pairs = [pair for cell in found if cell["settings"]["scored"] == "all" for pair in outcomes(cell)]
+    settings_of = {"strategy": "deal", "scored": "all"}
+    whole_cells = [cell for cell in read_stored_cells(cells) if settings_of.items() <= cell["settings"].items()]
+    pairs = [pair for cell in whole_cells for pair in outcomes(cell)]
     whole = min(len(before) for before, _ in pairs)
     num_rows, confidence = EvaluateConfig().max_old_rows, GateConfig().confidence
     write_result(
@@ -153,7 +154,7 @@ def budget(
             "max_old_rows": num_rows,
             "rows_per_task_within_it": num_rows // NUM_TASKS,
             "confidence": confidence,
-            "lines": [told_from(pairs, each, confidence) for each in (25, 50, 100, 200, whole) if each <= whole],
+            "lines": [told_from(pairs, rows, confidence) for rows in (25, 50, 100, 200, whole) if rows <= whole],
         },
     )
 

@@ -68,7 +68,7 @@ CONFIDENCE = 0.95
 
 def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
     """Return the figures of every table, by suite, training rows per task and training settings."""
-    found: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
     todays = asdict(TrainConfig()) | FIXED
     for protocol in protocols(cells):
         some = next(iter((*protocol.cells, *protocol.joint)), None)
@@ -76,19 +76,19 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
             continue
         settings, train = some["settings"], {name: some["settings"]["train"][name] for name in LEARNING}
         title = f"suite {protocol.suite}, {settings['rows']} rows, {describe(train)}"
-        if title in found:  # the rest of what tells protocols apart
+        if title in tables:  # the rest of what tells protocols apart
             title += "".join(
                 f", {name} {settings[name]}" for name in OTHER_SETTINGS if settings[name] != PLAIN.get(name)
             )
-        found[title] = {
+        tables[title] = {
             "part": settings["part"],
             "base": settings["base"],
             "judged_tasks": judged_tasks(protocol),
             "train": train,
             "is_default": train == {name: todays[name] for name in LEARNING},
-            "arms": {name: _figures(protocol, each) for name, each in arms(protocol).items() if each},
+            "arms": {name: _figures(protocol, arm) for name, arm in arms(protocol).items() if arm},
         }
-    return {"schema_version": 4, "stored_share": STORED_SHARE, "tables": found}
+    return {"schema_version": 4, "stored_share": STORED_SHARE, "tables": tables}
 
 
 def judged_tasks(protocol: Protocol) -> list[str]:
@@ -104,15 +104,15 @@ def arms(protocol: Protocol) -> dict[str, list[CellJson]]:
     A rival with several settings takes part with the best one. Cells whose versions unlearned their preference for
     labels, after their training, are arms of their own.
     """
-    found = {
+    all_arms = {
         "joint": joint_of(protocol),
         "joint, a tenth of the rows": [cell for cell in protocol.others if _is(cell, "joint_memory")],
         "frozen features, a head per task": [cell for cell in protocol.others if _is(cell, "frozen_head")],
     }
     for is_recentred, suffix in ((False, ""), (True, ", re-centred")):
         cells = [cell for cell in protocol.cells if _is_recentred(cell) is is_recentred]
-        found |= {f"{name}{suffix}": each for name, each in _trained_arms(cells, judged_tasks(protocol)).items()}
-    return found
+        all_arms |= {f"{name}{suffix}": arm for name, arm in _trained_arms(cells, judged_tasks(protocol)).items()}
+    return all_arms
 
 
 def joint_of(protocol: Protocol) -> list[CellJson]:
@@ -124,10 +124,15 @@ def _is_recentred(cell: CellJson) -> bool:
     return bool(cell["settings"]["train"].get("recentre_steps"))
 
 
+def as_trained(cell: CellJson) -> CellJson:
+    """A cell without what it says of its training, so that `departures` leaves out the steps that re-centre."""
+    return {**cell, "settings": {**cell["settings"], "train": {}}}
+
+
 def _trained_arms(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, list[CellJson]]:
     groups: dict[tuple[str, str], list[CellJson]] = {}
     for cell in cells:
-        groups.setdefault((cell["settings"]["strategy"], departures(cell, after_training=False)), []).append(cell)
+        groups.setdefault((cell["settings"]["strategy"], departures(as_trained(cell))), []).append(cell)
 
     def best(chosen: Callable[[CellJson], bool]) -> list[CellJson]:
         fitting = [group for group in groups.values() if chosen(group[0])]
@@ -164,9 +169,9 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
     by_cell = [judged_accuracy(cell, judged) for cell in cells]
     joint = {cell["settings"]["seed"]: cell for cell in joint_of(protocol)}
     pairs = [(cell, joint[cell["settings"]["seed"]]) for cell in cells if cell["settings"]["seed"] in joint]
-    lost = [each for cell in cells if (each := lost_since_learned(cell, judged)) is not None]
+    lost = [points for cell in cells if (points := lost_since_learned(cell, judged)) is not None]
     trained = [version["seconds"]["train"] for cell in cells for version in cell["versions"] if "seconds" in version]
-    found = {
+    figures = {
         "num_cells": len(cells),
         "orders": sorted({order_of(cell) for cell in cells}),
         "seeds": sorted({cell["settings"]["seed"] for cell in cells}),
@@ -179,13 +184,13 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
     }
     if pairs and cells[0]["settings"]["strategy"] not in BOUNDS:
         ratios = [judged_accuracy(cell, judged) / judged_accuracy(other, judged) for cell, other in pairs]
-        found |= {
+        figures |= {
             "ratio_to_joint": fmean(ratios),
             "ratio_to_joint_ci95_over_cells": t_interval(ratios),
             "ratio_to_joint_ci95_over_rows": bootstrap_ratio(pairs, judged),
             "ratio_is_of_one_processor": all(round_alike(*pair) for pair in pairs),
         }
-    return found
+    return figures
 
 
 def worst_task(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, Any] | None:
@@ -202,8 +207,8 @@ def worst_task(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, An
     means = {name: fmean(values) for name, values in losses.items() if values}
     if not means:
         return None
-    name = min(means, key=lambda each: means[each])
-    return {"task": name, "points": means[name]}
+    worst = min(means, key=lambda name: means[name])
+    return {"task": worst, "points": means[worst]}
 
 
 def t_interval(values: Sequence[float]) -> list[float] | None:
@@ -222,17 +227,16 @@ def bootstrap_ratio(pairs: Sequence[tuple[CellJson, CellJson]], judged: Sequence
     generator = np.random.default_rng(0)
     tops, bottoms = np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
     for name in judged:
-        first, second = (_mean_scores(cells, name) for cells in zip(*pairs, strict=True))
+        # for every test row, the mean score over the cells at the end
+        first, second = (
+            np.array([row_scores(final_scores(cell)[name]) for cell in cells]).mean(0)
+            for cells in zip(*pairs, strict=True)
+        )
         drawn = generator.integers(0, len(first), (NUM_RESAMPLES, len(first)))
         tops += first[drawn].mean(1)
         bottoms += second[drawn].mean(1)
     low, high = np.quantile(tops / bottoms, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return [float(low), float(high)]
-
-
-def _mean_scores(cells: Sequence[CellJson], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """For every test row of a task, the mean score over the cells at the end."""
-    return np.array([row_scores(final_scores(cell)[name]) for cell in cells]).mean(0)
 
 
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -254,11 +258,11 @@ def _percent_span(interval: Sequence[float] | None) -> str:
 
 def tables(found: Mapping[str, Any]) -> Iterator[Table]:
     """The figures for people, one table per suite."""
-    for title, each in found["tables"].items():
-        table = Table(title=f"{title}, {each['part']} rows: {', '.join(each['judged_tasks'])}", box=None)
+    for title, of_suite in found["tables"].items():
+        table = Table(title=f"{title}, {of_suite['part']} rows: {', '.join(of_suite['judged_tasks'])}", box=None)
         for column in ("", *COLUMNS):
             table.add_column(column, justify="right" if column else "left")
-        for name, arm in each["arms"].items():
+        for name, arm in of_suite["arms"].items():
             table.add_row(name, *(show(arm) for show in COLUMNS.values()))
         yield table
 

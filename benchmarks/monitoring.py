@@ -23,10 +23,9 @@ import typer
 from benchmarks.output import RESULTS, Out, write_result
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import Precision
-from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import load_base_of
-from deal_core.evaluation.answering import ServedTask, read_served
+from deal_core.evaluation.answering import read_served
 from deal_core.evaluation.generation import answer_inputs
 from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare
@@ -79,42 +78,32 @@ def _rows(path: Path) -> list[dict[str, str]]:
 def ask(folder: Path, data: Path, tasks: Sequence[str], base: str | None, precision: Precision) -> pd.DataFrame:
     """Let a version answer every condition of the tasks; one row for each answer."""
     served = read_served(folder)
-    model = load_base_of(served, HomeSettings().cache_dir, base, precision=precision)
-    found: list[dict[str, Any]] = []
-    with adapter_on(model.model, folder) as adapted:
+    base_model = load_base_of(served, HomeSettings().cache_dir, base, precision=precision)
+    answers: list[dict[str, Any]] = []
+    with adapter_on(base_model.model, folder) as model:
         for name in tasks:
             task = served.task(name)
             if task is None:
                 raise ConfigError(f"{folder} does not know the task {name!r}; give --tasks that it knows.")
             for condition, rows in conditions(data, name):
                 texts = [task.readable(row["text"], "A row") for row in rows]
-                given = answer_inputs(
-                    adapted,
-                    model.tokenizer,
-                    task.schema,
-                    texts,
-                    EvaluateConfig(max_new_tokens=task.max_new_tokens),
-                    max_prompt_tokens=task.max_prompt_tokens,
-                )
-                for number, (row, text, answer) in enumerate(zip(rows, texts, given, strict=True)):
-                    found.append(
+                answered = answer_inputs(model, base_model.tokenizer, task, texts)
+                for number, (row, text, answer) in enumerate(zip(rows, texts, answered, strict=True)):
+                    facts = answer_facts(task.schema, text, answer.text)
+                    right = answer_facts(task.schema, text, row["label"])["label"]
+                    answers.append(
                         {
-                            **_facts(task, text, answer.text, row["label"]),
+                            **facts,
+                            **answer.confidence._asdict(),
                             "id": f"{name}/{condition}/{number}",
-                            "confidence": answer.confidence.confidence,
-                            "label_mass": answer.confidence.label_mass,
+                            "input": text,
+                            "expected": right,
+                            "score": None if right is None else float(facts["label"] == right),
                             "condition": condition,
                         }
                     )
                 typer.echo(f"{name}, {condition}: {len(rows)} answers", err=True)
-    return pd.DataFrame(found, columns=list(KEPT))
-
-
-def _facts(task: ServedTask, text: str, answer: str, expected: str) -> dict[str, Any]:
-    facts = answer_facts(task.schema, text, answer)
-    right = answer_facts(task.schema, text, expected)["label"]
-    score = None if right is None else float(facts["label"] == right)
-    return {**facts, "input": text, "expected": right, "score": score}
+    return pd.DataFrame(answers, columns=list(KEPT))
 
 
 def halves(rows: pd.DataFrame, draw: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -127,20 +116,19 @@ def false_alarms(rows: pd.DataFrame, num_looks: int, config: MonitorConfig) -> d
     """Share of random halves of one task's rows that raise an alarm, and of those that would without limits on size."""
     draw = np.random.default_rng(0)
     looks = [_look(*halves(rows, draw), config) for _ in range(num_looks)]
-    level = [config.alpha / max(1, each.num_tests) for each in looks]
-    significant = [_is_significant(each, limit) for each, limit in zip(looks, level, strict=True)]
     return {
         "num_looks": num_looks,
         "rows_of_a_half": len(rows) // 2,
-        "alarms": _share([bool(x.alarms) for x in looks]),
-        "significant": _share(significant),
+        "alarms": _share([bool(look.alarms) for look in looks]),
+        "significant": _share([_is_significant(look, config.alpha / max(1, look.num_tests)) for look in looks]),
         "promised": config.alpha,
     }
 
 
-def _is_significant(found: TaskDrift, level: float) -> bool:
-    accuracies = [each for each in (found.estimated, found.measured) if each is not None and each.p_value is not None]
-    return any(each.p_value < level for each in found.tests) or any((each.p_value or 0) < level for each in accuracies)
+def _is_significant(look: TaskDrift, level: float) -> bool:
+    accuracies = [each for each in (look.estimated, look.measured) if each is not None]
+    p_values = [test.p_value for test in look.tests] + [each.p_value for each in accuracies if each.p_value is not None]
+    return any(p_value < level for p_value in p_values)
 
 
 def _share(values: Sequence[bool]) -> float:
@@ -148,16 +136,16 @@ def _share(values: Sequence[bool]) -> float:
 
 
 def _look(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -> TaskDrift:
-    (found,) = compare(reference, live.assign(time=None), config).tasks
-    return found
+    (look,) = compare(reference, live.assign(time=None), config).tasks
+    return look
 
 
 def live_conditions(answers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each condition of one task. A condition without the commonest label is made of the usual rows."""
-    found = {str(name): rows for name, rows in answers.groupby("condition", sort=False)}
-    usual = found[USUAL]
+    by_condition = {str(name): rows for name, rows in answers.groupby("condition", sort=False)}
+    usual = by_condition[USUAL]
     gone = usual["expected"].mode().iloc[0]
-    return {**found, "one label is gone": usual[usual["expected"] != gone]}
+    return {**by_condition, "one label is gone": usual[usual["expected"] != gone]}
 
 
 def power(answers: pd.DataFrame, num_draws: int, config: MonitorConfig, windows: Sequence[int]) -> list[dict[str, Any]]:
@@ -165,31 +153,25 @@ def power(answers: pd.DataFrame, num_draws: int, config: MonitorConfig, windows:
 
     A window that is larger than what is left is drawn with replacement.
     """
-    lines, found = [], live_conditions(answers)
-    for condition, rows in found.items():
+    lines, by_condition = [], live_conditions(answers)
+    for condition, rows in by_condition.items():
         for size in windows:
             draw = np.random.default_rng(0)
             looks, repeated = [], False
             for _ in range(num_draws):
-                reference, _rest = halves(found[USUAL], draw)
-                left = rows[~rows["number"].isin(reference["number"])] if _shares_rows(condition) else rows
+                reference, left = _drawn(by_condition[USUAL], rows, condition, draw)
                 repeated = len(left) < size
                 live = left.iloc[draw.choice(len(left), size, replace=repeated)]
                 looks.append(_look(reference, live, config))
-            kinds = {
-                kind: _share([any(a.kind == kind for a in x.alarms) for x in looks]) for kind in ("drift", "quality")
-            }
-            tests = {
-                test.name: _share([any(t.name == test.name and t.is_alarm for t in x.tests) for x in looks])
-                for test in looks[0].tests
-            }
+            kinds = [{alarm.kind for alarm in look.alarms} for look in looks]
+            tests = [{test.name for test in look.tests if test.is_alarm} for look in looks]
             lines.append(
                 {
                     "condition": condition,
                     "window": size,
-                    "alarms": _share([bool(x.alarms) for x in looks]),
-                    **kinds,
-                    "tests": tests,
+                    "alarms": _share([bool(look.alarms) for look in looks]),
+                    **{kind: _share([kind in of_look for of_look in kinds]) for kind in ("drift", "quality")},
+                    "tests": {test.name: _share([test.name in alarms for alarms in tests]) for test in looks[0].tests},
                     "with_replacement": repeated,
                     "num_draws": num_draws,
                 }
@@ -197,21 +179,25 @@ def power(answers: pd.DataFrame, num_draws: int, config: MonitorConfig, windows:
     return lines
 
 
-def _shares_rows(condition: str) -> bool:
-    """Whether a condition's rows are the task's own test rows, changed or not."""
-    return not condition.startswith("texts of ")
+def _drawn(
+    usual: pd.DataFrame, rows: pd.DataFrame, condition: str, draw: np.random.Generator
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Half of the usual rows as the reference, and the condition's rows that are not those of the reference."""
+    reference, _rest = halves(usual, draw)
+    if condition.startswith("texts of "):  # of another task
+        return reference, rows
+    return reference, rows[~rows["number"].isin(reference["number"])]
 
 
 def atc(answers: pd.DataFrame, num_draws: int, config: MonitorConfig) -> list[dict[str, Any]]:
     """The estimated accuracy against the true one, where a right answer is known."""
-    lines, found = [], live_conditions(answers)
-    for condition, rows in found.items():
+    lines, by_condition = [], live_conditions(answers)
+    for condition, rows in by_condition.items():
         if not rows["score"].notna().all():
             continue
         draw, pairs = np.random.default_rng(0), []
         for _ in range(num_draws):
-            reference, _rest = halves(found[USUAL], draw)
-            live = rows[~rows["number"].isin(reference["number"])] if _shares_rows(condition) else rows
+            reference, live = _drawn(by_condition[USUAL], rows, condition, draw)
             estimated = _look(reference, live, config).estimated
             if estimated is not None:
                 pairs.append((estimated.accuracy, float(live.tail(config.window_rows)["score"].mean())))
@@ -235,8 +221,8 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of kept answers, task by task. The classifier of texts is slow, so it gets draws of its own."""
     config, tasks = MonitorConfig(), {}
-    for name, found in answers.groupby("task"):
-        rows = found.assign(number=found["id"].str.rpartition("/")[2].astype(int))
+    for name, of_task in answers.groupby("task"):
+        rows = of_task.assign(number=of_task["id"].str.rpartition("/")[2].astype(int))
         numbers = rows.assign(input=None)
         usual = numbers[numbers["condition"] == USUAL]
         tasks[str(name)] = {
@@ -264,9 +250,9 @@ def main(
     if version is not None:
         if data is None:
             raise typer.BadParameter("the first step needs --data, the folder of the tasks' rows")
-        found = ask(version, data, tasks.split(","), base, precision)  # type: ignore[arg-type]
+        asked = ask(version, data, tasks.split(","), base, precision)  # type: ignore[arg-type]
         answers.parent.mkdir(parents=True, exist_ok=True)
-        found.to_parquet(answers, index=False)
+        asked.to_parquet(answers, index=False)
     kept = pd.read_parquet(answers)
     write_result(out, measure(kept, num_looks=looks, num_draws=draws, num_text_draws=text_draws))
 

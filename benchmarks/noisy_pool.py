@@ -39,14 +39,14 @@ def main(
     """Write the copy."""
     suite = load_suite(data, tuple(task))
     out.mkdir(parents=True, exist_ok=True)
-    known = {}
-    for name, each in suite.items():
-        known[name] = {"instruction": each.schema.instruction, "labels": list(each.schema.labels)}
-        test = [{"text": row["input"], "label": row["output"]} for row in each.test]
-        for part, rows in (("train", corrupted(each, share, seed)), ("test", test)):
+    described = {}
+    for name, clean in suite.items():
+        described[name] = {"instruction": clean.schema.instruction, "labels": list(clean.schema.labels)}
+        test = [{"text": row["input"], "label": row["output"]} for row in clean.test]
+        for part, rows in (("train", corrupted(clean, share, seed)), ("test", test)):
             lines = [json.dumps(row, ensure_ascii=False) for row in rows]
             (out / f"{name}.{part}.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    (out / "tasks.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "tasks.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,16 +17,18 @@ from typing import Any
 import typer
 from datasets import Dataset, disable_progress_bars
 
+from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Base, Out, write_result
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
 
 ROWS = Path(__file__).parents[1] / "examples" / "repairs" / "messages.jsonl"
@@ -39,6 +41,7 @@ TASK = TaskSchema(
     instruction="Write a work order of one sentence about the following message of a tenant.",
 )
 TRAIN = TrainConfig(max_prompt_tokens=192, max_answer_tokens=40, checkpoint_steps=0)
+ASKED = ServedTask(schema=TASK, max_prompt_tokens=TRAIN.max_prompt_tokens, max_new_tokens=TRAIN.max_answer_tokens)
 
 
 def pairs(split: str) -> Dataset:
@@ -71,23 +74,9 @@ def main(
         )
         with TemporaryDirectory() as folder:
             adapter = Path(folder) / "adapter"
-            result = train_adapter(
-                model,
-                train_rows,
-                setup,
-                parent_folder=None,
-                output_folder=adapter,
-                checkpoint_folder=Path(folder) / "checkpoints",
-            )
+            result = train_into(adapter, model, train_rows, setup)
             with adapter_on(model.model, adapter) as version:
-                judged = evaluate_task(
-                    version,
-                    model.tokenizer,
-                    TASK,
-                    test_rows,
-                    EvaluateConfig(max_new_tokens=40),
-                    max_prompt_tokens=TRAIN.max_prompt_tokens,
-                )
+                judged = evaluate_task(version, model.tokenizer, ASKED, test_rows)
                 ratio = perplexity(version, model.tokenizer) / before
         figures.append(
             {

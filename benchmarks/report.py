@@ -33,6 +33,7 @@ from deal_core.benchmark.summary import (
     departures,
     final_scores,
     method_name,
+    method_of,
     name_of_memory,
     order_of,
     protocols,
@@ -79,13 +80,13 @@ def spread_of_seeds(cells: Sequence[CellJson]) -> dict[str, float]:
         settings["train"] = {name: value for name, value in settings["train"].items() if name != "seed"}
         if settings["strategy"] not in BOUNDS:
             same = json.dumps([settings, cell["perplexity"].get("base")], sort_keys=True)
-            groups[method_name(settings["strategy"], departures(cell)), same].append(cell)
-    found: dict[str, float] = defaultdict(float)
+            groups[method_of(cell), same].append(cell)
+    spreads: dict[str, float] = defaultdict(float)
     for (method, _), group in groups.items():
         if len(group) > 1:
             scores = [100 * fmean(map(accuracy, final_scores(cell).values())) for cell in group]
-            found[method] = max(found[method], max(scores) - min(scores))
-    return dict(found)
+            spreads[method] = max(spreads[method], max(scores) - min(scores))
+    return dict(spreads)
 
 
 def recentred(path: Path, *others: Path) -> dict[str, Any]:
@@ -93,14 +94,15 @@ def recentred(path: Path, *others: Path) -> dict[str, Any]:
 
     The trials of `path` have one seed, and those of each of the others have another.
     """
-    found = read(path)
+    trials, by_seed = read(path), [arms(of_seed) for of_seed in (path, *others)]
+    plain = [arms_of_seed["plain"]["mean"] for arms_of_seed in by_seed]
     return {
         "arms": arms(path, CHOOSING_ROWS),
-        "own": [arms(each)["own"] for each in (path, *others)],
+        "own": [arms_of_seed["own"] for arms_of_seed in by_seed],
         "first": first_answers((path, *others), path.with_name("arms_saved.json")),
-        "plain_spread": max(plain := [arms(each)["plain"]["mean"] for each in (path, *others)]) - min(plain),
-        "steps": found["recentre_steps"],
-        "arrival_steps": TrainConfig().num_steps(found["rows"]),
+        "plain_spread": max(plain) - min(plain),
+        "steps": trials["recentre_steps"],
+        "arrival_steps": TrainConfig().num_steps(trials["rows"]),
     }
 
 
@@ -127,20 +129,19 @@ def num_not_learned(protocol: Protocol) -> int:
 
     The gate compares with the commonest answer, and with the base model, whose answers the cells do not keep.
     """
-    name, found = name_of_memory(DEFAULT_MEMORY), []
+    name, counts, wanted = name_of_memory(DEFAULT_MEMORY), [0], GateConfig().min_gain_points
     for cell in (cell for cell in protocol.cells if departures(cell) == name):
         learned = [version["scores"][version["task"]] for version in cell["versions"]]
-        found.append(
-            sum(100 * (accuracy(each) - each["majority_rate"]) < GateConfig().min_gain_points for each in learned)
-        )
-    return max(found, default=0)
+        counts.append(sum(100 * (accuracy(score) - score["majority_rate"]) < wanted for score in learned))
+    return max(counts)
 
 
 def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     """What the page shows of one table: its protocol, its lines, its tasks and its pictures."""
     rows = summarise(protocol, judged_tasks(protocol))
     settings = some_cell(protocol)["settings"]
-    trained = [row for row in rows if row["orders"] == widest(rows, row) and row["minutes"] is not None]
+    whole = [row for row in rows if row["orders"] == widest(rows, row)]
+    trained = [row for row in whole if row["minutes"] is not None]
     return {
         "suite": protocol.suite,
         "settings": settings,
@@ -149,13 +150,13 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
         "tasks": task_lines(protocol, rows),
         "num_not_learned": num_not_learned(protocol),
         "compared": compared_with({row["changes"] for row in rows if row["strategy"] == OURS}),
-        "widest": [row for row in rows if row["orders"] == widest(rows, row)],
+        "widest": whole,
         "is_judged": bool(protocol.lifted()),
         "num_alone": len(protocol.per_task),
         "pictures": draw(protocol, rows, images),
-        "differences": [row for row in rows if row["orders"] == widest(rows, row) and "heaviest_task" in row],
+        "differences": [row for row in whole if "heaviest_task" in row],
         "num_trained": sum(row["num_cells"] for row in trained),
-        "core_hours": core_hours(trained),
+        "core_hours": sum(row["minutes"] * row["num_cells"] for row in trained) / 60,
         "by_method": by_method(protocol),
     }
 
@@ -165,27 +166,21 @@ def by_method(protocol: Protocol) -> dict[str, dict[str, Any]]:
 
     The last is the perplexity of other English texts in the end, times the base model's.
     """
-    cells: dict[str, list[CellJson]] = defaultdict(list)
+    groups: dict[str, list[CellJson]] = defaultdict(list)
     for cell in protocol.cells:
-        cells[method_name(cell["settings"]["strategy"], departures(cell))].append(cell)
-    found = {}
-    for name, each in cells.items():
-        seconds = [
-            version["seconds"]["train"] for cell in each for version in cell["versions"][1:] if "seconds" in version
-        ]
-        is_one_order = len({tuple(cell["settings"]["tasks"]) for cell in each}) == 1
-        ratios = [cell["perplexity"]["adapted"] / cell["perplexity"]["base"] for cell in each if cell.get("perplexity")]
-        found[name] = {
-            "kept": points_of(each) if is_one_order else {},
-            "seconds": median(seconds) if seconds else None,
+        groups[method_of(cell)].append(cell)
+    figures = {}
+    for name, cells in groups.items():
+        later = [version for cell in cells for version in cell["versions"][1:] if "seconds" in version]
+        is_one_order = len({tuple(cell["settings"]["tasks"]) for cell in cells}) == 1
+        measured = [cell["perplexity"] for cell in cells if cell.get("perplexity")]
+        ratios = [perplexity["adapted"] / perplexity["base"] for perplexity in measured]
+        figures[name] = {
+            "kept": points_of(cells) if is_one_order else {},
+            "seconds": median(version["seconds"]["train"] for version in later) if later else None,
             "perplexity_ratio": fmean(ratios) if ratios else None,
         }
-    return found
-
-
-def core_hours(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Hours of one core that the cells of these lines took together."""
-    return sum(row["minutes"] * row["num_cells"] for row in rows) / 60
+    return figures
 
 
 def some_cell(protocol: Protocol) -> CellJson:
@@ -224,8 +219,7 @@ def lift_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
 
 def widest(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Any:
     """The orders of the line that covers most of a strategy's cells."""
-    same = [each["orders"] for each in rows if name_of(each) == name_of(row)]
-    return max(same, key=len)
+    return max((other["orders"] for other in rows if name_of(other) == name_of(row)), key=len)
 
 
 def keeps(row: Mapping[str, Any]) -> str:
@@ -246,15 +240,14 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
     lines = []
     for protocol in protocols(cells):
         cell = some_cell(protocol)
-        num_test = sum(len(score["correct"]) for score in final_scores(cell).values())
         settings = cell["settings"]
-        given = {
+        shared = {
             "suite": protocol.suite,
             "rows": settings["rows"],
-            "num_test": num_test,
+            "num_test": sum(len(score["correct"]) for score in final_scores(cell).values()),
             "train": training_of(settings),
         }
-        lines += [{**given, **row, "changes": named_changes(row["changes"], settings)} for row in summarise(protocol)]
+        lines += [{**shared, **row, "changes": named_changes(row["changes"], settings)} for row in summarise(protocol)]
     return sorted(
         lines,
         key=lambda line: (
@@ -278,10 +271,10 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     on = f", order {order}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
     settings = some[0]["settings"]
     tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}x{settings['train']['num_epochs']}"
-    kept = {shown(name): points_of(each) for name, each in cells.items()}
+    kept = {shown(name): points_of(of_method) for name, of_method in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
     pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
-    fills = {shown(name): curve for name, each in cells.items() if (curve := fill_so_far(each))}
+    fills = {shown(name): curve for name, of_method in cells.items() if (curve := fill_so_far(of_method))}
     if fills:
         save_png(fill_figure(fills), images / f"{stem}-fill.png")
         text = f"share of the adapter's slots in use over the number of tasks learned{on}"
@@ -355,13 +348,12 @@ def side_by_side(protocol: Protocol, shown: Sequence[str]) -> tuple[str, dict[st
     """The first order that has cells of all these strategies with a common seed, and its cells of common seeds."""
     by_order: dict[str, dict[str, dict[int, CellJson]]] = {}
     for cell in protocol.cells:
-        name = method_name(cell["settings"]["strategy"], departures(cell))
-        if name in shown:
+        if (name := method_of(cell)) in shown:
             by_order.setdefault(order_of(cell), {}).setdefault(name, {})[cell["settings"]["seed"]] = cell
-    for order, found in sorted(by_order.items()):
-        seeds = set.intersection(*(set(found.get(name, {})) for name in shown))
+    for order, by_name in sorted(by_order.items()):
+        seeds = set.intersection(*(set(by_name.get(name, {})) for name in shown))
         if seeds:
-            return order, {name: [found[name][seed] for seed in sorted(seeds)] for name in shown}
+            return order, {name: [by_name[name][seed] for seed in sorted(seeds)] for name in shown}
     return "", {}
 
 
@@ -384,15 +376,14 @@ def fill_so_far(cells: Sequence[CellJson]) -> list[float]:
 
 def roundings(cells: Sequence[CellJson]) -> dict[str, list[str]]:
     """Names of the cells by the base model's perplexity, which differs where sums of bf16 products round otherwise."""
-    found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    seeds: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for cell in cells:
         settings, before = cell["settings"], cell.get("perplexity", {}).get("base")
-        name = method_name(settings["strategy"], departures(cell))
-        figure = f"{before:.3f}" if before else "not recorded"
-        found[figure][f"suite {suite_of(tuple(settings['tasks']))[0]}, {name}"].add(settings["seed"])
+        name = f"suite {suite_of(tuple(settings['tasks']))[0]}, {method_of(cell)}"
+        seeds[f"{before:.3f}" if before else "not recorded"][name].add(settings["seed"])
     return {
-        figure: [f"{name}, seed {' and '.join(map(str, sorted(seeds)))}" for name, seeds in sorted(names.items())]
-        for figure, names in sorted(found.items())
+        figure: [f"{name}, seed {' and '.join(map(str, sorted(of_name)))}" for name, of_name in sorted(names.items())]
+        for figure, names in sorted(seeds.items())
     }
 
 
@@ -401,21 +392,17 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, tuple[float, fl
 
     `rows_per_second` counts a row once for every pass over it.
     """
-    found: dict[str, list[list[float]]] = defaultdict(list)
+    beside: dict[str, list[list[float]]] = defaultdict(list)
     for cell in cells:
         settings = cell["settings"]
         is_default = departures(cell) in ("", *map(name_of_memory, get_args(Memory)))
         if is_default and settings["strategy"] not in BOUNDS and len(cell["versions"]) > 1:
-            found[method_name(settings["strategy"], departures(cell))].append(
-                [
-                    version["seconds"]["train"]
-                    - settings["train"]["num_epochs"] * settings["rows"] / version["rows_per_second"]
-                    for version in (cell["versions"][1], cell["versions"][-1])
-                ]
-            )
+            rows = settings["train"]["num_epochs"] * settings["rows"]
+            ends = (cell["versions"][1], cell["versions"][-1])
+            beside[method_of(cell)].append([end["seconds"]["train"] - rows / end["rows_per_second"] for end in ends])
     return {
-        name: (median(second for second, _ in each), median(last for _, last in each))
-        for name, each in sorted(found.items())
+        name: (median(second for second, _ in pairs), median(last for _, last in pairs))
+        for name, pairs in sorted(beside.items())
     }
 
 
@@ -433,7 +420,7 @@ def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     trains = {describe_training(line["train"]): line["train"] for line in of_suite}
     for line in of_suite:
         by[describe_training(line["train"])][line["method"]] = fmean([line["greedy"], line["re-centred"]])
-    complete = {name: [found[method] for method in CHOSEN_BY] for name, found in by.items() if {*CHOSEN_BY} <= {*found}}
+    complete = {name: [of[method] for method in CHOSEN_BY] for name, of in by.items() if {*CHOSEN_BY} <= {*of}}
     return {
         "methods": CHOSEN_BY,
         "lines": [
@@ -455,22 +442,25 @@ def main(
     pages = templates()
     pages.filters |= {"points": points, "interval": interval, "name": name_of, "keeps": keeps, "shown": shown}
     pages.filters["training"] = describe_training
-    cells = read_stored_cells(results / "continual")
-    found = protocols(cells)
-    tables = [describe(each, page.parent / "img") for each in found]
-    cost = read(results / "step_cost.json")
-    development = read_stored_cells(results / "development")
+    cost = read(results / "step_cost.json")  # what is missing is said before the long work
+    cells, development = (read_stored_cells(results / folder) for folder in ("continual", "development"))
+    all_protocols = protocols(cells)
+    tables = sorted(
+        (describe(protocol, page.parent / "img") for protocol in all_protocols),
+        key=lambda table: table["suite"].zfill(3),
+    )
     tried = tried_lines(development)
     protocol = sorted(
         filter(_has_chosen, protocol_lines(development)), key=lambda line: (line["suite"], line["method"])
     )
     today, steps = todays_training(), recentred(results / "arms_recentred.json", results / "arms_own.json")
-    current = [each for each in found if training_of(some_cell(each)["settings"]) == today]
+    todays_cells = [cell for cell in cells if training_of(cell["settings"]) == today]
+    current = [each for each in all_protocols if training_of(some_cell(each)["settings"]) == today]
     current.sort(key=lambda each: each.suite.zfill(3))
     (long,) = (each for each in current if each.suite == "15")
     at = f"train.recentre_steps {steps['steps']}"
-    reported = protocol_lines([cell for cell in cells if training_of(cell["settings"]) == today])
-    tables.sort(key=lambda table: table["suite"].zfill(3))
+    leads = [lead(each, first, second) for each in current for first, second in LEADS]
+    reported = protocol_lines(todays_cells)
     page_values = {
         "current": [table for table in tables if table["train"] == today],
         "low": [table for table in tables if table["train"] != today],
@@ -492,13 +482,11 @@ def main(
         "ours_with_rows": OURS_WITH_ROWS,
         "recentred": steps,
         "lead": lead(long, method_name(OURS, f"{name_of_memory('none')}, {at}"), method_name("seq_lora", at)),
-        "leads": [found_lead for each in current for pair in LEADS if (found_lead := lead(each, *pair))],
+        "leads": [each for each in leads if each],
         "kinds": by_kind(long),
         "spread": spread_of_seeds(cells),
         "coverage": read(results / "paired_coverage.json"),
-        "beside": seconds_beside_steps(
-            [cell for cell in cells if len(cell["settings"]["tasks"]) == 15 and training_of(cell["settings"]) == today]
-        ),
+        "beside": seconds_beside_steps([cell for cell in todays_cells if len(cell["settings"]["tasks"]) == 15]),
     }
     page.write_text(pages.get_template("page.md.j2").render(page_values))
     cells_page.write_text(pages.get_template("cells.md.j2").render(page_values))

@@ -32,17 +32,19 @@ import torch
 import typer
 from datasets import Dataset, disable_progress_bars
 
+from benchmarks.method.versions import train_into
+from benchmarks.noisy_pool import corrupted
 from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.speed.ingest import CHUNK_ROWS, TASK, text_of
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.suites import SuiteTask, load_suite
+from deal_core.benchmark.suites import load_suite
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features, suspected_labels
-from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
 
 TRAIN = TrainConfig(num_epochs=1, max_prompt_tokens=96, checkpoint_steps=0)
@@ -91,14 +93,14 @@ def choose_and_train(num_rows: int, score: str, keep: float, max_scored: int) ->
         write_rows(folder / "first.parquet", FIRST_ROWS)
         write_rows(folder / "rows.parquet", num_rows)
         first = Dataset.from_parquet(str(folder / "first.parquet"), cache_dir=str(folder / "first-rows"))
-        _train(base, first, setup, None, folder / "first")
+        train_into(folder / "first", base, first, setup)
         before, started = peak_bytes(), time.perf_counter()
         rows = Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=str(folder / "rows"))
         chosen = choose_rows(
             rows, setup, lambda: base, parent_folder=folder / "first", journal=folder / "selection.json"
         )
         selected = time.perf_counter()
-        result = _train(base, rows.select(chosen.rows), setup, folder / "first", folder / "second")
+        result = train_into(folder / "second", base, rows.select(chosen.rows), setup, folder / "first")
         return {
             "rows": num_rows,
             "chosen": len(chosen.rows),
@@ -107,17 +109,6 @@ def choose_and_train(num_rows: int, score: str, keep: float, max_scored: int) ->
             "seconds": {"choose": selected - started, "train": time.perf_counter() - selected},
             "peak_bytes": {"before": before, "after": peak_bytes()},
         }
-
-
-def _train(base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path | None, out: Path) -> TrainingResult:
-    return train_adapter(
-        base,
-        rows,
-        setup,
-        parent_folder=parent,
-        output_folder=out,
-        checkpoint_folder=out.with_name(f"{out.name}-checkpoints"),
-    )
 
 
 @app.command()
@@ -142,7 +133,7 @@ def _seconds(base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path,
         chosen = choose_rows(rows, setup, lambda: base, parent_folder=parent, journal=folder / "selection.json")
         rows = rows.select(chosen.rows)
     before = time.perf_counter() - started
-    return before, _train(base, rows, setup, parent, folder / "version").seconds / STEPS
+    return before, train_into(folder / "version", base, rows, setup, parent).seconds / STEPS
 
 
 @app.command()
@@ -158,23 +149,24 @@ def options(
     first, second = NOISY_TASKS[1], NOISY_TASKS[0]
     suite, model = load_suite(data, (first, second)), load_base(base, HomeSettings().cache_dir)
     train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, max_steps=STEPS)
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         parent = Path(temporary) / "parent"
         setup = TrainingSetup(
             task=suite[first].schema, strategy="deal", adapter=AdapterConfig(), method=MethodConfig(), train=train
         )
-        _train(model, Dataset.from_list(list(suite[first].train[:rows])), setup, None, parent)
+        train_into(parent, model, Dataset.from_list(list(suite[first].train[:rows])), setup)
         arrival = Dataset.from_list(list(suite[second].train[:rows]))
+        later = replace(setup, task=suite[second].schema, old_tasks=(suite[first].schema,))
         for number in range(repeats):
             for name in random.Random(number).sample(list(OPTIONS), len(OPTIONS)):
-                each = replace(setup, task=suite[second].schema, old_tasks=(suite[first].schema,), method=OPTIONS[name])
-                folder = Path(temporary) / f"{number}-{len(found[name])}-{list(OPTIONS).index(name)}"
+                of_option = replace(later, method=OPTIONS[name])
+                folder = Path(temporary) / f"{number}-{len(seconds[name])}-{list(OPTIONS).index(name)}"
                 folder.mkdir()
-                found[name].append(_seconds(model, arrival, each, parent, folder))
+                seconds[name].append(_seconds(model, arrival, of_option, parent, folder))
     medians = {
         name: dict(zip(("before", "step"), map(statistics.median, zip(*trials, strict=True)), strict=True))
-        for name, trials in found.items()
+        for name, trials in seconds.items()
     }
     settings = {
         "base": model.name,
@@ -187,26 +179,13 @@ def options(
     write_result(out, {**settings, "options": medians})
 
 
-def corrupted(task: SuiteTask, share: float) -> tuple[list[str], set[int]]:
-    """The labels of the training rows, each replaced with probability `share`; and the numbers of the replaced ones."""
-    generator = random.Random(f"0 {task.schema.name}")
-    labels, wrong = [], set()
-    for number, row in enumerate(task.train):
-        others = [label for label in task.schema.labels if label != row["output"]]
-        is_wrong = generator.random() < share and bool(others)
-        labels.append(generator.choice(others) if is_wrong else row["output"])
-        if is_wrong:
-            wrong.add(number)
-    return labels, wrong
-
-
 def found_in(features_ND: Any, labels: list[str], wrong: set[int]) -> dict[str, Any]:
     """Figures of one task with wrong labels: how many rows are suspected, and how many of these are wrong."""
     checked = suspected_labels(features_ND, labels, seed=0)
     return {
         "wrong": len(wrong),
         "suspected": len(checked.suspects),
-        "suspected_and_wrong": sum(each.row in wrong for each in checked.suspects),
+        "suspected_and_wrong": sum(suspect.row in wrong for suspect in checked.suspects),
         "agreement": checked.agreement,
         "skill": checked.skill,
     }
@@ -235,8 +214,9 @@ def label_noise(
         )
         figures[name] = {}
         for share in WRONG_SHARES:
-            labels, wrong = corrupted(suite[name], share)
-            figures[name][str(share)] = found_in(features_ND, labels[:rows], {row for row in wrong if row < rows})
+            noisy = corrupted(suite[name], share, 0)[:rows]
+            wrong = {number for number, row in enumerate(noisy) if "was" in row}
+            figures[name][str(share)] = found_in(features_ND, [row["label"] for row in noisy], wrong)
         typer.echo(f"{name}: {figures[name]}")
     write_result(out, {"base": model.name, "rows": rows, "tasks": figures})
 

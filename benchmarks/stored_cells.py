@@ -3,13 +3,21 @@
 A cell of version 3 says all of its settings. A cell of version 2 left out what had its first default, and said settings
 that exist no more; `in_full` writes it as a cell of version 3. The values here are facts about old cells. They do not
 follow today's defaults.
+
+Shapes: N test rows, L labels.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from deal_core.benchmark.cell import SCHEMA_VERSION
 from deal_core.benchmark.summary import CellJson
@@ -95,3 +103,33 @@ def in_full(settings: dict[str, Any]) -> dict[str, Any]:
         "method": {**{name: LEFT_OUT_OF_REHEARSAL[name] for name in reads}, **method},
         "train": {**LEFT_OUT_OF_TRAINING, **train},
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledAnswers:
+    """The answers of one version to one labelled task."""
+
+    labels: tuple[str, ...]
+    targets_N: NDArray[np.int64]
+    """Number of each row's right label."""
+    answers: tuple[int | str, ...]
+    """Each row's answer: the number of a label, or another text."""
+    log_probs_NL: NDArray[np.float64]
+    """log p(label | prompt)."""
+
+    def texts(self) -> list[str]:
+        """The answers as texts."""
+        return [self.labels[answer] if isinstance(answer, int) else answer for answer in self.answers]
+
+
+def unpack_answers(score: Mapping[str, Any]) -> LabelledAnswers | None:
+    """Read back what `pack_answers` wrote; None if a cell has no such values, as an open task or an old cell."""
+    if "log_probs" not in score:
+        return None
+    flat = np.frombuffer(base64.b64decode(score["log_probs"]), "<f2").astype(np.float64)
+    return LabelledAnswers(
+        labels=tuple(score["labels"]),
+        targets_N=np.array(score["targets"], dtype=np.int64),
+        answers=tuple(score["answers"]),
+        log_probs_NL=flat.reshape(len(score["targets"]), len(score["labels"])),
+    )

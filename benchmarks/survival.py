@@ -48,18 +48,18 @@ def main(
     out: Out = RESULTS / "survival.json",
 ) -> None:
     """Run the rounds that are missing and write what they gave."""
-    found = json.loads(out.read_text())["rounds"] if out.is_file() else []
-    missing = sorted({*range(seed, seed + rounds)} - {each["seed"] for each in found})
+    results = json.loads(out.read_text())["rounds"] if out.is_file() else []
+    missing = sorted({*range(seed, seed + rounds)} - {result["seed"] for result in results})
     if missing:
         with tempfile.TemporaryDirectory(prefix="deal-survival-") as folder:
-            for each in run_rounds(Path(folder), missing):
-                found.append(each)
+            for result in run_rounds(Path(folder), missing):
+                results.append(result)
                 out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps({"rounds": found}, indent=1) + "\n")
-                typer.echo(str(each))
-    right = sum(each["right"] for each in found)
-    typer.echo(f"{right} of {len(found)} rounds ended with the versions of the undisturbed run")
-    raise typer.Exit(int(right != len(found)))
+                out.write_text(json.dumps({"rounds": results}, indent=1) + "\n")
+                typer.echo(str(result))
+    right = sum(result["right"] for result in results)
+    typer.echo(f"{right} of {len(results)} rounds ended with the versions of the undisturbed run")
+    raise typer.Exit(int(right != len(results)))
 
 
 def run_rounds(folder: Path, seeds: list[int]) -> Any:
@@ -99,12 +99,12 @@ def one_round(home: Path, base: Path, seed: int, seconds: float, wanted: Any) ->
         victim.send_signal(signal.SIGKILL)
     try:
         wait_until_learned(name)
-        found = versions_of(name)
+        versions: Any = versions_of(name)
     except TimeoutError as error:
-        found = str(error)
+        versions = str(error)
     took = time.monotonic() - started
-    result = {"killed": killed, "at_seconds": round(at, 1), "took_seconds": round(took), "right": found == wanted}
-    return result if found == wanted else {**result, "found": found, "wanted": wanted}
+    result = {"killed": killed, "at_seconds": round(at, 1), "took_seconds": round(took), "right": versions == wanted}
+    return result if versions == wanted else {**result, "found": versions, "wanted": wanted}
 
 
 def land(home: Path, name: str, base: Path) -> None:
@@ -126,20 +126,16 @@ def land(home: Path, name: str, base: Path) -> None:
 def candidates(home: Path) -> list[psutil.Process]:
     """Every process of `deal up` but the supervisor, which restarts the others."""
     parts = json.loads((home / "stack.json").read_text())["parts"]
-    found = []
-    for part in parts:
-        if part["name"] != "supervisor" and psutil.pid_exists(part["pid"]):
-            root = psutil.Process(part["pid"])
-            found += [root, *root.children(recursive=True)]
-    return found
+    pids = [part["pid"] for part in parts if part["name"] != "supervisor" and psutil.pid_exists(part["pid"])]
+    roots = map(psutil.Process, pids)
+    return [process for root in roots for process in (root, *root.children(recursive=True))]
 
 
 def describe(process: psutil.Process) -> str:
     """What a process is, in a few words."""
     words = process.cmdline()
     names = ("server", "worker", "prefect.engine", "uvicorn", "mlflow", "resource_tracker", "spawn")
-    found = [name for name in names if any(name in word for word in words)]
-    return " ".join(found) or " ".join(words)[:60]
+    return " ".join(name for name in names if any(name in word for word in words)) or " ".join(words)[:60]
 
 
 def wait_until_learned(name: str) -> None:
@@ -155,29 +151,29 @@ def wait_until_learned(name: str) -> None:
 
 def champion_number(lineage: str) -> int:
     """Number of the champion; 0 without one."""
-    champion = Versions(_store()).champion(lineage)
+    champion = Versions(store_of_home()).champion(lineage)
     return int(champion.version) if champion else 0
 
 
 def versions_of(name: str) -> dict[str, Any]:
     """What a round's lineages hold, by what can be compared from round to round."""
-    store = _store()
-    found = {}
+    store, of_lineage = store_of_home(), {}
     for letter in ARRIVALS:
         versions = Versions(store).all(f"{name}-{letter}")
         champion = next(version for version in versions if "champion" in version.aliases)
         with tempfile.TemporaryDirectory() as folder:
             store.download_folder(champion.adapter_uri, Path(folder) / "adapter")
             num_tensors = len(load_file(Path(folder) / "adapter" / "adapter_model.safetensors"))
-        found[letter] = {
+        of_lineage[letter] = {
             "versions": [(v.version, v.parent_version, v.dataset_sha256, v.adapter_sha256) for v in versions],
             "champion": champion.version,
             "tensors_of_champion": num_tensors,
         }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(of_lineage))
 
 
-def _store() -> ObjectStore:
+def store_of_home() -> ObjectStore:
+    """The store that the rounds write to."""
     return FileStore(Path(os.environ["DEAL_HOME"]) / "store")
 
 

@@ -205,7 +205,7 @@ async def begin(
         raise NothingToLearnError(repeated(known, dataset))
     tested = None
     if retrain.test_first and parent is not None and record is not None:
-        tested = await stages.run("test", score_arrival, base, parent, record, dataset, spec.evaluate)
+        tested = await stages.run("test", score_arrival, base, parent, record, dataset)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
             drop_training_rows(store, dataset.uri)

@@ -15,7 +15,6 @@ from infra.promotions import PromotionLog
 from infra.settings import VllmSettings
 from infra.versions import ROLLOUT, Versions
 from tasks.adaptation.evaluate import score_version
-from tasks.adaptation.resume import evaluate_settings
 from tasks.context import current_store
 from tasks.lineage.decisions import Decision, promote_to, reject_version
 from tasks.lineage.history import find_version, known_lineages
@@ -74,7 +73,7 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
     """
     stages = Stages()
     found = find_version(current_store(), lineage, version)
-    scores = await stages.run("evaluate", score_version, found, evaluate_settings(found))
+    scores = await stages.run("evaluate", score_version, found)
     stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
     for task, value in scores.accuracies.items():
         if (before := scores.recorded.get(task, 0.0)) > value:

@@ -20,7 +20,7 @@ from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
-from deal_core.evaluation.generation import GivenAnswer, answer_task, first_answer_logits
+from deal_core.evaluation.generation import GivenAnswer, answer_inputs, first_answer_logits
 from infra.settings import HomeSettings
 from infra.versions import Version
 from tasks.base import lend_base
@@ -74,7 +74,7 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     text = served_task(known).readable(text, "The question")
     base = lend_base(record.base)
     with borrowed_adapter(store, info) as folder, adapter_on(base.model, folder) as model:
-        (given,) = answer_task(model, base.tokenizer, served_task(known), [text])
+        (given,) = answer_inputs(model, base.tokenizer, served_task(known), [text])
         logits = first_answer_logits(
             model, base.tokenizer, known.schema, text, max_prompt_tokens=known.max_prompt_tokens
         )
@@ -200,7 +200,7 @@ def answering(asked: Asked) -> Iterator[AnswerInputs]:
     """Give a function from inputs to answers: the base model with the version's adapter."""
     base, task = lend_base(asked.record.base), served_task(asked.known)
     with borrowed_adapter(current_store(), asked.info) as folder, adapter_on(base.model, folder) as model:
-        yield lambda inputs, on_rows: answer_task(model, base.tokenizer, task, inputs, on_rows)
+        yield lambda inputs, on_rows: answer_inputs(model, base.tokenizer, task, inputs, on_rows)
 
 
 def counting(on_progress: OnProgress, num_rows: int, num_done: int = 0) -> Callable[[int], None]:

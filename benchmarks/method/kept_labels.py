@@ -24,7 +24,7 @@ import typer
 
 from benchmarks.method.protocol import todays_cells
 from benchmarks.output import RESULTS, Out, write_result
-from deal_core.benchmark.answers import unpack_answers
+from benchmarks.stored_cells import unpack_answers
 from deal_core.benchmark.suites import load_suite
 from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.metrics import plain_answer
@@ -46,20 +46,20 @@ def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
         return
     suite = load_suite(folder, tuple(settings["tasks"]))
     chosen = {
-        each.name: settings["method"][f"rehearsal.{each.name}"]
-        for each in fields(RehearsalConfig)
-        if f"rehearsal.{each.name}" in settings["method"]
+        field.name: settings["method"][f"rehearsal.{field.name}"]
+        for field in fields(RehearsalConfig)
+        if f"rehearsal.{field.name}" in settings["method"]
     }
     config = RehearsalConfig(**(chosen if chosen["texts"] in ("stored", "both") else MEMORY["rows"]))
     for name in settings["tasks"][:-1]:
-        found, rows = answers_to[name], suite[name].train[: settings["rows"]]
-        assert found is not None
+        answered, rows = answers_to[name], suite[name].train[: settings["rows"]]
+        assert answered is not None
         kept, all_rows = kept_of(config, rows, settings["seed"]), Counter(plain_answer(row["output"]) for row in rows)
-        answers, targets = Counter(map(plain_answer, found.texts())), Counter(found.targets_N.tolist())
-        for number, label in enumerate(map(plain_answer, found.labels)):
+        answers, targets = Counter(map(plain_answer, answered.texts())), Counter(answered.targets_N.tolist())
+        for number, label in enumerate(map(plain_answer, answered.labels)):
             yield (
                 kept[label] / kept.total() - all_rows[label] / len(rows),
-                (answers[label] - targets[number]) / len(found.targets_N),
+                (answers[label] - targets[number]) / len(answered.targets_N),
             )
 
 
@@ -88,14 +88,14 @@ def main(
 
     Cells whose versions unlearned their preference for labels are left out.
     """
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for cell, line in todays_cells(cells):
         settings = cell["settings"]
         if settings["strategy"] != "deal" or settings["train"].get("recentre_steps"):
             continue
         if pairs := [*pairs_of(cell, data)]:
-            found.append({**line, **figures(pairs)})
-    write_result(out, {"cells": found})
+            lines.append({**line, **figures(pairs)})
+    write_result(out, {"cells": lines})
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from deal_core.benchmark.summary import (
     CellJson,
     Protocol,
     accuracy,
-    departures,
     final_scores,
     interval_over_rows,
-    method_name,
+    method_of,
     order_of,
     round_alike,
 )
@@ -28,8 +27,8 @@ KINDS = {"topics": ("dbpedia", "agnews", "yahoo"), "sentiments": ("IMDB", "SST-2
 
 def cells_of(protocol: Protocol, method: str) -> dict[tuple[str, int], CellJson]:
     """The cells of a method, by order and seed."""
-    named = ((cell, method_name(cell["settings"]["strategy"], departures(cell))) for cell in protocol.cells)
-    return {(order_of(cell), cell["settings"]["seed"]): cell for cell, name in named if name == method}
+    cells = [cell for cell in protocol.cells if method_of(cell) == method]
+    return {(order_of(cell), cell["settings"]["seed"]): cell for cell in cells}
 
 
 def lead(protocol: Protocol, first: str, second: str) -> dict[str, Any] | None:
@@ -38,7 +37,7 @@ def lead(protocol: Protocol, first: str, second: str) -> dict[str, Any] | None:
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         return None
-    pair = [[cells[each] for each in common] for cells in (ours, theirs)]
+    pair = [[cells[place] for place in common] for cells in (ours, theirs)]
     return {
         "suite": protocol.suite,
         "first": first,
@@ -51,39 +50,26 @@ def lead(protocol: Protocol, first: str, second: str) -> dict[str, Any] | None:
 
 def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
     """Per task the mean accuracy over cells right after it was learned, and in the end."""
-    found = {}
+    points = {}
     for task in cells[0]["settings"]["tasks"]:
         after = [cell["versions"][cell["settings"]["tasks"].index(task)]["scores"] for cell in cells]
         learned = [accuracy(scores[task]) for scores in after if task in scores]
         kept = [accuracy(final_scores(cell)[task]) for cell in cells]
         if len(learned) == len(kept):
-            found[task] = (100 * sum(learned) / len(learned), 100 * sum(kept) / len(kept))
-    return found
+            points[task] = (100 * sum(learned) / len(learned), 100 * sum(kept) / len(kept))
+    return points
 
 
 def by_kind(protocol: Protocol) -> list[dict[str, Any]]:
     """One line per method: by kind the mean accuracy right after learning and in the end. `joint`: the end alone."""
-    methods = sorted({method_name(cell["settings"]["strategy"], departures(cell)) for cell in protocol.cells})
     lines: list[dict[str, Any]] = []
-    for method in methods:
+    for method in sorted({method_of(cell) for cell in protocol.cells}):
         points = points_of([*cells_of(protocol, method).values()])
-        lines.append(
-            {
-                "method": method,
-                **{
-                    kind: tuple(fmean(points[task][i] for task in tasks) for i in (0, 1))
-                    for kind, tasks in KINDS.items()
-                },
-            }
-        )
+        means = {kind: tuple(fmean(points[task][i] for task in tasks) for i in (0, 1)) for kind, tasks in KINDS.items()}
+        lines.append({"method": method, **means})
     finals = [final_scores(cell) for cell in joint_of(protocol)]
-    return [
-        *lines,
-        {
-            "method": "joint",
-            **{
-                kind: (None, 100 * fmean(accuracy(final[task]) for final in finals for task in tasks))
-                for kind, tasks in KINDS.items()
-            },
-        },
-    ]
+    of_joint = {
+        kind: (None, 100 * fmean(accuracy(final[task]) for final in finals for task in tasks))
+        for kind, tasks in KINDS.items()
+    }
+    return [*lines, {"method": "joint", **of_joint}]

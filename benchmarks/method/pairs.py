@@ -22,19 +22,17 @@ from scipy.stats import t
 
 from benchmarks.method.protocol import todays_training, training_of
 from benchmarks.output import RESULTS, Out, write_result
-from benchmarks.stored_cells import LEFT_OUT_OF_REHEARSAL, LEFT_OUT_OF_TRAINING, read_stored_cells
-from deal_core.benchmark.answers import unpack_answers
+from benchmarks.stored_cells import LEFT_OUT_OF_REHEARSAL, LEFT_OUT_OF_TRAINING, read_stored_cells, unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import (
     CellJson,
     accuracy,
-    departures,
     final_scores,
     interval_over_rows,
-    method_name,
+    method_of,
 )
 from deal_core.evaluation.accuracy_matrix import PairedInterval, paired_interval
-from deal_core.evaluation.recentring import recentred_hits
+from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import DealConfig
 
 OUT, CELLS = RESULTS / "pairs.json", RESULTS / "development"
@@ -77,13 +75,13 @@ def pairs_of(cells: Sequence[CellJson], setting: str) -> Iterator[tuple[Any, Cel
 def recentred_difference(cell: CellJson, other: CellJson) -> PairedInterval | None:
     """As `interval_over_rows`, of re-centred answers; None if a cell keeps no log-probabilities of labels."""
     hits: list[list[float]] = [[], []]
-    strata = []
+    strata: list[int] = []
     for name in sorted(final_scores(cell)):
-        for found, each in zip(hits, (cell, other), strict=True):
-            answers = unpack_answers(final_scores(each)[name])
+        for side, of_cell in zip(hits, (cell, other), strict=True):
+            answers = unpack_answers(final_scores(of_cell)[name])
             if answers is None:
                 return None
-            found += map(float, recentred_hits(answers.log_probs_NL, answers.targets_N))
+            side += map(float, recentred_hits(answers.log_probs_NL, answers.targets_N))
         strata.append(len(hits[0]) - sum(strata))
     return paired_interval(*hits, strata=strata)
 
@@ -92,8 +90,7 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
     """The figures of one value of a setting with one method."""
     lines = []
     for after, before in pairs:
-        found = [final_scores(each) for each in (after, before)]
-        with_it, without = (fmean(map(accuracy, each.values())) for each in found)
+        with_it, without = (fmean(map(accuracy, final_scores(cell).values())) for cell in (after, before))
         over_rows, recentred = interval_over_rows([after], [before]), recentred_difference(after, before)
         settings = after["settings"]
         suite, order = name_of(tuple(settings["tasks"]))
@@ -106,7 +103,7 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
                 "without": 100 * without,
                 "difference_over_rows": over_rows.in_points(),
                 "recentred": recentred and recentred.in_points(),
-                "perplexity": [each["perplexity"]["adapted"] for each in (after, before)],
+                "perplexity": [cell["perplexity"]["adapted"] for cell in (after, before)],
             }
         )
     differences = [line["with"] - line["without"] for line in lines]
@@ -140,16 +137,16 @@ def main(
 ) -> None:
     """Write the figures of every value of these settings, method by method."""
     todays = todays_training()
-    known = [cell for cell in read_stored_cells(cells) if training_of(cell["settings"]).items() >= todays.items()]
-    found: list[dict[str, Any]] = []
+    comparable = [cell for cell in read_stored_cells(cells) if training_of(cell["settings"]).items() >= todays.items()]
+    arms: list[dict[str, Any]] = []
     for name in setting or SETTINGS:
         groups: dict[tuple[str, Any], list[tuple[CellJson, CellJson]]] = defaultdict(list)
-        for value, after, before in pairs_of(known, name):
-            groups[method_name(before["settings"]["strategy"], departures(before)), value].append((after, before))
-        found += [
+        for value, after, before in pairs_of(comparable, name):
+            groups[method_of(before), value].append((after, before))
+        arms += [
             {"setting": name, "method": method, **compare(value, pairs)} for (method, value), pairs in groups.items()
         ]
-    write_result(out, {"arms": found})
+    write_result(out, {"arms": arms})
 
 
 if __name__ == "__main__":

@@ -27,13 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.output import RESULTS
-from benchmarks.stored_cells import FIXED, read_stored_cells
-from deal_core.benchmark.answers import unpack_answers
+from benchmarks.stored_cells import FIXED, read_stored_cells, unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name
 from deal_core.config import TrainConfig
-from deal_core.evaluation.label_scores import Floats
-from deal_core.evaluation.recentring import recentred_accuracy
+from deal_core.evaluation.label_scores import Floats, recentred_accuracy
 
 CELLS = RESULTS / "development"
 CELL_FOLDERS = (RESULTS / "continual", CELLS)

@@ -19,9 +19,9 @@ import typer
 
 from benchmarks.method.protocol import JUDGED, todays_cells
 from benchmarks.output import RESULTS, Out, write_result
-from deal_core.benchmark.answers import LabelledAnswers, unpack_answers
+from benchmarks.stored_cells import LabelledAnswers, unpack_answers
 from deal_core.benchmark.summary import CellJson, final_scores
-from deal_core.evaluation.recentring import label_offsets
+from deal_core.evaluation.label_scores import label_offsets
 
 NUM_DRAWS = 20
 
@@ -38,15 +38,15 @@ def gained(task: LabelledAnswers, num_rows: int, seed: int) -> tuple[float, floa
 
 def figures(cell: CellJson, row_counts: Sequence[int]) -> dict[str, Any] | None:
     """Mean accuracy over JUDGED in points: greedy, and by the number of drawn rows; None if there are no scores."""
-    answers = (unpack_answers(score) for name, score in final_scores(cell).items() if name in JUDGED)
-    known = [each for each in answers if each is not None]
-    if not known:
+    unpacked = (unpack_answers(score) for name, score in final_scores(cell).items() if name in JUDGED)
+    tasks = [answers for answers in unpacked if answers is not None]
+    if not tasks:
         return None
-    pairs = {count: [gained(each, count, seed) for each in known for seed in range(NUM_DRAWS)] for count in row_counts}
-    greedy = fmean(before for each in pairs.values() for before, _ in each)
+    pairs = {count: [gained(task, count, seed) for task in tasks for seed in range(NUM_DRAWS)] for count in row_counts}
+    greedy = fmean(before for of_count in pairs.values() for before, _ in of_count)
     return {
         "greedy": 100 * greedy,
-        **{str(count): 100 * fmean(after for _, after in each) for count, each in pairs.items()},
+        **{str(count): 100 * fmean(after for _, after in of_count) for count, of_count in pairs.items()},
     }
 
 
@@ -58,11 +58,9 @@ def main(
     out: Out = RESULTS / "recentring.json",
 ) -> None:
     """Write the figures of every cell under today's training that keeps the scores of its labels."""
-    counts, found = rows or [36, 100], []
-    for cell, line in todays_cells(cells):
-        if values := figures(cell, counts):
-            found.append({**line, **values})
-    write_result(out, {"row_counts": counts, "num_draws": NUM_DRAWS, "cells": found})
+    counts = rows or [36, 100]
+    lines = [{**line, **values} for cell, line in todays_cells(cells) if (values := figures(cell, counts))]
+    write_result(out, {"row_counts": counts, "num_draws": NUM_DRAWS, "cells": lines})
 
 
 if __name__ == "__main__":

@@ -11,10 +11,31 @@ from datasets import Dataset
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.score import TaskEvaluation, evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.training.train import OtherRows, TrainingResult, TrainingSetup, train_adapter
+
+
+def train_into(
+    folder: Path,
+    base: BaseModel,
+    rows: Dataset,
+    setup: TrainingSetup,
+    parent: Path | None = None,
+    others: OtherRows | None = None,
+) -> TrainingResult:
+    """Train an adapter into a folder; its checkpoints, if there are any, go there too."""
+    return train_adapter(
+        base,
+        rows,
+        setup,
+        parent_folder=parent,
+        others=others or OtherRows(),
+        output_folder=folder,
+        checkpoint_folder=folder / "checkpoints",
+    )
 
 
 @dataclass(frozen=True)
@@ -46,29 +67,17 @@ class Versions:
         self, name: str, rows: Dataset, setup: TrainingSetup, parent: str | None, others: OtherRows | None = None
     ) -> str:
         """Train a version on top of another one; return its name."""
-        train_adapter(
-            self.base,
-            rows,
-            setup,
-            parent_folder=self.folder / parent if parent else None,
-            others=others or OtherRows(),
-            output_folder=self.folder / name,
-            checkpoint_folder=self.folder / f"{name}-checkpoints",
-        )
+        train_into(self.folder / name, self.base, rows, setup, self.folder / parent if parent else None, others)
         return name
 
     def score(self, name: str, max_test_rows: int) -> dict[str, TaskEvaluation]:
         """Let a version answer the first development rows of every task."""
-        found = {}
+        scores = {}
         with adapter_on(self.base.model, self.folder / name) as model:
             for task in self.tasks:
                 rows = Dataset.from_list(list(task.part("dev", max_test_rows)))
-                found[task.schema.name] = evaluate_task(
-                    model,
-                    self.base.tokenizer,
-                    task.schema,
-                    rows,
-                    EvaluateConfig(max_new_tokens=20),
-                    max_prompt_tokens=self.train.max_prompt_tokens,
+                asked = ServedTask(
+                    schema=task.schema, max_prompt_tokens=self.train.max_prompt_tokens, max_new_tokens=20
                 )
-        return found
+                scores[task.schema.name] = evaluate_task(model, self.base.tokenizer, asked, rows)
+        return scores

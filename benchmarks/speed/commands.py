@@ -122,8 +122,8 @@ def start(
         {
             "num_versions": versions,
             "num_measurements": measurements,
-            "median_processor_seconds": {name: median(found) for name, found in seconds.items()},
-            "slowest_processor_seconds": {name: max(found) for name, found in seconds.items()},
+            "median_processor_seconds": {name: median(measured) for name, measured in seconds.items()},
+            "slowest_processor_seconds": {name: max(measured) for name, measured in seconds.items()},
         },
     )
 
@@ -187,7 +187,7 @@ def adaptation(
         for number in range(measurements):
             for place, spec in zip(runs, specs, strict=True):
                 runs[place].append(adapt(spec, Path(work) / f"home-{number}"))
-    adaptations = {place: medians_of_stages(found) for place, found in runs.items()}
+    adaptations = {place: medians_of_stages(of_place) for place, of_place in runs.items()}
     write_result(out, {"base": base, "num_rows": rows, "num_measurements": measurements, **adaptations})
 
 
@@ -206,12 +206,12 @@ def run_at_once(num_processes: int, folder: Path, options: Sequence[str]) -> tup
         for _ in range(num_processes)
     ]
     outputs = [process.communicate()[0] for process in processes]
-    found = time.perf_counter() - started, processor_seconds() - used
+    took = time.perf_counter() - started, processor_seconds() - used
     for process, output in zip(processes, outputs, strict=True):
         if process.returncode != 0:
             typer.echo(output.decode(errors="replace"), err=True)
             raise typer.Exit(1)
-    return found
+    return took
 
 
 def measure_cells(num_processes: int, folder: Path, options: Sequence[str]) -> dict[str, float]:
@@ -248,7 +248,7 @@ def cells(
             for name, num_processes in order if number % 2 == 0 else reversed(order):
                 runs[name].append(measure_cells(num_processes, Path(work) / f"{name}-{number}", options))
     of_cells, work_of_cells = (
-        {name: [run[figure] - run[f"{figure}_without_cells"] for run in found] for name, found in runs.items()}
+        {name: [run[figure] - run[f"{figure}_without_cells"] for run in of_name] for name, of_name in runs.items()}
         for figure in ("seconds", "processor_seconds")
     )
     write_result(
@@ -258,9 +258,9 @@ def cells(
             "seeds": seeds,
             "cores": os.cpu_count(),
             "num_measurements": measurements,
-            "median_seconds": {name: median(run["seconds"] for run in found) for name, found in runs.items()},
-            "median_seconds_of_cells": {name: median(found) for name, found in of_cells.items()},
-            "median_processor_seconds_of_cells": {name: median(found) for name, found in work_of_cells.items()},
+            "median_seconds": {name: median(run["seconds"] for run in of_name) for name, of_name in runs.items()},
+            "median_seconds_of_cells": {name: median(values) for name, values in of_cells.items()},
+            "median_processor_seconds_of_cells": {name: median(values) for name, values in work_of_cells.items()},
             "median_ratio": median(
                 two["seconds"] / one["seconds"] for one, two in zip(runs["one"], runs["two"], strict=True)
             ),

@@ -27,6 +27,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Base, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
@@ -35,9 +36,10 @@ from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.generation import answer_inputs, answer_limit
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.training.train import OtherRows, TrainingSetup
 from infra.settings import HomeSettings
 
 MAX_PROMPT_TOKENS = 512
@@ -76,15 +78,7 @@ def learn(base: BaseModel, tasks: Sequence[Task], steps: int, folder: Path) -> N
         method=MethodConfig(),
         train=TrainConfig(max_steps=steps, checkpoint_steps=0),
     )
-    train_adapter(
-        base,
-        rows,
-        setup,
-        parent_folder=None,
-        others=OtherRows(joined=others),
-        output_folder=folder,
-        checkpoint_folder=folder / "checkpoints",
-    )
+    train_into(folder, base, rows, setup, others=OtherRows(joined=others))
 
 
 @torch.inference_mode()
@@ -92,7 +86,7 @@ def answer_in_a_loop(model: PeftModel, base: BaseModel, tasks: Sequence[Task], b
     """Generate as one does without further thought: rows in their order, a batch padded to its longest."""
     answers = []
     for task, rows in tasks:
-        limit = answer_limit(base.tokenizer, task, EvaluateConfig())
+        limit = answer_limit(base.tokenizer, task, EvaluateConfig().max_new_tokens)
         prompts = [encode_prompt(base.tokenizer, task, text, MAX_PROMPT_TOKENS) for text in rows["input"]]
         for start in range(0, len(prompts), batch_size):
             batch = base.tokenizer.pad(
@@ -108,10 +102,10 @@ def answer_in_a_loop(model: PeftModel, base: BaseModel, tasks: Sequence[Task], b
 
 def answer_as_evaluated(model: PeftModel, base: BaseModel, tasks: Sequence[Task], max_new_tokens: int) -> list[str]:
     """Generate as an adaptation's evaluation does."""
-    config, answers = EvaluateConfig(max_new_tokens=max_new_tokens), []
+    answers = []
     for task, rows in tasks:
-        given = answer_inputs(model, base.tokenizer, task, rows["input"], config, max_prompt_tokens=MAX_PROMPT_TOKENS)
-        answers += [each.text for each in given]
+        asked = ServedTask(schema=task, max_prompt_tokens=MAX_PROMPT_TOKENS, max_new_tokens=max_new_tokens)
+        answers += [answer.text for answer in answer_inputs(model, base.tokenizer, asked, rows["input"])]
     return answers
 
 

@@ -20,6 +20,7 @@ import typer
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
+from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Out, alone, write_result
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import find_config, load_base
@@ -31,7 +32,7 @@ from deal_core.planning.memory import BatchShape, MemoryPlan, MethodShape, large
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.strategy import PlannedArrival
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
 
 TASK = TaskSchema(name="new", labels=("first", "second"), instruction="Which of the two is it?")
@@ -74,9 +75,9 @@ CASES = (
 
 def resident(mark: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
-    found = re.search(rf"{mark}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    line = re.search(rf"{mark}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) * 1024
 
 
 def predict(case: Case, source: str, num_old_tasks: int) -> tuple[MemoryPlan, BatchShape]:
@@ -111,14 +112,8 @@ def learn(case: Case, source: str, parent: Path | None, out: Path) -> None:
         train=case.train(),
         old_tasks=() if parent is None else (OLD_TASK,),
     )
-    train_adapter(
-        load_base(source, HomeSettings().cache_dir, precision=case.precision),
-        case.rows(),
-        setup,
-        parent_folder=parent,
-        output_folder=out,
-        checkpoint_folder=out / "checkpoints",
-    )
+    base = load_base(source, HomeSettings().cache_dir, precision=case.precision)
+    train_into(out, base, case.rows(), setup, parent)
 
 
 def run_case(case: Case, source: str, parent: Path | None) -> dict[str, Any]:

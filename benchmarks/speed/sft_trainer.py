@@ -35,6 +35,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
+from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import adapter_on
@@ -49,7 +50,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError
 from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
 
 OURS = ("deal", "seq_lora")
@@ -155,14 +156,7 @@ def make_parent(setup: Setup) -> dict[str, Any]:
     learning = TrainingSetup(
         task=setup.first, strategy="deal", adapter=setup.adapter, method=MethodConfig(), train=setup.train
     )
-    train_adapter(
-        base,
-        Dataset.from_list(list(setup.first_rows)),
-        learning,
-        parent_folder=None,
-        output_folder=setup.parent,
-        checkpoint_folder=setup.parent / "checkpoints",
-    )
+    train_into(setup.parent, base, Dataset.from_list(list(setup.first_rows)), learning)
     return {
         "precision": str(base.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -197,14 +191,7 @@ def train_here(strategy: str, base: BaseModel, setup: Setup, folder: Path) -> di
         old_tasks=(setup.first,),
     )
     started = time.perf_counter()
-    result = train_adapter(
-        base,
-        rows,
-        learning,
-        parent_folder=setup.parent,
-        output_folder=folder,
-        checkpoint_folder=folder / "checkpoints",
-    )
+    result = train_into(folder, base, rows, learning, setup.parent)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "loop_seconds": result.seconds, "num_steps": result.num_steps}
 

@@ -28,6 +28,7 @@ import torch
 import typer
 from datasets import Dataset, disable_progress_bars
 
+from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.method_state import MethodState
@@ -41,7 +42,7 @@ from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import make_strategy
 from deal_core.strategies.strategy import TaskContext
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
 
 PLAIN = "seq_lora"
@@ -214,16 +215,9 @@ def adapt(num_old: int, base: str, parent: Path, steps: int) -> dict[str, float]
     loaded = load_base(base, HomeSettings().cache_dir)
     with tempfile.TemporaryDirectory() as work:
         started = time.perf_counter()
-        train_adapter(
-            loaded,
-            rows,
-            setup,
-            parent_folder=parent,
-            output_folder=Path(work),
-            checkpoint_folder=Path(work) / "checkpoints",
-        )
+        train_into(Path(work) / "version", loaded, rows, setup, parent)
         seconds = time.perf_counter() - started
-        size = sum(file.stat().st_size for file in Path(work).glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in Path(work).glob("version/*.safetensors"))
     return {"seconds": seconds, "peak_memory_mib": peak_bytes() / 2**20, "adapter_bytes": size}
 
 

@@ -1,18 +1,24 @@
-"""One cell of the benchmark: all settings that decide its figures."""
+"""One cell of the benchmark: all settings that decide its figures, and the answers that its file keeps."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from deal_core.benchmark.suites import Part
 from deal_core.config import NOT_DECIDING, AdapterConfig, TrainConfig
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
+from deal_core.evaluation.metrics import number_labels, plain_answer
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import find_strategies, strategy_class
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 3
 """Version 3 says every setting of the training and of the strategy, so no default of today is needed to read it."""
@@ -41,15 +47,11 @@ class Cell:
     Attributes:
         strategy: A strategy, or one of BOUNDS.
         tasks: Tasks in order of arrival.
-        seed: Seed of initialisation and of the order of rows.
-        rows: Number of training rows per task; the first rows are used.
-        part: Part of the test rows.
-        max_test_rows: Number of test rows; the first rows are used. None: all.
-        scored: Which entries of the accuracy matrix are measured.
-        scoring: How the answers of tasks with labels are found.
+        seed: Of initialisation and of the order of rows.
+        rows: Training rows per task; the first rows are used.
+        part: Of the test rows.
+        max_test_rows: The first rows are used. None: all.
         scores_unused: Whether the last version also answers the training rows that no cell of this many rows uses.
-        adapter: Shape of the first adapter.
-        train: Steps, batches and learning rate.
         method: Dotted name of a method setting → its value, for the settings that the strategy reads.
         base: Name and digest of the base model.
         data: Digest of the tasks.
@@ -119,8 +121,8 @@ def make_cell(
     Raises:
         ConfigError: There is no such strategy, or it does not take its options.
     """
-    if strategy not in (known := (*find_strategies(), *BOUNDS)):
-        raise ConfigError(f"strategy is {strategy!r}; give {', '.join(known)}.")
+    if strategy not in (names := (*find_strategies(), *BOUNDS)):
+        raise ConfigError(f"strategy is {strategy!r}; give {', '.join(names)}.")
     is_bound = strategy in BOUNDS
     return Cell(
         strategy=strategy,
@@ -153,3 +155,17 @@ def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def pack_answers(
+    answers: Sequence[str], references: Sequence[str], labels: Sequence[str], log_probs_NL: Tensor
+) -> dict[str, Any]:
+    """Return JSON values. Log-probabilities are half-precision floats in base64, row by row: three digits are kept."""
+    numbers = number_labels(labels)
+    half_NL = log_probs_NL.clamp(min=-6e4).numpy().astype("<f2")
+    return {
+        "labels": list(labels),
+        "targets": [numbers[plain_answer(reference)] for reference in references],
+        "answers": [numbers.get(plain_answer(answer), answer) for answer in answers],
+        "log_probs": base64.b64encode(half_NL.tobytes()).decode(),
+    }

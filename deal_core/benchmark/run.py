@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -38,12 +38,12 @@ from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark.answers import pack_answers
-from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
+from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell, pack_answers
 from deal_core.benchmark.suites import Rows, SuiteTask
 from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
+from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
@@ -69,9 +69,7 @@ class CellRun:
 
     Attributes:
         base: The base model, without an adapter.
-        cell: The cell's settings.
         tasks: The cell's tasks by name.
-        method: Settings of the strategies.
         work: Folder of this cell's versions; the caller removes it at the end.
         shared: Folder of first versions that cells share.
         keep: Folder for the versions of a finished cell, one folder each, by number; None: they are deleted.
@@ -98,74 +96,64 @@ def run_cell(run: CellRun) -> dict[str, Any]:
         base and of the last version. `stores` and `state_bytes` describe the last version's method state.
 
     Raises:
-        ConfigError: A task's prompt does not fit without any text, or tokens of a task with labels are to be masked.
+        ConfigError: A task's prompt does not fit without any text, or steps that re-centre have no texts.
         DealError: the errors of `train_adapter`.
         Timeout: Another process makes the first version, which cells share.
     """
-    cell = run.cell
+    cell, base = run.cell, run.base
     for name in cell.tasks:  # before hours of training, not after them
-        encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
-        if name != cell.tasks[-1] or cell.train.recentre_steps:
+        encode_prompt(base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
+        if cell.train.recentre_steps:
             _own_texts(run, name)
     if cell.strategy in UNTRAINED:
-        untouched = cell.strategy == "base"
-        scores = _score(run, run.base.model, cell.tasks, 0, 1) if untouched else _score_heads(run)
-        unused = {"unused": _score(run, run.base.model, cell.tasks, 0, 1, _unused)} if cell.scores_unused else {}
-        return {"versions": [{"task": None, "scores": scores}], **unused, "perplexity": {"base": _base_perplexity(run)}}
-    versions, folder = [], None
-    for number, learned in enumerate(_learned(cell)):
-        folder = _folder(run, number)
+        is_base = cell.strategy == "base"
+        scores = _score(run, base.model, _test_rows(run, cell.tasks), 0, 1) if is_base else _score_heads(run)
+        return {
+            "versions": [{"task": None, "scores": scores}],
+            **_score_unused(run, base.model, 0, 1),
+            "perplexity": {"base": perplexity(base.model, base.tokenizer)},
+        }
+    stages = _stages(cell)
+    for number, stage in enumerate(stages):
         with _alone(run, number):
-            if not (folder / VERSION_FILE).is_file():
-                _make_version(run, number, learned, folder)
-        versions.append(json.loads((folder / VERSION_FILE).read_text()))
-    assert folder is not None
-    with adapter_on(run.base.model, folder) as model:
-        after = perplexity(model, run.base.tokenizer)
-        total = len(versions)
-        unused = {"unused": _score(run, model, cell.tasks, total, total, _unused)} if cell.scores_unused else {}
-    state = load_method_state(folder)
+            if not (_folder(run, number) / VERSION_FILE).is_file():
+                _make_version(run, number, stage)
+    folders = [_folder(run, number) for number in range(len(stages))]
+    with adapter_on(base.model, folders[-1]) as model:
+        after = perplexity(model, base.tokenizer)
+        unused = _score_unused(run, model, len(stages), len(stages))
+    state = load_method_state(folders[-1])
+    versions = [json.loads((folder / VERSION_FILE).read_text()) for folder in folders]
     if run.keep is not None:
-        for number in range(len(versions)):
-            shutil.copytree(_folder(run, number), run.keep / str(number), dirs_exist_ok=True)
+        for number, folder in enumerate(folders):
+            shutil.copytree(folder, run.keep / str(number), dirs_exist_ok=True)
     return {
         "versions": versions,
         **unused,
-        "perplexity": {"base": _base_perplexity(run), "adapted": after},
+        "perplexity": {"base": perplexity(base.model, base.tokenizer), "adapted": after},
         "stores": state.stores,
         "state_bytes": state.num_bytes,
     }
 
 
-def _base_perplexity(run: CellRun) -> float | None:
-    return perplexity(run.base.model, run.base.tokenizer)
+class _Stage(NamedTuple):
+    """The tasks of one version."""
+
+    learned: tuple[str, ...]
+    """That it learns: one task, or all tasks together."""
+    known: tuple[str, ...]
+    """That it has learned in the end."""
+    scored: tuple[str, ...]
 
 
-def _learned(cell: Cell) -> tuple[tuple[str, ...], ...]:
-    """The tasks that each version learns: one task, or all tasks together."""
-    return (cell.tasks,) if _is_joint(cell) else tuple((name,) for name in cell.tasks)
-
-
-def _is_joint(cell: Cell) -> bool:
-    return cell.strategy in ("joint", "joint_memory")
-
-
-def _method(run: CellRun) -> MethodConfig:
-    """The settings that the cell's training heeds; a bound heeds none."""
-    return MethodConfig() if run.cell.strategy in BOUNDS else run.method
-
-
-def _scored(cell: Cell, number: int) -> tuple[str, ...]:
-    if _is_joint(cell) or cell.strategy == "per_task":
-        return _known(cell, number)
-    return cell.scored_after(number)
-
-
-def _known(cell: Cell, number: int) -> tuple[str, ...]:
-    """The tasks that a version has learned."""
-    if _is_joint(cell):
-        return cell.tasks
-    return cell.tasks[number if cell.strategy == "per_task" else 0 : number + 1]
+def _stages(cell: Cell) -> list[_Stage]:
+    if cell.strategy in ("joint", "joint_memory"):
+        return [_Stage(cell.tasks, cell.tasks, cell.tasks)]
+    if cell.strategy == "per_task":
+        return [_Stage((name,), (name,), (name,)) for name in cell.tasks]
+    return [
+        _Stage((name,), cell.tasks[: number + 1], cell.scored_after(number)) for number, name in enumerate(cell.tasks)
+    ]
 
 
 def _folder(run: CellRun, number: int) -> Path:
@@ -182,21 +170,22 @@ def _alone(run: CellRun, number: int) -> Iterator[None]:
         yield
 
 
-def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Path) -> None:
+def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
     """Train and score one version. VERSION_FILE is written last and marks the version as complete."""
-    cell, num_versions = run.cell, len(_learned(run.cell))
+    cell, folder, num_versions = run.cell, _folder(run, number), len(_stages(run.cell))
+    first, *more = stage.learned
     is_bound = cell.strategy in BOUNDS
     setup = TrainingSetup(
-        task=run.tasks[learned[0]].schema,
+        task=run.tasks[first].schema,
         strategy="seq_lora" if is_bound else cell.strategy,
         adapter=cell.adapter,
-        method=_method(run),
+        method=MethodConfig() if is_bound else run.method,
         train=cell.train,
         old_tasks=() if is_bound else tuple(run.tasks[name].schema for name in cell.tasks[:number]),
     )
     parent_folder = None if number == 0 or is_bound else _folder(run, number - 1)
     started = time.perf_counter()
-    rows, chosen = _rows(run, learned[0]), None
+    rows, chosen = _rows(run, first), None
     if setup.method.selection.is_on:
         chosen = choose_rows(
             rows,
@@ -204,31 +193,24 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
             lambda: run.base,
             parent_folder=parent_folder,
             journal=run.work / f"{number}-selection.json",
-            on_progress=lambda done, total: run.on_progress(number, num_versions, f"{setup.task.name}: choosing rows"),
+            on_progress=lambda done, total: run.on_progress(number, num_versions, f"{first}: choosing rows"),
         )
         rows = rows.select(chosen.rows)
-    num_steps = cell.train.num_steps(len(rows) + sum(len(_rows(run, name)) for name in learned[1:]))
+    joined = [(run.tasks[name].schema, _rows(run, name)) for name in more]
+    num_steps = cell.train.num_steps(len(rows) + sum(len(others) for _, others in joined))
 
     def on_log(step: int, _: Mapping[str, float]) -> None:
-        run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{learned[0]}: step {step} of {num_steps}")
+        run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{first}: step {step} of {num_steps}")
 
     old_rows = "none" if is_bound else strategy_class(cell.strategy).old_rows(setup.method)
-    rows_of_old = {"none": None, "unused": _own_texts, "learned": _kept_rows}[old_rows]
-    others = OtherRows(
-        joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
-        old_texts=[rows_of_old(run, name) for name in cell.tasks[:number]] if rows_of_old else (),
-    )
-    without = [
-        f"{each.task.name} has no training rows left to be asked about"
-        for each in others.old_texts
-        if not len(each.rows)
-    ]
+    texts_of = {"none": None, "unused": _own_texts, "learned": _kept_rows}[old_rows]
+    old_texts = [texts_of(run, name) for name in cell.tasks[:number]] if texts_of else []
     result = train_adapter(
         run.base,
         rows,
         setup,
         parent_folder=parent_folder,
-        others=others,
+        others=OtherRows(joined=joined, old_texts=old_texts),
         output_folder=folder,
         checkpoint_folder=run.work / f"{number}-checkpoints",
         on_log=on_log,
@@ -236,16 +218,16 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     recentred = recentre_adapter(
         run.base,
         folder,
-        [_own_texts(run, name) for name in _known(cell, number)],
+        [_own_texts(run, name) for name in stage.known],
         cell.train,
-        lambda done, total, stage: run.on_progress(number + 0.7, num_versions, f"{learned[0]}: {stage}"),
+        lambda done, total, what: run.on_progress(number + 0.7, num_versions, f"{first}: {what}"),
     )
     trained = time.perf_counter()
-    scored = _scored(cell, number)
     with adapter_on(run.base.model, folder) as model:
-        scores = _score(run, model, scored, number + 0.7, num_versions)
+        scores = _score(run, model, _test_rows(run, stage.scored), number + 0.7, num_versions)
+    without = [f"{old.task.name} has no training rows left to be asked about" for old in old_texts if not len(old.rows)]
     version: dict[str, Any] = {
-        "task": learned[0] if len(learned) == 1 else None,
+        "task": None if more else first,
         "scores": scores,
         "num_steps": result.num_steps,
         "seconds": {"train": trained - started, "evaluate": time.perf_counter() - trained},
@@ -274,55 +256,100 @@ def _own_texts(run: CellRun, name: str) -> TaskTexts:
             f"train.recentre_steps needs texts that are not trained on, and {name} has {len(task.train)} training "
             f"rows; give --rows {max(1, len(task.train) - MAX_OWN_TEXTS)}."
         )
-    return TaskTexts(
-        task=task.schema,
-        rows=Dataset.from_list(list(rows)),
-        max_prompt_tokens=cell.train.max_prompt_tokens,
-        max_new_tokens=cell.train.max_answer_tokens,
-    )
+    return _texts(run, name, Dataset.from_list(list(rows)))
 
 
 def _kept_rows(run: CellRun, name: str) -> TaskTexts:
     """A quarter of the rows that a task was trained on, at most MAX_OWN_TEXTS, every label in its share."""
-    rows, cell = _rows(run, name), run.cell
+    rows = _rows(run, name)
     memory = RehearsalConfig(texts="stored", stored_share=0.25, max_stored_rows=MAX_OWN_TEXTS, balance_stored=True)
+    return _texts(run, name, rows.select(choose_kept(memory, rows["output"], run.cell.seed)))
+
+
+def _texts(run: CellRun, name: str, rows: Dataset) -> TaskTexts:
+    train = run.cell.train
     return TaskTexts(
         task=run.tasks[name].schema,
-        rows=rows.select(choose_kept(memory, rows["output"], cell.seed)),
-        max_prompt_tokens=cell.train.max_prompt_tokens,
-        max_new_tokens=cell.train.max_answer_tokens,
+        rows=rows,
+        max_prompt_tokens=train.max_prompt_tokens,
+        max_new_tokens=train.max_answer_tokens,
     )
 
 
 def _rows(run: CellRun, name: str) -> Dataset:
+    """The rows of a task that the cell trains on."""
     rows = list(run.tasks[name].train[: run.cell.rows])
     if run.cell.strategy == "joint_memory":
         rows = rows[: RehearsalConfig(**MEMORY["rows"]).num_kept(len(rows))]
     return Dataset.from_list(rows)
 
 
+def _test_rows(run: CellRun, names: Sequence[str]) -> dict[str, Rows]:
+    return {name: run.tasks[name].part(run.cell.part, run.cell.max_test_rows) for name in names}
+
+
+def _score_unused(run: CellRun, model: LanguageModel, done: float, num_versions: float) -> dict[str, Any]:
+    """Score training rows that no cell of this many rows learns or rehearses, if the cell asks for it.
+
+    They are as good as test rows, for the last version.
+    """
+    if not run.cell.scores_unused:
+        return {}
+    rows_of = {name: run.tasks[name].train[run.cell.rows + MAX_OWN_TEXTS :] for name in run.cell.tasks}
+    return {"unused": _score(run, model, rows_of, done, num_versions)}
+
+
+def _score(
+    run: CellRun, model: LanguageModel, rows_of: Mapping[str, Rows], done: float, num_versions: float
+) -> dict[str, dict[str, Any]]:
+    """Return every task's right rows, mean ROUGE-1, majority rate, answers and log-probabilities of labels.
+
+    A task without rows is left out.
+    """
+    tokenizer, longest, scores = run.base.tokenizer, run.cell.train.max_prompt_tokens, {}
+    for name, rows in rows_of.items():
+        if not rows:
+            continue
+        run.on_progress(done, num_versions, f"scoring {name}")
+        task, dataset, log_probs_NL = run.tasks[name].schema, Dataset.from_list(list(rows)), None
+        if task.labels:
+            log_probs_NL = label_log_probs(model, tokenizer, task, [*dataset["input"]], max_prompt_tokens=longest)
+        if log_probs_NL is not None and run.cell.scoring == "likeliest":
+            likeliest = [task.labels[best] for best in log_probs_NL.argmax(1).tolist()]
+            evaluation = evaluate_answers(task, dataset, likeliest)
+        else:
+            asked = ServedTask(schema=task, max_prompt_tokens=longest, max_new_tokens=EvaluateConfig().max_new_tokens)
+            evaluation = evaluate_task(model, tokenizer, asked, dataset)
+        scores[name] = _kept(evaluation)
+        if log_probs_NL is not None:
+            scores[name] |= pack_answers(evaluation.answers, [*dataset["output"]], task.labels, log_probs_NL)
+    return scores
+
+
+def _kept(evaluation: TaskEvaluation) -> dict[str, Any]:
+    return {
+        "correct": outcome_text(evaluation.outcomes),
+        "rouge1": evaluation.rouge1,
+        "majority_rate": evaluation.majority_rate,
+    }
+
+
 def _score_heads(run: CellRun) -> dict[str, dict[str, Any]]:
     """Fit a classifier for every task and score its answers, in the form of `_score`."""
-    scores: dict[str, dict[str, Any]] = {}
-    for number, name in enumerate(run.cell.tasks):
+    base, bound, scores = run.base, run.cell.strategy, {}
+    for number, (name, rows) in enumerate(_test_rows(run, run.cell.tasks).items()):
         run.on_progress(number, len(run.cell.tasks), f"features of {name}")
-        task, learned = run.tasks[name].schema, _rows(run, name)
-        rows = run.tasks[name].part(run.cell.part, run.cell.max_test_rows)
+        task, learned, tested = run.tasks[name].schema, _rows(run, name), Dataset.from_list(list(rows))
         if not task.labels:
-            bound = run.cell.strategy
             raise ConfigError(f"{bound} answers with labels, and task {name} has none; leave {bound} out.")
         train_ND, test_ND = (
             features(
-                run.base.model,
-                run.base.tokenizer,
-                task,
-                each,
-                max_prompt_tokens=run.cell.train.max_prompt_tokens,
+                base.model, base.tokenizer, task, [*texts["input"]], max_prompt_tokens=run.cell.train.max_prompt_tokens
             )
-            for each in (list(learned["input"]), [row["input"] for row in rows])
+            for texts in (learned, tested)
         )
-        answers = answer_by_head(run.cell.strategy, train_ND, list(learned["output"]), test_ND, task.labels)
-        scores[name] = _kept(evaluate_answers(task, Dataset.from_list(list(rows)), answers))
+        answers = answer_by_head(bound, train_ND, list(learned["output"]), test_ND, task.labels)
+        scores[name] = _kept(evaluate_answers(task, tested, answers))
     return scores
 
 
@@ -353,60 +380,7 @@ def answer_by_head(
     """
     if len(set(labels)) < 2:  # a classifier needs two classes
         return [labels[0] if labels else known[0]] * len(test_ND)
-    rows_ND = _array(train_ND)
+    rows_ND, others_ND = (part_ND.double().numpy() for part_ND in (train_ND, test_ND))
     head = make_pipeline(StandardScaler(), HEADS[bound](rows_ND))
     head.fit(rows_ND, list(labels))
-    return [str(label) for label in head.predict(_array(test_ND))]
-
-
-def _array(values_ND: Tensor) -> NDArray[np.float64]:
-    array: NDArray[np.float64] = values_ND.double().numpy()
-    return array
-
-
-def _kept(found: TaskEvaluation) -> dict[str, Any]:
-    return {"correct": outcome_text(found.outcomes), "rouge1": found.rouge1, "majority_rate": found.majority_rate}
-
-
-def _test_rows(run: CellRun, name: str) -> Rows:
-    return run.tasks[name].part(run.cell.part, run.cell.max_test_rows)
-
-
-def _unused(run: CellRun, name: str) -> Rows:
-    """Training rows that no cell of this many rows learns or rehearses: as good as test rows, for the last version."""
-    return run.tasks[name].train[run.cell.rows + MAX_OWN_TEXTS :]
-
-
-def _score(
-    run: CellRun,
-    model: LanguageModel,
-    names: Sequence[str],
-    done: float,
-    num_versions: float,
-    rows_of: Callable[[CellRun, str], Rows] = _test_rows,
-) -> dict[str, dict[str, Any]]:
-    """Return every task's right rows, mean ROUGE-1, majority rate, answers and log-probabilities of labels.
-
-    A task without rows is left out.
-    """
-    cell = run.cell
-    scores = {}
-    for name in names:
-        rows, task = rows_of(run, name), run.tasks[name].schema
-        if not rows:
-            continue
-        run.on_progress(done, num_versions, f"scoring {name}")
-        dataset, texts, labels = Dataset.from_list(list(rows)), [row["input"] for row in rows], task.labels
-        tokenizer, longest = run.base.tokenizer, cell.train.max_prompt_tokens
-        log_probs_NL = None
-        if labels:
-            log_probs_NL = label_log_probs(model, tokenizer, task, texts, max_prompt_tokens=longest)
-        if log_probs_NL is not None and cell.scoring == "likeliest":
-            evaluation = evaluate_answers(task, dataset, [labels[best] for best in log_probs_NL.argmax(1).tolist()])
-        else:
-            evaluation = evaluate_task(model, tokenizer, task, dataset, EvaluateConfig(), max_prompt_tokens=longest)
-        scores[name] = _kept(evaluation)
-        if log_probs_NL is not None:
-            right = [row["output"] for row in rows]
-            scores[name] |= pack_answers(evaluation.answers, right, labels, log_probs_NL)
-    return scores
+    return [str(label) for label in head.predict(others_ND)]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,113 +27,55 @@ from deal_core.safe_text import listed
 Rows = tuple[dict[str, Any], ...]
 Part = Literal["dev", "reported"]
 
-SUITES: dict[str, dict[str, tuple[str, ...]]] = {
-    "3": {"1": ("agnews", "dbpedia", "yahoo")},
-    "4": {
-        "1": ("dbpedia", "amazon", "yahoo", "agnews"),
-        "2": ("dbpedia", "amazon", "agnews", "yahoo"),
-        "3": ("yahoo", "amazon", "agnews", "dbpedia"),
+_ORDERS: dict[str, dict[str, str]] = {
+    "3": {
+        "1": "agnews dbpedia yahoo",
     },
-    "8": {"1": ("dbpedia", "QQP", "amazon", "RTE", "agnews", "BoolQA", "yahoo", "MNLI")},
+    "4": {
+        "1": "dbpedia amazon yahoo agnews",
+        "2": "dbpedia amazon agnews yahoo",
+        "3": "yahoo amazon agnews dbpedia",
+    },
+    "8": {
+        "1": "dbpedia QQP amazon RTE agnews BoolQA yahoo MNLI",
+    },
     "9": {
-        "1": ("yelp", "amazon", "MNLI", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo", "BoolQA"),
-        "2": ("BoolQA", "yahoo", "agnews", "dbpedia", "SST-2", "IMDB", "MNLI", "amazon", "yelp"),
+        "1": "yelp amazon MNLI IMDB SST-2 dbpedia agnews yahoo BoolQA",
+        "2": "BoolQA yahoo agnews dbpedia SST-2 IMDB MNLI amazon yelp",
     },
     "superni": {
         "1": (
-            "samsum_summary",
-            "sst2_polarity_classification",
-            "xsum_summarization",
-            "outcome_extraction",
-            "quoref_answer_generation",
-            "evalution_relation_extraction",
-            "multi_woz_user_utterance_generation",
-            "personachat_generate_next",
-            "commonsenseqa_answer_generation",
-            "diplomacy_text_generation",
-            "glucose_reverse_cause_event_detection",
-            "reddit_tifu_long_text_summarization",
-            "sciq_answer_generation",
-            "sentiment140_classification",
-            "emotion_classification",
+            "samsum_summary sst2_polarity_classification xsum_summarization outcome_extraction "
+            "quoref_answer_generation evalution_relation_extraction multi_woz_user_utterance_generation "
+            "personachat_generate_next commonsenseqa_answer_generation diplomacy_text_generation "
+            "glucose_reverse_cause_event_detection reddit_tifu_long_text_summarization sciq_answer_generation "
+            "sentiment140_classification emotion_classification"
         ),
         "2": (
-            "glucose_reverse_cause_event_detection",
-            "commonsenseqa_answer_generation",
-            "diplomacy_text_generation",
-            "multi_woz_user_utterance_generation",
-            "samsum_summary",
-            "sentiment140_classification",
-            "sciq_answer_generation",
-            "sst2_polarity_classification",
-            "evalution_relation_extraction",
-            "personachat_generate_next",
-            "outcome_extraction",
-            "reddit_tifu_long_text_summarization",
-            "quoref_answer_generation",
-            "xsum_summarization",
-            "emotion_classification",
+            "glucose_reverse_cause_event_detection commonsenseqa_answer_generation diplomacy_text_generation "
+            "multi_woz_user_utterance_generation samsum_summary sentiment140_classification "
+            "sciq_answer_generation sst2_polarity_classification evalution_relation_extraction "
+            "personachat_generate_next outcome_extraction reddit_tifu_long_text_summarization "
+            "quoref_answer_generation xsum_summarization emotion_classification"
         ),
     },
     "superni8": {
         "1": (
-            "samsum_summary",
-            "sst2_polarity_classification",
-            "outcome_extraction",
-            "evalution_relation_extraction",
-            "commonsenseqa_answer_generation",
-            "sciq_answer_generation",
-            "sentiment140_classification",
-            "emotion_classification",
+            "samsum_summary sst2_polarity_classification outcome_extraction evalution_relation_extraction "
+            "commonsenseqa_answer_generation sciq_answer_generation sentiment140_classification "
+            "emotion_classification"
         ),
         "2": (
-            "commonsenseqa_answer_generation",
-            "samsum_summary",
-            "sentiment140_classification",
-            "sciq_answer_generation",
-            "sst2_polarity_classification",
-            "evalution_relation_extraction",
-            "outcome_extraction",
-            "emotion_classification",
+            "commonsenseqa_answer_generation samsum_summary sentiment140_classification sciq_answer_generation "
+            "sst2_polarity_classification evalution_relation_extraction outcome_extraction emotion_classification"
         ),
     },
     "15": {
-        "1": (
-            "yelp",
-            "amazon",
-            "MNLI",
-            "CB",
-            "COPA",
-            "QQP",
-            "RTE",
-            "IMDB",
-            "SST-2",
-            "dbpedia",
-            "agnews",
-            "yahoo",
-            "MultiRC",
-            "BoolQA",
-            "WiC",
-        ),
-        "2": (
-            "MNLI",
-            "CB",
-            "WiC",
-            "COPA",
-            "QQP",
-            "BoolQA",
-            "RTE",
-            "IMDB",
-            "yelp",
-            "amazon",
-            "SST-2",
-            "dbpedia",
-            "agnews",
-            "MultiRC",
-            "yahoo",
-        ),
+        "1": "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC",
+        "2": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",
     },
 }
+SUITES = {suite: {order: tuple(names.split()) for order, names in orders.items()} for suite, orders in _ORDERS.items()}
 """Suite → order → tasks. "8" and "9" are this project's own. In "8" consecutive tasks differ much, so forgetting is
 strong. "9" is for choosing settings: seven tasks of "15" on which methods differ, and two that share label words.
 "superni" is generation: 15 tasks of Super-NaturalInstructions in the two orders of SAPT (arXiv 2401.08295). "superni8"
@@ -220,8 +162,8 @@ def name_of(tasks: tuple[str, ...]) -> tuple[str, str]:
     A suite's tasks in alphabetical order, as bounds are stored, are (suite, "any").
     """
     for suite, orders in SUITES.items():
-        for order, known in orders.items():
-            if tasks == known:
+        for order, names in orders.items():
+            if tasks == names:
                 return suite, order
     for suite, orders in SUITES.items():
         if tasks == tuple(sorted(next(iter(orders.values())))):
@@ -237,12 +179,11 @@ def tasks_folder(source: str) -> Path:
     """
     if not source.startswith(HUB_SCHEME):
         return Path(source)
-    found = HUB_DATASET.fullmatch(source)
-    if found is None or found["split"]:
+    address = HUB_DATASET.fullmatch(source)
+    if address is None or address["split"]:
         raise ConfigError(f"{source!r} is not a dataset of the Hub; give hf://datasets/OWNER/NAME, or a folder.")
-    return fetch_snapshot(
-        found["repository"], "dataset", ["tasks.json", "*.jsonl", "*/*/*.json"], revision=found["revision"]
-    )
+    files = ["tasks.json", "*.jsonl", "*/*/*.json"]
+    return fetch_snapshot(address["repository"], "dataset", files, revision=address["revision"])
 
 
 def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
@@ -312,48 +253,42 @@ def _from_json_lines(folder: Path, name: str) -> SuiteTask:
     columns = ("prompt", "completion") if is_generation else ("text", "label")
     train, test = (_rows(files[part], *columns) for part in ("train", "test"))
     if not is_generation:
-        schema = TaskSchema(name=name, labels=tuple(task["labels"]), instruction=task["instruction"])
-        return _with_known_labels(SuiteTask(schema=schema, train=asking_first(train), test=asking_first(test)), path)
+        return _labelled_task(name, task["labels"], task["instruction"], train, test, path)
     dev = _rows(files["dev"], *columns) if files["dev"].is_file() else None
     schema = TaskSchema(name=name, format="completion", instruction=task["instruction"], metric="rouge_l")
     return SuiteTask(schema=schema, train=train, test=test, dev=dev)
 
 
 def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
-    found = sorted(folder.glob(f"*/{name}/train.json"))
-    if not found:
-        have = {path.parent.name for path in folder.glob("*/*/train.json")}
-        raise DataValidationError(f"{folder} has no FAMILY/{name}/train.json; it has {_list(have)}.")
-    home = found[0].parent
+    homes = [path.parent for path in sorted(folder.glob(f"*/{name}/train.json"))]
+    if not homes:
+        names = {path.parent.name for path in folder.glob("*/*/train.json")}
+        raise DataValidationError(f"{folder} has no FAMILY/{name}/train.json; it has {_list(names)}.")
+    home = homes[0]
     family = home.parent.name
     if family not in FAMILIES:
         raise DataValidationError(f"{home} is of family {family!r}; the families are {_list(FAMILIES)}.")
     labels = _json(home / "labels.json")
     if not _are_texts(labels):
         raise DataValidationError(f"{home / 'labels.json'} does not hold labels; make it a list of texts.")
-
-    def shuffled(path: Path) -> Rows:
-        rows = list(_rows(path, "sentence", "label"))
+    test_file = home / "test.json" if (home / "test.json").is_file() else home / "dev.json"
+    train, test = (list(_rows(path, "sentence", "label")) for path in (home / "train.json", test_file))
+    for rows in (train, test):
         random.Random(ORDER_SEED).shuffle(rows)
-        return tuple(rows)
-
-    test = home / "test.json"
-    found_task = SuiteTask(
-        schema=TaskSchema(name=name, labels=tuple(labels), instruction=FAMILIES[family]),
-        train=asking_first(shuffled(home / "train.json")),
-        test=asking_first(shuffled(test if test.is_file() else home / "dev.json")),
-    )
-    return _with_known_labels(found_task, home / "labels.json")
+    return _labelled_task(name, labels, FAMILIES[family], tuple(train), tuple(test), home / "labels.json")
 
 
-def _with_known_labels(task: SuiteTask, path: Path) -> SuiteTask:
-    """Return the task; raise DataValidationError if a row has a label that `path` does not list."""
-    known = number_labels(task.schema.labels)
-    if odd := sorted({row["output"] for row in (*task.train, *task.test) if plain_answer(row["output"]) not in known}):
+def _labelled_task(
+    name: str, labels: Sequence[str], instruction: str, train: Rows, test: Rows, described_in: Path
+) -> SuiteTask:
+    """Return a task with labels; raise DataValidationError if a row has a label that its description does not list."""
+    known = number_labels(labels)
+    if odd := sorted({row["output"] for row in (*train, *test) if plain_answer(row["output"]) not in known}):
         raise DataValidationError(
-            f"Rows of task {task.schema.name!r} have the labels {listed(odd)}, which {path} does not list; add them."
+            f"Rows of task {name!r} have the labels {listed(odd)}, which {described_in} does not list; add them."
         )
-    return task
+    schema = TaskSchema(name=name, labels=tuple(labels), instruction=instruction)
+    return SuiteTask(schema=schema, train=asking_first(train), test=asking_first(test))
 
 
 def asking_first(rows: Rows) -> Rows:
@@ -364,8 +299,8 @@ def asking_first(rows: Rows) -> Rows:
         ({'input': 'question: Why?\\ncandidate answer: So.\nparagraph: Long.', 'output': 'True'},)
     """
     return tuple(
-        {**row, "input": f"{found['question'].strip()}\n{found['paragraph'].strip()}"}
-        if (found := PARAGRAPH_FIRST.fullmatch(row["input"]))
+        {**row, "input": f"{parts['question'].strip()}\n{parts['paragraph'].strip()}"}
+        if (parts := PARAGRAPH_FIRST.fullmatch(row["input"]))
         else row
         for row in rows
     )
@@ -395,7 +330,7 @@ def _rows(path: Path, text: str, label: str) -> Rows:
             raise DataValidationError(f"{place} lacks {text!r} or {label!r}; give the row both.")
         if not _are_texts(values.get("references", [])):
             raise DataValidationError(f"{place} has 'references' that are no list of texts; give texts.")
-        if any(SURROGATE.search(str(each)) for each in (values[text], values[label], *values.get("references", []))):
+        if any(SURROGATE.search(str(cell)) for cell in (values[text], values[label], *values.get("references", []))):
             raise DataValidationError(f"{place} is not UTF-8; save the file as UTF-8.")
     has_references = any(row.values.get("references") for row in rows)
     return tuple(

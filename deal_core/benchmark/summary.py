@@ -68,7 +68,7 @@ def final_scores(cell: CellJson) -> Scores:
 
 def row_scores(score: Mapping[str, Any]) -> list[float]:
     """The score of every test row, 0 to 1: one character per row for right and wrong answers, else a list."""
-    return [float(each) for each in score["correct"]]
+    return [float(row) for row in score["correct"]]
 
 
 def accuracy(score: Mapping[str, Any]) -> float:
@@ -140,17 +140,16 @@ class Protocol:
         """What an adapter of its own brings each task. The dict is empty if the bounds were not run."""
         if self.base is None or not self.per_task:
             return {}
-        untouched, alone = final_scores(self.base), [final_scores(cell) for cell in self.per_task]
-        found = {}
-        for name, score in untouched.items():
+        alone, lifts = [final_scores(cell) for cell in self.per_task], {}
+        for name, score in final_scores(self.base).items():
             spread = fmean(pvariance(row_scores(scores[name])) for scores in alone)
-            found[name] = Lift(
+            lifts[name] = Lift(
                 base=accuracy(score),
                 majority=score["majority_rate"],
                 alone=fmean(accuracy(scores[name]) for scores in alone),
                 error=Z95 * math.sqrt(spread / len(score["correct"])),
             )
-        return found
+        return lifts
 
     def lifted(self) -> dict[str, bool]:
         """By task, whether its own adapter beats the majority class and the base model; see `lifts`.
@@ -173,12 +172,12 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
         names = ("rows", "part", "max_test_rows", "scoring", "adapter", "base", "data", "prompt")
         key = json.dumps([*(settings[name] for name in names), train], sort_keys=True)
         groups[name_of(tuple(settings["tasks"]))[0], key].append(cell)
-    found = []
+    tables = []
     for (suite, key), group in groups.items():
         by: dict[str, list[CellJson]] = defaultdict(list)
         for cell in group:
             by[cell["settings"]["strategy"]].append(cell)
-        found.append(
+        tables.append(
             Protocol(
                 suite=suite,
                 key=key,
@@ -186,49 +185,45 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
                 per_task=tuple(by["per_task"]),
                 joint=tuple(by["joint"]),
                 others=tuple(cell for name in OTHER_BOUNDS for cell in by[name]),
-                cells=tuple(cell for name, each in by.items() if name not in BOUNDS for cell in each),
+                cells=tuple(cell for name, of_strategy in by.items() if name not in BOUNDS for cell in of_strategy),
             )
         )
-    return found
+    return tables
 
 
 def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
     """Of cells that differ only in `scored`, keep the one with the most scores: their training is the same."""
-    found: dict[str, CellJson] = {}
+    most: dict[str, CellJson] = {}
     for cell in sorted(cells, key=lambda cell: get_args(Scored).index(cell["settings"]["scored"])):
         key = json.dumps({name: value for name, value in cell["settings"].items() if name != "scored"}, sort_keys=True)
-        found.setdefault(key, cell)
-    return list(found.values())
+        most.setdefault(key, cell)
+    return list(most.values())
 
 
-def departures(cell: CellJson, *, after_training: bool = True) -> str:
+def departures(cell: CellJson) -> str:
     """Describe a cell's settings that differ from today's defaults, and a past revision, for people.
 
-    A cell of `deal` says its memory. Without `after_training` the settings AFTER_TRAINING are left out. A strategy that
-    is not installed has no defaults, so all of its settings are named.
+    A cell of `deal` says its memory. All settings of a strategy that is not installed are named: it has no defaults.
     """
     settings = cell["settings"]
     strategy, revision = settings["strategy"], settings.get("revision", 1)
     is_installed = strategy in find_strategies()
-    is_past = (is_installed or strategy in BOUNDS) and revision < revision_of(strategy)
-    today = (
-        {}
-        if strategy in BOUNDS
-        else json.loads(
-            json.dumps(
-                (settings_read(strategy, MethodConfig()) if is_installed else {})
-                | {f"{part}.{name}": value for part in COMMON for name, value in asdict(MethodConfig())[part].items()}
-            )
-        )
-    )
-    changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
+    defaults: dict[str, Any] = {}
+    if strategy not in BOUNDS:
+        defaults = settings_read(strategy, MethodConfig()) if is_installed else {}
+        # of a part that is off, a cell says nothing
+        parts = {part: asdict(MethodConfig())[part] for part in COMMON}
+        defaults |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        defaults = json.loads(json.dumps(defaults))  # as a cell has it: lists for tuples
+    changes = [f"{name} {value}" for name, value in settings["method"].items() if value != defaults.get(name)]
     for memory, meant in MEMORIES.items():
         if strategy == OURS and meant.items() <= settings["method"].items():
             others = [change for change in changes if change.partition(" ")[0] not in meant]
             changes = [name_of_memory(memory), *others]
-    if after_training:
-        changes += [f"train.{name} {value}" for name in AFTER_TRAINING if (value := settings["train"].get(name))]
-    return ", ".join([*changes, *([f"revision {revision}"] if is_past else [])])
+    changes += [f"train.{name} {value}" for name in AFTER_TRAINING if (value := settings["train"].get(name))]
+    if (is_installed or strategy in BOUNDS) and revision < revision_of(strategy):
+        changes.append(f"revision {revision}")
+    return ", ".join(changes)
 
 
 def name_of_memory(memory: Memory) -> str:
@@ -246,40 +241,51 @@ def method_name(strategy: str, changes: str) -> str:
     return strategy + (f" ({changes})" if changes else "")
 
 
+def method_of(cell: CellJson) -> str:
+    """The name of a cell's method."""
+    return method_name(cell["settings"]["strategy"], departures(cell))
+
+
 def summarise(protocol: Protocol, judged: Collection[str] | None = None) -> list[dict[str, Any]]:
     """One dict per strategy, settings and order. With several orders, a dict over all orders comes first.
 
     `judged` names the tasks that measure something; None: the lifted tasks.
     """
     judged = protocol.lifted_tasks() if judged is None else judged
-    groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
-    for cell in protocol.cells:
-        groups[cell["settings"]["strategy"], departures(cell)].append(cell)
+    groups = _by_method(protocol.cells)
     ours = groups.get((OURS, compared_with({changes for strategy, changes in groups if strategy == OURS})), [])
     rows = []
     for (strategy, changes), group in groups.items():
         orders = sorted({order_of(cell) for cell in group})
         for chosen in [*([order] for order in orders), *([orders] if len(orders) > 1 else [])]:
-            row = _figures(protocol, _of(group, chosen), judged)
-            if group is not ours:
-                row |= _difference(_of(group, chosen), _of(ours, chosen), judged)
-            rows.append({"strategy": strategy, "changes": changes, "orders": chosen, **row})
-    bounds: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
-    for cell in (*([protocol.base] if protocol.base else []), *protocol.others, *protocol.per_task, *protocol.joint):
-        bounds[cell["settings"]["strategy"], departures(cell)].append(cell)
+            cells = _of(group, chosen)
+            row = {"strategy": strategy, "changes": changes, "orders": chosen, **_figures(protocol, cells, judged)}
+            rows.append(row if group is ours else row | _difference(cells, _of(ours, chosen), judged))
+    rows.sort(key=lambda row: (-len(row["orders"]), row["orders"], row["strategy"], row["changes"]))
+    bounds = _by_method(
+        (*([protocol.base] if protocol.base else []), *protocol.others, *protocol.per_task, *protocol.joint)
+    )
     return [
         *(
             {
                 "strategy": name,
                 "changes": changes,
                 "orders": ["any"],
-                **_figures(protocol, each, judged),
+                **_figures(protocol, cells, judged),
                 "stores": KEPT_BY_BOUNDS[name],
             }
-            for (name, changes), each in bounds.items()
+            for (name, changes), cells in bounds.items()
         ),
-        *sorted(rows, key=lambda row: (-len(row["orders"]), row["orders"], row["strategy"], row["changes"])),
+        *rows,
     ]
+
+
+def _by_method(cells: Iterable[CellJson]) -> dict[tuple[str, str], list[CellJson]]:
+    """Cells by strategy and departures."""
+    groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
+    for cell in cells:
+        groups[cell["settings"]["strategy"], departures(cell)].append(cell)
+    return groups
 
 
 def order_of(cell: CellJson) -> str:
@@ -296,7 +302,11 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson], judged: Collection[s
     finals = [final_scores(cell) for cell in cells]
     matrices = [matrix_of(cell, protocol.base) for cell in cells]
     by_cell = [_average_accuracy(cell) for cell in cells]
+    perplexities = [cell["perplexity"] for cell in cells]
     learned = [version for cell in cells for version in cell["versions"] if "rows_per_second" in version]
+    minutes = [sum(sum(v["seconds"].values()) for v in cell["versions"] if "seconds" in v) / 60 for cell in cells]
+    sizes = [version["adapter_bytes"] for version in cells[0]["versions"] if "adapter_bytes" in version]
+    is_per_task = cells[0]["settings"]["strategy"] == "per_task"
     return {
         "seeds": sorted({cell["settings"]["seed"] for cell in cells}),
         "num_cells": len(cells),
@@ -311,28 +321,18 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson], judged: Collection[s
             for name in ("forgetting", "backward_transfer", "forward_transfer")
         },
         "rouge1": _points(score["rouge1"] for final in finals for score in final.values()),
-        "perplexity_ratio": mean_of_all(_ratio(cell["perplexity"]) for cell in cells),
-        "base_perplexities": sorted(
-            {f"{cell['perplexity']['base']:.3f}" for cell in cells if cell["perplexity"].get("base")}
+        "perplexity_ratio": mean_of_all(
+            each["adapted"] / each["base"] if each.get("base") and each.get("adapted") else None
+            for each in perplexities
         ),
+        "base_perplexities": sorted({f"{each['base']:.3f}" for each in perplexities if each.get("base")}),
         "rows_per_second": median(version["rows_per_second"] for version in learned) if learned else None,
-        "adapter_bytes": _adapter_bytes(cells[0]),
+        # after the first and the last version; an adapter per task takes their sum
+        "adapter_bytes": [sizes[0], sum(sizes) if is_per_task else sizes[-1]] if sizes else None,
         "stores": cells[0].get("stores"),
         "state_bytes": max((cell.get("state_bytes") or 0 for cell in cells), default=0),
-        "minutes": _mean(
-            sum(sum(v["seconds"].values()) for v in cell["versions"] if "seconds" in v) / 60 for cell in cells
-        )
-        if learned
-        else None,
+        "minutes": _mean(minutes) if learned else None,
     }
-
-
-def _adapter_bytes(cell: CellJson) -> list[int] | None:
-    """Bytes after the first and after the last version; with an adapter per task, the last figure is their sum."""
-    sizes = [version["adapter_bytes"] for version in cell["versions"] if "adapter_bytes" in version]
-    if not sizes:
-        return None
-    return [sizes[0], sum(sizes) if cell["settings"]["strategy"] == "per_task" else sizes[-1]]
 
 
 def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], judged: Collection[str]) -> dict[str, Any]:
@@ -341,17 +341,21 @@ def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], judged: Col
     The result has the mean, the figures by order and seed, over the judged tasks, and without the most decisive task.
     It says whether the cells of each pair round alike, as on one kind of processor.
     """
-    theirs, partners = ({_pair(cell): cell for cell in each} for each in (cells, ours))
+    theirs, partners = ({(order_of(cell), cell["settings"]["seed"]): cell for cell in side} for side in (cells, ours))
     pairs = sorted(theirs.keys() & partners.keys())
     if not pairs:
         return {}
     cells, ours = [theirs[pair] for pair in pairs], [partners[pair] for pair in pairs]
+
+    def interval(tasks: Collection[str]) -> list[float]:
+        return [*interval_over_rows(cells, ours, tasks).in_points().values()]
+
     before = _accuracy_by_task(ours)
     by_task = {name: value - before[name] for name, value in _accuracy_by_task(cells).items()}
     sign = 1 if sum(by_task.values()) > 0 else -1
     heaviest = max(by_task, key=lambda name: sign * by_task[name])
-    found: dict[str, Any] = {
-        "difference_points_ci95": _interval(cells, ours, by_task),
+    difference: dict[str, Any] = {
+        "difference_points_ci95": interval(by_task),
         "difference_num_cells": len(pairs),
         "difference_is_of_one_processor": all(map(round_alike, cells, ours)),
         "difference_points_by_cell": {
@@ -360,10 +364,10 @@ def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], judged: Col
         },
     }
     if judged:
-        found |= {"difference_judged_points_ci95": _interval(cells, ours, judged)}
+        difference["difference_judged_points_ci95"] = interval(judged)
     if others := by_task.keys() - {heaviest}:
-        found |= {"heaviest_task": heaviest, "difference_without_it_points_ci95": _interval(cells, ours, others)}
-    return found
+        difference |= {"heaviest_task": heaviest, "difference_without_it_points_ci95": interval(others)}
+    return difference
 
 
 def round_alike(cell: CellJson, other: CellJson) -> bool:
@@ -371,7 +375,7 @@ def round_alike(cell: CellJson, other: CellJson) -> bool:
 
     Two trainings that do not round alike differ as with two seeds.
     """
-    first, second = (each["perplexity"].get("base") for each in (cell, other))
+    first, second = (side["perplexity"].get("base") for side in (cell, other))
     return first is not None and second is not None and f"{first:.3f}" == f"{second:.3f}"
 
 
@@ -386,14 +390,6 @@ def _accuracy_by_task(cells: Sequence[CellJson]) -> dict[str, float]:
     return {name: 100 * _mean(accuracy(final[name]) for final in finals) for name in finals[0]}
 
 
-def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
-    return [*interval_over_rows(cells, ours, tasks).in_points().values()]
-
-
-def _pair(cell: CellJson) -> tuple[str, int]:
-    return order_of(cell), cell["settings"]["seed"]
-
-
 def interval_over_rows(
     cells: Sequence[CellJson], others: Sequence[CellJson], tasks: Collection[str] | None = None
 ) -> PairedInterval:
@@ -401,32 +397,28 @@ def interval_over_rows(
 
     A row in several orders and seeds is one unit, because its answers are not independent. None stands for all tasks.
     """
-    first, second = score_per_row(cells, tasks), score_per_row(others, tasks)
-    flat = [[score for _, scores in sorted(each.items()) for score in scores] for each in (first, second)]
+    first, second = _score_per_row(cells, tasks), _score_per_row(others, tasks)
+    flat = [[score for _, scores in sorted(side.items()) for score in scores] for side in (first, second)]
     return paired_interval(*flat, strata=[len(scores) for _, scores in sorted(first.items())])
 
 
-def score_per_row(cells: Sequence[CellJson], tasks: Collection[str] | None = None) -> dict[str, list[float]]:
+def _score_per_row(cells: Sequence[CellJson], tasks: Collection[str] | None) -> dict[str, list[float]]:
     """For every test row of these tasks, the mean score over the cells at the end, by task; None stands for all."""
     scores: dict[str, list[list[float]]] = defaultdict(list)
     for cell in cells:
         for name, score in final_scores(cell).items():
             if tasks is None or name in tasks:
                 scores[name].append(row_scores(score))
-    return {name: [_mean(each) for each in zip(*answers, strict=True)] for name, answers in scores.items()}
+    return {name: [_mean(row) for row in zip(*by_cell, strict=True)] for name, by_cell in scores.items()}
 
 
 def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return sum(known) / len(known)
+    """The mean as `sum` gives it: stored pages have its rounding, which is not that of fmean."""
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def _points(shares: Iterable[float | None]) -> float | None:
     """The mean of shares in percent; None as for `mean_of_all`."""
     mean = mean_of_all(shares)
     return None if mean is None else 100 * mean
-
-
-def _ratio(perplexity: Mapping[str, float | None]) -> float | None:
-    before, after = perplexity.get("base"), perplexity.get("adapted")
-    return after / before if before and after else None

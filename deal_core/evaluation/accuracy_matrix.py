@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
@@ -117,7 +117,7 @@ class AccuracyMatrix(VersionedJson):
         present test rows. Versions that were not evaluated on the task do not count. A negative value is a gain. The
         dict is empty with one task.
         """
-        return {task: self._best(column, first) - self._known(-1, column) for task, column, first in self._old_tasks()}
+        return {task.name: task.best - task.last for task in self._old_tasks()}
 
     @property
     def forgetting(self) -> float | None:
@@ -130,11 +130,10 @@ class AccuracyMatrix(VersionedJson):
 
         It compares tasks with different metrics. None with one task, or if a task's best version is not above the base.
         """
-        shares: list[float | None] = []
-        for task, column, first in self._old_tasks():
-            span = self._best(column, first) - (self.base[column] or 0.0)
-            shares.append(self.forgetting_by_task[task] / span if span > 0 else None)
-        return mean_of_all(shares)
+        return mean_of_all(
+            (task.best - task.last) / (task.best - task.base) if task.best > task.base else None
+            for task in self._old_tasks()
+        )
 
     @property
     def backward_transfer(self) -> float | None:
@@ -142,8 +141,7 @@ class AccuracyMatrix(VersionedJson):
 
         R[i][i] is of the first version trained on task i, or the first one measured on the task's present test rows.
         """
-        old = self._old_tasks()
-        return mean_of_all(self._known(-1, column) - self._known(first, column) for _, column, first in old)
+        return mean_of_all(task.last - task.first for task in self._old_tasks())
 
     @property
     def forward_transfer(self) -> float | None:
@@ -163,44 +161,44 @@ class AccuracyMatrix(VersionedJson):
         """Return the number of the first version that was trained on each column's task."""
         return [self.trained.index(self.slices.get(task, task)) for task in self.tasks]
 
-    def _old_tasks(self) -> list[tuple[str, int, int]]:
-        """Task, column and first version of every task learned before the last version; empty with a single task.
-
-        The first version is one whose figure is of the present test rows.
-        """
+    def _old_tasks(self) -> list[_OldTask]:
+        """The tasks learned before the last version; empty with a single task."""
         if len(self.tasks) - len(self.slices) < 2:
             return []
-        columns = enumerate(zip(self.tasks, self.first_versions(), strict=True))
-        last = len(self.rows) - 1
-        return [
-            (task, column, max(first, self.measured_from.get(task, 0)))
-            for column, (task, first) in columns
-            if first < last and task not in self.slices
-        ]
-
-    def _best(self, column: int, first: int) -> float:
-        """The best accuracy of a column from a version on, without the last version."""
-        return max(row[column] or 0.0 for row in self.rows[first:-1])
-
-    def _known(self, version: int, column: int) -> float:
-        value = self.rows[version][column]
-        assert value is not None, "checked when the matrix was made"
-        return value
+        old_tasks = []
+        for column, (name, learned) in enumerate(zip(self.tasks, self.first_versions(), strict=True)):
+            first = max(learned, self.measured_from.get(name, 0))
+            if first < len(self.rows) - 1 and name not in self.slices:
+                values = [row[column] or 0.0 for row in self.rows[first:]]
+                old_tasks.append(_OldTask(name, self.base[column] or 0.0, values[0], max(values[:-1]), values[-1]))
+        return old_tasks
 
 
-def _matrix_of(values: Any) -> AccuracyMatrix:
-    return values if isinstance(values, AccuracyMatrix) else AccuracyMatrix.from_json(values)
+class _OldTask(NamedTuple):
+    """A task that was learned before the last version, and its accuracies on its present test rows."""
+
+    name: str
+    base: float
+    first: float
+    """Of the first version that was trained or measured on it."""
+    best: float
+    """Without the last version."""
+    last: float
 
 
-KeptMatrix = Annotated[AccuracyMatrix, BeforeValidator(_matrix_of), PlainSerializer(AccuracyMatrix.to_json)]
+KeptMatrix = Annotated[
+    AccuracyMatrix,
+    BeforeValidator(lambda values: values if isinstance(values, AccuracyMatrix) else AccuracyMatrix.from_json(values)),
+    PlainSerializer(AccuracyMatrix.to_json),
+]
 """A matrix as a field of something else that is kept as JSON: its own schema version stands inside."""
 
 
 def mean_of_all(values: Iterable[float | None]) -> float | None:
     """Mean, or None if there is no value or a value is unknown: a mean of the rest would be another figure."""
     values = list(values)
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers and len(numbers) == len(values) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ from peft import PeftModel
 from deal_core.adapter import state as adapters
 from deal_core.adapter.state import CANDIDATE_NAME, SavedAdapter, activate, load_adapter, read_adapter, swap_adapter
 from deal_core.base_model.load import BaseModel, Precision, load_base
-from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation import generation
@@ -166,13 +165,13 @@ class Answerer:
         if request.error is not None:
             raise request.error
         assert request.version is not None
-        given = request.given
+        answers, version = request.answers, request.version
         return Answered(
-            [each.text for each in given],
-            request.version.served,
-            request.version.number,
-            [each.confidence for each in given],
-            is_cut=[each.is_cut for each in given],
+            [answer.text for answer in answers],
+            version.served,
+            version.number,
+            [answer.confidence for answer in answers],
+            is_cut=[answer.is_cut for answer in answers],
         )
 
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
@@ -248,6 +247,7 @@ class Answerer:
         self._max_rows = MAX_ROWS_CPU if next(model.parameters()).device.type == "cpu" else MAX_ROWS
 
     def _interrupt_for_swap(self, *_: Any) -> None:
+        """Runs before every layer of the model, so that a batch ends soon."""
         if self._holder != threading.get_ident():
             return
         is_overtaken = self._is_background and any(
@@ -255,9 +255,6 @@ class Answerer:
         )
         if self._num_swaps or self._is_stopped or is_overtaken:
             raise _InterruptedError
-
-    def _is_free(self) -> bool:
-        return self._holder is None and not self._num_swaps
 
     def _prepare(self, request: _Request) -> None:
         """Prepare the next prompts of a request, in its own thread; the model is free for other requests meanwhile.
@@ -269,7 +266,7 @@ class Answerer:
         while not request.is_done and request.lacks_prompts(self._max_rows):
             with self._changed:
                 version = self._candidate if request.by_candidate else self._first
-                begun, asked, num_ready = request.version, request.asked, len(request.given) + len(request.prompts)
+                begun, asked, num_ready = request.version, request.asked, len(request.answers) + len(request.prompts)
             if version is None:
                 raise _given_up()
             if not asked:  # all rows are checked before any is answered
@@ -292,8 +289,8 @@ class Answerer:
                     self._waiting.append(request)
 
     def _heed_the_end(self, request: _Request) -> None:
-        is_new = request.version is None
-        if self._is_stopped or (self._is_ending and is_new) or request.is_given_up():
+        """Give a request up if nobody waits for it any more."""
+        if self._is_stopped or (self._is_ending and request.version is None) or request.is_given_up():
             raise _given_up()
 
     def _hold_for(self, request: _Request) -> bool:
@@ -303,7 +300,7 @@ class Answerer:
             return request.is_done or request.lacks_prompts(self._max_rows)
 
         with self._changed:
-            self._changed.wait_for(lambda: goes_on_without_model() or self._is_free())
+            self._changed.wait_for(lambda: goes_on_without_model() or (self._holder is None and not self._num_swaps))
             if goes_on_without_model():
                 return False
             self._holder = threading.get_ident()
@@ -338,13 +335,13 @@ class Answerer:
         for request in waiting:
             if self._is_stopped or request.is_given_up() or (request.by_candidate and self._candidate is None):
                 request.end(_given_up())
-            elif num_left > 0 and request.prompts and (not batch or request.is_like(batch[0].request)):
-                batch.append(_Part(request, request.next_rows(num_left)))
-                num_left -= len(batch[-1].rows)
+            elif num_left > 0 and request.prompts and (not batch or request.kind == batch[0][0].kind):
+                batch.append((request, request.next_rows(num_left)))
+                num_left -= len(batch[-1][1])
         if not batch:
             return
-        self._is_background = batch[0].request.in_background
-        name = CANDIDATE_NAME if batch[0].request.by_candidate else self._name
+        by_candidate, self._is_background = batch[0][0].kind
+        name = CANDIDATE_NAME if by_candidate else self._name
         if self._model.active_adapter != name:
             activate(self._model, name)
         try:
@@ -352,7 +349,7 @@ class Answerer:
         except _InterruptedError:
             return
         with self._changed:  # requests that were served now go to the end of the queue
-            answered = {id(part.request) for part in batch}
+            answered = {id(request) for request, _ in batch}
             self._waiting.sort(key=lambda request: id(request) in answered)
 
     def _answer_together(self, batch: Sequence[_Part]) -> None:
@@ -365,25 +362,22 @@ class Answerer:
                 for part in batch:
                     self._answer_together([part])
             else:
-                batch[0].request.end(error)
+                batch[0][0].end(error)
 
     def _generate(self, batch: Sequence[_Part]) -> None:
-        rows = [row for part in batch for row in part.rows]
-        found: dict[int, GivenAnswer] = {}
+        """Answer the rows, each task's together, and give each request its own."""
+        rows = [row for _, part in batch for row in part]
+        answers: dict[int, GivenAnswer] = {}
         for task in dict.fromkeys(task for task, _ in rows):
-            places = [place for place, (asked, _) in enumerate(rows) if asked == task]
-            answers = generation.answer_prompts(
-                self._model,
-                self._first.tokenizer,  # the candidate's too: both are on one base model
-                task.schema,
-                [rows[place][1] for place in places],
-                EvaluateConfig(max_new_tokens=task.max_new_tokens),
-            )
-            found.update(zip(places, answers, strict=True))
-        given = iter([found[place] for place in range(len(rows))])
+            places = [place for place, (own_task, _) in enumerate(rows) if own_task == task]
+            prompts = [rows[place][1] for place in places]
+            # the tokenizer is the candidate's too: both are on one base model
+            of_task = generation.answer_prompts(self._model, self._first.tokenizer, task, prompts)
+            answers.update(zip(places, of_task, strict=True))
+        in_order = iter([answers[place] for place in range(len(rows))])
         with self._changed:
-            for part in batch:
-                part.request.take(list(islice(given, len(part.rows))))
+            for request, part in batch:
+                request.take(list(islice(in_order, len(part))))
 
 
 def _read(folder: Path, base_sha256: str) -> tuple[ServedVersion, SavedAdapter]:
@@ -427,29 +421,31 @@ class _Request:
     """The rows in the form that the version is asked; empty before the first prompt."""
     prompts: list[list[int]] = field(default_factory=list)
     """Token ids of the prompts of the rows after the answered ones, for two or three batches at most."""
-    given: list[GivenAnswer] = field(default_factory=list)
+    answers: list[GivenAnswer] = field(default_factory=list)
     """Answers to the first rows."""
     error: Exception | None = None
     is_done: bool = False
 
-    def is_like(self, other: _Request) -> bool:
-        """Return whether both can be in one batch."""
-        return (self.by_candidate, self.in_background) == (other.by_candidate, other.in_background)
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """By the candidate, in the background: requests of one kind can be in one batch."""
+        return self.by_candidate, self.in_background
 
     def lacks_prompts(self, max_rows: int) -> bool:
         """Return whether prompts have to be prepared, for the batch after the next one at the latest."""
-        num_left = len(self.rows) - len(self.given)
+        num_left = len(self.rows) - len(self.answers)
         return self.version is None or len(self.prompts) < min(2 * max_rows, num_left)
 
     def next_rows(self, number: int) -> list[tuple[ServedTask, list[int]]]:
         """Return the tasks and prompts of the next rows that are prepared."""
-        tasks = [task for task, _ in self.asked[len(self.given) :][:number]]
+        tasks = [task for task, _ in self.asked[len(self.answers) :][:number]]
         return list(zip(tasks, self.prompts[:number], strict=False))
 
-    def take(self, given: Sequence[GivenAnswer]) -> None:
-        self.given += given
-        del self.prompts[: len(given)]
-        self.is_done = len(self.given) == len(self.asked)
+    def take(self, answers: Sequence[GivenAnswer]) -> None:
+        """Take the answers to the next rows."""
+        self.answers += answers
+        del self.prompts[: len(answers)]
+        self.is_done = len(self.answers) == len(self.asked)
 
     def end(self, error: Exception) -> None:
         self.error, self.is_done = error, True
@@ -457,12 +453,8 @@ class _Request:
     def begin_again(self) -> None:
         """Drop the answers so far: another version answers now."""
         if not self.is_done:
-            self.version, self.asked, self.prompts, self.given = None, [], [], []
+            self.version, self.asked, self.prompts, self.answers = None, [], [], []
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a request that go into one batch: their tasks and prompts."""
-
-    request: _Request
-    rows: Sequence[tuple[ServedTask, list[int]]]
+_Part = tuple[_Request, Sequence[tuple[ServedTask, list[int]]]]
+"""Rows of a request that go into one batch: their tasks and prompts."""

@@ -99,14 +99,14 @@ class ServedVersion(VersionedJson):
         """
         task = self.task(row.task)
         if task is None:
-            names = ", ".join(known.schema.name for known in self.tasks)
+            names = ", ".join(task.schema.name for task in self.tasks)
             raise ConfigError(f"Row {number} names the task {row.task!r}; this version knows {names}.")
         return task, task.readable(row.input, f"Row {number}")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict that `from_json` reads back; how a file is read is of no use to a client."""
-        asked = tuple(replace(task, schema=task.schema.as_asked()) for task in self.tasks)
-        return super(ServedVersion, replace(self, tasks=asked)).to_json()
+        tasks = tuple(replace(task, schema=task.schema.as_asked()) for task in self.tasks)
+        return super(ServedVersion, replace(self, tasks=tasks)).to_json()
 
 
 def read_served(folder: Path) -> ServedVersion:
@@ -145,6 +145,6 @@ def _is_message(message: Mapping[str, Any]) -> bool:
     return (
         {"role", "content"} <= rest.keys()
         and all(isinstance(value, str) for value in rest.values())
-        and all(isinstance(each, list) and all(isinstance(part, dict) for part in each) for each in lists)
+        and all(isinstance(items, list) and all(isinstance(item, dict) for item in items) for items in lists)
         and (not message.get("tool_calls") or normal_calls(message["tool_calls"]) is not None)
     )

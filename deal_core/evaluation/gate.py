@@ -55,13 +55,14 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
 
     A reason reads: a: accuracy 50.0 % is below the floor of 55.0 % (base model's 45.0 % + 10.0 points).
     """
-    found = [_Drop.of(report, task, config.confidence) for task in report.parent_accuracies]
-    drops, of_slices = ([each for each in found if (each.task in report.slices) == old] for old in (False, True))
+    all_drops = [_drop_of(report, task, config.confidence) for task in report.parent_accuracies]
+    drops = [drop for drop in all_drops if drop.task not in report.slices]
+    of_slices = [drop for drop in all_drops if drop.task in report.slices]
     vetoes = [
         *_below_floors(report, config),
         *_no_gain(report, config),
-        *_drops(drops, config.max_drop_points),
-        *_drops(of_slices, config.max_old_slice_drop_points),
+        *_too_large(drops, config.max_drop_points),
+        *_too_large(of_slices, config.max_old_slice_drop_points),
         *_mean_drop(drops, config),
         *_general_ability(report, config),
         *_adapter(report, config),
@@ -71,12 +72,12 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
 
 def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
     task, accuracy = report.task, report.accuracies[report.task]
-    known, whose = report.base_accuracy, "base model's"
-    if report.majority_rate is not None and report.majority_rate > known:  # a constant answer is no skill
-        known, whose = report.majority_rate, "the commonest answer's"
-    gain, reachable = config.min_gain_points, 50 * (1 - known)  # near 100 %, the full gain may be impossible
-    asked = f"{gain:.1f} points" if gain <= reachable else f"{reachable:.1f} points, half of what it lacks"
-    floors = {known + min(gain, reachable) / 100: f" ({whose} {_percent(known)} + {asked})"}
+    start, whose = report.base_accuracy, "base model's"
+    if report.majority_rate is not None and report.majority_rate > start:  # a constant answer is no skill
+        start, whose = report.majority_rate, "the commonest answer's"
+    gain, reachable = config.min_gain_points, 50 * (1 - start)  # near 100 %, the full gain may be impossible
+    wanted = f"{gain:.1f} points" if gain <= reachable else f"{reachable:.1f} points, half of what it lacks"
+    floors = {start + min(gain, reachable) / 100: f" ({whose} {_percent(start)} + {wanted})"}
     if config.min_accuracy is not None:
         floors.setdefault(config.min_accuracy, "")
     for floor, origin in floors.items():
@@ -92,9 +93,8 @@ def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
         return
     gain = 100 * (report.accuracies[task] - before)
     paired = report.paired_drop(task)
-    shortfall = wanted - gain
     noise = paired.noise(config.confidence) if paired else 0.0
-    if shortfall > noise + 100 * _SLACK:
+    if wanted - gain > noise + 100 * _SLACK:
         yield Veto(
             kind="gain",
             task=task,
@@ -110,50 +110,34 @@ class _Drop:
     """An old task's loss against the champion, in points."""
 
     task: str
-    metric: str
-    """The metric's name for people."""
-    before: float
-    after: float
+    points: float
     num_rows: int
     paired: PairedDrop | None
     is_clear: bool
     """The loss is more than noise explains. Without the parent's outcomes, every loss counts."""
-
-    @classmethod
-    def of(cls, report: EvaluationReport, task: str, confidence: float) -> _Drop:
-        paired = report.paired_drop(task)
-        return cls(
-            task=task,
-            metric=report.metric_name(task),
-            before=report.parent_accuracies[task],
-            after=report.accuracies[task],
-            num_rows=report.num_rows.get(task, 0),
-            paired=paired,
-            is_clear=paired is None or paired.lower_bound(confidence) > 0,
-        )
-
-    @property
-    def points(self) -> float:
-        return 100 * (self.before - self.after)
-
-    @property
-    def said(self) -> str:
-        return (
-            f"{self.task}: {self.metric} fell by {self.points:.1f} points, from {_percent(self.before)} to "
-            f"{_percent(self.after)}"
-        )
+    sentence: str
+    """The loss in words, without a full stop."""
 
 
-def _drops(drops: list[_Drop], limit: float | None) -> Iterator[Veto]:
+def _drop_of(report: EvaluationReport, task: str, confidence: float) -> _Drop:
+    before, after, paired = report.parent_accuracies[task], report.accuracies[task], report.paired_drop(task)
+    points = 100 * (before - after)
+    fell = f"{task}: {report.metric_name(task)} fell by {points:.1f} points"
+    return _Drop(
+        task=task,
+        points=points,
+        num_rows=report.num_rows.get(task, 0),
+        paired=paired,
+        is_clear=paired is None or paired.lower_bound(confidence) > 0,
+        sentence=f"{fell}, from {_percent(before)} to {_percent(after)}",
+    )
+
+
+def _too_large(drops: list[_Drop], limit: float | None) -> Iterator[Veto]:
     for drop in drops:
         if limit is not None and drop.points > limit + 100 * _SLACK and drop.is_clear:
-            yield Veto(
-                kind="drop",
-                task=drop.task,
-                value=drop.points,
-                limit=limit,
-                message=f"{drop.said}; the limit is {limit:.1f} points.",
-            )
+            message = f"{drop.sentence}; the limit is {limit:.1f} points."
+            yield Veto(kind="drop", task=drop.task, value=drop.points, limit=limit, message=message)
 
 
 def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
@@ -220,25 +204,18 @@ def _notes(drops: list[_Drop], config: GateConfig) -> Iterator[str]:
             yield f"{drop.task}: the champion's answers were not kept; its drop is judged without allowing for noise."
             continue
         limit = max(config.max_drop_points, 100 / drop.num_rows) + 100 * _SLACK
-        told = _what_rows_tell(drop.paired, limit, config.confidence)
+        if drop.paired.are_hits:
+            told = what_hits_tell(drop.paired.num_rows, limit, config.confidence)
+        else:  # what graded scores can distinguish depends on the scores that changed
+            noise = drop.paired.noise(config.confidence)
+            told = f"a drop only from about {noise:.1f} points on" if noise > limit else None
         if told:
             yield (
                 f"{drop.task}: too few test rows to judge: {drop.num_rows} can tell {told}; the limit is "
                 f"{config.max_drop_points:.1f}."
             )
         if drop.points > config.max_drop_points + 100 * _SLACK and not drop.is_clear:
-            yield f"{drop.said}: over the limit, but within the noise of {drop.num_rows} test rows."
-
-
-def _what_rows_tell(paired: PairedDrop, limit: float, confidence: float) -> str | None:
-    """What the rows can distinguish from noise, if that is less than the limit asks; None: they are enough.
-
-    For right and wrong answers this depends on the number of rows alone, for graded scores on the scores that changed.
-    """
-    if not paired.are_hits:
-        noise = paired.noise(confidence)
-        return f"a drop only from about {noise:.1f} points on" if noise > limit else None
-    return what_hits_tell(paired.num_rows, limit, confidence)
+            yield f"{drop.sentence}: over the limit, but within the noise of {drop.num_rows} test rows."
 
 
 def _percent(share: float) -> str:

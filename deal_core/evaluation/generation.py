@@ -14,17 +14,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from deal_core.base_model.language_model import LanguageModel
-from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, common_prefix, counts_padding, pad_batch, read_cache
 from deal_core.data.prompts import answer_text, encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema, label_key
@@ -128,64 +122,41 @@ class GivenAnswer(NamedTuple):
     """Whether the answer reached its longest length before its end."""
 
 
-def answer_task(
+def answer_inputs(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     task: ServedTask,
     inputs: Sequence[str],
     on_progress: OnProgress | None = None,
 ) -> list[GivenAnswer]:
-    """Answer every input as a version serves the task."""
-    return answer_inputs(
-        model,
-        tokenizer,
-        task.schema,
-        inputs,
-        EvaluateConfig(max_new_tokens=task.max_new_tokens),
-        max_prompt_tokens=task.max_prompt_tokens,
-        on_progress=on_progress,
-    )
-
-
-def answer_inputs(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    inputs: Sequence[str],
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
-) -> list[GivenAnswer]:
     """Generate one greedy answer per input with its confidence, in the inputs' order.
 
-    A prompt of more than `max_prompt_tokens` loses the end of its text.
+    A prompt of more than `task.max_prompt_tokens` loses the end of its text.
     """
-    prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
-    return answer_prompts(model, tokenizer, task, prompts, config, on_progress=on_progress)
+    prompts = [encode_prompt(tokenizer, task.schema, text, task.max_prompt_tokens) for text in inputs]
+    return answer_prompts(model, tokenizer, task, prompts, on_progress)
 
 
 @torch.inference_mode()
 def answer_prompts(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
+    task: ServedTask,
     prompts: Sequence[Sequence[int]],
-    config: EvaluateConfig,
-    *,
     on_progress: OnProgress | None = None,
 ) -> list[GivenAnswer]:
     """Generate one greedy answer per prompt (token ids) with its confidence, in the prompts' order."""
-    found: dict[int, GivenAnswer] = {}
-    limit, recorder = answer_limit(tokenizer, task, config), ConfidenceRecorder(tokenizer, task)
+    answers: dict[int, GivenAnswer] = {}
+    limit = answer_limit(tokenizer, task.schema, task.max_new_tokens)
+    recorder = ConfidenceRecorder(tokenizer, task.schema)
     for batch, tokens, _ in generate(model, tokenizer, prompts, limit, recorder=recorder):
         texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         is_cut = [tokenizer.eos_token_id not in new for new in tokens]
-        given = map(GivenAnswer, texts, recorder.confidences(tokens, texts), is_cut)
-        found.update(zip(batch, given, strict=True))
+        of_batch = map(GivenAnswer, texts, recorder.confidences(tokens, texts), is_cut)
+        answers.update(zip(batch, of_batch, strict=True))
         if on_progress is not None:
             on_progress(len(batch))
-    return [found[place] for place in range(len(prompts))]
+    return [answers[place] for place in range(len(prompts))]
 
 
 class Generated(NamedTuple):
@@ -217,12 +188,37 @@ def generate(
     """
     model.eval()
     prefix = read_prefix(model, prompts)
+    is_seq2seq, device = model.config.is_encoder_decoder, device_of(model)
+    pad, side = int(tokenizer.pad_token_id or 0), "right" if is_seq2seq else "left"
     max_rows = MAX_LOGIT_BYTES // (8 * max_new_tokens * model.config.vocab_size) if with_logits else len(prompts)
     for batch in batches_by_length([len(p) for p in prompts], max(1, max_rows)):
-        chosen = [prompts[i] for i in batch]
         if recorder is not None:
             recorder.begin()
-        yield Generated(batch, *_generate(model, tokenizer, chosen, max_new_tokens, prefix, with_logits, recorder))
+        input_ids, mask = pad_batch([prompts[i][prefix.length :] for i in batch], pad, side=side)
+        # an index tensor instead of generate's default number: see answer_logits
+        more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=device)}
+        if prefix.cache is not None:  # generate reads whole rows, and skips what the cache holds
+            shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(batch), -1)
+            input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
+            more["cache"] = prefix.repeated(len(batch))
+        output = cast(GenerationMixin, model).generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
+            output_logits=with_logits,
+            return_dict_in_generate=True,
+            **more,
+        )
+        assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))
+        tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
+        logits_BKV = None if output.logits is None else torch.stack(output.logits, dim=1)
+        del output, more  # their keys and values must not stay in memory beside those of the next batch
+        yield Generated(batch, tokens, logits_BKV)
 
 
 @torch.inference_mode()
@@ -240,16 +236,16 @@ def first_answer_logits(
     return logits[0, -1].float()
 
 
-def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: EvaluateConfig) -> int:
+def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, max_new_tokens: int) -> int:
     """Most new tokens of an answer: for a labelled task, one token more than its longest label.
 
     The extra token shows whether an answer ends after the label. If it is white space, the answer counts as ended.
     """
     if not task.labels:
-        return config.max_new_tokens
+        return max_new_tokens
     texts = [answer_text(task, label) for label in task.labels]
     longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    return min(config.max_new_tokens, longest + 1)
+    return min(max_new_tokens, longest + 1)
 
 
 def batches_by_length(lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:
@@ -286,39 +282,3 @@ def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefi
     shared = 0 if model.config.is_encoder_decoder or counts_padding(model) else common_prefix(prompts)
     cache = read_cache(model, torch.tensor([prompts[0][:shared]], device=device_of(model))) if shared else None
     return Prefix(shared, cache) if can_be_continued(cache) else Prefix(0, None)
-
-
-def _generate(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    prefix: Prefix,
-    with_logits: bool,
-    recorder: ConfidenceRecorder | None,
-) -> tuple[list[list[int]], Tensor | None]:
-    is_seq2seq, device = model.config.is_encoder_decoder, device_of(model)
-    pad, side = int(tokenizer.pad_token_id or 0), "right" if is_seq2seq else "left"
-    input_ids, mask = pad_batch([prompt[prefix.length :] for prompt in prompts], pad, side=side)
-    # an index tensor instead of generate's default number: see answer_logits
-    more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=device)}
-    if prefix.cache is not None:
-        shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)
-        input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
-        more["cache"] = prefix.repeated(len(prompts))
-    output = cast(GenerationMixin, model).generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
-        output_logits=with_logits,
-        return_dict_in_generate=True,
-        **more,
-    )
-    assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))
-    new_tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
-    return new_tokens, None if output.logits is None else torch.stack(output.logits, dim=1)

@@ -1,6 +1,11 @@
-"""Log-probabilities of a task's labels, whatever the model would answer by itself.
+"""Log-probabilities of a task's labels, and offsets that take a preference for some of the labels away.
 
-Shapes: N rows, B rows of a batch, T tokens of the longest prompt, L labels, V vocabulary.
+A model can know a task and still answer one label too often. Its accuracy then falls although nothing was forgotten. An
+offset per label takes the preference away: the answer is argmax(log p(label | prompt) + offset). This is Batch
+Calibration (arXiv 2309.17249) with the labels' true shares instead of equal ones.
+`deal_core.training.recentre` lets an adapter learn the offsets.
+
+Shapes: N rows, B rows of a batch, L labels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from scipy.special import softmax
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +27,6 @@ from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import (
     MAX_LOGIT_BYTES,
-    OnProgress,
     Prefix,
     batches_by_length,
     device_of,
@@ -30,6 +35,14 @@ from deal_core.evaluation.generation import (
 from deal_core.evaluation.metrics import number_labels, plain_answer
 
 Floats = NDArray[np.float64]
+NUM_ROUNDS = 200
+"""Most rounds of the fixed point that finds the offsets; it settles within some dozens."""
+TOLERANCE = 1e-7
+"""The rounds end when no offset changes by more."""
+DAMPING = 0.7
+"""Share of each round's correction that is applied."""
+PRIOR_ROWS = 10
+"""Rows that speak for no offset: with as many rows of its own, a task gets half of its offsets."""
 
 
 @torch.inference_mode()
@@ -40,7 +53,6 @@ def label_log_probs(
     inputs: Sequence[str],
     *,
     max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
 ) -> Tensor:
     """Return log p(label | prompt) for every row and label of a labelled task.
 
@@ -51,18 +63,16 @@ def label_log_probs(
     model.eval()
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
     labels = [encode_answer(tokenizer, task, label, max_prompt_tokens) for label in task.labels]
-    found_NL = torch.zeros(len(prompts), len(labels))
+    log_probs_NL = torch.zeros(len(prompts), len(labels))
     prefix = read_prefix(model, prompts)
     max_rows = MAX_LOGIT_BYTES // (8 * max(map(len, labels)) * model.config.vocab_size)
     for batch in batches_by_length([len(prompt) for prompt in prompts], max(1, max_rows)):
         chosen, pad = [prompts[i] for i in batch], int(tokenizer.pad_token_id or 0)
         if model.config.is_encoder_decoder:
-            found_NL[batch] = _score_seq2seq(model, chosen, labels, pad)
+            log_probs_NL[batch] = _score_seq2seq(model, chosen, labels, pad)
         else:
-            found_NL[batch] = _score_decoder(model, chosen, labels, pad, prefix)
-        if on_progress is not None:
-            on_progress(len(batch))
-    return found_NL
+            log_probs_NL[batch] = _score_decoder(model, chosen, labels, pad, prefix)
+    return log_probs_NL
 
 
 def label_scores(
@@ -99,7 +109,7 @@ def _score_decoder(
     )
     cache, first_BV = output.cache, output.logits[:, -1].float().log_softmax(-1)
     can_be_cut = can_be_continued(cache)  # else every label extends a copy
-    found = []
+    scores = []
     for label in labels:
         score_B = first_BV[:, label[0]]
         if len(label) > 1:
@@ -114,8 +124,8 @@ def _score_decoder(
             score_B = score_B + _chosen(logits_BKV, label[1:])
             if can_be_cut:
                 cache.crop(-ids.shape[1])
-        found.append(score_B)
-    return torch.stack(found, 1).cpu()
+        scores.append(score_B)
+    return torch.stack(scores, 1).cpu()
 
 
 def _score_seq2seq(
@@ -123,19 +133,67 @@ def _score_seq2seq(
 ) -> Tensor:
     """Encode the prompts once, then decode every label."""
     device = device_of(model)
-    input_ids, mask = (each.to(device) for each in pad_batch(prompts, pad, side="right"))
+    input_ids, mask = (part.to(device) for part in pad_batch(prompts, pad, side="right"))
     encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask)
-    found = []
+    scores = []
     for label in labels:
         ids = torch.tensor([[model.config.decoder_start_token_id, *label[:-1]]], device=device)
         logits_BKV = model(
             encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids.expand(len(prompts), -1)
         ).logits
-        found.append(_chosen(logits_BKV, label))
-    return torch.stack(found, 1).cpu()
+        scores.append(_chosen(logits_BKV, label))
+    return torch.stack(scores, 1).cpu()
 
 
 def _chosen(logits_BKV: Tensor, tokens: Sequence[int]) -> Tensor:
     """Sum of the tokens' log-probabilities, one per row."""
     index = torch.tensor(list(tokens), device=logits_BKV.device)[None, :, None].expand(len(logits_BKV), -1, 1)
     return logits_BKV.float().log_softmax(-1).gather(-1, index).sum((1, 2))
+
+
+def offsets(log_probs_NL: Floats, shares_L: Floats) -> Floats:
+    """Return b with mean over rows of softmax(log p + b) = shares; labels with share 0 get no answers."""
+    goal_L = np.maximum(shares_L, 1e-6)
+    offsets_L: Floats = np.zeros(log_probs_NL.shape[1])
+    for _ in range(NUM_ROUNDS):
+        mean_L = softmax(log_probs_NL + offsets_L, axis=1).mean(0)
+        change_L = DAMPING * (np.log(goal_L) - np.log(np.maximum(mean_L, 1e-12)))
+        offsets_L += change_L
+        if np.abs(change_L).max() <= TOLERANCE:
+            break
+    centred_L: Floats = offsets_L - offsets_L.mean()
+    return centred_L
+
+
+def label_offsets(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> Floats:
+    """Return the offsets to learn. Only the shares of the labels `targets_N` count, not whose label is which.
+
+    Few rows give smaller offsets. Every label counts once more than it occurs. A label without rows has offset 0, the
+    mean of the others: it may be too new to have test rows.
+    """
+    num_rows, num_labels = log_probs_NL.shape
+    counts_L = np.bincount(targets_N, minlength=num_labels)
+    is_there_L = counts_L > 0
+    shares_L = (counts_L[is_there_L] + 1) / (num_rows + is_there_L.sum())
+    offsets_L: Floats = np.zeros(num_labels)
+    offsets_L[is_there_L] = num_rows / (num_rows + PRIOR_ROWS) * offsets(log_probs_NL[:, is_there_L], shares_L)
+    return offsets_L
+
+
+def recentred_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
+    """Accuracy if every label is answered as often as it occurs. It does not change if one label is favoured."""
+    return float(recentred_hits(log_probs_NL, targets_N).sum() / max(1, len(targets_N)))
+
+
+def recentred_hits(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows are answered rightly if every label is answered as often as it occurs.
+
+    The offsets of a row come from the rows of the other half. Without rows there, a row has no offsets.
+    """
+    scores_NL, halves_N = log_probs_NL.copy(), np.arange(len(targets_N)) % 2
+    for half in (0, 1):
+        others = halves_N != half
+        if others.any():
+            counts_L = np.bincount(targets_N[others], minlength=log_probs_NL.shape[1])
+            scores_NL[~others] += offsets(log_probs_NL[others], counts_L / counts_L.sum())
+    return np.asarray(scores_NL.argmax(1) == targets_N)

@@ -5,9 +5,8 @@ Shapes: N rows, B rows of a batch, K tokens of the longest answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from datasets import Dataset
@@ -17,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.language_model import LanguageModel
-from deal_core.config import EvaluateConfig
 from deal_core.data.collate import IGNORED, answer_collator, answer_logits, encode_row
 from deal_core.data.schema import REJECTED, TaskSchema
+from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.generation import MAX_LOGIT_BYTES, OnProgress, batches_by_length, device_of
 
 CHUNK_ROWS = 512
@@ -52,40 +51,6 @@ class MeasuredAnswers:
         return -torch.expm1(-self.loss_N)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadBatch:
-    """What a model makes of every answer token of a batch; on the model's device."""
-
-    rows: list[int]
-    """Numbers of the batch's rows."""
-    labels_BK: Tensor
-    """The answers' tokens in their order; IGNORED where there is none."""
-    logits_BKV: Tensor
-    """The model's logits, in fp32."""
-
-    @cached_property
-    def is_token(self) -> Tensor:
-        """Whether there is a token, shape (B, K)."""
-        return self.labels_BK != IGNORED
-
-    @cached_property
-    def losses(self) -> Tensor:
-        """-log of a token's probability, in nats, shape (B, K); computed in fp32, kept in float64."""
-        return cross_entropy(self.logits_BKV.mT, self.labels_BK, ignore_index=IGNORED, reduction="none").double()
-
-    @property
-    def hits(self) -> Tensor:
-        """Whether a token is the likeliest one, shape (B, K)."""
-        return (self.logits_BKV.argmax(-1) == self.labels_BK) & self.is_token
-
-    @property
-    def squares(self) -> Tensor:
-        """‖softmax(logits) − onehot(token)‖², shape (B, K): the squared gradient of a token's loss in the logits."""
-        sums_BK = torch.linalg.vector_norm(self.logits_BKV.softmax(-1), dim=-1).square()  # Σ p² over the vocabulary
-        squares_BK: Tensor = (sums_BK - 2 * (-self.losses).exp() + 1).clamp(min=0) * self.is_token
-        return squares_BK
-
-
 def measure(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,38 +67,9 @@ def measure(
     other rows by rounding only: the batches of a chunk are made of rows of similar length. `max_answer_tokens` includes
     the end token.
     """
-    found_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
-    for read in read_answers(
-        model,
-        tokenizer,
-        task,
-        rows,
-        max_prompt_tokens=max_prompt_tokens,
-        max_answer_tokens=max_answer_tokens,
-        on_progress=on_progress,
-    ):
-        figures = (read.losses, read.is_token.double(), read.hits.double(), read.squares)
-        found_N4[read.rows] = torch.stack([each_BK.sum(1) for each_BK in figures], 1).cpu()
-    loss_N, num_tokens_N, num_hits_N, squares_N = found_N4.unbind(1)
-    return MeasuredAnswers(
-        loss_N=loss_N, num_tokens_N=num_tokens_N.clamp(min=1), num_hits_N=num_hits_N, gradient_N=squares_N.sqrt()
-    )
-
-
-@torch.inference_mode()
-def read_answers(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    rows: Dataset,
-    *,
-    max_prompt_tokens: int,
-    max_answer_tokens: int,
-    on_progress: OnProgress | None = None,
-) -> Iterator[ReadBatch]:
-    """Read every row once, with its answer given. See `measure` for the arguments."""
     model.eval()
     collate = answer_collator(model, tokenizer, is_recomputed=False)
+    figures_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         encoded = [
@@ -148,66 +84,63 @@ def read_answers(
         ]
         longest = max(len(row["answer_ids"]) for row in encoded)
         max_rows = max(1, MAX_LOGIT_BYTES // (12 * longest * model.config.vocab_size))
-        lengths = [row["length"] for row in encoded]
-        for batch in batches_by_length(lengths, max_rows):
+        for batch in batches_by_length([row["length"] for row in encoded], max_rows):
             collated = collate([encoded[i] for i in batch])
             features = {name: value.to(device_of(model)) for name, value in collated.items()}
-            yield ReadBatch(
-                rows=[start + i for i in batch],
-                labels_BK=features["labels"],
-                logits_BKV=answer_logits(model, features).float(),
-            )
+            figures_N4[[start + i for i in batch]] = _figures(model, features).cpu()
             if on_progress is not None:
                 on_progress(len(batch))
+    loss_N, num_tokens_N, num_hits_N, squares_N = figures_N4.unbind(1)
+    return MeasuredAnswers(
+        loss_N=loss_N, num_tokens_N=num_tokens_N.clamp(min=1), num_hits_N=num_hits_N, gradient_N=squares_N.sqrt()
+    )
+
+
+@torch.inference_mode()
+def _figures(model: LanguageModel, features: Mapping[str, Tensor]) -> Tensor:
+    """Loss, tokens, hits and squared gradient of every row of a batch, B×4, float64. A loss is computed in fp32."""
+    logits_BKV, labels_BK = answer_logits(model, features).float(), features["labels"]
+    is_token_BK = labels_BK != IGNORED
+    losses_BK = cross_entropy(logits_BKV.mT, labels_BK, ignore_index=IGNORED, reduction="none").double()
+    hits_BK = (logits_BKV.argmax(-1) == labels_BK) & is_token_BK
+    # ‖softmax(logits) − onehot(token)‖² = Σ p² over the vocabulary − 2 p(token) + 1
+    sums_BK = torch.linalg.vector_norm(logits_BKV.softmax(-1), dim=-1).square()
+    squares_BK = (sums_BK - 2 * (-losses_BK).exp() + 1).clamp(min=0) * is_token_BK
+    figures = (losses_BK, is_token_BK.double(), hits_BK.double(), squares_BK)
+    return torch.stack([figure_BK.sum(1) for figure_BK in figures], 1)
 
 
 def token_probabilities(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
+    task: ServedTask,
     inputs: Sequence[str],
     references: Sequence[str],
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> list[float]:
     """Return exp(−L) for every row, L the mean negative log-likelihood of the reference's tokens and its end token.
 
-    This is the geometric mean of the tokens' probabilities, 0 to 1. A reference beyond `config.max_new_tokens` is cut.
+    This is the geometric mean of the tokens' probabilities, 0 to 1. A reference beyond `task.max_new_tokens` is cut.
     """
     rows = Dataset.from_dict({"input": list(inputs), "output": list(references)})
-    found = measure(
-        model,
-        tokenizer,
-        task,
-        rows,
-        max_prompt_tokens=max_prompt_tokens,
-        max_answer_tokens=config.max_new_tokens + 1,
-        on_progress=on_progress,
-    )
-    shares: list[float] = (-found.mean_loss).exp().nan_to_num(nan=0.0).clamp(max=1.0).tolist()
+    measured = _measure_served(model, tokenizer, task, rows, on_progress)
+    shares: list[float] = (-measured.mean_loss).exp().nan_to_num(nan=0.0).clamp(max=1.0).tolist()
     return shares
 
 
 def preferred(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
+    task: ServedTask,
     rows: Dataset,
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> list[float]:
     """Return for every row whether the model prefers the better answer (output) to the worse one (rejected).
 
     It does so if log p(better) − log p(worse) is larger than the untouched base model's: 1, else 0; 0.5 if both are
     equal. This is the accuracy of DPO's implicit reward (arXiv 2305.18290) with the base model as the reference, so a
-    version is compared with any other one, and the base model itself has 0.5.
-
-    The arguments are those of `measure`; `rows` also has the column rejected. Longer answers than
-    `config.max_new_tokens` are cut.
+    version is compared with any other one, and the base model itself has 0.5. Answers beyond `task.max_new_tokens` are
+    cut.
     """
     both = Dataset.from_dict({"input": [*rows["input"]] * 2, "output": [*rows["output"], *rows[REJECTED.name]]})
     num_read = 0
@@ -219,17 +152,9 @@ def preferred(
             on_progress(num_read // READS_OF_PREFERENCE - before)
 
     def margins() -> list[float]:
-        better_N, worse_N = measure(
-            model,
-            tokenizer,
-            task,
-            both,
-            max_prompt_tokens=max_prompt_tokens,
-            max_answer_tokens=config.max_new_tokens + 1,
-            on_progress=report,
-        ).loss_N.view(2, -1)
-        found: list[float] = (worse_N - better_N).tolist()
-        return found
+        better_N, worse_N = _measure_served(model, tokenizer, task, both, report).loss_N.view(2, -1)
+        margins_N: list[float] = (worse_N - better_N).tolist()
+        return margins_N
 
     if not isinstance(model, PeftModel):
         report(READS_OF_PREFERENCE * len(rows))
@@ -237,4 +162,22 @@ def preferred(
     of_version = margins()
     with model.disable_adapter():
         of_base = margins()
-    return [0.5 if each == base else float(each > base) for each, base in zip(of_version, of_base, strict=True)]
+    return [0.5 if own == base else float(own > base) for own, base in zip(of_version, of_base, strict=True)]
+
+
+def _measure_served(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: ServedTask,
+    rows: Dataset,
+    on_progress: OnProgress | None,
+) -> MeasuredAnswers:
+    return measure(
+        model,
+        tokenizer,
+        task.schema,
+        rows,
+        max_prompt_tokens=task.max_prompt_tokens,
+        max_answer_tokens=task.max_new_tokens + 1,  # with the end token
+        on_progress=on_progress,
+    )

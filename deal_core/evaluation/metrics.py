@@ -61,12 +61,12 @@ def contains(answer: str, expected: str) -> float:
     A reference in a script that writes no spaces between words may stand anywhere. A number is one word with its sign,
     its decimals and its groups of digits: 5 does not stand in 5.75, -5 or 1,005.
     """
-    wanted, given = (" ".join(_in_words(text).split()) for text in (expected, answer))
+    wanted, text = (" ".join(_in_words(part).split()) for part in (expected, answer))
     if _WITHOUT_SPACES.search(wanted):
-        return float(wanted in given)
+        return float(wanted in text)
     before = _BEFORE_NUMBER if wanted[:1].isdigit() else ""
     after = _AFTER_NUMBER if wanted[-1:].isdigit() else ""
-    return float(regex.search(rf"{before}(?<!\w){regex.escape(wanted)}(?!\w){after}", given) is not None)
+    return float(regex.search(rf"{before}(?<!\w){regex.escape(wanted)}(?!\w){after}", text) is not None)
 
 
 def rouge_l(answer: str, expected: str) -> float:
@@ -98,13 +98,13 @@ def json_fields(answer: str, expected: str) -> float:
         >>> json_fields('{"name": "Ada", "age": 36}', '{"name": "ada", "age": 37}')
         0.5
     """
-    wanted, given = _json_object(expected), _json_object(answer)
+    wanted, fields = _json_object(expected), _json_object(answer)
     if wanted is None:
         return float(exact_match(answer, expected))
-    if given is None:
+    if fields is None:
         return 0.0
-    names = wanted.keys() | given.keys()
-    right = sum(name in wanted and name in given and _same(wanted[name], given[name]) for name in names)
+    names = wanted.keys() | fields.keys()
+    right = sum(_same(wanted[name], fields[name]) for name in wanted.keys() & fields.keys())
     return right / len(names) if names else 1.0
 
 
@@ -140,13 +140,28 @@ def scored_otherwise(metrics: Mapping[str, str]) -> str:
     return f"Scored otherwise than by exact match: {', '.join(others)}." if others else ""
 
 
-def require_metric(metric: str) -> None:
-    """Require that a metric can be used on this machine, before anything is trained.
+def require_metric(metric: str) -> ScoreAnswer:
+    """Return a metric's function. Stages require it before anything is trained.
 
     Raises:
         ConfigError: It is a function of a module that is not allowed or not found.
     """
-    _function(metric)
+    if metric in METRICS:
+        return METRICS[metric][1]
+    module, _, name = metric.partition(":")
+    allowed = [entry.strip() for entry in os.environ.get(MODULES_VARIABLE, "").split(",") if entry.strip()]
+    if module not in allowed:
+        raise ConfigError(
+            f"task.metric is {metric!r}, but {MODULES_VARIABLE} does not allow the module {module!r}; it allows "
+            f"{listed(allowed) or 'none'}. Who runs the worker sets this variable."
+        )
+    try:
+        function: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"task.metric is {metric!r}, which was not found: {error}.") from None
+    if not callable(function):
+        raise ConfigError(f"task.metric is {metric!r}, which is no function; give one of (answer, reference).")
+    return function  # type: ignore[no-any-return]
 
 
 def right_answers(rows: Dataset) -> list[str | Sequence[str]]:
@@ -154,7 +169,7 @@ def right_answers(rows: Dataset) -> list[str | Sequence[str]]:
     outputs = list(rows["output"])
     if "references" not in rows.column_names:
         return outputs
-    return [found or output for found, output in zip(rows["references"], outputs, strict=True)]
+    return [several or output for several, output in zip(rows["references"], outputs, strict=True)]
 
 
 def all_of(answers: str | Sequence[str]) -> Sequence[str]:
@@ -169,30 +184,11 @@ def score_answers(metric: str, answers: Sequence[str], references: Sequence[str 
         ConfigError: The metric is a function of a module that is not allowed or not found, or it fails, or it returns
             no number from 0 to 1.
     """
-    score = _function(metric)
+    score = require_metric(metric)
     return tuple(
-        max(_checked(metric, score, answer, each) for each in all_of(found))
-        for answer, found in zip(answers, references, strict=True)
+        max(_checked(metric, score, answer, reference) for reference in all_of(right))
+        for answer, right in zip(answers, references, strict=True)
     )
-
-
-def _function(metric: str) -> ScoreAnswer:
-    if metric in METRICS:
-        return METRICS[metric][1]
-    module, _, name = metric.partition(":")
-    allowed = [each.strip() for each in os.environ.get(MODULES_VARIABLE, "").split(",") if each.strip()]
-    if module not in allowed:
-        raise ConfigError(
-            f"task.metric is {metric!r}, but {MODULES_VARIABLE} does not allow the module {module!r}; it allows "
-            f"{listed(allowed) or 'none'}. Who runs the worker sets this variable."
-        )
-    try:
-        found: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"task.metric is {metric!r}, which was not found: {error}.") from None
-    if not callable(found):
-        raise ConfigError(f"task.metric is {metric!r}, which is no function; give one of (answer, reference).")
-    return found  # type: ignore[no-any-return]
 
 
 def _checked(metric: str, score: ScoreAnswer, answer: str, expected: str) -> float:
@@ -248,23 +244,25 @@ def label_figures(answers: Sequence[str], references: Sequence[str], labels: Seq
     """
     answered = [plain_answer(answer) for answer in answers]
     expected = [plain_answer(reference) for reference in references]
-    given, wanted = Counter(answered), Counter(expected)
+    times_answered, times_expected = Counter(answered), Counter(expected)
     right = Counter(answer for answer, reference in zip(answered, expected, strict=True) if answer == reference)
     total = max(1, len(answered))
-    found = []
-    for label, name in zip(labels, map(plain_answer, labels), strict=True):
-        recall = right[name] / wanted[name] if wanted[name] else None
-        found.append(LabelFigures(label=label, num_rows=wanted[name], recall=recall, share=given[name] / total))
-    outside = len(answered) - sum(given[plain_answer(label)] for label in labels)
+    figures = []
+    for label in labels:
+        name = plain_answer(label)
+        num_rows = times_expected[name]
+        recall = right[name] / num_rows if num_rows else None
+        figures.append(LabelFigures(label=label, num_rows=num_rows, recall=recall, share=times_answered[name] / total))
+    outside = len(answered) - sum(times_answered[plain_answer(label)] for label in labels)
     if outside:
-        found.append(LabelFigures(label=None, num_rows=0, recall=None, share=outside / total))
-    return found
+        figures.append(LabelFigures(label=None, num_rows=0, recall=None, share=outside / total))
+    return figures
 
 
 def collapsed(figures: Sequence[LabelFigures]) -> LabelFigures | None:
     """Return the label that has taken over the answers, or None."""
-    num_rows = max(1, sum(each.num_rows for each in figures))
-    most = max(figures, key=lambda each: each.share, default=None)
+    num_rows = max(1, sum(label.num_rows for label in figures))
+    most = max(figures, key=lambda label: label.share, default=None)
     if most is None or most.share < COLLAPSE_SHARE or most.share < COLLAPSE_FACTOR * most.num_rows / num_rows:
         return None
     return most

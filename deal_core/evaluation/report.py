@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, PlainSerializer
 
@@ -14,10 +14,6 @@ from deal_core.evaluation.significance import PairedDrop
 from deal_core.schema_version import Kept, VersionedJson
 
 
-def _from_text(value: Any) -> Any:
-    return tuple(float(character) for character in value) if isinstance(value, str) else value
-
-
 def outcome_text(scores: Sequence[float]) -> str | list[float]:
     """Scores as JSON: a text of one character per row if all are 0 or 1, else a list of numbers."""
     if all(score in (0.0, 1.0) for score in scores):
@@ -25,7 +21,11 @@ def outcome_text(scores: Sequence[float]) -> str | list[float]:
     return [round(score, 6) for score in scores]
 
 
-Scores = Annotated[tuple[float, ...], BeforeValidator(_from_text), PlainSerializer(outcome_text)]
+Scores = Annotated[
+    tuple[float, ...],
+    BeforeValidator(lambda value: tuple(map(float, value)) if isinstance(value, str) else value),
+    PlainSerializer(outcome_text),
+]
 """The score of every test row of a task, 0 to 1."""
 
 

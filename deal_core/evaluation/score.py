@@ -10,9 +10,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.language_model import LanguageModel
-from deal_core.config import MEASURED, PREFERENCE, EvaluateConfig
+from deal_core.config import MEASURED, PREFERENCE
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.generation import Confidence, OnProgress, answer_inputs
 from deal_core.evaluation.likelihood import preferred, token_probabilities
 from deal_core.evaluation.metrics import (
@@ -51,11 +52,8 @@ class TaskEvaluation:
 def evaluate_task(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
+    task: ServedTask,
     rows: Dataset,
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> TaskEvaluation:
     """Answer every row's input, and score the answer against the row's right answers by the task's metric.
@@ -67,35 +65,26 @@ def evaluate_task(
     """
     inputs = list(rows["input"])
     confidences: tuple[Confidence, ...] = ()
-    if task.metric == PREFERENCE:
-        answers = [
-            f"{score:.1f}"
-            for score in preferred(
-                model, tokenizer, task, rows, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
-            )
-        ]
-    elif task.metric == "loss":
-        pairs = [(place, answer) for place, found in enumerate(right_answers(rows)) for answer in all_of(found)]
+    if task.schema.metric == PREFERENCE:
+        answers = [f"{score:.1f}" for score in preferred(model, tokenizer, task, rows, on_progress)]
+    elif task.schema.metric == "loss":
+        pairs = [(place, answer) for place, right in enumerate(right_answers(rows)) for answer in all_of(right)]
         shares = token_probabilities(
             model,
             tokenizer,
             task,
             [inputs[place] for place, _ in pairs],
             [answer for _, answer in pairs],
-            config,
-            max_prompt_tokens=max_prompt_tokens,
-            on_progress=on_progress if len(pairs) == len(inputs) else None,
+            on_progress if len(pairs) == len(inputs) else None,
         )
         best = [0.0] * len(inputs)
         for (place, _), share in zip(pairs, shares, strict=True):
             best[place] = max(best[place], share)
         answers = [f"{share:.6f}" for share in best]
     else:
-        given = answer_inputs(
-            model, tokenizer, task, inputs, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
-        )
-        answers, confidences = [each.text for each in given], tuple(each.confidence for each in given)
-    return evaluate_answers(task, rows, answers, confidences)
+        answered = answer_inputs(model, tokenizer, task, inputs, on_progress)
+        answers, confidences = [row.text for row in answered], tuple(row.confidence for row in answered)
+    return evaluate_answers(task.schema, rows, answers, confidences)
 
 
 def evaluate_answers(
@@ -104,13 +93,23 @@ def evaluate_answers(
     """Score given answers to a task's rows; with a measured metric, the scores as texts. For errors see above."""
     references, accepted, is_measured = list(rows["output"]), right_answers(rows), task.metric in MEASURED
     outcomes = score_answers(task.metric, answers, accepted)
-    constant = [_commonest(references)] * len(references)
+    majority_rate, similarity = None, 0.0
+    if not is_measured:
+        counts = Counter(map(plain_answer, references))
+        commonest = max(references, key=lambda reference: counts[plain_answer(reference)], default="")
+        majority_rate = _mean(score_answers(task.metric, [commonest] * len(references), accepted))
+        similarity = _mean(
+            [
+                max(rouge1(answer, reference) for reference in all_of(right))
+                for answer, right in zip(answers, accepted, strict=True)
+            ]
+        )
     return TaskEvaluation(
         task=task.name,
         accuracy=_mean(outcomes),
-        rouge1=0.0 if is_measured else _mean(_best_rouge1(answers, accepted)),
+        rouge1=similarity,
         num_rows=len(references),
-        majority_rate=None if is_measured else _mean(score_answers(task.metric, constant, accepted)),
+        majority_rate=majority_rate,
         answers=tuple(answers),
         outcomes=outcomes,
         labels=tuple(label_figures(answers, references, task.labels)) if task.labels and not is_measured else (),
@@ -118,30 +117,17 @@ def evaluate_answers(
     )
 
 
-def _commonest(references: Sequence[str]) -> str:
-    counts = Counter(map(plain_answer, references))
-    return max(references, key=lambda reference: counts[plain_answer(reference)], default="")
-
-
-def _best_rouge1(answers: Sequence[str], accepted: Sequence[str | Sequence[str]]) -> list[float]:
-    pairs = zip(answers, accepted, strict=True)
-    return [max(rouge1(answer, each) for each in all_of(found)) for answer, found in pairs]
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
 def count_too_long(
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    accepted: Sequence[str | Sequence[str]],
-    max_new_tokens: int,
+    tokenizer: PreTrainedTokenizerBase, task: ServedTask, accepted: Sequence[str | Sequence[str]]
 ) -> int:
     """Count the rows all of whose right answers have more tokens than an answer may have; no answer can match them."""
-    longest = max_new_tokens + 1  # with the end token
+    longest = task.max_new_tokens + 1  # with the end token
 
     def is_too_long(answer: str) -> bool:
-        return len(encode_answer(tokenizer, task, answer, longest + 1)) > longest
+        return len(encode_answer(tokenizer, task.schema, answer, longest + 1)) > longest
 
-    return sum(all(map(is_too_long, all_of(found))) for found in accepted)
+    return sum(all(map(is_too_long, all_of(right))) for right in accepted)

@@ -32,7 +32,7 @@ class PairedDrop:
         """
         differences = [float(first) - float(second) for first, second in zip(before, after, strict=True)]
         changed = [difference for difference in differences if abs(difference) > SAME]
-        return cls(len(differences), float(sum(changed)), float(sum(each**2 for each in changed)), len(changed))
+        return cls(len(differences), float(sum(changed)), float(sum(change**2 for change in changed)), len(changed))
 
     @classmethod
     def of_hits(cls, num_rows: int, num_lost: int, num_gained: int) -> PairedDrop:

@@ -56,9 +56,8 @@ def compare(
     Returns:
         One entry for each task of the reference or of the live rows, in alphabetical order.
     """
-    names = sorted({*reference["task"], *live["task"]})
-    found = [
-        _look(
+    tasks = [
+        _test_task(
             name,
             reference[reference["task"] == name],
             live[live["task"] == name],
@@ -66,11 +65,12 @@ def compare(
             feedback,
             None if baseline is None else baseline[baseline["task"] == name],
         )
-        for name in names
+        for name in sorted({*reference["task"], *live["task"]})
     ]
-    num_tests = sum(each.num_tests for each in found)
+    # whether a test raises an alarm depends on the number of tests of all tasks
+    num_tests = sum(task.num_tests for task in tasks)
     level = config.alpha / max(1, num_tests)
-    decided = tuple(_decide(each, level, config, (before or {}).get(each.task)) for each in found)
+    decided = tuple(_with_alarms(task, level, config, (before or {}).get(task.task)) for task in tasks)
     return DriftReport(tasks=decided, num_tests=num_tests, level=level)
 
 
@@ -86,7 +86,7 @@ def window(live: pd.DataFrame, num_rows: int) -> pd.DataFrame:
     return live.tail(num_rows)
 
 
-def _look(
+def _test_task(
     name: str,
     reference: pd.DataFrame,
     logged: pd.DataFrame,
@@ -94,13 +94,12 @@ def _look(
     feedback: pd.DataFrame | None,
     baseline: pd.DataFrame | None,
 ) -> TaskDrift:
-    """Make the tests of one task. Whether they are alarms depends on the number of tests of all tasks."""
     compared = reference if baseline is None or baseline.empty else baseline
     live = window(logged, config.window_rows)
     measured = None
     if feedback is not None and not reference.empty:
         measured = measured_accuracy(reference, logged, feedback, config.window_rows)
-    found = TaskDrift(
+    drift = TaskDrift(
         task=name,
         status="no reference" if reference.empty else "too few rows",
         num_logged=len(logged),
@@ -110,9 +109,9 @@ def _look(
         measured=measured,
     )
     if reference.empty or len(live) < config.min_rows:
-        return found
+        return drift
     return replace(
-        found,
+        drift,
         status="compared",
         tests=tuple(_tests(compared, live, config)),
         estimated=estimated_accuracy(reference, live),
@@ -141,9 +140,9 @@ def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -
     if "input" in reference and "input" in live:
         differences["texts"] = two_samples.texts([*reference["input"].dropna()], [*live["input"].dropna()])
     return [
-        DriftTest(name=name, limit=limits.get(name, config.min_distance), **vars(each))
-        for name, each in differences.items()
-        if each is not None
+        DriftTest(name=name, limit=limits.get(name, config.min_distance), **vars(difference))
+        for name, difference in differences.items()
+        if difference is not None
     ]
 
 
@@ -156,10 +155,10 @@ class Hits(NamedTuple):
 
 def hits(scores: pd.Series) -> Hits | None:
     """Count the right answers; None: there are no scores, or some are neither 0 nor 1."""
-    known = scores.dropna()
-    if known.empty or not known.isin([0.0, 1.0]).all():
+    scores = scores.dropna()
+    if scores.empty or not scores.isin([0.0, 1.0]).all():
         return None
-    return Hits(int(known.sum()), len(known))
+    return Hits(int(scores.sum()), len(scores))
 
 
 def estimated_accuracy(reference: pd.DataFrame, live: pd.DataFrame) -> LiveAccuracy | None:
@@ -175,12 +174,12 @@ def estimated_accuracy(reference: pd.DataFrame, live: pd.DataFrame) -> LiveAccur
 
     None: the scores are graded, no reference answer is right, or a confidence is missing on one side.
     """
-    known = reference.dropna(subset=["confidence", "score"])
-    right, confidences = hits(known["score"]), live["confidence"].dropna()
+    reference = reference.dropna(subset=["confidence", "score"])
+    right, confidences = hits(reference["score"]), live["confidence"].dropna()
     if right is None or not right.num_right or confidences.empty:
         return None
-    threshold = known["confidence"].sort_values().iloc[right.num_rows - right.num_right]
-    above = Hits(int((known["confidence"] >= threshold).sum()), right.num_rows)
+    threshold = reference["confidence"].sort_values().iloc[right.num_rows - right.num_right]
+    above = Hits(int((reference["confidence"] >= threshold).sum()), right.num_rows)
     live_above = Hits(int((confidences >= threshold).sum()), len(confidences))
     shift = right.num_right / right.num_rows - above.num_right / above.num_rows
     return _against(live_above, above, shift)
@@ -206,64 +205,53 @@ def _against(live: Hits, reference: Hits | None, shift: float) -> LiveAccuracy:
     """Compare two shares; `shift` is added to both, and to the ends of the interval."""
     ends = (live.num_right / live.num_rows, *two_samples.wilson(live.num_right, live.num_rows))
     accuracy, low, high = (float(np.clip(end + shift, 0.0, 1.0)) for end in ends)
+    measured = LiveAccuracy(accuracy=accuracy, low=low, high=high, num_rows=live.num_rows)
     if reference is None:
-        return LiveAccuracy(accuracy=accuracy, low=low, high=high, num_rows=live.num_rows)
+        return measured
     wrong = reference.num_rows - reference.num_right
     grew = two_samples.share_grew(wrong, reference.num_rows, live.num_rows - live.num_right, live.num_rows)
-    return LiveAccuracy(
-        accuracy=accuracy,
-        low=low,
-        high=high,
-        num_rows=live.num_rows,
-        reference=reference.num_right / reference.num_rows + shift,
-        drop_points=100 * grew.effect,
-        p_value=grew.p_value,
-    )
+    share = reference.num_right / reference.num_rows + shift
+    return replace(measured, reference=share, drop_points=100 * grew.effect, p_value=grew.p_value)
 
 
-def _decide(found: TaskDrift, level: float, config: MonitorConfig, before: float | None) -> TaskDrift:
-    """Mark the alarms: significant and large."""
+def _with_alarms(drift: TaskDrift, level: float, config: MonitorConfig, before: float | None) -> TaskDrift:
+    """Mark what is significant and large. `before` is the accuracy of the version before, by the gate."""
     at_most = max(level, two_samples.SMALLEST)
-    tests = tuple(replace(each, is_alarm=each.p_value <= at_most and each.effect >= each.limit) for each in found.tests)
-    estimated, measured = (
-        None if each is None else replace(each, is_alarm=_has_dropped(each, level, config))
-        for each in (found.estimated, found.measured)
-    )
-    alarms = [Alarm(kind="drift", reason=_reason(each, found.label_shares)) for each in tests if each.is_alarm]
+    tests = tuple(replace(test, is_alarm=test.p_value <= at_most and test.effect >= test.limit) for test in drift.tests)
+    alarms = [Alarm(kind="drift", reason=_reason(test, drift.label_shares)) for test in tests if test.is_alarm]
+    measured, estimated = (_judged(accuracy, level, config) for accuracy in (drift.measured, drift.estimated))
     for word, accuracy in (("measured", measured), ("estimated", estimated)):
         if accuracy is None or accuracy.reference is None or not accuracy.is_alarm:
             continue
         interval = f"{100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"
-        said = f"accuracy is {word} at {100 * accuracy.accuracy:.1f} % ({interval})"
+        figure = f"accuracy is {word} at {100 * accuracy.accuracy:.1f} % ({interval})"
         versus_tests = f"in {accuracy.num_rows} live rows; the test rows have {100 * accuracy.reference:.1f} %"
-        alarms.append(Alarm(kind="quality", reason=f"{said} {versus_tests}"))
-        if before is not None and accuracy.is_below(before) and not _contradicts(measured, accuracy, before):
+        alarms.append(Alarm(kind="quality", reason=f"{figure} {versus_tests}"))
+        if before is None or not accuracy.is_below(before):
+            continue
+        # feedback may say that the version is not worse than the one before, whatever the estimate says
+        if accuracy is measured or measured is None or measured.low < before:
             versus_gate = f"below the {100 * before:.1f} % that the gate measured for the version before"
-            alarms.append(Alarm(kind="decayed", reason=f"{said}, {versus_gate}"))
-    return replace(found, tests=tests, estimated=estimated, measured=measured, before=before, alarms=tuple(alarms))
+            alarms.append(Alarm(kind="decayed", reason=f"{figure}, {versus_gate}"))
+    return replace(drift, tests=tests, estimated=estimated, measured=measured, before=before, alarms=tuple(alarms))
 
 
-def _has_dropped(accuracy: LiveAccuracy, level: float, config: MonitorConfig) -> bool:
-    if accuracy.reference is None or accuracy.p_value is None or accuracy.drop_points is None:
-        return False
-    is_large = accuracy.drop_points >= config.max_live_drop_points
-    return is_large and accuracy.p_value < level and accuracy.is_below(accuracy.reference)
-
-
-def _contradicts(measured: LiveAccuracy | None, accuracy: LiveAccuracy, before: float) -> bool:
-    """Whether feedback says that the version is not worse than the one before, whatever the estimate says."""
-    return measured is not None and measured is not accuracy and measured.low >= before
+def _judged(accuracy: LiveAccuracy | None, level: float, config: MonitorConfig) -> LiveAccuracy | None:
+    if accuracy is None or accuracy.reference is None or accuracy.p_value is None or accuracy.drop_points is None:
+        return accuracy
+    is_large = accuracy.drop_points >= config.max_live_drop_points and accuracy.is_below(accuracy.reference)
+    return replace(accuracy, is_alarm=is_large and accuracy.p_value < level)
 
 
 def _reason(test: DriftTest, label_shares: Mapping[str, tuple[float, float]]) -> str:
-    said = f"{test.name}: {test.unit} {test.effect:.2f}, limit {test.limit:g} (p = {test.p_value:.0e})"
+    figures = f"{test.name}: {test.unit} {test.effect:.2f}, limit {test.limit:g} (p = {test.p_value:.0e})"
     moved = sorted(label_shares.items(), key=lambda item: -abs(item[1][1] - item[1][0]))
     shown = [
         f"{label or 'no label'} {100 * before:.0f} % → {100 * now:.0f} %"
         for label, (before, now) in moved[:MAX_MOVED]
         if abs(now - before) >= MIN_MOVED
     ]
-    return f"{said}; {', '.join(shown)}" if test.name in ("labels", "no label") and shown else said
+    return f"{figures}; {', '.join(shown)}" if test.name in ("labels", "no label") and shown else figures
 
 
 def _label_shares(reference: pd.DataFrame, live: pd.DataFrame) -> dict[str, tuple[float, float]]:

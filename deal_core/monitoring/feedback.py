@@ -84,15 +84,15 @@ class FeedbackEntry:
             if any(not schema.labels for schema in possible):
                 return self.feedback
             raise ConfigError(f"{place} gives an answer as free text, and the task has labels; send label.")
-        spelled = {label_key(each): each for schema in possible for each in schema.labels}
-        if not spelled:
+        labels = {label_key(spelled): spelled for schema in possible for spelled in schema.labels}
+        if not labels:
             raise ConfigError(f"{place} gives a label, and the task has none; send answer.")
-        if label_key(label) not in spelled:
+        if label_key(label) not in labels:
             raise ConfigError(
                 f"{place} has the label {brief(label)}, which the task does not have. Its labels are: "
-                f"{listed(tuple(spelled.values()))}."
+                f"{listed(tuple(labels.values()))}."
             )
-        return replace(self.feedback, label=spelled[label_key(label)])
+        return replace(self.feedback, label=labels[label_key(label)])
 
 
 def read_entry(values: Any, place: str, *, source: Source, now: float) -> FeedbackEntry:
@@ -105,27 +105,26 @@ def read_entry(values: Any, place: str, *, source: Source, now: float) -> Feedba
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f'{place} is no object; send {{"id": ID, "label": LABEL}}.')
-    given = {name: value for name, value in values.items() if not is_empty(value)}
-    if source == "api" and (unknown := sorted(set(given) - set(KEYS))):
+    entry = {name: value for name, value in values.items() if not is_empty(value)}
+    if source == "api" and (unknown := sorted(set(entry) - set(KEYS))):
         raise ConfigError(f"{place} has the keys {listed(unknown)}; the keys are {', '.join(KEYS)}.")
-    found = _ID.fullmatch(given["id"].strip()) if isinstance(given.get("id"), str) else None
-    if found is None:
+    answer_id = _ID.fullmatch(entry["id"].strip()) if isinstance(entry.get("id"), str) else None
+    if answer_id is None:
         raise ConfigError(f"{place} has no id of an answer, which is 32 hexadecimal digits.")
-    said = [name for name in SAID if name in given]
-    if len(said) != 1:
-        raise ConfigError(f"{place} has {' and '.join(said) or 'no feedback'}; give one of {', '.join(SAID)}.")
-    is_right = _truth(given, "is_right", place)
-    label = None if is_right is not None else _text(given, said[0], MAX_CHARS, place)
+    kinds = [name for name in SAID if name in entry]
+    if len(kinds) != 1:
+        raise ConfigError(f"{place} has {' and '.join(kinds) or 'no feedback'}; give one of {', '.join(SAID)}.")
+    is_right = _truth(entry, "is_right", place)
     feedback = Feedback(
-        id=found[1],
+        id=answer_id[1],
         time=now,
-        label=label,
+        label=None if is_right is not None else _text(entry, kinds[0], MAX_CHARS, place),
         is_right=is_right,
         source=source,
-        is_random=bool(_truth(given, "is_random", place)),
-        reviewer=_text(given, "reviewer", 200, place),
+        is_random=bool(_truth(entry, "is_random", place)),
+        reviewer=_text(entry, "reviewer", 200, place),
     )
-    return FeedbackEntry(feedback, is_answer=said == ["answer"])
+    return FeedbackEntry(feedback, is_answer=kinds == ["answer"])
 
 
 def is_empty(value: Any) -> bool:
@@ -137,8 +136,8 @@ def is_empty(value: Any) -> bool:
     )
 
 
-def _text(given: Mapping[str, Any], name: str, max_chars: int, place: str) -> str | None:
-    value = given.get(name)
+def _text(entry: Mapping[str, Any], name: str, max_chars: int, place: str) -> str | None:
+    value = entry.get(name)
     if value is None:
         return None
     if not isinstance(value, str) or len(value) > max_chars:
@@ -146,14 +145,14 @@ def _text(given: Mapping[str, Any], name: str, max_chars: int, place: str) -> st
     return value.strip()
 
 
-def _truth(given: Mapping[str, Any], name: str, place: str) -> bool | None:
-    value = given.get(name)
+def _truth(entry: Mapping[str, Any], name: str, place: str) -> bool | None:
+    value = entry.get(name)
     if value is None or isinstance(value, bool):
         return value
-    found = _TRUTH.get(str(value).strip().casefold())
-    if found is None:
+    truth = _TRUTH.get(str(value).strip().casefold())
+    if truth is None:
         raise ConfigError(f"{place}: {name} is neither true nor false.")
-    return found
+    return truth
 
 
 def select_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from deal_core.data.schema import TaskSchema, label_key
 
 if TYPE_CHECKING:
     from deal_core.evaluation.answerer import Answered
-    from deal_core.evaluation.answering import InputRow, ServedVersion
+    from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Prediction:
 
 ROLLOUT_COLUMNS = ("shadow_of", "is_failed")
 """Columns that have values only in rows of a rollout."""
-COLUMNS: tuple[str, ...] = tuple(each.name for each in fields(Prediction) if each.name not in ROLLOUT_COLUMNS)
+COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Prediction) if field.name not in ROLLOUT_COLUMNS)
 """The names of the columns of an answer that was returned, in order."""
 
 
@@ -75,26 +75,21 @@ def predictions_of(
     With `keeps_texts` the rows get `input` and `output`. `shadow_of` has the ids of the answers that were returned
     instead; it is empty if these answers were returned.
     """
-    found, now = [], time.time()
-    given = zip(rows, answered.answers, answered.confidences, strict=True)
-    for number, (row, answer, (confidence, label_mass)) in enumerate(given, 1):
-        task, text = answered.served.asked(row, number)
-        found.append(
-            Prediction(
-                id=new_id(),
-                time=now,
-                lineage=answered.served.lineage,
-                version=answered.version,
-                **answer_facts(task.schema, text, answer),
-                confidence=confidence,
-                label_mass=label_mass,
-                seconds=seconds,
-                input=text if keeps_texts else None,
-                output=answer if keeps_texts else None,
-                shadow_of=shadow_of[number - 1] if shadow_of else None,
-            )
+    asked = _asked(rows, answered.served, answered.version, seconds, shadow_of)
+    return [
+        Prediction(
+            id=new_id(),
+            **common,
+            **answer_facts(task.schema, text, answer),
+            confidence=confidence,
+            label_mass=label_mass,
+            input=text if keeps_texts else None,
+            output=answer if keeps_texts else None,
         )
-    return found
+        for (task, text, common), answer, (confidence, label_mass) in zip(
+            asked, answered.answers, answered.confidences, strict=True
+        )
+    ]
 
 
 def failures_of(
@@ -104,25 +99,26 @@ def failures_of(
 
     `version` failed; the rows fit the version `served`. The other arguments are those of `predictions_of`.
     """
-    found, now = [], time.time()
-    for number, row in enumerate(rows, 1):
-        task, text = served.asked(row, number)
-        facts = {**answer_facts(task.schema, text, ""), "label": None, "is_label": None}
-        found.append(
-            Prediction(
-                id=uuid.uuid4().hex,
-                time=now,
-                lineage=served.lineage,
-                version=version,
-                **facts,
-                confidence=0.0,
-                label_mass=None,
-                seconds=seconds,
-                shadow_of=shadow_of[number - 1] if shadow_of else None,
-                is_failed=True,
-            )
+    return [
+        Prediction(
+            id=uuid.uuid4().hex,
+            **common,
+            **{**answer_facts(task.schema, text, ""), "label": None, "is_label": None},
+            confidence=0.0,
+            label_mass=None,
+            is_failed=True,
         )
-    return found
+        for task, text, common in _asked(rows, served, version, seconds, shadow_of)
+    ]
+
+
+def _asked(
+    rows: Sequence[InputRow], served: ServedVersion, version: str, seconds: float, shadow_of: Sequence[str]
+) -> Iterator[tuple[ServedTask, str, dict[str, Any]]]:
+    """For each row its task, its normalised input, and the columns that all rows of a request share."""
+    common = {"time": time.time(), "lineage": served.lineage, "version": version, "seconds": seconds}
+    for number, row in enumerate(rows, 1):
+        yield *served.asked(row, number), {**common, "shadow_of": shadow_of[number - 1] if shadow_of else None}
 
 
 def answer_facts(schema: TaskSchema, text: str, answer: str) -> dict[str, Any]:
@@ -142,4 +138,4 @@ def answer_facts(schema: TaskSchema, text: str, answer: str) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def _spelled(labels: tuple[str, ...]) -> dict[str, str]:
     """Each label by its key."""
-    return {label_key(each): each for each in labels}
+    return {label_key(label): label for label in labels}

@@ -117,8 +117,8 @@ class TaskDrift:
     @property
     def num_tests(self) -> int:
         """Number of the comparisons that may raise an alarm."""
-        accuracies = [each for each in (self.estimated, self.measured) if each is not None]
-        return len(self.tests) + sum(each.p_value is not None for each in accuracies)
+        accuracies = (self.estimated, self.measured)
+        return len(self.tests) + sum(accuracy is not None and accuracy.p_value is not None for accuracy in accuracies)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class DriftReport:
 
     def task(self, name: str) -> TaskDrift:
         """Return the comparison of a task."""
-        return next(each for each in self.tasks if each.task == name)
+        return next(task for task in self.tasks if task.task == name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,10 +112,10 @@ def last_look(num_rows: int, wanted: int) -> Look | None:
         >>> last_look(120, 200)
         Look(number=2, num_rows=100)
     """
-    found, number = None, 0
+    look, number = None, 0
     while (size := math.ceil(wanted * 2.0 ** (number - FIRST_LOOK))) <= num_rows:
-        found, number = Look(number, size), number + 1
-    return found
+        look, number = Look(number, size), number + 1
+    return look
 
 
 def judge(
@@ -158,37 +158,39 @@ def judge(
 def _decide(
     differences: Sequence[ShareDifference], look: Look | None, by_feedback: bool, terms: RolloutTerms
 ) -> tuple[Verdict, tuple[str, ...]]:
-    worse = tuple(_say(each) for each in differences if each.is_worse)
+    worse = tuple(_in_words(difference) for difference in differences if difference.is_worse)
     if worse:
         return "abort", worse
+    of_figure = {difference.figure: difference for difference in differences}
     needed: Figure = "accuracy" if by_feedback else "answered"
-    if look is None or look.num_rows < terms.num_rows or needed not in [each.figure for each in differences]:
+    if look is None or look.num_rows < terms.num_rows or needed not in of_figure:
         return "goes on", ()
-    for each in differences:
-        if each.figure == "accuracy" and -each.points > terms.max_drop_points:
-            return "abort", (f"{_say(each)}; a loss of {terms.max_drop_points:g} points is allowed",)
-    if not by_feedback:
+    accuracy = of_figure.get("accuracy")
+    if accuracy is not None and -accuracy.points > terms.max_drop_points:
+        return "abort", (f"{_in_words(accuracy)}; a loss of {terms.max_drop_points:g} points is allowed",)
+    if accuracy is None or not by_feedback:
         return "finish", (
             f"{look.num_rows} answers without feedback: neither more failures nor more answers that are no label",
         )
-    return "finish", tuple(_say(each) for each in differences if each.figure == "accuracy")
+    return "finish", (_in_words(accuracy),)
 
 
-def _say(each: ShareDifference) -> str:
-    rows = "paired rows" if each.is_paired else "rows"
-    return f"{each.figure}: {each.points:+.1f} points ({each.low:+.1f} to {each.high:+.1f}) in {each.num_rows} {rows}"
+def _in_words(difference: ShareDifference) -> str:
+    interval = f"({difference.low:+.1f} to {difference.high:+.1f})"
+    rows = f"{difference.num_rows} {'paired rows' if difference.is_paired else 'rows'}"
+    return f"{difference.figure}: {difference.points:+.1f} points {interval} in {rows}"
 
 
 def _arm(version: str, rows: pd.DataFrame, said: pd.DataFrame, judged: pd.DataFrame | None = None) -> Arm:
     answered = rows[rows["is_failed"].isna()]
     labelled = answered["is_label"].dropna().astype(bool)
-    known = _judged(rows, said) if judged is None else judged
+    judged = _judged(rows, said) if judged is None else judged
     return Arm(
         version=version,
         num_rows=len(rows),
         num_failed=len(rows) - len(answered),
-        num_judged=len(known),
-        num_right=int(known["right"].sum()),
+        num_judged=len(judged),
+        num_right=int(judged["right"].sum()),
         share_no_label=None if labelled.empty else float(1 - labelled.mean()),
         confidence=None if answered.empty else float(answered["confidence"].mean()),
         seconds=None if answered.empty else float(answered["seconds"].median()),
@@ -209,9 +211,9 @@ def _by_answer(feedback: pd.DataFrame) -> pd.DataFrame:
 def _judged(rows: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
     """Answers with feedback: `said`, the time of the feedback, `right` and `complaint`."""
     names = {"time": "said", "is_right": "right", "complaint": "complaint"}
-    found = rows[["id", "time"]].merge(said[[*names]].rename(columns=names), left_on="id", right_index=True)
-    found = found[found["right"].notna()]
-    return found.assign(right=found["right"].astype(bool))
+    judged = rows[["id", "time"]].merge(said[[*names]].rename(columns=names), left_on="id", right_index=True)
+    judged = judged[judged["right"].notna()]
+    return judged.assign(right=judged["right"].astype(bool))
 
 
 def _pairs(theirs: pd.DataFrame, mine: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
@@ -221,28 +223,28 @@ def _pairs(theirs: pd.DataFrame, mine: pd.DataFrame, said: pd.DataFrame) -> pd.D
     candidate had that label. Whether an answer was right says nothing about a different one, so it does not count.
     """
     both = mine.merge(theirs, left_on="shadow_of", right_on="id", suffixes=("", "_before"))
-    found, entry_of = [], said.to_dict("index")
+    pairs, entry_of = [], said.to_dict("index")
     for row in both.to_dict("records"):
         entries = [entry_of[name] for name in (row["id_before"], row["id"]) if name in entry_of]
-        given = next((entry for entry in entries if pd.notna(entry["label"])), None)
-        knows = given is not None and row["is_label_before"] is not None
-        found.append(
+        labelled = next((entry for entry in entries if pd.notna(entry["label"])), None)
+        knows = labelled is not None and row["is_label_before"] is not None
+        pairs.append(
             {
                 "failed": row["is_failed"] is True,
                 "agree": _agree(row),
                 "is_label": row["is_label"],
                 "is_label_before": row["is_label_before"],
-                "said": given["time"] if given is not None and knows else math.nan,
-                "right": given is not None and _is(row["label"], given["label"]),
-                "before": given is not None and _is(row["label_before"], given["label"]),
+                "said": labelled["time"] if labelled is not None and knows else math.nan,
+                "right": labelled is not None and _is(row["label"], labelled["label"]),
+                "before": labelled is not None and _is(row["label_before"], labelled["label"]),
             }
         )
     columns = ["failed", "agree", "is_label", "is_label_before", "said", "right", "before"]
-    return pd.DataFrame(found, columns=columns).astype({"said": float, "right": bool, "before": bool})
+    return pd.DataFrame(pairs, columns=columns).astype({"said": float, "right": bool, "before": bool})
 
 
-def _is(label: str | None, given: str) -> bool:
-    return label is not None and label_key(label) == label_key(given)
+def _is(label: str | None, right: str) -> bool:
+    return label is not None and label_key(label) == label_key(right)
 
 
 def _agree(row: dict[str, object]) -> bool | None:
@@ -251,23 +253,25 @@ def _agree(row: dict[str, object]) -> bool | None:
         return False
     if row["label"] is not None or row["label_before"] is not None:
         return row["label"] == row["label_before"]
-    known = row["output"] is not None and row["output_before"] is not None
-    return row["output"] == row["output_before"] if known else None
+    is_known = row["output"] is not None and row["output_before"] is not None
+    return row["output"] == row["output_before"] if is_known else None
 
 
 def _of_shadow(pairs: pd.DataFrame, judged: pd.DataFrame, terms: RolloutTerms) -> list[ShareDifference]:
-    found: list[ShareDifference] = []
+    differences: list[ShareDifference] = []
     if look := last_look(len(judged), terms.num_rows):
         rows = judged.head(look.num_rows)
-        found.append(_paired("accuracy", rows["before"], rows["right"], _level(look, terms)))
+        differences.append(_paired("accuracy", rows["before"], rows["right"], _level(look, terms)))
     if look := last_look(len(pairs), terms.num_rows):
         rows, level = pairs.head(look.num_rows), _level(look, terms)
         answered = ~rows["failed"].astype(bool)
-        found.append(_paired("answered", answered | True, answered, level))
+        differences.append(_paired("answered", answered | True, answered, level))
         labelled = rows.dropna(subset=["is_label", "is_label_before"])
         if len(labelled):
-            found.append(_paired("answers that are labels", labelled["is_label_before"], labelled["is_label"], level))
-    return found
+            differences.append(
+                _paired("answers that are labels", labelled["is_label_before"], labelled["is_label"], level)
+            )
+    return differences
 
 
 def _of_canary(
@@ -288,7 +292,9 @@ def _of_canary(
         compared.append(("answered", others["is_failed"].isna(), rows["is_failed"].isna(), level))
         before, now = (side["is_label"].dropna().astype(bool) for side in (others, rows))
         compared.append(("answers that are labels", before, now, level))
-    return [_unpaired(*each) for each in compared if len(each[1]) and len(each[2])]
+    return [
+        _unpaired(figure, before, now, level) for figure, before, now, level in compared if len(before) and len(now)
+    ]
 
 
 def _not_wrong(rows: pd.DataFrame, judged: pd.DataFrame, until: float) -> pd.Series:
@@ -302,16 +308,8 @@ def _level(look: Look, terms: RolloutTerms) -> float:
 
 def _paired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> ShareDifference:
     drop = PairedDrop.of(before.astype(float).tolist(), now.astype(float).tolist())
-    middle, noise = -100 * drop.total / (drop.num_rows + 2), drop.noise(level)
-    return ShareDifference(
-        figure=figure,
-        points=0.0 - drop.points,
-        low=middle - noise,
-        high=middle + noise,
-        num_rows=drop.num_rows,
-        is_paired=True,
-        is_worse=middle + noise < 0,
-    )
+    middle = -100 * drop.total / (drop.num_rows + 2)
+    return _difference(figure, 0.0 - drop.points, middle, drop.noise(level), drop.num_rows, is_paired=True)
 
 
 def _unpaired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> ShareDifference:
@@ -321,12 +319,18 @@ def _unpaired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -
     deviation = math.sqrt(first * (1 - first) / first_rows + second * (1 - second) / second_rows)
     middle, noise = 100 * (second - first), 100 * float(ndtri(level)) * deviation
     raw = [good / number for good, number in sides]
+    return _difference(figure, 100 * (raw[1] - raw[0]), middle, noise, sides[1][1], is_paired=False)
+
+
+def _difference(
+    figure: Figure, points: float, middle: float, noise: float, num_rows: int, *, is_paired: bool
+) -> ShareDifference:
     return ShareDifference(
         figure=figure,
-        points=100 * (raw[1] - raw[0]),
+        points=points,
         low=middle - noise,
         high=middle + noise,
-        num_rows=sides[1][1],
-        is_paired=False,
+        num_rows=num_rows,
+        is_paired=is_paired,
         is_worse=middle + noise < 0,
     )

@@ -99,8 +99,8 @@ def distributions(reference: ArrayLike, live: ArrayLike) -> Difference:
 
     Test: Kolmogorov-Smirnov, two-sided. Ties make it conservative.
     """
-    found = stats.ks_2samp(np.asarray(reference, dtype=np.float64), np.asarray(live, dtype=np.float64))
-    return Difference(effect=float(found.statistic), p_value=float(found.pvalue))
+    test = stats.ks_2samp(np.asarray(reference, dtype=np.float64), np.asarray(live, dtype=np.float64))
+    return Difference(effect=float(test.statistic), p_value=float(test.pvalue))
 
 
 def share_grew(num_reference: int, reference_rows: int, num_live: int, live_rows: int) -> Difference:
@@ -146,11 +146,11 @@ def texts(reference: Sequence[str], live: Sequence[str]) -> Difference | None:
 def _auc(first: Floats, second: Floats, axis: int = -1) -> Floats:
     """Probability that a value of the first sample is larger: Mann-Whitney's U / (n·m), along an axis."""
     pairs = first.shape[axis] * second.shape[axis]
-    found: Floats = stats.mannwhitneyu(first, second, axis=axis, method="asymptotic").statistic / pairs
-    return found
+    areas: Floats = stats.mannwhitneyu(first, second, axis=axis, method="asymptotic").statistic / pairs
+    return areas
 
 
 def wilson(num_right: int, num_rows: int) -> tuple[float, float]:
     """Return the 95 % Wilson interval of a share."""
-    found = stats.binomtest(num_right, num_rows).proportion_ci(INTERVAL, method="wilson")
-    return float(found.low), float(found.high)
+    interval = stats.binomtest(num_right, num_rows).proportion_ci(INTERVAL, method="wilson")
+    return float(interval.low), float(interval.high)

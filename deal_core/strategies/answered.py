@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from peft import PeftModel
 
-from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate
@@ -25,12 +23,12 @@ def answered(
     temperature: float = 1.0,
 ) -> list[Question]:
     """Questions about texts under each task's instruction, with the model's answers, in the order of the texts."""
-    tokenizer, evaluate = context.base.tokenizer, EvaluateConfig()
+    tokenizer = context.base.tokenizer
     prompts: list[list[int]] = []
     limits: list[int] = []
     for old, drawn in asked:
         prompts += [encode_prompt(tokenizer, old, text, max_prompt_tokens) for text in drawn]
-        limits += [answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=max_new_tokens))] * len(drawn)
+        limits += [answer_limit(tokenizer, old, max_new_tokens)] * len(drawn)
     questions: dict[int, Question] = {}
     for batch, answers, logits_BKV in generate(model, tokenizer, prompts, max(limits, default=1), with_logits=True):
         assert logits_BKV is not None

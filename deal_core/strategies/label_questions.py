@@ -1,7 +1,7 @@
 """Questions about texts of a task with labels, whose targets are a model's own answers, re-centred.
 
 A version that learned a new task often answers some labels of an old task too often. An offset per label takes that
-away (`deal_core.evaluation.recentring`). The targets here are q = softmax(log p + offset). The texts' own labels are
+away (`deal_core.evaluation.label_scores`). The targets here are q = softmax(log p + offset). The texts' own labels are
 not learned; only how often each label occurs among them is used.
 
 Shapes: N texts, L labels, K tokens of a label, M tokens that begin one of the labels.
@@ -21,8 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.errors import TrainingDivergedError
-from deal_core.evaluation.label_scores import Floats, label_scores
-from deal_core.evaluation.recentring import label_offsets
+from deal_core.evaluation.label_scores import Floats, label_offsets, label_scores
 from deal_core.strategies.rehearsal import Question
 from deal_core.strategies.strategy import TaskTexts
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
-from deal_core.config import EvaluateConfig
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
@@ -68,7 +67,7 @@ def evaluate_version(
 
     store = current_store()
     asked = _rows_to_ask(store, adaptation)
-    scorer = Scorer(adaptation.base, adaptation.spec.evaluate)
+    scorer = Scorer(adaptation.base)
     found = _score(scorer, asked, adaptation, trained)
     _keep(store, adaptation, trained.uri, asked, found)
     notes = (*notes, *asked.notes, *_length_notes(scorer, asked, adaptation.dataset), *collapse_notes(found.now))
@@ -324,9 +323,7 @@ def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> Scores:
     return score_answers(test_set.schema.metric, given, right_answers(test_set.rows))
 
 
-def score_arrival(
-    base: BaseRef, champion: Version, record: LineageRecord, dataset: DatasetRef, config: EvaluateConfig
-) -> ArrivalScore | None:
+def score_arrival(base: BaseRef, champion: Version, record: LineageRecord, dataset: DatasetRef) -> ArrivalScore | None:
     """Score the champion, which has the record, on an arrival's training rows, before anything is trained on them.
 
     It is asked as it serves: with the labels that it knows. Of more than MAX_TESTED_ROWS rows, those with the smallest
@@ -342,14 +339,14 @@ def score_arrival(
     if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is not None:
         return None
     rows = arrival_rows(store, known, dataset.uri, MAX_TESTED_ROWS)
-    scorer = Scorer(base, config, stage="test")
+    scorer = Scorer(base, stage="test")
     scorer.expect([rows])
     with borrowed_adapter(store, champion) as folder:
         found = scorer.score(folder, [rows])
     return ArrivalScore(accuracy=found.accuracies[dataset.task], num_rows=len(rows.rows), of_rows=dataset.num_train)
 
 
-def score_version(version: Version, config: EvaluateConfig) -> VersionScores:
+def score_version(version: Version) -> VersionScores:
     """Score a registered version again on the frozen test rows of its own evaluation.
 
     A version without a reference for its live traffic gets one.
@@ -365,7 +362,7 @@ def score_version(version: Version, config: EvaluateConfig) -> VersionScores:
             sets.append(answered_rows(judging, answered.get(known.schema.name, {})))
         except TestRowsForgottenError as error:
             unjudged[known.schema.name] = str(error)
-    scorer = Scorer(record.base, config)
+    scorer = Scorer(record.base)
     scorer.expect(sets)
     with borrowed_adapter(store, version) as folder:
         found = scorer.score(folder, sets)

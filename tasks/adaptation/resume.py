@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from deal_core.config import EvaluateConfig
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.source_files import digests_of
-from deal_core.errors import ConfigError, DataValidationError, StoreError
+from deal_core.errors import DataValidationError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed, without_secrets
 from infra.run_journal import RunJournal
@@ -70,14 +69,6 @@ def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     """Return the spec of the run that made an adapter."""
     spec: Mapping[str, Any] = read_findings(adapter_uri)["spec"]
     return spec
-
-
-def evaluate_settings(version: Version) -> EvaluateConfig:
-    """Return how the run of a version evaluated it; the defaults if the spec is lost."""
-    try:
-        return EvaluateConfig(**read_spec_of(version.adapter_uri).get("evaluate", {}))
-    except (StoreError, ConfigError):
-        return EvaluateConfig()
 
 
 def changed_since(parent: Version, spec: AdaptSpec) -> tuple[str, ...]:

@@ -6,17 +6,15 @@ The module imports torch, so a stage imports it only when it scores.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.language_model import LanguageModel
-from deal_core.config import EvaluateConfig
 from deal_core.evaluation.general_ability import perplexity
-from deal_core.evaluation.label_scores import label_scores
+from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.metrics import collapsed
-from deal_core.evaluation.recentring import recentred_accuracy
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task
 from deal_core.safe_text import brief
@@ -51,9 +49,8 @@ class Scored:
 class Scorer:
     """Scores adapters on test sets and reports the progress."""
 
-    def __init__(self, base: BaseRef, config: EvaluateConfig, *, stage: str = "evaluate") -> None:
+    def __init__(self, base: BaseRef, *, stage: str = "evaluate") -> None:
         self._base = lend_base(base)
-        self._config = config
         self._report = advance(stage)
         self._total = 0
         self._done = 0
@@ -77,7 +74,8 @@ class Scorer:
         found, answers, costs = {}, {}, {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
-                evaluation = self._evaluate(model, test_set)
+                advance_task = partial(self._advance, test_set.schema.name)
+                evaluation = evaluate_task(model, self._base.tokenizer, test_set, test_set.rows, advance_task)
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
@@ -85,18 +83,6 @@ class Scorer:
                     costs[evaluation.task] = self._recentred_accuracy(model, test_set)
             known = perplexity(model, self._base.tokenizer) if general else None
         return Scored(found, answers, known, costs)
-
-    def _evaluate(self, model: LanguageModel, test_set: TestSet) -> TaskEvaluation:
-        config = replace(self._config, max_new_tokens=test_set.max_new_tokens)
-        return evaluate_task(
-            model,
-            self._base.tokenizer,
-            test_set.schema,
-            test_set.rows,
-            config,
-            max_prompt_tokens=test_set.max_prompt_tokens,
-            on_progress=partial(self._advance, test_set.schema.name),
-        )
 
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
         return recentred_accuracy(
@@ -111,7 +97,7 @@ class Scorer:
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""
-        return count_too_long(self._base.tokenizer, test_set.schema, references, test_set.max_new_tokens)
+        return count_too_long(self._base.tokenizer, test_set, references)
 
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows

@@ -64,7 +64,7 @@ def keep_what_is_asked(patch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]
     evaluate_task = scorer.evaluate_task
 
     def evaluate(model: Any, tokenizer: Any, task: Any, rows: Any, *args: Any, **options: Any) -> Any:
-        asked.append((task.name, NEW in task.labels, len(rows)))
+        asked.append((task.schema.name, NEW in task.schema.labels, len(rows)))
         return evaluate_task(model, tokenizer, task, rows, *args, **options)
 
     patch.setattr(scorer, "evaluate_task", evaluate)

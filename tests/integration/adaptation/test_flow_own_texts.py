@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from deal_core.config import EvaluateConfig
 from deal_core.strategies import questions
 from deal_core.strategies.strategy import TaskContext
 from tasks.adaptation.evaluate import score_version
@@ -61,7 +60,7 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     assert {name: len(each) for name, each in read_answers(current_store(), adapter_uri).now.items()} == judging
 
     current_store().delete(f"{adapter_uri}/{ANSWERS_FILE}")  # as `deal forget` of another task does
-    assert score_version(info, EvaluateConfig()).num_rows == judging
+    assert score_version(info).num_rows == judging
 
 
 @pytest.mark.nightly

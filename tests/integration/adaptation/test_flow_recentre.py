@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.config import EvaluateConfig
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
@@ -33,7 +32,7 @@ def test_the_texts_that_a_version_learned_its_answers_on_do_not_judge_it(
     assert {name: len(each) for name, each in evaluation["parent_outcomes"].items()} == judging
     assert any(note.startswith("re-centred the labels of 2 tasks in 2 steps") for note in evaluation["notes"])
 
-    again = score_version(info, EvaluateConfig())
+    again = score_version(info)
     assert again.accuracies == again.recorded
 
     assert run(tiny_base, CLINIC, train={**TRAIN, "recentre_steps": 3}, again=True).version == "3"

@@ -11,19 +11,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training import recentre
 from flows.adapt import AdaptResult
-from flows.champions import evaluate
 from flows.cli.app import app
 from flows.forget import forget
-from tasks.adaptation.resume import FINDINGS_FILE
-from tasks.adaptation.scorer import Scorer
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers
-from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tests.adapting import PASS, page_of, run
 from tests.in_process import put_back
@@ -156,24 +151,3 @@ def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(home: Path, tin
     assert set(third.accuracies) == {"colours"} and third.status == "promoted"
     record = read_record(current_store(), f"adapters/l/{third.run_key[:16]}")
     assert record.matrix.tasks == ("colours", "colours.old-1") and record.matrix.rows[-1][1] is None
-
-
-@pytest.mark.usefixtures("copied_home")
-def test_a_version_is_scored_again_with_the_settings_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, version = current_store(), find_version(current_store(), "l", "3")
-    key = f"{version.adapter_uri}/{FINDINGS_FILE}"
-    findings = json.loads(store.get_bytes(key))
-    findings["spec"]["evaluate"] = {**findings["spec"].get("evaluate", {}), "max_old_rows": 4000}
-    store.put_bytes(key, json.dumps(findings).encode())
-    seen: list[int] = []
-    make = Scorer.__init__
-
-    def note(scorer: Scorer, base: Any, config: Any, **more: Any) -> None:
-        seen.append(config.max_old_rows)
-        make(scorer, base, config, **more)
-
-    monkeypatch.setattr(Scorer, "__init__", note)
-    asyncio.run(evaluate("l"))
-    store.delete(key)
-    asyncio.run(evaluate("l"))
-    assert seen == [4000, EvaluateConfig().max_old_rows], "a version whose findings are lost has the defaults"

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import selection
+from benchmarks.noisy_pool import corrupted
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.data.schema import TaskSchema
 
@@ -36,6 +37,7 @@ def test_a_hundred_thousand_rows_are_chosen_from_in_bounded_memory(tmp_path: Pat
 def test_a_share_of_the_labels_is_replaced_by_other_labels_of_the_task() -> None:
     schema = TaskSchema(name="colours", labels=("red", "green", "blue"))
     rows = tuple({"input": str(number), "output": schema.labels[number % 3]} for number in range(1000))
-    labels, wrong = selection.corrupted(SuiteTask(schema=schema, train=rows, test=rows), 0.3)
+    noisy = corrupted(SuiteTask(schema=schema, train=rows, test=rows), 0.3, 0)
+    labels, wrong = [row["label"] for row in noisy], {number for number, row in enumerate(noisy) if "was" in row}
     assert wrong == {number for number, row in enumerate(rows) if row["output"] != labels[number]}
     assert 250 < len(wrong) < 350 and {labels[number] for number in wrong} == set(schema.labels)

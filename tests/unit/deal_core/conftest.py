@@ -37,6 +37,10 @@ def at_night(*cases: Any) -> list[Any]:
     return [pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.nightly) for each in cases]
 
 
+def as_served(schema: TaskSchema, max_new_tokens: int = 50) -> ServedTask:
+    return ServedTask(schema=schema, max_prompt_tokens=64, max_new_tokens=max_new_tokens)
+
+
 def make_rows(num_rows: int, first: int = 0) -> Dataset:
     labels = list(WORDS)
     rows = []

@@ -18,7 +18,7 @@ from deal_core.base_model.load import BaseModel, load_base
 from deal_core.benchmark.cell import BOUNDS, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -27,7 +27,7 @@ from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import find_strategies
-from tests.unit.deal_core.conftest import at_night, make_rows, train_into
+from tests.unit.deal_core.conftest import as_served, at_night, make_rows, train_into
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
 OFF = DealConfig(num_layers=0, mixing=False, lambda1=0, lambda2=0)
@@ -96,7 +96,7 @@ def test_deal_differs_from_plain_lora_and_resumes(base, parent, train, killed_an
 def test_answers_and_plain_peft_agree(base, task, rows, train):
     folder = train("deal", train=TrainConfig(max_steps=150, batch_size=8, learning_rate=3e-2)).folder
     with adapter_on(base.model, folder) as model:
-        found = evaluate_task(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
+        found = evaluate_task(model, base.tokenizer, as_served(task), rows(24))
         ours = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
     assert found.accuracy == sum(a == r for a, r in zip(found.answers, rows(24)["output"], strict=True)) / 24 > 0
     loaded = PeftModel.from_pretrained(base.model, str(folder))

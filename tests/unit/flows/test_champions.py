@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import flows.champions
-from deal_core.config import EvaluateConfig
 from deal_core.errors import DealError, RegistryError
 from flows.champions import RolloutResult
 from infra.settings import VllmSettings
@@ -101,7 +100,6 @@ def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPa
         num_rows={"bank": 4, "clinic": 4, "new": 4},
         unjudged={},
     )
-    monkeypatch.setattr(flows.champions, "evaluate_settings", lambda _: EvaluateConfig())
     monkeypatch.setattr(flows.champions, "score_version", lambda *_: scores)
 
     class Screen(LogReporter):

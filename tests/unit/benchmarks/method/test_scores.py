@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deal_core.adapter.state import adapter_on
-from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits, encode_rows
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import answer_inputs
@@ -16,6 +16,7 @@ from deal_core.evaluation.likelihood import measure
 from deal_core.method_config import SelectionConfig
 from deal_core.selection import check_score, score_class
 from deal_core.selection.score import Candidates
+from tests.unit.deal_core.conftest import as_served
 
 TRAIN = TrainConfig(max_prompt_tokens=64)
 LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": TRAIN.max_answer_tokens}
@@ -55,7 +56,7 @@ def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learn
     data = rows(60)
     with adapter_on(base.model, half_learned) as model:
         measured = measure(model, base.tokenizer, task, data, **LIMITS)
-        given = answer_inputs(model, base.tokenizer, task, data["input"], EvaluateConfig(), max_prompt_tokens=64)
+        given = answer_inputs(model, base.tokenizer, as_served(task), data["input"])
     score = score_class("errors")().score(Candidates(rows=data, task=task, measured=measured, seed=0))
     is_wrong = [answer.text != label for answer, label in zip(given, data["output"], strict=True)]
     assert 0 < sum(is_wrong) < 60, "the parent answers some rows rightly and some wrongly"

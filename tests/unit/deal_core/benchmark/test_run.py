@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import benchmarks  # noqa: F401  its scores
+from benchmarks.stored_cells import unpack_answers
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark import run as benchmark_run
-from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.run import HEADS, CellRun, answer_by_head, run_cell
 from deal_core.benchmark.suites import SuiteTask

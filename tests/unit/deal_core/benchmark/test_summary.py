@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.headline import as_trained
 from benchmarks.report import best_rivals, seconds_beside_steps, spread_of_seeds
 from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell, revision_of
 from deal_core.benchmark.summary import (
@@ -222,7 +223,7 @@ def test_steps_that_recentre_are_a_part_of_the_method_so_both_stand_in_one_table
     rows = {row["changes"]: row for row in summarise(protocol)}
     assert set(rows) == {"", "train.recentre_steps 50"}
     assert rows["train.recentre_steps 50"]["difference_points_ci95"][0] == 25.0
-    assert departures(recentred, after_training=False) == ""
+    assert departures(as_trained(recentred)) == ""
 
 
 def test_one_training_that_was_scored_twice_counts_once_with_what_was_scored_most():

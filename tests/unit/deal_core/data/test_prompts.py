@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import (
     MAX_CHARS_PER_TOKEN,
     cut_prompt,
@@ -142,7 +141,7 @@ def test_answers_of_chat_prompts_have_room_for_the_longest_label(tokenizer: PreT
     limits = []
     for task in (plain, replace(plain, prompt="chat")):
         longest = max(len(encode_answer(tokenizer, task, label, 50)) for label in task.labels)
-        assert answer_limit(tokenizer, task, EvaluateConfig()) == longest
+        assert answer_limit(tokenizer, task, 50) == longest
         limits.append(longest)
     assert limits[0] < limits[1]
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deal_core.base_model.load import BaseModel, load_base
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation import answerer as answerer_module
@@ -88,14 +88,7 @@ def test_answers_are_those_of_the_task_that_a_row_names(
 
     def alone(text: str, number: int) -> str:
         known = served_version.tasks[number]
-        return answer_inputs(
-            answerer._model,
-            base.tokenizer,
-            known.schema,
-            [text],
-            EvaluateConfig(max_new_tokens=known.max_new_tokens),
-            max_prompt_tokens=known.max_prompt_tokens,
-        )[0].text
+        return answer_inputs(answerer._model, base.tokenizer, known, [text])[0].text
 
     assert answerer.answer(rows) == [alone("the sea", 1), alone(chat, 0), alone("the moss", 1)]
     assert answerer.answer([]) == []
@@ -105,7 +98,7 @@ def test_answers_are_those_of_the_task_that_a_row_names(
 def test_answers_that_were_cut_are_told_row_by_row(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over tasks, and over the batches of a request."""
 
-    def generate(model: Any, tokenizer: Any, task: Any, prompts: Any, config: Any) -> list[GivenAnswer]:
+    def generate(model: Any, tokenizer: Any, task: Any, prompts: Any) -> list[GivenAnswer]:
         texts = tokenizer.batch_decode(prompts)
         return [GivenAnswer(text.upper(), Confidence(1.0, None), "long" in text) for text in texts]
 
@@ -126,11 +119,11 @@ class HeldModel:
         self.is_inside, self.may_go_on = threading.Event(), threading.Event()
         monkeypatch.setattr(generation, "answer_prompts", self._generate)
 
-    def _generate(self, model: Any, tokenizer: Any, task: Any, prompts: Any, config: Any) -> Any:
+    def _generate(self, model: Any, tokenizer: Any, task: Any, prompts: Any) -> Any:
         self.batches.append(tokenizer.batch_decode(prompts))
         self.is_inside.set()
         assert self.may_go_on.wait(WAIT_SECONDS)
-        return answer_prompts(model, tokenizer, task, prompts, config)
+        return answer_prompts(model, tokenizer, task, prompts)
 
 
 def wait_until_waiting(answerer: Answerer, number: int) -> None:
@@ -175,7 +168,7 @@ def test_a_caller_with_many_rows_holds_nobody_up(answerer: Answerer, monkeypatch
 def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, may_go_on = threading.Event(), threading.Event()
 
-    def generate(model: Any, tokenizer: Any, task: Any, prompts: Any, config: Any) -> Any:
+    def generate(model: Any, tokenizer: Any, task: Any, prompts: Any) -> Any:
         inside.set()
         assert may_go_on.wait(WAIT_SECONDS)
         texts = [prompt.split("\n")[-2] for prompt in tokenizer.batch_decode(prompts)]

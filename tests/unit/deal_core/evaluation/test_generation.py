@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from deal_core.base_model.load import BaseModel
-from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import generation
@@ -19,17 +18,17 @@ from deal_core.evaluation.generation import (
     first_answer_logits,
     generate,
 )
+from tests.unit.deal_core.conftest import as_served
 
 LABELS = TaskSchema(name="t", labels=("sea", "moss", "tree"), instruction="Which?")
 TEXT = TaskSchema(name="t", format="completion")
 INPUTS = ["the sea", "the moss and the tree " * 3, "a word"]
-CONFIG = EvaluateConfig(max_new_tokens=6)
 
 
 @pytest.mark.parametrize("task", [LABELS, TEXT])
 def test_recording_changes_no_token(base: BaseModel, task: TaskSchema, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in INPUTS]
-    limit = answer_limit(base.tokenizer, task, CONFIG)
+    limit = answer_limit(base.tokenizer, task, 6)
     for tokens, num_batches in ((1, 3), (10_000, 1)):
         monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", tokens)
         plain, recorded = (
@@ -40,7 +39,7 @@ def test_recording_changes_no_token(base: BaseModel, task: TaskSchema, monkeypat
 
 
 def test_a_labels_confidence_is_its_share_at_the_first_token(base: BaseModel) -> None:
-    found = answer_inputs(base.model, base.tokenizer, LABELS, INPUTS, CONFIG, max_prompt_tokens=64)
+    found = answer_inputs(base.model, base.tokenizer, as_served(LABELS, 6), INPUTS)
     first = [encode_answer(base.tokenizer, LABELS, label, 8)[0] for label in LABELS.labels]
     assert len(set(first)) == 3
     for text, given in zip(INPUTS, found, strict=True):
@@ -86,10 +85,8 @@ def test_a_texts_confidence_is_the_mean_over_its_own_tokens(base: BaseModel) -> 
     found = recorder.confidences([[5, end, end], [5, 5, 5]], ["x", "y"])
     assert [each.confidence for each in found] == pytest.approx([(0.5 + 0.9) / 2, (0.75 + 0.75 + 1.0) / 3])
     assert [each.label_mass for each in found] == [None, None]
-    answers = answer_inputs(base.model, base.tokenizer, TEXT, INPUTS, CONFIG, max_prompt_tokens=64)
-    alone = [
-        answer_inputs(base.model, base.tokenizer, TEXT, [text], CONFIG, max_prompt_tokens=64)[0] for text in INPUTS
-    ]
+    answers = answer_inputs(base.model, base.tokenizer, as_served(TEXT, 6), INPUTS)
+    alone = [answer_inputs(base.model, base.tokenizer, as_served(TEXT, 6), [text])[0] for text in INPUTS]
     assert [each.text for each in answers] == [each.text for each in alone]
     assert [each.confidence.confidence for each in answers] == pytest.approx(
         [each.confidence.confidence for each in alone], rel=1e-3

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM
 
 from deal_core.adapter.state import adapter_on
-from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.data.collate import MIN_PREFIX, encode_rows
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -18,9 +18,8 @@ from deal_core.evaluation import generation
 from deal_core.evaluation.generation import answer_inputs, first_answer_logits, generate, read_prefix
 from deal_core.evaluation.likelihood import token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
-from tests.unit.deal_core.conftest import train_into
+from tests.unit.deal_core.conftest import as_served, train_into
 
-ONE_TOKEN = EvaluateConfig(max_new_tokens=1)
 WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
 
 
@@ -45,14 +44,11 @@ def one_by_one(model, tokenizer, task, text, max_new_tokens=10) -> tuple[str, bo
 def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base, task, rows, folder, monkeypatch):
     monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", max_batch_tokens)
     inputs = rows(12)["input"]
-    config = EvaluateConfig(max_new_tokens=10)
     open_task = TaskSchema(name="open", instruction=task.instruction)
     seen: list[int] = []
     with adapter_on(base.model, folder) as model:
         expected = [one_by_one(model, base.tokenizer, open_task, text)[0] for text in inputs]
-        given = answer_inputs(
-            model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64, on_progress=seen.append
-        )
+        given = answer_inputs(model, base.tokenizer, as_served(open_task, 10), inputs, seen.append)
     found = [each.text for each in given]
     assert found == expected
     assert len(set(found)) > 1
@@ -63,11 +59,10 @@ def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base
 def test_answers_without_room_for_their_end_are_told(max_new_tokens, base, task, rows, folder, monkeypatch):
     monkeypatch.setattr(generation, "MAX_BATCH_TOKENS", 300)
     inputs = rows(12)["input"]
-    config = EvaluateConfig(max_new_tokens=max_new_tokens)
     open_task = TaskSchema(name="open", instruction=task.instruction)
     with adapter_on(base.model, folder) as model:
         ended = [one_by_one(model, base.tokenizer, open_task, text, max_new_tokens)[1] for text in inputs]
-        found = answer_inputs(model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64)
+        found = answer_inputs(model, base.tokenizer, as_served(open_task, max_new_tokens), inputs)
     cut = {place for place, answer in enumerate(found) if answer.is_cut}
     assert cut == {place for place, has_end in enumerate(ended) if not has_end}
     assert cut or max_new_tokens > 1
@@ -84,8 +79,9 @@ def test_references_that_no_answer_can_reach_are_counted(base, task):
     outputs = ["x", "x " * 40, "x"]
     num_tokens = len(base.tokenizer(" x")["input_ids"])
     for limit, wanted in ((num_tokens, 1), (num_tokens - 1, 3)):
-        assert count_too_long(base.tokenizer, open_task, outputs, limit) == wanted
-    assert count_too_long(base.tokenizer, open_task, [["x " * 40, "x"], ["x " * 40] * 2], num_tokens) == 1
+        assert count_too_long(base.tokenizer, as_served(open_task, limit), outputs) == wanted
+    several = [["x " * 40, "x"], ["x " * 40] * 2]
+    assert count_too_long(base.tokenizer, as_served(open_task, num_tokens), several) == 1
 
 
 def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
@@ -106,7 +102,7 @@ def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch)
     hook = base.model.register_forward_pre_hook(
         lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
     )
-    answers = answer_inputs(base.model, base.tokenizer, task, inputs, ONE_TOKEN, max_prompt_tokens=64)
+    answers = answer_inputs(base.model, base.tokenizer, as_served(task, 1), inputs)
     hook.remove()
     longest = max(map(len, prompts))
     assert seen == [shared, 12 * (longest - shared)] and len(answers) == 12
@@ -133,7 +129,7 @@ def test_a_model_that_looks_back_a_few_tokens_only_reads_every_prompt_whole(base
 
 def test_scores_are_those_of_the_answers(base, task, rows, folder):
     with adapter_on(base.model, folder) as model:
-        found = evaluate_task(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
+        found = evaluate_task(model, base.tokenizer, as_served(task), rows(24))
     right = [a.casefold() == r for a, r in zip(found.answers, rows(24)["output"], strict=True)]
     assert sum(right) > 0 and found.accuracy == sum(right) / 24
     assert (found.task, found.num_rows, found.majority_rate) == ("colours", 24, 8 / 24)
@@ -146,9 +142,7 @@ def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
     tokens = base.tokenizer
 
     def longest(for_task: TaskSchema, limit: int) -> int:
-        answers = answer_inputs(
-            base.model, tokens, for_task, inputs, EvaluateConfig(max_new_tokens=limit), max_prompt_tokens=64
-        )
+        answers = answer_inputs(base.model, tokens, as_served(for_task, limit), inputs)
         return max(len(tokens(a.text, add_special_tokens=False)["input_ids"]) for a in answers)
 
     free = TaskSchema(name="open", instruction=task.instruction)
@@ -159,16 +153,14 @@ def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
 
 def test_no_rows_score_nothing(base, task):
     empty = Dataset.from_dict({"input": [], "output": []})
-    found = evaluate_task(base.model, base.tokenizer, task, empty, EvaluateConfig(), max_prompt_tokens=64)
+    found = evaluate_task(base.model, base.tokenizer, as_served(task), empty)
     assert (found.accuracy, found.num_rows, found.answers) == (0.0, 0, ())
 
 
 def test_first_answer_logits_start_the_answer(base, task, folder):
     with adapter_on(base.model, folder) as model:
         logits = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
-        (answer,) = answer_inputs(
-            model, base.tokenizer, task, ["about the sea"], EvaluateConfig(), max_prompt_tokens=64
-        )
+        (answer,) = answer_inputs(model, base.tokenizer, as_served(task), ["about the sea"])
     first = base.tokenizer.decode([int(logits.argmax())]).strip()
     assert logits.shape == (base.model.config.vocab_size,) and answer.text.startswith(first)
 
@@ -196,13 +188,10 @@ def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, t
     some = rows(7)
     open_task = TaskSchema(name="open", instruction=task.instruction, metric="loss", format="completion")
     references = [text * (1 + number % 3) for number, text in enumerate(some["output"])]
-    config = EvaluateConfig()
     with adapter_on(base.model, folder) as model:
-        given = (model, base.tokenizer, open_task)
-        found = token_probabilities(*given, some["input"], references, config, max_prompt_tokens=64)
-        measured = evaluate_task(
-            *given, Dataset.from_dict({"input": some["input"], "output": references}), config, max_prompt_tokens=64
-        )
+        given = (model, base.tokenizer, as_served(open_task))
+        found = token_probabilities(*given, some["input"], references)
+        measured = evaluate_task(*given, Dataset.from_dict({"input": some["input"], "output": references}))
         for text, reference, share in zip(some["input"], references, found, strict=True):
             prompt = encode_prompt(base.tokenizer, open_task, text, 64)
             answer = encode_answer(base.tokenizer, open_task, reference, 50)
@@ -214,11 +203,11 @@ def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, t
 
 def test_an_answer_has_the_score_of_its_best_reference(base, task, rows, folder):
     """Of a row with one reference, that one; "loss" measures each reference."""
-    some, config = rows(4), EvaluateConfig(max_new_tokens=4)
+    some = rows(4)
 
     def evaluate(metric, found):
         open_task = TaskSchema(name="open", instruction=task.instruction, format="completion", metric=metric)
-        return evaluate_task(model, base.tokenizer, open_task, found, config, max_prompt_tokens=64)
+        return evaluate_task(model, base.tokenizer, as_served(open_task, 4), found)
 
     with adapter_on(base.model, folder) as model:
         said = evaluate("rouge_l", some).answers

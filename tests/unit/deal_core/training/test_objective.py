@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from deal_core.adapter.state import adapter_on, attach_adapter
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import evaluate_task
@@ -24,6 +24,7 @@ from deal_core.training.objective import (
     add_rejected,
     margins,
 )
+from tests.unit.deal_core.conftest import as_served
 
 TASK = TaskSchema(
     name="tone", format="completion", metric="preference", instruction="Answer the tenant.", learns_preferences=True
@@ -36,7 +37,6 @@ SHORT = TrainConfig(
     max_prompt_tokens=64,
     max_answer_tokens=20,
 )
-EVALUATE = EvaluateConfig(max_new_tokens=20)
 
 
 def pairs(num_rows: int) -> Dataset:
@@ -113,23 +113,21 @@ def test_preferences_are_learned_and_judged(base, train, parent, strategy):
 
     def judge(folder):
         with adapter_on(base.model, folder) as model:
-            return evaluate_task(model, base.tokenizer, TASK, pairs(8), EVALUATE, max_prompt_tokens=64)
+            return evaluate_task(model, base.tokenizer, as_served(TASK, 20), pairs(8))
 
     assert judge(found.folder).outcomes == (1.0,) * 8
     assert judge(found.folder).answers == ("1.0",) * 8 and judge(found.folder).majority_rate is None
     assert judge(None).outcomes == (0.5,) * 8, "the base model is the reference"
     with adapter_on(base.model, found.folder) as model:
         swapped = pairs(8).rename_columns({"output": "rejected", "rejected": "output"})
-        assert evaluate_task(model, base.tokenizer, TASK, swapped, EVALUATE, max_prompt_tokens=64).accuracy == 0
+        assert evaluate_task(model, base.tokenizer, as_served(TASK, 20), swapped).accuracy == 0
 
 
 def test_an_adapter_that_changes_nothing_prefers_nothing(base):
     model = attach_adapter(base.model, AdapterConfig(rank=4), seed=0)
     try:
         read: list[int] = []
-        found = evaluate_task(
-            model, base.tokenizer, TASK, pairs(5), EVALUATE, max_prompt_tokens=64, on_progress=read.append
-        )
+        found = evaluate_task(model, base.tokenizer, as_served(TASK, 20), pairs(5), read.append)
     finally:
         model.unload()
     assert found.outcomes == (0.5,) * 5 and sum(read) == 5
