@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.serving moves
     python -m benchmarks.speed.serving log
+    python -m benchmarks.speed.serving chats
 
 Two versions are learned from tests/data/examples, `deal serve` is started, and clients ask it without a pause.
 
@@ -16,6 +17,10 @@ log: requests per second with the prediction log against without it. Two servers
 without a log and one that keeps texts. The clients ask one of them at a time, in turns of a few seconds, so that both
 meet the same machine. The figure is the median of the ratios of neighbouring turns. With the tiny base, an answer costs
 next to nothing, so the ratio is a lower bound.
+
+chats: how much longer do answers take while one more client sends chats of 10,000 messages without a pause? The turns
+are as those of log, with that client and without it. The figure is the median of the ratios of neighbouring turns'
+median latencies; to seconds of an answer that costs next to nothing, with the tiny base, the ratio is an upper bound.
 """
 
 from __future__ import annotations
@@ -23,13 +28,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +47,7 @@ import typer
 from benchmarks.output import DEAL, RESULTS, Out, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from deal_core.base_model.sources import DEFAULT_BASE
+from deal_core.limits import MAX_ASKED_MESSAGES
 from infra.predictions import read_predictions
 from infra.promotions import Change, PromotionLog
 from infra.serving.version_files import fetch_version
@@ -111,9 +118,9 @@ class Clients:
         """Seconds from `since` to the first answer of a version, waited for, to a request sent after `sent_since`."""
         while time.monotonic() - since < MOVE_SECONDS:
             times = [
-                answer.answered
-                for answer in list(self.answers)
-                if answer.version == version and answer.answered > since and answer.sent > sent_since
+                each.answered
+                for each in list(self.answers)
+                if each.version == version and each.answered > since and each.sent > sent_since
             ]
             if times:
                 return min(times) - since
@@ -378,6 +385,106 @@ def measure_log(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]
     }
 
 
+def learn_chats(base: str) -> None:
+    """One more version of the lineage, which has learned a task of chats too."""
+    from flows.adapt import adapt
+    from tasks.spec import AdaptSpec, parse
+
+    turns = [
+        [{"role": "user", "content": f"Which number is {n}?"}, {"role": "assistant", "content": f"It is {n}."}]
+        for n in range(60)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "talk.jsonl"
+        path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")
+        task, train = {"name": "talk", "data": str(path)}, {"max_prompt_tokens": 192, "max_steps": 3}
+        values = {"lineage": LINEAGE, "base_model": base, "task": task, "train": train, "gate": NO_LIMITS}
+        asyncio.run(adapt(parse(AdaptSpec, values, "benchmark")))
+
+
+@contextmanager
+def long_chats(url: str) -> Iterator[list[float]]:
+    """Send chats of 10,000 messages while the block runs, until one is not answered: the seconds of each."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": f"message {n}"} for n in range(MAX_ASKED_MESSAGES - 1)]
+    body = json.dumps({"model": f"{LINEAGE}/talk", "messages": messages})
+    stop, took = threading.Event(), list[float]()
+
+    def send() -> None:
+        with httpx.Client(timeout=300, headers={"Content-Type": "application/json"}) as client:
+            while not stop.is_set():
+                begun = time.monotonic()
+                try:
+                    client.post(f"{url}/v1/chat/completions", content=body).raise_for_status()
+                except httpx.HTTPError:
+                    return
+                took.append(time.monotonic() - begun)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield took
+    finally:
+        stop.set()
+        thread.join()
+
+
+def seconds_of_end(process: subprocess.Popen[str]) -> float:
+    """Seconds from Ctrl-C to the end of the process."""
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    return round(time.monotonic() - begun, 1)
+
+
+def measure_chats(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Serve, and ask in turns with and without a client of long chats; then end the server while it prepares one."""
+    texts, version = texts_to_ask(), Versions(current_store()).all(LINEAGE)[-1].version
+    make_champion(version)
+    expected = answers_of([version], texts, "bank")
+    medians: dict[bool, list[float]] = {False: [], True: []}
+    chats: list[float] = []
+    with served() as (url, process):
+        turn(url, texts, expected, num_clients, 2.0)
+        for number in range(rounds):
+            for is_long in (False, True) if number % 2 else (True, False):
+                clients = Clients(url, texts, "bank", expected)
+                with long_chats(url) if is_long else nullcontext([]) as took, clients.asking(num_clients):
+                    time.sleep(seconds)
+                chats += took
+                if is_long and not took:
+                    raise RuntimeError("No long chat was answered")
+                if problems := {answer.problem for answer in clients.answers if answer.problem}:
+                    raise RuntimeError(f"A request failed: {sorted(problems)[0]}")
+                medians[is_long].append(statistics.median(each.answered - each.sent for each in clients.answers))
+            print(f"round {number + 1}: " + ", ".join(f"{values[-1]:.3f} s" for values in medians.values()), flush=True)
+        with long_chats(url) as took:  # the last one finds no server, or is given up
+            while not took:
+                time.sleep(0.01)
+            seconds_to_end = {"with": seconds_of_end(process)}
+    with served() as (_, process):
+        seconds_to_end["without"] = seconds_of_end(process)
+    ratios = sorted(with_them / without for without, with_them in zip(*medians.values(), strict=True))
+    return {
+        "num_clients": num_clients,
+        "num_messages": MAX_ASKED_MESSAGES - 1,
+        "seconds_per_turn": seconds,
+        "num_rounds": rounds,
+        "num_chats": len(chats),
+        "chat_seconds": round(statistics.median(chats), 3),
+        "latency_seconds": {
+            "without": round(statistics.median(medians[False]), 3),
+            "with": round(statistics.median(medians[True]), 3),
+        },
+        "ratio": {
+            "median": round(statistics.median(ratios), 2),
+            "min": round(ratios[0], 2),
+            "max": round(ratios[-1], 2),
+        },
+        "seconds_to_end": seconds_to_end,
+    }
+
+
 @app.command()
 def moves(
     base: Base = DEFAULT_BASE,
@@ -412,6 +519,23 @@ def log(
     with learned_home(base, "fp32", max_steps=3):
         figures = measure_log(clients, seconds, rounds)
     write_result(out or RESULTS / f"serving_log{'_tiny' if base == 'tiny' else ''}.json", {"base": base, **figures})
+
+
+@app.command()
+def chats(
+    base: Base = DEFAULT_BASE,
+    clients: Annotated[int, typer.Option(help="Clients at once, besides the one with long chats.")] = 8,
+    seconds: Annotated[float, typer.Option(help="Of a turn.")] = 8.0,
+    rounds: Annotated[int, typer.Option(help="Turns with long chats, and as many without.")] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the figures go.", show_default="serving_chats.json, or _tiny")
+    ] = None,
+) -> None:
+    """Seconds of an answer while one more client sends very long chats, and without it, and their ratio."""
+    with learned_home(base, "fp32", max_steps=3) as source:
+        learn_chats(source)
+        figures = measure_chats(clients, seconds, rounds)
+    write_result(out or RESULTS / f"serving_chats{'_tiny' if base == 'tiny' else ''}.json", {"base": base, **figures})
 
 
 if __name__ == "__main__":
