@@ -17,6 +17,7 @@ from tasks.adaptation.adaptation import AdaptationRun
 from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
 from tasks.lineage.record import LineageRecord, scores_of, write_record
+from tasks.lineage.version_files import CARD_FILE
 from tasks.references import TrainedAdapter
 
 VETO_FIELDS = ("kind", "task", "value", "limit")
@@ -28,7 +29,7 @@ def register_version(
 ) -> Version:
     """Write the version's record, its model card and what serving needs, and register it, accepted or rejected."""
     from deal_core.evaluation.answering import SERVED_FILE
-    from tasks.lineage.model_card import CARD_FILE, served_version, write_card
+    from tasks.lineage.model_card import served_version, write_card
 
     store, spec, parent = current_store(), adaptation.spec, adaptation.parent
     record = LineageRecord(

@@ -13,7 +13,6 @@ from infra.versions import SCORES, Version
 from tasks.lineage.frozen_rows import num_judging_of
 from tasks.lineage.record import KnownTask, LineageRecord
 
-CARD_FILE = "README.md"
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
 
 
