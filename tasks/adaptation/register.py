@@ -13,7 +13,7 @@ from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport
 from infra.settings import HomeSettings
 from infra.versions import Version, Versions
-from tasks.adaptation.adaptation import AdaptationRun
+from tasks.adaptation.run import AdaptationRun
 from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
 from tasks.lineage.record import LineageRecord, scores_of, write_record

@@ -16,7 +16,7 @@ from deal_core.strategies import strategy_class
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
-from tasks.adaptation.adaptation import AdaptationRun
+from tasks.adaptation.run import AdaptationRun
 from tasks.adaptation.stages import STAGE
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
