@@ -12,11 +12,11 @@ from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport
 from infra.settings import HomeSettings
-from infra.versions import Version, Versions
+from infra.versions import SCORES, Version, Versions
 from tasks.adaptation.run import AdaptationRun
 from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
-from tasks.lineage.record import LineageRecord, scores_of, write_record
+from tasks.lineage.record import LineageRecord, write_record
 from tasks.lineage.version_files import CARD_FILE
 from tasks.references import TrainedAdapter
 
@@ -39,7 +39,7 @@ def register_version(
         adapter=adaptation.adapter,
         tasks=adaptation.tasks,
         matrix=report.matrix,
-        slices=tuple(each for each in adaptation.renewal.slices if each.name in report.slices),
+        slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
         memory=spec.memory,
         spared=adaptation.spared,
     )
@@ -71,7 +71,7 @@ def register_version(
         arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
         train_seconds=trained.summary.seconds,
         accuracies=dict(report.accuracies),
-        **scores_of(report.matrix),
+        **{name: getattr(report.matrix, name) for name in SCORES},
     )
     licence = licence_of_base(adaptation.base.source, resolve_base(adaptation.base.source, HomeSettings().cache_dir))
     config = json.loads((trained.folder / CONFIG_FILE).read_text(encoding="utf-8"))
