@@ -92,10 +92,7 @@ def is_open(version: Version) -> bool:
 
 
 def is_overtaken(store: ObjectStore, version: Version) -> bool:
-    """Return whether the promotion of a new version would lose a task.
-
-    This is so if the champion is neither the version nor its parent.
-    """
+    """Return whether a new version's promotion would lose a task: the champion is neither it nor its parent."""
     if not is_open(version) and version.approval != "awaiting":
         return False
     champion = Versions(store).champion(version.lineage)
@@ -116,14 +113,8 @@ def move_champion(
 
     A rollout leaves the champion as it is, and ends the rollout of another version: that version is left behind.
 
-    Args:
-        store: The store.
-        version: The version.
-        expected: Number of the champion when the caller decided; None: there was none.
-        action: What it is in the log.
-        who: A person's account, or the part of the pipeline that decided.
-        why: The reason.
-        run: Key of the adaptation run, if its gate or its rollout decided.
+    `expected` is the number of the champion when the caller decided, or None without a champion. `run` is the key of
+    the adaptation run if its gate or its rollout decided.
 
     Raises:
         RegistryError: The champion has changed since, or a person has rejected the version.
@@ -206,11 +197,7 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
 
 
 def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
-    """Return the version if it can become champion now.
-
-    Raises:
-        RegistryError: It cannot.
-    """
+    """Return the version; raise RegistryError if it cannot become champion now."""
     champion, chosen = Versions(store).champion(lineage), find_version(store, lineage, version)
     number = champion.version if champion else None
     _require_usable(store, chosen, champion)
@@ -231,9 +218,7 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
 
 
 def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
-    """Make an earlier champion, or a version that the champion continues, the champion again.
-
-    If `to` is None, this is the champion's parent.
+    """Make an earlier champion, or a version that the champion continues, the champion again; None: its parent.
 
     Raises:
         RegistryError: There is no earlier version, or the version was never champion.
@@ -254,11 +239,7 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
 
 
 def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Version, Version]:
-    """Return the champion, and the version to go back to.
-
-    Raises:
-        RegistryError: There is none.
-    """
+    """Return the champion, and the version to go back to; raise RegistryError if there is none."""
     champion = Versions(store).champion(lineage)
     if champion is None:
         raise RegistryError(unknown_lineage(lineage))

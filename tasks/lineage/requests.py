@@ -42,14 +42,14 @@ def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str,
     Raises:
         StoreError: The file is damaged, or another release wrote it.
     """
-    found = read_stored(
+    stored = read_stored(
         store,
         labels_key(lineage, task_name),
         AddedLabels,
         what=f"the labels that task '{task_name}' of '{lineage}' has gained",
         remedy="Restore it from a backup of the store, or delete it and add the labels again (deal labels --add).",
     )
-    return found.labels if found else ()
+    return stored.labels if stored else ()
 
 
 def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequence[str]) -> None:
@@ -79,9 +79,9 @@ def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
         ConfigError: The lineage does not know the task, the task has no labels, or a new label is not valid.
     """
     store = current_store()
-    known = choose_task(read_record(store, find_version(store, lineage, None).adapter_uri), task).schema
+    learned = choose_task(read_record(store, find_version(store, lineage, None).adapter_uri), task).schema
     before = added_labels(store, lineage, task)
-    had = known.with_labels(before)
+    had = learned.with_labels(before)
     has = had.with_labels(labels)
     added = has.labels[len(had.labels) :]
     if added:
@@ -185,7 +185,7 @@ def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: Data
 
 
 def _names(record: LineageRecord) -> list[str]:
-    return [*(each.schema.name for each in record.tasks), *(each.name for each in record.slices)]
+    return [*(task.schema.name for task in record.tasks), *(part.name for part in record.slices)]
 
 
 def next_slice(task: str, names: Collection[str]) -> str:
