@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from tasks.lineage.frozen_rows import (
     read_answers,
     within_budget,
 )
-from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, read_record
+from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.requests import is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter
@@ -116,7 +116,13 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun) -> _Asked:
     old = []
     if record:
         judged = [task for task in record.tasks if task != renewal.known and task.schema.name not in unjudged]
-        old = [*(load_test_set(store, task) for task in judged), *_slice_sets(store, record, renewal.slices)]
+        old = [load_test_set(store, task) for task in judged]
+        for part in renewal.slices:  # asked as their tasks are; those whose rows were forgotten are left out
+            whole = record.task(part.of)
+            assert whole is not None, "a slice is of a task that was learned"
+            if forgotten_tests(store, part.of, part.dataset_uri) is None:
+                test_set = load_test_set(store, replace(whole, dataset_uri=part.dataset_uri))
+                old.append(replace(test_set, schema=replace(test_set.schema, name=part.name)))
 
     new: list[TestSet] = []
     if renewal.known is not None:
@@ -175,16 +181,6 @@ def _notes_on_known_task(store: ObjectStore, lineage: str, known: KnownTask, dat
             f"{dataset.task} gains the labels {listed(dataset.new_labels)}: its frozen test rows have none of them, "
             "so no figure shows how well they are learned"
         )
-
-
-def _slice_sets(store: ObjectStore, record: LineageRecord, slices: Iterable[KnownSlice]) -> Iterator[TestSet]:
-    """The test rows of slices, asked as their tasks are. Slices whose rows were forgotten are left out."""
-    for part in slices:
-        task = record.task(part.of)
-        assert task is not None, "a slice is of a task that was learned"
-        if forgotten_tests(store, part.of, part.dataset_uri) is None:
-            test_set = load_test_set(store, replace(task, dataset_uri=part.dataset_uri))
-            yield replace(test_set, schema=replace(test_set.schema, name=part.name))
 
 
 def _widened(test_set: TestSet, dataset: DatasetRef, slices: Mapping[str, str]) -> TestSet:

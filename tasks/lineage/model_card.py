@@ -40,7 +40,7 @@ def example_rows(record: LineageRecord) -> list[dict[str, str]]:
     text = "The text to answer."
     chat = json.dumps([{"role": "user", "content": text}])
     return [
-        {"input": chat if known.schema.format == "chat" else text, "task": known.schema.name} for known in record.tasks
+        {"input": chat if task.schema.format == "chat" else text, "task": task.schema.name} for task in record.tasks
     ]
 
 
@@ -57,21 +57,21 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
     loader = f"AutoModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     origin = f"continues version {version.parent_version}" if version.parent_version else "starts from the base model"
     verdict = "accepted" if version.accepted else "rejected: " + " ".join(version.reasons)
-    metrics = scored_otherwise({known.schema.name: known.schema.metric for known in record.tasks})
-    judging = {known.schema.name: num_judging_of(known.schema, known.num_test, record.spared) for known in record.tasks}
+    metrics = scored_otherwise({task.schema.name: task.schema.metric for task in record.tasks})
+    judging = {task.schema.name: num_judging_of(task.schema, task.num_test, record.spared) for task in record.tasks}
     few = [name for name, num_rows in judging.items() if num_rows < 100]
     data = [
         (
-            known.schema.name,
-            known.schema.format,
-            f"`{dataset_sha256(known.dataset_uri)}`",
-            str(judging[known.schema.name]),
+            task.schema.name,
+            task.schema.format,
+            f"`{dataset_sha256(task.dataset_uri)}`",
+            str(judging[task.schema.name]),
         )
-        for known in record.tasks
+        for task in record.tasks
     ]
     accuracies = [("base model", *map(words.percent, matrix.base))]
     accuracies += [
-        (f"after {task}", *map(words.percent, row)) for task, row in zip(matrix.trained, matrix.rows, strict=True)
+        (f"after {name}", *map(words.percent, row)) for name, row in zip(matrix.trained, matrix.rows, strict=True)
     ]
     scores = {name.replace("_", " "): getattr(version, name) for name in SCORES}
     lines = [
@@ -81,7 +81,7 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         "tags: [lora, continual-learning]",
         "---",
         "",
-        f"# {record.lineage}: {', '.join(known.schema.name for known in record.tasks)}",
+        f"# {record.lineage}: {', '.join(task.schema.name for task in record.tasks)}",
         "",
         "```python",
         "# With deal-pipeline, which asks each task as it was trained:",
@@ -124,9 +124,9 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         "- It was judged only on the tasks above; other abilities of the base model may have changed.",
         "- It answers greedily in the form of each task's rows, even to a text of another kind.",
         *(
-            f"- {known.schema.name}: prompts of more than {known.max_prompt_tokens} tokens lose the end of their text, "
-            f"answers end after {known.max_new_tokens} tokens."
-            for known in record.tasks
+            f"- {task.schema.name}: prompts of more than {task.max_prompt_tokens} tokens lose the end of their text, "
+            f"answers end after {task.max_new_tokens} tokens."
+            for task in record.tasks
         ),
         *([f"- Fewer than 100 test rows judge {', '.join(few)}: the accuracies there are rough."] if few else ()),
         "- It has the biases of the base model and of the data. They were not measured.",
