@@ -113,7 +113,7 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun) -> _Asked:
     unjudged: list[str] = []
     if record and renewal.known and is_lost(renewal.known):
         unjudged = [task.schema.name for task in record.tasks if task != renewal.known and is_lost(task)]
-    old = []
+    old: list[TestSet] = []
     if record:
         judged = [task for task in record.tasks if task != renewal.known and task.schema.name not in unjudged]
         old = [load_test_set(store, task) for task in judged]

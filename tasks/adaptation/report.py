@@ -120,9 +120,10 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
     except ObjectNotFoundError:
         numbers = {"num_train": dataset.num_train, "num_test": dataset.num_test, "num_rejected": dataset.num_rejected}
         return Quality(**numbers, num_read=sum(numbers.values()))
-    key, entries = dataset.quarantine, []
+    key = dataset.quarantine
     if key is not None and not store.exists(key):  # forgotten since
         key = None
+    entries: list[dict[str, Any]] = []
     if key is not None:
         with local_files(store, store.uri_of(key)) as (file,), file.path.open(encoding="utf-8") as lines:
             entries = [json.loads(line) for line in islice(lines, MAX_EXAMPLES)]

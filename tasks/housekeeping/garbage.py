@@ -160,7 +160,7 @@ def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
     """Return every lineage with a version, an adapter or a dataset in the store, or a work folder on this machine."""
     names = set(Versions(store).lineages())
     names |= {file.lineage for info in store.list(ADAPTERS) if (file := keys.parse_adapter_file(info.key))}
-    names |= {file.lineage for info in store.list(DATASETS) if (file := keys.parse_dataset_file(info.key))}
+    names |= {dataset.lineage for info in store.list(DATASETS) if (dataset := keys.parse_dataset_file(info.key))}
     work = HomeSettings().home / "work"
     names |= {path.name for path in work.iterdir() if path.is_dir()} if work.is_dir() else set()
     return tuple(sorted(names))
