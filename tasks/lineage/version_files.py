@@ -24,7 +24,7 @@ from deal_core.adapter.files import (
 )
 from deal_core.errors import DealError, StoreError
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
-from infra.store.keys import lineage_of
+from infra.store.keys import file_name, lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
 from infra.versions import Version, Versions, remedy_for
 
@@ -114,9 +114,11 @@ def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
 
 def download_files(store: ObjectStore, adapter_uri: str, folder: Path, names: Iterable[str]) -> None:
     """Copy those of the named files that an adapter's folder in the store has."""
+    present = {file_name(info.key) for info in store.list(adapter_uri)}
     for name in names:
-        with reading_beside(store, adapter_uri, name), suppress(ObjectNotFoundError):
-            store.download_file(f"{adapter_uri}/{name}", folder / name)
+        if name in present:
+            with reading_beside(store, adapter_uri, name):
+                store.download_file(f"{adapter_uri}/{name}", folder / name)
 
 
 def fetch_adapter(store: ObjectStore, version: Version, folder: Path, names: Collection[str] = ADAPTER_FILES) -> None:
@@ -145,7 +147,8 @@ def borrowed_adapter(store: ObjectStore, version: Version, *, with_method: bool 
     With `with_method`, it has the files that training the adapter on needs. Errors are those of `fetch_adapter`.
     """
     with temporary_folder() as folder:
-        download_files(store, version.adapter_uri, folder, [CARD_FILE])
+        with suppress(ObjectNotFoundError):
+            store.download_file(f"{version.adapter_uri}/{CARD_FILE}", folder / CARD_FILE)
         fetch_adapter(store, version, folder, ADAPTER_FILES if with_method else PEFT_FILES)
         yield folder
 
