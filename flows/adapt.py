@@ -20,7 +20,6 @@ from infra.disk import disk_full
 from infra.run_journal import Run, RunJournal
 from infra.versions import Version, Versions
 from tasks.adaptation import run as runs
-from tasks.adaptation.adaptation import AdaptationRun, prepare
 from tasks.adaptation.evaluate import evaluate_version, score_arrival
 from tasks.adaptation.gate import judge_version
 from tasks.adaptation.ingest import ingest_arrival
@@ -28,6 +27,7 @@ from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import report_version
 from tasks.adaptation.resume import changed_since, find_parent, keep_findings
+from tasks.adaptation.run import AdaptationRun, prepare
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
@@ -200,7 +200,7 @@ async def begin(
         config_sha256=config_sha256,
         attempt=attempt,
     )
-    if known := await stages.run("repeat", runs.find_registered, spec.lineage, run_key):
+    if known := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, run_key):
         drop_training_rows(store, dataset.uri)
         raise NothingToLearnError(repeated(known, dataset))
     tested = None

@@ -16,8 +16,8 @@ from infra.settings import VllmSettings
 from infra.versions import ROLLOUT, Versions
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
-from tasks.lineage.decisions import Decision, promote_to, reject_version
 from tasks.lineage.history import find_version, known_lineages
+from tasks.lineage.promotion import Decision, promote_to, reject_version
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open

@@ -12,8 +12,8 @@ from infra.versions import Version, Versions
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.arrival_runs import release
 from tasks.context import current_store
-from tasks.lineage.decisions import find_left_behind
 from tasks.lineage.history import arrival_digests, find_version
+from tasks.lineage.promotion import find_left_behind
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.tombstones import refuse_forgotten
 from tasks.spec import AdaptSpec, parse

@@ -26,10 +26,10 @@ from infra.settings import TrackingSettings
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.versions import SCORES, Alias, Version, Versions
-from tasks.lineage.decisions import promoted_by_hand
+from tasks.lineage.promotion import promoted_by_hand
 from tasks.lineage.record import read_record
 from tasks.lineage.reports import read_page, read_report, write_report
-from tasks.lineage.version_files import borrowed_adapter
+from tasks.lineage.version_files import CARD_FILE, borrowed_adapter
 from tasks.notices import Notice, announce
 
 if TYPE_CHECKING:
@@ -368,7 +368,7 @@ def _write_served_folder(store: ObjectStore, adapter: Path, target: Path, versio
     """Write the folder that MLflow serves: the plain PEFT folder with its card, and MLflow's files."""
     from deal_core.evaluation.answering import SERVED_FILE
     from infra.served_model import write_served_folder
-    from tasks.lineage.model_card import CARD_FILE, example_rows, served_version
+    from tasks.lineage.model_card import example_rows, served_version
 
     record = read_record(store, version.adapter_uri)
     write_served_folder(

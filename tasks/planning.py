@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -47,7 +48,7 @@ from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, 
 from tasks.lineage.frozen_rows import spared_texts
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import arrival_of
-from tasks.lineage.version_files import borrowed_parent
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.spec import AdaptSpec
 
 OnProgress = Callable[[str], None]
@@ -329,7 +330,8 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
     if run.setup.task.learns_preferences:  # the parent reads all of them first
         num_rows = NUM_PROBE_STEPS * train.batch_size * train.gradient_accumulation_steps
         rows = rows.select(range(0, len(rows), max(1, len(rows) // num_rows)))
-    with temporary_folder() as temporary, borrowed_parent(current_store(), run.champion) as parent_folder:
+    parent = borrowed_adapter(current_store(), run.champion, with_method=True) if run.champion else nullcontext()
+    with temporary_folder() as temporary, parent as parent_folder:
         base = load_base(run.source, HomeSettings().cache_dir, precision=run.precision, quantize=train.quantize)
         train_adapter(
             base,

@@ -25,13 +25,13 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # No test uses TLS, and reading all authorities takes longer than most requests to a server do.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "data" / "authority.pem")
 
-# A shell starts what runs in its background with Ctrl-C ignored, and every process of a test would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 from filelock import FileLock
 
 from tests.receiver import Receiver
+
+# A shell starts what runs in its background with Ctrl-C ignored, and every process of a test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.time_budget"]
 

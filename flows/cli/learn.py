@@ -247,20 +247,22 @@ def history(
     ] = 30,
 ) -> CommandResult:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
+    from infra.promotions import PromotionLog
     from tasks.inbox import find_held
-    from tasks.lineage.history import NoVersionError, read_champion_at, read_history, read_matrix, read_moves
+    from tasks.lineage.history import NoVersionError, find_version, read_history
+    from tasks.lineage.record import read_record
 
     if matrix:
-        found = read_matrix(lineage)
+        found = read_record(deal.store, find_version(deal.store, lineage, None).adapter_uri).matrix
         shown = [matrix_table(found.to_json())] if found else ["No task of the champion has test rows."]
         return CommandResult(found.to_json() if found else None, [heading(f"Scores of {lineage}, %"), *shown])
     if at is not None:
         when, zone = _time(at)
-        champion = read_champion_at(lineage, when)
+        champion = PromotionLog(deal.store).champion_at(lineage, when)
         text = f"version {champion} was champion" if champion else "no version was champion"
         return CommandResult({"at": when.isoformat(), "champion": champion}, [f"At {when.isoformat()}{zone}, {text}."])
     if moves:
-        log = read_moves(lineage)
+        log = PromotionLog(deal.store).moves(lineage)
         return CommandResult(log, [heading(f"Moves of {lineage}"), _moves(log)])
     held, limit = find_held(deal.store, lineage), 0 if deal.screen.as_json else newest
     try:

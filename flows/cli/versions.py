@@ -20,7 +20,7 @@ from infra.store.keys import INBOX, task_of
 
 if TYPE_CHECKING:
     from tasks.inbox import HeldArrival
-    from tasks.lineage.decisions import Decision, LeftBehind
+    from tasks.lineage.promotion import Decision, LeftBehind
 
 
 Version = Annotated[str, Argument(help="Number of the version.")]
@@ -84,7 +84,7 @@ def renew(
 @command(main_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
     """Make a version champion. Its parent must be the present champion."""
-    from tasks.lineage.decisions import promote_to
+    from tasks.lineage.promotion import promote_to
 
     done = promote_to(lineage, version, who=deal.account, why=why)
     return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
@@ -98,7 +98,7 @@ def rollback(
     why: Why = "rolled back by hand",
 ) -> CommandResult:
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
-    from tasks.lineage.decisions import roll_back
+    from tasks.lineage.promotion import roll_back
 
     done = roll_back(lineage, to, who=deal.account, why=why)
     return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
@@ -112,7 +112,7 @@ def reject(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Reject a version. It can never become champion."""
-    from tasks.lineage.decisions import reject_version
+    from tasks.lineage.promotion import reject_version
 
     done = reject_version(lineage, version, who=deal.account, why=why)
     return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
@@ -171,8 +171,8 @@ def requeue(
     from flows.requeue import requeue as requeue_flow
     from tasks.arrival_runs import release
     from tasks.inbox import find_held
-    from tasks.lineage.decisions import find_left_behind
     from tasks.lineage.history import NoVersionError
+    from tasks.lineage.promotion import find_left_behind
 
     arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]
     versions = [each for each in what or [] if not each.startswith(f"{INBOX}/")]

@@ -25,9 +25,9 @@ from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.versions import Version, Versions
 from tasks.context import current_store
-from tasks.housekeeping.damage import find_damage
+from tasks.housekeeping.damage import find_damage, look_at_champion
 from tasks.inbox import Handled, HeldArrival, InboxLook, InboxState, held_arrivals, look, read_state
-from tasks.lineage.history import known_lineages, look_at_champion
+from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.retrain import Waiting
 from tasks.lineage.settings import WatchedLineage, read_lineages

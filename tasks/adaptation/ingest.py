@@ -1,7 +1,4 @@
-"""Check a landed file by its task's schema and the lineage's test rows, and store its rows as a dataset.
-
-Commands that only check a file import this module too.
-"""
+"""Check a landed file by its task's schema and the lineage's test rows, and store its rows as a dataset."""
 
 from __future__ import annotations
 

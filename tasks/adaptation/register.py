@@ -12,11 +12,12 @@ from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport
 from infra.settings import HomeSettings
-from infra.versions import Version, Versions
-from tasks.adaptation.adaptation import AdaptationRun
+from infra.versions import SCORES, Version, Versions
+from tasks.adaptation.run import AdaptationRun
 from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
-from tasks.lineage.record import LineageRecord, scores_of, write_record
+from tasks.lineage.record import LineageRecord, write_record
+from tasks.lineage.version_files import CARD_FILE
 from tasks.references import TrainedAdapter
 
 VETO_FIELDS = ("kind", "task", "value", "limit")
@@ -28,7 +29,7 @@ def register_version(
 ) -> Version:
     """Write the version's record, its model card and what serving needs, and register it, accepted or rejected."""
     from deal_core.evaluation.answering import SERVED_FILE
-    from tasks.lineage.model_card import CARD_FILE, served_version, write_card
+    from tasks.lineage.model_card import served_version, write_card
 
     store, spec, parent = current_store(), adaptation.spec, adaptation.parent
     record = LineageRecord(
@@ -38,7 +39,7 @@ def register_version(
         adapter=adaptation.adapter,
         tasks=adaptation.tasks,
         matrix=report.matrix,
-        slices=tuple(each for each in adaptation.renewal.slices if each.name in report.slices),
+        slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
         memory=spec.memory,
         spared=adaptation.spared,
     )
@@ -70,7 +71,7 @@ def register_version(
         arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
         train_seconds=trained.summary.seconds,
         accuracies=dict(report.accuracies),
-        **scores_of(report.matrix),
+        **{name: getattr(report.matrix, name) for name in SCORES},
     )
     licence = licence_of_base(adaptation.base.source, resolve_base(adaptation.base.source, HomeSettings().cache_dir))
     config = json.loads((trained.folder / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from itertools import islice
 from typing import Any
@@ -60,10 +61,16 @@ def gather_report(
     include_texts: bool,
 ) -> RunReport:
     """Collect everything about a registered version that its page shows, apart from the evaluation."""
-    known = {each.version: each for each in Versions(store).all(version.lineage)}
-    parent = known.get(version.parent_version or "")
+    versions = {entry.version: entry for entry in Versions(store).all(version.lineage)}
     if parent_answers is None:
+        parent = versions.get(version.parent_version or "")
         parent_answers = read_answers(store, parent.adapter_uri).now if parent else {}
+    losses = [(step, loss) for step, loss in summary.losses if math.isfinite(loss)]
+    of_training = ("num_rows", "num_steps", "seconds", "rows_per_second", "resumed_from_step", "fill")
+    libraries = {"Python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):  # the checkout is not installed
+            libraries[name] = installed_version(name)
     return RunReport(
         lineage=version.lineage,
         version=version.version,
@@ -73,18 +80,22 @@ def gather_report(
         reasons=version.reasons,
         created=version.created,
         include_texts=include_texts,
-        training=_training(version.strategy, summary),
+        training=Training(
+            strategy=version.strategy,
+            losses=tuple(thin(losses, MAX_LOSSES)),
+            **{name: getattr(summary, name) for name in of_training},
+        ),
         quality=_quality(store, dataset, include_texts),
         changed=compare_answers(store, version.adapter_uri, parent_answers, include_texts=include_texts),
         seconds=dict(seconds),
         lineage_so_far=tuple(
-            Link(**{name: getattr(each, name) for name in Link.model_fields})
-            for each in known.values()
-            if int(each.version) <= int(version.version)
+            Link(**{name: getattr(entry, name) for name in Link.model_fields})
+            for entry in versions.values()
+            if int(entry.version) <= int(version.version)
         ),
         origin=Origin(
             base=base_name,
-            libraries=_library_versions(),
+            libraries=libraries,
             run_key=version.run_key,
             base_sha256=version.base_sha256,
             dataset_sha256=version.dataset_sha256,
@@ -92,25 +103,6 @@ def gather_report(
             config_sha256=version.config_sha256,
         ),
         arrival_accuracy=version.arrival_accuracy,
-    )
-
-
-def _library_versions() -> dict[str, str]:
-    """Installed versions of Python and of the libraries that can change a result."""
-    found = {"Python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = installed_version(name)
-        except metadata.PackageNotFoundError:  # the checkout is not installed
-            continue
-    return found
-
-
-def _training(strategy: str, summary: TrainSummary) -> Training:
-    losses = [(step, loss) for step, loss in summary.losses if math.isfinite(loss)]
-    shared = ("num_rows", "num_steps", "seconds", "rows_per_second", "resumed_from_step", "fill")
-    return Training(
-        strategy=strategy, losses=tuple(thin(losses, MAX_LOSSES)), **{name: getattr(summary, name) for name in shared}
     )
 
 
@@ -131,6 +123,10 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
     key = dataset.quarantine
     if key is not None and not store.exists(key):  # forgotten since
         key = None
+    entries: list[dict[str, Any]] = []
+    if key is not None:
+        with local_files(store, store.uri_of(key)) as (file,), file.path.open(encoding="utf-8") as lines:
+            entries = [json.loads(line) for line in islice(lines, MAX_EXAMPLES)]
     return Quality(
         source=manifest.source,
         format=manifest.task.format,
@@ -142,22 +138,16 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
         num_rejected=manifest.num_rejected,
         problems=dict(manifest.problems),
         quarantine=key,
-        bad_rows=_bad_rows(store, key, include_texts) if key is not None else (),
+        bad_rows=tuple(
+            QuarantinedRow(
+                file=entry["file"],
+                row=entry["row"],
+                line=entry["line"],
+                problems=tuple(problem_of(problem, include_texts) for problem in (entry, *entry.get("more", ()))),
+            )
+            for entry in entries
+        ),
         warnings=data_warnings(manifest.task, manifest.contradictions, include_texts=include_texts),
-    )
-
-
-def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[QuarantinedRow, ...]:
-    with local_files(store, store.uri_of(key)) as (file,), file.path.open(encoding="utf-8") as lines:
-        entries = [json.loads(line) for line in islice(lines, MAX_EXAMPLES)]
-    return tuple(
-        QuarantinedRow(
-            file=entry["file"],
-            row=entry["row"],
-            line=entry["line"],
-            problems=tuple(problem_of(each, include_texts) for each in (entry, *entry.get("more", ()))),
-        )
-        for entry in entries
     )
 
 
@@ -185,12 +175,12 @@ def report_version(
     rows only with `include_texts`.
     """
     store = current_store()
-    found = gather_report(store, version, base_name, dataset, summary, seconds, parent_answers, include_texts)
+    collected = gather_report(store, version, base_name, dataset, summary, seconds, parent_answers, include_texts)
     write_report(store, version, EVALUATION_FILE, report.to_json())
-    write_report(store, version, REPORT_FILE, found.model_dump(mode="json"))
+    write_report(store, version, REPORT_FILE, collected.model_dump(mode="json"))
     patient(create_markdown_artifact)(
         key=artifact_key(version.lineage),
-        markdown=markdown_of(found, report),
+        markdown=markdown_of(collected, report),
         description=f"Version {version.version} of {version.lineage}: {report.task}",
     )
 
@@ -215,7 +205,7 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         ]
         for row in (base, *learned[num_older:])
     ]
-    changed = [[each.task, f"+{each.num_gained}", f"−{each.num_lost}", str(each.num_rows)] for each in report.changed]
+    changed = [[task.task, f"+{task.num_gained}", f"−{task.num_lost}", str(task.num_rows)] for task in report.changed]
     stages = [[name, words.duration(value)] for name, value in report.seconds.items()]
     quality = report.quality
     lines = [

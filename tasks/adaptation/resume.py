@@ -43,10 +43,9 @@ def find_parent(lineage: str) -> Version | None:
     Before that, the newest version's run is completed if a crash interrupted it. So no accepted version is skipped.
     """
     store = current_store()
-    versions = Versions(store)
-    if known := versions.all(lineage):
-        _finish_run(store, known[-1])
-    return versions.champion(lineage)
+    if registered := Versions(store).all(lineage):
+        _finish_run(store, registered[-1])
+    return Versions(store).champion(lineage)
 
 
 def keep_findings(
@@ -67,8 +66,7 @@ def keep_findings(
 
 def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     """Return the spec of the run that made an adapter."""
-    spec: Mapping[str, Any] = read_findings(adapter_uri)["spec"]
-    return spec
+    return dict(read_findings(adapter_uri)["spec"])
 
 
 def changed_since(parent: Version, spec: AdaptSpec) -> tuple[str, ...]:
@@ -101,10 +99,10 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: Version) -
         DataValidationError: A file has another content.
         StoreError: A file is missing.
     """
-    known = read_manifest(store, read_findings(version.adapter_uri)["dataset"]["uri"]).files
+    learned = read_manifest(store, read_findings(version.adapter_uri)["dataset"]["uri"]).files
     with local_files(store, arrival.data) as sources, local_files(store, arrival.test_data or ()) as tests:
         for file in (*sources, *tests):
-            if sha256_of_input(file.path) not in known:
+            if sha256_of_input(file.path) not in learned:
                 raise DataValidationError(
                     f"{file.name} is not a file that version {version.version} of '{version.lineage}' was trained on; "
                     "land the old file again, or adapt to the new one with deal adapt."
@@ -113,7 +111,7 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: Version) -
 
 
 def _finish_run(store: ObjectStore, version: Version) -> None:
-    """Complete the run of a lineage's newest version: promotion, report, notice, work folder, training rows, end.
+    """Complete the run of a lineage's newest version: promotion, report, work folder, notice, training rows, end.
 
     A complete run and a version that another version has overtaken stay as they are. Each step can be repeated. Only
     the promotion matters for the next arrival. A failure of another step is logged, and the next run tries it again.
@@ -132,15 +130,22 @@ def _finish_run(store: ObjectStore, version: Version) -> None:
     findings: Mapping[str, Any] | None = None
     with _logging(version, "write its report"):
         findings = read_findings(version.adapter_uri)
-        report_findings(version, findings)
+        report_version(
+            version,
+            read_record(store, version.adapter_uri).base.name,
+            DatasetRef.model_validate(findings["dataset"]),
+            EvaluationReport.from_json(findings["evaluation"]),
+            TrainSummary.model_validate(findings["training"]),
+            {},
+            include_texts=findings["spec"]["data"]["include_texts"],
+        )
         state = "finished"
-    with _logging(version, "announce it"):
-        if findings is not None:
-            announce_version(version, evaluation=EvaluationReport.from_json(findings["evaluation"]))
     with _logging(version, "remove its work folder"):
         remove_work(run)
-    with _logging(version, "delete its training rows"):
-        if findings is not None:
+    if findings is not None:
+        with _logging(version, "announce it"):
+            announce_version(version, evaluation=EvaluationReport.from_json(findings["evaluation"]))
+        with _logging(version, "delete its training rows"):
             drop_training_rows(store, findings["dataset"]["uri"])
     with _logging(version, "end its run"):
         RunJournal(store).end(run, state)
@@ -161,16 +166,3 @@ def _logging(version: Version, doing: str) -> Iterator[None]:
             type(error).__name__,
             reason,
         )
-
-
-def report_findings(version: Version, findings: Mapping[str, Any]) -> None:
-    """Write the report of a version again from its findings."""
-    report_version(
-        version,
-        read_record(current_store(), version.adapter_uri).base.name,
-        DatasetRef.model_validate(findings["dataset"]),
-        EvaluationReport.from_json(findings["evaluation"]),
-        TrainSummary.model_validate(findings["training"]),
-        {},
-        include_texts=findings["spec"]["data"]["include_texts"],
-    )

@@ -1,4 +1,4 @@
-"""The identity of a run, its entry in the journal, and what was learned before."""
+"""A run: its identity, its entry in the journal, what was learned before, and what its stages share."""
 
 from __future__ import annotations
 
@@ -6,18 +6,77 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from prefect import runtime
 
-from deal_core.config import Quantize
+from deal_core.config import AdapterConfig, Quantize
+from deal_core.data.schema import TaskSchema
 from infra.run_journal import Run, RunJournal
 from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.base import load
 from tasks.context import current_store, work_folder
-from tasks.references import BaseRef, DatasetRef
+from tasks.lineage.choices import choose_spared
+from tasks.lineage.datasets import read_manifest
+from tasks.lineage.frozen_rows import Answers, read_answers
+from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.lineage.requests import Renewal, find_renewal
+from tasks.lineage.version_files import fetch_adapter
+from tasks.references import ArrivalScore, BaseRef, DatasetRef, Spared
+from tasks.spec import AdaptSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationRun:
+    """What the stages from training to report work with. It is made once; no stage reads or downloads it again."""
+
+    spec: AdaptSpec
+    run: Run
+    """The run's entry in the journal."""
+    dataset: DatasetRef
+    schema: TaskSchema
+    """The schema of the dataset's task."""
+    base: BaseRef
+    adapter: AdapterConfig
+    """Shape of the lineage's adapter."""
+    strategy: str
+    config_sha256: str
+    """Digest of all settings that can change the result."""
+    parent: Version | None
+    """The champion, which the new version continues; None: it starts from the base model. So for the next two."""
+    record: LineageRecord | None
+    parent_folder: Path | None
+    """A copy of the parent's adapter on this machine, compared with its digests."""
+    parent_answers: Answers
+    """The parent's answers to the test rows of its tasks; empty without a parent, or if they were forgotten."""
+    tasks: tuple[KnownTask, ...]
+    """All tasks of the new version, each with the test rows that judge it."""
+    renewal: Renewal
+    """What the arrival does to the test rows of its task."""
+    spared: Spared
+    tested: ArrivalScore | None
+    """The champion's score on the arrival's rows; None: it was not asked."""
+    requeued_sha256: str | None
+    """Digest of the dataset of the version whose arrival is learned again; None: no version is replaced."""
+
+    @property
+    def lineage(self) -> str:
+        """The lineage that learns."""
+        return self.run.lineage
+
+    @property
+    def run_key(self) -> str:
+        """The run's identity."""
+        return self.run.run_key
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run's checkpoints and results on this machine."""
+        return work_folder(self.run.lineage, self.run.short_key)
 
 
 def find_repeat(dataset: DatasetRef, lineage: str) -> Version | None:
@@ -34,26 +93,18 @@ def find_repeat(dataset: DatasetRef, lineage: str) -> Version | None:
         same = [version for version in promoted if dataset.landed_sha256 in version.digests]
     if not same:
         return None
-    known = next((version for version in learned if version.dataset_sha256 == dataset.sha256), same[0])
+    repeated = next((version for version in learned if version.dataset_sha256 == dataset.sha256), same[0])
     # a rejected one was champion for a while; whether this run repeats it is for the run key to say
-    return None if known.is_rejected else known
-
-
-def find_registered(lineage: str, run_key: str) -> Version | None:
-    """Return the version that a run with this key registered, accepted or rejected, or None."""
-    return Versions(current_store()).with_run_key(lineage, run_key)
+    return None if repeated.is_rejected else repeated
 
 
 def find_own(dataset: DatasetRef, lineage: str) -> Version | None:
     """Return the version that this flow run trained on the dataset before it was interrupted, or None."""
-    return next(
-        (
-            version
-            for version in Versions(current_store()).all(lineage)
-            if version.flow_run and version.flow_run == runtime.flow_run.id and version.dataset_sha256 == dataset.sha256
-        ),
-        None,
-    )
+    flow_run = runtime.flow_run.id
+    for version in Versions(current_store()).all(lineage):
+        if version.flow_run and version.flow_run == flow_run and version.dataset_sha256 == dataset.sha256:
+            return version
+    return None
 
 
 def count_attempts(lineage: str, dataset: DatasetRef) -> int:
@@ -81,12 +132,7 @@ def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
 
 
 def start_run(
-    run_key: str,
-    base: BaseRef,
-    parent: Version | None,
-    dataset: DatasetRef,
-    lineage: str,
-    params: Mapping[str, Any],
+    run_key: str, base: BaseRef, parent: Version | None, dataset: DatasetRef, lineage: str, params: Mapping[str, Any]
 ) -> Run:
     """Write the run into the journal, or continue the one that a crash left."""
     store = current_store()
@@ -104,6 +150,65 @@ def start_run(
         started=datetime.now(UTC),
     )
     return RunJournal(store).start(run)
+
+
+def prepare(
+    spec: AdaptSpec,
+    run: Run,
+    dataset: DatasetRef,
+    base: BaseRef,
+    *,
+    adapter: AdapterConfig,
+    strategy: str,
+    config_sha256: str,
+    parent: Version | None,
+    record: LineageRecord | None,
+    tested: ArrivalScore | None,
+    requeued_sha256: str | None,
+) -> AdaptationRun:
+    """Gather what the stages of a run work with, and copy the parent's adapter to this machine.
+
+    Raises:
+        IntegrityError: The parent's adapter is damaged.
+        ObjectNotFoundError: The parent's adapter is missing.
+    """
+    store = current_store()
+    schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
+    parent_folder = None
+    if parent is not None:
+        parent_folder = work_folder(run.lineage, run.short_key) / "parent"
+        shutil.rmtree(parent_folder, ignore_errors=True)  # of an earlier try, which may be incomplete or damaged
+        fetch_adapter(store, parent, parent_folder)
+    # The parent's tasks, of which the arrival may replace the test rows, and a task that is new.
+    tasks = [task.judged_by(dataset) if task == renewal.known else task for task in (record.tasks if record else ())]
+    if all(task.schema.name != dataset.task for task in tasks):
+        new = KnownTask(
+            schema=schema,
+            dataset_uri=dataset.uri,
+            num_test=dataset.num_test,
+            max_prompt_tokens=spec.train.max_prompt_tokens,
+            max_new_tokens=spec.evaluate.max_new_tokens,
+        )
+        tasks.append(new)
+    return AdaptationRun(
+        spec=spec,
+        run=run,
+        dataset=dataset,
+        schema=schema,
+        base=base,
+        adapter=adapter,
+        strategy=strategy,
+        config_sha256=config_sha256,
+        parent=parent,
+        record=record,
+        parent_folder=parent_folder,
+        parent_answers=read_answers(store, parent.adapter_uri).now if parent else {},
+        tasks=tuple(replace(task, schema=dataset.widen(task.schema)) for task in tasks),
+        renewal=renewal,
+        spared=choose_spared(spec, strategy, record),
+        tested=tested,
+        requeued_sha256=requeued_sha256,
+    )
 
 
 def remove_work(run: Run) -> None:

@@ -38,12 +38,12 @@ class Scored:
     @property
     def accuracies(self) -> dict[str, float]:
         """Accuracy by task."""
-        return {name: found.accuracy for name, found in self.evaluations.items()}
+        return {name: evaluation.accuracy for name, evaluation in self.evaluations.items()}
 
     @property
     def outcomes(self) -> dict[str, Scores]:
         """Each row's score, by task."""
-        return {name: found.outcomes for name, found in self.evaluations.items()}
+        return {name: evaluation.outcomes for name, evaluation in self.evaluations.items()}
 
 
 class Scorer:
@@ -71,18 +71,19 @@ class Scorer:
             general: score it on plain English too.
             explain: measure what the collapse of a task's answers costs.
         """
-        found, answers, costs = {}, {}, {}
+        evaluations, answers, costs = {}, {}, {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
-                advance_task = partial(self._advance, test_set.schema.name)
+                name = test_set.schema.name
+                advance_task = partial(self._advance, name)
                 evaluation = evaluate_task(model, self._base.tokenizer, test_set, test_set.rows, advance_task)
-                found[evaluation.task] = evaluation
-                self.num_rows[evaluation.task] = evaluation.num_rows
-                answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
+                evaluations[name] = evaluation
+                self.num_rows[name] = evaluation.num_rows
+                answers[name] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
                 if explain and collapsed(evaluation.labels) is not None:
-                    costs[evaluation.task] = self._recentred_accuracy(model, test_set)
-            known = perplexity(model, self._base.tokenizer) if general else None
-        return Scored(found, answers, known, costs)
+                    costs[name] = self._recentred_accuracy(model, test_set)
+            on_english = perplexity(model, self._base.tokenizer) if general else None
+        return Scored(evaluations, answers, on_english, costs)
 
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
         return recentred_accuracy(
@@ -108,16 +109,16 @@ def collapse_notes(scored: Scored) -> tuple[str, ...]:
     """Say which label has taken over the answers to a task, and what that costs."""
     notes = []
     for name, recentred in scored.recentred.items():
-        found = scored.evaluations[name]
-        label = collapsed(found.labels)
+        evaluation = scored.evaluations[name]
+        label = collapsed(evaluation.labels)
         assert label is not None
         answer = "no label of the task" if label.label is None else brief(label.label)
-        rows = 100 * label.num_rows / found.num_rows
+        rows = 100 * label.num_rows / evaluation.num_rows
         note = f"{name}: {100 * label.share:.0f} % of the answers are {answer}, but {rows:.0f} % of the test rows are"
-        if (recentred - found.accuracy) * found.num_rows >= 1:
+        if (recentred - evaluation.accuracy) * evaluation.num_rows >= 1:
             note += (
                 f". If every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % "
-                f"instead of {100 * found.accuracy:.1f} %: train.recentre_steps lets the next version learn that"
+                f"instead of {100 * evaluation.accuracy:.1f} %: train.recentre_steps lets the next version learn that"
             )
         notes.append(note)
     return tuple(notes)

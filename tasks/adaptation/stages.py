@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
 
 from deal_core.errors import DataValidationError
 from tasks.progress import Interrupted
@@ -36,17 +35,12 @@ def is_transient(error: BaseException | None) -> bool:
     return False
 
 
-def _is_worth_a_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
-    """Answer Prefect, which asks after a failure. The state has the error."""
-    del task, task_run
-    return isinstance(state.data, BaseException) and is_transient(state.data)
-
-
 STAGE: dict[str, Any] = {
     "tags": ["deal"],
     "cache_policy": NO_CACHE,
     "retries": len(RETRY_SECONDS),
     "retry_delay_seconds": RETRY_SECONDS,
-    "retry_condition_fn": _is_worth_a_retry,
+    # Prefect asks after a failure; the state has the error
+    "retry_condition_fn": lambda task, run, state: isinstance(state.data, BaseException) and is_transient(state.data),
 }
 """Options of every stage. Prefect's cache is not used: a run finds its own results by its key and goes on from them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from prefect import task
 from pydantic import ValidationError
@@ -16,7 +16,7 @@ from deal_core.strategies import strategy_class
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
-from tasks.adaptation.adaptation import AdaptationRun
+from tasks.adaptation.run import AdaptationRun
 from tasks.adaptation.stages import STAGE
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
@@ -35,14 +35,6 @@ CHOSEN_FILE = "rows/chosen.parquet"
 SELECTION_FILE = "selection.json"
 
 
-class _LearnedRows(NamedTuple):
-    """The rows that are trained on, and what was chosen, for people."""
-
-    file: Path
-    num_rows: int
-    notes: tuple[str, ...] = ()
-
-
 @task(name="train", **STAGE)
 def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
@@ -56,25 +48,27 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         RankError: One of several training processes died.
     """
     from deal_core.training.job import TrainingJob
+    from deal_core.training.train import TrainingSetup
 
     store, folder, train = current_store(), adaptation.folder, adaptation.spec.train
     if (summary := _finished(folder)) is None:
-        setup = _setup(adaptation)
+        setup = TrainingSetup(
+            task=adaptation.schema,
+            old_tasks=tuple(known.schema for known in adaptation.record.tasks) if adaptation.record else (),
+            strategy=adaptation.strategy,
+            adapter=adaptation.adapter,
+            method=adaptation.spec.method,
+            train=train,
+        )
         rows_file = folder / "rows" / keys.TRAIN_FILE
         store.download_file(f"{adaptation.dataset.uri}/{keys.TRAIN_FILE}", rows_file)
-        learned = _choose(
-            adaptation.base,
-            setup,
-            _LearnedRows(rows_file, adaptation.dataset.num_train),
-            adaptation.parent_folder,
-            folder,
-        )
+        rows_file, num_rows, notes = _choose(adaptation, setup, rows_file)
         training = TrainingJob(
             base_source=adaptation.base.source,
             base_sha256=adaptation.base.sha256,
             cache_folder=HomeSettings().cache_dir,
-            rows_file=learned.file,
-            old_texts=_old_texts(store, adaptation, setup, folder / "texts"),
+            rows_file=rows_file,
+            old_texts=_old_texts(store, adaptation, folder / "texts"),
             setup=setup,
             parent_folder=adaptation.parent_folder,
             output_folder=folder / "adapter",
@@ -82,13 +76,13 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         )
         curve = LiveCurve(adaptation.run)
         try:
-            result = _train(training, adaptation.base, folder, _on_log(curve, train.num_steps(learned.num_rows)))
+            result = _train(training, adaptation.base, folder, _on_log(curve, train.num_steps(num_rows)))
         finally:
             curve.keep(store)
         recentred = _recentre(store, adaptation, folder / "adapter") if train.recentre_steps else ()
-        result = replace(result, notes=(*learned.notes, *result.notes, *recentred))
+        result = replace(result, notes=(*notes, *result.notes, *recentred))
         summary = TrainSummary(
-            adapter_sha256=sha256_together(digests_of(folder / "adapter")), num_rows=learned.num_rows, **asdict(result)
+            adapter_sha256=sha256_together(digests_of(folder / "adapter")), num_rows=num_rows, **asdict(result)
         )
         flush_to_disk(folder / "adapter")
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
@@ -123,70 +117,53 @@ def _recentre(store: ObjectStore, adaptation: AdaptationRun, adapter: Path) -> t
     return recentre_adapter(lend_base(adaptation.base), adapter, texts, adaptation.spec.train, advance("train"))
 
 
-def _old_texts(
-    store: ObjectStore, adaptation: AdaptationRun, setup: TrainingSetup, folder: Path
-) -> tuple[TextsFile, ...]:
+def _old_texts(store: ObjectStore, adaptation: AdaptationRun, folder: Path) -> tuple[TextsFile, ...]:
     """Write the texts of old tasks that the strategy may ask about to files in `folder`."""
     from deal_core.training.job import TextsFile
 
-    if strategy_class(adaptation.strategy).old_rows(setup.method) != "unused":
+    if strategy_class(adaptation.strategy).old_rows(adaptation.spec.method) != "unused":
         return ()
     folder.mkdir(exist_ok=True)
     files = []
-    olds = [known for known in adaptation.tasks if known.schema.name != setup.task.name]
-    for number, each in enumerate(spared_texts(store, olds)):
-        if len(each.rows):
+    olds = [known for known in adaptation.tasks if known.schema.name != adaptation.schema.name]
+    for number, texts in enumerate(spared_texts(store, olds)):
+        if len(texts.rows):
             file = folder / f"{number}.parquet"
-            each.rows.select_columns(["input", "output"]).to_parquet(file)
+            texts.rows.select_columns(["input", "output"]).to_parquet(file)
             files.append(
                 TextsFile(
-                    task=each.task,
+                    task=texts.task,
                     file=file,
-                    max_prompt_tokens=each.max_prompt_tokens,
-                    max_new_tokens=each.max_new_tokens,
+                    max_prompt_tokens=texts.max_prompt_tokens,
+                    max_new_tokens=texts.max_new_tokens,
                 )
             )
     return tuple(files)
 
 
-def _setup(adaptation: AdaptationRun) -> TrainingSetup:
-    from deal_core.training.train import TrainingSetup
+def _choose(adaptation: AdaptationRun, setup: TrainingSetup, rows_file: Path) -> tuple[Path, int, tuple[str, ...]]:
+    """Return the file of the rows that are trained on, their number, and notes about the choice.
 
-    return TrainingSetup(
-        task=adaptation.schema,
-        old_tasks=tuple(known.schema for known in adaptation.record.tasks) if adaptation.record else (),
-        strategy=adaptation.strategy,
-        adapter=adaptation.adapter,
-        method=adaptation.spec.method,
-        train=adaptation.spec.train,
-    )
-
-
-def _choose(
-    base: BaseRef, setup: TrainingSetup, every: _LearnedRows, parent_folder: Path | None, folder: Path
-) -> _LearnedRows:
-    """Choose the rows that are trained on, in this process before others start, and write them to CHOSEN_FILE.
-
-    If the selection is off, the rows stay as they are.
+    Rows are chosen in this process before others start. If the selection is off, all of them stay.
     """
     from datasets import Dataset
 
     from deal_core.selection.choose import choose_rows
 
     if not setup.method.selection.is_on:
-        return every
+        return rows_file, adaptation.dataset.num_train, ()
     report = advance("train")
-    rows = Dataset.from_parquet(str(every.file), cache_dir=str(every.file.parent))
+    rows = Dataset.from_parquet(str(rows_file), cache_dir=str(rows_file.parent))
     chosen = choose_rows(
         rows,
         setup,
-        lambda: lend_base(base),
-        parent_folder=parent_folder,
-        journal=folder / SELECTION_FILE,
+        lambda: lend_base(adaptation.base),
+        parent_folder=adaptation.parent_folder,
+        journal=adaptation.folder / SELECTION_FILE,
         on_progress=lambda done, total: report(done, total, "choosing rows"),
     )
-    rows.select(chosen.rows).to_parquet(folder / CHOSEN_FILE)
-    return _LearnedRows(folder / CHOSEN_FILE, len(chosen.rows), chosen.notes)
+    rows.select(chosen.rows).to_parquet(adaptation.folder / CHOSEN_FILE)
+    return adaptation.folder / CHOSEN_FILE, len(chosen.rows), chosen.notes
 
 
 def _train(training: TrainingJob, base: BaseRef, folder: Path, on_log: OnLog) -> TrainingResult:

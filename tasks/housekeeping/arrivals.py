@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ class KnownArrival:
 
         Of a folder that is the arrival they are all files, also those that are not read: engines keep rows in some.
         """
-        handled = {(each.key, each.etag) for each in _handled(store, self.task) if each.sha256 in self.sha256s}
+        handled = {(file.key, file.etag) for file in _handled(store, self.task) if file.sha256 in self.sha256s}
         listing = list(store.list(keys.inbox_folder(self.task)))
         own = {info.key for info in list_arrivals(listing) if info.key == self.key or (info.key, info.etag) in handled}
         return [
@@ -82,13 +82,13 @@ def find_arrival(store: ObjectStore, named: str) -> KnownArrival:
             f"{named!r} is neither a digest (or {MIN_PREFIX} and more of its first characters) nor a key such as "
             f"{keys.INBOX}/TASK/FILE; deal history --json shows the digests as dataset_sha256."
         )
-    found = sorted({(task, sha256) for task, sha256 in _known_digests(store) if sha256.startswith(named)})
-    if not found:
+    matches = sorted({(task, sha256) for task, sha256 in _known_digests(store) if sha256.startswith(named)})
+    if not matches:
         raise ConfigError(f"No arrival has a digest that begins with {named}; deal history --json shows the digests.")
-    if len(found) > 1:
-        listed = ", ".join(f"{sha256} ({task})" for task, sha256 in found)
-        raise ConfigError(f"{named} is the beginning of {len(found)} digests: {listed}; give more of it.")
-    return _known(store, *found[0], key=None)
+    if len(matches) > 1:
+        listed = ", ".join(f"{sha256} ({task})" for task, sha256 in matches)
+        raise ConfigError(f"{named} is the beginning of {len(matches)} digests: {listed}; give more of it.")
+    return _by_digest(store, *matches[0])
 
 
 def with_every_split(store: ObjectStore, arrival: KnownArrival) -> KnownArrival:
@@ -96,19 +96,20 @@ def with_every_split(store: ObjectStore, arrival: KnownArrival) -> KnownArrival:
 
     Datasets are found by their manifests, by the versions that learned from them, and by tombstones.
     """
-    known = [(sha256, manifest.landed_sha256, manifest.files) for sha256, manifest in manifests_of(store, arrival.task)]
-    known += [
+    datasets = [
+        (sha256, manifest.landed_sha256, manifest.files) for sha256, manifest in manifests_of(store, arrival.task)
+    ]
+    datasets += [
         (version.dataset_sha256, version.landed_sha256, ())
         for lineage in list_all_lineages(store)
         for version in Versions(store).all(lineage)
         if version.task == arrival.task
     ]
     tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
-    landed = {found for sha256, found, _ in known if sha256 == arrival.sha256}
-    landed |= set(tombstone.landed if tombstone else ())
     # an arrival that is known only by its file may have become a dataset meanwhile, in each lineage another one
-    landed |= {found for _, found, files in known if arrival.sha256 in files}
-    same = [(sha256, files) for sha256, found, files in known if found in landed]
+    landed = {rows for sha256, rows, files in datasets if arrival.sha256 in (sha256, *files)}
+    landed |= set(tombstone.landed if tombstone else ())
+    same = [(sha256, files) for sha256, rows, files in datasets if rows in landed]
     splits = {sha256 for sha256, _ in same} | set(tombstone.splits if tombstone else ())
     files = dict.fromkeys((*arrival.files, *(digest for _, files in same for digest in files)))
     return replace(
@@ -135,47 +136,36 @@ def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetMa
 
 
 def _by_key(store: ObjectStore, key: str) -> KnownArrival:
-    task = keys.task_of(key)
-    arrival = keys.arrival_of(key) or key
+    task, arrival = keys.task_of(key), keys.arrival_of(key) or key
     landed = _digests_below(store, key)
-    found = {
+    whole = landed if arrival == key else _digests_below(store, arrival)
+    sha256s = {
         sha256 for sha256, manifest in manifests_of(store, task) if landed and landed.keys() <= set(manifest.files)
     }
-    found |= {each.sha256 for each in _handled(store, task) if each.key == arrival}
-    if len(found) > 1 and not _is_one_arrival(store, task, found):
-        raise ConfigError(
-            f"{key} landed as {len(found)} datasets: {', '.join(sorted(found))}; give the digest of one of them."
-        )
-    if found:
-        known = _known(store, task, min(found), key=None)
-        if landed and known.files and landed.keys().isdisjoint(known.files):
-            raise ConfigError(
-                f"{key} has another content than the arrival {known.sha256}, which landed there before. Give this "
-                "digest to forget that arrival. The present file was not learned: delete it, if it must go."
-            )
-        return _known(store, task, min(found), key=arrival)
-    if not landed:
+    sha256s |= {file.sha256 for file in _handled(store, task) if file.key == arrival}
+    if not sha256s and not landed:
         raise ConfigError(f"There is no {store.uri_of(key)}, and no watch has handled one; check the key.")
-    return _known(store, task, next(iter(_digests_below(store, arrival))), key=arrival)
+    known = _by_digest(store, task, min(sha256s) if sha256s else next(iter(whole)))
+    # several datasets are one arrival if they have the same landed rows with different splits
+    if len(sha256s) > 1 and not sha256s <= {*with_every_split(store, known).sha256s}:
+        raise ConfigError(
+            f"{key} landed as {len(sha256s)} datasets: {', '.join(sorted(sha256s))}; give the digest of one of them."
+        )
+    if sha256s and landed and known.files and landed.keys().isdisjoint(known.files):
+        raise ConfigError(
+            f"{key} has another content than the arrival {known.sha256}, which landed there before. Give this "
+            "digest to forget that arrival. The present file was not learned: delete it, if it must go."
+        )
+    return replace(known, key=arrival, files=tuple(dict.fromkeys((*known.files, *whole))))
 
 
-def _is_one_arrival(store: ObjectStore, task: str, sha256s: Collection[str]) -> bool:
-    """Whether the datasets have the same landed rows with different splits."""
-    known = with_every_split(store, _known(store, task, min(sha256s), key=None))
-    return set(sha256s) <= set(known.sha256s)
-
-
-def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> KnownArrival:
-    files = dict.fromkeys(
-        digest for found, manifest in manifests_of(store, task) if found == sha256 for digest in manifest.files
-    )
+def _by_digest(store: ObjectStore, task: str, sha256: str) -> KnownArrival:
+    files = [name for own, manifest in manifests_of(store, task) if own == sha256 for name in manifest.files]
     tombstone = find_tombstone(store, task, [sha256])
-    files |= dict.fromkeys(tombstone.files if tombstone else ())
+    files += tombstone.files if tombstone else ()
     if not files and any(True for _ in store.list(keys.quarantine_folder(task, sha256))):
-        files = {sha256: None}  # the whole file was refused
-    if key is not None:
-        files |= _digests_below(store, key)
-    return KnownArrival(task=task, sha256=sha256, files=tuple(files), key=key)
+        files = [sha256]  # the whole file was refused
+    return KnownArrival(task=task, sha256=sha256, files=tuple(dict.fromkeys(files)))
 
 
 def _known_digests(store: ObjectStore) -> Iterator[tuple[str, str]]:
@@ -242,18 +232,18 @@ def arrival_inputs(
     """
     own = [manifest for sha256, manifest in manifests if sha256 in arrival.sha256s]
     schemas = {manifest.task.sha256: manifest.task for manifest in own}
-    found: set[str] = set()
+    inputs: set[str] = set()
     files_read: set[str] = set()
     has_training_rows = False
     for schema in schemas.values():
         for key in inbox_keys:
             digests, whole_file = inputs_of_file(store, key, schema)
-            found |= digests
+            inputs |= digests
             files_read |= {whole_file} if whole_file else set()
         for sha256 in arrival.sha256s:
             for name, digests in inputs_of_dataset(store, schema, sha256):
-                found |= digests
+                inputs |= digests
                 has_training_rows |= name == keys.TRAIN_FILE
     ways = [arrival.files, *(manifest.training_files for manifest in own)]
     has_training_rows |= any(files and files_read.issuperset(files) for files in ways)
-    return ArrivalInputs(frozenset(found), has_training_rows)
+    return ArrivalInputs(frozenset(inputs), has_training_rows)

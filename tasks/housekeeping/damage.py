@@ -1,12 +1,13 @@
-"""Look for damage among what a lineage needs to learn on: its versions, promotions and runs, and its datasets.
+"""Look for damage among what a lineage needs to serve and to learn on.
 
-`look_at_champion` looks at the champion itself.
+That is its champion, its versions, promotions and runs, and its datasets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 from deal_core.errors import DealError
@@ -15,16 +16,37 @@ from infra.run_journal import RunJournal
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.stored import read_folder
-from infra.versions import Versions
+from infra.versions import Version, Versions
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import require_unaltered
-from tasks.lineage.record import LineageRecord
+from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.tombstones import forgotten_tests
+from tasks.lineage.version_files import borrowed_adapter
 
 MAX_SHOWN = 5
 """Damaged files of a lineage that are named; more are counted."""
 _READERS = 16
 """Files that are read at the same time: most of the time is that of the store's answers."""
+
+
+def look_at_champion(store: ObjectStore, lineage: str) -> tuple[Version | None, list[str]]:
+    """Return the champion of a lineage, and the problems that keep it from serving or from being continued.
+
+    The check reads the versions, the promotion log and the champion's record, and compares the files of its adapter and
+    of its method's state with their digests.
+    """
+    try:
+        champion = Versions(store).champion(lineage)
+    except DealError as error:
+        return None, [str(error)]
+    if champion is None:
+        return None, []
+
+    def read_files() -> None:
+        with borrowed_adapter(store, champion, with_method=True):
+            pass
+
+    return champion, _failures([partial(read_record, store, champion.adapter_uri), read_files])
 
 
 def find_damage(store: ObjectStore, lineage: str, record: LineageRecord | None) -> list[str]:
@@ -38,36 +60,31 @@ def find_damage(store: ObjectStore, lineage: str, record: LineageRecord | None) 
         keys.promotion_folder(lineage): PromotionLog(store).parse,
         keys.run_folder(lineage): RunJournal(store).parse,
     }
-    damaged = _failures(
-        [
-            *(
-                partial(parse, *file)
-                for folder, parse in parsers.items()
-                for file in read_folder(store, folder).items()
-            ),
-            *(partial(_read_listed_manifest, store, uri) for uri in _datasets_of(store, lineage)),
-        ]
-    )
+    checks: list[Callable[[], object]] = [
+        partial(parse, *file) for folder, parse in parsers.items() for file in read_folder(store, folder).items()
+    ]
+
+    def check_manifest(dataset_uri: str) -> None:
+        with suppress(ObjectNotFoundError):  # it was forgotten since it was listed
+            read_manifest(store, dataset_uri)
+
+    for info in store.list(keys.DATASETS):
+        file = keys.parse_dataset_file(info.key)
+        if file is not None and (file.lineage, file.name) == (lineage, keys.MANIFEST_FILE):
+            checks.append(partial(check_manifest, info.key.removesuffix(f"/{keys.MANIFEST_FILE}")))
+
+    def check_tests(task: str, dataset_uri: str) -> None:
+        if forgotten_tests(store, task, dataset_uri) is None:
+            require_unaltered(store, dataset_uri)
+
     if record is not None:
-        names = {known.dataset_uri: known.schema.name for known in record.tasks}
-        names |= {each.dataset_uri: each.of for each in record.slices}
-        damaged += [
-            message
-            for message in _failures([partial(_check_tests, store, name, uri) for uri, name in names.items()])
-            if message not in damaged  # a damaged manifest is one damage, also if the test rows need it
-        ]
+        tests = {task.dataset_uri: task.schema.name for task in record.tasks}
+        tests |= {piece.dataset_uri: piece.of for piece in record.slices}
+        checks += [partial(check_tests, name, uri) for uri, name in tests.items()]
+    # a damaged manifest is one damage, also if the test rows need it
+    damaged = list(dict.fromkeys(_failures(checks)))
     num_more = len(damaged) - MAX_SHOWN
     return [*damaged[:MAX_SHOWN], *([f"{num_more} more files of the lineage are damaged."] if num_more > 0 else [])]
-
-
-def _datasets_of(store: ObjectStore, lineage: str) -> list[str]:
-    """The folders of the lineage's datasets that have a manifest."""
-    files = [(info.key, keys.parse_dataset_file(info.key)) for info in store.list(keys.DATASETS)]
-    return [
-        key.removesuffix(f"/{keys.MANIFEST_FILE}")
-        for key, file in files
-        if file is not None and (file.lineage, file.name) == (lineage, keys.MANIFEST_FILE)
-    ]
 
 
 def _failures(checks: Iterable[Callable[[], object]]) -> list[str]:
@@ -80,15 +97,3 @@ def _failures(checks: Iterable[Callable[[], object]]) -> list[str]:
 
     with ThreadPoolExecutor(_READERS) as readers:
         return [message for message in readers.map(message_of, checks) if message is not None]
-
-
-def _read_listed_manifest(store: ObjectStore, dataset_uri: str) -> None:
-    try:
-        read_manifest(store, dataset_uri)
-    except ObjectNotFoundError:  # it was forgotten since it was listed
-        return
-
-
-def _check_tests(store: ObjectStore, task: str, dataset_uri: str) -> None:
-    if forgotten_tests(store, task, dataset_uri) is None:
-        require_unaltered(store, dataset_uri)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Literal, assert_never, get_args
+from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.predictions import answers_to, forget_answers
 from infra.report.run_report import EVALUATION_FILE, LIVE_FILE
-from infra.run_journal import Run, RunJournal
+from infra.run_journal import RunJournal
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256
@@ -34,7 +33,7 @@ from tasks.housekeeping.garbage import (
 from tasks.inbox import read_state, write_state
 from tasks.lineage.frozen_rows import ANSWERS_FILE
 from tasks.lineage.record import RECORD_FILE, read_record
-from tasks.lineage.version_files import replacing
+from tasks.lineage.version_files import download_files, replacing
 from tasks.monitoring.harvest import harvested_from
 from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_task
 
@@ -109,11 +108,11 @@ class ForgetPlan(BaseModel, frozen=True):
 
 def affected_versions(versions: Sequence[Version], sha256s: Collection[str]) -> tuple[AffectedVersion, ...]:
     """Return the versions of a lineage, oldest first, whose weights have learned from one of the datasets."""
-    found: dict[str, AffectedVersion] = {}
+    affected: dict[str, AffectedVersion] = {}
     for version in versions:
         is_direct = version.dataset_sha256 in sha256s
-        if is_direct or version.parent_version in found:
-            found[version.version] = AffectedVersion(
+        if is_direct or version.parent_version in affected:
+            affected[version.version] = AffectedVersion(
                 lineage=version.lineage,
                 version=version.version,
                 task=version.task,
@@ -121,7 +120,7 @@ def affected_versions(versions: Sequence[Version], sha256s: Collection[str]) -> 
                 accepted=version.accepted,
                 aliases=version.aliases,
             )
-    return tuple(found.values())
+    return tuple(affected.values())
 
 
 def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
@@ -133,45 +132,36 @@ def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
     arrival = with_every_split(store, arrival)
     inbox_files, manifests = arrival.inbox_files(store), [*manifests_of(store, arrival.task)]
     inbox_keys = [info.key for info in inbox_files]
-    held = [*_rows_in_store(store, arrival), *(_stored("inbox file", info) for info in inbox_files)]
+
+    row_files: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
+    held = [
+        _file(row_files[name], info)
+        for sha256 in arrival.sha256s
+        for info in store.list(keys.dataset_folder(arrival.task, sha256))
+        if (name := keys.file_name(info.key)) in row_files
+    ]
+    held += [_file("quarantine", info) for info in quarantine_of(store, arrival)]
+    held += [_file("inbox file", info) for info in inbox_files]
     held += [  # a killed process may have left rows of any arrival
-        RowsPlace(kind="temporary files", address=each.address, num_bytes=each.num_bytes)
-        for each in find_leftovers(store, datetime.now(UTC))
+        RowsPlace(kind="temporary files", address=folder.address, num_bytes=folder.num_bytes)
+        for folder in find_leftovers(store, datetime.now(UTC))
     ]
+
     inputs = arrival_inputs(store, arrival, inbox_keys, manifests)
-    logged = _logged(store, inputs.digests)
-    held += [
-        RowsPlace(
-            kind="logged answers",
-            lineage=lineage,
-            address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
-        )
-        for lineage, ids in logged.items()
-    ]
-    harvested = [key for key in harvested_from(store, set().union(*logged.values())) if key not in inbox_keys]
+    answer_ids: set[str] = set()
+    for lineage in list_logged_lineages(store):
+        if ids := answers_to(store, lineage, inputs.digests):
+            answer_ids |= ids
+            address = f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}"
+            held.append(RowsPlace(kind="logged answers", address=address, lineage=lineage))
+
     learned: list[AffectedVersion] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
-        versions, runs = Versions(store).all(lineage), RunJournal(store).all(lineage)
-        affected = affected_versions(versions, arrival.sha256s)
+        affected, is_unjudged, places = _look_at(store, lineage, arrival)
         learned += affected
-        judged, asked = _judged_by(store, versions, arrival)
-        if any("champion" in version.aliases for version in judged):
-            unjudged.append(lineage)
-        numbers = {each.version for each in affected}
-        unfinished = _unregistered(versions, runs, numbers, arrival)
-        began = {run.short_key for run in runs if run.dataset_sha256 in arrival.sha256s}
-        ended = {keys.short_run(version.run_key) for version in versions if version.version in numbers}
-        held += _work_folders(lineage, unfinished | began | ended)
-        held += _orphans(store, lineage, unfinished)
-        held += _answers(store, asked)
-        held += _references(store, judged, arrival.task)
-        own = {run.run_key for run in runs if run.dataset_sha256 in arrival.sha256s}
-        own |= {version.run_key for version in versions if version.dataset_sha256 in arrival.sha256s}
-        # the record went with the adapter, so nobody knows what judged it
-        gone = {version.run_key for version in versions if version.version in numbers and version.since.adapter_removed}
-        held += _reports(store, lineage, own | gone | {version.run_key for version in asked})
-        held += _kept_by_method(store, versions, numbers, arrival)
+        unjudged += [lineage] if is_unjudged else []
+        held += places
     shared = {
         sha256
         for sha256, manifest in manifests
@@ -188,8 +178,87 @@ def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
         unjudged=tuple(unjudged),
         shared_with=tuple(sorted(shared)),
         inputs=inputs.digests,
-        harvested=tuple(harvested),
+        harvested=tuple(key for key in harvested_from(store, answer_ids) if key not in inbox_keys),
         knows_training_rows=inputs.has_training_rows,
+    )
+
+
+def _look_at(
+    store: ObjectStore, lineage: str, arrival: KnownArrival
+) -> tuple[tuple[AffectedVersion, ...], bool, list[RowsPlace]]:
+    """Return the affected versions of a lineage, whether its champion is judged by the arrival, and the places."""
+    versions, runs = Versions(store).all(lineage), RunJournal(store).all(lineage)
+    affected = affected_versions(versions, arrival.sha256s)
+    numbers = {version.version for version in affected}
+    own_runs = [run for run in runs if run.dataset_sha256 in arrival.sha256s]
+    places: list[RowsPlace] = []
+
+    # Versions that the arrival's test rows judge, and versions that answered them, also as a slice.
+    judged, asked = [], []
+    for version in versions:
+        if not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
+            continue
+        record = read_record(store, version.adapter_uri)
+        known = record.task(arrival.task)
+        slices = [part.dataset_uri for part in record.slices if part.of == arrival.task]
+        is_judged = known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s
+        if is_judged:
+            judged.append(version)
+            key = f"{version.adapter_uri}/{REFERENCE_FILE}"
+            if holds_task(store, key, arrival.task):
+                places.append(RowsPlace(kind="reference rows", address=key, lineage=lineage, version=version.version))
+        if is_judged or any(dataset_sha256(uri) in arrival.sha256s for uri in slices):
+            asked.append(version)
+            if answers := store.find(f"{version.adapter_uri}/{ANSWERS_FILE}"):
+                places.append(_file("answers", answers, lineage=lineage, version=version.version))
+
+    # Runs without a version that learned from the arrival or continue an affected version left folders.
+    registered = {version.run_key for version in versions}
+    continuing = [run for run in runs if run.parent_version in numbers]
+    unfinished = {run.short_key for run in (*own_runs, *continuing) if run.run_key not in registered}
+    for short_key in sorted(unfinished):
+        folder = keys.adapter_uri(lineage, short_key)
+        if infos := list(store.list(folder)):
+            size = sum(info.size for info in infos)
+            places.append(RowsPlace(kind="adapter of no version", address=folder, num_bytes=size, lineage=lineage))
+    ended = {version.short_key for version in versions if version.version in numbers}
+    for short_key in sorted({*unfinished, *ended, *(run.short_key for run in own_runs)}):
+        work = work_folder(lineage, short_key)
+        if work.is_dir():
+            size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+            places.append(RowsPlace(kind="work folder", address=str(work), num_bytes=size, lineage=lineage))
+
+    # Reports of these runs, and of versions that answered the test rows. The record of a removed adapter went with it,
+    # so nobody knows what judged it.
+    gone = [version for version in versions if version.version in numbers and version.since.adapter_removed]
+    direct = [version for version in versions if version.dataset_sha256 in arrival.sha256s]
+    reporting = {run.short_key: run.run_key for run in own_runs}
+    reporting |= {version.short_key: version.run_key for version in (*direct, *gone, *asked)}
+    for info in store.list(keys.report_folder(lineage)):
+        run_key = reporting.get(keys.run_of_report(info.key))
+        if run_key is not None and keys.file_name(info.key) not in FIGURES:
+            places.append(_file("report", info, lineage=lineage, run_key=run_key))
+
+    concerned = [version for version in versions if version.version in numbers and not version.since.adapter_removed]
+    tensors = _method_rows(store, versions, arrival.task, arrival.sha256s) if concerned else {}
+    places += [
+        RowsPlace(
+            kind="rows kept by the method",
+            address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
+            lineage=lineage,
+            version=version.version,
+        )
+        for version in concerned
+        if tensors[version.version]
+    ]
+    return affected, any("champion" in version.aliases for version in judged), places
+
+
+def _file(
+    kind: Kind, info: ObjectInfo, *, lineage: str | None = None, version: str | None = None, run_key: str | None = None
+) -> RowsPlace:
+    return RowsPlace(
+        kind=kind, address=info.key, num_bytes=info.size, lineage=lineage, version=version, run_key=run_key
     )
 
 
@@ -199,38 +268,26 @@ def forget_held(store: ObjectStore, plan: ForgetPlan) -> None:
     Before anything is removed, an order is stored for each report: its copy in MLflow is removed by
     `tasks.mlflow_mirror`, which may not reach MLflow now.
     """
-    for each in plan.held:
-        if each.kind == "report":
-            assert each.lineage is not None and each.run_key is not None
-            store.put_bytes(keys.mlflow_forget_key(each.lineage, each.run_key), each.run_key.encode())
+    for place in plan.held:
+        if place.kind == "report":
+            assert place.lineage is not None and place.run_key is not None
+            store.put_bytes(keys.mlflow_forget_key(place.lineage, place.run_key), place.run_key.encode())
     emptied: set[str] = set()
-    for each in sorted(plan.held, key=lambda each: ORDER.index(each.kind)):
-        match each.kind:
+    for place in sorted(plan.held, key=lambda place: ORDER.index(place.kind)):
+        match place.kind:
             case "rows kept by the method":
-                if each.lineage and each.lineage not in emptied:
-                    _empty_method_rows(store, each.lineage, plan.task, (plan.sha256, *plan.splits))
-                    emptied.add(each.lineage)
-            case "work folder":
-                remove_local(each.address)
+                if place.lineage and place.lineage not in emptied:  # one call empties those of all its versions
+                    _empty_method_rows(store, place.lineage, plan.task, (plan.sha256, *plan.splits))
+                    emptied.add(place.lineage)
+            case "work folder" | "temporary files":
+                remove_local(place.address)
             case "reference rows":
-                forget_reference(store, each.address, plan.task)
-            case "temporary files":
-                remove_local(each.address)
+                forget_reference(store, place.address, plan.task)
             case "logged answers":
-                assert each.lineage is not None
-                forget_answers(store, each.lineage, plan.inputs)
-            case (
-                "report"
-                | "adapter of no version"
-                | "answers"
-                | "inbox file"
-                | "quarantine"
-                | "training rows"
-                | "test rows"
-            ):
-                store.delete(each.address)
-            case _:
-                assert_never(each.kind)
+                assert place.lineage is not None
+                forget_answers(store, place.lineage, plan.inputs)
+            case _:  # a file or a folder of the store
+                store.delete(place.address)
     for sha256 in (*plan.splits, plan.sha256):  # the named one last: its manifest finds the others
         store.delete(keys.dataset_folder(plan.task, sha256))
 
@@ -242,135 +299,8 @@ def silence_watches(store: ObjectStore, landed: Collection[str], said: str) -> N
         state = read_state(store, lineage)
         files = {key: state.files[key] for key in landed if key in state.files}
         if files:
-            state.files.update({key: each.model_copy(update={"message": said}) for key, each in files.items()})
+            state.files.update({key: handled.model_copy(update={"message": said}) for key, handled in files.items()})
             write_state(store, lineage, state)
-
-
-def _stored(kind: Kind, info: ObjectInfo, version: Version | None = None) -> RowsPlace:
-    """A file of the store, which may be a version's."""
-    lineage, number = (version.lineage, version.version) if version else (None, None)
-    return RowsPlace(kind=kind, address=info.key, num_bytes=info.size, lineage=lineage, version=number)
-
-
-def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[RowsPlace]:
-    kinds: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
-    datasets = [keys.dataset_folder(arrival.task, digest) for digest in arrival.sha256s]
-    return [
-        *(
-            _stored(kinds[name], info)
-            for folder in datasets
-            for info in store.list(folder)
-            if (name := keys.file_name(info.key)) in kinds
-        ),
-        *(_stored("quarantine", info) for info in quarantine_of(store, arrival)),
-    ]
-
-
-def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
-    """The ids of the logged answers to the inputs, by lineage."""
-    found = {lineage: answers_to(store, lineage, inputs) for lineage in list_logged_lineages(store)}
-    return {lineage: ids for lineage, ids in found.items() if ids}
-
-
-def _judged_by(
-    store: ObjectStore, versions: Iterable[Version], arrival: KnownArrival
-) -> tuple[list[Version], list[Version]]:
-    """The versions that the arrival's test rows judge, and the versions that answered them, also as a slice."""
-    judged, asked = [], []
-    for version in versions:
-        if not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
-            continue
-        record = read_record(store, version.adapter_uri)
-        known = record.task(arrival.task)
-        slices = [each.dataset_uri for each in record.slices if each.of == arrival.task]
-        is_judged = known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s
-        if is_judged:
-            judged.append(version)
-        if is_judged or any(dataset_sha256(uri) in arrival.sha256s for uri in slices):
-            asked.append(version)
-    return judged, asked
-
-
-def _unregistered(
-    versions: Iterable[Version], runs: Iterable[Run], affected: Collection[str], arrival: KnownArrival
-) -> set[str]:
-    """Short keys of the runs without a version that learned from the arrival or continue an affected version."""
-    registered = {version.run_key for version in versions}
-    return {
-        run.short_key
-        for run in runs
-        if run.run_key not in registered and (run.dataset_sha256 in arrival.sha256s or run.parent_version in affected)
-    }
-
-
-def _orphans(store: ObjectStore, lineage: str, short_keys: Collection[str]) -> list[RowsPlace]:
-    folders = [keys.adapter_uri(lineage, key) for key in sorted(short_keys)]
-    return [
-        RowsPlace(
-            kind="adapter of no version", address=folder, lineage=lineage, num_bytes=sum(info.size for info in infos)
-        )
-        for folder in folders
-        if (infos := list(store.list(folder)))
-    ]
-
-
-def _work_folders(lineage: str, short_keys: Collection[str]) -> list[RowsPlace]:
-    folders = [work_folder(lineage, key) for key in sorted(short_keys)]
-    return [
-        RowsPlace(
-            kind="work folder",
-            address=str(folder),
-            lineage=lineage,
-            num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        )
-        for folder in folders
-        if folder.is_dir()
-    ]
-
-
-def _answers(store: ObjectStore, versions: Iterable[Version]) -> list[RowsPlace]:
-    return [
-        _stored("answers", info, version)
-        for version in versions
-        for info in store.list(version.adapter_uri)
-        if keys.file_name(info.key) == ANSWERS_FILE
-    ]
-
-
-def _references(store: ObjectStore, versions: Iterable[Version], task: str) -> list[RowsPlace]:
-    return [
-        RowsPlace(kind="reference rows", address=key, lineage=version.lineage, version=version.version)
-        for version in versions
-        if holds_task(store, key := f"{version.adapter_uri}/{REFERENCE_FILE}", task)
-    ]
-
-
-def _reports(store: ObjectStore, lineage: str, run_keys: Iterable[str]) -> list[RowsPlace]:
-    by_short_key = {keys.short_run(run_key): run_key for run_key in run_keys}
-    return [
-        RowsPlace(
-            kind="report", address=info.key, num_bytes=info.size, lineage=lineage, run_key=by_short_key[short_key]
-        )
-        for info in store.list(keys.report_folder(lineage))
-        if (short_key := keys.run_of_report(info.key)) in by_short_key and keys.file_name(info.key) not in FIGURES
-    ]
-
-
-def _kept_by_method(
-    store: ObjectStore, versions: Sequence[Version], affected: Collection[str], arrival: KnownArrival
-) -> list[RowsPlace]:
-    concerned = [version for version in versions if version.version in affected and not version.since.adapter_removed]
-    names = _method_rows(store, versions, arrival.task, arrival.sha256s) if concerned else {}
-    return [
-        RowsPlace(
-            kind="rows kept by the method",
-            address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
-            lineage=version.lineage,
-            version=version.version,
-        )
-        for version in concerned
-        if names.get(version.version)
-    ]
 
 
 def _method_rows(
@@ -390,15 +320,15 @@ def _method_rows(
     for version in versions:
         parent = version.parent_version or ""
         with temporary_folder() as folder:
-            _download_method(store, version.adapter_uri, folder)
+            download_files(store, version.adapter_uri, folder, METHOD_FILES)
             names = sizes.setdefault(version.version, kept_of_tasks(folder)).keys()
-        found = wanted.get(parent, set()) & names
+        own = wanted.get(parent, set()) & names
         if version.dataset_sha256 in sha256s:
-            found |= {name for name in names - sizes.get(parent, {}).keys() if name.startswith(STORED_ROWS)}
+            own |= {name for name in names - sizes.get(parent, {}).keys() if name.startswith(STORED_ROWS)}
         if version.dataset_sha256 in sha256s or parent in learned:
             learned.add(version.version)
-            found |= {name for name in names if name.startswith(answers_name(task))}
-        wanted[version.version] = found
+            own |= {name for name in names if name.startswith(answers_name(task))}
+        wanted[version.version] = own
     return {version: {name for name in names if sizes[version][name]} for version, names in wanted.items()}
 
 
@@ -407,15 +337,10 @@ def _empty_method_rows(store: ObjectStore, lineage: str, task: str, sha256s: Col
 
     versions = Versions(store).all(lineage)
     names = _method_rows(store, versions, task, sha256s)
-    for version in [version for version in versions if names[version.version]]:
-        with temporary_folder() as folder:
-            _download_method(store, version.adapter_uri, folder)
-            empty_tensors(folder, names[version.version])
-            with replacing(store, version, folder):
-                store.upload_folder(folder, version.adapter_uri)
-
-
-def _download_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    for info in store.list(adapter_uri):
-        if keys.file_name(info.key) in METHOD_FILES:
-            store.download_file(info.key, folder / keys.file_name(info.key))
+    for version in versions:
+        if names[version.version]:
+            with temporary_folder() as folder:
+                download_files(store, version.adapter_uri, folder, METHOD_FILES)
+                empty_tensors(folder, names[version.version])
+                with replacing(store, version, folder):
+                    store.upload_folder(folder, version.adapter_uri)

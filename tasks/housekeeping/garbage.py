@@ -95,10 +95,10 @@ def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta)
     run_of = {run.short_key: run for run in inventory.runs}
     kept = kept_versions(inventory.versions, cutoff)
     champion = next((version.version for version in inventory.versions if "champion" in version.aliases), None)
-    found: list[Removal] = []
+    removals: list[Removal] = []
 
     def add(kind: Kind, folder: Folder, reason: str, version: str | None = None) -> None:
-        found.append(_removal(inventory.lineage, kind, folder, reason, version))
+        removals.append(_removal(inventory.lineage, kind, folder, reason, version))
 
     for key, folder in sorted(inventory.work.items()):
         if version := version_of.get(key):  # steps after the registration need only the store
@@ -115,7 +115,7 @@ def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta)
     for folder in inventory.training_rows:
         if folder.modified < cutoff:  # a run on another machine may still read younger rows
             add("training rows", folder, "learned, or to be read anew from the file")
-    return tuple(found)
+    return tuple(removals)
 
 
 def _removal(lineage: str, kind: Kind, folder: Folder, reason: str, version: str | None = None) -> Removal:
@@ -137,10 +137,10 @@ def kept_versions(versions: Sequence[Version], cutoff: datetime) -> set[str]:
     """
     kept: set[str] = set()
     parents: set[str | None] = set()
-    for each in reversed(versions):  # a parent is older than its children
-        if not each.is_rejected or each.aliases or each.created > cutoff or each.version in parents:
-            kept.add(each.version)
-            parents.add(each.parent_version)
+    for version in reversed(versions):  # a parent is older than its children
+        if not version.is_rejected or version.aliases or version.created > cutoff or version.version in parents:
+            kept.add(version.version)
+            parents.add(version.parent_version)
     return kept
 
 
@@ -158,19 +158,18 @@ def _why_over(run: Run | None, folder: Folder, champion: str | None, cutoff: dat
 
 def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
     """Return every lineage with a version, an adapter or a dataset in the store, or a work folder on this machine."""
-    found = set(Versions(store).lineages())
-    found |= {each.lineage for info in store.list(ADAPTERS) if (each := keys.parse_adapter_file(info.key))}
-    datasets = [keys.parse_dataset_file(info.key) for info in store.list(DATASETS)]
-    found |= {each.lineage for each in datasets if each}
+    names = set(Versions(store).lineages())
+    names |= {file.lineage for info in store.list(ADAPTERS) if (file := keys.parse_adapter_file(info.key))}
+    names |= {dataset.lineage for info in store.list(DATASETS) if (dataset := keys.parse_dataset_file(info.key))}
     work = HomeSettings().home / "work"
-    found |= {path.name for path in work.iterdir() if path.is_dir()} if work.is_dir() else set()
-    return tuple(sorted(found))
+    names |= {path.name for path in work.iterdir() if path.is_dir()} if work.is_dir() else set()
+    return tuple(sorted(names))
 
 
 def list_logged_lineages(store: ObjectStore) -> tuple[str, ...]:
     """Return every lineage with a prediction log or feedback."""
-    found = {keys.lineage_of(info.key) for log in (PREDICTIONS, FEEDBACK) for info in store.list(log)}
-    return tuple(sorted(name for name in found if is_name(name)))
+    names = {keys.lineage_of(info.key) for log in (PREDICTIONS, FEEDBACK) for info in store.list(log)}
+    return tuple(sorted(filter(is_name, names)))
 
 
 def has_logging_servers(store: ObjectStore) -> bool:
@@ -204,17 +203,14 @@ def lonely_feedback(store: ObjectStore, lineage: str, *, now: datetime) -> tuple
         StoreError: A batch is damaged.
     """
     ids = _without_answer(store, lineage, now)
-    if not ids:
-        return ()
-    return (
-        Removal(
-            lineage=lineage,
-            kind="feedback without an answer",
-            num_bytes=0,
-            address=f"{len(ids)} answers of {keys.log_folder(FEEDBACK, lineage)}",
-            reason="the log does not have the answers any more",
-        ),
+    removal = Removal(
+        lineage=lineage,
+        kind="feedback without an answer",
+        address=f"{len(ids)} answers of {keys.log_folder(FEEDBACK, lineage)}",
+        num_bytes=0,
+        reason="the log does not have the answers any more",
     )
+    return (removal,) if ids else ()
 
 
 def _without_answer(store: ObjectStore, lineage: str, now: datetime) -> set[str]:
@@ -229,22 +225,30 @@ def look_at_lineage(store: ObjectStore, lineage: str) -> Inventory:
     """
     adapters: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in store.list(keys.adapters_folder(lineage)):
-        if each := keys.parse_adapter_file(info.key):
-            adapters[each.run].append(info)
+        if file := keys.parse_adapter_file(info.key):
+            adapters[file.run].append(info)
+    training_rows = []
+    for info in store.list(DATASETS):
+        dataset = keys.parse_dataset_file(info.key)
+        is_train_file = dataset is not None and dataset.lineage == lineage and dataset.name == TRAIN_FILE
+        if is_train_file and not retains_training_rows(store, info.key.removesuffix(f"/{TRAIN_FILE}")):
+            training_rows.append(Folder(info.key, info.size, info.modified))
+    work = HomeSettings().home / "work" / lineage
+    work_folders = sorted(work.iterdir()) if work.is_dir() else []
     return Inventory(
         lineage=lineage,
         versions=Versions(store).all(lineage),
         runs=RunJournal(store).all(lineage),
         adapters={key: _folder(keys.adapter_uri(lineage, key), infos) for key, infos in adapters.items()},
-        work={path.name: local_folder(path) for path in _work_folders(lineage)},
-        training_rows=_training_rows(store, lineage),
+        work={path.name: local_folder(path) for path in work_folders if path.is_dir() and not path.is_symlink()},
+        training_rows=training_rows,
     )
 
 
 def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]:
     """Return the files that killed processes left on this machine. They belong to no lineage."""
     reason = "left by a process that was killed"
-    return tuple(_removal("", "temporary files", each, reason) for each in find_leftovers(store, now))
+    return tuple(_removal("", "temporary files", folder, reason) for folder in find_leftovers(store, now))
 
 
 def remove(store: ObjectStore, removal: Removal, now: datetime) -> None:
@@ -263,23 +267,6 @@ def remove(store: ObjectStore, removal: Removal, now: datetime) -> None:
     store.delete(removal.address)
 
 
-def _training_rows(store: ObjectStore, lineage: str) -> list[Folder]:
-    """Stored training rows of a lineage that no arrival retains."""
-    found = []
-    for info in store.list(DATASETS):
-        file = keys.parse_dataset_file(info.key)
-        is_train_file = file is not None and file.lineage == lineage and file.name == TRAIN_FILE
-        if is_train_file and not retains_training_rows(store, info.key.removesuffix(f"/{TRAIN_FILE}")):
-            found.append(Folder(info.key, info.size, info.modified))
-    return found
-
-
-def _work_folders(lineage: str) -> list[Path]:
-    folder = HomeSettings().home / "work" / lineage
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
-
-
 def _folder(address: str, infos: list[ObjectInfo]) -> Folder:
     return Folder(address, sum(info.size for info in infos), max(info.modified for info in infos).astimezone(UTC))
 
@@ -289,11 +276,13 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
     places = [HomeSettings().home / TEMPORARY]
     if isinstance(store, FileStore):
         places.append(store.root / RESERVED)
-    found = []
+    leftovers = []
     for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
         with suppress(FileNotFoundError):  # its process has just removed it
-            found.append(local_folder(path))
-    return [folder for folder in found if folder.modified < now - AGE or _is_deserted(Path(folder.address))]
+            folder = local_folder(path)
+            if folder.modified < now - AGE or _is_deserted(path):
+                leftovers.append(folder)
+    return leftovers
 
 
 def _is_deserted(folder: Path) -> bool:
@@ -321,6 +310,6 @@ def local_folder(path: Path) -> Folder:
     Raises:
         FileNotFoundError: A part was removed meanwhile.
     """
-    stats = [each.lstat() for each in (path, *path.rglob("*"))]
-    num_bytes = sum(found.st_size for found in stats if stat.S_ISREG(found.st_mode))
-    return Folder(str(path), num_bytes, datetime.fromtimestamp(max(found.st_mtime for found in stats), UTC))
+    stats = [part.lstat() for part in (path, *path.rglob("*"))]
+    num_bytes = sum(part.st_size for part in stats if stat.S_ISREG(part.st_mode))
+    return Folder(str(path), num_bytes, datetime.fromtimestamp(max(part.st_mtime for part in stats), UTC))

@@ -16,18 +16,12 @@ from tasks.lineage.record import LineageRecord
 from tasks.references import Spared
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
-LOGGED_PARTS = (
-    "memory",
-    "deal",
-    "rehearsal",
-    "strategy_options",
-    "selection",
-    "train",
-    "evaluate",
-    "data",
-    "gate",
-)
+LOGGED_PARTS = ("memory", "deal", "rehearsal", "strategy_options", "selection", "train", "evaluate", "data", "gate")
 """Parts of a spec that a run's log shows."""
+MAX_NAMED = 6
+"""Most settings that a note about changed settings names."""
+SAME_RESULT = {"data.include_texts", "data.retain_training_rows", "train.num_processes", "train.checkpoint_steps"}
+"""Settings that such a note leaves out: they change no version. What `memory` stands for is left out too."""
 
 
 def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
@@ -89,17 +83,6 @@ def choose_spared(spec: AdaptSpec, strategy: str, record: LineageRecord | None) 
     return spared or ("labelled" if spec.train.recentre_steps else None)
 
 
-MAX_NAMED = 6
-"""Most settings that a note about changed settings names."""
-SAME_RESULT = {
-    "data.include_texts",
-    "data.retain_training_rows",
-    "train.num_processes",
-    "train.checkpoint_steps",
-}
-"""Settings that such a note leaves out: they change no version. What `memory` stands for is left out too."""
-
-
 def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -> tuple[str, ...]:
     """Return a note about settings that differ from those with which the parent version was learned; none if all agree.
 
@@ -110,32 +93,26 @@ def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -
         before: The spec of the parent's run as it was stored. Settings that only one of the two has are left out.
         version: The parent's number.
     """
-    now, then = (
-        {
-            f"{part}.{name}": value
-            for part, values in each.items()
-            if isinstance(values, Mapping)
-            for name, value in values.items()
-            if part in LOGGED_PARTS
+
+    def shown(settings: Mapping[str, Any]) -> dict[str, str]:
+        parts = {
+            part: values for part, values in settings.items() if part in LOGGED_PARTS and isinstance(values, Mapping)
         }
-        for each in (spec.model_dump(mode="json"), before)
-    )
+        named = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        named = {"memory": settings.get("memory"), **named}
+        return {name: json.dumps(value, ensure_ascii=False) for name, value in named.items()}
+
+    now, then = shown(spec.model_dump(mode="json")), shown(before)
     by_memory = {f"rehearsal.{name}" for name in MEMORY["rows"]} if spec.memory and before.get("memory") else set()
-    left_out = SAME_RESULT | by_memory
-    now, then = {"memory": spec.memory, **now}, {"memory": before.get("memory"), **then}
     changed = [
-        f"{name} {_shown(value)} (before: {_shown(then[name])})"
+        f"{name} {value} (before: {then[name]})"
         for name, value in now.items()
-        if name in then and name not in left_out and _shown(then[name]) != _shown(value)
+        if name not in SAME_RESULT | by_memory and then.get(name, value) != value
     ]
     if not changed:
         return ()
     more = f", and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""
     return (f"settings that differ from version {version}'s: {', '.join(changed[:MAX_NAMED])}{more}",)
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,13 +64,25 @@ def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
         ObjectNotFoundError: The file of the rows is missing.
         StoreError: The file of the rows is damaged, or was altered after its dataset was made.
     """
+    require_test_rows(store, known.schema.name, known.dataset_uri)
+    return _test_set(store, known, known.dataset_uri, TEST_FILE)
+
+
+def arrival_rows(store: ObjectStore, known: KnownTask, dataset_uri: str, max_rows: int) -> TestSet:
+    """Load the training rows of an arrival of a known task, at most `max_rows` of them, as rows that are asked."""
+    test_set = _test_set(store, known, dataset_uri, TRAIN_FILE)
+    return replace(test_set, rows=first_rows(test_set.rows, max_rows))
+
+
+def _test_set(store: ObjectStore, known: KnownTask, dataset_uri: str, file: str) -> TestSet:
     from datasets import Dataset
 
-    uri = known.dataset_uri
-    require_test_rows(store, known.schema.name, uri)
-    rows = Dataset(read_test_rows(store, uri, (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)))
+    columns = (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)
     return TestSet(
-        schema=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
+        schema=known.schema,
+        rows=Dataset(read_test_rows(store, dataset_uri, columns, file=file)),
+        max_prompt_tokens=known.max_prompt_tokens,
+        max_new_tokens=known.max_new_tokens,
     )
 
 
@@ -124,20 +136,6 @@ def _unaltered_file(store: ObjectStore, dataset_uri: str, file: str = TEST_FILE)
         yield path
 
 
-def arrival_rows(store: ObjectStore, known: KnownTask, dataset_uri: str, max_rows: int) -> TestSet:
-    """Load the training rows of an arrival of a known task, at most `max_rows` of them, as rows that are asked."""
-    from datasets import Dataset
-
-    columns = (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)
-    rows = Dataset(read_test_rows(store, dataset_uri, columns, file=TRAIN_FILE))
-    return TestSet(
-        schema=known.schema,
-        rows=first_rows(rows, max_rows),
-        max_prompt_tokens=known.max_prompt_tokens,
-        max_new_tokens=known.max_new_tokens,
-    )
-
-
 def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[TestSet]:
     """Cut the test sets of old tasks to `max_rows` rows together. The set of the task `learned` stays whole."""
     old = {test_set.schema.name: len(test_set.rows) for test_set in sets if test_set.schema.name != learned}
@@ -152,7 +150,7 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
 
 def spared_rows(test_set: TestSet) -> TestSet:
     """The rows of a task whose texts may teach a version, which they then do not judge; there may be none."""
-    num_judging = len(test_set.rows) - num_spared_of(len(test_set.rows))
+    num_judging = num_judging_of(test_set.schema, len(test_set.rows), "all")
     return replace(test_set, rows=test_set.rows.select(_by_digest(test_set.rows)[num_judging:]))
 
 
@@ -185,21 +183,16 @@ def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
 
 
 def num_judging_of(task: TaskSchema, num_rows: int, spared: Spared) -> int:
-    """How many of a task's test rows judge."""
+    """How many of a task's test rows judge. The texts of the others may teach."""
     is_sparing = spared == "all" or (spared == "labelled" and answers_labels(task))
-    return num_rows - num_spared_of(num_rows) if is_sparing else num_rows
-
-
-def num_spared_of(num_rows: int) -> int:
-    """How many of a task's test rows may teach by their texts, if some may."""
     num_spared = min(MAX_OWN_TEXTS, num_rows - MIN_JUDGING_ROWS)
-    return num_spared if num_spared >= MIN_OWN_TEXTS else 0
+    return num_rows - num_spared if is_sparing and num_spared >= MIN_OWN_TEXTS else num_rows
 
 
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:
     """Keep the rows with these digests. If no row has one of them, the set stays whole."""
-    found = [number for number, digest in enumerate(test_set.rows["sha256"]) if digest in answers]
-    return replace(test_set, rows=test_set.rows.select(found)) if found else test_set
+    places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in answers]
+    return replace(test_set, rows=test_set.rows.select(places)) if places else test_set
 
 
 def share_rows(num_rows: Mapping[str, int], max_rows: int) -> dict[str, int]:
@@ -261,73 +254,66 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers:
         return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]))
 
 
-class _Row(NamedTuple):
-    input: str
-    output: str
-    sha256: str
-    references: list[str] | None = None
-
-    @property
-    def right_answers(self) -> Sequence[str]:
-        return self.references or (self.output,)
-
-
 def compare_answers(
     store: ObjectStore, adapter_uri: str, of_parent: Answers, *, include_texts: bool
 ) -> tuple[Changed, ...]:
     """Compare a version's answers to each task's frozen test rows with its parent's, or else with the base model's.
 
-    `of_parent` are the parent's answers; empty without a parent.
-    A task without stored answers to compare with is left out. The examples have texts and answers only with
-    `include_texts`; otherwise they have only the digests of the rows.
+    `of_parent` are the parent's answers; empty without a parent. A task without stored answers to compare with is left
+    out. The examples have texts and answers only with `include_texts`; otherwise only the digests of the rows.
     """
     kept = read_answers(store, adapter_uri)
-    found = []
+    compared = []
     for known in read_record(store, adapter_uri).tasks:
         name = known.schema.name
-        before = kept.before.get(name) or of_parent.get(name)
-        if before and name in kept.now:
-            table = read_test_rows(store, known.dataset_uri, _Row._fields)
-            rows = [_Row(**values) for values in table.to_pylist()]
-            found.append(_compare(known.schema, rows, before, kept.now[name], include_texts))
-    return tuple(found)
+        before, now = kept.before.get(name) or of_parent.get(name), kept.now.get(name)
+        if before and now is not None:
+            rows = read_test_rows(store, known.dataset_uri, ("input", "output", "sha256", REFERENCES.name)).to_pylist()
+            compared.append(_compare(known.schema, rows, before, now, include_texts))
+    return tuple(compared)
 
 
 def _compare(
-    schema: TaskSchema, rows: list[_Row], before: Mapping[str, str], now: Mapping[str, str], include_texts: bool
+    schema: TaskSchema,
+    rows: Iterable[Mapping[str, Any]],
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    include_texts: bool,
 ) -> Changed:
     """Compare the answers to the rows that both versions answered. The largest changes come first."""
-    common = [row for row in rows if row.sha256 in before and row.sha256 in now]
-    references = [row.right_answers for row in common]
+    rows = [row for row in rows if row["sha256"] in before and row["sha256"] in now]
+    references = [row.get(REFERENCES.name) or (row["output"],) for row in rows]
     old, new = (
-        score_answers(schema.metric, [answers[row.sha256] for row in common], references) for answers in (before, now)
+        score_answers(schema.metric, [answers[row["sha256"]] for row in rows], references) for answers in (before, now)
     )
-    scored = list(zip(common, old, new, strict=True))
-    lost = sorted((each for each in scored if each[1] - each[2] >= CLEAR_CHANGE), key=lambda each: each[2] - each[1])
-    gained = sorted((each for each in scored if each[2] - each[1] >= CLEAR_CHANGE), key=lambda each: each[1] - each[2])
+    gains = [after - earlier for earlier, after in zip(old, new, strict=True)]
+    lost = sorted((place for place, gain in enumerate(gains) if gain <= -CLEAR_CHANGE), key=lambda place: gains[place])
+    gained = sorted(
+        (place for place, gain in enumerate(gains) if gain >= CLEAR_CHANGE), key=lambda place: -gains[place]
+    )
 
-    def examples(found: list[tuple[_Row, float, float]]) -> tuple[Example, ...]:
-        return tuple(_example(row, before, now, scores, include_texts) for row, *scores in found[:MAX_EXAMPLES])
+    def example(place: int) -> Example:
+        digest, scores = rows[place]["sha256"], (old[place], new[place])
+        if not include_texts:
+            return Example(row=digest, scores=scores)
+        return Example(
+            row=digest,
+            scores=scores,
+            text=cut(rows[place]["input"]),
+            expected=cut("\n".join(references[place])),
+            before=cut(before[digest]),
+            now=cut(now[digest]),
+        )
 
     return Changed(
         task=schema.name,
         metric=schema.metric,
-        num_rows=len(common),
+        num_rows=len(rows),
         num_gained=len(gained),
         num_lost=len(lost),
-        gained=examples(gained),
-        lost=examples(lost),
+        gained=tuple(map(example, gained[:MAX_EXAMPLES])),
+        lost=tuple(map(example, lost[:MAX_EXAMPLES])),
     )
-
-
-def _example(
-    row: _Row, before: Mapping[str, str], now: Mapping[str, str], scores: Sequence[float], include_texts: bool
-) -> Example:
-    if not include_texts:
-        return Example(row=row.sha256, scores=tuple(scores))
-    expected = "\n".join(row.right_answers)
-    shown = {"text": row.input, "expected": expected, "before": before[row.sha256], "now": now[row.sha256]}
-    return Example(row=row.sha256, scores=tuple(scores), **{name: cut(text) for name, text in shown.items()})
 
 
 def cut(text: str) -> str:

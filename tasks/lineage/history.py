@@ -1,4 +1,4 @@
-"""The versions of a lineage as people ask for them: history, one version by its number, the health of the champion."""
+"""The versions of a lineage as people ask for them: its history, and one version by its number."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from datetime import datetime
 
 from pydantic import BaseModel
 
-from deal_core.errors import DealError, RegistryError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.errors import RegistryError
 from deal_core.safe_text import listed
-from infra.promotions import Move, PromotionLog
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.versions import Version, Versions, descent, require_adapter
+from infra.versions import ROLLOUT, Version, Versions, descent, require_adapter
 from tasks.context import current_store
-from tasks.lineage.record import read_record
-from tasks.lineage.version_files import borrowed_adapter
 
 
 class NoVersionError(RegistryError):
@@ -66,26 +62,6 @@ def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
     ]
 
 
-def read_matrix(lineage: str) -> AccuracyMatrix | None:
-    """Return the accuracy matrix up to the champion; None: no task of it has test rows.
-
-    Raises:
-        RegistryError: The lineage has no champion.
-    """
-    store = current_store()
-    return read_record(store, find_version(store, lineage, None).adapter_uri).matrix
-
-
-def read_moves(lineage: str) -> tuple[Move, ...]:
-    """Return the promotion log of a lineage, oldest entry first."""
-    return PromotionLog(current_store()).moves(lineage)
-
-
-def read_champion_at(lineage: str, when: datetime) -> str | None:
-    """Return the number of the version that was champion at a time with a zone, or None."""
-    return PromotionLog(current_store()).champion_at(lineage, when)
-
-
 def find_version(store: ObjectStore, lineage: str, version: str | None) -> Version:
     """Return a version by its number; None: the champion.
 
@@ -97,11 +73,11 @@ def find_version(store: ObjectStore, lineage: str, version: str | None) -> Versi
         if champion is None:
             raise RegistryError(unknown_lineage(lineage))
         return champion
-    known = Versions(store).find(lineage, version)
-    if known is None:
+    named = Versions(store).find(lineage, version)
+    if named is None:
         raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal history --lineage {lineage}")
-    require_adapter(known)
-    return known
+    require_adapter(named)
+    return named
 
 
 def arrival_digests(version: Version, versions: Sequence[Version]) -> frozenset[str]:
@@ -114,6 +90,15 @@ def arrival_digests(version: Version, versions: Sequence[Version]) -> frozenset[
     return version.digests - {version.landed_sha256} if is_renewal else version.digests
 
 
+def rejected_by_person(version: Version) -> str:
+    """Return the message for a version that a person or its rollout rejected and that shall become champion."""
+    by = "its rollout" if version.since.refused_by == ROLLOUT else "a person"
+    return (
+        f"Version {version.version} of '{version.lineage}' was rejected by {by}; learn its arrival again with: "
+        f"deal requeue {version.version} --lineage {version.lineage}"
+    )
+
+
 def unknown_lineage(lineage: str) -> str:
     """Return the message for a lineage without a champion."""
     store = current_store()
@@ -122,8 +107,8 @@ def unknown_lineage(lineage: str) -> str:
             f"Lineage '{lineage}' has versions, but none is champion. See: deal history --lineage {lineage}; then: "
             f"deal promote N --lineage {lineage} for one that was accepted, or adapt again."
         )
-    known = listed(known_lineages(store))
-    others = f"; this home has {known}" if known else ""
+    names = listed(known_lineages(store))
+    others = f"; this home has {names}" if names else ""
     return (
         f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
         f"or name another home with --home or lineage with --lineage{others}."
@@ -132,39 +117,10 @@ def unknown_lineage(lineage: str) -> str:
 
 def known_lineages(store: ObjectStore) -> tuple[str, ...]:
     """Return every lineage with an adapter, a version or a promotion in the store, in alphabetical order."""
-    return tuple(
-        sorted(
-            {
-                keys.lineage_of(info.key)
-                for folder in (keys.ADAPTERS, keys.VERSIONS, keys.PROMOTIONS)
-                for info in store.list(folder)
-                if info.key.count("/") >= 2
-            }
-        )
-    )
-
-
-def look_at_champion(store: ObjectStore, lineage: str) -> tuple[Version | None, list[str]]:
-    """Return the champion of a lineage, and the problems that keep it from serving or from being continued.
-
-    The check reads the versions, the promotion log and the champion's record, and compares the files of its adapter and
-    of its method's state with their digests.
-    """
-    try:
-        champion = Versions(store).champion(lineage)
-    except DealError as error:
-        return None, [str(error)]
-    if champion is None:
-        return None, []
-
-    def require_files() -> None:
-        with borrowed_adapter(store, champion, with_method=True):
-            pass
-
-    problems = []
-    for check in (lambda: read_record(store, champion.adapter_uri), require_files):
-        try:
-            check()
-        except DealError as error:
-            problems.append(str(error))
-    return champion, problems
+    names = {
+        keys.lineage_of(info.key)
+        for folder in (keys.ADAPTERS, keys.VERSIONS, keys.PROMOTIONS)
+        for info in store.list(folder)
+        if info.key.count("/") >= 2
+    }
+    return tuple(sorted(names))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from deal_core.evaluation.metrics import scored_otherwise
 from infra.report import page as words
@@ -13,7 +12,6 @@ from infra.versions import SCORES, Version
 from tasks.lineage.frozen_rows import num_judging_of
 from tasks.lineage.record import KnownTask, LineageRecord
 
-CARD_FILE = "README.md"
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
 
 
@@ -39,7 +37,11 @@ def served_task(known: KnownTask) -> ServedTask:
 
 def example_rows(record: LineageRecord) -> list[dict[str, str]]:
     """Return an invented row for each task. A real row must not leave with the model."""
-    return [{"input": _example(known.schema), "task": known.schema.name} for known in record.tasks]
+    text = "The text to answer."
+    chat = json.dumps([{"role": "user", "content": text}])
+    return [
+        {"input": chat if task.schema.format == "chat" else text, "task": task.schema.name} for task in record.tasks
+    ]
 
 
 def write_card(record: LineageRecord, version: Version, licence: str | None, task_type: str) -> str:
@@ -48,17 +50,48 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
     `licence` is the base model's licence, or None if its files state none. `task_type` is a field of the adapter's
     configuration.
     """
-    base = record.base
+    base, matrix = record.base, record.matrix
+    is_on_hub = "/" in base.name  # a hub shows other names as dead links
+    front = [f"base_model: {json.dumps(base.name)}"] if is_on_hub else []
+    front += [f"license: {json.dumps(licence)}"] if licence else []
     loader = f"AutoModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
-    loadable = base.name if "/" in base.name else f"FOLDER OF {base.name}"
     origin = f"continues version {version.parent_version}" if version.parent_version else "starts from the base model"
     verdict = "accepted" if version.accepted else "rejected: " + " ".join(version.reasons)
+    metrics = scored_otherwise({task.schema.name: task.schema.metric for task in record.tasks})
+    judging = {task.schema.name: num_judging_of(task.schema, task.num_test, record.spared) for task in record.tasks}
+    few = [name for name, num_rows in judging.items() if num_rows < 100]
+    data = [
+        (
+            task.schema.name,
+            task.schema.format,
+            f"`{dataset_sha256(task.dataset_uri)}`",
+            str(judging[task.schema.name]),
+        )
+        for task in record.tasks
+    ]
+    accuracies = [("base model", *map(words.percent, matrix.base))]
+    accuracies += [
+        (f"after {name}", *map(words.percent, row)) for name, row in zip(matrix.trained, matrix.rows, strict=True)
+    ]
+    scores = {name.replace("_", " "): getattr(version, name) for name in SCORES}
     lines = [
-        *_front_matter(record, licence),
+        "---",
+        "library_name: peft",
+        *front,
+        "tags: [lora, continual-learning]",
+        "---",
         "",
-        f"# {record.lineage}: {', '.join(known.schema.name for known in record.tasks)}",
+        f"# {record.lineage}: {', '.join(task.schema.name for task in record.tasks)}",
         "",
-        *_use(record, loader, loadable),
+        "```python",
+        "# With deal-pipeline, which asks each task as it was trained:",
+        f'mlflow.pyfunc.load_model("models:/{record.lineage}@champion").predict([{{"input": "...", "task": "..."}}])',
+        "",
+        "# With PEFT alone; deal.json says how each task is asked:",
+        f'base = transformers.{loader}.from_pretrained("{base.name if is_on_hub else f"FOLDER OF {base.name}"}")',
+        'model = peft.PeftModel.from_pretrained(base, "THIS FOLDER")',
+        "```",
+        "",
         f"A LoRA adapter (PEFT) of **{base.name}**. It learned the task **{version.task}** last, with the strategy "
         f"{version.strategy}, and {origin}. Its gate: {verdict}.",
         "",
@@ -72,18 +105,7 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         "",
         "## Data",
         "",
-        *words.markdown_table(
-            ("task", "format", "dataset whose test rows judge it (sha256)", "rows that judge"),
-            [
-                (
-                    known.schema.name,
-                    known.schema.format,
-                    f"`{dataset_sha256(known.dataset_uri)}`",
-                    str(_num_judging(record, known)),
-                )
-                for known in record.tasks
-            ],
-        ),
+        *words.markdown_table(("task", "format", "dataset whose test rows judge it (sha256)", "rows that judge"), data),
         "",
         f"Dataset of this version: {version.task}, sha256 `{version.dataset_sha256}`. Settings: sha256 "
         f"`{version.config_sha256}`. Run: `{version.run_key}`.",
@@ -91,76 +113,23 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         "## Accuracy",
         "",
         "Share of exact matches in % on the tasks' frozen test rows: a row for each version, a column for each task.",
-        *filter(None, [scored_otherwise({known.schema.name: known.schema.metric for known in record.tasks})]),
+        *([metrics] if metrics else ()),
         "",
-        *_matrix(record),
+        *words.markdown_table(("", *matrix.tasks), accuracies),
         "",
-        *_scores(version),
+        *(f"- {name}: {100 * value:.1f} points" for name, value in scores.items() if value is not None),
         "",
         "## Limits",
         "",
-        *_limits(record),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _use(record: LineageRecord, loader: str, loadable: str) -> list[str]:
-    return [
-        "```python",
-        "# With deal-pipeline, which asks each task as it was trained:",
-        f'mlflow.pyfunc.load_model("models:/{record.lineage}@champion").predict([{{"input": "...", "task": "..."}}])',
-        "",
-        "# With PEFT alone; deal.json says how each task is asked:",
-        f'base = transformers.{loader}.from_pretrained("{loadable}")',
-        'model = peft.PeftModel.from_pretrained(base, "THIS FOLDER")',
-        "```",
-        "",
-    ]
-
-
-def _front_matter(record: LineageRecord, licence: str | None) -> list[str]:
-    lines = ["---", "library_name: peft"]
-    if "/" in record.base.name:  # a Hub id; a hub shows other names as dead links
-        lines.append(f"base_model: {json.dumps(record.base.name)}")
-    lines += [f"license: {json.dumps(licence)}"] if licence else []
-    return [*lines, "tags: [lora, continual-learning]", "---"]
-
-
-def _matrix(record: LineageRecord) -> list[str]:
-    matrix = record.matrix
-    rows = [("base model", *map(words.percent, matrix.base))]
-    rows += [(f"after {task}", *map(words.percent, row)) for task, row in zip(matrix.trained, matrix.rows, strict=True)]
-    return words.markdown_table(("", *matrix.tasks), rows)
-
-
-def _scores(version: Version) -> list[str]:
-    scores = {name: getattr(version, name) for name in SCORES}
-    return [
-        f"- {name.replace('_', ' ')}: {100 * value:.1f} points" for name, value in scores.items() if value is not None
-    ]
-
-
-def _num_judging(record: LineageRecord, known: KnownTask) -> int:
-    return num_judging_of(known.schema, known.num_test, record.spared)
-
-
-def _limits(record: LineageRecord) -> list[str]:
-    few = [known.schema.name for known in record.tasks if _num_judging(record, known) < 100]
-    lines = [
         "- It was judged only on the tasks above; other abilities of the base model may have changed.",
         "- It answers greedily in the form of each task's rows, even to a text of another kind.",
         *(
-            f"- {known.schema.name}: prompts of more than {known.max_prompt_tokens} tokens lose the end of their text, "
-            f"answers end after {known.max_new_tokens} tokens."
-            for known in record.tasks
+            f"- {task.schema.name}: prompts of more than {task.max_prompt_tokens} tokens lose the end of their text, "
+            f"answers end after {task.max_new_tokens} tokens."
+            for task in record.tasks
         ),
+        *([f"- Fewer than 100 test rows judge {', '.join(few)}: the accuracies there are rough."] if few else ()),
+        "- It has the biases of the base model and of the data. They were not measured.",
+        "",
     ]
-    if few:
-        lines.append(f"- Fewer than 100 test rows judge {', '.join(few)}: the accuracies there are rough.")
-    return [*lines, "- It has the biases of the base model and of the data. They were not measured."]
-
-
-def _example(schema: TaskSchema) -> str:
-    text = "The text to answer."
-    return json.dumps([{"role": "user", "content": text}]) if schema.format == "chat" else text
+    return "\n".join(lines)

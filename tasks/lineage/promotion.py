@@ -1,18 +1,58 @@
-"""Move the champion of a lineage. The promotion log has the time, the person and the reason of every move.
+"""Who serves in a lineage: moves of its champion, by the gate and by people, and the arrivals that they leave behind.
 
-A move is one entry of the log, written with a conditional put: of two moves at once, the log accepts one, and the other
-sees that the champion has changed. So a move needs no lock.
+A move is one entry of the promotion log, which has its time, its author and its reason. It is written with a
+conditional put: of two moves at once, the log accepts one, and the other sees that the champion has changed. So a move
+needs no lock, and it takes effect at once, even while a run works on the lineage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Literal
+
+from pydantic import BaseModel
+
+from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
-from infra.promotions import Action, Change, Move, PromotionLog
+from infra.promotions import Action, Change, PromotionLog
 from infra.store.base import ObjectStore
-from infra.versions import ROLLOUT, Version, Versions
+from infra.versions import Version, Versions, descent
+from tasks.context import current_store
+from tasks.lineage.history import (
+    NoVersionError,
+    arrival_digests,
+    find_version,
+    rejected_by_person,
+    unknown_lineage,
+)
+from tasks.notices import Notice, announce
 
 GATE = "gate"
 """The name in the log for a move without a person."""
+Verdict = Literal["approve", "reject"]
+
+
+class LeftBehind(BaseModel, frozen=True, from_attributes=True):
+    """A version that the champion does not continue, and the arrival that the version learned."""
+
+    version: str
+    task: str
+    dataset_sha256: str
+
+
+class Decision(BaseModel, frozen=True):
+    """A person's decision."""
+
+    action: Action
+    lineage: str
+    version: str
+    before: str | None
+    """The earlier champion."""
+    champion: str | None
+    """The new champion."""
+    left_behind: tuple[LeftBehind, ...] = ()
+    """Arrivals that the earlier champion had learned and the new champion has not; `deal requeue` learns them again."""
 
 
 def promote_accepted(store: ObjectStore, version: Version) -> None:
@@ -27,17 +67,18 @@ def promote_accepted(store: ObjectStore, version: Version) -> None:
     if version.approval == "refused":
         raise RegistryError(rejected_by_person(version))
     if is_overtaken(store, version):
-        raise RegistryError(_overtaken(store, version))
-    if not is_open(version):
-        return
-    if version.rollout is not None:
-        begin_rollout(store, version, who=GATE, why="passed its gate", run=version.run_key)
-    else:
+        champion = Versions(store).champion(version.lineage)
+        now = f"version {champion.version} is" if champion else "no version is"
+        raise RegistryError(
+            f"Version {version.version} of {version.lineage} continues {_origin(version)}, but {now} champion now; it "
+            "was not promoted. Run the same command again: it starts from the present champion."
+        )
+    if is_open(version):
         move_champion(
             store,
             version,
             expected=version.parent_version,
-            action="promoted",
+            action="promoted" if version.rollout is None else "rollout",
             who=GATE,
             why="passed its gate",
             run=version.run_key,
@@ -51,10 +92,7 @@ def is_open(version: Version) -> bool:
 
 
 def is_overtaken(store: ObjectStore, version: Version) -> bool:
-    """Return whether the promotion of a new version would lose a task.
-
-    This is so if the champion is neither the version nor its parent.
-    """
+    """Return whether a new version's promotion would lose a task: the champion is neither it nor its parent."""
     if not is_open(version) and version.approval != "awaiting":
         return False
     champion = Versions(store).champion(version.lineage)
@@ -66,96 +104,253 @@ def move_champion(
     version: Version,
     *,
     expected: str | None,
-    action: Action,
+    action: Literal["promoted", "rolled back", "rollout"],
     who: str,
     why: str,
     run: str | None = None,
 ) -> None:
-    """Make a version the champion in place of the expected champion. Do nothing if the version is champion already.
+    """Make a version the champion, or let it be tried on live traffic. Do nothing if it is so already.
+
+    A rollout leaves the champion as it is, and ends the rollout of another version: that version is left behind.
 
     `expected` is the number of the champion when the caller decided, or None without a champion. `run` is the key of
-    the adaptation run if its gate decided.
+    the adaptation run if its gate or its rollout decided.
 
     Raises:
         RegistryError: The champion has changed since, or a person has rejected the version.
     """
-    last = PromotionLog(store).last(version.lineage)
-    champion = last.champion if last else None
-    if champion == version.version:
+    log, lineage, own = PromotionLog(store), version.lineage, version.version
+    last = log.last(lineage)
+    before = last.champion if last else None
+    if action == "rollout":
+        assert version.rollout is not None, "the caller has looked"
+        opened = log.open_rollout(lineage)
+        is_done, champion, kind = opened is not None and opened.version == own, before, version.rollout.kind
+    else:
+        is_done, champion, kind = before == own, own, None
+    if is_done:
         return
+    present = Versions(store).find(lineage, own)  # the caller's copy may be older than the log
+    if present is not None and present.approval == "refused":
+        raise RegistryError(rejected_by_person(present))
     change = Change(
         action=action,
-        lineage=version.lineage,
-        version=version.version,
-        before=champion,
-        champion=version.version,
-        who=who,
-        why=why,
-        run=run,
-    )
-    _add(store, last, change, is_due=champion == expected)
-
-
-def begin_rollout(store: ObjectStore, version: Version, *, who: str, why: str, run: str | None = None) -> None:
-    """Let a version that continues the champion be tried on live traffic. Do nothing if it is tried already.
-
-    A rollout of another version ends: that version is left behind. `who`, `why` and `run` are those of `move_champion`.
-
-    Raises:
-        RegistryError: The champion has changed since, or the version was rejected.
-    """
-    assert version.rollout is not None, "the caller has looked"
-    log = PromotionLog(store)
-    last, opened = log.last(version.lineage), log.open_rollout(version.lineage)
-    champion = last.champion if last else None
-    if opened is not None and opened.version == version.version:
-        return
-    change = Change(
-        action="rollout",
-        lineage=version.lineage,
-        version=version.version,
-        before=champion,
+        lineage=lineage,
+        version=own,
+        before=before,
         champion=champion,
         who=who,
         why=why,
         run=run,
-        rollout=version.rollout.kind,
+        rollout=kind,
     )
-    _add(store, last, change, is_due=champion == version.parent_version)
-
-
-def _add(store: ObjectStore, last: Move | None, change: Change, *, is_due: bool) -> None:
-    """Add a change to the log after its `last` entry, if it is due and its version was not rejected."""
-    log, lineage = PromotionLog(store), change.lineage
-    known = Versions(store).find(lineage, change.version)  # the caller's copy may be older than the log
-    if known is not None and known.approval == "refused":
-        raise RegistryError(rejected_by_person(known))
-    if is_due and log.add(last, change) is not None:
+    if before == expected and log.add(last, change) is not None:
         return
     winner = log.last(lineage)
     by = f" by {winner.who} ({winner.why})" if winner else ""
-    what = "tried on live traffic" if change.action == "rollout" else "made champion"
+    what = "tried on live traffic" if action == "rollout" else "made champion"
     raise RegistryError(
-        f"Version {change.version} of '{lineage}' was not {what}: meanwhile version "
-        f"{winner.champion if winner else change.before} was made champion{by}. See deal history --lineage {lineage}, "
-        "and decide again."
+        f"Version {own} of '{lineage}' was not {what}: meanwhile version {winner.champion if winner else before} was "
+        f"made champion{by}. See deal history --lineage {lineage}, and decide again."
     )
 
 
-def rejected_by_person(version: Version) -> str:
-    """Return the message for a version that a person or its rollout rejected and that shall become champion."""
-    by = "its rollout" if version.since.refused_by == ROLLOUT else "a person"
-    return (
-        f"Version {version.version} of '{version.lineage}' was rejected by {by}; learn its arrival again with: "
-        f"deal requeue {version.version} --lineage {version.lineage}"
+def decide_on(lineage: str, version: str, verdict: Verdict, *, who: str, why: str) -> Decision:
+    """Approve or reject a version that waits for a person.
+
+    Raises:
+        RegistryError: The version does not wait for a person any more, or cannot become champion.
+    """
+    waiting = find_version(current_store(), lineage, version)
+    if waiting.approval == "awaiting":
+        return (promote_to if verdict == "approve" else reject_version)(lineage, version, who=who, why=why)
+    now = {"given": "was approved", "refused": "was rejected"}.get(waiting.approval or "", "needs no approval")
+    raise RegistryError(
+        f"Version {version} of '{lineage}' does not wait for a person: it {now}. See deal history --moves "
+        f"--lineage {lineage}."
     )
 
 
-def _overtaken(store: ObjectStore, version: Version) -> str:
-    champion = Versions(store).champion(version.lineage)
-    origin = f"version {version.parent_version}" if version.parent_version else "the base model"
-    now = f"version {champion.version} is" if champion else "no version is"
-    return (
-        f"Version {version.version} of {version.lineage} continues {origin}, but {now} champion now; it was not "
-        "promoted. Run the same command again: it starts from the present champion."
+def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | None = None) -> Decision:
+    """Make a version that continues the champion the new champion.
+
+    A version that waited for approval, and whose gate asks for a rollout, begins the rollout instead. `run` is the key
+    of its run if its rollout decided.
+
+    Raises:
+        RegistryError: The version cannot become champion.
+    """
+    store = current_store()
+    chosen = _to_promote(store, lineage, version)
+    before = chosen.parent_version
+    begins_rollout = chosen.approval == "awaiting" and chosen.rollout is not None
+    action: Literal["promoted", "rollout"] = "rollout" if begins_rollout else "promoted"
+    move_champion(store, chosen, expected=before, action=action, who=who, why=why, run=run)
+    announce(action, Notice.of(chosen, reasons=(why,), who=who))
+    return Decision(
+        action=action,
+        lineage=lineage,
+        version=version,
+        before=before,
+        champion=before if begins_rollout else version,
     )
+
+
+def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
+    """Return the version; raise RegistryError if it cannot become champion now."""
+    champion, chosen = Versions(store).champion(lineage), find_version(store, lineage, version)
+    number = champion.version if champion else None
+    _require_usable(store, chosen, champion)
+    if number == version:
+        raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
+    if chosen.parent_version != number:
+        remedy = (
+            f"deal rollback --to {version} --lineage {lineage}"
+            if chosen.standing == "learned"
+            else f"deal requeue {version} --lineage {lineage}, which learns its arrival again on top of the champion"
+        )
+        raise RegistryError(
+            f"Version {version} of '{lineage}' continues {_origin(chosen)}, but "
+            f"{f'version {number}' if number else 'no version'} is champion: what was learned since would "
+            f"be lost. Use {remedy}."
+        )
+    return chosen
+
+
+def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
+    """Make an earlier champion, or a version that the champion continues, the champion again; None: its parent.
+
+    Raises:
+        RegistryError: There is no earlier version, or the version was never champion.
+    """
+    store = current_store()
+    champion, chosen = _to_roll_back(store, lineage, to)
+    move_champion(store, chosen, expected=champion.version, action="rolled back", who=who, why=why)
+    announce("rolled-back", Notice.of(chosen, reasons=(why,), who=who))
+    versions = Versions(store).all(lineage)
+    return Decision(
+        action="rolled back",
+        lineage=lineage,
+        version=chosen.version,
+        before=champion.version,
+        champion=chosen.version,
+        left_behind=left_behind(descent(versions, champion), descent(versions, chosen)),
+    )
+
+
+def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Version, Version]:
+    """Return the champion, and the version to go back to; raise RegistryError if there is none."""
+    champion = Versions(store).champion(lineage)
+    if champion is None:
+        raise RegistryError(unknown_lineage(lineage))
+    to = to or champion.parent_version
+    if to is None:
+        raise RegistryError(
+            f"Version {champion.version} of '{lineage}' continues the base model; there is no version to go back to. "
+            "Name one with --to, or stop serving the lineage."
+        )
+    chosen = find_version(store, lineage, to)
+    _require_usable(store, chosen, champion)
+    served = {move.champion for move in PromotionLog(store).moves(lineage)}
+    if to == champion.version or not (chosen.standing == "learned" or to in served):
+        remedy = f"promote it with deal promote {to} --lineage {lineage}"
+        what = "is champion now" if to == champion.version else f"was never champion; {remedy}"
+        raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
+    return champion, chosen
+
+
+def promoted_by_hand(store: ObjectStore, lineage: str, version: str) -> Action | None:
+    """Return what a move of the champion to a version would be, promotion or rollback; None: it may not be made.
+
+    A person has moved the alias in MLflow. Such a move never replaces an approval or ends a rollout.
+    """
+    chosen = Versions(store).find(lineage, version)
+    if chosen is None or chosen.approval == "awaiting" or PromotionLog(store).open_rollout(lineage) is not None:
+        return None
+    with suppress(RegistryError):
+        _to_promote(store, lineage, version)
+        return "promoted"
+    with suppress(RegistryError):
+        _to_roll_back(store, lineage, version)
+        return "rolled back"
+    return None
+
+
+def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decision:
+    """Reject a version, so that it can never become champion.
+
+    Raises:
+        RegistryError: The version is champion or was rejected already.
+    """
+    store = current_store()
+    log = PromotionLog(store)
+    last = log.last(lineage)
+    number = last.champion if last else None
+    chosen = find_version(store, lineage, version)
+    name = f"Version {version} of '{lineage}'"
+    if number == version:
+        raise RegistryError(f"{name} is its champion; go back first: deal rollback --lineage {lineage}")
+    if not chosen.accepted:
+        raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(chosen.reasons)}")
+    if chosen.approval == "refused":
+        move = [move for move in log.moves(lineage) if (move.action, move.version) == ("rejected", version)][-1]
+        raise RegistryError(f"{name} is rejected already, by {move.who}: {move.why}")
+    change = Change(
+        action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
+    )
+    if log.add(last, change) is None:
+        raise RegistryError(
+            f"The champion of '{lineage}' has just changed; look at deal history --lineage {lineage}, and try again."
+        )
+    announce("rejected", Notice.of(chosen, reasons=(why,), who=who))
+    return Decision.model_validate(change, from_attributes=True)
+
+
+def left_behind(before: Sequence[Version], now: Sequence[Version]) -> tuple[LeftBehind, ...]:
+    """Return the arrivals that one line of versions has learned and another has not, oldest first."""
+    learned = {digest for version in now for digest in version.digests}
+    return tuple(
+        LeftBehind.model_validate(version)
+        for version in reversed(before)
+        if not arrival_digests(version, before) & learned
+    )
+
+
+def _origin(version: Version) -> str:
+    return f"version {version.parent_version}" if version.parent_version else "the base model"
+
+
+def _require_usable(store: ObjectStore, version: Version, champion: Version | None) -> None:
+    name = f"Version {version.version} of '{version.lineage}'"
+    if not version.accepted:
+        raise RegistryError(f"{name} did not pass its gate: {' '.join(version.reasons)}")
+    if version.approval == "refused":
+        raise RegistryError(rejected_by_person(version))
+    if champion and champion.base_sha256 != version.base_sha256:
+        raise RegistryError(
+            f"{name} adapts another base model ({version.base_sha256[:12]}) than the champion "
+            f"({champion.base_sha256[:12]}); a new base model starts a new lineage."
+        )
+    if not store.exists(f"{version.adapter_uri}/{WEIGHTS_FILE}"):
+        raise RegistryError(f"{name} has no adapter in the store any more ({store.uri_of(version.adapter_uri)}).")
+
+
+def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
+    """Return the accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
+
+    An arrival is left out if another version that learned it awaits approval or is in rollout.
+
+    Raises:
+        NoVersionError: The lineage has no version.
+    """
+    versions = Versions(current_store()).all(lineage)
+    if not versions:
+        raise NoVersionError(unknown_lineage(lineage))
+    standings = ("learned", "awaiting approval", "in rollout")
+    learned = {digest for version in versions if version.standing in standings for digest in version.digests}
+    newest_first: list[LeftBehind] = []
+    for version in reversed(versions):
+        if version.standing == "left behind" and not arrival_digests(version, versions) & learned:
+            learned |= version.digests
+            newest_first.append(LeftBehind.model_validate(version))
+    return tuple(reversed(newest_first))

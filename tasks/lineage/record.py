@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict
 
 from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, KeptMatrix
+from deal_core.evaluation.accuracy_matrix import KeptMatrix
 from deal_core.method_config import Memory
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
-from infra.versions import SCORES
 from tasks.lineage.version_files import reading_beside
 from tasks.references import BaseRef, DatasetRef, Spared
 
@@ -77,7 +76,7 @@ class LineageRecord(VersionedJson):
 
     def task(self, name: str) -> KnownTask | None:
         """Return the task of that name, or None."""
-        return next((known for known in self.tasks if known.schema.name == name), None)
+        return next((task for task in self.tasks if task.schema.name == name), None)
 
     def accuracies(self, back: int = 0) -> dict[str, float]:
         """Return the accuracies of this version by task, or those of the version `back` versions before it.
@@ -94,11 +93,6 @@ class LineageRecord(VersionedJson):
 
     def _by_task(self, values: Sequence[float | None]) -> dict[str, float]:
         return {name: value for name, value in zip(self.matrix.tasks, values, strict=True) if value is not None}
-
-
-def scores_of(matrix: AccuracyMatrix) -> dict[str, Any]:
-    """Return the scores of the newest version in a matrix, as float or None, by name."""
-    return {name: getattr(matrix, name) for name in SCORES}
 
 
 def read_record(store: ObjectStore, adapter_uri: str) -> LineageRecord:
@@ -135,8 +129,8 @@ def choose_task(record: LineageRecord, name: str | None) -> KnownTask:
         ConfigError: The lineage does not know the task.
     """
     name = record.matrix.trained[-1] if name is None else name
-    known = record.task(name)
-    if known is None:
+    task = record.task(name)
+    if task is None:
         names = ", ".join(task.schema.name for task in record.tasks)
         raise ConfigError(f"Lineage '{record.lineage}' knows no task '{name}'; it knows {names}.")
-    return known
+    return task

@@ -10,7 +10,7 @@ the slice "bank.old-1".
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -42,14 +42,14 @@ def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str,
     Raises:
         StoreError: The file is damaged, or another release wrote it.
     """
-    found = read_stored(
+    stored = read_stored(
         store,
         labels_key(lineage, task_name),
         AddedLabels,
         what=f"the labels that task '{task_name}' of '{lineage}' has gained",
         remedy="Restore it from a backup of the store, or delete it and add the labels again (deal labels --add).",
     )
-    return found.labels if found else ()
+    return stored.labels if stored else ()
 
 
 def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequence[str]) -> None:
@@ -79,9 +79,9 @@ def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
         ConfigError: The lineage does not know the task, the task has no labels, or a new label is not valid.
     """
     store = current_store()
-    known = choose_task(read_record(store, find_version(store, lineage, None).adapter_uri), task).schema
+    learned = choose_task(read_record(store, find_version(store, lineage, None).adapter_uri), task).schema
     before = added_labels(store, lineage, task)
-    had = known.with_labels(before)
+    had = learned.with_labels(before)
     has = had.with_labels(labels)
     added = has.labels[len(had.labels) :]
     if added:
@@ -120,7 +120,7 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
     store = current_store()
     record = read_record(store, find_version(store, lineage, None).adapter_uri)
     known = choose_task(record, task)
-    next_slice(task, _names(record))  # it raises now rather than after a training
+    _next_slice(record, task)  # it raises now rather than after a training
     was_asked = is_renewal_asked(store, lineage, known)
     write_stored(store, renewal_key(lineage, task), RenewalRequest(dataset_uri=known.dataset_uri))
     return RenewalResult(lineage=lineage, task=task, num_test=known.num_test, was_asked=was_asked)
@@ -179,27 +179,16 @@ def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: Data
     has_others = dataset.num_test > 0 and known.dataset_uri != dataset.uri
     if not has_others or not dataset.renews_tests:
         return Renewal(None, record.slices, None)
-    name = next_slice(dataset.task, _names(record))
+    name = _next_slice(record, dataset.task)
     new = KnownSlice(name=name, of=dataset.task, dataset_uri=known.dataset_uri, num_test=known.num_test)
     return Renewal(known, (*record.slices, new), name)
 
 
-def _names(record: LineageRecord) -> list[str]:
-    return [*(each.schema.name for each in record.tasks), *(each.name for each in record.slices)]
-
-
-def next_slice(task: str, names: Collection[str]) -> str:
-    """Return the name of a task's next slice. `names` are those of all tasks and slices.
-
-    Raises:
-        ConfigError: The name would be too long.
-
-    Example:
-        >>> next_slice("bank", ["bank", "bank.old-1"])
-        'bank.old-2'
-    """
+def _next_slice(record: LineageRecord, task: str) -> str:
+    """Return the name of a task's next slice, such as bank.old-2; raise ConfigError if it would be too long."""
+    taken = {*(known.schema.name for known in record.tasks), *(part.name for part in record.slices)}
     number = 1
-    while (name := f"{task}.old-{number}") in names:
+    while (name := f"{task}.old-{number}") in taken:
         number += 1
     if len(name) > MAX_NAME:
         raise ConfigError(

@@ -49,24 +49,19 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     Raises:
         ConfigError: There is no file, or a setting is not valid.
     """
-    found = _parsed(store, lineage)
-    if found is None and lineage != DEFAULT:
+    settings = _parsed(store, lineage)
+    if settings is None and lineage != DEFAULT:
         uri = store.uri_of(keys.settings_key(lineage))
         raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage add SPEC.")
-    return found or WatchedLineage()
+    return settings or WatchedLineage()
 
 
 def monitor_settings(store: ObjectStore, lineage: str) -> MonitorConfig:
-    """Return the `monitor` section of a lineage's file; without a file, the defaults.
-
-    Raises:
-        ConfigError: A setting in the file is not valid.
-    """
+    """Return the `monitor` section of a lineage's file; without a file, the defaults. Errors as `read_lineage`."""
     return (_parsed(store, lineage) or WatchedLineage()).monitor
 
 
 def _parsed(store: ObjectStore, lineage: str) -> WatchedLineage | None:
-    """Read a lineage's file; None: there is none."""
     values = _read_values(store, lineage)
     return None if values is None else parse(WatchedLineage, values, store.uri_of(keys.settings_key(lineage)))
 
@@ -110,21 +105,21 @@ def list_settings(store: ObjectStore) -> list[str]:
 
 def read_lineages(store: ObjectStore) -> Lineages:
     """Read the files of all lineages, in alphabetical order. Without any file, the lineage "default" is read."""
-    found = Lineages([], {})
+    lineages = Lineages([], {})
     for name in list_settings(store) or [DEFAULT]:
         try:
-            found.good.append(read_lineage(store, name))
+            lineages.good.append(read_lineage(store, name))
         except (ConfigError, StoreError) as error:
-            found.problems[name] = in_one_line(error)
-    return found
+            lineages.problems[name] = in_one_line(error)
+    return lineages
 
 
 def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
     """Return the lineages with valid files. Each problem of another file is logged once."""
-    found = read_lineages(store)
-    for name, problem in found.problems.items():
+    lineages = read_lineages(store)
+    for name, problem in lineages.problems.items():
         store.warn_once(f"{name} {problem}", f"Lineage {name} is left out: {problem}")
-    return found.good
+    return lineages.good
 
 
 def add_lineage(store: ObjectStore, lineage: WatchedLineage, values: Mapping[str, Any] | None = None) -> str:
@@ -133,17 +128,16 @@ def add_lineage(store: ObjectStore, lineage: WatchedLineage, values: Mapping[str
     `values` are what the lineage was read from. Settings that are not among them are not written, so that later
     releases' defaults reach the lineage.
     """
-    given = lineage.model_dump(mode="json", exclude_unset=True)
-    for section, each in (values or {}).items():
-        if isinstance(each, Mapping) and isinstance(given.get(section), dict):
-            given[section] = {name: value for name, value in given[section].items() if name in each}
+    chosen = lineage.model_dump(mode="json", exclude_unset=True)
+    for section, stated in (values or {}).items():
+        if isinstance(stated, Mapping) and isinstance(chosen.get(section), dict):
+            chosen[section] = {name: value for name, value in chosen[section].items() if name in stated}
     if lineage.held is None and (why := why_held(store, lineage.lineage)) is not None:
-        given["held"] = why
-    return _write_values(store, lineage.lineage, given)
+        chosen["held"] = why
+    return _write_values(store, lineage.lineage, chosen)
 
 
 def _write_values(store: ObjectStore, lineage: str, values: Mapping[str, Any]) -> str:
-    """Write a lineage's file; return its address."""
     text = yaml.safe_dump({"lineage": lineage, **values}, sort_keys=False, allow_unicode=True)
     store.put_bytes(keys.settings_key(lineage), text.encode())
     return store.uri_of(keys.settings_key(lineage))
@@ -157,13 +151,13 @@ def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> Watc
     Raises:
         ConfigError: The lineage has no valid file, or learns nothing anyway.
     """
-    found = read_lineage(store, lineage)  # it checks the file
+    settings = read_lineage(store, lineage)  # it checks the file
     values = _read_values(store, lineage)
     if values is None and list_settings(store):
         raise ConfigError(f"Lineage '{lineage}' learns nothing, since only other lineages have settings.")
     others = {name: value for name, value in (values or {}).items() if name != "held"}
     _write_values(store, lineage, others if why is None else {**others, "held": why})
-    return found.model_copy(update={"lineage": lineage, "held": why})
+    return settings.model_copy(update={"lineage": lineage, "held": why})
 
 
 def why_held(store: ObjectStore, lineage: str) -> str | None:
@@ -209,7 +203,8 @@ def spec_from_options(
     Raises:
         ConfigError: There is neither a spec file nor both a task and data, or a setting is not valid.
     """
-    arrival = _given({"name": task, "data": data, "test_data": test_data})
+    options = {"name": task, "data": data, "test_data": test_data}
+    arrival = {name: value for name, value in options.items() if value is not None}
     if path is None and not (task and data):
         raise ConfigError("Give a spec file, or both --task NAME and --data FILE.")
     if path is not None and arrival:
@@ -239,18 +234,18 @@ def _parse_over_stored(
 
     A relative base model in the options is relative to the working folder.
     """
-    given = _given(options)
-    if "base_model" in given:
-        given["base_model"] = resolve_base(given["base_model"], Path.cwd())
+    stated = {name: value for name, value in options.items() if value is not None}
+    if "base_model" in stated:
+        stated["base_model"] = resolve_base(stated["base_model"], Path.cwd())
     origin = str(path or "options")
-    lineage = given.get("lineage", values.get("lineage", DEFAULT))
+    lineage = stated.get("lineage", values.get("lineage", DEFAULT))
     stored = _stored_values(store, lineage)
     if stored:
         origin += f" over {store.uri_of(keys.settings_key(lineage))}"
     merged = _over(stored, values, model)
-    if path is not None:
+    if path is not None:  # a mistake in the file is not one of the options
         parse(model, merged, origin)
-    return parse(model, _over(merged, given, model), "options" if path else origin)
+    return parse(model, _over(merged, stated, model), "options" if path else origin)
 
 
 def _over(stored: Mapping[str, Any], values: Mapping[str, Any], model: type[LineageSpec]) -> dict[str, Any]:
@@ -269,10 +264,6 @@ def _over(stored: Mapping[str, Any], values: Mapping[str, Any], model: type[Line
             value = {**below, **value}
         merged[name] = value
     return merged
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _fill_in(spec: Any) -> Any:

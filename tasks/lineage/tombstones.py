@@ -57,15 +57,15 @@ def find_tombstone(store: ObjectStore, task: str, sha256s: Iterable[str]) -> Tom
         StoreError: A tombstone is damaged, or another release wrote it.
     """
     for sha256 in sha256s:
-        found = read_stored(
+        tombstone = read_stored(
             store,
             keys.tombstone_key(task, sha256),
             Tombstone,
             what="the tombstone of forgotten rows",
             remedy="Restore it from a backup of the store: it keeps the rows from being learned again.",
         )
-        if found is not None:
-            return found
+        if tombstone is not None:
+            return tombstone
     return None
 
 
@@ -84,10 +84,10 @@ def put_tombstone(store: ObjectStore, tombstone: Tombstone) -> None:
 
 def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows: str = "rows") -> None:
     """Raise ForgottenRowsError if rows or files with one of these digests were forgotten. The message says `rows`."""
-    found = find_tombstone(store, task, sha256s)
-    if found is not None:
+    tombstone = find_tombstone(store, task, sha256s)
+    if tombstone is not None:
         raise ForgottenRowsError(
-            f"These {rows} of '{task}' were {found.said}; they are not learned again. Land a file without the "
+            f"These {rows} of '{task}' were {tombstone.said}; they are not learned again. Land a file without the "
             "forgotten rows. If the rows may be learned after all, give --again to deal adapt."
         )
 
@@ -101,10 +101,10 @@ def forgotten_tests(store: ObjectStore, task: str, dataset_uri: str) -> Tombston
 
 def require_test_rows(store: ObjectStore, task: str, dataset_uri: str) -> None:
     """Raise TestRowsForgottenError if the test rows of a task were forgotten."""
-    found = forgotten_tests(store, task, dataset_uri)
-    if found is not None:
+    tombstone = forgotten_tests(store, task, dataset_uri)
+    if tombstone is not None:
         raise TestRowsForgottenError(
-            f"The test rows of task '{task}' were {found.said}, so that no version can be judged on it. First adapt to "
-            f"an arrival of '{task}' with test rows: they judge the task from then on. Or promote a version that does "
-            "not know the task (deal history, deal promote)."
+            f"The test rows of task '{task}' were {tombstone.said}, so that no version can be judged on it. First "
+            f"adapt to an arrival of '{task}' with test rows: they judge the task from then on. Or promote a version "
+            "that does not know the task (deal history, deal promote)."
         )

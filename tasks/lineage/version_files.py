@@ -7,8 +7,8 @@ An error names the damaged file, its version, and what still works. A version ha
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from deal_core.adapter.files import (
     ADAPTER_FILES,
     CONFIG_FILE,
-    METHOD_FILES,
     PEFT_FILES,
     WEIGHTS_FILE,
     as_recorded,
@@ -29,6 +28,8 @@ from infra.store.keys import file_name, lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
 from infra.versions import Version, Versions, remedy_for
 
+CARD_FILE = "README.md"
+"""The model card next to an adapter."""
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that safetensors reads."""
@@ -45,68 +46,38 @@ def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[
             raise error
 
 
-def _require_readable(store: ObjectStore, adapter_uri: str, folder: Path, names: Collection[str]) -> None:
-    """Require readable files in `folder`, a local copy of an adapter's folder. Those of the method may be missing."""
-    for name in names:
-        path = folder / name
-        with reading_beside(store, adapter_uri, name):
-            if path.is_file():
-                _check_file(path)
-            elif name in PEFT_FILES:
-                raise ObjectNotFoundError(name)
-
-
 def require_stored(store: ObjectStore, adapter_uri: str) -> None:
     """Require the configuration and the weights of an adapter in the store.
 
-    Only the header of the weights is fetched. It tells the length of the file.
+    Of the weights, only the size and the header are fetched: a sparse file of the same size and header is opened.
 
     Raises:
         ObjectNotFoundError: A file is missing.
         StoreError: A file is damaged.
     """
     with reading_beside(store, adapter_uri, CONFIG_FILE):
-        _check_config(json.loads(store.get_bytes(f"{adapter_uri}/{CONFIG_FILE}")))
-    with reading_beside(store, adapter_uri, WEIGHTS_FILE):
-        _check_header(store, f"{adapter_uri}/{WEIGHTS_FILE}")
-
-
-def _check_file(path: Path) -> None:
-    """Check a file of an adapter: the header of a safetensors file, or a JSON object."""
-    if path.name == CONFIG_FILE:
-        _check_config(json.loads(path.read_bytes()))
-    elif path.suffix == ".json":
-        _require_object(json.loads(path.read_bytes()))
-    else:
-        _open_weights(path)
-
-
-def _require_object(values: object) -> dict[str, object]:
-    if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
-    return values
-
-
-def _check_config(values: object) -> None:
-    missing = NEEDED_IN_CONFIG - _require_object(values).keys()
-    if missing:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-
-
-def _check_header(store: ObjectStore, key: str) -> None:
-    """Check a stored safetensors file by its size and header, with a local sparse file of the same size and header."""
-    info = store.find(key)
-    if info is None:
-        raise ObjectNotFoundError(key)
-    num_bytes = 8 + int.from_bytes(store.get_bytes(key, at_most=8), "little")
-    if not 8 < num_bytes <= min(info.size, MAX_HEADER_BYTES):
-        raise ValueError(f"its {info.size} bytes have no safetensors header")
-    with temporary_folder() as folder:
-        path = folder / WEIGHTS_FILE
-        with path.open("wb") as file:
+        _check_json(CONFIG_FILE, store.get_bytes(f"{adapter_uri}/{CONFIG_FILE}"))
+    key = f"{adapter_uri}/{WEIGHTS_FILE}"
+    with reading_beside(store, adapter_uri, WEIGHTS_FILE), temporary_folder() as folder:
+        info = store.find(key)
+        if info is None:
+            raise ObjectNotFoundError(key)
+        num_bytes = 8 + int.from_bytes(store.get_bytes(key, at_most=8), "little")
+        if not 8 < num_bytes <= min(info.size, MAX_HEADER_BYTES):
+            raise ValueError(f"its {info.size} bytes have no safetensors header")
+        with (folder / WEIGHTS_FILE).open("wb") as file:
             file.write(store.get_bytes(key, at_most=num_bytes))
             file.truncate(info.size)
-        _open_weights(path)
+        _open_weights(folder / WEIGHTS_FILE)
+
+
+def _check_json(name: str, content: bytes) -> None:
+    """Raise ValueError if a file of an adapter is no JSON object, or the configuration lacks a field."""
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    if name == CONFIG_FILE and (missing := NEEDED_IN_CONFIG - values.keys()):
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
 
 
 def _open_weights(path: Path) -> None:
@@ -121,7 +92,11 @@ def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
     """Name of a file of this adapter with its version, and the remedy for a damaged file."""
     lineage = lineage_of(adapter_uri)
     restore, history = "Restore it from a backup of the store.", f"deal history --lineage {lineage}"
-    version = _version_with(store, lineage, adapter_uri)
+    version = None
+    with suppress(DealError):  # the versions are damaged too: the file is named without its version
+        version = next(
+            (version for version in Versions(store).all(lineage) if version.adapter_uri == adapter_uri), None
+        )
     if version is None:
         others = "Other versions work without it"
         return f"a file of an adapter of '{lineage}'", f"{restore} {others}; {history} lists them."
@@ -137,83 +112,52 @@ def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
     )
 
 
-def _version_with(store: ObjectStore, lineage: str, adapter_uri: str) -> Version | None:
-    """The version with an adapter; None: none has it, or the versions cannot be read."""
-    try:
-        versions = Versions(store).all(lineage)
-    except DealError:
-        return None
-    return next((version for version in versions if version.adapter_uri == adapter_uri), None)
+def download_files(store: ObjectStore, adapter_uri: str, folder: Path, names: Iterable[str]) -> None:
+    """Copy those of the named files that an adapter's folder in the store has."""
+    present = {file_name(info.key) for info in store.list(adapter_uri)}
+    for name in names:
+        if name in present:
+            with reading_beside(store, adapter_uri, name):
+                store.download_file(f"{adapter_uri}/{name}", folder / name)
 
 
-@contextmanager
-def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
-    """Give a local copy of an adapter's folder, without a comparison of digests. The copy is removed at the end.
-
-    Raises:
-        ObjectNotFoundError: The configuration or the weights are missing.
-        StoreError: The configuration or the weights are damaged.
-    """
-    with temporary_folder() as temporary:
-        folder = temporary / "folder"
-        with reading_beside(store, uri, CONFIG_FILE):
-            store.download_folder(uri, folder)
-        _require_readable(store, uri, folder, PEFT_FILES)
-        yield folder
-
-
-@contextmanager
-def borrowed_adapter(store: ObjectStore, version: Version, *, with_method: bool = False) -> Iterator[Path]:
-    """Give a local copy of a version's adapter folder. The copy is removed at the end.
-
-    With `with_method`, the files of the method's state are checked too.
-
-    Raises:
-        IntegrityError: The digest of a file that the caller reads is not the recorded digest.
-        ObjectNotFoundError: The store has no such folder.
-    """
-    with borrowed_folder(store, version.adapter_uri) as folder:
-        if with_method:
-            _require_readable(store, version.adapter_uri, folder, METHOD_FILES)
-        require_recorded(store, version, folder, with_method=with_method)
-        yield folder
-
-
-def fetch_adapter(store: ObjectStore, version: Version, folder: Path) -> None:
-    """Copy the files of a version's adapter that training it on needs into a new folder, and check them.
+def fetch_adapter(store: ObjectStore, version: Version, folder: Path, names: Collection[str] = ADAPTER_FILES) -> None:
+    """Copy the named files of a version's adapter into a folder, and check them. Those of the method may be missing.
 
     Raises:
         IntegrityError: The digest of a file is not the recorded digest.
         ObjectNotFoundError: The configuration or the weights are missing.
         StoreError: A file is damaged.
     """
-    uri = version.adapter_uri
-    names = {file_name(info.key) for info in store.list(uri)}
-    for name in ADAPTER_FILES:
-        if name in names:
-            with reading_beside(store, uri, name):
-                store.download_file(f"{uri}/{name}", folder / name)
-    _require_readable(store, uri, folder, ADAPTER_FILES)
-    require_recorded(store, version, folder, with_method=True)
+    download_files(store, version.adapter_uri, folder, names)
+    for name in names:
+        with reading_beside(store, version.adapter_uri, name):
+            path = folder / name
+            if path.is_file():
+                _check_json(name, path.read_bytes()) if path.suffix == ".json" else _open_weights(path)
+            elif name in PEFT_FILES:
+                raise ObjectNotFoundError(name)
+    require_recorded(store, version, folder, names)
 
 
 @contextmanager
-def borrowed_parent(store: ObjectStore, parent: Version | None) -> Iterator[Path | None]:
-    """Give a copy of a parent's adapter as `fetch_adapter` writes it, which is removed at the end; None: no parent."""
-    if parent is None:
-        yield None
-        return
-    with temporary_folder() as temporary:
-        fetch_adapter(store, parent, temporary / "parent")
-        yield temporary / "parent"
+def borrowed_adapter(store: ObjectStore, version: Version, *, with_method: bool = False) -> Iterator[Path]:
+    """Give a copy of the files that answering needs, and of the model card. The copy is removed at the end.
+
+    With `with_method`, it has the files that training the adapter on needs. Errors are those of `fetch_adapter`.
+    """
+    with temporary_folder() as folder:
+        with suppress(ObjectNotFoundError):
+            store.download_file(f"{version.adapter_uri}/{CARD_FILE}", folder / CARD_FILE)
+        fetch_adapter(store, version, folder, ADAPTER_FILES if with_method else PEFT_FILES)
+        yield folder
 
 
-def require_recorded(store: ObjectStore, version: Version, folder: Path, *, with_method: bool = False) -> None:
-    """Raise IntegrityError if a file that the caller reads has not its recorded digest.
+def require_recorded(store: ObjectStore, version: Version, folder: Path, names: Collection[str] = PEFT_FILES) -> None:
+    """Raise IntegrityError if one of the named files has not its recorded digest.
 
     `folder` is a copy of the adapter's folder.
     """
-    names = ADAPTER_FILES if with_method else PEFT_FILES
     require_undamaged(
         digests_of(folder, names),
         version.files_sha256,
@@ -231,12 +175,12 @@ def replacing(store: ObjectStore, version: Version, folder: Path) -> Iterator[No
     During the block, both the old and the new digest of a file are valid. Afterwards only the new digest is valid. A
     file that was damaged before keeps its recorded digest, so that the damage stays visible.
     """
-    recorded = version.files_sha256
-    with borrowed_folder(store, version.adapter_uri) as old:
-        found = digests_of(old)
-    new = {name: sha256 for name, sha256 in digests_of(folder).items() if found.get(name) in recorded.get(name, ())}
-    between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
+    recorded, new = version.files_sha256, digests_of(folder)
+    with temporary_folder() as before:
+        download_files(store, version.adapter_uri, before, new)
+        old = digests_of(before)
+    new = {name: sha256 for name, sha256 in new.items() if old.get(name) in recorded.get(name, ())}
     versions = Versions(store)
-    versions.note_files(version, between)
+    versions.note_files(version, {**recorded, **{name: (old[name], sha256) for name, sha256 in new.items()}})
     yield
     versions.note_files(version, {**recorded, **as_recorded(new)})

@@ -28,12 +28,11 @@ from infra.versions import Version, Versions, descent
 from tasks.base import lend_base, release_base, require_base
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import first_rows, load_test_set
-from tasks.lineage.history import find_version
-from tasks.lineage.model_card import CARD_FILE, NOT_STATED, example_rows, served_task, served_version
-from tasks.lineage.promotion import rejected_by_person
+from tasks.lineage.history import find_version, rejected_by_person
+from tasks.lineage.model_card import NOT_STATED, example_rows, served_task, served_version
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import TestRowsForgottenError, find_tombstone
-from tasks.lineage.version_files import borrowed_adapter, reading_beside
+from tasks.lineage.version_files import CARD_FILE, borrowed_adapter, reading_beside
 from tasks.progress import reporter
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from flows.cli.app import app
 from infra.serving.version_files import SERVED_FILES, fetch_version
 from infra.versions import Version, Versions
 from tasks.context import current_store
-from tasks.lineage.decisions import roll_back
+from tasks.lineage.promotion import roll_back
 from tasks.predict import predict, predict_file
 from tests.adapting import BANK, run
 

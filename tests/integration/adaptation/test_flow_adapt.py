@@ -29,8 +29,8 @@ from flows.forget import forget
 from infra.promotions import Move, PromotionLog
 from infra.run_journal import Run, RunJournal
 from infra.versions import UNREGISTERED, Version, Versions
-from tasks.adaptation.adaptation import AdaptationRun
 from tasks.adaptation.resume import find_parent
+from tasks.adaptation.run import AdaptationRun
 from tasks.context import current_store
 from tasks.lineage.promotion import move_champion
 from tasks.lineage.record import read_record

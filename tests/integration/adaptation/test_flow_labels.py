@@ -20,7 +20,7 @@ from infra.versions import Versions
 from tasks.adaptation import scorer
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.decisions import find_left_behind, roll_back
+from tasks.lineage.promotion import find_left_behind, roll_back
 from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, run

@@ -21,10 +21,9 @@ from flows.cli.app import app
 from flows.promote import decide, reject
 from flows.server.deploy import _require_own, deploy_all
 from flows.server.status import NEWEST, ServerRuns, read_server
-from infra.promotions import Move
+from infra.promotions import Move, PromotionLog
 from infra.versions import Versions
 from tasks.context import current_store
-from tasks.lineage.history import read_moves
 from tasks.lineage.promotion import promote_accepted
 from tasks.notices import Notice, announce
 from tests.in_process import put_back
@@ -183,15 +182,15 @@ def waiting(copied_home: Path) -> str:
 
 
 def last_move() -> Move:
-    return read_moves("l")[-1]
+    return PromotionLog(current_store()).moves("l")[-1]
 
 
 def test_a_person_decides_by_the_form(waiting: str) -> None:
-    before = len(read_moves("l"))
+    before = len(PromotionLog(current_store()).moves("l"))
     for wrong in ({**BY, "why": "  "}, {**BY, "who": ""}):
         with pytest.raises(ParameterTypeError):
             asyncio.run(decide("l", waiting, "approve", **wrong))
-    assert len(read_moves("l")) == before
+    assert len(PromotionLog(current_store()).moves("l")) == before
     asyncio.run(decide("l", waiting, "approve", **BY))
     champion = Versions(current_store()).champion("l")
     assert champion is not None and champion.version == waiting

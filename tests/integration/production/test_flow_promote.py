@@ -23,9 +23,8 @@ from infra.store.base import ObjectStore
 from infra.versions import Since, Version, Versions
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
-from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
-from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
-from tasks.lineage.promotion import move_champion
+from tasks.lineage.history import find_version, read_history
+from tasks.lineage.promotion import find_left_behind, move_champion, promote_to, reject_version, roll_back
 from tasks.spec import AdaptSpec, parse
 from tests.conftest import MakeOnce
 from tests.in_process import KilledError
@@ -109,20 +108,21 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(m
     between = datetime.now(UTC)
     told: list[tuple[str, str | None, str | None]] = []
     monkeypatch.setattr(
-        "tasks.lineage.decisions.announce", lambda kind, notice: told.append((kind, notice.version, notice.who))
+        "tasks.lineage.promotion.announce", lambda kind, notice: told.append((kind, notice.version, notice.who))
     )
     done = roll_back("l", None, **BY)
     assert told == [("rolled-back", "1", "tester")]
     assert (done.before, done.champion) == ("2", "1")
     assert [(left.version, left.task) for left in done.left_behind] == [("2", "parcels")]
     assert (aliases()["champion"], aliases()["previous"]) == ("1", "2")
-    moves = [(move.action, move.before, move.champion, move.who) for move in read_moves("l")]
+    log = PromotionLog(current_store())
+    moves = [(move.action, move.before, move.champion, move.who) for move in log.moves("l")]
     assert moves == [
         ("promoted", None, "1", "gate"),
         ("promoted", "1", "2", "gate"),
         ("rolled back", "2", "1", "tester"),
     ]
-    assert read_champion_at("l", between) == "2" and read_champion_at("l", datetime.now(UTC)) == "1"
+    assert log.champion_at("l", between) == "2" and log.champion_at("l", datetime.now(UTC)) == "1"
 
 
 @pytest.mark.nightly
@@ -202,7 +202,7 @@ def test_a_refused_version_never_serves(tiny_base: Path, waiting: None) -> None:
         with pytest.raises(RegistryError, match="rejected by a person"):
             move("l", "3", **BY)
     assert find_parent("l") is not None and aliases()["champion"] == "2", "a later run does not complete it"
-    last = read_moves("l")[-1]
+    last = PromotionLog(current_store()).moves("l")[-1]
     assert (last.action, last.version, last.champion, last.why) == ("rejected", "3", "2", "labels look wrong")
     assert "was rejected" in learn(tiny_base, "clinic", approval="person").message
 
@@ -267,7 +267,9 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
     assert outcomes.count("won") >= 1 and aliases()["champion"] == "2"
     told = [text for text in outcomes if text != "won" and "person" not in text and "champion already" not in text]
     assert told == []
-    assert [move.version for move in read_moves("l")] == ["1", "2", "1", "2"], "the log has one promotion"
+    assert [move.version for move in PromotionLog(current_store()).moves("l")] == ["1", "2", "1", "2"], (
+        "the log has one promotion"
+    )
 
 
 @pytest.mark.usefixtures("waiting")
@@ -277,7 +279,7 @@ def test_a_rejection_holds_for_who_read_the_version_before_it() -> None:
     for before in (waiting, waiting.model_copy(update={"since": Since()})):
         with pytest.raises(RegistryError, match="rejected by a person"):
             move_champion(current_store(), before, expected="2", action="promoted", **BY)
-    assert (aliases()["champion"], read_moves("l")[-1].action) == ("2", "rejected")
+    assert (aliases()["champion"], PromotionLog(current_store()).moves("l")[-1].action) == ("2", "rejected")
 
 
 @pytest.mark.nightly
@@ -300,14 +302,14 @@ def test_a_version_whose_run_died_before_its_promotion_is_promoted_by_the_next_r
 @pytest.mark.usefixtures("waiting")
 def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_slowly(store: ObjectStore, lineage: str, version: str) -> Version:
-        monkeypatch.setattr("tasks.lineage.decisions.find_version", find_version)
+        monkeypatch.setattr("tasks.lineage.promotion.find_version", find_version)
         roll_back("l", "1", **BY)
         return find_version(store, lineage, version)
 
-    monkeypatch.setattr("tasks.lineage.decisions.find_version", find_slowly)
+    monkeypatch.setattr("tasks.lineage.promotion.find_version", find_slowly)
     with pytest.raises(RegistryError, match="try again"):
         reject_version("l", "3", **BY)
-    assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
+    assert (aliases()["champion"], PromotionLog(current_store()).moves("l")[-1].champion) == ("1", "1")
 
 
 @pytest.mark.usefixtures("lineage")

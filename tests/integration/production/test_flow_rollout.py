@@ -18,9 +18,8 @@ from infra.promotions import PromotionLog
 from infra.versions import Version, Versions
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
-from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import promote_accepted
+from tasks.lineage.promotion import find_left_behind, promote_accepted, promote_to, reject_version, roll_back
 from tests.registering import register
 
 BY = {"who": "Ada", "why": "a test"}

@@ -54,7 +54,7 @@ from infra.versions import UNREGISTERED, Versions
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
-from tasks.lineage.version_files import borrowed_folder
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.mlflow_mirror import sync_lineage
 
 WAIT_SECONDS = 300.0
@@ -371,8 +371,8 @@ def test_the_registrys_folder_loads_with_peft_alone(versions: Expected, tiny_bas
         untouched = plain(**tokens).logits
         found = PeftModel.from_pretrained(plain, str(folder)).eval()(**tokens).logits
         base = load_base(str(tiny_base), HomeSettings().cache_dir, precision="fp32")
-        uri = find_version(current_store(), LINEAGE, "2").adapter_uri
-        with borrowed_folder(current_store(), uri) as own, adapter_on(base.model, own) as model:
+        second = find_version(current_store(), LINEAGE, "2")
+        with borrowed_adapter(current_store(), second) as own, adapter_on(base.model, own) as model:
             wanted = model(**tokens).logits
     assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(found, untouched, atol=1e-2)
 

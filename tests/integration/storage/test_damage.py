@@ -19,7 +19,7 @@ from flows.server.status import Status, read_status
 from infra.run_journal import RunJournal
 from infra.versions import Versions
 from tasks.context import current_store
-from tasks.lineage.decisions import roll_back
+from tasks.lineage.promotion import roll_back
 from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, run

@@ -28,11 +28,11 @@ from infra.store.local import FileStore
 from infra.versions import Versions
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
-from tasks.lineage.decisions import roll_back
 from tasks.lineage.history import find_version
+from tasks.lineage.promotion import roll_back
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
-from tasks.lineage.version_files import borrowed_parent
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.mlflow_mirror import sync_lineage
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, run
@@ -153,7 +153,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
         version, local = find_version(store, "l", number), tmp_path / number
         store.download_folder(version.adapter_uri, local)
         assert [size == 0 for size in kept_of_tasks(local).values()] == is_mine, "another task's rows stay"
-        with borrowed_parent(store, version):
+        with borrowed_adapter(store, version, with_method=True):
             pass  # the digests of the replaced files were recorded
     assert done.tombstone.versions == ("l/1", "l/2")
     assert asyncio.run(forget(first.dataset.sha256)).plan.held == (), "a second command finds nothing"

@@ -27,8 +27,7 @@ from infra.tracking.models import ModelRegistry
 from infra.tracking.tracker import TrackedRun, Tracker
 from infra.versions import Versions
 from tasks.context import current_store
-from tasks.lineage.decisions import promote_to, roll_back
-from tasks.lineage.history import read_moves
+from tasks.lineage.promotion import promote_to, roll_back
 from tasks.mlflow_mirror import WITH_ROWS, Synced, sync_lineage
 from tests.adapting import BANK, run
 from tests.in_process import KilledError, put_back
@@ -232,7 +231,7 @@ class TestMovesByHand:
         sync()
         move_alias("4")
         assert sync().promoted == "4" and champion() == "4"
-        last = read_moves("l")[-1]
+        last = PromotionLog(current_store()).moves("l")[-1]
         assert (last.action, last.before, last.champion, last.who) == ("promoted", "3", "4", "MLflow")
         assert aliases_in_mlflow() == {"champion": "4", "previous": "3", "challenger": "4"}
         assert [notice["event"] for notice in receiver.told()] == ["deal.version.promoted"]
@@ -240,7 +239,10 @@ class TestMovesByHand:
     def test_to_an_earlier_champion_it_is_a_rollback(self, copied_home: Path) -> None:
         move_alias("1")
         assert sync().promoted == "1" and champion() == "1"
-        assert (read_moves("l")[-1].action, aliases_in_mlflow()["previous"]) == ("rolled back", "3")
+        assert (PromotionLog(current_store()).moves("l")[-1].action, aliases_in_mlflow()["previous"]) == (
+            "rolled back",
+            "3",
+        )
 
     @pytest.mark.parametrize(
         ("version", "changes"),
@@ -257,11 +259,13 @@ class TestMovesByHand:
         if changes is not None:
             register("fourth", **changes)
             sync()
-        moves = read_moves("l")
+        moves = PromotionLog(current_store()).moves("l")
         move_alias(version)
         synced = sync()
         assert synced.promoted is None and f"version {version}" in (synced.set_back or "")
-        assert champion() == "3" == aliases_in_mlflow()["champion"] and read_moves("l") == moves
+        assert (
+            champion() == "3" == aliases_in_mlflow()["champion"] and PromotionLog(current_store()).moves("l") == moves
+        )
         assert [notice["event"] for notice in receiver.told()] == ["deal.alias.set-back"]
         assert sync().set_back is None
 
@@ -308,7 +312,7 @@ class TestMovesByHand:
         if moved_to is not None:
             move_alias(moved_to)  # whether this is a person's move or what the write left cannot be told
         assert sync().promoted is None and champion() == "1" == aliases_in_mlflow()["champion"]
-        assert read_moves("l")[-1].action == "rolled back" and len(calls) == 1
+        assert PromotionLog(current_store()).moves("l")[-1].action == "rolled back" and len(calls) == 1
         assert [notice["event"] for notice in receiver.told()] == ["deal.version.rolled-back"]
 
     def test_the_next_run_continues_the_version_that_was_promoted_by_hand(

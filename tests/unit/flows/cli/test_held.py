@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from flows.cli.app import app
 from tasks.context import current_store
 from tasks.inbox import find_held, look, read_state, write_state
-from tasks.lineage.decisions import LeftBehind
+from tasks.lineage.promotion import LeftBehind
 from tests.in_process import put_back
 
 KEY, WHY = "inbox/parcels/a.jsonl", "Its run was cancelled."
@@ -47,7 +47,7 @@ def test_programs_find_a_held_arrival_after_the_versions_that_were_left_behind(
     held = {"version": None, "task": "parcels", "dataset_sha256": None, **HELD}
     assert found(deal("requeue", "--json")) == [held], "the lineage has no version"
     left = LeftBehind(version="2", task="bank", dataset_sha256="3fa9")
-    monkeypatch.setattr("tasks.lineage.decisions.find_left_behind", lambda lineage: (left,))
+    monkeypatch.setattr("tasks.lineage.promotion.find_left_behind", lambda lineage: (left,))
     assert found(deal("requeue", "--json")) == [left.model_dump(), held]
     assert f"{KEY} is held: {WHY}" in deal("requeue").stdout
 

@@ -11,6 +11,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from deal_core.adapter.files import as_recorded, digests_of
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
 from infra.promotions import PromotionLog
@@ -26,7 +27,7 @@ from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
-from tasks.lineage.version_files import borrowed_folder, borrowed_parent, require_stored
+from tasks.lineage.version_files import borrowed_adapter, require_stored
 from tasks.serving.vllm import read_route
 from tests.stored_versions import move, put_version, run_key, version
 
@@ -68,11 +69,20 @@ def store(home: Path) -> ObjectStore:
     """A store with an adapter, which is that of version 3."""
     found = current_store()
     write_format(found)
-    put_version(found, version(3, adapter_uri=ADAPTER))
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
-    found.put_bytes("datasets/bank/77/manifest.json", json.dumps(MANIFEST.to_json()).encode())
     save_file({"a": numpy.ones((64, 8), numpy.float32)}, weights_of(home))
+    files_sha256 = as_recorded(digests_of(weights_of(home).parent))
+    put_version(found, version(3, adapter_uri=ADAPTER, files_sha256=files_sha256))
+    found.put_bytes("datasets/bank/77/manifest.json", json.dumps(MANIFEST.to_json()).encode())
     return found
+
+
+def lend(store: ObjectStore, *, with_method: bool = False) -> None:
+    """Lend the adapter, which raises an error if a file is damaged."""
+    third = Versions(store).find("l", "3")
+    assert third is not None
+    with borrowed_adapter(store, third, with_method=with_method) as folder:
+        assert (folder / "adapter_model.safetensors").is_file()
 
 
 def weights_of(home: Path) -> Path:
@@ -130,11 +140,8 @@ def test_weights_are_judged_by_header_and_size(store: ObjectStore, home: Path, m
         weights_of(home).write_bytes(whole[:num_bytes])
         with pytest.raises(StoreError, match=r"adapter_model\.safetensors, a file of version 3 of 'l', is damaged"):
             require_stored(store, ADAPTER)
-        with (
-            pytest.raises(StoreError, match=r"adapter_model\.safetensors, a file of version 3"),
-            borrowed_folder(store, ADAPTER),
-        ):
-            pytest.fail("it was lent")
+        with pytest.raises(StoreError, match=r"adapter_model\.safetensors, a file of version 3"):
+            lend(store)
     weights_of(home).write_bytes(whole + b"\0")
     with pytest.raises(StoreError, match="is damaged"):
         require_stored(store, ADAPTER)
@@ -147,7 +154,7 @@ def test_weights_are_judged_by_header_and_size(store: ObjectStore, home: Path, m
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter_without_one_of_its_files_is_not_lent(store: ObjectStore, name: str) -> None:
     store.delete(f"{ADAPTER}/{name}")
-    for use in (lambda: require_stored(store, ADAPTER), lambda: borrowed_folder(store, ADAPTER).__enter__()):
+    for use in (lambda: require_stored(store, ADAPTER), lambda: lend(store)):
         with pytest.raises(ObjectNotFoundError, match=rf"{name}, a file of version 3 of 'l', is missing"):
             use()
 
@@ -155,18 +162,14 @@ def test_an_adapter_without_one_of_its_files_is_not_lent(store: ObjectStore, nam
 @pytest.mark.parametrize("name", ["method.json", "method.safetensors"])
 def test_a_damaged_state_of_the_method_stops_training_and_not_answering(store: ObjectStore, name: str) -> None:
     store.put_bytes(f"{ADAPTER}/{name}", b"[]")
-    with (
-        pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged"),
-        borrowed_parent(store, Versions(store).find("l", "3")),
-    ):
-        pytest.fail("it was lent")
-    with borrowed_folder(store, ADAPTER) as folder:
-        assert (folder / name).is_file()
+    with pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged"):
+        lend(store, with_method=True)
+    lend(store)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"r": 8}'])
 def test_a_damaged_configuration_is_refused(store: ObjectStore, content: bytes) -> None:
     store.put_bytes(f"{ADAPTER}/adapter_config.json", content)
-    for use in (lambda: require_stored(store, ADAPTER), lambda: borrowed_folder(store, ADAPTER).__enter__()):
+    for use in (lambda: require_stored(store, ADAPTER), lambda: lend(store)):
         with pytest.raises(StoreError, match=r"adapter_config\.json, a file of version 3 of 'l', is damaged"):
             use()

@@ -15,7 +15,7 @@ from deal_core.adapter.method_state import STORED_ROWS
 from deal_core.errors import IntegrityError
 from infra.store.local import FileStore
 from infra.versions import Version, Versions
-from tasks.lineage.version_files import borrowed_adapter, borrowed_parent, replacing
+from tasks.lineage.version_files import borrowed_adapter, replacing
 from tests.stored_versions import put_version, version
 
 CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
@@ -73,8 +73,8 @@ def load(store: FileStore, info: Version) -> None:
     """Load it to answer, then to continue it."""
     with borrowed_adapter(store, info) as folder:
         assert (folder / WEIGHTS).is_file()
-    with borrowed_parent(store, info) as parent:
-        assert parent is not None and (parent / STATE).is_file()
+    with borrowed_adapter(store, info, with_method=True) as folder:
+        assert (folder / STATE).is_file()
 
 
 def test_a_whole_version_is_lent_and_its_copy_is_gone_afterwards(store: FileStore, info: Version) -> None:
@@ -82,8 +82,6 @@ def test_a_whole_version_is_lent_and_its_copy_is_gone_afterwards(store: FileStor
     with borrowed_adapter(store, info) as folder:
         assert folder.is_dir()
     assert not folder.exists()
-    with borrowed_parent(store, None) as parent:
-        assert parent is None
 
 
 def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileStore, info: Version) -> None:
@@ -96,7 +94,7 @@ def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileSt
     assert message.startswith("Version 2 of 'l' is damaged") and found in message and recorded in message
     assert store.uri_of(info.adapter_uri) in message and "from a backup" in message
     assert "deal rollback --to 1 --lineage l" in message
-    with pytest.raises(IntegrityError), borrowed_parent(store, info):
+    with pytest.raises(IntegrityError), borrowed_adapter(store, info, with_method=True):
         pytest.fail("it was lent")
 
 
@@ -104,7 +102,7 @@ def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info:
     flip(store, info, STATE)
     with borrowed_adapter(store, info):
         pass
-    with pytest.raises(IntegrityError, match=STATE), borrowed_parent(store, info):
+    with pytest.raises(IntegrityError, match=STATE), borrowed_adapter(store, info, with_method=True):
         pytest.fail("it was lent")
 
 
@@ -125,7 +123,7 @@ def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
         load(store, now(store))
     load(store, now(store))
     assert now(store).files_sha256 == as_recorded(digests_of(store.root / info.adapter_uri))
-    with pytest.raises(IntegrityError, match="method"), borrowed_parent(store, info):
+    with pytest.raises(IntegrityError, match="method"), borrowed_adapter(store, info, with_method=True):
         pytest.fail("it was lent by the digests of before")
     flip(store, info, WEIGHTS)
     with pytest.raises(IntegrityError, match=WEIGHTS), borrowed_adapter(store, now(store)):
@@ -137,18 +135,18 @@ def test_damage_is_not_washed_away_by_emptying_rows(store: FileStore, info: Vers
     flip(store, info, name)
     with replacing(store, info, emptied):
         store.upload_folder(emptied, info.adapter_uri)
-    with pytest.raises(IntegrityError, match=name), borrowed_parent(store, now(store)):
+    with pytest.raises(IntegrityError, match=name), borrowed_adapter(store, now(store), with_method=True):
         pytest.fail("it was lent")
 
 
-def test_no_other_module_copies_folders_out_of_the_store() -> None:
-    """Only an arrival of several files is another such folder; `data_files` reads no adapters."""
+def test_no_module_copies_folders_of_adapters_out_of_the_store() -> None:
+    """Only an arrival of several files is such a folder; `data_files` reads no adapters."""
     found = set()
     for package in ("flows", "tasks"):
         for path in sorted((ROOT / package).rglob("*.py")):
             nodes = list(ast.walk(ast.parse(path.read_text())))
             names = {node.id for node in nodes if isinstance(node, ast.Name)}
             names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-            if names & {"borrowed_folder", "download_folder"}:
+            if "download_folder" in names:
                 found.add(path.stem)
-    assert found == {"version_files", "data_files"}
+    assert found == {"data_files"}

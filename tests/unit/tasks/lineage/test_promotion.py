@@ -14,9 +14,9 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt import adapted, repeated
 from infra.versions import Version, Versions
 from tasks.context import current_store
-from tasks.lineage.decisions import find_left_behind, promote_to, reject_version, roll_back
-from tasks.lineage.decisions import left_behind as left_behind_by
-from tasks.lineage.promotion import rejected_by_person
+from tasks.lineage.history import rejected_by_person
+from tasks.lineage.promotion import find_left_behind, promote_to, reject_version, roll_back
+from tasks.lineage.promotion import left_behind as left_behind_by
 from tasks.references import DatasetRef
 from tests.stored_versions import move, put_version, version
 
