@@ -20,7 +20,7 @@ from deal_core.errors import DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectStore
 from tasks.data_files import local_files
-from tasks.inbox import files_of, list_arrivals
+from tasks.inbox import list_arrivals
 
 
 def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
@@ -31,7 +31,7 @@ def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
     """
     found: set[str] = set()
     for arrival in list_arrivals(store.list(keys.inbox_folder(schema.name))):
-        for info in files_of(arrival):
+        for info in arrival.files:
             found |= inputs_of_file(store, info.key, schema)[0]
     listing = store.list(f"{keys.DATASETS}/{schema.name}")
     for sha256 in {keys.dataset_sha256(info.key) for info in listing if keys.file_name(info.key) == keys.MANIFEST_FILE}:
