@@ -46,7 +46,6 @@ from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
 from tasks.lineage.frozen_rows import spared_texts
 from tasks.lineage.record import read_record
-from tasks.lineage.settings import arrival_of
 from tasks.lineage.version_files import borrowed_parent
 from tasks.spec import AdaptSpec
 
@@ -151,7 +150,7 @@ def plan(
         ConfigError: The config of the base model cannot be read, or a setting does not fit.
         DataValidationError: The whole file is refused.
     """
-    store, arrival = current_store(), arrival_of(spec)
+    store = current_store()
     champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     spec = with_memory_of(spec, record)
@@ -162,7 +161,7 @@ def plan(
     num_versions = len(record.matrix.trained) if record else 0
     on_progress("reading the file")
     with temporary_folder() as folder:
-        with landing_of(store, arrival, choose_schema(store, arrival, record), record, spec.data) as landing:
+        with landing_of(store, spec.task, choose_schema(store, spec.task, record), record, spec.data) as landing:
             try:
                 manifest = build_dataset(landing, folder / "dataset")  # by the rules of ingest
             except ArrivalRefusedError as error:

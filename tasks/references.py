@@ -6,7 +6,7 @@ A `uri` is relative to the root of the object store, so a store can be moved.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -29,17 +29,6 @@ class BaseRef(Reference):
     sha256: str
     quantize: Quantize = "none"
     """Quantization of the linear layers. The digest does not depend on it."""
-
-
-class Arrival(Reference):
-    """What landed for a task and is learned at once: a file, a folder, or several of them."""
-
-    task: str
-    data: str | tuple[str, ...]
-    """Local path, or a full uri in the store; see `tasks.data_files.local_files`."""
-    test_data: str | tuple[str, ...] | None = None
-    given: dict[str, Any] = {}
-    """Fields of the task's schema that the user gave."""
 
 
 class DatasetRef(Reference):

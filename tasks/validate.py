@@ -25,13 +25,13 @@ from infra.versions import Versions
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.inbox import task_file_beside, task_from_file
-from tasks.landing import choose_schema, landing_of, refuse_forgotten_rows
+from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_base, choose_spared, choose_strategy, with_memory_of
 from tasks.lineage.frozen_rows import num_judging_of
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten
-from tasks.references import Arrival, Spared
+from tasks.references import Spared
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
@@ -142,15 +142,13 @@ def validate(
     champion = Versions(store).champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     read = with_memory_of(read, record)
-    arrival = Arrival(
-        task=read.task.name, data=file, test_data=test_data or read.task.test_data, given=read.task.given()
-    )
+    arrival = read.task.model_copy(update={"data": file, "test_data": test_data or read.task.test_data})
     schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
         kept = _TrainingRows()
         report = validate_file(landing, kept.add)
         if report.refusal is None:
-            report = replace(report, refusal=_said_if_forgotten(store, arrival.task, report.manifest))
+            report = replace(report, refusal=_said_if_forgotten(store, arrival.name, report.manifest))
     manifest = report.manifest
     checked = None
     if with_model and manifest.task.labels and kept.inputs:
@@ -173,7 +171,7 @@ def _said_if_forgotten(store: ObjectStore, task: str, manifest: DatasetManifest)
     try:
         refuse_forgotten(store, task, manifest.training_files)
         refuse_forgotten(store, task, manifest.files[manifest.num_training_files :], "test rows")
-        refuse_forgotten_rows(store, task, manifest)
+        refuse_forgotten(store, task, [manifest.sha256, manifest.landed_sha256])
     except ForgottenRowsError as error:
         return str(error)
     return None
