@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -35,7 +35,7 @@ from deal_core.planning.memory import (
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import PlannedArrival, TaskTexts
+from deal_core.strategies.strategy import PlannedArrival
 from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
@@ -109,13 +109,9 @@ class _Run:
     setup: TrainingSetup
     arrival: PlannedArrival
 
-    @property
-    def old_texts(self) -> Sequence[TaskTexts]:
-        return self.arrival.old_texts
-
     def longest_prompt(self, train: TrainConfig) -> int:
         """A question about an old task's own text is as long as that task allows."""
-        return max([train.max_prompt_tokens, *(each.max_prompt_tokens for each in self.old_texts)])
+        return max([train.max_prompt_tokens, *(texts.max_prompt_tokens for texts in self.arrival.old_texts)])
 
     @property
     def questions_per_step(self) -> int:
@@ -168,11 +164,8 @@ def plan(
                 raise DataValidationError(f"{error.report.refusal} deal validate lists the bad rows.") from None
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
         old_tasks = tuple(known.schema for known in record.tasks) if record else ()
-        old_texts: Sequence[TaskTexts] = ()
-        if record and strategy_class(strategy).old_rows(spec.method) == "unused":
-            old_texts = spared_texts(
-                store, [known for known in record.tasks if known.schema.name != manifest.task.name]
-            )
+        others = [known for known in record.tasks if known.schema.name != manifest.task.name] if record else []
+        asks_own_texts = strategy_class(strategy).old_rows(spec.method) == "unused"
         num_chosen = spec.selection.num_kept(manifest.num_train)
         run = _Run(
             source=source,
@@ -191,7 +184,7 @@ def plan(
             arrival=PlannedArrival(
                 task=manifest.task,
                 old_tasks=old_tasks,
-                old_texts=tuple(old_texts),
+                old_texts=tuple(spared_texts(store, others)) if asks_own_texts else (),
                 num_rows=num_chosen,
                 num_steps=spec.train.num_steps(num_chosen),
                 learned_last=record.matrix.trained[-1] if record else None,
@@ -214,12 +207,17 @@ def _plan_rows(
     memory_of = partial(_memory, run, model, batch, device)
     memory, limit = memory_of(train, run.precision), device.free_bytes
     refused = memory.total > limit
-    seconds, notes = _time_step(run, rows, here, probe and not refused and memory.total <= here.free_bytes, on_progress)
-    if seconds is not None and device_memory is not None:
-        notes.append("the time is this machine's, not that of the device planned for")
+    seconds, notes = None, list[str]()
+    if run.base.folder is None:
+        notes.append("the base model's weights are not on this machine, so no step was timed (deal model fetch)")
+    elif train.quantize != "none" and here.is_cpu:
+        notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
+    elif probe and not refused and memory.total <= here.free_bytes:
+        on_progress("taking three steps")
+        seconds = _probe_step(run, rows)
+        notes += ["the time is this machine's, not that of the device planned for"] if device_memory is not None else []
     notes += _notes(run, manifest.num_train, seconds)
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
-    num_chosen, steps = run.arrival.num_rows, run.arrival.num_steps
     return PlanResult(
         base=run.source,
         model_type=model.model_type,
@@ -229,10 +227,10 @@ def _plan_rows(
         strategy=setup.strategy,
         precision=run.precision,
         num_train=manifest.num_train,
-        num_chosen=num_chosen,
+        num_chosen=run.arrival.num_rows,
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
-        num_steps=steps,
+        num_steps=run.arrival.num_steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
         rehearsed_per_step=run.questions_per_step,
         batch_rows=batch.num_rows,
@@ -246,23 +244,9 @@ def _plan_rows(
         verdict="refused" if refused else "fits" if memory.total <= HEADROOM * limit else "tight",
         remedies=remedies,
         seconds_per_step=seconds,
-        expected_seconds=None if seconds is None else seconds * steps,
+        expected_seconds=None if seconds is None else seconds * run.arrival.num_steps,
         notes=tuple(notes),
     )
-
-
-def _time_step(
-    run: _Run, rows: Dataset, here: Device, is_wanted: bool, on_progress: OnProgress
-) -> tuple[float | None, list[str]]:
-    """The seconds of a step on this machine; None: no step was timed, which a note may explain."""
-    if run.base.folder is None:
-        return None, ["the base model's weights are not on this machine, so no step was timed (deal model fetch)"]
-    if run.setup.train.quantize != "none" and here.is_cpu:
-        return None, ["quantized weights need a CUDA device, and this machine has none, so no step was timed"]
-    if not is_wanted:
-        return None, []
-    on_progress("taking three steps")
-    return _probe_step(run, rows), []
 
 
 def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
@@ -300,7 +284,7 @@ def _batch(run: _Run, rows: Dataset) -> BatchShape:
     except Exception as error:  # a damaged file can raise any error
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"The tokenizer of {run.source!r} cannot be read ({why}).") from error
-    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.old_texts)
+    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.arrival.old_texts)
 
 
 def _memory(
@@ -320,10 +304,6 @@ def _memory(
 def _probe_step(run: _Run, rows: Dataset) -> float:
     """Train a few steps and return the seconds of one step. The first step is not counted, and nothing is kept."""
     times: list[float] = []
-
-    def on_log(step: int, values: Mapping[str, float]) -> None:
-        times.append(time.perf_counter())
-
     train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
     if run.setup.task.learns_preferences:  # the parent reads all of them first
         num_rows = NUM_PROBE_STEPS * train.batch_size * train.gradient_accumulation_steps
@@ -335,9 +315,9 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
             rows,
             replace(run.setup, train=train),
             parent_folder=parent_folder,
-            others=OtherRows(old_texts=run.old_texts),
+            others=OtherRows(old_texts=run.arrival.old_texts),
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",
-            on_log=on_log,
+            on_log=lambda step, values: times.append(time.perf_counter()),
         )
     return (times[-1] - times[0]) / (len(times) - 1)
