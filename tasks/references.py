@@ -68,12 +68,8 @@ class ArrivalScore(Reference):
 
     def describe(self) -> str:
         """Return it in a few words."""
-        rows = (
-            f"{self.num_rows} new rows"
-            if self.num_rows == self.of_rows
-            else (f"{self.num_rows} of {self.of_rows} new rows")
-        )
-        return f"champion scored {100 * self.accuracy:.1f} % on {rows}"
+        asked = f"{self.num_rows}" if self.num_rows == self.of_rows else f"{self.num_rows} of {self.of_rows}"
+        return f"champion scored {100 * self.accuracy:.1f} % on {asked} new rows"
 
 
 class TrainSummary(Reference):
