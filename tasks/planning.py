@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import transformers
@@ -23,7 +22,6 @@ from deal_core.planning.memory import (
     BatchShape,
     MemoryPlan,
     MethodShape,
-    ModelSize,
     Remedy,
     adapter_rank,
     find_remedies,
@@ -200,11 +198,21 @@ def _plan_rows(
     model = measure_model(run.base.config, setup.adapter)
     on_progress("measuring rows and activations")
     batch = _batch(run, rows)
+    shape = MethodShape(rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None)
     here = device = current_device()
     if device_memory is not None:
         num_bytes = parse_bytes(device_memory)
         device = Device(name="the device planned for", is_cpu=here.is_cpu, free_bytes=num_bytes, total_bytes=num_bytes)
-    memory_of = partial(_memory, run, model, batch, device)
+
+    def memory_of(train: TrainConfig, precision: str) -> MemoryPlan:
+        """The memory with other settings of the training and another precision than those of the run."""
+        answer = min(batch.num_answer_tokens, train.max_answer_tokens)
+        prompt = min(batch.num_tokens - batch.num_answer_tokens, run.longest_prompt(train))
+        rows = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
+        adapter = replace(setup.adapter, rank=run.rank)
+        activations = measure_activations(run.base.config, adapter, rows, precision, on_cpu=device.is_cpu)
+        return plan_memory(model, activations, rows, shape, train=train, precision=precision, on_cpu=device.is_cpu)
+
     memory, limit = memory_of(train, run.precision), device.free_bytes
     refused = memory.total > limit
     seconds, notes = None, list[str]()
@@ -252,26 +260,26 @@ def _plan_rows(
 def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
     """What the figures leave out. `seconds` is the time of a step."""
     setup, train = run.setup, run.setup.train
+
+    def reading(why: str, num_read: int) -> str:
+        """A model reads rows before the training."""
+        time = ""
+        if seconds is not None:
+            taken = FORWARD_SHARE * seconds * num_read / (train.batch_size * train.gradient_accumulation_steps)
+            time = f", about {round(taken):,} s that are not counted above"
+        return f"{why}: a model reads {num_read:,} texts before the training{time}"
+
     if train.num_processes > 1:
         yield f"memory and time are those of one process with the whole batch; {train.num_processes} share it"
     if num_asked := strategy_class(setup.strategy).num_answered(setup.method, run.arrival):
-        yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)
+        yield reading("the parent answers about old tasks", num_asked)
     if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
-        yield _about_reading("the rows are chosen first", num_read, seconds, train)
+        yield reading("the rows are chosen first", num_read)
     if train.recentre_steps and any(task.labels for task in (setup.task, *setup.old_tasks)):
         time = "" if seconds is None else f", about {round(seconds * train.recentre_steps):,} s"
         yield f"{train.recentre_steps} steps follow that re-centre the labels{time}; they are not counted above"
     if setup.task.learns_preferences:
-        yield _about_reading("the parent's answers are the reference", run.arrival.num_rows, seconds, train)
-
-
-def _about_reading(why: str, num_read: int, seconds_per_step: float | None, train: TrainConfig) -> str:
-    """A note: a model reads rows before the training."""
-    time = ""
-    if seconds_per_step is not None:
-        seconds = FORWARD_SHARE * seconds_per_step * num_read / (train.batch_size * train.gradient_accumulation_steps)
-        time = f", about {round(seconds):,} s that are not counted above"
-    return f"{why}: a model reads {num_read:,} texts before the training{time}"
+        yield reading("the parent's answers are the reference", run.arrival.num_rows)
 
 
 def _batch(run: _Run, rows: Dataset) -> BatchShape:
@@ -285,20 +293,6 @@ def _batch(run: _Run, rows: Dataset) -> BatchShape:
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"The tokenizer of {run.source!r} cannot be read ({why}).") from error
     return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.arrival.old_texts)
-
-
-def _memory(
-    run: _Run, model: ModelSize, batch: BatchShape, device: Device, train: TrainConfig, precision: str
-) -> MemoryPlan:
-    """The memory with other settings of the training and another precision than those of the run."""
-    setup, on_cpu = run.setup, device.is_cpu
-    answer = min(batch.num_answer_tokens, train.max_answer_tokens)
-    prompt = min(batch.num_tokens - batch.num_answer_tokens, run.longest_prompt(train))
-    batch = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
-    adapter = replace(setup.adapter, rank=run.rank)
-    activations = measure_activations(run.base.config, adapter, batch, precision, on_cpu=on_cpu)
-    shape = MethodShape(rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None)
-    return plan_memory(model, activations, batch, shape, train=train, precision=precision, on_cpu=on_cpu)
 
 
 def _probe_step(run: _Run, rows: Dataset) -> float:
