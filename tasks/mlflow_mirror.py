@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
@@ -230,7 +229,11 @@ def end_failed(run: Run) -> None:
 
 
 def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, version: Version) -> None:
-    """Write a version with its run, its report and its logged model."""
+    """Write a version with its run and its logged model."""
+    from deal_core.evaluation.answering import SERVED_FILE
+    from infra.served_model import write_served_folder
+    from tasks.lineage.model_card import CARD_FILE, example_rows, served_version
+
     if run is None:  # its journal was lost, which loses its settings and its curves
         run = Run(
             lineage=version.lineage,
@@ -246,44 +249,50 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
         )
     tracked = _write_run(tracker, run.model_copy(update={"state": "finished"}))
     scores: dict[str, float | None] = {name: getattr(version, name) for name in SCORES}
-    scores |= {f"accuracy/{name}": value for name, value in version.accuracies.items()}
-    tracked.log_metrics({**scores, "arrival_accuracy": version.arrival_accuracy})
-    settings = {"task": version.task, "strategy": version.strategy, **run.params}
+    shown = scores | {f"accuracy/{name}": value for name, value in version.accuracies.items()}
+    tracked.log_metrics({**shown, "arrival_accuracy": version.arrival_accuracy})
     described: dict[str, Any] = {
+        "name": f"{version.lineage}-{version.task}",
         "sha256": version.adapter_sha256,
-        "params": settings,
-        "metrics": scores,
+        "params": {"task": version.task, "strategy": version.strategy, **run.params},
+        "metrics": shown,
         "dataset": version.task,
         "dataset_sha256": version.dataset_sha256,
     }
-    name = f"{version.lineage}-{version.task}"
     if version.since.adapter_removed:
-        model_id = tracked.log_adapter(None, name, **described)
+        model_id = tracked.log_adapter(None, **described)
     else:
+        # the folder that MLflow serves: the plain PEFT folder with its card, and MLflow's files
+        record = read_record(store, version.adapter_uri)
         with temporary_folder() as temporary, borrowed_adapter(store, version) as adapter:
-            served = temporary / "model"
-            _write_served_folder(store, adapter, served, version, tracked.run_id)
-            model_id = tracked.log_adapter(served, name, **described)
+            write_served_folder(
+                adapter,
+                temporary / "model",
+                card=(adapter / CARD_FILE).read_text(encoding="utf-8"),
+                served=served_version(record).to_json(),
+                served_file=SERVED_FILE,
+                example=example_rows(record),
+                run_id=tracked.run_id,
+                version=version.version,
+            )
+            model_id = tracked.log_adapter(temporary / "model", **described)
     origin = f"continues version {version.parent_version}" if version.parent_version else "starts from the base model"
-    verdict = "accepted" if version.accepted else "rejected: " + "; ".join(version.reasons)
+    gate = "accepted" if version.accepted else "rejected"
+    verdict = gate if version.accepted else f"{gate}: {'; '.join(version.reasons)}"
+    # The tags are for people who search there. Nothing is read from them.
+    facts = ("run_key", "task", "strategy", "parent_version", "base_sha256", "dataset_sha256", "adapter_sha256")
+    tags = {name: getattr(version, name) for name in facts}
+    tags |= {**scores, "gate": gate, "gate_reasons": " ".join(version.reasons)}
     tracker.models.add(
         version.lineage,
         version.version,
         run_id=tracked.run_id,
         model_id=model_id,
-        tags=_tags_of(version),
+        tags={f"deal.{name}": str(value) for name, value in tags.items() if value not in (None, "")},
         description=f"Learned **{version.task}** with {version.strategy}; {origin}. Gate: {verdict}",
     )
-    tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
+    tracked.set_tags({"deal.version": version.version, "deal.gate": gate})
     tracked.end("FINISHED")
-
-
-def _tags_of(version: Version) -> dict[str, str]:
-    """The tags of a version in MLflow, for people who search there. Nothing is read from them."""
-    facts = ("run_key", "task", "strategy", "parent_version", "base_sha256", "dataset_sha256", "adapter_sha256")
-    values = {name: getattr(version, name) for name in (*facts, *SCORES)}
-    values |= {"gate": "accepted" if version.accepted else "rejected", "gate_reasons": " ".join(version.reasons)}
-    return {f"deal.{name}": str(value) for name, value in values.items() if value not in (None, "")}
 
 
 def _write_report(store: ObjectStore, tracker: Tracker, version: Version) -> None:
@@ -335,25 +344,6 @@ def write_look(
             own.log_text(PAGE_FILE, read_page(store, version)[1])
     except DealError as error:
         logger.warning("MLflow lacks a look at version %s: %s", version.version, in_one_line(error))
-
-
-def _write_served_folder(store: ObjectStore, adapter: Path, target: Path, version: Version, run_id: str) -> None:
-    """Write the folder that MLflow serves: the plain PEFT folder with its card, and MLflow's files."""
-    from deal_core.evaluation.answering import SERVED_FILE
-    from infra.served_model import write_served_folder
-    from tasks.lineage.model_card import CARD_FILE, example_rows, served_version
-
-    record = read_record(store, version.adapter_uri)
-    write_served_folder(
-        adapter,
-        target,
-        card=(adapter / CARD_FILE).read_text(encoding="utf-8"),
-        served=served_version(record).to_json(),
-        served_file=SERVED_FILE,
-        example=example_rows(record),
-        run_id=run_id,
-        version=version.version,
-    )
 
 
 def _remove_adapter(tracker: Tracker, lineage: str, entry: Entry, day: str) -> None:
