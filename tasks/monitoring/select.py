@@ -31,6 +31,8 @@ from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
 from tasks.context import current_store
 from tasks.landed_inputs import task_inputs
+from tasks.lineage.history import find_version
+from tasks.lineage.record import choose_task, read_record
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns, said_columns
 from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, counting
 
@@ -96,16 +98,18 @@ def select_to_label(
         raise ConfigError(f"The texts would go to {output.name}; give a name that ends in .csv or .jsonl.")
     _require_new(output)
     store = current_store()
-    asked = Asked.find(store, lineage, task, None)
+    info = find_version(store, lineage, None)
+    record = read_record(store, info.adapter_uri)
+    asked = Asked(info, record, choose_task(record, task))
     schema = as_landed(store, asked.known.schema)
     _check_columns(schema)
     logged = read_predictions(store, lineage, task=task)
     has_feedback = logged["id"].isin(feedback_ids(store, lineage))  # whatever version answered
     known = frozenset(logged.loc[has_feedback, "input_sha256"]) | task_inputs(store, schema)
     if data is None:
-        found = _logged_texts(logged[logged["version"] == asked.info.version], asked)
+        found = _logged_texts(logged[logged["version"] == info.version], asked)
         rows = found[[not has_earlier_answers(schema, text) for text in found["input"]]]
-        num_unusable = int((logged["version"] == asked.info.version).sum()) - len(rows)
+        num_unusable = int((logged["version"] == info.version).sum()) - len(rows)
     else:
         rows, num_unusable = _answered_texts(data, column, schema, asked, known, on_progress)
     chosen = select_rows(rows, number, random_share=random_share, known=known)
@@ -119,7 +123,7 @@ def select_to_label(
     return SelectResult(
         lineage=lineage,
         task=task,
-        version=asked.info.version,
+        version=info.version,
         out=str(output),
         column=answer_column(schema),
         data=None if data is None else str(data),
