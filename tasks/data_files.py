@@ -20,18 +20,8 @@ from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import is_read
 from infra.store.local import FileStore, open_store
 
-HUB_FILES = (
-    "README.md",
-    "*.parquet",
-    "*.jsonl",
-    "*.json",
-    "*.csv",
-    "*.tsv",
-    "*.jsonl.gz",
-    "*.json.gz",
-    "*.csv.gz",
-    "*.tsv.gz",
-)
+TABLES = ("*.jsonl", "*.json", "*.csv", "*.tsv")
+HUB_FILES = ("README.md", "*.parquet", *TABLES, *(f"{name}.gz" for name in TABLES))
 """Files of a dataset's repository that are fetched: rows, and the page that names the splits. Never a script."""
 CLOUDS = ("gs", "abfs", "abfss", "az")
 """Schemes that the extra `cloud` reads."""
