@@ -71,7 +71,7 @@ def plan(
         now: The time.
 
     Raises:
-        StoreError: The store does not answer, or a batch is damaged.
+        StoreError: The store does not answer, or a batch or a version is damaged.
     """
     if not arrivals:
         return Plan([], ())
@@ -100,6 +100,12 @@ def plan(
             why=why,
         )
 
+    def spent_hours() -> float:
+        """The hours of the lineage's trainings that have ended in this calendar month."""
+        first, following = lineage.retrain.month_of(now)
+        versions = Versions(store).all(lineage.lineage)
+        return sum(version.train_seconds for version in versions if first <= version.created < following) / 3600
+
     by_task = _by_task(others)
     for batch, own in zip(batches, members, strict=True):
         if own:  # else it failed, and its next try is not due
@@ -123,7 +129,7 @@ def plan(
                 for arrival in countable
             ],
             now=now,
-            spent_hours=lambda: spent_hours(store, lineage, now),
+            spent_hours=spent_hours,
         )
         if decided is not None:
             waiting.append(decided)
@@ -136,17 +142,6 @@ def _by_task(arrivals: Sequence[Arrival]) -> dict[str, list[Arrival]]:
     for arrival in arrivals:
         by_task[keys.task_of(arrival.key)].append(arrival)
     return by_task
-
-
-def spent_hours(store: ObjectStore, lineage: WatchedLineage, now: datetime) -> float:
-    """Return the hours of the lineage's trainings that have ended in this calendar month.
-
-    Raises:
-        StoreError: The versions cannot be read.
-    """
-    first, following = lineage.retrain.month_of(now)
-    versions = Versions(store).all(lineage.lineage)
-    return sum(version.train_seconds for version in versions if first <= version.created < following) / 3600
 
 
 class RowCounts(Stored):

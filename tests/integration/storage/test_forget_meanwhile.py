@@ -111,7 +111,7 @@ def spread_after_the_first_look(
     def plan_and_spread(*arguments: Any) -> Any:
         plans.append(plan(*arguments))
         for lineage, labels in labels_of.items() if len(plans) == 1 else ():
-            asked = arrival.model_copy(update={"labels": labels})
+            asked = TaskSpec(name=arrival.name, data=arrival.data, labels=labels)
             ingest(asked, lineage, again=True)
         return plans[-1]
 
