@@ -41,7 +41,7 @@ from tasks.lineage.choices import (
 from tasks.lineage.datasets import drop_training_rows
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
-from tasks.lineage.settings import AskedSpec, arrival_of
+from tasks.lineage.settings import AskedSpec
 from tasks.mlflow_mirror import end_failed, sync_lineage
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, Stages, reporter
@@ -175,7 +175,7 @@ async def begin(
     record = read_record(store, parent.adapter_uri) if parent else None
     spec = with_memory_of(spec, record)
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
-    dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, record, spec.lineage, again)
+    dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again)
     stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)
     # Before the base model is loaded: most repeats are known by their rows alone.

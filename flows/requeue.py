@@ -14,7 +14,6 @@ from tasks.arrival_runs import release
 from tasks.context import current_store
 from tasks.lineage.history import arrival_digests, find_version
 from tasks.lineage.promotion import find_left_behind
-from tasks.lineage.settings import arrival_of
 from tasks.lineage.tombstones import refuse_forgotten
 from tasks.spec import AdaptSpec, parse
 
@@ -57,7 +56,7 @@ def _spec_of(version: Version) -> AdaptSpec:
     store = current_store()
     refuse_forgotten(store, version.task, [version.dataset_sha256])
     spec = parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
-    refuse_forgotten(store, version.task, require_same_files(store, arrival_of(spec), version))
+    refuse_forgotten(store, version.task, require_same_files(store, spec.task, version))
     return spec
 
 

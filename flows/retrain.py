@@ -8,7 +8,6 @@ from prefect import flow
 
 from flows.watch import announce_all
 from tasks.context import current_store
-from tasks.inbox import KnownStates
 
 
 @flow(name="retrain")
@@ -22,5 +21,5 @@ async def retrain(settle_seconds: float = 2.0, now: datetime | None = None) -> i
         settle_seconds: A file that has changed within this time may still be written, and waits for the next look.
         now: The time by which the settings decide; None: that of the clock.
     """
-    found = await announce_all(current_store(), {}, {}, KnownStates(), settle_seconds, now)
+    found = await announce_all(current_store(), {}, settle_seconds, now)
     return found.num_announced

@@ -30,23 +30,22 @@ from deal_core.safe_text import listed
 from flows.adapt import AdaptResult, adapt_locked
 from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
 from infra.settings import InboxSettings
-from infra.store.base import ObjectInfo, ObjectStore
+from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, SUCCESS_FILE, task_of
 from infra.store.s3 import open_landing_queue
 from tasks import arrival_runs, batches
 from tasks.context import current_store
 from tasks.inbox import (
+    Arrival,
     InboxLook,
     InboxState,
-    KnownStates,
     Outcome,
-    TestFiles,
     find_landed,
+    known_state,
     look,
     read_state,
     settle,
     task_spec,
-    waits_for_quiet,
     write_state,
 )
 from tasks.lineage.settings import WatchedLineage, list_lineages, read_lineage, why_held
@@ -189,8 +188,6 @@ class InboxWorker:
     num_quiet: int = 0
     """Those of them that are folders without a file `_SUCCESS` and are complete when they have not changed for long."""
     _stamps: Stamps = field(default_factory=dict)
-    _test_files: TestFiles = field(default_factory=dict)
-    _states: KnownStates = field(default_factory=KnownStates)
     _has_looked: bool = False
     _told: list[str] = field(default_factory=list)
     _said: set[str] = field(default_factory=set)
@@ -201,8 +198,7 @@ class InboxWorker:
         Raises:
             LineageBusyError: Without `wait`, another run holds the lineage.
         """
-        inbox = look(self.store, self._test_files)
-        state = self._states.read(self.store, self.spec.lineage)
+        inbox, state = look(self.store), known_state(self.store, self.spec.lineage)
         settled, growing = settle(
             inbox,
             state,
@@ -217,7 +213,7 @@ class InboxWorker:
         self._say_what_waits(growing)
         if found.due:
             async with lock_lineage(self.spec.lineage, wait=self.wait):
-                held = await self._hold_cancelled(inbox, found.files)
+                held = await self._hold_cancelled(found.files)
                 for due in found.due:
                     if is_stopped() or self.is_held():
                         break
@@ -238,9 +234,9 @@ class InboxWorker:
                 reporter().said(line)
         self._told = waiting
 
-    def _say_what_waits(self, growing: Sequence[ObjectInfo]) -> None:
+    def _say_what_waits(self, growing: Sequence[Arrival]) -> None:
         """Count the folders without a mark, and say once for each why it is not learned yet."""
-        quiet = {info.key: info for info in growing if waits_for_quiet(info)}
+        quiet = {info.key: info for info in growing if info.waits_for_quiet}
         self.num_quiet = len(quiet)
         for key in quiet.keys() - self._said:
             reporter().said(
@@ -254,16 +250,16 @@ class InboxWorker:
         """Whether this look tries failed files again, whatever their number of tries."""
         return self.once and not self._has_looked
 
-    async def _hold_cancelled(self, inbox: InboxLook, arrivals: Sequence[ObjectInfo]) -> tuple[str, ...]:
+    async def _hold_cancelled(self, arrivals: Sequence[Arrival]) -> tuple[str, ...]:
         """Hold arrivals of cancelled runs. Note the others, so that a person who cancels this run holds all of them."""
         if not get_current_settings().api.url:
             return ()
         name = self.spec.lineage
-        announced = arrival_runs.read_announcements(self.store, name, inbox, arrivals)
-        held = await arrival_runs.hold_cancelled(self.store, name, inbox, arrivals, announced)
+        announced = arrival_runs.read_announcements(self.store, name, arrivals)
+        held = await arrival_runs.hold_cancelled(self.store, name, arrivals, announced)
         for info in arrivals:
             if info.key not in held and info.key not in announced:
-                arrival_runs.note_begun(self.store, name, info, inbox.stamp(info))
+                arrival_runs.note_announced(self.store, name, info)
         return held
 
     def is_held(self) -> bool:
@@ -277,8 +273,8 @@ class InboxWorker:
             present = find_landed(store, info.key)
             if present is None or present.etag != info.etag:
                 return False
-        beside, state = inbox.stamp(files[0]), read_state(store, lineage)
-        still_open = [info for info in files if state.is_open(info, now, beside=beside, retry_now=self._retries)]
+        state = read_state(store, lineage)
+        still_open = [info for info in files if state.is_open(info, now, retry_now=self._retries)]
         if len(still_open) < len(files):
             return not still_open  # another run has handled the files since the look
         self._end_batches(inbox, state)
@@ -292,7 +288,7 @@ class InboxWorker:
             reporter().said("The files are now learned one after another, so that only those that are bad are refused.")
             batches.split(store, batch)
             return False
-        self._record(files, found, beside)
+        self._record(files, found)
         if batch is not None and batch.is_over(inbox, read_state(store, lineage), datetime.now(UTC)):
             batches.end(store, batch)
         return True
@@ -303,7 +299,7 @@ class InboxWorker:
             if batch.is_over(inbox, state, datetime.now(UTC)):
                 batches.end(self.store, batch)
 
-    def _record(self, files: Sequence[ObjectInfo], found: Learned, beside: str) -> None:
+    def _record(self, files: Sequence[Arrival], found: Learned) -> None:
         """Note the outcome of an arrival for each of its files, all at once."""
         store, lineage, run = self.store, self.spec.lineage, found.run
         gone = read_state(store, lineage).gone(store)
@@ -317,7 +313,6 @@ class InboxWorker:
                 found.outcome,
                 found.message,
                 now=datetime.now(UTC),
-                beside=beside,
                 version=version,
                 is_final=found.is_final,
                 has_killed_reader=found.has_killed_reader,
@@ -330,7 +325,7 @@ class InboxWorker:
         write_state(store, lineage, state)
         for info in files:
             if state.files[info.key].due() is None:
-                arrival_runs.drop_announcement(store, lineage, info, beside)
+                arrival_runs.drop_announcement(store, lineage, info)
         if run and self.once:
             self.runs.append(run)
 
@@ -353,7 +348,7 @@ class Learned(NamedTuple):
     """Whether an arrival of several files may have been refused for some of them only."""
 
 
-async def _adapt_to(store: ObjectStore, spec: WatchedLineage, files: Sequence[ObjectInfo]) -> Learned:
+async def _adapt_to(store: ObjectStore, spec: WatchedLineage, files: Sequence[Arrival]) -> Learned:
     """Adapt to an arrival of one or several files. A refused arrival is not tried again.
 
     A failed one is: once if a file of it killed its reader.
@@ -408,11 +403,9 @@ async def watch_inbox(for_seconds: float = 630.0, poll_seconds: float = 2.0) -> 
     store, queue = current_store(), open_landing_queue()
     end = (runtime.flow_run.scheduled_start_time or datetime.now(UTC)) + timedelta(seconds=for_seconds)
     stamps: dict[str, Stamps] = {}
-    test_files: TestFiles = {}
-    states = KnownStates()
     num_announced = 0
     while True:
-        found = await announce_all(store, stamps, test_files, states, poll_seconds)
+        found = await announce_all(store, stamps, poll_seconds)
         num_announced += found.num_announced
         if queue is not None:
             queue.done()
@@ -434,14 +427,12 @@ class Announced(NamedTuple):
 async def announce_all(
     store: ObjectStore,
     stamps: dict[str, Stamps],
-    test_files: TestFiles,
-    states: KnownStates,
     settle_seconds: float,
     now: datetime | None = None,
 ) -> Announced:
     """Look at the inbox once, and announce what is due for every lineage. For `now` see `adapt_landed`."""
     try:
-        lineages, inbox = list_lineages(store), look(store, test_files)
+        lineages, inbox = list_lineages(store), look(store)
     except DealError as error:
         logger.error("The inbox could not be read: %s", error)
         return Announced(0, 1)
@@ -449,7 +440,7 @@ async def announce_all(
     for lineage in lineages:
         seen = stamps.setdefault(lineage.lineage, {})
         try:
-            state = states.read(store, lineage.lineage)
+            state = known_state(store, lineage.lineage)
             found = await announce_open(store, inbox, lineage, state, seen, settle_seconds, now)
         except DealError as error:  # continue with the other lineages
             logger.error("The inbox could not be read for lineage %s: %s", lineage.lineage, error)
@@ -478,18 +469,18 @@ async def announce_open(
         return Announced(0, 0)
     settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
     due = plan(store, lineage, inbox, state, settled, now or datetime.now(UTC)).files
-    announced = arrival_runs.read_announcements(store, name, inbox, due)
+    announced = arrival_runs.read_announcements(store, name, due)
     new = [info for info in due if info.key not in announced]
     lost = [info for info in due if info.key in announced]
-    released = {info.key: known.at for info in due if (known := state.requeued(info))}
+    released = {info.key: known.at for info in due if (known := state.noted_as(info, "requeued"))}
     for info in new:
-        arrival_runs.announce(store, name, info, inbox.stamp(info), released.get(info.key))
+        arrival_runs.announce(store, name, info, released.get(info.key))
         reporter().said(f"{info.key} has landed for lineage '{name}'")
     num_announced = len(new)
     if lost and not await is_locked_on_server(name):
-        held = await arrival_runs.hold_cancelled(store, name, inbox, lost, announced)
+        held = await arrival_runs.hold_cancelled(store, name, lost, announced)
         for info in [info for info in lost if info.key not in held][:1]:  # its run handles all open files
             num_announced += arrival_runs.announce_again(
-                store, name, info, inbox.stamp(info), datetime.now(UTC), released.get(info.key)
+                store, name, info, announced[info.key], datetime.now(UTC), released.get(info.key)
             )
     return Announced(num_announced, len(growing))

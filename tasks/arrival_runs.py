@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count, takewhile
 from typing import NamedTuple
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
 from prefect.settings import get_current_settings
@@ -24,9 +25,9 @@ from pydantic import BaseModel, ValidationError
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
-from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.keys import landed_key, task_of
-from tasks.inbox import HeldArrival, InboxLook, growing_pause, held_arrivals, look, read_state, write_state
+from tasks.inbox import Arrival, HeldArrival, growing_pause, look, read_state, write_state
 from tasks.progress import patient, reporter
 
 ARRIVAL_LANDED = "deal.arrival.landed"
@@ -44,7 +45,7 @@ _PAGE = 100
 class Announcement(BaseModel, extra="forbid"):
     """The last announcement of an arrival, at `landed/LINEAGE/DIGEST.json` (digest of key, content and companions).
 
-    An arrival that a run began before its announcement counts as announced; see `note_begun`.
+    An arrival that a run began before its announcement counts as announced.
     """
 
     key: str
@@ -55,78 +56,66 @@ class Announcement(BaseModel, extra="forbid"):
 
 
 def announce(
-    store: ObjectStore,
-    lineage: str,
-    info: ObjectInfo,
-    beside: str,
-    released: datetime | None = None,
-    *,
-    number: int = 0,
+    store: ObjectStore, lineage: str, arrival: Arrival, released: datetime | None = None, *, number: int = 0
 ) -> None:
     """Announce an arrival to the server, then note the announcement. A repeat after a crash counts once.
 
     `released` is when a person ended a hold of the arrival. The server ignores an event that it has had half an hour
     before; an announcement after the hold is another event than one before. `number` counts earlier announcements.
     """
-    uri, content = store.uri_of(info.key), f"{info.etag} {beside}".strip()
+    uri, content = store.uri_of(arrival.key), f"{arrival.etag} {arrival.stamp}".strip()
     after = f" after {released.isoformat()}" if released else ""
     emit_event(
         event=ARRIVAL_LANDED,
         resource={"prefect.resource.id": f"deal.lineage.{lineage}", "prefect.resource.name": lineage},
-        payload={"lineage": lineage, "task": task_of(info.key), "uri": uri, "etag": info.etag},
+        payload={"lineage": lineage, "task": task_of(arrival.key), "uri": uri, "etag": arrival.etag},
         id=uuid.uuid5(uuid.NAMESPACE_URL, f"{lineage} {uri}@{content} {number}{after}"),  # a repeat has the same id
         occurred=datetime.now(UTC),
     )
-    _note(store, lineage, info, beside, number)
+    note_announced(store, lineage, arrival, number)
 
 
 def announce_again(
-    store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, now: datetime, released: datetime | None = None
+    store: ObjectStore,
+    lineage: str,
+    arrival: Arrival,
+    last: Announcement,
+    now: datetime,
+    released: datetime | None = None,
 ) -> bool:
-    """Announce an open arrival without a run once more, if the pause since the last announcement is over.
+    """Announce an open arrival without a run once more, if the pause since its last announcement is over.
 
     The pauses grow, because the arrival's run may be waiting for a worker. Return whether the pause was over.
     """
-    known = read_announcement(store, lineage, info, beside)
-    if known is None or timedelta(0) <= now - known.at < growing_pause(known.number):  # a clock may have gone back
+    if timedelta(0) <= now - last.at < growing_pause(last.number):  # a clock may have gone back
         return False
-    announce(store, lineage, info, beside, released, number=known.number + 1)
+    announce(store, lineage, arrival, released, number=last.number + 1)
     return True
 
 
-def note_begun(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
-    """Note an arrival that a run begins and that was not announced. If the run is lost, a server announces it again."""
-    _note(store, lineage, info, beside, 0)
+def note_announced(store: ObjectStore, lineage: str, arrival: Arrival, number: int = 0) -> None:
+    """Note an announcement, or that a run has begun to learn an arrival: if the run is lost, a server announces it."""
+    note = Announcement(key=arrival.key, etag=arrival.etag, number=number, at=datetime.now(UTC))
+    store.put_bytes(_announcement_key(lineage, arrival), note.model_dump_json().encode())
 
 
-def read_announcements(
-    store: ObjectStore, lineage: str, inbox: InboxLook, arrivals: Sequence[ObjectInfo]
-) -> dict[str, Announcement]:
-    """Return the last announcement of each arrival that has one, by the arrival's key."""
-    found = ((info.key, read_announcement(store, lineage, info, inbox.stamp(info))) for info in arrivals)
-    return {key: announced for key, announced in found if announced is not None}
+def read_announcements(store: ObjectStore, lineage: str, arrivals: Sequence[Arrival]) -> dict[str, Announcement]:
+    """Return the last announcement of each arrival by its key. A damaged note counts as none."""
+    announced = {}
+    for arrival in arrivals:
+        with suppress(ObjectNotFoundError, ValidationError):
+            note = store.get_bytes(_announcement_key(lineage, arrival))
+            announced[arrival.key] = Announcement.model_validate_json(note)
+    return announced
 
 
-def read_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> Announcement | None:
-    """Return the last announcement of an arrival; None: there was none, or its note is damaged."""
-    try:
-        return Announcement.model_validate_json(store.get_bytes(_announcement_key(lineage, info, beside)))
-    except (ObjectNotFoundError, ValidationError):
-        return None
-
-
-def drop_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
+def drop_announcement(store: ObjectStore, lineage: str, arrival: Arrival) -> None:
     """Delete the note of an announcement after its arrival was handled."""
-    store.delete(_announcement_key(lineage, info, beside))
+    store.delete(_announcement_key(lineage, arrival))
 
 
-def _note(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, number: int) -> None:
-    noted = Announcement(key=info.key, etag=info.etag, number=number, at=datetime.now(UTC))
-    store.put_bytes(_announcement_key(lineage, info, beside), noted.model_dump_json().encode())
-
-
-def _announcement_key(lineage: str, info: ObjectInfo, beside: str) -> str:
-    digest = hashlib.sha256(f"{info.key}\n{info.etag}\n{beside}".encode()).hexdigest()
+def _announcement_key(lineage: str, arrival: Arrival) -> str:
+    digest = hashlib.sha256(f"{arrival.key}\n{arrival.etag}\n{arrival.stamp}".encode()).hexdigest()
     return landed_key(lineage, digest)
 
 
@@ -147,11 +136,7 @@ class CancelledRun(NamedTuple):
 
 
 async def hold_cancelled(
-    store: ObjectStore,
-    lineage: str,
-    inbox: InboxLook,
-    arrivals: Sequence[ObjectInfo],
-    announced: Mapping[str, Announcement],
+    store: ObjectStore, lineage: str, arrivals: Sequence[Arrival], announced: Mapping[str, Announcement]
 ) -> tuple[str, ...]:
     """Hold those of a lineage's open arrivals whose run was cancelled; return their keys.
 
@@ -162,27 +147,29 @@ async def hold_cancelled(
     """
     if not arrivals or not get_current_settings().api.url:
         return ()
-    state = read_state(store, lineage)
-    seen = {info.key: state.requeued(info) or announced.get(info.key) for info in arrivals}
-    since = {key: known.at for key, known in seen.items() if known is not None}
-    runs = await cancelled_runs(lineage, min(since.values())) if since else []
+    before = read_state(store, lineage)
+    seen = {arrival.key: before.noted_as(arrival, "requeued") or announced.get(arrival.key) for arrival in arrivals}
+    since = {key: note.at for key, note in seen.items() if note is not None}
+    if not since:
+        return ()
+    runs = await cancelled_runs(lineage, min(since.values()))
+    state = read_state(store, lineage)  # another process may have recorded a result meanwhile
     held = []
-    before, state = state, read_state(store, lineage)  # another process may have recorded a result meanwhile
-    for info in [info for info in arrivals if info.key in since]:
-        released = before.requeued(info)
+    for arrival in [arrival for arrival in arrivals if arrival.key in since]:
+        released = before.noted_as(arrival, "requeued")
         over = released.cancelled_run if released else None  # by the server's clock, it may look newer than the release
-        run = next((run for run in runs if run.at >= since[info.key] and run.id != over), None)
-        if run is not None and state.files.get(info.key) == before.files.get(info.key):
+        run = next((run for run in runs if run.at >= since[arrival.key] and run.id != over), None)
+        if run is not None and state.files.get(arrival.key) == before.files.get(arrival.key):
             message = f"Its run {run.name} was cancelled on {run.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC."
-            state.record(info, "held", message, now=datetime.now(UTC), beside=inbox.stamp(info), cancelled_run=run.id)
-            held.append(info)
+            state.record(arrival, "held", message, now=datetime.now(UTC), cancelled_run=run.id)
+            held.append(arrival)
     if held:
         write_state(store, lineage, state)
-    for info in held:
-        drop_announcement(store, lineage, info, inbox.stamp(info))
-        known = HeldArrival(key=info.key, why=state.files[info.key].message)
-        reporter().said(f"{known.key} is held: {known.why} Let it go on with: {known.remedy(lineage)}")
-    return tuple(info.key for info in held)
+    for arrival in held:
+        drop_announcement(store, lineage, arrival)
+        remedy = HeldArrival(key=arrival.key, why=state.files[arrival.key].message)
+        reporter().said(f"{arrival.key} is held: {remedy.why} Let it go on with: {remedy.remedy(lineage)}")
+    return tuple(arrival.key for arrival in held)
 
 
 @patient
@@ -206,22 +193,17 @@ async def cancelled_runs(lineage: str, since: datetime) -> list[CancelledRun]:
             runs += page
             if len(page) < _PAGE:
                 break
-        found = []
+        cancelled = []
         for run in runs:
-            if run.parameters.get("lineage") == lineage and run.state is not None and run.state.timestamp >= since:
-                at = _asked_at(await client.read_flow_run_states(run.id))
-                found += [CancelledRun(str(run.id), run.name, at)] if at else []
-    return sorted((run for run in found if run.at >= since), key=lambda run: run.at, reverse=True)
-
-
-def _asked_at(states: Sequence[State]) -> datetime | None:
-    """Return when a cancelled run was asked to end: the time of the first state of its last cancellation.
-
-    None: somebody has started the run again since.
-    """
-    newest_first = sorted(states, key=lambda state: state.timestamp, reverse=True)
-    last = list(takewhile(lambda state: state.type in CANCELLATION, newest_first))
-    return last[-1].timestamp if last else None
+            if run.parameters.get("lineage") != lineage or run.state is None or run.state.timestamp < since:
+                continue
+            states = await client.read_flow_run_states(run.id)
+            newest_first = sorted(states, key=lambda state: state.timestamp, reverse=True)
+            # The last cancellation began with its first state; none: somebody has started the run again since.
+            cancellation = list(takewhile(lambda state: state.type in CANCELLATION, newest_first))
+            if cancellation and cancellation[-1].timestamp >= since:
+                cancelled.append(CancelledRun(str(run.id), run.name, cancellation[-1].timestamp))
+    return sorted(cancelled, key=lambda run: run.at, reverse=True)
 
 
 def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tuple[str, ...]:
@@ -232,27 +214,20 @@ def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tupl
     Raises:
         ConfigError: A named arrival is not held.
     """
-    inbox, state = look(store), read_state(store, lineage)
-    held = [each.key for each in held_arrivals(inbox, state)]
+    state = read_state(store, lineage)
+    held = {arrival.key: arrival for arrival in look(store).arrivals if state.noted_as(arrival, "held")}
     for key in named:
         if key not in held:
-            known = f"held are: {', '.join(held)}" if held else "none is held"
-            raise ConfigError(f"{key} is not held for lineage '{lineage}'; {known}.")
-    keys = tuple(key for key in held if not named or key in named)
-    for info in inbox.arrivals:
-        if info.key in keys:
-            state.record(
-                info,
-                "requeued",
-                "Asked for again.",
-                now=datetime.now(UTC),
-                beside=inbox.stamp(info),
-                cancelled_run=state.files[info.key].cancelled_run,
-            )
+            which = f"held are: {', '.join(held)}" if held else "none is held"
+            raise ConfigError(f"{key} is not held for lineage '{lineage}'; {which}.")
+    released = [arrival for key, arrival in held.items() if not named or key in named]
+    for arrival in released:
+        run = state.files[arrival.key].cancelled_run
+        state.record(arrival, "requeued", "Asked for again.", now=datetime.now(UTC), cancelled_run=run)
+    keys = tuple(arrival.key for arrival in released)
     if keys:
         write_state(store, lineage, state)
-        for info in inbox.arrivals:
-            if info.key in keys:
-                drop_announcement(store, lineage, info, inbox.stamp(info))
+        for arrival in released:
+            drop_announcement(store, lineage, arrival)
         reporter().said(f"{listed(keys)}: held no longer; the next look of a watch learns this.")
     return keys

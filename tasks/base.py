@@ -109,7 +109,7 @@ def refuse_what_cannot_fit(
     Raises:
         ConfigError: The run cannot fit. The message gives the bytes that are needed.
     """
-    if any(known == source for known, _ in _loaded):
+    if any(loaded == source for loaded, _ in _loaded):
         return
     from deal_core.base_model.device import current_device
     from deal_core.base_model.load import find_config, precision_name

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
 from deal_core.data.source_files import SourceFile, SourceFiles, files_at, name_of
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.safe_text import listed, shorten, without_secrets
-from infra.settings import StoreSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import is_read
 from infra.store.local import FileStore, open_store
 
-HUB_FILES = (
-    "README.md",
-    "*.parquet",
-    "*.jsonl",
-    "*.json",
-    "*.csv",
-    "*.tsv",
-    "*.jsonl.gz",
-    "*.json.gz",
-    "*.csv.gz",
-    "*.tsv.gz",
-)
+TABLES = ("*.jsonl", "*.json", "*.csv", "*.tsv")
+HUB_FILES = ("README.md", "*.parquet", *TABLES, *(f"{name}.gz" for name in TABLES))
 """Files of a dataset's repository that are fetched: rows, and the page that names the splits. Never a script."""
 CLOUDS = ("gs", "abfs", "abfss", "az")
 """Schemes that the extra `cloud` reads."""
@@ -86,7 +73,7 @@ def _find(store: ObjectStore, address: str, new_folder: NewFolder) -> SourceFile
         return _from_store(store, address.removeprefix(root), new_folder)
     if scheme == "s3":
         bucket, _, key = address.removeprefix("s3://").partition("/")
-        return _from_store(open_store(f"s3://{bucket}", StoreSettings()), key, new_folder)
+        return _from_store(open_store(f"s3://{bucket}"), key, new_folder)
     if scheme in CLOUDS:
         return _from_cloud(address, new_folder)
     if scheme == "hf":
@@ -99,35 +86,22 @@ def _find(store: ObjectStore, address: str, new_folder: NewFolder) -> SourceFile
     return _from_path(Path(unquote(urlsplit(address).path) if scheme else address), new_folder)
 
 
-class _Found(NamedTuple):
-    """Files below a folder: the folder's name for people, and the names of the files relative to the folder."""
+def _below(address: str, list_names: Callable[[str], Iterable[str]]) -> dict[str, tuple[str, str]]:
+    """Find the files of a folder or of a pattern in an object store.
 
-    shown: str
-    names: Sequence[str]
-
-    def sources(self, path_of: Callable[[str], Path]) -> SourceFiles:
-        """The files that are read, in order. `path_of` gives the local path of a name."""
-        prefix = f"{self.shown}/" if self.shown else ""
-        return tuple(SourceFile(path_of(name), prefix + name) for name in sorted(self.names))
-
-
-def _below(address: str, list_below: Callable[[str], Iterable[str]]) -> tuple[str, _Found] | None:
-    """Find the files of a folder or of a pattern in an object store; None: there are none.
-
-    `list_below` lists the names below a folder. The result has the folder that the names are relative to. Files of a
-    pattern are called by the part of their key that the pattern describes, files of a folder by the folder's name too.
+    `list_names` lists the names below a folder. The result has the folder and the name of each file that is read, by
+    what messages call it, in order: by the part of its key that the pattern describes, or else with the folder's name.
     """
     folder = address.rstrip("/")
-    if names := _readable(list_below(folder), folder):
-        return folder, _Found(folder.rpartition("/")[2], names)
+    if names := _readable(list_names(folder), folder):
+        return {_join(folder.rpartition("/")[2], name): (folder, name) for name in names}
     if not has_magic(address):
-        return None
+        return {}
     parts = folder.split("/")
     num_fixed = next(place for place, part in enumerate(parts) if has_magic(part))
     fixed, pattern = "/".join(parts[:num_fixed]), parts[num_fixed:]
-    matching = (name for name in list_below(fixed) if _is_matched(name.split("/"), pattern))
-    names = _readable(matching, address)
-    return (fixed, _Found("", names)) if names else None
+    names = _readable((name for name in list_names(fixed) if _is_matched(name.split("/"), pattern)), address)
+    return {name: (fixed, name) for name in names}
 
 
 def _is_matched(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -140,52 +114,47 @@ def _is_matched(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _readable(names: Iterable[str], shown: str) -> list[str]:
-    """The names of files that are read."""
-    found = list(islice(filter(is_read, names), MAX_FILES + 1))
-    if len(found) > MAX_FILES:
+    """The names of files that are read, in order."""
+    readable = sorted(islice(filter(is_read, names), MAX_FILES + 1))
+    if len(readable) > MAX_FILES:
         raise DataValidationError(f"{shown} has more than {MAX_FILES:,} files; give a folder of one arrival.")
-    return found
+    return readable
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _copied(
+    files: Mapping[str, tuple[str, str]], folder: Path, download: Callable[[str, str, Path], None]
+) -> SourceFiles:
+    """Copy remote files, each into a folder of its own, because only the ends of their names are known to be usable."""
+    sources = []
+    for number, (shown, (remote_folder, name)) in enumerate(files.items()):
+        path = folder / str(number) / name.rpartition("/")[2]
+        path.parent.mkdir()
+        download(remote_folder, name, path)
+        sources.append(SourceFile(path, shown))
+    return tuple(sources)
 
 
 def _from_store(store: ObjectStore, address: str, new_folder: NewFolder) -> SourceFiles:
     """The files of a key, a folder or a pattern in a store; without any, the file of the key, which does not exist."""
-
-    def list_below(folder: str) -> Iterator[str]:
-        return (info.key.removeprefix(_start(folder)) for info in store.list(folder))
-
-    is_file = bool(address) and not address.endswith("/") and store.exists(address)
-    found = None if is_file else _below(address, list_below)
-    if found is not None and not {STATE_FILE, SPLITS_FILE}.isdisjoint(found[1].names):
-        copy = new_folder() / found[1].shown
-        store.download_folder(found[0], copy)  # no link of a folder store leads out of a copy
-        return _from_path(copy, new_folder)
-    if found is None and not is_file and (not address or address.endswith("/") or has_magic(address)):
-        raise DataValidationError(f"{store.uri.rstrip('/')}/{address} has no file of rows; {NOT_READ}")
-    folder, files = found or (address.rpartition("/")[0], _Found("", [address.rpartition("/")[2]]))
+    folder, _, name = address.rpartition("/")
+    files = {name: (folder, name)}
+    if not name or not store.exists(address):
+        below = _below(address, lambda place: (info.key.removeprefix(_join(place, "")) for info in store.list(place)))
+        if not below and (not name or has_magic(address)):
+            raise DataValidationError(f"{store.uri.rstrip('/')}/{address} has no file of rows; {NOT_READ}")
+        if below and not {STATE_FILE, SPLITS_FILE}.isdisjoint(name for _, name in below.values()):
+            folder, _ = next(iter(below.values()))
+            copy = new_folder() / folder.rpartition("/")[2]
+            store.download_folder(folder, copy)  # no link of a folder store leads out of a copy
+            return _from_path(copy, new_folder)
+        files = below or files
     if isinstance(store, FileStore):
-        return files.sources(lambda name: store.path_of(_start(folder) + name))
-    copies = _Copies(new_folder(), lambda name, path: store.download_file(_start(folder) + name, path))
-    return files.sources(copies.copy)
-
-
-def _start(folder: str) -> str:
-    return f"{folder}/" if folder else ""
-
-
-@dataclass
-class _Copies:
-    """Copies of remote files, each in a folder of its own, because only their ends of names are known to be usable."""
-
-    folder: Path
-    download: Callable[[str, Path], None]
-    _num: int = 0
-
-    def copy(self, name: str) -> Path:
-        self._num += 1
-        path = self.folder / str(self._num) / name.rpartition("/")[2]
-        path.parent.mkdir()
-        self.download(name, path)
-        return path
+        return tuple(SourceFile(store.path_of(_join(*place)), shown) for shown, place in files.items())
+    return _copied(files, new_folder(), lambda place, name, path: store.download_file(_join(place, name), path))
 
 
 def _from_cloud(address: str, new_folder: NewFolder) -> SourceFiles:
@@ -197,27 +166,21 @@ def _from_cloud(address: str, new_folder: NewFolder) -> SourceFiles:
     except ImportError:
         raise ConfigError(f"{address} needs the extra `cloud`; in the checkout: pip install '.[cloud]'.") from None
 
-    def download_from(folder: str) -> Callable[[str, Path], None]:
-        def download(name: str, path: Path) -> None:
-            with path.open("wb") as file:
-                for chunk in obstore.get(from_url(folder), name):
-                    file.write(chunk)
-
-        return download
-
-    def list_below(folder: str) -> Iterator[str]:
-        return (meta["path"] for batch in obstore.list(from_url(folder)) for meta in batch)
+    def download(folder: str, name: str, path: Path) -> None:
+        with path.open("wb") as file:
+            file.writelines(obstore.get(from_url(folder), name))
 
     folder, _, name = address.rpartition("/")
     try:
         if name and not has_magic(name):
             with suppress(FileNotFoundError):
-                return _Found("", [name]).sources(_Copies(new_folder(), download_from(folder)).copy)
-        found = _below(address, list_below)
-        if found is None:
+                return _copied({name: (folder, name)}, new_folder(), download)
+        files = _below(
+            address, lambda place: (meta["path"] for batch in obstore.list(from_url(place)) for meta in batch)
+        )
+        if not files:
             raise FileNotFoundError("there is no such object, and no file of rows below it")
-        folder, files = found
-        return files.sources(_Copies(new_folder(), download_from(folder)).copy)
+        return _copied(files, new_folder(), download)
     except (BaseError, OSError, ValueError) as error:
         reason = without_secrets(str(error).strip() or type(error).__name__).splitlines()[0]
         raise StoreError(f"{address} could not be read ({reason}).") from None
@@ -225,12 +188,12 @@ def _from_cloud(address: str, new_folder: NewFolder) -> SourceFiles:
 
 def _from_hub(address: str, new_folder: NewFolder) -> Path:
     """Write one split of a dataset of the Hub, by default train, as a temporary Parquet file. No code of it runs."""
-    found = HUB_DATASET.fullmatch(address)
-    if found is None:
+    parts = HUB_DATASET.fullmatch(address)
+    if parts is None:
         raise ConfigError(f"{address} is not a dataset of the Hub; give hf://datasets/OWNER/NAME[@REVISION][:SPLIT].")
-    snapshot = fetch_snapshot(found["repository"], "dataset", HUB_FILES, revision=found["revision"])
-    split, folder = found["split"] or "train", new_folder()
-    file = folder / f"{found['repository'].replace('/', '--')}-{split}.parquet"
+    snapshot = fetch_snapshot(parts["repository"], "dataset", HUB_FILES, revision=parts["revision"])
+    split, folder = parts["split"] or "train", new_folder()
+    file = folder / f"{parts['repository'].replace('/', '--')}-{split}.parquet"
     import datasets
 
     datasets.disable_progress_bars()
@@ -262,13 +225,13 @@ def _from_path(path: Path, new_folder: NewFolder) -> SourceFiles:
     readable = _readable(names, str(path))
     if not readable:
         raise DataValidationError(f"No file of rows fits the pattern {path}; {NOT_READ}")
-    return _Found("", readable).sources(lambda name: fixed / name)
+    return tuple(SourceFile(fixed / name, name) for name in readable)
 
 
 def _from_folder(folder: Path, new_folder: NewFolder) -> SourceFiles:
     """The files below a folder; a folder that `datasets.save_to_disk` wrote becomes a temporary Parquet file."""
     if (folder / SPLITS_FILE).is_file():
-        splits = sorted(each.name for each in folder.iterdir() if (each / STATE_FILE).is_file())
+        splits = sorted(split.name for split in folder.iterdir() if (split / STATE_FILE).is_file())
         raise DataValidationError(
             f"{folder} holds the splits {listed(splits)}; give the folder of one of them, and of another as test rows "
             "(test_data)."
@@ -278,7 +241,8 @@ def _from_folder(folder: Path, new_folder: NewFolder) -> SourceFiles:
     names = _readable(_list_folder(folder), str(folder))
     if not names:
         raise DataValidationError(f"{folder} has no file of rows; {NOT_READ}")
-    return _Found(folder.name or folder.resolve().name, names).sources(lambda name: folder / name)
+    shown = folder.name or folder.resolve().name
+    return tuple(SourceFile(folder / name, _join(shown, name)) for name in names)
 
 
 def _list_folder(folder: Path) -> Iterator[str]:

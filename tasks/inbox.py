@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field, field_validator
@@ -36,8 +37,11 @@ MAX_READER_DEATHS = 2
 Outcome = Literal[
     "promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "refused", "failed", "held", "requeued"
 ]
-TestFiles = dict[tuple[str, str], str | None]
-"""The file of test rows that a task file names, by the task file's key and ETag."""
+
+_states: dict[tuple[str, str], tuple[str, InboxState]] = {}
+"""States that this process has read, with their ETags, by the store's address and the lineage; see `known_state`."""
+_test_data: dict[tuple[str, str, str], str | None] = {}
+"""What task files name as test rows, by the store's address, the task file's key and its ETag."""
 
 
 def growing_pause(num_before: int) -> timedelta:
@@ -45,8 +49,54 @@ def growing_pause(num_before: int) -> timedelta:
     return PAUSE * (1 << min(num_before, MAX_DOUBLINGS))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """A file that has landed, or a folder with all its files; and what lies beside it."""
+
+    key: str
+    files: tuple[ObjectInfo, ...]
+    """The files with its rows, in the order of their keys."""
+    is_marked: bool = False
+    """Whether a file `_SUCCESS` says that the folder is complete."""
+    companions: tuple[ObjectInfo, ...] = ()
+    """The task file and the files with test rows, in the order of their keys."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder."""
+        return self.files[0].key != self.key
+
+    @property
+    def waits_for_quiet(self) -> bool:
+        """Whether it is complete only when nothing has changed for some time: a folder without a mark."""
+        return self.is_folder and not self.is_marked
+
+    @cached_property
+    def etag(self) -> str:
+        """The ETag of the file; of a folder a digest of its files' keys and ETags."""
+        if not self.is_folder:
+            return self.files[0].etag
+        lines = "".join(f"{info.key}\n{info.etag}\n" for info in self.files)
+        return hashlib.sha256(lines.encode()).hexdigest()[:32]
+
+    @property
+    def stamp(self) -> str:
+        """What changes with the contents of the companions."""
+        return " ".join(info.etag for info in self.companions)
+
+    @property
+    def modified(self) -> datetime:
+        """When the last of its files was changed. A copy may keep the times of its original."""
+        return max(info.modified for info in self.files)
+
+    @property
+    def landed(self) -> datetime:
+        """When the last of its files came into the inbox."""
+        return max(info.landed or info.modified for info in self.files)
+
+
 class Handled(BaseModel, extra="forbid"):
-    """The result for one file. It is valid until the file changes or a failed file is tried again."""
+    """The result for one arrival. It is valid until the arrival changes or a failed one is tried again."""
 
     etag: str
     outcome: Outcome
@@ -54,7 +104,7 @@ class Handled(BaseModel, extra="forbid"):
     version: str | None = None
     num_tries: int = 1
     beside: str = ""
-    """Stamp of the companions when the file was read."""
+    """Stamp of the companions when the arrival was read."""
     is_final: bool = False
     """Whether a failed file would fail again, so that a watch does not try it again."""
     num_reader_deaths: int = 0
@@ -70,20 +120,20 @@ class Handled(BaseModel, extra="forbid"):
 
 
 class InboxState(Stored):
-    """The files that a lineage's watch has handled, by key."""
+    """The arrivals that a lineage's watch has handled, by key."""
 
     files: dict[str, Handled] = Field(default_factory=dict)
 
-    def is_open(self, info: ObjectInfo, now: datetime, *, beside: str = "", retry_now: bool) -> bool:
-        """Return whether the watch has to handle this content of a file.
+    def is_open(self, arrival: Arrival, now: datetime, *, retry_now: bool) -> bool:
+        """Return whether the watch has to handle this content of an arrival.
 
-        A file whose hold a person ended is open too. A failed file may succeed with other companions, so their stamp
-        `beside` counts. With `retry_now`, a failed file is tried again without a pause.
+        An arrival whose hold a person ended is open too. A failed one may succeed with other companions. With
+        `retry_now`, a failed one is tried again without a pause.
         """
-        handled = self.files.get(info.key)
-        if handled is None or handled.etag != info.etag or handled.outcome == "requeued":
+        handled = self.files.get(arrival.key)
+        if handled is None or handled.etag != arrival.etag or handled.outcome == "requeued":
             return True
-        if handled.outcome in ("refused", "failed") and handled.beside != beside:
+        if handled.outcome in ("refused", "failed") and handled.beside != arrival.stamp:
             return True
         if handled.outcome == "failed" and retry_now:
             return True
@@ -92,49 +142,46 @@ class InboxState(Stored):
 
     def record(
         self,
-        info: ObjectInfo,
+        arrival: Arrival,
         outcome: Outcome,
         message: str,
         *,
         now: datetime,
-        beside: str = "",
         version: str | None = None,
         is_final: bool = False,
         has_killed_reader: bool = False,
         cancelled_run: str | None = None,
     ) -> Handled:
-        """Note the result for a file. A failed file that has killed its reader MAX_READER_DEATHS times is refused."""
-        before = self.files.get(info.key)
-        if before and (before.etag, before.beside, before.outcome) != (info.etag, beside, "failed"):
+        """Note the result for an arrival. One that has killed its reader MAX_READER_DEATHS times is refused."""
+        before = self.files.get(arrival.key)
+        if before and (before.etag, before.beside, before.outcome) != (arrival.etag, arrival.stamp, "failed"):
             before = None
-        num_tries = before.num_tries + 1 if before else 1
         num_deaths = (before.num_reader_deaths if before else 0) + has_killed_reader
         if has_killed_reader and num_deaths >= MAX_READER_DEATHS:
             outcome = "refused"
             message = f"{message} It did so in {num_deaths} tries, so it is set aside until it changes."
         handled = Handled(
-            etag=info.etag,
+            etag=arrival.etag,
             outcome=outcome,
             message=message,
             version=version,
-            num_tries=num_tries,
-            beside=beside,
+            num_tries=before.num_tries + 1 if before else 1,
+            beside=arrival.stamp,
             is_final=is_final,
             num_reader_deaths=num_deaths,
             at=now,
             cancelled_run=cancelled_run,
         )
-        self.files[info.key] = handled
+        self.files[arrival.key] = handled
         return handled
 
-    def requeued(self, info: ObjectInfo) -> Handled | None:
-        """Return the note of a file whose hold a person ended, until the file is handled."""
-        known = self.files.get(info.key)
-        is_this = known is not None and known.outcome == "requeued" and known.etag == info.etag
-        return known if is_this else None
+    def noted_as(self, arrival: Arrival, outcome: Outcome) -> Handled | None:
+        """Return the note of an arrival if its content has this outcome, such as "held" or "requeued"."""
+        handled = self.files.get(arrival.key)
+        return handled if handled and (handled.outcome, handled.etag) == (outcome, arrival.etag) else None
 
     def gone(self, store: ObjectStore) -> list[str]:
-        """Return the keys of files that are gone and whose notes have no version. Others name the arrival."""
+        """Return the keys of arrivals that are gone and whose notes have no version. Others name the arrival."""
         return [key for key, note in self.files.items() if note.version is None and not find_landed(store, key)]
 
 
@@ -144,7 +191,7 @@ def read_state(store: ObjectStore, lineage: str) -> InboxState:
     Raises:
         StoreError: The state is damaged, or another release wrote it.
     """
-    found = read_stored(
+    state = read_stored(
         store,
         keys.watch_key(lineage),
         InboxState,
@@ -152,24 +199,19 @@ def read_state(store: ObjectStore, lineage: str) -> InboxState:
         remedy="Restore it from a backup. Or hold the lineage, then delete it: what was learned is recognised, but "
         "arrivals that were rejected or held are tried again.",
     )
-    return found or InboxState()
+    return state or InboxState()
 
 
-class KnownStates:
-    """A cache of states for readers that look often and change nothing."""
-
-    def __init__(self) -> None:
-        self._read: dict[str, tuple[str, InboxState]] = {}
-
-    def read(self, store: ObjectStore, lineage: str) -> InboxState:
-        """Do the same as `read_state`, but only if the state has changed."""
-        info = store.find(keys.watch_key(lineage))
-        if info is None:
-            return InboxState()
-        known = self._read.get(lineage)
-        if known is None or known[0] != info.etag:  # a state written after `find` is read again at the next call
-            known = self._read[lineage] = (info.etag, read_state(store, lineage))
-        return known[1]
+def known_state(store: ObjectStore, lineage: str) -> InboxState:
+    """Do the same as `read_state`, but read only what has changed: for callers that look often and change nothing."""
+    info = store.find(keys.watch_key(lineage))
+    if info is None:
+        return InboxState()
+    etag, state = _states.get((store.uri, lineage), ("", InboxState()))
+    if etag != info.etag:
+        state = read_state(store, lineage)
+        _states[store.uri, lineage] = info.etag, state  # a state written after `find` is read again at the next call
+    return state
 
 
 def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
@@ -177,99 +219,50 @@ def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
     write_stored(store, keys.watch_key(lineage), state)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LandedFolder(ObjectInfo):
-    """A folder that landed as one arrival. Its ETag is a digest of its files' keys and ETags."""
-
-    files: tuple[ObjectInfo, ...]
-    """The files with its rows, in the order of their keys."""
-    is_marked: bool
-    """Whether a file `_SUCCESS` says that the folder is complete."""
-
-    @classmethod
-    def of(cls, key: str, files: Sequence[ObjectInfo], *, is_marked: bool) -> LandedFolder:
-        """Return the folder of these files."""
-        lines = "".join(f"{info.key}\n{info.etag}\n" for info in files)
-        return cls(
-            key=key,
-            size=sum(info.size for info in files),
-            etag=hashlib.sha256(lines.encode()).hexdigest()[:32],
-            modified=max(info.modified for info in files),
-            landed=max(info.landed or info.modified for info in files),
-            files=tuple(files),
-            is_marked=is_marked,
-        )
-
-
-def waits_for_quiet(info: ObjectInfo) -> bool:
-    """Return whether an arrival is complete only when nothing has changed for some time: a folder without a mark."""
-    return isinstance(info, LandedFolder) and not info.is_marked
-
-
-def files_of(info: ObjectInfo) -> tuple[ObjectInfo, ...]:
-    """Return the files with an arrival's rows."""
-    return info.files if isinstance(info, LandedFolder) else (info,)
-
-
-def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> list[ObjectInfo]:
-    """Return the arrivals in a listing of the inbox, oldest first. `companions` are the keys of the test rows."""
-    skipped = {keys.top_of(key) for key in companions}
-    arrivals: list[ObjectInfo] = []
-    folders: dict[str, list[ObjectInfo]] = defaultdict(list)
+def list_arrivals(listing: Iterable[ObjectInfo], test_data: Collection[str] = ()) -> list[Arrival]:
+    """Return the arrivals in a listing of the inbox, oldest first. `test_data` has the keys of tasks' test rows."""
+    not_learned = {keys.top_of(key) for key in test_data}
+    files: dict[str, list[ObjectInfo]] = defaultdict(list)
+    companions: dict[str, list[ObjectInfo]] = defaultdict(list)
     marked = set()
     for info in listing:
         arrival = keys.arrival_of(info.key)
+        if arrival is not None and arrival not in not_learned:
+            files[arrival].append(info)
         if keys.file_name(info.key) == SUCCESS_FILE:
             marked.add(info.key.removesuffix(f"/{SUCCESS_FILE}"))
-        if arrival is None or arrival in skipped:
-            continue
-        if arrival == info.key:
-            arrivals.append(info)
-        else:
-            folders[arrival].append(info)
-    arrivals += [LandedFolder.of(key, files, is_marked=key in marked) for key, files in folders.items()]
-    return sorted(arrivals, key=lambda info: (info.modified, info.key))
+        if info.key == task_file_of(info.key) or _is_within(info.key, test_data):
+            companions[task_of(info.key)].append(info)
+    arrivals = [
+        Arrival(
+            key=key, files=tuple(infos), is_marked=key in marked, companions=tuple(companions.get(task_of(key), ()))
+        )
+        for key, infos in files.items()
+    ]
+    return sorted(arrivals, key=lambda arrival: (arrival.modified, arrival.key))
 
 
-def find_landed(store: ObjectStore, key: str) -> ObjectInfo | None:
-    """Return the file or the folder that has landed under a key; None: nothing has."""
-    return store.find(key) or next(iter(list_arrivals(store.list(key))), None)
+def find_landed(store: ObjectStore, key: str) -> Arrival | None:
+    """Return the file or the folder that has landed under a key, without its companions; None: nothing has."""
+    info = store.find(key)
+    return Arrival(key=key, files=(info,)) if info else next(iter(list_arrivals(store.list(key))), None)
 
 
-def _is_beside(key: str, companions: Collection[str]) -> bool:
-    """Whether a file is a companion or lies in a folder that is one."""
-    return any(key == companion or key.startswith(f"{companion}/") for companion in companions)
+def _is_within(key: str, places: Collection[str]) -> bool:
+    """Whether a key is one of these, or of a file in a folder that is one of these."""
+    return any(key == place or key.startswith(f"{place}/") for place in places)
 
 
-def _misplacement(key: str, companions: Collection[str]) -> str | None:
+def _misplacement(key: str, test_data: Collection[str]) -> str | None:
     """Why a key is in a wrong folder, and the remedy; None: it is not. Hidden files and task files do not count."""
     folder, *names = key.split("/")
-    if names[-1] == TASK_FILE or any(name.startswith(".") for name in names) or _is_beside(key, companions):
+    if names[-1] == TASK_FILE or any(name.startswith(".") for name in names) or _is_within(key, test_data):
         return None
     if len(names) == 1:
         return f"is not in a task's folder; move it to {folder}/TASK/{names[0]}"
-    if len(names) > 2 and keys.top_of(key) in map(keys.top_of, companions):
+    if len(names) > 2 and keys.top_of(key) in map(keys.top_of, test_data):
         return "is in a folder with the task's test rows, which is no arrival; move it to a folder of its own"
     return None
-
-
-class Beside(NamedTuple):
-    """The companions of a task: a stamp that changes with their contents, and the time of the last change."""
-
-    stamp: str
-    modified: datetime
-
-
-def _list_beside(listing: Iterable[ObjectInfo], companions: Collection[str]) -> dict[str, Beside]:
-    """The companions of every task with a task file. `companions` are the keys of the test rows."""
-    found: dict[str, list[ObjectInfo]] = defaultdict(list)
-    for info in sorted(listing, key=lambda info: info.key):
-        if _is_beside(info.key, companions) or info.key == task_file_of(info.key):
-            found[task_of(info.key)].append(info)
-    return {
-        task: Beside(" ".join(info.etag for info in infos), max(info.modified for info in infos))
-        for task, infos in found.items()
-    }
 
 
 class TaskFile(TaskFields):
@@ -291,59 +284,49 @@ class TaskFile(TaskFields):
 class InboxLook:
     """The content of the inbox at one moment."""
 
-    arrivals: tuple[ObjectInfo, ...]
+    arrivals: tuple[Arrival, ...]
     """Oldest first."""
-    beside: Mapping[str, Beside]
-    """Companions by task."""
     misplaced: Mapping[str, str]
     """Keys in a wrong folder, with the problem of each."""
 
-    def stamp(self, info: ObjectInfo) -> str:
-        """Return the stamp of an arrival's companions."""
-        beside = self.beside.get(task_of(info.key))
-        return beside.stamp if beside else ""
-
-    def of(self, tasks: Collection[str]) -> list[ObjectInfo]:
+    def of(self, tasks: Collection[str]) -> list[Arrival]:
         """Return the arrivals of these tasks, oldest first; without tasks: all arrivals."""
-        return [info for info in self.arrivals if not tasks or task_of(info.key) in tasks]
+        return [arrival for arrival in self.arrivals if not tasks or task_of(arrival.key) in tasks]
 
-    def open_for(self, state: InboxState, tasks: Collection[str], *, retry_now: bool) -> list[ObjectInfo]:
+    def open_for(self, state: InboxState, tasks: Collection[str], *, retry_now: bool) -> list[Arrival]:
         """Return the arrivals of these tasks that a lineage has to handle. For `retry_now` see `InboxState.is_open`."""
         now = datetime.now(UTC)
-        return [
-            info for info in self.of(tasks) if state.is_open(info, now, beside=self.stamp(info), retry_now=retry_now)
-        ]
+        return [arrival for arrival in self.of(tasks) if state.is_open(arrival, now, retry_now=retry_now)]
 
 
-def look(store: ObjectStore, test_files: TestFiles | None = None) -> InboxLook:
-    """List the inbox once for all lineages. Each misplaced file is logged once.
-
-    `test_files` is a cache of the task files that the previous look read. The call updates the cache.
-    """
+def look(store: ObjectStore) -> InboxLook:
+    """List the inbox once for all lineages. Each misplaced file is logged once."""
     listing = list(store.list(INBOX))
-    known = {} if test_files is None else test_files
-    found: TestFiles = {}
-    for key, etag in [(info.key, info.etag) for info in listing if info.key == task_file_of(info.key)]:
+    test_data = set()
+    for info in [info for info in listing if info.key == task_file_of(info.key)]:
+        place, task = (store.uri, info.key, info.etag), task_of(info.key)
         try:
-            found[key, etag] = known[key, etag] if (key, etag) in known else _test_file(store, key)
+            name = _test_data[place] if place in _test_data else _read_task_file(store, info.key).test_data
+        except ConfigError:
+            name = None  # `task_spec` reports the error for every arrival of the task
         except StoreError as error:  # its test rows must not become an arrival
-            store.warn_once(key, f"Task '{task_of(key)}' learns nothing, as its task file cannot be read: {error}")
-            listing = [info for info in listing if task_of(info.key) != task_of(key)]
-    known.clear()
-    known.update(found)
-    companions = {key for key in found.values() if key}
-    problems = ((info.key, _misplacement(info.key, companions)) for info in listing)
+            store.warn_once(info.key, f"Task '{task}' learns nothing, as its task file cannot be read: {error}")
+            listing = [other for other in listing if task_of(other.key) != task]
+            continue
+        _test_data[place] = name
+        test_data |= {f"{keys.inbox_folder(task)}/{name}"} if name else set()
+    problems = ((info.key, _misplacement(info.key, test_data)) for info in listing)
     misplaced = {key: problem for key, problem in problems if problem is not None}
     for key, problem in misplaced.items():
         store.warn_once(key, f"Skipped {key!r}: it {problem}.")
-    return InboxLook(tuple(list_arrivals(listing, companions)), _list_beside(listing, companions), misplaced)
+    return InboxLook(tuple(list_arrivals(listing, test_data)), misplaced)
 
 
 class Settled(NamedTuple):
     """A lineage's open arrivals: complete ones, oldest first, and those that may still be written."""
 
-    complete: list[ObjectInfo]
-    growing: list[ObjectInfo]
+    complete: list[Arrival]
+    growing: list[Arrival]
 
 
 def settle(
@@ -362,19 +345,18 @@ def settle(
     because the pause between two of its files may be longer than that between two looks. `stamps` has the stamps of the
     previous look by key; the call replaces them. For `retry_now` see `InboxState.is_open`.
     """
-    found, now, seen = Settled([], []), datetime.now(UTC), dict(stamps)
+    settled, now, before = Settled([], []), datetime.now(UTC), dict(stamps)
     quiet_seconds = InboxSettings().inbox_settle_seconds
     stamps.clear()
-    for info in inbox.open_for(state, tasks, retry_now=retry_now):
-        beside = inbox.beside.get(task_of(info.key))
-        waits = waits_for_quiet(info)
-        changed = (info.landed if waits else None) or info.modified
-        changed = max(changed, beside.modified) if beside else changed
-        stamps[info.key] = f"{info.etag} {inbox.stamp(info)}".strip()
+    for arrival in inbox.open_for(state, tasks, retry_now=retry_now):
+        waits = arrival.waits_for_quiet
+        own = arrival.landed if waits else arrival.modified
+        changed = max([own, *(info.modified for info in arrival.companions)])
+        stamps[arrival.key] = f"{arrival.etag} {arrival.stamp}".strip()
         is_old = now - changed.astimezone(UTC) >= timedelta(seconds=quiet_seconds if waits else settle_seconds)
-        is_same = not waits and seen.get(info.key) == stamps[info.key]
-        (found.complete if is_old or is_same else found.growing).append(info)
-    return found
+        is_same = not waits and before.get(arrival.key) == stamps[arrival.key]
+        (settled.complete if is_old or is_same else settled.growing).append(arrival)
+    return settled
 
 
 class HeldArrival(BaseModel, frozen=True):
@@ -390,46 +372,30 @@ class HeldArrival(BaseModel, frozen=True):
 
 def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Collection[str] = ()) -> tuple[HeldArrival, ...]:
     """Return the arrivals of these tasks that are held, oldest first; without tasks: all of them."""
-    return tuple(
-        HeldArrival(key=info.key, why=known.message)
-        for info in inbox.of(tasks)
-        if (known := state.files.get(info.key)) and known.outcome == "held" and known.etag == info.etag
-    )
+    notes = ((arrival.key, state.noted_as(arrival, "held")) for arrival in inbox.of(tasks))
+    return tuple(HeldArrival(key=key, why=note.message) for key, note in notes if note)
 
 
 def find_held(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
     """Return all held arrivals of a lineage, oldest first."""
     state = read_state(store, lineage)
-    if not any(known.outcome == "held" for known in state.files.values()):
+    if not any(note.outcome == "held" for note in state.files.values()):
         return ()
     return held_arrivals(look(store), state)
 
 
-def task_spec(store: ObjectStore, *keys: str) -> TaskSpec:
-    """Make the spec of an arrival from the keys of its files and from its task file. The files are of one task.
+def task_spec(store: ObjectStore, *arrivals: str) -> TaskSpec:
+    """Make the spec of what is learned at once from the keys of its arrivals, which are of one task, and its task file.
 
     Raises:
         TaskFieldsError: The task file is damaged or has a setting that is not valid.
     """
+    task = task_of(arrivals[0])
     with reading_the_task():
-        first, several = keys[0], tuple(map(store.uri_of, keys))
-        fields = _read_task_file(store, task_file_of(first))
-        tests = fields.test_data and store.uri_of(f"{PurePosixPath(first).parent}/{fields.test_data}")
-        return _make_spec(fields, task_of(first), several if len(several) > 1 else several[0], tests, several[0])
-
-
-def _make_spec(
-    fields: TaskFile, name: str, data: str | tuple[str, ...], test_data: str | None, origin: str
-) -> TaskSpec:
-    """The spec of an arrival, from a task file and the addresses of its rows."""
-    tests = {"test_data": test_data} if test_data else {}
-    return parse(TaskSpec, {"name": name, "data": data, **fields.given(), **tests}, origin)
-
-
-def task_file_beside(file: str) -> Path | None:
-    """Return the task file in the folder of a file on this machine; None: there is none."""
-    path = Path(file).absolute().parent / TASK_FILE
-    return path if "://" not in file and path.is_file() else None
+        first, *others = map(store.uri_of, arrivals)
+        fields = _read_task_file(store, task_file_of(arrivals[0]))
+        tests = fields.test_data and store.uri_of(f"{keys.inbox_folder(task)}/{fields.test_data}")
+        return _make_spec(fields, task, (first, *others) if others else first, tests, first)
 
 
 def task_from_file(path: Path, file: str) -> TaskSpec:
@@ -447,13 +413,12 @@ def task_from_file(path: Path, file: str) -> TaskSpec:
         raise ConfigError(f"{error} If {TASK_FILE} is not about this file, name the task with --task.") from None
 
 
-def _test_file(store: ObjectStore, key: str) -> str | None:
-    """The key of the test rows that a task file names."""
-    try:
-        name = _read_task_file(store, key).test_data
-    except ConfigError:
-        return None  # `task_spec` reports the error for every arrival of the task
-    return f"{PurePosixPath(key).parent}/{name}" if name else None
+def _make_spec(
+    fields: TaskFile, name: str, data: str | tuple[str, ...], test_data: str | None, origin: str
+) -> TaskSpec:
+    """The spec of an arrival, from a task file and the addresses of its rows."""
+    tests = {"test_data": test_data} if test_data else {}
+    return parse(TaskSpec, {"name": name, "data": data, **fields.given(), **tests}, origin)
 
 
 def _read_task_file(store: ObjectStore, key: str) -> TaskFile:

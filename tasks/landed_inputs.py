@@ -20,7 +20,7 @@ from deal_core.errors import DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectStore
 from tasks.data_files import local_files
-from tasks.inbox import files_of, list_arrivals
+from tasks.inbox import list_arrivals
 
 
 def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
@@ -29,15 +29,15 @@ def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
     Training rows that the store no longer keeps, and whose file is not in the inbox, are not among them. The schema has
     the names of columns that the files in the inbox have.
     """
-    found: set[str] = set()
+    inputs: set[str] = set()
     for arrival in list_arrivals(store.list(keys.inbox_folder(schema.name))):
-        for info in files_of(arrival):
-            found |= inputs_of_file(store, info.key, schema)[0]
+        for info in arrival.files:
+            inputs |= inputs_of_file(store, info.key, schema)[0]
     listing = store.list(f"{keys.DATASETS}/{schema.name}")
     for sha256 in {keys.dataset_sha256(info.key) for info in listing if keys.file_name(info.key) == keys.MANIFEST_FILE}:
         for _, digests in inputs_of_dataset(store, schema, sha256):
-            found |= digests
-    return frozenset(found)
+            inputs |= digests
+    return frozenset(inputs)
 
 
 def inputs_of_dataset(store: ObjectStore, schema: TaskSchema, sha256: str) -> Iterator[tuple[str, set[str]]]:
@@ -56,15 +56,15 @@ def inputs_of_file(store: ObjectStore, key: str, schema: TaskSchema) -> tuple[se
 
     Single rows that cannot be read were never learned.
     """
-    found: set[str] = set()
+    inputs: set[str] = set()
     with local_files(store, store.uri_of(key)) as (file,):
         try:
             checker = RowChecker(schema, recognise(file.path, schema), sys.maxsize)
             texts = (text for row in read_rows(file.path) if isinstance(text := checker.check_input(row), str))
-            found.update(_digests(schema, texts))
+            inputs.update(_digests(schema, texts))
         except DataValidationError:
-            return found, None
-        return found, sha256_of_input(file.path)
+            return inputs, None
+        return inputs, sha256_of_input(file.path)
 
 
 def _digests(schema: TaskSchema, texts: Iterable[str]) -> Iterator[str]:

@@ -10,17 +10,17 @@ from typing import Any
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing
 from deal_core.data.rows import stored_input_digest
-from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
+from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import require_metric
 from deal_core.safe_text import brief
 from infra.store.base import ObjectStore
 from tasks.data_files import local_files
 from tasks.lineage.frozen_rows import read_test_rows
-from tasks.lineage.record import LineageRecord
+from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, is_renewal_asked
-from tasks.lineage.tombstones import forgotten_tests, refuse_forgotten
-from tasks.references import Arrival, DatasetRef
+from tasks.lineage.tombstones import forgotten_tests
+from tasks.spec import TaskSpec
 
 OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all"}
 """Fields of a task that the lineage does not know; the settings of its first arrival come before them."""
@@ -29,7 +29,7 @@ OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all"}
 @contextmanager
 def landing_of(
     store: ObjectStore,
-    arrival: Arrival,
+    task: TaskSpec,
     schema: TaskSchema,
     record: LineageRecord | None,
     config: DataConfig,
@@ -41,30 +41,27 @@ def landing_of(
         DataValidationError: There is no such file.
         StoreError: The lineage's test rows are damaged.
     """
-    known = record.task(arrival.task) if record else None
-    with (
-        local_files(store, arrival.data) as sources,
-        local_files(store, arrival.test_data or ()) as test_sources,
-    ):
+    known = record.task(task.name) if record else None
+    with local_files(store, task.data) as sources, local_files(store, task.test_data or ()) as test_sources:
         yield Landing(
             sources=sources,
             task=schema,
             config=config,
             test_sources=test_sources,
-            frozen_test_inputs=_frozen_test_inputs(store, record, arrival.task),
+            frozen_test_inputs=_frozen_test_inputs(store, record, known) if record and known else (),
             renews_tests=bool(record and known and is_renewal_asked(store, record.lineage, known)),
             on_progress=on_progress,
-            new_label_remedy=_new_label_remedy(arrival, record),
+            new_label_remedy=_new_label_remedy(task.name, record),
         )
 
 
-def _new_label_remedy(arrival: Arrival, record: LineageRecord | None) -> str:
-    if record is None or record.task(arrival.task) is None:
+def _new_label_remedy(task: str, record: LineageRecord | None) -> str:
+    if record is None or record.task(task) is None:
         return "A label that is new is added to the task's labels: task.labels in the spec or the task file."
-    return f"A label that is new is added with: deal labels {arrival.task} --add LABEL --lineage {record.lineage}."
+    return f"A label that is new is added with: deal labels {task} --add LABEL --lineage {record.lineage}."
 
 
-def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
+def choose_schema(store: ObjectStore, task: TaskSpec, record: LineageRecord | None) -> TaskSchema:
     """Return the schema of the user's settings, or else the lineage's schema, or else one that the file completes.
 
     A known task also has the labels that were added by command. The user may still give the labels without them.
@@ -72,28 +69,27 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
     Raises:
         ConfigError: The settings contradict the lineage.
     """
-    for schema in [known.schema for known in record.tasks] if record else []:
-        require_metric(schema.metric)  # rather now than after the training
-    if (metric := arrival.given.get("metric")) is not None:
-        require_metric(metric)
-    known = record.task(arrival.task) if record else None
-    if record is not None and any(each.name == arrival.task for each in record.slices):
+    given = task.given()
+    metrics = [known.schema.metric for known in record.tasks] if record else []
+    for metric in [*metrics, given["metric"]] if "metric" in given else metrics:
+        require_metric(metric)  # rather now than after the training
+    known = record.task(task.name) if record else None
+    if record is not None and any(earlier.name == task.name for earlier in record.slices):
         raise ConfigError(
-            f"'{arrival.task}' names earlier test rows in lineage '{record.lineage}'; give the task another name."
+            f"'{task.name}' names earlier test rows in lineage '{record.lineage}'; give the task another name."
         )
     if record is None or known is None:
-        given = _schema_fields(arrival.given, ())
-        return TaskSchema(name=arrival.task, **{**OF_NEW_TASKS, **given})
-    added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
-    widened = known.schema.with_labels(added)
-    asked = replace(known.schema, **_schema_fields(arrival.given, widened.labels)).with_labels(added)
+        return TaskSchema(name=task.name, **{**OF_NEW_TASKS, **_schema_fields(given, ())})
+    added = added_labels(store, record.lineage, task.name) if known.schema.labels else ()
+    learned = known.schema.with_labels(added)
+    asked = replace(known.schema, **_schema_fields(given, learned.labels)).with_labels(added)
     for name in ("format", "labels", "instruction", "template", "prompt", "metric"):
-        given, learned = getattr(asked, name), getattr(widened, name)
-        if given != learned:
-            adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"
+        value, before = getattr(asked, name), getattr(learned, name)
+        if value != before:
+            adding = f"deal labels {task.name} --add LABEL --lineage {record.lineage}"
             remedy = f"add labels with: {adding}, or start" if name == "labels" else "or start"
             raise ConfigError(
-                f"task.{name} of '{arrival.task}' is {brief(given)}, but the lineage learned it as {brief(learned)}; "
+                f"task.{name} of '{task.name}' is {brief(value)}, but the lineage learned it as {brief(before)}; "
                 f"leave it out, {remedy} a new lineage."
             )
     return asked
@@ -110,26 +106,19 @@ def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
     return {**given, "labels": labels, "label_names": dict(names)}
 
 
-def _frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:
+def _frozen_test_inputs(store: ObjectStore, record: LineageRecord, known: KnownTask) -> Collection[bytes]:
     """Return the digests of the task's frozen test texts, and of its test texts from before a renewal.
 
-    The result is empty for a new task and for a task whose test rows were forgotten: the arrival brings the test rows.
+    The result is empty for a task whose test rows were forgotten: the arrival brings the test rows.
     """
-    known = record.task(task_name) if record else None
-    if record is None or known is None or forgotten_tests(store, task_name, known.dataset_uri):
+    name, kind = known.schema.name, known.schema.format
+    if forgotten_tests(store, name, known.dataset_uri):
         return ()
-    datasets = [known.dataset_uri, *(each.dataset_uri for each in record.slices if each.of == task_name)]
-    inputs = [
-        text
+    assert kind != "auto", "a task that was learned has a format"
+    datasets = [known.dataset_uri, *(earlier.dataset_uri for earlier in record.slices if earlier.of == name)]
+    return frozenset(
+        stored_input_digest(kind, text)
         for uri in datasets
-        if not forgotten_tests(store, task_name, uri)
+        if not forgotten_tests(store, name, uri)
         for text in read_test_rows(store, uri, ["input"]).column("input").to_pylist()
-    ]
-    assert known.schema.format != "auto", "a task that was learned has a format"
-    kind = known.schema.format
-    return frozenset(stored_input_digest(kind, stored) for stored in inputs)
-
-
-def refuse_forgotten_rows(store: ObjectStore, task: str, rows: DatasetManifest | DatasetRef) -> None:
-    """Raise ForgottenRowsError if the rows have a tombstone: with this split, or as they landed."""
-    refuse_forgotten(store, task, [rows.sha256, rows.landed_sha256])
+    )

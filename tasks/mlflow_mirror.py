@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
@@ -71,35 +70,30 @@ def sync_lineage(store: ObjectStore, lineage: str) -> Synced:
     error is logged and returned, never raised: a mirror must not stop a lineage.
     """
     written: list[str] = []
-    unreadable: list[str] = []
-    hand: tuple[str | None, str | None] = (None, None)
+    hand: dict[str, str] = {}
     missing: tuple[str, ...] = ()
-    problem = None
     try:
         tracker = _open()
-        _forget(store, tracker, lineage)
-        hand = _write_lineage(store, tracker, lineage, written, unreadable)
-        problem = " ".join(unreadable) or None
+        for info in list(store.list(keys.mlflow_forget_folder(lineage))):
+            for tracked in tracker.find_all(lineage, store.get_bytes(info.key).decode()):
+                tracked.remove_files(WITH_ROWS)
+            store.delete(info.key)
+        problem = _write_lineage(store, tracker, lineage, written, hand)
         missing = waiting(store, lineage)
     except Exception as error:  # whatever it is: the store has everything, and a later call writes what is missing
         problem = in_one_line(error)
-        known = isinstance(error, DealError)
+        is_ours = isinstance(error, DealError)
         logger.log(
-            logging.WARNING if known else logging.ERROR,
+            logging.WARNING if is_ours else logging.ERROR,
             "MLflow lacks entries of '%s'; the next run or deal server sync writes them: %s",
             lineage,
             problem,
-            exc_info=None if known else error,
+            exc_info=None if is_ours else error,
         )
         with suppress(DealError):  # a damaged entry: whoever needs it says so
             missing = waiting(store, lineage)
     return Synced(
-        lineage=lineage,
-        written=tuple(written),
-        missing=missing,
-        problem=problem if missing else None,
-        promoted=hand[0],
-        set_back=hand[1],
+        lineage=lineage, written=tuple(written), missing=missing, problem=problem if missing else None, **hand
     )
 
 
@@ -117,71 +111,58 @@ def _open() -> Tracker:
     return Tracker(settings)
 
 
-def _forget(store: ObjectStore, tracker: Tracker, lineage: str) -> None:
-    """Remove the rows of forgotten arrivals from MLflow, as `deal forget` has ordered."""
-    for info in list(store.list(keys.mlflow_forget_folder(lineage))):
-        for run in tracker.find_all(lineage, store.get_bytes(info.key).decode()):
-            run.remove_files(WITH_ROWS)
-        store.delete(info.key)
-
-
 def _write_lineage(
-    store: ObjectStore, tracker: Tracker, lineage: str, written: list[str], unreadable: list[str]
-) -> tuple[str | None, str | None]:
-    """Write the missing entries; return the version that a person promoted in MLflow, or why a move is set back.
+    store: ObjectStore, tracker: Tracker, lineage: str, written: list[str], hand: dict[str, str]
+) -> str | None:
+    """Write the missing entries and append their names to `written`; `hand` gets what `_follow_hand_move` returns.
 
-    Entries that were written are appended to `written`, and to `unreadable` why a version's files cannot be read: that
-    version is left out, and the others are written.
+    A version whose files cannot be read is left out, and the others are written. Return why it cannot be read.
     """
-    versions, runs = Versions(store).all(lineage), {run.run_key: run for run in RunJournal(store).all(lineage)}
-    if not versions and not runs:
-        return None, None
+    runs = {run.run_key: run for run in RunJournal(store).all(lineage)}
+    if not runs and not Versions(store).all(lineage):
+        return None
     registered = tracker.models.read(lineage)
-    note = set(read_note(store, lineage))
-    if versions and not registered.entries:  # its database was lost
-        note = set()
-    hand = _follow_hand_move(store, lineage, registered)
+    hand |= _follow_hand_move(store, lineage, registered)
+    versions = Versions(store).all(lineage)  # after the move, which changes their aliases
+    is_lost = versions and not registered.entries  # MLflow's database
+    note = set() if is_lost else set(read_note(store, lineage))
+    unreadable: list[str] = []
+
+    def done(entry: str) -> None:
+        written.append(entry)
+        note.add(entry)
+
+    by_run = {version.run_key for version in versions}
     for run in runs.values():
-        name = f"failed run {run.short_key}"
-        if run.state == "failed" and name not in note and all(run.run_key != each.run_key for each in versions):
+        entry = f"failed run {run.short_key}"
+        if run.state == "failed" and run.run_key not in by_run and entry not in note:
             _write_run(tracker, run)
-            written.append(name)
-            note.add(name)
+            done(entry)
     for version in versions:
-        name = f"version {version.version}"
-        if version.version not in registered.entries:
+        entry, report = f"version {version.version}", f"report {version.version}"
+        if version.version in registered.entries:
+            note.add(entry)
+        else:
             try:
                 _write_version(store, tracker, runs.get(version.run_key), version)
             except (StoreError, IntegrityError) as error:
                 unreadable.append(in_one_line(error))
                 continue
-            written.append(name)
-        note.add(name)
-        report = f"report {version.version}"
+            done(entry)
         if report not in note and is_over(runs.get(version.run_key)):
             _write_report(store, tracker, version)
-            written.append(report)
-            note.add(report)
-        if day := version.since.adapter_removed:
-            removal = f"removal of adapter {version.version}"
-            if removal not in note:
-                _remove_adapter(tracker, lineage, version.version, day)
-                written.append(removal)
-                note.add(removal)
+            done(report)
+    registered = tracker.models.read(lineage)  # with the new entries
+    for version in versions:
+        removal = f"removal of adapter {version.version}"
+        if version.since.adapter_removed and version.version in registered.entries and removal not in note:
+            tracker.models.remove_files(lineage, registered.entries[version.version], version.since.adapter_removed)
+            done(removal)
     last = PromotionLog(store).last(lineage)
-    if last is not None and _write_aliases(store, tracker, lineage, last, written):
+    if last is not None and _write_aliases(tracker, registered, versions, last, written):
         note.add(f"move {last.number}")
     write_note(store, lineage, note)
-    return hand
-
-
-def start_run(run: Run) -> TrackedRun | None:
-    """Start the MLflow run of an adaptation, so that its curves can be watched; None: MLflow does not answer."""
-    try:
-        return _begin(_open(), run)
-    except RegistryError as error:
-        logger.warning("The run is not shown in MLflow while it trains: %s", in_one_line(error))
-        return None
+    return " ".join(unreadable) or None
 
 
 def _begin(tracker: Tracker, run: Run) -> TrackedRun:
@@ -201,8 +182,12 @@ class LiveCurve:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._tracked = start_run(run)
         self._points: dict[str, list[tuple[int, float]]] = {}
+        self._tracked: TrackedRun | None = None
+        try:
+            self._tracked = _begin(_open(), run)
+        except RegistryError as error:
+            logger.warning("The run is not shown in MLflow while it trains: %s", in_one_line(error))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add points."""
@@ -224,12 +209,9 @@ class LiveCurve:
 def _write_run(tracker: Tracker, run: Run) -> TrackedRun:
     """Write a run with its curves; end it unless a version follows."""
     tracked = _begin(tracker, run)
-    steps: dict[int, dict[str, float]] = {}
     for name, points in run.curve.items():
-        for step, value in points:
-            steps.setdefault(step, {})[name] = value
-    for step in sorted(steps):
-        tracked.add(step, steps[step])
+        for step, value in sorted(points):
+            tracked.add(step, {name: value})
     tracked.flush()
     if run.state == "failed":
         tracked.end("FAILED")
@@ -247,7 +229,11 @@ def end_failed(run: Run) -> None:
 
 
 def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, version: Version) -> None:
-    """Write a version with its run, its report and its logged model."""
+    """Write a version with its run and its logged model."""
+    from deal_core.evaluation.answering import SERVED_FILE
+    from infra.served_model import write_served_folder
+    from tasks.lineage.model_card import example_rows, served_version
+
     if run is None:  # its journal was lost, which loses its settings and its curves
         run = Run(
             lineage=version.lineage,
@@ -263,53 +249,50 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
         )
     tracked = _write_run(tracker, run.model_copy(update={"state": "finished"}))
     scores: dict[str, float | None] = {name: getattr(version, name) for name in SCORES}
-    scores |= {f"accuracy/{name}": value for name, value in version.accuracies.items()}
-    tracked.log_metrics({**scores, "arrival_accuracy": version.arrival_accuracy})
-    settings = {"task": version.task, "strategy": version.strategy, **run.params}
+    shown = scores | {f"accuracy/{name}": value for name, value in version.accuracies.items()}
+    tracked.log_metrics({**shown, "arrival_accuracy": version.arrival_accuracy})
     described: dict[str, Any] = {
+        "name": f"{version.lineage}-{version.task}",
         "sha256": version.adapter_sha256,
-        "params": settings,
-        "metrics": scores,
+        "params": {"task": version.task, "strategy": version.strategy, **run.params},
+        "metrics": shown,
         "dataset": version.task,
         "dataset_sha256": version.dataset_sha256,
     }
-    name = f"{version.lineage}-{version.task}"
     if version.since.adapter_removed:
-        model_id = tracked.log_adapter(None, name, **described)
+        model_id = tracked.log_adapter(None, **described)
     else:
+        # the folder that MLflow serves: the plain PEFT folder with its card, and MLflow's files
+        record = read_record(store, version.adapter_uri)
         with temporary_folder() as temporary, borrowed_adapter(store, version) as adapter:
-            served = temporary / "model"
-            _write_served_folder(store, adapter, served, version, tracked.run_id)
-            model_id = tracked.log_adapter(served, name, **described)
+            write_served_folder(
+                adapter,
+                temporary / "model",
+                card=(adapter / CARD_FILE).read_text(encoding="utf-8"),
+                served=served_version(record).to_json(),
+                served_file=SERVED_FILE,
+                example=example_rows(record),
+                run_id=tracked.run_id,
+                version=version.version,
+            )
+            model_id = tracked.log_adapter(temporary / "model", **described)
     origin = f"continues version {version.parent_version}" if version.parent_version else "starts from the base model"
-    verdict = "accepted" if version.accepted else "rejected: " + "; ".join(version.reasons)
+    gate = "accepted" if version.accepted else "rejected"
+    verdict = gate if version.accepted else f"{gate}: {'; '.join(version.reasons)}"
+    # The tags are for people who search there. Nothing is read from them.
+    facts = ("run_key", "task", "strategy", "parent_version", "base_sha256", "dataset_sha256", "adapter_sha256")
+    tags = {name: getattr(version, name) for name in facts}
+    tags |= {**scores, "gate": gate, "gate_reasons": " ".join(version.reasons)}
     tracker.models.add(
         version.lineage,
         version.version,
         run_id=tracked.run_id,
         model_id=model_id,
-        tags=_tags_of(version),
+        tags={f"deal.{name}": str(value) for name, value in tags.items() if value not in (None, "")},
         description=f"Learned **{version.task}** with {version.strategy}; {origin}. Gate: {verdict}",
     )
-    tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
+    tracked.set_tags({"deal.version": version.version, "deal.gate": gate})
     tracked.end("FINISHED")
-
-
-def _tags_of(version: Version) -> dict[str, str]:
-    """The tags of a version in MLflow, for people who search there. Nothing is read from them."""
-    values = {
-        "run_key": version.run_key,
-        "task": version.task,
-        "strategy": version.strategy,
-        "gate": "accepted" if version.accepted else "rejected",
-        "gate_reasons": " ".join(version.reasons),
-        "parent_version": version.parent_version,
-        "base_sha256": version.base_sha256,
-        "dataset_sha256": version.dataset_sha256,
-        "adapter_sha256": version.adapter_sha256,
-        **{name: getattr(version, name) for name in SCORES},
-    }
-    return {f"deal.{name}": str(value) for name, value in values.items() if value not in (None, "")}
 
 
 def _write_report(store: ObjectStore, tracker: Tracker, version: Version) -> None:
@@ -364,52 +347,24 @@ def write_look(
         logger.warning("MLflow lacks a look at version %s: %s", version.version, in_one_line(error))
 
 
-def _write_served_folder(store: ObjectStore, adapter: Path, target: Path, version: Version, run_id: str) -> None:
-    """Write the folder that MLflow serves: the plain PEFT folder with its card, and MLflow's files."""
-    from deal_core.evaluation.answering import SERVED_FILE
-    from infra.served_model import write_served_folder
-    from tasks.lineage.model_card import example_rows, served_version
-
-    record = read_record(store, version.adapter_uri)
-    write_served_folder(
-        adapter,
-        target,
-        card=(adapter / CARD_FILE).read_text(encoding="utf-8"),
-        served=served_version(record).to_json(),
-        served_file=SERVED_FILE,
-        example=example_rows(record),
-        run_id=run_id,
-        version=version.version,
-    )
-
-
-def _remove_adapter(tracker: Tracker, lineage: str, version: str, day: str) -> None:
-    """Remove the files of a version whose adapter `deal gc` removed. The entry stays."""
-    entry = tracker.models.read(lineage).entries.get(version)
-    if entry is not None:
-        tracker.models.remove_files(lineage, entry, day)
-
-
-def _write_aliases(store: ObjectStore, tracker: Tracker, lineage: str, last: Move, written: list[str]) -> bool:
+def _write_aliases(
+    tracker: Tracker, registered: RegisteredLineage, versions: Sequence[Version], last: Move, written: list[str]
+) -> bool:
     """Set the aliases by the promotion log; return whether all are set. False: MLflow lacks a version that has one.
 
     The tags around it tell whether a move of the alias is a person's.
     """
-    registered = tracker.models.read(lineage)
-    versions = Versions(store).all(lineage)
     wanted: dict[str, str] = {alias: version.version for version in versions for alias in version.aliases}
-    number = str(last.number)
+    lineage, number = last.lineage, str(last.number)
     is_set = registered.tags.get(MIRRORED) == registered.tags.get(MIRRORING) == number
     if is_set and all(registered.number_of(alias) == wanted.get(alias) for alias in ALIASES):
         return True
     tracker.models.tag(lineage, {MIRRORING: number})
     for alias in ALIASES:
-        is_right = registered.number_of(alias) == wanted.get(alias) and (alias in registered.aliases) == (
-            alias in wanted
-        )
-        if not is_right and wanted.get(alias, "") in {"", *registered.entries}:
-            entry = registered.entries[wanted[alias]] if alias in wanted else None
-            tracker.models.set_alias(lineage, alias, entry)
+        version = wanted.get(alias)
+        is_right = registered.number_of(alias) == version and (alias in registered.aliases) == (version is not None)
+        if not is_right and (version is None or version in registered.entries):
+            tracker.models.set_alias(lineage, alias, None if version is None else registered.entries[version])
     if not registered.entries.keys() >= set(wanted.values()):
         return False
     tracker.models.tag(lineage, {MIRRORED: number})
@@ -417,7 +372,7 @@ def _write_aliases(store: ObjectStore, tracker: Tracker, lineage: str, last: Mov
     return True
 
 
-def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLineage) -> tuple[str | None, str | None]:
+def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLineage) -> dict[str, str]:
     """Take a move of the alias `champion` in MLflow as a promotion by hand, if it may be one.
 
     It counts only if the log has not moved since its aliases were set, and if a command would accept the version now.
@@ -425,7 +380,7 @@ def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLi
     nobody can tell whose move it was, so it is set back without a word.
 
     Returns:
-        The version that was promoted, and why a move is set back; at most one of them is not None.
+        Fields of `Synced`: `promoted`, or `set_back`; empty if the alias was not moved.
     """
     log = PromotionLog(store)
     moves = log.moves(lineage)
@@ -433,32 +388,31 @@ def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLi
     shown = next((move.champion for move in moves if str(move.number) == mirrored), None)
     chosen = registered.number_of("champion")
     if shown is None or registered.tags.get(MIRRORING) != mirrored or chosen == shown:
-        return None, None
-    champion = moves[-1].champion
-    action = None
-    if chosen is not None and moves[-1].number == int(mirrored or 0):
-        action = promoted_by_hand(store, lineage, chosen)
+        return {}
+    last = moves[-1]
+    is_newest = str(last.number) == mirrored
+    action = promoted_by_hand(store, lineage, chosen) if chosen is not None and is_newest else None
     if chosen is not None and action is not None:
         change = Change(
             action=action,
             lineage=lineage,
             version=chosen,
-            before=champion,
+            before=last.champion,
             champion=chosen,
             who=BY_HAND,
             why="the alias champion was moved to it in MLflow",
         )
-        if log.add(moves[-1], change) is not None:
+        if log.add(last, change) is not None:
             version = Versions(store).find(lineage, chosen)
             if version is not None:
                 announce("promoted" if action == "promoted" else "rolled-back", Notice.of(version, who=BY_HAND))
-            return chosen, None
+            return {"promoted": chosen}
     what = f"moved to version {chosen}" if chosen else "moved away"
     why = (
         f"In MLflow the alias champion of '{lineage}' was {what}, which deal promote and deal rollback would refuse; "
-        f"it is set back to version {champion}. deal history --lineage {lineage} shows what may become champion."
+        f"it is set back to version {last.champion}. deal history --lineage {lineage} shows what may become champion."
     )
     serving = Versions(store).champion(lineage)
     if serving is not None:
         announce("alias-set-back", Notice.of(serving, reasons=(why,)))
-    return None, why
+    return {"set_back": why}

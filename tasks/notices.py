@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
 from urllib.parse import quote
@@ -101,9 +102,11 @@ def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
     occurred = datetime.now(UTC)
     if kind == "awaiting-approval":
         notice = notice.model_copy(update={"decide_url": _decide_url(notice)})
+    payload = notice.model_dump(mode="json")
+    message = {"id": str(identity), "event": event, "occurred": occurred.isoformat(), "payload": payload}
     for receiver, send in (("Prefect server", _tell_server), ("webhook", _tell_webhook)):
         try:
-            send(event, identity, occurred, notice)
+            send(message)
         except Exception as error:  # a failed notice must not undo a promotion
             reason = without_secrets(str(error).split("\n")[0])
             logger.error("The %s did not receive %s: %s: %s", receiver, event, type(error).__name__, reason)
@@ -128,62 +131,41 @@ def announce_failure(lineage: str, task: str, error: Exception) -> None:
     announce("failed", Notice(lineage=lineage, task=task, error=message))
 
 
-def _tell_server(event: str, identity: uuid.UUID, occurred: datetime, notice: Notice) -> None:
+@patient
+def _tell_server(message: dict[str, Any]) -> None:
+    """Post an event and wait for the answer. `emit_event` would use a thread that ends with the process."""
     if not get_current_settings().api.url:  # the embedded server has no listeners
         return
-    run_id = runtime.flow_run.id
-    related = [{"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.role": "flow-run"}]
-    _post_event(
-        {
-            "id": str(identity),
-            "event": event,
-            "occurred": occurred.isoformat(),
-            "related": related if run_id else [],
-            "resource": {
-                "prefect.resource.id": f"deal.lineage.{notice.lineage}",
-                "prefect.resource.name": notice.lineage,
-            },
-            "payload": notice.model_dump(mode="json"),
-        }
-    )
-
-
-def _decide_url(notice: Notice) -> str | None:
-    """Return the address of the form of the deployment `decide`, filled in; None: there is no server that has it."""
-    if not get_current_settings().api.url:
-        return None
-    try:
-        page = _page_of_deployment(DECIDE)
-    except Exception as error:  # the notice is sent without the link
-        logger.warning("The notice has no link to decide: %s: %s", type(error).__name__, without_secrets(str(error)))
-        return None
-    if page is None:
-        return None
-    given = {"lineage": notice.lineage, "version": notice.version}
-    return f"{page}/run?parameters={quote(json.dumps(given))}"
-
-
-@patient
-def _page_of_deployment(name: str) -> str | None:
-    with get_client(sync_client=True) as client:
-        try:
-            deployment = client.read_deployment_by_name(name)
-        except ObjectNotFound:
-            return None
-    return url_for("deployment", deployment.id)
-
-
-@patient
-def _post_event(event: dict[str, Any]) -> None:
-    """Post an event and wait for the answer. `emit_event` would use a thread that ends with the process."""
+    lineage, run_id = message["payload"]["lineage"], runtime.flow_run.id
+    run = {"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.role": "flow-run"}
+    resource = {"prefect.resource.id": f"deal.lineage.{lineage}", "prefect.resource.name": lineage}
+    event = {**message, "related": [run] if run_id else [], "resource": resource}
     with get_client(sync_client=True) as client:
         client.request("POST", "/events", json=[event]).raise_for_status()
 
 
-def _tell_webhook(event: str, identity: uuid.UUID, occurred: datetime, notice: Notice) -> None:
+def _tell_webhook(message: dict[str, Any]) -> None:
     webhook = open_webhook()
-    if webhook is None:
-        return
-    payload = notice.model_dump(mode="json")
-    body = {"id": str(identity), "event": event, "occurred": occurred.isoformat(), "payload": payload}
-    webhook.send(event, json.dumps(body, ensure_ascii=False, allow_nan=False).encode(), identity)
+    if webhook is not None:
+        body = json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
+        webhook.send(message["event"], body, uuid.UUID(message["id"]))
+
+
+def _decide_url(notice: Notice) -> str | None:
+    """Return the address of the form of the deployment `decide`, filled in; None: there is no server that has it."""
+
+    @patient
+    def page_of_form() -> str | None:
+        with get_client(sync_client=True) as client, suppress(ObjectNotFound):
+            return url_for("deployment", client.read_deployment_by_name(DECIDE).id)
+        return None
+
+    if not get_current_settings().api.url:
+        return None
+    try:
+        page = page_of_form()
+    except Exception as error:  # the notice is sent without the link
+        logger.warning("The notice has no link to decide: %s: %s", type(error).__name__, without_secrets(str(error)))
+        return None
+    parameters = quote(json.dumps({"lineage": notice.lineage, "version": notice.version}))
+    return page and f"{page}/run?parameters={parameters}"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import transformers
@@ -24,7 +23,6 @@ from deal_core.planning.memory import (
     BatchShape,
     MemoryPlan,
     MethodShape,
-    ModelSize,
     Remedy,
     adapter_rank,
     find_remedies,
@@ -36,7 +34,7 @@ from deal_core.planning.memory import (
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import PlannedArrival, TaskTexts
+from deal_core.strategies.strategy import PlannedArrival
 from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
@@ -47,7 +45,6 @@ from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
 from tasks.lineage.frozen_rows import spared_texts
 from tasks.lineage.record import read_record
-from tasks.lineage.settings import arrival_of
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.spec import AdaptSpec
 
@@ -111,13 +108,9 @@ class _Run:
     setup: TrainingSetup
     arrival: PlannedArrival
 
-    @property
-    def old_texts(self) -> Sequence[TaskTexts]:
-        return self.arrival.old_texts
-
     def longest_prompt(self, train: TrainConfig) -> int:
         """A question about an old task's own text is as long as that task allows."""
-        return max([train.max_prompt_tokens, *(each.max_prompt_tokens for each in self.old_texts)])
+        return max([train.max_prompt_tokens, *(texts.max_prompt_tokens for texts in self.arrival.old_texts)])
 
     @property
     def questions_per_step(self) -> int:
@@ -152,7 +145,7 @@ def plan(
         ConfigError: The config of the base model cannot be read, or a setting does not fit.
         DataValidationError: The whole file is refused.
     """
-    store, arrival = current_store(), arrival_of(spec)
+    store = current_store()
     champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     spec = with_memory_of(spec, record)
@@ -163,18 +156,15 @@ def plan(
     num_versions = len(record.matrix.trained) if record else 0
     on_progress("reading the file")
     with temporary_folder() as folder:
-        with landing_of(store, arrival, choose_schema(store, arrival, record), record, spec.data) as landing:
+        with landing_of(store, spec.task, choose_schema(store, spec.task, record), record, spec.data) as landing:
             try:
                 manifest = build_dataset(landing, folder / "dataset")  # by the rules of ingest
             except ArrivalRefusedError as error:
                 raise DataValidationError(f"{error.report.refusal} deal validate lists the bad rows.") from None
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
         old_tasks = tuple(known.schema for known in record.tasks) if record else ()
-        old_texts: Sequence[TaskTexts] = ()
-        if record and strategy_class(strategy).old_rows(spec.method) == "unused":
-            old_texts = spared_texts(
-                store, [known for known in record.tasks if known.schema.name != manifest.task.name]
-            )
+        others = [known for known in record.tasks if known.schema.name != manifest.task.name] if record else []
+        asks_own_texts = strategy_class(strategy).old_rows(spec.method) == "unused"
         num_chosen = spec.selection.num_kept(manifest.num_train)
         run = _Run(
             source=source,
@@ -193,7 +183,7 @@ def plan(
             arrival=PlannedArrival(
                 task=manifest.task,
                 old_tasks=old_tasks,
-                old_texts=tuple(old_texts),
+                old_texts=tuple(spared_texts(store, others)) if asks_own_texts else (),
                 num_rows=num_chosen,
                 num_steps=spec.train.num_steps(num_chosen),
                 learned_last=record.matrix.trained[-1] if record else None,
@@ -209,19 +199,34 @@ def _plan_rows(
     model = measure_model(run.base.config, setup.adapter)
     on_progress("measuring rows and activations")
     batch = _batch(run, rows)
+    shape = MethodShape(rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None)
     here = device = current_device()
     if device_memory is not None:
         num_bytes = parse_bytes(device_memory)
         device = Device(name="the device planned for", is_cpu=here.is_cpu, free_bytes=num_bytes, total_bytes=num_bytes)
-    memory_of = partial(_memory, run, model, batch, device)
+
+    def memory_of(train: TrainConfig, precision: str) -> MemoryPlan:
+        """The memory with other settings of the training and another precision than those of the run."""
+        answer = min(batch.num_answer_tokens, train.max_answer_tokens)
+        prompt = min(batch.num_tokens - batch.num_answer_tokens, run.longest_prompt(train))
+        rows = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
+        adapter = replace(setup.adapter, rank=run.rank)
+        activations = measure_activations(run.base.config, adapter, rows, precision, on_cpu=device.is_cpu)
+        return plan_memory(model, activations, rows, shape, train=train, precision=precision, on_cpu=device.is_cpu)
+
     memory, limit = memory_of(train, run.precision), device.free_bytes
     refused = memory.total > limit
-    seconds, notes = _time_step(run, rows, here, probe and not refused and memory.total <= here.free_bytes, on_progress)
-    if seconds is not None and device_memory is not None:
-        notes.append("the time is this machine's, not that of the device planned for")
+    seconds, notes = None, list[str]()
+    if run.base.folder is None:
+        notes.append("the base model's weights are not on this machine, so no step was timed (deal model fetch)")
+    elif train.quantize != "none" and here.is_cpu:
+        notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
+    elif probe and not refused and memory.total <= here.free_bytes:
+        on_progress("taking three steps")
+        seconds = _probe_step(run, rows)
+        notes += ["the time is this machine's, not that of the device planned for"] if device_memory is not None else []
     notes += _notes(run, manifest.num_train, seconds)
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
-    num_chosen, steps = run.arrival.num_rows, run.arrival.num_steps
     return PlanResult(
         base=run.source,
         model_type=model.model_type,
@@ -231,10 +236,10 @@ def _plan_rows(
         strategy=setup.strategy,
         precision=run.precision,
         num_train=manifest.num_train,
-        num_chosen=num_chosen,
+        num_chosen=run.arrival.num_rows,
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
-        num_steps=steps,
+        num_steps=run.arrival.num_steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
         rehearsed_per_step=run.questions_per_step,
         batch_rows=batch.num_rows,
@@ -248,48 +253,34 @@ def _plan_rows(
         verdict="refused" if refused else "fits" if memory.total <= HEADROOM * limit else "tight",
         remedies=remedies,
         seconds_per_step=seconds,
-        expected_seconds=None if seconds is None else seconds * steps,
+        expected_seconds=None if seconds is None else seconds * run.arrival.num_steps,
         notes=tuple(notes),
     )
-
-
-def _time_step(
-    run: _Run, rows: Dataset, here: Device, is_wanted: bool, on_progress: OnProgress
-) -> tuple[float | None, list[str]]:
-    """The seconds of a step on this machine; None: no step was timed, which a note may explain."""
-    if run.base.folder is None:
-        return None, ["the base model's weights are not on this machine, so no step was timed (deal model fetch)"]
-    if run.setup.train.quantize != "none" and here.is_cpu:
-        return None, ["quantized weights need a CUDA device, and this machine has none, so no step was timed"]
-    if not is_wanted:
-        return None, []
-    on_progress("taking three steps")
-    return _probe_step(run, rows), []
 
 
 def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
     """What the figures leave out. `seconds` is the time of a step."""
     setup, train = run.setup, run.setup.train
+
+    def reading(why: str, num_read: int) -> str:
+        """A model reads rows before the training."""
+        time = ""
+        if seconds is not None:
+            taken = FORWARD_SHARE * seconds * num_read / (train.batch_size * train.gradient_accumulation_steps)
+            time = f", about {round(taken):,} s that are not counted above"
+        return f"{why}: a model reads {num_read:,} texts before the training{time}"
+
     if train.num_processes > 1:
         yield f"memory and time are those of one process with the whole batch; {train.num_processes} share it"
     if num_asked := strategy_class(setup.strategy).num_answered(setup.method, run.arrival):
-        yield _about_reading("the parent answers about old tasks", num_asked, seconds, train)
+        yield reading("the parent answers about old tasks", num_asked)
     if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
-        yield _about_reading("the rows are chosen first", num_read, seconds, train)
+        yield reading("the rows are chosen first", num_read)
     if train.recentre_steps and any(task.labels for task in (setup.task, *setup.old_tasks)):
         time = "" if seconds is None else f", about {round(seconds * train.recentre_steps):,} s"
         yield f"{train.recentre_steps} steps follow that re-centre the labels{time}; they are not counted above"
     if setup.task.learns_preferences:
-        yield _about_reading("the parent's answers are the reference", run.arrival.num_rows, seconds, train)
-
-
-def _about_reading(why: str, num_read: int, seconds_per_step: float | None, train: TrainConfig) -> str:
-    """A note: a model reads rows before the training."""
-    time = ""
-    if seconds_per_step is not None:
-        seconds = FORWARD_SHARE * seconds_per_step * num_read / (train.batch_size * train.gradient_accumulation_steps)
-        time = f", about {round(seconds):,} s that are not counted above"
-    return f"{why}: a model reads {num_read:,} texts before the training{time}"
+        yield reading("the parent's answers are the reference", run.arrival.num_rows)
 
 
 def _batch(run: _Run, rows: Dataset) -> BatchShape:
@@ -302,30 +293,12 @@ def _batch(run: _Run, rows: Dataset) -> BatchShape:
     except Exception as error:  # a damaged file can raise any error
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"The tokenizer of {run.source!r} cannot be read ({why}).") from error
-    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.old_texts)
-
-
-def _memory(
-    run: _Run, model: ModelSize, batch: BatchShape, device: Device, train: TrainConfig, precision: str
-) -> MemoryPlan:
-    """The memory with other settings of the training and another precision than those of the run."""
-    setup, on_cpu = run.setup, device.is_cpu
-    answer = min(batch.num_answer_tokens, train.max_answer_tokens)
-    prompt = min(batch.num_tokens - batch.num_answer_tokens, run.longest_prompt(train))
-    batch = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
-    adapter = replace(setup.adapter, rank=run.rank)
-    activations = measure_activations(run.base.config, adapter, batch, precision, on_cpu=on_cpu)
-    shape = MethodShape(rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None)
-    return plan_memory(model, activations, batch, shape, train=train, precision=precision, on_cpu=on_cpu)
+    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.arrival.old_texts)
 
 
 def _probe_step(run: _Run, rows: Dataset) -> float:
     """Train a few steps and return the seconds of one step. The first step is not counted, and nothing is kept."""
     times: list[float] = []
-
-    def on_log(step: int, values: Mapping[str, float]) -> None:
-        times.append(time.perf_counter())
-
     train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
     if run.setup.task.learns_preferences:  # the parent reads all of them first
         num_rows = NUM_PROBE_STEPS * train.batch_size * train.gradient_accumulation_steps
@@ -338,9 +311,9 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
             rows,
             replace(run.setup, train=train),
             parent_folder=parent_folder,
-            others=OtherRows(old_texts=run.old_texts),
+            others=OtherRows(old_texts=run.arrival.old_texts),
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",
-            on_log=on_log,
+            on_log=lambda step, values: times.append(time.perf_counter()),
         )
     return (times[-1] - times[0]) / (len(times) - 1)

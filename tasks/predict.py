@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
@@ -19,9 +19,9 @@ from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.readers import file_kind, read_rows
-from deal_core.data.rows import RawRow
 from deal_core.evaluation.generation import GivenAnswer, answer_inputs, first_answer_logits
 from infra.settings import HomeSettings
+from infra.store.base import ObjectStore
 from infra.versions import Version
 from tasks.base import lend_base
 from tasks.context import current_store, only_process
@@ -68,28 +68,27 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
         RegistryError: The lineage has no such version, or no champion.
     """
     store = current_store()
-    info = find_version(store, lineage, version)
-    record = read_record(store, info.adapter_uri)
-    known = choose_task(record, task)
-    text = served_task(known).readable(text, "The question")
-    base = lend_base(record.base)
-    with borrowed_adapter(store, info) as folder, adapter_on(base.model, folder) as model:
-        (given,) = answer_inputs(model, base.tokenizer, served_task(known), [text])
+    asked = Asked.find(store, lineage, task, version)
+    schema, served = asked.known.schema, served_task(asked.known)
+    text = served.readable(text, "The question")
+    base = lend_base(asked.record.base)
+    with borrowed_adapter(store, asked.info) as folder, adapter_on(base.model, folder) as model:
+        (answer,) = answer_inputs(model, base.tokenizer, served, [text])
         logits = first_answer_logits(
-            model, base.tokenizer, known.schema, text, max_prompt_tokens=known.max_prompt_tokens
+            model, base.tokenizer, schema, text, max_prompt_tokens=asked.known.max_prompt_tokens
         )
     likeliest = logits.topk(NUM_TOKENS)
     tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
     return Answer(
-        answer=given.text,
-        prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
-        base_model=str(resolve_base(record.base.source, HomeSettings().cache_dir)),
-        adapter=store.uri_of(info.adapter_uri),
+        answer=answer.text,
+        prompt="".join(render_prompt(schema, text, base.tokenizer)),
+        base_model=str(resolve_base(asked.record.base.source, HomeSettings().cache_dir)),
+        adapter=store.uri_of(asked.info.adapter_uri),
         precision=str(base.model.dtype).removeprefix("torch."),
         first_token_logits=dict(zip(tokens, likeliest.values.tolist(), strict=True)),
-        task=known.schema.name,
+        task=schema.name,
         lineage=lineage,
-        version=info.version,
+        version=asked.info.version,
     )
 
 
@@ -115,6 +114,18 @@ class Asked(NamedTuple):
     info: Version
     record: LineageRecord
     known: KnownTask
+
+    @classmethod
+    def find(cls, store: ObjectStore, lineage: str, task: str | None, version: str | None) -> Asked:
+        """Find them. Without a task, it is the task learned last; without a version, the champion.
+
+        Raises:
+            ConfigError: The lineage does not know the task.
+            RegistryError: The lineage has no such version, or no champion.
+        """
+        info = find_version(store, lineage, version)
+        record = read_record(store, info.adapter_uri)
+        return cls(info, record, choose_task(record, task))
 
 
 def predict_file(
@@ -148,22 +159,32 @@ def predict_file(
         RegistryError: The lineage has no such version, or no champion.
     """
     started = time.perf_counter()
-    output = Path(os.path.realpath(out or _default_output(data)))
+    if out is None:  # for example june.answers.jsonl for june.csv.gz
+        unpacked = data.with_suffix("") if data.suffix.casefold() == ".gz" else data
+        out = unpacked.with_suffix(".answers.parquet" if file_kind(data) == "parquet" else ".answers.jsonl")
+    output = Path(os.path.realpath(out))
     output_kind(output)
     survey = survey_rows(data)
-    store = current_store()
-    info = find_version(store, lineage, version)
-    record = read_record(store, info.adapter_uri)
-    asked = Asked(info, record, choose_task(record, task))
+    asked = Asked.find(current_store(), lineage, task, version)
+    who = {"task": asked.known.schema.name, "lineage": lineage, "version": asked.info.version}
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
     names = own_names(survey.types)
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
     num_bad = num_done = 0
     with _alone(output), writing_answers(output, survey.types, names) as write, answering(asked) as answer:
         for rows in in_chunks(read_rows(data), CHUNK_ROWS):
-            own = _answer_chunk(rows, checker, answer, asked, counting(on_progress, survey.num_rows, num_done))
+            checked = [checker.check_input(row) for row in rows]  # a text, or the problems of the row
+            texts = [text for text in checked if isinstance(text, str)]
+            answers = iter(answer(texts, counting(on_progress, survey.num_rows, num_done)))
+            own = [
+                {"answer": next(answers).text, **who}
+                if isinstance(text, str)
+                else {"problem": "; ".join(f"{reason}: {value}" for reason, value, _ in text), **who}
+                for text in checked
+            ]
             write([row.values for row in rows], own)
-            num_bad, num_done = num_bad + sum("problem" in each for each in own), num_done + len(rows)
+            num_bad += len(rows) - len(texts)
+            num_done += len(rows)
             on_progress(num_done, survey.num_rows)
     return FileAnswers(
         data=str(data),
@@ -171,17 +192,9 @@ def predict_file(
         num_rows=num_done,
         num_bad=num_bad,
         columns=names,
-        task=asked.known.schema.name,
-        lineage=lineage,
-        version=info.version,
+        **who,
         seconds=time.perf_counter() - started,
     )
-
-
-def _default_output(data: Path) -> Path:
-    """The default output, for example june.answers.jsonl for june.csv.gz."""
-    packed = data.with_suffix("") if data.suffix.casefold() == ".gz" else data
-    return packed.with_suffix(".answers.parquet" if file_kind(data) == "parquet" else ".answers.jsonl")
 
 
 @contextmanager
@@ -212,18 +225,3 @@ def counting(on_progress: OnProgress, num_rows: int, num_done: int = 0) -> Calla
         on_progress(num_done, num_rows)
 
     return on_rows
-
-
-def _answer_chunk(
-    rows: Sequence[RawRow], checker: RowChecker, answer: AnswerInputs, asked: Asked, on_rows: Callable[[int], None]
-) -> list[dict[str, Any]]:
-    """Return the added columns of each row: an answer or a problem."""
-    checked = [checker.check_input(row) for row in rows]
-    answers = iter(answer([text for text in checked if isinstance(text, str)], on_rows))
-    who = {"task": asked.known.schema.name, "lineage": asked.info.lineage, "version": asked.info.version}
-    return [
-        {"answer": next(answers).text, **who}
-        if isinstance(each, str)
-        else {"problem": "; ".join(f"{reason}: {value}" for reason, value, _ in each), **who}
-        for each in checked
-    ]

@@ -163,23 +163,18 @@ class Stages:
         raise_if_stopped()
         reporter().stage_started(name)
         started = time.perf_counter()
-        output = await to_the_end(_runnable(call), *args, **kwargs)
+        function: Callable[Inputs, Output] | None = getattr(call, "fn", None)
+        if function is not None:  # a Prefect task: outside of a flow run only its function runs
+            from prefect.context import FlowRunContext  # whoever has a task has imported Prefect
+
+            call = call if FlowRunContext.get() is not None else function
+        output = await to_the_end(call, *args, **kwargs)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         return output
 
     def done(self, name: str, detail: str) -> None:
         """Report the result of the stage that ended last, in a few words."""
         reporter().stage_finished(name, self.seconds[name], detail)
-
-
-def _runnable(call: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
-    """A Prefect task, of which outside of a flow run only the function; anything else as it is."""
-    function: Callable[Inputs, Output] | None = getattr(call, "fn", None)
-    if function is None:
-        return call
-    from prefect.context import FlowRunContext  # whoever has a task has imported Prefect
-
-    return call if FlowRunContext.get() is not None else function
 
 
 patient = tenacity.retry(

@@ -6,7 +6,7 @@ A `uri` is relative to the root of the object store, so a store can be moved.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -29,17 +29,6 @@ class BaseRef(Reference):
     sha256: str
     quantize: Quantize = "none"
     """Quantization of the linear layers. The digest does not depend on it."""
-
-
-class Arrival(Reference):
-    """What landed for a task and is learned at once: a file, a folder, or several of them."""
-
-    task: str
-    data: str | tuple[str, ...]
-    """Local path, or a full uri in the store; see `tasks.data_files.local_files`."""
-    test_data: str | tuple[str, ...] | None = None
-    given: dict[str, Any] = {}
-    """Fields of the task's schema that the user gave."""
 
 
 class DatasetRef(Reference):
@@ -79,12 +68,8 @@ class ArrivalScore(Reference):
 
     def describe(self) -> str:
         """Return it in a few words."""
-        rows = (
-            f"{self.num_rows} new rows"
-            if self.num_rows == self.of_rows
-            else (f"{self.num_rows} of {self.of_rows} new rows")
-        )
-        return f"champion scored {100 * self.accuracy:.1f} % on {rows}"
+        asked = f"{self.num_rows}" if self.num_rows == self.of_rows else f"{self.num_rows} of {self.of_rows}"
+        return f"champion scored {100 * self.accuracy:.1f} % on {asked} new rows"
 
 
 class TrainSummary(Reference):

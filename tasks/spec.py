@@ -314,10 +314,10 @@ def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        found = error.errors()
-        problems = "; ".join(dict.fromkeys(_describe(problem, model) for problem in found[:MAX_PROBLEMS]))
-        more = f"; and {len(found) - MAX_PROBLEMS} more problems" if len(found) > MAX_PROBLEMS else ""
-        raise ConfigError(f"{origin}: {problems}{more}") from None
+        problems = error.errors()
+        shown = "; ".join(dict.fromkeys(_describe(problem, model) for problem in problems[:MAX_PROBLEMS]))
+        more = f"; and {len(problems) - MAX_PROBLEMS} more problems" if len(problems) > MAX_PROBLEMS else ""
+        raise ConfigError(f"{origin}: {shown}{more}") from None
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
-from deal_core.data.dataset import ValidationReport, validate_file
+from deal_core.data.dataset import validate_file
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning, data_warnings
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
@@ -20,18 +20,18 @@ from deal_core.evaluation.significance import what_hits_tell
 from deal_core.judging_config import GateConfig
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings
-from infra.store.base import ObjectStore
+from infra.store.keys import TASK_FILE
 from infra.versions import Versions
 from tasks.base import local_tokenizer
 from tasks.context import current_store
-from tasks.inbox import task_file_beside, task_from_file
-from tasks.landing import choose_schema, landing_of, refuse_forgotten_rows
+from tasks.inbox import task_from_file
+from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_base, choose_spared, choose_strategy, with_memory_of
 from tasks.lineage.frozen_rows import num_judging_of
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten
-from tasks.references import Arrival, Spared
+from tasks.references import Spared
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
@@ -136,50 +136,76 @@ def validate(
     name = "unnamed" if task is None else task
     arrival_options = {"task": None, "data": None} if spec else {"task": name, "data": file}
     read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
-    task_file = task_file_beside(file) if spec is None and task is None else None
-    if task_file is not None:
+    task_file = Path(file).absolute().parent / TASK_FILE
+    has_task_file = spec is None and task is None and "://" not in file and task_file.is_file()
+    if has_task_file:
         read = read.model_copy(update={"task": task_from_file(task_file, file)})
     champion = Versions(store).champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     read = with_memory_of(read, record)
-    arrival = Arrival(
-        task=read.task.name, data=file, test_data=test_data or read.task.test_data, given=read.task.given()
-    )
+    base = choose_base(read, record)
+    arrival = read.task.model_copy(update={"data": file, "test_data": test_data or read.task.test_data})
     schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
         kept = _TrainingRows()
         report = validate_file(landing, kept.add)
-        if report.refusal is None:
-            report = replace(report, refusal=_said_if_forgotten(store, arrival.task, report.manifest))
-    manifest = report.manifest
+    manifest, refusal = report.manifest, report.refusal
+    schema = manifest.task  # the file has completed it
+    if refusal is None:
+        try:
+            refuse_forgotten(store, arrival.name, manifest.training_files)
+            refuse_forgotten(store, arrival.name, manifest.files[manifest.num_training_files :], "test rows")
+            refuse_forgotten(store, arrival.name, [manifest.sha256, manifest.landed_sha256])
+        except ForgottenRowsError as error:
+            refusal = str(error)
     checked = None
-    if with_model and manifest.task.labels and kept.inputs:
-        checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
-    example = report.example and _shown(manifest.task, report.example, choose_base(read, record))
+    if with_model and schema.labels and kept.inputs:
+        checked = _check_labels(schema, kept, base, read.train, on_model)
+    warnings = (*data_warnings(schema, manifest.contradictions, include_texts=True), *kept.warnings(schema))
     spared = choose_spared(read, choose_strategy(read, record), record)
-    brings_tests = landing.renews_tests or not landing.frozen_test_inputs
-    few = few_tests_warning(manifest, read.gate, spared) if brings_tests else ()
-    warnings = (
-        *data_warnings(manifest.task, manifest.contradictions, include_texts=True),
-        *kept.warnings(manifest.task),
-        *few,
+    if landing.renews_tests or not landing.frozen_test_inputs:  # the file brings the test rows
+        warnings += _few_tests_warning(manifest, read.gate, spared)
+    return ValidateResult(
+        file=file,
+        task_file=str(task_file) if has_task_file else None,
+        accepted=refusal is None,
+        refusal=refusal,
+        format=schema.format,
+        shape=report.shape,
+        labels=schema.labels,
+        num_read=manifest.num_read,
+        num_train=manifest.num_train,
+        num_test=manifest.num_test,
+        num_rejected=manifest.num_rejected,
+        num_turns=manifest.num_turns,
+        problems=dict(manifest.problems),
+        bad_rows=tuple(
+            RefusedRow(
+                file=bad.file,
+                row=bad.row,
+                line=bad.line,
+                reasons=tuple(f"{reason}: {value}" for reason, value, _ in bad.problems),
+            )
+            for bad in report.bad_rows
+        ),
+        num_several=report.num_several,
+        example=report.example and _shown(schema, report.example, base),
+        sha256=manifest.sha256,
+        warnings=warnings,
+        label_check=checked and checked.describe(),
+        likely_wrong=tuple(
+            LikelyWrongLabel(
+                text=kept.inputs[suspect.row],
+                label=suspect.label,
+                likelier=suspect.likelier,
+                share=round(suspect.share, 4),
+            )
+            for suspect in (checked.suspects if checked else ())
+        ),
     )
-    result = _result(file, report, kept, example, checked)
-    return result.model_copy(update={"task_file": task_file and str(task_file), "warnings": warnings})
 
 
-def _said_if_forgotten(store: ObjectStore, task: str, manifest: DatasetManifest) -> str | None:
-    """The reason why a run refuses rows that were forgotten; None: they were not."""
-    try:
-        refuse_forgotten(store, task, manifest.training_files)
-        refuse_forgotten(store, task, manifest.files[manifest.num_training_files :], "test rows")
-        refuse_forgotten_rows(store, task, manifest)
-    except ForgottenRowsError as error:
-        return str(error)
-    return None
-
-
-def few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spared = None) -> tuple[str, ...]:
+def _few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spared) -> tuple[str, ...]:
     """Warn of test rows that cannot tell a drop of twice the gate's limit from noise; for tasks with labels."""
     num_judging = num_judging_of(manifest.task, manifest.num_test, spared)
     if not manifest.task.labels or not num_judging:
@@ -190,44 +216,6 @@ def few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spare
     return (
         f"{num_judging} test rows can tell {told}, and one answer is {100 / num_judging:.1f} points. They "
         "stay the test rows of this task; give more with --test-data or a column split.",
-    )
-
-
-def _result(
-    file: str, report: ValidationReport, kept: _TrainingRows, example: ShownRow | None, checked: LabelCheck | None
-) -> ValidateResult:
-    manifest, task = report.manifest, report.manifest.task
-    numbers = ("num_read", "num_train", "num_test", "num_rejected", "num_turns")
-    return ValidateResult(
-        file=file,
-        accepted=report.refusal is None,
-        refusal=report.refusal,
-        format=task.format,
-        shape=report.shape,
-        labels=task.labels,
-        **{name: getattr(manifest, name) for name in numbers},
-        problems=dict(manifest.problems),
-        bad_rows=tuple(
-            RefusedRow(
-                file=bad.file,
-                row=bad.row,
-                line=bad.line,
-                reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems),
-            )
-            for bad in report.bad_rows
-        ),
-        num_several=report.num_several,
-        example=example,
-        sha256=manifest.sha256,
-        label_check=checked and checked.describe(),
-        likely_wrong=()
-        if checked is None
-        else tuple(
-            LikelyWrongLabel(
-                text=kept.inputs[each.row], label=each.label, likelier=each.likelier, share=round(each.share, 4)
-            )
-            for each in checked.suspects
-        ),
     )
 
 

@@ -254,7 +254,7 @@ def _arrivals(state: InboxState, lineage: WatchedLineage, inbox: InboxLook) -> t
         for info in inbox.of(lineage.tasks)
         if (known := state.files.get(info.key))
         and known.outcome in ("refused", "failed")
-        and (known.etag, known.beside) == (info.etag, inbox.stamp(info))  # another file is there, or is to be tried
+        and (known.etag, known.beside) == (info.etag, info.stamp)  # another file is there, or is to be tried
     )
     return len(inbox.open_for(state, lineage.tasks, retry_now=False)), bad
 

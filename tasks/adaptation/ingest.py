@@ -19,21 +19,21 @@ from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
 from tasks.adaptation.stages import STAGE
 from tasks.context import current_store
-from tasks.landing import choose_schema, landing_of, refuse_forgotten_rows
+from tasks.landing import choose_schema, landing_of
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import require_unaltered
 from tasks.lineage.record import LineageRecord
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 from tasks.progress import advance
-from tasks.references import Arrival, DatasetRef
-from tasks.spec import reading_the_task
+from tasks.references import DatasetRef
+from tasks.spec import TaskSpec, reading_the_task
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
 @task(name="ingest", **STAGE)
 def ingest_arrival(
-    arrival: Arrival, config: DataConfig, record: LineageRecord | None, lineage: str, again: bool = False
+    arrival: TaskSpec, config: DataConfig, record: LineageRecord | None, lineage: str, again: bool = False
 ) -> DatasetRef:
     """Check an arrival and store its dataset. Bad rows go to quarantine.
 
@@ -48,10 +48,10 @@ def ingest_arrival(
     store = current_store()
     with reading_the_task():
         schema = choose_schema(store, arrival, record)
-    before = record.task(arrival.task) if record else None
-    brings_lost_tests = before is not None and forgotten_tests(store, arrival.task, before.dataset_uri) is not None
+    before = record.task(arrival.name) if record else None
+    brings_lost_tests = before is not None and forgotten_tests(store, arrival.name, before.dataset_uri) is not None
     for known in record.tasks if record and not brings_lost_tests else ():  # fail before the training, not after it
-        if known.schema.name != arrival.task:
+        if known.schema.name != arrival.name:
             require_test_rows(store, known.schema.name, known.dataset_uri)
             require_unaltered(store, known.dataset_uri)
     with (
@@ -60,30 +60,30 @@ def ingest_arrival(
     ):
         folder = temporary / "dataset"
         if not again:
-            refuse_forgotten(store, arrival.task, digests_of(landing.sources))
-            refuse_forgotten(store, arrival.task, digests_of(landing.test_sources), "test rows")
+            refuse_forgotten(store, arrival.name, digests_of(landing.sources))
+            refuse_forgotten(store, arrival.name, digests_of(landing.test_sources), "test rows")
         try:
             manifest = build_dataset(landing, folder)
         except ArrivalRefusedError as error:
             # named by the digest of the first file: all datasets without a good row have the same digest
             refused = error.report.manifest
-            kept = _publish_quarantine(store, folder, arrival.task, refused.files[0], refused.files)
+            kept = _publish_quarantine(store, folder, arrival.name, refused.files[0], refused.files)
             if kept and refused.num_training_files > 1:  # `deal forget` may be given any of its files
                 store.put_bytes(keys.refused_files_key(kept), json.dumps(refused.training_files).encode())
             if not again:
                 places = [kept, keys.refused_files_key(kept)] if kept else []
-                _withdraw_if_forgotten(store, arrival.task, refused.files, places)
+                _withdraw_if_forgotten(store, arrival.name, refused.files, places)
             message = str(error).replace(str(folder / QUARANTINE_FILE), store.uri_of(kept) if kept else "")
             raise ArrivalRefusedError(message, error.report) from None
         if not again:
-            refuse_forgotten_rows(store, arrival.task, manifest)
+            refuse_forgotten(store, arrival.name, [manifest.sha256, manifest.landed_sha256])
         new_labels = schema.labels[len(before.schema.labels) :] if before else ()
         dataset = _publish(store, folder, manifest, lineage, new_labels)
         dataset = dataset.model_copy(update={"renews_tests": landing.renews_tests})
         if not again:
             digests = (dataset.sha256, dataset.landed_sha256, *manifest.files)
             places = [dataset.uri, quarantine_folder(dataset.task, dataset.sha256)]
-            _withdraw_if_forgotten(store, arrival.task, digests, places)
+            _withdraw_if_forgotten(store, arrival.name, digests, places)
         return dataset
 
 

@@ -26,8 +26,8 @@ from tasks.lineage.promotion import is_open, is_overtaken, promote_accepted
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import reading_beside
 from tasks.notices import announce_version
-from tasks.references import Arrival, DatasetRef, TrainSummary
-from tasks.spec import AdaptSpec
+from tasks.references import DatasetRef, TrainSummary
+from tasks.spec import AdaptSpec, TaskSpec
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def read_findings(adapter_uri: str) -> Mapping[str, Any]:
         return values
 
 
-def require_same_files(store: ObjectStore, arrival: Arrival, version: Version) -> tuple[str, ...]:
+def require_same_files(store: ObjectStore, arrival: TaskSpec, version: Version) -> tuple[str, ...]:
     """Return the digests of an arrival's files. They must be the files that a version was trained on.
 
     Raises:

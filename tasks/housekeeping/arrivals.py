@@ -19,7 +19,7 @@ from infra.store.base import ObjectInfo, ObjectStore
 from infra.versions import Versions
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
-from tasks.inbox import files_of, find_landed, list_arrivals, read_state
+from tasks.inbox import find_landed, list_arrivals, read_state
 from tasks.landed_inputs import inputs_of_dataset, inputs_of_file
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.tombstones import find_tombstone
@@ -200,8 +200,8 @@ def _handled(store: ObjectStore, task: str) -> Iterator[_Handled]:
 
 def _digests_below(store: ObjectStore, key: str) -> dict[str, None]:
     """The digests of a file, or of the files with the rows of a folder, in their order."""
-    info = find_landed(store, key)
-    return dict.fromkeys(_sha256_of(store, file.key) for file in (files_of(info) if info else ()))
+    arrival = find_landed(store, key)
+    return dict.fromkeys(_sha256_of(store, file.key) for file in (arrival.files if arrival else ()))
 
 
 def _sha256_of(store: ObjectStore, key: str) -> str:

@@ -25,7 +25,6 @@ from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from tasks.context import current_store
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
-from tasks.references import Arrival
 from tasks.spec import AdaptSpec, LineageSpec, Name, parse, read_lineage_values, resolve_base
 
 DEFAULT = "default"
@@ -275,9 +274,3 @@ def _fill_in(spec: Any) -> Any:
 
 AskedSpec = Annotated[AdaptSpec, BeforeValidator(_fill_in)]
 """A spec as a flow's parameter. Missing settings come from the lineage's file when the run starts."""
-
-
-def arrival_of(spec: AdaptSpec) -> Arrival:
-    """Return the arrival of a spec."""
-    task = spec.task
-    return Arrival(task=task.name, data=task.data, test_data=task.test_data, given=task.given())

@@ -26,7 +26,7 @@ from flows.server.status import read_status
 from flows.watch import adapt_landed, watch_inbox
 from tasks.arrival_runs import DEPLOYMENT, release
 from tasks.context import current_store
-from tasks.inbox import HeldArrival, read_state, write_state
+from tasks.inbox import HeldArrival, find_landed, read_state, write_state
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tests.in_process import KilledError, put_back
 
@@ -174,7 +174,8 @@ def test_a_result_that_is_recorded_while_the_server_is_asked_stays(
 
     async def ask_slowly(lineage: str, since: datetime) -> Any:
         state = read_state(current_store(), lineage)
-        (info,) = (each for each in current_store().list("inbox") if each.key == KEY)
+        info = find_landed(current_store(), KEY)
+        assert info is not None
         state.record(info, "refused", "no good row", now=datetime.now(UTC))
         write_state(current_store(), lineage, state)
         return await ask(lineage, since)

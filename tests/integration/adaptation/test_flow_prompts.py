@@ -21,7 +21,7 @@ from tasks.landing import choose_schema
 from tasks.lineage.model_card import served_version
 from tasks.lineage.record import read_record
 from tasks.predict import predict
-from tasks.references import Arrival
+from tasks.spec import TaskSpec
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, run
 
@@ -37,7 +37,7 @@ def test_chat_prompts_are_learned_asked_and_kept(tiny_base: Path, tmp_path: Path
     store = current_store()
     record = read_record(store, f"adapters/l/{second.run_key[:16]}")
     assert [known.schema.prompt for known in record.tasks] == ["chat", "plain"]
-    asked = Arrival(task="bank", data=BANK["data"], given={})
+    asked = TaskSpec(name="bank", data=BANK["data"])
     assert choose_schema(store, asked, record).prompt == "chat", "what nobody says stays as it was learned"
     for task, given in ((BANK, "plain"), (CLINIC, "chat")):
         with pytest.raises(ConfigError, match=f"prompt of '{task['name']}' is '{given}', but the lineage learned it"):

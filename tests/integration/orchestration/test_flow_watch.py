@@ -20,10 +20,10 @@ from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.cli.app import app
 from flows.server.status import read_status
 from flows.watch import InboxWorker, Learned, WatchResult, watch
-from infra.store.base import ObjectInfo, ObjectStore
+from infra.store.base import ObjectStore
 from infra.versions import Versions
 from tasks.context import current_store
-from tasks.inbox import InboxLook
+from tasks.inbox import Arrival, InboxLook
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.progress import Interrupted, ask_to_stop, reporting_to
@@ -225,7 +225,7 @@ def test_a_file_that_changes_while_another_is_learned_is_looked_at_again_before_
         read.append(b"a look")
         return look_at_inbox(*given)
 
-    async def learn(store: ObjectStore, spec: WatchedLineage, files: Sequence[ObjectInfo]) -> Learned:
+    async def learn(store: ObjectStore, spec: WatchedLineage, files: Sequence[Arrival]) -> Learned:
         (info,) = files
         read.append(store.get_bytes(info.key))
         if info.key.endswith("a.jsonl"):

@@ -22,9 +22,9 @@ from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
 from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
 from infra.store.local import FileStore
 from infra.versions import Versions
-from tasks.arrival_runs import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
+from tasks.arrival_runs import ARRIVAL_LANDED, Announcement, announce_again, read_announcements
 from tasks.context import current_store
-from tasks.inbox import InboxState, TestFiles, list_arrivals, read_state, write_state
+from tasks.inbox import InboxState, list_arrivals, read_state, write_state
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage, hold_lineage_file, list_lineages, read_lineage
 from tasks.spec import parse
@@ -169,14 +169,14 @@ def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
     monkeypatch.setattr(
         FileStore, "get_bytes", lambda self, key, **limit: read.append(key) or original(self, key, **limit)
     )
-    store, test_files = current_store(), TestFiles()
+    store = current_store()
     read.clear()  # the store's format
     for _ in range(2):
-        assert [info.key for info in look_at_inbox(store, test_files).arrivals] == ["inbox/bank/new.jsonl"]
+        assert [info.key for info in look_at_inbox(store).arrivals] == ["inbox/bank/new.jsonl"]
     assert sorted(read) == ["inbox/bank/task.yaml", "inbox/parcels/task.yaml"]
     land(home, "bank/task.yaml", b"test_data: new.jsonl\n", age=50)
-    assert [info.key for info in look_at_inbox(store, test_files).arrivals] == ["inbox/bank/old.jsonl"]
-    assert len(read) == 3 and len(test_files) == 2
+    assert [info.key for info in look_at_inbox(store).arrivals] == ["inbox/bank/old.jsonl"]
+    assert len(read) == 3
 
 
 def test_what_is_noted_of_an_arrival_goes_when_it_is_closed_or_gone(home: Path, tmp_path: Path) -> None:
@@ -217,15 +217,16 @@ def test_a_lineage_that_waits_for_a_worker_is_announced_ever_more_seldom(home: P
     (info,) = list_arrivals(current_store().list("inbox"))
     minutes, at = [], datetime.now(UTC)
     for minute in range(200):
-        if announce_again(current_store(), "default", info, "", at + timedelta(minutes=minute, seconds=5)):
+        last = read_announcements(current_store(), "default", [info])[info.key]
+        if announce_again(current_store(), "default", info, last, at + timedelta(minutes=minute, seconds=5)):
             minutes.append(minute)
-            noted = read_announcement(current_store(), "default", info, "")
-            assert noted is not None
+            noted = read_announcements(current_store(), "default", [info])[info.key]
             moved = noted.model_copy(update={"at": at + timedelta(minutes=minute)})
             (key,) = (entry.key for entry in current_store().list("landed"))
             current_store().put_bytes(key, moved.model_dump_json().encode())
     assert minutes == [1, 3, 7, 15, 31, 63, 127, 191]
-    assert announce_again(current_store(), "default", info, "", at - timedelta(days=1)), "the clock was set back"
+    last = read_announcements(current_store(), "default", [info])[info.key]
+    assert announce_again(current_store(), "default", info, last, at - timedelta(days=1)), "the clock was set back"
 
 
 def test_what_is_wrong_with_one_lineage_holds_up_no_other(home: Path) -> None:

@@ -20,10 +20,11 @@ from flows.forget import ForgetResult, forget, plan_forget
 from flows.lock import lock_lineage
 from tasks.adaptation.ingest import ingest_arrival
 from tasks.context import current_store
-from tasks.inbox import InboxState, write_state
+from tasks.inbox import InboxState, look, write_state
 from tasks.lineage.tombstones import ForgottenRowsError
 from tasks.progress import LogReporter, reporting_to
-from tasks.references import Arrival, DatasetRef
+from tasks.references import DatasetRef
+from tasks.spec import TaskSpec
 from tests.adapting import BANK
 
 KEY = "inbox/bank/may.jsonl"
@@ -32,17 +33,17 @@ LABELS = {"labels": ["a", "b"]}
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
-def land(*, labels: tuple[str, str] = ("a", "b")) -> Arrival:
+def land(*, labels: tuple[str, str] = ("a", "b")) -> TaskSpec:
     rows = [{"text": f"message {number}", "label": labels[number % 2]} for number in range(60)]
     current_store().put_bytes(KEY, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return Arrival(task="bank", data=current_store().uri_of(KEY), given=LABELS)
+    return TaskSpec(name="bank", data=current_store().uri_of(KEY), labels=LABELS["labels"])
 
 
 def stored(*folders: str) -> list[str]:
     return [info.key for folder in folders for info in current_store().list(folder)]
 
 
-def ingest(arrival: Arrival, lineage: str, *, again: bool = False) -> DatasetRef:
+def ingest(arrival: TaskSpec, lineage: str, *, again: bool = False) -> DatasetRef:
     with reporting_to(LogReporter()):  # without it, all later tests of the process would share its stop
         return ingest_arrival(arrival, DataConfig(), None, lineage, again)
 
@@ -102,7 +103,7 @@ def test_a_lineage_that_gets_the_rows_meanwhile_is_held_too(monkeypatch: pytest.
 
 
 def spread_after_the_first_look(
-    monkeypatch: pytest.MonkeyPatch, arrival: Arrival, labels_of: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, arrival: TaskSpec, labels_of: dict[str, Any]
 ) -> list[str]:
     """Let lineages store the arrival right after the first plan; return the list of the lineages that are locked."""
     plan, held, plans = flows.forget.plan_forgetting, [], []
@@ -110,7 +111,7 @@ def spread_after_the_first_look(
     def plan_and_spread(*arguments: Any) -> Any:
         plans.append(plan(*arguments))
         for lineage, labels in labels_of.items() if len(plans) == 1 else ():
-            asked = arrival.model_copy(update={"given": {"labels": labels}})
+            asked = TaskSpec(name=arrival.name, data=arrival.data, labels=labels)
             ingest(asked, lineage, again=True)
         return plans[-1]
 
@@ -129,7 +130,7 @@ def test_a_file_that_took_the_place_of_a_learned_one_is_not_forgotten_by_its_key
     copy_to_home(three_versions)
     store = current_store()
     store.put_bytes(KEY, Path(BANK["data"]).read_bytes())
-    (info,) = store.list("inbox")
+    (info,) = look(store).arrivals
     state = InboxState()
     state.record(info, "promoted", "", now=datetime.now(UTC), version="1")
     write_state(store, "l", state)

@@ -29,7 +29,6 @@ from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.inbox import InboxState, look, settle, task_spec
 from tasks.lineage.datasets import read_manifest
-from tasks.references import Arrival
 from tests.loopback import Loopback
 from tests.s3 import ThreadedMotoServer
 
@@ -416,7 +415,7 @@ def test_a_folder_in_the_inbox_of_a_bucket_is_one_arrival(bucket: Any, monkeypat
     assert complete() == ["inbox/bank/whole.csv"]
     store.put_bytes(f"{folder}/_SUCCESS", b"")
     assert complete() == [folder, "inbox/bank/whole.csv"]
-    arrivals = (Arrival(task="bank", data=task_spec(store, key).data) for key in complete())
+    arrivals = (task_spec(store, key) for key in complete())
     parts, whole = (ingest_arrival.fn(arrival, DataConfig(max_bad_share=0.1), None, "l") for arrival in arrivals)
     assert (parts.sha256, parts.num_train, parts.num_test) == (whole.sha256, whole.num_train, whole.num_test)
     (bad,) = map(json.loads, store.get_bytes(str(parts.quarantine)).splitlines())

@@ -16,12 +16,11 @@ from infra.store.keys import INBOX, task_of
 from infra.store.local import FileStore, open_store
 from tasks.inbox import (
     PAUSE,
-    Beside,
+    Arrival,
     InboxLook,
     InboxState,
-    KnownStates,
-    files_of,
     find_landed,
+    known_state,
     list_arrivals,
     look,
     read_state,
@@ -34,20 +33,26 @@ from tasks.spec import TaskFieldsError
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
-def info(key: str = "inbox/bank/a.csv", etag: str = "1", age: float = 100.0) -> ObjectInfo:
-    return ObjectInfo(key=key, size=1, etag=etag, modified=NOW - timedelta(seconds=age))
+def info(key: str = "inbox/bank/a.csv", etag: str = "1", *, beside: str = "") -> Arrival:
+    """A file that has landed, and the ETag of its task file, if there is one."""
+    file = ObjectInfo(key=key, size=1, etag=etag, modified=NOW - timedelta(seconds=100))
+    task_file = replace(file, key="inbox/bank/task.yaml", etag=beside)
+    return Arrival(key=key, files=(file,), companions=(task_file,) if beside else ())
 
 
-def recent(age: float) -> ObjectInfo:
-    """A file that changed some seconds ago."""
-    return replace(info(), modified=datetime.now(UTC) - timedelta(seconds=age))
+def recent(age: float, beside_age: float | None = None) -> Arrival:
+    """A file that changed some seconds ago, and so did its task file, if it has one."""
+    (file,) = info().files
+    file = replace(file, modified=datetime.now(UTC) - timedelta(seconds=age))
+    if beside_age is None:
+        return Arrival(key=file.key, files=(file,))
+    modified = datetime.now(UTC) - timedelta(seconds=beside_age)
+    return Arrival(key=file.key, files=(file,), companions=(replace(file, etag="2", modified=modified),))
 
 
-def settled(
-    arrival: ObjectInfo, stamps: dict[str, str], beside: dict[str, Beside] | None = None
-) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+def settled(arrival: Arrival, stamps: dict[str, str]) -> tuple[list[Arrival], list[Arrival]]:
     """Whether the arrival is complete after two seconds without a change, or may still be written."""
-    inbox = InboxLook((arrival,), beside or {}, {})
+    inbox = InboxLook((arrival,), {})
     return settle(inbox, InboxState(), (), stamps, settle_seconds=2.0, retry_now=False)
 
 
@@ -66,7 +71,7 @@ def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> N
         store.put_bytes(f"inbox/{name}", b"x")
         os.utime(tmp_path / "inbox" / name, (number, number))
     os.utime(tmp_path / "inbox/clinic/early.csv", (-5, -5))
-    found = [entry.key for entry in list_arrivals(store.list(INBOX), companions=["inbox/bank/test.csv"])]
+    found = [entry.key for entry in list_arrivals(store.list(INBOX), test_data=["inbox/bank/test.csv"])]
     assert found == ["inbox/clinic/early.csv", "inbox/bank/late.csv"]
     assert task_of(found[0]) == "clinic"
 
@@ -97,12 +102,12 @@ def test_a_copied_home_knows_what_was_handled(tmp_path: Path) -> None:
     """A backup that was put back."""
     store = open_store(str(tmp_path / "store"))
     store.put_bytes("inbox/bank/a.csv", b"x")
-    (info,) = store.list(INBOX)
+    (info,) = list_arrivals(store.list(INBOX))
     state = InboxState()
     state.record(info, "held", "a person cancelled its run", now=NOW)
     write_state(store, "l", state)
     copy = open_store(str(shutil.copytree(tmp_path / "store", tmp_path / "copy")))
-    (copied,) = copy.list(INBOX)
+    (copied,) = list_arrivals(copy.list(INBOX))
     assert not read_state(copy, "l").is_open(copied, NOW, retry_now=False)
 
 
@@ -127,11 +132,11 @@ def test_a_clock_that_was_set_back_keeps_no_failed_arrival_waiting() -> None:
 
 def test_a_run_that_would_fail_again_is_tried_again_only_when_asked() -> None:
     state = InboxState()
-    assert state.record(info(), "failed", "", now=NOW, beside="1", is_final=True).due() is None
-    assert not state.is_open(info(), NOW + timedelta(days=365), beside="1", retry_now=False)
-    assert state.is_open(info(), NOW, beside="1", retry_now=True)
-    assert state.is_open(info(), NOW, beside="2", retry_now=False)
-    assert state.record(info(), "failed", "", now=NOW, beside="1").due() is not None
+    assert state.record(info(beside="1"), "failed", "", now=NOW, is_final=True).due() is None
+    assert not state.is_open(info(beside="1"), NOW + timedelta(days=365), retry_now=False)
+    assert state.is_open(info(beside="1"), NOW, retry_now=True)
+    assert state.is_open(info(beside="2"), NOW, retry_now=False)
+    assert state.record(info(beside="1"), "failed", "", now=NOW).due() is not None
 
 
 def test_a_file_that_kills_its_reader_twice_is_set_aside_until_it_changes() -> None:
@@ -151,10 +156,10 @@ def test_a_file_that_kills_its_reader_twice_is_set_aside_until_it_changes() -> N
 def test_what_was_of_no_use_is_open_again_when_what_lies_beside_it_changes(outcome: str) -> None:
     state = InboxState()
     for _ in range(2):
-        state.record(info(), outcome, "", now=NOW, beside="1")  # type: ignore[arg-type]
-    assert not state.is_open(info(), NOW, beside="1", retry_now=False)
-    assert state.is_open(info(), NOW, beside="2", retry_now=False)
-    assert state.record(info(), "failed", "", now=NOW, beside="2").num_tries == 1
+        state.record(info(beside="1"), outcome, "", now=NOW)  # type: ignore[arg-type]
+    assert not state.is_open(info(beside="1"), NOW, retry_now=False)
+    assert state.is_open(info(beside="2"), NOW, retry_now=False)
+    assert state.record(info(beside="2"), "failed", "", now=NOW).num_tries == 1
 
 
 def test_a_changed_file_starts_counting_anew() -> None:
@@ -173,11 +178,18 @@ def test_a_file_refused_before_counts_its_tries_anew() -> None:
 
 
 def test_what_lies_beside_a_file_must_be_complete_too() -> None:
-    old, young = recent(age=50), Beside("2", recent(age=0.5).modified)
-    assert settled(old, {}, {"bank": young}) == ([], [old])
-    assert settled(old, {old.key: f"{old.etag} 1"}, {"bank": young}) == ([], [old])
-    assert settled(old, {old.key: f"{old.etag} {young.stamp}"}, {"bank": young}) == ([old], [])
-    assert settled(old, {}, {"clinic": young}) == ([old], [])
+    old = recent(age=50, beside_age=0.5)
+    assert settled(old, {}) == ([], [old])
+    assert settled(old, {old.key: f"{old.etag} 1"}) == ([], [old])
+    assert settled(old, {old.key: f"{old.etag} {old.stamp}"}) == ([old], [])
+
+
+def test_a_task_file_lies_beside_the_arrivals_of_its_task_alone(tmp_path: Path) -> None:
+    store = folder_in(tmp_path, "bank/a.csv", "clinic/a.csv", "clinic/task.yaml")
+    assert {arrival.key: len(arrival.companions) for arrival in look(store).arrivals} == {
+        "inbox/bank/a.csv": 0,
+        "inbox/clinic/a.csv": 1,
+    }
 
 
 def test_the_state_survives_in_the_store_apart_for_each_lineage(tmp_path: Path) -> None:
@@ -192,26 +204,26 @@ def test_the_state_survives_in_the_store_apart_for_each_lineage(tmp_path: Path) 
 def test_a_state_is_read_again_when_it_has_changed_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, states, read = open_store(str(tmp_path)), KnownStates(), list[str]()
+    store, read = open_store(str(tmp_path)), list[str]()
     original = FileStore.get_bytes
     monkeypatch.setattr(FileStore, "get_bytes", lambda self, key: read.append(key) or original(self, key))
-    assert states.read(store, "a") == InboxState() and not read
+    assert known_state(store, "a") == InboxState() and not read
     state = InboxState()
     for number in range(3):
         state.record(info(f"inbox/bank/{number}.csv"), "promoted", "", now=NOW)
         write_state(store, "a", state)
         write_state(store, "b", InboxState())
         for _ in range(3):
-            assert states.read(store, "a") == state and states.read(store, "b") == InboxState()
+            assert known_state(store, "a") == state and known_state(store, "b") == InboxState()
     assert read.count("watch/a.json") == 3
     store.delete("watch")
-    assert states.read(store, "a") == InboxState()
+    assert known_state(store, "a") == InboxState()
 
 
 def test_a_state_that_changes_while_it_is_read_is_read_once_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, states, state = open_store(str(tmp_path)), KnownStates(), InboxState()
+    store, state = open_store(str(tmp_path)), InboxState()
     write_state(store, "a", state)
     original = FileStore.get_bytes
 
@@ -223,8 +235,8 @@ def test_a_state_that_changes_while_it_is_read_is_read_once_more(
         return content
 
     monkeypatch.setattr(FileStore, "get_bytes", change_then_read)
-    assert states.read(store, "a") == InboxState()
-    assert states.read(store, "a") == state
+    assert known_state(store, "a") == InboxState()
+    assert known_state(store, "a") == state
 
 
 def test_a_note_of_a_file_that_is_gone_goes_unless_a_version_came_of_it(tmp_path: Path) -> None:
@@ -292,7 +304,7 @@ def test_what_is_no_regular_file_is_no_arrival_and_holds_nothing_up(tmp_path: Pa
 def test_while_a_task_file_cannot_be_read_its_task_learns_nothing_and_others_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store, cache = open_store(str(tmp_path)), dict[tuple[str, str], str | None]()
+    store = open_store(str(tmp_path))
     for key, content in (
         ("bill/a.csv", b"x"),
         ("bill/tests.csv", b"x"),
@@ -302,9 +314,9 @@ def test_while_a_task_file_cannot_be_read_its_task_learns_nothing_and_others_do(
         store.put_bytes(f"inbox/{key}", content)
     with monkeypatch.context() as patch:
         patch.setattr(FileStore, "get_bytes", unreadable)
-        assert [arrival.key for arrival in look(store, cache).arrivals] == ["inbox/bank/a.csv"]
+        assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bank/a.csv"]
     assert "Task 'bill' learns nothing, as its task file cannot be read: permission denied" in caplog.text
-    assert {arrival.key for arrival in look(store, cache).arrivals} == {"inbox/bank/a.csv", "inbox/bill/a.csv"}
+    assert {arrival.key for arrival in look(store).arrivals} == {"inbox/bank/a.csv", "inbox/bill/a.csv"}
 
 
 def unreadable(*_: object, **__: object) -> bytes:
@@ -350,8 +362,7 @@ def test_a_folder_is_one_arrival_with_the_files_that_are_read(tmp_path: Path) ->
     may, june = sorted(look(store).arrivals, key=lambda info: info.key, reverse=True)
     assert (june.key, may.key) == ("inbox/bank/june.csv", "inbox/bank/may") and task_of(may.key) == "bank"
     read = ["day=2/part-0.csv", "part-0.csv", "part-1.csv"]
-    assert [info.key.removeprefix("inbox/bank/may/") for info in files_of(may)] == read
-    assert may.size == sum(info.size for info in files_of(may))
+    assert [info.key.removeprefix("inbox/bank/may/") for info in may.files] == read
     assert find_landed(store, may.key) == may and find_landed(store, june.key) == june
     assert find_landed(store, "inbox/bank/none") is None
 
@@ -393,9 +404,9 @@ def test_a_folder_of_test_rows_is_a_companion(tmp_path: Path) -> None:
     store.put_bytes("inbox/bank/task.yaml", b"test_data: tests\n")
     inbox = look(store)
     assert [info.key for info in inbox.arrivals] == ["inbox/bank/may.csv"] and inbox.misplaced == {}
-    before = inbox.beside["bank"].stamp
+    before = inbox.arrivals[0].stamp
     store.put_bytes("inbox/bank/tests/b.csv", b"text,label\nc,d\n")
-    assert look(store).beside["bank"].stamp != before
+    assert look(store).arrivals[0].stamp != before
     assert str(task_spec(store, "inbox/bank/may.csv").test_data).endswith("/inbox/bank/tests")
 
 

@@ -12,10 +12,9 @@ import pytest
 
 import tasks.waiting
 from deal_core.errors import StoreError
-from infra.store.base import ObjectInfo
 from infra.store.local import FileStore, open_store
 from tasks import batches
-from tasks.inbox import InboxLook, InboxState, look
+from tasks.inbox import Arrival, InboxLook, InboxState, look
 from tasks.lineage.settings import WatchedLineage
 from tasks.spec import parse
 from tasks.waiting import Plan, plan
@@ -56,7 +55,7 @@ def names(found: Plan) -> list[list[str]]:
     return [[info.key.removeprefix("inbox/") for info in due.files] for due in found.due]
 
 
-def arrivals(store: FileStore) -> tuple[InboxLook, dict[str, ObjectInfo]]:
+def arrivals(store: FileStore) -> tuple[InboxLook, dict[str, Arrival]]:
     inbox = look(store)
     return inbox, {info.key.removeprefix("inbox/"): info for info in inbox.arrivals}
 

@@ -15,14 +15,15 @@ from flows.server.status import _reason, _unusable_files, may_name_a_server, rea
 from infra.store.base import ObjectInfo
 from infra.store.local import open_store
 from tasks.context import current_store
-from tasks.inbox import InboxState, look
+from tasks.inbox import Arrival, InboxState, look
 from tests.in_process import put_back
 from tests.stored_versions import move, store_version
 
 
 def test_a_failed_arrival_is_told_of_with_what_opens_it_again() -> None:
     now = datetime(2030, 1, 1, tzinfo=UTC)
-    info = ObjectInfo(key="inbox/bill/may.csv", size=1, etag="1", modified=now - timedelta(days=1))
+    file = ObjectInfo(key="inbox/bill/may.csv", size=1, etag="1", modified=now - timedelta(days=1))
+    info = Arrival(key=file.key, files=(file,))
     away = InboxState().record(info, "failed", "The Hub is away.", now=now)
     assert _reason(away) == "The Hub is away. (Failed 1 times; it is tried again from 2030-01-01 00:01 UTC on.)"
     diverged = InboxState().record(info, "failed", "It diverged; change the settings.", now=now, is_final=True)

@@ -14,7 +14,7 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from tasks.adaptation.ingest import ingest_arrival
 from tasks.adaptation.report import NEWEST, _quality, artifact_key, markdown_of, problem_of, thin
 from tasks.context import current_store
-from tasks.references import Arrival
+from tasks.spec import TaskSpec
 from tests.report_sample import sample_evaluation, sample_report
 
 
@@ -60,7 +60,7 @@ def test_contradictions_are_told_with_their_texts_only_where_texts_may_be(
     rows = [{"text": f"text {number}", "label": "lost" if number % 2 else "late"} for number in range(60)]
     rows += [{"text": "Jane Doe called", "label": label} for label in ("lost", "late", "yes, please")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arrival = Arrival(task="calls", data=str(tmp_path / "rows.jsonl"))
+    arrival = TaskSpec(name="calls", data=str(tmp_path / "rows.jsonl"))
     dataset = ingest_arrival.fn(arrival, DataConfig(include_texts=is_kept), None, "l")
     several, separated = _quality(current_store(), dataset, is_shown).warnings
     assert several.startswith("Texts with several labels: 1 (")

@@ -18,7 +18,8 @@ from tasks.adaptation.run import make_run_key
 from tasks.landing import _new_label_remedy, choose_schema
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, find_renewal, keep_labels
-from tasks.references import Arrival, BaseRef, DatasetRef
+from tasks.references import BaseRef, DatasetRef
+from tasks.spec import TaskSpec
 
 BANK = TaskSchema(name="bank", labels=("lost card", "fee"), instruction="Which?")
 BASE = BaseRef(source="s", name="n", sha256="b")
@@ -36,7 +37,7 @@ def schema(store: FileStore, known: TaskSchema = BANK, **given: Any) -> TaskSche
     record = LineageRecord(
         lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
     )
-    return choose_schema(store, Arrival(task="bank", data="x.csv", given=given), record)
+    return choose_schema(store, TaskSpec(name="bank", data="x.csv", **given), record)
 
 
 @pytest.mark.parametrize("known", [("lost card", "fee"), ("lost card", "fee", "late")])
@@ -100,7 +101,7 @@ def test_a_mapping_names_the_cells_of_a_known_task_in_any_order(store: FileStore
 
 
 def test_a_new_task_learns_every_turn_and_a_known_one_what_it_learned(store: FileStore) -> None:
-    new = Arrival(task="talk", data="x.jsonl", given={"labels": {"0": "a", "1": "b", "2": "b"}})
+    new = TaskSpec(name="talk", data="x.jsonl", labels={"0": "a", "1": "b", "2": "b"})
     chosen = choose_schema(store, new, None)
     assert (chosen.assistant_turns, chosen.labels) == ("all", ("a", "b"))
     stored_before = TaskSchema(name="bank", format="chat")  # no release before said anything of turns
@@ -127,7 +128,6 @@ def test_a_file_with_a_new_label_is_told_how_the_label_is_added() -> None:
     record = LineageRecord(
         lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
     )
-    bank, clinic = (Arrival(task=name, data="x.csv") for name in ("bank", "clinic"))
-    assert "deal labels bank --add LABEL --lineage l" in _new_label_remedy(bank, record)
-    assert "task.labels in the spec" in _new_label_remedy(clinic, record), "no version has learned it"
-    assert "task.labels in the spec" in _new_label_remedy(bank, None)
+    assert "deal labels bank --add LABEL --lineage l" in _new_label_remedy("bank", record)
+    assert "task.labels in the spec" in _new_label_remedy("clinic", record), "no version has learned it"
+    assert "task.labels in the spec" in _new_label_remedy("bank", None)
