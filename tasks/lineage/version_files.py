@@ -215,7 +215,7 @@ def require_recorded(store: ObjectStore, version: Version, folder: Path, *, with
     """
     names = ADAPTER_FILES if with_method else PEFT_FILES
     require_undamaged(
-        digests_of(folder, names),
+        folder,
         version.files_sha256,
         names,
         what=f"Version {version.version} of '{version.lineage}'",

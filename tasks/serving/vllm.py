@@ -244,7 +244,7 @@ def _require_recorded(store: ObjectStore, champion: Version, folder: Path, is_co
         require_recorded(store, champion, folder)
         return
     require_undamaged(
-        digests_of(folder),
+        folder,
         champion.files_sha256,
         PEFT_FILES,
         what=f"The server's copy of version {champion.version} of '{champion.lineage}'",
