@@ -36,7 +36,7 @@ from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import PlannedArrival, TaskTexts
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
@@ -336,7 +336,7 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
             rows,
             replace(run.setup, train=train),
             parent_folder=parent_folder,
-            others=OtherRows(old_texts=run.old_texts),
+            old_texts=run.old_texts,
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",
             on_log=on_log,

@@ -14,7 +14,8 @@ from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.evaluation.score import TaskEvaluation, evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.strategies.strategy import TaskTexts
+from deal_core.training.train import TrainingSetup, train_adapter
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class Versions:
         return Dataset.from_list(list(self.tasks[number].train[first:last]))
 
     def learn(
-        self, name: str, rows: Dataset, setup: TrainingSetup, parent: str | None, others: OtherRows | None = None
+        self,
+        name: str,
+        rows: Dataset,
+        setup: TrainingSetup,
+        parent: str | None,
+        old_texts: Sequence[TaskTexts] = (),
     ) -> str:
         """Train a version on top of another one; return its name."""
         train_adapter(
@@ -51,7 +57,7 @@ class Versions:
             rows,
             setup,
             parent_folder=self.folder / parent if parent else None,
-            others=others or OtherRows(),
+            old_texts=old_texts,
             output_folder=self.folder / name,
             checkpoint_folder=self.folder / f"{name}-checkpoints",
         )

@@ -37,7 +37,7 @@ from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_inputs, answer_limit
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
 MAX_PROMPT_TOKENS = 512
@@ -81,7 +81,7 @@ def learn(base: BaseModel, tasks: Sequence[Task], steps: int, folder: Path) -> N
         rows,
         setup,
         parent_folder=None,
-        others=OtherRows(joined=others),
+        joined=others,
         output_folder=folder,
         checkpoint_folder=folder / "checkpoints",
     )

@@ -56,7 +56,7 @@ from deal_core.strategies import strategy_class
 from deal_core.strategies.questions import choose_kept
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.recentre import recentre_adapter
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
@@ -214,21 +214,17 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
 
     old_rows = "none" if is_bound else strategy_class(cell.strategy).old_rows(setup.method)
     rows_of_old = {"none": None, "unused": _own_texts, "learned": _kept_rows}[old_rows]
-    others = OtherRows(
-        joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
-        old_texts=[rows_of_old(run, name) for name in cell.tasks[:number]] if rows_of_old else (),
-    )
+    old_texts = [rows_of_old(run, name) for name in cell.tasks[:number]] if rows_of_old else []
     without = [
-        f"{each.task.name} has no training rows left to be asked about"
-        for each in others.old_texts
-        if not len(each.rows)
+        f"{each.task.name} has no training rows left to be asked about" for each in old_texts if not len(each.rows)
     ]
     result = train_adapter(
         run.base,
         rows,
         setup,
         parent_folder=parent_folder,
-        others=others,
+        joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
+        old_texts=old_texts,
         output_folder=folder,
         checkpoint_folder=run.work / f"{number}-checkpoints",
         on_log=on_log,
