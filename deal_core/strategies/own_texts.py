@@ -3,7 +3,7 @@
 `rehearsal.answers` says whose answers are the targets. `parent`: the parent's, asked for with every arrival. `first`:
 those of the version that had just learned the task. It is the parent of the next arrival, which asks it once and keeps
 its answers with the adapter. So old answers do not drift from arrival to arrival, and the time to ask does not grow
-with the number of tasks. Answers that are labels are re-centred (`deal_core.strategies.label_questions`).
+with the number of tasks. Answers that are labels are re-centred (`deal_core.strategies.answered`).
 
 Shapes: N texts of a task, M tokens of all answers, W most likely tokens that a target keeps.
 """
@@ -24,20 +24,19 @@ from deal_core.adapter.method_state import KEPT_ANSWERS
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import RehearsalConfig
-from deal_core.strategies.answered import answered
-from deal_core.strategies.label_questions import recentred_questions
+from deal_core.strategies.answered import answered, recentred_questions
 from deal_core.strategies.rehearsal import Question
 from deal_core.strategies.strategy import TaskContext, TaskTexts
 
 
 def with_own_texts(config: RehearsalConfig, old_texts: Sequence[TaskTexts], new: TaskSchema) -> list[TaskTexts]:
     """The old tasks that are asked about texts of their own."""
-    return [each for each in old_texts if config.texts == "own" and len(each.rows) and each.task.name != new.name]
+    return [texts for texts in old_texts if config.texts == "own" and len(texts.rows) and texts.task.name != new.name]
 
 
 def without_own_texts(olds: Sequence[TaskSchema], own: Sequence[TaskTexts]) -> list[TaskSchema]:
     """The old tasks that are not asked about texts of their own."""
-    names = {each.task.name for each in own}
+    names = {texts.task.name for texts in own}
     return [old for old in olds if old.name not in names]
 
 
@@ -62,23 +61,23 @@ def ask_about_own_texts(
         num_each: Most texts without labels that are asked about, if the answers are not kept.
         seed: Seed of all random choices.
     """
-    generator = random.Random(seed)
-    found: list[list[Question]] = []
-    keeps: dict[str, Tensor] = {}
-    for each in own:
+    tokenizer, generator = context.base.tokenizer, random.Random(seed)
+    sets: list[list[Question]] = []
+    answers: dict[str, Tensor] = {}
+    for texts in own:
         if config.answers == "parent":
-            found.append(_asked(model, context, each, generator, num_each))
+            sets.append(_asked(model, context, texts, generator, num_each))
             continue
-        tokenizer, name = context.base.tokenizer, answers_name(each.task.name)
-        prompts = [encode_prompt(tokenizer, each.task, text, each.max_prompt_tokens) for text in each.rows["input"]]
-        known = {part: tensor for part, tensor in kept.items() if part.startswith(name)}
-        questions = unpack_answers(known, name, prompts)
+        name = answers_name(texts.task.name)
+        prompts = [encode_prompt(tokenizer, texts.task, text, texts.max_prompt_tokens) for text in texts.rows["input"]]
+        packed = {part: tensor for part, tensor in kept.items() if part.startswith(name)}
+        questions = unpack_answers(packed, name, prompts)
         if questions is None:
-            questions = _asked(model, context, each, generator)
-            known = pack_answers(questions, name)
-        keeps |= known
-        found.append(questions)
-    return found, keeps
+            questions = _asked(model, context, texts, generator)
+            packed = pack_answers(questions, name)
+        answers |= packed
+        sets.append(questions)
+    return sets, answers
 
 
 def _asked(
@@ -107,12 +106,12 @@ def answers_name(task: str) -> str:
 
 def pack_answers(questions: Sequence[Question], name: str) -> dict[str, Tensor]:
     """Write answers and targets as tensors. Of the prompts only a digest is kept."""
-    tokens = [question.tokens_KN for question in questions if question.tokens_KN is not None]
-    shares = [question.shares_KN for question in questions if question.shares_KN is not None]
+    tokens = [q.tokens_KN for q in questions if q.tokens_KN is not None]
+    shares = [q.shares_KN for q in questions if q.shares_KN is not None]
     return {
-        f"{name}prompts": _digest(question.prompt_ids for question in questions),
-        f"{name}lengths_N": torch.tensor([len(question.answer_ids) for question in questions], dtype=torch.int32),
-        f"{name}ids_M": torch.tensor([number for each in questions for number in each.answer_ids], dtype=torch.int32),
+        f"{name}prompts": _digest(q.prompt_ids for q in questions),
+        f"{name}lengths_N": torch.tensor([len(q.answer_ids) for q in questions], dtype=torch.int32),
+        f"{name}ids_M": torch.tensor([token for q in questions for token in q.answer_ids], dtype=torch.int32),
         f"{name}tokens_MW": _rows(tokens).to(torch.int32),
         f"{name}shares_MW": _rows(shares),
     }

@@ -24,7 +24,12 @@ MIN_SHARING = 8
 
 
 def make_rehearsal(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, kept: Mapping[str, Tensor], seed: int
+    config: RehearsalConfig,
+    model: PeftModel,
+    context: TaskContext,
+    kept: Mapping[str, Tensor],
+    seed: int,
+    num_arrivals: int = 0,
 ) -> tuple[Rehearsal | None, dict[str, Tensor]]:
     """Return the rehearsal of an arriving task, and the answers to keep; None if there are no questions.
 
@@ -34,20 +39,24 @@ def make_rehearsal(
         context: The arrival.
         kept: The stored rows and the kept answers of the parent's method state.
         seed: Seed of all random choices.
+        num_arrivals: Arrivals that the parent has learned.
     """
     stored = [unpack(kept[name]) for name in sorted(kept) if name.startswith(STORED_ROWS) and config.keeps_rows]
     stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
-    seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
+    own = with_own_texts(config, context.old_texts, context.task)
+    # every arrival asks in a new order; otherwise, with few steps, only the same few rows are asked
+    seed += SEED_STRIDE * (num_arrivals if own else len(stored))
     is_shared = bool(stored) and config.asks_about_arrival
     num_put = _num_put(config, context.train.num_steps(len(context.encoded)), is_shared)
-    own = with_own_texts(config, context.old_texts, context.task)
-    others = without_own_texts(context.old_tasks, own)
     about_own, answers = ask_about_own_texts(
         config, model, context, own, kept, num_each=_num_each(config, num_put, own), seed=seed
     )
-    asked = _about_arrival(config, model, context, others, seed, num_put) if config.asks_about_arrival else []
+    about_arrival: list[list[Question]] = []
+    if config.asks_about_arrival:
+        olds = tasks_to_ask(without_own_texts(context.old_tasks, own), context.task)
+        about_arrival = _about_arrival(config, model, context, olds, seed, _num_each(config, num_put, olds))
     rehearsal = Rehearsal(
-        [stored, [*about_own, *asked]],
+        [stored, [*about_own, *about_arrival]],
         context.collator(),
         num_rows=config.rows_per_step,
         weight=config.weight,
@@ -55,6 +64,39 @@ def make_rehearsal(
         seed=seed,
     )
     return rehearsal if rehearsal.kinds else None, answers
+
+
+def _about_arrival(
+    config: RehearsalConfig,
+    model: PeftModel,
+    context: TaskContext,
+    olds: Sequence[TaskSchema],
+    seed: int,
+    num_each: int,
+) -> list[list[Question]]:
+    """Texts of the new task under each old task's instruction, with the parent's answers; each task has a seed."""
+    num_rows, train = len(context.rows), context.train
+    num_texts = min(num_each, num_rows)
+    if not num_texts:
+        return []
+    drawn: list[tuple[TaskSchema, list[str]]] = []
+    for number, old in enumerate(olds):
+        places = random.Random(seed + number).sample(range(num_rows), num_texts)
+        drawn.append((old, list(context.rows.select(places)["input"])))
+    # a task that is asked alone has its instruction computed once for all texts; with few texts, tasks share batches
+    groups = [[task] for task in drawn] if num_each >= MIN_SHARING else [drawn]
+    sets: list[list[Question]] = []
+    for group in groups:
+        questions = answered(
+            model,
+            context,
+            group,
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_new_tokens=longest_old_answer(train),
+            temperature=config.temperature,
+        )
+        sets += [questions[start : start + num_texts] for start in range(0, len(questions), num_texts)]
+    return sets
 
 
 def keep_rows(
@@ -106,9 +148,9 @@ def num_answered(config: RehearsalConfig, arrival: PlannedArrival) -> int:
     asked = tasks_to_ask(without_own_texts(arrival.old_tasks, own), new) if config.asks_about_arrival else []
     num_own = _num_each(config, num_put, own)
     if config.answers == "first":
-        own = [each for each in own if each.task.name == arrival.learned_last]
+        own = [texts for texts in own if texts.task.name == arrival.learned_last]
         num_own = MAX_OWN_TEXTS
-    about_own = sum(len(each.rows) if each.task.labels else min(num_own, len(each.rows)) for each in own)
+    about_own = sum(len(texts.rows) if texts.task.labels else min(num_own, len(texts.rows)) for texts in own)
     return about_own + len(asked) * min(_num_each(config, num_put, asked), arrival.num_rows)
 
 
@@ -133,53 +175,3 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
     """All parts of a prompt except its text; the order of the options does not count."""
     shows_labels = task.template is None or "{options}" in task.template
     return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template, task.prompt
-
-
-def _about_arrival(
-    config: RehearsalConfig,
-    model: PeftModel,
-    context: TaskContext,
-    others: Sequence[TaskSchema],
-    seed: int,
-    num_put: int,
-) -> list[list[Question]]:
-    """Questions about the new task's texts, for the other old tasks that can be asked; no more than the steps use."""
-    olds = tasks_to_ask(others, context.task)
-    num_each = _num_each(config, num_put, olds)
-    groups = [[old] for old in olds] if num_each >= MIN_SHARING else [olds]
-    seeds = iter(range(seed, seed + len(olds)))
-    return [
-        questions
-        for group in groups
-        for questions in _on_new_texts(config, model, context, [(old, next(seeds)) for old in group], num_each)
-    ]
-
-
-def _on_new_texts(
-    config: RehearsalConfig,
-    model: PeftModel,
-    context: TaskContext,
-    olds: Sequence[tuple[TaskSchema, int]],
-    num_each: int,
-) -> list[list[Question]]:
-    """Texts of the new task under each old task's instruction, with the parent's answers; each task has its own seed.
-
-    The given tasks share batches. For a single task, the instruction is computed once for all texts.
-    """
-    num_texts = len(context.rows)
-
-    def draw(seed: int) -> list[str]:
-        places = random.Random(seed).sample(range(num_texts), min(num_each, num_texts))
-        return list(context.rows.select(places)["input"])
-
-    drawn = [(old, draw(seed)) for old, seed in olds]
-    in_order = answered(
-        model,
-        context,
-        drawn,
-        max_prompt_tokens=context.train.max_prompt_tokens,
-        max_new_tokens=longest_old_answer(context.train),
-        temperature=config.temperature,
-    )
-    size = len(in_order) // max(1, len(olds))
-    return [in_order[start * size : (start + 1) * size] for start in range(len(olds))]

@@ -21,7 +21,7 @@ from deal_core.evaluation.generation import generate
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import longest_of
 from deal_core.strategies import own_texts, questions
-from deal_core.strategies.label_questions import recentred_questions
+from deal_core.strategies.answered import recentred_questions
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.own_texts import answers_name
 from deal_core.strategies.questions import make_rehearsal
