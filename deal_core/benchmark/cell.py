@@ -12,7 +12,7 @@ from deal_core.config import NOT_DECIDING, AdapterConfig, TrainConfig
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig, RehearsalConfig
-from deal_core.strategies import find_strategies, strategy_class
+from deal_core.strategies import PLUGINS, strategy_class
 
 SCHEMA_VERSION = 3
 """Version 3 says every setting of the training and of the strategy, so no default of today is needed to read it."""
@@ -119,7 +119,7 @@ def make_cell(
     Raises:
         ConfigError: There is no such strategy, or it does not take its options.
     """
-    if strategy not in (known := (*find_strategies(), *BOUNDS)):
+    if strategy not in (known := (*PLUGINS.find(), *BOUNDS)):
         raise ConfigError(f"strategy is {strategy!r}; give {', '.join(known)}.")
     is_bound = strategy in BOUNDS
     return Cell(

@@ -17,7 +17,7 @@ from deal_core.errors import DataValidationError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, PairedInterval, mean_of_all, paired_interval
 from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, MethodConfig
 from deal_core.schema_version import require_schema_version
-from deal_core.strategies import find_strategies
+from deal_core.strategies import PLUGINS
 
 OURS = "deal"
 MEMORIES = {
@@ -209,7 +209,7 @@ def departures(cell: CellJson, *, after_training: bool = True) -> str:
     """
     settings = cell["settings"]
     strategy, revision = settings["strategy"], settings.get("revision", 1)
-    is_installed = strategy in find_strategies()
+    is_installed = strategy in PLUGINS.find()
     is_past = (is_installed or strategy in BOUNDS) and revision < revision_of(strategy)
     today = (
         {}
