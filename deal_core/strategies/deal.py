@@ -52,7 +52,7 @@ class Deal(Strategy):
         """Return how many questions the parent answers before the first step."""
         from deal_core.strategies.questions import num_answered
 
-        return num_answered(config.rehearsal, arrival) if config.rehearsal.texts != "none" else 0
+        return num_answered(config.rehearsal, arrival)
 
     @classmethod
     def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:

@@ -20,11 +20,10 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import generate
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import longest_of
-from deal_core.strategies import own_texts, questions
+from deal_core.strategies import questions
 from deal_core.strategies.answered import recentred_questions
 from deal_core.strategies.deal import Deal
-from deal_core.strategies.own_texts import answers_name
-from deal_core.strategies.questions import make_rehearsal
+from deal_core.strategies.questions import answers_name, make_rehearsal
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.seq_lora import SeqLora
 from deal_core.strategies.strategy import PlannedArrival, TaskContext, TaskTexts
@@ -209,8 +208,8 @@ def test_first_answers_are_asked_for_once(arrive, monkeypatch):
     olds, own = [SIZES, STORY], [texts(SIZES, ["large", "small"] * 5), texts(STORY, ["this"] * 4)]
     first, kept = arrive(olds, own)
     asked = []
-    ask = own_texts._asked
-    monkeypatch.setattr(own_texts, "_asked", lambda *given: asked.append(given[2].task.name) or ask(*given))
+    ask = questions._asked
+    monkeypatch.setattr(questions, "_asked", lambda *given: asked.append(given[2].task.name) or ask(*given))
     again, kept_again = arrive(olds, own, kept=kept)
     assert asked == [] and len(targets(first)) == 14 and targets(again) == targets(first)
     assert kept.keys() == kept_again.keys() and all(torch.equal(kept[name], kept_again[name]) for name in kept)
