@@ -15,7 +15,7 @@ class DealError(Exception):
     """Base of every error that this project raises on purpose. Secrets in its text are masked."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(without_secrets(each) if isinstance(each, str) else each for each in args))
+        super().__init__(*(without_secrets(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(DealError, ValueError):

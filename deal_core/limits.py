@@ -82,8 +82,8 @@ def settings(section: str) -> Callable[[Settings], Settings]:
             try:
                 check(self, **values)
             except ValidationError as error:
-                found = [describe(each, ".".join(map(str, (section, *each["loc"])))) for each in error.errors()]
-                raise ConfigError(" ".join(dict.fromkeys(found))) from None
+                problems = [describe(item, ".".join(map(str, (section, *item["loc"])))) for item in error.errors()]
+                raise ConfigError(" ".join(dict.fromkeys(problems))) from None
 
         made.__init__ = __init__
         return made  # type: ignore[no-any-return]
@@ -98,11 +98,11 @@ def describe(problem: Mapping[str, Any], where: str) -> str:
         problem: an item of `ValidationError.errors()`.
         where: the field's full name.
     """
-    limits, found = problem.get("ctx", {}), brief(problem["input"])
+    limits, value = problem.get("ctx", {}), brief(problem["input"])
     if isinstance(limits.get("error"), ConfigError):
         return str(limits["error"])
     wanted = _WANTED.get(problem["type"])
     if wanted is None:
         message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-        return f"{message}." if message.startswith(where) else f"'{where}': {message} (got {found})."
-    return f"{where} is {found}; give {wanted.format(**limits)}."
+        return f"{message}." if message.startswith(where) else f"'{where}': {message} (got {value})."
+    return f"{where} is {value}; give {wanted.format(**limits)}."

@@ -29,7 +29,7 @@ Core = Literal["frozen", "soft", "free"]
 
 def _changed(config: Any) -> list[str]:
     """The settings that differ from their defaults."""
-    return [each.name for each in fields(config) if getattr(config, each.name) != each.default]
+    return [field.name for field in fields(config) if getattr(config, field.name) != field.default]
 
 
 @settings("deal")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -16,7 +16,6 @@ from deal_core.safe_text import brief
 @cache
 def _installed(group: str, places: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """The entry points of the packages in these places (`sys.path`). Reading them takes about 50 ms."""
-    del places
     return tuple(entry_points(group=group))
 
 
@@ -28,26 +27,23 @@ class Plugins:
         kind: What a class is, for messages: "Strategy".
         setting: The setting that names one: "strategy".
         group: The group of entry points; an entry point's name is the class's name.
-        own: This project's classes, by name. Another package cannot replace them.
-        registered: The classes that `register` made known.
+        own: This project's classes, by name, and those that `register` added. Another package cannot replace them.
     """
 
     kind: str
     setting: str
     group: str
-    own: Mapping[str, str]
-    registered: dict[str, str] = field(default_factory=dict)
+    own: dict[str, str]
 
     def register(self, name: str, value: str) -> None:
         """Make a class ("package.module:Class") known to this process alone, without an entry point."""
-        if name not in self.own:
-            self.registered[name] = value
+        self.own.setdefault(name, value)
 
     def find(self) -> dict[str, EntryPoint]:
         """Return every class that can be used, by name, this project's first."""
-        known = {name: EntryPoint(name, value, self.group) for name, value in {**self.own, **self.registered}.items()}
-        others = _installed(self.group, tuple(sys.path))
-        return {**known, **{each.name: each for each in others if each.name not in known}}
+        own = {name: EntryPoint(name, value, self.group) for name, value in self.own.items()}
+        others = {point.name: point for point in _installed(self.group, tuple(sys.path))}
+        return {**own, **{name: point for name, point in others.items() if name not in own}}
 
     def entry(self, name: str) -> EntryPoint:
         """Return the entry point called `name`.
@@ -55,15 +51,14 @@ class Plugins:
         Raises:
             ConfigError: There is none.
         """
-        value = self.own.get(name) or self.registered.get(name)
-        if value is not None:  # the entry points of other packages need not be read
-            return EntryPoint(name, value, self.group)
-        known = self.find()
-        if name not in known:
+        if name in self.own:  # the entry points of other packages need not be read
+            return EntryPoint(name, self.own[name], self.group)
+        points = self.find()
+        if name not in points:
             raise ConfigError(
-                f"{self.setting} is {name!r}; give {', '.join(known)}, or install the package that has it."
+                f"{self.setting} is {name!r}; give {', '.join(points)}, or install the package that has it."
             )
-        return known[name]
+        return points[name]
 
     def load(self, name: str, parent: type[Any]) -> type[Any]:
         """Return the class called `name`, a subclass of `parent`.
@@ -73,16 +68,16 @@ class Plugins:
         """
         entry = self.entry(name)
         try:
-            found = entry.load()
+            loaded = entry.load()
         except Exception as error:
             raise ConfigError(
                 f"{self.kind} {name!r} ({entry.value}) cannot be imported: {in_one_line(error)}"
             ) from error
-        if not (isinstance(found, type) and issubclass(found, parent) and getattr(found, "name", None) == name):
+        if not (isinstance(loaded, type) and issubclass(loaded, parent) and getattr(loaded, "name", None) == name):
             raise ConfigError(
                 f"{entry.value} is no subclass of {parent.__name__} with the name {name!r}; mend its package."
             )
-        return found
+        return loaded
 
 
 def check_options(owner: str, kind: type[Any] | None, options: Mapping[str, Any]) -> Any:

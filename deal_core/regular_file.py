@@ -69,8 +69,8 @@ def complete_file(target: Path) -> Iterator[Path]:
 
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or a folder with its files, is on the disk. Else a power cut may leave empty files."""
-    for each in [path] if path.is_file() else [*path.rglob("*"), path]:
-        descriptor = os.open(each, os.O_RDONLY)
+    for target in [path] if path.is_file() else [*path.rglob("*"), path]:
+        descriptor = os.open(target, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

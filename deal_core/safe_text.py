@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -43,7 +43,7 @@ def printable(text: str) -> str:
 
 def printable_json(text: str) -> str:
     """`printable` for JSON text, with JSON's own escapes, so the parsed value stays the same."""
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def shorten(value: object, width: int = 80) -> str:
@@ -80,8 +80,8 @@ def listed(names: Collection[str], *, most: int = MAX_LISTED, width: int = 40) -
     return ", ".join(first) + (f" and {more} more" if more else "")
 
 
-def _escaped(found: re.Match[str]) -> str:
-    code = ord(found[0])
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
@@ -110,9 +110,9 @@ def without_known_secrets_inside(value: Any) -> Any:
     if isinstance(value, str):
         return without_known_secrets(value)
     if isinstance(value, Mapping):
-        return {key: without_known_secrets_inside(each) for key, each in value.items()}
+        return {key: without_known_secrets_inside(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_known_secrets_inside(each) for each in value]
+        return [without_known_secrets_inside(item) for item in value]
     return value
 
 
@@ -151,20 +151,17 @@ def _without_parameters(text: str) -> str:
 
 def _known_secrets(environment: Mapping[str, str]) -> set[str]:
     """The secrets of an environment, each in plain and in URL-encoded form."""
-    found: set[str] = set()
+    secrets: set[str] = set()
     for name, value in environment.items():
-        found.update(_secrets_of(name, value))
-    spelled = {form for secret in found for form in (secret, unquote(secret), quote(secret, safe=""), quote(secret))}
+        if _SECRET_NAME.search(name):
+            secrets |= {value, value.strip()}  # a file's last line break is not part of a token
+            if name.upper().endswith("AUTH_STRING"):
+                secrets.add(value.partition(":")[2])
+            path = urlsplit(value).path.strip("/") if "://" in value else ""
+            if len(path) >= 2 * MIN_CHARS:  # a webhook's token; a short path holds no token
+                secrets.add(path)
+        if "://" in value and "@" in value:
+            user_and_password = value.partition("://")[2].rpartition("@")[0]
+            secrets.add(user_and_password.partition(":")[2])
+    spelled = {form for secret in secrets for form in (secret, unquote(secret), quote(secret, safe=""), quote(secret))}
     return {secret for secret in spelled if len(secret) >= MIN_CHARS}
-
-
-def _secrets_of(name: str, value: str) -> Iterator[str]:
-    if _SECRET_NAME.search(name):
-        yield from (value, value.strip())  # a file's last line break is not part of a token
-        yield value.partition(":")[2] if name.upper().endswith("AUTH_STRING") else ""
-        if "://" in value:
-            path = urlsplit(value).path.strip("/")
-            yield path if len(path) >= 2 * MIN_CHARS else ""  # a webhook's token; a short path holds no token
-    if "://" in value and "@" in value:
-        user_and_password = value.partition("://")[2].rpartition("@")[0]
-        yield user_and_password.partition(":")[2]

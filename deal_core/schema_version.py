@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -27,22 +27,14 @@ def require_schema_version(
     Raises:
         error: `values` is not a dict, or its `schema_version` is missing or another.
     """
-    found = values.get("schema_version") if isinstance(values, dict) else None
-    if found != version:
-        raise error(f"{what} has schema version {found}, this release reads {version}; {remedy}.")
+    written = values.get("schema_version") if isinstance(values, dict) else None
+    if written != version:
+        raise error(f"{what} has schema version {written}, this release reads {version}; {remedy}.")
     return {name: value for name, value in values.items() if name != "schema_version"}
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return where the first wrong value lies, and what is wrong with it, without the value: it may be a row's text.
-
-    Example:
-        >>> try:
-        ...     TypeAdapter(dict[str, int]).validate_python({"number": "a text"})
-        ... except ValidationError as error:
-        ...     print(first_problem(error).partition(",")[0])
-        number: Input should be a valid integer
-    """
+    """Say where the first wrong value lies, and what is wrong with it, without the value: it may be a row's text."""
     first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
@@ -78,13 +70,12 @@ class VersionedJson:
         kept = cls.kept
         fields = require_schema_version(values, kept.version, kept.what, kept.error, kept.remedy)
         try:
-            read: Self = cls._adapter().validate_python(fields)
+            return cast(Self, cls._adapter().validate_python(fields))
         except ValidationError as error:
             own = error.errors(include_url=False)[0].get("ctx", {}).get("error")  # raised by the class itself
             if isinstance(own, ValueError):
                 raise own from None
             raise ValueError(f"{kept.what} is damaged: {first_problem(error)}") from None
-        return read
 
     @classmethod
     @cache

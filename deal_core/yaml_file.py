@@ -22,18 +22,25 @@ MAX_DIGITS = 400
 
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE, _TEXT = _PREFIX + "merge", _PREFIX + "str"
-_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
+_WHOLE = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 _FRACTION = re.compile(
-    r"[-+]?(?:0|[1-9][0-9_]*)(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)"
-    r"|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+    r"^(?:[-+]?(?:0|[1-9][0-9_]*)(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)"
+    r"|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
-_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file."
-_TOO_MANY = f"holds more than {MAX_VALUES:,} values, aliases counted, too many for settings; check the file."
 
 
 class _RefusedError(Exception):
     """Valid YAML that this project does not accept."""
+
+
+def _require_bounds(num_values: int, depth: int) -> None:
+    if num_values > MAX_VALUES:
+        raise _RefusedError(
+            f"holds more than {MAX_VALUES:,} values, aliases counted, too many for settings; check the file."
+        )
+    if depth > MAX_DEPTH:
+        raise _RefusedError(f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,10 +52,7 @@ class _Loader(yaml.SafeLoader):
         """Read the next value, unless there are too many already or it lies too deep."""
         self.num_values += 1
         self.depth += 1
-        if self.num_values > MAX_VALUES:
-            raise _RefusedError(_TOO_MANY)
-        if self.depth > MAX_DEPTH:
-            raise _RefusedError(_TOO_DEEP)
+        _require_bounds(self.num_values, self.depth)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -58,25 +62,27 @@ class _Loader(yaml.SafeLoader):
         raise _RefusedError(f"has a tag in line {self.line + 1}; leave tags out.")
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Resolve merge keys: a mapping's own keys win, then the keys of the mapping that is named first."""
-        own = [pair for pair in node.value if pair[0].tag != _MERGE]
-        found = {key.value: (key, value) for key, value in own}
-        for key, value in node.value:
-            for each in (value.value if isinstance(value, yaml.SequenceNode) else [value]) if key.tag == _MERGE else ():
-                if not isinstance(each, yaml.MappingNode):
+        """Resolve merge keys: a mapping's own keys win, then the keys of the mapping that is named first.
+
+        PyYAML 6.0.4 lets the one that is named last win.
+        """
+        pairs = {key.value: (key, value) for key, value in node.value if key.tag != _MERGE}
+        for key, value in [pair for pair in node.value if pair[0].tag == _MERGE]:
+            for mapping in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(mapping, yaml.MappingNode):
                     raise _RefusedError(f"merges a value that is not a mapping{_place(key)}; name a mapping there.")
-                self.flatten_mapping(each)
-                for pair in each.value:
-                    found.setdefault(pair[0].value, pair)
-        node.value = list(found.values())
+                self.flatten_mapping(mapping)
+                for pair in mapping.value:
+                    pairs.setdefault(pair[0].value, pair)
+        node.value = list(pairs.values())
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_PREFIX) in ("bool", "null", "merge")]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_PREFIX) in ("bool", "null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_PREFIX + "int", re.compile(f"^(?:{_WHOLE.pattern})$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(_PREFIX + "float", re.compile(f"^(?:{_FRACTION.pattern})$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(_PREFIX + "int", _WHOLE, list("-+0123456789"))
+_Loader.add_implicit_resolver(_PREFIX + "float", _FRACTION, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -109,7 +115,12 @@ def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{origin} is larger than {MAX_BYTES // 2**10} KiB, too large for settings; check the file.")
     try:
-        loaded = _load(content.decode("utf-8"))
+        loader = _Loader(content.decode("utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        _check(root)
+        loaded = loader.construct_document(root)
     except (ValueError, OverflowError, yaml.YAMLError) as error:
         raise ConfigError(f"{origin} is not valid YAML: {printable(' '.join(str(error).split()))}.") from None
     except _RefusedError as error:
@@ -119,18 +130,6 @@ def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
     return loaded or {}
 
 
-def _load(text: str) -> Any:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check(node)
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
 def _check(root: yaml.Node) -> None:
     """Check all nodes before any value is constructed; a repeated alias counts each time, which bounds the work."""
     waiting = [(root, 1)]
@@ -138,15 +137,12 @@ def _check(root: yaml.Node) -> None:
     while waiting:
         node, depth = waiting.pop()
         num_values += 1
-        if num_values > MAX_VALUES:
-            raise _RefusedError(_TOO_MANY)
-        if depth > MAX_DEPTH:  # an alias may lead deeper than the text
-            raise _RefusedError(_TOO_DEEP)
+        _require_bounds(num_values, depth)  # an alias may lead deeper than the text
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
-            waiting += [(each, depth + 1) for pair in node.value for each in pair]
+            waiting += [(child, depth + 1) for pair in node.value for child in pair]
         elif isinstance(node, yaml.SequenceNode):
-            waiting += [(each, depth + 1) for each in node.value]
+            waiting += [(child, depth + 1) for child in node.value]
         elif _NO_TEXT.search(node.value):
             raise _RefusedError(f"holds a NUL or half a surrogate pair{_place(node)}; write a text there.")
         elif node.tag == _PREFIX + "int" and len(node.value) > MAX_DIGITS:
@@ -157,8 +153,8 @@ def _check_keys(node: yaml.MappingNode) -> None:
     seen: set[str] = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
-            found = f" {shorten(key.value)}" if isinstance(key, yaml.ScalarNode) else ""
-            raise _RefusedError(f"has a key{found}{_place(key)} that is not a text; write it in quotes.")
+            shown = f" {shorten(key.value)}" if isinstance(key, yaml.ScalarNode) else ""
+            raise _RefusedError(f"has a key{shown}{_place(key)} that is not a text; write it in quotes.")
         if key.value in seen:
             raise _RefusedError(f"has the key {shorten(key.value)!r} twice, again{_place(key)}; keep one of them.")
         seen.add(key.value)

@@ -35,7 +35,7 @@ from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import PlannedArrival
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
@@ -311,7 +311,7 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
             rows,
             replace(run.setup, train=train),
             parent_folder=parent_folder,
-            others=OtherRows(old_texts=run.arrival.old_texts),
+            old_texts=run.arrival.old_texts,
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",
             on_log=lambda step, values: times.append(time.perf_counter()),

@@ -42,15 +42,15 @@ from deal_core.method_config import (
 )
 from deal_core.safe_text import brief, holds_secret, shorten
 from deal_core.selection import check_score
-from deal_core.strategies import check_strategy_name, find_strategies, strategy_class
+from deal_core.strategies import PLUGINS, strategy_class
 from deal_core.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Strategy = Annotated[
     str,
-    AfterValidator(check_strategy_name),
-    Field(json_schema_extra=lambda schema: schema.update(enum=[*find_strategies()])),
+    AfterValidator(lambda name: PLUGINS.entry(name).name),
+    Field(json_schema_extra=lambda schema: schema.update(enum=[*PLUGINS.find()])),
 ]
 """The name of one of this project's strategies, or of an installed package's."""
 DEFAULT_STRATEGY = "deal"

@@ -61,7 +61,6 @@ from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training import train as training
 from deal_core.training.recentre import recentre_adapter
-from deal_core.training.train import OtherRows
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
@@ -131,13 +130,13 @@ def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
             parent = str(number)
             continue
         setup = versions.setup(number, range(number))
-        others = None
+        old_texts: list[TaskTexts] = []
         if arm in ASKED:
             setup = replace(setup, method=MethodConfig(rehearsal=ASKED[arm]))
-            others = OtherRows(old_texts=texts_of(versions, range(number), num_rows))
+            old_texts = texts_of(versions, range(number), num_rows)
         trainer = _ConsistentTrainer if arm == "consistency" else AdapterTrainer
         with patch.object(training, "AdapterTrainer", trainer):
-            parent = versions.learn(str(number), versions.rows(number, 0, num_rows), setup, parent, others)
+            parent = versions.learn(str(number), versions.rows(number, 0, num_rows), setup, parent, old_texts)
     assert parent is not None
     return parent
 

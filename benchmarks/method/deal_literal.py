@@ -12,9 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter.factor import FactorNetwork
+from deal_core.adapter.factor import START_CENTRE, ControlledUpdate, LogKernel, SpectralRetention, log_heat
 from deal_core.adapter.reparametrize import Reparametrization
-from deal_core.adapter.retention import START_CENTRE, ControlledUpdate, LogKernel, SpectralRetention, log_heat
 from deal_core.adapter.stack import LoraStack
 from deal_core.limits import require, settings
 from deal_core.method_config import DealConfig, MethodConfig
@@ -95,12 +94,18 @@ class LiteralRetention(nn.Module):
         return hidden_MNR
 
 
-class LiteralFactor(FactorNetwork):
-    """Eq. 8-12 as written, on the raw factor. The penalty is on θ₁'s deviation from its start: one on g erases Y."""
+class LiteralFactor(nn.Module):
+    """Eq. 8-12 as written, on the raw factor, with gradients by autograd.
+
+    The penalty is on θ₁'s deviation from its start: one on g erases Y.
+    """
+
+    start_MNR: Tensor
 
     def __init__(self, start_MNR: Tensor, config: DealConfig) -> None:
-        super().__init__(start_MNR)
+        super().__init__()
         self._config = config
+        self.register_buffer("start_MNR", start_MNR)
         self.retention: LiteralRetention | None = None
         if config.num_layers > 0:
             self.retention = LiteralRetention(start_MNR, config.widths, config.num_layers)
@@ -108,9 +113,9 @@ class LiteralFactor(FactorNetwork):
 
     def forward(self) -> Tensor:
         """Return O: X̂ + X̂Ω + b."""
-        out_MNR = self.start_MNR if self.retention is None else self.retention(self.start_MNR)
-        updated_MNR: Tensor = self.update(out_MNR)
-        return updated_MNR
+        retained_MNR = self.start_MNR if self.retention is None else self.retention(self.start_MNR)
+        out_MNR, mixing_MRR = retained_MNR + self.update.offset_MNR, self.update.mixing_MRR
+        return out_MNR if mixing_MRR is None else out_MNR + retained_MNR @ mixing_MRR
 
     def penalty(self) -> Tensor:
         """λ₁‖θ₁ − θ₁⁰‖_a^a + λ₂‖θ₂‖_b^b with θ₁ = {g, C} and θ₂ = {Ω, b}."""
@@ -124,13 +129,26 @@ class LiteralFactor(FactorNetwork):
             total = total + config.lambda2 * theta.abs().pow(config.b).sum()
         return total
 
+    @torch.no_grad()
+    def write(self, targets: Sequence[Tensor]) -> None:
+        """Write O of every module into its target (N×R)."""
+        for target, value in zip(targets, self(), strict=True):
+            target.copy_(value)
+
+    def pull_back(self, gradients: Sequence[Tensor]) -> None:
+        """Set the parameters' gradients, given those of the loss with respect to O; the penalty's are added."""
+        for parameter in self.parameters():
+            parameter.grad = None
+        torch.autograd.backward([self()], [torch.stack(list(gradients)).float()])
+        torch.autograd.backward(self.penalty())
+
 
 class LiteralReparametrization(Reparametrization):
     """The networks of the raw factors. There is no core, so no slot is recycled."""
 
     def networks_of(
         self, stack: LoraStack, config: DealConfig, generator: torch.Generator
-    ) -> tuple[FactorNetwork, FactorNetwork]:
+    ) -> tuple[LiteralFactor, LiteralFactor]:
         """Return the networks of a stack's A and B."""
         del generator  # nothing is seeded
         a_MRI, b_MOR = stack.read()

@@ -23,8 +23,7 @@ from datasets import disable_progress_bars
 
 from benchmarks.method.versions import Versions
 from benchmarks.output import RESULTS, Base, Out, write_result
-from deal_core.adapter.spectrum import decompose
-from deal_core.adapter.stack import collect_stacks
+from deal_core.adapter.stack import Spectrum, collect_stacks, decompose
 from deal_core.adapter.state import adapter_on, load_method_state, save_adapter
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
@@ -39,9 +38,11 @@ def weighted(parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Factor
     """Factors of the best approximation of Σ w·B·A of the parts' rank, and the share of ‖ΔW‖² that is cut off."""
     rank = parts[0][0].shape[1]
     b_MOR = torch.cat([weight * b for (_, b), weight in zip(parts, weights, strict=True)], dim=2)
-    found = decompose(torch.cat([a for a, _ in parts], dim=1), b_MOR)
-    power_MR = found.sigma_MR.square()
-    y_A, y_B = found.truncate(rank).factors()
+    whole = decompose(torch.cat([a for a, _ in parts], dim=1), b_MOR)
+    power_MR = whole.sigma_MR.square()
+    # the largest directions are the best approximation of this rank (Eckart-Young)
+    cut = Spectrum(whole.left_MOR[..., :rank], whole.sigma_MR[:, :rank], whole.right_MIR[..., :rank])
+    y_A, y_B = cut.factors()
     return (y_A.mT, y_B), float(power_MR[:, rank:].sum() / power_MR.sum())
 
 

@@ -19,9 +19,8 @@ from peft import PeftModel
 from deal_core.adapter.method_state import MethodState
 from deal_core.limits import Count, CountOrZero, Flag, Share, settings
 from deal_core.method_config import MethodConfig, RehearsalConfig
-from deal_core.strategies.answered import answered
+from deal_core.strategies.answered import answered, recentred_questions
 from deal_core.strategies.deal import Deal
-from deal_core.strategies.label_questions import recentred_questions
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.strategy import SEED_STRIDE, OldRows, PlannedArrival, TaskContext
 

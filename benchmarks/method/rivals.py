@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from deal_core.adapter.method_state import MethodState
 from deal_core.adapter.stack import draw_seeds
 from deal_core.config import AdapterConfig
-from deal_core.data.collate import answer_loss
+from deal_core.data.collate import AnswerCollator, answer_logits, answer_loss
 from deal_core.limits import AtLeastZero, Positive, settings
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.rehearsal import Question, Rehearsal, ask
+from deal_core.strategies.rehearsal import Question, Rehearsal, with_target
 from deal_core.strategies.strategy import PlannedArrival, Strategy, TaskContext, TensorNumbers
 
 NUM_FISHER_ROWS = 64
@@ -275,6 +275,30 @@ class LwfOptions:
     """Weight of the distillation."""
     temperature: Positive = 2.0
     """T of the distillation."""
+
+
+@torch.no_grad()
+def ask(
+    model: nn.Module,
+    collate: AnswerCollator,
+    questions: Sequence[Question],
+    *,
+    temperature: float,
+    batch_size: int = 16,
+) -> list[Question]:
+    """Add the model's own distribution, softened by the temperature, at every position of each answer."""
+    model.eval()
+    device = next(model.parameters()).device
+    answered: list[Question] = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        inputs = {name: value.to(device) for name, value in collate([vars(q) for q in batch]).items()}
+        logits_BKV = answer_logits(model, inputs)
+        for question, logits_KV in zip(batch, logits_BKV, strict=True):
+            length = len(question.answer_ids)
+            part = slice(-length, None) if "position_ids" in inputs else slice(0, length)
+            answered.append(with_target(question, logits_KV[part], temperature))
+    return answered
 
 
 class Lwf(Strategy):

@@ -12,10 +12,12 @@ from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.score import TaskEvaluation, evaluate_task
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import OtherRows, TrainingResult, TrainingSetup, train_adapter
+from deal_core.strategies.strategy import TaskTexts
+from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 
 
 def train_into(
@@ -24,7 +26,9 @@ def train_into(
     rows: Dataset,
     setup: TrainingSetup,
     parent: Path | None = None,
-    others: OtherRows | None = None,
+    *,
+    joined: Sequence[tuple[TaskSchema, Dataset]] = (),
+    old_texts: Sequence[TaskTexts] = (),
 ) -> TrainingResult:
     """Train an adapter into a folder; its checkpoints, if there are any, go there too."""
     return train_adapter(
@@ -32,7 +36,8 @@ def train_into(
         rows,
         setup,
         parent_folder=parent,
-        others=others or OtherRows(),
+        joined=joined,
+        old_texts=old_texts,
         output_folder=folder,
         checkpoint_folder=folder / "checkpoints",
     )
@@ -64,10 +69,16 @@ class Versions:
         return Dataset.from_list(list(self.tasks[number].train[first:last]))
 
     def learn(
-        self, name: str, rows: Dataset, setup: TrainingSetup, parent: str | None, others: OtherRows | None = None
+        self,
+        name: str,
+        rows: Dataset,
+        setup: TrainingSetup,
+        parent: str | None,
+        old_texts: Sequence[TaskTexts] = (),
     ) -> str:
         """Train a version on top of another one; return its name."""
-        train_into(self.folder / name, self.base, rows, setup, self.folder / parent if parent else None, others)
+        parent_folder = self.folder / parent if parent else None
+        train_into(self.folder / name, self.base, rows, setup, parent_folder, old_texts=old_texts)
         return name
 
     def score(self, name: str, max_test_rows: int) -> dict[str, TaskEvaluation]:

@@ -39,7 +39,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.generation import answer_inputs, answer_limit
 from deal_core.method_config import MethodConfig
-from deal_core.training.train import OtherRows, TrainingSetup
+from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
 
 MAX_PROMPT_TOKENS = 512
@@ -78,7 +78,7 @@ def learn(base: BaseModel, tasks: Sequence[Task], steps: int, folder: Path) -> N
         method=MethodConfig(),
         train=TrainConfig(max_steps=steps, checkpoint_steps=0),
     )
-    train_into(folder, base, rows, setup, others=OtherRows(joined=others))
+    train_into(folder, base, rows, setup, joined=others)
 
 
 @torch.inference_mode()

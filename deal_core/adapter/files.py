@@ -42,20 +42,8 @@ def as_recorded(digests: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return {name: (digest,) for name, digest in digests.items()}
 
 
-def find_damage(found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES) -> list[str]:
-    """Describe each named file whose bytes differ from the recorded ones: the digest found and the digest recorded.
-
-    `found` is the result of `digests_of`.
-    """
-    return [
-        _difference(name, found.get(name), recorded.get(name, ()))
-        for name in sorted(names)
-        if (name in found or name in recorded) and found.get(name) not in recorded.get(name, ())
-    ]
-
-
 def require_undamaged(
-    found: Mapping[str, str],
+    folder: Path,
     recorded: Recorded,
     names: Collection[str] = ADAPTER_FILES,
     *,
@@ -63,7 +51,7 @@ def require_undamaged(
     where: str,
     remedy: str,
 ) -> None:
-    """Refuse files whose bytes differ from the recorded ones; the first arguments are those of `find_damage`.
+    """Refuse a folder if the bytes of a named file differ from the recorded ones.
 
     The message names the owner of the files (`what`, such as "Version 2 of 'support'"), the address of their folder
     (`where`) and what to do (`remedy`, whole sentences).
@@ -71,14 +59,13 @@ def require_undamaged(
     Raises:
         IntegrityError: A file differs, is missing, or was not recorded. The message has both digests.
     """
-    damage = find_damage(found, recorded, names)
+    digests, damage = digests_of(folder, names), []
+    for name in sorted(names):
+        digest, expected = digests.get(name), recorded.get(name, ())
+        if digest is None and expected:
+            damage.append(f"{name} is missing, recorded is sha256 {' or '.join(expected)}")
+        elif digest is not None and digest not in expected:
+            but = f"recorded is {' or '.join(expected)}" if expected else "and no such file is recorded"
+            damage.append(f"{name} has sha256 {digest}, {but}")
     if damage:
         raise IntegrityError(f"{what} is damaged and was not loaded: in {where} {'; '.join(damage)}. {remedy}")
-
-
-def _difference(name: str, found: str | None, recorded: tuple[str, ...]) -> str:
-    if found is None:
-        return f"{name} is missing, recorded is sha256 {' or '.join(recorded)}"
-    if not recorded:
-        return f"{name} has sha256 {found}, and no such file is recorded"
-    return f"{name} has sha256 {found}, recorded is {' or '.join(recorded)}"

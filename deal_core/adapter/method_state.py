@@ -1,4 +1,4 @@
-"""What a strategy carries from one task to the next, beside the adapter."""
+"""The state of a method: data in the adapter's folder that only further training needs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,15 @@ KEPT_ANSWERS = "answers."
 
 @dataclass(frozen=True, kw_only=True)
 class MethodState:
-    """Data that a strategy carries from one task to the next, in addition to the adapter.
-
-    Attributes:
-        strategy: Name of the strategy that wrote the state.
-        stores: Whether the state holds data of old tasks.
-        tensors: Tensors by name.
-        num_arrivals: Arrivals that the adapter has learned, with any strategy.
-    """
+    """What a strategy carries from one task to the next, beside the adapter."""
 
     strategy: str
+    """Name of the strategy that wrote the state."""
     stores: Stores
+    """Whether the state holds data of old tasks."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     num_arrivals: int = 1
+    """Arrivals that the adapter has learned, with any strategy."""
 
     @property
     def num_bytes(self) -> int:

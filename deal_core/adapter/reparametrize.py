@@ -12,16 +12,15 @@ from collections.abc import Sequence
 
 import torch
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import nn
 
-from deal_core.adapter.factor import FactorNetwork, SpectralFactor
-from deal_core.adapter.spectrum import count_core_slots, decompose
-from deal_core.adapter.stack import LoraStack, draw_seeds
+from deal_core.adapter.factor import SpectralFactor
+from deal_core.adapter.stack import LoraStack, count_core_slots, decompose, draw_seeds
 from deal_core.method_config import DealConfig
 
 
 class Reparametrization(nn.Module):
-    """The factor networks of all stacks of one adapter.
+    """The networks of all factors of one adapter.
 
     A checkpoint keeps its state: the parameters and the arrival's constants (spectrum, seeds, core mask).
     """
@@ -39,26 +38,29 @@ class Reparametrization(nn.Module):
 
     def networks_of(
         self, stack: LoraStack, config: DealConfig, generator: torch.Generator
-    ) -> tuple[FactorNetwork, FactorNetwork]:
+    ) -> tuple[SpectralFactor, SpectralFactor]:
         """Return the networks of a stack's A and B."""
-        a_MRI, b_MOR = stack.read()
-        spectrum = decompose(a_MRI, b_MOR)
-        rank = a_MRI.shape[1]
+        spectrum = decompose(*stack.read())
+        sigma_MR, names, rank = spectrum.sigma_MR, stack.names, spectrum.sigma_MR.shape[1]
         num_free = max(1, round(config.free_share * rank))
-        count_M = count_core_slots(spectrum.sigma_MR, config.energy, num_free)
-        wanted_M = count_core_slots(spectrum.sigma_MR, config.energy, 0)
-        self.num_core_slots.update(zip(stack.names, count_M.tolist(), strict=True))
-        self.is_full += tuple(n for n, c, w in zip(stack.names, count_M, wanted_M, strict=True) if c < w)
+        count_M = count_core_slots(sigma_MR, config.energy, num_free)
+        wanted_M = count_core_slots(sigma_MR, config.energy, 0)
+        self.num_core_slots.update(zip(names, count_M.tolist(), strict=True))
+        self.is_full += tuple(n for n, c, w in zip(names, count_M, wanted_M, strict=True) if c < w)
         core_MR = torch.arange(rank, device=count_M.device).unsqueeze(0) < count_M.unsqueeze(1)
-        power_MR = spectrum.sigma_MR.double().square()
+        power_MR = sigma_MR.double().square()
         self._power += float(power_MR.sum())
         self._recycled_power += float((power_MR * ~core_MR).sum())
-        y_A, y_B = _recycle(*spectrum.factors(), core_MR, config, generator)
+        # recycling: free slots of B become zero, those of A get the seeds of a new LoRA, scaled
+        y_A, y_B = spectrum.factors()
+        core_M1R = core_MR.unsqueeze(1)
+        seeds = config.seed_scale * draw_seeds(y_A, y_A.shape[1], generator)
+        y_A, y_B = torch.where(core_M1R, y_A, seeds), torch.where(core_M1R, y_B, 0.0)
         # Aᵀ gets A's memory layout, so that copies between the two are contiguous
-        y_A, guarded = _as_lora_a(y_A), _as_lora_a(spectrum.right_MIR * core_MR.unsqueeze(1))
+        y_A, guarded = (side.mT.contiguous().mT for side in (y_A, spectrum.right_MIR * core_M1R))
         return (
-            SpectralFactor(y_A, spectrum.sigma_MR, core_MR, config, guarded),
-            SpectralFactor(y_B, spectrum.sigma_MR, core_MR, config, None),
+            SpectralFactor(y_A, sigma_MR, core_MR, config, guarded),
+            SpectralFactor(y_B, sigma_MR, core_MR, config, None),
         )
 
     @property
@@ -74,33 +76,13 @@ class Reparametrization(nn.Module):
                 network.write(targets)
 
     def pull_back(self) -> None:
-        """Set the parameters' gradients by passing the factors' gradients back through the networks (chain rule).
-
-        The gradient of `penalty` is added in the same pass over the numbers.
-        """
+        """Set the parameters' gradients: those of the factors passed back through the networks, and of the λ terms."""
         for stack, networks in zip(self._stacks, self._pairs, strict=True):
             for network, gradients in zip(networks, stack.target_gradients(), strict=True):
                 network.pull_back(gradients)
-
-    def penalty(self) -> Tensor:
-        """λ₁ and λ₂ terms of Eq. 12, summed over the modules; a scalar with a gradient."""
-        return torch.stack([network.penalty() for networks in self._pairs for network in networks]).sum()
 
     @torch.no_grad()
     def synchronise(self) -> None:
         """Take every constant and parameter from the first process, bit for bit."""
         for tensor in self.state_dict().values():
             tensor.copy_(broadcast(tensor.contiguous()))
-
-
-def _as_lora_a(y_MIR: Tensor) -> Tensor:
-    return y_MIR.mT.contiguous().mT
-
-
-def _recycle(
-    y_A: Tensor, y_B: Tensor, core_MR: Tensor, config: DealConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Set the free slots of B to zero and seed those of A as PEFT seeds a new LoRA, U(−1/√n, 1/√n), scaled."""
-    core_M1R = core_MR.unsqueeze(1)
-    seeds = config.seed_scale * draw_seeds(y_A, y_A.shape[1], generator)
-    return torch.where(core_M1R, y_A, seeds), torch.where(core_M1R, y_B, 0.0)

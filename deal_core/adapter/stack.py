@@ -1,4 +1,8 @@
-"""LoRA factors of a PEFT model, stacked by shape: the method processes all modules of one shape together."""
+"""LoRA factors of a PEFT model, stacked by shape, in balanced form, and split into core and free slots.
+
+The method processes all modules of one shape together.
+Shapes: M modules of one shape, O out features, I in features, R rank.
+"""
 
 from __future__ import annotations
 
@@ -73,14 +77,6 @@ def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
     return tuple(LoraStack(*zip(*members, strict=True)) for members in groups.values())
 
 
-def draw_seeds(like: Tensor, fan_in: int, generator: torch.Generator) -> Tensor:
-    """Return U(−1/√n, 1/√n) for n inputs, as PEFT seeds a new LoRA's A, in the shape and on the device of `like`.
-
-    The numbers are drawn on the CPU, so every device gets the same ones.
-    """
-    return ((torch.rand(like.shape, generator=generator) * 2 - 1) * float(fan_in**-0.5)).to(like.device)
-
-
 def check_rank(stacks: Sequence[LoraStack]) -> None:
     """Refuse a rank with slots that cannot hold anything.
 
@@ -94,3 +90,50 @@ def check_rank(stacks: Sequence[LoraStack]) -> None:
                 f"Adapter rank {rank} exceeds the size of {stack.names[0]} ({num_out}×{num_in}); "
                 f"set adapter.rank to {min(num_in, num_out)} or less."
             )
+
+
+def draw_seeds(like: Tensor, fan_in: int, generator: torch.Generator) -> Tensor:
+    """Return U(−1/√n, 1/√n) for n inputs, as PEFT seeds a new LoRA's A, in the shape and on the device of `like`.
+
+    The numbers are drawn on the CPU, so every device gets the same ones.
+    """
+    return ((torch.rand(like.shape, generator=generator) * 2 - 1) * float(fan_in**-0.5)).to(like.device)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Thin singular value decomposition ΔW = P Σ Qᵀ of M adapters, singular values in descending order."""
+
+    left_MOR: Tensor
+    """P, orthonormal columns."""
+    sigma_MR: Tensor
+    right_MIR: Tensor
+    """Q, orthonormal columns."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the balanced factors Y_A = Q Σ^½ (M×I×R) and Y_B = P Σ^½ (M×O×R), with ΔW = Y_B Y_Aᵀ."""
+        root_M1R = self.sigma_MR.sqrt().unsqueeze(1)
+        return self.right_MIR * root_M1R, self.left_MOR * root_M1R
+
+
+def decompose(a_MRI: Tensor, b_MOR: Tensor) -> Spectrum:
+    """Decompose ΔW = B·A without forming ΔW: QR of each factor, then SVD of the small matrix between them.
+
+    The result has min(R, I, O) directions per module.
+    """
+    q_A, r_A = torch.linalg.qr(a_MRI.float().mT)
+    q_B, r_B = torch.linalg.qr(b_MOR.float())
+    u, sigma, vh = torch.linalg.svd(r_B @ r_A.mT, full_matrices=False)
+    return Spectrum(q_B @ u, sigma, q_A @ vh.mT)
+
+
+def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:
+    """Number of leading directions that hold at least `energy` of ‖ΔW‖²_F; at least `num_free` are left free.
+
+    The result is an integer tensor of shape (M,). A module whose ΔW is zero has no core.
+    """
+    power_MR = sigma_MR.double().square()
+    total_M1 = power_MR.sum(1, keepdim=True)
+    below_MR = power_MR.cumsum(1) < energy * total_M1 * (1 - 1e-12)
+    count_M = torch.where(total_M1.squeeze(1) > 0, below_MR.sum(1) + 1, 0)
+    return count_M.clamp(max=sigma_MR.shape[1] - num_free)

@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 
 from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE
 from deal_core.adapter.method_state import KEPT_ANSWERS, STORED_ROWS, MethodState
-from deal_core.adapter.spectrum import count_core_slots, decompose
-from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
+from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks, count_core_slots, decompose
 from deal_core.base_model.sources import HUB_ID
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
@@ -34,24 +33,10 @@ OTHER_NAME = "deal_other"
 """It and ADAPTER_NAME alternate as the name of the adapter that answers, so old and new can be loaded together."""
 CANDIDATE_NAME = "deal_candidate"
 """Name for a second adapter that answers too; see `add_candidate`."""
+_DECODERS = "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text smollm3 olmo2 granite"
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
-    **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "smollm3",
-            "olmo2",
-            "granite",
-        ),
-        ("q_proj", "v_proj"),
-    ),
+    **dict.fromkeys(_DECODERS.split(), ("q_proj", "v_proj")),
 }
 """Model type → names of its query and value projections, which carry the adapter by default (arXiv 2509.18942)."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -116,21 +101,23 @@ def load_adapter(
             the model expects.
     """
     saved = read_adapter(folder)
-    config, tensors = saved.config, saved.tensors
+    config = saved.config
     config.inference_mode = not is_trainable
     if num_new_slots:
         rank = config.r + num_new_slots
         config.lora_alpha = config.lora_alpha * rank / config.r  # type: ignore[assignment]  # α/r, the scale, stays
         config.r = rank
-        tensors = {name: _widen(name, tensor, num_new_slots) for name, tensor in tensors.items()}
+        for name, factor in saved.tensors.items():  # zero rows for an A (R×I), zero columns for a B (O×R)
+            padding = (0, 0, 0, num_new_slots) if name.endswith(_A) else (0, num_new_slots)
+            saved.tensors[name] = torch.nn.functional.pad(factor, padding)
     peft_model = cast(PeftModel, get_peft_model(model, config))
     config.base_model_name_or_path = None
     try:
-        require_fit(peft_model, ADAPTER_NAME, replace(saved, tensors=tensors))
+        require_fit(peft_model, ADAPTER_NAME, saved)
     except AdapterStateError:
         peft_model.unload()
         raise
-    set_peft_model_state_dict(peft_model, tensors)
+    set_peft_model_state_dict(peft_model, saved.tensors)
     return peft_model
 
 
@@ -169,19 +156,17 @@ def require_fit(model: PeftModel, name: str, saved: SavedAdapter) -> None:
         AdapterStateError: A shape differs, or a key is missing or unexpected.
     """
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    expected, found = set(own), set(saved.tensors)
-    misshapen = sorted(key for key in expected & found if own[key].shape != saved.tensors[key].shape)
-    if misshapen:
-        key = misshapen[0]
+    for key in sorted(own.keys() & saved.tensors.keys()):
+        if own[key].shape != saved.tensors[key].shape:
+            raise AdapterStateError(
+                f"{saved.path} does not fit the model: {key} has shape {list(saved.tensors[key].shape)}, the model "
+                f"expects {list(own[key].shape)}. Load it onto the base model it was trained on."
+            )
+    missing, unexpected = sorted(own.keys() - saved.tensors.keys()), sorted(saved.tensors.keys() - own.keys())
+    if missing or unexpected:
         raise AdapterStateError(
-            f"{saved.path} does not fit the model: {key} has shape {list(saved.tensors[key].shape)}, the model expects "
-            f"{list(own[key].shape)}. Load it onto the base model it was trained on."
-        )
-    if expected != found:
-        raise AdapterStateError(
-            f"{saved.path} does not fit the model: {len(expected - found)} keys are missing "
-            f"{sorted(expected - found)[:3]}, {len(found - expected)} are unexpected {sorted(found - expected)[:3]}. "
-            "Load it onto the base model it was trained on."
+            f"{saved.path} does not fit the model: {len(missing)} keys are missing {missing[:3]}, {len(unexpected)} "
+            f"are unexpected {unexpected[:3]}. Load it onto the base model it was trained on."
         )
 
 
@@ -194,22 +179,19 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def _widen(name: str, factor: torch.Tensor, num_new_slots: int) -> torch.Tensor:
-    """Add zero rows to an A (R×I), zero columns to a B (O×R)."""
-    return torch.nn.functional.pad(factor, (0, 0, 0, num_new_slots) if ".lora_A." in name else (0, num_new_slots))
-
-
 def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_name: str) -> None:
     """Write the adapter as a plain PEFT folder that names its base model, and the method's state in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = HUB_ID.fullmatch(base_name)
-    config = model.peft_config[ADAPTER_NAME]
-    config.base_model_name_or_path, config.revision = (
-        (found["repository"], found["revision"]) if found else (base_name, None)
-    )
+    hub_id, config = HUB_ID.fullmatch(base_name), model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path = hub_id["repository"] if hub_id else base_name
+    config.revision = hub_id["revision"] if hub_id else None
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    _order_config(folder / CONFIG_FILE)
+    # equal adapters have equal bytes: PEFT writes the module names in a random order
+    values = json.loads((folder / CONFIG_FILE).read_text())
+    if isinstance(values["target_modules"], list):
+        values["target_modules"].sort()
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     if state.tensors:
         save_file({name: t.contiguous() for name, t in state.tensors.items()}, folder / METHOD_TENSORS_FILE)
     _write_header(folder, state)
@@ -224,14 +206,6 @@ def _write_header(folder: Path, state: MethodState) -> None:
         "num_arrivals": state.num_arrivals,
     }
     (folder / METHOD_FILE).write_text(json.dumps(header, indent=2) + "\n")
-
-
-def _order_config(path: Path) -> None:
-    """Sort the module names, so that equal adapters have equal bytes: PEFT writes them in a random order."""
-    values = json.loads(path.read_text())
-    if isinstance(values["target_modules"], list):
-        values["target_modules"].sort()
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def load_method_state(folder: Path) -> MethodState:
@@ -253,7 +227,7 @@ def load_method_state(folder: Path) -> MethodState:
 
 
 def kept_of_tasks(folder: Path) -> dict[str, int]:
-    """Names and lengths of the tensors in a saved method state that hold rows of old tasks or answers to their texts.
+    """Name → length of each tensor of a saved method state with rows of old tasks, or with answers to their texts.
 
     Rows have one tensor per dataset.
     """
@@ -261,8 +235,7 @@ def kept_of_tasks(folder: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     with safe_open(path, framework="pt") as file:
-        names = sorted(file.keys())
-        kept = [name for name in names if name.startswith((STORED_ROWS, KEPT_ANSWERS))]
+        kept = [name for name in sorted(file.keys()) if name.startswith((STORED_ROWS, KEPT_ANSWERS))]
         return {name: file.get_slice(name).get_shape()[0] for name in kept}
 
 
@@ -289,9 +262,8 @@ def adapter_norm(folder: Path) -> float | None:
 
     ΔW is never formed, because ‖BA‖² = ⟨BᵀB, AAᵀ⟩.
     """
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    tensors = load_file(folder / WEIGHTS_FILE)
+    saved = read_adapter(folder)
+    config, tensors = saved.config, saved.tensors
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         return None
     total = 0.0
@@ -299,6 +271,7 @@ def adapter_norm(folder: Path) -> float | None:
         if name.endswith(_A):
             a_RI, b_OR = a_RI.double(), tensors[name.removesuffix(_A) + _B].double()
             total += float(((b_OR.mT @ b_OR) * (a_RI @ a_RI.mT)).sum())
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     norm = scale * math.sqrt(max(total, 0.0))
     return norm if math.isfinite(norm) else None
 

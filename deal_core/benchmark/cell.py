@@ -15,7 +15,7 @@ from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import number_labels, plain_answer
 from deal_core.method_config import MethodConfig, RehearsalConfig
-from deal_core.strategies import find_strategies, strategy_class
+from deal_core.strategies import PLUGINS, strategy_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +121,7 @@ def make_cell(
     Raises:
         ConfigError: There is no such strategy, or it does not take its options.
     """
-    if strategy not in (names := (*find_strategies(), *BOUNDS)):
+    if strategy not in (names := (*PLUGINS.find(), *BOUNDS)):
         raise ConfigError(f"strategy is {strategy!r}; give {', '.join(names)}.")
     is_bound = strategy in BOUNDS
     return Cell(

@@ -56,7 +56,7 @@ from deal_core.strategies import strategy_class
 from deal_core.strategies.questions import choose_kept
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.recentre import recentre_adapter
-from deal_core.training.train import OtherRows, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
@@ -210,7 +210,8 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
         rows,
         setup,
         parent_folder=parent_folder,
-        others=OtherRows(joined=joined, old_texts=old_texts),
+        joined=joined,
+        old_texts=old_texts,
         output_folder=folder,
         checkpoint_folder=run.work / f"{number}-checkpoints",
         on_log=on_log,

@@ -17,7 +17,7 @@ from deal_core.errors import DataValidationError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, PairedInterval, mean_of_all, paired_interval
 from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, MethodConfig
 from deal_core.schema_version import require_schema_version
-from deal_core.strategies import find_strategies
+from deal_core.strategies import PLUGINS
 
 OURS = "deal"
 MEMORIES = {
@@ -207,7 +207,7 @@ def departures(cell: CellJson) -> str:
     """
     settings = cell["settings"]
     strategy, revision = settings["strategy"], settings.get("revision", 1)
-    is_installed = strategy in find_strategies()
+    is_installed = strategy in PLUGINS.find()
     defaults: dict[str, Any] = {}
     if strategy not in BOUNDS:
         defaults = settings_read(strategy, MethodConfig()) if is_installed else {}

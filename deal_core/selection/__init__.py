@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 GROUP = "deal_pipeline.scores"
 OWN = {"random": "deal_core.selection.score:RandomScore"}
 """This project's scores. Another package cannot replace them."""
-PLUGINS = Plugins(kind="Score", setting="selection.score", group=GROUP, own=OWN)
+PLUGINS = Plugins(kind="Score", setting="selection.score", group=GROUP, own=dict(OWN))
 
 
 def check_score(config: SelectionConfig) -> None:

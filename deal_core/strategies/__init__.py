@@ -7,7 +7,6 @@ strategies that `deal` is compared with are in `benchmarks.method`.
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from deal_core.method_config import MethodConfig
@@ -23,21 +22,8 @@ OWN = {
     "replay": "deal_core.strategies.replay:Replay",
 }
 """This project's strategies. Another package cannot replace them."""
-PLUGINS = Plugins(kind="Strategy", setting="strategy", group=GROUP, own=OWN)
-
-
-def find_strategies() -> dict[str, EntryPoint]:
-    """Return every strategy that can be used, by name, this project's first."""
-    return PLUGINS.find()
-
-
-def check_strategy_name(name: str) -> str:
-    """Return the name.
-
-    Raises:
-        ConfigError: There is no such strategy.
-    """
-    return PLUGINS.entry(name).name
+PLUGINS = Plugins(kind="Strategy", setting="strategy", group=GROUP, own=dict(OWN))
+"""All strategies that can be used: `PLUGINS.find()` lists them."""
 
 
 def strategy_class(name: str) -> type[Strategy]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deal_core.adapter.method_state import MethodState, Stores
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.strategy import SEED_STRIDE, OldRows, PlannedArrival, Strategy, TaskContext, TensorNumbers
+from deal_core.strategies.strategy import OldRows, PlannedArrival, Strategy, TaskContext, TensorNumbers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,7 +52,7 @@ class Deal(Strategy):
         """Return how many questions the parent answers before the first step."""
         from deal_core.strategies.questions import num_answered
 
-        return num_answered(config.rehearsal, arrival) if config.rehearsal.texts != "none" else 0
+        return num_answered(config.rehearsal, arrival)
 
     @classmethod
     def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:
@@ -73,15 +73,18 @@ class Deal(Strategy):
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""
         from deal_core.adapter.stack import check_rank
-        from deal_core.strategies.own_texts import with_own_texts
         from deal_core.strategies.questions import make_rehearsal
 
         super().prepare(model, state, context)
         self._rows = {} if state is None else state.stored_rows
-        own = with_own_texts(self.config.rehearsal, context.old_texts, context.task)
-        seed = self.seed + SEED_STRIDE * self.num_arrivals if own else self.seed  # every arrival asks in another order
-        kept = {} if state is None else state.tensors
-        self._rehearsal, self._answers = make_rehearsal(self.config.rehearsal, model, context, kept, seed)
+        self._rehearsal, self._answers = make_rehearsal(
+            self.config.rehearsal,
+            model,
+            context,
+            {} if state is None else state.tensors,
+            self.seed,
+            self.num_arrivals,
+        )
         self.network: Reparametrization | None = None
         if state is None:
             return
@@ -108,9 +111,9 @@ class Deal(Strategy):
         return super().parameters() if self.network is None else list(self.network.parameters())
 
     def before_step(self) -> None:
-        """Pull the gradients of A and B back to the method's parameters, and add the gradient of the λ terms of Eq. 12.
+        """Pull the gradients of A and B back to the method's parameters, and add those of the λ terms of Eq. 12.
 
-        `penalty` is not used, because one more pass over a large model's numbers would cost as much as both steps here.
+        `penalty` is not used: one more pass over a large model's numbers would cost as much as both steps here.
         """
         if self.network is not None:
             self.network.pull_back()
@@ -141,25 +144,24 @@ class Deal(Strategy):
         """Describe the rehearsal, the size of the adapter's core, and whether the adapter is full."""
         from deal_core.strategies.questions import not_asked
 
-        found = list(super().notes())
-        config = self.config.rehearsal
+        notes = list(super().notes())
+        config, network = self.config.rehearsal, self.network
         if config.asks_about_arrival and (names := not_asked(config, self.context)):
             has_rows = config.keeps_rows and self._rows
             how = "rehearsed on stored rows only, if there are any" if has_rows else "not rehearsed"
-            found.append(f"{how}, because the new task has the same prompt or rows of another format: {names}")
-        if self.network is None or not self.network.num_core_slots:
-            return tuple(found)
-        counts = self.network.num_core_slots
-        mean = sum(counts.values()) / len(counts)
-        found.append(f"core slots when the task arrived: {mean:.1f} per module on average")
-        if self.network.recycled_share > 0:
-            share = f"{100 * self.network.recycled_share:.1f} %"
-            found.append(f"recycling the free slots removed {share} of the adapter's norm")
+            notes.append(f"{how}, because the new task has the same prompt or rows of another format: {names}")
+        if network is None or not network.num_core_slots:
+            return tuple(notes)
+        counts = network.num_core_slots.values()
+        notes.append(f"core slots when the task arrived: {sum(counts) / len(counts):.1f} per module on average")
+        if network.recycled_share > 0:
+            removed = f"recycling the free slots removed {100 * network.recycled_share:.1f} % of the adapter's norm"
             if self._drift is not None:
-                found[-1] += f"; KL of the old answers to the parent's: {self._drift:.3f} per token"
-        if self.network.is_full:
-            found.append(
-                f"the adapter is full in {len(self.network.is_full)} of {len(counts)} modules: their core was cut to "
+                removed += f"; KL of the old answers to the parent's: {self._drift:.3f} per token"
+            notes.append(removed)
+        if network.is_full:
+            notes.append(
+                f"the adapter is full in {len(network.is_full)} of {len(counts)} modules: their core was cut to "
                 "leave free slots; a larger adapter.rank in a new lineage gives more room"
             )
-        return tuple(found)
+        return tuple(notes)

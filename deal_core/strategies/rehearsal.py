@@ -147,30 +147,6 @@ class Rehearsal:
         return self._temperature**2 * (kept + rest)
 
 
-@torch.no_grad()
-def ask(
-    model: nn.Module,
-    collate: AnswerCollator,
-    questions: Sequence[Question],
-    *,
-    temperature: float,
-    batch_size: int = 16,
-) -> list[Question]:
-    """Add the model's own distribution, softened by the temperature, at every position of each answer."""
-    model.eval()
-    device = next(model.parameters()).device
-    answered: list[Question] = []
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        inputs = {name: value.to(device) for name, value in collate([vars(q) for q in batch]).items()}
-        logits_BKV = answer_logits(model, inputs)
-        for question, logits_KV in zip(batch, logits_BKV, strict=True):
-            length = len(question.answer_ids)
-            part = slice(-length, None) if "position_ids" in inputs else slice(0, length)
-            answered.append(with_target(question, logits_KV[part], temperature))
-    return answered
-
-
 def with_target(question: Question, logits_KV: Tensor, temperature: float) -> Question:
     """Return the question with the logits' distribution, softened by the temperature, as its target."""
     shares_KV = (logits_KV.float() / temperature).softmax(-1)

@@ -47,26 +47,21 @@ class TaskTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """Data that a strategy may read when a task arrives.
-
-    Attributes:
-        base: The base model and its tokenizer.
-        task: How a row of the new task becomes a prompt.
-        rows: Training rows of the new task, columns input and output.
-        encoded: The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut.
-        old_tasks: Instructions and labels of the tasks that the parent has learned, in order; never their rows.
-        old_texts: Texts of these tasks that may be asked about; a task may have none.
-        adapter: Shape of a lineage's first adapter.
-        train: Steps, batches and learning rate.
-    """
+    """Data that a strategy may read when a task arrives."""
 
     base: BaseModel
     task: TaskSchema
+    """How a row of the new task becomes a prompt."""
     rows: Dataset
+    """Training rows of the new task, columns input and output."""
     encoded: Dataset
+    """The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut."""
     old_tasks: tuple[TaskSchema, ...]
+    """Instructions and labels of the tasks that the parent has learned, in order; never their rows."""
     old_texts: tuple[TaskTexts, ...] = ()
+    """Texts of these tasks that may be asked about; a task may have none."""
     adapter: AdapterConfig
+    """Shape of a lineage's first adapter."""
     train: TrainConfig
 
     def collator(self) -> AnswerCollator:
@@ -154,19 +149,16 @@ class Strategy:
 
         A lineage has only `unused` ones: test rows that then do not judge its versions. The benchmark has both.
         """
-        del config
         return "none"
 
     @classmethod
     def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
         """Return how many questions about old tasks a step of this arrival asks, in addition to its batch."""
-        del config, arrival
         return 0
 
     @classmethod
     def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
         """Return how many questions the parent answers before the first step of this arrival."""
-        del config, arrival
         return 0
 
     @classmethod
@@ -178,14 +170,12 @@ class Strategy:
             modules: (out features, in features) of every module that carries the adapter.
             rank: The adapter's rank in this training, new slots included.
         """
-        del config
         factors = rank * sum(num_out + num_in for num_out, num_in in modules)
         return TensorNumbers(adapter=factors, optimiser=3 * factors)
 
     @classmethod
     def num_new_slots(cls, adapter: AdapterConfig) -> int:
         """Return the number of slots that a later task adds to the adapter. 0: all versions have one size."""
-        del adapter
         return 0
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:

@@ -40,31 +40,23 @@ def launch(job_file: str, num_processes: int, log_folder: str) -> None:
 
 
 def describe(failures: Mapping[int, ProcessFailure]) -> dict[str, Any]:
-    """Describe the rank that died first: its number, exit code and error message (empty if it raised nothing)."""
-    rank, failure = first_to_fail(failures)
-    message = failure.error_file_data["message"]["message"] if _recorded(failure) else ""
-    return {"rank": rank, "exitcode": failure.exitcode, "message": message}
-
-
-def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank whose death caused the others to die.
+    """Describe the rank whose death caused the others to die: its number, exit code and error message ("" if none).
 
     A killed rank leaves no error record, and the other ranks fail soon after, so a rank without a record comes first.
     A rank that died by SIGTERM comes last, because the agent ends the remaining ranks with SIGTERM. Of several records,
     the oldest is the cause.
     """
 
-    def order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
-        failure = item[1]
-        if _recorded(failure):
-            return 1, Path(failure.error_file).stat().st_mtime
-        return (2 if failure.exitcode == -signal.SIGTERM else 0), 0.0
+    def order(rank: int) -> tuple[int, float]:
+        record = Path(failures[rank].error_file)
+        if record.is_file():
+            return 1, record.stat().st_mtime
+        return (2 if failures[rank].exitcode == -signal.SIGTERM else 0), 0.0
 
-    return min(failures.items(), key=order)
-
-
-def _recorded(failure: ProcessFailure) -> bool:
-    return Path(failure.error_file).is_file()
+    first = min(failures, key=order)
+    failure = failures[first]
+    message = failure.error_file_data["message"]["message"] if Path(failure.error_file).is_file() else ""
+    return {"rank": first, "exitcode": failure.exitcode, "message": message}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -30,26 +30,16 @@ from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.evaluation.likelihood import measure
 
 
-class Objective(Protocol):
-    """A loss that is a sum over the batch, divided by the batch's weight."""
-
-    def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The sum over a collated batch."""
-
-    def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """The weight of collated batches together; 0 if nothing in them counts."""
-
-
 @dataclass(frozen=True)
 class AnswerLoss:
     """Cross-entropy of the answers' tokens."""
 
     def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `Objective`. Logits are computed only for the answers' tokens."""
+        """The sum over a collated batch. Logits are computed only for the answers' tokens."""
         return answer_loss(model, inputs)
 
     def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Number of the answers' tokens."""
+        """Number of the answers' tokens in collated batches."""
         return torch.stack([batch["labels"].ne(IGNORED).sum() for batch in batches]).sum()
 
 
@@ -64,13 +54,17 @@ class PreferenceLoss:
     beta: float
 
     def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `Objective`. A row without answers counts 0."""
+        """The sum over a collated batch. A row without answers counts 0."""
         gain_B = margins(model, inputs) - inputs[REFERENCE_MARGINS].to(inputs["labels"].device)
         return -(logsigmoid(self.beta * gain_B) * _are_pairs(inputs)).sum()
 
     def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Number of rows."""
+        """Number of rows with answers in collated batches."""
         return torch.stack([_are_pairs(batch).sum() for batch in batches]).sum()
+
+
+Objective = AnswerLoss | PreferenceLoss
+"""A loss that is a sum over the batch, divided by the weight of all batches of a step; the weight may be 0."""
 
 
 class PairCollator:
@@ -96,16 +90,7 @@ def margins(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return worse_B - better_B
 
 
-def add_rejected(
-    encoded: Dataset, rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, max_answer_tokens: int
-) -> Dataset:
-    """Add the tokens of the worse answers to encoded rows; `length` then counts them too."""
-    worse = [encode_answer(tokenizer, task, text, max_answer_tokens) for text in rows[REJECTED.name]]
-    lengths = [length + len(ids) for length, ids in zip(encoded["length"], worse, strict=True)]
-    return encoded.remove_columns("length").add_column("length", lengths).add_column(REJECTED_IDS, worse)
-
-
-def add_reference(
+def add_preferences(
     encoded: Dataset,
     rows: Dataset,
     model: LanguageModel,
@@ -113,26 +98,32 @@ def add_reference(
     task: TaskSchema,
     train: TrainConfig,
 ) -> Dataset:
-    """Add the margins of a model, as it is now, to encoded preferences. The model reads both answers of `rows` once."""
+    """Add to encoded rows the tokens of the worse answers, and the margins of a model as it is now.
+
+    The model reads both answers of `rows` once. `length` then counts the worse answer too.
+    """
+    worse = [encode_answer(tokenizer, task, text, train.max_answer_tokens) for text in rows[REJECTED.name]]
+    lengths = [length + len(ids) for length, ids in zip(encoded["length"], worse, strict=True)]
     worse_rows = rows.select_columns(["input", REJECTED.name]).rename_column(REJECTED.name, "output")
     better_N, worse_N = (
         measure(
             model,
             tokenizer,
             task,
-            each,
+            answers,
             max_prompt_tokens=train.max_prompt_tokens,
             max_answer_tokens=train.max_answer_tokens,
         ).loss_N
-        for each in (rows, worse_rows)
+        for answers in (rows, worse_rows)
     )
+    encoded = encoded.remove_columns("length").add_column("length", lengths).add_column(REJECTED_IDS, worse)
     return encoded.add_column(REFERENCE_MARGINS, (worse_N - better_N).tolist())
 
 
 def describe_preferences(encoded: Dataset) -> str:
     """A note about the preferences of an arrival."""
-    known = sum(margin > 0 for margin in encoded[REFERENCE_MARGINS])
-    note = f"preferences (DPO): before, the better answer was the likelier one in {known} of {len(encoded)} rows"
+    num_right = sum(margin > 0 for margin in encoded[REFERENCE_MARGINS])
+    note = f"preferences (DPO): before, the better answer was the likelier one in {num_right} of {len(encoded)} rows"
     same = sum(better == worse for better, worse in zip(encoded["answer_ids"], encoded[REJECTED_IDS], strict=True))
     if same:
         note += f"; in {same} rows both are the same up to train.max_answer_tokens, so these teach nothing"

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -29,8 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from deal_core import errors
 from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError, DealError, RankError
-from deal_core.training.job import TrainingJob
-from deal_core.training.train import TrainingResult
+from deal_core.training.train import TrainingJob, TrainingResult
 from deal_core.training.trainer import OnLog
 
 END_SECONDS = 60.0
@@ -94,6 +93,15 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
 
     Launcher and ranks hold the reading end of a pipe, and only this process the writing end: they notice its death.
     """
+    # the ranks import this same package and divide the CPU's cores
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // int(arguments[1]))),
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # else a library's warning may be the last line of a rank's log
+        "ACCELERATE_USE_CPU": str(not torch.cuda.is_available()).lower(),
+    }
     with log_file.open("wb") as log:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "deal_core.training.launcher", *arguments],
@@ -101,16 +109,23 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=_environment(int(arguments[1])),
+            env=environment,
             start_new_session=True,  # only this process handles a keyboard interrupt, at its next step
         )
     assert launcher.stdin is not None and launcher.stdout is not None
+    lifeline = launcher.stdin
+
+    def close_after() -> None:
+        launcher.wait()
+        with suppress(OSError):
+            lifeline.close()
+
     # ranks that outlive the launcher would keep standard output open, and this process would wait forever
-    threading.Thread(target=_close_after, args=(launcher, launcher.stdin), daemon=True).start()
+    threading.Thread(target=close_after, daemon=True).start()
     try:
         yield map(json.loads, launcher.stdout)
     finally:
-        launcher.stdin.close()
+        lifeline.close()
         with launcher.stdout:
             try:
                 launcher.wait(END_SECONDS)
@@ -118,35 +133,17 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
                 launcher.kill()
 
 
-def _close_after(launcher: subprocess.Popen[str], lifeline: IO[str]) -> None:
-    launcher.wait()
-    with suppress(OSError):
-        lifeline.close()
-
-
-def _environment(num_processes: int) -> dict[str, str]:
-    """Environment in which the ranks import this same package and divide the CPU's cores."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_processes)),
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # else a library's warning may be the last line of a rank's log
-        "ACCELERATE_USE_CPU": str(not torch.cuda.is_available()).lower(),
-    }
-
-
 def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> DealError:
     """Turn the launcher's `failure` into the error that a rank raised on purpose, or a RankError about its death."""
     rank, exitcode, message = failure["rank"], failure["exitcode"], failure["message"]
-    kind, _, text = message.partition(": ")
-    known = getattr(errors, kind, None)
-    if isinstance(known, type) and issubclass(known, DealError):
-        return known(f"{text} (rank {rank} of {num_processes})")
+    name, _, text = message.partition(": ")
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, DealError):
+        return kind(f"{text} (rank {rank} of {num_processes})")
     log = next(folder.glob(f"logs/*/attempt_*/{rank}/stderr.log"), folder / "launcher.log")
-    killed = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"died with exit code {exitcode}"
+    death = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"died with exit code {exitcode}"
     return RankError(
-        f"Rank {rank} of the {num_processes} processes that train the adapter {killed}, and the others were ended. Its "
+        f"Rank {rank} of the {num_processes} processes that train the adapter {death}, and the others were ended. Its "
         f"last words: {message or _last_words(log)} Its log: {log}. Start the run again: it continues from its last "
         "checkpoint."
     )
@@ -162,13 +159,13 @@ def end_with_parent() -> None:
 
     The kernel closes the pipes of a killed process; a killed process gives no other sign.
     """
-    threading.Thread(target=_wait, daemon=True).start()
 
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
 
-def _wait() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @record
@@ -176,7 +173,10 @@ def run_rank(job_file: str) -> None:
     """Train as one rank. An error is recorded for the launcher, which then ends the other ranks."""
     end_with_parent()
     disable_progress_bars()
-    to_parent, state = _take_stdout(), PartialState(cpu=not torch.cuda.is_available())
+    # standard output is for messages: prints of libraries go to standard error, which is the rank's log
+    to_parent = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    state = PartialState(cpu=not torch.cuda.is_available())
 
     def send(message: Mapping[str, Any]) -> None:
         if state.is_main_process:
@@ -184,23 +184,12 @@ def run_rank(job_file: str) -> None:
             to_parent.flush()
 
     job = TrainingJob.read(Path(job_file))
-    result = _train(job, lambda step, values: send({"step": step, "values": dict(values)}))
-    send({"result": asdict(result)})
-    state.destroy_process_group()
-
-
-def _train(job: TrainingJob, on_log: OnLog) -> TrainingResult:
     base = load_base(job.base_source, job.cache_folder, precision=job.precision, quantize=job.setup.train.quantize)
     if base.sha256 != job.base_sha256:
         raise ConfigError(f"The base model {job.base_source} has changed since the run began; start it again.")
-    return job.run(base, on_log)
-
-
-def _take_stdout() -> TextIO:
-    """Reserve standard output for messages: prints of libraries go to standard error, which is the rank's log."""
-    kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return kept
+    result = job.run(base, lambda step, values: send({"step": step, "values": dict(values)}))
+    send({"result": asdict(result)})
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a version until it prefers none of its tasks' labels: it learns its own answers, re-centred.
 
-The adapter learns the offsets of `deal_core.strategies.label_questions` in a few steps after the training. So a plain
+The adapter learns the offsets of `deal_core.evaluation.recentring` in a few steps after the training. So a plain
 PEFT folder answers re-centred.
 """
 
@@ -17,8 +17,8 @@ from deal_core.adapter.state import load_adapter, load_method_state, save_adapte
 from deal_core.base_model.load import BaseModel
 from deal_core.config import TrainConfig
 from deal_core.data.collate import answer_collator
-from deal_core.strategies.label_questions import recentred_questions
-from deal_core.strategies.rehearsal import Question, Rehearsal
+from deal_core.strategies.answered import recentred_questions
+from deal_core.strategies.rehearsal import Rehearsal
 from deal_core.strategies.strategy import TaskTexts
 
 OnStage = Callable[[int, int, str], None]
@@ -49,12 +49,20 @@ def recentre_adapter(
         AdapterStateError: The adapter does not fit the base.
         TrainingDivergedError: The adapter's scores are not finite.
     """
-    tasks = [each for each in tasks if each.task.labels and len(each.rows)]
+    tasks = [texts for texts in tasks if texts.task.labels and len(texts.rows)]
     if not (train.recentre_steps and tasks):
         return ()
     model = load_adapter(base.model, folder, is_trainable=True)
     try:
-        sets, shifts = _questions(base, model, tasks, train, on_stage)
+        # one set of questions per task, and how far the labels' shares in the answers were from their true shares
+        generator, total, done = random.Random(train.seed), sum(len(texts.rows) for texts in tasks), 0
+        sets, shifts = [], []
+        for texts in tasks:
+            on_stage(done, total, f"finding the label offsets of {texts.task.name}")
+            questions, shift = recentred_questions(model, base.tokenizer, texts, generator)
+            sets.append(questions)
+            shifts.append(shift)
+            done += len(texts.rows)
         collate = answer_collator(base.model, base.tokenizer, is_recomputed=train.gradient_checkpointing)
         rehearsal = Rehearsal([sets], collate, num_rows=train.batch_size, weight=1.0, temperature=1.0, seed=train.seed)
         if train.gradient_checkpointing:
@@ -65,26 +73,11 @@ def recentre_adapter(
         model.unload()
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_disable()
-    worst = max(range(len(tasks)), key=shifts.__getitem__)
+    shift, worst = max(zip(shifts, (texts.task.name for texts in tasks), strict=True), key=lambda pair: pair[0])
     return (
         f"re-centred the labels of {len(tasks)} tasks in {train.recentre_steps} steps; before, "
-        f"{shifts[worst]:.0%} of the answers to {tasks[worst].task.name} had a label that others should have had",
+        f"{shift:.0%} of the answers to {worst} had a label that others should have had",
     )
-
-
-def _questions(
-    base: BaseModel, model: PeftModel, tasks: Sequence[TaskTexts], train: TrainConfig, on_stage: OnStage
-) -> tuple[list[list[Question]], list[float]]:
-    """For each task, the questions, and how far the labels' shares in the answers were from their true shares."""
-    generator, total, done = random.Random(train.seed), sum(len(each.rows) for each in tasks), 0
-    sets, shifts = [], []
-    for each in tasks:
-        on_stage(done, total, f"finding the label offsets of {each.task.name}")
-        questions, shift = recentred_questions(model, base.tokenizer, each, generator)
-        sets.append(questions)
-        shifts.append(shift)
-        done += len(each.rows)
-    return sets, shifts
 
 
 def _learn(model: PeftModel, rehearsal: Rehearsal, train: TrainConfig, on_stage: OnStage) -> None:

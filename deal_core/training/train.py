@@ -9,35 +9,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
-from peft import PeftModel
-from transformers import TrainingArguments
+from pydantic import TypeAdapter
 
 from deal_core.adapter.method_state import MethodState
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.base_model.load import BaseModel
+from deal_core.base_model.load import BaseModel, Precision
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
-from deal_core.strategies.strategy import Strategy, TaskContext, TaskTexts
+from deal_core.strategies.strategy import TaskContext, TaskTexts
 from deal_core.training.objective import (
     AnswerLoss,
-    Objective,
     PairCollator,
     PreferenceLoss,
-    add_reference,
-    add_rejected,
+    add_preferences,
     describe_preferences,
 )
-from deal_core.training.trainer import (
-    AdapterTrainer,
-    OnLog,
-    WatchSteps,
-    find_checkpoint,
-    training_arguments,
-)
+from deal_core.training.trainer import AdapterTrainer, OnLog, find_checkpoint, training_arguments
 
 MIN_REPEATS = 4
 """Rows of an answer, on average, from which on the answers of a task without labels count as labels."""
@@ -45,60 +36,108 @@ MIN_REPEATS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """Result of a training run.
-
-    Attributes:
-        num_steps: Optimiser steps of the whole run, including those before a resume.
-        seconds: Wall time of this call's training loop.
-        rows_per_second: Training rows per second in this call.
-        losses: (step, mean loss per token that counts) of every step, including those before a resume.
-        resumed_from_step: Step of the checkpoint that the run continued from, or None.
-        fill: Share of each module's slots that the trained adapter uses.
-        notes: Remarks for people about how the task was learned.
-    """
+    """Result of a training run."""
 
     num_steps: int
+    """Optimiser steps of the whole run, including those before a resume."""
     seconds: float
+    """Wall time of this call's training loop."""
     rows_per_second: float
+    """Training rows per second in this call."""
     losses: tuple[tuple[int, float], ...]
+    """(step, mean loss per token that counts) of every step, including those before a resume."""
     resumed_from_step: int | None
+    """Step of the checkpoint that the run continued from, or None."""
     fill: Mapping[str, float]
+    """Share of each module's slots that the trained adapter uses."""
     notes: tuple[str, ...]
+    """Remarks for people about how the task was learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """The task, the strategy and all settings of one training.
-
-    Attributes:
-        task: How a row becomes a prompt.
-        old_tasks: The tasks that the parent has learned, in order: instructions and labels, never rows.
-        strategy: Name of the strategy.
-        adapter: Shape of a new adapter; a parent's adapter keeps its own shape.
-        method: Settings of the strategies; each strategy reads its own part. `selection` is not read here: a caller
-            chooses rows first, see `deal_core.selection.choose`.
-        train: Steps, batches and learning rate.
-    """
+    """The task, the strategy and all settings of one training."""
 
     task: TaskSchema
+    """How a row becomes a prompt."""
     old_tasks: tuple[TaskSchema, ...] = ()
+    """The tasks that the parent has learned, in order: instructions and labels, never rows."""
     strategy: str
     adapter: AdapterConfig
+    """Shape of a new adapter; a parent's adapter keeps its own shape."""
     method: MethodConfig
+    """Settings of the strategies; each strategy reads its own part. `selection` is not read here: a caller chooses rows
+    first, see `deal_core.selection.choose`."""
     train: TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class OtherRows:
-    """Rows besides those of the new task.
+class TextsFile:
+    """`TaskTexts` whose rows lie in a Parquet file."""
+
+    task: TaskSchema
+    file: Path
+    max_prompt_tokens: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """The arguments of `train_adapter`, with files in place of rows, so that several processes can read it.
 
     Attributes:
-        joined: Further tasks with their rows, learned in the same run; for joint training.
-        old_texts: Texts of old tasks that may be asked about, for `rehearsal.texts: own`.
+        base_source: As for `load_base`, like `cache_folder` and `precision`.
+        base_sha256: Digest of the base model that `base_source` must hold.
+        rows_file: Parquet file of the training rows.
+        old_texts: Texts of old tasks that may be asked about.
     """
 
-    joined: Sequence[tuple[TaskSchema, Dataset]] = ()
-    old_texts: Sequence[TaskTexts] = ()
+    base_source: str
+    base_sha256: str
+    cache_folder: Path
+    precision: Precision = "auto"
+    parent_folder: Path | None
+    rows_file: Path
+    old_texts: tuple[TextsFile, ...] = ()
+    setup: TrainingSetup
+    output_folder: Path
+    checkpoint_folder: Path
+
+    def write(self, path: Path) -> None:
+        """Write the job as JSON."""
+        path.write_bytes(TypeAdapter(TrainingJob).dump_json(self, indent=2))
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingJob:
+        """Read the job from a file of `write`."""
+        return TypeAdapter(cls).validate_json(path.read_bytes())
+
+    def run(self, base: BaseModel, on_log: OnLog | None = None) -> TrainingResult:
+        """Do the job in this process; with several processes, each of them calls this."""
+        old_texts = [
+            TaskTexts(
+                task=texts.task,
+                rows=_read_rows(texts.file),
+                max_prompt_tokens=texts.max_prompt_tokens,
+                max_new_tokens=texts.max_new_tokens,
+            )
+            for texts in self.old_texts
+        ]
+        return train_adapter(
+            base,
+            _read_rows(self.rows_file),
+            self.setup,
+            parent_folder=self.parent_folder,
+            old_texts=old_texts,
+            output_folder=self.output_folder,
+            checkpoint_folder=self.checkpoint_folder,
+            on_log=on_log,
+        )
+
+
+def _read_rows(file: Path) -> Dataset:
+    """Rows that stay on disk and are memory-mapped."""
+    return Dataset.from_parquet(str(file), cache_dir=str(file.parent))
 
 
 def train_adapter(
@@ -109,7 +148,8 @@ def train_adapter(
     parent_folder: Path | None,
     output_folder: Path,
     checkpoint_folder: Path,
-    others: OtherRows = OtherRows(),
+    joined: Sequence[tuple[TaskSchema, Dataset]] = (),
+    old_texts: Sequence[TaskTexts] = (),
     on_log: OnLog | None = None,
 ) -> TrainingResult:
     """Continue the parent's adapter (or start one) on the rows of a task, and save the result.
@@ -123,7 +163,8 @@ def train_adapter(
         parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
         output_folder: Folder for the PEFT files and the method's state.
         checkpoint_folder: Folder for the checkpoints.
-        others: Rows besides those of the new task.
+        joined: Further tasks with their rows, learned in the same run; for joint training.
+        old_texts: Texts of old tasks that may be asked about, for `rehearsal.texts: own`.
         on_log: Called after every optimiser step with the step and its loss and gradient norm. After a resume it is
             first called for the earlier steps.
 
@@ -133,12 +174,14 @@ def train_adapter(
             a task of several learns preferences.
         AdapterStateError: The parent's adapter does not fit the base.
     """
-    task, strategy, train = setup.task, setup.strategy, setup.train
+    task, train, tasks = setup.task, setup.train, [(setup.task, rows), *joined]
     if task.learns_preferences:
         train = replace(train, learning_rate=train.preference_learning_rate)
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
-    num_rows = len(rows) + sum(len(each_rows) for _, each_rows in others.joined)
+    if joined and any(schema.learns_preferences for schema, _ in tasks):
+        raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
+    num_rows = sum(len(task_rows) for _, task_rows in tasks)
     args = training_arguments(train, checkpoint_folder, num_rows)
     if args.world_size != train.num_processes:
         raise ConfigError(
@@ -147,29 +190,60 @@ def train_adapter(
         )
     if not base.is_quantized:  # a quantized model is on its device already and cannot be moved
         base.model.to(args.device)  # first, because the strategy creates its tensors on the factors' device
-    parent_state = None if parent_folder is None else load_method_state(parent_folder)
-    inherited = parent_state
-    if parent_state is not None and parent_state.strategy != strategy:
-        inherited = replace(parent_state, tensors=parent_state.stored_rows)  # other tensors are the old strategy's own
-    model = _with_adapter(base, setup, parent_folder)
+
+    parent_state: MethodState | None = None
+    inherited: MethodState | None = None
+    if parent_folder is None:
+        model = attach_adapter(base.model, setup.adapter, seed=train.seed)
+    else:
+        parent_state = inherited = load_method_state(parent_folder)
+        if parent_state.strategy != setup.strategy:  # its other tensors are of no use to this strategy
+            inherited = replace(parent_state, tensors=parent_state.stored_rows)
+        num_new_slots = strategy_class(setup.strategy).num_new_slots(setup.adapter)
+        model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
-        encoded = _encode(base, setup, [(task, rows), *others.joined])
+        encoded = concatenate_datasets(
+            [
+                encode_rows(
+                    task_rows,
+                    base.tokenizer,
+                    schema,
+                    max_prompt_tokens=train.max_prompt_tokens,
+                    max_answer_tokens=train.max_answer_tokens,
+                )
+                for schema, task_rows in tasks
+            ]
+        )
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
-            encoded = add_reference(encoded, rows, model, base.tokenizer, task, train)
+            encoded = add_preferences(encoded, rows, model, base.tokenizer, task, train)
         context = TaskContext(
             base=base,
             task=task,
             rows=rows,
             encoded=encoded,
             old_tasks=setup.old_tasks,
-            old_texts=tuple(others.old_texts),
+            old_texts=tuple(old_texts),
             adapter=setup.adapter,
             train=train,
         )
-        learner = make_strategy(strategy, setup.method, train.seed)
+        learner = make_strategy(setup.strategy, setup.method, train.seed)
         learner.prepare(model, inherited, context)
-        trainer = _make_trainer(model, args, learner, setup, context)
-        trainer.add_callback(WatchSteps(on_log, checkpoint_folder))
+        collate = context.collator()
+        # answers that repeat are spread over the batches as labels are; spread evenly, answers of their own would mix
+        # long rows with short ones
+        balance_labels = train.balance_labels and (
+            bool(task.labels) or MIN_REPEATS * len(set(map(tuple, encoded["answer_ids"]))) <= len(encoded)
+        )
+        trainer = AdapterTrainer(
+            model=model,
+            args=args,
+            train_dataset=encoded,
+            data_collator=PairCollator(collate) if task.learns_preferences else collate,
+            strategy=learner,
+            objective=PreferenceLoss(train.preference_beta) if task.learns_preferences else AnswerLoss(),
+            balance_labels=balance_labels,
+            on_log=on_log,
+        )
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
@@ -178,80 +252,31 @@ def train_adapter(
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
-        notes = (
-            *learner.notes(),
-            *_lost(parent_state, state),
-            *_cut(encoded, train),
-            *([describe_preferences(encoded)] if task.learns_preferences else []),
+
+        num_steps, log = trainer.state.global_step, trainer.state.log_history
+        resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+        rows_per_step = train.batch_size * train.gradient_accumulation_steps
+        seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (num_steps, resumed_from or 0))
+        notes = [*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train)]
+        return TrainingResult(
+            num_steps=num_steps,
+            seconds=seconds,
+            rows_per_second=(seen - before) / seconds if seconds > 0 else 0.0,
+            losses=tuple((int(figures["step"]), float(figures["loss"])) for figures in log if "loss" in figures),
+            resumed_from_step=resumed_from,
+            fill=adapter_fill(model),
+            notes=(*notes, *([describe_preferences(encoded)] if task.learns_preferences else [])),
         )
-        return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_disable()
 
 
-def _with_adapter(base: BaseModel, setup: TrainingSetup, parent_folder: Path | None) -> PeftModel:
-    if parent_folder is None:
-        return attach_adapter(base.model, setup.adapter, seed=setup.train.seed)
-    num_new_slots = strategy_class(setup.strategy).num_new_slots(setup.adapter)
-    return load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
-
-
-def _make_trainer(
-    model: PeftModel, args: TrainingArguments, learner: Strategy, setup: TrainingSetup, context: TaskContext
-) -> AdapterTrainer:
-    train, task = context.train, context.task
-    collate = context.collator()
-    return AdapterTrainer(
-        model=model,
-        args=args,
-        train_dataset=context.encoded,
-        data_collator=PairCollator(collate) if task.learns_preferences else collate,
-        strategy=learner,
-        objective=_objective(setup),
-        balance_labels=train.balance_labels and _are_labels(task, context.encoded),
-    )
-
-
-def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> Dataset:
-    """Tokenise the rows of all tasks."""
-    train = setup.train
-    _require_no_preferences(tasks)
-    parts = [
-        encode_rows(
-            rows,
-            base.tokenizer,
-            task,
-            max_prompt_tokens=train.max_prompt_tokens,
-            max_answer_tokens=train.max_answer_tokens,
-        )
-        for task, rows in tasks
-    ]
-    if setup.task.learns_preferences:
-        parts = [
-            add_rejected(part, rows, base.tokenizer, task, train.max_answer_tokens)
-            for part, (task, rows) in zip(parts, tasks, strict=True)
-        ]
-    return concatenate_datasets(parts)
-
-
-def _require_no_preferences(tasks: Sequence[tuple[TaskSchema, Dataset]]) -> None:
-    """Refuse to learn preferences together with other tasks."""
-    if len(tasks) > 1 and any(task.learns_preferences for task, _ in tasks):
-        raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
-
-
-def _are_labels(task: TaskSchema, encoded: Dataset) -> bool:
-    """Whether answers repeat as labels do. Spread evenly, answers of their own would mix long rows with short ones."""
-    return bool(task.labels) or MIN_REPEATS * len(set(map(tuple, encoded["answer_ids"]))) <= len(encoded)
-
-
-def _objective(setup: TrainingSetup) -> Objective:
-    """The loss of the task's rows."""
-    if setup.task.learns_preferences:
-        return PreferenceLoss(setup.train.preference_beta)
-    return AnswerLoss()
+def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
+    """Rows that the first `step` optimiser steps have seen; the last step of an epoch may have fewer rows."""
+    epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
+    return epochs * num_rows + steps * rows_per_step
 
 
 def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
@@ -280,32 +305,3 @@ def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
             f"{num_answers} of {len(encoded)} training answers fill train.max_answer_tokens "
             f"({train.max_answer_tokens}): longer answers were cut"
         )
-
-
-def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
-    """Rows that the first `step` optimiser steps have seen; the last step of an epoch may have fewer rows."""
-    epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
-    return epochs * num_rows + steps * rows_per_step
-
-
-def _summarise(
-    trainer: AdapterTrainer,
-    num_rows: int,
-    seconds: float,
-    checkpoint: Path | None,
-    fill: Mapping[str, float],
-    notes: tuple[str, ...],
-) -> TrainingResult:
-    state, args = trainer.state, trainer.args
-    resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (state.global_step, resumed_from or 0))
-    return TrainingResult(
-        num_steps=state.global_step,
-        seconds=seconds,
-        rows_per_second=(seen - before) / seconds if seconds > 0 else 0.0,
-        losses=tuple((int(log["step"]), float(log["loss"])) for log in state.log_history if "loss" in log),
-        resumed_from_step=resumed_from,
-        fill=fill,
-        notes=notes,
-    )

@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from deal_core.config import TrainConfig
 from deal_core.data.collate import add_blank_row
 from deal_core.data.order import BucketSampler
-from deal_core.errors import AdapterStateError, ConfigError, TrainingDivergedError
+from deal_core.errors import AdapterStateError, TrainingDivergedError
 from deal_core.regular_file import complete_file, flush_to_disk
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
@@ -35,6 +35,7 @@ OnLog = Callable[[int, Mapping[str, float]], None]
 STRATEGY_TENSORS = "strategy.safetensors"
 COMPLETE = "COMPLETE"
 HISTORY_FILE = "steps.jsonl"
+"""The figures of all steps, beside the checkpoints: to write the whole history with each of them would take long."""
 NUM_CHECKPOINTS = 2
 """Checkpoints that are kept."""
 TOLERANCE = 1e-4
@@ -84,6 +85,8 @@ class AdapterTrainer(Trainer):
     averaged over the processes; from before_step on, all processes do the same.
     """
 
+    loss_is_scaled_for_ga = True  # compute_loss divides by the weight of the whole accumulated batch
+
     def __init__(
         self,
         *,
@@ -92,6 +95,7 @@ class AdapterTrainer(Trainer):
         strategy: Strategy,
         objective: Objective,
         balance_labels: bool = False,
+        on_log: OnLog | None = None,
         **kwargs: Any,
     ) -> None:
         self._lengths = list(train_dataset["length"])
@@ -99,19 +103,12 @@ class AdapterTrainer(Trainer):
         if args.world_size > 1:
             train_dataset = add_blank_row(train_dataset)
         super().__init__(args=args, train_dataset=train_dataset, **kwargs)
-        if self.args.fp16:
-            raise ConfigError("fp16 with loss scaling cannot train this method; use bf16 or fp32.")
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
         self._objective = objective
-        # compute_loss gives a sum divided by the weight of the whole accumulated batch
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = False
         self.remove_callback(PrinterCallback)
-        self.add_callback(_StepStrategy(strategy))
-        self._history = _History(Path(str(self.args.output_dir)) / HISTORY_FILE, is_writer=self.args.should_save)
-        self.add_callback(self._history)
+        self._steps = _Steps(strategy, on_log, Path(str(self.args.output_dir)) / HISTORY_FILE)
+        self.add_callback(self._steps)
 
     def run(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint if one is given.
@@ -148,20 +145,17 @@ class AdapterTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The objective's sum over the batch, divided by the weight of the accumulated batch; 0 if nothing counts."""
-        loss_sum = self._objective.loss_sum(model, inputs)
-        if num_items_in_batch is None:
-            loss = loss_sum / _divisor(self._objective.weight([inputs]))
-        else:
-            loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
-        return (loss, {}) if return_outputs else loss
+        return self._objective.loss_sum(model, inputs) / num_items_in_batch * self.accelerator.num_processes
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """The weight of the accumulated batch, over all processes."""
+        """The weight of the accumulated batch, over all processes; 1 if nothing counts, as the sum is 0 then."""
         weight = self._objective.weight(batch_samples).to(device)
-        return _divisor(self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight)
+        if self.args.world_size > 1:
+            weight = self.accelerator.gather(weight).sum()
+        return weight + weight.eq(0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. After a step's last micro-batch, the strategy's parameters get their gradients."""
@@ -192,7 +186,7 @@ class AdapterTrainer(Trainer):
         return self.accelerator.clip_grad_norm_(self.strategy.parameters(), float("inf"))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        steps, self.state.log_history = self.state.log_history, []  # the whole history at each checkpoint takes long
+        steps, self.state.log_history = self.state.log_history, []  # they are in HISTORY_FILE
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -207,36 +201,21 @@ class AdapterTrainer(Trainer):
                 {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
                 folder / STRATEGY_TENSORS,
             )
-        self._history.keep(steps)
+        self._steps.keep(steps)
         flush_to_disk(folder)
         (folder / COMPLETE).touch()  # written last: a folder without it does not count
         rotate_checkpoints(str(self.args.output_dir), save_total_limit=NUM_CHECKPOINTS)  # by step: a clock may go back
 
 
-def _divisor(weight: Tensor) -> Tensor:
-    """The weight, or 1 if it is 0: the sum over no tokens is 0 too."""
-    return weight + weight.eq(0)
+class _Steps(TrainerCallback):
+    """Lets the strategy act after every step, reports the step's figures and keeps them for a resume.
 
+    A step is checked before its checkpoint is written, so no checkpoint holds parameters that are not finite.
+    """
 
-class _StepStrategy(TrainerCallback):
-    def __init__(self, strategy: Strategy) -> None:
-        self._strategy = strategy
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        self._strategy.after_step()
-
-
-class _History(TrainerCallback):
-    """Keeps the figures of all steps in one file beside the checkpoints, and gives them back after a resume."""
-
-    def __init__(self, file: Path, *, is_writer: bool) -> None:
-        self._file, self._is_writer, self._num_kept = file, is_writer, 0
+    def __init__(self, strategy: Strategy, on_log: OnLog | None, file: Path) -> None:
+        self._strategy, self._on_log = strategy, on_log
+        self._file, self._num_kept = file, 0
 
     def keep(self, steps: Sequence[Mapping[str, float]]) -> None:
         """Append the steps that the file does not have."""
@@ -248,39 +227,20 @@ class _History(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Read the steps up to the checkpoint's."""
-        state.log_history = [each for each in self._read() if each["step"] <= state.global_step]
+        """After a resume, read the earlier steps and report them again: a killed process may not have reported all."""
+        state.log_history = [figures for figures in self._read() if figures["step"] <= state.global_step]
         self._num_kept = len(state.log_history)
-        if self._is_writer and args.save_strategy != "no":
+        if args.should_save and args.save_strategy != "no":
             with complete_file(self._file) as part:
                 part.write_text(_as_lines(state.log_history), encoding="utf-8")
+        for figures in state.log_history:
+            self._report(int(figures["step"]), figures)
 
-    def _read(self) -> Iterator[dict[str, float]]:
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
-        with suppress(ValueError):  # a kill may have cut the last line, which is of a step after the checkpoint
-            yield from map(json.loads, lines)
-
-
-def _as_lines(steps: Sequence[Mapping[str, float]]) -> str:
-    return "".join(json.dumps(each) + "\n" for each in steps)
-
-
-class WatchSteps(TrainerCallback):
-    """Reports every step's figures, and ends a training that diverged.
-
-    A step is checked before its checkpoint is written, so no checkpoint holds parameters that are not finite.
-    """
-
-    def __init__(self, on_log: OnLog | None, checkpoint_folder: Path) -> None:
-        self._on_log = on_log
-        self._checkpoint_folder = checkpoint_folder
-
-    def on_train_begin(
+    def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """After a resume, report the earlier steps again: a killed process may not have reported them all."""
-        for logs in state.log_history:
-            self._report(int(logs["step"]), logs)
+        """Let the strategy update the adapter."""
+        self._strategy.after_step()
 
     def on_log(
         self,
@@ -298,7 +258,7 @@ class WatchSteps(TrainerCallback):
         for name in ("loss", "grad_norm"):
             value = float((logs or {}).get(name, 0.0))
             if not math.isfinite(value):
-                shutil.rmtree(self._checkpoint_folder, ignore_errors=True)  # an earlier step may have diverged already
+                shutil.rmtree(self._file.parent, ignore_errors=True)  # an earlier step may have diverged already
                 raise TrainingDivergedError(
                     f"The {name.replace('_', ' ')} of step {state.global_step} is {value}: the training diverged. "
                     f"Lower train.learning_rate (it is {args.learning_rate:g}), or look for odd rows."
@@ -312,22 +272,29 @@ class WatchSteps(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_save = False
 
-    def _report(self, step: int, logs: Mapping[str, float]) -> None:
-        if self._on_log is not None and "loss" in logs:
-            self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})
+    def _report(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._on_log is not None and "loss" in figures:
+            self._on_log(step, {name: float(figures[name]) for name in ("loss", "grad_norm") if name in figures})
+
+    def _read(self) -> Iterator[dict[str, float]]:
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        with suppress(ValueError):  # a kill may have cut the last line, which is of a step after the checkpoint
+            yield from map(json.loads, lines)
+
+
+def _as_lines(steps: Sequence[Mapping[str, float]]) -> str:
+    return "".join(json.dumps(figures) + "\n" for figures in steps)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint; remove incomplete ones that a killed process left."""
-    if not folder.is_dir():
-        return None
-    found = []
+    checkpoints = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (path / COMPLETE).is_file():
-            found.append((int(path.name.rsplit("-", 1)[1]), path))
+            checkpoints[int(path.name.rsplit("-", 1)[1])] = path
         else:
             shutil.rmtree(path)
-    return max(found)[1] if found else None
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 @torch.no_grad()
@@ -337,7 +304,10 @@ def require_in_step(parameters: Iterable[nn.Parameter]) -> None:
     Raises:
         AdapterStateError: The parameters of a rank differ; raised on all ranks.
     """
-    differences = [_difference(parameter) for parameter in parameters]
+    differences = []
+    for parameter in parameters:
+        first: Tensor = broadcast(parameter.detach().clone())
+        differences.append((parameter - first).norm() / (first.norm() + TINY))
     largest_N = gather(torch.stack(differences).max().reshape(1))
     if bool((largest_N > TOLERANCE).any()):
         rank = int(largest_N.argmax())
@@ -345,9 +315,3 @@ def require_in_step(parameters: Iterable[nn.Parameter]) -> None:
             f"After the training rank {rank} holds other parameters than rank 0 (relative difference "
             f"{float(largest_N[rank]):.1e}), so the adapter is not saved; train with train.num_processes 1."
         )
-
-
-def _difference(parameter: nn.Parameter) -> torch.Tensor:
-    first: torch.Tensor = broadcast(parameter.detach().clone())
-    difference: torch.Tensor = (parameter - first).norm() / (first.norm() + TINY)
-    return difference

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from deal_core.adapter.files import PEFT_FILES, digests_of, require_undamaged
+from deal_core.adapter.files import PEFT_FILES, require_undamaged
 from deal_core.evaluation.answering import SERVED_FILE
 from deal_core.safe_text import without_secrets
 from infra.store.base import ObjectNotFoundError, ObjectStore
@@ -28,7 +28,7 @@ def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
         with suppress(ObjectNotFoundError):  # the comparison below names the file
             store.download_file(f"{version.adapter_uri}/{name}", folder / name)
     require_undamaged(
-        digests_of(folder, SERVED_FILES),
+        folder,
         version.files_sha256,
         SERVED_FILES,
         what=f"Version {version.version} of '{version.lineage}'",

@@ -26,8 +26,7 @@ from tasks.progress import advance
 from tasks.references import BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from deal_core.training.job import TextsFile, TrainingJob
-    from deal_core.training.train import TrainingResult, TrainingSetup
+    from deal_core.training.train import TextsFile, TrainingJob, TrainingResult, TrainingSetup
     from deal_core.training.trainer import OnLog
 
 SUMMARY_FILE = "training.json"
@@ -47,8 +46,7 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
-    from deal_core.training.job import TrainingJob
-    from deal_core.training.train import TrainingSetup
+    from deal_core.training.train import TrainingJob, TrainingSetup
 
     store, folder, train = current_store(), adaptation.folder, adaptation.spec.train
     if (summary := _finished(folder)) is None:
@@ -119,7 +117,7 @@ def _recentre(store: ObjectStore, adaptation: AdaptationRun, adapter: Path) -> t
 
 def _old_texts(store: ObjectStore, adaptation: AdaptationRun, folder: Path) -> tuple[TextsFile, ...]:
     """Write the texts of old tasks that the strategy may ask about to files in `folder`."""
-    from deal_core.training.job import TextsFile
+    from deal_core.training.train import TextsFile
 
     if strategy_class(adaptation.strategy).old_rows(adaptation.spec.method) != "unused":
         return ()

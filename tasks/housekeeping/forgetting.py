@@ -312,7 +312,7 @@ def _method_rows(
     """
     from deal_core.adapter.method_state import STORED_ROWS
     from deal_core.adapter.state import kept_of_tasks
-    from deal_core.strategies.own_texts import answers_name
+    from deal_core.strategies.questions import answers_name
 
     sizes: dict[str, dict[str, int]] = {}
     wanted: dict[str, set[str]] = {}

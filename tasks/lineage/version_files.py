@@ -159,7 +159,7 @@ def require_recorded(store: ObjectStore, version: Version, folder: Path, names: 
     `folder` is a copy of the adapter's folder.
     """
     require_undamaged(
-        digests_of(folder, names),
+        folder,
         version.files_sha256,
         names,
         what=f"Version {version.version} of '{version.lineage}'",

@@ -158,7 +158,7 @@ def _move(
             require_recorded(store, champion, folder)
         else:
             require_undamaged(
-                digests_of(folder),
+                folder,
                 champion.files_sha256,
                 PEFT_FILES,
                 what=f"The server's copy of version {champion.version} of '{champion.lineage}'",

@@ -14,9 +14,8 @@ from deal_core.base_model.load import load_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import MethodConfig
-from deal_core.training.job import TrainingJob
 from deal_core.training.ranks import train_in_processes
-from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingJob, TrainingResult, TrainingSetup, train_adapter
 
 pytestmark = [
     pytest.mark.gpu,

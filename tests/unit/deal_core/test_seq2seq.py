@@ -26,7 +26,7 @@ from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import DealConfig, MethodConfig
-from deal_core.strategies import find_strategies
+from deal_core.strategies import PLUGINS
 from tests.unit.deal_core.conftest import as_served, at_night, make_rows, train_into
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
@@ -111,7 +111,7 @@ OF_ANOTHER_KIND = {"deal", "seq_lora", "o_lora", "ewc", "lwf", "replay", "slao",
     "strategy",
     [
         *sorted(OF_ANOTHER_KIND),
-        *at_night(*(name for name in (*find_strategies(), *BOUNDS) if name not in OF_ANOTHER_KIND)),
+        *at_night(*(name for name in (*PLUGINS.find(), *BOUNDS) if name not in OF_ANOTHER_KIND)),
     ],
 )
 def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):

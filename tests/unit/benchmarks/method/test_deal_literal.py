@@ -26,6 +26,7 @@ from tests.unit.deal_core.adapter.test_reparametrize import (
     make_stack,
     network_of,
     penalty_gradients,
+    penalty_of,
     perturbed,
 )
 from tests.unit.deal_core.conftest import at_night
@@ -128,14 +129,14 @@ def test_kernels_follow_their_formulas(kernel, values):
 
 def test_literal_penalty_follows_its_equation():
     config = DealConfig(lambda1=0.3, lambda2=0.7, a=3.0, b=2.5)
-    assert literal_network(config)[0].penalty() == 0
+    assert penalty_of(literal_network(config)[0]) == 0
     network = perturbed(literal_network(config)[0])
     expected = 0.0
     for side in network.sides[0]:
         expected += 0.3 * ((side.retention.filters_KMJN - 1 / 3).abs() ** 3).sum()
         expected += 0.3 * ((side.retention.centres_KMJ - 1).abs() ** 3).sum()
         expected += 0.7 * sum((theta.abs() ** 2.5).sum() for theta in (side.update.offset_MNR, side.update.mixing_MRR))
-    torch.testing.assert_close(network.penalty(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(penalty_of(network), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_later_task_with_everything_off_is_plain_lora(parent, train):

@@ -17,7 +17,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import MethodConfig
-from deal_core.strategies import find_strategies, make_strategy, strategy_class
+from deal_core.strategies import PLUGINS, make_strategy, strategy_class
 from deal_core.strategies.strategy import PlannedArrival, Strategy
 from deal_core.training.conformance import check_strategy
 from tests.unit.deal_core.conftest import at_night, train_into
@@ -48,7 +48,7 @@ def plain_lora(loaded_base, tmp_path_factory):
 
 
 def test_every_rival_is_known_and_keeps_the_default_strategies_as_they_are() -> None:
-    assert {"deal", "seq_lora", "replay", *ALL} <= {*find_strategies()}
+    assert {"deal", "seq_lora", "replay", *ALL} <= {*PLUGINS.find()}
     assert strategy_class("deal").__module__.startswith("deal_core.")
 
 

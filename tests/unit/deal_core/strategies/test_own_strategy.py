@@ -11,7 +11,7 @@ import pytest
 
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
-from deal_core.strategies import OWN, find_strategies, make_strategy
+from deal_core.strategies import OWN, PLUGINS, make_strategy
 from deal_core.training.conformance import check_strategy
 from tasks.lineage.choices import choose_strategy
 from tasks.spec import AdaptSpec, parse
@@ -120,7 +120,7 @@ def test_a_class_that_cannot_be_used_is_refused_with_the_reason(installed: Path)
 
 
 def test_another_package_cannot_replace_ours(installed: Path) -> None:
-    assert find_strategies()["deal"].value == OWN["deal"]
+    assert PLUGINS.find()["deal"].value == OWN["deal"]
     assert type(make_strategy("deal", MethodConfig(), 0)).__name__ == "Deal"
 
 

@@ -20,15 +20,13 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import generate
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import longest_of
-from deal_core.strategies import own_texts, questions
+from deal_core.strategies import questions
+from deal_core.strategies.answered import recentred_questions
 from deal_core.strategies.deal import Deal
-from deal_core.strategies.label_questions import recentred_questions
-from deal_core.strategies.own_texts import answers_name
-from deal_core.strategies.questions import make_rehearsal
+from deal_core.strategies.questions import answers_name, make_rehearsal
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.seq_lora import SeqLora
 from deal_core.strategies.strategy import PlannedArrival, TaskContext, TaskTexts
-from deal_core.training.train import OtherRows
 
 LONG = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
 SIZES = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
@@ -172,9 +170,7 @@ def test_the_labels_of_the_texts_themselves_are_not_learned(parent, train):
     first, second = texts(SIZES, ["large"] * 3 + ["small"] * 9), texts(SIZES, ["small"] * 9 + ["large"] * 3)
     found = [
         load_file(
-            train(
-                "deal", parent, train=LONG, rehearsal=OWN, old_tasks=(SIZES,), others=OtherRows(old_texts=[own])
-            ).folder
+            train("deal", parent, train=LONG, rehearsal=OWN, old_tasks=(SIZES,), old_texts=[own]).folder
             / "adapter_model.safetensors"
         )
         for own in (first, second, texts(SIZES, ["large"] * 9 + ["small"] * 3))
@@ -188,8 +184,8 @@ def test_a_task_in_the_new_ones_words_is_held_by_its_own_texts(parent, train, ta
     given = {"rehearsal": OWN, "old_tasks": (alike,)}
     (_, note, *_) = train("deal", parent, **{**given, "old_tasks": (SIZES, alike)}).result.notes
     assert note.endswith(": alike")
-    own = OtherRows(old_texts=[texts(alike, list(task.labels) * 4)])
-    notes = train("deal", parent, **given, others=own).result.notes
+    own = [texts(alike, list(task.labels) * 4)]
+    notes = train("deal", parent, **given, old_texts=own).result.notes
     assert "rehearsed 12 questions about old tasks (sets: 1)" in notes[0]
     assert not any("not rehearsed" in note for note in notes)
 
@@ -212,8 +208,8 @@ def test_first_answers_are_asked_for_once(arrive, monkeypatch):
     olds, own = [SIZES, STORY], [texts(SIZES, ["large", "small"] * 5), texts(STORY, ["this"] * 4)]
     first, kept = arrive(olds, own)
     asked = []
-    ask = own_texts._asked
-    monkeypatch.setattr(own_texts, "_asked", lambda *given: asked.append(given[2].task.name) or ask(*given))
+    ask = questions._asked
+    monkeypatch.setattr(questions, "_asked", lambda *given: asked.append(given[2].task.name) or ask(*given))
     again, kept_again = arrive(olds, own, kept=kept)
     assert asked == [] and len(targets(first)) == 14 and targets(again) == targets(first)
     assert kept.keys() == kept_again.keys() and all(torch.equal(kept[name], kept_again[name]) for name in kept)
@@ -236,7 +232,7 @@ def test_a_version_keeps_the_answers_with_its_adapter(parent, train):
         "rehearsal": FIRST,
         "old_tasks": (SIZES,),
         "train": LONG,
-        "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)]),
+        "old_texts": [texts(SIZES, ["large", "small"] * 5)],
     }
     second = train("deal", parent, **given)
     third = train("deal", second.folder, **given)
@@ -256,7 +252,7 @@ def test_a_killed_run_ends_with_the_same_losses(parent, train, killed_and_resume
         "train": LONG,
         "rehearsal": config,
         "old_tasks": (SIZES, SHAPES),
-        "others": OtherRows(old_texts=[texts(SIZES, ["large", "small"] * 5)]),
+        "old_texts": [texts(SIZES, ["large", "small"] * 5)],
     }
     whole = train("deal", parent, **given)
     resumed = killed_and_resumed("deal", parent, at=6, **given)
@@ -287,7 +283,7 @@ def test_the_next_arrival_asks_in_another_order(parent, train, monkeypatch):
         return made, answers
 
     monkeypatch.setattr(questions, "make_rehearsal", record)
-    given = {"rehearsal": OWN, "old_tasks": (SIZES,), "others": OtherRows(old_texts=[texts(SIZES, ["large"] * 40)])}
+    given = {"rehearsal": OWN, "old_tasks": (SIZES,), "old_texts": [texts(SIZES, ["large"] * 40)]}
     train("deal", train("deal", parent, **given).folder, **given)
     assert len(asked) == 2 and asked[0] != asked[1]
 

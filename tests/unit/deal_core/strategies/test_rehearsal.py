@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from benchmarks.method.rivals import ask
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator
@@ -19,7 +20,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig, RehearsalConfig
 from deal_core.strategies.questions import choose_kept, make_rehearsal, tasks_to_ask
-from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack
+from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack
 from deal_core.strategies.strategy import TaskContext
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")

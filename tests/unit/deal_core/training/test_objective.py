@@ -20,8 +20,7 @@ from deal_core.planning.memory import largest_batch
 from deal_core.training.objective import (
     PairCollator,
     PreferenceLoss,
-    add_reference,
-    add_rejected,
+    add_preferences,
     margins,
 )
 from tests.unit.deal_core.conftest import as_served
@@ -57,7 +56,11 @@ def pairs(num_rows: int) -> Dataset:
 def encoded(base):
     rows = pairs(7)
     made = encode_rows(rows, base.tokenizer, TASK, max_prompt_tokens=64, max_answer_tokens=20)
-    return add_rejected(made, rows, base.tokenizer, TASK, 20)
+    return add_preferences(made, rows, base.model, base.tokenizer, TASK, SHORT)
+
+
+def with_margins(encoded: Dataset, margins_N: list[float]) -> Dataset:
+    return encoded.remove_columns(REFERENCE_MARGINS).add_column(REFERENCE_MARGINS, margins_N)
 
 
 def log_p(model, row, name: str) -> torch.Tensor:
@@ -71,7 +74,7 @@ def log_p(model, row, name: str) -> torch.Tensor:
 def test_margins_and_loss_are_those_of_rows_read_alone(base, encoded, shares_prefix):
     collate = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False, shares_prefix=shares_prefix))
     reference_N = [0.5 * number for number in range(len(encoded))]
-    batch = collate(list(encoded.add_column(REFERENCE_MARGINS, reference_N)))
+    batch = collate(list(with_margins(encoded, reference_N)))
     assert ("prefix_ids" in batch) == shares_prefix
     with torch.no_grad():
         better_N, worse_N = (
@@ -86,9 +89,8 @@ def test_margins_and_loss_are_those_of_rows_read_alone(base, encoded, shares_pre
 
 
 def test_a_blank_row_adds_nothing(base, encoded):
-    known = add_reference(encoded, pairs(7), base.model, base.tokenizer, TASK, SHORT)
     collate = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))
-    rows = list(add_blank_row(known))
+    rows = list(add_blank_row(encoded))
     objective = PreferenceLoss(beta=0.3)
     with torch.no_grad():
         with_blank, without = (objective.loss_sum(base.model, collate(each)) for each in (rows, rows[:-1]))
@@ -138,8 +140,8 @@ def test_a_larger_beta_stays_nearer_to_the_parent(base, train, encoded):
         config = replace(SHORT, max_steps=30, preference_beta=beta)
         found = train("seq_lora", rows=pairs(8), task=TASK, train=config)
         with adapter_on(base.model, found.folder) as model, torch.no_grad():
-            known = encoded.add_column(REFERENCE_MARGINS, [0.0] * len(encoded))
-            batch = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))(list(known))
+            rows = list(with_margins(encoded, [0.0] * len(encoded)))
+            batch = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))(rows)
             return float(margins(model, batch).mean())
 
     assert gain(5.0) < gain(0.05)

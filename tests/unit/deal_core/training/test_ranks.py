@@ -32,10 +32,9 @@ from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.training.job import TextsFile, TrainingJob
 from deal_core.training.launcher import describe
 from deal_core.training.ranks import error_of, require_devices, train_in_processes
-from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.train import TextsFile, TrainingJob, TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
 
 # 26 rows in batches of 4: the last step of an epoch has two rows, all of them rank 0's
@@ -44,7 +43,7 @@ STEPS = TrainConfig(
 )
 ROOT = Path(__file__).parents[4]
 MAIN = (
-    "import sys; from pathlib import Path\nfrom deal_core.training.job import TrainingJob\n"
+    "import sys; from pathlib import Path\nfrom deal_core.training.train import TrainingJob\n"
     "from deal_core.training.ranks import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n"
     "train_in_processes(TrainingJob.read(job), folder, lambda step, _: print(step, flush=True))\n"
 )

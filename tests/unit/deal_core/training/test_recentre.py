@@ -21,7 +21,7 @@ from deal_core.data.collate import answer_collator
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.errors import TrainingDivergedError
 from deal_core.evaluation.label_scores import label_scores
-from deal_core.strategies.label_questions import question
+from deal_core.strategies.answered import question
 from deal_core.strategies.rehearsal import Rehearsal
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.recentre import recentre_adapter

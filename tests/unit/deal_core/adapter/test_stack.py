@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deal_core.adapter.spectrum import count_core_slots, decompose
+from deal_core.adapter.stack import count_core_slots, decompose
 
 
 @pytest.fixture
@@ -49,11 +49,3 @@ def test_no_full_product_is_formed():
 )
 def test_core_holds_the_energy_and_leaves_the_free_slots(sigma, energy, num_free, count):
     assert count_core_slots(torch.tensor([sigma]), energy, num_free).tolist() == [count]
-
-
-def test_a_truncated_spectrum_is_the_best_approximation_of_that_rank(factors):
-    a_MRI, b_MOR = factors
-    full = b_MOR @ a_MRI
-    y_A, y_B = decompose(a_MRI, b_MOR).truncate(2).factors()
-    lost = torch.linalg.svdvals(full)[:, 2:].square().sum().sqrt()
-    torch.testing.assert_close((y_B @ y_A.mT - full).norm(), lost, rtol=1e-4, atol=1e-4)
