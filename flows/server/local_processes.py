@@ -117,6 +117,9 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
     Raises:
         OSError: The process cannot be started or recorded. If it cannot be recorded, it is killed.
     """
+    for earlier in stack.parts:
+        if earlier.name == name and earlier.is_server:  # a dead worker's training may run to its end
+            _kill_left_by(earlier, home)
     log = ready_log(home / "logs" / f"{name}.log")
     environment = _environment(home, stack, name) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with log.open("ab") as output:
@@ -132,18 +135,14 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
     part = LocalProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log, gpus=gpus)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]
     try:
-        _record(home, stack)
+        with complete_file(home / STACK_FILE) as path:
+            path.touch(mode=0o600)
+            record = {**stack.model_dump(mode="json"), "backend_uri": stack.backend_uri}
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
-
-
-def _record(home: Path, stack: LocalStack) -> None:
-    with complete_file(home / STACK_FILE) as path:
-        path.touch(mode=0o600)
-        record = {**stack.model_dump(mode="json"), "backend_uri": stack.backend_uri}
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _environment(home: Path, stack: LocalStack, name: str) -> dict[str, str]:
@@ -192,7 +191,7 @@ def stop(home: Path) -> list[str]:
         ended += _end(part for part in stack.parts if not part.is_server)
         ended += _end(servers)
         for part in servers:
-            kill_left_by(part, home)
+            _kill_left_by(part, home)
         # a run whose worker was killed still runs, and the next worker would start it a second time
         _kill(home, lambda process: "PREFECT__FLOW_RUN_ID" in process.environ())
         (home / STACK_FILE).unlink(missing_ok=True)
@@ -221,7 +220,7 @@ def _end(parts: Iterable[LocalProcess]) -> list[str]:
     return [part.name for part in alive]
 
 
-def kill_left_by(server: LocalProcess, home: Path) -> None:
+def _kill_left_by(server: LocalProcess, home: Path) -> None:
     """Kill the children of a dead server, because a child may hold the server's port."""
     # The children are those of the server's process group. The system gives no process the number of an existing
     # group. If a process has the server's number, the group is gone.
@@ -241,31 +240,24 @@ def _kill(home: Path, is_selected: Callable[[psutil.Process], bool]) -> None:
 def supervise(home: Path) -> None:
     """Restart processes that died and shorten long logs, until `deal down` removes the record."""
     started: dict[str, float] = {}
-    while (stack := read_stack(home)) is not None:
-        for part in stack.parts:
-            is_recent = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
-            if part.name != SUPERVISOR and not part.is_alive() and not is_recent:
-                _restart(home, part.name)
-                started[part.name] = time.monotonic()
-            if is_full(part.log):
-                with suppress(OSError), hold_stack(home):  # if the disk has no room for the copy, try again later
-                    cut_log(part.log)
-        time.sleep(LOOK_SECONDS)
-
-
-def _restart(home: Path, name: str) -> None:
-    try:
+    while True:
         with hold_stack(home):
-            stack = read_stack(home)  # `deal up` or `deal down` may have changed the record
-            part = next((each for each in stack.parts if each.name == name), None) if stack else None
-            if stack is None or part is None or part.is_alive():
+            stack = read_stack(home)
+            if stack is None:
                 return
-            if part.is_server:  # a dead worker's training may run to its end
-                kill_left_by(part, home)
-            start_part(home, stack, name, part.command, part.gpus)
-            logger.warning("%s had died and was started again", name)
-    except OSError as error:
-        logger.error("%s died and cannot be started: %s", name, error)
+            for part in stack.parts:
+                is_recent = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
+                if part.name != SUPERVISOR and not part.is_alive() and not is_recent:
+                    started[part.name] = time.monotonic()
+                    try:
+                        start_part(home, stack, part.name, part.command, part.gpus)
+                        logger.warning("%s had died and was started again", part.name)
+                    except OSError as error:
+                        logger.error("%s died and cannot be started: %s", part.name, error)
+                if is_full(part.log):
+                    with suppress(OSError):  # if the disk has no room for the copy, try again later
+                        cut_log(part.log)
+        time.sleep(LOOK_SECONDS)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ from flows.server.local_processes import (
     LocalProcess,
     LocalStack,
     _environment,
-    _record,
-    _restart,
     hold_stack,
     read_stack,
     start_of,
@@ -138,7 +136,7 @@ def test_a_worker_keeps_its_gpus_when_it_is_started_again(home: Path) -> None:
         (first,) = made.parts
         os.kill(first.pid, signal.SIGKILL)
         os.waitpid(first.pid, 0)
-        _restart(home, "worker")
+        heal(home, made, print)
         recorded = read_stack(home)
         assert recorded is not None
         (again,) = recorded.parts
@@ -258,7 +256,12 @@ def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
             monkeypatch.setattr("flows.server.local_stack._wait_for_servers", lambda stack: None)
             heal(home, made, print)
         elif then == "supervisor":
-            _restart(home, "mlflow-server")
+            monkeypatch.setattr("flows.server.local_processes.LOOK_SECONDS", 0.01)
+            threading.Thread(target=supervise, args=(home,), daemon=True).start()
+            for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.01), stop=tenacity.stop_after_delay(60)):
+                with attempt:
+                    again = read_stack(home)
+                    assert again is not None and again.is_alive()
         else:
             assert stop(home) == []
         assert not children[0].is_running()
@@ -328,7 +331,7 @@ def test_the_supervisor_cuts_a_log_that_is_written_to(home: Path, monkeypatch: p
     log, own = home / "x.log", os.getpid()
     made = stack()
     made.parts = [LocalProcess(name="x", command=(), pid=own, started=start_of(own), log=log)]
-    _record(home, made)
+    (home / "stack.json").write_text(json.dumps({**made.model_dump(mode="json"), "backend_uri": ""}))
     supervising = threading.Thread(target=supervise, args=(home,), daemon=True)
     with log.open("ab", buffering=0) as output:
         output.write(b"first")
