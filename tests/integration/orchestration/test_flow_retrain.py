@@ -19,8 +19,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymen
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import NO_LIMITS
+from flows.announce import retrain
 from flows.cli.app import app
-from flows.retrain import retrain
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
 from infra.versions import Version, Versions
