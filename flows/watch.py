@@ -123,7 +123,7 @@ async def watch(
         if is_held and not was_held:
             reporter().said(f"Lineage '{spec.lineage}' is held; let it learn with: deal lineage resume {spec.lineage}.")
         was_held = is_held
-        if is_stopped() or (once and (is_held or worker.num_left <= worker.num_quiet)):
+        if is_stopped() or (once and (is_held or not worker.num_left)):
             return worker.result()
         if num_handled or not worker.files:
             reporter().stage_started("waiting")
@@ -151,10 +151,10 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0, now: datetime 
     is_rerun = (runtime.flow_run.run_count or 1) > 1
     worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun, now=now)
     try:
-        while await worker.handle_open() or worker.num_left > worker.num_quiet:  # those are announced in their time
+        while await worker.handle_open() or worker.num_left:
             if is_stopped() or worker.is_held():
                 break
-            if worker.num_left > worker.num_quiet:
+            if worker.num_left:
                 await asyncio.sleep(settle_seconds)
     except LineageBusyError as busy:
         reporter().said(f"{busy} Landed files are learned afterwards.")
@@ -181,9 +181,8 @@ class InboxWorker:
     runs: list[AdaptResult] = field(default_factory=list)
     num_left: int = 0
     """Open arrivals that the last look did not handle: incomplete ones, what is due after the first batch, and all
-    others after a request to stop. Those that wait by the settings `retrain` do not count."""
-    num_quiet: int = 0
-    """Those of them that are folders without a file `_SUCCESS` and are complete when they have not changed for long."""
+    others after a request to stop. What waits for long does not count: by the settings `retrain`, or as a folder
+    without a file `_SUCCESS`, which is complete when nothing in it has changed for some time."""
     _stamps: dict[str, str] = field(default_factory=dict)
     _test_files: TestFiles = field(default_factory=dict)
     _states: KnownStates = field(default_factory=KnownStates)
@@ -209,7 +208,7 @@ class InboxWorker:
         )
         planned = plan(self.store, self.spec, inbox, state, settled, self.now or datetime.now(UTC))
         quiet = [info for info in growing if waits_for_quiet(info)]
-        self.num_left, self.num_quiet = len(planned.files) + len(growing), len(quiet)
+        self.num_left = len(planned.files) + len(growing) - len(quiet)
         # what waits is said each time that it changes
         waiting = [task.line() for task in planned.waiting if not task.is_due]
         waiting += [
