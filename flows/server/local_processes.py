@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from infra.settings import IMPATIENT, QUIET
 
 STACK_FILE = "stack.json"
 SUPERVISOR = "supervisor"
+PART = "DEAL_PART"
+"""Environment variable with the name of a part. All processes that the part starts inherit it."""
 STOP_SECONDS = 20.0
 LOOK_SECONDS = 2.0
 PAUSE_SECONDS = 20.0
@@ -117,9 +119,8 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
     Raises:
         OSError: The process cannot be started or recorded. If it cannot be recorded, it is killed.
     """
-    for earlier in stack.parts:
-        if earlier.name == name and earlier.is_server:  # a dead worker's training may run to its end
-            _kill_left_by(earlier, home)
+    if name.endswith("-server"):  # a child of a dead server may hold its port; a dead worker's training may go on
+        _kill(_processes_of(home, [name]))
     log = ready_log(home / "logs" / f"{name}.log")
     environment = _environment(home, stack, name) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with log.open("ab") as output:
@@ -174,7 +175,7 @@ def _environment(home: Path, stack: LocalStack, name: str) -> dict[str, str]:
     servers = {} if name.endswith("-server") else stack.environment()
     if name == "mlflow-server":  # not as arguments: every user of the machine can read arguments
         servers = {"MLFLOW_BACKEND_STORE_URI": stack.backend_uri, "MLFLOW_ARTIFACTS_DESTINATION": stack.artifact_uri}
-    return {**own, **kept, **servers, "PREFECT_HOME": str(home / "prefect"), "DEAL_HOME": str(home)}
+    return {**own, **kept, **servers, PART: name, "PREFECT_HOME": str(home / "prefect"), "DEAL_HOME": str(home)}
 
 
 def stop(home: Path) -> list[str]:
@@ -186,55 +187,43 @@ def stop(home: Path) -> list[str]:
         stack = read_stack(home)
         if stack is None:
             return []
-        servers = [part for part in stack.parts if part.is_server]
-        ended = _end(part for part in stack.parts if part.name == SUPERVISOR)
-        ended += _end(part for part in stack.parts if not part.is_server)
-        ended += _end(servers)
-        for part in servers:
-            _kill_left_by(part, home)
-        # a run whose worker was killed still runs, and the next worker would start it a second time
-        _kill(home, lambda process: "PREFECT__FLOW_RUN_ID" in process.environ())
+        ended = _end(home, [part for part in stack.parts if part.name == SUPERVISOR])
+        ended += _end(home, [part for part in stack.parts if not part.is_server])
+        ended += _end(home, [part for part in stack.parts if part.is_server])
         (home / STACK_FILE).unlink(missing_ok=True)
         return ended
 
 
-def _end(parts: Iterable[LocalProcess]) -> list[str]:
-    """End processes and their children at the same time. Return the names of those that still ran.
+def _end(home: Path, parts: Sequence[LocalProcess]) -> list[str]:
+    """End parts and all that they have started, at the same time. Return the names of the parts that still ran."""
+    alive = [part.name for part in parts if part.is_alive()]
+    asked = _processes_of(home, alive)
+    for part in parts:
+        if part.name in alive:
+            with suppress(ProcessLookupError):
+                os.killpg(part.pid, signal.SIGTERM)
+    psutil.wait_procs(asked, timeout=STOP_SECONDS)
+    # What did not end, and what a killed part has left: the next worker would start such a run a second time.
+    _kill(_processes_of(home, [part.name for part in parts]))
+    return alive
 
-    The supervisor's children are the processes that it started again. Each of these is ended by its own name.
-    """
-    alive = [part for part in parts if part.is_alive()]
-    family: list[psutil.Process] = []
-    for part in alive:
-        with suppress(psutil.Error):
-            first = psutil.Process(part.pid)
-            family += [first, *(() if part.name == SUPERVISOR else first.children(recursive=True))]
-    for part in alive:
-        with suppress(ProcessLookupError):
-            os.killpg(part.pid, signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
-    for process in left:
+
+def _processes_of(home: Path, names: Sequence[str]) -> list[psutil.Process]:
+    """Return the processes of parts with these names, and all that they have started."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # the process has ended, or is another user's
+            environment = process.environ()
+            if environment.get("PREFECT_HOME") == str(home / "prefect") and environment.get(PART) in names:
+                found.append(process)
+    return found
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(left, timeout=STOP_SECONDS)
-    return [part.name for part in alive]
-
-
-def _kill_left_by(server: LocalProcess, home: Path) -> None:
-    """Kill the children of a dead server, because a child may hold the server's port."""
-    # The children are those of the server's process group. The system gives no process the number of an existing
-    # group. If a process has the server's number, the group is gone.
-    if not start_of(server.pid):
-        _kill(home, lambda process: os.getpgid(process.pid) == server.pid)
-
-
-def _kill(home: Path, is_selected: Callable[[psutil.Process], bool]) -> None:
-    """Kill the selected processes that were started for this home."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, ProcessLookupError):
-            if is_selected(process) and process.environ().get("PREFECT_HOME") == str(home / "prefect"):
-                process.kill()
-                process.wait(STOP_SECONDS)
+    psutil.wait_procs(processes, timeout=STOP_SECONDS)
 
 
 def supervise(home: Path) -> None:

@@ -25,6 +25,7 @@ from flows.server import local_stack
 from flows.server.deploy import GPU_POOL
 from flows.server.embedded import enter_home
 from flows.server.local_processes import (
+    PART,
     SUPERVISOR,
     LocalProcess,
     LocalStack,
@@ -161,7 +162,7 @@ def test_the_databases_password_is_in_the_users_own_record_alone(home: Path) -> 
 def test_stop_ends_what_was_started_and_runs_whose_worker_is_gone_and_nothing_else(home: Path) -> None:
     made = stack()
     start_part(home, made, "worker", SLEEP)
-    environment = {**os.environ, "PREFECT__FLOW_RUN_ID": "1"}
+    environment = {**os.environ, PART: "worker"}  # as a run has it from its worker
     left = subprocess.Popen([sys.executable, *SLEEP], env={**environment, "PREFECT_HOME": str(home / "prefect")})
     other = subprocess.Popen([sys.executable, *SLEEP], env={**environment, "PREFECT_HOME": "/elsewhere"})
     try:
