@@ -28,7 +28,7 @@ from infra.settings import IMPATIENT, QUIET
 STACK_FILE = "stack.json"
 SUPERVISOR = "supervisor"
 PART = "DEAL_PART"
-"""Environment variable with the name of a part. All processes that the part starts inherit it."""
+"""Environment variable that tells of which part a process is: the part's log. What the part starts inherits it."""
 STOP_SECONDS = 20.0
 LOOK_SECONDS = 2.0
 PAUSE_SECONDS = 20.0
@@ -44,8 +44,6 @@ class LocalProcess(BaseModel):
     command: tuple[str, ...]
     """Arguments of this Python."""
     pid: int
-    started: str
-    """The result of `start_of`. Another process that gets the same number later has another start."""
     log: Path
     gpus: str = ""
     """Its CUDA_VISIBLE_DEVICES; empty: those of `deal up`."""
@@ -56,8 +54,10 @@ class LocalProcess(BaseModel):
         return self.name.endswith("-server")
 
     def is_alive(self) -> bool:
-        """Whether the process still runs."""
-        return self.started != "" and start_of(self.pid) == self.started
+        """Whether the process still runs. Another process may have got its number."""
+        with suppress(psutil.Error):
+            return psutil.Process(self.pid).environ().get(PART) == str(self.log)
+        return False
 
 
 class LocalStack(BaseModel):
@@ -97,20 +97,6 @@ def read_stack(home: Path) -> LocalStack | None:
         return None
 
 
-def start_of(pid: int) -> str:
-    """Return the id of the machine's boot and the process's start in clock ticks; empty if the process does not run.
-
-    psutil's create_time() is not used: it changes when the clock is set.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may have spaces
-    except OSError:
-        return ""
-    state, ticks = fields[0], fields[19]  # fields 3 and 22 of man 5 proc_pid_stat
-    return "" if state in "ZX" else f"{boot}+{ticks}"
-
-
 def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...], gpus: str = "") -> None:
     """Start a process and record it in place of an earlier process of the same name. The caller holds the stack.
 
@@ -119,10 +105,10 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
     Raises:
         OSError: The process cannot be started or recorded. If it cannot be recorded, it is killed.
     """
-    if name.endswith("-server"):  # a child of a dead server may hold its port; a dead worker's training may go on
-        _kill(_processes_of(home, [name]))
     log = ready_log(home / "logs" / f"{name}.log")
-    environment = _environment(home, stack, name) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    if name.endswith("-server"):  # a child of a dead server may hold its port; a dead worker's training may go on
+        _kill(_processes_of([log]))
+    environment = {**_environment(home, stack, name), PART: str(log)} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -133,7 +119,7 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    part = LocalProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log, gpus=gpus)
+    part = LocalProcess(name=name, command=command, pid=process.pid, log=log, gpus=gpus)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]
     try:
         with complete_file(home / STACK_FILE) as path:
@@ -175,7 +161,7 @@ def _environment(home: Path, stack: LocalStack, name: str) -> dict[str, str]:
     servers = {} if name.endswith("-server") else stack.environment()
     if name == "mlflow-server":  # not as arguments: every user of the machine can read arguments
         servers = {"MLFLOW_BACKEND_STORE_URI": stack.backend_uri, "MLFLOW_ARTIFACTS_DESTINATION": stack.artifact_uri}
-    return {**own, **kept, **servers, PART: name, "PREFECT_HOME": str(home / "prefect"), "DEAL_HOME": str(home)}
+    return {**own, **kept, **servers, "PREFECT_HOME": str(home / "prefect"), "DEAL_HOME": str(home)}
 
 
 def stop(home: Path) -> list[str]:
@@ -187,34 +173,35 @@ def stop(home: Path) -> list[str]:
         stack = read_stack(home)
         if stack is None:
             return []
-        ended = _end(home, [part for part in stack.parts if part.name == SUPERVISOR])
-        ended += _end(home, [part for part in stack.parts if not part.is_server])
-        ended += _end(home, [part for part in stack.parts if part.is_server])
+        ended = _end([part for part in stack.parts if part.name == SUPERVISOR])
+        ended += _end([part for part in stack.parts if not part.is_server])
+        ended += _end([part for part in stack.parts if part.is_server])
         (home / STACK_FILE).unlink(missing_ok=True)
         return ended
 
 
-def _end(home: Path, parts: Sequence[LocalProcess]) -> list[str]:
+def _end(parts: Sequence[LocalProcess]) -> list[str]:
     """End parts and all that they have started, at the same time. Return the names of the parts that still ran."""
-    alive = [part.name for part in parts if part.is_alive()]
-    asked = _processes_of(home, alive)
-    for part in parts:
-        if part.name in alive:
-            with suppress(ProcessLookupError):
-                os.killpg(part.pid, signal.SIGTERM)
-    psutil.wait_procs(asked, timeout=STOP_SECONDS)
+    alive = [part for part in parts if part.is_alive()]
+    family: list[psutil.Process] = []
+    for part in alive:
+        with suppress(psutil.Error, ProcessLookupError):
+            first = psutil.Process(part.pid)
+            # the supervisor's children are parts that it started again, and each ends as a part
+            family += [first, *([] if part.name == SUPERVISOR else first.children(recursive=True))]
+            os.killpg(part.pid, signal.SIGTERM)
+    psutil.wait_procs(family, timeout=STOP_SECONDS)
     # What did not end, and what a killed part has left: the next worker would start such a run a second time.
-    _kill(_processes_of(home, [part.name for part in parts]))
-    return alive
+    _kill(_processes_of([part.log for part in parts]))
+    return [part.name for part in alive]
 
 
-def _processes_of(home: Path, names: Sequence[str]) -> list[psutil.Process]:
-    """Return the processes of parts with these names, and all that they have started."""
-    found = []
+def _processes_of(logs: Sequence[Path]) -> list[psutil.Process]:
+    """Return the processes of the parts with these logs, and all that they have started."""
+    wanted, found = set(map(str, logs)), []
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # the process has ended, or is another user's
-            environment = process.environ()
-            if environment.get("PREFECT_HOME") == str(home / "prefect") and environment.get(PART) in names:
+            if process.environ().get(PART) in wanted:
                 found.append(process)
     return found
 
