@@ -56,7 +56,7 @@ async def watch_inbox(for_seconds: float = 630.0, poll_seconds: float = 2.0) -> 
 
 
 @flow(name="retrain")
-async def retrain(settle_seconds: float = 2.0, now: datetime | None = None) -> int:
+async def retrain(settle_seconds: float = 2.0) -> int:
     """Announce what is due for every lineage, so that the server starts its runs; return the number of announcements.
 
     A lineage that is being learned is not started again: the run that holds it decides again before it ends. What was
@@ -64,9 +64,8 @@ async def retrain(settle_seconds: float = 2.0, now: datetime | None = None) -> i
 
     Args:
         settle_seconds: A file that has changed within this time may still be written, and waits for the next look.
-        now: The time by which the settings decide; None: that of the clock.
     """
-    return (await announce_all(current_store(), {}, {}, KnownStates(), settle_seconds, now)).num_announced
+    return (await announce_all(current_store(), {}, {}, KnownStates(), settle_seconds)).num_announced
 
 
 class Announced(NamedTuple):
@@ -83,9 +82,8 @@ async def announce_all(
     test_files: TestFiles,
     states: KnownStates,
     settle_seconds: float,
-    now: datetime | None = None,
 ) -> Announced:
-    """Look at the inbox once, and announce what is due for every lineage. For `now` see `adapt_landed`."""
+    """Look at the inbox once, and announce what is due for every lineage."""
     try:
         lineages, inbox = list_lineages(store), look(store, test_files)
     except DealError as error:
@@ -96,7 +94,7 @@ async def announce_all(
         seen = stamps.setdefault(lineage.lineage, {})
         try:
             state = states.read(store, lineage.lineage)
-            announced = await announce_open(store, inbox, lineage, state, seen, settle_seconds, now)
+            announced = await announce_open(store, inbox, lineage, state, seen, settle_seconds)
         except DealError as error:  # continue with the other lineages
             logger.error("The inbox could not be read for lineage %s: %s", lineage.lineage, error)
             announced = Announced(0, 1)
@@ -112,18 +110,16 @@ async def announce_open(
     state: InboxState,
     seen: Stamps,
     settle_seconds: float,
-    now: datetime | None = None,
 ) -> Announced:
     """Announce a lineage's files that are due and complete; hold those of cancelled runs.
 
-    `seen` has the previous look's stamps and gets those of this look. For `settle_seconds` see `InboxWorker`, for `now`
-    see `adapt_landed`.
+    `seen` has the previous look's stamps and gets those of this look. For `settle_seconds` see `InboxWorker`.
     """
     name = lineage.lineage
     if lineage.held is not None:
         return Announced(0, 0)
     settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
-    due = plan(store, lineage, inbox, state, settled, now or datetime.now(UTC)).files
+    due = plan(store, lineage, inbox, state, settled, datetime.now(UTC)).files
     announced = arrival_runs.read_announcements(store, name, inbox, due)
     released = {info.key: note.at for info in due if (note := state.requeued(info))}
     new = [info for info in due if info.key not in announced]

@@ -131,7 +131,7 @@ async def watch(
 
 
 @flow(name="adapt-landed", flow_run_name="adapt-landed-{lineage}")
-async def adapt_landed(lineage: str, settle_seconds: float = 2.0, now: datetime | None = None) -> WatchResult:
+async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult:
     """Adapt a lineage to what is due, oldest first, until nothing is. A server starts this for announced files.
 
     If another run holds the lineage, this run ends at once and leaves its place to other lineages. An `adapt_landed`
@@ -141,7 +141,6 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0, now: datetime 
     Args:
         lineage: Its name; `tasks.lineage.settings` reads its settings from the store.
         settle_seconds: See `InboxWorker`.
-        now: The time by which the settings `retrain` decide; None: that of the clock.
     """
     store = current_store()
     spec = read_lineage(store, lineage)
@@ -149,7 +148,7 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0, now: datetime 
         reporter().said(f"Lineage '{lineage}' is held ({spec.held}); nothing is learned.")
         return WatchResult(lineage=lineage, files=())
     is_rerun = (runtime.flow_run.run_count or 1) > 1
-    worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun, now=now)
+    worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun)
     try:
         while await worker.handle_open() or worker.num_left:
             if is_stopped() or worker.is_held():
@@ -175,8 +174,6 @@ class InboxWorker:
     """Whether the watch ends. Then its first look tries failed files again, and all results are kept in memory."""
     wait: bool
     """Whether to wait for another run that holds the lineage."""
-    now: datetime | None = None
-    """The time by which the settings `retrain` decide; None: that of the clock."""
     files: list[Seen] = field(default_factory=list)
     runs: list[AdaptResult] = field(default_factory=list)
     num_left: int = 0
@@ -206,7 +203,7 @@ class InboxWorker:
             settle_seconds=self.settle_seconds,
             retry_now=self._retries,
         )
-        planned = plan(self.store, self.spec, inbox, state, settled, self.now or datetime.now(UTC))
+        planned = plan(self.store, self.spec, inbox, state, settled, datetime.now(UTC))
         quiet = [info for info in growing if waits_for_quiet(info)]
         self.num_left = len(planned.files) + len(growing) - len(quiet)
         # what waits is said each time that it changes
@@ -272,7 +269,7 @@ class InboxWorker:
                 batches.end(store, batch)
         open_batch = due.batch
         if due.is_fixed:
-            open_batch = batches.freeze(store, lineage, task_of(files[0].key), files, self.now or now)
+            open_batch = batches.freeze(store, lineage, task_of(files[0].key), files, now)
             if not open_batch.is_of(files):
                 return False  # another run has fixed other files since the look
         learned = await _adapt_to(store, self.spec, files)

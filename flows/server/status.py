@@ -109,17 +109,14 @@ class Status(ServerRuns, frozen=True):
     """Missing or damaged champions, versions, manifests and test rows, and a store that cannot be read."""
 
 
-async def read_status(home: Path, now: datetime | None = None) -> Status:
-    """Read the state of the processes, of the lineages and, if there is a server, of its runs.
-
-    `now` is the time by which the settings `retrain` decide what waits; None: that of the clock.
-    """
+async def read_status(home: Path) -> Status:
+    """Read the state of the processes, of the lineages and, if there is a server, of its runs."""
     stack = read_stack(home)
     parts = stack.parts if stack else []
     problems: list[str] = []
     damaged: list[str] = []
     server = await read_server(problems)
-    lineages = _lineages(problems, damaged, now or datetime.now(UTC))
+    lineages = _lineages(problems, damaged)
     return Status(
         **vars(server),
         mlflow_url=stack.mlflow_url if stack else None,
@@ -130,7 +127,7 @@ async def read_status(home: Path, now: datetime | None = None) -> Status:
     )
 
 
-def _lineages(problems: list[str], damaged: list[str], now: datetime) -> list[LineageStatus]:
+def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
     """Return the state of each lineage that has a settings file or data in the store; append findings to the lists."""
     try:
         store = current_store()
@@ -142,7 +139,7 @@ def _lineages(problems: list[str], damaged: list[str], now: datetime) -> list[Li
     problems += [f"Lineage {name} is left out: {why}" for name, why in lineages.problems.items()]
     watched = {lineage.lineage: lineage for lineage in lineages.good}
     return [
-        _lineage(store, name, watched.get(name), inbox, damaged, now)
+        _lineage(store, name, watched.get(name), inbox, damaged)
         for name in [*watched, *(name for name in known if name not in watched)]
     ]
 
@@ -157,12 +154,7 @@ def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
 
 
 def _lineage(
-    store: ObjectStore,
-    name: str,
-    watched: WatchedLineage | None,
-    inbox: InboxLook,
-    damaged: list[str],
-    now: datetime,
+    store: ObjectStore, name: str, watched: WatchedLineage | None, inbox: InboxLook, damaged: list[str]
 ) -> LineageStatus:
     """Return the state of a lineage; append its damage to `damaged`. A damaged part leaves the other parts readable."""
     champion, problems = look_at_champion(store, name)
@@ -213,7 +205,7 @@ def _lineage(
             )
             status.held_arrivals = held_arrivals(inbox, state, watched.tasks)
             if watched.held is None:
-                status.waiting = plan(store, watched, inbox, state, still_open, now).waiting
+                status.waiting = plan(store, watched, inbox, state, still_open, datetime.now(UTC)).waiting
     # several of the looks above may find the same damage
     damaged += [f"Lineage {name}: {in_one_line(DealError(problem))}" for problem in dict.fromkeys(problems)]
     return status
