@@ -152,9 +152,16 @@ class Lineage:
             arrival["data"] = self._as_file(data, tables)
             if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
                 arrival["test_data"] = self._as_file(test_rows, tables)
+            text = _as_json(
+                {**(settings or {}), "task": arrival},
+                "The settings or the task cannot be written as YAML",
+                ensure_ascii=False,
+            )
+            # JSON is YAML, but YAML does not join JSON's two escapes of one character
+            text = re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
             with tempfile.TemporaryDirectory(prefix="deal-") as folder:
                 spec = Path(folder) / "spec.yaml"
-                spec.write_text(_as_yaml({**(settings or {}), "task": arrival}), encoding="utf-8")
+                spec.write_text(text, encoding="utf-8")
                 command = ("adapt", str(spec), *(["--again"] if again else []))
                 values = self._run(*command, stages=stages, base=base, strategy=strategy, memory=memory)
             is_needed = values["status"] != "repeat"
@@ -278,7 +285,10 @@ class Lineage:
                 2,
             )
         home = self._environment.get("DEAL_HOME") or os.environ.get("DEAL_HOME") or "deal-home"
-        lines = [_as_line(row, number) for number, row in enumerate(data, start=1)] if isinstance(data, list) else []
+        lines = []
+        for number, row in enumerate(data if isinstance(data, list) else (), start=1):
+            _require(row, Mapping, f"row {number} of the data", "a dict with the columns that a file would have")
+            lines.append(_as_json(dict(row), f"Row {number} of the data is no JSON") + "\n")
         name = uuid.uuid4().hex + (".jsonl" if isinstance(data, list) else ".parquet")
         place = Path(os.path.abspath(os.path.expanduser(home)), "tables", name)
         tables.append(place)
@@ -311,27 +321,11 @@ class Lineage:
         return run_command(command, self._environment, self._show, stages)
 
 
-def _as_line(row: Any, number: int) -> str:
-    """Return a row as a line of JSON."""
-    _require(row, Mapping, f"row {number} of the data", "a dict with the columns that a file would have")
+def _as_json(value: Any, problem: str, *, ensure_ascii: bool = True) -> str:
     try:
-        return json.dumps(dict(row)) + "\n"
+        return json.dumps(value, ensure_ascii=ensure_ascii)
     except (TypeError, ValueError, RecursionError) as error:
-        raise CommandError(
-            f"Row {number} of the data is no JSON: {error}; give texts, numbers, lists and dicts.", 2
-        ) from None
-
-
-def _as_yaml(spec: Mapping[str, Any]) -> str:
-    """Return a spec as YAML."""
-    try:
-        text = json.dumps(spec, ensure_ascii=False)  # JSON is YAML
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CommandError(
-            f"The settings or the task cannot be written as YAML: {error}; give texts, numbers, lists and dicts.", 2
-        ) from None
-    # but YAML does not join JSON's two escapes of one character
-    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
+        raise CommandError(f"{problem}: {error}; give texts, numbers, lists and dicts.", 2) from None
 
 
 def _require(value: object, kinds: Any, what: str, wanted: str) -> None:
