@@ -23,6 +23,7 @@ from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
 from tasks.progress import Interrupted, Stages, reporter
+from tasks.references import VersionScores
 from tasks.serving.vllm import ServingRoute, sync_vllm
 
 logger = logging.getLogger(__name__)
@@ -63,17 +64,11 @@ async def for_each(
     return results
 
 
-class EvaluateResult(BaseModel, frozen=True):
+class EvaluateResult(VersionScores, frozen=True):
     """New and recorded accuracies of a version."""
 
     lineage: str
     version: str
-    accuracies: dict[str, float]
-    recorded: dict[str, float]
-    """Accuracies that the version's own run found."""
-    num_rows: dict[str, int]
-    unjudged: dict[str, str] = {}
-    """Tasks whose test rows were forgotten, and what to do."""
     seconds: float
 
 
@@ -96,15 +91,8 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
                 f"Version {scored.version} of {lineage} scores {value:.1%} on {task}, "
                 f"below the {before:.1%} that its own run found."
             )
-    return EvaluateResult(
-        lineage=lineage,
-        version=scored.version,
-        accuracies=scores.accuracies,
-        recorded=scores.recorded,
-        num_rows=scores.num_rows,
-        unjudged=scores.unjudged,
-        seconds=stages.seconds["evaluate"],
-    )
+    seconds = stages.seconds["evaluate"]
+    return EvaluateResult(lineage=lineage, version=scored.version, seconds=seconds, **vars(scores))
 
 
 @flow(name="evaluate-champions")
