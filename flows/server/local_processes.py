@@ -56,7 +56,7 @@ class LocalProcess(BaseModel):
     def is_alive(self) -> bool:
         """Whether the process still runs. Another process may have got its number."""
         with suppress(psutil.Error):
-            return psutil.Process(self.pid).environ().get(PART) == str(self.log)
+            return bool(psutil.Process(self.pid).environ().get(PART) == str(self.log))
         return False
 
 

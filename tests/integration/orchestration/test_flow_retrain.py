@@ -85,7 +85,7 @@ def deciding(at: datetime) -> Iterator[None]:
     """Let the settings `retrain` decide as at this time."""
     with pytest.MonkeyPatch.context() as patched:
         for module in (flows.announce, flows.watch, flows.server.status):
-            patched.setattr(module, "plan", lambda *given: plan(*given[:-1], at))
+            patched.setattr(module, "plan", lambda store, lineage, *look: plan(store, lineage, *look[:3], now=at))
         yield
 
 
