@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -94,9 +95,8 @@ class Lineage:
     ) -> None:
         _require(name, str, "the argument name", "a text")
         _require(environment, Mapping | None, "the argument environment", "a dict of texts")
-        for variable in (environment or {}).items():
-            for text in variable:
-                _require(text, str, "the argument environment", "a dict of texts")
+        for text in chain.from_iterable((environment or {}).items()):
+            _require(text, str, "the argument environment", "a dict of texts")
         self.name = name
         self._environment = dict(environment or {})
         if home is not None:
@@ -152,12 +152,18 @@ class Lineage:
             arrival["data"] = self._as_file(data, tables)
             if (test_rows := arrival.get("test_data") if test_data is None else test_data) is not None:
                 arrival["test_data"] = self._as_file(test_rows, tables)
+            text = _as_json(
+                {**(settings or {}), "task": arrival},
+                "The settings or the task cannot be written as YAML",
+                ensure_ascii=False,
+            )
+            # JSON is YAML, but YAML does not join JSON's two escapes of one character
+            text = re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
             with tempfile.TemporaryDirectory(prefix="deal-") as folder:
                 spec = Path(folder) / "spec.yaml"
-                spec.write_text(_as_yaml({**(settings or {}), "task": arrival}), encoding="utf-8")
-                options = self._options({"--base": base, "--strategy": strategy, "--memory": memory})
-                again_option = ["--again"] if again else []
-                values = self._run(["adapt", str(spec), *options, *again_option], stages)
+                spec.write_text(text, encoding="utf-8")
+                command = ("adapt", str(spec), *(["--again"] if again else []))
+                values = self._run(*command, stages=stages, base=base, strategy=strategy, memory=memory)
             is_needed = values["status"] != "repeat"
         finally:
             # A requeue reads the tables of a version again. A run that has died after its training may still become a
@@ -186,9 +192,9 @@ class Lineage:
         Raises:
             CommandError: There is no such version.
         """
-        values = self._run(["evaluate", *self._options({"--version": version})])
-        found = {"score": values["accuracies"], "recorded": values["recorded"], "num_rows": values["num_rows"]}
-        return pd.DataFrame(found).rename_axis("task")
+        values = self._run("evaluate", version=version)
+        columns = {"score": values["accuracies"], "recorded": values["recorded"], "num_rows": values["num_rows"]}
+        return pd.DataFrame(columns).rename_axis("task")
 
     def history(self) -> pd.DataFrame:
         """Return the versions of the lineage, oldest first: task, scores, the gate's decision, aliases.
@@ -199,7 +205,7 @@ class Lineage:
             CommandError: The home or its servers cannot be used.
         """
         try:
-            versions = self._run(["history", *self._options({})])
+            versions = self._run("history")
         except CommandError as error:
             if NO_VERSION not in str(error):
                 raise
@@ -214,15 +220,15 @@ class Lineage:
         Raises:
             CommandError: The lineage has no champion.
         """
-        matrix = self._run(["history", "--matrix", *self._options({})]) or {"trained": [], "rows": [], "tasks": []}
+        matrix = self._run("history", "--matrix") or {"trained": [], "rows": [], "tasks": []}
         rows = pd.Index(matrix["trained"], name="learned")
         return pd.DataFrame(matrix["rows"], index=rows, columns=matrix["tasks"], dtype=float)
 
     @property
     def champion(self) -> str | None:
         """Number of the version that answers; None: there is none yet. Errors are those of `history`."""
-        found = [str(number) for number, aliases in self.history()["aliases"].items() if "champion" in aliases]
-        return found[0] if found else None
+        aliases = self.history()["aliases"]
+        return next((str(number) for number, names in aliases.items() if "champion" in names), None)
 
     def rollback(self, version: str | int | None = None) -> None:
         """Make an earlier version the champion again, at once; None: the one that the champion continues.
@@ -230,7 +236,7 @@ class Lineage:
         Raises:
             CommandError: There is no such version, or the gate has rejected it.
         """
-        self._run(["rollback", *self._options({"--to": version})])
+        self._run("rollback", to=version)
 
     def predict(self, texts: str | Sequence[str], *, task: str | None = None) -> list[str]:
         """Answer texts with the champion. The first call loads the model; later calls follow the champion.
@@ -260,10 +266,6 @@ class Lineage:
                 self._server.close()
                 self._server = None
 
-    def _options(self, options: Mapping[str, str | int | None]) -> list[str]:
-        given = {"--lineage": self.name, **options}
-        return [part for name, value in given.items() if value is not None for part in (name, str(value))]
-
     def _as_file(self, data: Rows, tables: list[Path]) -> str:
         """Return a file's path from the root, or an address as it is. A table becomes a file, which joins `tables`."""
         if isinstance(data, str | os.PathLike):
@@ -283,19 +285,21 @@ class Lineage:
                 2,
             )
         home = self._environment.get("DEAL_HOME") or os.environ.get("DEAL_HOME") or "deal-home"
+        lines = []
+        for number, row in enumerate(data if isinstance(data, list) else (), start=1):
+            _require(row, Mapping, f"row {number} of the data", "a dict with the columns that a file would have")
+            lines.append(_as_json(dict(row), f"Row {number} of the data is no JSON") + "\n")
         name = uuid.uuid4().hex + (".jsonl" if isinstance(data, list) else ".parquet")
         place = Path(os.path.abspath(os.path.expanduser(home)), "tables", name)
         tables.append(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(data, list):
-                place.write_text("".join(map(_as_line, data, range(1, len(data) + 1))), encoding="utf-8")
+                place.write_text("".join(lines), encoding="utf-8")
             elif isinstance(data, pd.DataFrame):
                 data.to_parquet(place, index=False)
             else:
                 data.to_parquet(place)
-        except CommandError:
-            raise
         except OSError as error:
             raise CommandError(
                 f"The table cannot be written to {place} ({error.strerror}); check the home.", 1
@@ -309,31 +313,19 @@ class Lineage:
             ) from None
         return str(place)
 
-    def _run(self, arguments: Sequence[str], stages: set[str] | None = None) -> Any:
-        return run_command(arguments, self._environment, self._show, stages)
+    def _run(self, *command: str, stages: set[str] | None = None, **options: str | int | None) -> Any:
+        """Run a command about this lineage. Options that are None are left out. For `stages` see `run_command`."""
+        for name, value in {"lineage": self.name, **options}.items():
+            if value is not None:
+                command += (f"--{name}", str(value))
+        return run_command(command, self._environment, self._show, stages)
 
 
-def _as_line(row: Any, number: int) -> str:
-    """Return a row as a line of JSON."""
-    _require(row, Mapping, f"row {number} of the data", "a dict with the columns that a file would have")
+def _as_json(value: Any, problem: str, *, ensure_ascii: bool = True) -> str:
     try:
-        return json.dumps(dict(row)) + "\n"
+        return json.dumps(value, ensure_ascii=ensure_ascii)
     except (TypeError, ValueError, RecursionError) as error:
-        raise CommandError(
-            f"Row {number} of the data is no JSON: {error}; give texts, numbers, lists and dicts.", 2
-        ) from None
-
-
-def _as_yaml(spec: Mapping[str, Any]) -> str:
-    """Return a spec as YAML."""
-    try:
-        text = json.dumps(spec, ensure_ascii=False)  # JSON is YAML
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CommandError(
-            f"The settings or the task cannot be written as YAML: {error}; give texts, numbers, lists and dicts.", 2
-        ) from None
-    # but YAML does not join JSON's two escapes of one character
-    return re.sub("[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", text)
+        raise CommandError(f"{problem}: {error}; give texts, numbers, lists and dicts.", 2) from None
 
 
 def _require(value: object, kinds: Any, what: str, wanted: str) -> None:

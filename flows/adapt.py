@@ -127,14 +127,17 @@ async def learn_arrival(
 ) -> AdaptResult:
     """Learn one arrival, and announce a failure. The caller holds the lineage.
 
-    `requeued_sha256` is the dataset of the version whose arrival is learned again.
+    `retrain` says whether the arrival may be skipped. `requeued_sha256` is the dataset of the version whose arrival is
+    learned again.
     """
     stages = Stages()
     try:
-        adaptation = await begin(spec, stages, again=again, retrain=retrain, requeued_sha256=requeued_sha256)
+        try:
+            adaptation = await begin(spec, stages, again=again, retrain=retrain, requeued_sha256=requeued_sha256)
+        except NothingToLearnError as nothing:
+            drop_training_rows(current_store(), nothing.result.dataset.uri)
+            return nothing.result
         return await _finish(adaptation, stages)
-    except NothingToLearnError as nothing:
-        return nothing.result
     except Interrupted:
         raise
     except Exception as error:
@@ -155,12 +158,7 @@ async def begin(
 ) -> AdaptationRun:
     """Find the parent, check and store the arrival, load the base model, start the run. The caller holds the lineage.
 
-    Args:
-        spec: The arrival, the lineage and the settings.
-        stages: Gets the times of the stages.
-        again: Train even if the lineage has learned this arrival.
-        retrain: Whether the arrival may be skipped.
-        requeued_sha256: Digest of the dataset of the version whose arrival is learned again.
+    `stages` gets the times of the stages. For the other arguments see `adapt` and `learn_arrival`.
 
     Raises:
         NothingToLearnError: A version has learned the arrival, or it is skipped.
@@ -179,9 +177,8 @@ async def begin(
     stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)
     # Before the base model is loaded: most repeats are known by their rows alone.
-    if known := await stages.run("repeat", runs.find_own if again else runs.find_repeat, dataset, spec.lineage):
-        drop_training_rows(store, dataset.uri)
-        raise NothingToLearnError(repeated(known, dataset))
+    if version := await stages.run("repeat", runs.find_own if again else runs.find_repeat, dataset, spec.lineage):
+        raise NothingToLearnError(repeated(version, dataset))
     source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0
     await asyncio.to_thread(
         refuse_what_cannot_fit, source, adapter, strategy, spec.method, spec.train, num_versions=num_versions
@@ -192,23 +189,18 @@ async def begin(
         require_same_base(record, base)
     config_sha256 = spec.config_sha256(adapter, strategy)
     attempt = await stages.run("repeat", runs.count_attempts, spec.lineage, dataset) if again else 0
+    # The same arrival, parent and settings make the same key, by which a run that was interrupted goes on.
     run_key = runs.make_run_key(
-        lineage=spec.lineage,
-        base=base,
-        dataset=dataset,
-        parent=parent,
-        config_sha256=config_sha256,
-        attempt=attempt,
+        lineage=spec.lineage, base=base, dataset=dataset, parent=parent, config_sha256=config_sha256, attempt=attempt
     )
-    if known := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, run_key):
-        drop_training_rows(store, dataset.uri)
-        raise NothingToLearnError(repeated(known, dataset))
+    if version := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, run_key):
+        raise NothingToLearnError(repeated(version, dataset))
+    # The champion may answer the new rows well enough already.
     tested = None
     if retrain.test_first and parent is not None and record is not None:
         tested = await stages.run("test", score_arrival, base, parent, record, dataset)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
-            drop_training_rows(store, dataset.uri)
             raise NothingToLearnError(skipped(parent, dataset, tested, stages.seconds))
     params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
     run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
@@ -257,18 +249,17 @@ async def _failing(run: Run) -> AsyncIterator[None]:
 
 async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
     """Run the stages from training to report."""
-    changed = changed_since(adaptation.parent, adaptation.spec) if adaptation.parent else ()
-    changed = (
-        changed if adaptation.tested is None else (*changed, f"before the training the {adaptation.tested.describe()}")
-    )
-    _say(changed)
+    notes = changed_since(adaptation.parent, adaptation.spec) if adaptation.parent else ()
+    if adaptation.tested is not None:
+        notes += (f"before the training the {adaptation.tested.describe()}",)
+    _say(notes)
     trained = await stages.run("train", train_version, adaptation)
     stages.done("train", _describe_training(trained.summary))
     _say(trained.summary.notes)
-    said = (*changed, *trained.summary.notes)
-    report = await stages.run("evaluate", evaluate_version, adaptation, trained, said)
+    notes += trained.summary.notes
+    report = await stages.run("evaluate", evaluate_version, adaptation, trained, notes)
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
-    _say(report.notes[len(said) :])
+    _say(report.notes[len(notes) :])
     decision = await stages.run("gate", judge_version, adaptation, report)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     _say(decision.notes)
@@ -293,8 +284,7 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
     )
     stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
     await asyncio.to_thread(announce_version, version, evaluation=report)
-    result = adapted(version, adaptation.dataset, report, trained.summary, stages.seconds)
-    return result.model_copy(update={"arrival_accuracy": adaptation.tested and adaptation.tested.accuracy})
+    return adapted(version, adaptation.dataset, report, trained.summary, stages.seconds)
 
 
 def _say(notes: Iterable[str]) -> None:
@@ -322,7 +312,7 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
     """Return the result of a run whose arrival an earlier version has learned."""
     number, option = version.version, f" --lineage {version.lineage}"
     trained = f"version {number} was trained on this arrival"
-    said = {
+    messages = {
         "learned": f"version {number} has learned from this arrival; --again trains anew.",
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
         "in rollout": f"{trained} and {_in_rollout(version)}.",
@@ -333,7 +323,7 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
         "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
         "give --again.",
     }
-    message = "Nothing to do: " + said[version.standing or "learned"]
+    message = "Nothing to do: " + messages[version.standing]
     return _result(version, dataset, status="repeat", message=message)
 
 
@@ -341,12 +331,7 @@ def skipped(champion: Version, dataset: DatasetRef, tested: ArrivalScore, second
     """Return the result of a run that trained nothing, because the champion answers the new rows well enough."""
     message = f"Nothing to learn: the {tested.describe()}. Version {champion.version} stays champion."
     return _result(
-        champion,
-        dataset,
-        status="skipped",
-        message=message,
-        arrival_accuracy=tested.accuracy,
-        seconds=seconds,
+        champion, dataset, status="skipped", message=message, arrival_accuracy=tested.accuracy, seconds=seconds
     )
 
 
@@ -371,6 +356,7 @@ def adapted(
         dataset,
         status=status,
         message=f"Version {version.version} of {version.lineage} {verdict}.",
+        arrival_accuracy=version.arrival_accuracy,
         accuracies=dict(report.accuracies),
         scores=Scores.of(report.matrix),
         matrix=report.matrix.to_json(),

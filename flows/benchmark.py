@@ -158,7 +158,7 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
 
 def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfig]]:
     """Return every cell once, with its settings. For errors see `benchmark`."""
-    found: dict[str, tuple[Cell, MethodConfig]] = {}
+    cells: dict[str, tuple[Cell, MethodConfig]] = {}
     for tasks in spec.sequences():
         suite = load_suite(spec.data, tasks)
         for task in suite.values():
@@ -182,8 +182,8 @@ def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfi
                 data=data,
                 prompt=spec.prompt,
             )
-            found.setdefault(cell.file_name, (cell, method))
-    return list(found.values())
+            cells.setdefault(cell.file_name, (cell, method))
+    return list(cells.values())
 
 
 def spec_from_options(
@@ -198,12 +198,10 @@ def spec_from_options(
     Raises:
         ConfigError: A text is no JSON object, a value is invalid, or the Hub cannot be reached.
     """
-    given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    values = {
-        **given,
+    values = {name: value for name, value in options.items() if value not in (None, [], ())} | {
         "data": tasks_folder(data),
         "adapter": _json_object(adapter),
-        "train": {**PROTOCOL, **LONGER.get(given.get("suite", ""), {}), **_json_object(train)},
+        "train": {**PROTOCOL, **LONGER.get(options.get("suite") or "", {}), **_json_object(train)},
     }
     if methods:
         values["methods"] = [_with_memory(_json_object(text)) for text in methods]
@@ -255,8 +253,8 @@ async def _run(
 def write_summary(out: Path) -> list[dict[str, Any]]:
     """Write summary.json into the cells' folder and return its content: a table per suite and protocol."""
     tables = [
-        {"suite": each.suite, "protocol": json.loads(each.key), "lifted": each.lifted(), "rows": summarise(each)}
-        for each in protocols(read_cells(out))
+        {"suite": group.suite, "protocol": json.loads(group.key), "lifted": group.lifted(), "rows": summarise(group)}
+        for group in protocols(read_cells(out))
     ]
     with complete_file(out / "summary.json") as part:
         part.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")

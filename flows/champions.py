@@ -22,22 +22,37 @@ from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
 from tasks.progress import Interrupted, Stages, reporter
+from tasks.references import VersionScores
 from tasks.serving.vllm import ServingRoute, sync_vllm
 
 logger = logging.getLogger(__name__)
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-async def for_each(names: Sequence[str], act: Callable[[str], Awaitable[Found]], failure: str) -> list[Found]:
-    """Call `act` for several lineages, one after another; return the results. A failed call does not stop the others.
+def has_champion(lineage: str) -> bool:
+    """Return whether a lineage has a champion."""
+    return Versions(current_store()).champion(lineage) is not None
+
+
+async def for_each(
+    lineages: Sequence[str],
+    act: Callable[[str], Awaitable[Result]],
+    failure: str,
+    is_due: Callable[[str], bool] = has_champion,
+) -> list[Result]:
+    """Call `act` for each lineage, one after another; without names, for every lineage that `is_due`.
+
+    A failed call does not stop the others.
 
     Raises:
         DealError: Calls failed; it says of which lineages, and why. `failure` says what: "could not be scored".
     """
-    found, failed = [], []
+    names = lineages or known_lineages(current_store())
+    results, failed = [], []
     for name in names:
         try:
-            found.append(await act(name))
+            if lineages or is_due(name):
+                results.append(await act(name))
         except Interrupted:
             raise
         except Exception as error:
@@ -45,20 +60,14 @@ async def for_each(names: Sequence[str], act: Callable[[str], Awaitable[Found]],
             failed.append(f"{name}: {in_one_line(error)}")
     if failed:
         raise DealError(f"Of {len(names)} lineages {len(failed)} {failure}. {' '.join(failed)}")
-    return found
+    return results
 
 
-class EvaluateResult(BaseModel, frozen=True):
+class EvaluateResult(VersionScores, frozen=True):
     """New and recorded accuracies of a version."""
 
     lineage: str
     version: str
-    accuracies: dict[str, float]
-    recorded: dict[str, float]
-    """Accuracies that the version's own run found."""
-    num_rows: dict[str, int]
-    unjudged: dict[str, str] = {}
-    """Tasks whose test rows were forgotten, and what to do."""
     seconds: float
 
 
@@ -72,24 +81,17 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
         RegistryError: There is no such version.
     """
     stages = Stages()
-    found = find_version(current_store(), lineage, version)
-    scores = await stages.run("evaluate", score_version, found)
+    scored = find_version(current_store(), lineage, version)
+    scores = await stages.run("evaluate", score_version, scored)
     stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
     for task, value in scores.accuracies.items():
         if (before := scores.recorded.get(task, 0.0)) > value:
             reporter().said(
-                f"Version {found.version} of {lineage} scores {value:.1%} on {task}, "
+                f"Version {scored.version} of {lineage} scores {value:.1%} on {task}, "
                 f"below the {before:.1%} that its own run found."
             )
-    return EvaluateResult(
-        lineage=lineage,
-        version=found.version,
-        accuracies=scores.accuracies,
-        recorded=scores.recorded,
-        num_rows=scores.num_rows,
-        unjudged=scores.unjudged,
-        seconds=stages.seconds["evaluate"],
-    )
+    seconds = stages.seconds["evaluate"]
+    return EvaluateResult(lineage=lineage, version=scored.version, seconds=seconds, **vars(scores))
 
 
 @flow(name="evaluate-champions")
@@ -102,13 +104,7 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     Raises:
         DealError: Some champions could not be scored. All others were scored.
     """
-    store = current_store()
-    names = lineages or known_lineages(store)
-
-    async def score(name: str) -> EvaluateResult | None:
-        return await evaluate(name) if lineages or Versions(store).champion(name) else None
-
-    return [each for each in await for_each(names, score, "could not be scored") if each is not None]
+    return await for_each(lineages, lambda name: evaluate(name), "could not be scored")
 
 
 @flow(name="monitor", flow_run_name="monitor-{lineage}")
@@ -125,12 +121,12 @@ async def monitor(lineage: str, data: str | None = None, rebase: bool = False) -
         ConfigError: The file cannot be used, there are too few rows for a rebase, or `data` comes with `rebase`.
     """
     stages = Stages()
-    found = await stages.run("compare", look_at, lineage, data, rebase)
-    left_out = f"; {found.num_faulty} rows cannot be read and were left out" if found.num_faulty else ""
-    stages.done("compare", (found.problem or f"{found.num_rows} rows of version {found.version}") + left_out)
-    for alarm in found.new_alarms:
+    result = await stages.run("compare", look_at, lineage, data, rebase)
+    left_out = f"; {result.num_faulty} rows cannot be read and were left out" if result.num_faulty else ""
+    stages.done("compare", (result.problem or f"{result.num_rows} rows of version {result.version}") + left_out)
+    for alarm in result.new_alarms:
         reporter().said(f"{lineage}, {alarm.task}: {alarm.kind}. {'; '.join(alarm.reasons)}")
-    return found
+    return result
 
 
 @flow(name="monitor-lineages")
@@ -143,13 +139,7 @@ async def monitor_lineages(lineages: tuple[str, ...] = ()) -> list[MonitorResult
     Raises:
         DealError: Some lineages could not be looked at. All others were.
     """
-    store = current_store()
-    names = lineages or known_lineages(store)
-
-    async def look(name: str) -> MonitorResult | None:
-        return await monitor(name) if lineages or Versions(store).champion(name) else None
-
-    return [each for each in await for_each(names, look, "could not be looked at") if each is not None]
+    return await for_each(lineages, lambda name: monitor(name), "could not be looked at")
 
 
 class RolloutResult(BaseModel, frozen=True):
@@ -167,19 +157,15 @@ async def rollouts() -> list[RolloutResult]:
     Raises:
         DealError: Some could not be looked at. All others were.
     """
-    store = current_store()
-    log = PromotionLog(store)
+    log = PromotionLog(current_store())
 
-    async def check(name: str) -> RolloutResult | None:
-        if log.open_rollout(name) is None:
-            return None
+    async def check(name: str) -> RolloutResult:
         result = check_rollout(name)
         if result.decision is not None:
             await mirror(name)
         return result
 
-    found = await for_each(known_lineages(store), check, "could not be looked at")
-    return [each for each in found if each is not None]
+    return await for_each((), check, "could not be looked at", lambda name: log.open_rollout(name) is not None)
 
 
 def check_rollout(lineage: str) -> RolloutResult:
@@ -218,11 +204,7 @@ def abort_rollout(lineage: str, *, who: str, why: str) -> Decision:
     return reject_version(lineage, require_open(current_store(), lineage).version, who=who, why=why)
 
 
-def _run_name() -> str:
-    return f"serve-vllm-{runtime.flow_run.parameters.get('lineage') or 'all'}"
-
-
-@flow(name="serve-vllm", flow_run_name=_run_name)
+@flow(name="serve-vllm", flow_run_name=lambda: f"serve-vllm-{runtime.flow_run.parameters.get('lineage') or 'all'}")
 async def serve_vllm(lineage: str | None = None, url: str | None = None) -> ServingRoute | list[ServingRoute]:
     """Load the champion into a vLLM server, test an answer, move the route, and unload the earlier adapter.
 
@@ -248,13 +230,7 @@ async def serve_vllm(lineage: str | None = None, url: str | None = None) -> Serv
 
     if lineage is not None:
         return await sync(lineage)
-    versions = Versions(current_store())
-
-    async def sync_champion(name: str) -> ServingRoute | None:
-        return await sync(name) if versions.champion(name) is not None else None
-
-    found = await for_each(versions.lineages(), sync_champion, "could not be brought in step with the server")
-    return [route for route in found if route is not None]
+    return await for_each((), sync, "could not be brought in step with the server")
 
 
 @flow(name="harvest", flow_run_name="harvest-{task}")

@@ -77,9 +77,9 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
                 await asyncio.sleep(2 * BATCH_SECONDS)  # until they have stored the answers that they gave before
             plan = plan_forgetting(store, arrival)  # a run that has ended may have added data
             if set(_affected(plan)) <= set(held):
-                versions = [f"{each.lineage}/{each.version}" for each in plan.learned]
+                versions = [f"{version.lineage}/{version.version}" for version in plan.learned]
                 put_tombstone(store, tombstone := _tombstone(plan, reason, versions))
-                landed = {top_of(each.address) for each in plan.held if each.kind == "inbox file"} | {arrival.key}
+                landed = {top_of(file.address) for file in plan.held if file.kind == "inbox file"} | {arrival.key}
                 silence_watches(store, {key for key in landed if key}, f"Its rows were {tombstone.said}.")
                 forget_held(store, plan)
                 for lineage in held:
@@ -103,7 +103,6 @@ def _tombstone(plan: ForgetPlan, reason: str, versions: Sequence[str] = ()) -> T
 
 def _affected(plan: ForgetPlan) -> list[str]:
     """Return the lineages that have rows of the arrival or learned from it."""
-    files = [parse_dataset_file(each.address) for each in plan.held]
-    owners = {each.lineage for each in files if each}
-    named = {each.lineage for each in plan.held if each.lineage} | {each.lineage for each in plan.learned}
+    owners = {file.lineage for held in plan.held if (file := parse_dataset_file(held.address))}
+    named = {held.lineage for held in plan.held if held.lineage} | {version.lineage for version in plan.learned}
     return sorted(named | owners | set(plan.unjudged))

@@ -97,7 +97,7 @@ def parse_age(text: str) -> timedelta:
         >>> parse_age("30d").days
         30
     """
-    found = re.fullmatch(r"(\d{1,5})([hdw])", text.strip())
-    if found is None:
+    match = re.fullmatch(r"(\d{1,5})([hdw])", text.strip())
+    if match is None:
         raise ConfigError(f"The age is {text!r}; give hours, days or weeks, such as 12h, 30d or 4w.")
-    return int(found[1]) * UNITS[found[2]]
+    return int(match[1]) * UNITS[match[2]]

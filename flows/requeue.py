@@ -42,12 +42,12 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
     if released and not versions and (arrivals or not Versions(store).all(lineage)):
         return []
     async with lock_lineage(lineage):
-        numbers = versions or [each.version for each in find_left_behind(lineage)]
-        found = [find_version(store, lineage, number) for number in numbers]
-        specs = [_spec_of(version) for version in found]
+        numbers = versions or [version.version for version in find_left_behind(lineage)]
+        wanted = [find_version(store, lineage, number) for number in numbers]
+        specs = [_spec_of(version) for version in wanted]  # all are checked before one is learned
         return [
             await learn_arrival(spec, again=not _is_learned(version), requeued_sha256=version.dataset_sha256)
-            for spec, version in zip(specs, found, strict=True)
+            for spec, version in zip(specs, wanted, strict=True)
         ]
 
 
@@ -63,5 +63,5 @@ def _spec_of(version: Version) -> AdaptSpec:
 def _is_learned(version: Version) -> bool:
     """Return whether the champion or one of its ancestors has learned the version's arrival."""
     versions = Versions(current_store()).all(version.lineage)
-    wanted = arrival_digests(version, versions)
-    return any(each.digests & wanted for each in versions if each.standing == "learned")
+    digests = arrival_digests(version, versions)
+    return any(known.digests & digests for known in versions if known.standing == "learned")

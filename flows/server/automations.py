@@ -145,16 +145,21 @@ def _automation(
 
 
 async def apply_automations(client: PrefectClient, never_began: timedelta) -> None:
-    """Create the automations on the server, or replace those of the same names, which stay on or off."""
+    """Create the automations for lost runs on the server, or replace those of the same names."""
     for automation in automations(never_began):
-        known = await client.read_automations_by_name(automation.name)
-        if known:
-            kept = automation.model_copy(update={"enabled": known[0].enabled})
-            await client.update_automation(known[0].id, kept)
-        else:
-            await client.create_automation(automation)
-        for double in known[1:]:
-            await client.delete_automation(double.id)
+        await _apply(client, automation)
+
+
+async def _apply(client: PrefectClient, automation: AutomationCore, *, replace: bool = True) -> None:
+    """Create an automation, or replace the one of the same name, which stays on or off."""
+    present = await client.read_automations_by_name(automation.name)
+    if not present:
+        await client.create_automation(automation)
+    elif replace:
+        kept = automation.model_copy(update={"enabled": present[0].enabled})
+        await client.update_automation(present[0].id, kept)
+    for double in present[1:]:
+        await client.delete_automation(double.id)
 
 
 def notifications(block_id: UUID | None) -> list[AutomationCore]:
@@ -163,7 +168,7 @@ def notifications(block_id: UUID | None) -> list[AutomationCore]:
     # not the notifying automations: one with a broken block would notify of its own failure without end
     working: Resources = {
         "prefect.resource.id": "prefect.automation.*",
-        "prefect.resource.name": [LANDED, *(each.name for each in automations(NEVER_BEGAN))],
+        "prefect.resource.name": [LANDED, *(automation.name for automation in automations(NEVER_BEGAN))],
     }
     return [
         *(
@@ -196,21 +201,14 @@ def _notifying(
 
 
 async def apply_notifications(client: PrefectClient) -> None:
-    """Create the notifying automations on the server.
-
-    Existing ones stay on or off, and they change only if there is a block.
+    """Create the notifying automations on the server. Existing ones change only if there is a block.
 
     Raises:
         ConfigError: The server has no block of the name in DEAL_NOTIFICATION_BLOCK.
     """
     block_id = await _find_block(client, NoticeSettings().notification_block)
     for automation in notifications(block_id):
-        known = await client.read_automations_by_name(automation.name)
-        if not known:
-            await client.create_automation(automation)
-        elif block_id:
-            kept = automation.model_copy(update={"enabled": known[0].enabled})
-            await client.update_automation(known[0].id, kept)
+        await _apply(client, automation, replace=block_id is not None)
 
 
 async def _find_block(client: PrefectClient, name: str | None) -> UUID | None:

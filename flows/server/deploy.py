@@ -71,9 +71,11 @@ async def deploy_all(
             await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
         await apply_automations(client, PROCESS_NEVER_BEGAN if gpu_pool_type == "process" else NEVER_BEGAN)
         await apply_notifications(client)
-        paused = {LANDED} if any(not each.enabled for each in await client.read_automations_by_name(LANDED)) else set()
+        landed = await client.read_automations_by_name(LANDED)
         ours_alone = DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"]))
-        paused |= {each.name for each in await client.read_deployments(deployment_filter=ours_alone) if each.paused}
+        deployments = await client.read_deployments(deployment_filter=ours_alone)
+    paused = {automation.name for automation in landed if not automation.enabled}
+    paused |= {deployment.name for deployment in deployments if deployment.paused}
     _deploy_file(home, paused)
     await Variable.aset(STORE_VARIABLE, ours["store"], overwrite=True)
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from infra.settings import IMPATIENT, QUIET
 
 STACK_FILE = "stack.json"
 SUPERVISOR = "supervisor"
+PART = "DEAL_PART"
+"""Environment variable that tells of which part a process is: the part's log. What the part starts inherits it."""
 STOP_SECONDS = 20.0
 LOOK_SECONDS = 2.0
 PAUSE_SECONDS = 20.0
@@ -42,8 +44,6 @@ class LocalProcess(BaseModel):
     command: tuple[str, ...]
     """Arguments of this Python."""
     pid: int
-    started: str
-    """The result of `start_of`. Another process that gets the same number later has another start."""
     log: Path
     gpus: str = ""
     """Its CUDA_VISIBLE_DEVICES; empty: those of `deal up`."""
@@ -54,8 +54,10 @@ class LocalProcess(BaseModel):
         return self.name.endswith("-server")
 
     def is_alive(self) -> bool:
-        """Whether the process still runs."""
-        return self.started != "" and start_of(self.pid) == self.started
+        """Whether the process still runs. Another process may have got its number."""
+        with suppress(psutil.Error):
+            return bool(psutil.Process(self.pid).environ().get(PART) == str(self.log))
+        return False
 
 
 class LocalStack(BaseModel):
@@ -95,20 +97,6 @@ def read_stack(home: Path) -> LocalStack | None:
         return None
 
 
-def start_of(pid: int) -> str:
-    """Return the id of the machine's boot and the process's start in clock ticks; empty if the process does not run.
-
-    psutil's create_time() is not used: it changes when the clock is set.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may have spaces
-    except OSError:
-        return ""
-    state, ticks = fields[0], fields[19]  # fields 3 and 22 of man 5 proc_pid_stat
-    return "" if state in "ZX" else f"{boot}+{ticks}"
-
-
 def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...], gpus: str = "") -> None:
     """Start a process and record it in place of an earlier process of the same name. The caller holds the stack.
 
@@ -118,7 +106,9 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
         OSError: The process cannot be started or recorded. If it cannot be recorded, it is killed.
     """
     log = ready_log(home / "logs" / f"{name}.log")
-    environment = _environment(home, stack, name) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    if name.endswith("-server"):  # a child of a dead server may hold its port; a dead worker's training may go on
+        _kill(_processes_of([log]))
+    environment = {**_environment(home, stack, name), PART: str(log)} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -129,21 +119,17 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    part = LocalProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log, gpus=gpus)
+    part = LocalProcess(name=name, command=command, pid=process.pid, log=log, gpus=gpus)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]
     try:
-        _record(home, stack)
+        with complete_file(home / STACK_FILE) as path:
+            path.touch(mode=0o600)
+            record = {**stack.model_dump(mode="json"), "backend_uri": stack.backend_uri}
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
-
-
-def _record(home: Path, stack: LocalStack) -> None:
-    with complete_file(home / STACK_FILE) as path:
-        path.touch(mode=0o600)
-        record = {**stack.model_dump(mode="json"), "backend_uri": stack.backend_uri}
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _environment(home: Path, stack: LocalStack, name: str) -> dict[str, str]:
@@ -187,85 +173,67 @@ def stop(home: Path) -> list[str]:
         stack = read_stack(home)
         if stack is None:
             return []
-        servers = [part for part in stack.parts if part.is_server]
-        ended = _end(part for part in stack.parts if part.name == SUPERVISOR)
-        ended += _end(part for part in stack.parts if not part.is_server)
-        ended += _end(servers)
-        for part in servers:
-            kill_left_by(part, home)
-        # a run whose worker was killed still runs, and the next worker would start it a second time
-        _kill(home, lambda process: "PREFECT__FLOW_RUN_ID" in process.environ())
+        ended = _end([part for part in stack.parts if part.name == SUPERVISOR])
+        ended += _end([part for part in stack.parts if not part.is_server])
+        ended += _end([part for part in stack.parts if part.is_server])
         (home / STACK_FILE).unlink(missing_ok=True)
         return ended
 
 
-def _end(parts: Iterable[LocalProcess]) -> list[str]:
-    """End processes and their children at the same time. Return the names of those that still ran.
-
-    The supervisor's children are the processes that it started again. Each of these is ended by its own name.
-    """
+def _end(parts: Sequence[LocalProcess]) -> list[str]:
+    """End parts and all that they have started, at the same time. Return the names of the parts that still ran."""
     alive = [part for part in parts if part.is_alive()]
     family: list[psutil.Process] = []
     for part in alive:
-        with suppress(psutil.Error):
+        with suppress(psutil.Error, ProcessLookupError):
             first = psutil.Process(part.pid)
-            family += [first, *(() if part.name == SUPERVISOR else first.children(recursive=True))]
-    for part in alive:
-        with suppress(ProcessLookupError):
+            # the supervisor's children are parts that it started again, and each ends as a part
+            family += [first, *([] if part.name == SUPERVISOR else first.children(recursive=True))]
             os.killpg(part.pid, signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
-    for process in left:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(left, timeout=STOP_SECONDS)
+    psutil.wait_procs(family, timeout=STOP_SECONDS)
+    # What did not end, and what a killed part has left: the next worker would start such a run a second time.
+    _kill(_processes_of([part.log for part in parts]))
     return [part.name for part in alive]
 
 
-def kill_left_by(server: LocalProcess, home: Path) -> None:
-    """Kill the children of a dead server, because a child may hold the server's port."""
-    # The children are those of the server's process group. The system gives no process the number of an existing
-    # group. If a process has the server's number, the group is gone.
-    if not start_of(server.pid):
-        _kill(home, lambda process: os.getpgid(process.pid) == server.pid)
-
-
-def _kill(home: Path, is_selected: Callable[[psutil.Process], bool]) -> None:
-    """Kill the selected processes that were started for this home."""
+def _processes_of(logs: Sequence[Path]) -> list[psutil.Process]:
+    """Return the processes of the parts with these logs, and all that they have started."""
+    wanted, found = set(map(str, logs)), []
     for process in psutil.process_iter():
-        with suppress(psutil.Error, ProcessLookupError):
-            if is_selected(process) and process.environ().get("PREFECT_HOME") == str(home / "prefect"):
-                process.kill()
-                process.wait(STOP_SECONDS)
+        with suppress(psutil.Error):  # the process has ended, or is another user's
+            if process.environ().get(PART) in wanted:
+                found.append(process)
+    return found
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=STOP_SECONDS)
 
 
 def supervise(home: Path) -> None:
     """Restart processes that died and shorten long logs, until `deal down` removes the record."""
     started: dict[str, float] = {}
-    while (stack := read_stack(home)) is not None:
-        for part in stack.parts:
-            is_recent = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
-            if part.name != SUPERVISOR and not part.is_alive() and not is_recent:
-                _restart(home, part.name)
-                started[part.name] = time.monotonic()
-            if is_full(part.log):
-                with suppress(OSError), hold_stack(home):  # if the disk has no room for the copy, try again later
-                    cut_log(part.log)
-        time.sleep(LOOK_SECONDS)
-
-
-def _restart(home: Path, name: str) -> None:
-    try:
+    while True:
         with hold_stack(home):
-            stack = read_stack(home)  # `deal up` or `deal down` may have changed the record
-            part = next((each for each in stack.parts if each.name == name), None) if stack else None
-            if stack is None or part is None or part.is_alive():
+            stack = read_stack(home)
+            if stack is None:
                 return
-            if part.is_server:  # a dead worker's training may run to its end
-                kill_left_by(part, home)
-            start_part(home, stack, name, part.command, part.gpus)
-            logger.warning("%s had died and was started again", name)
-    except OSError as error:
-        logger.error("%s died and cannot be started: %s", name, error)
+            for part in stack.parts:
+                is_recent = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
+                if part.name != SUPERVISOR and not part.is_alive() and not is_recent:
+                    started[part.name] = time.monotonic()
+                    try:
+                        start_part(home, stack, part.name, part.command, part.gpus)
+                        logger.warning("%s had died and was started again", part.name)
+                    except OSError as error:
+                        logger.error("%s died and cannot be started: %s", part.name, error)
+                if is_full(part.log):
+                    with suppress(OSError):  # if the disk has no room for the copy, try again later
+                        cut_log(part.log)
+        time.sleep(LOOK_SECONDS)
 
 
 if __name__ == "__main__":

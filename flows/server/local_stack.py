@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from prefect.states import AwaitingRetry, Crashed
 from deal_core.errors import ConfigError, DealError
 from flows.server.automations import RETURNING
 from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
-from flows.server.local_processes import SUPERVISOR, LocalStack, hold_stack, kill_left_by, read_stack, start_part, stop
+from flows.server.local_processes import SUPERVISOR, LocalStack, hold_stack, read_stack, start_part, stop
 from flows.server.status import read_runs
 from infra.settings import TrackingSettings
 
@@ -95,29 +96,19 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
         backend_uri=settings.tracking_uri,
         artifact_uri=settings.artifact_uri,
     )
-    for name, command in _server_commands(prefect_port, mlflow_port).items():
+    for name, command in server_commands(prefect_port, mlflow_port).items():
         say(f"{name} starts")
         start_part(home, stack, name, command)
     _wait_for_servers(stack)
     return stack
 
 
-def _server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str, ...]]:
-    return {
-        "prefect-server": ("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
-        "mlflow-server": (
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(mlflow_port),
-            "--workers",
-            "1",
-            "--uvicorn-opts=--no-access-log",  # `deal serve` sends a request every two seconds
-        ),
-    }
+def server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str, ...]]:
+    """Return the arguments of Python that start each server."""
+    prefect = f"-m prefect server start --host 127.0.0.1 --port {prefect_port}"
+    mlflow = f"-m mlflow server --host 127.0.0.1 --port {mlflow_port} --workers 1"
+    # without a line for each request in the log: `deal serve` sends one every two seconds
+    return {"prefect-server": (*prefect.split(),), "mlflow-server": (*mlflow.split(), "--uvicorn-opts=--no-access-log")}
 
 
 def start_workers(home: Path, stack: LocalStack, num_trainings: int, say: Say) -> None:
@@ -128,10 +119,12 @@ def start_workers(home: Path, stack: LocalStack, num_trainings: int, say: Say) -
 
         gpus = visible_gpus()
     shares = share_gpus(gpus, num_trainings)
-    for number, (own, limit) in enumerate(shares, start=1):
-        name = f"worker-{GPU_POOL}" + (f"-{number}" if len(shares) > 1 else "")
-        _start_worker(home, stack, GPU_POOL, name, limit, say, own)
-    _start_worker(home, stack, CPU_POOL, f"worker-{CPU_POOL}", 3, say)
+    workers = [(GPU_POOL, "" if len(shares) == 1 else f"-{number}", *share) for number, share in enumerate(shares, 1)]
+    for pool, suffix, own, limit in [*workers, (CPU_POOL, "", "", 3)]:
+        name = f"worker-{pool}{suffix}"
+        say(f"{name} starts")
+        command = f"-m prefect worker start --pool {pool} --name {name} --limit {limit} --no-create-pool-if-not-found"
+        start_part(home, stack, name, (*command.split(),), own)
     start_part(home, stack, SUPERVISOR, ("-m", "flows.server.local_processes", str(home)))
 
 
@@ -145,12 +138,6 @@ def share_gpus(gpus: Sequence[str], num_trainings: int) -> list[tuple[str, int]]
         (",".join(gpus[number::num_workers]), len(range(number, num_trainings, num_workers)))
         for number in range(num_workers)
     ]
-
-
-def _start_worker(home: Path, stack: LocalStack, pool: str, name: str, limit: int, say: Say, gpus: str = "") -> None:
-    say(f"{name} starts")
-    command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
-    start_part(home, stack, name, (*command, "--no-create-pool-if-not-found"), gpus)
 
 
 def heal(home: Path, stack: LocalStack, say: Say) -> None:
@@ -167,34 +154,25 @@ def heal(home: Path, stack: LocalStack, say: Say) -> None:
         )
     for part in dead:
         say(f"{part.name} starts again")
-        if part.is_server:
-            kill_left_by(part, home)
         start_part(home, stack, part.name, part.command, part.gpus)
     _wait_for_servers(stack)
 
 
 def _wait_for_servers(stack: LocalStack) -> None:
-    _wait_for_server(stack, "prefect-server", f"{stack.prefect_url}/api/health")
-    _wait_for_server(stack, "mlflow-server", f"{stack.mlflow_url}/health")
-
-
-def _wait_for_server(stack: LocalStack, name: str, url: str) -> None:
-    part = next(part for part in stack.parts if part.name == name)
-    waited = 0.0
-    while not _answers(url) or not part.is_alive():
-        if not part.is_alive():
-            raise StartError(f"{name} ended before it answered; the end of {part.log} says why.")
-        if waited > START_SECONDS:
-            raise StartError(f"{name} did not answer within {START_SECONDS:.0f} s; {part.log} may say why.")
-        time.sleep(LOOK_SECONDS)
-        waited += LOOK_SECONDS
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).is_success
-    except httpx.HTTPError:
-        return False
+    urls = {"prefect-server": f"{stack.prefect_url}/api/health", "mlflow-server": f"{stack.mlflow_url}/health"}
+    for part in [part for part in stack.parts if part.is_server]:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            answers = False
+            with suppress(httpx.HTTPError):
+                answers = httpx.get(urls[part.name], timeout=5).is_success
+            if not part.is_alive():  # another program may answer at its port
+                raise StartError(f"{part.name} ended before it answered; the end of {part.log} says why.")
+            if answers:
+                break
+            if time.monotonic() > deadline:
+                raise StartError(f"{part.name} did not answer within {START_SECONDS:.0f} s; {part.log} may say why.")
+            time.sleep(LOOK_SECONDS)
 
 
 async def _restart_left_runs(client: PrefectClient) -> None:
@@ -202,14 +180,13 @@ async def _restart_left_runs(client: PrefectClient) -> None:
 
     No worker runs yet, so every run that the server lists as running or pending belonged to an ended worker.
     """
-    runs = await read_runs(client, [StateType.RUNNING, StateType.PENDING])
-    names = DeploymentFilterName(any_=RETURNING)
-    returning = {each.id for each in await client.read_deployments(deployment_filter=DeploymentFilter(name=names))}
-    for run in runs:
-        ended = "Its worker was ended."
-        again: State[Any] = AwaitingRetry(message=ended)
-        crashed: State[Any] = Crashed(message=f"{ended} Check what the run did, and start it again if necessary.")
-        await client.set_flow_run_state(run.id, again if run.deployment_id in returning else crashed, force=True)
+    named = DeploymentFilter(name=DeploymentFilterName(any_=RETURNING))
+    returning = {deployment.id for deployment in await client.read_deployments(deployment_filter=named)}
+    for run in await read_runs(client, [StateType.RUNNING, StateType.PENDING]):
+        state: State[Any] = AwaitingRetry(message="Its worker was ended.")
+        if run.deployment_id not in returning:
+            state = Crashed(message="Its worker was ended. Check what the run did, and start it again if necessary.")
+        await client.set_flow_run_state(run.id, state, force=True)
 
 
 async def _wait_for_workers(client: PrefectClient, stack: LocalStack) -> None:

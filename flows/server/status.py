@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -23,10 +24,10 @@ from infra.mirror_note import waiting as missing_in_mlflow
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
-from infra.versions import Version, Versions
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.housekeeping.damage import find_damage, look_at_champion
-from tasks.inbox import Handled, HeldArrival, InboxLook, InboxState, held_arrivals, look, read_state
+from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, look, read_state
 from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.retrain import Waiting
@@ -71,14 +72,14 @@ class PartStatus(BaseModel, frozen=True):
     log: str
 
 
-class LineageStatus(BaseModel, frozen=True):
+class LineageStatus(BaseModel):
     """The state of a lineage."""
 
     lineage: str
-    champion: str | None
-    num_open: int | None
+    champion: str | None = None
+    num_open: int | None = None
     """Number of arrivals to learn; None: the lineage does not learn from the inbox automatically."""
-    failed: tuple[str, ...]
+    failed: tuple[str, ...] = ()
     """Arrivals that were refused or failed, each with the reason and the condition for a new try."""
     held: str | None = None
     """Why the lineage learns nothing that lands; None: it learns."""
@@ -108,17 +109,14 @@ class Status(ServerRuns, frozen=True):
     """Missing or damaged champions, versions, manifests and test rows, and a store that cannot be read."""
 
 
-async def read_status(home: Path, now: datetime | None = None) -> Status:
-    """Read the state of the processes, of the lineages and, if there is a server, of its runs.
-
-    `now` is the time by which the settings `retrain` decide what waits; None: that of the clock.
-    """
+async def read_status(home: Path) -> Status:
+    """Read the state of the processes, of the lineages and, if there is a server, of its runs."""
     stack = read_stack(home)
     parts = stack.parts if stack else []
     problems: list[str] = []
     damaged: list[str] = []
     server = await read_server(problems)
-    lineages = _lineages(problems, damaged, now or datetime.now(UTC))
+    lineages = _lineages(problems, damaged)
     return Status(
         **vars(server),
         mlflow_url=stack.mlflow_url if stack else None,
@@ -129,7 +127,7 @@ async def read_status(home: Path, now: datetime | None = None) -> Status:
     )
 
 
-def _lineages(problems: list[str], damaged: list[str], now: datetime) -> list[LineageStatus]:
+def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
     """Return the state of each lineage that has a settings file or data in the store; append findings to the lists."""
     try:
         store = current_store()
@@ -141,7 +139,7 @@ def _lineages(problems: list[str], damaged: list[str], now: datetime) -> list[Li
     problems += [f"Lineage {name} is left out: {why}" for name, why in lineages.problems.items()]
     watched = {lineage.lineage: lineage for lineage in lineages.good}
     return [
-        _lineage(store, name, watched.get(name), inbox, damaged, now)
+        _lineage(store, name, watched.get(name), inbox, damaged)
         for name in [*watched, *(name for name in known if name not in watched)]
     ]
 
@@ -156,107 +154,61 @@ def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
 
 
 def _lineage(
-    store: ObjectStore,
-    name: str,
-    watched: WatchedLineage | None,
-    inbox: InboxLook,
-    damaged: list[str],
-    now: datetime,
+    store: ObjectStore, name: str, watched: WatchedLineage | None, inbox: InboxLook, damaged: list[str]
 ) -> LineageStatus:
-    champion: Version | None = None
-    num_open: int | None = None
-    failed: tuple[str, ...] = ()
-    held: tuple[HeldArrival, ...] = ()
-    waiting: tuple[Waiting, ...] = ()
-    mlflow_waiting: tuple[str, ...] = ()
-    try:
-        champion, found = look_at_champion(store, name)
-        found += find_damage(store, name, _record_of(store, champion))
-        try:
-            mlflow_waiting = missing_in_mlflow(store, name)
-        except DealError as error:
-            found.append(str(error))
-        # a damaged version is found by each of them
-        damaged += [f"Lineage {name}: {' '.join(problem.split())}" for problem in dict.fromkeys(found)]
-    except DealError as error:
-        damaged.append(f"Lineage {name}: {in_one_line(error)}")
-    if watched is not None:
-        try:
-            state = read_state(store, name)
-            num_open, failed = _arrivals(state, watched, inbox)
-            held = held_arrivals(inbox, state, watched.tasks)
-            still_open = inbox.open_for(state, watched.tasks, retry_now=False)
-            if watched.held is None:
-                waiting = plan(store, watched, inbox, state, still_open, now).waiting
-        except DealError as error:
-            damaged.append(f"Lineage {name}: {in_one_line(error)}")
-    return LineageStatus(
-        lineage=name,
-        champion=champion.version if champion else None,
-        num_open=num_open,
-        failed=failed,
-        held=watched.held if watched else None,
-        held_arrivals=held,
-        waiting=waiting,
-        monitor=_monitor(store, name, champion, damaged),
-        rollout=_rollout(store, name),
-        rejected=_rejected(store, name),
-        mlflow_waiting=mlflow_waiting,
+    """Return the state of a lineage; append its damage to `damaged`. A damaged part leaves the other parts readable."""
+    champion, problems = look_at_champion(store, name)
+    record: LineageRecord | None = None
+    status = LineageStatus(
+        lineage=name, champion=champion.version if champion else None, held=watched.held if watched else None
     )
 
+    @contextmanager
+    def noting_damage() -> Iterator[None]:
+        try:
+            yield
+        except DealError as error:
+            problems.append(str(error))
 
-def _record_of(store: ObjectStore, champion: Version | None) -> LineageRecord | None:
-    """Return the champion's record; None: it has none, or `look_at_champion` names its damage."""
-    try:
-        return read_record(store, champion.adapter_uri) if champion else None
-    except DealError:
-        return None
-
-
-def _rejected(store: ObjectStore, name: str) -> str | None:
-    """Return the newest version in one line if its gate or a person rejected it."""
-    try:
-        versions = Versions(store).all(name)
-    except DealError:  # `look_at_champion` names the damage
-        return None
-    if not versions or not versions[-1].is_rejected:
-        return None
-    newest = versions[-1]
-    why = "A person refused it." if newest.accepted else " ".join(newest.reasons)
-    return f"version {newest.version} ({newest.task}) was rejected: {why}"
-
-
-def _rollout(store: ObjectStore, name: str) -> str | None:
-    """Return the version that is tried on live traffic in one line; None: none is, or the promotion log is damaged."""
-    try:
+    with noting_damage():
+        record = read_record(store, champion.adapter_uri) if champion else None
+    with noting_damage():
+        problems += find_damage(store, name, record)
+    with noting_damage():
+        status.mlflow_waiting = missing_in_mlflow(store, name)
+    with noting_damage():
+        looked = read_monitor_state(store, name)
+        if looked is not None and champion is not None and looked.version == champion.version:
+            status.monitor = looked.line()
+    with noting_damage():
         opened = PromotionLog(store).open_rollout(name)
-    except DealError:  # `look_at_champion` names the damage
-        return None
-    if opened is None:
-        return None
-    return f"version {opened.version} is tried ({opened.rollout}) since {opened.when:%Y-%m-%d %H:%M} UTC"
-
-
-def _monitor(store: ObjectStore, name: str, champion: Version | None, damaged: list[str]) -> str | None:
-    """Return the last look at the champion's live traffic in one line; None: the champion was not looked at."""
-    try:
-        state = read_monitor_state(store, name)
-    except DealError as error:
-        damaged.append(f"Lineage {name}: {in_one_line(error)}")
-        return None
-    return state.line() if state is not None and champion is not None and state.version == champion.version else None
-
-
-def _arrivals(state: InboxState, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
-    """Return the number of arrivals to learn, and a line for each arrival that was refused or failed."""
-    bad = tuple(
-        f"{info.key}: {_reason(known)}"
-        for info in inbox.of(lineage.tasks)
-        if (known := state.files.get(info.key))
-        and known.outcome in ("refused", "failed")
-        and (known.etag, known.beside) == (info.etag, info.stamp)  # another file is there, or is to be tried
-    )
-    return len(inbox.open_for(state, lineage.tasks, retry_now=False)), bad
+        if opened is not None:
+            since = f"{opened.when:%Y-%m-%d %H:%M} UTC"
+            status.rollout = f"version {opened.version} is tried ({opened.rollout}) since {since}"
+    with noting_damage():
+        for newest in Versions(store).all(name)[-1:]:
+            if newest.is_rejected:
+                why = "A person refused it." if newest.accepted else " ".join(newest.reasons)
+                status.rejected = f"version {newest.version} ({newest.task}) was rejected: {why}"
+    if watched is not None:
+        with noting_damage():
+            state = read_state(store, name)
+            still_open = inbox.open_for(state, watched.tasks, retry_now=False)
+            status.num_open = len(still_open)
+            status.failed = tuple(
+                f"{info.key}: {_reason(handled)}"
+                for info in inbox.of(watched.tasks)
+                if (handled := state.files.get(info.key))
+                and handled.outcome in ("refused", "failed")
+                # otherwise another file is there, or this one is to be tried with other test rows
+                and (handled.etag, handled.beside) == (info.etag, info.stamp)
+            )
+            status.held_arrivals = held_arrivals(inbox, state, watched.tasks)
+            if watched.held is None:
+                status.waiting = plan(store, watched, inbox, state, still_open, datetime.now(UTC)).waiting
+    # several of the looks above may find the same damage
+    damaged += [f"Lineage {name}: {in_one_line(DealError(problem))}" for problem in dict.fromkeys(problems)]
+    return status
 
 
 def _reason(handled: Handled) -> str:
@@ -305,28 +257,27 @@ async def read_server(problems: list[str]) -> ServerRuns:
     api = get_current_settings().api.url
     if not api:
         return ServerRuns()
-    now = datetime.now(UTC)
-    running: list[RunStatus] = []
-    waiting: list[RunStatus] = []
-    failed: list[RunStatus] = []
+    url, now = without_secrets(api.removesuffix("/api")), datetime.now(UTC)
     try:
         async with get_client() as client:
-            running = await _newest(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-            waiting = await _newest(client, [StateType.SCHEDULED], due=now)  # most scheduled runs are of a later time
-            failed = await _newest(client, [StateType.FAILED, StateType.CRASHED], since=now - DAY)
+            return ServerRuns(
+                prefect_url=url,
+                running=await _newest(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]),
+                waiting=await _newest(client, [StateType.SCHEDULED], due=now),  # most are of a later time
+                failed=await _newest(client, [StateType.FAILED, StateType.CRASHED], since=now - DAY),
+            )
     except (httpx.HTTPError, PrefectException, RuntimeError) as error:
         problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
-    url = without_secrets(api.removesuffix("/api"))
-    return ServerRuns(prefect_url=url, running=running, waiting=waiting, failed=failed)
+        return ServerRuns(prefect_url=url)
 
 
 async def read_runs(
     client: PrefectClient,
     states: list[StateType],
-    since: datetime | None = None,
-    limit: int | None = None,
     *,
+    since: datetime | None = None,
     due: datetime | None = None,
+    limit: int | None = None,
 ) -> list[FlowRun]:
     """Read the runs of this project's deployments that are in these states, newest first.
 
@@ -347,9 +298,8 @@ async def read_runs(
     )
 
 
-async def _newest(
-    client: PrefectClient, states: list[StateType], since: datetime | None = None, *, due: datetime | None = None
-) -> list[RunStatus]:
+async def _newest(client: PrefectClient, states: list[StateType], **times: datetime) -> list[RunStatus]:
+    """Return the newest runs in these states. For `times` see `read_runs`."""
     return [
         RunStatus(
             name=run.name,
@@ -358,5 +308,5 @@ async def _newest(
             since=run.start_time or run.expected_start_time or datetime.now(UTC),
             message=without_secrets((run.state and run.state.message) or ""),
         )
-        for run in await read_runs(client, states, since, NEWEST, due=due)
+        for run in await read_runs(client, states, limit=NEWEST, **times)
     ]

@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 import tasks.arrival_runs
 import tasks.inbox
 from deal_core.errors import ConfigError
+from flows.announce import watch_inbox
 from flows.cli.app import app
 from flows.requeue import requeue
 from flows.server.status import read_status
-from flows.watch import adapt_landed, watch_inbox
+from flows.watch import adapt_landed
 from tasks.arrival_runs import DEPLOYMENT, release
 from tasks.context import current_store
 from tasks.inbox import HeldArrival, find_landed, read_state, write_state

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from typer.testing import CliRunner
 
+import flows.announce
+import flows.server.status
+import flows.watch
 from benchmarks.tiny_base import NO_LIMITS
+from flows.announce import retrain
 from flows.cli.app import app
-from flows.retrain import retrain
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
 from infra.versions import Version, Versions
@@ -33,6 +38,7 @@ from tasks.lineage.retrain import RetrainPolicy, Waiting
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.progress import reporting_to
 from tasks.spec import parse
+from tasks.waiting import plan
 from tests.in_process import put_back
 from tests.registering import mlflow_run
 
@@ -74,15 +80,25 @@ def land(home: Path, name: str, rows: list[bytes], age: float = 100) -> None:
     os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
 
 
+@contextmanager
+def deciding(at: datetime) -> Iterator[None]:
+    """Let the settings `retrain` decide as at this time."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (flows.announce, flows.watch, flows.server.status):
+            patched.setattr(module, "plan", lambda store, lineage, *look: plan(store, lineage, *look[:3], now=at))
+        yield
+
+
 def start(at: datetime) -> int:
     """The announcements of one run of the deployment `retrain`."""
-    return asyncio.run(retrain(now=at))
+    with deciding(at):
+        return asyncio.run(retrain())
 
 
 def learn(at: datetime) -> list[tuple[str, str, str | None]]:
     """File, outcome and version of all that a run of the deployment `adapt` learns."""
-    result = asyncio.run(adapt_landed("l", settle_seconds=0.01, now=at))
-    return handled(result)
+    with deciding(at):
+        return handled(asyncio.run(adapt_landed("l", settle_seconds=0.01)))
 
 
 def handled(result: WatchResult) -> list[tuple[str, str, str | None]]:
@@ -90,7 +106,8 @@ def handled(result: WatchResult) -> list[tuple[str, str, str | None]]:
 
 
 def waiting(home: Path, at: datetime) -> list[Waiting]:
-    (status,) = asyncio.run(read_status(home, at)).lineages
+    with deciding(at):
+        (status,) = asyncio.run(read_status(home)).lineages
     return list(status.waiting)
 
 

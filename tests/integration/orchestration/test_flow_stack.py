@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from flows.server.local_processes import LocalStack, start_part, stop
-from flows.server.local_stack import _server_commands, _wait_for_server
+from flows.server.local_stack import _wait_for_servers, server_commands
 from infra.settings import TrackingSettings
 
 
@@ -21,9 +21,9 @@ def test_mlflows_log_has_no_line_for_each_request(home: Path, free_port: int) ->
         backend_uri=settings.tracking_uri,
         artifact_uri=settings.artifact_uri,
     )
-    start_part(home, stack, name, _server_commands(1, free_port)[name])
+    start_part(home, stack, name, server_commands(1, free_port)[name])
     try:
-        _wait_for_server(stack, name, f"{stack.mlflow_url}/health")
+        _wait_for_servers(stack)
         assert httpx.get(f"{stack.mlflow_url}/asked-for").status_code == 404
     finally:
         stop(home)

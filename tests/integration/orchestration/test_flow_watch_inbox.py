@@ -18,8 +18,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymen
 import tasks.inbox
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import ConfigError
+from flows.announce import announce_open, watch_inbox
 from flows.lock import LineageBusyError, is_locked_on_server, lock_lineage
-from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
+from flows.watch import InboxWorker, adapt_landed
 from infra.store.local import FileStore
 from infra.versions import Versions
 from tasks.arrival_runs import ARRIVAL_LANDED, Announcement, announce_again, read_announcements

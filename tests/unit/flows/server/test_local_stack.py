@@ -25,15 +25,13 @@ from flows.server import local_stack
 from flows.server.deploy import GPU_POOL
 from flows.server.embedded import enter_home
 from flows.server.local_processes import (
+    PART,
     SUPERVISOR,
     LocalProcess,
     LocalStack,
     _environment,
-    _record,
-    _restart,
     hold_stack,
     read_stack,
-    start_of,
     start_part,
     stop,
     supervise,
@@ -138,7 +136,7 @@ def test_a_worker_keeps_its_gpus_when_it_is_started_again(home: Path) -> None:
         (first,) = made.parts
         os.kill(first.pid, signal.SIGKILL)
         os.waitpid(first.pid, 0)
-        _restart(home, "worker")
+        heal(home, made, print)
         recorded = read_stack(home)
         assert recorded is not None
         (again,) = recorded.parts
@@ -163,9 +161,11 @@ def test_the_databases_password_is_in_the_users_own_record_alone(home: Path) -> 
 def test_stop_ends_what_was_started_and_runs_whose_worker_is_gone_and_nothing_else(home: Path) -> None:
     made = stack()
     start_part(home, made, "worker", SLEEP)
-    environment = {**os.environ, "PREFECT__FLOW_RUN_ID": "1"}
-    left = subprocess.Popen([sys.executable, *SLEEP], env={**environment, "PREFECT_HOME": str(home / "prefect")})
-    other = subprocess.Popen([sys.executable, *SLEEP], env={**environment, "PREFECT_HOME": "/elsewhere"})
+    # as runs have it from their workers, one of them in another home
+    left, other = (
+        subprocess.Popen([sys.executable, *SLEEP], env={**os.environ, PART: str(log)})
+        for log in (made.parts[0].log, "/elsewhere/logs/worker.log")
+    )
     try:
         assert stop(home) == ["worker"]
         assert not psutil.pid_exists(left.pid) and other.poll() is None
@@ -216,27 +216,18 @@ def test_what_the_supervisor_started_again_ends_as_everything_else(home: Path) -
 
 
 def test_another_process_with_a_parts_number_is_not_taken_for_it(tmp_path: Path) -> None:
-    part = LocalProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
-    assert part.is_alive()
-    assert not part.model_copy(update={"started": part.started + "1"}).is_alive()
-
-
-def test_a_process_is_known_after_the_clock_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = LocalProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
-    monkeypatch.setattr(psutil, "boot_time", lambda: 1.0)
-    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 2.0)
-    assert part.is_alive()
+    assert not LocalProcess(name="x", command=(), pid=os.getpid(), log=tmp_path).is_alive()
 
 
 def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, *SLEEP])
-    part = LocalProcess(name="x", command=(), pid=process.pid, started=start_of(process.pid), log=tmp_path)
+    process = subprocess.Popen([sys.executable, *SLEEP], env={**os.environ, PART: str(tmp_path)})
+    part = LocalProcess(name="x", command=(), pid=process.pid, log=tmp_path)
     assert part.is_alive()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not part.is_alive()
     process.wait()
-    assert not part.is_alive() and start_of(process.pid) == ""
+    assert not part.is_alive()
 
 
 PARENT = ("-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, *{SLEEP}]); time.sleep(600)")
@@ -258,7 +249,12 @@ def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
             monkeypatch.setattr("flows.server.local_stack._wait_for_servers", lambda stack: None)
             heal(home, made, print)
         elif then == "supervisor":
-            _restart(home, "mlflow-server")
+            monkeypatch.setattr("flows.server.local_processes.LOOK_SECONDS", 0.01)
+            threading.Thread(target=supervise, args=(home,), daemon=True).start()
+            for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.01), stop=tenacity.stop_after_delay(60)):
+                with attempt:
+                    again = read_stack(home)
+                    assert again is not None and again.is_alive()
         else:
             assert stop(home) == []
         assert not children[0].is_running()
@@ -325,10 +321,10 @@ def test_the_server_removes_old_runs(home: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_supervisor_cuts_a_log_that_is_written_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.server.local_processes.LOOK_SECONDS", 0.01)
     monkeypatch.setattr("infra.logs.MAX_BYTES", 3)
-    log, own = home / "x.log", os.getpid()
+    log = home / "x.log"
     made = stack()
-    made.parts = [LocalProcess(name="x", command=(), pid=own, started=start_of(own), log=log)]
-    _record(home, made)
+    made.parts = [LocalProcess(name=SUPERVISOR, command=(), pid=os.getpid(), log=log)]
+    (home / "stack.json").write_text(json.dumps({**made.model_dump(mode="json"), "backend_uri": ""}))
     supervising = threading.Thread(target=supervise, args=(home,), daemon=True)
     with log.open("ab", buffering=0) as output:
         output.write(b"first")
