@@ -155,7 +155,7 @@ def validate(
     checked = None
     if with_model and manifest.task.labels and kept.inputs:
         checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
-    example = report.example and _shown(manifest.task, report.example, choose_base(read, record))
+    example = kept.first and _shown(manifest.task, kept.first, choose_base(read, record))
     spared = choose_spared(read, choose_strategy(read, record), record)
     brings_tests = landing.renews_tests or not landing.frozen_test_inputs
     few = few_tests_warning(manifest, read.gate, spared) if brings_tests else ()
@@ -235,12 +235,14 @@ class _TrainingRows:
     """The first training rows of a file, and its labels' counts."""
 
     def __init__(self) -> None:
+        self.first: Row | None = None
         self.inputs: list[str] = []
         self.outputs: list[str] = []
         self._counts: Counter[str] = Counter()
         self._is_counted = True
 
     def add(self, rows: Sequence[Row]) -> None:
+        self.first = self.first or next(iter(rows), None)
         first = rows[: MAX_COMPARED - len(self.inputs)]
         self.inputs += [row.input for row in first]
         self.outputs += [row.output for row in first]
@@ -266,16 +268,16 @@ def _check_labels(
     return check_labels(load_base(source, HomeSettings().cache_dir), task, texts, train, on_model)
 
 
-def _shown(task: TaskSchema, example: tuple[str, str, str | None], base: str) -> ShownRow:
+def _shown(task: TaskSchema, row: Row, base: str) -> ShownRow:
     """A row as the model sees it. A chat template is the base model's, which the call never fetches."""
     from deal_core.data.prompts import answer_text, readable_prompt, render_prompt
 
-    input, better, worse = example
-    answer, rejected = answer_text(task, better), None if worse is None else answer_text(task, worse)
-    prompt, note = readable_prompt(task, input), None
+    answer = answer_text(task, row.output)
+    rejected = None if row.rejected is None else answer_text(task, row.rejected)
+    prompt, note = readable_prompt(task, row.input), None
     if task.uses_chat_template:
         try:
-            prompt = "".join(render_prompt(task, input, local_tokenizer(base)))
+            prompt = render_prompt(task, row.input, local_tokenizer(base))
         except ConfigError as error:
             note = f"without the base model's chat template: {error}"
     return ShownRow(prompt=prompt, answer=answer, rejected=rejected, note=note)
