@@ -33,8 +33,9 @@ MAX_MEMORY_BYTES = 2**30
 FREE_CPU_SECONDS, CPU_SECONDS_PER_MB = 25, 2
 """Processor time for a file of any size, and for each of its megabytes. A megabyte of text takes a twentieth of a
 second, a packed one of text twenty times as long."""
-FREE_DISK_BYTES, UNPACKED_TIMES = 2**28, 1000
-"""A packed Parquet file is unpacked to so many bytes, or so many times its size."""
+FREE_BYTES, UNPACKED_TIMES = 2**28, 1000
+"""Bytes of rows that a file of any size may have, and times its size for a larger one. A packed Parquet file takes as
+many on the disk. Who takes the rows has no limit of processor time, so this one is theirs."""
 HEADER = struct.Struct(">cI")
 """A frame's letter and the length of its content."""
 OUT_OF_MEMORY = 3
@@ -83,7 +84,7 @@ def main(request: str) -> NoReturn:
 def _set_limits(path: Path) -> None:
     with contextlib.suppress(OSError, ValueError):  # a file that is not there is refused when it is opened
         size = path.stat().st_size
-        _limit(resource.RLIMIT_FSIZE, max(FREE_DISK_BYTES, UNPACKED_TIMES * size))
+        _limit(resource.RLIMIT_FSIZE, max(FREE_BYTES, UNPACKED_TIMES * size))
         _limit(resource.RLIMIT_CPU, FREE_CPU_SECONDS + CPU_SECONDS_PER_MB * size // 10**6)
     _limit(resource.RLIMIT_CORE, 0)
     with contextlib.suppress(OSError):  # only Linux says what a process takes already
@@ -103,8 +104,12 @@ def _send(frames: BinaryIO, letter: bytes, content: bytes | memoryview = b"") ->
 
 
 def _send_json(frames: BinaryIO, letter: bytes, value: Any) -> None:
+    _send(frames, letter, _as_json(value))
+
+
+def _as_json(value: Any) -> bytes:
     # Two lone surrogates beside each other stay two, as escapes would not leave them.
-    _send(frames, letter, _ENCODER.encode(value).encode("utf-8", "surrogatepass"))
+    return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
 
 
 def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
@@ -115,16 +120,23 @@ def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
 
 
 def _rows(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
-    has_schema = False
+    has_schema, num_bytes = False, 0
     for part in parsing.parse(path, kind):
         if isinstance(part, list):
             rows = [[row.number, row.values, row.line, row.fault, row.raw() if row.fault else None] for row in part]
-            _send_json(frames, b"R", rows)
-            continue
-        if not has_schema:
-            _send(frames, b"S", part.schema.serialize())
-            has_schema = True
-        _send(frames, b"A", part.serialize())
+            letter, content = b"R", memoryview(_as_json(rows))
+        else:
+            if not has_schema:
+                _send(frames, b"S", part.schema.serialize())
+                has_schema = True
+            letter, content = b"A", memoryview(part.serialize())
+        num_bytes += len(content)
+        if num_bytes > max(FREE_BYTES, UNPACKED_TIMES * path.stat().st_size):
+            raise DataValidationError(
+                f"{path.name} unpacks to more than {UNPACKED_TIMES} times its size, which text does not. If the file "
+                "is right, land it as unpacked JSON lines."
+            )
+        _send(frames, letter, content)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from deal_core.data.reading import child
 from deal_core.data.reading.readers import count_rows, look_at, read_rows
 from deal_core.errors import DataValidationError
 from tests.parsed import parsed_rows
@@ -288,6 +289,19 @@ def test_an_endless_line_is_one_bad_row_and_never_in_memory(
     tracemalloc.stop()
     assert rows == [(1, None, "first"), (2, "over-long text", None), (3, None, "last")]
     assert peak < 2**21
+
+
+@pytest.mark.parametrize("name", ["bomb.parquet", "bomb.jsonl.gz"])
+def test_a_bomb_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "FREE_BYTES", 2**20)
+    monkeypatch.setattr(child, "UNPACKED_TIMES", 10)
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 2**12, pa.int32()), pa.array(["x" * 2**13]))
+    if name == "bomb.parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / name, compression="zstd")
+    else:
+        write(tmp_path / name, to_bytes("jsonl", pa.table({"text": texts}).to_pylist()))
+    with pytest.raises(DataValidationError, match="unpacks to more than 10 times"):
+        child._rows(tmp_path / name, "parquet" if name == "bomb.parquet" else "jsonl", io.BytesIO())
 
 
 def test_a_small_file_of_many_rows_is_refused(tmp_path: Path) -> None:
