@@ -27,7 +27,6 @@ from deal_core.planning.memory import (
     adapter_rank,
     find_remedies,
     largest_batch,
-    limits_of,
     longest_of,
     plan_memory,
 )
@@ -286,8 +285,9 @@ def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
 def _batch(run: _Run, rows: Dataset) -> BatchShape:
     setup, num_rows = run.setup, run.largest_batch(run.setup.train)
     if run.base.folder is None:
-        limits = limits_of(setup.train, num_rows)
-        return replace(limits, num_tokens=run.longest_prompt(setup.train) + limits.num_answer_tokens)
+        answer = setup.train.max_answer_tokens
+        prompt = run.longest_prompt(setup.train)
+        return BatchShape(num_rows=num_rows, num_tokens=prompt + answer, num_answer_tokens=answer)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(run.base.folder, trust_remote_code=False)
     except Exception as error:  # a damaged file can raise any error

@@ -81,7 +81,7 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
     return Answer(
         answer=answer.text,
-        prompt="".join(render_prompt(schema, text, base.tokenizer)),
+        prompt=render_prompt(schema, text, base.tokenizer),
         base_model=str(resolve_base(asked.record.base.source, HomeSettings().cache_dir)),
         adapter=store.uri_of(asked.info.adapter_uri),
         precision=str(base.model.dtype).removeprefix("torch."),

@@ -189,7 +189,7 @@ def validate(
             for bad in report.bad_rows
         ),
         num_several=report.num_several,
-        example=report.example and _shown(schema, report.example, base),
+        example=kept.first and _shown(schema, kept.first, base),
         sha256=manifest.sha256,
         warnings=warnings,
         label_check=checked and checked.describe(),
@@ -223,12 +223,14 @@ class _TrainingRows:
     """The first training rows of a file, and its labels' counts."""
 
     def __init__(self) -> None:
+        self.first: Row | None = None
         self.inputs: list[str] = []
         self.outputs: list[str] = []
         self._counts: Counter[str] = Counter()
         self._is_counted = True
 
     def add(self, rows: Sequence[Row]) -> None:
+        self.first = self.first or next(iter(rows), None)
         first = rows[: MAX_COMPARED - len(self.inputs)]
         self.inputs += [row.input for row in first]
         self.outputs += [row.output for row in first]
@@ -254,16 +256,16 @@ def _check_labels(
     return check_labels(load_base(source, HomeSettings().cache_dir), task, texts, train, on_model)
 
 
-def _shown(task: TaskSchema, example: tuple[str, str, str | None], base: str) -> ShownRow:
+def _shown(task: TaskSchema, row: Row, base: str) -> ShownRow:
     """A row as the model sees it. A chat template is the base model's, which the call never fetches."""
     from deal_core.data.prompts import answer_text, readable_prompt, render_prompt
 
-    input, better, worse = example
-    answer, rejected = answer_text(task, better), None if worse is None else answer_text(task, worse)
-    prompt, note = readable_prompt(task, input), None
+    answer = answer_text(task, row.output)
+    rejected = None if row.rejected is None else answer_text(task, row.rejected)
+    prompt, note = readable_prompt(task, row.input), None
     if task.uses_chat_template:
         try:
-            prompt = "".join(render_prompt(task, input, local_tokenizer(base)))
+            prompt = render_prompt(task, row.input, local_tokenizer(base))
         except ConfigError as error:
             note = f"without the base model's chat template: {error}"
     return ShownRow(prompt=prompt, answer=answer, rejected=rejected, note=note)

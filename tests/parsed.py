@@ -14,9 +14,5 @@ from deal_core.data.rows import RawRow
 def parsed_rows(path: Path) -> Iterator[RawRow]:
     number = 1
     for part in parse(path, file_kind(path)):
-        if isinstance(part, list):
-            yield from part
-            number += len(part)
-        else:
-            yield from (row for row, _ in rows_of(part, number, None))
-            number += part.num_rows
+        yield from part if isinstance(part, list) else rows_of(part, number, None)
+        number += len(part)

@@ -202,7 +202,7 @@ def train_with_trl(variant: str, base: BaseModel, setup: Setup, folder: Path) ->
 
     base.model.set_attn_implementation("sdpa")
     rows = [
-        {"prompt": "".join(render_prompt(setup.task, row["input"], base.tokenizer)), "completion": f" {row['output']}"}
+        {"prompt": render_prompt(setup.task, row["input"], base.tokenizer), "completion": f" {row['output']}"}
         for row in setup.rows
     ]
     args = SFTConfig(

@@ -51,7 +51,7 @@ def survey_rows(path: Path) -> Survey:
         fields = list(look.schema)
         if len({field.name for field in fields}) < len(fields):
             raise DataValidationError(f"{path.name} has two columns of the same name; rename one of them.")
-        found = Survey(look.num_rows, {field.name: field.type for field in fields})
+        survey = Survey(look.num_rows, {field.name: field.type for field in fields})
     else:
         kinds: dict[str, set[str]] = {}
         num_rows = 0
@@ -59,10 +59,10 @@ def survey_rows(path: Path) -> Survey:
             num_rows += 1
             for name, value in raw.values.items():
                 kinds.setdefault(name, set()).add(_kind_of(value))
-        found = Survey(num_rows, {name: _type_for(each) for name, each in kinds.items()})
-    if not found.num_rows:
+        survey = Survey(num_rows, {name: _type_for(kinds_of) for name, kinds_of in kinds.items()})
+    if not survey.num_rows:
         raise DataValidationError(f"{path.name} has no rows; give a file with rows.")
-    return found
+    return survey
 
 
 def own_names(columns: Iterable[str]) -> dict[str, str]:
@@ -186,5 +186,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

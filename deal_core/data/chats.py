@@ -72,8 +72,8 @@ def parse_messages(value: object, tools: object = None, *, learns_every_turn: bo
         wanted = (
             "wanted are system (or none), then user and assistant in turn; tool messages may follow the assistant's"
         )
-        known = ", ".join(role if role in _MAY_FOLLOW else "(another)" for role in roles)
-        return malformed(f"roles {shorten(known)}; {wanted}", f"roles {shorten(', '.join(roles))}; {wanted}")
+        ours = ", ".join(role if role in _MAY_FOLLOW else "(another)" for role in roles)
+        return malformed(f"roles {shorten(ours)}; {wanted}", f"roles {shorten(', '.join(roles))}; {wanted}")
     is_left_out = [
         message["role"] == "assistant" and cell.get("weight") == 0
         for message, cell in zip(messages, cells, strict=True)
@@ -102,7 +102,7 @@ def split_answers(cell: object) -> tuple[object, list[str]]:
     messages = as_messages(cell)
     name = "content" if messages and "content" in messages[-1] else "value"
     answers = messages[-1].get(name) if messages else None
-    if not messages or not isinstance(answers, list) or not answers or not all(type(each) is str for each in answers):
+    if not messages or not isinstance(answers, list) or not answers or not all(type(text) is str for text in answers):
         return cell, []
     return [*messages[:-1], {**messages[-1], name: answers[0]}], list(dict.fromkeys(answers))
 
@@ -125,13 +125,16 @@ def earlier_turns(stored: str) -> list[Row]:
         return []
     messages: list[Message] = json.loads(stored)
     is_answer = [message["role"] == "assistant" and "tool_calls" not in message for message in messages]
-    ends = [end for end, found in enumerate(is_answer, 1) if found]
+    ends = [end for end, ends_turn in enumerate(is_answer, 1) if ends_turn]
     return [chat_row(messages[:end]) for end in ends[-MAX_EARLIER_TURNS:]]
 
 
 def normal_chat(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages that a client asks with, in the form in which rows are stored; their order is not checked."""
-    normal = [{**each, "role": role_of(each), "content": normal_line_ends(each["content"] or "")} for each in messages]
+    normal = [
+        {**message, "role": role_of(message), "content": normal_line_ends(message["content"] or "")}
+        for message in messages
+    ]
     if _begins_blank(normal):
         offered = {"tools": normal[0]["tools"]} if "tools" in normal[0] else {}
         normal = [{**normal[1], **offered}, *normal[2:]]
@@ -226,7 +229,7 @@ def normal_calls(calls: object) -> list[Message] | None:
     plain = _plain_json(calls)
     if not isinstance(plain, list) or not all(isinstance(call, dict) for call in plain):
         return None
-    found = []
+    normal = []
     for call in plain:
         function = call.get("function", call)
         name = function.get("name") if isinstance(function, dict) else None
@@ -234,8 +237,8 @@ def normal_calls(calls: object) -> list[Message] | None:
         if not isinstance(arguments, dict):
             return None
         own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        found.append({**own, "type": "function", "function": {"name": name, "arguments": arguments}})
-    return found
+        normal.append({**own, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return normal
 
 
 def _plain_json(value: object) -> object:
@@ -249,5 +252,5 @@ def _plain_json(value: object) -> object:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -126,7 +126,7 @@ class RowChecker:
             return [self._text(values, "completion", problems)]
         if not listed:
             problems.append(_told("empty text", f"{column} has no answer"))
-        return list(dict.fromkeys(self._answer(each, column, problems) for each in listed))
+        return list(dict.fromkeys(self._answer(answer, column, problems) for answer in listed))
 
     def _answer(self, listed: str, column: str, problems: list[Problem]) -> str:
         text = _as_text(listed, column, problems)
@@ -157,8 +157,8 @@ class RowChecker:
         text = self._cell(values, "label", problems)
         if text is None:
             return ""
-        label, found = self._label_of(text)
-        problems += found
+        label, label_problems = self._label_of(text)
+        problems += label_problems
         return label
 
     def _find_label(self, text: str) -> tuple[str, list[Problem]]:
@@ -236,7 +236,7 @@ class RowChecker:
         else:
             texts = [part for message in messages for part in message_parts(message)[1:]]
             self._of_right_length("".join(texts), column, problems)
-        others = [self._answer(each, f"a right answer in {column}", problems) for each in answers[1:]]
+        others = [self._answer(answer, f"a right answer in {column}", problems) for answer in answers[1:]]
         return _NO_ROW if problems else chats.chat_row(messages, others)
 
 
@@ -245,14 +245,14 @@ def _names_by_key(names: Mapping[str, str]) -> dict[str, str]:
     of_key: dict[str, dict[str, str]] = {}
     for cell, name in names.items():
         of_key.setdefault(label_key(cell), {})[label_key(name)] = name
-    return {key: name for key, found in of_key.items() if len(found) == 1 for name in found.values()}
+    return {key: name for key, labels in of_key.items() if len(labels) == 1 for name in labels.values()}
 
 
 def list_of_answers(cell: object) -> Sequence[str] | None:
     """The texts of a cell that lists right answers, plainly or as SQuAD does under text; None for any other cell."""
-    found = cell.get("text") if isinstance(cell, dict) else cell
-    is_list = isinstance(found, (list, tuple)) and all(type(each) is str for each in found)
-    return found if is_list else None  # type: ignore[return-value]
+    answers = cell.get("text") if isinstance(cell, dict) else cell
+    is_list = isinstance(answers, (list, tuple)) and all(type(answer) is str for answer in answers)
+    return answers if is_list else None  # type: ignore[return-value]
 
 
 def is_whole_number(label: str) -> bool:

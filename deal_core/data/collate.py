@@ -128,15 +128,6 @@ def counts_padding(model: LanguageModel) -> bool:
     return bool(model.config.model_type == "mpt")
 
 
-@torch.no_grad()
-def can_share_prefix(model: LanguageModel) -> bool:
-    """Whether a decoder-only model can read a prefix once and several texts after it; the model reads one token."""
-    if counts_padding(model):
-        return False
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    return can_be_continued(read_cache(model, token))
-
-
 @dataclass(frozen=True)
 class AnswerCollator:
     """Pads a batch. For decoder-only models, rows end at the right edge, so one slice holds all answers."""
@@ -189,9 +180,13 @@ def answer_collator(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *,
     On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
     tokens would cost more than it saves. If activations are recomputed (`is_recomputed`), there is no cache to share.
     """
-    is_seq2seq = bool(model.config.is_encoder_decoder)
-    can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
-    return AnswerCollator(tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model))
+    is_seq2seq, device = bool(model.config.is_encoder_decoder), next(model.parameters()).device
+    shares_prefix = not (is_seq2seq or is_recomputed or counts_padding(model)) and device.type == "cpu"
+    if shares_prefix:
+        with torch.no_grad():  # the model reads one token
+            cache = read_cache(model, torch.zeros(1, 1, dtype=torch.long, device=device))
+        shares_prefix = can_be_continued(cache)
+    return AnswerCollator(tokenizer, is_seq2seq=is_seq2seq, shares_prefix=shares_prefix)
 
 
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -216,10 +211,7 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of a collated batch's answers, summed over their tokens."""
-    return _summed_loss(answer_logits(model, inputs), inputs["labels"])
-
-
-def _summed_loss(logits_BKV: Tensor, labels_BK: Tensor) -> Tensor:
+    logits_BKV, labels_BK = answer_logits(model, inputs), inputs["labels"]
     return cross_entropy(logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

@@ -93,17 +93,22 @@ def resolve_columns(
             f"of them ({kinds})."
         )
     overview = _describe(file_columns, task, source, include_texts)
-    found = {name: _matches(name, file_columns, task, source, overview) for name in CONVENTIONS}
-    _find_context(found, task)
-    fitting = [one for one in formats if all(found[name] for name in COLUMNS_OF_FORMAT[one])]
+    matches = {name: _matches(name, file_columns, task, source, overview) for name in CONVENTIONS}
+    _find_context(matches, task)
+    fitting = [one for one in formats if all(matches[name] for name in COLUMNS_OF_FORMAT[one])]
     if not fitting:
-        raise DataValidationError(_missing_message(overview, formats, found, source))
+        wanted_columns = " or ".join(f"{one} rows need {' and '.join(COLUMNS_OF_FORMAT[one])}" for one in formats)
+        missing = [name for one in formats for name in COLUMNS_OF_FORMAT[one] if not matches[name]]
+        raise DataValidationError(
+            f"{source} has {overview}, and {wanted_columns}; no column is named like {', '.join(missing)}. "
+            f"Rename the columns, or name them in task.columns, for example {{{missing[0]}: NAME IN THE FILE}}."
+        )
     if len(fitting) > 1:
         raise DataValidationError(
             f"{source} has the columns of more than one format ({', '.join(fitting)}); set task.format to one of them."
         )
     wanted = (*COLUMNS_OF_FORMAT[fitting[0]], *OPTIONAL_OF_FORMAT[fitting[0]])
-    names = {name: _only(found[name], name, source) for name in wanted if found[name]}
+    names = {name: _only(matches[name], name, source) for name in wanted if matches[name]}
     if len(set(names.values())) < len(names):
         raise DataValidationError(f"task.columns gives one column of {source} two meanings: {names}; correct it.")
     return Columns(format=fitting[0], names=names)
@@ -121,22 +126,22 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
     kind = task.format
     assert kind != "auto", "a task that was learned has a format"
     name = COLUMNS_OF_FORMAT[kind][0]
-    given = {each: same for each, same in task.columns.items() if each != name and same in file_columns}
+    others = {ours: theirs for ours, theirs in task.columns.items() if ours != name and theirs in file_columns}
     if column is not None:
-        task = replace(task, columns={**given, name: column})
+        task = replace(task, columns={**others, name: column})
     elif name in task.columns and task.columns[name] not in file_columns:
-        task = replace(task, columns=given)  # the names of the task's first file need not be this file's
+        task = replace(task, columns=others)  # the names of the task's first file need not be this file's
     overview = _describe(file_columns, task, source, include_texts=True)
     wanted = (name, *(optional for optional in OPTIONAL_OF_FORMAT[kind] if optional not in SPLITTING))
-    found = {each: _matches(each, file_columns, task, source, overview) for each in wanted}
+    matches = {ours: _matches(ours, file_columns, task, source, overview) for ours in wanted}
     if kind == "completion":
-        _find_context(found, task)
-        if column is not None and not found["context"]:
-            others = CONTEXTS.get(column.strip().casefold(), ())
-            found["context"] = [each for each in file_columns if each.strip().casefold() in others][:1]
-    if not found[name]:
+        _find_context(matches, task)
+        if column is not None and not matches["context"]:
+            contexts = CONTEXTS.get(column.strip().casefold(), ())
+            matches["context"] = [theirs for theirs in file_columns if theirs.strip().casefold() in contexts][:1]
+    if not matches[name]:
         raise DataValidationError(f"{source} has {overview}; no column is named like {name}. Name it with --column.")
-    return Columns(format=kind, names={each: _only(found[each], each, source) for each in wanted if found[each]})
+    return Columns(format=kind, names={ours: _only(matches[ours], ours, source) for ours in wanted if matches[ours]})
 
 
 def late_keys(task: TaskSchema, columns: Columns) -> frozenset[str]:
@@ -149,18 +154,18 @@ def late_keys(task: TaskSchema, columns: Columns) -> frozenset[str]:
     return frozenset(keys - {*columns.names.values()})
 
 
-def _find_context(found: dict[str, list[str]], task: TaskSchema) -> None:
+def _find_context(matches: dict[str, list[str]], task: TaskSchema) -> None:
     """Decide which column is the prompt's context. A column that `task.columns` gives for the prompt has none."""
     if "context" in task.columns:
         return
-    named = {column.strip().casefold(): column for column in found["prompt"]}
-    contexts = {"input": [named["input"]] if "input" in named else [], "context": found["context"]}
-    found["context"] = []
+    named = {column.strip().casefold(): column for column in matches["prompt"]}
+    contexts = {"input": [named["input"]] if "input" in named else [], "context": matches["context"]}
+    matches["context"] = []
     for prompt, others in CONTEXTS.items():
         fitting = [contexts[other] for other in others if contexts[other]]
         if prompt in named and fitting and "prompt" not in task.columns:
-            found["prompt"] = [column for column in found["prompt"] if column != named.get("input")]
-            found["context"] = fitting[0]
+            matches["prompt"] = [column for column in matches["prompt"] if column != named.get("input")]
+            matches["context"] = fitting[0]
             return
 
 
@@ -197,25 +202,16 @@ def _only(matches: Sequence[str], name: str, source: str) -> str:
     return matches[0]
 
 
-def _missing_message(overview: str, formats: Sequence[Format], found: Mapping[str, Sequence[str]], source: str) -> str:
-    wanted = " or ".join(f"{one} rows need {' and '.join(COLUMNS_OF_FORMAT[one])}" for one in formats)
-    missing = [name for one in formats for name in COLUMNS_OF_FORMAT[one] if not found[name]]
-    return (
-        f"{source} has {overview}, and {wanted}; no column is named like {', '.join(missing)}. "
-        f"Rename the columns, or name them in task.columns, for example {{{missing[0]}: NAME IN THE FILE}}."
-    )
-
-
 def _describe(names: Sequence[str], task: TaskSchema, source: str, include_texts: bool) -> str:
     """Describe a file's columns for a message. Without texts, only names that the search knows are quoted."""
-    expected = {name.strip().casefold() for each in (task.columns.values(), *CONVENTIONS.values()) for name in each}
+    expected = {name.strip().casefold() for names in (task.columns.values(), *CONVENTIONS.values()) for name in names}
     familiar = [name for name in names if name.strip().casefold() in expected]
     notes = []
     if include_texts or len(familiar) == len(names):
         overview = f"the columns {_listed(names)}"
     else:
-        known = f"among them {_listed(familiar)}" if familiar else "none of a name looked for"
-        overview = f"{len(names)} columns, {known}"
+        among = f"among them {_listed(familiar)}" if familiar else "none of a name looked for"
+        overview = f"{len(names)} columns, {among}"
         notes.append("deal validate shows the names")
     if names and not familiar and file_kind(Path(source)) == "csv":
         notes.append("if its first line is a row and no header, put the columns' names above it")

@@ -80,4 +80,4 @@ class ContradictionFinder:
             answers = list(compress(self._task.labels, self._kept[split].contains(digests)))
         else:
             answers = []
-        return tuple(shorten(each) for each in (text, *answers))
+        return tuple(shorten(part) for part in (text, *answers))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, compress
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from deal_core.data.contradictions import ContradictionFinder
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.digest_set import DigestSet, merge_digests
 from deal_core.data.reading.readers import most_rows, read_batches
-from deal_core.data.rows import BadRow, Problem, RawRow, Reason, Row
+from deal_core.data.rows import BadRow, Problem, RawRow, Reason, Row, RowTally
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
 from deal_core.data.source_files import SourceFile, SourceFiles, digests_of, name_of, require_one_kind
@@ -30,17 +30,13 @@ from deal_core.errors import DataValidationError
 from deal_core.safe_text import listed, shorten
 
 MAX_INFERRED_LABELS = 64
-MAX_EXAMPLES = 20
 MIN_DRAWN = 0.5
 """Rows drawn at random become new test rows if they are at least this part of the usual share of test rows."""
-_SHOWN_EXAMPLES = 3
 
 GoodPairs = list[tuple[RawRow, Row]]
 """Good rows as they were read, and as they are stored."""
 BadPairs = list[tuple[RawRow, list[Problem]]]
 """Bad rows as they were read, and all their problems."""
-Checked = tuple[dict[Split, GoodPairs], BadPairs]
-"""The good rows of a batch by split, and its bad rows."""
 Keep = Callable[[Sequence[Row], Split], None]
 
 
@@ -57,9 +53,6 @@ class ValidationReport:
     """What the file was recognised as, see `Columns.shape`."""
     num_several: int = 0
     """Good rows with several right answers."""
-    example: tuple[str, str, str | None] | None = None
-    """Stored input, output and worse answer (None: it has none) of the first good training row. Only `validate_file`
-    gives it."""
 
 
 class ArrivalRefusedError(DataValidationError):
@@ -68,13 +61,6 @@ class ArrivalRefusedError(DataValidationError):
     def __init__(self, message: str, report: ValidationReport) -> None:
         super().__init__(message)
         self.report = report
-
-
-REMEDIES: dict[Reason, str] = {
-    "over-long text": "For long texts raise data.max_text_chars; a prompt is cut by tokens.",
-    "bad encoding": "Save the file as UTF-8, such as with: iconv -f CP1252 -t UTF-8 FILE.",
-}
-"""Reason of bad rows → what to do about it, as a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +113,7 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
         return files.publish(report.manifest)
 
 
-def validate_file(landing: Landing, on_rows: Callable[[Sequence[Row]], None] | None = None) -> ValidationReport:
+def validate_file(landing: Landing, on_rows: Callable[[Sequence[Row]], None] = lambda rows: None) -> ValidationReport:
     """Only the checks of `build_dataset`: nothing is written, and a refusal is reported instead of raised.
 
     `on_rows` is called with the good training rows, a part at a time.
@@ -135,17 +121,23 @@ def validate_file(landing: Landing, on_rows: Callable[[Sequence[Row]], None] | N
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    example: tuple[str, str, str | None] | None = None
 
     def keep(rows: Sequence[Row], split: Split) -> None:
-        nonlocal example
-        if split == "train" and rows:
-            example = example or (rows[0].input, rows[0].output, rows[0].rejected)
-            if on_rows is not None:
-                on_rows(rows)
+        if split == "train":
+            on_rows(rows)
 
-    report = ArrivalReader(landing).validate(keep, lambda bad, raw: None)
-    return replace(report, example=example)
+    return ArrivalReader(landing).validate(keep, lambda bad, raw: None)
+
+
+class _File(NamedTuple):
+    """A file of the arrival, the split of its rows if the user gave it, and its columns."""
+
+    source: SourceFile
+    split: Split | None
+    columns: Columns
+
+    def without(self, *dropped: str) -> _File:
+        return self._replace(columns=self.columns.without(*dropped))
 
 
 class ArrivalReader:
@@ -154,14 +146,19 @@ class ArrivalReader:
     def __init__(self, landing: Landing) -> None:
         self._landing, self._config = landing, landing.config
         # Test rows are read first, so that a training row with a test row's text is found.
-        sides: dict[Split | None, SourceFiles] = {None: landing.sources}
+        sources: dict[Split | None, SourceFiles] = {None: landing.sources}
         if landing.test_sources:
-            sides = {"test": landing.test_sources, "train": landing.sources}
-        for files in sides.values():
+            sources = {"test": landing.test_sources, "train": landing.sources}
+        for files in sources.values():
             require_one_kind(files)
-        self._names = {split: name_of(files) for split, files in sides.items()}
+        # Good test rows make up for no bad training rows.
+        self._counts = {split: RowTally(name_of(files)) for split, files in sources.items()}
         self._files = _alike(
-            [_File(file, split, _columns_of(file, split, landing)) for split, files in sides.items() for file in files]
+            [
+                _File(file, split, _columns_of(file, split, landing))
+                for split, files in sources.items()
+                for file in files
+            ]
         )
         self._names_split = any(file.columns.splitting is not None for file in self._files)
         self._is_split_given = self._names_split or bool(landing.test_sources)
@@ -174,9 +171,6 @@ class ArrivalReader:
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
         self._turns, self._beginnings = DigestSet(), DigestSet()
-        self._read: Counter[Split | None] = Counter()
-        self._most_rows: dict[Split | None, int] = {}
-        self._stopped: set[Split | None] = set()
 
     def validate(self, keep: Keep, reject: Callable[[BadRow, object], None]) -> ValidationReport:
         """Check every row in order; pass it to `keep` or to `reject`."""
@@ -184,58 +178,56 @@ class ArrivalReader:
         if infers_labels or self._names_split:
             self._survey(infers_labels)
         self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
-        counts: dict[Split | None, Counter[str]] = {split: Counter() for split in self._names}
-        rejected: Counter[Split | None] = Counter()
-        examples: dict[Split | None, list[BadRow]] = {split: [] for split in self._names}
         num_several = 0
-        for (source, split, _), (good, bad) in self._checked_batches():
-            if self._is_hopeless(split, rejected[split]):
-                self._stopped.add(split)
+        for file, good, bad in self._checked_batches():
+            counts = self._counts[file.split]
+            if self._is_hopeless(file.split):
+                counts.is_stopped = True
                 break
             num_several += sum(len(row.references) > 1 for _, row in good["train"] + good["test"])
             repeated = self._keep_new(good["test"], good["train"], keep)
             for raw, problems in sorted([*bad, *repeated], key=lambda pair: pair[0].number):
-                rejected[split] += 1
-                counts[split].update(problem.reason for problem in problems)
-                row = BadRow(file=source.name, row=raw.number, line=raw.line, problems=tuple(problems))
+                row = BadRow(file=file.source.name, row=raw.number, line=raw.line, problems=tuple(problems))
+                counts.add_bad(row)
                 reject(row, raw.raw())
-                if len(examples[split]) < MAX_EXAMPLES:
-                    examples[split].append(row)
-        manifest = self._manifest(sum(counts.values(), Counter()), rejected.total())
-        refusal = self._too_many_bad(counts, rejected, examples) or self._lacks_rows(manifest)
-        shape = self._files[-1].columns.shape
+        manifest, all_counts = self._manifest(), self._counts.values()
+        too_many_bad = (counts.refusal(self._config, self._landing.new_label_remedy) for counts in all_counts)
         return ValidationReport(
             manifest=manifest,
-            bad_rows=tuple(chain.from_iterable(examples.values())),
-            refusal=refusal,
-            shape=shape,
+            bad_rows=tuple(row for counts in all_counts for row in counts.examples),
+            refusal=next(filter(None, too_many_bad), None) or self._lacks_rows(manifest),
+            shape=self._files[-1].columns.shape,
             num_several=num_several,
         )
 
-    def _is_hopeless(self, split: Split | None, num_rejected: int) -> bool:
+    def _is_hopeless(self, split: Split | None) -> bool:
         """Whether files stay above the limit of bad rows even if all rows that are left in them are good.
 
         How many these can be is found out when the files are above the limit for the first time.
         """
-        limit = self._config.max_bad_share
-        if num_rejected <= limit * self._read[split]:
+        counts, limit = self._counts[split], self._config.max_bad_share
+        if counts.num_bad <= limit * counts.num_read:
             return False
-        if split not in self._most_rows:
-            self._most_rows[split] = sum(most_rows(file.source.path) for file in self._files if file.split == split)
-        return num_rejected > limit * self._most_rows[split]
+        if counts.most_rows is None:
+            counts.most_rows = sum(most_rows(file.source.path) for file in self._files if file.split == split)
+        return counts.num_bad > limit * counts.most_rows
 
-    def _checked_batches(self) -> Iterator[tuple[_File, Checked]]:
-        self._read.clear()
+    def _checked_batches(self) -> Iterator[tuple[_File, dict[Split, GoodPairs], BadPairs]]:
+        """The files' rows in batches: the good ones by split, and the bad ones."""
+        for counts in self._counts.values():
+            counts.num_read = counts.num_bad = 0
         for file in self._files:
             checker = RowChecker(self.task, file.columns, self._config.max_text_chars)
             with _naming(file.source):
                 for batch in read_batches(file.source.path, set(file.columns.names.values())):
-                    yield file, self._check(batch, file, checker)
-                    self._read[file.split] += len(batch)
+                    yield file, *self._check(batch, file, checker)
+                    self._counts[file.split].num_read += len(batch)
                     if self._landing.on_progress is not None:
-                        self._landing.on_progress(self._read.total())
+                        self._landing.on_progress(sum(counts.num_read for counts in self._counts.values()))
 
-    def _check(self, batch: Sequence[RawRow], file: _File, checker: RowChecker) -> Checked:
+    def _check(
+        self, batch: Sequence[RawRow], file: _File, checker: RowChecker
+    ) -> tuple[dict[Split, GoodPairs], BadPairs]:
         good: dict[Split, GoodPairs] = {"train": [], "test": []}
         bad: BadPairs = []
         for raw in batch:
@@ -258,27 +250,22 @@ class ArrivalReader:
         If the task has frozen test rows and does not renew them, only rows with their texts are test rows; all other
         rows can be learned.
         """
-        if given := file_split or row.split:
-            return given
+        if split := file_split or row.split:
+            return split
         if self._frozen and not self._landing.renews_tests:
             return "test" if row.input_digest in self._frozen else "train"
         return "test" if int.from_bytes(row.input_digest[:4]) / 2**32 < self._config.test_share else "train"
-
-    def _judges_by_draw(self, num_random: int, num_rows: int) -> bool:
-        """Whether the rows that were drawn at random are enough for test rows, and leave rows to learn."""
-        return MIN_DRAWN * self._config.test_share * num_rows <= num_random < num_rows
 
     def _survey(self, infers_labels: bool) -> None:
         """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
         num_good = num_test = 0
-        bad: Counter[Split | None] = Counter()
         is_drawn = self._files[0].columns.splitting == "is_random"
-        for (_, split, _), (good, batch_bad) in self._checked_batches():
+        for file, good, bad in self._checked_batches():
             # Without the column of the draw a row may be good that is bad with it.
-            if not is_drawn and self._is_hopeless(split, bad[split]):
+            if not is_drawn and self._is_hopeless(file.split):
                 return
-            bad[split] += len(batch_bad)
+            self._counts[file.split].num_bad += len(bad)
             rows = [row for _, row in good["train"] + good["test"]]
             num_good, num_test = num_good + len(rows), num_test + len(good["test"])
             if self._is_split_given:
@@ -289,13 +276,15 @@ class ArrivalReader:
                 if len(spellings) > MAX_INFERRED_LABELS:
                     shown = spellings if self._config.include_texts else ()
                     raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
-        if is_drawn and not self._judges_by_draw(num_test, num_good):
+        # Rows that were drawn at random judge only if they are enough, and leave rows to learn.
+        if is_drawn and not MIN_DRAWN * self._config.test_share * num_good <= num_test < num_good:
             self._files = [file.without("is_random") for file in self._files]
             self._is_split_given = False
             self._test_inputs = DigestSet(self._frozen)
         if infers_labels:
+            # The commonest label comes first, in its commonest spelling.
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
-            labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
+            labels = tuple(min(counts, key=lambda name: (-counts[name], name)) for _, counts in ranked)
             if labels and all(map(is_whole_number, labels)):
                 raise DataValidationError(numbers_for_labels(self._landing.name))
             self.task = replace(self.task, labels=labels)
@@ -342,9 +331,11 @@ class ArrivalReader:
         self._turns.add([turn.digest for turn in turns])
         keep(turns, "train")
 
-    def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
+    def _manifest(self) -> DatasetManifest:
         contradictions = self._contradictions.found()  # before the digests are put in order
-        train, test, leaks = (each.in_order() for each in (self._kept["train"], self._kept["test"], self._leaks))
+        train, test, leaks = (rows.in_order() for rows in (self._kept["train"], self._kept["test"], self._leaks))
+        counts = self._counts.values()
+        problems = sum((side.problems for side in counts), Counter[str]())
         landing, landed = self._landing, {"landed": [train, test]}
         training_files = digests_of(landing.sources)
         if self._is_split_given:
@@ -353,12 +344,12 @@ class ArrivalReader:
             task=self.task,
             sha256=self._digest({"train": [train], "test": [test]}),
             source=landing.name,
-            num_read=self._read.total(),
+            num_read=sum(side.num_read for side in counts),
             num_train=len(self._kept["train"]),
             num_test=len(self._kept["test"]),
-            num_rejected=num_rejected,
+            num_rejected=sum(side.num_bad for side in counts),
             num_turns=len(self._turns) - len(self._beginnings),
-            problems=dict(counts.most_common()),
+            problems=dict(problems.most_common()),
             split="given" if self._is_split_given else "hash",
             retain_training_rows=self._config.retain_training_rows,
             files=tuple(dict.fromkeys((*training_files, *digests_of(landing.test_sources)))),
@@ -376,42 +367,6 @@ class ArrivalReader:
                 content.update(piece)
         return content.hexdigest()
 
-    def _too_many_bad(
-        self,
-        counts: Mapping[Split | None, Counter[str]],
-        rejected: Counter[Split | None],
-        examples: Mapping[Split | None, Sequence[BadRow]],
-    ) -> str | None:
-        """The refusal of files with too many bad rows. The good rows of test files make up for none of them."""
-        limit = self._config.max_bad_share
-        for split, num_rejected in rejected.items():
-            num_read = self._read[split]
-            if num_rejected <= limit * num_read:
-                continue
-            name = self._names[split]
-            reasons = ", ".join(f"{count} × {reason}" for reason, count in counts[split].most_common())
-            stop = ""
-            if split in self._stopped:
-                stop = (
-                    f" Reading stopped at row {num_read:,}: there are at most {self._most_rows[split]:,} rows, so the "
-                    "bad rows stay above the limit."
-                )
-            first = "; ".join(self._example(bad, name) for bad in examples[split][:_SHOWN_EXAMPLES])
-            shown = f" The first: {first}." if first else ""
-            remedies = {**REMEDIES, "label outside the task's set": self._landing.new_label_remedy}
-            shown += "".join(f" {said}" for reason, said in remedies.items() if counts[split][reason])
-            return (
-                f"{name}: {num_rejected} of {num_read} rows cannot be used ({num_rejected / num_read:.1%}, "
-                f"allowed are {limit:.1%}): {reasons}.{stop}{shown} Correct these rows and land the file again, or "
-                "raise data.max_bad_share."
-            )
-        return None
-
-    def _example(self, bad: BadRow, name: str) -> str:
-        """A bad row in a few words, with its file if that is not the one that the message names."""
-        said = bad.describe(self._config.include_texts)
-        return said if bad.file == name else f"{bad.file} {said}"
-
     def _lacks_rows(self, manifest: DatasetManifest) -> str | None:
         name, num_good = manifest.source, manifest.num_train + manifest.num_test
         if not manifest.num_read:
@@ -424,17 +379,6 @@ class ArrivalReader:
                 "or a column split with train and test."
             )
         return None
-
-
-class _File(NamedTuple):
-    """A file of the arrival, the split of its rows if the user gave it, and its columns."""
-
-    source: SourceFile
-    split: Split | None
-    columns: Columns
-
-    def without(self, *dropped: str) -> _File:
-        return self._replace(columns=self.columns.without(*dropped))
 
 
 def _columns_of(file: SourceFile, split: Split | None, landing: Landing) -> Columns:

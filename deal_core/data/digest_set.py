@@ -28,16 +28,16 @@ class DigestSet:
     def contains(self, digests: Collection[bytes]) -> npt.NDArray[np.bool_]:
         """Which of the digests are in the set."""
         words = _words_of(digests)
-        found = np.zeros(len(words), np.bool_)
+        is_there = np.zeros(len(words), np.bool_)
         slots, open_ = self._slots(words), np.arange(len(words))
         while len(open_):
             places = self._table[slots[open_]]
             open_, places = open_[places > 0], places[places > 0]
             same = (self._words[places - 1] == words[open_]).all(axis=1)
-            found[open_[same]] = True
+            is_there[open_[same]] = True
             open_ = open_[~same]
             slots[open_] = self._next(slots[open_])
-        return found
+        return is_there
 
     def add(self, digests: Collection[bytes]) -> npt.NDArray[np.bool_]:
         """Add the digests; return which are new, that is neither in the set nor earlier in `digests`."""
@@ -92,8 +92,8 @@ class DigestSet:
 def merge_digests(*ordered: memoryview) -> Iterator[bytes]:
     """Merge sorted digests of several sets into one order. The result comes in pieces, to save memory."""
     bounds = np.arange(1, 256, dtype=np.uint8).view("S1").astype("S32")
-    sets = [np.frombuffer(each, "S32") for each in ordered]
-    for pieces in zip(*(np.split(each, np.searchsorted(each, bounds)) for each in sets), strict=True):
+    sets = [np.frombuffer(digests, "S32") for digests in ordered]
+    for pieces in zip(*(np.split(digests, np.searchsorted(digests, bounds)) for digests in sets), strict=True):
         yield np.sort(np.concatenate(pieces), kind="stable").tobytes()
 
 

@@ -18,13 +18,10 @@ guarded too: otherwise a text with an apostrophe of its own would lose it."""
 
 def guarded(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Put an apostrophe before each cell that a spreadsheet would run, and mark these rows."""
-    found = [{name: f"'{cell}" if _LIKE_FORMULA.match(cell) else cell for name, cell in row.items()} for row in rows]
-    are_guarded = [row != safe for row, safe in zip(rows, found, strict=True)]
-    if any(are_guarded):
-        found = [
-            {**row, GUARD_COLUMN: str(is_guarded).lower()} for row, is_guarded in zip(found, are_guarded, strict=True)
-        ]
-    return found
+    safe = [{name: f"'{cell}" if _LIKE_FORMULA.match(cell) else cell for name, cell in row.items()} for row in rows]
+    if safe == list(rows):
+        return safe
+    return [{**row, GUARD_COLUMN: str(row != before).lower()} for row, before in zip(safe, rows, strict=True)]
 
 
 def unguarded(row: dict[str, str]) -> dict[str, str]:

@@ -25,14 +25,6 @@ MAX_CHARS_PER_TOKEN = 64
 texts have two to five characters a token; only a flood of blanks has more than this."""
 
 
-class PromptParts(NamedTuple):
-    """A prompt is before + text + after; only `text` may be shortened."""
-
-    before: str
-    text: str
-    after: str
-
-
 class CutPrompt(NamedTuple):
     """A prompt's token ids, and whether the row's text was cut."""
 
@@ -47,49 +39,54 @@ class _Chat(NamedTuple):
     tools: list[Message] | None
 
 
-def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBase | None) -> PromptParts:
-    r"""The prompt of one row, in parts.
+def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    r"""The prompt of one row.
 
     A labelled task asks "{instruction}\nOption: {a, b, c}\n{text}\nAnswer:"; lines without content are left out. A
     completion is the unchanged prompt, under the instruction if the task has one. A chat is rendered by the tokenizer's
-    chat template; its text is the content of the last message before the answer. With the task's `prompt: chat`, the
-    prompt of a labelled task or of a completion is the one message of a chat, without the line "Answer:".
+    chat template. With the task's `prompt: chat`, the prompt of a labelled task or of a completion is the one message
+    of a chat, without the line "Answer:".
 
     `input` is as stored, and the task's format must not be "auto". Only a chat template needs the tokenizer.
 
     Raises:
         ConfigError: The tokenizer has no chat template, and the task needs one.
     """
-    if task.uses_chat_template:
-        assert tokenizer is not None, "a chat needs the tokenizer's template"
-        chat = _chat_of(task, input) if task.format == "chat" else _one_message("".join(_fill_template(task, input)))
-        return _split_chat(_render_chat(task, chat, tokenizer), chat.messages)
-    return _fill_template(task, input)
+    if task.format == "chat":
+        chat = _chat_of(task, input)
+    else:
+        before, after = _around_text(task)
+        if not task.uses_chat_template:
+            return before + input + after
+        chat = _one_message(before + input + after)
+    assert tokenizer is not None, "a chat needs the tokenizer's template"
+    return _render_chat(task, chat, tokenizer)
 
 
 def readable_prompt(task: TaskSchema, input: str) -> str:
     """The prompt for people and other models: without the base model's chat template."""
     if task.format != "chat":
-        return "".join(_fill_template(task, input))
+        before, after = _around_text(task)
+        return before + input + after
     chat = _chat_of(task, input)
     return "\n".join(f"{message['role']}: {message['content']}" for message in chat.messages)
 
 
-def _fill_template(task: TaskSchema, input: str) -> PromptParts:
-    """The task's template with the instruction, the options and the text."""
+def _around_text(task: TaskSchema) -> tuple[str, str]:
+    """What stands before and after the text in the task's template, with the instruction and the options."""
     if task.format == "auto":
         raise ConfigError(f"Task {task.name} has format auto; use the schema in its dataset's manifest.")
     template = task.template if task.template is not None else _default_template(task)
     values = {"instruction": task.instruction.strip(), "options": OPTIONS_SEPARATOR.join(task.labels)}
-    sides = ["", ""]
-    side = 0
+    sides = [""]
     for literal, name, _, _ in string.Formatter().parse(template):
-        sides[side] += literal
+        sides[-1] += literal
         if name == "text":
-            side = 1
+            sides.append("")
         elif name is not None:
-            sides[side] += values[name]
-    return PromptParts(sides[0], input, sides[1])
+            sides[-1] += values[name]
+    before, after = sides
+    return before, after
 
 
 def encode_prompt(
@@ -111,7 +108,7 @@ def cut_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str,
     """As `encode_prompt`, and whether the text was cut."""
     if task.format == "chat":
         return _encode_chat(tokenizer, task, _chat_of(task, input), max_prompt_tokens)
-    before, text, after = _fill_template(task, input)
+    before, after = _around_text(task)
 
     def encode(shortened: str) -> list[int]:
         prompt = before + shortened + after
@@ -119,7 +116,7 @@ def cut_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str,
             return _encode_rendered(tokenizer, _render_chat(task, _one_message(prompt), tokenizer))
         return _encode(tokenizer, prompt)
 
-    return _encode_shortened(encode, text, task, max_prompt_tokens)
+    return _encode_shortened(encode, input, task, max_prompt_tokens)
 
 
 def answer_text(task: TaskSchema, output: str) -> str:
@@ -231,19 +228,11 @@ def _not_shown(chat: _Chat, rendered: str) -> str | None:
         return "tool calls"
     for message in chat.messages:
         result = message["content"].strip() if message["role"] == "tool" else ""
-        written = (result, json.dumps(result)[1:-1], json.dumps(result, ensure_ascii=False)[1:-1])
-        if not any(each in rendered for each in written):
+        spellings = (result, json.dumps(result)[1:-1], json.dumps(result, ensure_ascii=False)[1:-1])
+        if not any(spelling in rendered for spelling in spellings):
             return "tool messages"
     offered = [tool.get("function", tool).get("name") for tool in chat.tools or ()]
     return "tools" if any(isinstance(name, str) and name not in rendered for name in offered) else None
-
-
-def _split_chat(rendered: str, messages: list[Message]) -> PromptParts:
-    content = messages[-1]["content"].strip()
-    start = rendered.rfind(content)
-    if start < 0:  # the template rewrites the content
-        return PromptParts(rendered, "", "")
-    return PromptParts(rendered[:start], content, rendered[start + len(content) :])
 
 
 def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:

@@ -34,15 +34,15 @@ def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
     """
     plain = [utils.default_process(text) for text in texts[:MAX_COMPARED]]
     rows = [row for row, text in enumerate(plain) if len(text) >= MIN_CHARS]
-    found: dict[int, int] = {}
+    copies: dict[int, int] = {}
     for key in _ORDERS:
         order = sorted(rows, key=lambda row: (key(plain[row]), row))
         for distance in range(1, NUM_NEIGHBOURS + 1):
             for one, other in zip(order, order[distance:], strict=False):
                 first, second = min(one, other), max(one, other)
-                if second not in found and fuzz.ratio(plain[first], plain[second], score_cutoff=MIN_SIMILARITY):
-                    found[second] = first
-    return dict(sorted(found.items()))
+                if second not in copies and fuzz.ratio(plain[first], plain[second], score_cutoff=MIN_SIMILARITY):
+                    copies[second] = first
+    return dict(sorted(copies.items()))
 
 
 def copies_warning(texts: Sequence[str], name_of: Callable[[int], str]) -> str | None:
@@ -50,12 +50,12 @@ def copies_warning(texts: Sequence[str], name_of: Callable[[int], str]) -> str |
 
     `name_of` names a row, given its number.
     """
-    found = near_duplicates(texts)
-    if not found:
+    copies = near_duplicates(texts)
+    if not copies:
         return None
-    shown = listed([f"{name_of(row)} of {name_of(first)}" for row, first in found.items()], most=MAX_SHOWN, width=200)
+    shown = listed([f"{name_of(row)} of {name_of(first)}" for row, first in copies.items()], most=MAX_SHOWN, width=200)
     return (
-        f"{len(found):,} of {min(len(texts), MAX_COMPARED):,} training rows that were compared are near copies of "
+        f"{len(copies):,} of {min(len(texts), MAX_COMPARED):,} training rows that were compared are near copies of "
         f"another: {shown}"
     )
 

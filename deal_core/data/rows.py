@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from deal_core.safe_text import shorten
 
 if TYPE_CHECKING:  # a process that only reads a file starts sooner without the settings
+    from deal_core.config import DataConfig
     from deal_core.data.schema import Format, Split
 
 Reason = Literal[
@@ -29,9 +31,15 @@ Reason = Literal[
     "text of a test row",
     "equal answers",
 ]
-BATCH_ROWS = 4096
-BATCH_CHARS = 2**19
-"""Most rows and characters of a batch. A single row may be larger."""
+
+
+MAX_EXAMPLES = 20
+_SHOWN_EXAMPLES = 3
+REMEDIES: dict[Reason, str] = {
+    "over-long text": "For long texts raise data.max_text_chars; a prompt is cut by tokens.",
+    "bad encoding": "Save the file as UTF-8, such as with: iconv -f CP1252 -t UTF-8 FILE.",
+}
+"""Reason of bad rows → what to do about it, as a sentence."""
 
 
 class Problem(NamedTuple):
@@ -102,7 +110,55 @@ class BadRow:
         """The row in a few words; its values are quoted only if texts may be shown."""
         line = f" (line {self.line})" if self.line not in (None, self.row) else ""
         shown = [(reason, repr(value) if include_texts else why) for reason, value, why in self.problems]
-        return f"row {self.row}{line} {', '.join(f'{reason}: {each}' if each else reason for reason, each in shown)}"
+        return f"row {self.row}{line} {', '.join(f'{reason}: {what}' if what else reason for reason, what in shown)}"
+
+
+@dataclass
+class RowTally:
+    """How many rows of some files were read, and the bad ones among them."""
+
+    name: str
+    """How messages name the files."""
+    num_read: int = 0
+    num_bad: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    examples: list[BadRow] = field(default_factory=list)
+    """The first MAX_EXAMPLES bad rows."""
+    most_rows: int | None = None
+    """A number of rows that the files do not exceed; None: it is not known yet."""
+    is_stopped: bool = False
+    """Whether the files were not read to their end, because good rows alone could not make up for the bad ones."""
+
+    def add_bad(self, row: BadRow) -> None:
+        """Count a bad row."""
+        self.num_bad += 1
+        self.problems.update(problem.reason for problem in row.problems)
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(row)
+
+    def refusal(self, config: DataConfig, new_label_remedy: str) -> str | None:
+        """Why the files are refused; None if they have few enough bad rows. For the remedy see `Landing`."""
+        limit = config.max_bad_share
+        if self.num_bad <= limit * self.num_read:
+            return None
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in self.problems.most_common())
+        stop = ""
+        if self.is_stopped:
+            stop = (
+                f" Reading stopped at row {self.num_read:,}: there are at most {self.most_rows:,} rows, so the bad "
+                "rows stay above the limit."
+            )
+        # A row is shown with its file if that is not the one that the message names.
+        rows = [(bad.file, bad.describe(config.include_texts)) for bad in self.examples[:_SHOWN_EXAMPLES]]
+        first = "; ".join(row if file == self.name else f"{file} {row}" for file, row in rows)
+        shown = f" The first: {first}." if first else ""
+        remedies = {**REMEDIES, "label outside the task's set": new_label_remedy}
+        shown += "".join(f" {remedy}" for reason, remedy in remedies.items() if self.problems[reason])
+        return (
+            f"{self.name}: {self.num_bad} of {self.num_read} rows cannot be used "
+            f"({self.num_bad / self.num_read:.1%}, allowed are {limit:.1%}): {reasons}.{stop}{shown} Correct these "
+            "rows and land the file again, or raise data.max_bad_share."
+        )
 
 
 def normal_line_ends(text: str) -> str:
@@ -163,25 +219,3 @@ def message_parts(message: Mapping[str, Any]) -> list[str]:
         more = {name: value for name, value in message.items() if name not in ("role", "content")}
         parts.append(json.dumps(more, ensure_ascii=False, sort_keys=True))
     return parts
-
-
-def batches_of(rows: Iterable[tuple[RawRow, int]]) -> Iterator[list[RawRow]]:
-    """Group rows with their sizes into batches of at most BATCH_ROWS and BATCH_CHARS.
-
-    If reading a row fails, the earlier rows are yielded before the error is raised.
-    """
-    batch: list[RawRow] = []
-    total = 0
-    try:
-        for row, size in rows:
-            if batch and (len(batch) == BATCH_ROWS or total + size > BATCH_CHARS):
-                yield batch
-                batch, total = [], 0
-            batch.append(row)
-            total += size
-    except Exception:
-        if batch:
-            yield batch
-        raise
-    if batch:
-        yield batch

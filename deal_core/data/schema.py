@@ -113,26 +113,29 @@ class TaskSchema:
             )
         if self.format not in (*COLUMNS_OF_FORMAT, "auto"):
             raise ConfigError(f"task.format is {brief(self.format)}; use one of {', '.join(COLUMNS_OF_FORMAT)}, auto.")
-        _check_characters(
-            {
-                "labels": self.labels,
-                "instruction": self.instruction,
-                "template": self.template or "",
-                "columns": tuple(self.columns.values()),
-            }
-        )
+        # Neither a file nor a tokenizer can hold lone surrogates.
+        texts = {"labels": self.labels, "instruction": [self.instruction], "template": [self.template or ""]}
+        for field_name, values in {**texts, "columns": self.columns.values()}.items():
+            if odd := [text for text in values if SURROGATE.search(text)]:
+                raise ConfigError(f"task.{field_name} holds {odd[0][:80]!r}, which is not UTF-8; correct it.")
         _check_labels(self.labels, self.format)
         if self.metric != "auto":
             check_metric(self.metric)
         _check_template(self.template, self.format)
         of_formats = (*COLUMNS_OF_FORMAT.values(), *OPTIONAL_OF_FORMAT.values())
-        known = {*PREFERENCE_COLUMNS, *(name for names in of_formats for name in names)}
-        unknown = sorted(set(self.columns) - known)
+        ours = {*PREFERENCE_COLUMNS, *(name for names in of_formats for name in names)}
+        unknown = sorted(set(self.columns) - ours)
         if unknown:
-            raise ConfigError(f"task.columns names {listed(unknown)}; the columns are {', '.join(sorted(known))}.")
+            raise ConfigError(f"task.columns names {listed(unknown)}; the columns are {', '.join(sorted(ours))}.")
         object.__setattr__(self, "labels", tuple(label.strip() for label in self.labels))
         object.__setattr__(self, "columns", dict(self.columns))
-        object.__setattr__(self, "label_names", _checked_names(self.label_names, self.labels))
+        keys = {label_key(label) for label in self.labels}
+        if unknown := [name for name in self.label_names.values() if label_key(name) not in keys]:
+            raise ConfigError(
+                f"task.label_names gives {listed(unknown)}, which task.labels does not have; add them there."
+            )
+        names = {" ".join(cell.split()): name.strip() for cell, name in self.label_names.items()}
+        object.__setattr__(self, "label_names", names)
         if self.prompt not in ("plain", "chat"):
             raise ConfigError(f"task.prompt is {brief(self.prompt)}; use plain or chat.")
         if self.format == "chat":
@@ -181,22 +184,6 @@ def stored_columns(task: TaskSchema, split: Split) -> pa.Schema:
     """The columns of a dataset's rows; the task's format is not "auto"."""
     has_references = split == "test" and task.format != "labelled" and not task.learns_preferences
     return pa.schema([*ROW_SCHEMA, *[REFERENCES] * has_references, *[REJECTED] * task.learns_preferences])
-
-
-def _checked_names(names: Mapping[str, str], labels: tuple[str, ...]) -> dict[str, str]:
-    """The names of cells, with single blanks."""
-    known = {label_key(label) for label in labels}
-    if unknown := [name for name in names.values() if label_key(name) not in known]:
-        raise ConfigError(f"task.label_names gives {listed(unknown)}, which task.labels does not have; add them there.")
-    return {" ".join(cell.split()): name.strip() for cell, name in names.items()}
-
-
-def _check_characters(texts: Mapping[str, str | tuple[str, ...]]) -> None:
-    """Refuse lone surrogates, which neither a file nor a tokenizer can hold."""
-    for name, value in texts.items():
-        for text in (value,) if isinstance(value, str) else value:
-            if SURROGATE.search(text):
-                raise ConfigError(f"task.{name} holds {text[:80]!r}, which is not UTF-8; correct it.")
 
 
 def _check_labels(labels: tuple[str, ...], task_format: str) -> None:

@@ -29,8 +29,9 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
     Raises:
         DataValidationError: The file cannot be read, or has no shape that can be learned.
     """
-    look = known = look_at(path)
-    if not look.columns and file_kind(path) == "jsonl":
+    look, is_json = look_at(path), file_kind(path) == "jsonl"
+    file_columns = look.columns
+    if not file_columns and is_json:
         # No line is readable: with the format's own names, every line is reported.
         look = FileLook(COLUMNS_OF_FORMAT["labelled" if task.format == "auto" else task.format])
         task = replace(task, columns={})
@@ -42,18 +43,19 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
         )
 
     def recognised(columns: Columns) -> Columns:
-        unread = late_keys(task, columns) - {*known.columns} if file_kind(path) == "jsonl" else frozenset()
-        return replace(columns, shape=_shape_of(columns, look) if known.columns else "", unread=unread)
+        unread = late_keys(task, columns) - {*file_columns} if is_json else frozenset()
+        return replace(columns, shape=_shape_of(columns, look) if file_columns else "", unread=unread)
 
     if preferences := _find_preferences(look, task, path.name, include_texts):
         return recognised(preferences)
     columns = _find_columns(look, task, path.name, include_texts)
-    if _are_rated(columns, look, task):
+    # Good and bad answers that a column label marks are meant for unpaired preference training.
+    completion = None if "completion" in task.columns else columns.names.get("completion")
+    if completion is not None and type(look.examples.get("label")) is bool:
         raise DataValidationError(
-            f"{path.name} holds rated answers: {columns.names['prompt']}, {columns.names['completion']}, and a label "
-            "that is true or false. Every answer would be learned, the bad ones too. Keep the rows whose label is true "
-            "and leave the label out, or set task.columns to {completion: "
-            f"{columns.names['completion']}}} to learn them all."
+            f"{path.name} holds rated answers: {columns.names['prompt']}, {completion}, and a label that is true or "
+            "false. Every answer would be learned, the bad ones too. Keep the rows whose label is true and leave the "
+            f"label out, or set task.columns to {{completion: {completion}}} to learn them all."
         )
     names = look.class_names.get(columns.names.get("label", ""), ())
     return recognised(
@@ -108,9 +110,8 @@ def _find_preferences(look: FileLook, task: TaskSchema, source: str, include_tex
     has_others = not (named.isdisjoint(("completion", "messages")) and have.keys().isdisjoint(_ANSWERS))
     if not is_asked and (task.format != "auto" or task.labels or has_others or is_labelled):
         return None
-    wanted = {each: task.columns.get(each, have.get(each)) for each in PREFERENCE_COLUMNS}
-    found = {each: name for each, name in wanted.items() if name is not None and name in look.columns}
-    if missing := [name or each for each, name in wanted.items() if each not in found]:
+    chosen, rejected = names = [task.columns.get(ours) or have.get(ours) or ours for ours in PREFERENCE_COLUMNS]
+    if missing := [name for name in names if name not in look.columns]:
         if not is_asked:
             return None
         raise DataValidationError(
@@ -118,21 +119,19 @@ def _find_preferences(look: FileLook, task: TaskSchema, source: str, include_tex
             "better and a worse answer, in the columns chosen and rejected. Answers alone belong to another task."
         )
     others = {name: column for name, column in task.columns.items() if name not in PREFERENCE_COLUMNS}
-    if _is_whole_chat(look, found["chosen"], task):
-        chat = replace(task, format="chat", columns={**others, "messages": found["chosen"]})
-        return _with_rejected(resolve_columns(look.columns, chat, source, include_texts=include_texts), found)
-    answers = replace(task, format="completion", columns={**others, "completion": found["chosen"]})
-    try:
-        columns = resolve_columns(look.columns, answers, source, include_texts=include_texts)
-    except DataValidationError as error:
-        raise DataValidationError(
-            f"{error} A file of preferences has a prompt in each row, or whole chats under chosen and rejected."
-        ) from None
-    return _with_rejected(_chat_in_two_columns(look, answers, source) or columns, found)
-
-
-def _with_rejected(columns: Columns, found: Mapping[str, str]) -> Columns:
-    return replace(columns, names={**columns.names, "rejected": found["rejected"]})
+    if _is_whole_chat(look, chosen, task):
+        chat = replace(task, format="chat", columns={**others, "messages": chosen})
+        columns = resolve_columns(look.columns, chat, source, include_texts=include_texts)
+    else:
+        answers = replace(task, format="completion", columns={**others, "completion": chosen})
+        try:
+            columns = resolve_columns(look.columns, answers, source, include_texts=include_texts)
+        except DataValidationError as error:
+            raise DataValidationError(
+                f"{error} A file of preferences has a prompt in each row, or whole chats under chosen and rejected."
+            ) from None
+        columns = _chat_in_two_columns(look, answers, source) or columns
+    return replace(columns, names={**columns.names, "rejected": rejected})
 
 
 def _is_whole_chat(look: FileLook, column: str, task: TaskSchema) -> bool:
@@ -174,11 +173,11 @@ def _lists_of_answers(look: FileLook, task: TaskSchema, source: str) -> Columns 
     names = {name.strip().casefold(): name for name in look.columns}
     if task.format not in ("auto", "completion") or "completion" in task.columns or names.keys() & _ONE_ANSWER:
         return None
-    found = [names[name] for name in ANSWER_LISTS if name in names]
-    if len(found) != 1 or list_of_answers(look.examples.get(found[0])) is None:
+    lists = [names[name] for name in ANSWER_LISTS if name in names]
+    if len(lists) != 1 or list_of_answers(look.examples.get(lists[0])) is None:
         return None
     try:
-        return resolve_columns(look.columns, replace(task, columns={**task.columns, "completion": found[0]}), source)
+        return resolve_columns(look.columns, replace(task, columns={**task.columns, "completion": lists[0]}), source)
     except DataValidationError:
         return None
 
@@ -204,19 +203,18 @@ def _example_messages(look: FileLook, column: str) -> Sequence[Mapping[str, Any]
     return messages if any("role" in message or "from" in message for message in messages) else ()
 
 
-def _are_rated(columns: Columns, look: FileLook, task: TaskSchema) -> bool:
-    """Whether the file has good and bad answers, marked by a column label, as for unpaired preference training."""
-    named = "completion" in columns.names and "completion" not in task.columns
-    return named and type(look.examples.get("label")) is bool
-
-
 def _remedy(look: FileLook, task: TaskSchema) -> str | None:
     """What to do about a file of a known shape that cannot be learned as it is."""
     have = {name.strip().casefold(): name for name in look.columns}
     if {"chosen", "rejected"} <= have.keys():
+        chosen, take_chosen = have["chosen"], "write the rows with the columns prompt and completion"
+        if any(name in have for name in ("prompt", "instruction", "question")):
+            take_chosen = f"set task.columns to {{completion: {chosen}}}"
+        elif _example_messages(look, chosen):
+            take_chosen = f"set task.columns to {{messages: {chosen}}}"
         return (
             "holds preference rows (chosen and rejected). A new task without task.format learns the preferences. "
-            f"To learn the chosen answers alone, {_take_chosen(look, have)}."
+            f"To learn the chosen answers alone, {take_chosen}."
         )
     if list(have) == ["text"] and task.format == "auto":
         return (
@@ -226,23 +224,14 @@ def _remedy(look: FileLook, task: TaskSchema) -> str | None:
     return None
 
 
-def _take_chosen(look: FileLook, have: Mapping[str, str]) -> str:
-    chosen = have["chosen"]
-    if any(name in have for name in ("prompt", "instruction", "question")):
-        return f"set task.columns to {{completion: {chosen}}}"
-    if _example_messages(look, chosen):
-        return f"set task.columns to {{messages: {chosen}}}"
-    return "write the rows with the columns prompt and completion"
-
-
 def _shape_of(columns: Columns, look: FileLook) -> str:
     """The shape in a few words for people."""
     names = columns.names
     if columns.has_preferences:
-        asked = [names[name] for name in ("prompt", "context") if name in names]
+        prompt = [names[name] for name in ("prompt", "context") if name in names]
         better = names["messages"] if "messages" in names else names["completion"]
         kind = "preferences of chats" if columns.format == "chat" else "preferences"
-        return f"{kind} ({', '.join([*asked, better])} over {names['rejected']})"
+        return f"{kind} ({', '.join([*prompt, better])} over {names['rejected']})"
     if columns.format == "labelled":
         named = "; ClassLabel names the labels" if columns.label_names else ""
         return f"labelled rows ({names['text']}, {names['label']}{named})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,10 @@ def require_one_kind(files: Sequence[SourceFile]) -> None:
     """
     if len(files) == 1:
         return
-    kinds = {file.name: _kind_of(file) for file in files}
+    kinds: dict[str, Kind | None] = dict.fromkeys(file.name for file in files)
+    for file in files:
+        with suppress(DataValidationError):
+            kinds[file.name] = file_kind(file.path)
     most = next((kind for kind, _ in Counter(kinds.values()).most_common() if kind), None)
     others = [name for name, kind in kinds.items() if kind != most or kind is None]
     if others:
@@ -67,10 +71,3 @@ def require_one_kind(files: Sequence[SourceFile]) -> None:
             f"{name_of(files)} has files of more than one format: {listed(others)}, and {wanted}. Give all files of an "
             "arrival one format, or take these files out. Files whose name begins with . or _ are not read."
         )
-
-
-def _kind_of(file: SourceFile) -> Kind | None:
-    try:
-        return file_kind(file.path)
-    except DataValidationError:
-        return None

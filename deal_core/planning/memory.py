@@ -193,12 +193,6 @@ def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> in
     return adapter.rank + num_versions * strategy_class(strategy).num_new_slots(adapter)
 
 
-def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:
-    """Return the largest batch that the settings allow."""
-    num_tokens = train.max_prompt_tokens + train.max_answer_tokens
-    return BatchShape(num_rows=num_rows, num_tokens=num_tokens, num_answer_tokens=train.max_answer_tokens)
-
-
 def longest_of(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -216,24 +210,22 @@ def longest_of(
     Raises:
         ConfigError: A prompt is too long even with an empty text.
     """
-    asked = tasks_to_ask(old_tasks, task)
-    inputs = _longest(tokenizer, rows["input"])
-    answered = [*rows["output"], *(rows[REJECTED.name] if task.learns_preferences else [])]
-    outputs = _longest(tokenizer, answered)
-    prompts = [
-        len(encode_prompt(tokenizer, each, text, train.max_prompt_tokens)) for each in (task, *asked) for text in inputs
+    old_to_ask = tasks_to_ask(old_tasks, task)
+    texts = _longest(tokenizer, rows["input"])
+    questions = [(asked, text, train.max_prompt_tokens) for asked in (task, *old_to_ask) for text in texts]
+    for old in old_texts:
+        questions += [(old.task, text, old.max_prompt_tokens) for text in _longest(tokenizer, old.rows["input"])]
+    num_prompt_tokens = max(len(encode_prompt(tokenizer, *question)) for question in questions)
+
+    outputs = [*rows["output"], *(rows[REJECTED.name] if task.learns_preferences else [])]
+    answers = [
+        len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in _longest(tokenizer, outputs)
     ]
-    prompts += [
-        len(encode_prompt(tokenizer, each.task, text, each.max_prompt_tokens))
-        for each in old_texts
-        for text in _longest(tokenizer, each.rows["input"])
-    ]
-    answers = [len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in outputs]
-    longest = longest_old_answer(train)
-    for old, limit in (*((old, longest) for old in asked), *((each.task, each.max_new_tokens) for each in old_texts)):
-        answers += [len(encode_answer(tokenizer, old, label, limit)) for label in old.labels]
-        answers += [] if old.labels else [limit]
-    return BatchShape(num_rows=num_rows, num_tokens=max(prompts) + max(answers), num_answer_tokens=max(answers))
+    limits = [(old, longest_old_answer(train)) for old in old_to_ask]
+    limits += [(old.task, old.max_new_tokens) for old in old_texts]
+    for old_task, limit in limits:
+        answers += [len(encode_answer(tokenizer, old_task, label, limit)) for label in old_task.labels] or [limit]
+    return BatchShape(num_rows=num_rows, num_tokens=num_prompt_tokens + max(answers), num_answer_tokens=max(answers))
 
 
 def _longest(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
@@ -270,9 +262,9 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
     `train` and the precision of the frozen weights do not fit into `limit` bytes. With a smaller batch, gradient
     accumulation is raised, so that a step still learns from as many rows.
     """
-    found: list[tuple[str, TrainConfig, str]] = []
+    changes: list[tuple[str, TrainConfig, str]] = []
     if not train.gradient_checkpointing:
-        found.append(("train.gradient_checkpointing: true", replace(train, gradient_checkpointing=True), precision))
+        changes.append(("train.gradient_checkpointing: true", replace(train, gradient_checkpointing=True), precision))
     smaller = train
     rows_per_step = train.batch_size * train.gradient_accumulation_steps
     least = train.num_processes  # each process has a row of every batch
@@ -282,29 +274,29 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
         smaller = replace(train, batch_size=size, gradient_accumulation_steps=num_batches)
         change = f"train.batch_size: {size} with gradient_accumulation_steps: {num_batches}"
         if memory_of(smaller, precision).total <= limit or size == least:
-            found.append((change, smaller, precision))
+            changes.append((change, smaller, precision))
             break
     shorter = train
     while shorter.max_prompt_tokens >= 2 * MIN_PROMPT_TOKENS:
         shorter = replace(shorter, max_prompt_tokens=shorter.max_prompt_tokens // 2)
         is_last = shorter.max_prompt_tokens < 2 * MIN_PROMPT_TOKENS
         if memory_of(shorter, precision).total <= limit or is_last:
-            found.append((f"train.max_prompt_tokens: {shorter.max_prompt_tokens}", shorter, precision))
+            changes.append((f"train.max_prompt_tokens: {shorter.max_prompt_tokens}", shorter, precision))
             break
     if precision == "fp32":
-        found.append(("weights in bf16, on a device that computes in it", train, "bf16"))
+        changes.append(("weights in bf16, on a device that computes in it", train, "bf16"))
     if train.quantize != "4bit":
-        change = "train.quantize: 4bit, on a CUDA device with bitsandbytes"
-        found.append((change, replace(train, quantize="4bit"), precision))
-    if len(found) > 1:
+        on_cuda = "train.quantize: 4bit, on a CUDA device with bitsandbytes"
+        changes.append((on_cuda, replace(train, quantize="4bit"), precision))
+    if len(changes) > 1:
         everything = replace(
             smaller, gradient_checkpointing=True, max_prompt_tokens=shorter.max_prompt_tokens, quantize="4bit"
         )
-        found.append(("all of these together", everything, "bf16"))
+        changes.append(("all of these together", everything, "bf16"))
     before = memory_of(train, precision).total
-    totals = {change: memory_of(changed, each_precision).total for change, changed, each_precision in found}
+    totals = [(change, memory_of(changed, its_precision).total) for change, changed, its_precision in changes]
     return tuple(
         Remedy(change=change, total_bytes=total, fits=total <= limit)
-        for change, total in totals.items()
+        for change, total in totals
         if total < before  # for example, a lower limit of prompts saves nothing if the rows are short
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +26,7 @@ from deal_core.base_model.load import BaseModel
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation.generation import counting
-from deal_core.evaluation.likelihood import MeasuredAnswers, measure
+from deal_core.evaluation.likelihood import measure
 from deal_core.method_config import SelectionConfig
 from deal_core.regular_file import complete_file
 from deal_core.safe_text import listed
@@ -80,13 +80,17 @@ def choose_rows(
         ConfigError: The score is not known or cannot be used, or it returns something else than a number for each row.
         AdapterStateError: The parent's adapter does not fit the base.
     """
-    key = _key(rows, setup, parent_folder)
-    if journal.is_file() and (known := ChosenRows.from_json(json.loads(journal.read_bytes()))).key == key:
-        return known
-    found = _Choosing(rows, setup, lend_base, parent_folder, on_progress).make(key)
+    parent = None if parent_folder is None else sha256_together(digests_of(parent_folder))
+    deciding = [asdict(setup.method.selection), setup.train.deciding(), len(rows), setup.task.sha256, parent]
+    key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    if journal.is_file():
+        chosen = ChosenRows.from_json(json.loads(journal.read_bytes()))
+        if chosen.key == key:
+            return chosen
+    chosen = _Choosing(rows, setup, lend_base, parent_folder, on_progress).make(key)
     with complete_file(journal) as part:
-        part.write_text(json.dumps(found.to_json()), encoding="utf-8")
-    return found
+        part.write_text(json.dumps(chosen.to_json()), encoding="utf-8")
+    return chosen
 
 
 def rows_read(setup: TrainingSetup, num_rows: int, *, has_parent: bool) -> int:
@@ -99,12 +103,6 @@ def rows_read(setup: TrainingSetup, num_rows: int, *, has_parent: bool) -> int:
     checks_labels = config.noise != "none" and bool(setup.task.labels)
     limit = max(config.max_scored, 0 if config.keep is None else config.num_kept(num_rows))
     return min(num_rows, limit) * (measures + checks_labels)
-
-
-def _key(rows: Dataset, setup: TrainingSetup, parent_folder: Path | None) -> str:
-    parent = None if parent_folder is None else sha256_together(digests_of(parent_folder))
-    deciding = [asdict(setup.method.selection), setup.train.deciding(), len(rows), setup.task.sha256, parent]
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 class _Choosing:
@@ -134,79 +132,80 @@ class _Choosing:
 
     def make(self, key: str) -> ChosenRows:
         """Run the steps."""
-        looked_at = self._looked_at()
-        checked = self._check_labels(looked_at) if self._checks_labels else LabelCheck()
-        left_out = {each.row for each in checked.suspects} if self._config.noise == "leave_out" else set()
+        rows = self._sample()
+        checked = LabelCheck()
+        if self._checks_labels:
+            some = self._rows.select(rows)
+            checked = check_labels(self._lend_base(), self._task, some, self._train, self._on_progress)
+            checked = replace(checked, suspects=tuple(replace(row, row=rows[row.row]) for row in checked.suspects))
+        left_out = {row.row for row in checked.suspects} if self._config.noise == "leave_out" else set()
+        notes: list[str] = []
         if self._config.keep is None:
-            chosen, notes = [row for row in range(len(self._rows)) if row not in left_out], []
+            chosen = [row for row in range(len(self._rows)) if row not in left_out]
         else:
-            candidates = [row for row in looked_at if row not in left_out]
-            measured = self._measure(candidates) if self._measures else None
-            scored = self._candidates(candidates, measured)
-            scores_N = self._score.score(scored)
-            num_finite = int(scores_N.isfinite().sum())
-            if scores_N.shape != (len(candidates),) or num_finite < len(candidates):
-                raise ConfigError(
-                    f"The score {self._score.name!r} returned {num_finite} finite numbers in the shape "
-                    f"{tuple(scores_N.shape)} for {len(candidates)} rows; correct it to return one for each row."
-                )
-            chosen = self._pick(scores_N, candidates, self._budget, self._config, PICK)
-            notes = [
-                *self._about_choice(chosen),
-                *self._about_measured(chosen, candidates, measured),
-                *self._score.notes(scored),
-            ]
+            chosen, notes = self._scored([row for row in rows if row not in left_out])
         if self._config.noise != "none":
-            notes += [self._about_labels(checked), *self._about_rows()]
+            balance = None if self._labels is None else balance_warning(self._counts(range(len(self._rows))))
+            copies = copies_warning(self._rows[:MAX_COMPARED]["input"], self._name_of)
+            notes += [self._about_labels(checked), *filter(None, [copies, balance])]
         return ChosenRows(key=key, rows=tuple(chosen), notes=tuple(notes))
 
     def _seed(self, purpose: int) -> int:
         return self._first_seed + PURPOSE_STRIDE * purpose
 
-    def _looked_at(self) -> list[int]:
+    def _sample(self) -> list[int]:
         """The rows to choose from: all of them, or a random sample if a model reads them and they are too many."""
-        everything = list(range(len(self._rows)))
+        rows = list(range(len(self._rows)))
         limit = max(self._config.max_scored, 0 if self._config.keep is None else self._budget)
-        if not (self._measures or self._checks_labels) or len(everything) <= limit:
-            return everything
-        random_N = RandomScore().score(self._candidates(everything, None, SAMPLE))
-        return self._pick(random_N, everything, limit, SelectionConfig(), SAMPLE)
+        if not (self._measures or self._checks_labels) or len(rows) <= limit:
+            return rows
+        candidates = Candidates(rows=self._rows, task=self._task, measured=None, seed=self._seed(SAMPLE))
+        return self._pick(RandomScore().score(candidates), rows, limit, SelectionConfig(), SAMPLE)
 
-    def _candidates(self, rows: Sequence[int], measured: MeasuredAnswers | None, purpose: int = SCORE) -> Candidates:
-        return Candidates(
-            rows=self._rows.select(rows),
-            task=self._task,
-            measured=measured,
-            seed=self._seed(purpose),
-        )
+    def _scored(self, rows: Sequence[int]) -> tuple[list[int], list[str]]:
+        """The rows that are picked by their scores, and notes."""
+        some, measured = self._rows.select(rows), None
+        if self._measures:
+            base = self._lend_base()
+            with adapter_on(base.model, self._parent_folder) as model:
+                measured = measure(
+                    model,
+                    base.tokenizer,
+                    self._task,
+                    some,
+                    max_prompt_tokens=self._train.max_prompt_tokens,
+                    max_answer_tokens=self._train.max_answer_tokens,
+                    on_progress=counting(self._on_progress, len(rows)),
+                )
+        candidates = Candidates(rows=some, task=self._task, measured=measured, seed=self._seed(SCORE))
+        scores_N = self._score.score(candidates)
+        num_finite = int(scores_N.isfinite().sum())
+        if scores_N.shape != (len(rows),) or num_finite < len(rows):
+            raise ConfigError(
+                f"The score {self._score.name!r} returned {num_finite} finite numbers in the shape "
+                f"{tuple(scores_N.shape)} for {len(rows)} rows; correct it to return one for each row."
+            )
+        chosen = self._pick(scores_N, rows, self._budget, self._config, PICK)
+        notes = self._about_choice(chosen)
+        if measured is not None:
+            read = f"{len(rows):,}" + (" rows" if len(rows) == len(self._rows) else " rows drawn at random")
+            places = {row: place for place, row in enumerate(rows)}
+            loss_N, chosen_n = measured.mean_loss, torch.tensor([places[row] for row in chosen])
+            notes.append(
+                f"the parent version read {read}; its mean loss per answer token is {float(loss_N.mean()):.2f}, on the "
+                f"chosen rows {float(loss_N[chosen_n].mean()):.2f}"
+            )
+        return chosen, [*notes, *self._score.notes(candidates)]
 
     def _pick(
         self, scores_N: Tensor, rows: Sequence[int], budget: int, config: SelectionConfig, purpose: int
     ) -> list[int]:
-        """Return the picked ones of `rows`, which have these scores."""
+        """The picked ones of `rows`, which have these scores."""
         by_label = self._labels is not None and self._config.strata == "label"
         strata = [self._labels[row] for row in rows] if by_label and self._labels is not None else None
         return [rows[place] for place in pick_rows(scores_N, strata, budget, config, self._seed(purpose))]
 
-    def _check_labels(self, rows: Sequence[int]) -> LabelCheck:
-        """Check the labels of these rows; the result has the rows' numbers."""
-        found = check_labels(self._lend_base(), self._task, self._rows.select(rows), self._train, self._on_progress)
-        return replace(found, suspects=tuple(replace(each, row=rows[each.row]) for each in found.suspects))
-
-    def _measure(self, rows: Sequence[int]) -> MeasuredAnswers:
-        base = self._lend_base()
-        with adapter_on(base.model, self._parent_folder) as model:
-            return measure(
-                model,
-                base.tokenizer,
-                self._task,
-                self._rows.select(rows),
-                max_prompt_tokens=self._train.max_prompt_tokens,
-                max_answer_tokens=self._train.max_answer_tokens,
-                on_progress=counting(self._on_progress, len(rows)),
-            )
-
-    def _about_choice(self, chosen: Sequence[int]) -> Iterator[str]:
+    def _about_choice(self, chosen: Sequence[int]) -> list[str]:
         """Notes: how many rows were chosen, by what, and how many of each label."""
         config, name = self._config, self._score.name
         how = {
@@ -216,20 +215,19 @@ class _Choosing:
             "band": f"at random between the quantiles {config.band[0]:g} and {config.band[1]:g}",
         }[config.pick]
         by = "at random" if isinstance(self._score, RandomScore) else f"by {name} ({how})"
-        yield f"{len(chosen):,} of {len(self._rows):,} training rows were chosen {by}{self._of_labels(chosen)}"
+        of_labels = ""
+        if self._labels is not None:
+            counts = self._counts(chosen)
+            of_labels = f"; by label: {listed([f'{label} {count:,}' for label, count in counts.most_common()])}"
+            if len(set(counts.values())) == 1:
+                of_labels = f", {next(iter(counts.values())):,} of each of {len(counts)} labels"
+        notes = [f"{len(chosen):,} of {len(self._rows):,} training rows were chosen {by}{of_labels}"]
         if self._lacks_parent:
-            yield (
+            notes.append(
                 f"the rows were not chosen by {config.score}: the lineage has no version yet, and the base model's "
                 "scores would say how odd the form of an answer is"
             )
-
-    def _of_labels(self, chosen: Sequence[int]) -> str:
-        if self._labels is None:
-            return ""
-        counts = self._counts(chosen)
-        if len(set(counts.values())) == 1:
-            return f", {next(iter(counts.values())):,} of each of {len(counts)} labels"
-        return f"; by label: {listed([f'{label} {count:,}' for label, count in counts.most_common()])}"
+        return notes
 
     def _counts(self, rows: Iterable[int]) -> Counter[str]:
         """Rows of every label of the task."""
@@ -238,39 +236,18 @@ class _Choosing:
         counts.update(self._labels[row] for row in rows)
         return counts
 
-    def _about_measured(
-        self, chosen: Sequence[int], candidates: Sequence[int], measured: MeasuredAnswers | None
-    ) -> Iterator[str]:
-        """Notes: what the parent made of the chosen rows and of all that it read."""
-        if measured is None:
-            return
-        read = f"{len(candidates):,}" + (" rows" if len(candidates) == len(self._rows) else " rows drawn at random")
-        places = {row: place for place, row in enumerate(candidates)}
-        chosen_n = torch.tensor([places[row] for row in chosen])
-        loss_N = measured.mean_loss
-        yield (
-            f"the parent version read {read}; its mean loss per answer token is {float(loss_N.mean()):.2f}, on the "
-            f"chosen rows {float(loss_N[chosen_n].mean()):.2f}"
-        )
-
     def _about_labels(self, checked: LabelCheck) -> str:
         """A note: the rows whose label is probably wrong."""
         if not self._checks_labels:
             return f"no label was checked: task {self._task.name!r} has none"
-        named = [f"{self._name_of(each.row)} ({each.label}, likelier {each.likelier})" for each in checked.suspects]
+        named = [f"{self._name_of(row.row)} ({row.label}, likelier {row.likelier})" for row in checked.suspects]
         fate = ", and left out" if self._config.noise == "leave_out" and named else ""
         return checked.describe() + fate + (f": {listed(named, most=MAX_NAMED, width=200)}" if named else "")
 
-    def _about_rows(self) -> Iterator[str]:
-        """Notes: near duplicates, and labels with few rows."""
-        copies = copies_warning(self._rows[:MAX_COMPARED]["input"], self._name_of)
-        balance = None if self._labels is None else balance_warning(self._counts(range(len(self._rows))))
-        yield from filter(None, [copies, balance])
-
     def _name_of(self, row: int) -> str:
         """A row without its text: by its digest, as its number in the file is not known here."""
-        known = "sha256" in self._rows.column_names
-        return f"sha256 {self._rows[row]['sha256'][:12]}" if known else f"row {row}"
+        has_digests = "sha256" in self._rows.column_names
+        return f"sha256 {self._rows[row]['sha256'][:12]}" if has_digests else f"row {row}"
 
 
 def quotas(sizes: Mapping[Hashable, int], budget: int) -> dict[Hashable, int]:
@@ -280,15 +257,15 @@ def quotas(sizes: Mapping[Hashable, int], budget: int) -> dict[Hashable, int]:
     budget is at most the number of all rows.
     """
     total = sum(sizes.values())
-    found = {name: budget * size // total for name, size in sizes.items()}
+    shares = {name: budget * size // total for name, size in sizes.items()}
     by_remainder = sorted(sizes, key=lambda name: -(budget * sizes[name] % total))
-    for name in by_remainder[: budget - sum(found.values())]:
-        found[name] += 1
+    for name in by_remainder[: budget - sum(shares.values())]:
+        shares[name] += 1
     if budget >= len(sizes):
-        for name in [name for name, quota in found.items() if quota == 0]:
-            found[max(found, key=lambda each: found[each])] -= 1
-            found[name] = 1
-    return found
+        for name in [name for name, share in shares.items() if share == 0]:
+            shares[max(shares, key=lambda other: shares[other])] -= 1
+            shares[name] = 1
+    return shares
 
 
 def pick_rows(
@@ -303,7 +280,7 @@ def pick_rows(
     generator = torch.Generator().manual_seed(seed)
     picked: list[int] = []
     for name, quota in quotas(sizes, min(budget, len(scores_N))).items():
-        places = [place for place, each in enumerate(names) if each == name]
+        places = [place for place, stratum in enumerate(names) if stratum == name]
         picked += [places[rank] for rank in ranked(scores_N[places], config, generator)[:quota]]
     return sorted(picked)
 

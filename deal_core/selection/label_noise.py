@@ -100,17 +100,17 @@ def features(
     is_seq2seq = bool(model.config.is_encoder_decoder)
     body = model.get_encoder() if is_seq2seq else model.base_model
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
-    found: list[Tensor] = [torch.empty(0)] * len(prompts)
+    feature_of: list[Tensor] = [torch.empty(0)] * len(prompts)
     for batch in batches_by_length([len(prompt) for prompt in prompts], len(prompts)):
         ids, mask = pad_batch([prompts[i] for i in batch], pad, side="right")
         states_BTD = body(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
         last_B = mask.sum(1) - 1
         for row, i in enumerate(batch):
             own_TD = states_BTD[row, : last_B[row] + 1]
-            found[i] = own_TD.mean(0) if is_seq2seq else own_TD[-1].clone()
+            feature_of[i] = own_TD.mean(0) if is_seq2seq else own_TD[-1].clone()
         if on_progress is not None:
             on_progress(len(batch))
-    return torch.stack(found)
+    return torch.stack(feature_of)
 
 
 def check_labels(
@@ -126,7 +126,7 @@ def check_labels(
     that were read, and the number of all.
     """
     count = counting(on_progress, len(rows))
-    found = [
+    chunks = [
         features(
             base.model,
             base.tokenizer,
@@ -137,35 +137,35 @@ def check_labels(
         )
         for start in range(0, len(rows), CHUNK_ROWS)
     ]
-    return suspected_labels(torch.cat(found), list(rows["output"]), seed=train.seed)
+    return suspected_labels(torch.cat(chunks), list(rows["output"]), seed=train.seed)
 
 
 def suspected_labels(features_ND: Tensor, labels: Sequence[str], *, seed: int) -> LabelCheck:
     """Look for rows whose label has at most the share MAX_SHARE; `seed` decides the parts of the cross-fitting."""
     counts = Counter(labels)
     checked = np.array([row for row, label in enumerate(labels) if counts[label] >= NUM_FOLDS], dtype=np.int64)
-    given = np.array([labels[row] for row in checked])
-    known = sorted(set(given.tolist()))
-    if len(known) < 2:
+    label_N = np.array([labels[row] for row in checked])
+    names = sorted(set(label_N.tolist()))
+    if len(names) < 2:
         return LabelCheck()
     # balanced: otherwise every row of a rare label would be suspected
     classifier = LogisticRegression(C=INVERSE_PENALTY / features_ND.shape[1], max_iter=1000, class_weight="balanced")
     head = make_pipeline(StandardScaler(), classifier)
     parts = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed % 2**32)
     array_ND = features_ND.double().numpy()[checked]
-    probabilities_NL = cross_val_predict(head, array_ND, given, cv=parts, method="predict_proba")
+    probabilities_NL = cross_val_predict(head, array_ND, label_N, cv=parts, method="predict_proba")
     places = np.arange(len(checked))
-    own = np.searchsorted(known, given)
+    own = np.searchsorted(names, label_N)
     own_N = probabilities_NL[places, own]
     probabilities_NL[places, own] = -1
     other_N = probabilities_NL.max(1)
     share_N = own_N / (own_N + other_N)
     likelier = probabilities_NL.argmax(1)
-    agreement, majority = float((own_N > other_N).mean()), max(Counter(given.tolist()).values()) / len(given)
+    agreement, majority = float((own_N > other_N).mean()), max(Counter(label_N.tolist()).values()) / len(label_N)
     skill = (agreement - majority) / (1 - majority)
     suspected = np.flatnonzero(share_N <= MAX_SHARE) if skill >= MIN_SKILL else np.array([], dtype=np.int64)
     suspects = tuple(
-        SuspectedLabel(row=int(checked[i]), label=str(given[i]), likelier=known[likelier[i]], share=float(share_N[i]))
+        SuspectedLabel(row=int(checked[i]), label=str(label_N[i]), likelier=names[likelier[i]], share=float(share_N[i]))
         for i in suspected[np.argsort(share_N[suspected], kind="stable")]
     )
     return LabelCheck(suspects=suspects, num_checked=len(checked), agreement=agreement, skill=skill)

@@ -1,19 +1,16 @@
-"""The process that reads one file: `python -m deal_core.data.reading.child REQUEST`.
+"""The process that reads one file: `python -m deal_core.data.reading.child [PATH, KIND, TASK]`, as one text of JSON.
 
 A hostile file can end the process that reads it: a few bytes can ask a library for any memory, or end it from C++ where
-no Python code can hinder that. So a file is read here, within limits, and `deal_core.data.reading.process` takes what
+no Python code can hinder that. So a file is read here, within limits, and `deal_core.data.reading.readers` takes what
 is read. Standard output is a sequence of frames: a letter, the length of the content, and the content.
 
     "+"  nothing; the process has started and is about to open the file
-    "L"  JSON: a look at the file
+    "J"  JSON: a look at the file, or a number of rows that the file does not exceed
     "S"  Arrow's schema of the file, or of the parts that follow
     "R"  JSON: a list of rows
     "A"  Arrow's record batch of some rows of the schema
-    "N"  JSON: a number of rows that the file does not exceed
     "E"  JSON: the sentence that refuses the file; it is the last frame
     "."  nothing; it is the last frame of a file that was read to its end
-
-The content is data in every case: nothing of it can be run, and the other side checks all of it.
 """
 
 from __future__ import annotations
@@ -23,41 +20,60 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from deal_core.data.reading import parsing
-from deal_core.data.reading.frames import HEADER, OUT_OF_MEMORY, as_json
-from deal_core.data.reading.lines import UNPACKED_TIMES
-from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MAX_MEMORY_BYTES = 2**30
 """Memory that a file may take, beyond that of Python and Arrow."""
 FREE_CPU_SECONDS, CPU_SECONDS_PER_MB = 25, 2
 """Processor time for a file of any size, and for each of its megabytes. A megabyte of text takes a twentieth of a
 second, a packed one of text twenty times as long."""
+FREE_BYTES, UNPACKED_TIMES = 2**28, 1000
+"""Bytes of rows that a file of any size may have, and times its size for a larger one. A packed Parquet file takes as
+many on the disk. Who takes the rows has no limit of processor time, so this one is theirs."""
+HEADER = struct.Struct(">cI")
+"""A frame's letter and the length of its content."""
+OUT_OF_MEMORY = 3
+"""Exit status of a process that found no more memory."""
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def from_json(content: bytes) -> Any:
+    """The value of a frame of JSON."""
+    return json.loads(content.decode("utf-8", "surrogatepass"))
 
 
 def main(request: str) -> NoReturn:
-    """Do what the request asks, write the frames, and end the process."""
-    frames = _only_frames()
-    values = json.loads(request)
-    path, kind, task = Path(values["path"]), values["kind"], values["task"]
+    """Write the frames of a task ("look", "rows" or "most"), and end the process."""
+    name, kind, task = json.loads(request)
+    path = Path(name)
+    # A keyboard's and a service's signals are for the process that waits for the frames. When it ends, so does its end
+    # of the pipe, and this process with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # Standard output is for frames alone: what a library prints goes to the errors.
+    frames = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
     status = 0
     try:
         if kind == "parquet":
             import deal_core.data.reading.parquet_rows  # noqa: F401  # what it takes does not count as the file's
-        _set_limits(path, kind)
+        _set_limits(path)
         _send(frames, b"+")
-        {"look": _look, "rows": _rows, "most": _most}[task](path, kind, frames)
+        if task == "look":
+            _look(path, kind, frames)
+        elif task == "rows":
+            _rows(path, kind, frames)
+        else:
+            _send_json(frames, b"J", parsing.most_rows(path, kind))
         _send(frames, b".")
     except DataValidationError as error:
-        _send(frames, b"E", as_json(str(error)))
+        _send_json(frames, b"E", str(error))
     except MemoryError:
         status = OUT_OF_MEMORY
     except BrokenPipeError:  # nobody reads the frames any more
@@ -65,23 +81,10 @@ def main(request: str) -> NoReturn:
     os._exit(status)  # without the cleaning up of libraries that a file may have confused
 
 
-def _only_frames() -> BinaryIO:
-    """Standard output for frames alone: what a library prints goes to the errors.
-
-    A keyboard's and a service's signals are for the process that waits for the frames. When it ends, so does its end
-    of the pipe, and this process with it.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    frames = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
-    return frames
-
-
-def _set_limits(path: Path, kind: parsing.Kind) -> None:
+def _set_limits(path: Path) -> None:
     with contextlib.suppress(OSError, ValueError):  # a file that is not there is refused when it is opened
         size = path.stat().st_size
-        _limit(resource.RLIMIT_FSIZE, max(parsing.FREE_BYTES, UNPACKED_TIMES[kind] * size))
+        _limit(resource.RLIMIT_FSIZE, max(FREE_BYTES, UNPACKED_TIMES * size))
         _limit(resource.RLIMIT_CPU, FREE_CPU_SECONDS + CPU_SECONDS_PER_MB * size // 10**6)
     _limit(resource.RLIMIT_CORE, 0)
     with contextlib.suppress(OSError):  # only Linux says what a process takes already
@@ -100,32 +103,40 @@ def _send(frames: BinaryIO, letter: bytes, content: bytes | memoryview = b"") ->
             piece = piece[frames.write(piece) :]
 
 
+def _send_json(frames: BinaryIO, letter: bytes, value: Any) -> None:
+    _send(frames, letter, _as_json(value))
+
+
+def _as_json(value: Any) -> bytes:
+    # Two lone surrogates beside each other stay two, as escapes would not leave them.
+    return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
+
+
 def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
-    found = parsing.look(path, kind)
-    if found.schema is not None:
-        _send(frames, b"S", found.schema.serialize())
-    values = [found.columns, found.examples, found.class_names, found.num_rows]
-    _send(frames, b"L", as_json(values))
+    look = parsing.look(path, kind)
+    if look.schema is not None:
+        _send(frames, b"S", look.schema.serialize())
+    _send_json(frames, b"J", [look.columns, look.examples, look.class_names, look.num_rows])
 
 
 def _rows(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
-    schema: pa.Schema | None = None
+    has_schema, num_bytes = False, 0
     for part in parsing.parse(path, kind):
         if isinstance(part, list):
-            _send(frames, b"R", as_json([_plain(row) for row in part]))
-            continue
-        if schema is None:
-            schema = part.schema
-            _send(frames, b"S", schema.serialize())
-        _send(frames, b"A", part.serialize())
-
-
-def _plain(row: RawRow) -> list[Any]:
-    return [row.number, row.values, row.line, row.fault, None if row.whole is None else row.whole()]
-
-
-def _most(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
-    _send(frames, b"N", as_json(parsing.most_rows(path, kind)))
+            rows = [[row.number, row.values, row.line, row.fault, row.raw() if row.fault else None] for row in part]
+            letter, content = b"R", memoryview(_as_json(rows))
+        else:
+            if not has_schema:
+                _send(frames, b"S", part.schema.serialize())
+                has_schema = True
+            letter, content = b"A", memoryview(part.serialize())
+        num_bytes += len(content)
+        if num_bytes > max(FREE_BYTES, UNPACKED_TIMES * path.stat().st_size):
+            raise DataValidationError(
+                f"{path.name} unpacks to more than {UNPACKED_TIMES} times its size, which text does not. If the file "
+                "is right, land it as unpacked JSON lines."
+            )
+        _send(frames, letter, content)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ from deal_core.data.rows import RawRow, Reason, unreadable_row
 from deal_core.errors import DataValidationError
 
 _DELIMITERS = ",;\t"
-MAX_REREAD_CHARS = 2**25
-"""Most characters that are read again behind quotes that are never closed, beyond twice the text before them. A file
-with more is refused."""
 
 
 class CsvFile:
@@ -29,15 +26,23 @@ class CsvFile:
     def __init__(self, path: Path) -> None:
         # The limit is global and is never lowered, so two readers do not disturb each other.
         csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_LINE_CHARS))
-        self._name = path.name
         self._stream = open_text(path, newline="")
         self._feed = _Feed(numbered_lines(self._stream))
         try:
-            header = self._feed.peek()
-            delimiter = _find_delimiter(header)
-            drops = _has_blanks(header, delimiter)
-            self._reader = csv.reader(self._feed, delimiter=delimiter, strict=True, skipinitialspace=drops)
-            self.header = self._read_header()
+            first = self._feed.peek()
+            # The delimiter is the one that gives the header the most columns.
+            delimiter = max(_DELIMITERS, key=lambda mark: len(_fields(first, mark, drops_blanks=False)))
+            fields, without_blanks = (_fields(first, delimiter, drops_blanks=drops) for drops in (False, True))
+            # If a blank follows a delimiter of the header, the blanks are no part of the cells in the whole file.
+            drops_blanks = fields[1:] != without_blanks[1:]
+            self._reader = csv.reader(self._feed, delimiter=delimiter, strict=True, skipinitialspace=drops_blanks)
+            lines, header = next(self._records(), ([], csv.Error("the file is empty")))
+            if isinstance(header, csv.Error):  # the line is not quoted: without a header it is a row's text
+                where = f"line {lines[0].number}: " if lines else ""
+                raise DataValidationError(
+                    f"{path.name} does not begin with a line that names its columns ({where}{header}); give it one."
+                )
+            self.header = tuple(name.strip() for name in header)
         except BaseException:
             self._stream.close()
             raise
@@ -56,10 +61,10 @@ class CsvFile:
             if isinstance(record, list) and len(record) == len(names):
                 yield RawRow(number, unguarded(dict(zip(names, record, strict=True))), first.number), size
                 continue
-            found = f"{len(record)} fields under {len(names)} columns" if isinstance(record, list) else str(record)
+            fault = f"{len(record)} fields under {len(names)} columns" if isinstance(record, list) else str(record)
             reason: Reason = "malformed line" if first.is_whole else "over-long text"
             text = "".join([line.text for line in lines]).rstrip("\r\n")
-            yield unreadable_row(number, first.number, text, found, reason=reason), size
+            yield unreadable_row(number, first.number, text, fault, reason=reason), size
 
     def _records(self) -> Iterator[tuple[list[Line], list[str] | csv.Error]]:
         """Each record, or the error of reading it, with its lines."""
@@ -70,23 +75,10 @@ class CsvFile:
             except StopIteration:
                 return
             except csv.Error as error:
-                if self._feed.give_back_all_but_first() > MAX_REREAD_CHARS:
-                    raise DataValidationError(
-                        f"{self._name} has many quotes that are never closed (the last one in line "
-                        f"{self._feed.taken[0].number}); write each quote within a field twice."
-                    ) from None
+                self._feed.give_back_all_but_first()
                 record = error
             if isinstance(record, csv.Error) or len(record) > 1 or any(field.strip() for field in record):
                 yield self._feed.taken, record
-
-    def _read_header(self) -> tuple[str, ...]:
-        lines, record = next(self._records(), ([], csv.Error("the file is empty")))
-        if isinstance(record, csv.Error):  # the line is not quoted: without a header it is a row's text
-            where = f"line {lines[0].number}: " if lines else ""
-            raise DataValidationError(
-                f"{self._name} does not begin with a line that names its columns ({where}{record}); give it one."
-            )
-        return tuple(name.strip() for name in record)
 
 
 class _Feed:
@@ -95,7 +87,7 @@ class _Feed:
     def __init__(self, lines: Iterator[Line]) -> None:
         self._source = lines
         self._given_back: deque[Line] = deque()
-        self._num_chars = self._num_given_back = self._num_read = 0
+        self._num_chars = 0
         self.taken: list[Line] = []
         """The lines of the record."""
 
@@ -103,11 +95,7 @@ class _Feed:
         return self
 
     def __next__(self) -> str:
-        if self._given_back:
-            line = self._given_back.popleft()
-        else:
-            line = next(self._source)
-            self._num_read += len(line.text)
+        line = self._given_back.popleft() if self._given_back else next(self._source)
         self.taken.append(line)
         self._num_chars += len(line.text)
         if not line.is_whole or self._num_chars > MAX_LINE_CHARS:
@@ -117,12 +105,10 @@ class _Feed:
     def start_record(self) -> None:
         self.taken, self._num_chars = [], 0
 
-    def give_back_all_but_first(self) -> int:
-        """Keep only the first line of the record; return the characters ever given back beyond twice those read."""
+    def give_back_all_but_first(self) -> None:
+        """Keep only the first line of the record."""
         self._given_back.extendleft(reversed(self.taken[1:]))
-        self._num_given_back += self._num_chars - len(self.taken[0].text)
         del self.taken[1:]
-        return self._num_given_back - 2 * self._num_read
 
     def peek(self) -> str:
         """The first line that is not blank; blank lines before it are dropped."""
@@ -133,21 +119,8 @@ class _Feed:
         return first.text
 
 
-def _find_delimiter(header: str) -> str:
-    """The delimiter (comma, semicolon or tab) that gives the header the most columns."""
-
-    def count_columns(delimiter: str) -> int:
-        return len(next(csv.reader([header], delimiter=delimiter), []))
-
-    return max(_DELIMITERS, key=count_columns)
-
-
-def _has_blanks(header: str, delimiter: str) -> bool:
-    """Whether a blank follows a delimiter of the header. In such a file the blanks are no part of the cells."""
-    read, dropped = (
-        next(csv.reader([header], delimiter=delimiter, skipinitialspace=drops), []) for drops in (False, True)
-    )
-    return read[1:] != dropped[1:]
+def _fields(line: str, delimiter: str, *, drops_blanks: bool) -> list[str]:
+    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=drops_blanks), [])
 
 
 def _distinct(header: tuple[str, ...]) -> list[str]:

@@ -1,4 +1,8 @@
-"""The rows of JSON lines, and of a file that is one JSON list, read piece by piece. The keys of a row are unique."""
+"""The rows of JSON lines, and of a file that is one JSON list, read piece by piece. The keys of a row are unique.
+
+No library reads the list. One that streams, such as ijson, refuses the whole file for one byte that is not UTF-8,
+replaces lone surrogates, and drops repeated keys without a word.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
+from deal_core.data.reading.lines import MAX_LINE_CHARS, numbered_lines, open_text
 from deal_core.data.rows import RawRow, unreadable_row
 from deal_core.errors import DataValidationError
 from deal_core.safe_text import shorten
 
 _LIST_OF_ROWS = re.compile(r"\[\s*(\{|$)")
 _EMPTY_LIST = re.compile(r"\[\s*\]")
-_BLANKS = re.compile(r"[ \t\n\r]*")
+_MARK = re.compile(r"[^ \t\n\r]")
 _PIECE_CHARS = 2**18
 MAX_DEPTH = 100
 """Levels of a row. What is nested deeper than this cannot be passed on by every version of Python."""
@@ -45,11 +49,17 @@ def read_json(path: Path) -> Iterator[tuple[RawRow, int]]:
         if not following and _EMPTY_LIST.fullmatch(beginning):
             return
         if _LIST_OF_ROWS.match(beginning) is None:
-            for line in chain(first, lines):
-                yield _row_of_line(line), len(line.text)
+            for number, text, is_whole in chain(first, lines):
+                if is_whole:
+                    row = _row(number, number, text.strip())
+                else:
+                    fault = f"more than {MAX_LINE_CHARS} characters in a line"
+                    row = unreadable_row(number, number, text.strip(), fault, reason="over-long text")
+                yield row, len(text)
             return
     with open_text(path, newline="\n") as stream:
-        yield from _rows_of_list(_Window(stream, path.name))
+        for number, (line, text) in enumerate(_List(stream, path.name).items(), start=1):
+            yield _row(number, line, text), len(text)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -67,123 +77,84 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _LENIENT = json.JSONDecoder(parse_int=str)
+"""Finds the end of a value that is JSON, also if `_DECODER` refuses it."""
 
 
-def _row_of_line(line: Line) -> RawRow:
-    text = line.text.strip()
-    if not line.is_whole:
-        found = f"more than {MAX_LINE_CHARS} characters in a line"
-        return unreadable_row(line.number, line.number, text, found, reason="over-long text")
+def _row(number: int, line: int, text: str) -> RawRow:
+    """The row of a text, which may be anything."""
     try:
         values = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        return _unreadable(line.number, line.number, text, error)
-    if not isinstance(values, dict):
-        return _unreadable(line.number, line.number, text, None)
-    if _is_deep(values, text):
-        return _unreadable(line.number, line.number, text, RecursionError())
-    return RawRow(line.number, values, line.number)
-
-
-def _is_deep(values: dict[str, Any], text: str) -> bool:
-    """Whether the values of this text are nested more deeply than MAX_DEPTH."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return False
-    level: list[Any] = [values]
-    for _ in range(MAX_DEPTH):
-        inner = (value for each in level for value in (each.values() if isinstance(each, dict) else each))
-        level = [value for value in inner if isinstance(value, (dict, list))]
-    return bool(level)
-
-
-def _unreadable(number: int, line: int, text: str, error: Exception | None) -> RawRow:
-    """The row of a text that is no JSON object with unique keys; None: it is another JSON value."""
-    if error is None:
-        return unreadable_row(number, line, text, "not an object of columns")
-    if isinstance(error, RecursionError):
+    except json.JSONDecodeError as error:
+        return unreadable_row(number, line, text, shorten(str(error)), str(error))
+    except ValueError as error:
+        why = "a key occurs twice" if str(error).startswith("key ") else "a number has too many digits"
+        return unreadable_row(number, line, text, shorten(str(error)), why)
+    except RecursionError:
         return unreadable_row(number, line, text, "nested too deeply")
-    why = "a key occurs twice" if str(error).startswith("key ") else "a number has too many digits"
-    if isinstance(error, json.JSONDecodeError):
-        why = str(error)
-    return unreadable_row(number, line, text, shorten(str(error)), why)
+    if not isinstance(values, dict):
+        return unreadable_row(number, line, text, "not an object of columns")
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(values, MAX_DEPTH):
+        return unreadable_row(number, line, text, "nested too deeply")
+    return RawRow(number, values, line)
 
 
-def _rows_of_list(text: _Window) -> Iterator[tuple[RawRow, int]]:
-    text.take("[")
-    number = 0
-    while text.next_mark() != "]":
-        if number:
-            text.take(",")
-        number += 1
-        yield text.row(number)
-    text.take("]")
-    text.end()
+def _is_deeper(value: object, num_levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return num_levels == 0 or any(_is_deeper(item, num_levels - 1) for item in inner)
 
 
-class _Window:
-    """The part of a JSON text that is in memory."""
+class _List:
+    """A JSON list, of which only one piece is in memory."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
-        self._stream = stream
-        self._name = name
-        self._text = ""
-        self._place = 0
-        self._line = 1
+        self._stream, self._name = stream, name
+        self._text, self._place, self._line = "", 0, 1
 
-    def next_mark(self) -> str:
-        """The next character that is not blank; empty at the end of the file."""
-        while True:
-            found = _BLANKS.match(self._text, self._place)
-            assert found is not None, "the pattern matches nothing, too"
-            self._go_to(found.end())
-            if self._place < len(self._text) or not self._read():
-                return self._text[self._place : self._place + 1]
-
-    def take(self, mark: str) -> None:
-        """Go behind a mark."""
-        found = self.next_mark()
-        if found != mark:
-            raise self._broken(f"{mark} is missing, and {'other text stands there' if found else 'the file ends'}")
-        self._place += 1
-
-    def end(self) -> None:
-        """Check that the text ends here."""
-        if self.next_mark():
+    def items(self) -> Iterator[tuple[int, str]]:
+        """The line and the text of each item."""
+        self._take("[")
+        number = 0
+        while self._next_mark() != "]":
+            if number:
+                self._take(",")
+                self._next_mark()
+            number += 1
+            yield self._line, self._item(number)
+        self._take("]")
+        if self._next_mark():
             raise self._broken("text follows the end of the list")
 
-    def row(self, number: int) -> tuple[RawRow, int]:
-        """The next item as a row, and its number of characters."""
-        self.next_mark()
-        is_whole = False
+    def _next_mark(self) -> str:
+        """Go to the next character that is not blank, and return it; it is empty at the end of the file."""
+        while True:
+            mark = _MARK.search(self._text, self._place)
+            self._go_to(mark.start() if mark else len(self._text))
+            if mark or not self._read():
+                return self._text[self._place : self._place + 1]
+
+    def _take(self, wanted: str) -> None:
+        mark = self._next_mark()
+        if mark != wanted:
+            raise self._broken(f"{wanted} is missing, and {'other text stands there' if mark else 'the file ends'}")
+        self._place += 1
+
+    def _item(self, number: int) -> str:
+        """The text of the item that begins here."""
+        is_last = False
         while True:
             try:
-                value, end, error = self._decode()
-                if is_whole or end < len(self._text):
-                    return self._row(number, value, end, error)
-            except json.JSONDecodeError as broken:
-                if is_whole:
-                    raise self._broken(broken.msg) from None
+                start, end = self._place, _LENIENT.raw_decode(self._text, self._place)[1]
+                if is_last or end < len(self._text):  # else the next piece may go on with the value
+                    self._go_to(end)
+                    return self._text[start:end]
+            except json.JSONDecodeError as error:
+                if is_last:
+                    raise self._broken(error.msg) from None
             if len(self._text) - self._place > MAX_LINE_CHARS:
                 raise self._broken(f"item {number} is not JSON, or has more than {MAX_LINE_CHARS} characters")
-            is_whole = not self._read()
-
-    def _decode(self) -> tuple[object, int, ValueError | None]:
-        """The next value, its end, and what is wrong with its content if it is JSON all the same."""
-        try:
-            return *_DECODER.raw_decode(self._text, self._place), None
-        except json.JSONDecodeError:
-            raise
-        except ValueError as error:
-            return None, _LENIENT.raw_decode(self._text, self._place)[1], error
-
-    def _row(self, number: int, value: object, end: int, error: Exception | None) -> tuple[RawRow, int]:
-        line, text = self._line, self._text[self._place : end]
-        self._go_to(end)
-        if error is None and isinstance(value, dict):
-            if not _is_deep(value, text):
-                return RawRow(number, value, line), len(text)
-            error = RecursionError()
-        return _unreadable(number, line, text, error), len(text)
+            is_last = not self._read()
 
     def _go_to(self, place: int) -> None:
         self._line += self._text.count("\n", self._place, place)

@@ -14,9 +14,6 @@ from deal_core.safe_text import shorten
 
 MAX_LINE_CHARS = 4 * 2**20
 """Longest line; the rest of a longer line is skipped."""
-UNPACKED_TIMES = {"csv": 200, "jsonl": 200, "parquet": 1000}
-"""A file of each kind may hold this many times its size. Text packs 2 to 20 times and a gzip bomb 1000 times; Parquet
-stores a text that is repeated once."""
 
 
 class Line(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from deal_core.data.reading.lines import MAX_LINE_CHARS, damaged_file, open_bytes
 from deal_core.data.rows import Problem, RawRow
 
-_PIECE_ROWS = 256
+_PIECE_ROWS = 1024
 _PIECE_BYTES = 2**26
 """Rows that are decoded together, and their bytes if no text is repeated."""
 _CELL_BYTES = 8
@@ -30,10 +30,8 @@ _MAX_DEPTH = 4
 """Levels of a type that the recognition of shapes looks at."""
 _METADATA = b"huggingface"
 """Key of a Parquet file's metadata under which the library `datasets` describes the columns."""
-_NO_PYTHON_VALUE = (ValueError, OverflowError, KeyError, RecursionError)
-"""Errors of a text that is not UTF-8, a date beyond Python's range, an unknown time zone, or too deep nesting."""
-Part = tuple[pa.RecordBatch | list[RawRow], int, int]
-"""Some rows, their number and their bytes. A row that is too large is a bad row."""
+_NO_PYTHON_VALUE = (ValueError, OverflowError, KeyError)
+"""Errors of a text that is not UTF-8, a date beyond Python's range, or an unknown time zone."""
 
 
 @contextmanager
@@ -63,7 +61,7 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             raise damaged_file(path, error) from error
 
 
-def read_parquet(path: Path) -> Iterator[Part]:
+def read_parquet(path: Path) -> Iterator[pa.RecordBatch | list[RawRow]]:
     """The file's rows in parts of at most MAX_LINE_CHARS bytes. A row of more is bad, as in a text file."""
     with open_parquet(path) as file:
         number = 1
@@ -75,11 +73,16 @@ def read_parquet(path: Path) -> Iterator[Part]:
             for piece in file.iter_batches(batch_size=size, row_groups=[index], use_threads=False):
                 # A part of a dictionary's rows would hold all of its texts.
                 for part in _split(piece if piece.schema == schema else piece.cast(schema)):
-                    num_bytes = decoded_size(part)
-                    if num_bytes > MAX_LINE_CHARS:
-                        yield [_over_long_row(part, number)], 1, 0
+                    if decoded_size(part) > MAX_LINE_CHARS:
+                        yield [_over_long_row(part, number)]
                     else:
-                        yield part, part.num_rows, num_bytes
+                        try:
+                            part.validate(full=True)
+                        except pa.ArrowInvalid:
+                            # A text is not UTF-8, or a cell points outside of its buffer: then this ends the process
+                            # here, and not where the rows are wanted.
+                            rows_of(part, number, None)
+                        yield part
                     number += part.num_rows
 
 
@@ -109,60 +112,29 @@ def decoded_size(cells: Any) -> int:
     size = _CELL_BYTES * len(cells)
     if pa.types.is_struct(cells.type):
         return size + sum(map(decoded_size, cells.flatten()))
-    return size + (decoded_size(_flat(cells)) if pa.types.is_nested(cells.type) else int(cells.nbytes))
-
-
-def _flat(lists: pa.Array) -> pa.Array:
-    """The items of lists."""
-    if not pa.types.is_map(lists.type):
-        return lists.flatten()
-    first, last = lists.offsets[0].as_py(), lists.offsets[-1].as_py()  # Arrow cannot flatten all maps
-    return lists.values.slice(first, last - first)
+    if pa.types.is_map(cells.type):  # Arrow cannot flatten all maps
+        first, last = cells.offsets[0].as_py(), cells.offsets[-1].as_py()
+        return size + decoded_size(cells.values.slice(first, last - first))
+    return size + (decoded_size(cells.flatten()) if pa.types.is_nested(cells.type) else int(cells.nbytes))
 
 
 def without_dictionaries(schema: pa.Schema) -> pa.Schema:
     """The schema with each dictionary's own type in its place."""
-
-    def plain(kind: pa.DataType) -> pa.DataType:
-        return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-    return _changed(schema, plain)
+    return pa.schema([column.with_type(_without_dictionary(column.type)) for column in schema], schema.metadata)
 
 
-def in_bytes(schema: pa.Schema) -> pa.Schema:
-    """The schema of the same buffers without a meaning: a text need not be UTF-8, nor a time a time of day."""
+def _without_dictionary(kind: pa.DataType) -> pa.DataType:
+    def plain(column: pa.Field) -> pa.Field:
+        return column.with_type(_without_dictionary(column.type))
 
-    def as_bytes(kind: pa.DataType) -> pa.DataType:
-        if isinstance(kind, pa.BaseExtensionType):
-            return _with_leaves(kind.storage_type, as_bytes)
-        if pa.types.is_string(kind):
-            return pa.binary()
-        if pa.types.is_large_string(kind):
-            return pa.large_binary()
-        if pa.types.is_string_view(kind):
-            return pa.binary_view()
-        is_number = pa.types.is_primitive(kind) or pa.types.is_decimal(kind)
-        return pa.binary(kind.bit_width // 8) if is_number and kind.bit_width >= 8 else kind
-
-    return _changed(schema, as_bytes)
-
-
-def _changed(schema: pa.Schema, change: Callable[[pa.DataType], pa.DataType]) -> pa.Schema:
-    return pa.schema([column.with_type(_with_leaves(column.type, change)) for column in schema], schema.metadata)
-
-
-def _with_leaves(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """The type with all innermost types changed."""
-
-    def inner(column: pa.Field) -> pa.Field:
-        return column.with_type(_with_leaves(column.type, change))
-
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
     if pa.types.is_struct(kind):
-        return pa.struct([inner(kind.field(index)) for index in range(kind.num_fields)])
+        return pa.struct([plain(column) for column in kind])
     if pa.types.is_map(kind):
-        return pa.map_(inner(kind.key_field), inner(kind.item_field), keys_sorted=kind.keys_sorted)
+        return pa.map_(plain(kind.key_field), plain(kind.item_field), keys_sorted=kind.keys_sorted)
     if pa.types.is_fixed_size_list(kind):
-        return pa.list_(inner(kind.value_field), kind.list_size)
+        return pa.list_(plain(kind.value_field), kind.list_size)
     for is_kind, make in (
         (pa.types.is_list, pa.list_),
         (pa.types.is_large_list, pa.large_list),
@@ -170,8 +142,8 @@ def _with_leaves(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]
         (pa.types.is_large_list_view, pa.large_list_view),
     ):
         if is_kind(kind):
-            return make(inner(kind.value_field))
-    return change(kind)
+            return make(plain(kind.value_field))
+    return kind
 
 
 def examples(schema: pa.Schema) -> dict[str, Any]:
@@ -184,8 +156,7 @@ def _example_of(kind: pa.DataType, depth: int) -> Any:
     if depth and (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         return [_example_of(kind.value_type, depth - 1)]
     if depth and pa.types.is_struct(kind):
-        fields = (kind.field(index) for index in range(kind.num_fields))
-        return {column.name: _example_of(column.type, depth - 1) for column in fields}
+        return {column.name: _example_of(column.type, depth - 1) for column in kind}
     if pa.types.is_boolean(kind):
         return True
     return 0 if pa.types.is_integer(kind) else ""
@@ -198,16 +169,16 @@ def class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
         columns = dict(features.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    found = {}
+    classes = {}
     for column, feature in columns.items():
         names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
         if isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names):
-            found[column] = tuple(names)
-    return found
+            classes[column] = tuple(names)
+    return classes
 
 
-def rows_of(part: pa.RecordBatch, number: int, columns: Collection[str] | None) -> Iterator[tuple[RawRow, int]]:
-    """The rows of a part, each with its bytes.
+def rows_of(part: pa.RecordBatch, number: int, columns: Collection[str] | None) -> list[RawRow]:
+    """The rows of a part.
 
     Args:
         part: rows that `read_parquet` gave.
@@ -216,35 +187,26 @@ def rows_of(part: pa.RecordBatch, number: int, columns: Collection[str] | None) 
     """
     names = part.schema.names
     wanted = [index for index, name in enumerate(names) if columns is None or name in columns]
-    size = decoded_size(part) // max(1, part.num_rows)
-    for place, values in enumerate(_batch_rows(part.select(wanted))):
-        whole = partial(_row, part, place) if len(wanted) < len(names) else None
-        yield RawRow(number + place, values, whole=whole), size
+
+    def whole(place: int) -> dict[str, Any]:
+        return _dicts(part.slice(place, 1))[0]
+
+    return [
+        RawRow(number + place, values, whole=partial(whole, place) if len(wanted) < len(names) else None)
+        for place, values in enumerate(_dicts(part.select(wanted)))
+    ]
 
 
-def _row(batch: pa.RecordBatch, place: int) -> dict[str, Any]:
-    return _batch_rows(batch.slice(place, 1))[0]
-
-
-def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+def _dicts(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """The batch's rows. A text that is not UTF-8 stays bytes, which the row's check finds."""
-    cells = [_cells(column) for column in batch.columns]
+    columns = []
+    for column in batch.columns:
+        try:
+            columns.append(column.to_pylist())
+        except _NO_PYTHON_VALUE:
+            columns.append([_value(cell) for cell in column])
     names = batch.schema.names
-    return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)]
-
-
-def _cells(column: pa.Array) -> list[Any]:
-    try:
-        return list(column.to_pylist())
-    except _NO_PYTHON_VALUE:
-        return [_cell(column, index) for index in range(len(column))]
-
-
-def _cell(column: pa.Array, index: int) -> Any:
-    try:
-        return _value(column[index])
-    except RecursionError:
-        return "a value that is nested too deeply"
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _value(scalar: pa.Scalar) -> Any:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deal_core.data.reading.csv_records import CsvFile
 from deal_core.data.reading.json_rows import read_json
-from deal_core.data.reading.lines import UNPACKED_TIMES, damaged_file, open_bytes
-from deal_core.data.rows import RawRow, batches_of
+from deal_core.data.reading.lines import damaged_file, open_bytes
+from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
 from deal_core.regular_file import WRONG_PATH
 from deal_core.safe_text import shorten
@@ -31,8 +31,9 @@ Kind = Literal["csv", "jsonl", "parquet"]
 FREE_ROWS = 100_000
 """Number of rows that a file may always have. More rows need two bytes each: repeated rows are bad rows, and different
 rows take more space."""
-FREE_BYTES = 2**28
-"""Bytes of rows that a file may always have; more may be UNPACKED_TIMES its size."""
+BATCH_ROWS = 4096
+BATCH_CHARS = 2**19
+"""Most rows and characters of a batch. A single row may be larger."""
 _SURVEYED_ROWS = 1000
 _BLOCK_BYTES = 2**20
 
@@ -70,8 +71,7 @@ def look(path: Path, kind: Kind) -> FileLook:
                 names = class_names(schema)
                 return FileLook(tuple(schema.names), examples(schema), names, file.metadata.num_rows, schema)
         if kind == "csv":
-            with CsvFile(path) as csv:
-                return _look_at_csv(csv)
+            return _look_at_csv(path)
         return _look_at_json(path)
 
 
@@ -90,62 +90,70 @@ def _look_at_json(path: Path) -> FileLook:
     return FileLook(tuple(names), examples)
 
 
-def _look_at_csv(file: CsvFile) -> FileLook:
-    booleans, found = {*file.header}, set[str]()
-    for row, _ in islice(file.rows(), _SURVEYED_ROWS):
-        said = {name: cell.strip().casefold() for name, cell in row.values.items() if name in booleans}
-        found.update(name for name, cell in said.items() if cell)
-        booleans -= {name for name, cell in said.items() if cell not in ("true", "false", "")}
-        if not booleans:
-            break
-    return FileLook(file.header, dict.fromkeys(booleans & found, True))
+def _look_at_csv(path: Path) -> FileLook:
+    with CsvFile(path) as file:
+        booleans, not_empty = {*file.header}, set[str]()
+        for row, _ in islice(file.rows(), _SURVEYED_ROWS):
+            cells = {name: cell.strip().casefold() for name, cell in row.values.items() if name in booleans}
+            not_empty.update(name for name, cell in cells.items() if cell)
+            booleans -= {name for name, cell in cells.items() if cell not in ("true", "false", "")}
+            if not booleans:
+                break
+        return FileLook(file.header, dict.fromkeys(booleans & not_empty, True))
 
 
 def parse(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
-    """The rows of a file in order, a part at a time; rows of Parquet stay in Arrow's form.
+    """The rows of a file in order, a batch at a time; rows of Parquet stay in Arrow's form.
 
     Raises:
         DataValidationError: The file cannot be read to its end, or has more rows than its size has room for.
     """
     with whole_file_faults(path):
-        if kind == "parquet":
-            from deal_core.data.reading.parquet_rows import read_parquet
-
-            yield from (part for part, _, _ in within_limits(path, kind, read_parquet(path)))
-        elif kind == "csv":
-            with CsvFile(path) as file:
-                yield from _batches(path, kind, file.rows())
-        else:
-            yield from _batches(path, kind, read_json(path))
-
-
-def _batches(path: Path, kind: Kind, rows: Iterable[tuple[RawRow, int]]) -> Iterator[list[RawRow]]:
-    sized = ((row, 1, size) for row, size in rows)
-    return batches_of((row, size) for row, _, size in within_limits(path, kind, sized))
+        # A packed file of a few bytes can hold rows without end, and they would keep busy whoever takes them.
+        size = path.stat().st_size
+        most, num_rows = max(FREE_ROWS, size // 2), 0
+        for batch in _batches(path, kind):
+            num_rows += len(batch)
+            if num_rows > most:
+                raise DataValidationError(
+                    f"{path.name} has more than {most:,} rows in {size:,} bytes, and different texts do not pack so "
+                    "small. If the file is right, land it as unpacked JSON lines."
+                )
+            yield batch
 
 
-def within_limits(path: Path, kind: Kind, parts: Iterable[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
-    """The parts of a file, each with its number of rows and its bytes, while the file has room for so many.
+def _batches(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
+    if kind == "parquet":
+        from deal_core.data.reading.parquet_rows import read_parquet
 
-    A packed file of a few bytes can hold rows without end, and they would keep busy whoever reads them.
+        yield from read_parquet(path)
+    elif kind == "csv":
+        with CsvFile(path) as file:
+            yield from batches_of(file.rows())
+    else:
+        yield from batches_of(read_json(path))
+
+
+def batches_of(rows: Iterable[tuple[RawRow, int]]) -> Iterator[list[RawRow]]:
+    """Group rows, each with its number of characters, into batches of at most BATCH_ROWS and BATCH_CHARS.
+
+    If reading a row fails, the earlier rows are yielded before the error is raised.
     """
-    size = path.stat().st_size
-    most_rows, most_bytes = max(FREE_ROWS, size // 2), max(FREE_BYTES, UNPACKED_TIMES[kind] * size)
-    num_rows = num_bytes = 0
-    for part in parts:
-        num_rows += part[1]
-        num_bytes += part[2]
-        if num_rows > most_rows:
-            raise DataValidationError(
-                f"{path.name} has more than {most_rows:,} rows in {size:,} bytes, and different texts do not pack so "
-                "small. If the file is right, land it as unpacked JSON lines."
-            )
-        if num_bytes > most_bytes:
-            raise DataValidationError(
-                f"{path.name} unpacks to more than {UNPACKED_TIMES[kind]} times its size, which text does not. If the "
-                "file is right, land it as unpacked JSON lines."
-            )
-        yield part
+    batch: list[RawRow] = []
+    num_chars = 0
+    try:
+        for row, size in rows:
+            if batch and (len(batch) == BATCH_ROWS or num_chars + size > BATCH_CHARS):
+                yield batch
+                batch, num_chars = [], 0
+            batch.append(row)
+            num_chars += size
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 def most_rows(path: Path, kind: Kind) -> int:

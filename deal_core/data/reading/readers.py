@@ -1,30 +1,46 @@
 """Raw rows from CSV, JSON lines and Parquet, plain or gzip, in batches: memory does not grow with the file.
 
-Every file that a user gives is read through this module, and this module reads each in a process of its own. A row that
-cannot be read becomes a row with a fault. A file that cannot be read (another format than its name says, damaged, cut
-off) raises a DataValidationError, also if it ends the process that reads it.
+Every file that a user gives is read through this module, and this module reads each in a process of its own: see
+`deal_core.data.reading.child`. A row that cannot be read becomes a row with a fault. A file that cannot be read
+(another format than its name says, damaged, cut off) raises a DataValidationError, also if it ends the process that
+reads it.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Collection, Iterator
-from contextlib import closing, contextmanager
-from functools import partial
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 
-from deal_core.data.reading.frames import from_json
-from deal_core.data.reading.parquet_rows import in_bytes, rows_of
+import deal_core
+from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY, from_json
+from deal_core.data.reading.parquet_rows import rows_of
 from deal_core.data.reading.parsing import FileLook, Kind
-from deal_core.data.reading.process import read_frames
-from deal_core.data.rows import Problem, RawRow, Reason, batches_of
-from deal_core.errors import DataValidationError, ReaderDiedError
+from deal_core.data.rows import Problem, RawRow
+from deal_core.errors import DataValidationError, DealError, ReaderDiedError
+from deal_core.safe_text import shorten
 
 _KINDS: dict[str, Kind] = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-_REASONS = frozenset(get_args(Reason))
+_PASSED_ON = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL")
+"""Variables of the environment that the process needs to start. All others stay here, and secrets with them."""
+_SETTINGS = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # the others reserve much more than a file needs
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+_LAST_WORDS_BYTES = 4096
+_PIPE_BYTES = 2**20
 
 
 def file_kind(path: Path) -> Kind:
@@ -54,16 +70,11 @@ def look_at(path: Path) -> FileLook:
     Raises:
         DataValidationError: The file cannot be read.
     """
-    frames = {frame.letter: frame.content for frame in read_frames(path, file_kind(path), "look")}
-    with _understanding(path):
-        columns, examples, class_names, num_rows = from_json(frames[b"L"])
-        return FileLook(
-            _texts(columns),
-            _of_type(dict, examples),
-            {name: _texts(names) for name, names in class_names.items()},
-            None if num_rows is None else _of_type(int, num_rows),
-            pa.ipc.read_schema(pa.py_buffer(frames[b"S"])) if b"S" in frames else None,
-        )
+    frames = dict(_read_frames(path, "look"))
+    columns, examples, class_names, num_rows = from_json(frames[b"J"])
+    names = {column: tuple(classes) for column, classes in class_names.items()}
+    schema = pa.ipc.read_schema(pa.py_buffer(frames[b"S"])) if b"S" in frames else None
+    return FileLook(tuple(columns), examples, names, num_rows, schema)
 
 
 def most_rows(path: Path) -> int:
@@ -72,15 +83,7 @@ def most_rows(path: Path) -> int:
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    frames = {frame.letter: frame.content for frame in read_frames(path, file_kind(path), "most")}
-    with _understanding(path):
-        return int(_of_type(int, from_json(frames[b"N"])))
-
-
-def read_rows(path: Path) -> Iterator[RawRow]:
-    """The rows of `read_batches`, one by one, with all columns."""
-    for batch in read_batches(path):
-        yield from batch
+    return int(from_json(dict(_read_frames(path, "most"))[b"J"]))
 
 
 def count_rows(path: Path) -> int:
@@ -92,6 +95,12 @@ def count_rows(path: Path) -> int:
     return most_rows(path) if file_kind(path) == "parquet" else sum(map(len, read_batches(path)))
 
 
+def read_rows(path: Path) -> Iterator[RawRow]:
+    """The rows of `read_batches`, one by one, with all columns."""
+    for batch in read_batches(path):
+        yield from batch
+
+
 def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[list[RawRow]]:
     """The file's rows in order, streamed in batches.
 
@@ -101,78 +110,98 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    kind = file_kind(path)
-    if kind == "parquet":
-        yield from batches_of(_parquet_rows(path, columns))
-        return
-    with closing(read_frames(path, kind, "rows")) as frames:
-        for frame in frames:
-            yield _rows_of_json(path, frame.content)
-
-
-def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[tuple[RawRow, int]]:
-    """The rows of a Parquet file, each with its bytes."""
     number, schema = 1, pa.schema([])
-    with closing(read_frames(path, "parquet", "rows")) as frames:
+    with closing(_read_frames(path, "rows")) as frames:
         for letter, content in frames:
             if letter == b"S":
-                with _understanding(path):
-                    schema = pa.ipc.read_schema(pa.py_buffer(content))
-            elif letter == b"R":
-                rows = _rows_of_json(path, content)
-                yield from ((row, 0) for row in rows)
-                number += len(rows)
+                schema = pa.ipc.read_schema(pa.py_buffer(content))
+                continue
+            if letter == b"R":
+                rows = [_row(*values) for values in from_json(content)]
             else:
-                with _understanding(path):
-                    part = _checked(content, schema)
-                yield from rows_of(part, number, columns)
-                number += part.num_rows
+                rows = rows_of(pa.ipc.read_record_batch(pa.py_buffer(content), schema), number, columns)
+            yield rows
+            number += len(rows)
 
 
-def _checked(content: bytes, schema: pa.Schema) -> pa.RecordBatch:
-    """The rows of a frame, whose every offset lies within its buffers. What a cell means is checked as a row's."""
-    buffer = pa.py_buffer(content)
-    pa.ipc.read_record_batch(buffer, in_bytes(schema)).validate(full=True)
-    return pa.ipc.read_record_batch(buffer, schema)
-
-
-def _rows_of_json(path: Path, content: bytes) -> list[RawRow]:
-    with _understanding(path):
-        return [_row(*values) for values in from_json(content)]
-
-
-def _row(number: Any, values: Any, line: Any, fault: Any, raw: Any) -> RawRow:
-    _of_type(int, number), _of_type(dict, values), _of_type(int, line or 0)
+def _row(number: int, values: dict[str, Any], line: int | None, fault: list[Any] | None, raw: Any) -> RawRow:
     if fault is None:
         return RawRow(number, values, line)
-    reason, value, why = _texts(fault)
-    if reason not in _REASONS:
-        raise ValueError(reason)
-    fault = Problem(reason, value, why)  # type: ignore[arg-type]  # a text that is one of the reasons, as was checked
-    return RawRow(number, values, line, fault, whole=partial(_same, raw))
+    return RawRow(number, values, line, Problem(*fault), whole=lambda: raw)
 
 
-def _same(value: Any) -> Any:
-    return value
+def _read_frames(path: Path, task: Literal["look", "rows", "most"]) -> Generator[tuple[bytes, bytes]]:
+    """The letters and contents of a file's frames. The process that reads the file ends with the iterator.
+
+    Raises:
+        DataValidationError: The process refuses the file.
+        ReaderDiedError: The file ended the process.
+        DealError: The process cannot be started.
+    """
+    request = json.dumps([str(path), file_kind(path), task])
+    # The path of this package comes first: the process has to be of the same version.
+    root = str(Path(deal_core.__file__).parents[1])
+    inherited = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    with tempfile.TemporaryFile() as words:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "deal_core.data.reading.child", request],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=words,
+                env={**inherited, **_SETTINGS, "PYTHONPATH": root},
+                process_group=0,  # a keyboard interrupt is for this process alone
+                pipesize=_PIPE_BYTES,
+            )
+        except OSError as error:
+            raise DealError(f"The process that reads files cannot be started ({error.strerror}); try again.") from error
+        with process:
+            try:
+                yield from _frames_of(process, path, words)
+            finally:
+                process.kill()
 
 
-def _of_type(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(kind.__name__)
-    return value
+def _frames_of(process: subprocess.Popen[bytes], path: Path, words: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    assert process.stdout is not None
+    has_started = False
+    while True:
+        header = process.stdout.read(HEADER.size)
+        letter, length = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0)
+        content = process.stdout.read(length)
+        if not letter or len(content) < length:
+            process.stdout.close()
+            raise _death(process.wait(), path, words, has_started)
+        if letter == b"E":
+            raise DataValidationError(from_json(content))
+        if letter == b".":
+            return
+        if letter == b"+":
+            has_started = True
+        else:
+            yield letter, content
 
 
-def _texts(values: Any) -> tuple[str, ...]:
-    return tuple(_of_type(str, value) for value in _of_type(list, values))
-
-
-@contextmanager
-def _understanding(path: Path) -> Iterator[None]:
-    """Refuse a file whose reader gives an answer of another form: the file may have changed what the process does."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, pa.ArrowException, OSError) as error:
-        raise ReaderDiedError(
-            f"{path.name} confused the process that reads it ({type(error).__name__}), so it is damaged or was made to "
-            "do harm; write it again."
-        ) from error
+def _death(status: int, path: Path, words: IO[bytes], has_started: bool) -> DealError:
+    """The error of a process that ended before the end of its file."""
+    size = words.seek(0, os.SEEK_END)
+    words.seek(max(0, size - _LAST_WORDS_BYTES))
+    lines = words.read().decode("utf-8", "replace").strip().splitlines()
+    last = shorten(lines[-1].removeprefix("  what():").strip(), 160) if lines else ""
+    if not has_started:
+        return DealError(f"The process that reads files does not start ({last or status}); install deal again.")
+    if status == OUT_OF_MEMORY or "bad_alloc" in " ".join(lines):
+        return ReaderDiedError(
+            f"{path.name} needs more memory than a file may take, so it is not read; write it with smaller row groups, "
+            "or as JSON lines."
+        )
+    if status == -signal.SIGXCPU:
+        return ReaderDiedError(
+            f"{path.name} takes more processor time than a file of its size needs, so it is not read on; write it "
+            "again as JSON lines without compression."
+        )
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return ReaderDiedError(
+        f"{path.name} ended the process that reads it ({how}{': ' if last else ''}{last}), so it is damaged or was "
+        "made to do harm; write it again."
+    )

@@ -19,7 +19,7 @@ def test_a_version_loads_without_this_project(base, task, parent, train, tiny_ba
     folder = train("deal", parent).folder
     with adapter_on(base.model, folder) as model:
         logits = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
-    prompt = "".join(render_prompt(task, "about the sea", base.tokenizer))
+    prompt = render_prompt(task, "about the sea", base.tokenizer)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tiny_base), str(folder), "float32", prompt],
         capture_output=True,

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
 from deal_core.data import dataset_files
-from deal_core.data.dataset import MAX_EXAMPLES, ArrivalRefusedError, Landing, build_dataset, validate_file
-from deal_core.data.rows import row_digest, stored_input_digest
+from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset, validate_file
+from deal_core.data.rows import MAX_EXAMPLES, row_digest, stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
 from deal_core.data.source_files import files_at
 from deal_core.errors import DataValidationError

@@ -63,33 +63,33 @@ def chat(*messages: tuple[str, str]) -> str:
 
 def test_a_labelled_prompt_is_the_benchmark_template(tokenizer: PreTrainedTokenizerFast) -> None:
     wanted = "Which animal is it?\nOption: a dog, a cat\nIt barks.\nAnswer:"
-    assert "".join(render_prompt(TASK, "It barks.", tokenizer)) == wanted
+    assert render_prompt(TASK, "It barks.", tokenizer) == wanted
     assert tokenizer.decode(encode_prompt(tokenizer, TASK, "It barks.", 200)) == wanted
 
 
 def test_a_labelled_prompt_has_no_line_for_what_the_task_does_not_say(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert "".join(render_prompt(TaskSchema(name="t"), "x", tokenizer)) == "x\nAnswer:"
-    assert "".join(render_prompt(TaskSchema(name="t", labels=("a", "b")), "x", tokenizer)) == "Option: a, b\nx\nAnswer:"
+    assert render_prompt(TaskSchema(name="t"), "x", tokenizer) == "x\nAnswer:"
+    assert render_prompt(TaskSchema(name="t", labels=("a", "b")), "x", tokenizer) == "Option: a, b\nx\nAnswer:"
 
 
 def test_a_template_replaces_the_default(tokenizer: PreTrainedTokenizerFast) -> None:
     task = TaskSchema(name="t", labels=("a", "b"), instruction="Say", template="{{{text}}} {options}? {instruction}:")
-    assert render_prompt(task, "{options}", tokenizer) == ("{", "{options}", "} a, b? Say:")
+    assert render_prompt(task, "{options}", tokenizer) == "{{options}} a, b? Say:"
 
 
 def test_a_completion_prompt_is_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
     task = TaskSchema(name="t", format="completion")
-    assert "".join(render_prompt(task, " {as} it\nis ", tokenizer)) == " {as} it\nis "
+    assert render_prompt(task, " {as} it\nis ", tokenizer) == " {as} it\nis "
     told = TaskSchema(name="t", format="completion", instruction="Answer in verse.")
-    assert "".join(render_prompt(told, "Why?", tokenizer)) == "Answer in verse.\nWhy?"
+    assert render_prompt(told, "Why?", tokenizer) == "Answer in verse.\nWhy?"
 
 
 def test_a_chat_prompt_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast) -> None:
     task = TaskSchema(name="t", format="chat", instruction="Be brief.")
-    parts = render_prompt(task, chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Hi")), tokenizer)
-    assert parts == ("<s><|system|>Be brief.</s><|user|>Hi</s><|assistant|>Yes?</s><|user|>", "Hi", "</s><|assistant|>")
+    prompt = render_prompt(task, chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Hi")), tokenizer)
+    assert prompt == "<s><|system|>Be brief.</s><|user|>Hi</s><|assistant|>Yes?</s><|user|>Hi</s><|assistant|>"
     own = render_prompt(task, chat(("system", "Be rude."), ("user", "Hi")), tokenizer)
-    assert own.before == "<s><|system|>Be rude.</s><|user|>"
+    assert own == "<s><|system|>Be rude.</s><|user|>Hi</s><|assistant|>"
 
 
 def test_a_chat_gets_one_beginning_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -109,14 +109,14 @@ ASKED = replace(TASK, prompt="chat")
 
 def test_a_task_with_chat_prompts_asks_in_one_message_of_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
     wanted = "<s><|user|>Which animal is it?\nOption: a dog, a cat\nIt barks.</s><|assistant|>"
-    assert "".join(render_prompt(ASKED, "It barks.", tokenizer)) == wanted
+    assert render_prompt(ASKED, "It barks.", tokenizer) == wanted
     assert tokenizer.decode(encode_prompt(tokenizer, ASKED, "It barks.", 200)) == wanted
     assert encode_prompt(make_tokenizer(begins=True), ASKED, "It barks.", 200).count(0) == 1
     assert tokenizer.decode(encode_answer(tokenizer, ASKED, "a dog", 50)) == "a dog</s>", "without a blank"
     completion = TaskSchema(name="t", format="completion", instruction="In verse.", prompt="chat")
-    assert "".join(render_prompt(completion, "Why?", tokenizer)) == "<s><|user|>In verse.\nWhy?</s><|assistant|>"
+    assert render_prompt(completion, "Why?", tokenizer) == "<s><|user|>In verse.\nWhy?</s><|assistant|>"
     own = replace(ASKED, template="{text} {options}? Answer:")
-    assert "".join(render_prompt(own, "Hm.", tokenizer)) == "<s><|user|>Hm. a dog, a cat? Answer:</s><|assistant|>"
+    assert render_prompt(own, "Hm.", tokenizer) == "<s><|user|>Hm. a dog, a cat? Answer:</s><|assistant|>"
 
 
 def test_a_long_text_in_a_chat_prompt_loses_its_end_alone(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -370,7 +370,7 @@ def test_a_chat_with_tools_is_the_tokenizers_own() -> None:
     wanted = (
         '<tool>add</tool><|system|>Be brief.<|user|>Sum?<|assistant|><call>add{"a": 1}</call><|tool|>2<|assistant|>'
     )
-    assert "".join(render_prompt(TALK, json.dumps(TOOL_CHAT), tokenizer)) == wanted
+    assert render_prompt(TALK, json.dumps(TOOL_CHAT), tokenizer) == wanted
     assert tokenizer.decode(encode_prompt(tokenizer, TALK, json.dumps(TOOL_CHAT), 200)) == wanted
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from deal_core.data.rows import RawRow, batches_of, row_digest, row_digests, stored_input_digest
+from deal_core.data.reading.parsing import batches_of
+from deal_core.data.rows import RawRow, row_digest, row_digests, stored_input_digest
 
 
 def row(number: int) -> RawRow:
@@ -25,8 +26,8 @@ def test_where_reading_fails_the_rows_before_are_a_batch() -> None:
 
 
 def test_a_batch_ends_at_its_number_of_rows_or_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deal_core.data.rows.BATCH_CHARS", 10)
-    monkeypatch.setattr("deal_core.data.rows.BATCH_ROWS", 3)
+    monkeypatch.setattr("deal_core.data.reading.parsing.BATCH_CHARS", 10)
+    monkeypatch.setattr("deal_core.data.reading.parsing.BATCH_ROWS", 3)
     sizes = [1, 1, 1, 1, 6, 6, 4, 1, 11, 99, 2]
     batches = [[each.number for each in batch] for batch in batches_of((row(size), size) for size in sizes)]
     assert batches == [[1, 1, 1], [1, 6], [6, 4], [1], [11], [99], [2]]

@@ -21,9 +21,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from deal_core.data.answer_files import survey_rows
-from deal_core.data.reading import readers
-from deal_core.data.reading.frames import MAX_FRAME_BYTES, as_json
-from deal_core.data.reading.process import Frame
 from deal_core.data.reading.readers import look_at, most_rows, read_batches, read_rows
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
 from tests.hostile_parquet import ABORTS, odd_columns, repeated
@@ -146,54 +143,3 @@ def test_the_reader_ends_when_the_process_dies_that_waits_for_it(lines: Path) ->
         waiting.wait()
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.05)
-
-
-@pytest.mark.parametrize(
-    "frames",
-    [
-        [],
-        [(b"R", b"no JSON")],
-        [(b"R", b"[[1]]")],
-        [(b"R", b'[["1", {}, 1, null, null]]')],
-        [(b"R", b"[[1, [], 1, null, null]]")],
-        [(b"R", b'[[1, {}, 1, ["another reason", "", ""], null]]')],
-        [(b"R", b"[" * 100_000)],
-        [(b"S", b"no schema")],
-        [(b"A", b"no batch")],
-        [(b"L", b"[]")],
-        [(b"N", b'"many"')],
-    ],
-    ids=lambda frames: str(frames)[:50],
-)
-def test_what_the_reader_says_is_not_believed(
-    frames: list[tuple[bytes, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file may have taken over the process that reads it."""
-    monkeypatch.setattr(readers, "read_frames", lambda *given: (Frame(*frame) for frame in frames))
-    kind = "parquet" if frames and frames[0][0] in b"SA" else "csv"
-    read = {b"L": look_at, b"N": most_rows}.get(frames[0][0] if frames else b"L", READS["rows"])
-    with pytest.raises(ReaderDiedError, match=rf"rows\.{kind} confused the process that reads it"):
-        read(tmp_path / f"rows.{kind}")
-
-
-def test_rows_that_point_outside_of_their_frame_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrow would read there, and end this process."""
-    offsets, texts = pa.py_buffer(b"\0\0\0\0\xff\xff\xff\x3f\x05\0\0\0"), pa.py_buffer(b"abcde")
-    texts_of_nowhere = pa.Array.from_buffers(pa.string(), 2, [None, offsets, texts])
-    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), texts_of_nowhere)
-    for column in (texts_of_nowhere, lists):
-        batch = pa.record_batch([column], ["text"])
-        frames = [Frame(b"S", batch.schema.serialize().to_pybytes()), Frame(b"A", batch.serialize().to_pybytes())]
-        monkeypatch.setattr(readers, "read_frames", lambda *given, frames=frames: (frame for frame in frames))
-        with pytest.raises(ReaderDiedError, match="confused"):
-            list(read_rows(tmp_path / "rows.parquet"))
-
-
-def test_the_longest_row_fits_into_a_frame(tmp_path: Path) -> None:
-    """Each of its characters takes six bytes on the way, the most that there is."""
-    path = tmp_path / "rows.jsonl"
-    text = "\\u0001" * (4 * 2**20 // 6 - 10)
-    path.write_text(f'{{"a": "{text}"}}\n')
-    (row,) = read_rows(path)
-    assert row.fault is None and set(row.values["a"]) == {"\1"}
-    assert 6 * 4 * 2**20 + len(as_json([1, {}, 1, ["over-long text", "", ""], ""])) < MAX_FRAME_BYTES
