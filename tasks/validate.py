@@ -1,4 +1,4 @@
-"""Check a file by the rules of ingest before the file lands (`deal validate`)."""
+"""Check a file by the rules of ingest before the file lands (`deal check`)."""
 
 from __future__ import annotations
 
@@ -102,12 +102,13 @@ class ValidateResult(BaseModel, frozen=True):
 
 
 def validate(
-    file: str | Path,
+    file: str | Path | None,
     *,
     spec: Path | None,
     task: str | None = None,
     lineage: str | None = None,
     test_data: str | None = None,
+    settings: Sequence[str] = (),
     with_model: bool = False,
     on_progress: Callable[[int], None] | None = None,
     on_model: Callable[[int, int], None] = lambda done, total: None,
@@ -117,11 +118,12 @@ def validate(
     The result shows texts even if the spec forbids texts in reports: only the caller sees it.
 
     Args:
-        file: Path or address of the file.
-        spec: A spec with the task, the test file and the data settings. Its own data file is not read.
+        file: Path or address of the file; None: the spec's file.
+        spec: A spec with the task, the test file and the data settings.
         task: Name of the task, without a spec. None: the task file in the file's folder decides, if there is one.
         lineage: Replaces the spec's lineage.
         test_data: Replaces the spec's file of test rows.
+        settings: Texts KEY=VALUE that win over the spec.
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
         on_progress: Called now and then with the number of rows read.
         on_model: Called with the number of rows that the model has read, and that of all that it reads.
@@ -132,18 +134,19 @@ def validate(
     """
     if spec is not None and task is not None:
         raise ConfigError("The spec names the task; give either --spec or --task.")
-    store, file = current_store(), str(file)
-    name = "unnamed" if task is None else task
-    arrival_options = {"task": None, "data": None} if spec else {"task": name, "data": file}
-    read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
-    task_file = task_file_beside(file) if spec is None and task is None else None
-    if task_file is not None:
-        read = read.model_copy(update={"task": task_from_file(task_file, file)})
+    store = current_store()
+    given = None if file is None else str(file)
+    arrival_options = {"task": None, "data": None} if spec else {"task": task or "unnamed", "data": given}
+    read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage, settings=settings)
+    task_file = task_file_beside(given) if given is not None and spec is None and task is None else None
+    if task_file is not None and given is not None:
+        read = read.model_copy(update={"task": task_from_file(task_file, given)})
+    data = read.task.data if given is None else given
     champion = Versions(store).champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     read = with_memory_of(read, record)
     arrival = Arrival(
-        task=read.task.name, data=file, test_data=test_data or read.task.test_data, given=read.task.given()
+        task=read.task.name, data=data, test_data=test_data or read.task.test_data, given=read.task.given()
     )
     schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
@@ -164,7 +167,7 @@ def validate(
         *kept.warnings(manifest.task),
         *few,
     )
-    result = _result(file, report, kept, example, checked)
+    result = _result(data if isinstance(data, str) else ", ".join(data), report, kept, example, checked)
     return result.model_copy(update={"task_file": task_file and str(task_file), "warnings": warnings})
 
 
