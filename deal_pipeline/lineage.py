@@ -155,9 +155,10 @@ class Lineage:
             with tempfile.TemporaryDirectory(prefix="deal-") as folder:
                 spec = Path(folder) / "spec.yaml"
                 spec.write_text(_as_yaml({**(settings or {}), "task": arrival}), encoding="utf-8")
-                options = self._options({"--base": base, "--strategy": strategy, "--memory": memory})
-                again_option = ["--again"] if again else []
-                values = self._run(["adapt", str(spec), *options, *again_option], stages)
+                named = {"base_model": base, "strategy": strategy, "memory": memory}
+                changes = [f"--set={name}={value}" for name, value in named.items() if value is not None]
+                force = ["--force"] if again else []
+                values = self._run(["adapt", str(spec), *self._options({}), *changes, *force], stages)
             is_needed = values["status"] != "repeat"
         finally:
             # A requeue reads the tables of a version again. A run that has died after its training may still become a
@@ -186,7 +187,7 @@ class Lineage:
         Raises:
             CommandError: There is no such version.
         """
-        values = self._run(["evaluate", *self._options({"--version": version})])
+        values = self._run(["version", "evaluate", *filter(None, [version]), *self._options({})])
         found = {"score": values["accuracies"], "recorded": values["recorded"], "num_rows": values["num_rows"]}
         return pd.DataFrame(found).rename_axis("task")
 
@@ -199,7 +200,7 @@ class Lineage:
             CommandError: The home or its servers cannot be used.
         """
         try:
-            versions = self._run(["history", *self._options({})])
+            versions = self._run(["version", "list", *self._options({})])
         except CommandError as error:
             if NO_VERSION not in str(error):
                 raise
@@ -214,7 +215,11 @@ class Lineage:
         Raises:
             CommandError: The lineage has no champion.
         """
-        matrix = self._run(["history", "--matrix", *self._options({})]) or {"trained": [], "rows": [], "tasks": []}
+        matrix = self._run(["version", "list", "--matrix", *self._options({})]) or {
+            "trained": [],
+            "rows": [],
+            "tasks": [],
+        }
         rows = pd.Index(matrix["trained"], name="learned")
         return pd.DataFrame(matrix["rows"], index=rows, columns=matrix["tasks"], dtype=float)
 
@@ -230,7 +235,7 @@ class Lineage:
         Raises:
             CommandError: There is no such version, or the gate has rejected it.
         """
-        self._run(["rollback", *self._options({"--to": version})])
+        self._run(["version", "rollback", *filter(None, [version]), *self._options({})])
 
     def predict(self, texts: str | Sequence[str], *, task: str | None = None) -> list[str]:
         """Answer texts with the champion. The first call loads the model; later calls follow the champion.

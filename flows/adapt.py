@@ -291,7 +291,7 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
         adaptation.parent_answers,
         include_texts=adaptation.spec.data.include_texts,
     )
-    stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
+    stages.done("report", f"deal version show {version.version} --report --lineage {version.lineage}")
     await asyncio.to_thread(announce_version, version, evaluation=report)
     result = adapted(version, adaptation.dataset, report, trained.summary, stages.seconds)
     return result.model_copy(update={"arrival_accuracy": adaptation.tested and adaptation.tested.accuracy})
@@ -323,11 +323,11 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
     number, option = version.version, f" --lineage {version.lineage}"
     trained = f"version {number} was trained on this arrival"
     said = {
-        "learned": f"version {number} has learned from this arrival; --again trains anew.",
+        "learned": f"version {number} has learned from this arrival; --force trains anew.",
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
         "in rollout": f"{trained} and {_in_rollout(version)}.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
-        f"deal requeue {number}{option}.",
+        f"deal version requeue {number}{option}.",
         "rejected by a person": f"{trained} and was rejected; change the settings or give --again.",
         "rejected by its rollout": f"{trained} and was rejected by its rollout; change the settings or give --again.",
         "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
@@ -383,7 +383,7 @@ def adapted(
 
 def _awaits_approval(version: Version) -> str:
     which = f"{version.version} --lineage {version.lineage}"
-    return f"awaits approval: deal promote {which}, or deal reject {which} --why REASON"
+    return f"awaits approval: deal version promote {which}, or deal version reject {which} --reason REASON"
 
 
 def _in_rollout(version: Version) -> str:

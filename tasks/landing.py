@@ -61,7 +61,7 @@ def landing_of(
 def _new_label_remedy(arrival: Arrival, record: LineageRecord | None) -> str:
     if record is None or record.task(arrival.task) is None:
         return "A label that is new is added to the task's labels: task.labels in the spec or the task file."
-    return f"A label that is new is added with: deal labels {arrival.task} --add LABEL --lineage {record.lineage}."
+    return f"A label that is new is added with: deal task add-label {arrival.task} LABEL --lineage {record.lineage}."
 
 
 def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
@@ -90,7 +90,7 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
     for name in ("format", "labels", "instruction", "template", "prompt", "metric"):
         given, learned = getattr(asked, name), getattr(widened, name)
         if given != learned:
-            adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"
+            adding = f"deal task add-label {arrival.task} LABEL --lineage {record.lineage}"
             remedy = f"add labels with: {adding}, or start" if name == "labels" else "or start"
             raise ConfigError(
                 f"task.{name} of '{arrival.task}' is {brief(given)}, but the lineage learned it as {brief(learned)}; "

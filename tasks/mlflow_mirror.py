@@ -118,7 +118,7 @@ def _open() -> Tracker:
 
 
 def _forget(store: ObjectStore, tracker: Tracker, lineage: str) -> None:
-    """Remove the rows of forgotten arrivals from MLflow, as `deal forget` has ordered."""
+    """Remove the rows of forgotten arrivals from MLflow, as `deal data delete` has ordered."""
     for info in list(store.list(keys.mlflow_forget_folder(lineage))):
         for run in tracker.find_all(lineage, store.get_bytes(info.key).decode()):
             run.remove_files(WITH_ROWS)
@@ -383,7 +383,7 @@ def _write_served_folder(store: ObjectStore, adapter: Path, target: Path, versio
 
 
 def _remove_adapter(tracker: Tracker, lineage: str, version: str, day: str) -> None:
-    """Remove the files of a version whose adapter `deal gc` removed. The entry stays."""
+    """Remove the files of a version whose adapter `deal data gc` removed. The entry stays."""
     from infra.tracking.models import REMOVED
     from infra.tracking.tracker import remove_model_files
 
@@ -460,8 +460,8 @@ def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLi
             return chosen, None
     what = f"moved to version {chosen}" if chosen else "moved away"
     why = (
-        f"In MLflow the alias champion of '{lineage}' was {what}, which deal promote and deal rollback would refuse; "
-        f"it is set back to version {champion}. deal history --lineage {lineage} shows what may become champion."
+        f"In MLflow the alias champion of '{lineage}' was {what}, which deal version promote and deal version rollback would refuse; "
+        f"it is set back to version {champion}. deal version list --lineage {lineage} shows what may become champion."
     )
     serving = Versions(store).champion(lineage)
     if serving is not None:

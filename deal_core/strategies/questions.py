@@ -36,7 +36,7 @@ def make_rehearsal(
         seed: Seed of all random choices.
     """
     stored = [unpack(kept[name]) for name in sorted(kept) if name.startswith(STORED_ROWS) and config.keeps_rows]
-    stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
+    stored = [questions for questions in stored if questions]  # `deal data delete` empties the rows of a task
     seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
     is_shared = bool(stored) and config.asks_about_arrival
     num_put = _num_put(config, context.train.num_steps(len(context.encoded)), is_shared)

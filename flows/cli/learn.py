@@ -64,13 +64,13 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         shown += [f"[red]{escape(message)}[/]" for message in outcome.refused]
     if result.picture is not None:
         shown.append(f"Picture:      {escape(str(result.picture))}")
-    option = home_option(home)
+    option, first = home_option(home), result.outcomes[0].lineage
     return [
         *shown,
         escape(
-            f"Look closer:  deal version list{option}\n"
+            f"Look closer:  deal version list --lineage {first}{option}\n"
             f"              deal ui{option}\n"
-            f'              deal predict --task parcels "My parcel is stuck at customs"{option}'
+            f'              deal predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
         ),
     ]
 

@@ -196,8 +196,7 @@ class Session:
 
     def show(self, result: CommandResult) -> None:
         """Print a result: as JSON with --json, else as lines and tables."""
-        value = result.value
-        self.screen.result([*map(_plain, value)] if isinstance(value, list | tuple) else _plain(value), *result.shown)
+        self.screen.result(_plain(result.value), *result.shown)
 
 
 def command(
@@ -308,5 +307,9 @@ def _explain(error: Exception, home: Path | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A pydantic model as plain values; other values as they are. Importing pydantic here would slow `--help`."""
+    """Pydantic models as plain values; other values as they are. Importing pydantic here would slow `--help`."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

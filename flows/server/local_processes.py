@@ -1,4 +1,4 @@
-"""The processes that `deal up` started: their record, how each starts and ends, and the supervisor.
+"""The processes that `deal server up` started: their record, how each starts and ends, and the supervisor.
 
 HOME/stack.json records the processes. Each process writes its log to HOME/logs/. The supervisor is one of them:
 `python -m flows.server.local_processes HOME` restarts processes that died and shortens long logs.
@@ -36,7 +36,7 @@ logger = logging.getLogger("deal.supervisor")
 
 
 class LocalProcess(BaseModel):
-    """A process that `deal up` started."""
+    """A process that `deal server up` started."""
 
     name: str
     command: tuple[str, ...]
@@ -46,7 +46,7 @@ class LocalProcess(BaseModel):
     """The result of `start_of`. Another process that gets the same number later has another start."""
     log: Path
     gpus: str = ""
-    """Its CUDA_VISIBLE_DEVICES; empty: those of `deal up`."""
+    """Its CUDA_VISIBLE_DEVICES; empty: those of `deal server up`."""
 
     @property
     def is_server(self) -> bool:
@@ -59,7 +59,7 @@ class LocalProcess(BaseModel):
 
 
 class LocalStack(BaseModel):
-    """All processes that `deal up` started, and the addresses of the servers."""
+    """All processes that `deal server up` started, and the addresses of the servers."""
 
     prefect_url: str
     mlflow_url: str
@@ -239,7 +239,7 @@ def _kill(home: Path, is_selected: Callable[[psutil.Process], bool]) -> None:
 
 
 def supervise(home: Path) -> None:
-    """Restart processes that died and shorten long logs, until `deal down` removes the record."""
+    """Restart processes that died and shorten long logs, until `deal server down` removes the record."""
     started: dict[str, float] = {}
     while (stack := read_stack(home)) is not None:
         for part in stack.parts:
@@ -256,7 +256,7 @@ def supervise(home: Path) -> None:
 def _restart(home: Path, name: str) -> None:
     try:
         with hold_stack(home):
-            stack = read_stack(home)  # `deal up` or `deal down` may have changed the record
+            stack = read_stack(home)  # `deal server up` or `deal server down` may have changed the record
             part = next((each for each in stack.parts if each.name == name), None) if stack else None
             if stack is None or part is None or part.is_alive():
                 return

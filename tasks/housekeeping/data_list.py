@@ -11,7 +11,6 @@ from infra.store.base import ObjectStore
 from infra.versions import Versions
 from tasks.housekeeping.arrivals import manifests_of
 from tasks.inbox import find_held
-from tasks.lineage.settings import list_settings
 from tasks.lineage.tombstones import find_tombstone
 
 
@@ -34,8 +33,7 @@ class ListedArrival(BaseModel, frozen=True):
 def list_data(store: ObjectStore) -> list[ListedArrival]:
     """Return all arrivals by task, each once, also if several lineages learned it."""
     learned_by: dict[tuple[str, str], list[str]] = defaultdict(list)
-    lineages = Versions(store).lineages()
-    for lineage in lineages:
+    for lineage in Versions(store).lineages():
         for version in Versions(store).all(lineage):
             learned_by[version.task, version.dataset_sha256].append(f"{lineage}/{version.version}")
     tasks = {keys.task_and_digest(info.key)[0] for info in store.list(keys.DATASETS)}
@@ -55,9 +53,10 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
                 state=tombstone.said if tombstone else "learned" if versions else "stored",
             )
         )
+    watched = {keys.lineage_of_watch(info.key) for info in store.list(keys.WATCH)}
     held = {
         arrival.key: f"held for {lineage}: {arrival.why}"
-        for lineage in sorted({*lineages, *list_settings(store)})
+        for lineage in sorted(watched)
         for arrival in find_held(store, lineage)
     }
     return arrivals + [

@@ -24,7 +24,7 @@ class NoVersionError(RegistryError):
 
 
 class HistoryEntry(BaseModel, frozen=True):
-    """One version of a lineage, as `deal history` prints it."""
+    """One version of a lineage, as `deal version list` prints it."""
 
     version: str
     task: str
@@ -99,7 +99,7 @@ def find_version(store: ObjectStore, lineage: str, version: str | None) -> Versi
         return champion
     known = Versions(store).find(lineage, version)
     if known is None:
-        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal history --lineage {lineage}")
+        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal version list --lineage {lineage}")
     require_adapter(known)
     return known
 
@@ -119,13 +119,13 @@ def unknown_lineage(lineage: str) -> str:
     store = current_store()
     if Versions(store).all(lineage):
         return (
-            f"Lineage '{lineage}' has versions, but none is champion. See: deal history --lineage {lineage}; then: "
-            f"deal promote N --lineage {lineage} for one that was accepted, or adapt again."
+            f"Lineage '{lineage}' has versions, but none is champion. See: deal version list --lineage {lineage}; then: "
+            f"deal version promote N --lineage {lineage} for one that was accepted, or adapt again."
         )
     known = listed(known_lineages(store))
     others = f"; this home has {known}" if known else ""
     return (
-        f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
+        f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal adapt --watch), "
         f"or name another home with --home or lineage with --lineage{others}."
     )
 

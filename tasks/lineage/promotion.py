@@ -137,7 +137,7 @@ def _add(store: ObjectStore, last: Move | None, change: Change, *, is_due: bool)
     what = "tried on live traffic" if change.action == "rollout" else "made champion"
     raise RegistryError(
         f"Version {change.version} of '{lineage}' was not {what}: meanwhile version "
-        f"{winner.champion if winner else change.before} was made champion{by}. See deal history --lineage {lineage}, "
+        f"{winner.champion if winner else change.before} was made champion{by}. See deal version list --lineage {lineage}, "
         "and decide again."
     )
 
@@ -147,7 +147,7 @@ def rejected_by_person(version: Version) -> str:
     by = "its rollout" if version.since.refused_by == ROLLOUT else "a person"
     return (
         f"Version {version.version} of '{version.lineage}' was rejected by {by}; learn its arrival again with: "
-        f"deal requeue {version.version} --lineage {version.lineage}"
+        f"deal version requeue {version.version} --lineage {version.lineage}"
     )
 
 

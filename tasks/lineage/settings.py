@@ -39,7 +39,7 @@ class WatchedLineage(LineageSpec):
     tasks: tuple[Name, ...] = ()
     """The tasks that the lineage learns; empty: every task of the inbox."""
     held: str | None = None
-    """Why the lineage learns nothing that lands; None: it learns. `deal lineage hold` and `resume` write it."""
+    """Why the lineage learns nothing that lands; None: it learns. `deal lineage pause` and `resume` write it."""
     retrain: RetrainPolicy = AT_ONCE
     """When the lineage is trained on what has landed."""
 
@@ -53,7 +53,7 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     found = _parsed(store, lineage)
     if found is None and lineage != DEFAULT:
         uri = store.uri_of(keys.settings_key(lineage))
-        raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage add SPEC.")
+        raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage apply SPEC.")
     return found or WatchedLineage()
 
 
@@ -202,7 +202,7 @@ def remove_lineage(store: ObjectStore, lineage: str) -> str:
     if list_settings(store) == [lineage]:
         raise ConfigError(
             f"'{lineage}' is the only lineage with settings. Without any, the lineage '{DEFAULT}' learns everything. "
-            f"To stop the learning, use: deal lineage hold {lineage}."
+            f"To stop the learning, use: deal lineage pause {lineage}."
         )
     store.delete(key)
     return store.uri_of(key)
@@ -267,10 +267,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         names = key.split(".")
         if not equals or not all(names):
             raise ConfigError(f"--set is {brief(setting)}; give KEY=VALUE, such as train.num_epochs=1.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {key}: {brief(text)} is no value; quote it as in YAML.") from None
+        value = yaml_mapping(f"value: {text}".encode("utf-8", "surrogateescape"), f"--set {brief(setting)}")["value"]
         section = values
         for name in names[:-1]:
             section = section.setdefault(name, {})

@@ -88,7 +88,7 @@ def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows
     if found is not None:
         raise ForgottenRowsError(
             f"These {rows} of '{task}' were {found.said}; they are not learned again. Land a file without the "
-            "forgotten rows. If the rows may be learned after all, give --again to deal adapt."
+            "forgotten rows. If the rows may be learned after all, give --force to deal adapt."
         )
 
 
@@ -106,5 +106,5 @@ def require_test_rows(store: ObjectStore, task: str, dataset_uri: str) -> None:
         raise TestRowsForgottenError(
             f"The test rows of task '{task}' were {found.said}, so that no version can be judged on it. First adapt to "
             f"an arrival of '{task}' with test rows: they judge the task from then on. Or promote a version that does "
-            "not know the task (deal history, deal promote)."
+            "not know the task (deal version list, deal version promote)."
         )

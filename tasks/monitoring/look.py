@@ -82,7 +82,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
         return found.model_copy(
             update={
                 "problem": (
-                    f"Version {info.version} has no reference; write one with: deal evaluate --lineage {lineage}."
+                    f"Version {info.version} has no reference; write one with: deal version evaluate --lineage {lineage}."
                 )
             }
         )

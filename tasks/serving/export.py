@@ -110,7 +110,7 @@ def require_exportable(store: ObjectStore, info: Version) -> None:
         raise RegistryError(rejected_by_person(info))
     if info.approval == "awaiting":
         raise RegistryError(
-            f"{name} waits for a person's approval; approve it first: deal promote {info.version} --lineage "
+            f"{name} waits for a person's approval; approve it first: deal version promote {info.version} --lineage "
             f"{info.lineage}"
         )
     for each in descent(Versions(store).all(info.lineage), info):
@@ -119,7 +119,7 @@ def require_exportable(store: ObjectStore, info: Version) -> None:
             learned = "it" if each.version == info.version else f"version {each.version}, which it continues,"
             raise RegistryError(
                 f"{name} is not exported: rows of '{each.task}' that {learned} learned were {found.said}, and its "
-                f"weights still hold them. Export a version that did not learn them (deal history --lineage "
+                f"weights still hold them. Export a version that did not learn them (deal version list --lineage "
                 f"{info.lineage})."
             )
 
@@ -156,7 +156,7 @@ def _export_merged(
     if record.base.quantize != "none":
         raise ConfigError(
             f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
-            "another one than the served version. Export the adapter: --to hub, or copy its folder (deal history)."
+            "another one than the served version. Export the adapter: --format hub, or copy its folder (deal version list)."
         )
     shutil.rmtree(part, ignore_errors=True)
     try:  # before the model is merged, which takes long

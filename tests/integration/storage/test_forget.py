@@ -1,4 +1,4 @@
-"""`deal forget`, on a base model of two layers."""
+"""`deal data delete`, on a base model of two layers."""
 
 from __future__ import annotations
 
