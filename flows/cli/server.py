@@ -116,6 +116,8 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
         shown += [heading("Processes"), table]
     elif not status.prefect_url:
         shown.append("No server: files are adapted by deal adapt. Start one with: deal server up")
+    if not any(lineage.champion or lineage.num_open for lineage in status.lineages):
+        shown.append("Nothing is learned yet. Learn a file with: deal adapt --task NAME --data FILE, or try: deal demo")
     lineages = new_table("lineage", "champion", "open arrivals", right=["champion", "open arrivals"])
     for each in status.lineages:
         num_open = "–" if each.num_open is None else str(each.num_open)
