@@ -2,8 +2,8 @@
 
     python -m benchmarks.survival --rounds 25 --out benchmarks/results/survival.json
 
-It starts `deal up` and lets files land for two lineages: once undisturbed, then in every round with one kill among
-servers, workers, runs and watchers. A round is right if both lineages end with the versions of the undisturbed run: the
+It starts `deal server up` and lets files land for two lineages: once undisturbed, then in every round with one kill
+among servers, workers, runs and watchers. A round is right if both lineages end with the versions of the undisturbed run: the
 same datasets in the same order, each continuing the last, the same adapters byte for byte, and a champion that loads.
 Rounds that are stored are not run again. The base model is tiny, because the chain is measured.
 """
@@ -69,7 +69,7 @@ def run_rounds(folder: Path, seeds: list[int]) -> Any:
     build_tiny_base(base)
     environment = bare_environment() | {"DEAL_HOME": str(home), "DEAL_CACHE_DIR": str(folder / "cache")}
     prefect_port, mlflow_port = map(str, free_ports(2))
-    up = ("up", "--prefect-port", prefect_port, "--mlflow-port", mlflow_port, "--trainings", "2")
+    up = ("server", "up", "--prefect-port", prefect_port, "--mlflow-port", mlflow_port, "--trainings", "2")
     subprocess.run([*DEAL, *up], env=environment, check=True)
     os.environ["DEAL_HOME"] = str(home)
     try:
@@ -82,7 +82,7 @@ def run_rounds(folder: Path, seeds: list[int]) -> Any:
         for seed in seeds:
             yield {"seed": seed, "undisturbed_seconds": round(seconds), **one_round(home, base, seed, seconds, wanted)}
     finally:
-        subprocess.run([*DEAL, "down"], env=environment, check=True)
+        subprocess.run([*DEAL, "server", "down"], env=environment, check=True)
 
 
 def one_round(home: Path, base: Path, seed: int, seconds: float, wanted: Any) -> dict[str, Any]:
@@ -120,11 +120,11 @@ def land(home: Path, name: str, base: Path) -> None:
         values = {"lineage": lineage, "base_model": str(base), "tasks": [f"task-{letter}"], **SETTINGS}
         path = home / "lineage.yaml"
         path.write_text(yaml.safe_dump(values))
-        subprocess.run([*DEAL, "lineage", "add", str(path)], check=True, capture_output=True)
+        subprocess.run([*DEAL, "lineage", "apply", str(path)], check=True, capture_output=True)
 
 
 def candidates(home: Path) -> list[psutil.Process]:
-    """Every process of `deal up` but the supervisor, which restarts the others."""
+    """Every process of `deal server up` but the supervisor, which restarts the others."""
     parts = json.loads((home / "stack.json").read_text())["parts"]
     pids = [part["pid"] for part in parts if part["name"] != "supervisor" and psutil.pid_exists(part["pid"])]
     roots = map(psutil.Process, pids)

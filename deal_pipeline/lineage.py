@@ -162,8 +162,9 @@ class Lineage:
             with tempfile.TemporaryDirectory(prefix="deal-") as folder:
                 spec = Path(folder) / "spec.yaml"
                 spec.write_text(text, encoding="utf-8")
-                command = ("adapt", str(spec), *(["--again"] if again else []))
-                values = self._run(*command, stages=stages, base=base, strategy=strategy, memory=memory)
+                named = {"base_model": base, "strategy": strategy, "memory": memory}
+                changes = [f"--set={name}={value}" for name, value in named.items() if value is not None]
+                values = self._run("adapt", str(spec), *changes, *(["--force"] if again else []), stages=stages)
             is_needed = values["status"] != "repeat"
         finally:
             # A requeue reads the tables of a version again. A run that has died after its training may still become a
@@ -192,7 +193,7 @@ class Lineage:
         Raises:
             CommandError: There is no such version.
         """
-        values = self._run("evaluate", version=version)
+        values = self._run("version", "evaluate", *([] if version is None else [str(version)]))
         columns = {"score": values["accuracies"], "recorded": values["recorded"], "num_rows": values["num_rows"]}
         return pd.DataFrame(columns).rename_axis("task")
 
@@ -205,7 +206,7 @@ class Lineage:
             CommandError: The home or its servers cannot be used.
         """
         try:
-            versions = self._run("history")
+            versions = self._run("version", "list")
         except CommandError as error:
             if NO_VERSION not in str(error):
                 raise
@@ -220,7 +221,7 @@ class Lineage:
         Raises:
             CommandError: The lineage has no champion.
         """
-        matrix = self._run("history", "--matrix") or {"trained": [], "rows": [], "tasks": []}
+        matrix = self._run("version", "list", "--matrix") or {"trained": [], "rows": [], "tasks": []}
         rows = pd.Index(matrix["trained"], name="learned")
         return pd.DataFrame(matrix["rows"], index=rows, columns=matrix["tasks"], dtype=float)
 
@@ -236,7 +237,7 @@ class Lineage:
         Raises:
             CommandError: There is no such version, or the gate has rejected it.
         """
-        self._run("rollback", to=version)
+        self._run("version", "rollback", *([] if version is None else [str(version)]))
 
     def predict(self, texts: str | Sequence[str], *, task: str | None = None) -> list[str]:
         """Answer texts with the champion. The first call loads the model; later calls follow the champion.

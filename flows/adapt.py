@@ -282,7 +282,7 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
         adaptation.parent_answers,
         include_texts=adaptation.spec.data.include_texts,
     )
-    stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
+    stages.done("report", f"deal version show {version.version} --report --lineage {version.lineage}")
     await asyncio.to_thread(announce_version, version, evaluation=report)
     return adapted(version, adaptation.dataset, report, trained.summary, stages.seconds)
 
@@ -317,7 +317,7 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
         "in rollout": f"{trained} and {_in_rollout(version)}.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
-        f"deal requeue {number}{option}.",
+        f"deal version requeue {number}{option}.",
         "rejected by a person": f"{trained} and was rejected; change the settings or give --again.",
         "rejected by its rollout": f"{trained} and was rejected by its rollout; change the settings or give --again.",
         "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
@@ -369,7 +369,7 @@ def adapted(
 
 def _awaits_approval(version: Version) -> str:
     which = f"{version.version} --lineage {version.lineage}"
-    return f"awaits approval: deal promote {which}, or deal reject {which} --why REASON"
+    return f"awaits approval: deal version promote {which}, or deal version reject {which} --why REASON"
 
 
 def _in_rollout(version: Version) -> str:

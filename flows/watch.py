@@ -246,7 +246,7 @@ class InboxWorker:
         return held
 
     def is_held(self) -> bool:
-        """Return whether `deal lineage hold` has stopped the learning of what lands."""
+        """Return whether `deal lineage pause` has stopped the learning of what lands."""
         return why_held(self.store, self.spec.lineage) is not None
 
     async def _handle(self, due: Due, inbox: InboxLook) -> bool:

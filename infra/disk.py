@@ -75,7 +75,7 @@ def fullest_place() -> Path:
 
 def _full_error(place: Path, why: str = "") -> DiskFullError:
     return DiskFullError(
-        f"The disk of {place} is full: {_free(place) / (1 << 20):.1f} MB are free{why}. Free some space (deal gc "
+        f"The disk of {place} is full: {_free(place) / (1 << 20):.1f} MB are free{why}. Free some space (deal data gc "
         "lists files that can be removed), then run the same command again: it continues from the last checkpoint."
     )
 

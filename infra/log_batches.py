@@ -132,7 +132,7 @@ def _read(store: ObjectStore, log: Log, batches: Sequence[str], columns: Sequenc
 def _get(store: ObjectStore, key: str, log: Log, columns: Sequence[str]) -> pa.Table:
     content = store.get_bytes(key)
     try:
-        # a missing column would be read as empty, and hide rows from deal forget
+        # a missing column would be read as empty, and hide rows from deal data delete
         if {*log.schema.names} - {*pq.read_schema(io.BytesIO(content)).names}:
             raise pa.ArrowInvalid("columns are missing")
         return pq.read_table(io.BytesIO(content), columns=columns, schema=log.schema, use_threads=False)

@@ -1,7 +1,7 @@
 """The journal of a lineage's runs in the store: what each adaptation learns from, its state, and its curves.
 
 `runs/LINEAGE/RUN.json` is written when a run starts, after its training, and when it ends. A run that was killed stays
-`running`; the lineage's next run completes it, or `deal gc` removes what it left.
+`running`; the lineage's next run completes it, or `deal data gc` removes what it left.
 """
 
 from __future__ import annotations

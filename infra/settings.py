@@ -33,7 +33,7 @@ QUIET = {
 }
 """Variables that turn off the telemetry and the screen output of Prefect and MLflow."""
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4"}
-"""For commands at which a person waits. Processes of `deal up` have the patience of MLflow's own default."""
+"""For commands at which a person waits. Processes of `deal server up` have the patience of MLflow's own default."""
 
 
 class _Settings(BaseSettings):
@@ -107,7 +107,7 @@ class NoticeSettings(_Settings):
     """Key of the signature (DEAL_WEBHOOK_SECRET): whsec_ and base64, or any text. It is required with an address."""
     notification_block: str | None = None
     """`type/name` of a Prefect notification block (DEAL_NOTIFICATION_BLOCK), for example slack-webhook/operators.
-    `deal deploy` adds the block to its automations."""
+    `deal server register` adds the block to its automations."""
 
 
 def _in_uri(folder: Path) -> Path:
@@ -145,7 +145,7 @@ class ServingSettings(_Settings):
     log_predictions: Literal["off", "numbers", "texts"] = "off"
     """What `deal serve` keeps of each answer (DEAL_LOG_PREDICTIONS): nothing, numbers and labels, or the texts too."""
     log_retention_days: int = Field(default=30, ge=1)
-    """Days after which `deal serve` and `deal gc` remove logged rows and their feedback (DEAL_LOG_RETENTION_DAYS)."""
+    """Days until `deal serve` and `deal data gc` remove logged rows and their feedback (DEAL_LOG_RETENTION_DAYS)."""
 
 
 class VllmSettings(_Settings):
@@ -185,7 +185,7 @@ def host_of(url: str, setting: str) -> str:
 
 
 def make_places_absolute(environment: MutableMapping[str, str]) -> None:
-    """Make relative folders in the environment absolute: processes of `deal up` start in another directory."""
+    """Make relative folders in the environment absolute: processes of `deal server up` start in another directory."""
     for name in ("DEAL_CACHE_DIR", "DEAL_VLLM_ADAPTER_DIR"):
         if folder := environment.get(name):
             environment[name] = os.path.realpath(os.path.expanduser(folder))

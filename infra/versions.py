@@ -1,8 +1,8 @@
 """The versions of a lineage: one object each in the store, which says everything about the version and never changes.
 
     versions/LINEAGE/NUMBER.json           the version
-    versions/LINEAGE/NUMBER.files.json     the digests of its files since `deal forget` replaced some
-    versions/LINEAGE/NUMBER.removed.json   the day on which `deal gc` removed its adapter
+    versions/LINEAGE/NUMBER.files.json     the digests of its files since `deal data delete` replaced some
+    versions/LINEAGE/NUMBER.removed.json   the day on which `deal data gc` removed its adapter
 
 Which version serves, waits or was rejected by a person is in the promotion log. `Versions` reads both, and gives each
 version what became of it as `since`.
@@ -275,7 +275,7 @@ def require_adapter(version: Version) -> None:
     """Raise RegistryError if the adapter of a version was removed."""
     if day := version.since.adapter_removed:
         raise RegistryError(
-            f"The adapter of version {version.version} of '{version.lineage}' was removed on {day} (deal gc); its "
+            f"The adapter of version {version.version} of '{version.lineage}' was removed on {day} (deal data gc); its "
             "history is left. Name another version."
         )
 
@@ -283,8 +283,8 @@ def require_adapter(version: Version) -> None:
 def remedy_for(version: Version) -> str:
     """Return the remedy for a damaged adapter."""
     lineage, parent = version.lineage, version.parent_version
-    back = f", or go back to an earlier version: deal rollback --to {parent} --lineage {lineage}" if parent else ""
-    return f"Restore the folder from a backup{back} (deal history --lineage {lineage} lists the versions)."
+    back = f", or go back to an earlier version: deal version rollback {parent} --lineage {lineage}" if parent else ""
+    return f"Restore the folder from a backup{back} (deal version list --lineage {lineage} lists the versions)."
 
 
 def _named(lineage: str, number: str) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """The runs that a Prefect server starts for arrivals: an event announces each arrival, and a cancelled run holds it.
 
 A person cancels a run of the deployment `adapt` on Prefect's page, by its command or by its API. All arrivals that the
-run had still to learn are then held until `deal requeue`. The server's states are read before anything else is learned
-or announced, so the hold does not depend on the run's process, which may have been killed.
+run had still to learn are then held until `deal data release`. The server's states are read before anything else is learned or
+announced, so the hold does not depend on the run's process, which may have been killed.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ async def hold_cancelled(
 
     A cancelled run holds an arrival if it was cancelled after the arrival was announced, or after a run without an
     announcement began to learn it. An arrival that no run has seen is not held: the file's own time says nothing, since
-    a copy may keep the time of its original. A later `deal requeue` ends the hold. `announced` has the last
+    a copy may keep the time of its original. A later `deal version requeue` ends the hold. `announced` has the last
     announcement by the arrival's key.
     """
     if not arrivals or not get_current_settings().api.url:

@@ -131,5 +131,5 @@ def refuse_what_cannot_fit(
         raise ConfigError(
             f"{source} cannot be adapted here, not even with the smallest batch: weights ({held}), adapter and "
             f"optimiser take {needed / 2**30:.1f} GiB, and {device.name} has {device.total_bytes / 2**30:.1f} GiB. "
-            "Give a smaller base model or a device with more memory; deal plan shows how much a run takes."
+            "Give a smaller base model or a device with more memory; deal check --plan shows how much a run takes."
         )

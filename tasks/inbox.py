@@ -360,14 +360,14 @@ def settle(
 
 
 class HeldArrival(BaseModel, frozen=True):
-    """An arrival that waits for `deal requeue`, because its run was cancelled; see `tasks.arrival_runs`."""
+    """An arrival that waits for `deal version requeue`, because its run was cancelled; see `tasks.arrival_runs`."""
 
     key: str
     why: str
 
     def remedy(self, lineage: str) -> str:
         """Return the command that lets the arrival go on."""
-        return f"deal requeue {shlex.quote(self.key)} --lineage {lineage}"
+        return f"deal data release {shlex.quote(self.key)} --lineage {lineage}"
 
 
 def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Collection[str] = ()) -> tuple[HeldArrival, ...]:

@@ -58,7 +58,7 @@ def landing_of(
 def _new_label_remedy(task: str, record: LineageRecord | None) -> str:
     if record is None or record.task(task) is None:
         return "A label that is new is added to the task's labels: task.labels in the spec or the task file."
-    return f"A label that is new is added with: deal labels {task} --add LABEL --lineage {record.lineage}."
+    return f"A label that is new is added with: deal task add-label {task} LABEL --lineage {record.lineage}."
 
 
 def choose_schema(store: ObjectStore, task: TaskSpec, record: LineageRecord | None) -> TaskSchema:
@@ -86,7 +86,7 @@ def choose_schema(store: ObjectStore, task: TaskSpec, record: LineageRecord | No
     for name in ("format", "labels", "instruction", "template", "prompt", "metric"):
         value, before = getattr(asked, name), getattr(learned, name)
         if value != before:
-            adding = f"deal labels {task.name} --add LABEL --lineage {record.lineage}"
+            adding = f"deal task add-label {task.name} LABEL --lineage {record.lineage}"
             remedy = f"add labels with: {adding}, or start" if name == "labels" else "or start"
             raise ConfigError(
                 f"task.{name} of '{task.name}' is {brief(value)}, but the lineage learned it as {brief(before)}; "

@@ -409,8 +409,9 @@ def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLi
             return {"promoted": chosen}
     what = f"moved to version {chosen}" if chosen else "moved away"
     why = (
-        f"In MLflow the alias champion of '{lineage}' was {what}, which deal promote and deal rollback would refuse; "
-        f"it is set back to version {last.champion}. deal history --lineage {lineage} shows what may become champion."
+        f"In MLflow the alias champion of '{lineage}' was {what}, which deal version promote and deal version rollback "
+        f"would refuse; it is set back to version {last.champion}. deal version list --lineage {lineage} shows what may become "
+        "champion."
     )
     serving = Versions(store).champion(lineage)
     if serving is not None:

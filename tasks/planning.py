@@ -1,4 +1,4 @@
-"""Plan an adaptation before it runs (`deal plan`): memory by kind, steps, time, and whether the run fits the device."""
+"""Plan an adaptation before it runs (`deal check --plan`): memory by kind, steps, time, and whether it fits the device."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def plan(
             try:
                 manifest = build_dataset(landing, folder / "dataset")  # by the rules of ingest
             except ArrivalRefusedError as error:
-                raise DataValidationError(f"{error.report.refusal} deal validate lists the bad rows.") from None
+                raise DataValidationError(f"{error.report.refusal} deal check lists the bad rows.") from None
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
         old_tasks = tuple(known.schema for known in record.tasks) if record else ()
         others = [known for known in record.tasks if known.schema.name != manifest.task.name] if record else []

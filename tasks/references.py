@@ -47,7 +47,7 @@ class DatasetRef(Reference):
     new_labels: tuple[str, ...] = ()
     """Labels that were added by command and that the task lacks in the parent version."""
     renews_tests: bool = False
-    """Whether `deal tests renew` had asked for new test rows when the rows were checked."""
+    """Whether `deal task renew-tests` had asked for new test rows when the rows were checked."""
     warnings: tuple[str, ...] = ()
     """What is odd about the rows together, without a text of them."""
 

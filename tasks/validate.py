@@ -1,4 +1,4 @@
-"""Check a file by the rules of ingest before the file lands (`deal validate`)."""
+"""Check a file by the rules of ingest before the file lands (`deal check`)."""
 
 from __future__ import annotations
 
@@ -102,12 +102,13 @@ class ValidateResult(BaseModel, frozen=True):
 
 
 def validate(
-    file: str | Path,
+    file: str | Path | None,
     *,
     spec: Path | None,
     task: str | None = None,
     lineage: str | None = None,
     test_data: str | None = None,
+    settings: Sequence[str] = (),
     with_model: bool = False,
     on_progress: Callable[[int], None] | None = None,
     on_model: Callable[[int, int], None] = lambda done, total: None,
@@ -117,11 +118,12 @@ def validate(
     The result shows texts even if the spec forbids texts in reports: only the caller sees it.
 
     Args:
-        file: Path or address of the file.
-        spec: A spec with the task, the test file and the data settings. Its own data file is not read.
+        file: Path or address of the file; None: the spec's file.
+        spec: A spec with the task, the test file and the data settings.
         task: Name of the task, without a spec. None: the task file in the file's folder decides, if there is one.
         lineage: Replaces the spec's lineage.
         test_data: Replaces the spec's file of test rows.
+        settings: Texts KEY=VALUE that win over the spec.
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
         on_progress: Called now and then with the number of rows read.
         on_model: Called with the number of rows that the model has read, and that of all that it reads.
@@ -132,19 +134,22 @@ def validate(
     """
     if spec is not None and task is not None:
         raise ConfigError("The spec names the task; give either --spec or --task.")
-    store, file = current_store(), str(file)
-    name = "unnamed" if task is None else task
-    arrival_options = {"task": None, "data": None} if spec else {"task": name, "data": file}
-    read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
-    task_file = Path(file).absolute().parent / TASK_FILE
-    has_task_file = spec is None and task is None and "://" not in file and task_file.is_file()
-    if has_task_file:
-        read = read.model_copy(update={"task": task_from_file(task_file, file)})
+    store = current_store()
+    given = None if file is None else str(file)
+    arrival_options = {"task": None, "data": None} if spec else {"task": task or "unnamed", "data": given}
+    read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage, settings=settings)
+    task_file = None
+    if given is not None and spec is None and task is None and "://" not in given:
+        beside = Path(given).absolute().parent / TASK_FILE
+        if beside.is_file():
+            task_file = beside
+            read = read.model_copy(update={"task": task_from_file(beside, given)})
+    data = read.task.data if given is None else given
     champion = Versions(store).champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     read = with_memory_of(read, record)
     base = choose_base(read, record)
-    arrival = read.task.model_copy(update={"data": file, "test_data": test_data or read.task.test_data})
+    arrival = read.task.model_copy(update={"data": data, "test_data": test_data or read.task.test_data})
     schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
         kept = _TrainingRows()
@@ -166,8 +171,8 @@ def validate(
     if landing.renews_tests or not landing.frozen_test_inputs:  # the file brings the test rows
         warnings += _few_tests_warning(manifest, read.gate, spared)
     return ValidateResult(
-        file=file,
-        task_file=str(task_file) if has_task_file else None,
+        file=data if isinstance(data, str) else ", ".join(data),
+        task_file=task_file and str(task_file),
         accepted=refusal is None,
         refusal=refusal,
         format=schema.format,

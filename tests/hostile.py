@@ -1,6 +1,6 @@
 """Hostile cases, all in one process: what each comes to, the processor time it takes, and the memory of all of them.
 
-A family is a function that yields cases; `run_cases` runs those of any number of families as `deal validate` would.
+A family is a function that yields cases; `run_cases` runs those of any number of families as `deal check` would.
 The process is killed at the first case that takes too long, wherever it hangs, and is named in what comes out.
 """
 
@@ -97,6 +97,7 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
 
 def _validate(file: str, spec: str | None, task: str) -> int:
     from flows.cli.plan import show_validation
+
     from tasks.validate import validate
 
     outcome = validate(Path(file), spec=Path(spec) if spec else None, task=task)

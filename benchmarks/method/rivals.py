@@ -1,6 +1,6 @@
 """The methods that `deal` is compared with. `benchmarks/entry_points.txt` lists them.
 
-What `tensor_numbers` says for `deal plan` is an upper bound.
+What `tensor_numbers` says for `deal check --plan` is an upper bound.
 """
 
 from __future__ import annotations

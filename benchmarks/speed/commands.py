@@ -4,8 +4,8 @@
     python -m benchmarks.speed.commands adaptation
     python -m benchmarks.speed.commands cells
 
-start: `deal --help`, `deal history` and `deal status` of a long lineage, and the imports of `deal predict`. The figures
-are processor time, which other processes change less than the wall time. The commands take turns. Python alone, which
+start: `deal --help`, `deal version list` and `deal status` of a long lineage, and the imports of `deal predict`. The
+figures are processor time, which other processes change less than the wall time. The commands take turns. Python alone, which
 imports nothing, is the floor below all. No command that reads imports MLflow; its import is measured to compare. The
 import of PEFT, which imports torch and transformers, is the floor below `deal predict`.
 
@@ -70,7 +70,7 @@ COMMANDS = {
     "import_peft": [sys.executable, "-c", "import peft"],
     "import_predict": [sys.executable, "-c", "import tasks.predict"],
     "help": [*DEAL, "--help"],
-    "history": [*DEAL, "history", "--lineage", LINEAGE],
+    "history": [*DEAL, "version", "list", "--lineage", LINEAGE],
     "status": [*DEAL, "status"],
 }
 FILES = {"bank": "train.jsonl", "parcels": "messages.jsonl"}

@@ -1,4 +1,4 @@
-"""The memory model of `deal plan` against real runs: peak resident memory of three steps beside what was predicted.
+"""The memory model of `deal check --plan` against real runs: peak resident memory of three steps, and the prediction.
 
     OMP_NUM_THREADS=1 python -m benchmarks.speed.plan_memory
 
@@ -81,7 +81,7 @@ def resident(mark: str) -> int:
 
 
 def predict(case: Case, source: str, num_old_tasks: int) -> tuple[MemoryPlan, BatchShape]:
-    """What `deal plan` says of a case, and the largest batch."""
+    """What `deal check --plan` says of a case, and the largest batch."""
     found, train = find_config(source, HomeSettings().cache_dir), case.train()
     tokenizer = AutoTokenizer.from_pretrained(found.folder)
     olds = [OLD_TASK] * num_old_tasks

@@ -1,4 +1,4 @@
-"""How fast `deal up` learns what lands: from a file to its run, and two lineages against one.
+"""How fast `deal server up` learns what lands: from a file to its run, and two lineages against one.
 
     python -m benchmarks.speed.stack landing
     python -m benchmarks.speed.stack two-lineages
@@ -71,14 +71,14 @@ def deal(home: Path, *arguments: str) -> Any:
 def stack_of(
     lineages: Sequence[str], train: Mapping[str, int], *options: str
 ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """A home with `deal up` and these lineages: the home, and the addresses of its servers. Each has a task alone."""
+    """A home with `deal server up` and these lineages: the home, and its servers' addresses. Each has a task alone."""
     with tempfile.TemporaryDirectory(prefix="deal-stack-") as work:
         home, base, spec = Path(work) / "home", Path(work) / "base", Path(work) / "lineage.yaml"
         build_tiny_base(base)
         for lineage in lineages:
             inbox_of(home, lineage).mkdir(parents=True)
         prefect_port, mlflow_port = map(str, free_ports(2))
-        stack = deal(home, "up", "--prefect-port", prefect_port, "--mlflow-port", mlflow_port, *options)
+        stack = deal(home, "server", "up", "--prefect-port", prefect_port, "--mlflow-port", mlflow_port, *options)
         try:
             for lineage in lineages:
                 spec.write_text(
@@ -92,10 +92,10 @@ def stack_of(
                         }
                     )
                 )
-                deal(home, "lineage", "add", str(spec))
+                deal(home, "lineage", "apply", str(spec))
             yield home, stack
         finally:
-            deal(home, "down")
+            deal(home, "server", "down")
 
 
 def inbox_of(home: Path, lineage: str) -> Path:

@@ -20,7 +20,7 @@ ADAPTER_FILES = (*PEFT_FILES, *METHOD_FILES)
 Recorded = Mapping[str, tuple[str, ...]]
 """The digests that a file may have, by the file's name.
 
-A file has one digest. It has two while `deal forget` replaces the file, so a killed process leaves no damage.
+A file has one digest. It has two while `deal data delete` replaces the file, so a killed process leaves no damage.
 """
 
 

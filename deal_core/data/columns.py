@@ -212,7 +212,7 @@ def _describe(names: Sequence[str], task: TaskSchema, source: str, include_texts
     else:
         among = f"among them {_listed(familiar)}" if familiar else "none of a name looked for"
         overview = f"{len(names)} columns, {among}"
-        notes.append("deal validate shows the names")
+        notes.append("deal check shows the names")
     if names and not familiar and file_kind(Path(source)) == "csv":
         notes.append("if its first line is a row and no header, put the columns' names above it")
     return overview + (f" ({'; '.join(notes)})" if notes else "")

@@ -76,7 +76,7 @@ class PairedDrop:
     def _quantile(self, confidence: float) -> float:
         if self.are_hits:
             return NormalDist().inv_cdf(confidence)
-        from scipy.special import stdtrit  # `deal validate` needs the normal quantile alone, and scipy loads slowly
+        from scipy.special import stdtrit  # `deal check` needs the normal quantile alone, and scipy loads slowly
 
         return float(stdtrit(max(1, self.num_rows - 1), confidence))
 

@@ -81,7 +81,7 @@ def recentred_questions(
     if not np.isfinite(log_probs_NL).all():
         raise TrainingDivergedError(
             f"The adapter scores labels of {task.name} with numbers that are not finite: its training diverged. Lower "
-            "train.learning_rate. If the champion diverged, take an earlier version: deal rollback."
+            "train.learning_rate. If the champion diverged, take an earlier version: deal version rollback."
         )
     goals_NL = softmax(log_probs_NL + label_offsets(log_probs_NL, targets_N), axis=1)
     goals_NL = (1 - label_weight) * goals_NL + label_weight * np.eye(num_labels)[targets_N]

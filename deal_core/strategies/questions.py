@@ -49,7 +49,7 @@ def make_rehearsal(
         num_arrivals: Arrivals that the parent has learned.
     """
     stored = [unpack(kept[name]) for name in sorted(kept) if name.startswith(STORED_ROWS) and config.keeps_rows]
-    stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
+    stored = [questions for questions in stored if questions]  # `deal data delete` empties the rows of a task
     own, olds = _tasks_asked(config, context)
     # every arrival asks in a new order; otherwise, with few steps, only the same few rows are asked
     seed += SEED_STRIDE * (num_arrivals if own else len(stored))

@@ -18,8 +18,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
-from docs.site.reference import commands_page, settings_page
-
 ROOT = Path(__file__).parents[2]
 PAGES = {
     "README.md": "index.md",
@@ -44,7 +42,7 @@ logger = get_plugin_logger(__name__)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside docs/, and those that are generated."""
+    """Add the pages that lie outside docs/."""
     for file, page in PAGES.items():
         if file.endswith(".ipynb"):
             content = MarkdownExporter().from_notebook_node(nbformat.read(ROOT / file, as_version=4))[0]
@@ -52,8 +50,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             content = (ROOT / file).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=content))
-    files.append(File.generated(config, "settings.md", content=settings_page()))
-    files.append(File.generated(config, "commands.md", content=commands_page()))
     return files
 
 

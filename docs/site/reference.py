@@ -1,10 +1,14 @@
-"""Pages that are generated from the code: every setting of a spec, and every command."""
+"""Pages that are generated from the code: every setting of a spec, every environment variable, and every command.
+
+python -m docs.site.reference    # writes docs/settings.md, docs/environment.md and docs/commands.md
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +16,12 @@ from typing import Any
 
 import griffe
 import typer.main
+from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings
 from typer.cli import get_docs_for_click
 
 from flows.cli.app import app
+from infra import settings as environment
 from tasks.lineage.retrain import RetrainPolicy
 from tasks.lineage.settings import WatchedLineage
 from tasks.spec import AdaptSpec
@@ -48,8 +55,8 @@ def settings_page() -> str:
     lines = [
         "# Settings of a spec",
         "",
-        "The fields of a spec and of a lineage's file, with their defaults. The page is generated from the code. The "
-        "[guide](guide.md) has an example.",
+        "The fields of a spec and of a lineage's file, with their defaults. The [guide](guide.md) has an example.",
+        "`python -m docs.site.reference` writes this page from the code.",
         "",
         "## At the top",
         "",
@@ -62,11 +69,57 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def environment_page() -> str:
+    """Return the page of all environment variables: a table for each subject of `infra.settings`."""
+    lines = [
+        "# Environment variables",
+        "",
+        "Where things are, and how this machine works, is set in the environment. What is learned is set in a",
+        "[spec](settings.md). `python -m docs.site.reference` writes this page from the code.",
+    ]
+    for kind in vars(environment).values():
+        if not (isinstance(kind, type) and kind.__module__ == environment.__name__ and kind.__doc__):
+            continue
+        names = kind.__annotations__  # its own fields, without those of its parents
+        if not names or not issubclass(kind, BaseSettings):
+            continue
+        title, _, more = " ".join(kind.__doc__.split()).partition(". ")
+        lines += ["", f"## {title.rstrip('.')}", "", *([more, ""] if more else [])]
+        lines += ["| variable | default | meaning |", "|---|---|---|"]
+        for name in names:
+            field = kind.model_fields[name]
+            variable = field.validation_alias or f"{kind.model_config['env_prefix']}{name}".upper()
+            default = "" if field.is_required() or field.default in (None, PydanticUndefined) else _plain(field.default)
+            meaning = " ".join(_text(kind, name).replace(f" ({variable})", "").replace(f"({variable}, ", "(").split())
+            lines.append(f"| `{variable}` | {default} | {meaning} |".replace("|  |", "| – |"))
+    lines += ["", "## Options of commands", "", "| variable | stands for | meaning |", "|---|---|---|"]
+    lines += sorted({f"| `{option.envvar}` | `{option.opts[0]}` | {option.help} |" for option in _options(app)})
+    return "\n".join(lines) + "\n"
+
+
+def _options(app: typer.Typer) -> Iterator[Any]:
+    """Yield the options and arguments of all commands that a variable can give."""
+    commands = [typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        yield from (option for option in command.params if option.envvar)
+
+
+def _plain(default: Any) -> str:
+    values = sorted(default) if isinstance(default, frozenset) else [default]
+    return ", ".join(f"`{value}`" for value in values)
+
+
 def commands_page() -> str:
     """Return the page of all commands with their options, as Typer writes it."""
     command = typer.main.get_command(app)
     with command.make_context("deal", [], resilient_parsing=True) as context:
-        return get_docs_for_click(obj=command, ctx=context, name="deal", title="Commands")
+        page = get_docs_for_click(obj=command, ctx=context, name="deal", title="Commands")
+    return re.sub(r"[ \t]+$", "", page, flags=re.MULTILINE).rstrip() + "\n"
+
+
+PAGES = {"settings.md": settings_page, "environment.md": environment_page, "commands.md": commands_page}
+"""The generated pages of docs/."""
 
 
 def _table(kind: type, properties: Mapping[str, Any]) -> Iterator[str]:
@@ -115,9 +168,14 @@ def _source(module: str) -> griffe.Module:
 def _text(kind: type, name: str | None = None) -> str:
     """The docstring of a class, or of its field; an inherited field has its parent's."""
     for each in kind.__mro__:
-        if each.__module__.partition(".")[0] in ("deal_core", "tasks"):
+        if each.__module__.partition(".")[0] in ("deal_core", "tasks", "infra"):
             found = _source(each.__module__)[each.__name__]
             found = found if name is None else found.members.get(name)
             if found is not None and found.docstring:
                 return str(found.docstring.value)
     return ""
+
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (Path(__file__).parents[1] / name).write_text(page(), encoding="utf-8")

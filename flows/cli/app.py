@@ -8,22 +8,27 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-import flows.cli.housekeeping  # adds its commands to main_app
-import flows.cli.learn  # noqa: F401
-from flows.cli.live import rollout_app
-from flows.cli.plan import model_app
-from flows.cli.serve import vllm_app
-from flows.cli.server import lineage_app, server_app
+import flows.cli.answer
+import flows.cli.benchmark
+import flows.cli.check
+import flows.cli.learn
+import flows.cli.live
+import flows.cli.server  # noqa: F401  # each adds its commands to main_app
+from flows.cli.answer import vllm_app
+from flows.cli.benchmark import model_app
+from flows.cli.data import data_app
+from flows.cli.lineage import lineage_app, task_app
+from flows.cli.live import feedback_app, rollout_app
+from flows.cli.server import server_app
 from flows.cli.session import main_app
-from flows.cli.versions import tests_app
+from flows.cli.version import version_app
 
 TOPICS = {
-    "Learn": ("demo", "plan", "validate", "adapt", "watch", "predict"),
-    "Look": ("status", "history", "report", "ui", "evaluate", "benchmark"),
-    "Decide which version serves": ("promote", "rollback", "reject", "requeue", "rollout"),
-    "Serve, and learn from what is served": ("serve", "vllm", "export", "monitor", "select", "feedback", "harvest"),
-    "Lineages, tasks and data": ("lineage", "labels", "tests", "model", "forget", "gc"),
-    "Servers": ("up", "down", "deploy", "server"),
+    "Learn": ("demo", "init", "check", "adapt"),
+    "Look and answer": ("status", "ui", "predict", "serve", "vllm"),
+    "Versions and lineages": ("version", "lineage", "task", "data"),
+    "Live traffic": ("monitor", "rollout", "feedback"),
+    "Around it": ("server", "model", "benchmark"),
 }
 """The commands in the order of the help, by topic."""
 
@@ -41,19 +46,25 @@ class _ByTopic(TyperGroup):
 app = typer.Typer(
     name="deal",
     cls=_ByTopic,
-    help="Continual LoRA adaptation: one adapter learns domain after domain and keeps what it learned before.",
+    help="Fine-tune one LoRA adapter again whenever new labelled data arrives; each version passes a gate first.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(main_app)
-app.add_typer(model_app, name="model")
-app.add_typer(lineage_app, name="lineage")
-app.add_typer(tests_app, name="tests")
-app.add_typer(vllm_app, name="vllm")
-app.add_typer(rollout_app, name="rollout")
-app.add_typer(server_app, name="server")
+for name, group in {
+    "version": version_app,
+    "lineage": lineage_app,
+    "task": task_app,
+    "data": data_app,
+    "rollout": rollout_app,
+    "feedback": feedback_app,
+    "server": server_app,
+    "model": model_app,
+    "vllm": vllm_app,
+}.items():
+    app.add_typer(group, name=name)
 
 
 def _say_version(is_asked: bool) -> None:

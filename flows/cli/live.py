@@ -1,4 +1,4 @@
-"""Commands about live traffic: monitor, rollout, and right answers to texts (select, feedback, harvest)."""
+"""Commands about live traffic: monitor, rollout, and people's answers to texts (feedback)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from flows.cli.console import heading, new_table, percent
-from flows.cli.session import Column, CommandResult, Lineage, Session, command, main_app
-from flows.cli.versions import Why, show_decision, show_mirrored
+from flows.cli.session import Column, CommandResult, Lineage, Reason, Session, command, main_app
+from flows.cli.version import show_decision, show_mirrored
 
 if TYPE_CHECKING:
     from deal_core.monitoring.report import TaskDrift
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from tasks.monitoring.rollout import RolloutStatus
     from tasks.monitoring.select import SelectResult
 
-rollout_app = typer.Typer(help="A new version on live traffic, before it becomes champion.", no_args_is_help=True)
+rollout_app = typer.Typer(help="Watch, finish or abort a version tried on live traffic.", no_args_is_help=True)
+feedback_app = typer.Typer(help="Take people's right answers, and turn them into rows.", no_args_is_help=True)
 
 
-@command(main_app, "starting")
+@command(main_app, "starting", "deal monitor", "deal monitor --data answers.jsonl")
 def monitor(
     deal: Session,
-    lineage: Lineage = "default",
+    lineage: Lineage = "",
     data: Annotated[
         Path | None,
         Option(
@@ -43,7 +44,7 @@ def monitor(
         bool, Option("--rebase", help="Compare with the present live rows from now on, not with the test rows.")
     ] = False,
 ) -> CommandResult:
-    """Compare the champion's live traffic with its test rows: drift, estimated and measured accuracy."""
+    """Compare live traffic with the test rows: drift, accuracy."""
     from flows.champions import monitor as monitor_flow
 
     file = None if data is None else str(data.absolute())
@@ -88,43 +89,49 @@ def _tests(tasks: Sequence[TaskDrift]) -> RenderableType:
     return table
 
 
-@command(rollout_app, "reading")
-def status(deal: Session, lineage: Lineage = "default") -> CommandResult:
-    """Compare the version that is tried on live traffic with the champion. Nothing is changed."""
-    from tasks.monitoring.rollout import look_at_rollout
+@command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply")
+def status(
+    deal: Session,
+    lineage: Lineage = "",
+    apply: Annotated[
+        bool,
+        Option(
+            "--apply",
+            help="Promote or reject the version if the figures say so. A Prefect server does this every five minutes.",
+        ),
+    ] = False,
+) -> CommandResult:
+    """Compare the version that is tried on live traffic with the champion."""
+    if not apply:
+        from tasks.monitoring.rollout import look_at_rollout
 
-    found = look_at_rollout(lineage)
-    return CommandResult(found, _show_rollout(found))
-
-
-@command(rollout_app, "looking")
-def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
-    """Promote or reject the version if the figures say so. A Prefect server does this every five minutes."""
+        rollout = look_at_rollout(lineage)
+        return CommandResult(rollout, _show_rollout(rollout))
     from flows.champions import check_rollout
 
-    found = check_rollout(lineage)
-    shown = _show_rollout(found.status)
-    if found.decision is None:
-        return CommandResult(found, shown)
-    decided = [*show_decision(found.decision), *show_mirrored(lineage)]
-    return CommandResult(found, [*shown, *decided], rejected=found.decision.action == "rejected")
+    checked = check_rollout(lineage)
+    shown = _show_rollout(checked.status)
+    if checked.decision is None:
+        return CommandResult(checked, shown)
+    decided = [*show_decision(checked.decision), *show_mirrored(lineage)]
+    return CommandResult(checked, [*shown, *decided], rejected=checked.decision.action == "rejected")
 
 
-@command(rollout_app, "promoting")
-def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout finished by hand") -> CommandResult:
+@command(rollout_app, "promoting", "deal rollout finish", 'deal rollout finish --reason "enough was seen"')
+def finish(deal: Session, lineage: Lineage = "", reason: Reason = "rollout finished by hand") -> CommandResult:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
     from flows.champions import finish_rollout
 
-    done = finish_rollout(lineage, who=deal.account, why=why)
+    done = finish_rollout(lineage, who=deal.account, why=reason)
     return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
 
 
-@command(rollout_app, "rejecting")
-def abort(deal: Session, lineage: Lineage = "default", why: Why = "rollout aborted by hand") -> CommandResult:
+@command(rollout_app, "rejecting", "deal rollout abort", 'deal rollout abort --reason "complaints"')
+def abort(deal: Session, lineage: Lineage = "", reason: Reason = "rollout aborted by hand") -> CommandResult:
     """Reject the version that is tried on live traffic. It can never become champion."""
     from flows.champions import abort_rollout
 
-    done = abort_rollout(lineage, who=deal.account, why=why)
+    done = abort_rollout(lineage, who=deal.account, why=reason)
     return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
 
 
@@ -170,11 +177,11 @@ def _compared(report: RolloutReport) -> list[RenderableType]:
     return [table]
 
 
-@command(main_app, "reading")
-def select(
+@command(feedback_app, "reading", "deal feedback sample bank", "deal feedback sample bank --data new.csv --number 100")
+def sample(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose texts are chosen.")],
-    lineage: Lineage = "default",
+    lineage: Lineage = "",
     number: Annotated[int, Option("--number", "-n", min=1, help="Most texts in the file.")] = 50,
     random_share: Annotated[float, Option(max=1.0, help="Share that is drawn at random, above 0.")] = 0.25,
     data: Annotated[
@@ -211,11 +218,13 @@ def select(
     return CommandResult(done, _show_selected(done))
 
 
-@command(main_app, "reading")
-def feedback(
+@command(
+    feedback_app, "reading", "deal feedback add bank-to-label.csv", "deal feedback add checked.parquet --lineage bank"
+)
+def add(
     deal: Session,
     file: Annotated[Path, Argument(help="CSV, JSON lines or Parquet with id, and label, answer or is_right.")],
-    lineage: Lineage = "default",
+    lineage: Lineage = "",
 ) -> CommandResult:
     """Take right answers to logged requests, from a file that a person has checked."""
     from tasks.monitoring.feedback import take_feedback_file
@@ -229,18 +238,18 @@ def feedback(
     return CommandResult(taken, [*map(escape, shown)])
 
 
-@command(main_app, "reading")
-def harvest(
+@command(feedback_app, "reading", "deal feedback export bank", "deal feedback export bank --lineage support")
+def export(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose reviewed answers land in its inbox.")],
-    lineage: Lineage = "default",
+    lineage: Lineage = "",
 ) -> CommandResult:
     """Write reviewed right answers into the inbox, as an ordinary file. Each lands once."""
     from tasks.monitoring.harvest import harvest_feedback
 
     done = harvest_feedback(task, lineage)
-    shown = [f"{done.num_rows} rows landed as {done.key}." if done.key else "There is nothing to harvest."]
-    shown += [f"  not harvested: {number}, {reason}" for reason, number in done.skipped.items()]
+    shown = [f"{done.num_rows} rows landed as {done.key}." if done.key else "There is nothing to export."]
+    shown += [f"  not exported: {number}, {reason}" for reason, number in done.skipped.items()]
     return CommandResult(done, [*map(escape, shown)])
 
 
@@ -256,8 +265,8 @@ def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
     fill_in = f"Fill in the column {done.column}"
     if done.data is None:
         shown.append(
-            f"{fill_in}, then give: deal feedback {done.out} --lineage {done.lineage}, and: deal harvest "
-            f"{done.task} --lineage {done.lineage}"
+            f"{fill_in}, then give: deal feedback add {done.out} --lineage {done.lineage}, and: deal feedback "
+            f"export {done.task} --lineage {done.lineage}"
         )
     else:
         shown.append(

@@ -1,11 +1,10 @@
-"""Commands around the local servers: start, stop, deploy, status and ui; and the lineages that learn automatically."""
+"""Commands that show what is there (status, ui), and those around the servers: up, down, register, sync."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
@@ -21,10 +20,10 @@ from flows.cli.session import CommandResult, Session, command, main_app
 if TYPE_CHECKING:
     from flows.server.status import RunStatus, Status
 
-lineage_app = typer.Typer(help="Lineages that learn from the inbox automatically.", no_args_is_help=True)
+server_app = typer.Typer(help="Start, stop or sync the servers around the store.", no_args_is_help=True)
 
 
-@command(main_app, "starting")
+@command(server_app, "starting", "deal server up", "deal server up --trainings 2")
 def up(
     deal: Session,
     prefect_port: Annotated[int, Option(help="Prefect's port on loopback.")] = 4200,
@@ -46,14 +45,14 @@ def up(
         f"  runs        {stack.prefect_url}",
         f"  versions    {stack.mlflow_url}",
         "  what waits  deal status",
-        "  end it      deal down",
+        "  end it      deal server down",
     ]
     return CommandResult(stack, shown)
 
 
-@command(main_app, "ending", of_any_release=True)
+@command(server_app, "ending", "deal server down", "deal server down --home /srv/deal", of_any_release=True)
 def down(deal: Session) -> CommandResult:
-    """End what `deal up` started, and nothing else."""
+    """End what `deal server up` started, and nothing else."""
     from flows.server.local_processes import stop
 
     ended = stop(deal.home)
@@ -61,8 +60,13 @@ def down(deal: Session) -> CommandResult:
     return CommandResult({"ended": ended}, [escape(text)])
 
 
-@command(main_app, "deploying")
-def deploy(
+@command(
+    server_app,
+    "registering",
+    "deal server register",
+    "PREFECT_API_URL=http://prefect:4200/api deal server register --type kubernetes",
+)
+def register(
     deal: Session,
     pool_type: Annotated[
         str, Option("--type", help="How the training pool starts a run: process, docker or kubernetes.")
@@ -78,19 +82,21 @@ def deploy(
     return CommandResult({"deployed": True}, ["Pools, automations and deployments are on the server."])
 
 
-@command(main_app, "looking")
+@command(main_app, "looking", "deal status", "deal status --check")
 def status(
     deal: Session,
     check: Annotated[
         bool,
         Option(
             "--check",
-            help="Exit with 1 also if an arrival or a run failed, an arrival waits "
-            "for deal requeue, or a file is skipped.",
+            help="Exit with 1 also if an arrival or a run failed, an arrival is held, or a file is skipped.",
         ),
     ] = False,
 ) -> CommandResult:
-    """Show what runs, waits, failed (and why) or is damaged. Exit code 1: a process is gone or data is damaged."""
+    """Show what runs, waits, failed or is damaged.
+
+    Exit code 1: a process is gone, or data is damaged.
+    """
     from flows.server.status import read_status
 
     found = asyncio.run(read_status(deal.home))
@@ -109,11 +115,13 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
             table.add_row(part.name, "[green]up[/]" if part.is_alive else "[red]gone[/]", escape(part.log))
         shown += [heading("Processes"), table]
     elif not status.prefect_url:
-        shown.append("No server: files are adapted by deal adapt and deal watch. Start one with: deal up")
+        shown.append("No server: files are adapted by deal adapt. Start one with: deal server up")
+    if not any(lineage.champion or lineage.num_open for lineage in status.lineages):
+        shown.append("Nothing is learned yet. Learn a file with: deal adapt --task NAME --data FILE, or try: deal demo")
     lineages = new_table("lineage", "champion", "open arrivals", right=["champion", "open arrivals"])
     for each in status.lineages:
         num_open = "–" if each.num_open is None else str(each.num_open)
-        lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (held)" if each.held else num_open)
+        lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (paused)" if each.held else num_open)
     shown += [heading("Lineages"), lineages]
     shown += [f"  {escape(f'{each.lineage} {line.line()}')}" for each in status.lineages for line in each.waiting]
     shown += [f"  {escape(f'{each.lineage} live: {each.monitor}')}" for each in status.lineages if each.monitor]
@@ -151,7 +159,7 @@ def _ago(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-@command(main_app)
+@command(main_app, None, "deal ui", "deal ui --open")
 def ui(
     deal: Session,
     open_: Annotated[bool, Option("--open", help="Start MLflow's own server here and open it.")] = False,
@@ -170,15 +178,7 @@ def ui(
         raise typer.Exit(open_ui(address))
 
 
-server_app = typer.Typer(help="The servers around the store.", no_args_is_help=True)
-
-
-@server_app.callback()
-def _server() -> None:
-    """Keep `sync` a subcommand: with one command, typer would make it the group itself."""
-
-
-@command(server_app)
+@command(server_app, None, "deal server sync", "deal server sync bank support")
 def sync(
     deal: Session,
     lineages: Annotated[list[str] | None, Argument(help="Lineages.", show_default="all with a version")] = None,
@@ -200,83 +200,3 @@ def sync(
         if result.problem:
             shown.append(f"{name}: MLflow still lacks {listed(result.missing)}. {result.problem}")
     return CommandResult(synced, [*map(escape, shown)], failed=any(result.problem for result in synced))
-
-
-@command(lineage_app)
-def add(
-    deal: Session,
-    spec: Annotated[
-        Path, Argument(help="Lineage settings (YAML). `tasks:` names the tasks that it learns; without it, all.")
-    ],
-) -> CommandResult:
-    """Let a lineage learn from the inbox, or change its settings."""
-    from deal_core.base_model.sources import check_base
-    from tasks.lineage.settings import WatchedLineage, add_lineage
-    from tasks.spec import parse, read_lineage_values
-
-    values = read_lineage_values(spec)
-    lineage = parse(WatchedLineage, values, str(spec))
-    if lineage.base_model is not None and (unknown := check_base(lineage.base_model)):
-        deal.screen.said(f"The base model was not checked. {unknown}")
-    address = add_lineage(deal.store, lineage, values)
-    shown = escape(f"{lineage.lineage} is in {address}")
-    return CommandResult({"lineage": lineage.lineage, "file": address}, [shown])
-
-
-@command(lineage_app, name="list")
-def list_(deal: Session) -> CommandResult:
-    """List the lineages that learn from the inbox."""
-    from tasks.lineage.settings import list_lineages
-
-    found = list_lineages(deal.store)
-    shown = [
-        f"{each.lineage}: {', '.join(each.tasks) or 'every task'}" + (f" (held: {each.held})" if each.held else "")
-        for each in found
-    ]
-    return CommandResult(found, [*map(escape, shown)])
-
-
-LineageName = Annotated[str, Argument(help="Name of the lineage.")]
-
-
-@command(lineage_app)
-def hold(
-    deal: Session,
-    lineage: LineageName,
-    why: Annotated[str, Option(help="Reason, for people who look at the lineage.")] = "by command",
-) -> CommandResult:
-    """Let a lineage learn nothing that lands. A run that has begun ends; files wait until `resume`."""
-    from tasks.lineage.settings import hold_lineage_file
-
-    found = hold_lineage_file(deal.store, lineage, why)
-    shown = f"{lineage} is held: {why}. Let it learn again with: deal lineage resume {lineage}."
-    return CommandResult(found, [escape(shown)])
-
-
-@command(lineage_app)
-def resume(deal: Session, lineage: LineageName) -> CommandResult:
-    """Let a held lineage learn again. Files that landed meanwhile are learned."""
-    from tasks.lineage.settings import hold_lineage_file
-
-    found = hold_lineage_file(deal.store, lineage, None)
-    return CommandResult(found, [escape(f"{lineage} learns what lands.")])
-
-
-@command(lineage_app, name="show")
-def show_lineage(deal: Session, lineage: LineageName) -> CommandResult:
-    """Show a lineage's settings: those of its file, and the defaults of all others."""
-    import yaml
-
-    from tasks.lineage.settings import read_lineage
-
-    found = read_lineage(deal.store, lineage)
-    return CommandResult(found, [escape(yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False).rstrip())])
-
-
-@command(lineage_app)
-def remove(deal: Session, lineage: LineageName) -> CommandResult:
-    """Let a lineage learn no longer from the inbox, by deleting its settings. Its versions stay and serve."""
-    from tasks.lineage.settings import remove_lineage
-
-    address = remove_lineage(deal.store, lineage)
-    return CommandResult({"lineage": lineage, "file": address}, [escape(f"{address} is deleted; its versions stay.")])

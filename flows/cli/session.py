@@ -47,7 +47,40 @@ Home = Annotated[
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
-Lineage = Annotated[str, Option("--lineage", "-l", help="Name of the lineage.")]
+Lineage = Annotated[
+    str,
+    Option(
+        "--lineage",
+        "-l",
+        envvar="DEAL_LINEAGE",
+        show_envvar=False,
+        help="Name of the lineage.",
+        show_default="DEAL_LINEAGE, else the only lineage",
+    ),
+]
+"""A lineage that exists; "" is the default, for which `command` puts in the home's only lineage."""
+SpecLineage = Annotated[
+    str | None,
+    Option(
+        "--lineage",
+        "-l",
+        envvar="DEAL_LINEAGE",
+        show_envvar=False,
+        help="Name of the lineage.",
+        show_default="DEAL_LINEAGE, else the spec's, else the only lineage",
+    ),
+]
+"""A lineage that may be new, or stand in a spec. A command gets the name, or None if none was given."""
+Settings = Annotated[
+    list[str] | None,
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting of a spec, such as train.num_epochs=1. Repeat it for several.",
+        show_default=False,
+    ),
+]
+Reason = Annotated[str, Option("--reason", help="Reason, for the promotion log.")]
 Column = Annotated[
     str | None,
     Option("--column", help="With --data: the column that holds the texts.", show_default="found by its name"),
@@ -92,6 +125,16 @@ class Session:
         from tasks.context import current_store
 
         return current_store()
+
+    def only_lineage(self) -> str:
+        """The lineage that is meant when no command line, variable or spec names one.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        from tasks.lineage.settings import only_lineage
+
+        return only_lineage(self.store)
 
     @property
     def account(self) -> str:
@@ -153,21 +196,26 @@ class Session:
 
     def show(self, result: CommandResult) -> None:
         """Print a result: as JSON with --json, else as lines and tables."""
-        value = result.value
-        self.screen.result([*map(_plain, value)] if isinstance(value, list | tuple) else _plain(value), *result.shown)
+        self.screen.result(_plain(result.value), *result.shown)
 
 
 def command(
-    group: typer.Typer, doing: str | None = None, *, name: str | None = None, of_any_release: bool = False
+    group: typer.Typer,
+    doing: str | None = None,
+    *examples: str,
+    name: str | None = None,
+    of_any_release: bool = False,
 ) -> Callable[[Callable[..., CommandResult | None]], Callable[..., CommandResult | None]]:
     """Make a function a command of `group`, with the options --home, --json and --debug.
 
     The function gets the opened Session as its first argument, and its own options by name. It returns its result,
-    which is printed and sets the exit code, or None where it has printed everything itself.
+    which is printed and sets the exit code, or None where it has printed everything itself. An option of the kind
+    `Lineage` that was not given is the home's only lineage.
 
     Args:
         group: the command is added to it.
         doing: what a spinner says while the function runs; None: the function shows its work itself.
+        examples: command lines for the end of the help text.
         name: the command's name; None: the function's.
         of_any_release: the command also works in a home that another release made.
     """
@@ -177,6 +225,8 @@ def command(
         def run(*, home: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
             with session(home, as_json, debug, of_any_release=of_any_release) as deal:
                 with nullcontext() if doing is None else deal.screen.working(doing):
+                    if names_lineage and not options["lineage"]:
+                        options["lineage"] = deal.only_lineage()
                     result = function(deal, **options)
                 if result is not None:
                     deal.show(result)
@@ -184,11 +234,13 @@ def command(
                         raise typer.Exit(result.exit_code)
 
         own = [*inspect.signature(function, eval_str=True).parameters.values()][1:]
+        names_lineage = any(parameter.annotation == Lineage for parameter in own)
         by_name = inspect.Parameter.KEYWORD_ONLY
         common = [inspect.Parameter(name, by_name, annotation=kind, default=value) for name, kind, value in COMMON]
-        parameters = [*(each.replace(kind=by_name) for each in own), *common]
+        parameters = [*(parameter.replace(kind=by_name) for parameter in own), *common]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        group.command(name)(run)
+        lines = "".join(f"\n\n  {example}" for example in examples)
+        group.command(name, epilog=f"Examples:{lines}" if examples else None)(run)
         return function
 
     return add
@@ -255,5 +307,9 @@ def _explain(error: Exception, home: Path | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A pydantic model as plain values; other values as they are. Importing pydantic here would slow `--help`."""
+    """Pydantic models as plain values; other values as they are. Importing pydantic here would slow `--help`."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

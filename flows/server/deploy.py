@@ -58,7 +58,7 @@ async def deploy_all(
         StoreError: The store does not answer, or lets two writers overwrite each other.
     """
     if not get_current_settings().api.url:
-        raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal up")
+        raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal server up")
     store = current_store()
     store.check()
     ours = {"home": str(home), "store": without_secrets(store.uri)}
@@ -100,7 +100,7 @@ async def _require_own(client: PrefectClient, ours: dict[str, str]) -> None:
         raise ConfigError(
             f"The Prefect server has deployments of another installation: {'; '.join(differing)}. Deploying here would "
             "break its runs. Deploy where its workers are, take a Prefect server of your own, or overwrite its "
-            "deployments with: deal deploy --replace"
+            "deployments with: deal server register --replace"
         )
 
 

@@ -121,10 +121,10 @@ def enter_home(home: Path | None, *, of_any_release: bool = False) -> Path:
 
 
 def _servers(home: Path) -> dict[str, str]:
-    """Return the variables that make this command use the servers of `deal up`; empty if they do not run.
+    """Return the variables that make this command use the servers of `deal server up`; empty if they do not run.
 
-    The database that `deal up` was given is that of its MLflow server. A command writes to the server then, because the
-    server alone knows where it keeps artifacts. So the database's address is removed from the environment.
+    The database that `deal server up` was given is that of its MLflow server. A command writes to the server then,
+    because the server alone knows where it keeps artifacts. So the database's address is removed from the environment.
     """
     if not (home / "stack.json").exists():
         return {}

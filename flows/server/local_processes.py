@@ -1,4 +1,4 @@
-"""The processes that `deal up` started: their record, how each starts and ends, and the supervisor.
+"""The processes that `deal server up` started: their record, how each starts and ends, and the supervisor.
 
 HOME/stack.json records the processes. Each process writes its log to HOME/logs/. The supervisor is one of them:
 `python -m flows.server.local_processes HOME` restarts processes that died and shortens long logs.
@@ -38,7 +38,7 @@ logger = logging.getLogger("deal.supervisor")
 
 
 class LocalProcess(BaseModel):
-    """A process that `deal up` started."""
+    """A process that `deal server up` started."""
 
     name: str
     command: tuple[str, ...]
@@ -46,7 +46,7 @@ class LocalProcess(BaseModel):
     pid: int
     log: Path
     gpus: str = ""
-    """Its CUDA_VISIBLE_DEVICES; empty: those of `deal up`."""
+    """Its CUDA_VISIBLE_DEVICES; empty: those of `deal server up`."""
 
     @property
     def is_server(self) -> bool:
@@ -61,7 +61,7 @@ class LocalProcess(BaseModel):
 
 
 class LocalStack(BaseModel):
-    """All processes that `deal up` started, and the addresses of the servers."""
+    """All processes that `deal server up` started, and the addresses of the servers."""
 
     prefect_url: str
     mlflow_url: str
@@ -214,7 +214,7 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def supervise(home: Path) -> None:
-    """Restart processes that died and shorten long logs, until `deal down` removes the record."""
+    """Restart processes that died and shorten long logs, until `deal server down` removes the record."""
     started: dict[str, float] = {}
     while True:
         with hold_stack(home):

@@ -1,4 +1,4 @@
-"""`deal up`: start a Prefect server, an MLflow server, deployments and workers on this machine.
+"""`deal server up`: start a Prefect server, an MLflow server, deployments and workers on this machine.
 
 All servers listen on the loopback address only.
 """
@@ -82,7 +82,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     """
     settings = TrackingSettings()
     if settings.tracking_uri.startswith(("http://", "https://")):
-        raise ConfigError("MLFLOW_TRACKING_URI names a server; deal up starts one of its own, so unset it.")
+        raise ConfigError("MLFLOW_TRACKING_URI names a server; deal server up starts one of its own, so unset it.")
     if importlib.util.find_spec("flask") is None:
         raise ConfigError("MLflow's server is not installed here, only its client, as on a worker; pip install mlflow.")
     for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port)):
@@ -150,7 +150,8 @@ def heal(home: Path, stack: LocalStack, say: Say) -> None:
     dead = [part for part in stack.parts if not part.is_alive()]
     if not dead:
         raise ConfigError(
-            f"It is up already: Prefect at {stack.prefect_url}, MLflow at {stack.mlflow_url}. End it with: deal down"
+            f"It is up already: Prefect at {stack.prefect_url}, MLflow at {stack.mlflow_url}. End it with: "
+            "deal server down"
         )
     for part in dead:
         say(f"{part.name} starts again")

@@ -1,4 +1,4 @@
-"""`deal status`: the processes of `deal up`, the lineages, and the runs on the Prefect server.
+"""`deal status`: the processes of `deal server up`, the lineages, and the runs on the Prefect server.
 
 Prefect is imported only where a server may be named, because the import takes a second of processor time.
 """
@@ -65,7 +65,7 @@ class ServerRuns(BaseModel, frozen=True):
 
 
 class PartStatus(BaseModel, frozen=True):
-    """A process of `deal up`."""
+    """A process of `deal server up`."""
 
     name: str
     is_alive: bool
@@ -84,7 +84,7 @@ class LineageStatus(BaseModel):
     held: str | None = None
     """Why the lineage learns nothing that lands; None: it learns."""
     held_arrivals: tuple[HeldArrival, ...] = ()
-    """Arrivals whose run was cancelled; they wait for `deal requeue`."""
+    """Arrivals whose run was cancelled; they wait for `deal version requeue`."""
     waiting: tuple[Waiting, ...] = ()
     """The files that have landed, by task, and when they are learned; empty if nothing has to wait for this lineage."""
     monitor: str | None = None

@@ -19,7 +19,7 @@ def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
 
     Raises:
         IntegrityError: A file is missing, or its bytes differ from the recorded ones.
-        RegistryError: `deal gc` removed the adapter.
+        RegistryError: `deal data gc` removed the adapter.
         StoreError: The store does not answer.
     """
     require_adapter(version)

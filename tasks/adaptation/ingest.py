@@ -68,7 +68,7 @@ def ingest_arrival(
             # named by the digest of the first file: all datasets without a good row have the same digest
             refused = error.report.manifest
             kept = _publish_quarantine(store, folder, arrival.name, refused.files[0], refused.files)
-            if kept and refused.num_training_files > 1:  # `deal forget` may be given any of its files
+            if kept and refused.num_training_files > 1:  # `deal data delete` may be given any of its files
                 store.put_bytes(keys.refused_files_key(kept), json.dumps(refused.training_files).encode())
             if not again:
                 places = [kept, keys.refused_files_key(kept)] if kept else []
@@ -139,7 +139,7 @@ def _publish_quarantine(
 def _withdraw_if_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], places: Sequence[str]) -> None:
     """Delete what was stored at `places` if its rows or files were forgotten meanwhile, and raise ForgottenRowsError.
 
-    `deal forget` writes the tombstone before it looks for rows, so one of the two processes always finds the other.
+    `deal data delete` writes the tombstone before it looks for rows, so one of both processes always finds the other.
     Before the rows are stored, a tombstone may have the digests of their files alone.
     """
     try:

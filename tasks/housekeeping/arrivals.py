@@ -1,6 +1,6 @@
 """Find an arrival by what a person calls it, with every dataset and file that has its rows, and its inputs.
 
-Inputs are known as digests. They name the rows of the prediction log that `deal forget` removes.
+Inputs are known as digests. They name the rows of the prediction log that `deal data delete` removes.
 """
 
 from __future__ import annotations
@@ -80,11 +80,13 @@ def find_arrival(store: ObjectStore, named: str) -> KnownArrival:
     if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", named):
         raise ConfigError(
             f"{named!r} is neither a digest (or {MIN_PREFIX} and more of its first characters) nor a key such as "
-            f"{keys.INBOX}/TASK/FILE; deal history --json shows the digests as dataset_sha256."
+            f"{keys.INBOX}/TASK/FILE; deal version list --json shows the digests as dataset_sha256."
         )
     matches = sorted({(task, sha256) for task, sha256 in _known_digests(store) if sha256.startswith(named)})
     if not matches:
-        raise ConfigError(f"No arrival has a digest that begins with {named}; deal history --json shows the digests.")
+        raise ConfigError(
+            f"No arrival has a digest that begins with {named}; deal version list --json shows the digests."
+        )
     if len(matches) > 1:
         listed = ", ".join(f"{sha256} ({task})" for task, sha256 in matches)
         raise ConfigError(f"{named} is the beginning of {len(matches)} digests: {listed}; give more of it.")

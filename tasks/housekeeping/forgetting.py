@@ -83,7 +83,7 @@ class AffectedVersion(BaseModel, frozen=True):
 
 
 class ForgetPlan(BaseModel, frozen=True):
-    """What `deal forget` removes, and which versions stay affected."""
+    """What `deal data delete` removes, and which versions stay affected."""
 
     task: str
     sha256: str
@@ -101,7 +101,7 @@ class ForgetPlan(BaseModel, frozen=True):
     inputs: frozenset[str] = Field(default=frozenset(), exclude=True, repr=False)
     """Digests of the inputs that are known, which name the rows of the prediction log."""
     harvested: tuple[str, ...] = ()
-    """Other files in the inbox with texts of the logged answers, which `deal harvest` has written. They stay."""
+    """Other files in the inbox with texts of the logged answers, written by `deal feedback export`. They stay."""
     knows_training_rows: bool = True
     """Whether the inputs of the training rows are known: a file of the arrival, or its training rows, are stored."""
 

@@ -1,6 +1,6 @@
-"""What `deal gc` removes: an inventory of a lineage's files and of those of killed processes, and the plan.
+"""What `deal data gc` removes: an inventory of a lineage's files and of those of killed processes, and the plan.
 
-`deal forget` looks at the same places.
+`deal data delete` looks at the same places.
 """
 
 from __future__ import annotations

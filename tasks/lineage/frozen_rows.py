@@ -239,7 +239,7 @@ def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> 
 
 
 def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers:
-    """Read the answers next to an adapter. There may be none, for example after `deal forget`.
+    """Read the answers next to an adapter. There may be none, for example after `deal data delete`.
 
     Raises:
         StoreError: The file is damaged or has another schema version.

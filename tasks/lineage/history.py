@@ -20,7 +20,7 @@ class NoVersionError(RegistryError):
 
 
 class HistoryEntry(BaseModel, frozen=True):
-    """One version of a lineage, as `deal history` prints it."""
+    """One version of a lineage, as `deal version list` prints it."""
 
     version: str
     task: str
@@ -75,7 +75,7 @@ def find_version(store: ObjectStore, lineage: str, version: str | None) -> Versi
         return champion
     named = Versions(store).find(lineage, version)
     if named is None:
-        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal history --lineage {lineage}")
+        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal version list --lineage {lineage}")
     require_adapter(named)
     return named
 
@@ -95,7 +95,7 @@ def rejected_by_person(version: Version) -> str:
     by = "its rollout" if version.since.refused_by == ROLLOUT else "a person"
     return (
         f"Version {version.version} of '{version.lineage}' was rejected by {by}; learn its arrival again with: "
-        f"deal requeue {version.version} --lineage {version.lineage}"
+        f"deal version requeue {version.version} --lineage {version.lineage}"
     )
 
 
@@ -104,13 +104,13 @@ def unknown_lineage(lineage: str) -> str:
     store = current_store()
     if Versions(store).all(lineage):
         return (
-            f"Lineage '{lineage}' has versions, but none is champion. See: deal history --lineage {lineage}; then: "
-            f"deal promote N --lineage {lineage} for one that was accepted, or adapt again."
+            f"Lineage '{lineage}' has versions, but none is champion. See: deal version list --lineage {lineage}; then "
+            f"deal version promote N --lineage {lineage} for one that was accepted, or adapt again."
         )
     names = listed(known_lineages(store))
     others = f"; this home has {names}" if names else ""
     return (
-        f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
+        f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal adapt --watch), "
         f"or name another home with --home or lineage with --lineage{others}."
     )
 

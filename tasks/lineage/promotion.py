@@ -52,7 +52,7 @@ class Decision(BaseModel, frozen=True):
     champion: str | None
     """The new champion."""
     left_behind: tuple[LeftBehind, ...] = ()
-    """Arrivals that the earlier champion had learned and the new champion has not; `deal requeue` learns them again."""
+    """Arrivals that only the earlier champion had learned; `deal version requeue` learns them again."""
 
 
 def promote_accepted(store: ObjectStore, version: Version) -> None:
@@ -151,7 +151,7 @@ def move_champion(
     what = "tried on live traffic" if action == "rollout" else "made champion"
     raise RegistryError(
         f"Version {own} of '{lineage}' was not {what}: meanwhile version {winner.champion if winner else before} was "
-        f"made champion{by}. See deal history --lineage {lineage}, and decide again."
+        f"made champion{by}. See deal version list --lineage {lineage}, and decide again."
     )
 
 
@@ -166,7 +166,7 @@ def decide_on(lineage: str, version: str, verdict: Verdict, *, who: str, why: st
         return (promote_to if verdict == "approve" else reject_version)(lineage, version, who=who, why=why)
     now = {"given": "was approved", "refused": "was rejected"}.get(waiting.approval or "", "needs no approval")
     raise RegistryError(
-        f"Version {version} of '{lineage}' does not wait for a person: it {now}. See deal history --moves "
+        f"Version {version} of '{lineage}' does not wait for a person: it {now}. See deal version list --moves "
         f"--lineage {lineage}."
     )
 
@@ -205,9 +205,9 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
     if chosen.parent_version != number:
         remedy = (
-            f"deal rollback --to {version} --lineage {lineage}"
+            f"deal version rollback {version} --lineage {lineage}"
             if chosen.standing == "learned"
-            else f"deal requeue {version} --lineage {lineage}, which learns its arrival again on top of the champion"
+            else f"deal version requeue {version} --lineage {lineage}, which learns its arrival again on the champion"
         )
         raise RegistryError(
             f"Version {version} of '{lineage}' continues {_origin(chosen)}, but "
@@ -253,9 +253,9 @@ def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Ver
     _require_usable(store, chosen, champion)
     served = {move.champion for move in PromotionLog(store).moves(lineage)}
     if to == champion.version or not (chosen.standing == "learned" or to in served):
-        remedy = f"promote it with deal promote {to} --lineage {lineage}"
+        remedy = f"promote it with deal version promote {to} --lineage {lineage}"
         what = "is champion now" if to == champion.version else f"was never champion; {remedy}"
-        raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
+        raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal version list --lineage {lineage}")
     return champion, chosen
 
 
@@ -289,7 +289,7 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     chosen = find_version(store, lineage, version)
     name = f"Version {version} of '{lineage}'"
     if number == version:
-        raise RegistryError(f"{name} is its champion; go back first: deal rollback --lineage {lineage}")
+        raise RegistryError(f"{name} is its champion; go back first: deal version rollback --lineage {lineage}")
     if not chosen.accepted:
         raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(chosen.reasons)}")
     if chosen.approval == "refused":
@@ -300,7 +300,7 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     )
     if log.add(last, change) is None:
         raise RegistryError(
-            f"The champion of '{lineage}' has just changed; look at deal history --lineage {lineage}, and try again."
+            f"The champion of '{lineage}' has just changed; look at: deal version list --lineage {lineage}; then try again."
         )
     announce("rejected", Notice.of(chosen, reasons=(why,), who=who))
     return Decision.model_validate(change, from_attributes=True)

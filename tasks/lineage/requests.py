@@ -1,10 +1,10 @@
 """What a person has asked for a task by command, and its next arrival brings: new labels, and new test rows.
 
-`deal labels TASK --add LABEL` adds labels. A version keeps the labels that it learned. A task file or spec without the
-new labels stays valid.
+`deal task add-label TASK LABEL` adds labels. A version keeps the labels that it learned. A task file or spec without
+the new labels stays valid.
 
-The test rows of a task's first arrival judge it, until `deal tests renew TASK` asks for others. The next arrival with
-test rows brings them. The rows before stay as a second slice, which is measured and shown too: the task "bank" then has
+The test rows of a task's first arrival judge it, until `deal task renew-tests TASK` asks for others. The next arrival
+with test rows brings them. The rows before stay as a second slice, which is measured and shown too: the task "bank" then has
 the slice "bank.old-1".
 """
 
@@ -47,7 +47,7 @@ def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str,
         labels_key(lineage, task_name),
         AddedLabels,
         what=f"the labels that task '{task_name}' of '{lineage}' has gained",
-        remedy="Restore it from a backup of the store, or delete it and add the labels again (deal labels --add).",
+        remedy="Restore it from a backup of the store, or delete it and add the labels again (deal task add-label).",
     )
     return stored.labels if stored else ()
 
@@ -138,7 +138,7 @@ def is_renewal_asked(store: ObjectStore, lineage: str, known: KnownTask) -> bool
         renewal_key(lineage, name),
         RenewalRequest,
         what=f"the request for new test rows of task '{name}'",
-        remedy="Delete it, and ask again with: deal tests renew.",
+        remedy="Delete it, and ask again with: deal task renew-tests.",
     )
     return request is not None and request.dataset_uri == known.dataset_uri
 
@@ -158,7 +158,9 @@ class Renewal(NamedTuple):
         assert self.known is not None
         why = "the old rows were forgotten"
         if self.new_slice is not None:
-            why = f"deal tests renew asked for them; the {self.known.num_test} rows before stay as {self.new_slice}"
+            why = (
+                f"deal task renew-tests asked for them; the {self.known.num_test} rows before stay as {self.new_slice}"
+            )
         return (
             f"{dataset.task} is judged on {dataset.num_test} new test rows, because {why}; its figures of versions "
             "before the parent are of the old rows"
@@ -168,8 +170,8 @@ class Renewal(NamedTuple):
 def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> Renewal:
     """Return what an arrival does to the test rows of its task.
 
-    They are replaced if they were forgotten, or if `deal tests renew` had asked for it when the arrival was checked
-    and the arrival has other test rows. A request that comes later is for the next arrival.
+    They are replaced if they were forgotten, or if `deal task renew-tests` had asked for it when the arrival was checked and
+    the arrival has other test rows. A request that comes later is for the next arrival.
     """
     known = record.task(dataset.task) if record else None
     if record is None or known is None:

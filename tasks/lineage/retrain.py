@@ -119,7 +119,7 @@ class WaitingFile(NamedTuple):
     num_rows: int
     num_files: int = 1
     is_asked_for: bool = False
-    """Whether a person has asked for it (`deal requeue`)."""
+    """Whether a person has asked for it (`deal version requeue`)."""
 
 
 class Waiting(BaseModel, frozen=True):

@@ -23,6 +23,7 @@ from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
+from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.spec import AdaptSpec, LineageSpec, Name, parse, read_lineage_values, resolve_base
@@ -37,7 +38,7 @@ class WatchedLineage(LineageSpec):
     tasks: tuple[Name, ...] = ()
     """The tasks that the lineage learns; empty: every task of the inbox."""
     held: str | None = None
-    """Why the lineage learns nothing that lands; None: it learns. `deal lineage hold` and `resume` write it."""
+    """Why the lineage learns nothing that lands; None: it learns. `deal lineage pause` and `resume` write it."""
     retrain: RetrainPolicy = AT_ONCE
     """When the lineage is trained on what has landed."""
 
@@ -51,7 +52,7 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     settings = _parsed(store, lineage)
     if settings is None and lineage != DEFAULT:
         uri = store.uri_of(keys.settings_key(lineage))
-        raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage add SPEC.")
+        raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage apply SPEC.")
     return settings or WatchedLineage()
 
 
@@ -100,6 +101,18 @@ def list_settings(store: ObjectStore) -> list[str]:
     """Return the names of the lineages with a file, in alphabetical order."""
     names = [keys.file_name(info.key) for info in store.list(keys.LINEAGES)]
     return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+
+
+def only_lineage(store: ObjectStore) -> str:
+    """Return the lineage that is meant where none is named: the store's only one, or "default" in an empty store.
+
+    Raises:
+        ConfigError: The store has several lineages.
+    """
+    names = sorted({*list_settings(store), *Versions(store).lineages()})
+    if len(names) > 1:
+        raise ConfigError(f"There are several lineages ({', '.join(names)}); give --lineage NAME, or set DEAL_LINEAGE.")
+    return names[0] if names else DEFAULT
 
 
 def read_lineages(store: ObjectStore) -> Lineages:
@@ -182,7 +195,7 @@ def remove_lineage(store: ObjectStore, lineage: str) -> str:
     if list_settings(store) == [lineage]:
         raise ConfigError(
             f"'{lineage}' is the only lineage with settings. Without any, the lineage '{DEFAULT}' learns everything. "
-            f"To stop the learning, use: deal lineage hold {lineage}."
+            f"To stop the learning, use: deal lineage pause {lineage}."
         )
     store.delete(key)
     return store.uri_of(key)
@@ -195,26 +208,35 @@ def spec_from_options(
     task: str | None,
     data: str | None,
     test_data: str | None,
-    **lineage_options: str | None,
+    lineage: str | None = None,
+    settings: Sequence[str] = (),
 ) -> AdaptSpec:
     """Make the spec of one adaptation from a command's options, its spec file and the lineage's file.
+
+    `settings` are texts KEY=VALUE, as in `train.num_epochs=1`; see `parse_settings`.
 
     Raises:
         ConfigError: There is neither a spec file nor both a task and data, or a setting is not valid.
     """
-    options = {"name": task, "data": data, "test_data": test_data}
-    arrival = {name: value for name, value in options.items() if value is not None}
+    given = {"name": task, "data": data, "test_data": test_data}
+    arrival = {name: value for name, value in given.items() if value is not None}
     if path is None and not (task and data):
         raise ConfigError("Give a spec file, or both --task NAME and --data FILE.")
     if path is not None and arrival:
         raise ConfigError("Give either a spec file or --task, --data and --test-data, not both.")
     values = {"task": arrival} if path is None else read_lineage_values(path)
-    spec = _parse_over_stored(AdaptSpec, store, values, lineage_options, path)
+    options = parse_settings(settings) | ({"lineage": lineage} if lineage else {})
+    spec = _parse_over_stored(AdaptSpec, store, values, options, path)
     return spec.with_files_from(Path(os.path.realpath(path)).parent if path else Path.cwd())
 
 
 def watched_from_options(
-    store: ObjectStore, path: Path | None, *, tasks: Sequence[str] | None, **lineage_options: str | None
+    store: ObjectStore,
+    path: Path | None,
+    *,
+    tasks: Sequence[str] | None,
+    lineage: str | None = None,
+    settings: Sequence[str] = (),
 ) -> WatchedLineage:
     """Make the settings of a watch from a command's options, its spec file (without the task) and the lineage's file.
 
@@ -223,7 +245,30 @@ def watched_from_options(
     """
     values = read_lineage_values(path) if path else {}
     values.pop("task", None)
-    return _parse_over_stored(WatchedLineage, store, values, {**lineage_options, "tasks": tasks}, path)
+    options = parse_settings(settings) | ({"lineage": lineage} if lineage else {}) | ({"tasks": tasks} if tasks else {})
+    return _parse_over_stored(WatchedLineage, store, values, options, path)
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Read texts such as `train.num_epochs=1` into nested settings. A value is read as YAML.
+
+    Raises:
+        ConfigError: A text is no setting, or two of them contradict each other.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        names = key.split(".")
+        if not equals or not all(names):
+            raise ConfigError(f"--set is {brief(setting)}; give KEY=VALUE, such as train.num_epochs=1.")
+        value = yaml_mapping(f"value: {text}".encode("utf-8", "surrogateescape"), f"--set {brief(setting)}")["value"]
+        section = values
+        for name in names[:-1]:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"--set gives {name} both a value and {key}; give one of them.")
+        section[names[-1]] = value
+    return values
 
 
 def _parse_over_stored(
@@ -233,11 +278,12 @@ def _parse_over_stored(
 
     A relative base model in the options is relative to the working folder.
     """
-    stated = {name: value for name, value in options.items() if value is not None}
-    if "base_model" in stated:
+    stated = dict(options)
+    if isinstance(stated.get("base_model"), str):
         stated["base_model"] = resolve_base(stated["base_model"], Path.cwd())
     origin = str(path or "options")
-    lineage = stated.get("lineage", values.get("lineage", DEFAULT))
+    lineage = stated.get("lineage", values.get("lineage")) or only_lineage(store)
+    stated.setdefault("lineage", lineage)
     stored = _stored_values(store, lineage)
     if stored:
         origin += f" over {store.uri_of(keys.settings_key(lineage))}"

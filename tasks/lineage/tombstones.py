@@ -106,5 +106,5 @@ def require_test_rows(store: ObjectStore, task: str, dataset_uri: str) -> None:
         raise TestRowsForgottenError(
             f"The test rows of task '{task}' were {tombstone.said}, so that no version can be judged on it. First "
             f"adapt to an arrival of '{task}' with test rows: they judge the task from then on. Or promote a version "
-            "that does not know the task (deal history, deal promote)."
+            "that does not know the task (deal version list, deal version promote)."
         )

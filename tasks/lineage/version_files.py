@@ -91,7 +91,7 @@ def _open_weights(path: Path) -> None:
 def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
     """Name of a file of this adapter with its version, and the remedy for a damaged file."""
     lineage = lineage_of(adapter_uri)
-    restore, history = "Restore it from a backup of the store.", f"deal history --lineage {lineage}"
+    restore, history = "Restore it from a backup of the store.", f"deal version list --lineage {lineage}"
     version = None
     with suppress(DealError):  # the versions are damaged too: the file is named without its version
         version = next(
@@ -103,7 +103,7 @@ def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
     if "champion" in version.aliases:
         return (
             f"a file of version {version.version}, champion of '{lineage}'",
-            f"{restore} Other versions still work: go back to one with deal rollback --to N --lineage {lineage}, or "
+            f"{restore} Other versions still work: go back to one with deal version rollback N --lineage {lineage}, or "
             f"ask one with deal predict --version N; {history} lists them.",
         )
     return (

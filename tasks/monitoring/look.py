@@ -76,7 +76,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     result = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live), num_faulty=num_faulty)
     reference = read_reference(store, info.adapter_uri)
     if reference is None:
-        problem = f"Version {info.version} has no reference; write one with: deal evaluate --lineage {lineage}."
+        problem = f"Version {info.version} has no reference; write one with: deal version evaluate --lineage {lineage}."
         return result.model_copy(update={"problem": problem})
     if live.empty:
         problem = (

@@ -51,6 +51,6 @@ def require_open(store: ObjectStore, lineage: str) -> Move:
     opened = PromotionLog(store).open_rollout(lineage)
     if opened is None:
         raise RegistryError(
-            f"No version of '{lineage}' is tried on live traffic; see: deal history --moves --lineage {lineage}"
+            f"No version of '{lineage}' is tried on live traffic; see: deal version list --moves --lineage {lineage}"
         )
     return opened

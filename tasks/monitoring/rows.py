@@ -74,7 +74,7 @@ def read_reference(store: ObjectStore, adapter_uri: str) -> pd.DataFrame | None:
 
 
 def _read(store: ObjectStore, key: str) -> pd.DataFrame:
-    remedy = "Delete it and write it again with deal evaluate; until then live traffic is not compared."
+    remedy = "Delete it and write it again with deal version evaluate; until then live traffic is not compared."
     return read_frame(store, key, "the reference of a version", remedy)
 
 

@@ -100,7 +100,7 @@ def require_exportable(store: ObjectStore, info: Version) -> None:
         raise RegistryError(rejected_by_person(info))
     if info.approval == "awaiting":
         raise RegistryError(
-            f"{name} waits for a person's approval; approve it first: deal promote {info.version} --lineage "
+            f"{name} waits for a person's approval; approve it first: deal version promote {info.version} --lineage "
             f"{info.lineage}"
         )
     for version in descent(Versions(store).all(info.lineage), info):
@@ -109,7 +109,7 @@ def require_exportable(store: ObjectStore, info: Version) -> None:
             learned = "it" if version.version == info.version else f"version {version.version}, which it continues,"
             raise RegistryError(
                 f"{name} is not exported: rows of '{version.task}' that {learned} learned were {tombstone.said}, and "
-                f"its weights still hold them. Export a version that did not learn them (deal history --lineage "
+                f"its weights still hold them. Export a version that did not learn them (deal version list --lineage "
                 f"{info.lineage})."
             )
 
@@ -135,7 +135,7 @@ def _export_merged(
     if record.base.quantize != "none":
         raise ConfigError(
             f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
-            "another one than the served version. Export the adapter: --to hub, or copy its folder (deal history)."
+            "another one than the served version. Export the adapter: --to hub, or copy its folder (deal version list)."
         )
     target = Path(address).absolute()  # "." has no name
     part = target.with_name(f".{target.name}.part")

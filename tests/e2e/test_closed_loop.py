@@ -1,4 +1,4 @@
-"""From shifted traffic to the promoted version, under `deal up` and with `deal serve` in front of the clients."""
+"""From shifted traffic to the promoted version: `deal server up`, with `deal serve` in front of the clients."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def shifted(num_rows: int) -> dict[str, str]:
 def test_shifted_traffic_becomes_a_promoted_version(whole: Whole, tiny_base: Path, tmp_path: Path) -> None:
     file = whole.home / "support.yaml"
     file.write_text(yaml.safe_dump({**SETTINGS, "base_model": str(tiny_base)}))
-    whole.deal("lineage", "add", str(file))
+    whole.deal("lineage", "apply", str(file))
     learn(whole, "january.jsonl", rows(usual(400, "january")), 1)
     with served(LINEAGE, {**whole.environment, "DEAL_LOG_PREDICTIONS": "texts"}) as (url, _):
         assert {each["version"] for each in ask(url, usual(NUM_ASKED, "february"))} == {"1"}
@@ -90,10 +90,10 @@ def test_shifted_traffic_becomes_a_promoted_version(whole: Whole, tiny_base: Pat
         assert f"{TASK}: drift since" in whole.deal("status")
 
         chosen = tmp_path / "to-label.csv"
-        whole.deal("select", TASK, "--lineage", LINEAGE, "--number", "100", "--out", str(chosen))
+        whole.deal("feedback", "sample", TASK, "--lineage", LINEAGE, "--number", "100", "--out", str(chosen))
         labelled = fill_in(chosen, {**usual(NUM_ASKED, "february"), **june})
         assert len(labelled) == 100 and Counter(row["is_random"] for row in labelled) == {"true": 25, "false": 75}
-        whole.deal("tests", "renew", TASK, "--lineage", LINEAGE)
+        whole.deal("task", "renew-tests", TASK, "--lineage", LINEAGE)
         learn(whole, "june.csv", chosen.read_bytes(), 2)
 
         check_the_gate_judged_old_and_renewed_rows(whole)

@@ -47,4 +47,8 @@ def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None
     assert answer["version"] == "3" and answer["task"] == "parcels" and answer["answer"]
     scores = deal(home, "evaluate", "--lineage", "demo")
     assert scores["accuracies"] == scores["recorded"] == pytest.approx(last)
-    assert [entry["task"] for entry in deal(home, "history", "--lineage", "demo")] == ["bank", "clinic", "parcels"]
+    assert [entry["task"] for entry in deal(home, "version", "list", "--lineage", "demo")] == [
+        "bank",
+        "clinic",
+        "parcels",
+    ]

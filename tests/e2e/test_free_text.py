@@ -55,7 +55,7 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 def adapt(folder: Path, spec: dict[str, Any], *, expect: int = 0) -> Any:
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(spec), encoding="utf-8")
-    return deal(folder / "home", "adapt", str(path), "--again", expect=expect)
+    return deal(folder / "home", "adapt", str(path), "--force", expect=expect)
 
 
 def test_sentences_are_learned_judged_vetoed_and_answered(spec: dict[str, Any], tmp_path: Path) -> None:

@@ -80,4 +80,4 @@ def test_what_is_poisoned_or_forgets_is_vetoed_and_what_is_good_passes(home: Pat
     good = adapt(home, "clinic", gate=gate)
     assert (good["status"], good["version"], good["parent_version"]) == ("promoted", "4", "1")
     assert champion(home) == "4"
-    assert deal(home, "rollback", "--lineage", "demo")["champion"] == "1" == champion(home)
+    assert deal(home, "version", "rollback", "--lineage", "demo")["champion"] == "1" == champion(home)

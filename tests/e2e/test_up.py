@@ -1,4 +1,4 @@
-"""`deal up` with real servers and workers, the store behind S3, and landings through SQS."""
+"""`deal server up` with real servers and workers, the store behind S3, and landings through SQS."""
 
 from __future__ import annotations
 
@@ -177,5 +177,5 @@ def check_everything_listens_on_loopback_alone(whole: Whole) -> None:
 
 
 def check_a_second_up_is_refused(whole: Whole) -> None:
-    again = subprocess.run([*DEAL, "up"], env=whole.environment, capture_output=True, text=True, check=False)
+    again = subprocess.run([*DEAL, "server", "up"], env=whole.environment, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "up already" in again.stderr + again.stdout

@@ -1,4 +1,4 @@
-"""`deal up` at length: many arrivals at once, each server cut off for a minute, and a file that ends its reader.
+"""`deal server up` at length: many arrivals at once, each server cut off for a minute, and a file that ends its reader.
 
 `make nightly` runs it.
 """
@@ -56,7 +56,7 @@ def cut_off_part(name: str) -> Callable[[Whole], Callable[[], None]]:
         for each in json.loads((whole.home / "stack.json").read_text())["parts"]:
             if each["name"] == name:
                 os.killpg(each["pid"], signal.SIGKILL)
-        return lambda: str(whole.deal("up")) and None
+        return lambda: str(whole.deal("server", "up")) and None
 
     return cut
 

@@ -1,4 +1,4 @@
-"""`deal up` for tests, over S3, SQS and, where it is installed, PostgreSQL."""
+"""`deal server up` for tests, over S3, SQS and, where it is installed, PostgreSQL."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Whole:
         }
         path = self.home / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
-        self.deal("lineage", "add", str(path))
+        self.deal("lineage", "apply", str(path))
 
     def land(self, key: str, rows: list[dict[str, str]]) -> None:
         self.put(f"inbox/{key}", "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -142,8 +142,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
             address = stack.enter_context(running_postgres(ports[2], ("prefect", "mlflow")))
             environment["PREFECT_API_DATABASE_CONNECTION_URL"] = f"postgresql+asyncpg://{address}/prefect"
             environment["MLFLOW_TRACKING_URI"] = f"postgresql+psycopg2://{address}/mlflow"
-        stack.callback(found.deal, "down")
-        found.deal("up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--trainings", "2")
+        stack.callback(found.deal, "server", "down")
+        found.deal("server", "up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--trainings", "2")
         yield found
 
 
@@ -159,7 +159,7 @@ def rows_of(task: str) -> list[dict[str, str]]:
 
 
 def tree_of(home: Path) -> dict[int, str]:
-    """Processes that `deal up` started here, with all below them."""
+    """Processes that `deal server up` started here, with all below them."""
     parts = json.loads((home / "stack.json").read_text())["parts"]
     found = {}
     for part in parts:

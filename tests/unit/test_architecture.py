@@ -228,7 +228,7 @@ def test_a_circle_of_folders_is_found() -> None:
 
 
 def test_the_stages_of_an_adaptation_are_imported_by_flows_alone(trees: dict[str, ast.AST]) -> None:
-    """So commands that only read or answer, such as `deal validate`, import no Prefect through them."""
+    """So commands that only read or answer, such as `deal check`, import no Prefect through them."""
     graph = import_graph(trees)
     assert {f"tasks.adaptation.{name}" for name in STAGES} <= graph.keys()
     assert not users_of_stages(graph)

@@ -17,6 +17,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_MEAN_SENTENCE = 18
 MAX_SENTENCE = 35
 MAX_COLUMNS = 120
+GENERATED = "commands.md"
+"""Typer writes an option on one line."""
 
 CODE_BLOCK = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 NO_TEXT = re.compile(r"^(?: *\||#|!\[).*$", re.MULTILINE)
@@ -63,7 +65,8 @@ def test_all_pages_together_have_short_sentences() -> None:
 def test_a_page_is_plain(page: Path) -> None:
     text = page.read_text()
     assert not [sentence for sentence in sentences(text) if len(words(sentence)) > MAX_SENTENCE]
-    assert not [line for line in NO_TEXT.sub("", CODE_BLOCK.sub("", text)).splitlines() if len(line) > MAX_COLUMNS]
+    lines = NO_TEXT.sub("", CODE_BLOCK.sub("", text)).splitlines()
+    assert page.name == GENERATED or not [line for line in lines if len(line) > MAX_COLUMNS]
     assert not IDIOMS.findall(text_of(text))
 
 

@@ -1,4 +1,4 @@
-"""A run that a person cancels holds its arrivals until `deal requeue`."""
+"""A run that a person cancels holds its arrivals until `deal version requeue`."""
 
 from __future__ import annotations
 
@@ -145,8 +145,12 @@ def test_a_cancelled_run_does_not_start_again_until_a_person_asks(home: Path, li
 
     (status,) = (each for each in asyncio.run(read_status(home)).lineages if each.lineage == "l")
     assert status.num_open == 0 and [each.key for each in status.held_arrivals] == [KEY]
-    remedy = f"deal requeue {KEY} --lineage l"
-    for shown in (deal("status"), deal("history", "--lineage", "l"), deal("requeue", "--lineage", "l")):
+    remedy = f"deal data release {KEY} --lineage l"
+    for shown in (
+        deal("status"),
+        deal("version", "list", "--lineage", "l"),
+        deal("version", "requeue", "--lineage", "l"),
+    ):
         assert "was cancelled on" in shown and remedy in shown
     assert json.loads(deal(*remedy.split()[1:], "--json"))["released"] == [KEY]
     assert not is_held() and asyncio.run(read_status(home)).lineages[0].num_open == 1
@@ -244,9 +248,9 @@ def test_a_hold_hides_no_lost_registry(home: Path, lineages: None) -> None:
     announced(home)
     run_ends("l", Cancelled())
     assert learn("l") == [] and is_held()
-    assert KEY in deal("history", "--lineage", "l"), "without any version"
+    assert KEY in deal("version", "list", "--lineage", "l"), "without any version"
     current_store().put_bytes("promotions/l/00000001.json", b'{"version": "1"}')
-    for words in (["history"], ["requeue"]):
+    for words in (["version", "list"], ["data", "list"]):
         with put_back():
             found = CliRunner().invoke(app, [*words, "--lineage", "l"])
         assert found.exit_code != 0 and KEY not in found.output
@@ -254,7 +258,7 @@ def test_a_hold_hides_no_lost_registry(home: Path, lineages: None) -> None:
 
 def test_the_remedy_is_a_command_for_a_shell() -> None:
     held = HeldArrival(key="inbox/parcels/may 2.jsonl", why="x")
-    assert shlex.split(held.remedy("l")) == ["deal", "requeue", held.key, "--lineage", "l"]
+    assert shlex.split(held.remedy("l")) == ["deal", "data", "release", held.key, "--lineage", "l"]
 
 
 def test_what_was_cancelled_before_an_arrival_landed_does_not_hold_it(home: Path, lineages: None) -> None:

@@ -67,7 +67,7 @@ def test_a_damaged_champion_is_refused_wherever_it_would_be_loaded(
         with pytest.raises(IntegrityError) as caught:
             load()
         message = str(caught.value)
-        for part in ("Version 3 of 'l'", WEIGHTS, recorded, digests_of(folder)[WEIGHTS], "deal rollback --to 1"):
+        for part in ("Version 3 of 'l'", WEIGHTS, recorded, digests_of(folder)[WEIGHTS], "deal version rollback 1"):
             assert part in message, (name, message)
     assert [(info.version, info.aliases) for info in Versions(current_store()).all("l")] == before, (
         "nothing was learned"
@@ -101,7 +101,7 @@ def test_what_is_fetched_to_be_served_is_compared_too(champion: Version, home: P
         fetch_version(current_store(), champion, tmp_path / "served")
     found = digests_of(path.parent, [name])[name]
     message = str(caught.value)
-    for part in ("Version 3 of 'l'", name, recorded, found, "deal rollback"):
+    for part in ("Version 3 of 'l'", name, recorded, found, "deal version rollback"):
         assert part in message
 
 

@@ -83,18 +83,18 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
     without = run(tiny_base, {"name": "bank", "data": str(more)})
     assert (without.status, without.dataset.num_train, without.dataset.num_rejected) == ("promoted", 20, 3)
 
-    added = deal("labels", "bank", "--add", NEW, "--add", "Lost  card")
+    added = deal("task", "add-label", "bank", NEW, "Lost  card")
     assert (added["added"], added["present"], added["labels"]) == ([NEW], ["Lost  card"], [*LABELS, NEW])
-    assert deal("labels", "bank", "--add", NEW)["added"] == [], "a repeated command finds the label"
+    assert deal("task", "add-label", "bank", NEW)["added"] == [], "a repeated command finds the label"
     assert labels_of(2) == LABELS, "a version does not change"
-    assert deal("validate", str(more), "--task", "bank")["num_rejected"] == 0
+    assert deal("check", str(more), "--task", "bank")["data"]["num_rejected"] == 0
 
     store = current_store()
     settings = {"base_model": str(tiny_base), "gate": NO_LIMITS, "train": {"max_steps": 2, "max_prompt_tokens": 192}}
     store.put_bytes("lineages/l.yaml", yaml.safe_dump(settings).encode())
     store.put_bytes("inbox/bank/task.yaml", yaml.safe_dump({"labels": LABELS}).encode())
     store.put_bytes("inbox/bank/more.jsonl", more.read_bytes())
-    (seen,) = deal("watch", "--once", "--poll", "0.1")["files"]
+    (seen,) = deal("adapt", "--watch", "--once", "--poll", "0.1")["files"]
     assert seen["outcome"] == "promoted", seen
 
     version = Versions(current_store()).all("l")[2]
@@ -115,7 +115,7 @@ def test_old_test_rows_are_asked_of_each_version_by_its_own_labels(
 ) -> None:
     run(tiny_base, {**BANK, "labels": LABELS}, evaluate={"max_new_tokens": 3})
     run(tiny_base, CLINIC, evaluate={"max_old_rows": 5})
-    deal("labels", "bank", "--add", NEW)
+    deal("task", "add-label", "bank", NEW)
     asked = keep_what_is_asked(monkeypatch)
     third = run(tiny_base, {"name": "bank", "data": str(more)})
     assert third.status == "promoted" and third.dataset.new_labels == (NEW,)
@@ -133,7 +133,7 @@ def test_test_rows_that_replace_forgotten_ones_may_have_the_new_label(
 ) -> None:
     first = run(tiny_base, {**BANK, "labels": LABELS})
     asyncio.run(forget(first.dataset.sha256))
-    deal("labels", "bank", "--add", NEW)
+    deal("task", "add-label", "bank", NEW)
     path = tmp_path / "anew.jsonl"
     rows = [{**row, "split": split} for row, split in zip(ROWS, SPLITS, strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -149,7 +149,7 @@ def test_a_requeue_learns_the_rows_of_a_gained_label_too_and_once(deal: Deal, ti
     run(tiny_base, {**BANK, "labels": LABELS})
     assert run(tiny_base, {"name": "bank", "data": str(more)}).dataset.num_rejected == 3
     roll_back("l", "1", who="someone", why="test")
-    deal("labels", "bank", "--add", NEW)
+    deal("task", "add-label", "bank", NEW)
     (third,) = asyncio.run(requeue("l"))
     assert (third.status, third.version, third.dataset.num_rejected) == ("promoted", "3", 0)
     assert find_left_behind("l") == ()
@@ -159,6 +159,6 @@ def test_a_requeue_learns_the_rows_of_a_gained_label_too_and_once(deal: Deal, ti
 
 def test_a_task_that_the_lineage_does_not_know_gains_nothing(deal: Deal, tiny_base: Path) -> None:
     run(tiny_base, BANK)
-    assert "knows no task 'bnak'; it knows bank." in deal("labels", "bnak", "--add", NEW)["error"]
-    assert "a label is one line and not empty" in deal("labels", "bank", "--add", " ")["error"]
+    assert "knows no task 'bnak'; it knows bank." in deal("task", "add-label", "bnak", NEW)["error"]
+    assert "a label is one line and not empty" in deal("task", "add-label", "bank", " ")["error"]
     assert not list(current_store().list("labels"))

@@ -59,7 +59,7 @@ def test_texts_that_may_teach_do_not_judge(tiny_base: Path, monkeypatch: pytest.
     assert note.startswith("rehearsed 16 questions about old tasks (sets: 1)")
     assert {name: len(each) for name, each in read_answers(current_store(), adapter_uri).now.items()} == judging
 
-    current_store().delete(f"{adapter_uri}/{ANSWERS_FILE}")  # as `deal forget` of another task does
+    current_store().delete(f"{adapter_uri}/{ANSWERS_FILE}")  # as `deal data delete` of another task does
     assert score_version(info).num_rows == judging
 
 

@@ -47,7 +47,7 @@ def learn(base: Path, task: dict[str, Any], **gate: Any) -> AdaptResult:
 
 def renew(home: Path, task: str = "colours") -> Any:
     with put_back():
-        result = CliRunner().invoke(app, ["tests", "renew", task, "--lineage", "l", "--home", str(home), "--json"])
+        result = CliRunner().invoke(app, ["task", "renew-tests", task, "--lineage", "l", "--home", str(home), "--json"])
     return json.loads(result.stdout)
 
 
@@ -64,7 +64,7 @@ def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
     now = learn(tiny_base, file_of(tmp_path, "july", "cold", "warm"))
     assert now.status == "promoted" and now.accuracies["colours"] > 0.8 and now.accuracies["colours.old-1"] < 0.5
     report, page = page_of(now)
-    assert "deal tests renew asked for them; the 10 rows before stay as colours.old-1" in page
+    assert "deal task renew-tests asked for them; the 10 rows before stay as colours.old-1" in page
     assert report.version == now.version
 
     record = read_record(current_store(), f"adapters/l/{now.run_key[:16]}")

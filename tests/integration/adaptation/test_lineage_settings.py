@@ -74,7 +74,7 @@ def test_deal_adapt_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, A
     assert deal(*said)["status"] == "awaiting approval"
     assert Versions(current_store()).champion("support") is None
     assert spec_of(1)["train"]["max_steps"] == 2 and spec_of(1)["strategy"] == "seq_lora"
-    assert deal(*said, "--strategy", "deal")["status"] == "awaiting approval"
+    assert deal(*said, "--set", "strategy=deal")["status"] == "awaiting approval"
     assert spec_of(2)["train"]["max_steps"] == 2 and spec_of(2)["strategy"] == "deal"
 
 
@@ -93,12 +93,12 @@ def test_a_spec_says_otherwise_only_where_it_says_so(deal: Deal, support: dict[s
 def test_deal_watch_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any], tmp_path: Path) -> None:
     land("bank/other.jsonl")
     land("parcels/a.jsonl")
-    (seen,) = deal("watch", "--once", "--poll", "0.1", "--lineage", "support")["files"]
+    (seen,) = deal("adapt", "--watch", "--once", "--poll", "0.1", "--lineage", "support")["files"]
     assert (seen["key"], seen["outcome"]) == ("inbox/parcels/a.jsonl", "awaiting approval")
     assert Versions(current_store()).champion("support") is None and spec_of(1)["train"]["max_steps"] == 2
     path = tmp_path / "support.yaml"
     path.write_text(yaml.safe_dump({"lineage": "support", "tasks": ["bank"], "gate": {"approval": "automatic"}}))
-    (seen,) = deal("watch", "--once", "--poll", "0.1", "--spec", str(path))["files"]
+    (seen,) = deal("adapt", str(path), "--watch", "--once", "--poll", "0.1")["files"]
     assert (seen["key"], seen["outcome"]) == ("inbox/bank/other.jsonl", "promoted")
 
 
@@ -116,7 +116,7 @@ def test_what_the_gate_rejected_is_tried_under_new_limits_once_it_lands_under_an
     deal: Deal, support: dict[str, Any]
 ) -> None:
     def watch() -> list[tuple[str, str]]:
-        result = CliRunner().invoke(app, ["watch", "--once", "--poll", "0.1", "-l", "support", "--json"])
+        result = CliRunner().invoke(app, ["adapt", "--watch", "--once", "--poll", "0.1", "-l", "support", "--json"])
         return [(seen["key"], seen["outcome"]) for seen in json.loads(result.stdout)["files"]]
 
     store_settings({**support, "gate": {**NO_LIMITS, "min_accuracy": 1.0}})
@@ -138,7 +138,7 @@ def test_ctrl_c_between_two_files_is_told_by_the_exit_code(
 
     for number in range(num_files):
         current_store().put_bytes(f"inbox/parcels/{number}.jsonl", b"nonsense\n")
-    words = ["watch", "--once", "--poll", "0.1", "-l", "support"]
+    words = ["adapt", "--watch", "--once", "--poll", "0.1", "-l", "support"]
     with monkeypatch.context() as patch:
         patch.setattr("flows.watch.write_state", write)
         stopped = CliRunner().invoke(app, words)
@@ -153,10 +153,10 @@ def test_a_plan_and_a_check_of_a_file_keep_to_the_lineage_s_file(
 ) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump({"lineage": "support", "task": {"name": "parcels", "data": str(ROWS)}}))
-    assert deal("plan", str(path), "--no-probe")["num_steps"] == 2
+    assert deal("check", str(path), "--plan", "--no-probe")["plan"]["num_steps"] == 2
     few = tmp_path / "few.jsonl"
     few.write_text("".join(ROWS.read_text().splitlines(keepends=True)[:30]))
-    checked = ("validate", str(few), "--lineage", "support", "--task", "parcels")
+    checked = ("check", str(few), "--lineage", "support", "--task", "parcels")
     assert deal(*checked)["num_rejected"] == 0
     store_settings({**support, "data": {"max_text_chars": 100, "max_bad_share": 1.0}})
     assert deal(*checked)["num_rejected"] > 0
@@ -165,17 +165,17 @@ def test_a_plan_and_a_check_of_a_file_keep_to_the_lineage_s_file(
 def test_a_lineage_is_held_shown_resumed_and_removed_by_command(
     deal: Deal, support: dict[str, Any], home: Path
 ) -> None:
-    assert deal("lineage", "hold", "support", "--why", "labels are wrong")["held"] == "labels are wrong"
+    assert deal("lineage", "pause", "support", "--reason", "labels are wrong")["held"] == "labels are wrong"
     (shown,) = deal("lineage", "list")
     assert shown["held"] == "labels are wrong" and shown["tasks"] == ["parcels"]
     land("parcels/a.jsonl")
-    assert deal("watch", "--once", "--lineage", "support")["files"] == []
+    assert deal("adapt", "--watch", "--once", "--lineage", "support")["files"] == []
     assert deal("lineage", "resume", "support")["held"] is None
     assert deal("lineage", "show", "support")["train"]["max_steps"] == 2
-    result = CliRunner().invoke(app, ["lineage", "remove", "support", "--home", str(home)])
+    result = CliRunner().invoke(app, ["lineage", "delete", "support", "--home", str(home)])
     assert result.exit_code == WRONG_USE and "the only lineage with settings" in " ".join(result.output.split())
     current_store().put_bytes("lineages/other.yaml", b"tasks: [bank]")
-    deal("lineage", "remove", "support")
+    deal("lineage", "delete", "support")
     assert not current_store().exists("lineages/support.yaml")
     result = CliRunner().invoke(app, ["lineage", "show", "support", "--home", str(home)])
     assert result.exit_code == WRONG_USE and "There is no" in result.output

@@ -125,7 +125,7 @@ def test_a_mistake_in_the_data_is_not_tried_again(
 
 READ_AGAIN = {
     r"versions/|promotions/|index/": "another process may have moved the champion since",
-    r"forgotten/": "a tombstone is looked for before rows are stored and after: `deal forget` may run meanwhile",
+    r"forgotten/": "a tombstone is looked for before rows are stored and after: `deal data delete` may run meanwhile",
     r"adapters/.*/(record|answers)\.json": "those of the new version, by its report and by the mirror in MLflow",
     r"reports/": "the report of the new version, by the mirror in MLflow",
     r"runs/": "the journal of the run itself, which each change of it reads",

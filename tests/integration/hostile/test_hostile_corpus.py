@@ -1,4 +1,4 @@
-"""Hundreds of hostile data files in `deal validate`: no file hangs or fills memory, and good rows are kept.
+"""Hundreds of hostile data files in `deal check`: no file hangs or fills memory, and good rows are kept.
 
 To add families, write a module like `tests.hostile_texts` and name it here.
 """

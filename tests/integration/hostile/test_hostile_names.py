@@ -54,26 +54,26 @@ def not_utf8(folder: Path) -> Path:
 
 
 CASES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
-    "a symlink loop": (lambda files: ["validate", files / "loop.csv"], "symbolic links"),
+    "a symlink loop": (lambda files: ["check", files / "loop.csv"], "symbolic links"),
     "a symlink loop as test rows": (
-        lambda files: ["validate", files / "good.csv", "--test-data", files / "loop.csv"],
+        lambda files: ["check", files / "good.csv", "--test-data", files / "loop.csv"],
         "symbolic links",
     ),
     "a symlink loop as spec": (
-        lambda files: ["validate", files / "good.csv", "--spec", files / "loop.yaml"],
+        lambda files: ["check", files / "good.csv", "--spec", files / "loop.yaml"],
         "symbolic links",
     ),
     "a symlink loop as home": (
-        lambda files: ["validate", files / "good.csv", "--home", files / "loop.csv"],
+        lambda files: ["check", files / "good.csv", "--home", files / "loop.csv"],
         "symbolic links",
     ),
-    "a name that is not UTF-8": (lambda files: ["validate", not_utf8(files)], "not UTF-8"),
+    "a name that is not UTF-8": (lambda files: ["check", not_utf8(files)], "not UTF-8"),
     "a name that is not UTF-8, with a spec": (
-        lambda files: ["validate", not_utf8(files), "--spec", files / "good.yaml"],
+        lambda files: ["check", not_utf8(files), "--spec", files / "good.yaml"],
         "not UTF-8",
     ),
     "a name that is not UTF-8, as test rows": (
-        lambda files: ["validate", files / "good.csv", "--test-data", not_utf8(files)],
+        lambda files: ["check", files / "good.csv", "--test-data", not_utf8(files)],
         "not UTF-8",
     ),
     "a name that is not UTF-8, to adapt": (
@@ -99,19 +99,19 @@ CASES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         "",
     ),
     "lists nested deeply": (
-        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"task: {'[' * 9999}{']' * 9999}")],
+        lambda files: ["check", files / "good.csv", "--spec", spec(files, f"task: {'[' * 9999}{']' * 9999}")],
         "nested",
     ),
     "mappings nested deeply": (
-        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"task: {'{a: ' * 9999}1{'}' * 9999}")],
+        lambda files: ["check", files / "good.csv", "--spec", spec(files, f"task: {'{a: ' * 9999}1{'}' * 9999}")],
         "nested",
     ),
     "an integer of 5,000 digits": (
-        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"train: {{seed: {'9' * 5000}}}")],
+        lambda files: ["check", files / "good.csv", "--spec", spec(files, f"train: {{seed: {'9' * 5000}}}")],
         "digits",
     ),
     "an integer of 5,000 hexadecimal digits": (
-        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"train: {{seed: 0x{'f' * 5000}}}")],
+        lambda files: ["check", files / "good.csv", "--spec", spec(files, f"train: {{seed: 0x{'f' * 5000}}}")],
         "",
     ),
 }
@@ -149,7 +149,7 @@ def test_an_unknown_time_zone_costs_no_row(files: Path, home: Path) -> None:
     zoned = moments.view(pa.timestamp("us", "Mars/Base"))
     table = pa.table({"text": [*TEXTS[:-1], ""], "label": LABELS, "when": zoned})
     pq.write_table(table, files / "rows.parquet")
-    result = run("validate", files / "rows.parquet", "--json")
+    result = run("check", files / "rows.parquet", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["num_read"], found["num_rejected"]) == (40, 1)

@@ -103,7 +103,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         os.environ["DEAL_HOME"] = str(folder / "home")
         tempfile.tempdir = str(folder / "tmp")
         found = Place(folder, open_store(str(folder / "home" / "store")), folder / "a.csv")
-        found.deal("validate", str(found.data), code=0)  # imports everything
+        found.deal("check", str(found.data), code=0)  # imports everything
         yield found
     tempfile.tempdir = before
 
@@ -247,7 +247,7 @@ TRAPS: dict[str, bytes] = {
 def test_yaml_that_is_a_trap_is_refused_wherever_it_is_read(case: str, place: Place) -> None:
     spec = place.folder / "trap.yaml"
     spec.write_bytes(TRAPS[case])
-    place.deal("validate", str(place.data), "--spec", str(spec), code=2)
+    place.deal("check", str(place.data), "--spec", str(spec), code=2)
     place.store.put_bytes("inbox/trap/task.yaml", TRAPS[case])
     place.store.put_bytes("inbox/trap/a.csv", ROWS.encode())
     assert [info.key for info in look(place.store).arrivals] == ["inbox/trap/a.csv"]
@@ -300,10 +300,10 @@ def test_what_stands_in_a_files_place_holds_nobody_up(case: str, name: str, plac
         with refused(TaskFieldsError) if name == "task.yaml" and not is_nothing else nullcontext():
             assert task_spec(place.store, "inbox/t/a.csv").instruction is None
         if name == "b.csv" and not is_file:
-            place.deal("validate", str(place.data), "--test-data", place.store.uri_of("inbox/t/b.csv"), code=1)
+            place.deal("check", str(place.data), "--test-data", place.store.uri_of("inbox/t/b.csv"), code=1)
         if not (name == "b.csv" and is_file) and "link" not in case:  # a person may name any regular file
-            place.deal("validate", str(place.data), "--test-data", str(path), code=1)
-            place.deal("validate", str(place.data), "--spec", str(path), code=2)
+            place.deal("check", str(place.data), "--test-data", str(path), code=1)
+            place.deal("check", str(place.data), "--spec", str(path), code=2)
     finally:
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         place.store.delete("inbox")
@@ -374,8 +374,8 @@ NAMES = (
 def test_a_name_that_could_do_anything_is_refused(name: str, place: Place) -> None:
     asks_command = NAMES.index(name) % 4 == 0 and "\0" not in name and "\ud800" not in name  # no shell passes them
     if asks_command:
-        place.deal("validate", str(place.data), f"--task={name}", code=2)
-        place.deal("validate", str(place.data), f"--lineage={name}", code=2)
+        place.deal("check", str(place.data), f"--task={name}", code=2)
+        place.deal("check", str(place.data), f"--lineage={name}", code=2)
     spec = place.folder / "names.yaml"
     for values in (
         {"task": {"name": name, "data": "a.csv"}},
@@ -386,7 +386,7 @@ def test_a_name_that_could_do_anything_is_refused(name: str, place: Place) -> No
             read_spec(spec)
     spec.write_text(yaml.safe_dump({"lineage": name}), encoding="utf-8")
     if asks_command:
-        place.deal("lineage", "add", str(spec), code=2)
+        place.deal("lineage", "apply", str(spec), code=2)
     assert not list(place.store.list("lineages"))
 
 
@@ -417,22 +417,22 @@ LABELS = (
 def test_a_label_is_shown_and_does_nothing(label: str, place: Place) -> None:
     rows = place.folder / "labels.jsonl"
     rows.write_text("".join(json.dumps({"text": f"t {n}", "label": (label, "lost")[n % 2]}) + "\n" for n in range(40)))
-    shown = place.deal("validate", str(rows))
+    shown = place.deal("check", str(rows))
     plain = " ".join(shown.split())
     assert "lost" in plain or "bad" in plain
     for markup in ("[red]x", "[/]", "[link=http://x]x[/link]", ":smiley:"):
         assert label != markup or markup in plain
-    place.deal("validate", str(rows), "--json")
+    place.deal("check", str(rows), "--json")
     spec = place.folder / "labels.yaml"
     spec.write_text(yaml.safe_dump({"task": {"name": "t", "data": "labels.jsonl", "labels": [label, "lost", "LOST"]}}))
-    place.deal("validate", str(rows), "--spec", str(spec), code=2)
+    place.deal("check", str(rows), "--spec", str(spec), code=2)
 
 
 def test_many_labels_are_counted_rather_than_shown(place: Place) -> None:
     spec = place.folder / "many.yaml"
     labels = ["late", "lost", *(f"label number {n}" for n in range(5000))]
     spec.write_text(yaml.safe_dump({"task": {"name": "t", "data": "a.csv", "labels": labels}}))
-    shown = place.deal("validate", str(place.data), "--spec", str(spec))
+    shown = place.deal("check", str(place.data), "--spec", str(spec))
     assert "label number 17 and 4982 more" in " ".join(shown.split()) and len(shown) < 2500
 
 
@@ -463,9 +463,9 @@ def test_a_files_name_is_shown_and_does_nothing(name: str, place: Place) -> None
     folder = place.folder / "files"
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(ROWS)
-    place.deal("validate", str(folder / name))
-    place.deal("validate", f"{folder / name}.missing", code=1)
-    place.deal("validate", str(place.data), "--spec", str(folder / name), code=2)
+    place.deal("check", str(folder / name))
+    place.deal("check", f"{folder / name}.missing", code=1)
+    place.deal("check", str(place.data), "--spec", str(folder / name), code=2)
     landed = place.folder / "home" / "store" / "inbox" / "t" / name
     landed.parent.mkdir(parents=True, exist_ok=True)
     landed.write_text(ROWS)
@@ -510,7 +510,7 @@ def test_an_address_of_no_file_is_refused(address: str, field: str, place: Place
     spec = place.folder / "address.yaml"
     spec.write_text(yaml.safe_dump(values), encoding="utf-8")
     if field == "test_data" and address != "":
-        assert place.deal("validate", str(place.data), "--spec", str(spec))
+        assert place.deal("check", str(place.data), "--spec", str(spec))
     else:
         with refused() if "\0" in address or "\ud800" in address else nullcontext():
             read_spec(spec)

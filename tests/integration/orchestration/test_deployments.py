@@ -134,9 +134,9 @@ def test_another_home_or_store_is_not_overwritten(
 ) -> None:
     (other := tmp_path / "other").mkdir()
     with put_back():
-        answer = CliRunner().invoke(app, ["deploy", "--home", str(other)])
+        answer = CliRunner().invoke(app, ["server", "register", "--home", str(other)])
     said = " ".join(answer.output.split())
-    assert answer.exit_code == 2 and "deal deploy --replace" in said
+    assert answer.exit_code == 2 and "deal server register --replace" in said
     assert home_on_the_server() == str(deployed)
 
     async def require_own() -> None:

@@ -200,7 +200,7 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     report, page = read_page(current_store(), newest)
     assert report.arrival_accuracy == accuracy and f"{100 * accuracy:.1f} %" in page
     with put_back():
-        shown = CliRunner().invoke(app, ["history", "--lineage", "l"]).output
+        shown = CliRunner().invoke(app, ["version", "list", "--lineage", "l"]).output
     assert "on arrival" in shown and f"{100 * accuracy:.1f}" in shown
 
 
@@ -210,7 +210,7 @@ def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows
     land(home, "parcels/1.jsonl", ROWS[:40])
     learn(now())
     with put_back():
-        CliRunner().invoke(app, ["labels", "parcels", "--add", "stolen parcel", "--lineage", "l"])
+        CliRunner().invoke(app, ["task", "add-label", "parcels", "stolen parcel", "--lineage", "l"])
     row = {**json.loads(ROWS[60]), "label": "stolen parcel"}
     land(home, "parcels/2.jsonl", [*ROWS[40:60], json.dumps(row).encode() + b"\n"])
     assert learn(now()) == [("parcels/2.jsonl", "promoted", "2")]

@@ -1,4 +1,4 @@
-"""The servers of `deal up` as they are started."""
+"""The servers of `deal server up` as they are started."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ def test_a_lineage_file_says_only_what_was_given(home: Path) -> None:
     stored = yaml.safe_load(current_store().get_bytes("lineages/short.yaml"))
     assert stored == {"lineage": "short", "tasks": ["bank"], "strategy": "seq_lora"}
     assert read_lineage(current_store(), "short") == given
-    with pytest.raises(ConfigError, match="deal lineage add"):
+    with pytest.raises(ConfigError, match="deal lineage apply"):
         read_lineage(current_store(), "nobody")
 
 

@@ -146,12 +146,22 @@ def test_no_secret_is_shown_or_kept_where_nothing_answers(
         spec_of(tmp_path, f"https://127.0.0.1/model.gguf?token=base-{WORD}"),
         spec_of(tmp_path, tiny_base, task={**BANK, "data": f"https://me:data-{WORD}@127.0.0.1/x.csv"}),
     ]
-    looking = [["status", "--json"], ["status"], ["history"], ["gc"], ["watch", "--once"], ["lineage", "list"]]
+    looking = [
+        ["status", "--json"],
+        ["status"],
+        ["version", "list"],
+        ["data", "gc"],
+        ["adapt", "--watch", "--once"],
+        ["lineage", "list"],
+    ]
     bad_endpoint = {"DEAL_S3_ENDPOINT_URL": f"http://me:bad-{WORD}@[not"}
     done = run(
         home,
         [
-            (secret, [["status", "--json"], ["adapt", good], ["adapt", good, "--debug"], ["history", "--json"]]),
+            (
+                secret,
+                [["status", "--json"], ["adapt", good], ["adapt", good, "--debug"], ["version", "list", "--json"]],
+            ),
             (there, [*looking, ["adapt", good], ["adapt", good, "--debug"], ["adapt", good, "--json"]]),
             (bad_endpoint, [["status", "--json"], ["adapt", good, "--debug"]]),
             (local, [["status", "--json"], ["adapt", good], ["predict", "x"], ["vllm", "sync"], ["ui", "--json"]]),
@@ -160,13 +170,13 @@ def test_no_secret_is_shown_or_kept_where_nothing_answers(
                 [
                     *looking,
                     ["adapt", good, "--debug"],
-                    ["history"],
+                    ["version", "list"],
                     ["serve"],
                     ["demo", "--base", secret["DEAL_BASE_MODEL"]],
                     ["vllm", "sync", "--url", secret["DEAL_VLLM_URL"]],
-                    ["adapt", good, "--base", secret["DEAL_BASE_MODEL"]],
+                    ["adapt", good, "--set", f"base_model={secret['DEAL_BASE_MODEL']}"],
                     *(["adapt", each] for each in spoiled),
-                    *(["lineage", "add", each] for each in spoiled),
+                    *(["lineage", "apply", each] for each in spoiled),
                     ["predict", "x", "--debug"],
                 ],
             ),
@@ -212,14 +222,14 @@ def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(
                     secrets,
                     [
                         ["adapt", good],
-                        ["adapt", good, "--again", "--json"],
+                        ["adapt", good, "--force", "--json"],
                         ["adapt", failing],
                         ["adapt", refused, "--debug"],
-                        ["history", "--json"],
+                        ["version", "list", "--json"],
                         ["status", "--json"],
                         ["report", "1"],
                         ["predict", "My card was lost."],
-                        ["gc"],
+                        ["data", "gc"],
                     ],
                 )
             ],

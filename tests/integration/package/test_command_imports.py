@@ -29,12 +29,12 @@ TABLES = {"pandas", "datasets"}
 
 LIGHT = SERVICES | LEARNING | TABLES
 READING = [
-    (["history", "--lineage", "l"], LIGHT),
-    (["history", "--matrix", "--lineage", "l"], LIGHT),
-    (["history", "--moves", "--lineage", "l"], LIGHT),
-    (["history", "--at", "2030-01-01", "--lineage", "l"], LIGHT),
+    (["version", "list", "--lineage", "l"], LIGHT),
+    (["version", "list", "--matrix", "--lineage", "l"], LIGHT),
+    (["version", "list", "--moves", "--lineage", "l"], LIGHT),
+    (["version", "list", "--at", "2030-01-01", "--lineage", "l"], LIGHT),
     (["status"], LIGHT),
-    (["validate", str(ROOT / "examples" / "bank" / "train.jsonl"), "--task", "bank"], SERVICES | LEARNING),
+    (["check", str(ROOT / "examples" / "bank" / "train.jsonl"), "--task", "bank"], SERVICES | LEARNING),
 ]
 ROLLOUT = [(["rollout", "status", "--lineage", "l"], {"prefect", "sklearn"})]
 ANSWERING = [

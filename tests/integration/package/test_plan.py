@@ -1,4 +1,4 @@
-"""deal plan on a tiny base model, and the flow's refusal of a training that does not fit."""
+"""deal check --plan on a tiny base model, and the flow's refusal of a training that does not fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Plan = Callable[..., Result]
 
 @pytest.fixture
 def plan(tmp_path: Path, tiny_base: Path) -> Iterator[Plan]:
-    """Runs deal plan on the bank example with the tiny base model."""
+    """Runs deal check --plan on the bank example with the tiny base model."""
 
     def invoke(
         *options: str, base: Path = tiny_base, parts: dict[str, object] | None = None, **train: object
@@ -37,14 +37,14 @@ def plan(tmp_path: Path, tiny_base: Path) -> Iterator[Plan]:
         spec |= parts or {}
         file = tmp_path / "spec.yaml"
         file.write_text(yaml.safe_dump(spec))
-        return CliRunner().invoke(app, ["plan", str(file), "--home", str(tmp_path / "home"), *options])
+        return CliRunner().invoke(app, ["check", str(file), "--plan", "--home", str(tmp_path / "home"), *options])
 
     with put_back():
         yield invoke
 
 
 def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) -> None:
-    found = json.loads(plan("--json", max_steps=None, num_epochs=2).stdout)
+    found = json.loads(plan("--json", max_steps=None, num_epochs=2).stdout)["plan"]
     assert (found["num_train"], found["num_test"]) == (72, 36)
     assert found["num_steps"] == 2 * 72 // 8
     assert found["verdict"] == "fits" and found["lengths_from"] == "rows"
@@ -57,7 +57,7 @@ def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) 
 
 def test_a_plan_counts_the_chosen_rows_and_says_what_choosing_costs(plan: Plan) -> None:
     parts = {"selection": {"keep": 0.25, "noise": "name"}}
-    found = json.loads(plan("--json", num_epochs=2, max_steps=None, parts=parts).stdout)
+    found = json.loads(plan("--json", num_epochs=2, max_steps=None, parts=parts).stdout)["plan"]
     assert (found["num_train"], found["num_chosen"], found["num_steps"]) == (72, 18, 2 * 3)
     assert any(
         "a model reads 72 texts before the training, about" in note and "not counted" in note for note in found["notes"]
@@ -67,18 +67,18 @@ def test_a_plan_counts_the_chosen_rows_and_says_what_choosing_costs(plan: Plan) 
 
 
 def test_a_plan_says_what_recentring_costs(plan: Plan) -> None:
-    found = json.loads(plan("--json", recentre_steps=40).stdout)
+    found = json.loads(plan("--json", recentre_steps=40).stdout)["plan"]
     (note,) = (note for note in found["notes"] if "re-centre the labels" in note)
     assert f"40 steps follow that re-centre the labels, about {round(40 * found['seconds_per_step']):,} s" in note
 
 
 def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:
-    found = json.loads(plan("--json", num_processes=2).stdout)
+    found = json.loads(plan("--json", num_processes=2).stdout)["plan"]
     assert found["seconds_per_step"] > 0 and any("2 share it" in note for note in found["notes"])
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change(plan: Plan) -> None:
-    whole = json.loads(plan("--json", "--no-probe", batch_size=32).stdout)
+    whole = json.loads(plan("--json", "--no-probe", batch_size=32).stdout)["plan"]
     less = f"{0.8 * whole['total_bytes'] / 2**20}MiB"
     refused = plan("--json", "--device-memory", less, batch_size=32)
     found = json.loads(refused.stdout)
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(plan: Plan) -> None:
     batch = next(each for each in found["remedies"] if each["change"].startswith("train.batch_size"))
     assert batch["fits"] and found["seconds_per_step"] is None
     smaller = int(batch["change"].split()[1])
-    tried = json.loads(plan("--json", "--no-probe", "--device-memory", less, batch_size=smaller).stdout)
+    tried = json.loads(plan("--json", "--no-probe", "--device-memory", less, batch_size=smaller).stdout)["plan"]
     assert tried["verdict"] != "refused" and tried["total_bytes"] == batch["total_bytes"]
     shown = plan("--no-probe", "--device-memory", "50kB", batch_size=32)
     assert shown.exit_code == 1
@@ -101,7 +101,7 @@ def config_only(folder: Path, **sizes: int) -> Path:
 
 def test_without_weights_the_limits_are_planned_for(plan: Plan, tmp_path: Path) -> None:
     base = config_only(tmp_path / "model", hidden_size=32, intermediate_size=64)
-    found = json.loads(plan("--json", base=base).stdout)
+    found = json.loads(plan("--json", base=base).stdout)["plan"]
     assert (found["lengths_from"], found["longest_row_tokens"]) == ("limits", 192 + 12)
     assert found["expected_seconds"] is None and "weights are not on this machine" in found["notes"][0]
 
@@ -123,6 +123,6 @@ def test_a_plan_counts_both_answers_of_preferences(plan: Plan, tmp_path: Path) -
     file = tmp_path / "tone.jsonl"
     rows = [{"prompt": f"Message {number}.", "chosen": "Yes.", "rejected": "No, no."} for number in range(40)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = json.loads(plan("--json", batch_size=4, parts={"task": {"name": "tone", "data": str(file)}}).stdout)
+    found = json.loads(plan("--json", batch_size=4, parts={"task": {"name": "tone", "data": str(file)}}).stdout)["plan"]
     assert found["batch_rows"] == 8 and found["rows_per_step"] == 4
     assert any("the parent's answers are the reference: a model reads" in note for note in found["notes"])

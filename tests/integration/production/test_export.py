@@ -103,7 +103,7 @@ def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, act: str) -> None
     with pytest.raises(RegistryError, match="did not pass its gate"):
         hand_over("2")
     waiting = register("waiting", needs_approval=True)
-    with pytest.raises(RegistryError, match=f"deal promote {waiting.version} --lineage l"):
+    with pytest.raises(RegistryError, match=f"deal version promote {waiting.version} --lineage l"):
         hand_over(waiting.version)
     asyncio.run(forget(version("1").dataset_sha256))
     with pytest.raises(RegistryError, match="rows of 'bank' that it learned were forgotten"):

@@ -96,7 +96,7 @@ def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
 
     store.delete(f"{info.adapter_uri}/{REFERENCE_FILE}")
     put_predictions(store, "l", live_of(found), "a")
-    assert "deal evaluate --lineage l" in (look().problem or "")
+    assert "deal version evaluate --lineage l" in (look().problem or "")
     asyncio.run(evaluate("l"))
     again, found = (each.sort_values("id", ignore_index=True) for each in (reference_of(), found))
     pd.testing.assert_frame_equal(again, found, check_exact=False, atol=0.02)

@@ -129,7 +129,7 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(m
 def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, lineage: None) -> None:
     roll_back("l", None, **BY)
     repeat = learn(tiny_base, "parcels")
-    assert repeat.status == "repeat" and "deal requeue 2 --lineage l" in repeat.message
+    assert repeat.status == "repeat" and "deal version requeue 2 --lineage l" in repeat.message
     third = learn(tiny_base, "clinic")
     assert (third.version, third.parent_version) == ("3", "1"), "the lineage branches at the rollback"
     assert [left.version for left in find_left_behind("l")] == ["2"]
@@ -152,7 +152,7 @@ def test_an_arrival_that_is_now_the_first_of_its_task_is_learned_again_once(tiny
     before = learn(tiny_base, "clinic, more")
     assert (before.version, before.dataset.num_test) == ("4", 0), "the file before it had the test rows"
     roll_back("l", "2", **BY)
-    assert "deal requeue 4 --lineage l" in learn(tiny_base, "clinic, more").message
+    assert "deal version requeue 4 --lineage l" in learn(tiny_base, "clinic, more").message
     (after,) = asyncio.run(requeue("l", ["4"]))
     assert (after.status, after.version, after.parent_version) == ("promoted", "5", "2")
     assert after.dataset.num_test > 0 and after.dataset.sha256 != before.dataset.sha256
@@ -186,7 +186,7 @@ def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, w
     assert aliases() == {"champion": "2", "previous": "1", "challenger": "3"}
     repeat = learn(tiny_base, "clinic", approval="person")
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "3")
-    assert "deal promote 3 --lineage l" in repeat.message
+    assert "deal version promote 3 --lineage l" in repeat.message
     parent = find_parent("l")
     assert parent is not None and parent.version == "2"
 
@@ -238,10 +238,12 @@ def test_an_arrival_that_was_promoted_and_then_rejected_is_learned_with_other_se
 @pytest.mark.usefixtures("waiting")
 def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remedy() -> None:
     roll_back("l", "1", **BY)
-    with pytest.raises(RegistryError, match=r"version 2, but version 1 is champion.*deal requeue 3 --lineage l"):
+    with pytest.raises(
+        RegistryError, match=r"version 2, but version 1 is champion.*deal version requeue 3 --lineage l"
+    ):
         promote_to("l", "3", **BY)
     promote_to("l", "2", **BY)
-    with pytest.raises(RegistryError, match=r"deal rollback --to 1 --lineage l"):
+    with pytest.raises(RegistryError, match=r"deal version rollback 1 --lineage l"):
         promote_to("l", "1", **BY)
     with pytest.raises(RegistryError, match="was never champion"):
         roll_back("l", "3", **BY)
@@ -296,7 +298,7 @@ def test_a_version_whose_run_died_before_its_promotion_is_promoted_by_the_next_r
     assert roll_back("l", None, **BY).before == "3"
     parent = find_parent("l")
     assert parent is not None and parent.version == "2", "a version that was rolled back is not promoted again"
-    assert "deal requeue 3" in learn(tiny_base, "clinic").message
+    assert "deal version requeue 3" in learn(tiny_base, "clinic").message
 
 
 @pytest.mark.usefixtures("waiting")
@@ -319,9 +321,9 @@ def test_the_commands_say_what_they_did(home: Path) -> None:
         assert found.exit_code == 0, found.output
         return json.loads(found.stdout)
 
-    assert deal("rollback", "--why", "complaints")["left_behind"][0]["task"] == "parcels"
-    assert deal("history", "--moves")[-1]["why"] == "complaints"
-    assert deal("history", "--at", "2001-01-01")["champion"] is None
-    assert deal("history", "--at", f"{datetime.now():%Y-%m-%dT23:59:59}")["champion"] == "1"
-    assert [each["version"] for each in deal("requeue")] == ["2"]
-    assert deal("promote", "2")["champion"] == "2"
+    assert deal("version", "rollback", "--reason", "complaints")["left_behind"][0]["task"] == "parcels"
+    assert deal("version", "list", "--moves")[-1]["why"] == "complaints"
+    assert deal("version", "list", "--at", "2001-01-01")["champion"] is None
+    assert deal("version", "list", "--at", f"{datetime.now():%Y-%m-%dT23:59:59}")["champion"] == "1"
+    assert [each["version"] for each in deal("version", "requeue")] == ["2"]
+    assert deal("version", "promote", "2")["champion"] == "2"

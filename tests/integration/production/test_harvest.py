@@ -126,7 +126,7 @@ def test_what_a_person_has_corrected_lands_once_and_is_learned(
         {"id": unreviewed, "text": "left blank"},
         {"id": "f" * 32, "label": first},
     )
-    command = ["feedback", str(file), "--lineage", "l", "--home", str(home), "--json"]
+    command = ["feedback", "add", str(file), "--lineage", "l", "--home", str(home), "--json"]
     with put_back():
         found = CliRunner().invoke(app, command)
     assert found.exit_code == 0, found.output
@@ -134,7 +134,9 @@ def test_what_a_person_has_corrected_lands_once_and_is_learned(
     assert (taken["num_taken"], taken["num_blank"], taken["num_unknown"]) == (2, 1, 1)
 
     with put_back():
-        found = CliRunner().invoke(app, ["harvest", "clinic", "--lineage", "l", "--home", str(home), "--json"])
+        found = CliRunner().invoke(
+            app, ["feedback", "export", "clinic", "--lineage", "l", "--home", str(home), "--json"]
+        )
     assert found.exit_code == 0, found.output
     done = json.loads(found.stdout)
     assert done["num_rows"] == 2 and done["skipped"] == {harvesting.NOT_REVIEWED: 1, harvesting.NOT_IN_LOG: 1}, done
@@ -243,7 +245,20 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
     *_, told = log_answers(dict.fromkeys(texts, first), clinic(labels), sureness=sureness)
     say({"id": told, "is_right": False})
     file = tmp_path / "new" / "to-label.csv"
-    command = ["select", "clinic", "--lineage", "l", "--number", "4", "--out", str(file), "--home", str(home), "--json"]
+    command = [
+        "feedback",
+        "sample",
+        "clinic",
+        "--lineage",
+        "l",
+        "--number",
+        "4",
+        "--out",
+        str(file),
+        "--home",
+        str(home),
+        "--json",
+    ]
     with put_back():
         found = CliRunner().invoke(app, command)
     assert found.exit_code == 0, found.output

@@ -75,7 +75,7 @@ def test_a_damaged_champion_is_named_and_the_lineage_can_go_back(
         path.unlink()
         if damaged is not None:
             path.write_bytes(damaged)
-        message = rf"{file}, a file of version 3, champion of 'l', is (damaged|missing)(.|\n)*deal rollback --to N"
+        message = rf"{file}, a file of version 3, champion of 'l', is (damaged|missing)(.|\n)*deal version rollback N"
         with pytest.raises(DealError, match=message):
             ask()
         assert ask("1") == "1", name
@@ -129,7 +129,7 @@ def test_the_status_notices_changed_bytes_of_the_champion_its_entries_its_manife
     assert (look(home).damaged, exit_code_of_status()) == ((), 0)
     rejected, journal = (min((home / "store" / folder / "l").glob(name)) for folder, name in ENTRIES)
     damages: list[tuple[Path, Callable[[Path], None], str, str]] = [
-        (adapters["3"] / "adapter_model.safetensors", flip, "Version 3 of 'l' is damaged", "deal rollback --to"),
+        (adapters["3"] / "adapter_model.safetensors", flip, "Version 3 of 'l' is damaged", "deal version rollback"),
         (adapters["3"] / "method.json", spell_anew, "method.json has sha256", "Restore the folder"),
         (rejected, cut, "the entry of version 2 of 'l', is damaged", "Restore it from a backup"),
         (journal, cut, "the journal of a run, is damaged", "or delete it"),

@@ -99,9 +99,10 @@ for name, (variables, kilobytes) in given["cases"].items():
     size(f"{kilobytes}k")
     full = deal("adapt", given["spec"], *lineage)
     size("64m")
-    before = deal("history", *lineage)
+    before = deal("version", "list", *lineage)
     again = deal("adapt", given["spec"], *lineage)
-    print(json.dumps([name, full, before, again, deal("history", *lineage), deal("report", "1", *lineage)]), flush=True)
+    versions, page = deal("version", "list", *lineage), deal("version", "show", "1", "--report", *lineage)
+    print(json.dumps([name, full, before, again, versions, page]), flush=True)
     for variable in variables:
         del os.environ[variable]
     for path in place.iterdir():

@@ -1,4 +1,4 @@
-"""`deal forget` while an arrival is read, while it spreads to another lineage, and after its file was replaced."""
+"""`deal data delete` while an arrival is read, while it spreads to another lineage, and after its file was replaced."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def forget_file() -> ForgetResult:
 
 @pytest.fixture
 def forgotten_while_read(monkeypatch: pytest.MonkeyPatch) -> list[ForgetResult]:
-    """A person gives `deal forget` after the file was read and before its rows are stored."""
+    """A person gives `deal data delete` after the file was read and before its rows are stored."""
     build, results = tasks.adaptation.ingest.build_dataset, []
 
     def build_slowly(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What stays after learning, and what `deal gc` removes, on a base model of two layers."""
+"""What stays after learning, and what `deal data gc` removes, on a base model of two layers."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(
     store.put_bytes(entry, b"{")
     store.put_bytes("adapters/m/0123456789abcdef/adapter_config.json", b"{}")
     before = keys("adapters/l")
-    found = CliRunner().invoke(app, ["gc", "--older-than", "1h", "--dry-run", "--home", str(home), "--json"])
+    found = CliRunner().invoke(app, ["data", "gc", "--older-than", "1h", "--dry-run", "--home", str(home), "--json"])
     assert found.exit_code == 1, found.output
     assert list(json.loads(found.stdout)["problems"]) == ["l"]
     with monkeypatch.context() as patch:

@@ -29,14 +29,14 @@ OLD = {
 }
 COMMANDS = {
     "status": ["status"],
-    "history": ["history", "--lineage", "desk"],
+    "history": ["version", "list", "--lineage", "desk"],
     "adapt": ["adapt", "--task", "bank", "--data", BANK["data"], "--lineage", "desk"],
-    "watch": ["watch", "--once", "--lineage", "desk"],
-    "add": ["lineage", "hold", "desk"],
+    "watch": ["adapt", "--watch", "--once", "--lineage", "desk"],
+    "add": ["lineage", "pause", "desk"],
     "serve": ["serve", "--lineage", "desk"],
     "ui": ["ui"],
-    "gc": ["gc"],
-    "up": ["up"],
+    "gc": ["data", "gc"],
+    "up": ["server", "up"],
 }
 
 
@@ -77,7 +77,7 @@ def test_a_home_of_0_2_is_refused_in_one_sentence_and_stays_as_it_is(old_home: P
 
 def test_what_was_left_running_can_be_ended(old_home: Path) -> None:
     before = files_of(old_home / "store")
-    assert deal("down") == (0, "Nothing was running.")
+    assert deal("server", "down") == (0, "Nothing was running.")
     assert files_of(old_home / "store") == before
 
 
@@ -129,7 +129,7 @@ def test_the_first_run_says_the_format_and_looking_does_not(
     assert deal("status")[0] == deal("lineage", "list")[0] == 0 and not (home / "store").exists()
     copy_to_home(kept_home)
     assert formats(current_store()) == {"format.json": {"format": FORMAT}}
-    assert deal("history", "--lineage", "l")[0] == 0
+    assert deal("version", "list", "--lineage", "l")[0] == 0
 
 
 def test_a_store_of_a_newer_release_is_refused(home: Path) -> None:

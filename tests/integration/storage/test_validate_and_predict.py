@@ -95,9 +95,9 @@ def test_the_commands_do_what_their_functions_do(
     out = tmp_path / "answers.jsonl"
     deal("predict", "--data", str(questions), "--lineage", "l", "--out", str(out))
     assert all(json.loads(line)["version"] == "1" for line in out.read_text().splitlines())
-    assert deal("gc", "--dry-run", "--older-than", "1h")["dry_run"] is True
+    assert deal("data", "gc", "--dry-run", "--older-than", "1h")["dry_run"] is True
     digest = first.dataset.sha256[:8]
-    assert deal("forget", digest, "--dry-run")["learned"][0]["version"] == "1"
-    assert "give --yes" in deal("forget", digest, expect=2) and holding(home, SECRET)
-    assert deal("forget", digest, "--yes", "--reason", "asked")["tombstone"]["versions"] == ["l/1"]
+    assert deal("data", "delete", digest, "--dry-run")["learned"][0]["version"] == "1"
+    assert "give --yes" in deal("data", "delete", digest, expect=2) and holding(home, SECRET)
+    assert deal("data", "delete", digest, "--yes", "--reason", "asked")["tombstone"]["versions"] == ["l/1"]
     assert not holding(home, SECRET)

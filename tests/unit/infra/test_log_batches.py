@@ -111,7 +111,7 @@ def test_a_reader_misses_no_row_though_batches_are_joined_meanwhile(
 
 
 def test_a_table_without_the_columns_of_a_log_is_named(store: FileStore) -> None:
-    """Read as empty rows, it would hide the answers that deal forget has to delete."""
+    """Read as empty rows, it would hide the answers that deal data delete has to delete."""
     put_on(store, TODAY, "a")
     (info,) = LOG.batches(store)
     other = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What `deal validate` says about rows together: near duplicates, rare labels and, with a model, wrong labels."""
+"""What `deal check` says about rows together: near duplicates, rare labels and, with a model, wrong labels."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_a_csv_without_a_header_is_refused_and_its_row_quoted_only_if_texts_may_
         build(source, task, DataConfig())
     message = str(refused.value)
     assert message.startswith("may.csv has ") and "2 columns" in message
-    assert "put the columns' names above it" in message and "deal validate" in message
+    assert "put the columns' names above it" in message and "deal check" in message
     assert "Jane" not in message and "lost_card" not in message
     with pytest.raises(DataValidationError, match=r"the columns 'Hi, I am Jane Doe.*', 'lost_card' .*above it"):
         build(source, task, DataConfig(include_texts=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -48,17 +49,14 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
     assert done.returncode == 0, done.stderr
     for name in (
         "demo",
+        "init",
+        "check",
         "adapt",
-        "watch",
-        "evaluate",
-        "history",
         "predict",
-        "validate",
-        "plan",
+        "version",
+        "data",
         "model",
         "ui",
-        "report",
-        "labels",
     ):
         assert name in done.stdout
 
@@ -94,7 +92,8 @@ def test_help_shows_every_text_that_is_declared(path: tuple[str, ...], command: 
     """Rich would take text in square brackets for markup and leave it out."""
     screen = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"}).stdout
     shown = " ".join(re.sub("[─-╿]", " ", screen).split())
-    texts = [command.help, command.epilog, *(part.help for part in getattr(command, "commands", {}).values())]
+    first = [(part.help or "").split("\n\n")[0] for part in getattr(command, "commands", {}).values()]
+    texts = [command.help, command.epilog, *first]
     for parameter in command.params:
         texts += [parameter.help, parameter.show_default if isinstance(parameter.show_default, str) else None]
     for text in filter(None, texts):
@@ -110,6 +109,29 @@ def test_every_command_has_the_common_options_last(path: tuple[str, ...], comman
     assert options[-3:] == [["--home"], ["--json"], ["--debug"]]
 
 
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [pytest.param(*found, id=" ".join(found[0])) for found in commands() if not hasattr(found[1], "commands")],
+)
+def test_every_command_ends_with_two_examples_that_can_be_given(path: tuple[str, ...], command: Any) -> None:
+    examples = command.epilog.removeprefix("Examples:").split("\n\n")[1:]
+    assert len(examples) >= 2
+    for example in examples:
+        words = shlex.split(example)
+        words = words[words.index("deal") + 1 :]
+        assert tuple(words[: len(path)]) == path, example
+        command.make_context("deal", words[len(path) :])  # raises UsageError
+
+
+def test_the_first_help_has_at_most_twenty_commands_each_on_one_line() -> None:
+    screen = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
+    top = next(command for path, command in commands() if not path)
+    assert len(top.commands) <= 20
+    for name, command in top.commands.items():
+        first = (command.help or "").split("\n\n")[0]
+        assert re.search(rf"│ {name} +{re.escape(first)} +│", screen), name
+
+
 def test_the_package_is_cheap_to_import_and_has_the_entry_point() -> None:
     code = "import sys, flows.cli; assert 'typer' not in sys.modules; flows.cli.main()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -122,11 +144,11 @@ def test_the_package_is_cheap_to_import_and_has_the_entry_point() -> None:
         (["adapt"], "--task NAME and --data FILE"),
         (["adapt", "none.yaml"], "There is no file none.yaml"),
         (["adapt", "--task", "t"], "--task NAME and --data FILE"),
-        (["adapt", "--task", "t", "--data", "x.csv", "--strategy", "magic"], "strategy is 'magic'; give deal"),
-        (["watch", "--once", "--spec", "none.yaml"], "There is no file none.yaml"),
-        (["validate", str(EXAMPLES / "bank" / "train.jsonl"), "--task", "my task"], "'task.name' is 'my task'"),
+        (["adapt", "--task", "t", "--data", "x.csv", "--set", "strategy=magic"], "strategy is 'magic'; give deal"),
+        (["adapt", "none.yaml", "--watch", "--once"], "There is no file none.yaml"),
+        (["check", str(EXAMPLES / "bank" / "train.jsonl"), "--task", "my task"], "'task.name' is 'my task'"),
         (["model", "fetch", "no such model!"], "no such model!"),
-        (["labels", "bank"], "--add"),
+        (["task", "add-label", "bank"], "labels"),
         (["adapt", "--nonsense"], "--nonsense"),
         (["nonsense"], "nonsense"),
     ],
@@ -150,36 +172,36 @@ def test_an_error_is_json_for_machines(deal: Deal) -> None:
 
 
 def test_validate_tells_what_ingest_would_keep(deal: Deal) -> None:
-    result = deal("validate", str(EXAMPLES / "bank" / "train.jsonl"), "--json")
+    result = deal("check", str(EXAMPLES / "bank" / "train.jsonl"), "--json")
     assert result.exit_code == 0
-    told = json.loads(result.stdout)
+    told = json.loads(result.stdout)["data"]
     assert (told["accepted"], told["format"], told["num_read"], told["num_rejected"]) == (True, "labelled", 72, 0)
     assert len(told["labels"]) == 6 and told["num_train"] + told["num_test"] == 72
 
 
 def test_validate_takes_columns_and_labels_from_a_spec(deal: Deal) -> None:
-    result = deal("validate", str(EXAMPLES / "clinic" / "train.csv"), "--spec", str(EXAMPLES / "clinic" / "spec.yaml"))
+    result = deal("check", str(EXAMPLES / "clinic" / "train.csv"), "--spec", str(EXAMPLES / "clinic" / "spec.yaml"))
     assert result.exit_code == 0 and "can be adapted" in result.stdout and "low iron" in result.stdout
 
 
 def test_validate_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path: Path) -> None:
     path = tmp_path / "bad.csv"
     path.write_text("text,label\n,a\nfine,b\n")
-    result = deal("validate", str(path))
+    result = deal("check", str(path))
     assert result.exit_code == 1
     assert "is refused" in result.stdout and "empty text" in result.stdout
-    told = json.loads(deal("validate", str(path), "--json").stdout)
+    told = json.loads(deal("check", str(path), "--json").stdout)["data"]
     assert not told["accepted"] and told["bad_rows"][0]["row"] == 1
 
 
 def test_validate_tells_the_shape_and_shows_a_row_as_the_model_sees_it(deal: Deal, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"instruction": f"Do {i}", "input": f"it {i}", "output": "done"} for i in range(30)]))
-    told = json.loads(deal("validate", str(path), "--json").stdout)
+    told = json.loads(deal("check", str(path), "--json").stdout)["data"]
     assert told["shape"] == "Alpaca rows (instruction with input under it, output)"
     number = told["example"]["prompt"].split()[1]
     assert told["example"] == {"prompt": f"Do {number}\nit {number}", "answer": " done", "rejected": None, "note": None}
-    shown = deal("validate", str(path)).stdout
+    shown = deal("check", str(path)).stdout
     assert "recognised as Alpaca rows" in shown and f"it {number} done" in shown
 
 
@@ -189,19 +211,19 @@ def test_validate_shows_a_chat_even_without_its_base_model(deal: Deal, tmp_path:
     chats = [[*turns, {"role": "assistant", "content": f"end {number}"}] for number in range(30)]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     spec.write_text("base_model: nobody/nothing\ntask: {name: t, data: x}\n")
-    shown = deal("validate", str(path), "--spec", str(spec)).stdout
+    shown = deal("check", str(path), "--spec", str(spec)).stdout
     assert "user: [b]user" in shown and "without the base model's chat template" in shown and "end " in shown
 
 
 def test_validate_shows_what_stands_where_the_columns_names_should(deal: Deal, tmp_path: Path) -> None:
     path = tmp_path / "bare.csv"
     path.write_text("My card is lost,lost_card\nWhere is it?,card_arrival\n")
-    result = deal("validate", str(path))
+    result = deal("check", str(path))
     assert result.exit_code != 0 and "'lost_card'" in result.stderr, "who holds the file may see it"
 
 
 def test_validate_of_a_missing_file_says_so(deal: Deal) -> None:
-    result = deal("validate", "none.csv")
+    result = deal("check", "none.csv")
     assert result.exit_code in (1, 2) and "none.csv" in result.stderr and "Traceback" not in result.output
 
 
@@ -211,16 +233,16 @@ def test_requeue_exits_3_where_the_gate_rejects(
 ) -> None:
     runs = [SimpleNamespace(rejected=each, model_dump=lambda mode: {}) for each in (False, rejected)]
     monkeypatch.setattr("flows.cli.session.Session.run", lambda self, start: runs)
-    monkeypatch.setattr("flows.cli.versions.show_adaptation", lambda run: ["learned"])
-    assert deal("requeue", "2", "3").exit_code == code
+    monkeypatch.setattr("flows.cli.version.show_adaptation", lambda run: ["learned"])
+    assert deal("version", "requeue", "2", "3").exit_code == code
 
 
 def test_nothing_is_drawn_where_there_is_no_terminal(deal: Deal) -> None:
-    result = deal("validate", str(EXAMPLES / "bank" / "train.jsonl"))
+    result = deal("check", str(EXAMPLES / "bank" / "train.jsonl"))
     assert "\x1b" not in result.output and "\r" not in result.output
 
 
-@pytest.mark.parametrize("arguments", [["history"], ["predict", "text"], ["labels", "bank", "--add", "late"]])
+@pytest.mark.parametrize("arguments", [["version", "list"], ["predict", "text"], ["task", "add-label", "bank", "late"]])
 def test_an_unknown_lineage_says_what_to_do(deal: Deal, arguments: list[str]) -> None:
     result = deal(*arguments, "--lineage", "nobody")
     assert result.exit_code == 1
@@ -278,7 +300,7 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr("tasks.lineage.history.read_history", fail)
-    result = deal("history")
+    result = deal("version", "list")
     assert result.exit_code == 1
     assert "RuntimeError: first line second line" in result.stderr and "--debug" in result.stderr
     assert str(home / "logs" / "deal.log") in result.stderr.replace("\n", "")
@@ -297,8 +319,8 @@ def test_history_shows_the_newest_versions_and_programs_get_all(
         return list(range(40))[-newest:] if newest else list(range(40))
 
     monkeypatch.setattr("tasks.lineage.history.read_history", read)
-    monkeypatch.setattr("flows.cli.learn.show_history", lambda lineage, entries: [f"{len(entries)} versions"])
-    result = deal("history", "--lineage", "support", *options)
+    monkeypatch.setattr("flows.cli.version.show_history", lambda lineage, entries: [f"{len(entries)} versions"])
+    result = deal("version", "list", "--lineage", "support", *options)
     if num_shown is None:
         assert len(json.loads(result.stdout)) == 40
     else:
@@ -311,7 +333,7 @@ def test_ctrl_c_exits_130(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tasks.lineage.history.read_history", stop)
-    result = deal("history")
+    result = deal("version", "list")
     assert result.exit_code == 130 and "goes on from the last checkpoint" in result.stderr
 
 
@@ -324,7 +346,7 @@ def test_an_added_lineage_names_its_base_model_where_every_process_finds_it(
     spec = tmp_path / "support.yaml"
     for given, kept in (("models/mine", str(tmp_path / "models" / "mine")), ("owner/name", "owner/name")):
         spec.write_text(f"lineage: support\nbase_model: {given}\n")
-        assert deal("lineage", "add", str(spec)).exit_code == 0
+        assert deal("lineage", "apply", str(spec)).exit_code == 0
         stored = (home / "store" / "lineages" / "support.yaml").read_text()
         assert f"base_model: {kept}\n" in stored
 
@@ -338,7 +360,7 @@ def test_a_lineage_of_an_absent_base_model_or_an_absurd_rank_is_not_added(
         "adapter: {rank: 100000000}": r"adapter.rank is 100000000; give at most 16384",
     }.items():
         spec.write_text(f"lineage: support\n{settings}\n")
-        result = deal("lineage", "add", str(spec))
+        result = deal("lineage", "apply", str(spec))
         assert result.exit_code == 2 and said in result.stderr
     assert not list((home / "store").rglob("support.yaml"))
 
@@ -366,9 +388,9 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_the_champion_at_a_time_is_asked_for_with_a_zone_or_in_the_local_one(deal: Deal, at: str, shown: str) -> None:
-    result = deal("history", "--at", at)
+    result = deal("version", "list", "--at", at)
     assert result.exit_code == 0 and f"{shown} version was champion." in " ".join(result.stdout.split())
-    told = json.loads(deal("history", "--at", at, "--json").stdout)
+    told = json.loads(deal("version", "list", "--at", at, "--json").stdout)
     assert told == {"at": shown.split()[1].rstrip(","), "champion": None}
 
 
@@ -385,7 +407,7 @@ def test_the_champion_at_a_time_is_asked_for_with_a_zone_or_in_the_local_one(dea
     ],
 )
 def test_a_time_that_is_none_is_wrong_use(deal: Deal, at: str, said: str) -> None:
-    result = deal("history", "--at", at)
+    result = deal("version", "list", "--at", at)
     assert result.exit_code == 2 and said in " ".join(result.stderr.split())
     assert "not expected" not in result.stderr
 
@@ -396,7 +418,7 @@ def test_a_time_zone_that_there_is_not_is_said_before_anything_else(
     monkeypatch.setenv("TZ", "UTC+99")
     time.tzset()
     try:
-        result = deal("history")
+        result = deal("version", "list")
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -405,7 +427,7 @@ def test_a_time_zone_that_there_is_not_is_said_before_anything_else(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("select",), ("status", "--home"), ("adapt",), ("predict", "-d")],
+    [("feedback", "sample"), ("status", "--home"), ("adapt",), ("predict", "-d")],
 )
 def test_a_path_that_no_file_can_have_is_wrong_use(deal: Deal, arguments: tuple[str, ...], tmp_path: Path) -> None:
     result = deal(*arguments, str(tmp_path / ("a" * 5000 + ".csv")))

@@ -114,7 +114,7 @@ def test_the_demo_ends_with_scores_side_by_side_and_where_to_look(tmp_path: Path
     assert ["demo", "deal", "70.8", "6.2", "-6.2", "8.8", "version", "3"] in lines
     assert "No version of rival has passed the gate" in shown and "No version of third has passed the gate" in shown
     assert ["third", "deal", "70.8", "6.2", "-6.2", "8.8", "none"] in lines
-    assert f"deal history --lineage demo --home {tmp_path}" in shown.replace("\n", "")
+    assert f"deal version list --lineage demo --home {tmp_path}" in shown.replace("\n", "")
 
 
 def test_what_the_demo_could_not_use_is_shown(tmp_path: Path) -> None:

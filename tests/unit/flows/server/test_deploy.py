@@ -1,4 +1,4 @@
-"""`deal deploy` keeps what a person has set on the server."""
+"""`deal server register` keeps what a person has set on the server."""
 
 from __future__ import annotations
 

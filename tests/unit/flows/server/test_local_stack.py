@@ -1,4 +1,4 @@
-"""The processes of `deal up`: their record, how they start and end, and the runs of earlier workers."""
+"""The processes of `deal server up`: their record, how they start and end, and the runs of earlier workers."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for(tmp_path:
 PARENT = ("-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, *{SLEEP}]); time.sleep(600)")
 
 
-@pytest.mark.parametrize("then", ["deal up", "deal down", "supervisor"])
+@pytest.mark.parametrize("then", ["deal server up", "deal server down", "supervisor"])
 def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
     home: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
@@ -245,7 +245,7 @@ def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
     server.kill()
     server.wait()
     try:
-        if then == "deal up":
+        if then == "deal server up":
             monkeypatch.setattr("flows.server.local_stack._wait_for_servers", lambda stack: None)
             heal(home, made, print)
         elif then == "supervisor":
@@ -259,7 +259,7 @@ def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
             assert stop(home) == []
         assert not children[0].is_running()
         running = read_stack(home)
-        assert (running is not None and running.is_alive()) == (then != "deal down")
+        assert (running is not None and running.is_alive()) == (then != "deal server down")
     finally:
         stop(home)
 
@@ -345,7 +345,7 @@ def test_a_start_that_was_cut_short_is_not_complete_and_a_whole_one_is_not_heale
         assert not made.is_complete()
         start_part(home, made, SUPERVISOR, SLEEP)
         assert made.is_complete()
-        with pytest.raises(ConfigError, match="deal down"):
+        with pytest.raises(ConfigError, match="deal server down"):
             heal(home, made, print)
     finally:
         stop(home)

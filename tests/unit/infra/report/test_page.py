@@ -88,7 +88,7 @@ def test_the_page_tells_the_whole_run() -> None:
         "Where is my card?",
         "A note.",
         "evaluate2 min",
-        "deal report 4 --lineage support",
+        "deal version show 4 --report --lineage support",
         DIGEST,
         "q_proj",
         "2026-05-04 12:30 UTC",

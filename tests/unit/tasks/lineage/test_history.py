@@ -14,7 +14,7 @@ from tests.stored_versions import put_version, version
 
 @pytest.mark.parametrize(
     ("num_versions", "remedy", "other"),
-    [(0, "adapt it first", "deal promote"), (2, "deal promote N --lineage l", "adapt it first")],
+    [(0, "adapt it first", "deal version promote"), (2, "deal version promote N --lineage l", "adapt it first")],
 )
 def test_the_remedy_for_a_missing_champion_depends_on_whether_there_are_versions(
     home: Path, num_versions: int, remedy: str, other: str

@@ -44,10 +44,10 @@ def versions(home: Path) -> None:
 @pytest.mark.parametrize(
     ("decide", "version", "remedy"),
     [
-        (promote_to, "1", "deal rollback --to 1 --lineage l."),
-        (promote_to, "3", "deal requeue 3 --lineage l, which"),
-        (roll_back, "3", "deal promote 3 --lineage l; see: deal history --lineage l"),
-        (reject_version, "2", "deal rollback --lineage l"),
+        (promote_to, "1", "deal version rollback 1 --lineage l."),
+        (promote_to, "3", "deal version requeue 3 --lineage l, which"),
+        (roll_back, "3", "deal version promote 3 --lineage l; see: deal version list --lineage l"),
+        (reject_version, "2", "deal version rollback --lineage l"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_command_for_its_lineage(decide: Any, version: str, remedy: str) -> None:
@@ -78,13 +78,16 @@ def test_a_version_that_waits_names_the_commands_that_decide() -> None:
     )
     for result in (repeated(waiting, dataset), adapted(waiting, dataset, found, found, {})):
         which = "3 --lineage l"
-        assert f"awaits approval: deal promote {which}, or deal reject {which} --why REASON." in result.message
+        assert (
+            f"awaits approval: deal version promote {which}, or deal version reject {which} --reason REASON."
+            in result.message
+        )
 
 
 def test_a_version_that_a_person_rejected_can_be_requeued() -> None:
     rejected = version(3, 1, accepted=True, approval="refused", refused_by="anna")
     assert rejected_by_person(rejected).endswith(
-        "was rejected by a person; learn its arrival again with: deal requeue 3 --lineage l"
+        "was rejected by a person; learn its arrival again with: deal version requeue 3 --lineage l"
     )
 
 

@@ -55,7 +55,7 @@ def test_without_the_command_nobody_changes_a_task_s_labels(store: FileStore, sa
     keep_labels(store, "other", "bank", ["late"])
     keep_labels(store, "l", "clinic", ["late"])
     assert schema(store) == BANK
-    with pytest.raises(ConfigError, match="deal labels bank --add LABEL --lineage l, or start a new lineage"):
+    with pytest.raises(ConfigError, match="deal task add-label bank LABEL --lineage l, or start a new lineage"):
         schema(store, labels=said)
 
 
@@ -96,7 +96,7 @@ def test_a_mapping_names_the_cells_of_a_known_task_in_any_order(store: FileStore
     found = schema(store, labels={"1": "Fee", "0": "lost card"})
     assert found.labels == ("lost card", "fee", "late")
     assert found.label_names == {"1": "Fee", "0": "lost card"}
-    with pytest.raises(ConfigError, match="deal labels bank --add LABEL"):
+    with pytest.raises(ConfigError, match="deal task add-label bank LABEL"):
         schema(store, labels={"0": "lost card", "1": "stolen card"})
 
 
@@ -128,6 +128,6 @@ def test_a_file_with_a_new_label_is_told_how_the_label_is_added() -> None:
     record = LineageRecord(
         lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
     )
-    assert "deal labels bank --add LABEL --lineage l" in _new_label_remedy("bank", record)
+    assert "deal task add-label bank LABEL --lineage l" in _new_label_remedy("bank", record)
     assert "task.labels in the spec" in _new_label_remedy("clinic", record), "no version has learned it"
     assert "task.labels in the spec" in _new_label_remedy("bank", None)

@@ -23,6 +23,7 @@ from infra.store.local import FileStore
 from tasks.lineage.settings import (
     AskedSpec,
     hold_lineage_file,
+    parse_settings,
     read_lineage,
     spec_from_options,
     watched_from_options,
@@ -52,8 +53,8 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def adapt(store: ObjectStore, path: Path | None = None, **given: str | None) -> AdaptSpec:
-    return spec_from_options(store, path, **{"task": None, "data": None, "test_data": None, **given})
+def adapt(store: ObjectStore, path: Path | None = None, *settings: str, **given: str | None) -> AdaptSpec:
+    return spec_from_options(store, path, settings=settings, **{"task": None, "data": None, "test_data": None, **given})
 
 
 def test_a_lineage_file_has_what_was_given_and_keeps_a_hold_through_mistakes(
@@ -63,7 +64,7 @@ def test_a_lineage_file_has_what_was_given_and_keeps_a_hold_through_mistakes(
     path = write(tmp_path / "l.yaml", text)
 
     def add() -> Any:
-        found = CliRunner().invoke(app, ["lineage", "add", str(path), "--home", str(tmp_path)])
+        found = CliRunner().invoke(app, ["lineage", "apply", str(path), "--home", str(tmp_path)])
         assert found.exit_code == 0, found.output
         return yaml.safe_load(store.get_bytes("lineages/l.yaml"))
 
@@ -78,14 +79,14 @@ def test_a_lineage_file_has_what_was_given_and_keeps_a_hold_through_mistakes(
 
 def test_options_alone_make_a_spec(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    spec = adapt(store, task="t", data="x.csv", lineage="l", strategy="seq_lora")
+    spec = adapt(store, None, "strategy=seq_lora", task="t", data="x.csv", lineage="l")
     assert (spec.task.name, spec.task.data) == ("t", str(tmp_path / "x.csv"))
     assert (spec.lineage, spec.strategy, spec.gate) == ("l", "seq_lora", GateConfig())
 
 
 def test_options_win_over_the_spec(store: ObjectStore, tmp_path: Path) -> None:
     text = "lineage: a\nstrategy: deal\ntask: {name: t, data: x.csv}\ntrain: {max_steps: 3}\n"
-    spec = adapt(store, write(tmp_path / "s.yaml", text), lineage="b", strategy="seq_lora")
+    spec = adapt(store, write(tmp_path / "s.yaml", text), "strategy=seq_lora", lineage="b")
     assert (spec.lineage, spec.strategy, spec.train.max_steps) == ("b", "seq_lora", 3)
     assert spec.task.data == str(tmp_path / "x.csv")
 
@@ -104,7 +105,7 @@ def test_spec_and_task_together_are_wrong_use(store: ObjectStore, tmp_path: Path
 
 def test_a_watch_leaves_the_task_of_a_spec_out(store: ObjectStore, tmp_path: Path) -> None:
     path = write(tmp_path / "s.yaml", "lineage: a\ntask: {name: t, data: x.csv}\ntrain: {max_steps: 3}\n")
-    spec = watched_from_options(store, path, tasks=None, lineage=None, base_model=None, strategy="seq_lora")
+    spec = watched_from_options(store, path, tasks=None, settings=["strategy=seq_lora"])
     assert (spec.lineage, spec.strategy, spec.train.max_steps) == ("a", "seq_lora", 3)
     assert spec.with_task(TaskSpec(name="t", data="x")).train.max_steps == 3
 
@@ -116,7 +117,41 @@ def test_what_is_not_said_comes_from_the_lineage_s_file(store: ObjectStore) -> N
         assert (found.lineage, found.strategy) == ("support", "replay")
         assert found.adapter == AdapterConfig(rank=8, alpha=12)
         assert (found.train.max_steps, found.gate.approval) == (7, "person")
-    assert adapt(store, task="t", data="x.csv").gate == GateConfig(), "the default lineage has no file"
+    assert adapt(store, task="t", data="x.csv", lineage="default").gate == GateConfig(), "it has no file"
+
+
+def test_the_only_lineage_is_meant_where_none_is_named(store: ObjectStore, tmp_path: Path) -> None:
+    assert adapt(store, task="t", data="x.csv").lineage == "support"
+    assert adapt(FileStore(tmp_path / "empty"), task="t", data="x.csv").lineage == "default"
+    store.put_bytes("lineages/desk.yaml", b"strategy: deal\n")
+    with pytest.raises(
+        ConfigError, match=r"several lineages \(desk, support\); give --lineage NAME, or set DEAL_LINEAGE"
+    ):
+        adapt(store, task="t", data="x.csv")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["train.num_epochs=1", "train.learning_rate=1e-4"], {"train": {"num_epochs": 1, "learning_rate": 1e-4}}),
+        (["task.labels=[a, b]"], {"task": {"labels": ["a", "b"]}}),
+        (["base_model=owner/name=x"], {"base_model": "owner/name=x"}),
+        (["gate.max_drop_points=null"], {"gate": {"max_drop_points": None}}),
+    ],
+)
+def test_a_setting_is_read_as_yaml(settings: list[str], expected: dict[str, Any]) -> None:
+    assert parse_settings(settings) == expected
+
+
+@pytest.mark.parametrize("setting", ["train", "=1", "train.=1", "train.num_epochs=[1", "deal=1 and more"])
+def test_a_text_that_is_no_setting_is_wrong_use(store: ObjectStore, setting: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set|deal"):
+        adapt(store, None, setting, task="t", data="x.csv")
+
+
+def test_a_setting_and_a_part_of_it_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"--set gives train both a value and train\.seed"):
+        parse_settings(["train=1", "train.seed=2"])
 
 
 def test_options_win_over_the_spec_and_it_key_by_key_over_the_lineage_s_file(
@@ -125,8 +160,8 @@ def test_options_win_over_the_spec_and_it_key_by_key_over_the_lineage_s_file(
     said = {"lineage": "support", "adapter": {"rank": 4}, "train": {"max_steps": 3}, "gate": {"min_gain_points": 1}}
     path = write(tmp_path / "s.yaml", yaml.safe_dump({**said, "task": {"name": "t", "data": "x.csv"}}))
     for found in (
-        adapt(store, path, strategy="deal"),
-        watched_from_options(store, path, tasks=None, strategy="deal"),
+        adapt(store, path, "strategy=deal"),
+        watched_from_options(store, path, tasks=None, settings=["strategy=deal"]),
     ):
         assert (found.strategy, found.adapter) == ("deal", AdapterConfig(rank=4, alpha=12))
         assert (found.train.max_steps, found.train.learning_rate) == (3, 0.1)
@@ -165,7 +200,7 @@ def test_a_base_in_the_lineage_s_file_is_never_a_folder_of_the_caller(
     path = write(tmp_path / "s.yaml", "lineage: support\ntask: {name: t, data: x.csv}\n")
     assert adapt(store, path).base_model == "base"
     assert adapt(store, task="t", data="x.csv", lineage="support").base_model == "base"
-    assert adapt(store, path, base_model="base").base_model == str(tmp_path / "base")
+    assert adapt(store, path, "base_model=base").base_model == str(tmp_path / "base")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +240,7 @@ def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setitem(sys.modules, f"flows.{flow}", SimpleNamespace(**{flow: seen}))
         monkeypatch.setattr(Session, "run", lambda self, start, **_: start())
-        result = CliRunner().invoke(app, [flow, *words])
+        result = CliRunner().invoke(app, ["adapt", *words])
         assert found, result.output
         return found[0]
 
@@ -213,19 +248,19 @@ def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_deal_adapt_gives_the_flow_what_the_lineage_s_file_says(given_to: Callable[..., SimpleNamespace]) -> None:
-    given = given_to("adapt", "--task", "t", "--data", "x.csv", "--lineage", "support", "--strategy", "deal")
+    given = given_to("adapt", "--task", "t", "--data", "x.csv", "--lineage", "support", "--set", "strategy=deal")
     assert (given.spec.gate.approval, given.spec.train.max_steps, given.spec.strategy) == ("person", 7, "deal")
 
 
 def test_deal_watch_gives_the_flow_what_the_lineage_s_file_says(
     given_to: Callable[..., SimpleNamespace], tmp_path: Path
 ) -> None:
-    given = given_to("watch", "--lineage", "support")
+    given = given_to("watch", "--watch", "--lineage", "support")
     assert (given.spec.gate.approval, given.spec.train.max_steps) == ("person", 7)
     assert given.tasks == ("billing", "returns")
-    assert given_to("watch", "--lineage", "support", "--task", "bank").tasks == ("bank",)
+    assert given_to("watch", "--watch", "--lineage", "support", "--task", "bank").tasks == ("bank",)
     path = write(tmp_path / "support.yaml", "lineage: support\n" + STORED.replace("person", "automatic"))
-    given = given_to("watch", "--once", "--spec", str(path))
+    given = given_to("watch", str(path), "--watch", "--once")
     assert (given.tasks, given.spec.gate.approval) == (("billing", "returns"), "automatic")
 
 
@@ -259,5 +294,6 @@ def test_the_last_word_on_memory_wins(
 ) -> None:
     store.put_bytes("lineages/support.yaml", stored.encode())
     arrival = {"lineage": "support", "task": {"name": "t", "data": "x.csv"}, **yaml.safe_load(spec)}
-    found = adapt(store, write(tmp_path / "s.yaml", yaml.safe_dump(arrival)), memory=option).method.rehearsal
+    options = [f"memory={option}"] if option else []
+    found = adapt(store, write(tmp_path / "s.yaml", yaml.safe_dump(arrival)), *options).method.rehearsal
     assert found.keeps_rows == keeps_rows and found.weight == 2.0

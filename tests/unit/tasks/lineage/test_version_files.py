@@ -118,7 +118,7 @@ def test_of_the_champion_it_is_said_what_still_works(store: ObjectStore) -> None
     with pytest.raises(
         ObjectNotFoundError,
         match=r"record\.json, a file of version 3, champion of 'l', is missing"
-        r".*deal rollback --to N --lineage l.*deal predict --version N",
+        r".*deal version rollback N --lineage l.*deal predict --version N",
     ):
         read_record(store, ADAPTER)
 

@@ -1,4 +1,4 @@
-"""What comes out of the store is what was registered, also after `deal forget`."""
+"""What comes out of the store is what was registered, also after `deal data delete`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def now(store: FileStore) -> Version:
 
 @pytest.fixture
 def emptied(tmp_path: Path) -> Path:
-    """What `deal forget` puts over the method's files."""
+    """What `deal data delete` puts over the method's files."""
     folder = tmp_path / "emptied"
     folder.mkdir()
     (folder / "method.json").write_text('{"num_bytes": 0}')
@@ -93,7 +93,7 @@ def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileSt
     found = digests_of(store.root / info.adapter_uri)[WEIGHTS]
     assert message.startswith("Version 2 of 'l' is damaged") and found in message and recorded in message
     assert store.uri_of(info.adapter_uri) in message and "from a backup" in message
-    assert "deal rollback --to 1 --lineage l" in message
+    assert "deal version rollback 1 --lineage l" in message
     with pytest.raises(IntegrityError), borrowed_adapter(store, info, with_method=True):
         pytest.fail("it was lent")
 

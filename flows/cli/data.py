@@ -1,4 +1,4 @@
-"""Commands that remove what is stored: gc and forget."""
+"""Commands about stored data: list, release, delete and gc."""
 
 from __future__ import annotations
 
@@ -14,14 +14,52 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from flows.cli.console import heading, new_table
-from flows.cli.session import CommandResult, Session, command, main_app
+from flows.cli.session import CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
     from flows.gc import GcResult
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
+data_app = typer.Typer(help="List what has landed, delete it, or free disk space.", no_args_is_help=True)
 
-@command(main_app, "looking")
+
+@command(data_app, "reading", "deal data list", "deal data list --json", name="list")
+def list_data(deal: Session) -> CommandResult:
+    """List the arrivals: their rows, the versions that learned them, and those that are held."""
+    from tasks.housekeeping.data_list import list_data as list_arrivals
+
+    arrivals = list_arrivals(deal.store)
+    numbers = ["training rows", "test rows"]
+    table = new_table("arrival", "task", *numbers, "learned by", "state", right=numbers)
+    for arrival in arrivals:
+        learned = ", ".join(arrival.learned_by) or "–"
+        counts = ("–" if number is None else str(number) for number in (arrival.num_train, arrival.num_test))
+        table.add_row(escape(arrival.name), escape(arrival.task), *counts, escape(learned), arrival.state)
+    if not arrivals:
+        return CommandResult(arrivals, ["No rows have landed. Learn a file with: deal adapt"])
+    return CommandResult(arrivals, [heading("Arrivals"), table])
+
+
+@command(data_app, "reading", "deal data release inbox/bank/may.csv", "deal data release --all")
+def release(
+    deal: Session,
+    arrivals: Annotated[
+        list[str] | None, Argument(help="Held arrivals, as inbox/TASK/FILE.", show_default=False)
+    ] = None,
+    all_: Annotated[bool, Option("--all", help="Release every held arrival of the lineage.")] = False,
+    lineage: Lineage = "",
+) -> CommandResult:
+    """Let arrivals go on that are held because their run was cancelled."""
+    from tasks.arrival_runs import release as release_arrivals
+
+    if all_ == bool(arrivals):
+        raise ConfigError("Name the held arrivals (deal status lists them), or give --all.")
+    released = release_arrivals(deal.store, lineage, arrivals or [])
+    shown = [f"{key} goes on: a watch learns it at its next look." for key in released]
+    return CommandResult({"lineage": lineage, "released": released}, [*map(escape, shown or ["Nothing is held."])])
+
+
+@command(data_app, "looking", "deal data gc --dry-run", "deal data gc --older-than 4w")
 def gc(
     deal: Session,
     lineage: Annotated[str | None, Option("--lineage", "-l", help="Only this lineage.", show_default="all")] = None,
@@ -49,8 +87,8 @@ def _show_gc(result: GcResult) -> Sequence[RenderableType]:
     return [*left, heading("Would be removed" if result.dry_run else "Removed"), table, f"[bold]{total}[/]"]
 
 
-@command(main_app)
-def forget(
+@command(data_app, None, "deal data delete 3fa9c1 --dry-run", "deal data delete inbox/bank/may.csv --yes")
+def delete(
     deal: Session,
     arrival: Annotated[str, Argument(help="Digest of the dataset, its first characters, or its key inbox/TASK/FILE.")],
     reason: Annotated[str, Option(help="Reason, for the history. Quote no rows.")] = "",
@@ -119,7 +157,7 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
         )
     advice = (
         "Their weights still hold what they learned. If that has to go too, make a version before them champion "
-        "(deal history, deal rollback --to N), or start a new lineage."
+        "(deal version list, deal version rollback N), or start a new lineage."
     )
     return [heading("Versions that learned from it"), table, advice]
 
@@ -138,7 +176,7 @@ def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
     if plan.harvested:
         yield escape(
             "These files in the inbox have texts of the logged answers, from feedback that was harvested. They stay: "
-            f"forget them too (deal forget KEY) if the texts have to go: {', '.join(plan.harvested)}"
+            f"forget them too (deal data delete KEY) if the texts have to go: {', '.join(plan.harvested)}"
         )
     if not plan.knows_training_rows:
         yield (

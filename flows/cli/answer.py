@@ -1,4 +1,4 @@
-"""Commands that let versions answer: a server on this machine, vLLM servers, and exports for other programs."""
+"""Commands that let a version answer: predict, a server on this machine, and vLLM servers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -14,19 +14,80 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.safe_text import printable_json
-from flows.cli.session import CommandResult, Lineage, Session, command, main_app
+from flows.cli.session import Column, CommandResult, Lineage, Session, command, main_app
 from infra.store.keys import route_key
 
 if TYPE_CHECKING:
+    from tasks.predict import FileAnswers
     from tasks.serving.vllm import ServingRoute
 
 vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
 
 
-@command(main_app)
+OneVersion = Annotated[str | None, Option("--version", help="Number of the version.", show_default="the champion")]
+
+
+@command(main_app, None, 'deal predict "My card is gone"', "deal predict --data mails.csv --task bank")
+def predict(
+    deal: Session,
+    text: Annotated[str | None, Argument(help="Text to answer; - reads standard input.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, Option("--data", "-d", help="File whose rows are answered: CSV, JSON lines or Parquet.")
+    ] = None,
+    task: Annotated[str | None, Option("--task", "-t", help="Task to ask.", show_default="the newest one")] = None,
+    lineage: Lineage = "",
+    version: OneVersion = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
+    ] = None,
+    column: Column = None,
+) -> CommandResult:
+    """Answer a text, or every row of a file."""
+    if data is not None and text is not None:
+        raise ConfigError("Give either a text or --data FILE, not both.")
+    if data is None and (text is None or out is not None or column is not None):
+        raise ConfigError("Give a text to answer, or a file with --data; --out and --column go with a file.")
+    if text == "-":
+        text = typer.get_text_stream("stdin").read().strip()
+    with deal.screen.working("reading" if text is None else "predicting"):
+        from flows.server.embedded import calm_libraries
+        from tasks.predict import predict as predict_answer
+        from tasks.predict import predict_file
+
+        calm_libraries()
+        if text is not None:
+            answer = predict_answer(text, lineage=lineage, task=task, version=version)
+            return CommandResult(answer, [escape(answer.answer)])
+        assert data is not None
+        outcome = predict_file(
+            data,
+            lineage=lineage,
+            task=task,
+            version=version,
+            out=out,
+            column=column,
+            on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
+        )
+    return CommandResult(outcome, [*map(escape, _about_file(outcome))])
+
+
+def _about_file(result: FileAnswers) -> list[str]:
+    shown = [
+        f"{result.out}: {result.num_rows} rows answered by version {result.version} of {result.lineage} "
+        f"as {result.task}, {result.seconds:.1f} s"
+    ]
+    if result.num_bad:
+        shown.append(f"{result.num_bad} rows have no answer; the column {result.columns['problem']} says why.")
+    renamed = [name for name, column in result.columns.items() if name != column]
+    if renamed:
+        shown.append(f"The file has columns of these names already, so ours are called deal_…: {', '.join(renamed)}")
+    return shown
+
+
+@command(main_app, None, "deal serve", "deal serve --port 8000 --trusted-host models.example.org")
 def serve(
     deal: Session,
-    lineage: Lineage = "default",
+    lineage: Lineage = "",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 5001,
     host: Annotated[
         str, Option(help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")
@@ -40,7 +101,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
+    """Answer requests over HTTP with the champion.
+
+    A new champion is taken without a pause. Ctrl-C ends the server.
+    """
     from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
     from tasks.lineage.history import unknown_lineage
@@ -77,10 +141,15 @@ def serve(
         os._exit(0)
 
 
-@command(vllm_app, "starting")
+@command(
+    vllm_app,
+    "starting",
+    "deal vllm sync --url http://127.0.0.1:8123",
+    "DEAL_VLLM_URL=http://127.0.0.1:8123 deal vllm sync",
+)
 def sync(
     deal: Session,
-    lineage: Lineage = "default",
+    lineage: Lineage = "",
     url: Annotated[str | None, Option(help="Address of the vLLM server.", show_default="DEAL_VLLM_URL")] = None,
 ) -> CommandResult:
     """Load the lineage's champion into a vLLM server, once. Nothing changes if the server has it already."""
@@ -98,7 +167,7 @@ def sync(
     return CommandResult(route, shown)
 
 
-@command(vllm_app, "publishing")
+@command(vllm_app, "publishing", "deal vllm publish /adapters", "deal vllm publish /adapters --version 3")
 def publish(
     deal: Session,
     folder: Annotated[
@@ -107,7 +176,7 @@ def publish(
             envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
         ),
     ],
-    lineage: Lineage = "default",
+    lineage: Lineage = "",
     version: Annotated[str | None, Option("--version", "-v", help="Its number.", show_default="the champion")] = None,
     model: Annotated[
         str | None,
@@ -127,27 +196,5 @@ def publish(
         f"[bold green]{escape(found.model)}[/] {state} {escape(found.folder)}: version {escape(found.version)} of "
         f"{escape(found.lineage)}",
         f"  requests name it as their model; the servers run: vllm serve {escape(found.base_model)}",
-    ]
-    return CommandResult(found, shown)
-
-
-@command(main_app, "exporting")
-def export(
-    deal: Session,
-    version: Annotated[str, Argument(help="Number of the version.")],
-    target: Annotated[str, Argument(help="New folder; with --to hub: OWNER/NAME of the repository.")],
-    to: Annotated[str, Option(help="merged: a transformers folder. hub: the PEFT folder, on the Hub.")],
-    lineage: Lineage = "default",
-) -> CommandResult:
-    """Export a version for other programs, and compare its logits with the served version."""
-    from tasks.serving.export import Target, export_version
-
-    if to not in get_args(Target):
-        raise ConfigError(f"--to is {to!r}; give one of {', '.join(get_args(Target))}.")
-    found = export_version(lineage, version, cast("Target", to), target)
-    shown = [
-        f"[bold green]Version {escape(found.version)} of {escape(found.lineage)}[/] is in {escape(found.address)}",
-        f"  logits differ from the served version by {found.max_difference:.2g} at most, on {found.num_prompts} "
-        f"prompts of its tasks, in {found.precision} ({found.tolerance:g} is allowed)",
     ]
     return CommandResult(found, shown)

@@ -1,0 +1,140 @@
+"""Commands about lineages that learn from the inbox, and about the tasks of a lineage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from typer import Argument, Option
+
+from deal_core.safe_text import listed
+from flows.cli.session import CommandResult, Lineage, Session, command
+
+lineage_app = typer.Typer(help="Lineages that learn from the inbox.", no_args_is_help=True)
+task_app = typer.Typer(help="Add labels or renew the test rows of a task.", no_args_is_help=True)
+LineageName = Annotated[str, Argument(help="Name of the lineage.")]
+TaskName = Annotated[str, Argument(help="Task that the lineage knows.")]
+
+
+@command(lineage_app, "reading", "deal lineage apply bank.yaml", "deal lineage apply bank.yaml --home /srv/deal")
+def apply(
+    deal: Session,
+    spec: Annotated[
+        Path, Argument(help="Lineage settings (YAML). `tasks:` names the tasks that it learns; without it, all.")
+    ],
+) -> CommandResult:
+    """Let a lineage learn from the inbox, or change its settings."""
+    from deal_core.base_model.sources import check_base
+    from tasks.lineage.settings import WatchedLineage, add_lineage
+    from tasks.spec import parse, read_lineage_values
+
+    values = read_lineage_values(spec)
+    lineage = parse(WatchedLineage, values, str(spec))
+    if lineage.base_model is not None and (unknown := check_base(lineage.base_model)):
+        deal.screen.said(f"The base model was not checked. {unknown}")
+    address = add_lineage(deal.store, lineage, values)
+    shown = escape(f"{lineage.lineage} is in {address}")
+    return CommandResult({"lineage": lineage.lineage, "file": address}, [shown])
+
+
+@command(lineage_app, "reading", "deal lineage list", "deal lineage list --json", name="list")
+def list_(deal: Session) -> CommandResult:
+    """List the lineages that learn from the inbox."""
+    from tasks.lineage.settings import list_lineages
+
+    lineages = list_lineages(deal.store)
+    shown = [
+        f"{lineage.lineage}: {', '.join(lineage.tasks) or 'every task'}"
+        + (f" (paused: {lineage.held})" if lineage.held else "")
+        for lineage in lineages
+    ]
+    return CommandResult(lineages, [*map(escape, shown)])
+
+
+@command(
+    lineage_app, "reading", "deal lineage pause bank", 'deal lineage pause bank --reason "labels of May are checked"'
+)
+def pause(
+    deal: Session,
+    lineage: LineageName,
+    reason: Annotated[str, Option("--reason", help="Reason, for people who look at the lineage.")] = "by command",
+) -> CommandResult:
+    """Pause a lineage. A running training finishes; new files wait until `resume`."""
+    from tasks.lineage.settings import hold_lineage_file
+
+    paused = hold_lineage_file(deal.store, lineage, reason)
+    shown = f"{lineage} is paused: {reason}. Let it learn again with: deal lineage resume {lineage}."
+    return CommandResult(paused, [escape(shown)])
+
+
+@command(lineage_app, "reading", "deal lineage resume bank", "deal lineage resume bank --json")
+def resume(deal: Session, lineage: LineageName) -> CommandResult:
+    """Let a paused lineage learn again. Files that landed meanwhile are learned."""
+    from tasks.lineage.settings import hold_lineage_file
+
+    resumed = hold_lineage_file(deal.store, lineage, None)
+    return CommandResult(resumed, [escape(f"{lineage} learns what lands.")])
+
+
+@command(lineage_app, "reading", "deal lineage show bank", "deal lineage show bank --json")
+def show(deal: Session, lineage: LineageName) -> CommandResult:
+    """Show a lineage's settings: those of its file, and the defaults of all others."""
+    import yaml
+
+    from tasks.lineage.settings import read_lineage
+
+    settings = read_lineage(deal.store, lineage)
+    return CommandResult(settings, [escape(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).rstrip())])
+
+
+@command(lineage_app, "reading", "deal lineage delete bank", "deal lineage delete bank --json")
+def delete(deal: Session, lineage: LineageName) -> CommandResult:
+    """Let a lineage learn no longer from the inbox, by deleting its settings. Its versions stay and serve."""
+    from tasks.lineage.settings import remove_lineage
+
+    address = remove_lineage(deal.store, lineage)
+    return CommandResult({"lineage": lineage, "file": address}, [escape(f"{address} is deleted; its versions stay.")])
+
+
+@command(
+    task_app,
+    "reading",
+    'deal task add-label bank "blocked card"',
+    'deal task add-label bank "blocked card" "new address" --lineage support',
+    name="add-label",
+)
+def add_label(
+    deal: Session,
+    task: TaskName,
+    labels: Annotated[list[str], Argument(help="Labels that the task's next arrivals may use.")],
+    lineage: Lineage = "",
+) -> CommandResult:
+    """Add labels to a task that the lineage has learned."""
+    from tasks.lineage.requests import add_labels
+
+    task_labels = add_labels(lineage, task, labels)
+    shown = [f"There already: {listed(task_labels.present)}."] if task_labels.present else []
+    if task_labels.added:
+        gained = f"{task} of lineage {lineage} gains: {listed(task_labels.added)}."
+        shown += [gained, "Land the file again that had rows with them; in an inbox, under another name."]
+    shown.append(f"Its labels: {listed(task_labels.labels)}.")
+    return CommandResult(task_labels, [*map(escape, shown)])
+
+
+@command(
+    task_app,
+    "reading",
+    "deal task renew-tests bank",
+    "deal task renew-tests bank --lineage support",
+    name="renew-tests",
+)
+def renew_test_rows(deal: Session, task: TaskName, lineage: Lineage = "") -> CommandResult:
+    """Let the task's next arrival bring new test rows. The rows before are measured and shown as a second slice."""
+    from tasks.lineage.requests import renew_tests
+
+    renewal = renew_tests(lineage, task)
+    shown = f"The test rows of the next arrival of {task} replace those of today."
+    kept = f"The {renewal.num_test} test rows of today stay: every report shows both."
+    return CommandResult(renewal, [escape(shown), escape(kept)])

@@ -1,0 +1,360 @@
+"""Commands about a lineage's versions: list, show, evaluate, export, and the decisions which of them serves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+from typer import Argument, Option
+
+from deal_core.errors import ConfigError, RegistryError
+from deal_core.safe_text import brief, listed
+from flows.cli.console import heading, matrix_table, new_table, percent, show_adaptation, show_held
+from flows.cli.session import CommandResult, Lineage, Reason, Session, command
+
+if TYPE_CHECKING:
+    from flows.champions import EvaluateResult
+    from infra.promotions import Move
+    from tasks.lineage.history import HistoryEntry
+    from tasks.lineage.promotion import Decision, LeftBehind
+
+version_app = typer.Typer(help="List, show, promote, roll back, reject or export versions.", no_args_is_help=True)
+Number = Annotated[str, Argument(help="Number of the version.")]
+
+
+@command(version_app, "reading", "deal version list", "deal version list --at 2026-11-01T09:30+01:00", name="list")
+def list_versions(
+    deal: Session,
+    lineage: Lineage = "",
+    at: Annotated[
+        str | None,
+        Option(
+            metavar="TIME",
+            help="Show which version was champion at this time: 2026-11-01T09:30+01:00, 2026-11-01T08:30Z, or a date. "
+            "A time without a zone is local.",
+            show_default=False,
+        ),
+    ] = None,
+    moves: Annotated[bool, Option("--moves", help="Show the promotion log instead.")] = False,
+    matrix: Annotated[
+        bool, Option("--matrix", help="Show instead how well the versions up to the champion answer each task.")
+    ] = False,
+    newest: Annotated[
+        int, Option("--newest", "-n", help="Show the N newest versions (0: all; --json always shows all).", min=0)
+    ] = 30,
+) -> CommandResult:
+    """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
+    from infra.promotions import PromotionLog
+    from tasks.inbox import find_held
+    from tasks.lineage.history import NoVersionError, find_version, read_history
+    from tasks.lineage.record import read_record
+
+    if matrix:
+        scores = read_record(deal.store, find_version(deal.store, lineage, None).adapter_uri).matrix
+        shown = [matrix_table(scores.to_json())] if scores else ["No task of the champion has test rows."]
+        return CommandResult(scores.to_json() if scores else None, [heading(f"Scores of {lineage}, %"), *shown])
+    if at is not None:
+        when, zone = _time(at)
+        champion = PromotionLog(deal.store).champion_at(lineage, when)
+        text = f"version {champion} was champion" if champion else "no version was champion"
+        return CommandResult({"at": when.isoformat(), "champion": champion}, [f"At {when.isoformat()}{zone}, {text}."])
+    if moves:
+        log = PromotionLog(deal.store).moves(lineage)
+        return CommandResult(log, [heading(f"Moves of {lineage}"), _moves(log)])
+    held, limit = find_held(deal.store, lineage), 0 if deal.screen.as_json else newest
+    try:
+        entries = read_history(lineage, limit + 1 if limit else None)
+    except NoVersionError:
+        if not held:
+            raise
+        entries = []  # its first arrival is held
+    more = ["[dim]There are earlier versions; --newest 0 shows all.[/]"] if limit and len(entries) > limit else []
+    versions = show_history(lineage, entries[-limit:]) if entries else ()
+    return CommandResult(entries, [*more, *versions, *show_held(lineage, held)])
+
+
+def _time(text: str) -> tuple[datetime, str]:
+    """Read a time. Without a zone it is local, and the second text says so.
+
+    Raises:
+        ConfigError: The text is no time, or the local zone has no such time.
+    """
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(
+            f"--at is {brief(text)}; give a time such as 2026-11-01T09:30+01:00, or a date such as 2026-11-01."
+        ) from None
+    if when.tzinfo is not None:
+        return when, ""
+    try:
+        local = when.astimezone()
+    except (ValueError, OverflowError, OSError):  # before year 1, after year 9999, or beyond the system's clock
+        raise ConfigError(
+            f"--at is {text}, and in the local time zone that time cannot be computed; give its zone, as in "
+            f"{when.isoformat()}Z."
+        ) from None
+    return local, f" (local time, {local.tzname()})"
+
+
+_APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}
+
+
+def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
+    """The versions of a lineage."""
+    is_tested = any(entry.arrival_accuracy is not None for entry in entries)
+    numbers = ["version", "parent", "AA", "forgetting", *(["on arrival"] if is_tested else [])]
+    table = new_table(*numbers, "task", "strategy", "gate", "alias", "when", right=numbers)
+    for entry in entries:
+        gate = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
+        if "rollout" in entry.aliases:
+            gate += ", in rollout"
+        table.add_row(
+            entry.version,
+            entry.parent_version or "base",
+            percent(entry.average_accuracy),
+            percent(entry.forgetting),
+            *([percent(entry.arrival_accuracy)] if is_tested else []),
+            entry.task,
+            entry.strategy,
+            gate,
+            " ".join(entry.aliases),
+            f"{entry.created.astimezone():%m-%d %H:%M}",
+        )
+    reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
+    return [heading(f"Lineage {lineage}"), table, *reasons]
+
+
+def _moves(moves: Sequence[Move]) -> RenderableType:
+    table = new_table("when", "what", "version", "champion", "who", "why", right=["version", "champion"])
+    for move in moves:
+        table.add_row(
+            f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}",
+            move.action,
+            move.version,
+            move.champion or "–",
+            escape(move.who),
+            escape(move.why),
+        )
+    return table
+
+
+@command(version_app, "reading", "deal version show 3", "deal version show 3 --report")
+def show(
+    deal: Session,
+    version: Number,
+    lineage: Lineage = "",
+    report: Annotated[
+        bool, Option("--report", help="Also write its page: accuracy, forgetting, data, timings.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        Option("--out", "-o", help="With --report: the HTML file.", show_default="HOME/reports/LINEAGE-VERSION.html"),
+    ] = None,
+) -> CommandResult:
+    """Show what a version learned and what the gate decided."""
+    from tasks.lineage.history import read_history
+    from tasks.lineage.reports import save_report
+
+    if out is not None and not report:
+        raise ConfigError("--out is the file of the page; give --report too.")
+    entry = next((entry for entry in read_history(lineage) if entry.version == version), None)
+    if entry is None:
+        raise RegistryError(f"Lineage {lineage} has no version {version}; deal version list shows its versions.")
+    if not report:
+        return CommandResult(entry, _show_version(lineage, entry))
+    page = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
+    return CommandResult(page, [*_show_version(lineage, entry), escape(f"Page: {page.file}")])
+
+
+def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]:
+    verdict = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
+    table = new_table("what", "value")
+    for name, value in {
+        "task": escape(entry.task),
+        "parent": f"version {entry.parent_version}" if entry.parent_version else "the base model",
+        "gate": verdict,
+        "aliases": " ".join(entry.aliases) or "–",
+        "average accuracy, %": percent(entry.average_accuracy),
+        "forgetting, points": percent(entry.forgetting),
+        "strategy": escape(entry.strategy),
+        "dataset": entry.dataset_sha256[:12],
+        "learned": f"{entry.created.astimezone():%Y-%m-%d %H:%M}",
+    }.items():
+        table.add_row(name, value)
+    reasons = [f"  • {escape(reason)}" for reason in entry.reasons]
+    return [heading(f"Version {entry.version} of {lineage}"), table, *reasons]
+
+
+@command(version_app, "starting", "deal version evaluate", "deal version evaluate 3")
+def evaluate(
+    deal: Session,
+    version: Annotated[str | None, Argument(help="Number of the version.", show_default="the champion")] = None,
+    lineage: Lineage = "",
+) -> CommandResult:
+    """Score a version again on the frozen test rows of every task that it knows."""
+
+    def start() -> Coroutine[Any, Any, EvaluateResult]:
+        from flows.champions import evaluate as evaluate_flow
+
+        return evaluate_flow(lineage, version)
+
+    scores = deal.run(start, trains=True)
+    numbers = ["now", "at its run", "test rows"]
+    table = new_table("task", *numbers, right=numbers)
+    for task, accuracy in scores.accuracies.items():
+        table.add_row(task, percent(accuracy), percent(scores.recorded.get(task)), str(scores.num_rows[task]))
+    unjudged = [f"[yellow]{escape(why)}[/]" for why in scores.unjudged.values()]
+    title = heading(f"Accuracy of {scores.lineage}, version {scores.version}, %")
+    return CommandResult(scores, [title, table, *unjudged])
+
+
+@command(version_app, "promoting", "deal version promote 4", 'deal version promote 4 --reason "checked by the bank"')
+def promote(deal: Session, version: Number, lineage: Lineage = "", reason: Reason = "approved") -> CommandResult:
+    """Make a version champion. Its parent must be the present champion."""
+    from tasks.lineage.promotion import promote_to
+
+    done = promote_to(lineage, version, who=deal.account, why=reason)
+    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+
+
+@command(version_app, "rolling back", "deal version rollback", 'deal version rollback 2 --reason "wrong labels in May"')
+def rollback(
+    deal: Session,
+    version: Annotated[
+        str | None, Argument(help="Version to go back to.", show_default="the champion's parent")
+    ] = None,
+    lineage: Lineage = "",
+    reason: Reason = "rolled back by hand",
+) -> CommandResult:
+    """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
+    from tasks.lineage.promotion import roll_back
+
+    done = roll_back(lineage, version, who=deal.account, why=reason)
+    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+
+
+@command(
+    version_app,
+    "rejecting",
+    'deal version reject 4 --reason "unsafe"',
+    'deal version reject 4 -l bank --reason "unsafe"',
+)
+def reject(
+    deal: Session,
+    version: Number,
+    reason: Annotated[str, Option("--reason", help="Reason, for the promotion log.", show_default=False)],
+    lineage: Lineage = "",
+) -> CommandResult:
+    """Reject a version. It can never become champion."""
+    from tasks.lineage.promotion import reject_version
+
+    done = reject_version(lineage, version, who=deal.account, why=reason)
+    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+
+
+def show_mirrored(lineage: str) -> Sequence[RenderableType]:
+    """Bring MLflow in step with a decision; return what it lacks, in one line."""
+    from flows.mlflow import mirror
+
+    synced = asyncio.run(mirror(lineage))
+    if synced is None:
+        return ["MLflow follows when the run that works on the lineage ends."]
+    if synced.problem is None:
+        return []
+    return [
+        escape(f"MLflow lacks {listed(synced.missing)}; the next run or deal server sync writes it. {synced.problem}")
+    ]
+
+
+def show_decision(done: Decision) -> Sequence[RenderableType]:
+    """What was decided, and which arrivals the champion has not learned."""
+    if done.action == "rejected":
+        serves = f"version {done.champion} serves on" if done.champion else "no version serves"
+        return [f"[bold]Version {done.version} of {escape(done.lineage)} is rejected; {serves}.[/]"]
+    if done.action == "rollout":
+        return [
+            f"[bold]Version {done.version} of {escape(done.lineage)} is tried on live traffic; version "
+            f"{done.champion} serves on.[/]"
+        ]
+    before = f"version {done.before}" if done.before else "none"
+    shown: list[RenderableType] = [
+        f"[bold green]Champion of {escape(done.lineage)}: version {done.champion}[/] (before: {before})"
+    ]
+    if done.left_behind:
+        shown += ["It has not learned:", _learned(done.left_behind), _remedy(done.lineage)]
+    return shown
+
+
+@command(version_app, None, "deal version requeue", "deal version requeue 3", "deal version requeue --all")
+def requeue(
+    deal: Session,
+    versions: Annotated[list[str] | None, Argument(help="Versions to learn again.", show_default=False)] = None,
+    all_: Annotated[bool, Option("--all", help="Learn every arrival that was left behind.")] = False,
+    lineage: Lineage = "",
+) -> CommandResult:
+    """List the arrivals that a rollback left behind, or learn them again."""
+    from flows.requeue import requeue as requeue_flow
+    from tasks.lineage.promotion import find_left_behind
+
+    if not (all_ or versions):
+        left_behind = find_left_behind(lineage)
+        return CommandResult(list(left_behind), _show_left_behind(lineage, left_behind))
+    if all_ and versions:
+        raise ConfigError("Give either versions or --all, not both.")
+    runs = deal.run(lambda: requeue_flow(lineage, versions or []))
+    shown = [line for run in runs for line in show_adaptation(run)] or _show_left_behind(lineage, ())
+    return CommandResult(runs, shown, rejected=any(run.rejected for run in runs))
+
+
+def _show_left_behind(lineage: str, left_behind: Sequence[LeftBehind]) -> Sequence[RenderableType]:
+    if not left_behind:
+        return [f"The champion of {escape(lineage)} has learned every accepted arrival."]
+    return [heading(f"Left behind in {lineage}"), _learned(left_behind), _remedy(lineage)]
+
+
+def _learned(left_behind: Sequence[LeftBehind]) -> RenderableType:
+    table = new_table("version", "task", "dataset", right=["version"])
+    for arrival in left_behind:
+        table.add_row(arrival.version, escape(arrival.task), arrival.dataset_sha256[:12])
+    return table
+
+
+def _remedy(lineage: str) -> str:
+    return f"Learn it again with: deal version requeue --all --lineage {escape(lineage)}"
+
+
+@command(
+    version_app,
+    "exporting",
+    "deal version export 3 --format merged --out model",
+    "deal version export 3 --format hub --out OWNER/NAME",
+)
+def export(
+    deal: Session,
+    version: Number,
+    format_: Annotated[
+        str, Option("--format", help="merged: a transformers folder. hub: the PEFT folder, on the Hub.")
+    ],
+    out: Annotated[str, Option("--out", "-o", help="New folder; with --format hub: OWNER/NAME of the repository.")],
+    lineage: Lineage = "",
+) -> CommandResult:
+    """Export a version for other programs, and compare its logits with the served version."""
+    from tasks.serving.export import Target, export_version
+
+    if format_ not in get_args(Target):
+        raise ConfigError(f"--format is {format_!r}; give one of {', '.join(get_args(Target))}.")
+    exported = export_version(lineage, version, cast("Target", format_), out)
+    shown = [
+        f"[bold green]Version {escape(exported.version)} of {escape(exported.lineage)}[/] is in "
+        f"{escape(exported.address)}",
+        f"  logits differ from the served version by {exported.max_difference:.2g} at most, on {exported.num_prompts} "
+        f"prompts of its tasks, in {exported.precision} ({exported.tolerance:g} is allowed)",
+    ]
+    return CommandResult(exported, shown)
