@@ -3,9 +3,9 @@
     python -m benchmarks.survival --rounds 25 --out benchmarks/results/survival.json
 
 It starts `deal server up` and lets files land for two lineages: once undisturbed, then in every round with one kill
-among servers, workers, runs and watchers. A round is right if both lineages end with the versions of the undisturbed run: the
-same datasets in the same order, each continuing the last, the same adapters byte for byte, and a champion that loads.
-Rounds that are stored are not run again. The base model is tiny, because the chain is measured.
+among servers, workers, runs and watchers. A round is right if both lineages end with the versions of the undisturbed
+run: the same datasets in the same order, each continuing the last, the same adapters byte for byte, and a champion that
+loads. Rounds that are stored are not run again. The base model is tiny, because the chain is measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The runs that a Prefect server starts for arrivals: an event announces each arrival, and a cancelled run holds it.
 
 A person cancels a run of the deployment `adapt` on Prefect's page, by its command or by its API. All arrivals that the
-run had still to learn are then held until `deal data release`. The server's states are read before anything else is learned or
-announced, so the hold does not depend on the run's process, which may have been killed.
+run had still to learn are then held until `deal data release`. The server's states are read before anything else is
+learned or announced, so the hold does not depend on the run's process, which may have been killed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plan an adaptation before it runs (`deal check --plan`): memory by kind, steps, time, and whether it fits the device."""
+"""Plan an adaptation before it runs (`deal check --plan`): memory by kind, steps, time, and whether it fits."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@
     python -m benchmarks.speed.commands cells
 
 start: `deal --help`, `deal version list` and `deal status` of a long lineage, and the imports of `deal predict`. The
-figures are processor time, which other processes change less than the wall time. The commands take turns. Python alone, which
-imports nothing, is the floor below all. No command that reads imports MLflow; its import is measured to compare. The
-import of PEFT, which imports torch and transformers, is the floor below `deal predict`.
+figures are processor time, which other processes change less than the wall time. The commands take turns. Python alone,
+which imports nothing, is the floor below all. No command that reads imports MLflow; its import is measured to compare.
+The import of PEFT, which imports torch and transformers, is the floor below `deal predict`.
 
 adaptation: `deal adapt` is run twice in an empty home: a first task and a second one, of 600 rows each. What no stage
 accounts for is the start of Python and of Prefect's server, and their end.

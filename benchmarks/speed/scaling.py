@@ -3,8 +3,9 @@
     python -m benchmarks.speed.scaling
 
 Memory comes from the functions of `deal check --plan`. Time is worked out here, from a model's sizes and a device's
-published figures: arithmetic, bytes moved, and what bounds a step. LoRA's base weights are frozen, so the backward pass has
-gradients of activations but none of weights: four operations per weight and token in all, where full training has six.
+published figures: arithmetic, bytes moved, and what bounds a step. LoRA's base weights are frozen, so the backward pass
+has gradients of activations but none of weights: four operations per weight and token in all, where full training has
+six.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ BODY = """\
 Lineage {{ event.payload.lineage }}, task {{ event.payload.task }}
 {% for reason in event.payload.reasons %}- {{ reason }}
 {% endfor %}{% if event.payload.error %}{{ event.payload.error }}
-{% endif %}{% if event.payload.version %}deal version show {{ event.payload.version }} --report --lineage {{ event.payload.lineage }}
+{% endif %}{% if event.payload.version %}deal version show {{ event.payload.version }} \
+--report --lineage {{ event.payload.lineage }}
 {% endif %}{% if event.payload.decide_url %}Decide: {{ event.payload.decide_url }}
 {% endif %}"""
 ACTION_FAILED = "prefect.automation.action.failed"

@@ -211,8 +211,8 @@ class ObjectStore(ABC):
 def temporary_folder() -> Iterator[Path]:
     """Yield a new, empty folder in HOME/tmp, which is deleted after the block. Only its user can read it.
 
-    A killed process leaves the folder, which may contain rows. `deal data gc` and `deal data delete` find it by its lock,
-    which nobody holds any more.
+    A killed process leaves the folder, which may contain rows. `deal data gc` and `deal data delete` find it by its
+    lock, which nobody holds any more.
     """
     place = HomeSettings().home / TEMPORARY
     place.mkdir(parents=True, exist_ok=True)

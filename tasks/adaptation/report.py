@@ -224,7 +224,7 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         *([*words.markdown_table(["test rows", "gained", "lost", "of"], changed), ""] if changed else ()),
         *words.markdown_table(["stage", "time"], stages),
         "",
-        f"The whole page: `deal version show {report.version} --report --lineage {report.lineage}`, or `{PAGE_FILE}` in "
-        "MLflow.",
+        f"The whole page: `deal version show {report.version} --report --lineage {report.lineage}`, or `{PAGE_FILE}` "
+        "in MLflow.",
     ]
     return "\n".join(lines) + "\n"

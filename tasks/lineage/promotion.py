@@ -300,7 +300,7 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     )
     if log.add(last, change) is None:
         raise RegistryError(
-            f"The champion of '{lineage}' has just changed; look at: deal version list --lineage {lineage}; then try again."
+            f"The champion of '{lineage}' has just changed. See: deal version list --lineage {lineage}; then try again."
         )
     announce("rejected", Notice.of(chosen, reasons=(why,), who=who))
     return Decision.model_validate(change, from_attributes=True)

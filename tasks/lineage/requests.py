@@ -4,8 +4,8 @@
 the new labels stays valid.
 
 The test rows of a task's first arrival judge it, until `deal task renew-tests TASK` asks for others. The next arrival
-with test rows brings them. The rows before stay as a second slice, which is measured and shown too: the task "bank" then has
-the slice "bank.old-1".
+with test rows brings them. The rows before stay as a second slice, which is measured and shown too: the task "bank"
+then has the slice "bank.old-1".
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ class Renewal(NamedTuple):
 def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> Renewal:
     """Return what an arrival does to the test rows of its task.
 
-    They are replaced if they were forgotten, or if `deal task renew-tests` had asked for it when the arrival was checked and
-    the arrival has other test rows. A request that comes later is for the next arrival.
+    They are replaced if they were forgotten, or if `deal task renew-tests` had asked for it when the arrival was
+    checked and the arrival has other test rows. A request that comes later is for the next arrival.
     """
     known = record.task(dataset.task) if record else None
     if record is None or known is None:

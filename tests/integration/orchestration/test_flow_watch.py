@@ -185,7 +185,7 @@ def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
     assert outcomes(failed) == [("parcels/a.jsonl", "failed")] and failed.num_refused == 1
     add_lineage(current_store(), WatchedLineage(lineage="l"))
     (status,) = asyncio.run(read_status(home)).lineages
-    assert status.num_open == 0 and "deal adapt --watch --once --lineage l --spec SPEC" in status.failed[0]
+    assert status.num_open == 0 and "deal adapt SPEC --watch --once --lineage l" in status.failed[0]
     assert "tried again from" not in status.failed[0]
     with put_back():
         codes = [CliRunner().invoke(app, ["status", "--json", *words]).exit_code for words in ([], ["--check"])]

@@ -51,7 +51,7 @@ def test_a_training_that_diverged_is_not_tried_again_and_says_what_to_do(failing
     handled = failing(TrainingDivergedError("The training diverged. Lower train.learning_rate."))
     assert handled.due() is None
     assert handled.message.startswith("The training diverged. Lower train.learning_rate. It is not tried again")
-    assert "deal adapt --watch --once --lineage l --spec SPEC" in handled.message
+    assert "deal adapt SPEC --watch --once --lineage l" in handled.message
 
 
 def test_any_other_failure_is_tried_again(failing: Any, told: list[tuple[Any, ...]]) -> None:
