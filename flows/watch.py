@@ -355,8 +355,8 @@ async def _adapt_to(store: ObjectStore, spec: WatchedLineage, files: Sequence[Ar
         is_final = isinstance(error, TrainingDivergedError)  # same seed and settings: it diverges at the same step
         if is_final:
             message = (
-                f"{message.rstrip('.')}. It is not tried again automatically: change the settings and try it with: deal "
-                f"adapt SPEC --watch --once --lineage {spec.lineage}; or change file, task.yaml or test rows."
+                f"{message.rstrip('.')}. It is not tried again automatically: change the settings and try it with: "
+                f"deal adapt SPEC --watch --once --lineage {spec.lineage}; or change file, task.yaml or test rows."
             )
         reporter().said(f"Failed: {message}")
         return Learned("failed", message, is_final=is_final)

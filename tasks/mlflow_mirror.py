@@ -410,8 +410,8 @@ def _follow_hand_move(store: ObjectStore, lineage: str, registered: RegisteredLi
     what = f"moved to version {chosen}" if chosen else "moved away"
     why = (
         f"In MLflow the alias champion of '{lineage}' was {what}, which deal version promote and deal version rollback "
-        f"would refuse; it is set back to version {last.champion}. deal version list --lineage {lineage} shows what may "
-        "become champion."
+        f"would refuse; it is set back to version {last.champion}. deal version list --lineage {lineage} shows what "
+        "may become champion."
     )
     serving = Versions(store).champion(lineage)
     if serving is not None:
