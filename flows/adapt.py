@@ -369,7 +369,7 @@ def adapted(
 
 def _awaits_approval(version: Version) -> str:
     which = f"{version.version} --lineage {version.lineage}"
-    return f"awaits approval: deal version promote {which}, or deal version reject {which} --why REASON"
+    return f"awaits approval: deal version promote {which}, or deal version reject {which} --reason REASON"
 
 
 def _in_rollout(version: Version) -> str:

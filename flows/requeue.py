@@ -1,4 +1,4 @@
-"""Requeue: learn arrivals again that a rollback left behind."""
+"""Requeue: learn arrivals again that a rollback left behind, and let arrivals go on whose run was cancelled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import lock_lineage
 from infra.versions import Version, Versions
 from tasks.adaptation.resume import read_spec_of, require_same_files
+from tasks.arrival_runs import release
 from tasks.context import current_store
 from tasks.lineage.history import arrival_digests, find_version
 from tasks.lineage.promotion import find_left_behind
@@ -18,23 +19,28 @@ from tasks.spec import AdaptSpec, parse
 
 
 @flow(name="requeue", flow_run_name="requeue-{lineage}")
-async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResult]:
-    """Learn the arrivals of versions again.
+async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence[str] = ()) -> list[AdaptResult]:
+    """Learn the arrivals of versions again, and let held arrivals go on.
 
     Versions are learned in the given order, with the settings of their runs. An arrival that the champion has learned
-    in the meantime is reported as a repeat. Without versions, all that were left behind are learned
-    again, oldest first.
+    in the meantime is reported as a repeat. Without versions and without arrivals, all versions that were left behind
+    are learned again, oldest first, and all held arrivals go on.
 
     Args:
         lineage: The lineage.
         versions: Numbers of the versions.
+        arrivals: Keys inbox/TASK/FILE of arrivals that are held because their run was cancelled. A watch learns them.
 
     Raises:
+        ConfigError: A named arrival is not held.
         RegistryError: There is no such version.
         DataValidationError: An arrival's file is gone or was replaced by another.
         ForgottenRowsError: Rows of an arrival were forgotten.
     """
     store = current_store()
+    released = release(store, lineage, arrivals) if arrivals or not versions else ()
+    if released and not versions and (arrivals or not Versions(store).all(lineage)):
+        return []
     async with lock_lineage(lineage):
         numbers = versions or [version.version for version in find_left_behind(lineage)]
         wanted = [find_version(store, lineage, number) for number in numbers]

@@ -96,7 +96,7 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
 
 
 def _validate(file: str, spec: str | None, task: str) -> int:
-    from flows.cli.plan import show_validation
+    from flows.cli.check import show_validation
 
     from tasks.validate import validate
 

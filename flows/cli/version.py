@@ -296,7 +296,9 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
 def requeue(
     deal: Session,
     versions: Annotated[list[str] | None, Argument(help="Versions to learn again.", show_default=False)] = None,
-    all_: Annotated[bool, Option("--all", help="Learn every arrival that was left behind.")] = False,
+    all_: Annotated[
+        bool, Option("--all", help="Learn all arrivals that were left behind, and let all held ones go on.")
+    ] = False,
     lineage: Lineage = "",
 ) -> CommandResult:
     """List the arrivals that a rollback left behind, or learn them again."""

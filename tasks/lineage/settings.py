@@ -225,7 +225,7 @@ def spec_from_options(
     if path is not None and arrival:
         raise ConfigError("Give either a spec file or --task, --data and --test-data, not both.")
     values = {"task": arrival} if path is None else read_lineage_values(path)
-    options = parse_settings(settings) | ({"lineage": lineage} if lineage else {})
+    options = parse_settings(settings) | ({"lineage": lineage} if lineage is not None else {})
     spec = _parse_over_stored(AdaptSpec, store, values, options, path)
     return spec.with_files_from(Path(os.path.realpath(path)).parent if path else Path.cwd())
 
@@ -245,7 +245,11 @@ def watched_from_options(
     """
     values = read_lineage_values(path) if path else {}
     values.pop("task", None)
-    options = parse_settings(settings) | ({"lineage": lineage} if lineage else {}) | ({"tasks": tasks} if tasks else {})
+    options = (
+        parse_settings(settings)
+        | ({"lineage": lineage} if lineage is not None else {})
+        | ({"tasks": tasks} if tasks else {})
+    )
     return _parse_over_stored(WatchedLineage, store, values, options, path)
 
 

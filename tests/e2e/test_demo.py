@@ -45,7 +45,7 @@ def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None
 
     answer = deal(home, "predict", "Mein Paket? My parcel is stuck at customs in Leipzig.", "--lineage", "demo")
     assert answer["version"] == "3" and answer["task"] == "parcels" and answer["answer"]
-    scores = deal(home, "evaluate", "--lineage", "demo")
+    scores = deal(home, "version", "evaluate", "--lineage", "demo")
     assert scores["accuracies"] == scores["recorded"] == pytest.approx(last)
     assert [entry["task"] for entry in deal(home, "version", "list", "--lineage", "demo")] == [
         "bank",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import DataValidationError
-from flows.cli.plan import show_validation
+from flows.cli.check import show_validation
 from tasks.validate import validate
 from tests.adapting import BANK, PASS, page_of, run
 

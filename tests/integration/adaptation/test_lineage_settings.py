@@ -157,9 +157,9 @@ def test_a_plan_and_a_check_of_a_file_keep_to_the_lineage_s_file(
     few = tmp_path / "few.jsonl"
     few.write_text("".join(ROWS.read_text().splitlines(keepends=True)[:30]))
     checked = ("check", str(few), "--lineage", "support", "--task", "parcels")
-    assert deal(*checked)["num_rejected"] == 0
+    assert deal(*checked)["data"]["num_rejected"] == 0
     store_settings({**support, "data": {"max_text_chars": 100, "max_bad_share": 1.0}})
-    assert deal(*checked)["num_rejected"] > 0
+    assert deal(*checked)["data"]["num_rejected"] > 0
 
 
 def test_a_lineage_is_held_shown_resumed_and_removed_by_command(

@@ -82,7 +82,7 @@ CASES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     ),
     "a label with a lone surrogate": (
         lambda files: [
-            "validate",
+            "check",
             files / "good.csv",
             "--spec",
             spec(files, f"task: {{name: t, data: good.csv, labels: [late, lost, {SURROGATE}]}}"),
@@ -91,7 +91,7 @@ CASES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     ),
     "an instruction with a lone surrogate": (
         lambda files: [
-            "validate",
+            "check",
             files / "good.csv",
             "--spec",
             spec(files, f"task: {{name: t, data: good.csv, instruction: {SURROGATE}}}"),
@@ -151,5 +151,5 @@ def test_an_unknown_time_zone_costs_no_row(files: Path, home: Path) -> None:
     pq.write_table(table, files / "rows.parquet")
     result = run("check", files / "rows.parquet", "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    found = json.loads(result.stdout)["data"]
     assert (found["num_read"], found["num_rejected"]) == (40, 1)

@@ -227,7 +227,7 @@ def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(
                         ["adapt", refused, "--debug"],
                         ["version", "list", "--json"],
                         ["status", "--json"],
-                        ["report", "1"],
+                        ["version", "show", "1", "--report"],
                         ["predict", "My card was lost."],
                         ["data", "gc"],
                     ],

@@ -97,8 +97,8 @@ def test_the_installed_command_answers(installed: Path, tmp_path: Path) -> None:
 
     assert "adapt" in answer("--help")
     assert answer("--version") == f"deal-pipeline {PROJECT['version']}\n"
-    typed = {"_DEAL_COMPLETE": "complete_bash", "COMP_WORDS": "deal hist", "COMP_CWORD": "1"}
-    assert answer(**typed).split() == ["version", "list"], "what the shell asks after `deal --install-completion`"
+    typed = {"_DEAL_COMPLETE": "complete_bash", "COMP_WORDS": "deal ver", "COMP_CWORD": "1"}
+    assert answer(**typed).split() == ["version"], "what the shell asks after `deal --install-completion`"
     assert not list(tmp_path.iterdir())
 
 

@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(plan: Plan) -> None:
     whole = json.loads(plan("--json", "--no-probe", batch_size=32).stdout)["plan"]
     less = f"{0.8 * whole['total_bytes'] / 2**20}MiB"
     refused = plan("--json", "--device-memory", less, batch_size=32)
-    found = json.loads(refused.stdout)
+    found = json.loads(refused.stdout)["plan"]
     assert refused.exit_code == 1 and found["verdict"] == "refused"
     batch = next(each for each in found["remedies"] if each["change"].startswith("train.batch_size"))
     assert batch["fits"] and found["seconds_per_step"] is None

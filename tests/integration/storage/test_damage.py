@@ -174,7 +174,7 @@ def test_altered_test_rows_are_not_scored_and_nothing_is_trained_before_that_is_
     swap_answers(datasets["bank"] / "test.parquet")
     said = r"test\.parquet, the test rows of task 'bank', is damaged .*altered.*Restore it from a backup of the store"
     with put_back():
-        done = CliRunner().invoke(app, ["evaluate", "--lineage", "l", "--json"])
+        done = CliRunner().invoke(app, ["version", "evaluate", "--lineage", "l", "--json"])
     assert done.exit_code == 1 and "Traceback" not in done.output and re.search(said, " ".join(done.output.split()))
     for task in (BANK, CLINIC):
         with pytest.raises(DealError, match=said):

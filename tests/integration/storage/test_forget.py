@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flows.cli.housekeeping import show_forget_plan
+from flows.cli.data import show_forget_plan
 
 from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import ConfigError, DataValidationError, StoreError
