@@ -97,7 +97,6 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
 
 def _validate(file: str, spec: str | None, task: str) -> int:
     from flows.cli.check import show_validation
-
     from tasks.validate import validate
 
     outcome = validate(Path(file), spec=Path(spec) if spec else None, task=task)

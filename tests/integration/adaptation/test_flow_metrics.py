@@ -9,8 +9,8 @@ import pytest
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import MODULES_VARIABLE
-from flows.cli.console import show_adaptation
 from flows.cli.check import show_validation
+from flows.cli.console import show_adaptation
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers
 from tasks.lineage.record import read_record
