@@ -136,7 +136,9 @@ def validate(
         raise ConfigError("The spec names the task; give either --spec or --task.")
     store = current_store()
     given = None if file is None else str(file)
-    arrival_options = {"task": None, "data": None} if spec else {"task": task or "unnamed", "data": given}
+    arrival_options = (
+        {"task": None, "data": None} if spec else {"task": "unnamed" if task is None else task, "data": given}
+    )
     read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage, settings=settings)
     task_file = None
     if given is not None and spec is None and task is None and "://" not in given:
