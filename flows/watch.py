@@ -120,7 +120,7 @@ async def watch(
         if once and worker.num_left and is_stopped():
             raise Interrupted
         if is_held and not was_held:
-            reporter().said(f"Lineage '{spec.lineage}' is held; let it learn with: deal lineage resume {spec.lineage}.")
+            reporter().said(f"Lineage '{spec.lineage}' is paused; let it learn with: deal lineage resume {spec.lineage}.")
         was_held = is_held
         if is_stopped() or (once and (is_held or not worker.num_left)):
             return worker.result()
@@ -144,7 +144,7 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
     store = current_store()
     spec = read_lineage(store, lineage)
     if spec.held is not None:
-        reporter().said(f"Lineage '{lineage}' is held ({spec.held}); nothing is learned.")
+        reporter().said(f"Lineage '{lineage}' is paused ({spec.held}); nothing is learned.")
         return WatchResult(lineage=lineage, files=())
     is_rerun = (runtime.flow_run.run_count or 1) > 1
     worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun)

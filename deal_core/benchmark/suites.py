@@ -79,7 +79,7 @@ SUITES = {suite: {order: tuple(names.split()) for order, names in orders.items()
 """Suite → order → tasks. "8" and "9" are this project's own. In "8" consecutive tasks differ much, so forgetting is
 strong. "9" is for choosing settings: seven tasks of "15" on which methods differ, and two that share label words.
 "superni" is generation: 15 tasks of Super-NaturalInstructions in the two orders of SAPT (arXiv 2401.08295). "superni8"
-has those of its tasks with short prompts that an adapter of their own lifts above SmolLM2-135M-Instruct."""
+has those of its tasks with short prompts on which a separate adapter beats SmolLM2-135M-Instruct."""
 
 HUB_SCHEME = "hf://"
 
