@@ -120,7 +120,7 @@ async def watch(
         if once and worker.num_left and is_stopped():
             raise Interrupted
         if is_held and not was_held:
-            reporter().said(f"Lineage '{spec.lineage}' is paused; let it learn with: deal lineage resume {spec.lineage}.")
+            reporter().said(f"Lineage '{spec.lineage}' is paused; it goes on with: deal lineage resume {spec.lineage}")
         was_held = is_held
         if is_stopped() or (once and (is_held or not worker.num_left)):
             return worker.result()
