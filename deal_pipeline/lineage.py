@@ -163,7 +163,7 @@ class Lineage:
                 spec = Path(folder) / "spec.yaml"
                 spec.write_text(text, encoding="utf-8")
                 named = {"base_model": base, "strategy": strategy, "memory": memory}
-                changes = [f"--set={name}={value}" for name, value in named.items() if value is not None]
+                changes = [f"--set={name}={json.dumps(value)}" for name, value in named.items() if value is not None]
                 values = self._run("adapt", str(spec), *changes, *(["--force"] if again else []), stages=stages)
             is_needed = values["status"] != "repeat"
         finally:

@@ -1,6 +1,6 @@
 """A strategy in a package of its own: L2-SP (arXiv 1802.01483) pulls the adapter back to its parent's factors.
 
-The package's pyproject.toml names it; then `strategy: l2_sp` works in a spec, and `--strategy l2_sp` in every command:
+The package's pyproject.toml names it; then `strategy: l2_sp` works in a spec, and `--set strategy=l2_sp` in a command:
 
     [project.entry-points."deal_pipeline.strategies"]
     l2_sp = "own_strategy:L2Sp"

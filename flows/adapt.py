@@ -313,15 +313,15 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
     number, option = version.version, f" --lineage {version.lineage}"
     trained = f"version {number} was trained on this arrival"
     messages = {
-        "learned": f"version {number} has learned from this arrival; --again trains anew.",
+        "learned": f"version {number} has learned from this arrival; --force trains anew.",
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
         "in rollout": f"{trained} and {_in_rollout(version)}.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
         f"deal version requeue {number}{option}.",
-        "rejected by a person": f"{trained} and was rejected; change the settings or give --again.",
-        "rejected by its rollout": f"{trained} and was rejected by its rollout; change the settings or give --again.",
+        "rejected by a person": f"{trained} and was rejected; change the settings or give --force.",
+        "rejected by its rollout": f"{trained} and was rejected by its rollout; change the settings or give --force.",
         "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
-        "give --again.",
+        "give --force.",
     }
     message = "Nothing to do: " + messages[version.standing]
     return _result(version, dataset, status="repeat", message=message)

@@ -142,7 +142,7 @@ async def hold_cancelled(
 
     A cancelled run holds an arrival if it was cancelled after the arrival was announced, or after a run without an
     announcement began to learn it. An arrival that no run has seen is not held: the file's own time says nothing, since
-    a copy may keep the time of its original. A later `deal version requeue` ends the hold. `announced` has the last
+    a copy may keep the time of its original. A later `deal data release` ends the hold. `announced` has the last
     announcement by the arrival's key.
     """
     if not arrivals or not get_current_settings().api.url:

@@ -360,7 +360,7 @@ def settle(
 
 
 class HeldArrival(BaseModel, frozen=True):
-    """An arrival that waits for `deal version requeue`, because its run was cancelled; see `tasks.arrival_runs`."""
+    """An arrival that waits for `deal data release`, because its run was cancelled; see `tasks.arrival_runs`."""
 
     key: str
     why: str

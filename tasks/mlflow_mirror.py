@@ -338,8 +338,10 @@ def write_look(
     try:
         tracker = _open()
         run = tracker.start(version.lineage, key, name=f"monitor version {version.version}", tags=tags)
-        run.log_metrics(metrics, step=look)
-        run.end()
+        try:
+            run.log_metrics(metrics, step=look)
+        finally:
+            run.end()
         own = tracker.find(version.lineage, version.run_key)
         if own is not None:
             own.log_text(PAGE_FILE, read_page(store, version)[1])

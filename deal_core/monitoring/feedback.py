@@ -43,7 +43,7 @@ class Feedback:
     is_right: bool | None
     """Whether the answer was right; None: only the right answer is known."""
     source: Source
-    """api: POST /feedback; command: `deal feedback`."""
+    """api: POST /feedback; command: `deal feedback add`."""
     is_random: bool
     """Whether the row was chosen at random, so that such rows together tell the accuracy."""
     reviewer: str | None

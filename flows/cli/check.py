@@ -30,8 +30,8 @@ _SPEC = """\
 #   test_data: test.jsonl    # without it, a part of the rows becomes test rows
 #   instruction: {instruction}
 #   labels: {labels}
+# Tasks of one lineage share one adapter. Its base model is fixed by its first arrival:
 # base_model: smollm2-135m-instruct    # a Hub id, a local folder or a GGUF file
-# lineage: default                     # tasks of one lineage share one adapter
 """
 
 
@@ -40,24 +40,42 @@ def init(
     deal: Session,
     file: Annotated[str, Argument(help="Rows: a file, folder, pattern or address.")],
     task: Annotated[str | None, Option("--task", "-t", help="Name of the task.", show_default="the file's")] = None,
+    lineage: SpecLineage = None,
+    settings: Settings = None,
     out: Annotated[Path, Option("--out", "-o", help="The new spec.")] = Path("spec.yaml"),
 ) -> CommandResult:
     """Write a spec for a file of rows."""
     import yaml
 
+    from tasks.lineage.settings import parse_settings, spec_from_options
     from tasks.validate import validate
 
-    name = task or re.sub(r"[^a-z0-9_-]+", "-", Path(file).stem.lower()).strip("-_") or "task"
-    data = validate(file, spec=None, task=name, on_progress=lambda done: deal.screen.advanced("reading", done, None))
+    name = re.sub(r"[^a-z0-9_-]+", "-", Path(file).stem.lower()).strip("-_") or "task" if task is None else task
+    given = parse_settings(settings or ())
+    lineage = spec_from_options(
+        deal.store, None, task=name, data=file, test_data=None, lineage=lineage, settings=settings or ()
+    ).lineage
+    data = validate(
+        file,
+        spec=None,
+        task=name,
+        lineage=lineage,
+        settings=settings or (),
+        on_progress=lambda done: deal.screen.advanced("reading", done, None),
+    )
     if not data.accepted:
-        return CommandResult(data, show_validation(data), failed=True)
+        return CommandResult({"spec": None, "data": data}, show_validation(data), failed=True)
     # a path in a spec is relative to the spec's folder
     path = file if "://" in file else os.path.relpath(file, out.absolute().parent)
+    values = {"lineage": lineage, **given, "task": {"name": name, "data": path, **given.get("task", {})}}
+    labels = yaml.safe_dump(
+        list(data.labels or ("yes", "no")), default_flow_style=True, allow_unicode=True, width=10**6
+    )
     text = _SPEC.format(
         out=out,
-        values=yaml.safe_dump({"task": {"name": name, "data": path}}, sort_keys=False, allow_unicode=True),
+        values=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
         instruction="Choose the topic of the message." if data.labels else "Answer the question.",
-        labels=f"[{listed(data.labels)}]" if data.labels else "[yes, no]",
+        labels=labels.strip(),
     )
     try:
         with out.open("x", encoding="utf-8") as spec:
@@ -122,6 +140,8 @@ def check(
         if spec is not None or task is not None:
             raise ConfigError(f"{what} is a spec, which names its task and file; --spec and --task go with a file.")
         file, spec = None, Path(what)
+    if not plan and (device_memory is not None or precision != "auto" or not probe):
+        raise ConfigError("--device-memory, --precision and --no-probe go with --plan.")
     if plan and file is not None and spec is None and task is None:
         raise ConfigError("--plan needs the task: give --task NAME, or a spec.")
     with deal.screen.working("checking"):

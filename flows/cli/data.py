@@ -34,9 +34,9 @@ def list_data(deal: Session) -> CommandResult:
     for arrival in arrivals:
         learned = ", ".join(arrival.learned_by) or "–"
         counts = ("–" if number is None else str(number) for number in (arrival.num_train, arrival.num_test))
-        table.add_row(escape(arrival.name), escape(arrival.task), *counts, escape(learned), arrival.state)
+        table.add_row(escape(arrival.name), escape(arrival.task), *counts, escape(learned), escape(arrival.state))
     if not arrivals:
-        return CommandResult(arrivals, ["No rows have landed. Learn a file with: deal adapt"])
+        return CommandResult(arrivals, ["No arrival has been learned or is held. What waits in the inbox: deal status"])
     return CommandResult(arrivals, [heading("Arrivals"), table])
 
 

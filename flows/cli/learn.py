@@ -96,11 +96,13 @@ def adapt(
         bool, Option("--watch", help="Learn what lands in the inbox (STORE/inbox/TASK/NAME), each file once.")
     ] = False,
     once: Annotated[bool, Option("--once", help="With --watch: learn what is there, then end.")] = False,
-    poll: Annotated[float, Option(min=0.1, help="With --watch: seconds between two looks at the inbox.")] = 2.0,
+    poll: Annotated[
+        float | None, Option(min=0.1, help="With --watch: seconds between two looks.", show_default="2.0")
+    ] = None,
 ) -> CommandResult:
     """Train a new version on a file, or on what lands (--watch).
 
-    The lineage's champion learns one arrival, given by a spec or by --task and --data. Options win over the spec, and
+    The lineage's champion learns one arrival, given by a spec or by --task and --data. --set wins over the spec, and
     the spec over the lineage's settings.
     """
     if watch:
@@ -108,9 +110,9 @@ def adapt(
             raise ConfigError(
                 "--watch learns what lands in the inbox; it goes without --data, --test-data and --force."
             )
-        return _watch(deal, spec, task, lineage, settings or (), once=once, poll=poll)
-    if once or (task is not None and len(task) > 1):
-        raise ConfigError("--once and several tasks go with --watch; one adaptation has one task.")
+        return _watch(deal, spec, task, lineage, settings or (), once=once, poll=poll or 2.0)
+    if once or poll is not None or (task is not None and len(task) > 1):
+        raise ConfigError("--once, --poll and several tasks go with --watch; one adaptation has one task.")
     from tasks.lineage.settings import spec_from_options
 
     adapt_spec = spec_from_options(
@@ -122,6 +124,9 @@ def adapt(
         lineage=lineage,
         settings=settings or (),
     )
+
+    if lineage is None and spec is None:
+        deal.screen.said(f"Lineage {adapt_spec.lineage} learns {adapt_spec.task.name}.")
 
     def start() -> Coroutine[Any, Any, AdaptResult]:
         from flows.adapt import adapt as adapt_flow

@@ -106,7 +106,7 @@ def status(
         from tasks.monitoring.rollout import look_at_rollout
 
         rollout = look_at_rollout(lineage)
-        return CommandResult(rollout, _show_rollout(rollout))
+        return CommandResult({"status": rollout, "decision": None}, _show_rollout(rollout))
     from flows.champions import check_rollout
 
     checked = check_rollout(lineage)

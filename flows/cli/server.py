@@ -50,7 +50,7 @@ def up(
     return CommandResult(stack, shown)
 
 
-@command(server_app, "ending", "deal server down", "deal server down --home /srv/deal", of_any_release=True)
+@command(server_app, "ending", "deal server down", "deal server down --home /srv/deal")
 def down(deal: Session) -> CommandResult:
     """End what `deal server up` started, and nothing else."""
     from flows.server.local_processes import stop

@@ -204,7 +204,6 @@ def command(
     doing: str | None = None,
     *examples: str,
     name: str | None = None,
-    of_any_release: bool = False,
 ) -> Callable[[Callable[..., CommandResult | None]], Callable[..., CommandResult | None]]:
     """Make a function a command of `group`, with the options --home, --json and --debug.
 
@@ -217,13 +216,12 @@ def command(
         doing: what a spinner says while the function runs; None: the function shows its work itself.
         examples: command lines for the end of the help text.
         name: the command's name; None: the function's.
-        of_any_release: the command also works in a home that another release made.
     """
 
     def add(function: Callable[..., CommandResult | None]) -> Callable[..., CommandResult | None]:
         @functools.wraps(function)
         def run(*, home: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
-            with session(home, as_json, debug, of_any_release=of_any_release) as deal:
+            with session(home, as_json, debug) as deal:
                 with nullcontext() if doing is None else deal.screen.working(doing):
                     if names_lineage and not options["lineage"]:
                         options["lineage"] = deal.only_lineage()
@@ -247,7 +245,7 @@ def command(
 
 
 @contextmanager
-def session(home: Path | None, as_json: bool, debug: bool, *, of_any_release: bool = False) -> Iterator[Session]:
+def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
     """Prepare the home folder. Turn an error inside into one line and an exit code."""
     from flows.server.embedded import FAILURES, enter_home
 
@@ -255,7 +253,7 @@ def session(home: Path | None, as_json: bool, debug: bool, *, of_any_release: bo
     folder: Path | None = None
     try:
         _require_time_zone()
-        folder = enter_home(home, of_any_release=of_any_release)
+        folder = enter_home(home)
         yield Session(home=folder, screen=screen)
     except (typer.Exit, typer.Abort):
         raise

@@ -168,9 +168,10 @@ def show(
     if entry is None:
         raise RegistryError(f"Lineage {lineage} has no version {version}; deal version list shows its versions.")
     if not report:
-        return CommandResult(entry, _show_version(lineage, entry))
+        return CommandResult({"version": entry, "page": None}, _show_version(lineage, entry))
     page = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
-    return CommandResult(page, [*_show_version(lineage, entry), escape(f"Page: {page.file}")])
+    shown = [*_show_version(lineage, entry), escape(f"Page: {page.file}")]
+    return CommandResult({"version": entry, "page": page}, shown)
 
 
 def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]:
@@ -303,11 +304,13 @@ def requeue(
 ) -> CommandResult:
     """List the arrivals that a rollback left behind, or learn them again."""
     from flows.requeue import requeue as requeue_flow
+    from tasks.inbox import find_held
     from tasks.lineage.promotion import find_left_behind
 
     if not (all_ or versions):
         left_behind = find_left_behind(lineage)
-        return CommandResult(list(left_behind), _show_left_behind(lineage, left_behind))
+        held = show_held(lineage, find_held(deal.store, lineage))
+        return CommandResult(list(left_behind), [*_show_left_behind(lineage, left_behind), *held])
     if all_ and versions:
         raise ConfigError("Give either versions or --all, not both.")
     runs = deal.run(lambda: requeue_flow(lineage, versions or []))

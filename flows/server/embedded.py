@@ -67,10 +67,8 @@ PAGES_SECONDS = 60
 """Longest wait for MLflow's pages."""
 
 
-def enter_home(home: Path | None, *, of_any_release: bool = False) -> Path:
+def enter_home(home: Path | None) -> Path:
     """Create the home folder, direct this process's files to it, and return its path. None: DEAL_HOME or its default.
-
-    With `of_any_release` the home may be one that another release made.
 
     Raises:
         ConfigError: The folder cannot be used, or another release made the store (`FormatError`); nothing is written.
@@ -87,13 +85,12 @@ def enter_home(home: Path | None, *, of_any_release: bool = False) -> Path:
         os.environ["DEAL_HOME"] = os.path.realpath(home.expanduser())
     folder = HomeSettings().home
     os.environ["DEAL_HOME"] = str(folder)
-    if not of_any_release:
-        try:
-            current_store()
-        except FormatError:
-            raise
-        except (DealError, ValueError, RuntimeError):  # the command says so, if it needs the store
-            pass
+    try:
+        current_store()
+    except FormatError:
+        raise
+    except (DealError, ValueError, RuntimeError):  # the command says so, if it needs the store
+        pass
     log_file = folder / "logs" / "deal.log"
     logging_file = log_file.with_name("logging.yml")
     quoted = "'" + str(log_file).replace("'", "''").replace("$", "$$") + "'"

@@ -84,7 +84,7 @@ class LineageStatus(BaseModel):
     held: str | None = None
     """Why the lineage learns nothing that lands; None: it learns."""
     held_arrivals: tuple[HeldArrival, ...] = ()
-    """Arrivals whose run was cancelled; they wait for `deal version requeue`."""
+    """Arrivals whose run was cancelled; they wait for `deal data release`."""
     waiting: tuple[Waiting, ...] = ()
     """The files that have landed, by task, and when they are learned; empty if nothing has to wait for this lineage."""
     monitor: str | None = None

@@ -247,7 +247,7 @@ def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Ver
     if to is None:
         raise RegistryError(
             f"Version {champion.version} of '{lineage}' continues the base model; there is no version to go back to. "
-            "Name one with --to, or stop serving the lineage."
+            f"Name one: deal version rollback N --lineage {lineage}; or stop serving the lineage."
         )
     chosen = find_version(store, lineage, to)
     _require_usable(store, chosen, champion)

@@ -88,7 +88,7 @@ def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows
     if tombstone is not None:
         raise ForgottenRowsError(
             f"These {rows} of '{task}' were {tombstone.said}; they are not learned again. Land a file without the "
-            "forgotten rows. If the rows may be learned after all, give --again to deal adapt."
+            "forgotten rows. If the rows may be learned after all, give --force to deal adapt."
         )
 
 

@@ -1,4 +1,4 @@
-"""Files of feedback on logged answers: the columns of a task's files, and the file that `deal feedback` takes."""
+"""Files of feedback on logged answers: the columns of a task's files, and the file that `deal feedback add` takes."""
 
 from __future__ import annotations
 

@@ -135,7 +135,8 @@ def _export_merged(
     if record.base.quantize != "none":
         raise ConfigError(
             f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
-            "another one than the served version. Export the adapter: --to hub, or copy its folder (deal version list)."
+            "another one than the served version. Export the adapter with --format hub, or copy its folder "
+            "(deal version list)."
         )
     target = Path(address).absolute()  # "." has no name
     part = target.with_name(f".{target.name}.part")

@@ -150,7 +150,9 @@ def test_a_page_is_shown_in_mlflow_and_written_again_from_the_store_alone(
     (home / "mlflow.db").unlink()
     shutil.rmtree(home / "mlflow-artifacts")
     file = tmp_path / "new" / "page.html"
-    told_by_command = deal("version", "show", "2", "--report", "--lineage", "pages", "--out", str(file), "--json")
+    told_by_command = deal("version", "show", "2", "--report", "--lineage", "pages", "--out", str(file), "--json")[
+        "page"
+    ]
     assert file.read_bytes() == page
     assert (told_by_command["verdict"], told_by_command["file"]) == ("promoted", str(file))
     assert told_by_command["summary"].encode() in page

@@ -126,7 +126,7 @@ def test_the_commands_say_what_is_tried(home: Path) -> None:
         assert done.exit_code == 0, done.output
         return done.stdout
 
-    assert json.loads(deal("rollout", "status", "--json"))["version"] is None
+    assert json.loads(deal("rollout", "status", "--json"))["status"]["version"] is None
     begin("a")
     found = json.loads(deal("rollout", "status", "--apply", "--json"))
     assert found["decision"] is None and found["status"]["report"]["verdict"] == "goes on"

@@ -37,6 +37,7 @@ COMMANDS = {
     "ui": ["ui"],
     "gc": ["data", "gc"],
     "up": ["server", "up"],
+    "down": ["server", "down"],
 }
 
 
@@ -73,12 +74,6 @@ def test_a_home_of_0_2_is_refused_in_one_sentence_and_stays_as_it_is(old_home: P
     assert code == 2 and "was made by release 0.2, and this release opens no older one" in said
     assert "deal-pipeline==0.2.0" in said and "docs/upgrade.md" in said and "Traceback" not in said
     assert files_of(old_home) == before
-
-
-def test_what_was_left_running_can_be_ended(old_home: Path) -> None:
-    before = files_of(old_home / "store")
-    assert deal("server", "down") == (0, "Nothing was running.")
-    assert files_of(old_home / "store") == before
 
 
 @pytest.mark.usefixtures("prefect_api")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import pytest
 import yaml
 from docker.utils import exclude_paths
 from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
+from typer.main import get_command
 
+from flows.cli.app import app
 from infra.settings import StoreSettings
 from infra.store.s3 import make_client
 from tests.s3 import ThreadedMotoServer
@@ -35,6 +38,20 @@ def documents(name: str) -> list[dict[str, Any]]:
 def test_kubernetes_takes_the_manifests(name: str) -> None:
     for document in documents(name):
         kubernetes_validate.validate(document, "1.32", strict=True)
+
+
+def test_every_container_is_given_a_command_that_there_is() -> None:
+    pods = [pod["spec"]["template"]["spec"] for pod in documents("base/deal.yaml") if "template" in pod.get("spec", {})]
+    given = [container["args"] for pod in pods for container in pod["containers"] if "args" in container]
+    services = yaml.safe_load(COMPOSE.read_text())["services"].values()
+    given += [shlex.split(service["command"]) for service in services if isinstance(service.get("command"), str)]
+    commands = [words[1:] for words in given if words[0] == "deal"]
+    assert len(commands) >= 2
+    for words in commands:
+        command = get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context("deal", words)  # raises UsageError
 
 
 @pytest.mark.skipif(shutil.which("kustomize") is None, reason="kustomize is not installed")

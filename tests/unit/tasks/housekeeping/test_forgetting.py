@@ -54,7 +54,7 @@ def test_a_tombstone_refuses_its_dataset_and_its_files_and_no_others(tmp_path: P
     store = FileStore(tmp_path)
     put_tombstone(store, tombstone(splits=("5" * 64,), landed=("1" * 64,)))
     for sha256 in ("d" * 64, "f" * 64, "5" * 64, "1" * 64):
-        with pytest.raises(ForgottenRowsError, match=r"forgotten on 2026-06-01 \(asked\).*--again"):
+        with pytest.raises(ForgottenRowsError, match=r"forgotten on 2026-06-01 \(asked\).*--force"):
             refuse_forgotten(store, "t", [sha256])
     refuse_forgotten(store, "t", ["e" * 64])
     refuse_forgotten(store, "other", ["d" * 64])
