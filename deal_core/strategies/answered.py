@@ -1,7 +1,7 @@
 """Questions whose targets are a model's own answers: as it writes them, or labels whose answers are re-centred.
 
 A version that learned a new task often answers some labels of an old task too often. An offset per label takes that
-away (`deal_core.evaluation.recentring`). The targets are then q = softmax(log p + offset). The texts' own labels are
+away (`deal_core.evaluation.label_scores`). The targets are then q = softmax(log p + offset). The texts' own labels are
 not learned; only how often each label occurs among them is used.
 
 Shapes: N texts, L labels, K tokens of an answer, M tokens that begin one of the labels, B prompts, V vocabulary.

@@ -1,6 +1,6 @@
 """Train a version until it prefers none of its tasks' labels: it learns its own answers, re-centred.
 
-The adapter learns the offsets of `deal_core.evaluation.recentring` in a few steps after the training. So a plain
+The adapter learns the offsets of `deal_core.evaluation.label_scores` in a few steps after the training. So a plain
 PEFT folder answers re-centred.
 """
 

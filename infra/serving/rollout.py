@@ -22,6 +22,7 @@ from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.judging_config import RolloutKind
+from deal_core.safe_text import without_secrets
 from infra.serving.prediction_log import LOG, PredictionLog
 from infra.serving.version_files import fetch_version
 from infra.store.base import ObjectStore, temporary_folder
@@ -205,7 +206,7 @@ def try_to_load(store: ObjectStore, version: Version, load: Callable[[Path], Non
             fetch_version(store, version, folder)
             load(folder)
     except Exception as error:  # damaged files, a full disk, too little memory
-        reason = " ".join(str(error).split())
+        reason = without_secrets(" ".join(str(error).split()))
         if isinstance(error, DealError | OSError):
             return reason
         LOG.exception("Version %s does not load", version.version)

@@ -262,9 +262,11 @@ class TrackedRun:
 
     def end(self, status: Literal["FINISHED", "FAILED"] = "FINISHED") -> None:
         """Send the waiting points and end the run."""
-        self.flush()
-        with self._report_errors("end the run"):
-            self.client.set_terminated(self.run_id, status)
+        try:
+            self.flush()
+        finally:
+            with self._report_errors("end the run"):
+                self.client.set_terminated(self.run_id, status)
 
     def _send(self) -> None:
         """Send those of the waiting points that nobody has logged."""

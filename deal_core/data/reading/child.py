@@ -36,6 +36,8 @@ second, a packed one of text twenty times as long."""
 FREE_BYTES, UNPACKED_TIMES = 2**28, 1000
 """Bytes of rows that a file of any size may have, and times its size for a larger one. A packed Parquet file takes as
 many on the disk. Who takes the rows has no limit of processor time, so this one is theirs."""
+MAX_FRAME_BYTES = 2**26
+"""Largest frame: some rows, or the names of all columns. Who takes it has no limit of memory."""
 HEADER = struct.Struct(">cI")
 """A frame's letter and the length of its content."""
 OUT_OF_MEMORY = 3
@@ -63,12 +65,12 @@ def main(request: str) -> NoReturn:
     try:
         if kind == "parquet":
             import deal_core.data.reading.parquet_rows  # noqa: F401  # what it takes does not count as the file's
-        _set_limits(path)
+        most_bytes = _set_limits(path)
         _send(frames, b"+")
         if task == "look":
             _look(path, kind, frames)
         elif task == "rows":
-            _rows(path, kind, frames)
+            _rows(path, kind, frames, most_bytes)
         else:
             _send_json(frames, b"J", parsing.most_rows(path, kind))
         _send(frames, b".")
@@ -81,15 +83,19 @@ def main(request: str) -> NoReturn:
     os._exit(status)  # without the cleaning up of libraries that a file may have confused
 
 
-def _set_limits(path: Path) -> None:
+def _set_limits(path: Path) -> int:
+    """Limit this process; return the most bytes of rows that the file may have."""
+    most_bytes = FREE_BYTES
     with contextlib.suppress(OSError, ValueError):  # a file that is not there is refused when it is opened
         size = path.stat().st_size
-        _limit(resource.RLIMIT_FSIZE, max(FREE_BYTES, UNPACKED_TIMES * size))
+        most_bytes = max(FREE_BYTES, UNPACKED_TIMES * size)
+        _limit(resource.RLIMIT_FSIZE, most_bytes)
         _limit(resource.RLIMIT_CPU, FREE_CPU_SECONDS + CPU_SECONDS_PER_MB * size // 10**6)
     _limit(resource.RLIMIT_CORE, 0)
     with contextlib.suppress(OSError):  # only Linux says what a process takes already
         num_pages = int(Path("/proc/self/statm").read_text().split()[0])
         _limit(resource.RLIMIT_AS, num_pages * resource.getpagesize() + MAX_MEMORY_BYTES)
+    return most_bytes
 
 
 def _limit(kind: int, most: int) -> None:
@@ -98,6 +104,11 @@ def _limit(kind: int, most: int) -> None:
 
 
 def _send(frames: BinaryIO, letter: bytes, content: bytes | memoryview = b"") -> None:
+    if len(content) > MAX_FRAME_BYTES:
+        raise DataValidationError(
+            f"A row, or the columns' names, take more than {MAX_FRAME_BYTES // 2**20} MiB, so the file is not read; "
+            "write it with shorter ones."
+        )
     for piece in (memoryview(HEADER.pack(letter, len(content))), memoryview(content)):
         while piece:
             piece = piece[frames.write(piece) :]
@@ -119,7 +130,7 @@ def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
     _send_json(frames, b"J", [look.columns, look.examples, look.class_names, look.num_rows])
 
 
-def _rows(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
+def _rows(path: Path, kind: parsing.Kind, frames: BinaryIO, most_bytes: int) -> None:
     has_schema, num_bytes = False, 0
     for part in parsing.parse(path, kind):
         if isinstance(part, list):
@@ -131,7 +142,7 @@ def _rows(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
                 has_schema = True
             letter, content = b"A", memoryview(part.serialize())
         num_bytes += len(content)
-        if num_bytes > max(FREE_BYTES, UNPACKED_TIMES * path.stat().st_size):
+        if num_bytes > most_bytes:
             raise DataValidationError(
                 f"{path.name} unpacks to more than {UNPACKED_TIMES} times its size, which text does not. If the file "
                 "is right, land it as unpacked JSON lines."

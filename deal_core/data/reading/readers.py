@@ -119,7 +119,15 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator
             if letter == b"R":
                 rows = [_row(*values) for values in from_json(content)]
             else:
-                rows = rows_of(pa.ipc.read_record_batch(pa.py_buffer(content), schema), number, columns)
+                batch = pa.ipc.read_record_batch(pa.py_buffer(content), schema)
+                try:
+                    batch.validate()
+                except pa.ArrowInvalid:
+                    raise ReaderDiedError(
+                        f"{path.name} has cells outside of its data, so it is damaged or was made to do harm; write it "
+                        "again."
+                    ) from None
+                rows = rows_of(batch, number, columns)
             yield rows
             number += len(rows)
 

@@ -5,9 +5,11 @@ The parsers have tests of their own; here files are read as every caller reads t
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deal_core.data.answer_files import survey_rows
+from deal_core.data.reading import readers
 from deal_core.data.reading.readers import look_at, most_rows, read_batches, read_rows
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
 from tests.hostile_parquet import ABORTS, odd_columns, repeated
@@ -143,3 +146,34 @@ def test_the_reader_ends_when_the_process_dies_that_waits_for_it(lines: Path) ->
         waiting.wait()
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.05)
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_read_on(lines: Path) -> None:
+    batches = read_batches(lines)
+    num_rows = len(next(batches))
+    lines.unlink()
+    assert num_rows + sum(map(len, batches)) == 40_000
+
+
+def test_names_of_columns_that_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    """Who takes the frames has no limit of memory. Packed, these names take 100 kB."""
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wt", compresslevel=9) as file:
+        for number in range(100):
+            file.write(json.dumps({"text": "a", f"{number}" + "k" * 2**20: 1}) + "\n")
+    with pytest.raises(DataValidationError, match="more than 64 MiB"):
+        look_at(path)
+
+
+def test_a_cell_outside_of_its_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that reads a file may be confused by it and hand over a part that is damaged."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["one", "two"]}), path)
+    batch = pa.RecordBatch.from_pydict({"text": ["one", "two"]})
+    offsets, beyond = (struct.pack("<3i", 0, 3, end) for end in (6, 255))
+    damaged = bytes(batch.serialize()).replace(offsets, beyond)
+    assert damaged != bytes(batch.serialize())
+    frames = [(b"S", bytes(batch.schema.serialize())), (b"A", damaged)]
+    monkeypatch.setattr(readers, "_read_frames", lambda *_: (frame for frame in frames))
+    with pytest.raises(ReaderDiedError, match="has cells outside of its data"):
+        list(read_batches(path))
