@@ -95,7 +95,7 @@ assert "matplotlib was not installed where this page was written" in page and "<
     ("command", "remedy"), [("demo", "pip install matplotlib"), ("server up", "pip install mlflow")]
 )
 def test_what_needs_a_part_says_which(command: str, remedy: str, tmp_path: Path) -> None:
-    done = python_without_them(tmp_path, "-c", "from flows.cli import main; main()", command)
+    done = python_without_them(tmp_path, "-c", "from flows.cli import main; main()", *command.split())
     assert done.returncode == 2 and remedy in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
