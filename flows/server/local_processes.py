@@ -226,13 +226,16 @@ def supervise(home: Path) -> None:
                     is_recent = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
                     if part.name != SUPERVISOR and not part.is_alive() and not is_recent:
                         started[part.name] = time.monotonic()
-                        start_part(home, stack, part.name, part.command, part.gpus)
-                        logger.warning("%s had died and was started again", part.name)
+                        try:
+                            start_part(home, stack, part.name, part.command, part.gpus)
+                            logger.warning("%s had died and was started again", part.name)
+                        except OSError as error:
+                            logger.error("%s died and cannot be started: %s", part.name, error)
                     if is_full(part.log):
                         with suppress(OSError):  # if the disk has no room for the copy, try again later
                             cut_log(part.log)
         except OSError as error:  # such as a full disk: nobody restarts this process, so it tries again
-            logger.error("A part cannot be started: %s", error)
+            logger.error("The processes cannot be looked at: %s", error)
         time.sleep(LOOK_SECONDS)
 
 

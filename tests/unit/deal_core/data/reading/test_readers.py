@@ -301,7 +301,7 @@ def test_a_bomb_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     else:
         write(tmp_path / name, to_bytes("jsonl", pa.table({"text": texts}).to_pylist()))
     with pytest.raises(DataValidationError, match="unpacks to more than 10 times"):
-        child._rows(tmp_path / name, "parquet" if name == "bomb.parquet" else "jsonl", io.BytesIO())
+        child._rows(tmp_path / name, "parquet" if name == "bomb.parquet" else "jsonl", io.BytesIO(), child.FREE_BYTES)
 
 
 def test_a_small_file_of_many_rows_is_refused(tmp_path: Path) -> None:
