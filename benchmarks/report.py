@@ -442,7 +442,7 @@ def main(
     pages = templates()
     pages.filters |= {"points": points, "interval": interval, "name": name_of, "keeps": keeps, "shown": shown}
     pages.filters["training"] = describe_training
-    cost = read(results / "step_cost.json")  # what is missing is said before the long work
+    cost = read(results / "step_cost.json")  # read first: if it is missing, the message comes before the long work
     cells, development = (read_stored_cells(results / folder) for folder in ("continual", "development"))
     all_protocols = protocols(cells)
     tables = sorted(

@@ -123,7 +123,7 @@ class LabelledAnswers:
 
 
 def unpack_answers(score: Mapping[str, Any]) -> LabelledAnswers | None:
-    """Read back what `pack_answers` wrote; None if a cell has no such values, as an open task or an old cell."""
+    """Read back what `deal_core.benchmark.cell.pack_answers` wrote; None: an open task or an old cell has no values."""
     if "log_probs" not in score:
         return None
     flat = np.frombuffer(base64.b64decode(score["log_probs"]), "<f2").astype(np.float64)

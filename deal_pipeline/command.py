@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import IO, Any
 
 COMMAND = (sys.executable, "-P", "-c", "from flows.cli.app import main; main()")
@@ -92,7 +93,8 @@ class Command:
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:  # such as a NUL in an argument, or an argument of a megabyte
-            raise CommandError(f"The command deal {arguments[0]} cannot be started: {error}.", 1) from None
+            name = " ".join(takewhile(str.isalpha, arguments))
+            raise CommandError(f"The command deal {name} cannot be started: {error}.", 1) from None
         assert self.process.stdout is not None and self.process.stderr is not None
         self.output = self.process.stdout
         self._show = show

@@ -164,7 +164,7 @@ class Lineage:
                 spec.write_text(text, encoding="utf-8")
                 named = {"base_model": base, "strategy": strategy, "memory": memory}
                 changes = [f"--set={name}={json.dumps(value)}" for name, value in named.items() if value is not None]
-                values = self._run("adapt", str(spec), *changes, *(["--force"] if again else []), stages=stages)
+                values = self._run("adapt", str(spec), *changes, "--force" if again else None, stages=stages)
             is_needed = values["status"] != "repeat"
         finally:
             # A requeue reads the tables of a version again. A run that has died after its training may still become a
@@ -193,7 +193,7 @@ class Lineage:
         Raises:
             CommandError: There is no such version.
         """
-        values = self._run("version", "evaluate", *([] if version is None else [str(version)]))
+        values = self._run("version", "evaluate", version)
         columns = {"score": values["accuracies"], "recorded": values["recorded"], "num_rows": values["num_rows"]}
         return pd.DataFrame(columns).rename_axis("task")
 
@@ -237,7 +237,7 @@ class Lineage:
         Raises:
             CommandError: There is no such version, or the gate has rejected it.
         """
-        self._run("version", "rollback", *([] if version is None else [str(version)]))
+        self._run("version", "rollback", version)
 
     def predict(self, texts: str | Sequence[str], *, task: str | None = None) -> list[str]:
         """Answer texts with the champion. The first call loads the model; later calls follow the champion.
@@ -314,12 +314,10 @@ class Lineage:
             ) from None
         return str(place)
 
-    def _run(self, *command: str, stages: set[str] | None = None, **options: str | int | None) -> Any:
-        """Run a command about this lineage. Options that are None are left out. For `stages` see `run_command`."""
-        for name, value in {"lineage": self.name, **options}.items():
-            if value is not None:
-                command += (f"--{name}", str(value))
-        return run_command(command, self._environment, self._show, stages)
+    def _run(self, *command: str | int | None, stages: set[str] | None = None) -> Any:
+        """Run a command about this lineage. Parts that are None are left out. For `stages` see `run_command`."""
+        arguments = [str(part) for part in (*command, "--lineage", self.name) if part is not None]
+        return run_command(arguments, self._environment, self._show, stages)
 
 
 def _as_json(value: Any, problem: str, *, ensure_ascii: bool = True) -> str:

@@ -127,8 +127,9 @@ async def announce_open(
     overdue = [info for info in due if info.key in announced]
     if overdue and not await is_locked_on_server(name):
         held = await arrival_runs.hold_cancelled(store, name, overdue, announced)
-        for info in [info for info in overdue if info.key not in held][:1]:  # its run handles all open files
+        lost = next((info for info in overdue if info.key not in held), None)
+        if lost is not None:  # its run handles all open files
             num_announced += arrival_runs.announce_again(
-                store, name, info, announced[info.key], datetime.now(UTC), released.get(info.key)
+                store, name, lost, announced[lost.key], datetime.now(UTC), released.get(lost.key)
             )
     return Announced(num_announced, len(growing))

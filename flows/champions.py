@@ -40,7 +40,7 @@ async def for_each(
     failure: str,
     is_due: Callable[[str], bool] = has_champion,
 ) -> list[Result]:
-    """Call `act` for each lineage, one after another; without names, for every lineage that `is_due`.
+    """Call `act` for each named lineage, one after another; without names, for every one for which `is_due` is true.
 
     A failed call does not stop the others.
 

@@ -55,7 +55,7 @@ def _spec_of(version: Version) -> AdaptSpec:
     """Return the spec of a version's run, after checking that the same arrival can be learned again."""
     store = current_store()
     refuse_forgotten(store, version.task, [version.dataset_sha256])
-    spec = parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
+    spec = parse(AdaptSpec, read_spec_of(version.adapter_uri), f"version {version.version}")
     refuse_forgotten(store, version.task, require_same_files(store, spec.task, version))
     return spec
 

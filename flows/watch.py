@@ -177,8 +177,9 @@ class InboxWorker:
     runs: list[AdaptResult] = field(default_factory=list)
     num_left: int = 0
     """Open arrivals that the last look did not handle: incomplete ones, what is due after the first batch, and all
-    others after a request to stop. What waits for long does not count: by the settings `retrain`, or as a folder
-    without a file `_SUCCESS`, which is complete when nothing in it has changed for some time."""
+    others after a request to stop. Two kinds may wait for long and do not count: what waits by the settings
+    `retrain`, and folders without a file `_SUCCESS`, which are complete when nothing in them has changed for a
+    while."""
     _stamps: dict[str, str] = field(default_factory=dict)
     _has_looked: bool = False
     _told: list[str] = field(default_factory=list)

@@ -48,7 +48,7 @@ class HomeSettings(_Settings):
     home: Folder = Field(default=Path("deal-home"), validate_default=True)
     """Folder of everything that the pipeline writes without servers (DEAL_HOME)."""
     cache_dir: Folder = Field(default_factory=lambda: platformdirs.user_cache_path("deal"))
-    """Base models that were downloaded or converted (DEAL_CACHE_DIR)."""
+    """Base models that were downloaded or converted (DEAL_CACHE_DIR). Default: the user's cache folder."""
 
 
 class LockSettings(_Settings):
@@ -65,7 +65,7 @@ class StoreSettings(HomeSettings):
     """The object store. boto3's own sources (AWS_* variables, profiles, roles) give the keys that are not set."""
 
     store_uri: str = Field(default_factory=lambda data: (data["home"] / "store").as_uri())
-    """file:///folder or s3://bucket/prefix (DEAL_STORE_URI)."""
+    """file:///folder or s3://bucket/prefix (DEAL_STORE_URI). Default: DEAL_HOME/store."""
     s3_endpoint_url: str | None = None
     """Address of an S3 server other than Amazon's (DEAL_S3_ENDPOINT_URL)."""
     s3_region: str | None = None
@@ -127,9 +127,10 @@ class TrackingSettings(HomeSettings):
         default_factory=lambda data: f"sqlite:///{_in_uri(data['home'])}/mlflow.db",
         validation_alias="MLFLOW_TRACKING_URI",
     )
-    """Address of a tracking server or a database (MLFLOW_TRACKING_URI)."""
+    """Address of a tracking server or a database (MLFLOW_TRACKING_URI). Default: SQLite in DEAL_HOME."""
     artifact_uri: str = Field(default_factory=lambda data: (data["home"] / "mlflow-artifacts").as_uri())
-    """Folder of the artifacts if tracking_uri is a database (DEAL_ARTIFACT_URI). A server has its own folder."""
+    """Folder of the artifacts if tracking_uri is a database (DEAL_ARTIFACT_URI). A server has its own folder. Default:
+    DEAL_HOME/mlflow-artifacts."""
 
 
 class ServingSettings(_Settings):

@@ -126,6 +126,11 @@ class Version(Stored):
         return frozenset(filter(None, (self.dataset_sha256, self.landed_sha256, self.requeued_sha256)))
 
     @property
+    def origin(self) -> str:
+        """What it continues, in words."""
+        return f"continues version {self.parent_version}" if self.parent_version else "starts from the base model"
+
+    @property
     def approval(self) -> ApprovalState | None:
         """State of a person's approval; None: none is needed, and nobody has decided about it."""
         return self.since.approval

@@ -94,7 +94,10 @@ def announce_again(
 
 
 def note_announced(store: ObjectStore, lineage: str, arrival: Arrival, number: int = 0) -> None:
-    """Note an announcement, or that a run has begun to learn an arrival: if the run is lost, a server announces it."""
+    """Note an announcement.
+
+    Also note an arrival that a run begins to learn without one: if the run is lost, a server announces the arrival.
+    """
     note = Announcement(key=arrival.key, etag=arrival.etag, number=number, at=datetime.now(UTC))
     store.put_bytes(_announcement_key(lineage, arrival), note.model_dump_json().encode())
 
@@ -167,8 +170,7 @@ async def hold_cancelled(
         write_state(store, lineage, state)
     for arrival in held:
         drop_announcement(store, lineage, arrival)
-        remedy = HeldArrival(key=arrival.key, why=state.files[arrival.key].message)
-        reporter().said(f"{arrival.key} is held: {remedy.why} Let it go on with: {remedy.remedy(lineage)}")
+        reporter().said(HeldArrival(key=arrival.key, why=state.files[arrival.key].message).line(lineage))
     return tuple(arrival.key for arrival in held)
 
 

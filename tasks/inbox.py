@@ -369,6 +369,10 @@ class HeldArrival(BaseModel, frozen=True):
         """Return the command that lets the arrival go on."""
         return f"deal data release {shlex.quote(self.key)} --lineage {lineage}"
 
+    def line(self, lineage: str) -> str:
+        """Return it in one line, with the command that lets it go on."""
+        return f"{self.key} is held: {self.why} Let it go on with: {self.remedy(lineage)}"
+
 
 def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Collection[str] = ()) -> tuple[HeldArrival, ...]:
     """Return the arrivals of these tasks that are held, oldest first; without tasks: all of them."""

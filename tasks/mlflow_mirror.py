@@ -276,7 +276,6 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
                 version=version.version,
             )
             model_id = tracked.log_adapter(temporary / "model", **described)
-    origin = f"continues version {version.parent_version}" if version.parent_version else "starts from the base model"
     gate = "accepted" if version.accepted else "rejected"
     verdict = gate if version.accepted else f"{gate}: {'; '.join(version.reasons)}"
     # The tags are for people who search there. Nothing is read from them.
@@ -289,7 +288,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
         run_id=tracked.run_id,
         model_id=model_id,
         tags={f"deal.{name}": str(value) for name, value in tags.items() if value not in (None, "")},
-        description=f"Learned **{version.task}** with {version.strategy}; {origin}. Gate: {verdict}",
+        description=f"Learned **{version.task}** with {version.strategy}; {version.origin}. Gate: {verdict}",
     )
     tracked.set_tags({"deal.version": version.version, "deal.gate": gate})
     tracked.end("FINISHED")

@@ -164,6 +164,7 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
 
     schema_version: SchemaVersion = 1
     lineage: Name = "default"
+    """Name of the lineage. A command without it takes DEAL_LINEAGE, or else the only lineage of the home."""
     base_model: Address | None = None
     """Hub id, local folder or GGUF file; None: the lineage's base model, or else the built-in default."""
     strategy: Strategy | None = None

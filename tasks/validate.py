@@ -32,6 +32,7 @@ from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten
 from tasks.references import Spared
+from tasks.spec import AdaptSpec
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
@@ -101,29 +102,57 @@ class ValidateResult(BaseModel, frozen=True):
     """Rows whose label is probably wrong, the worst first."""
 
 
-def validate(
+def spec_to_check(
     file: str | Path | None,
     *,
-    spec: Path | None,
+    spec: Path | None = None,
     task: str | None = None,
     lineage: str | None = None,
     test_data: str | None = None,
     settings: Sequence[str] = (),
-    with_model: bool = False,
-    on_progress: Callable[[int], None] | None = None,
-    on_model: Callable[[int, int], None] = lambda done, total: None,
-) -> ValidateResult:
-    """Check a file as ingest would, with the labels and test rows that the lineage has for the task.
-
-    The result shows texts even if the spec forbids texts in reports: only the caller sees it.
+) -> tuple[AdaptSpec, Path | None]:
+    """Return the spec by which rows are checked, and the task file beside them if its settings apply.
 
     Args:
-        file: Path or address of the file; None: the spec's file.
+        file: Path or address of the rows; None: the spec's.
         spec: A spec with the task, the test file and the data settings.
         task: Name of the task, without a spec. None: the task file in the file's folder decides, if there is one.
         lineage: Replaces the spec's lineage.
         test_data: Replaces the spec's file of test rows.
         settings: Texts KEY=VALUE that win over the spec.
+
+    Raises:
+        ConfigError: A setting is not valid, or both `spec` and `task` are given.
+    """
+    if spec is not None and task is not None:
+        raise ConfigError("The spec names the task; give either --spec or --task.")
+    data = None if file is None else str(file)
+    options = {"task": None, "data": None} if spec else {"task": "unnamed" if task is None else task, "data": data}
+    asked = spec_from_options(current_store(), spec, **options, test_data=None, lineage=lineage, settings=settings)
+    arrival, task_file = asked.task, None
+    if data is not None and spec is None and task is None and "://" not in data:
+        beside = Path(data).absolute().parent / TASK_FILE
+        if beside.is_file():
+            arrival, task_file = task_from_file(beside, data), beside
+    files = {"data": data or arrival.data, "test_data": test_data or arrival.test_data}
+    return asked.model_copy(update={"task": arrival.model_copy(update=files)}), task_file
+
+
+def validate(
+    spec: AdaptSpec,
+    task_file: Path | None = None,
+    *,
+    with_model: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+    on_model: Callable[[int, int], None] = lambda done, total: None,
+) -> ValidateResult:
+    """Check rows as ingest would, with the labels and test rows that the lineage has for the task.
+
+    The result shows texts even if the spec forbids texts in reports: only the caller sees it.
+
+    Args:
+        spec: The spec; see `spec_to_check`.
+        task_file: The task file whose settings it has, for the result.
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
         on_progress: Called now and then with the number of rows read.
         on_model: Called with the number of rows that the model has read, and that of all that it reads.
@@ -132,27 +161,12 @@ def validate(
         DataValidationError: The file cannot be read to its end.
         ConfigError: The task's name is not valid, or the spec contradicts the lineage.
     """
-    if spec is not None and task is not None:
-        raise ConfigError("The spec names the task; give either --spec or --task.")
-    store = current_store()
-    given = None if file is None else str(file)
-    arrival_options = (
-        {"task": None, "data": None} if spec else {"task": "unnamed" if task is None else task, "data": given}
-    )
-    read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage, settings=settings)
-    task_file = None
-    if given is not None and spec is None and task is None and "://" not in given:
-        beside = Path(given).absolute().parent / TASK_FILE
-        if beside.is_file():
-            task_file = beside
-            read = read.model_copy(update={"task": task_from_file(beside, given)})
-    data = read.task.data if given is None else given
-    champion = Versions(store).champion(read.lineage)
+    store, arrival = current_store(), spec.task
+    champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
-    read = with_memory_of(read, record)
-    base = choose_base(read, record)
-    arrival = read.task.model_copy(update={"data": data, "test_data": test_data or read.task.test_data})
-    schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
+    spec = with_memory_of(spec, record)
+    base = choose_base(spec, record)
+    schema, config = choose_schema(store, arrival, record), replace(spec.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
         kept = _TrainingRows()
         report = validate_file(landing, kept.add)
@@ -167,13 +181,13 @@ def validate(
             refusal = str(error)
     checked = None
     if with_model and schema.labels and kept.inputs:
-        checked = _check_labels(schema, kept, base, read.train, on_model)
+        checked = _check_labels(schema, kept, base, spec.train, on_model)
     warnings = (*data_warnings(schema, manifest.contradictions, include_texts=True), *kept.warnings(schema))
-    spared = choose_spared(read, choose_strategy(read, record), record)
+    spared = choose_spared(spec, choose_strategy(spec, record), record)
     if landing.renews_tests or not landing.frozen_test_inputs:  # the file brings the test rows
-        warnings += _few_tests_warning(manifest, read.gate, spared)
+        warnings += _few_tests_warning(manifest, spec.gate, spared)
     return ValidateResult(
-        file=data if isinstance(data, str) else ", ".join(data),
+        file=arrival.data if isinstance(arrival.data, str) else ", ".join(arrival.data),
         task_file=task_file and str(task_file),
         accepted=refusal is None,
         refusal=refusal,

@@ -97,9 +97,9 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
 
 def _validate(file: str, spec: str | None, task: str) -> int:
     from flows.cli.check import show_validation
-    from tasks.validate import validate
+    from tasks.validate import spec_to_check, validate
 
-    outcome = validate(Path(file), spec=Path(spec) if spec else None, task=task)
+    outcome = validate(*spec_to_check(Path(file), spec=Path(spec) if spec else None, task=task))
     json.dumps(outcome.model_dump(mode="json"), ensure_ascii=False, allow_nan=False)
     show_validation(outcome)
     return outcome.num_train + outcome.num_test

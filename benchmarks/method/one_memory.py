@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
-import torch
 from peft import PeftModel
 
 from deal_core.adapter.method_state import MethodState
@@ -23,6 +22,7 @@ from deal_core.strategies.answered import answered, recentred_questions
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.strategy import SEED_STRIDE, OldRows, PlannedArrival, TaskContext
+from deal_core.training.recentre import learn_rehearsal
 
 RAMP = (0.5, 1.5)
 """Rows of the first and of the last step of a ramp, as shares of the mean."""
@@ -151,23 +151,12 @@ class OneMemory(Deal):
         rehearsal = Rehearsal(
             [self._old, [new]], collate, num_rows=num_rows, weight=1.0, temperature=1.0, seed=self.seed
         )
-        last = num_layers(self.model) - (self.options.closing_layers or num_layers(self.model))
+        closing = self.options.closing_layers
+        first = num_layers(self.model) - closing if closing else 0
         factors = [
-            factor for name, factor in self.model.named_parameters() if factor.requires_grad and layer_of(name) >= last
+            factor for name, factor in self.model.named_parameters() if factor.requires_grad and layer_of(name) >= first
         ]
-        optimizer = torch.optim.AdamW(factors, lr=context.train.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)
-        self.model.train()
-        for step in range(num_steps):
-            loss = rehearsal.loss(self.model, step)
-            assert loss is not None, "there are rows"
-            self.model.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if context.train.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(factors, context.train.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-        self.model.zero_grad()
+        learn_rehearsal(self.model, factors, rehearsal, context.train, num_steps)
         return state
 
 

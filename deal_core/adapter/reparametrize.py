@@ -30,7 +30,7 @@ class Reparametrization(nn.Module):
         self._stacks = tuple(stacks)
         self.num_core_slots: dict[str, int] = {}
         """Core slots of every module, by name."""
-        self.is_full: tuple[str, ...] = ()
+        self.full_modules: tuple[str, ...] = ()
         """Names of the modules whose core was cut to leave the free share."""
         self._power = self._recycled_power = 0.0
         self._pairs = [self.networks_of(stack, config, generator) for stack in self._stacks]
@@ -43,10 +43,10 @@ class Reparametrization(nn.Module):
         spectrum = decompose(*stack.read())
         sigma_MR, names, rank = spectrum.sigma_MR, stack.names, spectrum.sigma_MR.shape[1]
         num_free = max(1, round(config.free_share * rank))
-        count_M = count_core_slots(sigma_MR, config.energy, num_free)
         wanted_M = count_core_slots(sigma_MR, config.energy, 0)
+        count_M = wanted_M.clamp(max=rank - num_free)
         self.num_core_slots.update(zip(names, count_M.tolist(), strict=True))
-        self.is_full += tuple(n for n, c, w in zip(names, count_M, wanted_M, strict=True) if c < w)
+        self.full_modules += tuple(n for n, c, w in zip(names, count_M, wanted_M, strict=True) if c < w)
         core_MR = torch.arange(rank, device=count_M.device).unsqueeze(0) < count_M.unsqueeze(1)
         power_MR = sigma_MR.double().square()
         self._power += float(power_MR.sum())

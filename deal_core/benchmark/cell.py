@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from deal_core.benchmark.suites import Part
-from deal_core.config import NOT_DECIDING, AdapterConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import number_labels, plain_answer
@@ -47,10 +47,10 @@ class Cell:
     Attributes:
         strategy: A strategy, or one of BOUNDS.
         tasks: Tasks in order of arrival.
-        seed: Of initialisation and of the order of rows.
+        seed: Seed of initialisation and of the order of rows.
         rows: Training rows per task; the first rows are used.
-        part: Of the test rows.
-        max_test_rows: The first rows are used. None: all.
+        part: Part of the test rows that is scored.
+        max_test_rows: Most test rows of a task; the first ones are used. None: all.
         scores_unused: Whether the last version also answers the training rows that no cell of this many rows uses.
         method: Dotted name of a method setting → its value, for the settings that the strategy reads.
         base: Name and digest of the base model.
@@ -76,9 +76,12 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """The cell as a dict of JSON types, with the strategy's revision. No default of today is needed to read it."""
-        values = {"schema_version": SCHEMA_VERSION, **asdict(self), "revision": revision_of(self.strategy)}
-        for name in NOT_DECIDING:
-            del values["train"][name]
+        values = {
+            "schema_version": SCHEMA_VERSION,
+            **asdict(self),
+            "train": self.train.deciding(),
+            "revision": revision_of(self.strategy),
+        }
         return dict(json.loads(json.dumps(values)))
 
     def digest(self) -> str:

@@ -140,9 +140,9 @@ class _Stage(NamedTuple):
     """The tasks of one version."""
 
     learned: tuple[str, ...]
-    """That it learns: one task, or all tasks together."""
+    """Tasks that the version learns: one, or all together."""
     known: tuple[str, ...]
-    """That it has learned in the end."""
+    """Tasks that it has learned in the end."""
     scored: tuple[str, ...]
 
 

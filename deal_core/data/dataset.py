@@ -108,8 +108,8 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     with DatasetFiles(folder, reader.task) as files:
         report = reader.validate(files.add, files.reject)
         if report.refusal is not None:
-            listed = f" The bad rows are listed in {files.quarantine_path}." if report.bad_rows else ""
-            raise ArrivalRefusedError(report.refusal + listed, report)
+            where = f" The bad rows are listed in {files.quarantine_path}." if report.bad_rows else ""
+            raise ArrivalRefusedError(report.refusal + where, report)
         return files.publish(report.manifest)
 
 

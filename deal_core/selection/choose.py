@@ -101,8 +101,12 @@ def rows_read(setup: TrainingSetup, num_rows: int, *, has_parent: bool) -> int:
     config = setup.method.selection
     measures = config.keep is not None and has_parent and score_class(config.score).reads_model
     checks_labels = config.noise != "none" and bool(setup.task.labels)
-    limit = max(config.max_scored, 0 if config.keep is None else config.num_kept(num_rows))
-    return min(num_rows, limit) * (measures + checks_labels)
+    return min(num_rows, _most_read(config, num_rows)) * (measures + checks_labels)
+
+
+def _most_read(config: SelectionConfig, num_rows: int) -> int:
+    """Return the most rows that a model reads to choose among `num_rows`."""
+    return max(config.max_scored, 0 if config.keep is None else config.num_kept(num_rows))
 
 
 class _Choosing:
@@ -156,7 +160,7 @@ class _Choosing:
     def _sample(self) -> list[int]:
         """The rows to choose from: all of them, or a random sample if a model reads them and they are too many."""
         rows = list(range(len(self._rows)))
-        limit = max(self._config.max_scored, 0 if self._config.keep is None else self._budget)
+        limit = _most_read(self._config, len(rows))
         if not (self._measures or self._checks_labels) or len(rows) <= limit:
             return rows
         candidates = Candidates(rows=self._rows, task=self._task, measured=None, seed=self._seed(SAMPLE))
@@ -201,8 +205,9 @@ class _Choosing:
         self, scores_N: Tensor, rows: Sequence[int], budget: int, config: SelectionConfig, purpose: int
     ) -> list[int]:
         """The picked ones of `rows`, which have these scores."""
-        by_label = self._labels is not None and self._config.strata == "label"
-        strata = [self._labels[row] for row in rows] if by_label and self._labels is not None else None
+        strata = None
+        if self._labels is not None and self._config.strata == "label":
+            strata = [self._labels[row] for row in rows]
         return [rows[place] for place in pick_rows(scores_N, strata, budget, config, self._seed(purpose))]
 
     def _about_choice(self, chosen: Sequence[int]) -> list[str]:

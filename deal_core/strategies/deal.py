@@ -159,9 +159,9 @@ class Deal(Strategy):
             if self._drift is not None:
                 removed += f"; KL of the old answers to the parent's: {self._drift:.3f} per token"
             notes.append(removed)
-        if network.is_full:
+        if network.full_modules:
             notes.append(
-                f"the adapter is full in {len(network.is_full)} of {len(counts)} modules: their core was cut to "
+                f"the adapter is full in {len(network.full_modules)} of {len(counts)} modules: their core was cut to "
                 "leave free slots; a larger adapter.rank in a new lineage gives more room"
             )
         return tuple(notes)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from deal_core.adapter.state import load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
@@ -67,7 +68,16 @@ def recentre_adapter(
         rehearsal = Rehearsal([sets], collate, num_rows=train.batch_size, weight=1.0, temperature=1.0, seed=train.seed)
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
-        _learn(model, rehearsal, train, on_stage)
+        factors = [factor for factor in model.parameters() if factor.requires_grad]
+        num_steps = train.recentre_steps
+        learn_rehearsal(
+            model,
+            factors,
+            rehearsal,
+            train,
+            num_steps,
+            lambda step: on_stage(step, num_steps, "re-centring the labels"),
+        )
         save_adapter(model, folder, load_method_state(folder), base_name=base.name)
     finally:
         model.unload()
@@ -80,14 +90,30 @@ def recentre_adapter(
     )
 
 
-def _learn(model: PeftModel, rehearsal: Rehearsal, train: TrainConfig, on_stage: OnStage) -> None:
-    """Take the steps with AdamW."""
-    factors = [factor for factor in model.parameters() if factor.requires_grad]
+def learn_rehearsal(
+    model: PeftModel,
+    factors: Sequence[nn.Parameter],
+    rehearsal: Rehearsal,
+    train: TrainConfig,
+    num_steps: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Take steps with AdamW on rehearsed rows alone. The rate falls linearly from `train.learning_rate` to 0.
+
+    Args:
+        model: The model with its adapter on.
+        factors: The parameters that are trained.
+        rehearsal: Gives the rows of every step.
+        train: The rate at first, and the limit of the gradient's norm.
+        num_steps: Number of steps.
+        on_step: Called before every step with its number, from 0.
+    """
     optimizer = torch.optim.AdamW(factors, lr=train.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, train.recentre_steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)
     model.train()
-    for step in range(train.recentre_steps):
-        on_stage(step, train.recentre_steps, "re-centring the labels")
+    model.zero_grad()
+    for step in range(num_steps):
+        on_step(step)
         loss = rehearsal.loss(model, step)
         assert loss is not None, "there are questions"
         loss.backward()  # type: ignore[no-untyped-call]
@@ -95,4 +121,4 @@ def _learn(model: PeftModel, rehearsal: Rehearsal, train: TrainConfig, on_stage:
             torch.nn.utils.clip_grad_norm_(factors, train.max_grad_norm)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
+        model.zero_grad()

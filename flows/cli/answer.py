@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
 
 
-OneVersion = Annotated[str | None, Option("--version", help="Number of the version.", show_default="the champion")]
+Version = Annotated[str | None, Option("--version", "-v", help="Number of the version.", show_default="the champion")]
 
 
 @command(main_app, None, 'deal predict "My card is gone"', "deal predict --data mails.csv --task bank")
@@ -36,7 +36,7 @@ def predict(
     ] = None,
     task: Annotated[str | None, Option("--task", "-t", help="Task to ask.", show_default="the newest one")] = None,
     lineage: Lineage = "",
-    version: OneVersion = None,
+    version: Version = None,
     out: Annotated[
         Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
     ] = None,
@@ -177,7 +177,7 @@ def publish(
         ),
     ],
     lineage: Lineage = "",
-    version: Annotated[str | None, Option("--version", "-v", help="Its number.", show_default="the champion")] = None,
+    version: Version = None,
     model: Annotated[
         str | None,
         Option(

@@ -47,27 +47,18 @@ def init(
     """Write a spec for a file of rows."""
     import yaml
 
-    from tasks.lineage.settings import parse_settings, spec_from_options
-    from tasks.validate import validate
+    from tasks.lineage.settings import parse_settings
+    from tasks.validate import spec_to_check, validate
 
     name = re.sub(r"[^a-z0-9_-]+", "-", Path(file).stem.lower()).strip("-_") or "task" if task is None else task
-    given = parse_settings(settings or ())
-    lineage = spec_from_options(
-        deal.store, None, task=name, data=file, test_data=None, lineage=lineage, settings=settings or ()
-    ).lineage
-    data = validate(
-        file,
-        spec=None,
-        task=name,
-        lineage=lineage,
-        settings=settings or (),
-        on_progress=lambda done: deal.screen.advanced("reading", done, None),
-    )
+    asked, _ = spec_to_check(file, task=name, lineage=lineage, settings=settings or ())
+    data = validate(asked, on_progress=lambda done: deal.screen.advanced("reading", done, None))
     if not data.accepted:
         return CommandResult({"spec": None, "data": data}, show_validation(data), failed=True)
     # a path in a spec is relative to the spec's folder
     path = file if "://" in file else os.path.relpath(file, out.absolute().parent)
-    values = {"lineage": lineage, **given, "task": {"name": name, "data": path, **given.get("task", {})}}
+    given = parse_settings(settings or ())
+    values = {"lineage": asked.lineage, **given, "task": {"name": name, "data": path, **given.get("task", {})}}
     labels = yaml.safe_dump(
         list(data.labels or ("yes", "no")), default_flow_style=True, allow_unicode=True, width=10**6
     )
@@ -145,15 +136,14 @@ def check(
     if plan and file is not None and spec is None and task is None:
         raise ConfigError("--plan needs the task: give --task NAME, or a spec.")
     with deal.screen.working("checking"):
-        from tasks.validate import validate
+        from tasks.validate import spec_to_check, validate
 
+        asked, task_file = spec_to_check(
+            file, spec=spec, task=task, lineage=lineage, test_data=test_data, settings=settings or ()
+        )
         data = validate(
-            file,
-            spec=spec,
-            task=task,
-            lineage=lineage,
-            test_data=test_data,
-            settings=settings or (),
+            asked,
+            task_file,
             with_model=with_model,
             on_progress=lambda done: deal.screen.advanced("checking", done, None),
             on_model=lambda done, total: deal.screen.advanced("labels", done, total),
@@ -161,16 +151,11 @@ def check(
         if not plan or not data.accepted:
             return CommandResult({"data": data, "plan": None}, show_validation(data), failed=not data.accepted)
         from flows.server.embedded import calm_libraries
-        from tasks.lineage.settings import spec_from_options
         from tasks.planning import plan as plan_run
 
         calm_libraries()
-        options = {"task": None, "data": None} if spec else {"task": task, "data": file}
-        run = spec_from_options(deal.store, spec, **options, test_data=None, lineage=lineage, settings=settings or ())
-        changes = {"data": file, "test_data": test_data}
-        files = {name: value for name, value in changes.items() if value is not None}
         planned = plan_run(
-            run.model_copy(update={"task": run.task.model_copy(update=files)}),
+            asked,
             device_memory=device_memory,
             precision=precision,  # type: ignore[arg-type]  # the option is a text, and plan_run refuses others by name
             probe=probe,

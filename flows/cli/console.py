@@ -185,10 +185,7 @@ def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableType]:
     """Arrivals whose run was cancelled, and how each goes on."""
-    return [
-        f"  [yellow]•[/] {escape(f'{each.key} is held: {each.why} Let it go on with: {each.remedy(lineage)}')}"
-        for each in held
-    ]
+    return [f"  [yellow]•[/] {escape(arrival.line(lineage))}" for arrival in held]
 
 
 def matrix_table(matrix: Mapping[str, Any]) -> Table:

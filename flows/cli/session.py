@@ -47,29 +47,22 @@ Home = Annotated[
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
-Lineage = Annotated[
-    str,
-    Option(
+
+
+def _lineage(default: str) -> Any:
+    return Option(
         "--lineage",
         "-l",
         envvar="DEAL_LINEAGE",
         show_envvar=False,
         help="Name of the lineage.",
-        show_default="DEAL_LINEAGE, else the only lineage",
-    ),
-]
+        show_default=f"DEAL_LINEAGE, else {default}",
+    )
+
+
+Lineage = Annotated[str, _lineage("the only lineage")]
 """A lineage that exists; "" is the default, for which `command` puts in the home's only lineage."""
-SpecLineage = Annotated[
-    str | None,
-    Option(
-        "--lineage",
-        "-l",
-        envvar="DEAL_LINEAGE",
-        show_envvar=False,
-        help="Name of the lineage.",
-        show_default="DEAL_LINEAGE, else the spec's, else the only lineage",
-    ),
-]
+SpecLineage = Annotated[str | None, _lineage("the spec's, else the only lineage")]
 """A lineage that may be new, or stand in a spec. A command gets the name, or None if none was given."""
 Settings = Annotated[
     list[str] | None,
@@ -125,16 +118,6 @@ class Session:
         from tasks.context import current_store
 
         return current_store()
-
-    def only_lineage(self) -> str:
-        """The lineage that is meant when no command line, variable or spec names one.
-
-        Raises:
-            ConfigError: there are several.
-        """
-        from tasks.lineage.settings import only_lineage
-
-        return only_lineage(self.store)
 
     @property
     def account(self) -> str:
@@ -224,7 +207,9 @@ def command(
             with session(home, as_json, debug) as deal:
                 with nullcontext() if doing is None else deal.screen.working(doing):
                     if names_lineage and not options["lineage"]:
-                        options["lineage"] = deal.only_lineage()
+                        from tasks.lineage.settings import only_lineage
+
+                        options["lineage"] = only_lineage(deal.store)
                     result = function(deal, **options)
                 if result is not None:
                     deal.show(result)

@@ -152,7 +152,7 @@ async def apply_automations(client: PrefectClient, never_began: timedelta) -> No
 
 
 async def _apply(client: PrefectClient, automation: AutomationCore, *, replace: bool = True) -> None:
-    """Create an automation, or replace the one of the same name, which stays on or off."""
+    """Create an automation. With `replace`, one of the same name is replaced, and stays on or off."""
     present = await client.read_automations_by_name(automation.name)
     if not present:
         await client.create_automation(automation)

@@ -107,7 +107,7 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
     """
     log = ready_log(home / "logs" / f"{name}.log")
     if name.endswith("-server"):  # a child of a dead server may hold its port; a dead worker's training may go on
-        _kill(_processes_of([log]))
+        _kill_all_of([log])
     environment = {**_environment(home, stack, name), PART: str(log)} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -191,26 +191,20 @@ def _end(parts: Sequence[LocalProcess]) -> list[str]:
             family += [first, *([] if part.name == SUPERVISOR else first.children(recursive=True))]
             os.killpg(part.pid, signal.SIGTERM)
     psutil.wait_procs(family, timeout=STOP_SECONDS)
-    # What did not end, and what a killed part has left: the next worker would start such a run a second time.
-    _kill(_processes_of([part.log for part in parts]))
+    # Kill what did not end, and runs that a killed worker has left: the next worker would start such a run again.
+    _kill_all_of([part.log for part in parts])
     return [part.name for part in alive]
 
 
-def _processes_of(logs: Sequence[Path]) -> list[psutil.Process]:
-    """Return the processes of the parts with these logs, and all that they have started."""
-    wanted, found = set(map(str, logs)), []
+def _kill_all_of(logs: Sequence[Path]) -> None:
+    """Kill the processes of the parts with these logs, and all that they have started."""
+    wanted, killed = set(map(str, logs)), []
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # the process has ended, or is another user's
             if process.environ().get(PART) in wanted:
-                found.append(process)
-    return found
-
-
-def _kill(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(processes, timeout=STOP_SECONDS)
+                process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=STOP_SECONDS)
 
 
 def supervise(home: Path) -> None:
@@ -223,20 +217,25 @@ def supervise(home: Path) -> None:
                 if stack is None:
                     return
                 for part in stack.parts:
-                    is_recent = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
-                    if part.name != SUPERVISOR and not part.is_alive() and not is_recent:
-                        started[part.name] = time.monotonic()
-                        try:
-                            start_part(home, stack, part.name, part.command, part.gpus)
-                            logger.warning("%s had died and was started again", part.name)
-                        except OSError as error:
-                            logger.error("%s died and cannot be started: %s", part.name, error)
-                    if is_full(part.log):
-                        with suppress(OSError):  # if the disk has no room for the copy, try again later
-                            cut_log(part.log)
+                    _look_after(home, stack, part, started)
         except OSError as error:  # such as a full disk: nobody restarts this process, so it tries again
             logger.error("The processes cannot be looked at: %s", error)
         time.sleep(LOOK_SECONDS)
+
+
+def _look_after(home: Path, stack: LocalStack, part: LocalProcess, started: dict[str, float]) -> None:
+    """Start a part again if it has died, and shorten its log if it is long. `started` has the last restarts."""
+    is_recent = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
+    if part.name != SUPERVISOR and not part.is_alive() and not is_recent:
+        started[part.name] = time.monotonic()
+        try:
+            start_part(home, stack, part.name, part.command, part.gpus)
+            logger.warning("%s had died and was started again", part.name)
+        except OSError as error:
+            logger.error("%s died and cannot be started: %s", part.name, error)
+    if is_full(part.log):
+        with suppress(OSError):  # if the disk has no room for the copy, try again later
+            cut_log(part.log)
 
 
 if __name__ == "__main__":

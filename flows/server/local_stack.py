@@ -108,7 +108,10 @@ def server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str,
     prefect = f"-m prefect server start --host 127.0.0.1 --port {prefect_port}"
     mlflow = f"-m mlflow server --host 127.0.0.1 --port {mlflow_port} --workers 1"
     # without a line for each request in the log: `deal serve` sends one every two seconds
-    return {"prefect-server": (*prefect.split(),), "mlflow-server": (*mlflow.split(), "--uvicorn-opts=--no-access-log")}
+    return {
+        "prefect-server": tuple(prefect.split()),
+        "mlflow-server": (*mlflow.split(), "--uvicorn-opts=--no-access-log"),
+    }
 
 
 def start_workers(home: Path, stack: LocalStack, num_trainings: int, say: Say) -> None:
@@ -124,7 +127,7 @@ def start_workers(home: Path, stack: LocalStack, num_trainings: int, say: Say) -
         name = f"worker-{pool}{suffix}"
         say(f"{name} starts")
         command = f"-m prefect worker start --pool {pool} --name {name} --limit {limit} --no-create-pool-if-not-found"
-        start_part(home, stack, name, (*command.split(),), own)
+        start_part(home, stack, name, tuple(command.split()), own)
     start_part(home, stack, SUPERVISOR, ("-m", "flows.server.local_processes", str(home)))
 
 

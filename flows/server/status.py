@@ -24,14 +24,15 @@ from infra.mirror_note import waiting as missing_in_mlflow
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
-from infra.versions import Versions
+from infra.versions import Version, Versions
 from tasks.context import current_store
-from tasks.housekeeping.damage import find_damage, look_at_champion
+from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, look, read_state
 from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.retrain import Waiting
 from tasks.lineage.settings import WatchedLineage, read_lineages
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.monitoring.state import read_monitor_state
 from tasks.waiting import plan
 
@@ -157,21 +158,28 @@ def _lineage(
     store: ObjectStore, name: str, watched: WatchedLineage | None, inbox: InboxLook, damaged: list[str]
 ) -> LineageStatus:
     """Return the state of a lineage; append its damage to `damaged`. A damaged part leaves the other parts readable."""
-    champion, problems = look_at_champion(store, name)
+    problems: list[str] = []
+    versions: tuple[Version, ...] = ()
     record: LineageRecord | None = None
-    status = LineageStatus(
-        lineage=name, champion=champion.version if champion else None, held=watched.held if watched else None
-    )
 
     @contextmanager
     def noting_damage() -> Iterator[None]:
         try:
             yield
         except DealError as error:
-            problems.append(str(error))
+            problems.append(in_one_line(error))
 
     with noting_damage():
-        record = read_record(store, champion.adapter_uri) if champion else None
+        versions = Versions(store).all(name)
+    champion = next((version for version in versions if "champion" in version.aliases), None)
+    status = LineageStatus(
+        lineage=name, champion=champion.version if champion else None, held=watched.held if watched else None
+    )
+    if champion is not None:
+        with noting_damage():
+            record = read_record(store, champion.adapter_uri)
+        with noting_damage(), borrowed_adapter(store, champion, with_method=True):
+            pass  # its files were compared with their digests
     with noting_damage():
         problems += find_damage(store, name, record)
     with noting_damage():
@@ -185,11 +193,10 @@ def _lineage(
         if opened is not None:
             since = f"{opened.when:%Y-%m-%d %H:%M} UTC"
             status.rollout = f"version {opened.version} is tried ({opened.rollout}) since {since}"
-    with noting_damage():
-        for newest in Versions(store).all(name)[-1:]:
-            if newest.is_rejected:
-                why = "A person refused it." if newest.accepted else " ".join(newest.reasons)
-                status.rejected = f"version {newest.version} ({newest.task}) was rejected: {why}"
+    if versions and versions[-1].is_rejected:
+        newest = versions[-1]
+        why = "A person refused it." if newest.accepted else " ".join(newest.reasons)
+        status.rejected = f"version {newest.version} ({newest.task}) was rejected: {why}"
     if watched is not None:
         with noting_damage():
             state = read_state(store, name)
@@ -207,7 +214,7 @@ def _lineage(
             if watched.held is None:
                 status.waiting = plan(store, watched, inbox, state, still_open, datetime.now(UTC)).waiting
     # several of the looks above may find the same damage
-    damaged += [f"Lineage {name}: {in_one_line(DealError(problem))}" for problem in dict.fromkeys(problems)]
+    damaged += [f"Lineage {name}: {problem}" for problem in dict.fromkeys(problems)]
     return status
 
 

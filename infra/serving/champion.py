@@ -3,8 +3,8 @@
 A thread watches the promotion log in the store. When the champion moves, the thread downloads the new version and swaps
 the adapter. If this fails, or the store does not answer, the loaded version continues to serve.
 
-What computes is an `Answerer`. This module and `infra.serving.rollout` use its methods `ask`, `swap`, `add_candidate`,
-`drop_candidate`, `drain` and `stop`. The web application knows only `Champion`.
+An `Answerer` computes the answers. This module and `infra.serving.rollout` call its methods `ask`, `swap`,
+`add_candidate`, `drop_candidate`, `drain` and `stop`. The web application knows only `Champion`.
 """
 
 from __future__ import annotations

@@ -132,9 +132,9 @@ def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -
     with _refusing():
         answered = serving.ask(rows, caller.is_given_up, caller.key or user, version or None)
     require_version(answered.version)  # the champion may have moved
-    if values.get("stream") is True:
-        return HttpAnswer(_written(answered, is_chat, is_stream=True), answered.version, "text/event-stream")
-    return HttpAnswer(_written(answered, is_chat, is_stream=False), answered.version)
+    is_stream = values.get("stream") is True
+    kind = "text/event-stream" if is_stream else "application/json"
+    return HttpAnswer(_written(answered, is_chat, is_stream=is_stream), answered.version, kind)
 
 
 def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:

@@ -109,10 +109,10 @@ class Rollout:
         key: str | None,
         version: str | None,
     ) -> Answered | Callable[[], None]:
-        """Let the candidate answer a request of the canary's share. Of others, the champion (`served`) has to answer.
+        """Let the candidate answer a request of the canary's share.
 
-        Then the result is a function that logs a refusal as the candidate's failure. The caller calls it, unless the
-        champion refuses the request too.
+        If the result is a function, the champion (`served`) has to answer. The function logs the candidate's refusal of
+        the request, if there was one. The caller calls it, unless the champion refuses the request too.
 
         Each row names its task; a task that the champion does not know is not the candidate's to answer. Requests with
         the same `key` go to the same version; without a key, the same requests do. `version` is the version that the

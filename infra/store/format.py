@@ -7,6 +7,7 @@ such file, so a store that has versions and lacks the file is of that release.
 from __future__ import annotations
 
 import json
+import operator
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import without_secrets
@@ -41,7 +42,7 @@ def require_format(store: ObjectStore) -> None:
             ) from None
         return
     with reading_stored(store, keys.FORMAT_FILE, "the format of the store", "Restore it from a backup of the store."):
-        number = int(json.loads(content)["format"])  # later releases may say more there
+        number = operator.index(json.loads(content)["format"])  # later releases may say more there
     if number != FORMAT:
         other = "a newer" if number > FORMAT else "an older"
         raise FormatError(

@@ -64,9 +64,10 @@ class Tracker:
         """Return all runs with `run_key`, newest first; with `ViewType.ALL` also those that somebody has deleted."""
         with report_errors("find a run", self.uri):
             experiment = self.client.get_experiment_by_name(f"deal/{lineage}")
-            if experiment is None:
-                return []
-            runs = self.client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'", view)
+            return [] if experiment is None else self._runs(str(experiment.experiment_id), run_key, view)
+
+    def _runs(self, experiment_id: str, run_key: str, view: int) -> list[TrackedRun]:
+        runs = self.client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{run_key}'", view)
         return [TrackedRun(self.client, run.info.run_id) for run in runs]
 
     def start(
@@ -93,7 +94,7 @@ class Tracker:
                 experiment_id = str(experiment.experiment_id)
                 if experiment.lifecycle_stage != "active":  # somebody has deleted it
                     self.client.restore_experiment(experiment_id)
-            run = self.find(lineage, run_key)
+            run = next(iter(self._runs(experiment_id, run_key, ViewType.ACTIVE_ONLY)), None)
             if run is None:
                 own = {RUN_KEY: run_key, "deal.lineage": lineage}
                 made = self.client.create_run(experiment_id, tags=own, run_name=name)
@@ -166,7 +167,7 @@ class TrackedRun:
         """Log settings; nested settings get dotted names. Existing parameters of the run are kept."""
         flat = dict(_flatten(params))
         with self._report_errors("log parameters"):
-            kept = self.client.get_run(self.run_id).data.params
+            kept = self.client.get_run(self.run_id).data.params if flat else {}
             new = [Param(key, value) for key, value in flat.items() if key not in kept]
             self.client.log_batch(self.run_id, params=new)
         for key, value in flat.items():

@@ -139,8 +139,8 @@ def _publish_quarantine(
 def _withdraw_if_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], places: Sequence[str]) -> None:
     """Delete what was stored at `places` if its rows or files were forgotten meanwhile, and raise ForgottenRowsError.
 
-    `deal data delete` writes the tombstone before it looks for rows, so one of both processes always finds the other.
-    Before the rows are stored, a tombstone may have the digests of their files alone.
+    `deal data delete` writes the tombstone before it looks for rows, so one of the two processes always finds the
+    other. Before the rows are stored, a tombstone may have the digests of their files alone.
     """
     try:
         refuse_forgotten(store, task, sha256s)

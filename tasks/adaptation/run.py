@@ -47,7 +47,8 @@ class AdaptationRun:
     config_sha256: str
     """Digest of all settings that can change the result."""
     parent: Version | None
-    """The champion, which the new version continues; None: it starts from the base model. So for the next two."""
+    """The champion, which the new version continues; None: it starts from the base model. The next two fields
+    are None then too."""
     record: LineageRecord | None
     parent_folder: Path | None
     """A copy of the parent's adapter on this machine, compared with its digests."""

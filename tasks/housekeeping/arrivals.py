@@ -80,13 +80,11 @@ def find_arrival(store: ObjectStore, named: str) -> KnownArrival:
     if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", named):
         raise ConfigError(
             f"{named!r} is neither a digest (or {MIN_PREFIX} and more of its first characters) nor a key such as "
-            f"{keys.INBOX}/TASK/FILE; deal version list --json shows the digests as dataset_sha256."
+            f"{keys.INBOX}/TASK/FILE; deal data list shows the arrivals."
         )
     matches = sorted({(task, sha256) for task, sha256 in _known_digests(store) if sha256.startswith(named)})
     if not matches:
-        raise ConfigError(
-            f"No arrival has a digest that begins with {named}; deal version list --json shows the digests."
-        )
+        raise ConfigError(f"No arrival has a digest that begins with {named}; deal data list shows the arrivals.")
     if len(matches) > 1:
         listed = ", ".join(f"{sha256} ({task})" for task, sha256 in matches)
         raise ConfigError(f"{named} is the beginning of {len(matches)} digests: {listed}; give more of it.")
@@ -129,9 +127,9 @@ def quarantine_of(store: ObjectStore, arrival: KnownArrival) -> Iterator[ObjectI
     yield from (info for info in listing if keys.task_and_digest(info.key)[1] in own)
 
 
-def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetManifest]]:
-    """Yield the digest and the manifest of every dataset of a task, once for each lineage with the dataset."""
-    for info in store.list(f"{keys.DATASETS}/{task}"):
+def manifests_of(store: ObjectStore, task: str | None = None) -> Iterator[tuple[str, DatasetManifest]]:
+    """Yield the digest and the manifest of every dataset, of one task or of all, once for each lineage with it."""
+    for info in store.list(keys.DATASETS if task is None else f"{keys.DATASETS}/{task}"):
         folder, _, name = info.key.rpartition("/")
         if name == keys.MANIFEST_FILE:
             yield keys.dataset_sha256(folder), read_manifest(store, folder)

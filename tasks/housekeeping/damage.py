@@ -1,6 +1,6 @@
 """Look for damage among what a lineage needs to serve and to learn on.
 
-That is its champion, its versions, promotions and runs, and its datasets.
+That is its versions, promotions and runs, and its datasets.
 """
 
 from __future__ import annotations
@@ -16,37 +16,16 @@ from infra.run_journal import RunJournal
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.stored import read_folder
-from infra.versions import Version, Versions
+from infra.versions import Versions
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import require_unaltered
-from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.record import LineageRecord
 from tasks.lineage.tombstones import forgotten_tests
-from tasks.lineage.version_files import borrowed_adapter
 
 MAX_SHOWN = 5
 """Damaged files of a lineage that are named; more are counted."""
 _READERS = 16
 """Files that are read at the same time: most of the time is that of the store's answers."""
-
-
-def look_at_champion(store: ObjectStore, lineage: str) -> tuple[Version | None, list[str]]:
-    """Return the champion of a lineage, and the problems that keep it from serving or from being continued.
-
-    The check reads the versions, the promotion log and the champion's record, and compares the files of its adapter and
-    of its method's state with their digests.
-    """
-    try:
-        champion = Versions(store).champion(lineage)
-    except DealError as error:
-        return None, [str(error)]
-    if champion is None:
-        return None, []
-
-    def read_files() -> None:
-        with borrowed_adapter(store, champion, with_method=True):
-            pass
-
-    return champion, _failures([partial(read_record, store, champion.adapter_uri), read_files])
 
 
 def find_damage(store: ObjectStore, lineage: str, record: LineageRecord | None) -> list[str]:

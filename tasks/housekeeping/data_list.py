@@ -1,4 +1,4 @@
-"""What has landed, for `deal data list`: rows, versions that learned them, and arrivals that are held or forgotten."""
+"""The arrivals for `deal data list`: those that are stored, learned or forgotten, and those that are held."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ListedArrival(BaseModel, frozen=True):
     learned_by: tuple[str, ...] = ()
     """LINEAGE/VERSION of every version that was trained on it."""
     state: str
-    """stored, learned, held (and why), or forgotten (and when)."""
+    """stored, learned, held (and why), or forgotten (when, and why)."""
 
 
 def list_data(store: ObjectStore) -> list[ListedArrival]:
@@ -36,12 +36,12 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
     for lineage in Versions(store).lineages():
         for version in Versions(store).all(lineage):
             learned_by[version.task, version.dataset_sha256].append(f"{lineage}/{version.version}")
-    tasks = {keys.task_and_digest(info.key)[0] for info in store.list(keys.DATASETS)}
-    manifests = {(task, sha256): manifest for task in tasks for sha256, manifest in manifests_of(store, task)}
+    manifests = {(manifest.task.name, sha256): manifest for sha256, manifest in manifests_of(store)}
+    forgotten = {info.key for info in store.list(keys.FORGOTTEN)}  # one listing instead of a request for each arrival
     arrivals = []
     for task, sha256 in sorted({*learned_by, *manifests}):
         manifest, versions = manifests.get((task, sha256)), learned_by.get((task, sha256), [])
-        tombstone = find_tombstone(store, task, [sha256])
+        tombstone = find_tombstone(store, task, [sha256]) if keys.tombstone_key(task, sha256) in forgotten else None
         arrivals.append(
             ListedArrival(
                 name=sha256[:12],

@@ -28,6 +28,7 @@ from tasks.housekeeping.garbage import (
     find_leftovers,
     list_all_lineages,
     list_logged_lineages,
+    local_folder,
     remove_local,
 )
 from tasks.inbox import read_state, write_state
@@ -225,7 +226,7 @@ def _look_at(
     for short_key in sorted({*unfinished, *ended, *(run.short_key for run in own_runs)}):
         work = work_folder(lineage, short_key)
         if work.is_dir():
-            size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+            size = local_folder(work).num_bytes
             places.append(RowsPlace(kind="work folder", address=str(work), num_bytes=size, lineage=lineage))
 
     # Reports of these runs, and of versions that answered the test rows. The record of a removed adapter went with it,

@@ -176,7 +176,7 @@ def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTex
 
 
 def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
-    """The other rows; all rows of a task that spares none."""
+    """The rows that judge, without the spared ones; all rows of a task that spares none."""
     num_rows = len(test_set.rows)
     num_judging = num_judging_of(test_set.schema, num_rows, spared)
     return test_set if num_judging == num_rows else replace(test_set, rows=first_rows(test_set.rows, num_judging))

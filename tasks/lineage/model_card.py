@@ -55,7 +55,6 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
     front = [f"base_model: {json.dumps(base.name)}"] if is_on_hub else []
     front += [f"license: {json.dumps(licence)}"] if licence else []
     loader = f"AutoModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
-    origin = f"continues version {version.parent_version}" if version.parent_version else "starts from the base model"
     verdict = "accepted" if version.accepted else "rejected: " + " ".join(version.reasons)
     metrics = scored_otherwise({task.schema.name: task.schema.metric for task in record.tasks})
     judging = {task.schema.name: num_judging_of(task.schema, task.num_test, record.spared) for task in record.tasks}
@@ -93,7 +92,7 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         "```",
         "",
         f"A LoRA adapter (PEFT) of **{base.name}**. It learned the task **{version.task}** last, with the strategy "
-        f"{version.strategy}, and {origin}. Its gate: {verdict}.",
+        f"{version.strategy}, and {version.origin}. Its gate: {verdict}.",
         "",
         "## Base model",
         "",

@@ -225,8 +225,7 @@ def spec_from_options(
     if path is not None and arrival:
         raise ConfigError("Give either a spec file or --task, --data and --test-data, not both.")
     values = {"task": arrival} if path is None else read_lineage_values(path)
-    options = parse_settings(settings) | ({"lineage": lineage} if lineage is not None else {})
-    spec = _parse_over_stored(AdaptSpec, store, values, options, path)
+    spec = _parse_over_stored(AdaptSpec, store, values, path, settings, lineage=lineage)
     return spec.with_files_from(Path(os.path.realpath(path)).parent if path else Path.cwd())
 
 
@@ -245,12 +244,7 @@ def watched_from_options(
     """
     values = read_lineage_values(path) if path else {}
     values.pop("task", None)
-    options = (
-        parse_settings(settings)
-        | ({"lineage": lineage} if lineage is not None else {})
-        | ({"tasks": tasks} if tasks else {})
-    )
-    return _parse_over_stored(WatchedLineage, store, values, options, path)
+    return _parse_over_stored(WatchedLineage, store, values, path, settings, lineage=lineage, tasks=tasks)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -276,13 +270,18 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_over_stored(
-    model: type[Asked], store: ObjectStore, values: Mapping[str, Any], options: Mapping[str, Any], path: Path | None
+    model: type[Asked],
+    store: ObjectStore,
+    values: Mapping[str, Any],
+    path: Path | None,
+    settings: Sequence[str],
+    **options: Any,
 ) -> Asked:
-    """Parse the options over the spec's values over the lineage's file.
+    """Parse the options and settings of a command over the spec's values over the lineage's file.
 
-    A relative base model in the options is relative to the working folder.
+    An option that is None was not given. A relative base model in the settings is relative to the working folder.
     """
-    stated = dict(options)
+    stated = parse_settings(settings) | {name: value for name, value in options.items() if value is not None}
     if isinstance(stated.get("base_model"), str):
         stated["base_model"] = resolve_base(stated["base_model"], Path.cwd())
     origin = str(path or "options")

@@ -154,7 +154,7 @@ def borrowed_adapter(store: ObjectStore, version: Version, *, with_method: bool 
 
 
 def require_recorded(store: ObjectStore, version: Version, folder: Path, names: Collection[str] = PEFT_FILES) -> None:
-    """Raise IntegrityError if one of the named files has not its recorded digest.
+    """Raise IntegrityError if the digest of one of the named files is not the recorded one.
 
     `folder` is a copy of the adapter's folder.
     """

@@ -29,8 +29,6 @@ from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
 from tasks.context import current_store
 from tasks.landed_inputs import task_inputs
-from tasks.lineage.history import find_version
-from tasks.lineage.record import choose_task, read_record
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns, said_columns
 from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, counting
 
@@ -96,10 +94,8 @@ def select_to_label(
         raise ConfigError(f"The texts would go to {output.name}; give a name that ends in .csv or .jsonl.")
     _require_new(output)
     store = current_store()
-    info = find_version(store, lineage, None)
-    record = read_record(store, info.adapter_uri)
-    asked = Asked(info, record, choose_task(record, task))
-    schema = as_landed(store, asked.known.schema)
+    asked = Asked.find(store, lineage, task, None)
+    info, schema = asked.info, as_landed(store, asked.known.schema)
     _check_columns(schema)
     logged = read_predictions(store, lineage, task=task)
     has_feedback = logged["id"].isin(feedback_ids(store, lineage))  # whatever version answered

@@ -93,7 +93,7 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
             client.unload(name)
             reporter().said(f"{name} is unloaded")
         if settings.adapter_dir is not None:
-            _remove_copies(settings.adapter_dir, lineage, f"{route.model}-{champion.adapter_sha256[:12]}")
+            _remove_copies(settings.adapter_dir, lineage, _copy_name(champion))
     except DealError as error:
         # the version that answered before still does; the route may have moved before the error
         number, url = champion.version, without_secrets(client.url)
@@ -151,7 +151,7 @@ def _move(
             f"The name {name} was served with another adapter ({names[name][:12]}) than version {champion.version} has "
             f"({champion.adapter_sha256[:12]}), and the server may have cached it; give the lineage a new name."
         )
-    folder, path = _published(store, champion, name, settings)
+    folder, path = _published(store, champion, settings)
     loaded = client.models()
     if name not in loaded:
         if settings.adapter_dir is None:
@@ -206,7 +206,12 @@ def config_of(store: ObjectStore, version: Version) -> dict[str, Any]:
         return dict(json.loads(store.get_bytes(f"{version.adapter_uri}/{CONFIG_FILE}")))
 
 
-def _published(store: ObjectStore, champion: Version, name: str, settings: VllmSettings) -> tuple[Path, str]:
+def _copy_name(version: Version) -> str:
+    """Name of a version's copy in the shared folder. `_remove_copies` keeps the copy of this name."""
+    return f"{model_name(version)}-{version.adapter_sha256[:12]}"
+
+
+def _published(store: ObjectStore, champion: Version, settings: VllmSettings) -> tuple[Path, str]:
     """Copy the adapter to the shared folder if necessary; return the folder, and its path on the server."""
     if settings.adapter_dir is None:
         if isinstance(store, FileStore):
@@ -215,7 +220,7 @@ def _published(store: ObjectStore, champion: Version, name: str, settings: VllmS
             f"The adapter is in {store.uri}, which the server does not read; set DEAL_VLLM_ADAPTER_DIR to a folder "
             "that this machine and the server share."
         )
-    folder = settings.adapter_dir / f"{name}-{champion.adapter_sha256[:12]}"
+    folder = settings.adapter_dir / _copy_name(champion)
     if not folder.exists():
         _write_folder(store, champion, folder)
     return folder, f"{settings.server_adapter_dir or settings.adapter_dir}/{folder.name}"

@@ -32,12 +32,12 @@ MAX_MEMORY_BYTES = 2**30
 """Memory that a file may take, beyond that of Python and Arrow."""
 FREE_CPU_SECONDS, CPU_SECONDS_PER_MB = 25, 2
 """Processor time for a file of any size, and for each of its megabytes. A megabyte of text takes a twentieth of a
-second, a packed one of text twenty times as long."""
+second. A megabyte of packed text takes twenty times as long."""
 FREE_BYTES, UNPACKED_TIMES = 2**28, 1000
-"""Bytes of rows that a file of any size may have, and times its size for a larger one. A packed Parquet file takes as
-many on the disk. Who takes the rows has no limit of processor time, so this one is theirs."""
+"""A file may have FREE_BYTES bytes of rows, or UNPACKED_TIMES its own size if that is more. A packed Parquet file may
+take as many on the disk. The process that takes the rows has no limit of processor time; this limit protects it."""
 MAX_FRAME_BYTES = 2**26
-"""Largest frame: some rows, or the names of all columns. Who takes it has no limit of memory."""
+"""Largest frame: some rows, or the names of all columns. The process that takes it has no limit of memory."""
 HEADER = struct.Struct(">cI")
 """A frame's letter and the length of its content."""
 OUT_OF_MEMORY = 3
@@ -119,7 +119,7 @@ def _send_json(frames: BinaryIO, letter: bytes, value: Any) -> None:
 
 
 def _as_json(value: Any) -> bytes:
-    # Two lone surrogates beside each other stay two, as escapes would not leave them.
+    # Not as escapes: two lone surrogates next to each other would be read back as one character.
     return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
 
 

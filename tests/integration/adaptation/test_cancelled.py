@@ -1,4 +1,4 @@
-"""A run that a person cancels holds its arrivals until `deal version requeue`."""
+"""A run that a person cancels holds its arrivals until `deal data release`."""
 
 from __future__ import annotations
 
@@ -146,13 +146,10 @@ def test_a_cancelled_run_does_not_start_again_until_a_person_asks(home: Path, li
     (status,) = (each for each in asyncio.run(read_status(home)).lineages if each.lineage == "l")
     assert status.num_open == 0 and [each.key for each in status.held_arrivals] == [KEY]
     remedy = f"deal data release {KEY} --lineage l"
-    assert remedy in deal("status")
-    for shown in (
-        deal("status"),
-        deal("version", "list", "--lineage", "l"),
-        deal("data", "list"),
-    ):
-        assert "was cancelled on" in shown and KEY in shown
+    for shown in (deal("status"), deal("version", "list", "--lineage", "l")):
+        assert "was cancelled on" in shown and remedy in shown
+    shown = deal("data", "list")
+    assert "was cancelled on" in shown and KEY in shown
     assert json.loads(deal(*remedy.split()[1:], "--json"))["released"] == [KEY]
     assert not is_held() and asyncio.run(read_status(home)).lineages[0].num_open == 1
     assert look() >= 1

@@ -14,7 +14,7 @@ from flows.cli.console import show_adaptation
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers
 from tasks.lineage.record import read_record
-from tasks.validate import validate
+from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, FAIL, page_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -77,7 +77,7 @@ def test_an_answer_may_be_any_of_several_and_a_file_is_told_how_many_rows_have_t
     rows = [json.loads(line) for line in Path(notes["data"]).read_text().splitlines()]
     rows = [{**row, "completion": [row["completion"], "…"]} for row in rows]
     Path(notes["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    checked = validate(notes["data"], spec=None, task="notes")
+    checked = validate(*spec_to_check(notes["data"], task="notes"))
     assert checked.num_several == len(rows) and checked.example is not None
     assert checked.example.answer.endswith("is reported.")
     assert f"{len(rows)} rows have several right answers" in "\n".join(map(str, show_validation(checked)))

@@ -19,7 +19,7 @@ from tasks.lineage.record import read_record
 from tasks.planning import plan
 from tasks.progress import LogReporter
 from tasks.spec import AdaptSpec, parse
-from tasks.validate import validate
+from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, CLINIC, evaluation_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -89,12 +89,12 @@ def test_plan_and_validation_know_which_rows_teach(tiny_base: Path, few_rows_jud
     few_rows_judge(7)
 
     def few(lineage: str = "l") -> bool:
-        found = validate(BANK["data"], spec=None, task="other", test_data=BANK["test_data"], lineage=lineage)
+        found = validate(*spec_to_check(BANK["data"], task="other", test_data=BANK["test_data"], lineage=lineage))
         return any(warning.startswith("7 test rows can tell") for warning in found.warnings)
 
     run(tiny_base, BANK, memory="none")
     assert not few() and few("new")
-    known = validate(BANK["data"], spec=None, task="bank", test_data=BANK["test_data"], lineage="l")
+    known = validate(*spec_to_check(BANK["data"], task="bank", test_data=BANK["test_data"], lineage="l"))
     assert not [warning for warning in known.warnings if "can tell" in warning], "its own test rows judge"
     run(tiny_base, BANK, memory="tests", again=True)
     assert few()

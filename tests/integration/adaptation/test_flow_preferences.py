@@ -9,7 +9,7 @@ import pytest
 
 from deal_core.errors import DataValidationError
 from flows.cli.check import show_validation
-from tasks.validate import validate
+from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, PASS, page_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -51,7 +51,7 @@ def test_preferences_are_learned_kept_and_judged_by_their_numbers(tiny_base: Pat
 
 
 def test_a_file_is_shown_as_what_it_is(tmp_path: Path) -> None:
-    found = validate(write(tmp_path / "tone.jsonl"), spec=None, task="tone")
+    found = validate(*spec_to_check(write(tmp_path / "tone.jsonl"), task="tone"))
     text = " ".join("\n".join(map(str, show_validation(found))).split())
     assert "preferences (prompt, chosen over rejected)" in text
     assert found.example is not None

@@ -22,7 +22,7 @@ from tasks.lineage.model_card import served_version
 from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tasks.spec import TaskSpec
-from tasks.validate import validate
+from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, CLINIC, run
 
 SCRIPT = Path(__file__).parents[3] / "docs" / "plain_peft.py"
@@ -77,7 +77,7 @@ def test_a_checked_file_shows_the_prompt_that_is_asked_for(tiny_base: Path, tmp_
     spec.write_text(
         f"base_model: {tiny_base}\ntask: {{name: bank, data: {BANK['data']}, instruction: Which one, prompt: chat}}\n"
     )
-    found = validate(BANK["data"], spec=spec)
+    found = validate(*spec_to_check(BANK["data"], spec=spec))
     assert found.example is not None and found.example.prompt.startswith("<|im_start|>user\nWhich one\nOption: ")
     assert not found.example.answer.startswith(" ") and found.example.note is None
 

@@ -333,4 +333,4 @@ def test_what_a_server_needs_is_said(free_port: int, monkeypatch: pytest.MonkeyP
     assert "key-1" not in str(caught.value)
     (champion,) = Versions(current_store()).all("l")
     with pytest.raises(ConfigError, match="DEAL_VLLM_ADAPTER_DIR"):
-        _published(open_store("s3://bucket"), champion, "l-v1", VllmSettings())
+        _published(open_store("s3://bucket"), champion, VllmSettings())

@@ -34,7 +34,7 @@ from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.mlflow_mirror import sync_lineage
-from tasks.validate import validate
+from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, CLINIC, run
 from tests.integration.storage.conftest import SECRET, holding, keys, land, logged, logging
 
@@ -161,7 +161,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     task = land()
     with pytest.raises(DataValidationError, match=r"forgotten on .* \(the customer asked\)"):
         run(tiny_base, task)
-    told = validate(task["data"], spec=None, task="bank", test_data=task["test_data"], lineage="l")
+    told = validate(*spec_to_check(task["data"], task="bank", test_data=task["test_data"], lineage="l"))
     assert not told.accepted and "forgotten on" in (told.refusal or ""), "as the run says"
     assert keys("datasets/bank") == []
     scores = asyncio.run(evaluate("l"))

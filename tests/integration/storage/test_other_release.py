@@ -29,13 +29,13 @@ OLD = {
 }
 COMMANDS = {
     "status": ["status"],
-    "history": ["version", "list", "--lineage", "desk"],
+    "version list": ["version", "list", "--lineage", "desk"],
     "adapt": ["adapt", "--task", "bank", "--data", BANK["data"], "--lineage", "desk"],
-    "watch": ["adapt", "--watch", "--once", "--lineage", "desk"],
-    "add": ["lineage", "pause", "desk"],
+    "adapt --watch": ["adapt", "--watch", "--once", "--lineage", "desk"],
+    "lineage pause": ["lineage", "pause", "desk"],
     "serve": ["serve", "--lineage", "desk"],
     "ui": ["ui"],
-    "gc": ["data", "gc"],
+    "data gc": ["data", "gc"],
     "up": ["server", "up"],
     "down": ["server", "down"],
 }

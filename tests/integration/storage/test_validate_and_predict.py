@@ -14,7 +14,7 @@ from deal_core.errors import ConfigError
 from flows.adapt import AdaptResult
 from flows.cli.app import app
 from tasks.predict import FileAnswers, predict, predict_file
-from tasks.validate import validate
+from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK
 from tests.integration.storage.conftest import SECRET, holding
 
@@ -27,16 +27,16 @@ def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: P
     rows = [test_row, {"text": "Something else.", "label": "a new label"}]
     rows += [{"text": f"Message {number}", "label": "lost card"} for number in range(20)]
     file.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
-    found = validate(file, spec=None, task="bank", lineage="l")
+    found = validate(*spec_to_check(file, task="bank", lineage="l"))
     assert found.accepted and found.problems == {"text of a test row": 1, "label outside the task's set": 1}
-    assert set(validate(file, spec=None, task="bank", lineage="unknown").problems) == set()
+    assert set(validate(*spec_to_check(file, task="bank", lineage="unknown")).problems) == set()
 
     spec = tmp_path / "spec.yaml"
     spec.write_text(json.dumps({"task": {"name": "fresh", "data": "x.jsonl", "test_data": "own.jsonl"}}))
     (tmp_path / "own.jsonl").write_text(json.dumps({"text": "Message 3", "label": "lost card"}) + "\n")
-    told = validate(file, spec=spec)
+    told = validate(*spec_to_check(file, spec=spec))
     with pytest.raises(ConfigError, match="give either --spec or --task"):
-        validate(file, spec=spec, task="fresh")
+        validate(*spec_to_check(file, spec=spec, task="fresh"))
     assert (told.num_test, told.problems) == (1, {"text of a test row": 1})
 
 
@@ -97,7 +97,16 @@ def test_the_commands_do_what_their_functions_do(
     assert all(json.loads(line)["version"] == "1" for line in out.read_text().splitlines())
     assert deal("data", "gc", "--dry-run", "--older-than", "1h")["dry_run"] is True
     digest = first.dataset.sha256[:8]
+    (arrival,) = deal("data", "list")
+    assert arrival["name"] == first.dataset.sha256[:12] and arrival["state"] == "learned"
+    assert (arrival["task"], arrival["learned_by"]) == ("bank", ["l/1"])
+    assert (arrival["num_train"], arrival["num_test"]) == (first.dataset.num_train, first.dataset.num_test)
+    shown = deal("version", "show", "1")
+    assert (shown["version"]["version"], shown["version"]["task"], shown["page"]) == ("1", "bank", None)
+    assert "has no version 9" in deal("version", "show", "9", expect=1)
     assert deal("data", "delete", digest, "--dry-run")["learned"][0]["version"] == "1"
     assert "give --yes" in deal("data", "delete", digest, expect=2) and holding(home, SECRET)
     assert deal("data", "delete", digest, "--yes", "--reason", "asked")["tombstone"]["versions"] == ["l/1"]
     assert not holding(home, SECRET)
+    (arrival,) = deal("data", "list")
+    assert arrival["state"].startswith("forgotten on ") and "(asked)" in arrival["state"]

@@ -104,7 +104,7 @@ def test_arguments_of_another_type_are_refused_in_one_sentence(
         (lambda: Lineage(home=3), "The argument home is of the type int; give the path of a folder"),  # type: ignore[arg-type]
         (lambda: Lineage(environment=["A"]), "The argument environment is of the type list; give"),  # type: ignore[arg-type]
         (lambda: Lineage(environment={"A": 1}), "The argument environment is of the type int; give"),  # type: ignore[dict-item]
-        (lambda: Lineage("a\0b").evaluate(), "The command deal version cannot be started: embedded null byte"),
+        (lambda: Lineage("a\0b").evaluate(), "The command deal version evaluate cannot be started: embedded null byte"),
     ],
 )
 def test_a_lineage_of_another_type_is_refused(make: Callable[[], Any], said: str) -> None:

@@ -32,8 +32,8 @@ def test_recentring_starts_from_the_kept_versions(
     data: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep, out, steps = tmp_path / "kept", tmp_path / "out.json", []
-    learn = recentre._learn
-    monkeypatch.setattr(recentre, "_learn", lambda *given: (steps.append(given[2].recentre_steps), learn(*given)))
+    learn = recentre.learn_rehearsal
+    monkeypatch.setattr(recentre, "learn_rehearsal", lambda *given: (steps.append(given[4]), learn(*given)))
     run(data, tiny_base, out, arm=["plain"], seed=[0], keep=keep)
     (plain,) = keep.iterdir()
     made = (plain / "1" / "method.json").stat().st_mtime_ns

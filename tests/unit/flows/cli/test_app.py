@@ -149,6 +149,16 @@ def test_the_package_is_cheap_to_import_and_has_the_entry_point() -> None:
         (["check", str(EXAMPLES / "bank" / "train.jsonl"), "--task", "my task"], "'task.name' is 'my task'"),
         (["model", "fetch", "no such model!"], "no such model!"),
         (["task", "add-label", "bank"], "labels"),
+        (["check", "x.csv", "--no-probe"], "go with --plan"),
+        (["check", "x.csv", "--precision", "fp32"], "go with --plan"),
+        (["check", "x.csv", "--plan"], "--plan needs the task"),
+        (["check", "s.yaml", "--task", "t"], "s.yaml is a spec"),
+        (["adapt", "--task", "t", "--data", "x.csv", "--poll", "1"], "go with --watch"),
+        (["adapt", "--task", "t", "--task", "u", "--data", "x.csv"], "go with --watch"),
+        (["adapt", "--watch", "--data", "x.csv"], "goes without --data"),
+        (["adapt", "--watch", "--force"], "goes without --data, --test-data and --force"),
+        (["version", "show", "1", "--out", "page.html"], "give --report too"),
+        (["version", "requeue", "2", "--all"], "either versions or --all"),
         (["adapt", "--nonsense"], "--nonsense"),
         (["nonsense"], "nonsense"),
     ],
@@ -171,7 +181,7 @@ def test_an_error_is_json_for_machines(deal: Deal) -> None:
     assert result.stdout == ""
 
 
-def test_validate_tells_what_ingest_would_keep(deal: Deal) -> None:
+def test_check_tells_what_ingest_would_keep(deal: Deal) -> None:
     result = deal("check", str(EXAMPLES / "bank" / "train.jsonl"), "--json")
     assert result.exit_code == 0
     told = json.loads(result.stdout)["data"]
@@ -179,12 +189,12 @@ def test_validate_tells_what_ingest_would_keep(deal: Deal) -> None:
     assert len(told["labels"]) == 6 and told["num_train"] + told["num_test"] == 72
 
 
-def test_validate_takes_columns_and_labels_from_a_spec(deal: Deal) -> None:
+def test_check_takes_columns_and_labels_from_a_spec(deal: Deal) -> None:
     result = deal("check", str(EXAMPLES / "clinic" / "train.csv"), "--spec", str(EXAMPLES / "clinic" / "spec.yaml"))
     assert result.exit_code == 0 and "can be adapted" in result.stdout and "low iron" in result.stdout
 
 
-def test_validate_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path: Path) -> None:
+def test_check_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path: Path) -> None:
     path = tmp_path / "bad.csv"
     path.write_text("text,label\n,a\nfine,b\n")
     result = deal("check", str(path))
@@ -194,7 +204,7 @@ def test_validate_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path:
     assert not told["accepted"] and told["bad_rows"][0]["row"] == 1
 
 
-def test_validate_tells_the_shape_and_shows_a_row_as_the_model_sees_it(deal: Deal, tmp_path: Path) -> None:
+def test_check_tells_the_shape_and_shows_a_row_as_the_model_sees_it(deal: Deal, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"instruction": f"Do {i}", "input": f"it {i}", "output": "done"} for i in range(30)]))
     told = json.loads(deal("check", str(path), "--json").stdout)["data"]
@@ -205,7 +215,7 @@ def test_validate_tells_the_shape_and_shows_a_row_as_the_model_sees_it(deal: Dea
     assert "recognised as Alpaca rows" in shown and f"it {number} done" in shown
 
 
-def test_validate_shows_a_chat_even_without_its_base_model(deal: Deal, tmp_path: Path) -> None:
+def test_check_shows_a_chat_even_without_its_base_model(deal: Deal, tmp_path: Path) -> None:
     path, spec = tmp_path / "rows.jsonl", tmp_path / "spec.yaml"
     turns = [{"role": role, "content": f"[b]{role}"} for role in ("user", "assistant", "user")]
     chats = [[*turns, {"role": "assistant", "content": f"end {number}"}] for number in range(30)]
@@ -215,14 +225,14 @@ def test_validate_shows_a_chat_even_without_its_base_model(deal: Deal, tmp_path:
     assert "user: [b]user" in shown and "without the base model's chat template" in shown and "end " in shown
 
 
-def test_validate_shows_what_stands_where_the_columns_names_should(deal: Deal, tmp_path: Path) -> None:
+def test_check_shows_what_stands_where_the_columns_names_should(deal: Deal, tmp_path: Path) -> None:
     path = tmp_path / "bare.csv"
     path.write_text("My card is lost,lost_card\nWhere is it?,card_arrival\n")
     result = deal("check", str(path))
     assert result.exit_code != 0 and "'lost_card'" in result.stderr, "who holds the file may see it"
 
 
-def test_validate_of_a_missing_file_says_so(deal: Deal) -> None:
+def test_check_of_a_missing_file_says_so(deal: Deal) -> None:
     result = deal("check", "none.csv")
     assert result.exit_code in (1, 2) and "none.csv" in result.stderr and "Traceback" not in result.output
 
@@ -240,6 +250,14 @@ def test_requeue_exits_3_where_the_gate_rejects(
 def test_nothing_is_drawn_where_there_is_no_terminal(deal: Deal) -> None:
     result = deal("check", str(EXAMPLES / "bank" / "train.jsonl"))
     assert "\x1b" not in result.output and "\r" not in result.output
+
+
+def test_a_variable_names_the_lineage_and_the_option_wins(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_LINEAGE", "support")
+    assert "'support' has no champion" in deal("version", "list").stderr
+    assert "'desk' has no champion" in deal("version", "list", "--lineage", "desk").stderr
+    monkeypatch.delenv("DEAL_LINEAGE")
+    assert "'default' has no champion" in deal("version", "list").stderr
 
 
 @pytest.mark.parametrize("arguments", [["version", "list"], ["predict", "text"], ["task", "add-label", "bank", "late"]])
@@ -312,7 +330,7 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
     ("options", "num_shown"),
     [((), 30), (("--newest", "3"), 3), (("--newest", "40"), 40), (("--newest", "0"), 40), (("--json",), None)],
 )
-def test_history_shows_the_newest_versions_and_programs_get_all(
+def test_version_list_shows_the_newest_versions_and_programs_get_all(
     deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], num_shown: int | None
 ) -> None:
     def read(lineage: str, newest: int | None) -> list[int]:

@@ -250,6 +250,8 @@ def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_deal_adapt_gives_the_flow_what_the_lineage_s_file_says(given_to: Callable[..., SimpleNamespace]) -> None:
     given = given_to("adapt", "--task", "t", "--data", "x.csv", "--lineage", "support", "--set", "strategy=deal")
     assert (given.spec.gate.approval, given.spec.train.max_steps, given.spec.strategy) == ("person", 7, "deal")
+    assert given.again is False
+    assert given_to("adapt", "--task", "t", "--data", "x.csv", "--force").again is True
 
 
 def test_deal_watch_gives_the_flow_what_the_lineage_s_file_says(
@@ -262,6 +264,9 @@ def test_deal_watch_gives_the_flow_what_the_lineage_s_file_says(
     path = write(tmp_path / "support.yaml", "lineage: support\n" + STORED.replace("person", "automatic"))
     given = given_to("watch", str(path), "--watch", "--once")
     assert (given.tasks, given.spec.gate.approval) == (("billing", "returns"), "automatic")
+    assert (given.once, given.poll_seconds) == (True, 2.0)
+    given = given_to("watch", "--watch", "--poll", "5")
+    assert (given.once, given.poll_seconds) == (False, 5.0)
 
 
 def test_a_run_on_a_server_is_given_what_the_lineage_s_file_says(
