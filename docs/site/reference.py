@@ -89,9 +89,9 @@ def environment_page() -> str:
         for name in names:
             field = kind.model_fields[name]
             variable = field.validation_alias or f"{kind.model_config['env_prefix']}{name}".upper()
-            default = "" if field.is_required() or field.default in (None, PydanticUndefined) else _plain(field.default)
+            default = "–" if field.default in (None, PydanticUndefined) else _plain(field.default)
             meaning = " ".join(_text(kind, name).replace(f" ({variable})", "").replace(f"({variable}, ", "(").split())
-            lines.append(f"| `{variable}` | {default} | {meaning} |".replace("|  |", "| – |"))
+            lines.append(f"| `{variable}` | {default} | {meaning} |")
     lines += ["", "## Options of commands", "", "| variable | stands for | meaning |", "|---|---|---|"]
     lines += sorted({f"| `{option.envvar}` | `{option.opts[0]}` | {option.help} |" for option in _options(app)})
     return "\n".join(lines) + "\n"
