@@ -156,7 +156,7 @@ def role_of(message: Mapping[str, Any]) -> Any:
     role = message.get("role")
     if type(role) is str and role in _MAY_FOLLOW:  # most messages
         return role
-    role = message.get("from", message.get("speaker")) if role is None else role  # ShareGPT, transcripts
+    role = message.get("from") if role is None else role  # ShareGPT
     return _ROLES.get(role.casefold(), role) if isinstance(role, str) else role
 
 
@@ -171,8 +171,6 @@ def _role_and_content(message: Mapping[str, Any]) -> Message:
         return {"role": role if role in _MAY_FOLLOW else role_of(message), "content": normal_line_ends(content)}
     if role is None and "from" in message:  # ShareGPT
         content = message.get("value")
-    if role is None and "speaker" in message:  # transcripts of calls
-        content = message.get("utterance")
     role = role_of(message)
     if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         texts = [part.get("text") for part in content]

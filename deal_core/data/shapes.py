@@ -200,7 +200,7 @@ def _chat_in_two_columns(look: FileLook, task: TaskSchema, source: str) -> Colum
 def _example_messages(look: FileLook, column: str) -> Sequence[Mapping[str, Any]]:
     """The messages of a column's example; empty if its cells are no messages, such as other lists written as JSON."""
     messages = as_messages(look.examples.get(column)) or ()
-    return messages if any(message.keys() & {"role", "from", "speaker"} for message in messages) else ()
+    return messages if any("role" in message or "from" in message for message in messages) else ()
 
 
 def _remedy(look: FileLook, task: TaskSchema) -> str | None:
