@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.output import RESULTS, read, templates
-from benchmarks.stored_cells import read_stored_cells
+from benchmarks.stored_cells import name_of_memory, read_stored_cells
 from deal_core.benchmark.cell import COMMON
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import (
@@ -31,7 +31,6 @@ from deal_core.benchmark.summary import (
     final_scores,
     interval_over_rows,
     matrix_of,
-    name_of_memory,
 )
 from deal_core.evaluation.accuracy_matrix import paired_interval
 

@@ -26,7 +26,7 @@ from scipy.stats import t as student_t
 
 from benchmarks.method.protocol import JUDGED, describe
 from benchmarks.output import RESULTS
-from benchmarks.stored_cells import FIXED, read_stored_cells
+from benchmarks.stored_cells import FIXED, MEMORIES, NUM_TEXTS, Memory, name_of_memory, read_stored_cells
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -37,17 +37,15 @@ from deal_core.benchmark.summary import (
     final_scores,
     lost_since_learned,
     matrix_of,
-    name_of_memory,
     order_of,
     protocols,
     round_alike,
     row_scores,
 )
-from deal_core.config import MAX_OWN_TEXTS, TrainConfig
-from deal_core.method_config import MEMORY, Memory
+from deal_core.config import TrainConfig
 
 CELLS = RESULTS / "continual"
-STORED_SHARE = MEMORY["rows"]["stored_share"]
+STORED_SHARE = MEMORIES["rows"]["rehearsal.stored_share"]
 """Share of its rows that a task leaves in the memory."""
 LEARNING = (
     "learning_rate",
@@ -144,9 +142,7 @@ def _trained_arms(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str,
         **{f"memory {memory}": groups.get((OURS, name_of_memory(memory)), []) for memory in get_args(Memory)},
         f"best rival that keeps no rows: {name}": rival,
         "replay, as many rows as memory rows": best(lambda cell: _replays(cell, STORED_SHARE)),
-        "replay, as many rows as memory tests": best(
-            lambda cell: _replays(cell, MAX_OWN_TEXTS / cell["settings"]["rows"])
-        ),
+        "replay, as many rows as memory tests": best(lambda cell: _replays(cell, NUM_TEXTS / cell["settings"]["rows"])),
     }
 
 
@@ -155,7 +151,9 @@ def _is(cell: CellJson, strategy: str) -> bool:
 
 
 def _replays(cell: CellJson, share: float) -> bool:
-    return _is(cell, "replay") and round(cell["settings"]["method"]["rehearsal.stored_share"], 2) == round(share, 2)
+    return _is(cell, "replay") and round(cell["settings"]["method"].get("rehearsal.stored_share", 0.02), 2) == round(
+        share, 2
+    )
 
 
 def judged_accuracy(cell: CellJson, judged: Sequence[str]) -> float:

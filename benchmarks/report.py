@@ -21,7 +21,7 @@ from benchmarks.method.protocol import GONE, named_changes, todays_training, tra
 from benchmarks.method.protocol import describe as describe_training
 from benchmarks.method.protocol import lines as protocol_lines
 from benchmarks.output import RESULTS, read, templates
-from benchmarks.stored_cells import read_stored_cells
+from benchmarks.stored_cells import NUM_TEXTS, Memory, name_of_memory, read_stored_cells
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.suites import name_of as suite_of
 from deal_core.benchmark.summary import (
@@ -34,15 +34,13 @@ from deal_core.benchmark.summary import (
     final_scores,
     method_name,
     method_of,
-    name_of_memory,
     order_of,
     protocols,
     summarise,
 )
-from deal_core.config import MAX_OWN_TEXTS, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.judging_config import GateConfig
-from deal_core.method_config import DEFAULT_MEMORY, Memory
 from flows.cli.console import interval, points
 from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
@@ -129,7 +127,7 @@ def num_not_learned(protocol: Protocol) -> int:
 
     The gate compares with the commonest answer, and with the base model, whose answers the cells do not keep.
     """
-    name, counts, wanted = name_of_memory(DEFAULT_MEMORY), [0], GateConfig().min_gain_points
+    name, counts, wanted = name_of_memory("tests"), [0], GateConfig().min_gain_points
     for cell in (cell for cell in protocol.cells if departures(cell) == name):
         learned = [version["scores"][version["task"]] for version in cell["versions"]]
         counts.append(sum(100 * (accuracy(score) - score["majority_rate"]) < wanted for score in learned))
@@ -226,8 +224,8 @@ def keeps(row: Mapping[str, Any]) -> str:
     """What a line's method keeps of the old tasks' data."""
     asks_texts = "recentre_steps" in row["changes"] or name_of_memory("tests") in row["changes"]
     if "rehearsal.answers first" in row["changes"]:
-        return f"{MAX_OWN_TEXTS} texts a task, answers"
-    return f"{MAX_OWN_TEXTS} texts a task" if asks_texts and row["stores"] == "nothing" else row["stores"] or "–"
+        return f"{NUM_TEXTS} texts a task, answers"
+    return f"{NUM_TEXTS} texts a task" if asks_texts and row["stores"] == "nothing" else row["stores"] or "–"
 
 
 def name_of(row: Mapping[str, Any]) -> str:

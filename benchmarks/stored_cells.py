@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +62,35 @@ ALWAYS_THE_SAME: dict[str, Any] = {
 }
 """Settings of methods that exist no more or have another name, with the value that means today's method."""
 GONE_FROM_TRAINING = {"prompt_loss_weight": 0.0}
-FIXED: dict[str, Any] = {"min_steps": 0, "group_by_length": True}
+FIXED: dict[str, Any] = {"min_steps": 0, "group_by_length": True, "recentre_steps": 0}
 """Settings of the training that exist no more, with what a training does since then: its cells do not say them."""
+
+Memory = Literal["none", "tests", "rows"]
+MEMORIES: dict[Memory, dict[str, Any]] = {
+    "none": {"rehearsal.texts": "arrival"},
+    "tests": {"rehearsal.texts": "own"},
+    "rows": {"rehearsal.texts": "both", "rehearsal.stored_share": 0.1},
+}
+"""The setting `memory` of `deal` before it kept rows by default → what it stood for."""
+NUM_TEXTS = 50
+"""Texts of a task that `memory: tests` asked about, at most."""
+EARLIER_REHEARSAL: dict[str, Any] = {
+    "rehearsal.texts": "arrival",
+    "rehearsal.answers": "parent",
+    "rehearsal.stored_share": 0.02,
+    "rehearsal.max_stored_rows": None,
+    "rehearsal.balance_stored": False,
+    "rehearsal.num_texts": 256,
+    "rehearsal.rows_per_step": 4,
+    "rehearsal.weight": 1.0,
+    "rehearsal.temperature": 1.0,
+}
+"""The rehearsal's settings of that time with their defaults. A cell is read without those that have their default."""
+
+
+def name_of_memory(memory: Memory) -> str:
+    """What `departures` says of a stored cell of `deal` with this memory, and defaults else."""
+    return f"memory {memory}"
 
 
 def read_stored_cells(folder: Path) -> list[CellJson]:
@@ -80,14 +107,29 @@ def read_stored_cells(folder: Path) -> list[CellJson]:
             raise DataValidationError(f"{path} has schema version {version}; versions 2 and {SCHEMA_VERSION} are read.")
         settings = in_full(cell["settings"]) if version == 2 else cell["settings"]
         train = settings["train"] | {name: value for name, value in FIXED.items() if name not in settings["train"]}
-        method = without_the_same(settings["method"])
-        cells.append({**cell, "settings": {**settings, "train": train, "method": method}})
+        method = with_memory(settings["strategy"], without_the_same(settings["method"]))
+        settings = {**settings, "train": train, "method": method}
+        if settings["strategy"] in ("deal", "replay") and settings["revision"] == 2:
+            settings["revision"] = 3  # what its rehearsal says tells that it is older
+        cells.append({**cell, "settings": settings})
     return cells
 
 
 def without_the_same(method: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a method without those of ALWAYS_THE_SAME that mean today's method."""
     return {name: value for name, value in method.items() if ALWAYS_THE_SAME.get(name, ...) != value}
+
+
+def with_memory(strategy: str, method: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a method with its `memory` in place of what the memory stood for."""
+    memory = next(
+        (name for name, meant in MEMORIES.items() if strategy == "deal" and meant.items() <= method.items()), None
+    )
+    meant = MEMORIES[memory] if memory else {}
+    rest = {
+        name: value for name, value in method.items() if name not in meant and EARLIER_REHEARSAL.get(name, ...) != value
+    }
+    return {"memory": memory, **rest} if memory else rest
 
 
 def in_full(settings: dict[str, Any]) -> dict[str, Any]:

@@ -90,9 +90,6 @@ class TrainConfig:
     """β of the loss of preferences (DPO): with a larger one the model stays nearer to its parent version."""
     preference_learning_rate: Positive = 3e-4
     """In place of learning_rate for tasks that learn preferences: at 1e-3 the model forgets plain English."""
-    recentre_steps: CountOrZero = 0
-    """Steps after the training in which the version unlearns a preference for some labels; they need test rows' texts,
-    see docs/judging.md. 0: none."""
     seed: Seed = 0
     """Seed of the adapter's initialisation and of the order of rows."""
     num_processes: Count = 1
@@ -117,13 +114,6 @@ class TrainConfig:
         return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
 
 
-MIN_JUDGING_ROWS = 50
-"""So many test rows of a task judge, if it has them, before a row's text may teach."""
-MAX_OWN_TEXTS = 50
-"""Most texts of a task whose re-centred answers a version learns. Offsets of 100 rows are about a point better than
-those of 36 (docs/benchmark.md)."""
-MIN_OWN_TEXTS = 20
-"""A task with fewer rows to spare spares none: so few texts do not hold it."""
 PREFERENCE = "preference"
 """The metric of tasks that learn preferences."""
 METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss", PREFERENCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -76,99 +76,20 @@ class DealConfig:
         require(self.a >= self.b, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b.")
 
 
-Texts = Literal["none", "arrival", "own", "stored", "both"]
-Answers = Literal["parent", "first"]
-Memory = Literal["none", "tests", "rows"]
-MEMORY: dict[Memory, dict[str, Any]] = {
-    "none": {"texts": "arrival"},
-    "tests": {"texts": "own"},
-    "rows": {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200},
-}
-"""What a training may use of old tasks → the settings of the rehearsal."""
-DEFAULT_MEMORY: Memory = "tests"
-"""The memory of a new lineage of `deal` whose spec chooses none."""
-
-
 @settings("rehearsal")
 class RehearsalConfig:
-    """Questions about old tasks while a new task is learned; `deal` and `replay` read these settings."""
+    """Rows of old tasks that are learned again while a new task is learned; `deal` and `replay` read these settings."""
 
-    texts: Texts = "arrival"
-    """Texts that the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; no
-    old data is kept. own: test rows of the old tasks, which then do not judge, and the new task's texts for a task that
-    has no such rows. stored: rows of the old tasks, kept with the adapter. both: half of each."""
-    answers: Answers = "parent"
-    """Whose answers to their own texts the old tasks are held to (`own`). parent: the parent's, asked for with every
-    arrival. first: those right after the task was learned, asked for once and kept with the adapter."""
-    stored_share: ShareAboveZero = 0.02
-    """Share of an arrival's training rows that `stored` and `both` keep."""
-    max_stored_rows: Count | None = None
-    """Most rows that are kept of one arrival; None: the share alone decides."""
-    balance_stored: Flag = False
-    """Keep rows of every label, in the shares that the labels have; False keeps a plain random sample."""
-    num_texts: Count = 256
-    """Questions made of the arrival's texts, divided among the old tasks. Fewer are made if the steps use fewer."""
-    rows_per_step: Count = 4
-    """Questions added to every optimiser step's batch."""
-    weight: Positive = 1.0
-    """Weight of the questions' loss relative to the new task's loss."""
-    temperature: Positive = 1.0
-    """Temperature that softens both the parent's and the model's distribution in the questions' loss."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.texts != "own" or self.temperature == 1,
-            f"rehearsal.temperature is {self.temperature}, and re-centred answers have none; set it to 1, or memory to "
-            "none.",
-        )
-
-    def with_memory(self, memory: Memory | None) -> RehearsalConfig:
-        """Return the settings with those that `memory` stands for.
-
-        Raises:
-            ConfigError: One of these settings was changed as well, or a setting does nothing with this memory.
-        """
-        if memory is None:
-            return self
-        changed = self.decides_memory
-        require(
-            not changed,
-            f"memory is {memory}, which decides rehearsal.{', rehearsal.'.join(changed)} too; remove one of the two.",
-        )
-        return replace(self, **MEMORY[memory]).checked()
-
-    def checked(self) -> RehearsalConfig:
-        """Return the settings, or raise ConfigError if `answers` does nothing. Before the memory is known it may."""
-        require(
-            self.answers == "parent" or self.texts == "own",
-            f"rehearsal.answers is {self.answers}, which does nothing without texts of the old tasks' own; set memory "
-            "to tests, or leave rehearsal.answers out.",
-        )
-        return self
-
-    @property
-    def decides_memory(self) -> list[str]:
-        """The settings that were changed and that `memory` stands for."""
-        return [name for name in _changed(self) if name in MEMORY["rows"]]
+    rows: CountOrZero = 50
+    """Most training rows that are kept of each task, with the adapter: of a task with fewer than four times as many, a
+    quarter of its rows. Every label keeps its share. 0 keeps none; old tasks are then rehearsed on the new task's
+    texts, with the parent version's answers."""
+    per_step: Count = 4
+    """Rehearsed rows in every optimiser step, besides those of the new task."""
 
     def num_kept(self, num_rows: int) -> int:
-        """Return how many rows of an arrival with `num_rows` rows are kept, if any are."""
-        return min(max(1, round(self.stored_share * num_rows)), self.max_stored_rows or num_rows)
-
-    @property
-    def keeps_rows(self) -> bool:
-        """Whether rows of old tasks are stored."""
-        return self.texts in ("stored", "both")
-
-    @property
-    def keeps_answers(self) -> bool:
-        """Whether answers to texts of old tasks are stored."""
-        return self.texts == "own" and self.answers == "first"
-
-    @property
-    def asks_about_arrival(self) -> bool:
-        """Whether questions are made of the new task's texts."""
-        return self.texts in ("arrival", "own", "both")
+        """Return how many rows are kept of a task that was trained on `num_rows` rows."""
+        return min(self.rows, max(1, round(num_rows / 4)))
 
 
 Pick = Literal["high", "low", "band", "weighted"]
@@ -248,6 +169,3 @@ class MethodConfig:
     selection: SelectionConfig = SelectionConfig()
     strategy_options: dict[str, Any] = Field(default_factory=dict)
     """Settings of a strategy of another package, which checks them itself (`Strategy.Options`)."""
-
-    def __post_init__(self) -> None:
-        self.rehearsal.checked()

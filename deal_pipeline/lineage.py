@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -120,7 +120,6 @@ class Lineage:
         test_data: Rows | None = None,
         base: str | None = None,
         strategy: str | None = None,
-        memory: Literal["none", "tests", "rows"] | None = None,
         settings: Mapping[str, Any] | None = None,
         again: bool = False,
     ) -> Adaptation:
@@ -133,7 +132,6 @@ class Lineage:
             test_data: Rows to judge the task by; None: a share of the rows.
             base: The base model of a new lineage.
             strategy: How to learn; None: the lineage's own, else deal.
-            memory: What old tasks are asked about, see docs/method.md; None: the lineage's own, else tests.
             settings: Other sections of a spec, such as {"train": {"num_epochs": 3}, "gate": {"max_drop_points": 5}}.
             again: Learn the rows even if the lineage has learned them.
 
@@ -162,7 +160,7 @@ class Lineage:
             with tempfile.TemporaryDirectory(prefix="deal-") as folder:
                 spec = Path(folder) / "spec.yaml"
                 spec.write_text(text, encoding="utf-8")
-                named = {"base_model": base, "strategy": strategy, "memory": memory}
+                named = {"base_model": base, "strategy": strategy}
                 changes = [f"--set={name}={json.dumps(value)}" for name, value in named.items() if value is not None]
                 values = self._run("adapt", str(spec), *changes, "--force" if again else None, stages=stages)
             is_needed = values["status"] != "repeat"

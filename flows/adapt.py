@@ -36,7 +36,6 @@ from tasks.lineage.choices import (
     choose_base,
     choose_strategy,
     settings_of,
-    with_memory_of,
 )
 from tasks.lineage.datasets import drop_training_rows
 from tasks.lineage.record import read_record, require_same_base
@@ -171,7 +170,6 @@ async def begin(
     if synced.promoted is not None:  # somebody has moved the alias there
         parent = Versions(store).champion(spec.lineage)
     record = read_record(store, parent.adapter_uri) if parent else None
-    spec = with_memory_of(spec, record)
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
     dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again)
     stages.done("ingest", _describe_dataset(dataset))

@@ -24,7 +24,7 @@ from deal_core.data.reading.json_rows import unique_keys
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.limits import Count, Seed
-from deal_core.method_config import DEFAULT_MEMORY, MEMORY, MethodConfig, RehearsalConfig
+from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings
@@ -53,7 +53,7 @@ class BenchmarkSpec(BaseModel, frozen=True, extra="forbid"):
     tasks: tuple[str, ...] = ()
     """Tasks in the order of arrival, instead of a suite."""
     strategies: tuple[str, ...] = ("deal", "seq_lora")
-    methods: tuple[MethodConfig, ...] = (MethodConfig(rehearsal=RehearsalConfig().with_memory(DEFAULT_MEMORY)),)
+    methods: tuple[MethodConfig, ...] = (MethodConfig(),)
     """Settings to compare. A strategy that does not read the differing fields has one cell for all of them."""
     seeds: tuple[Seed, ...] = (0,)
     rows: Count = 300
@@ -192,8 +192,7 @@ def spec_from_options(
     """Make a spec from a command's options. Options that are None or empty keep their defaults.
 
     `data` may be hf://datasets/OWNER/NAME, which is downloaded. `train`, `adapter` and each of `methods` are JSON
-    objects: changes to the settings of that name. A method may have a `memory`, as a spec. `options` are the other
-    fields.
+    objects: changes to the settings of that name. `options` are the other fields.
 
     Raises:
         ConfigError: A text is no JSON object, a value is invalid, or the Hub cannot be reached.
@@ -204,17 +203,8 @@ def spec_from_options(
         "train": {**PROTOCOL, **LONGER.get(options.get("suite") or "", {}), **_json_object(train)},
     }
     if methods:
-        values["methods"] = [_with_memory(_json_object(text)) for text in methods]
+        values["methods"] = [_json_object(text) for text in methods]
     return parse(BenchmarkSpec, values, "options")
-
-
-def _with_memory(method: dict[str, Any]) -> dict[str, Any]:
-    """Put what the memory stands for into a method's settings; without a memory that of a new lineage."""
-    memory = method.pop("memory", DEFAULT_MEMORY)
-    if memory not in list(MEMORY):  # a list compares with any JSON value
-        raise ConfigError(f"memory is {brief(memory)}; give {', '.join(MEMORY)}.")
-    rehearsal = method.get("rehearsal", {})
-    return {**method, "rehearsal": {**MEMORY[memory], **rehearsal} if isinstance(rehearsal, dict) else rehearsal}
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,7 +16,7 @@ from deal_core.base_model.device import Device, current_device, parse_bytes
 from deal_core.base_model.load import BaseConfig, Precision, find_config, load_base, precision_name
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import ArrivalRefusedError, build_dataset
-from deal_core.data.schema import DatasetManifest
+from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.planning.memory import (
     HEADROOM,
@@ -33,16 +33,15 @@ from deal_core.planning.memory import (
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import PlannedArrival
+from deal_core.strategies.strategy import KeptRows, PlannedArrival
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
-from infra.store.base import temporary_folder
+from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.landing import choose_schema, landing_of
-from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
-from tasks.lineage.frozen_rows import spared_texts
+from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.spec import AdaptSpec
@@ -72,7 +71,9 @@ class PlanResult(BaseModel, frozen=True):
     num_steps: int
     rows_per_step: int
     rehearsed_per_step: int
-    """Questions about old tasks in every step, in addition to the step's rows."""
+    """Rows of old tasks in every step, in addition to the step's own rows."""
+    num_kept: int
+    """Training rows of this arrival that the version keeps, for later arrivals to rehearse."""
     batch_rows: int
     longest_row_tokens: int
     longest_answer_tokens: int
@@ -108,17 +109,17 @@ class _Run:
     arrival: PlannedArrival
 
     def longest_prompt(self, train: TrainConfig) -> int:
-        """A question about an old task's own text is as long as that task allows."""
-        return max([train.max_prompt_tokens, *(texts.max_prompt_tokens for texts in self.arrival.old_texts)])
+        """A kept row of an old task is as long as it was when that task was learned."""
+        return max([train.max_prompt_tokens, *(rows.longest_prompt for rows in self.arrival.kept.values())])
 
     @property
-    def questions_per_step(self) -> int:
-        return strategy_class(self.setup.strategy).questions_per_step(self.setup.method, self.arrival)
+    def rehearsed_per_step(self) -> int:
+        return strategy_class(self.setup.strategy).rehearsed_per_step(self.setup.method, self.arrival)
 
     def largest_batch(self, train: TrainConfig) -> int:
         return largest_batch(
             train,
-            questions_per_step=self.questions_per_step,
+            rehearsed_per_step=self.rehearsed_per_step,
             learns_preferences=self.setup.task.learns_preferences,
         )
 
@@ -147,7 +148,6 @@ def plan(
     store = current_store()
     champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
-    spec = with_memory_of(spec, record)
     on_progress("reading the base model's config")
     source = choose_base(spec, record)
     base = find_config(source, HomeSettings().cache_dir)
@@ -162,8 +162,6 @@ def plan(
                 raise DataValidationError(f"{error.report.refusal} deal check lists the bad rows.") from None
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
         old_tasks = tuple(known.schema for known in record.tasks) if record else ()
-        others = [known for known in record.tasks if known.schema.name != manifest.task.name] if record else []
-        asks_own_texts = strategy_class(strategy).old_rows(spec.method) == "unused"
         num_chosen = spec.selection.num_kept(manifest.num_train)
         run = _Run(
             source=source,
@@ -182,13 +180,21 @@ def plan(
             arrival=PlannedArrival(
                 task=manifest.task,
                 old_tasks=old_tasks,
-                old_texts=tuple(spared_texts(store, others)) if asks_own_texts else (),
+                kept=_kept_by(store, champion, old_tasks) if champion else {},
                 num_rows=num_chosen,
                 num_steps=spec.train.num_steps(num_chosen),
-                learned_last=record.matrix.trained[-1] if record else None,
             ),
         )
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
+
+
+def _kept_by(store: ObjectStore, champion: Version, tasks: Iterable[TaskSchema]) -> dict[str, KeptRows]:
+    """The sizes of the rows that the champion keeps of its tasks."""
+    from deal_core.adapter.state import load_method_state
+    from deal_core.strategies.kept_rows import sizes_of
+
+    with borrowed_adapter(store, champion, with_method=True) as folder:
+        return sizes_of(load_method_state(folder).kept_rows, (task.name for task in tasks))
 
 
 def _plan_rows(
@@ -226,6 +232,7 @@ def _plan_rows(
         notes += ["the time is this machine's, not that of the device planned for"] if device_memory is not None else []
     notes += _notes(run, manifest.num_train, seconds)
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
+    keeps_rows = "rehearsal" in strategy_class(setup.strategy).reads
     return PlanResult(
         base=run.source,
         model_type=model.model_type,
@@ -240,7 +247,8 @@ def _plan_rows(
         num_rejected=manifest.num_rejected,
         num_steps=run.arrival.num_steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
-        rehearsed_per_step=run.questions_per_step,
+        rehearsed_per_step=run.rehearsed_per_step,
+        num_kept=setup.method.rehearsal.num_kept(run.arrival.num_rows) if keeps_rows else 0,
         batch_rows=batch.num_rows,
         longest_row_tokens=batch.num_tokens,
         longest_answer_tokens=batch.num_answer_tokens,
@@ -272,12 +280,9 @@ def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
     if train.num_processes > 1:
         yield f"memory and time are those of one process with the whole batch; {train.num_processes} share it"
     if num_asked := strategy_class(setup.strategy).num_answered(setup.method, run.arrival):
-        yield reading("the parent answers about old tasks", num_asked)
+        yield reading("the parent answers rows of old tasks", num_asked)
     if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
         yield reading("the rows are chosen first", num_read)
-    if train.recentre_steps and any(task.labels for task in (setup.task, *setup.old_tasks)):
-        time = "" if seconds is None else f", about {round(seconds * train.recentre_steps):,} s"
-        yield f"{train.recentre_steps} steps follow that re-centre the labels{time}; they are not counted above"
     if setup.task.learns_preferences:
         yield reading("the parent's answers are the reference", run.arrival.num_rows)
 
@@ -293,7 +298,7 @@ def _batch(run: _Run, rows: Dataset) -> BatchShape:
     except Exception as error:  # a damaged file can raise any error
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"The tokenizer of {run.source!r} cannot be read ({why}).") from error
-    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.arrival.old_texts)
+    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows, run.arrival.kept)
 
 
 def _probe_step(run: _Run, rows: Dataset) -> float:
@@ -311,7 +316,6 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
             rows,
             replace(run.setup, train=train),
             parent_folder=parent_folder,
-            old_texts=run.arrival.old_texts,
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",
             on_log=lambda step, values: times.append(time.perf_counter()),

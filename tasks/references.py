@@ -6,15 +6,11 @@ A `uri` is relative to the root of the object store, so a store can be moved.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel
 
 from deal_core.config import Quantize
 from deal_core.data.schema import TaskSchema
-
-Spared = Literal["labelled", "all"] | None
-"""The tasks of which some test rows do not judge, because their texts may teach a version; None: no task."""
 
 
 class Reference(BaseModel, frozen=True, extra="forbid"):

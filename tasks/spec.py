@@ -35,7 +35,6 @@ from deal_core.judging_config import GateConfig, MonitorConfig
 from deal_core.limits import describe
 from deal_core.method_config import (
     DealConfig,
-    Memory,
     MethodConfig,
     RehearsalConfig,
     SelectionConfig,
@@ -54,13 +53,34 @@ Strategy = Annotated[
 ]
 """The name of one of this project's strategies, or of an installed package's."""
 DEFAULT_STRATEGY = "deal"
+_PLUGINS = "what used it is in benchmarks/, and takes it under"
+_REHEARSAL = "set rehearsal.rows, the training rows that are kept of each task (0 keeps none), and rehearsal.per_step"
 MOVED = {
-    "rivals": "strategy_options",
-    "deal.form": "strategy_options",
-    "deal.kernel": "strategy_options",
-    "selection.target": "selection.score_options",
+    "rivals": f"{_PLUGINS} strategy_options",
+    "deal.form": f"{_PLUGINS} strategy_options",
+    "deal.kernel": f"{_PLUGINS} strategy_options",
+    "selection.target": f"{_PLUGINS} selection.score_options",
+    "memory": _REHEARSAL,
+    **dict.fromkeys(
+        (
+            f"rehearsal.{name}"
+            for name in (
+                "texts",
+                "answers",
+                "stored_share",
+                "max_stored_rows",
+                "balance_stored",
+                "num_texts",
+                "rows_per_step",
+                "weight",
+                "temperature",
+            )
+        ),
+        _REHEARSAL,
+    ),
+    "train.recentre_steps": "rehearsed rows have calibrated labels, so leave it out",
 }
-"""Key of earlier releases → where the strategies and scores in `benchmarks` take it."""
+"""Key of earlier releases → what to do instead."""
 MAX_PROBLEMS = 15
 """Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)
@@ -171,10 +191,6 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     """None: the strategy of the lineage's champion, or else `deal`."""
     adapter: AdapterConfig | None = None
     """None: the shape of the lineage's adapter, or else the default shape."""
-    memory: Memory | None = None
-    """What a training may use of old tasks. none: instructions and labels. tests: up to 50 test rows of a task as well,
-    beyond its first 50, which then do not judge. rows: a tenth of each arrival's training rows, at most 200, which is
-    kept with the adapter. None: what the settings under `rehearsal` decide, or else the lineage's, or else tests."""
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
     strategy_options: dict[str, Any] = {}
@@ -190,17 +206,15 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     @property
     def method(self) -> MethodConfig:
         """Settings of the strategies."""
-        rehearsal = self.rehearsal.with_memory(self.memory)
         return MethodConfig(
             deal=self.deal,
-            rehearsal=rehearsal,
+            rehearsal=self.rehearsal,
             selection=self.selection,
             strategy_options=self.strategy_options,
         )
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
-        self.rehearsal.with_memory(self.memory)
         check_score(self.selection)
         if self.strategy and self.strategy_options:  # without a strategy it is the lineage's, which is not known here
             strategy_class(self.strategy).options_of(self.method)
@@ -234,14 +248,13 @@ class AdaptSpec(LineageSpec):
                 "lineage": True,
                 "base_model": True,
                 "schema_version": True,
-                "memory": True,
                 "monitor": True,
                 "task": {"name", "data", "test_data", "columns"},
                 "data": {"retain_training_rows", "include_texts"},
                 "gate": {"rollout", "rollout_share", "rollout_rows"},
             },
         )
-        settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
+        settings |= {"train": self.train.deciding()}
         if not self.selection.is_on:  # its other settings change nothing then
             del settings["selection"]
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
@@ -325,8 +338,8 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
     location = [part for part in problem["loc"] if part not in (_LIST, _MAPPING)]
     where = ".".join(shorten(str(part)) for part in location) or "spec"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        if place := MOVED.get(re.sub(r"^methods\.\d+\.", "", where)):
-            return f"'{where}' is no setting any more: what used it is in benchmarks/, and takes it under {place}"
+        if remedy := MOVED.get(re.sub(r"^methods\.\d+\.", "", where)):
+            return f"'{where}' is no setting any more: {remedy}"
         known = _known_keys(model, problem["loc"][:-1])
         return f"unknown key '{where}'; remove it" + (f", or give one of {', '.join(known)}" if known else "")
     if problem["type"] == "missing":

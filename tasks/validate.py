@@ -26,12 +26,10 @@ from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.inbox import task_from_file
 from tasks.landing import choose_schema, landing_of
-from tasks.lineage.choices import choose_base, choose_spared, choose_strategy, with_memory_of
-from tasks.lineage.frozen_rows import num_judging_of
+from tasks.lineage.choices import choose_base, choose_strategy
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten
-from tasks.references import Spared
 from tasks.spec import AdaptSpec
 
 if TYPE_CHECKING:
@@ -164,7 +162,6 @@ def validate(
     store, arrival = current_store(), spec.task
     champion = Versions(store).champion(spec.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
-    spec = with_memory_of(spec, record)
     base = choose_base(spec, record)
     schema, config = choose_schema(store, arrival, record), replace(spec.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
@@ -183,9 +180,9 @@ def validate(
     if with_model and schema.labels and kept.inputs:
         checked = _check_labels(schema, kept, base, spec.train, on_model)
     warnings = (*data_warnings(schema, manifest.contradictions, include_texts=True), *kept.warnings(schema))
-    spared = choose_spared(spec, choose_strategy(spec, record), record)
+    choose_strategy(spec, record)  # refuses options that it does not take
     if landing.renews_tests or not landing.frozen_test_inputs:  # the file brings the test rows
-        warnings += _few_tests_warning(manifest, spec.gate, spared)
+        warnings += _few_tests_warning(manifest, spec.gate)
     return ValidateResult(
         file=arrival.data if isinstance(arrival.data, str) else ", ".join(arrival.data),
         task_file=task_file and str(task_file),
@@ -226,16 +223,16 @@ def validate(
     )
 
 
-def _few_tests_warning(manifest: DatasetManifest, gate: GateConfig, spared: Spared) -> tuple[str, ...]:
+def _few_tests_warning(manifest: DatasetManifest, gate: GateConfig) -> tuple[str, ...]:
     """Warn of test rows that cannot tell a drop of twice the gate's limit from noise; for tasks with labels."""
-    num_judging = num_judging_of(manifest.task, manifest.num_test, spared)
-    if not manifest.task.labels or not num_judging:
+    num_test = manifest.num_test
+    if not manifest.task.labels or not num_test:
         return ()
-    told = what_hits_tell(num_judging, 2 * gate.max_drop_points, gate.confidence)
+    told = what_hits_tell(num_test, 2 * gate.max_drop_points, gate.confidence)
     if told is None:
         return ()
     return (
-        f"{num_judging} test rows can tell {told}, and one answer is {100 / num_judging:.1f} points. They "
+        f"{num_test} test rows can tell {told}, and one answer is {100 / num_test:.1f} points. They "
         "stay the test rows of this task; give more with --test-data or a column split.",
     )
 

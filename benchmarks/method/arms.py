@@ -2,8 +2,8 @@ r"""Ideas of neighbouring papers, tried before they get a setting.
 
     OMP_NUM_THREADS=1 python -m benchmarks.method.arms --data FOLDER --arm plain --arm consistency --seed 0
     OMP_NUM_THREADS=1 python -m benchmarks.method.arms --data FOLDER --arm plain --arm own --arm recentred \
-        --strategy deal --task yelp --task amazon --task MNLI --task IMDB --task SST-2 --task dbpedia --task agnews \
-        --task yahoo --task BoolQA --out benchmarks/results/arms_recentred.json
+        --strategy deal_asked --task yelp --task amazon --task MNLI --task IMDB --task SST-2 --task dbpedia \
+        --task agnews --task yahoo --task BoolQA --out benchmarks/results/arms_recentred.json
     (the same with --seed 1 and the arms plain and own gives arms_own.json, with --seed 0 --seed 1 and saved
     arms_saved.json; benchmarks.report compares saved with own)
 
@@ -13,11 +13,11 @@ plain         the strategy as it is
 rate          the strategy at twice the learning rate: the control of `consistency`
 consistency   after Learning from the Undesirable (arXiv 2511.13052), in a cheaper form: the adapter takes one step of
               length `STEP` up the loss, and the hidden states of the answers' tokens there are held to those before it
-own           `deal` with `rehearsal.texts: own`: questions about up to `MAX_OWN_TEXTS` texts of the old tasks
+own           `deal_asked` with `texts: own`: it asks about up to `NUM_FURTHER_ROWS` texts of the old tasks
               themselves, which it has not learned, held to the parent's answers, re-centred. No step more than `plain`
-saved         as `own`, with `rehearsal.answers: first`: the answers are those of the version that had just learned the
+saved         as `own`, with `answers: first`: the answers are those of the version that had just learned the
               task. They are asked for once; in `own` every parent is asked again
-recentred     the last version of `plain` after `--recentre-steps` of `deal_core.training.recentre`, on training rows
+recentred     the last version of `plain` after `--recentre-steps` of `benchmarks.method.recentre`, on training rows
               that it has not learned
 
 The rules, written before the first run. consistency: its mean accuracy is above that of both `plain` and `rate`, lower
@@ -27,7 +27,7 @@ the development rows. Else an idea is left out.
 
 saved is taken up if the interval over rows of both seeds together, against `own`, lies above -1 point: it asks less.
 
-The arm own was taken up as `memory: tests`.
+The arm own was the default until `rehearsal.rows` took its place.
 """
 
 from __future__ import annotations
@@ -47,31 +47,29 @@ import typer
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
+from benchmarks.method.recentre import recentre_adapter
 from benchmarks.method.versions import Versions
 from benchmarks.output import RESULTS, Base, Out, write_result
 from deal_core.adapter.files import METHOD_FILE
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
+from deal_core.benchmark.run import NUM_FURTHER_ROWS
 from deal_core.benchmark.suites import load_suite
-from deal_core.config import MAX_OWN_TEXTS, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.data.collate import IGNORED, NOT_READ
 from deal_core.evaluation.report import outcome_text
-from deal_core.method_config import MethodConfig, RehearsalConfig
+from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training import train as training
-from deal_core.training.recentre import recentre_adapter
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
 Arm = Literal["plain", "rate", "consistency", "own", "saved", "recentred"]
 STEP, WEIGHT = 0.1, 5.0
 """The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
-ASKED: dict[str, RehearsalConfig] = {
-    "own": RehearsalConfig(texts="own"),
-    "saved": RehearsalConfig(texts="own", answers="first"),
-}
-"""The rehearsals of the arms that ask about texts of the old tasks themselves."""
+ASKED: dict[str, dict[str, str]] = {"own": {"texts": "own"}, "saved": {"texts": "own", "answers": "first"}}
+"""The options of the arms that ask about texts of the old tasks themselves."""
 TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
 """Order 1 of the suite of four."""
 TINY = 1e-12
@@ -132,7 +130,7 @@ def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
         setup = versions.setup(number, range(number))
         old_texts: list[TaskTexts] = []
         if arm in ASKED:
-            setup = replace(setup, method=MethodConfig(rehearsal=ASKED[arm]))
+            setup = replace(setup, method=MethodConfig(strategy_options=ASKED[arm]))
             old_texts = texts_of(versions, range(number), num_rows)
         trainer = _ConsistentTrainer if arm == "consistency" else AdapterTrainer
         with patch.object(training, "AdapterTrainer", trainer):
@@ -146,7 +144,7 @@ def texts_of(versions: Versions, numbers: Iterable[int], num_rows: int) -> list[
     return [
         TaskTexts(
             task=versions.tasks[number].schema,
-            rows=versions.rows(number, num_rows, num_rows + MAX_OWN_TEXTS),
+            rows=versions.rows(number, num_rows, num_rows + NUM_FURTHER_ROWS),
             max_prompt_tokens=versions.train.max_prompt_tokens,
             max_new_tokens=versions.train.max_answer_tokens,
         )
@@ -154,12 +152,12 @@ def texts_of(versions: Versions, numbers: Iterable[int], num_rows: int) -> list[
     ]
 
 
-def recentre(versions: Versions, last: str, num_rows: int) -> str:
+def recentre(versions: Versions, last: str, num_rows: int, num_steps: int) -> str:
     """Re-centre a copy of the last version on the rows after those that were learned; return the copy's name."""
     texts = texts_of(versions, range(len(versions.tasks)), num_rows)
-    name = f"{last}-recentred-{versions.train.recentre_steps}"
+    name = f"{last}-recentred-{num_steps}"
     shutil.copytree(versions.folder / last, versions.folder / name, dirs_exist_ok=True)
-    for note in recentre_adapter(versions.base, versions.folder / name, texts, versions.train):
+    for note in recentre_adapter(versions.base, versions.folder / name, texts, versions.train, num_steps):
         typer.echo(note)
     return name
 
@@ -181,8 +179,8 @@ def main(
 ) -> None:
     """Learn the tasks with every arm and seed, and write the outcomes."""
     disable_progress_bars()
-    if strategy != "deal" and (idle := sorted(ASKED.keys() & set(arm))):
-        raise typer.BadParameter(f"{', '.join(idle)} changes what deal asks; give --strategy deal")
+    if strategy != "deal_asked" and (idle := sorted(ASKED.keys() & set(arm))):
+        raise typer.BadParameter(f"{', '.join(idle)} changes what deal_asked asks; give --strategy deal_asked")
     names = tuple(task or TASKS)
     suite, model = load_suite(data, names), load_base(base, HomeSettings().cache_dir)
     settings = {"base": model.name, "strategy": strategy, "rows": rows, "tasks": names}
@@ -192,7 +190,7 @@ def main(
     trials: list[dict[str, Any]] = []
     for each in arm:
         for number in seed or [0]:
-            train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number, recentre_steps=recentre_steps)
+            train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number)
             if each == "rate":
                 train = replace(train, learning_rate=2 * train.learning_rate)
             with TemporaryDirectory() as temporary:
@@ -200,7 +198,7 @@ def main(
                 versions = Versions(model, [suite[name] for name in names], folder, strategy, train)
                 last = learn_all(versions, each, rows)  # type: ignore[arg-type]
                 if each == "recentred":
-                    last = recentre(versions, last, rows)
+                    last = recentre(versions, last, rows, recentre_steps)
                 scores = versions.score(last, max_test_rows)
             outcomes = {name: outcome_text(found.outcomes) for name, found in scores.items()}
             accuracy = {name: 100 * text.count("1") / len(text) for name, text in outcomes.items()}

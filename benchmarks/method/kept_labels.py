@@ -22,20 +22,19 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.method.asked import AskedOptions
 from benchmarks.method.protocol import todays_cells
 from benchmarks.output import RESULTS, Out, write_result
 from benchmarks.stored_cells import unpack_answers
 from deal_core.benchmark.suites import load_suite
 from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.metrics import plain_answer
-from deal_core.method_config import MEMORY, RehearsalConfig
-from deal_core.strategies.questions import choose_kept
 
 
-def kept_of(config: RehearsalConfig, rows: Sequence[dict[str, Any]], seed: int) -> Counter[str]:
+def kept_of(options: AskedOptions, rows: Sequence[dict[str, Any]], seed: int) -> Counter[str]:
     """How often each label stands among the rows that are kept of an arrival."""
     labels = [plain_answer(row["output"]) for row in rows]
-    return Counter(labels[place] for place in choose_kept(config, labels, seed))
+    return Counter(labels[place] for place in options.places_kept(labels, seed))
 
 
 def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
@@ -47,14 +46,16 @@ def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
     suite = load_suite(folder, tuple(settings["tasks"]))
     chosen = {
         field.name: settings["method"][f"rehearsal.{field.name}"]
-        for field in fields(RehearsalConfig)
+        for field in fields(AskedOptions)
         if f"rehearsal.{field.name}" in settings["method"]
     }
-    config = RehearsalConfig(**(chosen if chosen["texts"] in ("stored", "both") else MEMORY["rows"]))
+    options = AskedOptions(**chosen)
+    if not options.keeps_rows:  # what `memory: rows` kept
+        options = AskedOptions(texts="both", stored_share=0.1, max_stored_rows=200)
     for name in settings["tasks"][:-1]:
         answered, rows = answers_to[name], suite[name].train[: settings["rows"]]
         assert answered is not None
-        kept, all_rows = kept_of(config, rows, settings["seed"]), Counter(plain_answer(row["output"]) for row in rows)
+        kept, all_rows = kept_of(options, rows, settings["seed"]), Counter(plain_answer(row["output"]) for row in rows)
         answers, targets = Counter(map(plain_answer, answered.texts())), Counter(answered.targets_N.tolist())
         for number, label in enumerate(map(plain_answer, answered.labels)):
             yield (

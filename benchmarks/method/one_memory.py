@@ -15,14 +15,16 @@ from typing import Any, Literal
 
 from peft import PeftModel
 
+from benchmarks.method.asked import KindsRehearsal, asked
+from benchmarks.method.recentre import learn_rehearsal
 from deal_core.adapter.method_state import MethodState
-from deal_core.limits import Count, CountOrZero, Flag, Share, settings
+from deal_core.limits import Count, CountOrZero, Flag, Positive, Share, settings
 from deal_core.method_config import MethodConfig, RehearsalConfig
-from deal_core.strategies.answered import answered, recentred_questions
 from deal_core.strategies.deal import Deal
-from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.strategies.strategy import SEED_STRIDE, OldRows, PlannedArrival, TaskContext
-from deal_core.training.recentre import learn_rehearsal
+from deal_core.strategies.kept_rows import rows_name, unpack, with_targets
+from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
+from deal_core.strategies.replay import Replay
+from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival
 
 RAMP = (0.5, 1.5)
 """Rows of the first and of the last step of a ramp, as shares of the mean."""
@@ -34,8 +36,8 @@ class MemoryOptions:
 
     beta: Share = 0.0
     """β: weight of the right label in the target. 0: the parent's re-centred answer alone. 1: the label alone."""
-    rows: Literal["unused", "learned"] = "unused"
-    """unused: 50 further rows of each old task. learned: a quarter of the rows that it was trained on, at most 50."""
+    rows: Literal["unused", "learned"] = "learned"
+    """learned: rows that the old task was trained on, as `rehearsal.rows` keeps them. unused: 50 further rows."""
     per_step: Count = 4
     """Rehearsed rows of a step, on average."""
     late_per_step: CountOrZero = 0
@@ -54,15 +56,17 @@ class MemoryOptions:
 class StagedRehearsal(Rehearsal):
     """A rehearsal whose steps have different numbers of rows, given for every step."""
 
-    def __init__(self, sets: Sequence[Sequence[Question]], collate: Any, counts: Sequence[int], **rest: Any) -> None:
-        super().__init__([sets], collate, num_rows=max(counts), temperature=1.0, **rest)
+    def __init__(
+        self, sets: Sequence[Sequence[RehearsedRow]], collate: Any, counts: Sequence[int], **rest: Any
+    ) -> None:
+        super().__init__(sets, collate, num_rows=max(counts), **rest)
         self._starts = [0, *accumulate(counts)]
 
-    def draw(self, step: int) -> list[Question]:
+    def draw(self, step: int) -> list[RehearsedRow]:
         """Return the rows of a step, counted from 0."""
-        if not self.kinds:
+        if not self.sets:
             return []
-        return [self._at(place) for place in range(self._starts[step], self._starts[step + 1])]
+        return [self.at(place) for place in range(self._starts[step], self._starts[step + 1])]
 
 
 def rows_of_steps(options: MemoryOptions, num_steps: int, num_olds: int) -> list[int]:
@@ -82,63 +86,43 @@ def rows_of_steps(options: MemoryOptions, num_steps: int, num_olds: int) -> list
 
 
 class OneMemory(Deal):
-    """DEAL whose rehearsal has rows of the old tasks, with labels and the parent's answers as targets."""
+    """DEAL with other weights, numbers and times of the rehearsed rows, or with closing steps."""
 
     name = "one_memory"
-    reads = ("deal",)
-    memories = ("none",)
+    reads = ("deal", "rehearsal.rows")
     Options = MemoryOptions
+    revision = 2  # rows that were learned come from the adapter's folder
 
     def __init__(self, config: MethodConfig, seed: int) -> None:
-        super().__init__(replace(config, rehearsal=RehearsalConfig(texts="none")), seed)
+        options = self.options_of(config)
+        rows = config.rehearsal.rows if options.rows == "learned" else 0
+        super().__init__(replace(config, rehearsal=RehearsalConfig(rows=rows)), seed)
 
     @classmethod
-    def old_rows(cls, config: MethodConfig) -> OldRows:
-        """Return which rows of old tasks are rehearsed."""
-        rows: OldRows = cls.options_of(config).rows
-        return rows
-
-    @classmethod
-    def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+    def rehearsed_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
         """Return the number of rehearsed rows in the step that has most of them."""
-        if not arrival.old_texts:
+        if not arrival.old_tasks:
             return 0
-        return max(rows_of_steps(cls.options_of(config), arrival.num_steps, len(arrival.old_texts)))
+        return max(rows_of_steps(cls.options_of(config), arrival.num_steps, len(arrival.old_tasks)))
 
-    @classmethod
-    def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
-        """Return the number of rehearsed rows: the parent answers all of them."""
-        del config
-        return sum(len(old.rows) for old in arrival.old_texts)
-
-    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Make the targets with the parent's answers, before its adapter is decomposed."""
-        num_arrivals = 0 if state is None else state.num_arrivals
-        olds = [old for old in context.old_texts if len(old.rows) and old.task.name != context.task.name]
-        seed = self.seed + SEED_STRIDE * num_arrivals if olds else self.seed  # as `deal` with texts of its own
+    def make_rehearsal(self) -> Rehearsal | None:
+        """Make the targets with the parent's answers."""
+        options, context = self.options, self.context
+        self._old: list[list[RehearsedRow]] = []
+        seed = self.seed + SEED_STRIDE * self.num_arrivals if context.old_tasks else self.seed
         generator = random.Random(seed)
-        sets = []
-        for old in olds:
-            if old.task.labels:
-                questions, _ = recentred_questions(
-                    model, context.base.tokenizer, old, generator, label_weight=self.options.beta
-                )
-            else:
-                questions = answered(
-                    model,
-                    context,
-                    [(old.task, list(old.rows["input"]))],
-                    max_prompt_tokens=old.max_prompt_tokens,
-                    max_new_tokens=old.max_new_tokens,
-                )
-            sets.append(questions)
-        super().prepare(model, state, context)
-        self._old = sets
-        if not sets:
-            return
-        counts = rows_of_steps(self.options, context.train.num_steps(len(context.encoded)), len(sets))
-        weight = math.sqrt(len(sets)) if self.options.root_weight else 1.0
-        self._rehearsal = StagedRehearsal(sets, context.collator(), counts, weight=weight, seed=seed)
+        if options.rows == "unused":
+            olds = [old for old in context.old_texts if len(old.rows) and old.task.name != context.task.name]
+            self._old = [asked(self.model, context, old, generator, answer_weight=options.beta) for old in olds]
+        else:
+            for old in context.old_tasks:
+                if rows := unpack(self._kept[rows_name(old.name)]):
+                    self._old.append(with_targets(rows, old, self.model, context, generator, options.beta))
+        if not self._old:
+            return None
+        counts = rows_of_steps(options, context.train.num_steps(len(context.encoded)), len(self._old))
+        weight = math.sqrt(len(self._old)) if options.root_weight else 1.0
+        return StagedRehearsal(self._old, context.collator(), counts, weight=weight, seed=seed)
 
     def finish(self) -> MethodState:
         """Take the closing steps on A and B."""
@@ -146,11 +130,9 @@ class OneMemory(Deal):
         num_steps = self.options.closing_steps
         if not (num_steps and self._old):
             return state
-        new = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
+        new = [RehearsedRow(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
         collate, num_rows = context.collator(), context.train.batch_size
-        rehearsal = Rehearsal(
-            [self._old, [new]], collate, num_rows=num_rows, weight=1.0, temperature=1.0, seed=self.seed
-        )
+        rehearsal = KindsRehearsal([self._old, [new]], collate, num_rows=num_rows, seed=self.seed)
         closing = self.options.closing_layers
         first = num_layers(self.model) - closing if closing else 0
         factors = [
@@ -158,6 +140,32 @@ class OneMemory(Deal):
         ]
         learn_rehearsal(self.model, factors, rehearsal, context.train, num_steps)
         return state
+
+
+class OneMemoryUnused(OneMemory):
+    """The same with further rows of the old tasks, which they were not trained on."""
+
+    name = "one_memory_unused"
+    asks_further_rows = True
+
+
+@settings("strategy_options")
+class ReplayOptions:
+    """Options of `weighted_replay`."""
+
+    weight: Positive = 1.0
+    """Weight of the kept rows' loss relative to the new task's."""
+
+
+class WeightedReplay(Replay):
+    """Replay whose kept rows have another weight."""
+
+    name = "weighted_replay"
+    Options = ReplayOptions
+
+    def __init__(self, config: MethodConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.weight = self.options.weight
 
 
 def layer_of(name: str) -> int:

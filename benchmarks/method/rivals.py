@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from deal_core.adapter.method_state import MethodState
 from deal_core.adapter.stack import draw_seeds
 from deal_core.config import AdapterConfig
-from deal_core.data.collate import AnswerCollator, answer_logits, answer_loss
+from deal_core.data.collate import AnswerCollator, answer_loss
 from deal_core.limits import AtLeastZero, Positive, settings
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.rehearsal import Question, Rehearsal, with_target
+from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow, read
 from deal_core.strategies.strategy import PlannedArrival, Strategy, TaskContext, TensorNumbers
 
 NUM_FISHER_ROWS = 64
@@ -281,37 +281,31 @@ class LwfOptions:
 def ask(
     model: nn.Module,
     collate: AnswerCollator,
-    questions: Sequence[Question],
+    rows: Sequence[RehearsedRow],
     *,
     temperature: float,
     batch_size: int = 16,
-) -> list[Question]:
-    """Add the model's own distribution, softened by the temperature, at every position of each answer."""
+) -> list[RehearsedRow]:
+    """Give each row the model's own distribution, softened by the temperature, at every position of its answer."""
     model.eval()
-    device = next(model.parameters()).device
-    answered: list[Question] = []
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        inputs = {name: value.to(device) for name, value in collate([vars(q) for q in batch]).items()}
-        logits_BKV = answer_logits(model, inputs)
-        for question, logits_KV in zip(batch, logits_BKV, strict=True):
-            length = len(question.answer_ids)
-            part = slice(-length, None) if "position_ids" in inputs else slice(0, length)
-            answered.append(with_target(question, logits_KV[part], temperature))
-    return answered
+    answered: dict[int, RehearsedRow] = {}
+    for start in range(0, len(rows), batch_size):
+        for row, logits_KV, _ in read(model, collate, rows[start : start + batch_size]):
+            answered[id(row)] = row.with_target((logits_KV / temperature).softmax(-1))
+    return [answered[id(row)] for row in rows]
 
 
 class Lwf(Strategy):
     """LwF (arXiv 1606.09282): SeqLoRA with T²·KL(parent ‖ model) at the answers of a few new rows per step."""
 
     name = "lwf"
-    reads = ("rehearsal.rows_per_step",)
+    reads = ("rehearsal.per_step",)
     Options = LwfOptions
 
     @classmethod
-    def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
-        """Return how many of the new rows a step asks about."""
-        return config.rehearsal.rows_per_step if arrival.old_tasks else 0
+    def rehearsed_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return how many of the new rows a step has once more."""
+        return config.rehearsal.per_step if arrival.old_tasks else 0
 
     @classmethod
     def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
@@ -325,12 +319,12 @@ class Lwf(Strategy):
         self._rehearsal: Rehearsal | None = None
         if state is None:
             return
-        rows = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
-        questions = ask(model, context.collator(), rows, temperature=self.options.temperature)
+        rows = [RehearsedRow(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
+        rows = ask(model, context.collator(), rows, temperature=self.options.temperature)
         self._rehearsal = Rehearsal(
-            [[questions]],
+            [rows],
             context.collator(),
-            num_rows=self.config.rehearsal.rows_per_step,
+            num_rows=self.config.rehearsal.per_step,
             weight=self.options.weight,
             temperature=self.options.temperature,
             seed=self.seed,

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 Stores = Literal["nothing", "data"]
-STORED_ROWS = "rows."
+KEPT_ROWS = "kept_rows."
 """Name prefix of tensors that hold rows of old tasks."""
-KEPT_ANSWERS = "answers."
-"""Name prefix of tensors that hold answers to texts of old tasks."""
+EARLIER_ROWS = ("rows.", "answers.")
+"""The same of lineages that were made before `rehearsal.rows`. No training reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,6 @@ class MethodState:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     @property
-    def stored_rows(self) -> dict[str, Tensor]:
+    def kept_rows(self) -> dict[str, Tensor]:
         """The tensors that hold rows of old tasks. A change of strategy hands on only these."""
-        return {name: value for name, value in self.tensors.items() if name.startswith(STORED_ROWS)}
+        return {name: value for name, value in self.tensors.items() if name.startswith(KEPT_ROWS)}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE
-from deal_core.adapter.method_state import KEPT_ANSWERS, STORED_ROWS, MethodState
+from deal_core.adapter.method_state import EARLIER_ROWS, KEPT_ROWS, MethodState
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks, count_core_slots, decompose
 from deal_core.base_model.sources import HUB_ID
 from deal_core.config import AdapterConfig
@@ -227,15 +227,12 @@ def load_method_state(folder: Path) -> MethodState:
 
 
 def kept_of_tasks(folder: Path) -> dict[str, int]:
-    """Name → length of each tensor of a saved method state with rows of old tasks, or with answers to their texts.
-
-    Rows have one tensor per dataset.
-    """
+    """Name → length of each tensor of a saved method state with kept rows; each task has one."""
     path = folder / METHOD_TENSORS_FILE
     if not path.is_file():
         return {}
     with safe_open(path, framework="pt") as file:
-        kept = [name for name in sorted(file.keys()) if name.startswith((STORED_ROWS, KEPT_ANSWERS))]
+        kept = [name for name in sorted(file.keys()) if name.startswith((KEPT_ROWS, *EARLIER_ROWS))]
         return {name: file.get_slice(name).get_shape()[0] for name in kept}
 
 

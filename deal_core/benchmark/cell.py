@@ -14,7 +14,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import number_labels, plain_answer
-from deal_core.method_config import MethodConfig, RehearsalConfig
+from deal_core.method_config import MethodConfig
 from deal_core.strategies import PLUGINS, strategy_class
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ label with the largest log-probability, which is faster. Free answers are always
 UNTRAINED = ("base", "frozen_head", "knn", "knn_means")
 """Bounds that train no adapter: the base model itself, and classifiers per task on its features."""
 BOUNDS = (*UNTRAINED, "per_task", "joint_memory", "joint")
-"""Bounds for comparison. The last three: an adapter per task, one adapter for the rows together that `memory: rows`
-would keep, and one adapter for all rows together."""
+"""Bounds for comparison. The last three: an adapter per task, one adapter for a tenth of the rows together, and one
+adapter for all rows together."""
 COMMON = ("selection",)
 """Parts of MethodConfig that every strategy heeds. A cell has a part's settings only where the part is on."""
 
@@ -104,8 +104,7 @@ class Cell:
 
         Cells with the same digest share their first version, which is trained and scored once.
         """
-        texts = self.method.get("rehearsal.texts", "arrival")
-        is_plain = not RehearsalConfig(texts=texts).keeps_rows and not any(
+        is_plain = not self.method.get("rehearsal.rows") and not any(
             name.partition(".")[0] in COMMON for name in self.method
         )
         if self.strategy in BOUNDS or not (is_plain and strategy_class(self.strategy).first_is_plain):

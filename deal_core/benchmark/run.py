@@ -40,7 +40,7 @@ from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell, pack_answers
 from deal_core.benchmark.suites import Rows, SuiteTask
-from deal_core.config import MAX_OWN_TEXTS, EvaluateConfig
+from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answering import ServedTask
@@ -48,19 +48,19 @@ from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
-from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
+from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file
 from deal_core.selection.choose import choose_rows
 from deal_core.selection.label_noise import features
 from deal_core.strategies import strategy_class
-from deal_core.strategies.questions import choose_kept
 from deal_core.strategies.strategy import TaskTexts
-from deal_core.training.recentre import recentre_adapter
 from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
 NUM_NEIGHBOURS = 32
+NUM_FURTHER_ROWS = 50
+"""Training rows of a task after those that a cell learns, for strategies that ask for further rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +96,13 @@ def run_cell(run: CellRun) -> dict[str, Any]:
         base and of the last version. `stores` and `state_bytes` describe the last version's method state.
 
     Raises:
-        ConfigError: A task's prompt does not fit without any text, or steps that re-centre have no texts.
+        ConfigError: A task's prompt does not fit without any text.
         DealError: the errors of `train_adapter`.
         Timeout: Another process makes the first version, which cells share.
     """
     cell, base = run.cell, run.base
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
-        if cell.train.recentre_steps:
-            _own_texts(run, name)
     if cell.strategy in UNTRAINED:
         is_base = cell.strategy == "base"
         scores = _score(run, base.model, _test_rows(run, cell.tasks), 0, 1) if is_base else _score_heads(run)
@@ -202,9 +200,8 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{first}: step {step} of {num_steps}")
 
-    old_rows = "none" if is_bound else strategy_class(cell.strategy).old_rows(setup.method)
-    texts_of = {"none": None, "unused": _own_texts, "learned": _kept_rows}[old_rows]
-    old_texts = [texts_of(run, name) for name in cell.tasks[:number]] if texts_of else []
+    asks_further_rows = not is_bound and strategy_class(cell.strategy).asks_further_rows
+    old_texts = [_further_rows(run, name) for name in cell.tasks[:number]] if asks_further_rows else []
     result = train_adapter(
         run.base,
         rows,
@@ -216,17 +213,10 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
         checkpoint_folder=run.work / f"{number}-checkpoints",
         on_log=on_log,
     )
-    recentred = recentre_adapter(
-        run.base,
-        folder,
-        [_own_texts(run, name) for name in stage.known],
-        cell.train,
-        lambda done, total, what: run.on_progress(number + 0.7, num_versions, f"{first}: {what}"),
-    )
     trained = time.perf_counter()
     with adapter_on(run.base.model, folder) as model:
         scores = _score(run, model, _test_rows(run, stage.scored), number + 0.7, num_versions)
-    without = [f"{old.task.name} has no training rows left to be asked about" for old in old_texts if not len(old.rows)]
+    without = [f"{old.task.name} has no training rows left to rehearse" for old in old_texts if not len(old.rows)]
     version: dict[str, Any] = {
         "task": None if more else first,
         "scores": scores,
@@ -235,7 +225,7 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
         "rows_per_second": result.rows_per_second,
         "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
-        "notes": [*(chosen.notes if chosen else ()), *result.notes, *without, *recentred],
+        "notes": [*(chosen.notes if chosen else ()), *result.notes, *without],
         "machine": describe_machine(),
     }
     if chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
@@ -244,36 +234,14 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
         part.write_text(json.dumps(version))
 
 
-def _own_texts(run: CellRun, name: str) -> TaskTexts:
-    """Training rows of a task that the cell does not train on; there may be none.
-
-    Raises:
-        ConfigError: Steps that re-centre need such rows, and there are none.
-    """
+def _further_rows(run: CellRun, name: str) -> TaskTexts:
+    """Training rows of a task that the cell does not train on; there may be none."""
     task, cell = run.tasks[name], run.cell
-    rows = task.train[cell.rows : cell.rows + MAX_OWN_TEXTS]
-    if cell.train.recentre_steps and task.schema.labels and not rows:
-        raise ConfigError(
-            f"train.recentre_steps needs texts that are not trained on, and {name} has {len(task.train)} training "
-            f"rows; give --rows {max(1, len(task.train) - MAX_OWN_TEXTS)}."
-        )
-    return _texts(run, name, Dataset.from_list(list(rows)))
-
-
-def _kept_rows(run: CellRun, name: str) -> TaskTexts:
-    """A quarter of the rows that a task was trained on, at most MAX_OWN_TEXTS, every label in its share."""
-    rows = _rows(run, name)
-    memory = RehearsalConfig(texts="stored", stored_share=0.25, max_stored_rows=MAX_OWN_TEXTS, balance_stored=True)
-    return _texts(run, name, rows.select(choose_kept(memory, rows["output"], run.cell.seed)))
-
-
-def _texts(run: CellRun, name: str, rows: Dataset) -> TaskTexts:
-    train = run.cell.train
     return TaskTexts(
-        task=run.tasks[name].schema,
-        rows=rows,
-        max_prompt_tokens=train.max_prompt_tokens,
-        max_new_tokens=train.max_answer_tokens,
+        task=task.schema,
+        rows=Dataset.from_list(list(task.train[cell.rows : cell.rows + NUM_FURTHER_ROWS])),
+        max_prompt_tokens=cell.train.max_prompt_tokens,
+        max_new_tokens=cell.train.max_answer_tokens,
     )
 
 
@@ -281,7 +249,7 @@ def _rows(run: CellRun, name: str) -> Dataset:
     """The rows of a task that the cell trains on."""
     rows = list(run.tasks[name].train[: run.cell.rows])
     if run.cell.strategy == "joint_memory":
-        rows = rows[: RehearsalConfig(**MEMORY["rows"]).num_kept(len(rows))]
+        rows = rows[: max(1, round(len(rows) / 10))]
     return Dataset.from_list(rows)
 
 
@@ -296,7 +264,7 @@ def _score_unused(run: CellRun, model: LanguageModel, done: float, num_versions:
     """
     if not run.cell.scores_unused:
         return {}
-    rows_of = {name: run.tasks[name].train[run.cell.rows + MAX_OWN_TEXTS :] for name in run.cell.tasks}
+    rows_of = {name: run.tasks[name].train[run.cell.rows + NUM_FURTHER_ROWS :] for name in run.cell.tasks}
     return {"unused": _score(run, model, rows_of, done, num_versions)}
 
 

@@ -15,16 +15,13 @@ from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, rev
 from deal_core.benchmark.suites import name_of
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, PairedInterval, mean_of_all, paired_interval
-from deal_core.method_config import DEFAULT_MEMORY, MEMORY, Memory, MethodConfig
+from deal_core.method_config import MethodConfig
 from deal_core.schema_version import require_schema_version
 from deal_core.strategies import PLUGINS
 
 OURS = "deal"
-MEMORIES = {
-    memory: {f"rehearsal.{name}": value for name, value in settings.items() if name != "max_stored_rows"}
-    for memory, settings in MEMORY.items()
-}
-"""`memory` → what it stands for, without the limit of stored rows: no cell stores so many."""
+EARLIER_DEFAULTS = ("memory tests", "memory none")
+"""What stored cells of `deal` say that were made before it kept rows by default, the first default first."""
 KEPT_BY_BOUNDS = {
     "base": None,
     "frozen_head": "a head per task",
@@ -203,7 +200,7 @@ def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
 def departures(cell: CellJson) -> str:
     """Describe a cell's settings that differ from today's defaults, and a past revision, for people.
 
-    A cell of `deal` says its memory. All settings of a strategy that is not installed are named: it has no defaults.
+    All settings of a strategy that is not installed are named: it has no defaults.
     """
     settings = cell["settings"]
     strategy, revision = settings["strategy"], settings.get("revision", 1)
@@ -216,24 +213,15 @@ def departures(cell: CellJson) -> str:
         defaults |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         defaults = json.loads(json.dumps(defaults))  # as a cell has it: lists for tuples
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != defaults.get(name)]
-    for memory, meant in MEMORIES.items():
-        if strategy == OURS and meant.items() <= settings["method"].items():
-            others = [change for change in changes if change.partition(" ")[0] not in meant]
-            changes = [name_of_memory(memory), *others]
     changes += [f"train.{name} {value}" for name in AFTER_TRAINING if (value := settings["train"].get(name))]
     if (is_installed or strategy in BOUNDS) and revision < revision_of(strategy):
         changes.append(f"revision {revision}")
     return ", ".join(changes)
 
 
-def name_of_memory(memory: Memory) -> str:
-    """What `departures` says of a cell of `deal` with this memory, and defaults else."""
-    return f"memory {memory}"
-
-
 def compared_with(changes: Collection[str]) -> str:
     """Which of a table's cells of `deal`, by what `departures` says of them, the other cells are compared with."""
-    return next((name for name in map(name_of_memory, (DEFAULT_MEMORY, "none")) if name in changes), "")
+    return next((name for name in ("", *EARLIER_DEFAULTS) if name in changes), "")
 
 
 def method_name(strategy: str, changes: str) -> str:

@@ -3,7 +3,6 @@
 A model can know a task and still answer one label too often. Its accuracy then falls although nothing was forgotten. An
 offset per label takes the preference away: the answer is argmax(log p(label | prompt) + offset). This is Batch
 Calibration (arXiv 2309.17249) with the labels' true shares instead of equal ones.
-`deal_core.training.recentre` lets an adapter learn the offsets.
 
 Shapes: N rows, B rows of a batch, L labels, V vocabulary.
 """
@@ -45,7 +44,6 @@ PRIOR_ROWS = 10
 """Rows that speak for no offset: with as many rows of its own, a task gets half of its offsets."""
 
 
-@torch.inference_mode()
 def label_log_probs(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,9 +58,20 @@ def label_log_probs(
     less than 1 by what the model would answer outside the options. The result has shape (N, L), fp32, on the CPU; the
     labels are in the schema's order.
     """
-    model.eval()
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
     labels = [encode_answer(tokenizer, task, label, max_prompt_tokens) for label in task.labels]
+    return score_labels(model, tokenizer, prompts, labels)
+
+
+@torch.inference_mode()
+def score_labels(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+) -> Tensor:
+    """As `label_log_probs`, for prompts and labels that are tokens already."""
+    model.eval()
     log_probs_NL = torch.zeros(len(prompts), len(labels))
     prefix = read_prefix(model, prompts)
     max_rows = MAX_LOGIT_BYTES // (8 * max(map(len, labels)) * model.config.vocab_size)

@@ -19,8 +19,8 @@ from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
-from deal_core.strategies.questions import longest_old_answer, tasks_to_ask
-from deal_core.strategies.strategy import Strategy, TaskTexts
+from deal_core.strategies.old_tasks import longest_old_answer, tasks_to_ask
+from deal_core.strategies.strategy import KeptRows, Strategy
 
 FP32 = 4
 BYTES_OF = {"bf16": 2, "fp32": 4}
@@ -157,7 +157,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Add up the memory of a training step.
 
-    `batch` is the larger of training batch and rehearsed questions, which go through the model one after the other;
+    `batch` is the larger of training batch and rehearsed rows, which go through the model one after the other;
     `activations` are its own. `precision` is that of the frozen weights.
     """
     learner = Strategy if shape.is_first_task else strategy_class(shape.strategy)
@@ -180,12 +180,12 @@ def plan_memory(
     )
 
 
-def largest_batch(train: TrainConfig, *, questions_per_step: int, learns_preferences: bool = False) -> int:
-    """Most rows that go through the model at once: the batch or, after it, the questions about old tasks.
+def largest_batch(train: TrainConfig, *, rehearsed_per_step: int, learns_preferences: bool = False) -> int:
+    """Most rows that go through the model at once: the batch or, after it, the rehearsed rows of old tasks.
 
     A row of preferences goes through the model twice: with its better and with its worse answer.
     """
-    return max(2 * train.batch_size if learns_preferences else train.batch_size, questions_per_step)
+    return max(2 * train.batch_size if learns_preferences else train.batch_size, rehearsed_per_step)
 
 
 def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> int:
@@ -200,31 +200,30 @@ def longest_of(
     old_tasks: Sequence[TaskSchema],
     train: TrainConfig,
     num_rows: int,
-    old_texts: Sequence[TaskTexts] = (),
+    kept: Mapping[str, KeptRows],
 ) -> BatchShape:
     """Return a batch of `num_rows` rows that are as long as the longest training row.
 
-    The old tasks are asked about the rows' texts or about `old_texts` during training, so the prompts of these
-    questions count too.
+    Kept rows of the old tasks (`kept`, by task) are rehearsed with them. A task without kept rows is rehearsed on the
+    rows' texts, so the prompts of its instruction count too.
 
     Raises:
         ConfigError: A prompt is too long even with an empty text.
     """
-    old_to_ask = tasks_to_ask(old_tasks, task)
+    old_to_ask = tasks_to_ask([old for old in old_tasks if old.name not in kept], task)
     texts = _longest(tokenizer, rows["input"])
     questions = [(asked, text, train.max_prompt_tokens) for asked in (task, *old_to_ask) for text in texts]
-    for old in old_texts:
-        questions += [(old.task, text, old.max_prompt_tokens) for text in _longest(tokenizer, old.rows["input"])]
-    num_prompt_tokens = max(len(encode_prompt(tokenizer, *question)) for question in questions)
+    prompts = [len(encode_prompt(tokenizer, *question)) for question in questions]
+    num_prompt_tokens = max([*prompts, *(rows.longest_prompt for rows in kept.values())])
 
     outputs = [*rows["output"], *(rows[REJECTED.name] if task.learns_preferences else [])]
     answers = [
         len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in _longest(tokenizer, outputs)
     ]
-    limits = [(old, longest_old_answer(train)) for old in old_to_ask]
-    limits += [(old.task, old.max_new_tokens) for old in old_texts]
-    for old_task, limit in limits:
-        answers += [len(encode_answer(tokenizer, old_task, label, limit)) for label in old_task.labels] or [limit]
+    limit = longest_old_answer(train)
+    for old in old_to_ask:
+        answers += [len(encode_answer(tokenizer, old, label, limit)) for label in old.labels] or [limit]
+    answers += [rows.longest_answer for rows in kept.values()]
     return BatchShape(num_rows=num_rows, num_tokens=num_prompt_tokens + max(answers), num_answer_tokens=max(answers))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deal_core.adapter.method_state import MethodState, Stores
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.strategy import OldRows, PlannedArrival, Strategy, TaskContext, TensorNumbers
+from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, Strategy, TaskContext, TensorNumbers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,40 +17,37 @@ if TYPE_CHECKING:
     from deal_core.strategies.rehearsal import Rehearsal
 
 
+ANSWER_WEIGHT = 0.5
+"""β: weight of the right answer in the target of a kept row; the rest is the parent's answer."""
+
+
 class Deal(Strategy):
     """The first task of a lineage is plain LoRA.
 
-    A step of a later task has its batch and questions about the old tasks; see `deal_core.strategies.rehearsal`.
+    A step of a later task has its batch and a few rows of the old tasks; see `deal_core.strategies.old_tasks`.
     With a soft or frozen core, the parameters of the retention network are trained instead of A and B.
     """
 
     name = "deal"
     reads = ("deal", "rehearsal")
-    memories = ("none", "tests", "rows")
     first_is_plain = True
-    revision = 2  # recycled slots get other seeds with every arrival
+    revision = 3  # rows of old tasks are kept and rehearsed with labels and the parent's answers
 
     @property
     def stores(self) -> Stores:
-        """Return "data" if the rehearsal keeps rows, or answers to texts of old tasks; else "nothing"."""
-        return "data" if self.config.rehearsal.keeps_rows or self.config.rehearsal.keeps_answers else "nothing"
+        """Return "data" if rows are kept; else "nothing"."""
+        return "data" if self.config.rehearsal.rows else "nothing"
 
     @classmethod
-    def old_rows(cls, config: MethodConfig) -> OldRows:
-        """Return "unused" if the old tasks are asked about texts of their own."""
-        return "unused" if config.rehearsal.texts == "own" else "none"
-
-    @classmethod
-    def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
-        """Return how many questions a step asks. A task that returns is asked about only by its kept rows."""
-        rehearsal = config.rehearsal
-        is_asked = rehearsal.keeps_rows or any(old.name != arrival.task.name for old in arrival.old_tasks)
-        return rehearsal.rows_per_step if arrival.old_tasks and is_asked and rehearsal.texts != "none" else 0
+    def rehearsed_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return how many rows of old tasks a step has. A task that returns is rehearsed only by its kept rows."""
+        is_rehearsed = arrival.kept or any(old.name != arrival.task.name for old in arrival.old_tasks)
+        return config.rehearsal.per_step if is_rehearsed else 0
 
     @classmethod
     def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
-        """Return how many questions the parent answers before the first step."""
-        from deal_core.strategies.questions import num_answered
+        """Return how many rows of old tasks the parent answers before the first step."""
+        from deal_core.strategies.old_tasks import num_answered
 
         return num_answered(config.rehearsal, arrival)
 
@@ -71,20 +68,12 @@ class Deal(Strategy):
         )
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""
+        """Make the rehearsal with the parent's answers. With a core, decompose its adapter and write the factors."""
         from deal_core.adapter.stack import check_rank
-        from deal_core.strategies.questions import make_rehearsal
 
         super().prepare(model, state, context)
-        self._rows = {} if state is None else state.stored_rows
-        self._rehearsal, self._answers = make_rehearsal(
-            self.config.rehearsal,
-            model,
-            context,
-            {} if state is None else state.tensors,
-            self.seed,
-            self.num_arrivals,
-        )
+        self._kept = {} if state is None else state.kept_rows
+        self._rehearsal = self.make_rehearsal()
         self.network: Reparametrization | None = None
         if state is None:
             return
@@ -94,7 +83,15 @@ class Deal(Strategy):
         self.network = self.reparametrization()
         self.network.synchronise()
         self.network.materialise()
-        self._drift = self._rehearsal.drift(model) if self._rehearsal else None
+
+    def make_rehearsal(self) -> Rehearsal | None:
+        """Return the rows of old tasks with their targets, which the model as it is now answers."""
+        from deal_core.strategies.old_tasks import make_rehearsal
+
+        seed = self.seed + SEED_STRIDE * self.num_arrivals
+        return make_rehearsal(
+            self.config.rehearsal, self.model, self.context, self._kept, seed, answer_weight=ANSWER_WEIGHT
+        )
 
     def reparametrization(self) -> Reparametrization:
         """Return the retention network, made from the parent's factors."""
@@ -103,7 +100,7 @@ class Deal(Strategy):
         return Reparametrization(self.stacks, self.config.deal, self.fresh())
 
     def rehearsal(self) -> Rehearsal | None:
-        """Return the questions about old tasks."""
+        """Return the rows of old tasks."""
         return self._rehearsal
 
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -134,31 +131,28 @@ class Deal(Strategy):
             self.network.materialise()
 
     def finish(self) -> MethodState:
-        """Keep rows if the rehearsal stores them, and the answers that later arrivals are held to."""
-        from deal_core.strategies.questions import keep_rows
+        """Keep rows of the new task beside those of the old ones."""
+        from deal_core.strategies.kept_rows import keep_rows
 
-        kept = keep_rows(self.config.rehearsal, self.context, self._rows, self.seed)
-        return MethodState(strategy=self.name, stores=self.stores, tensors={**kept, **self._answers})
+        kept = keep_rows(self.config.rehearsal, self.context, self._kept, self.seed)
+        return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 
     def notes(self) -> tuple[str, ...]:
         """Describe the rehearsal, the size of the adapter's core, and whether the adapter is full."""
-        from deal_core.strategies.questions import not_asked
+        from deal_core.strategies.old_tasks import not_rehearsed
 
-        notes = list(super().notes())
-        config, network = self.config.rehearsal, self.network
-        if config.asks_about_arrival and (names := not_asked(config, self.context)):
-            has_rows = config.keeps_rows and self._rows
-            how = "rehearsed on stored rows only, if there are any" if has_rows else "not rehearsed"
-            notes.append(f"{how}, because the new task has the same prompt or rows of another format: {names}")
+        notes, network = list(super().notes()), self.network
+        if names := not_rehearsed(self.context, self._kept):
+            notes.append(
+                f"not rehearsed, because no rows are kept and the new task has the same prompt or rows of another "
+                f"format: {names}"
+            )
         if network is None or not network.num_core_slots:
             return tuple(notes)
         counts = network.num_core_slots.values()
         notes.append(f"core slots when the task arrived: {sum(counts) / len(counts):.1f} per module on average")
         if network.recycled_share > 0:
-            removed = f"recycling the free slots removed {100 * network.recycled_share:.1f} % of the adapter's norm"
-            if self._drift is not None:
-                removed += f"; KL of the old answers to the parent's: {self._drift:.3f} per token"
-            notes.append(removed)
+            notes.append(f"recycling the free slots removed {100 * network.recycled_share:.1f} % of the adapter's norm")
         if network.full_modules:
             notes.append(
                 f"the adapter is full in {len(network.full_modules)} of {len(counts)} modules: their core was cut to "

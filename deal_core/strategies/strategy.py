@@ -1,19 +1,19 @@
 """The interface of all strategies.
 
-What a strategy needs is said by its class: which memories it heeds, what it asks, what it holds. Commands read this
-before they know whether anything is to be learned, so torch is imported only in functions that compute.
+What a strategy needs is said by its class: what it reads, rehearses and holds. Commands read this before they know
+whether anything is to be learned, so torch is imported only in functions that compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from deal_core.adapter.method_state import MethodState, Stores
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.method_config import Memory, MethodConfig
+from deal_core.method_config import MethodConfig
 from deal_core.plugins import check_options
 
 if TYPE_CHECKING:
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
     from deal_core.data.collate import AnswerCollator
     from deal_core.strategies.rehearsal import Rehearsal
 
-OldRows = Literal["none", "unused", "learned"]
-"""Rows of an old task. unused: rows that it was not trained on. learned: rows that it was trained on."""
 SEED_STRIDE = 1_000_003
 """Distance between the seeds of two arrivals; it is larger than usual distances between users' seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskTexts:
-    """Texts of a task whose right answers no strategy learns. They do not judge the version."""
+    """Further rows of an old task, which it was not trained on and which do not judge the version.
+
+    The benchmark alone has them, and gives them to a strategy that `asks_further_rows`.
+    """
 
     task: TaskSchema
     rows: Dataset
-    """Columns input and output; of the outputs, only how often each label occurs is used."""
+    """Columns input and output."""
     max_prompt_tokens: int
     max_new_tokens: int
     """Longest answer of the task. It is that of its first arrival, whatever later arrivals of other tasks have."""
@@ -59,7 +60,7 @@ class TaskContext:
     old_tasks: tuple[TaskSchema, ...]
     """Instructions and labels of the tasks that the parent has learned, in order; never their rows."""
     old_texts: tuple[TaskTexts, ...] = ()
-    """Texts of these tasks that may be asked about; a task may have none."""
+    """Further rows of these tasks; see `TaskTexts`."""
     adapter: AdapterConfig
     """Shape of a lineage's first adapter."""
     train: TrainConfig
@@ -71,6 +72,15 @@ class TaskContext:
         return answer_collator(self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing)
 
 
+class KeptRows(NamedTuple):
+    """The size of a task's kept rows."""
+
+    num_rows: int
+    longest_prompt: int
+    """In tokens."""
+    longest_answer: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedArrival:
     """What is known of an arrival before it is learned."""
@@ -78,13 +88,12 @@ class PlannedArrival:
     task: TaskSchema
     old_tasks: tuple[TaskSchema, ...]
     """Empty for the first arrival of a lineage."""
-    old_texts: tuple[TaskTexts, ...] = ()
+    kept: Mapping[str, KeptRows] = field(default_factory=dict)
+    """For each old task whose rows the parent keeps, their size."""
     num_rows: int
     """Training rows that are trained on."""
     num_steps: int
     """Optimiser steps."""
-    learned_last: str | None = None
-    """The task that the parent learned last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +121,8 @@ class Strategy:
     Options: ClassVar[type[Any] | None] = None
     """The class of the strategy's own settings, `strategy_options` in a spec. It is made by
     `deal_core.limits.settings("strategy_options")`, so it checks them; None: there are none."""
-    memories: ClassVar[tuple[Memory, ...]] = ("none",)
-    """What a spec's `memory` may be."""
+    asks_further_rows: ClassVar[bool] = False
+    """Whether the strategy gets `TaskContext.old_texts`. The benchmark alone has such rows."""
     first_is_plain: ClassVar[bool] = False
     """Whether the first version of a lineage is that of plain LoRA, if no rows are kept. The benchmark shares it."""
     revision: ClassVar[int] = 1
@@ -144,21 +153,13 @@ class Strategy:
         return "nothing"
 
     @classmethod
-    def old_rows(cls, config: MethodConfig) -> OldRows:
-        """Return which rows of old tasks the strategy gets as `TaskContext.old_texts`.
-
-        A lineage has only `unused` ones: test rows that then do not judge its versions. The benchmark has both.
-        """
-        return "none"
-
-    @classmethod
-    def questions_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
-        """Return how many questions about old tasks a step of this arrival asks, in addition to its batch."""
+    def rehearsed_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
+        """Return how many rows of old tasks a step of this arrival has, in addition to its batch."""
         return 0
 
     @classmethod
     def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
-        """Return how many questions the parent answers before the first step of this arrival."""
+        """Return how many rows of old tasks the parent answers before the first step of this arrival."""
         return 0
 
     @classmethod
@@ -181,7 +182,7 @@ class Strategy:
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Prepare for a task; the model has its adapter on. `state` is None for the first task of a lineage.
 
-        If another strategy made the parent, `state` holds only the stored rows.
+        If another strategy made the parent, `state` holds only the kept rows.
         """
         from deal_core.adapter.stack import collect_stacks
 
@@ -201,7 +202,7 @@ class Strategy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def rehearsal(self) -> Rehearsal | None:
-        """Return the questions about old tasks; their loss is added to every optimiser step."""
+        """Return the rows of old tasks; their loss is added to every optimiser step."""
         return None
 
     def penalty(self) -> Tensor | None:

@@ -88,7 +88,7 @@ def check_strategy(name: str, folder: Path) -> None:
 
     state = load_method_state(folder / "second")
     assert state.strategy == name, f"the state is of {state.strategy!r}; finish returns name."
-    assert state.stores != "nothing" or not state.stored_rows, "stores is nothing, but the state holds rows."
+    assert state.stores != "nothing" or not state.kept_rows, "stores is nothing, but the state holds rows."
 
     again = learn(SIZES, "first", "again")
     _require_equal(after, again, "the same rows and the same seed gave another adapter.")

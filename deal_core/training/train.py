@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from pydantic import TypeAdapter
 
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.method_state import EARLIER_ROWS, MethodState
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel, Precision
 from deal_core.config import AdapterConfig, TrainConfig
@@ -72,16 +72,6 @@ class TrainingSetup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextsFile:
-    """`TaskTexts` whose rows lie in a Parquet file."""
-
-    task: TaskSchema
-    file: Path
-    max_prompt_tokens: int
-    max_new_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainingJob:
     """The arguments of `train_adapter`, with files in place of rows, so that several processes can read it.
 
@@ -89,7 +79,6 @@ class TrainingJob:
         base_source: As for `load_base`, like `cache_folder` and `precision`.
         base_sha256: Digest of the base model that `base_source` must hold.
         rows_file: Parquet file of the training rows.
-        old_texts: Texts of old tasks that may be asked about.
     """
 
     base_source: str
@@ -98,7 +87,6 @@ class TrainingJob:
     precision: Precision = "auto"
     parent_folder: Path | None
     rows_file: Path
-    old_texts: tuple[TextsFile, ...] = ()
     setup: TrainingSetup
     output_folder: Path
     checkpoint_folder: Path
@@ -114,21 +102,11 @@ class TrainingJob:
 
     def run(self, base: BaseModel, on_log: OnLog | None = None) -> TrainingResult:
         """Do the job in this process; with several processes, each of them calls this."""
-        old_texts = [
-            TaskTexts(
-                task=texts.task,
-                rows=_read_rows(texts.file),
-                max_prompt_tokens=texts.max_prompt_tokens,
-                max_new_tokens=texts.max_new_tokens,
-            )
-            for texts in self.old_texts
-        ]
         return train_adapter(
             base,
             _read_rows(self.rows_file),
             self.setup,
             parent_folder=self.parent_folder,
-            old_texts=old_texts,
             output_folder=self.output_folder,
             checkpoint_folder=self.checkpoint_folder,
             on_log=on_log,
@@ -164,7 +142,7 @@ def train_adapter(
         output_folder: Folder for the PEFT files and the method's state.
         checkpoint_folder: Folder for the checkpoints.
         joined: Further tasks with their rows, learned in the same run; for joint training.
-        old_texts: Texts of old tasks that may be asked about, for `rehearsal.texts: own`.
+        old_texts: Further rows of old tasks, for a strategy that asks for them.
         on_log: Called after every optimiser step with the step and its loss and gradient norm. After a resume it is
             first called for the earlier steps.
 
@@ -198,7 +176,7 @@ def train_adapter(
     else:
         parent_state = inherited = load_method_state(parent_folder)
         if parent_state.strategy != setup.strategy:  # its other tensors are of no use to this strategy
-            inherited = replace(parent_state, tensors=parent_state.stored_rows)
+            inherited = replace(parent_state, tensors=parent_state.kept_rows)
         num_new_slots = strategy_class(setup.strategy).num_new_slots(setup.adapter)
         model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
@@ -283,13 +261,14 @@ def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
     """Notes about kept data of the parent that a change of strategy or settings dropped."""
     if parent is None:
         return
-    if parent.stored_rows and not state.stored_rows:
+    if parent.kept_rows and not state.kept_rows:
+        yield f"kept rows of {len(parent.kept_rows)} tasks are gone: rehearsal.rows is 0, or the strategy keeps none"
+    others = parent.tensors.keys() - parent.kept_rows.keys()
+    if others and (parent.strategy != state.strategy or any(name.startswith(EARLIER_ROWS) for name in others)):
         yield (
-            f"the rows kept of {len(parent.stored_rows)} earlier arrivals are gone: {state.strategy} with these "
-            "settings keeps no rows"
+            f"data that {parent.strategy} kept with the parent's adapter is gone: {state.strategy} of this release "
+            "cannot use it"
         )
-    if parent.strategy != state.strategy and parent.tensors.keys() - parent.stored_rows.keys():
-        yield f"the data that {parent.strategy} kept with the parent's adapter is gone: {state.strategy} cannot use it"
 
 
 def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:

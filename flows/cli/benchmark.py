@@ -88,7 +88,7 @@ def benchmark(
     train: Annotated[str, Option(help="Changes to the training settings, as JSON.")] = "{}",
     method: Annotated[
         list[str] | None,
-        Option(help="Changes to the methods' settings, and the memory, as JSON. Repeat it to compare several."),
+        Option(help="Changes to the methods' settings, as JSON. Repeat it to compare several."),
     ] = None,
     base: Annotated[str | None, Option(help="Base model.", show_default="smollm2-135m-instruct")] = None,
     out: Annotated[Path | None, Option(help="Folder of the cells.", show_default="HOME/benchmark")] = None,

@@ -175,7 +175,8 @@ _VERDICTS = {
 def _show_plan(found: PlanResult) -> Sequence[RenderableType]:
     total = sum(found.parameters.values())
     kinds = ", ".join(f"{count / 1e6:,.1f} M {kind}" for kind, count in found.parameters.items() if count)
-    rehearsed = f" and {found.rehearsed_per_step} questions about old tasks" if found.rehearsed_per_step else ""
+    rehearsed = f" and {found.rehearsed_per_step} rehearsed" if found.rehearsed_per_step else ""
+    kept = f"; {found.num_kept} are kept for later arrivals" if found.num_kept else ""
     chosen = f" ({found.num_chosen} chosen)" if found.num_chosen < found.num_train else ""
     source = "of these rows" if found.lengths_from == "rows" else "by the spec's limits"
     shown: list[RenderableType] = [
@@ -183,7 +184,7 @@ def _show_plan(found: PlanResult) -> Sequence[RenderableType]:
         f"{total / 1e6:,.1f} M parameters: {kinds}",
         f"Adapter     {found.strategy}, rank {found.rank}: {found.adapter_parameters / 1e6:,.2f} M parameters",
         f"Rows        {found.num_train} training{chosen}, {found.num_test} test, {found.num_rejected} bad; "
-        f"{found.rows_per_step} a step{rehearsed}",
+        f"{found.rows_per_step} a step{rehearsed}{kept}",
         f"Longest     {found.longest_row_tokens} tokens, {found.longest_answer_tokens} of them answer, {source}; "
         f"{found.batch_rows} rows at once",
         f"Steps       {found.num_steps}" + _time(found),

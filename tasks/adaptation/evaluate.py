@@ -25,10 +25,8 @@ from tasks.lineage.frozen_rows import (
     TestSet,
     answered_rows,
     arrival_rows,
-    judging_rows,
     keep_answers,
     load_test_set,
-    num_judging_of,
     read_answers,
     within_budget,
 )
@@ -61,7 +59,7 @@ def evaluate_version(
     If a task's test rows were forgotten, the arrival's test rows replace them. Other tasks whose test rows were
     forgotten are then not judged, and keep the parent's figure. If test rows are renewed, the rows before stay as a
     slice. If a task gains labels, the new version is asked with the new labels and the parent without them, as each of
-    them serves. The rows that tasks spare do not count.
+    them serves.
     """
     from tasks.adaptation.scorer import Scorer, collapse_notes
 
@@ -101,7 +99,7 @@ class _Asked:
 
 
 def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun) -> _Asked:
-    record, renewal, dataset, spared = adaptation.record, adaptation.renewal, adaptation.dataset, adaptation.spared
+    record, renewal, dataset = adaptation.record, adaptation.renewal, adaptation.dataset
     slices = {part.name: part.of for part in renewal.slices}
     notes: list[str] = []
 
@@ -130,18 +128,11 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun) -> _Asked:
         new = [load_test_set(store, task) for task in adaptation.tasks if task.schema.name == dataset.task]
     else:
         notes += _notes_on_known_task(store, record.lineage, known, dataset)
-    for test_set in (*(old if record and record.spared != spared else ()), *new):
-        num_rows, name = len(test_set.rows), test_set.schema.name
-        num_judging = num_judging_of(test_set.schema, num_rows, spared)
-        if num_judging < num_rows:
-            notes.append(f"{num_judging} of {num_rows} test rows of {name} judge; the texts of the others may teach")
     notes += [
         f"{name} was not judged, because its test rows were forgotten; its figure is the parent's. Land test rows of "
         f"{name}, and it is judged again"
         for name in unjudged
     ]
-    new = [judging_rows(test_set, spared) for test_set in new]
-    old = [judging_rows(test_set, spared) for test_set in old]
     old = within_budget(old, dataset.task, adaptation.spec.evaluate.max_old_rows)
 
     answered = adaptation.parent_answers
@@ -324,8 +315,7 @@ def score_version(version: Version) -> VersionScores:
     sets, unjudged = [], {}
     for known in record.tasks:
         try:
-            judging = judging_rows(load_test_set(store, known), record.spared)
-            sets.append(answered_rows(judging, answered.get(known.schema.name, {})))
+            sets.append(answered_rows(load_test_set(store, known), answered.get(known.schema.name, {})))
         except TestRowsForgottenError as error:
             unjudged[known.schema.name] = str(error)
     scorer = Scorer(record.base)

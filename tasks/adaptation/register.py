@@ -40,8 +40,6 @@ def register_version(
         tasks=adaptation.tasks,
         matrix=report.matrix,
         slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
-        memory=spec.memory,
-        spared=adaptation.spared,
     )
     write_record(store, trained.uri, record)
     served = json.dumps(served_version(record).to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"

@@ -20,13 +20,12 @@ from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.base import load
 from tasks.context import current_store, work_folder
-from tasks.lineage.choices import choose_spared
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import Answers, read_answers
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
-from tasks.references import ArrivalScore, BaseRef, DatasetRef, Spared
+from tasks.references import ArrivalScore, BaseRef, DatasetRef
 from tasks.spec import AdaptSpec
 
 
@@ -58,7 +57,6 @@ class AdaptationRun:
     """All tasks of the new version, each with the test rows that judge it."""
     renewal: Renewal
     """What the arrival does to the test rows of its task."""
-    spared: Spared
     tested: ArrivalScore | None
     """The champion's score on the arrival's rows; None: it was not asked."""
     requeued_sha256: str | None
@@ -206,7 +204,6 @@ def prepare(
         parent_answers=read_answers(store, parent.adapter_uri).now if parent else {},
         tasks=tuple(replace(task, schema=dataset.widen(task.schema)) for task in tasks),
         renewal=renewal,
-        spared=choose_spared(spec, strategy, record),
         tested=tested,
         requeued_sha256=requeued_sha256,
     )

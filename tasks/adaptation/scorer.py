@@ -118,7 +118,7 @@ def collapse_notes(scored: Scored) -> tuple[str, ...]:
         if (recentred - evaluation.accuracy) * evaluation.num_rows >= 1:
             note += (
                 f". If every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % "
-                f"instead of {100 * evaluation.accuracy:.1f} %: train.recentre_steps lets the next version learn that"
+                f"instead of {100 * evaluation.accuracy:.1f} %"
             )
         notes.append(note)
     return tuple(notes)

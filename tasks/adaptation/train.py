@@ -12,21 +12,18 @@ from pydantic import ValidationError
 
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.regular_file import complete_file, flush_to_disk
-from deal_core.strategies import strategy_class
 from infra.settings import HomeSettings
 from infra.store import keys
-from infra.store.base import ObjectStore
 from tasks.adaptation.run import AdaptationRun
 from tasks.adaptation.stages import STAGE
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
-from tasks.lineage.frozen_rows import answers_labels, spared_texts
 from tasks.mlflow_mirror import LiveCurve
 from tasks.progress import advance
 from tasks.references import BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from deal_core.training.train import TextsFile, TrainingJob, TrainingResult, TrainingSetup
+    from deal_core.training.train import TrainingJob, TrainingResult, TrainingSetup
     from deal_core.training.trainer import OnLog
 
 SUMMARY_FILE = "training.json"
@@ -39,7 +36,6 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 
     If `method.selection` is on, the rows are chosen first; a file in the work folder keeps the choice.
-    `train.recentre_steps` follow the training.
 
     Raises:
         AdapterStateError: The parent's adapter does not fit the base model.
@@ -66,7 +62,6 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
             base_sha256=adaptation.base.sha256,
             cache_folder=HomeSettings().cache_dir,
             rows_file=rows_file,
-            old_texts=_old_texts(store, adaptation, folder / "texts"),
             setup=setup,
             parent_folder=adaptation.parent_folder,
             output_folder=folder / "adapter",
@@ -77,8 +72,7 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
             result = _train(training, adaptation.base, folder, _on_log(curve, train.num_steps(num_rows)))
         finally:
             curve.keep(store)
-        recentred = _recentre(store, adaptation, folder / "adapter") if train.recentre_steps else ()
-        result = replace(result, notes=(*notes, *result.notes, *recentred))
+        result = replace(result, notes=(*notes, *result.notes))
         summary = TrainSummary(
             adapter_sha256=sha256_together(digests_of(folder / "adapter")), num_rows=num_rows, **asdict(result)
         )
@@ -105,38 +99,6 @@ def _finished(folder: Path) -> TrainSummary | None:
         pass
     (folder / SUMMARY_FILE).unlink()
     return None
-
-
-def _recentre(store: ObjectStore, adaptation: AdaptationRun, adapter: Path) -> tuple[str, ...]:
-    """Let the adapter unlearn a preference for some labels, on texts that do not judge it; return notes."""
-    from deal_core.training.recentre import recentre_adapter
-
-    texts = spared_texts(store, [known for known in adaptation.tasks if answers_labels(known.schema)])
-    return recentre_adapter(lend_base(adaptation.base), adapter, texts, adaptation.spec.train, advance("train"))
-
-
-def _old_texts(store: ObjectStore, adaptation: AdaptationRun, folder: Path) -> tuple[TextsFile, ...]:
-    """Write the texts of old tasks that the strategy may ask about to files in `folder`."""
-    from deal_core.training.train import TextsFile
-
-    if strategy_class(adaptation.strategy).old_rows(adaptation.spec.method) != "unused":
-        return ()
-    folder.mkdir(exist_ok=True)
-    files = []
-    olds = [known for known in adaptation.tasks if known.schema.name != adaptation.schema.name]
-    for number, texts in enumerate(spared_texts(store, olds)):
-        if len(texts.rows):
-            file = folder / f"{number}.parquet"
-            texts.rows.select_columns(["input", "output"]).to_parquet(file)
-            files.append(
-                TextsFile(
-                    task=texts.task,
-                    file=file,
-                    max_prompt_tokens=texts.max_prompt_tokens,
-                    max_new_tokens=texts.max_new_tokens,
-                )
-            )
-    return tuple(files)
 
 
 def _choose(adaptation: AdaptationRun, setup: TrainingSetup, rows_file: Path) -> tuple[Path, int, tuple[str, ...]]:

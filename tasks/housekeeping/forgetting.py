@@ -307,30 +307,29 @@ def silence_watches(store: ObjectStore, landed: Collection[str], said: str) -> N
 def _method_rows(
     store: ObjectStore, versions: Sequence[Version], task: str, sha256s: Collection[str]
 ) -> dict[str, set[str]]:
-    """By version, the tensors of its method state with rows of the task's datasets or answers to its texts.
+    """By version, the tensors of its method state with kept rows of the task.
 
-    A version has them if it, or a version before it, learned one of the datasets.
+    A version has rows of the task's datasets if it, or a version before it, learned one of them.
     """
-    from deal_core.adapter.method_state import STORED_ROWS
+    from deal_core.adapter.method_state import EARLIER_ROWS
     from deal_core.adapter.state import kept_of_tasks
-    from deal_core.strategies.questions import answers_name
+    from deal_core.strategies.kept_rows import rows_name
 
-    sizes: dict[str, dict[str, int]] = {}
     wanted: dict[str, set[str]] = {}
     learned: set[str] = set()
     for version in versions:
-        parent = version.parent_version or ""
-        with temporary_folder() as folder:
-            download_files(store, version.adapter_uri, folder, METHOD_FILES)
-            names = sizes.setdefault(version.version, kept_of_tasks(folder)).keys()
-        own = wanted.get(parent, set()) & names
-        if version.dataset_sha256 in sha256s:
-            own |= {name for name in names - sizes.get(parent, {}).keys() if name.startswith(STORED_ROWS)}
-        if version.dataset_sha256 in sha256s or parent in learned:
+        wanted[version.version] = set()
+        if version.dataset_sha256 in sha256s or version.parent_version in learned:
             learned.add(version.version)
-            own |= {name for name in names if name.startswith(answers_name(task))}
-        wanted[version.version] = own
-    return {version: {name for name in names if sizes[version][name]} for version, names in wanted.items()}
+            with temporary_folder() as folder:
+                download_files(store, version.adapter_uri, folder, METHOD_FILES)
+                sizes = kept_of_tasks(folder)
+            wanted[version.version] = {
+                name
+                for name, size in sizes.items()
+                if size and (name == rows_name(task) or name.startswith(EARLIER_ROWS))
+            }
+    return wanted
 
 
 def _empty_method_rows(store: ObjectStore, lineage: str, task: str, sha256s: Collection[str]) -> None:

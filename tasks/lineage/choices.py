@@ -1,4 +1,4 @@
-"""What a run takes from its lineage where its spec leaves the choice: base model, adapter, strategy and memory."""
+"""What a run takes from its lineage where its spec leaves the choice: base model, adapter and strategy."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from deal_core.method_config import DEFAULT_MEMORY, MEMORY, MethodConfig
-from deal_core.strategies import OWN, strategy_class
+from deal_core.method_config import MethodConfig
+from deal_core.strategies import strategy_class
 from tasks.lineage.record import LineageRecord
-from tasks.references import Spared
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
-LOGGED_PARTS = ("memory", "deal", "rehearsal", "strategy_options", "selection", "train", "evaluate", "data", "gate")
+LOGGED_PARTS = ("deal", "rehearsal", "strategy_options", "selection", "train", "evaluate", "data", "gate")
 """Parts of a spec that a run's log shows."""
 MAX_NAMED = 6
 """Most settings that a note about changed settings names."""
 SAME_RESULT = {"data.include_texts", "data.retain_training_rows", "train.num_processes", "train.checkpoint_steps"}
-"""Settings that such a note leaves out: they change no version. What `memory` stands for is left out too."""
+"""Settings that such a note leaves out: they change no version."""
 
 
 def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
@@ -49,38 +48,11 @@ def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
     """Return the spec's strategy, or else the lineage's, or else the default.
 
     Raises:
-        ConfigError: The strategy does not take the spec's memory or its options.
+        ConfigError: The strategy does not take the spec's options.
     """
     strategy = spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
     strategy_class(strategy).options_of(MethodConfig(strategy_options=spec.strategy_options))
-    if spec.memory and spec.memory not in strategy_class(strategy).memories:
-        raise ConfigError(
-            f"memory is {spec.memory}, but strategy {strategy} does not heed it; leave memory out, or take the "
-            f"strategy {' or '.join(name for name in OWN if spec.memory in strategy_class(name).memories)}."
-        )
     return strategy
-
-
-def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
-    """Return the spec with the lineage's memory, or with the default of a new lineage, if the spec does not choose.
-
-    A spec chooses with `memory`, with the settings of the rehearsal that `memory` stands for, or with a strategy that
-    does not heed that memory. A lineage that was made without a memory stays without.
-    """
-    by_default = DEFAULT_MEMORY if spec.rehearsal.temperature == 1 else None  # re-centred answers have no temperature
-    memory = record.memory if record else by_default
-    if memory is None or spec.memory is not None or spec.rehearsal.decides_memory:
-        return spec
-    heeded = strategy_class(choose_strategy(spec, record)).memories
-    return spec.model_copy(update={"memory": memory}) if memory in heeded else spec
-
-
-def choose_spared(spec: AdaptSpec, strategy: str, record: LineageRecord | None) -> Spared:
-    """Return the tasks whose test rows may teach this version or taught one before it, and so do not judge it."""
-    spared = record.spared if record else None
-    if strategy_class(strategy).old_rows(spec.method) == "unused":
-        return "all"
-    return spared or ("labelled" if spec.train.recentre_steps else None)
 
 
 def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -> tuple[str, ...]:
@@ -99,15 +71,13 @@ def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -
             part: values for part, values in settings.items() if part in LOGGED_PARTS and isinstance(values, Mapping)
         }
         named = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-        named = {"memory": settings.get("memory"), **named}
         return {name: json.dumps(value, ensure_ascii=False) for name, value in named.items()}
 
     now, then = shown(spec.model_dump(mode="json")), shown(before)
-    by_memory = {f"rehearsal.{name}" for name in MEMORY["rows"]} if spec.memory and before.get("memory") else set()
     changed = [
         f"{name} {value} (before: {then[name]})"
         for name, value in now.items()
-        if name not in SAME_RESULT | by_memory and then.get(name, value) != value
+        if name not in SAME_RESULT and then.get(name, value) != value
     ]
     if not changed:
         return ()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.config import MAX_OWN_TEXTS, MEASURED, MIN_JUDGING_ROWS, MIN_OWN_TEXTS
+from deal_core.config import MEASURED
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answering import ServedTask
@@ -28,13 +28,10 @@ from infra.store.keys import TEST_FILE, TRAIN_FILE, task_and_digest
 from infra.store.stored import reading_stored
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.record import KnownTask, read_record
-from tasks.lineage.tombstones import forgotten_tests, require_test_rows
-from tasks.references import Spared
+from tasks.lineage.tombstones import require_test_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from deal_core.strategies.strategy import TaskTexts
 
 SCHEMA_VERSION = 1
 ANSWERS_FILE = "answers.json"
@@ -148,45 +145,9 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
     ]
 
 
-def spared_rows(test_set: TestSet) -> TestSet:
-    """The rows of a task whose texts may teach a version, which they then do not judge; there may be none."""
-    num_judging = num_judging_of(test_set.schema, len(test_set.rows), "all")
-    return replace(test_set, rows=test_set.rows.select(_by_digest(test_set.rows)[num_judging:]))
-
-
 def answers_labels(task: TaskSchema) -> bool:
     """Whether a version answers the task's rows with labels, which a metric compares."""
     return bool(task.labels) and task.metric not in MEASURED
-
-
-def spared_texts(store: ObjectStore, tasks: Iterable[KnownTask]) -> list[TaskTexts]:
-    """The spared rows of tasks; none of a task whose test rows were forgotten."""
-    from deal_core.strategies.strategy import TaskTexts
-
-    return [
-        TaskTexts(
-            task=known.schema,
-            rows=spared_rows(load_test_set(store, known)).rows,
-            max_prompt_tokens=known.max_prompt_tokens,
-            max_new_tokens=known.max_new_tokens,
-        )
-        for known in tasks
-        if forgotten_tests(store, known.schema.name, known.dataset_uri) is None
-    ]
-
-
-def judging_rows(test_set: TestSet, spared: Spared) -> TestSet:
-    """The rows that judge, without the spared ones; all rows of a task that spares none."""
-    num_rows = len(test_set.rows)
-    num_judging = num_judging_of(test_set.schema, num_rows, spared)
-    return test_set if num_judging == num_rows else replace(test_set, rows=first_rows(test_set.rows, num_judging))
-
-
-def num_judging_of(task: TaskSchema, num_rows: int, spared: Spared) -> int:
-    """How many of a task's test rows judge. The texts of the others may teach."""
-    is_sparing = spared == "all" or (spared == "labelled" and answers_labels(task))
-    num_spared = min(MAX_OWN_TEXTS, num_rows - MIN_JUDGING_ROWS)
-    return num_rows - num_spared if is_sparing and num_spared >= MIN_OWN_TEXTS else num_rows
 
 
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:

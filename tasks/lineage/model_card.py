@@ -9,7 +9,6 @@ from deal_core.evaluation.metrics import scored_otherwise
 from infra.report import page as words
 from infra.store.keys import dataset_sha256
 from infra.versions import SCORES, Version
-from tasks.lineage.frozen_rows import num_judging_of
 from tasks.lineage.record import KnownTask, LineageRecord
 
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
@@ -57,14 +56,13 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
     loader = f"AutoModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     verdict = "accepted" if version.accepted else "rejected: " + " ".join(version.reasons)
     metrics = scored_otherwise({task.schema.name: task.schema.metric for task in record.tasks})
-    judging = {task.schema.name: num_judging_of(task.schema, task.num_test, record.spared) for task in record.tasks}
-    few = [name for name, num_rows in judging.items() if num_rows < 100]
+    few = [task.schema.name for task in record.tasks if task.num_test < 100]
     data = [
         (
             task.schema.name,
             task.schema.format,
             f"`{dataset_sha256(task.dataset_uri)}`",
-            str(judging[task.schema.name]),
+            str(task.num_test),
         )
         for task in record.tasks
     ]

@@ -17,11 +17,10 @@ from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.accuracy_matrix import KeptMatrix
-from deal_core.method_config import Memory
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
 from tasks.lineage.version_files import reading_beside
-from tasks.references import BaseRef, DatasetRef, Spared
+from tasks.references import BaseRef, DatasetRef
 
 RECORD_FILE = "record.json"
 
@@ -68,11 +67,6 @@ class LineageRecord(VersionedJson):
     tasks: tuple[KnownTask, ...]
     matrix: KeptMatrix
     slices: tuple[KnownSlice, ...] = ()
-    memory: Memory | None = None
-    """The spec's `memory`, which later arrivals share; None: the settings under `rehearsal` decided."""
-
-    spared: Spared = None
-    """Later versions spare at least as much: they continue what the texts taught."""
 
     def task(self, name: str) -> KnownTask | None:
         """Return the task of that name, or None."""

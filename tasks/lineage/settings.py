@@ -18,7 +18,6 @@ from pydantic import BeforeValidator
 from deal_core.data.schema import is_name
 from deal_core.errors import ConfigError, StoreError, in_one_line
 from deal_core.judging_config import MonitorConfig
-from deal_core.method_config import MEMORY
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
@@ -297,15 +296,8 @@ def _parse_over_stored(
 
 
 def _over(stored: Mapping[str, Any], values: Mapping[str, Any], model: type[LineageSpec]) -> dict[str, Any]:
-    """Put `values` over the stored values that `model` has. A section in both is merged key by key.
-
-    `memory` wins over the settings of the rehearsal that it stands for, and these over a stored `memory`.
-    """
+    """Put `values` over the stored values that `model` has. A section in both is merged key by key."""
     merged = {name: value for name, value in stored.items() if name in model.model_fields}
-    if values.get("memory") is not None and isinstance(merged.get("rehearsal"), Mapping):
-        merged["rehearsal"] = {name: value for name, value in merged["rehearsal"].items() if name not in MEMORY["rows"]}
-    if isinstance(rehearsal := values.get("rehearsal"), Mapping) and rehearsal.keys() & MEMORY["rows"].keys():
-        merged.pop("memory", None)
     for name, value in values.items():
         below = merged.get(name)
         if isinstance(value, Mapping) and isinstance(below, Mapping):

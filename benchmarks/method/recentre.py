@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from benchmarks.method.asked import labelled_texts
 from deal_core.adapter.state import load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import TrainConfig
 from deal_core.data.collate import answer_collator
-from deal_core.strategies.answered import recentred_questions
 from deal_core.strategies.rehearsal import Rehearsal
 from deal_core.strategies.strategy import TaskTexts
 
@@ -30,9 +30,10 @@ def recentre_adapter(
     folder: Path,
     tasks: Sequence[TaskTexts],
     train: TrainConfig,
+    num_steps: int,
     on_stage: OnStage = lambda done, total, stage: None,
 ) -> tuple[str, ...]:
-    """Train a saved adapter for `train.recentre_steps` on its own re-centred answers, and save it in its place.
+    """Train a saved adapter for `num_steps` steps on its own re-centred answers, and save it in its place.
 
     The tasks take turns, so each has an equal share of the steps. The rate falls linearly from `train.learning_rate`.
 
@@ -40,7 +41,8 @@ def recentre_adapter(
         base: The base model. It has no adapter again after the call.
         folder: The adapter. Its method state stays as it is.
         tasks: Texts of all tasks of the version; tasks without labels or texts are left out.
-        train: Number of steps, rows per step, rate and seed.
+        train: Rows per step, rate and seed.
+        num_steps: Number of steps.
         on_stage: Called with the number of finished steps or texts, their total, and what is done.
 
     Returns:
@@ -51,25 +53,21 @@ def recentre_adapter(
         TrainingDivergedError: The adapter's scores are not finite.
     """
     tasks = [texts for texts in tasks if texts.task.labels and len(texts.rows)]
-    if not (train.recentre_steps and tasks):
+    if not (num_steps and tasks):
         return ()
     model = load_adapter(base.model, folder, is_trainable=True)
     try:
-        # one set of questions per task, and how far the labels' shares in the answers were from their true shares
         generator, total, done = random.Random(train.seed), sum(len(texts.rows) for texts in tasks), 0
-        sets, shifts = [], []
+        sets = []
         for texts in tasks:
             on_stage(done, total, f"finding the label offsets of {texts.task.name}")
-            questions, shift = recentred_questions(model, base.tokenizer, texts, generator)
-            sets.append(questions)
-            shifts.append(shift)
+            sets.append(labelled_texts(model, base.tokenizer, texts, generator))
             done += len(texts.rows)
         collate = answer_collator(base.model, base.tokenizer, is_recomputed=train.gradient_checkpointing)
-        rehearsal = Rehearsal([sets], collate, num_rows=train.batch_size, weight=1.0, temperature=1.0, seed=train.seed)
+        rehearsal = Rehearsal(sets, collate, num_rows=train.batch_size, seed=train.seed)
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
         factors = [factor for factor in model.parameters() if factor.requires_grad]
-        num_steps = train.recentre_steps
         learn_rehearsal(
             model,
             factors,
@@ -83,11 +81,7 @@ def recentre_adapter(
         model.unload()
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_disable()
-    shift, worst = max(zip(shifts, (texts.task.name for texts in tasks), strict=True), key=lambda pair: pair[0])
-    return (
-        f"re-centred the labels of {len(tasks)} tasks in {train.recentre_steps} steps; before, "
-        f"{shift:.0%} of the answers to {worst} had a label that others should have had",
-    )
+    return (f"re-centred the labels of {len(tasks)} tasks in {num_steps} steps",)
 
 
 def learn_rehearsal(

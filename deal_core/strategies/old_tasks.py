@@ -1,0 +1,163 @@
+"""Make the rehearsal of an arrival: each old task's kept rows, or else texts of the new task under its instruction.
+
+Texts of the new task have no right answer under an old task's instruction. The parent version answers them, and the new
+version is held to these answers (self-distillation).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+
+from peft import PeftModel
+from torch import Tensor
+
+from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.data.prompts import encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.generation import answer_limit, generate
+from deal_core.method_config import RehearsalConfig
+from deal_core.strategies.kept_rows import rows_name, unpack, with_targets
+from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
+from deal_core.strategies.strategy import PlannedArrival, TaskContext
+
+NUM_TEXTS = 256
+"""Texts of the new task that the old tasks are rehearsed on, divided among them. Fewer if the steps use fewer."""
+MIN_SHARING = 8
+"""With fewer texts per old task, all tasks share batches: a batch per task would be nearly empty."""
+
+
+def make_rehearsal(
+    config: RehearsalConfig,
+    model: PeftModel,
+    context: TaskContext,
+    kept: Mapping[str, Tensor],
+    seed: int,
+    *,
+    answer_weight: float,
+) -> Rehearsal | None:
+    """Return the rehearsal of an arriving task; None if there is nothing to rehearse.
+
+    Args:
+        config: Rows per step.
+        model: The parent with its adapter, before any training step.
+        context: The arrival.
+        kept: The kept rows of the parent's method state.
+        seed: Seed of all random choices. It differs from arrival to arrival, so that few steps use other rows.
+        answer_weight: β, the weight of the right answers in the targets of kept rows.
+
+    Raises:
+        TrainingDivergedError: The parent's scores are not finite.
+    """
+    generator = random.Random(seed)
+    sets: list[list[RehearsedRow]] = []
+    others: list[TaskSchema] = []
+    for old in context.old_tasks:
+        rows = unpack(kept[name]) if (name := rows_name(old.name)) in kept else []
+        if rows:  # `deal data delete` empties the rows of a task
+            sets.append(with_targets(rows, old, model, context, generator, answer_weight))
+        else:
+            others.append(old)
+    olds = tasks_to_ask(others, context.task)
+    num_each = texts_per_task(config, context.train.num_steps(len(context.encoded)), len(olds))
+    sets += about_arrival(model, context, olds, seed, num_each)
+    return Rehearsal(sets, context.collator(), num_rows=config.per_step, seed=seed) if sets else None
+
+
+def about_arrival(
+    model: PeftModel, context: TaskContext, olds: Sequence[TaskSchema], seed: int, num_each: int
+) -> list[list[RehearsedRow]]:
+    """Return texts of the new task under each old task's instruction, with the parent's answers."""
+    num_rows, train = len(context.rows), context.train
+    num_texts = min(num_each, num_rows)
+    if not (olds and num_texts):
+        return []
+    drawn: list[tuple[TaskSchema, list[str]]] = []
+    for number, old in enumerate(olds):  # each task has a seed
+        places = random.Random(seed + number).sample(range(num_rows), num_texts)
+        drawn.append((old, list(context.rows.select(places)["input"])))
+    # a task that is asked alone has its instruction computed once for all texts; with few texts, tasks share batches
+    groups = [[task] for task in drawn] if num_each >= MIN_SHARING else [drawn]
+    sets: list[list[RehearsedRow]] = []
+    for group in groups:
+        rows = answered(
+            model,
+            context,
+            group,
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_new_tokens=longest_old_answer(train),
+        )
+        sets += [rows[start : start + num_texts] for start in range(0, len(rows), num_texts)]
+    return sets
+
+
+def answered(
+    model: PeftModel,
+    context: TaskContext,
+    texts_of: Sequence[tuple[TaskSchema, Sequence[str]]],
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> list[RehearsedRow]:
+    """Return texts under each task's instruction with the model's own answers as targets, in the order of the texts."""
+    tokenizer = context.base.tokenizer
+    prompts: list[list[int]] = []
+    limits: list[int] = []
+    for task, texts in texts_of:
+        prompts += [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in texts]
+        limits += [answer_limit(tokenizer, task, max_new_tokens)] * len(texts)
+    rows: dict[int, RehearsedRow] = {}
+    end = tokenizer.eos_token_id
+    for batch, answers, logits_BKV in generate(model, tokenizer, prompts, max(limits, default=1), with_logits=True):
+        assert logits_BKV is not None
+        for i, answer, logits_KV in zip(batch, answers, logits_BKV, strict=True):
+            ids = answer[: limits[i]]
+            if end in ids:  # what stands behind the end token is padding
+                ids = ids[: ids.index(end) + 1]
+            shares_KV = (logits_KV[: len(ids)].float() / temperature).softmax(-1)
+            rows[i] = RehearsedRow(prompts[i], ids).with_target(shares_KV)
+    return [rows[i] for i in range(len(prompts))]
+
+
+def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema]:
+    """Return the old tasks that can be rehearsed on the new task's texts. Of tasks with one wording, one is kept.
+
+    A chat task needs chats, and other tasks need texts. An old task with the new task's wording is left out: its
+    prompts would be the new rows' own prompts, with another answer than their label.
+    """
+    askable = (old for old in olds if (old.format == "chat") == (new.format == "chat"))
+    by_wording = {_wording(old): old for old in askable if old.name != new.name}
+    by_wording.pop(_wording(new), None)
+    return list(by_wording.values())
+
+
+def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
+    """All parts of a prompt except its text; the order of the options does not count."""
+    shows_labels = task.template is None or "{options}" in task.template
+    return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template, task.prompt
+
+
+def longest_old_answer(train: TrainConfig) -> int:
+    """Return the most tokens of an answer to the new task's texts: the old task's answers may be the longer ones."""
+    return max(train.max_answer_tokens, EvaluateConfig().max_new_tokens)
+
+
+def texts_per_task(config: RehearsalConfig, num_steps: int, num_tasks: int) -> int:
+    """Return how many of the new task's texts each of `num_tasks` old tasks without kept rows is rehearsed on."""
+    return math.ceil(min(NUM_TEXTS, config.per_step * num_steps) / max(1, num_tasks))
+
+
+def num_answered(config: RehearsalConfig, arrival: PlannedArrival) -> int:
+    """Return how many texts the parent answers before the first step of an arrival."""
+    olds = tasks_to_ask([old for old in arrival.old_tasks if old.name not in arrival.kept], arrival.task)
+    num_each = min(texts_per_task(config, arrival.num_steps, len(olds)), arrival.num_rows)
+    return sum(rows.num_rows for rows in arrival.kept.values()) + len(olds) * num_each
+
+
+def not_rehearsed(context: TaskContext, kept: Mapping[str, Tensor]) -> str:
+    """Return the names of the old tasks that are not rehearsed, other than the arriving one; empty if all are."""
+    others = [old for old in context.old_tasks if not len(kept.get(rows_name(old.name), ()))]
+    wordings = {_wording(old) for old in tasks_to_ask(others, context.task)}
+    return ", ".join(old.name for old in others if old.name != context.task.name and _wording(old) not in wordings)
