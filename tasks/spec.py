@@ -55,11 +55,7 @@ Strategy = Annotated[
 DEFAULT_STRATEGY = "deal"
 _PLUGINS = "what used it is in benchmarks/, and takes it under"
 _REHEARSAL = "set rehearsal.rows, the training rows that are kept of each task (0 keeps none), and rehearsal.per_step"
-MOVED = {
-    "rivals": f"{_PLUGINS} strategy_options",
-    "deal.form": f"{_PLUGINS} strategy_options",
-    "deal.kernel": f"{_PLUGINS} strategy_options",
-    "selection.target": f"{_PLUGINS} selection.score_options",
+REPLACED = {
     "memory": _REHEARSAL,
     **dict.fromkeys(
         (
@@ -79,6 +75,14 @@ MOVED = {
         _REHEARSAL,
     ),
     "train.recentre_steps": "rehearsed rows have calibrated labels, so leave it out",
+}
+"""Key of earlier releases that the kept rows have replaced → what to do instead."""
+MOVED = {
+    "rivals": f"{_PLUGINS} strategy_options",
+    "deal.form": f"{_PLUGINS} strategy_options",
+    "deal.kernel": f"{_PLUGINS} strategy_options",
+    "selection.target": f"{_PLUGINS} selection.score_options",
+    **REPLACED,
 }
 """Key of earlier releases → what to do instead."""
 MAX_PROBLEMS = 15
@@ -332,6 +336,17 @@ def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
         shown = "; ".join(dict.fromkeys(_describe(problem, model) for problem in problems[:MAX_PROBLEMS]))
         more = f"; and {len(problems) - MAX_PROBLEMS} more problems" if len(problems) > MAX_PROBLEMS else ""
         raise ConfigError(f"{origin}: {shown}{more}") from None
+
+
+def without_replaced(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a spec that was stored with a version, without the settings REPLACED, which nobody can take out of it."""
+    return {
+        part: {name: setting for name, setting in value.items() if f"{part}.{name}" not in REPLACED}
+        if isinstance(value, Mapping)
+        else value
+        for part, value in values.items()
+        if part not in REPLACED
+    }
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:

@@ -95,6 +95,7 @@ class DealAsked(Deal):
     reads = ("deal",)
     Options = AskedOptions
     asks_further_rows = True
+    first_is_plain = False  # with texts stored or both, it keeps rows, which a shared first version lacks
     revision = 1
 
     def __init__(self, config: MethodConfig, seed: int) -> None:

@@ -14,8 +14,8 @@ Cells that keep no rows are given the sample that they would have kept. They sho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,12 +29,25 @@ from benchmarks.stored_cells import unpack_answers
 from deal_core.benchmark.suites import load_suite
 from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.metrics import plain_answer
+from deal_core.method_config import RehearsalConfig
+from deal_core.strategies.kept_rows import choose_rows
 
 
-def kept_of(options: AskedOptions, rows: Sequence[dict[str, Any]], seed: int) -> Counter[str]:
-    """How often each label stands among the rows that are kept of an arrival."""
+def kept_of(method: Mapping[str, Any], rows: Sequence[dict[str, Any]], seed: int) -> Counter[str]:
+    """How often each label stands among the rows that a cell with these settings keeps of an arrival.
+
+    Of a cell that keeps none, the rows are those that `memory: rows` would have kept.
+    """
     labels = [plain_answer(row["output"]) for row in rows]
-    return Counter(labels[place] for place in options.places_kept(labels, seed))
+    if limit := method.get("rehearsal.rows"):
+        places = choose_rows(labels, RehearsalConfig(rows=limit).num_kept(len(labels)), seed)
+    else:
+        names = [field.name for field in fields(AskedOptions) if f"rehearsal.{field.name}" in method]
+        options = AskedOptions(**{name: method[f"rehearsal.{name}"] for name in names})
+        if not options.keeps_rows:  # a cell with `memory` says nothing else of its texts
+            options = replace(options, texts="both", stored_share=0.1, max_stored_rows=200)
+        places = options.places_kept(labels, seed)
+    return Counter(labels[place] for place in places)
 
 
 def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
@@ -44,18 +57,11 @@ def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
     if None in answers_to.values():
         return
     suite = load_suite(folder, tuple(settings["tasks"]))
-    chosen = {
-        field.name: settings["method"][f"rehearsal.{field.name}"]
-        for field in fields(AskedOptions)
-        if f"rehearsal.{field.name}" in settings["method"]
-    }
-    options = AskedOptions(**chosen)
-    if not options.keeps_rows:  # what `memory: rows` kept
-        options = AskedOptions(texts="both", stored_share=0.1, max_stored_rows=200)
     for name in settings["tasks"][:-1]:
         answered, rows = answers_to[name], suite[name].train[: settings["rows"]]
         assert answered is not None
-        kept, all_rows = kept_of(options, rows, settings["seed"]), Counter(plain_answer(row["output"]) for row in rows)
+        kept = kept_of(settings["method"], rows, settings["seed"])
+        all_rows = Counter(plain_answer(row["output"]) for row in rows)
         answers, targets = Counter(map(plain_answer, answered.texts())), Counter(answered.targets_N.tolist())
         for number, label in enumerate(map(plain_answer, answered.labels)):
             yield (

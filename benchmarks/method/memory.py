@@ -47,29 +47,29 @@ SUITE, NUM_ROWS = "9", 150
 FEWEST_PAIRS, MOST_UNLEARNED, MOST_LOST = 3, 0.5, 4.0
 OPTIONS: dict[str, dict[str, Any]] = {
     # Experiment 1: labels and answers on the same 50 rows, which the task was not trained on.
-    "answers": {"rows": "unused"},
-    "both": {"rows": "unused", "beta": 0.5},
-    "labels": {"rows": "unused", "beta": 1.0},
+    "answers": {},
+    "both": {"beta": 0.5},
+    "labels": {"beta": 1.0},
     # The same with rows that the task was trained on: a quarter of 150.
     "learned-answers": {},
     "learned-both": {"beta": 0.5},
     "learned-labels": {"beta": 1.0},
     # Experiment 2: closing steps after the training, on new and old rows alike; all layers, or the last four.
-    "both-closing-25": {"rows": "unused", "beta": 0.5, "closing_steps": 25},
-    "both-closing-50": {"rows": "unused", "beta": 0.5, "closing_steps": 50},
-    "both-closing-25-top": {"rows": "unused", "beta": 0.5, "closing_steps": 25, "closing_layers": 4},
+    "both-closing-25": {"beta": 0.5, "closing_steps": 25},
+    "both-closing-50": {"beta": 0.5, "closing_steps": 50},
+    "both-closing-25-top": {"beta": 0.5, "closing_steps": 25, "closing_layers": 4},
     "learned-both-closing-25": {"beta": 0.5, "closing_steps": 25},
     # Experiment 3: few rehearsed rows while the new task is learned, more at the end; old tasks weigh more when many.
-    "both-ramp": {"rows": "unused", "beta": 0.5, "ramp": True},
-    "both-root": {"rows": "unused", "beta": 0.5, "root_weight": True},
-    "both-ramp-root": {"rows": "unused", "beta": 0.5, "ramp": True, "root_weight": True},
+    "both-ramp": {"beta": 0.5, "ramp": True},
+    "both-root": {"beta": 0.5, "root_weight": True},
+    "both-ramp-root": {"beta": 0.5, "ramp": True, "root_weight": True},
     "learned-both-ramp": {"beta": 0.5, "ramp": True},
     # Experiment 4: more rehearsed rows when there are many old tasks.
-    "both-late-8": {"rows": "unused", "beta": 0.5, "late_per_step": 8},
-    "both-8": {"rows": "unused", "beta": 0.5, "per_step": 8},
+    "both-late-8": {"beta": 0.5, "late_per_step": 8},
+    "both-8": {"beta": 0.5, "per_step": 8},
     "learned-both-8": {"beta": 0.5, "per_step": 8},
 }
-"""Arm → the options of the strategy `one_memory`, or `one_memory_unused`."""
+"""Arm → the options of the strategy `one_memory`, if its name begins with learned, else of `one_memory_unused`."""
 RIVALS: dict[str, tuple[str, MethodConfig]] = {
     "plain": ("seq_lora", MethodConfig()),
     "joint": ("joint", MethodConfig()),
@@ -80,12 +80,16 @@ RIVALS: dict[str, tuple[str, MethodConfig]] = {
 }
 
 
-def _ours(options: dict[str, Any]) -> tuple[str, MethodConfig]:
-    strategy = one_memory.OneMemoryUnused if options.get("rows") == "unused" else one_memory.OneMemory
-    return strategy.name, MethodConfig(strategy_options=options)
-
-
-ARMS = {**{name: _ours(options) for name, options in OPTIONS.items()}, **RIVALS}
+ARMS = {
+    **{
+        name: (
+            one_memory.OneMemory.name if name.startswith("learned") else one_memory.OneMemoryUnused.name,
+            MethodConfig(strategy_options=options),
+        )
+        for name, options in OPTIONS.items()
+    },
+    **RIVALS,
+}
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 

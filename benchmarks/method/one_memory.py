@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftModel
 
@@ -36,8 +36,6 @@ class MemoryOptions:
 
     beta: Share = 0.0
     """β: weight of the right label in the target. 0: the parent's re-centred answer alone. 1: the label alone."""
-    rows: Literal["unused", "learned"] = "learned"
-    """learned: rows that the old task was trained on, as `rehearsal.rows` keeps them. unused: 50 further rows."""
     per_step: Count = 4
     """Rehearsed rows of a step, on average."""
     late_per_step: CountOrZero = 0
@@ -86,17 +84,12 @@ def rows_of_steps(options: MemoryOptions, num_steps: int, num_olds: int) -> list
 
 
 class OneMemory(Deal):
-    """DEAL with other weights, numbers and times of the rehearsed rows, or with closing steps."""
+    """DEAL with other weights, numbers and times of its kept rows, or with closing steps."""
 
     name = "one_memory"
     reads = ("deal", "rehearsal.rows")
     Options = MemoryOptions
     revision = 2  # rows that were learned come from the adapter's folder
-
-    def __init__(self, config: MethodConfig, seed: int) -> None:
-        options = self.options_of(config)
-        rows = config.rehearsal.rows if options.rows == "learned" else 0
-        super().__init__(replace(config, rehearsal=RehearsalConfig(rows=rows)), seed)
 
     @classmethod
     def rehearsed_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
@@ -111,12 +104,13 @@ class OneMemory(Deal):
         self._old: list[list[RehearsedRow]] = []
         seed = self.seed + SEED_STRIDE * self.num_arrivals if context.old_tasks else self.seed
         generator = random.Random(seed)
-        if options.rows == "unused":
+        if self.asks_further_rows:
             olds = [old for old in context.old_texts if len(old.rows) and old.task.name != context.task.name]
             self._old = [asked(self.model, context, old, generator, answer_weight=options.beta) for old in olds]
         else:
             for old in context.old_tasks:
-                if rows := unpack(self._kept[rows_name(old.name)]):
+                name = rows_name(old.name)
+                if name in self._kept and (rows := unpack(self._kept[name])):
                     self._old.append(with_targets(rows, old, self.model, context, generator, options.beta))
         if not self._old:
             return None
@@ -143,10 +137,14 @@ class OneMemory(Deal):
 
 
 class OneMemoryUnused(OneMemory):
-    """The same with further rows of the old tasks, which they were not trained on."""
+    """The same with 50 further rows of each old task, which it was not trained on."""
 
     name = "one_memory_unused"
+    reads = ("deal",)
     asks_further_rows = True
+
+    def __init__(self, config: MethodConfig, seed: int) -> None:
+        super().__init__(replace(config, rehearsal=RehearsalConfig(rows=0)), seed)
 
 
 @settings("strategy_options")

@@ -264,7 +264,8 @@ def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
     if parent.kept_rows and not state.kept_rows:
         yield f"kept rows of {len(parent.kept_rows)} tasks are gone: rehearsal.rows is 0, or the strategy keeps none"
     others = parent.tensors.keys() - parent.kept_rows.keys()
-    if others and (parent.strategy != state.strategy or any(name.startswith(EARLIER_ROWS) for name in others)):
+    earlier = {name for name in others - state.tensors.keys() if name.startswith(EARLIER_ROWS)}
+    if earlier or (others and parent.strategy != state.strategy):
         yield (
             f"data that {parent.strategy} kept with the parent's adapter is gone: {state.strategy} of this release "
             "cannot use it"

@@ -36,7 +36,6 @@ ROWS_A_REQUEST = 50
 SETTINGS: dict[str, Any] = {
     "lineage": LINEAGE,
     "tasks": [TASK],
-    "memory": "rows",
     "gate": {**NO_LIMITS, "min_gain_over_champion_points": 10.0, "max_old_slice_drop_points": 20.0},
     "train": {
         "max_steps": 60,

@@ -139,15 +139,3 @@ def s3_server() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
-
-
-@pytest.fixture
-def few_rows_judge(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let only so many test rows of a task judge, and spare the others: tests have tens of rows."""
-    from tasks.lineage import frozen_rows
-
-    def judge(num_rows: int) -> None:
-        monkeypatch.setattr(frozen_rows, "MIN_JUDGING_ROWS", num_rows)
-        monkeypatch.setattr(frozen_rows, "MIN_OWN_TEXTS", 1)
-
-    return judge

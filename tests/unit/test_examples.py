@@ -19,7 +19,7 @@ import pytest
 import yaml
 from rapidfuzz import fuzz, process
 
-from deal_core.config import MAX_OWN_TEXTS, MIN_JUDGING_ROWS
+from deal_core.method_config import RehearsalConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -114,9 +114,9 @@ def test_labels_are_balanced_in_both_splits(domain: str) -> None:
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_the_default_memory_rehearses_as_many_rows_as_it_may(domain: str) -> None:
-    num_test = sum(row.split == "test" for row in load_rows(domain))
-    assert num_test >= MIN_JUDGING_ROWS + MAX_OWN_TEXTS
+def test_the_defaults_keep_as_many_rows_as_the_readme_says(domain: str) -> None:
+    num_train = sum(row.split == "train" for row in load_rows(domain))
+    assert (num_train, RehearsalConfig().num_kept(num_train)) == (102, 26)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

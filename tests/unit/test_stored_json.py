@@ -212,6 +212,12 @@ def test_an_unknown_field_inside_is_refused(name: str, path: tuple[Any, ...]) ->
         type(STORED[name][0]).from_json(values)
 
 
+def test_a_record_of_before_kept_rows_is_read_without_what_it_says_of_memory() -> None:
+    """It also says which test rows did not judge. All judge now."""
+    record = LineageRecord.from_json({**golden("record"), "memory": "tests", "spared": "all"})
+    assert record == RECORD and record.to_json() == golden("record")
+
+
 @pytest.mark.parametrize("name", STORED)
 def test_a_missing_field_is_refused(name: str) -> None:
     for field in ("lineage", "tasks", "task"):

@@ -42,11 +42,13 @@ def test_preferences_are_learned_kept_and_judged_by_their_numbers(tiny_base: Pat
     second = run(tiny_base, BANK, train={**train, "max_steps": 3})
     assert second.status == "promoted" and second.metrics == {"tone": "preference", "bank": "exact"}
     _, page = page_of(second)
+    assert "rehearsed 10 rows of one old task, 4 a step" in page, "both answers of a quarter of 20 pairs"
     assert "settings that differ from version 1&#39;s: train.max_steps 3 (before: 12), gate.min_gain_points" in page
 
     opposite = {"name": "tone", "data": write(tmp_path / "opposite.jsonl", is_swapped=True)}
     strict = {**PASS, "max_drop_points": 10, "min_gain_over_champion_points": 0}
-    worse = run(tiny_base, opposite, train=train, gate=strict)
+    # without rehearsal: the pairs that were kept would hold it to the first preferences
+    worse = run(tiny_base, opposite, strategy="seq_lora", train=train, gate=strict)
     assert worse.rejected and "tone: preferred answers" in worse.reasons[0]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError
-from deal_core.strategies.strategy import TaskTexts
-from deal_core.training import recentre
 from flows.adapt import AdaptResult
 from flows.cli.app import app
 from flows.forget import forget
 from tasks.context import current_store
-from tasks.lineage.frozen_rows import read_answers
 from tasks.lineage.record import read_record
 from tests.adapting import PASS, page_of, run
 from tests.in_process import put_back
@@ -76,32 +72,6 @@ def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
     later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"))
     assert later.status == "promoted" and set(later.accuracies) == {"colours", "colours.old-1"}
     assert read_record(current_store(), f"adapters/l/{later.run_key[:16]}").slices == record.slices
-
-
-def test_no_row_judges_a_version_that_was_recentred_on_its_text(
-    home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rows_judge: Callable[[int], None]
-) -> None:
-    """The new rows judge and teach; of the rows before, some judged and taught the parent."""
-    few_rows_judge(5)  # of 10
-    taught: list[set[str]] = []
-
-    def record_texts(base: Any, folder: Any, tasks: Sequence[TaskTexts], *rest: Any) -> tuple[str, ...]:
-        taught.append({digest for each in tasks for digest in each.rows["sha256"]})
-        return ()
-
-    monkeypatch.setattr(recentre, "recentre_adapter", record_texts)
-    settings: dict[str, Any] = {
-        "strategy": "seq_lora",
-        "train": {**TRAIN, "max_steps": 2, "recentre_steps": 1},
-        "gate": PASS,
-    }
-    run(tiny_base, file_of(tmp_path, "january", "warm", "cold"), **settings)
-    renew(home)
-    now = run(tiny_base, file_of(tmp_path, "july", "cold", "warm"), **settings)
-    judging = read_answers(current_store(), f"adapters/l/{now.run_key[:16]}").now
-    assert {name: len(answers) for name, answers in judging.items()} == {"colours": 5, "colours.old-1": 5}
-    assert [len(texts) for texts in taught] == [5, 5] and not taught[0] & taught[1], "the new rows teach"
-    assert not set().union(*judging.values()) & set().union(*taught)
 
 
 @pytest.mark.nightly

@@ -13,7 +13,7 @@ import benchmarks  # noqa: F401  its scores
 import tasks.adaptation.train as train_stage
 from deal_core.adapter.state import load_method_state
 from deal_core.method_config import SelectionConfig
-from deal_core.strategies.rehearsal import unpack
+from deal_core.strategies.kept_rows import rows_name, unpack
 from deal_core.training.train import TrainingJob
 from tasks.context import current_store
 from tasks.lineage.version_files import borrowed_adapter
@@ -37,11 +37,10 @@ class _DiedError(Exception):
 def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
     tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(tiny_base, BANK, train=TRAIN, selection={"keep": 16}, memory="rows")
+    first = run(tiny_base, BANK, train=TRAIN, selection={"keep": 16})
     assert first.num_steps == 4 and first.dataset.num_train == 72
     settings: dict[str, Any] = {
         "train": TRAIN,
-        "memory": "rows",
         "selection": {"score": "loss", "keep": 0.25, "noise": "name"},
     }
     trained_on: list[list[str]] = []
@@ -70,5 +69,8 @@ def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
     assert f"learned from {kept} of {second.dataset.num_train} rows" in page
     assert "labels that were checked" in page or "no label could be checked" in page
     with borrowed_adapter(current_store(), version_of(second), with_method=True) as folder:
-        stored = [len(unpack(rows)) for _, rows in sorted(load_method_state(folder).stored_rows.items())]
-    assert stored == [2, max(1, round(0.1 * kept))], "a tenth of the chosen rows, not of all"
+        rows = load_method_state(folder).kept_rows
+    assert {name: len(unpack(packed)) for name, packed in rows.items()} == {
+        rows_name("bank"): 4,
+        rows_name("clinic"): round(kept / 4),
+    }, "a quarter of the chosen rows, not of all"

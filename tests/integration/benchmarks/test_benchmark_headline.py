@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from benchmarks.headline import CELLS, arms, bootstrap_ratio, headline, judged_accuracy, main, t_interval, worst_task
 from benchmarks.method.protocol import JUDGED
-from benchmarks.stored_cells import read_stored_cells
-from deal_core.benchmark.summary import CellJson, departures, name_of_memory, protocols
+from benchmarks.stored_cells import Memory, name_of_memory, read_stored_cells
+from deal_core.benchmark.summary import CellJson, departures, protocols
 
 app = typer.Typer()
 app.command()(main)
@@ -93,11 +93,10 @@ def test_cells_of_other_training_settings_have_tables_of_their_own(cells: list[C
 def test_an_arm_has_the_cells_of_its_memory_alone(cells: list[CellJson]) -> None:
     for protocol in protocols(cells):
         found = arms(protocol)
-        for cell in found["memory rows"]:
-            method = cell["settings"]["method"]
-            assert (method["rehearsal.texts"], method["rehearsal.stored_share"]) == ("both", 0.1)
-        for memory, texts in (("none", "arrival"), ("tests", "own")):
-            assert all(cell["settings"]["method"]["rehearsal.texts"] == texts for cell in found[f"memory {memory}"])
+        for memory in get_args(Memory):
+            methods = [cell["settings"]["method"] for cell in found[f"memory {memory}"]]
+            assert all(method["memory"] == memory for method in methods)
+            assert not [name for method in methods for name in method if name.startswith("rehearsal.")]
         ids = [id(cell) for each in found.values() for cell in each]
         assert len(ids) == len(set(ids))
 

@@ -17,6 +17,7 @@ from benchmarks.tiny_tasks import COLOURS_AND_SIZES, write_tasks
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.method_config import MethodConfig, RehearsalConfig
 from flows.benchmark import PROTOCOL, BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
 from flows.cli.app import app
 from tasks.adaptation.run import identify_base
@@ -88,7 +89,8 @@ def test_a_cell_that_another_process_holds_is_left_to_it(spec: BenchmarkSpec, ho
 
 
 def test_cells_whose_first_version_another_process_makes_come_after_all_others(spec: BenchmarkSpec, home: Path) -> None:
-    spec = spec.model_copy(update={"strategies": ("deal", "seq_lora", "base")})
+    keeps_none = MethodConfig(rehearsal=RehearsalConfig(rows=0))  # else its first version has kept rows
+    spec = spec.model_copy(update={"strategies": ("deal", "seq_lora", "base"), "methods": (keeps_none,)})
     deal, plain, _ = (cell for cell, _ in cells_of(spec, identify_base(spec.base_model)))
     shared = deal.shared_digest()
     assert shared is not None and shared == plain.shared_digest()
@@ -126,7 +128,7 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         tasks=list(COLOURS_AND_SIZES),
         base_model=spec.base_model,
         train="{}",
-        methods=["{}", '{"deal": {"core": "frozen"}}', '{"rehearsal": {"texts": "own", "rows_per_step": 2}}'],
+        methods=["{}", '{"deal": {"core": "frozen"}}', '{"rehearsal": {"rows": 0, "per_step": 2}}'],
         strategies=["deal", "seq_lora"],
         seeds=[0, 1],
     )
@@ -138,21 +140,8 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         ("seq_lora", 1),
     ]
     assert {cell.train.seed for cell in cells} == {0, 1}
-    assert {cell.method["rehearsal.texts"] for cell in cells if cell.strategy == "deal"} == {"own"}, "as a new lineage"
-
-
-@pytest.mark.parametrize(
-    ("method", "texts"), [('{"memory": "none"}', "arrival"), ('{"rehearsal": {"texts": "stored"}}', "stored")]
-)
-def test_a_method_can_have_a_memory(method: str, texts: str) -> None:
-    (found,) = spec_from_options(data="x", train="{}", methods=[method], suite="4").methods
-    assert found.rehearsal.texts == texts
-
-
-@pytest.mark.parametrize(("memory", "shown"), [('"all"', "'all'"), ("[]", r"\[\]"), ("null", "None")])
-def test_an_unknown_memory_is_named(memory: str, shown: str) -> None:
-    with pytest.raises(ConfigError, match=rf"memory is {shown}; give none, tests, rows\."):
-        spec_from_options(data="x", train="{}", methods=[f'{{"memory": {memory}}}'], suite="4")
+    rows = [cell.method["rehearsal.rows"] for cell in cells if cell.strategy == "deal"]
+    assert sorted(rows) == [0, 0, 50, 50, 50, 50]
 
 
 def test_the_commands_adapter_and_training_reach_the_cells(
@@ -184,6 +173,7 @@ def test_the_commands_adapter_and_training_reach_the_cells(
     ("options", "message"),
     [
         ({"methods": ['{"deal": {"cor": 1}}']}, r"unknown key 'methods.0.deal.cor'"),
+        ({"methods": ['{"memory": "rows"}']}, r"'methods.0.memory' is no setting any more: set rehearsal.rows, "),
         ({"train": '{"speed": 1}'}, r"unknown key 'train.speed'; remove it, or give one of learning_rate"),
         ({"train": "core=soft"}, "is not JSON"),
         ({"train": "[1]"}, "is no JSON object"),

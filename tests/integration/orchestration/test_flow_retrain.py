@@ -64,7 +64,6 @@ def add(base: Path, **policy: Any) -> WatchedLineage:
         "lineage": "l",
         "base_model": str(base),
         "gate": NO_LIMITS,
-        "memory": "none",
         "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
         "retrain": policy,
     }

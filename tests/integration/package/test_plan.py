@@ -66,10 +66,16 @@ def test_a_plan_counts_the_chosen_rows_and_says_what_choosing_costs(plan: Plan) 
     assert "72 training (18 chosen)" in text and "before the training" not in text  # random needs no model
 
 
-def test_a_plan_says_what_recentring_costs(plan: Plan) -> None:
-    found = json.loads(plan("--json", recentre_steps=40).stdout)["plan"]
-    (note,) = (note for note in found["notes"] if "re-centre the labels" in note)
-    assert f"40 steps follow that re-centre the labels, about {round(40 * found['seconds_per_step']):,} s" in note
+def test_a_plan_says_how_many_rows_are_kept_and_rehearsed(plan: Plan) -> None:
+    """The first arrival of a lineage rehearses none."""
+
+    def shown(**parts: object) -> str:
+        return " ".join(plan("--no-probe", parts=parts).stdout.split())
+
+    assert "72 training, 36 test, 0 bad; 8 a step; 18 are kept for later arrivals" in shown()
+    assert "72 training (16 chosen), 36 test, 0 bad; 8 a step; 4 are kept" in shown(selection={"keep": 16})
+    for parts in ({"rehearsal": {"rows": 0}}, {"strategy": "seq_lora"}):
+        assert "8 a step" in shown(**parts) and "kept for later" not in shown(**parts)
 
 
 def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:

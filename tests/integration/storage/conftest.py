@@ -14,6 +14,8 @@ import pytest
 
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import read_entry
+from deal_core.strategies.kept_rows import pack
+from deal_core.strategies.rehearsal import RehearsedRow
 from flows.adapt import AdaptResult
 from flows.gc import GcResult, gc
 from infra.serving.prediction_log import PredictionLog
@@ -27,10 +29,10 @@ SECRET = "Zanzibar-4711"
 
 @pytest.fixture(scope="session")
 def kept_home(tiny_base: Path, home_made_once: MakeOnce) -> Path:
-    """A home whose lineage has learned a landed file by replay, one bad row and one with a secret in it."""
+    """A home whose lineage has learned a landed file, one bad row and one with a secret in it."""
 
     def make(folder: Path) -> None:
-        result = run(tiny_base, land(), strategy="replay", rehearsal={"stored_share": 0.2})
+        result = run(tiny_base, land())
         (folder / "result.json").write_text(result.model_dump_json())
 
     return home_made_once("kept-home", make)
@@ -91,3 +93,9 @@ def holding(home: Path, text: str) -> list[str]:
         if text.encode() in content:
             found.append(str(path))
     return found
+
+
+def holding_row(home: Path, row: RehearsedRow) -> list[str]:
+    """Files in the home that contain a row's tokens, as a version keeps them."""
+    tokens = pack([row]).numpy().tobytes()
+    return [str(path) for path in home.rglob("*") if path.is_file() and tokens in path.read_bytes()]

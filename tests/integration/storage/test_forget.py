@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deal_core.adapter.state import kept_of_tasks
+from deal_core.adapter.state import kept_of_tasks, load_method_state
 from deal_core.errors import ConfigError, DataValidationError, StoreError
-from deal_core.strategies.questions import answers_name
+from deal_core.strategies.kept_rows import rows_name, unpack
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.cli.data import show_forget_plan
@@ -36,7 +36,7 @@ from tasks.lineage.version_files import borrowed_adapter
 from tasks.mlflow_mirror import sync_lineage
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, CLINIC, run
-from tests.integration.storage.conftest import SECRET, holding, keys, land, logged, logging
+from tests.integration.storage.conftest import SECRET, holding, holding_row, keys, land, logged, logging
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -110,10 +110,13 @@ def test_a_run_that_dies_before_it_ends_leaves_no_training_rows(
 def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     tiny_base: Path, home: Path, tmp_path: Path
 ) -> None:
-    first = run(tiny_base, land(), strategy="replay", rehearsal={"stored_share": 0.2})
-    second = run(tiny_base, CLINIC, rehearsal={"stored_share": 0.2})
+    first, second = run(tiny_base, land()), run(tiny_base, CLINIC)
     store = current_store()
-    assert holding(home, SECRET)
+    with borrowed_adapter(store, find_version(store, "l", "2"), with_method=True) as folder:
+        kept = load_method_state(folder).kept_rows
+    mine, others = (unpack(kept[rows_name(task)]) for task in ("bank", "clinic"))
+    assert len(mine) == len(others) == 18
+    assert holding(home, SECRET) and all(holding_row(home, row) for row in (*mine, *others))
     for uri in (f"adapters/l/{result.run_key[:16]}" for result in (first, second)):
         store.put_bytes(f"{uri}/answers.json", b"{}")
     store.put_bytes(report_key("l", second.run_key, "report.json"), json.dumps({"lost": [SECRET]}).encode())
@@ -145,14 +148,17 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     done = asyncio.run(forget("inbox/bank/may.jsonl", "the customer asked"))
     assert done.plan.held == plan.held
     assert holding(home, SECRET) == []
+    assert not [row for row in mine if holding_row(home, row)], "also of those that the versions keep"
+    assert all(holding_row(home, row) for row in others), "another task's rows stay"
     assert keys("datasets/bank") == keys("quarantine") == keys("inbox") == []
     assert not [key for key in keys("adapters") if key.endswith("answers.json")]
     assert not [path for name in ("report.*", "method.*") for path in home.joinpath("mlflow-artifacts").rglob(name)]
     assert done.waits_for_mlflow == () and not [key for key in keys("mlflow") if key.endswith(".forget")]
-    for number, is_mine in (("1", [True]), ("2", [True, False])):
+    clinic = len(kept[rows_name("clinic")])
+    for number, sizes in (("1", {"bank": 0}), ("2", {"bank": 0, "clinic": clinic})):
         version, local = find_version(store, "l", number), tmp_path / number
         store.download_folder(version.adapter_uri, local)
-        assert [size == 0 for size in kept_of_tasks(local).values()] == is_mine, "another task's rows stay"
+        assert kept_of_tasks(local) == {rows_name(task): size for task, size in sizes.items()}
         with borrowed_adapter(store, version, with_method=True):
             pass  # the digests of the replaced files were recorded
     assert done.tombstone.versions == ("l/1", "l/2")
@@ -169,36 +175,6 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     with pytest.raises(TestRowsForgottenError, match="arrival of 'bank' with test rows"):
         run(tiny_base, CLINIC, again=True)
     _judged_anew(tiny_base, tmp_path, second)
-
-
-@pytest.mark.nightly
-def test_kept_answers_to_the_texts_of_a_forgotten_arrival_are_gone(
-    tiny_base: Path, tmp_path: Path, few_rows_judge: Callable[[int], None]
-) -> None:
-    few_rows_judge(20)  # of 36
-    asked = {"texts": "own", "answers": "first"}
-    first = run(tiny_base, BANK, rehearsal=asked)
-    run(tiny_base, CLINIC, rehearsal=asked)
-    run(tiny_base, {**CLINIC, "name": "wards", "instruction": "Which ward?"}, rehearsal=asked)
-
-    def lengths(version: str) -> dict[str, list[int]]:
-        """By task, the lengths of the tensors with its answers."""
-        folder = tmp_path / f"{version}-{len(list(tmp_path.iterdir()))}"
-        current_store().download_folder(find_version(current_store(), "l", version).adapter_uri, folder)
-        found = kept_of_tasks(folder)
-        return {
-            task: [size for name, size in found.items() if name.startswith(answers_name(task))]
-            for task in ("bank", "clinic")
-        }
-
-    assert lengths("1") == {"bank": [], "clinic": []}
-    assert all(lengths("2")["bank"]) and lengths("2")["clinic"] == []
-    assert all(lengths("3")["bank"]) and all(lengths("3")["clinic"])
-    plan = plan_forget(first.dataset.sha256[:8])
-    assert [each.version for each in plan.held if each.kind == "rows kept by the method"] == ["2", "3"]
-    asyncio.run(forget(first.dataset.sha256[:8]))
-    assert lengths("2")["bank"] == lengths("3")["bank"] == [0] * 5
-    assert all(lengths("3")["clinic"]), "another task's answers stay"
 
 
 def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult, unjudged: Collection[str] = frozenset()) -> None:
@@ -349,10 +325,10 @@ def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
     texts = [f"My card {number} {SECRET}" for number in range(20)]
     june.write_text("".join(json.dumps({"text": text, "label": "lost card"}) + "\n" for text in texts))
     other.write_text("".join(f'{{"text": "My card {number}", "label": "lost card"}}\n' for number in range(20)))
-    retained, replay = {"retain_training_rows": True}, {"strategy": "replay", "rehearsal": {"stored_share": 0.5}}
+    retained = {"retain_training_rows": True}
     named = run(tiny_base, {"name": "bank", "data": str(june)}, data=retained)
     stays = run(tiny_base, {"name": "bank", "data": str(other)}, lineage="m", data=retained)
-    split = run(tiny_base, {"name": "bank", "data": str(june)}, lineage="m", data=retained, **replay)
+    split = run(tiny_base, {"name": "bank", "data": str(june)}, lineage="m", data=retained)
     shares = run(tiny_base, {"name": "bank", "data": str(june)}, lineage="n", data={**retained, "test_share": 0.5})
     digests = {each.dataset.sha256 for each in (named, split, shares)}
     assert len(digests) == 3 and split.dataset.num_test == 0, "the same rows, split in three ways"

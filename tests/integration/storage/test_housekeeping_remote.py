@@ -65,11 +65,9 @@ def test_what_goes_is_gone_from_both_servers(tiny_base: Path, bucket: S3Store, a
     first = run(
         tiny_base,
         {**BANK, "data": bucket.uri_of("inbox/bank/may.jsonl")},
-        strategy="replay",
         data={"retain_training_rows": True},
-        rehearsal={"stored_share": 1.0},
     )
-    rejected = run(tiny_base, CLINIC, gate=FAIL, rehearsal={"stored_share": 1.0})
+    rejected = run(tiny_base, CLINIC, gate=FAIL)
     assert (first.status, rejected.status) == ("promoted", "rejected")
     assert any("quarantine" in key for key in holding(bucket, artifacts, SECRET))
 

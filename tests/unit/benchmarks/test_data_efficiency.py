@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.data_efficiency import ALL, RANDOM, main, tables
-from deal_core.benchmark.cell import settings_read
+from deal_core.benchmark.cell import revision_of, settings_read
 from deal_core.method_config import MethodConfig, SelectionConfig
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,7 @@ def cell(bits: str, *, method: MethodConfig | None = None, seed: int = 0, **trai
         "scored": "last",
         "method": json.loads(json.dumps(settings_read("deal", method or MethodConfig()))),
         "train": {"max_prompt_tokens": 160, **train},
-        "revision": 2,
+        "revision": revision_of("deal"),
     }
     scores = {"yahoo": {"correct": bits[:4]}, "agnews": {"correct": bits[4:]}}
     versions = [{"scores": {}, "num_steps": 10}, {"scores": scores, "num_steps": 10}]
@@ -64,7 +64,7 @@ def test_an_option_is_compared_with_random_rows_and_with_all_rows():
     [
         cell("11110000", method=keeping(score="loss"), seed=1),
         cell("11110000", method=keeping(score="loss"), learning_rate=0.1),
-        cell("11110000", method=MethodConfig(**{**asdict(keeping(score="loss")), "rehearsal": {"texts": "none"}})),
+        cell("11110000", method=MethodConfig(**{**asdict(keeping(score="loss")), "rehearsal": {"rows": 0}})),
     ],
     ids=["seed", "rate", "method"],
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from benchmarks.stored_cells import FIXED, in_full, read_stored_cells
-from deal_core.benchmark.summary import protocols
+from benchmarks.stored_cells import FIXED, Memory, in_full, name_of_memory, read_stored_cells, with_memory
+from deal_core.benchmark.summary import departures, protocols
 from deal_core.config import TrainConfig
 from deal_core.errors import DataValidationError
 
@@ -56,6 +57,42 @@ def test_a_cell_without_the_settings_that_are_gone_shares_a_table_with_cells_tha
     assert then["settings"]["train"] == today["settings"]["train"] == said
     assert other["settings"]["train"]["min_steps"] == 77
     assert [len(table.cells) for table in protocols([then, today, other])] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [
+        ({"rehearsal.texts": "arrival"}, "none"),
+        ({"rehearsal.texts": "own"}, "tests"),
+        ({"rehearsal.texts": "both", "rehearsal.stored_share": 0.1}, "rows"),
+    ],
+    ids=["none", "tests", "rows"],
+)
+def test_what_a_cell_says_of_its_rehearsal_is_read_as_its_memory(said: dict[str, Any], memory: Memory) -> None:
+    """Settings that had their default then are left out, so that today's defaults have no part in it."""
+    then = {"rehearsal.answers": "parent", "rehearsal.rows_per_step": 4, "rehearsal.max_stored_rows": None, **said}
+    assert with_memory("deal", then) == {"memory": memory}
+    other = with_memory("deal", {**then, "deal.energy": 0.5, "rehearsal.rows_per_step": 8})
+    assert other == {"memory": memory, "deal.energy": 0.5, "rehearsal.rows_per_step": 8}
+    assert "memory" not in with_memory("replay", then), "it is a setting of `deal`"
+    cell = {"settings": {"strategy": "deal", "method": other, "train": {}, "revision": 3}}
+    assert departures(cell) == f"{name_of_memory(memory)}, rehearsal.rows_per_step 8, deal.energy 0.5"
+
+
+def test_a_rehearsal_that_no_memory_stood_for_is_said_as_it_was() -> None:
+    method = {"rehearsal.texts": "both", "rehearsal.stored_share": 0.2}
+    assert with_memory("deal", method) == method
+    assert with_memory("deal", {"rehearsal.texts": "none"}) == {"rehearsal.texts": "none"}
+    today = {"rehearsal.rows": 50, "rehearsal.per_step": 4}
+    assert with_memory("deal", today) == today, "a cell of this release"
+
+
+def test_stored_cells_of_deal_say_their_memory_and_no_cell_is_taken_for_one_that_keeps_rows() -> None:
+    cells = [cell for cell in read_stored_cells(RESULTS / "continual") if cell["settings"]["strategy"] == "deal"]
+    earlier = [cell for cell in cells if "rehearsal.rows" not in cell["settings"]["method"]]
+    memories = {cell["settings"]["method"].get("memory") for cell in earlier}
+    assert {*get_args(Memory)} <= memories and len(earlier) > 20
+    assert all(departures(cell) for cell in earlier), "today's defaults have no name"
 
 
 def test_a_cell_of_an_unknown_version_is_refused(tmp_path: Path) -> None:

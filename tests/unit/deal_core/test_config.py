@@ -32,7 +32,6 @@ OPTIONAL = {
     "gate.min_accuracy": 0.5,
     "gate.max_old_slice_drop_points": 5.0,
     "gate.rollout_share": 0.5,
-    "rehearsal.max_stored_rows": 3,
 }
 WRONG: dict[type, list[Any]] = {
     float: [math.nan, math.inf, -math.inf, True, "3", [1.0], {}, 10**400],

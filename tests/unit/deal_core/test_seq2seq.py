@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import PLUGINS
+from deal_core.strategies.kept_rows import with_targets
+from deal_core.strategies.rehearsal import RehearsedRow
+from deal_core.strategies.strategy import TaskContext
 from tests.unit.deal_core.conftest import as_served, at_night, make_rows, train_into
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
@@ -147,6 +151,33 @@ def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
     )
     assert all(len(score["correct"]) == 4 for score in result["versions"][-1]["scores"].values())
     assert set(result["perplexity"].values()) == {None}  # running text has no source to be conditioned on
+
+
+@torch.no_grad()
+def test_the_target_of_a_kept_row_is_that_of_the_row_read_alone(base, parent, rows):
+    """Half of it are the tokens of the right answer. The answers differ in length."""
+    story = TaskSchema(name="story", format="completion", instruction="Go on.")
+    kept = [
+        RehearsedRow(encode_prompt(base.tokenizer, story, text, 64), encode_answer(base.tokenizer, story, answer, 50))
+        for text, answer in (("the sea", "red"), ("grass on a day without wind", "a very light blue"))
+    ]
+    context = TaskContext(
+        base=base,
+        task=story,
+        rows=rows(2),
+        encoded=rows(2),
+        old_tasks=(story,),
+        adapter=AdapterConfig(),
+        train=STEPS,
+    )
+    with adapter_on(base.model, parent) as model:
+        made = with_targets(kept, story, model, context, random.Random(0), 0.5)
+        for row in made:
+            ids, answer = torch.tensor([row.prompt_ids]), torch.tensor([row.answer_ids])
+            expected = 0.5 * model(input_ids=ids, labels=answer).logits[0].softmax(-1)
+            expected[range(len(row.answer_ids)), answer[0]] += 0.5
+            torch.testing.assert_close(row.shares_KN, expected.gather(-1, row.tokens_KN), atol=1e-5, rtol=1e-3)
+            assert row.tokens_KN[:, 0].tolist() == list(row.answer_ids), "the largest share"
 
 
 @torch.no_grad()

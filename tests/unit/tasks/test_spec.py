@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
+import yaml
 
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from deal_core.judging_config import RolloutTerms
-from deal_core.method_config import Memory
-from deal_pipeline import Lineage
 from tasks.lineage.choices import settings_of
-from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
+from tasks.spec import MOVED, AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -112,6 +111,42 @@ def test_a_setting_that_is_gone_is_refused_with_what_to_do(tmp_path: Path, part:
         read_spec(path)
 
 
+REHEARSAL = "set rehearsal.rows, the training rows that are kept of each task (0 keeps none), and rehearsal.per_step"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "remedy"),
+    [
+        (None, "memory", "tests", REHEARSAL),
+        ("rehearsal", "texts", "both", REHEARSAL),
+        ("rehearsal", "answers", "first", REHEARSAL),
+        ("rehearsal", "stored_share", 0.1, REHEARSAL),
+        ("rehearsal", "rows_per_step", 2, REHEARSAL),
+        ("train", "recentre_steps", 50, "rehearsed rows have calibrated labels, so leave it out"),
+    ],
+)
+def test_a_setting_of_what_kept_rows_replace_is_refused_with_what_to_do(
+    tmp_path: Path, part: str | None, name: str, value: object, remedy: str
+) -> None:
+    """One sentence, also where a lineage's file has the setting."""
+    given = f"{part}: {{{name}: {value}}}" if part else f"{name}: {value}"
+    key = f"{part}.{name}" if part else name
+    path = write(tmp_path / "s.yaml", f"{given}\ntask: {{name: t, data: x}}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_spec(path)
+    assert str(caught.value) == f"{path}: '{key}' is no setting any more: {remedy}"
+    with pytest.raises(ConfigError, match=re.escape(f"l.yaml: '{key}' is no setting any more: {remedy}")):
+        parse(LineageSpec, yaml.safe_load(given), "l.yaml")
+
+
+def test_old_tasks_are_rehearsed_by_two_settings() -> None:
+    schema = AdaptSpec.model_json_schema()
+    settings = schema["$defs"]["RehearsalConfig"]["properties"]
+    assert {name: setting["default"] for name, setting in settings.items()} == {"rows": 50, "per_step": 4}
+    todays = {*schema["properties"], *(f"rehearsal.{name}" for name in settings)}
+    assert not todays & MOVED.keys(), "no setting of today is refused as one that is gone"
+
+
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "s.yaml", "lineage: a/b\nx: 1\ntask: {name: t, data: x}\n")
     with pytest.raises(ConfigError, match=r"lineage.*unknown key 'x'"):
@@ -130,7 +165,8 @@ def test_a_missing_spec_is_a_config_error(tmp_path: Path) -> None:
         "deal: {energy: 0.9}",
         "gate: {max_drop_points: 1}",
         "evaluate: {max_new_tokens: 3}",
-        "train: {recentre_steps: 50}",
+        "rehearsal: {rows: 0}",
+        "rehearsal: {per_step: 2}",
         "data: {test_share: 0.3}",
         "task: {name: t, data: x, prompt: chat}",
         "train: {quantize: 4bit}",
@@ -139,8 +175,6 @@ def test_a_missing_spec_is_a_config_error(tmp_path: Path) -> None:
 )
 def test_every_setting_makes_another_run(change: str) -> None:
     adapter = AdapterConfig()
-    import yaml
-
     plain = {"task": {"name": "t", "data": "x"}}
     before = parse(AdaptSpec, plain, "a").config_sha256(adapter, "deal")
     after = parse(AdaptSpec, {**plain, **yaml.safe_load(change)}, "b").config_sha256(adapter, "deal")
@@ -220,29 +254,6 @@ def test_given_tells_only_what_was_said() -> None:
 def test_lineage_spec_has_no_task() -> None:
     with pytest.raises(ConfigError, match="unknown key 'task'"):
         parse(LineageSpec, {"task": {"name": "t", "data": "x"}}, "a")
-
-
-def test_memory_stands_for_settings_of_the_rehearsal() -> None:
-    plain = {"lineage": "l", "task": {"name": "t", "data": "x.csv"}}
-    rows, written_out = (
-        parse(AdaptSpec, {**plain, **change}, "a")
-        for change in (
-            {"memory": "rows"},
-            {"rehearsal": {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200}},
-        )
-    )
-    default, none = (parse(AdaptSpec, {**plain, **change}, "a") for change in ({}, {"memory": "none"}))
-    assert rows.method.rehearsal.keeps_rows and not none.method.rehearsal.keeps_rows
-    digests = [spec.config_sha256(AdapterConfig(), "deal") for spec in (rows, written_out, default, none)]
-    assert digests[0] == digests[1] != digests[2] == digests[3]
-    with pytest.raises(ConfigError, match=r"memory is rows, which decides rehearsal\.texts too"):
-        parse(AdaptSpec, {**plain, "memory": "rows", "rehearsal": {"texts": "stored"}}, "a")
-
-
-def test_the_python_api_knows_every_memory() -> None:
-    """The API imports nothing of the pipeline, so that it starts at once."""
-    literal = f"Literal[{', '.join(map(repr, get_args(Memory)))}] | None"
-    assert inspect.signature(Lineage.adapt).parameters["memory"].annotation == literal
 
 
 def test_labels_are_a_list_or_a_mapping_from_the_files_cells(tmp_path: Path) -> None:

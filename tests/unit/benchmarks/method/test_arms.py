@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.method import arms
-from deal_core.training import recentre
+from benchmarks.method import arms, recentre
 from tests.unit.benchmarks.conftest import LABELS
 
 

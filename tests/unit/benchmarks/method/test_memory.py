@@ -20,8 +20,8 @@ from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import load_suite
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError
-from deal_core.method_config import MethodConfig, RehearsalConfig
-from deal_core.strategies.rehearsal import Question
+from deal_core.method_config import MethodConfig
+from deal_core.strategies.rehearsal import RehearsedRow
 
 TASKS = ("dbpedia", "agnews")
 NUM_DEV, NUM_UNUSED = 4, 6
@@ -33,7 +33,7 @@ Learn = Callable[..., tuple[str, dict[str, Any]]]
 def learn(tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Learn:
     """Run a cell of two tasks; return the digest of its last adapter, and the cell."""
     base = load_base(str(tiny_base), tmp_path / "cache")
-    monkeypatch.setattr(benchmark_run, "MAX_OWN_TEXTS", 10)
+    monkeypatch.setattr(benchmark_run, "NUM_FURTHER_ROWS", 10)
 
     def learn(strategy: str, method: MethodConfig) -> tuple[str, dict[str, Any]]:
         cell = make_cell(
@@ -73,14 +73,28 @@ def options(**given: Any) -> MethodConfig:
     return MethodConfig(strategy_options=given)
 
 
-def test_answers_alone_are_todays_default_and_every_option_changes_what_is_learned(learn: Learn) -> None:
-    default, _ = learn("deal", MethodConfig(rehearsal=RehearsalConfig(texts="own")))
+def test_answers_alone_are_the_earlier_default(learn: Learn) -> None:
+    default, _ = learn("deal_asked", options(texts="own"))
     answers, cell = learn(*ARMS["answers"])
     assert answers == default, "the same rows, targets, order and steps"
-    changed = [{"beta": 1.0}, {"rows": "learned"}, {"per_step": 2}, {"ramp": True}, {"closing_steps": 2}]
-    digests = [learn("one_memory", options(**each))[0] for each in changed]
-    assert len({default, *digests}) == 1 + len(changed)
+    assert learn(*ARMS["learned-answers"])[0] != answers, "other rows"
     assert cell["settings"]["method"]["strategy_options.beta"] == 0.0, "the cell says the options that were not given"
+
+
+def test_labels_and_answers_in_halves_are_todays_default_and_every_option_changes_what_is_learned(learn: Learn) -> None:
+    default, _ = learn("deal", MethodConfig())
+    assert learn(*ARMS["learned-both"])[0] == default, "the same rows, targets, order and steps"
+    changed = [{"beta": 1.0}, {"per_step": 2}, {"ramp": True}, {"closing_steps": 2}]
+    digests = [learn("one_memory", options(**{"beta": 0.5, **option}))[0] for option in changed]
+    assert len({default, *digests}) == 1 + len(changed)
+
+
+def test_kept_rows_of_replay_have_a_weight(learn: Learn) -> None:
+    plain, light, same = (
+        learn(*method)[0]
+        for method in (ARMS["replay-4"], ARMS["replay-4-half"], ("weighted_replay", options(weight=1.0)))
+    )
+    assert plain == same != light
 
 
 def test_options_are_checked(learn: Learn) -> None:
@@ -101,7 +115,7 @@ def test_a_ramp_has_as_many_rows_as_equal_steps() -> None:
 
 
 def test_a_staged_rehearsal_draws_every_row_in_turn() -> None:
-    sets = [[Question([task, number], [0]) for number in range(3)] for task in range(2)]
+    sets = [[RehearsedRow([task, number], [0]) for number in range(3)] for task in range(2)]
     staged = StagedRehearsal(sets, None, [1, 2, 3], weight=1.0, seed=0)
     drawn = [staged.draw(step) for step in range(3)]
     assert [len(rows) for rows in drawn] == [1, 2, 3]

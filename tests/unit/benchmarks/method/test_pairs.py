@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.method.kept_labels import figures, kept_of
 from benchmarks.method.pairs import CELLS, OUT, compare, main, pairs_of
-from deal_core.method_config import RehearsalConfig
 
 
 def cell(bits: str, *, seed: int = 0, rate: float = 1e-3, base: float = 30.0, **method: Any) -> dict[str, Any]:
@@ -54,9 +53,13 @@ def test_a_gain_needs_four_cells_a_point_and_an_interval_above_zero(gained: list
 
 def test_kept_labels_are_those_of_the_rows_that_the_method_keeps():
     rows = [{"output": f"label {number % 10}"} for number in range(150)]
-    plain, fair = RehearsalConfig(stored_share=0.1), RehearsalConfig(stored_share=0.1, balance_stored=True)
+    plain, fair = {"memory": "rows"}, {"memory": "rows", "rehearsal.balance_stored": True}
     assert kept_of(plain, rows, 2).total() == kept_of(fair, rows, 2).total() == 15
     assert len(kept_of(plain, rows, 2)) < len(kept_of(fair, rows, 2)) == 10
+    assert kept_of({"memory": "none"}, rows, 2) == kept_of(plain, rows, 2), "chance alone"
+    stored = {"rehearsal.texts": "stored", "rehearsal.stored_share": 0.2}
+    assert kept_of(stored, rows, 2).total() == 30
+    assert kept_of({"rehearsal.rows": 50, "rehearsal.per_step": 4}, rows, 2).total() == 38, "a cell of this release"
 
 
 def test_labels_that_are_kept_too_often_and_answered_too_often_correlate():

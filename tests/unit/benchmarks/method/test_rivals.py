@@ -88,8 +88,8 @@ def test_lwf_asks_about_the_new_rows_also_of_a_task_that_returns() -> None:
     task = TaskSchema(name="t", labels=("a", "b"))
     first, second = (PlannedArrival(task=task, old_tasks=olds, num_rows=9, num_steps=3) for olds in ((), (task,)))
     lwf = strategy_class("lwf")
-    assert [lwf.questions_per_step(MethodConfig(), each) for each in (first, second)] == [0, 4]
-    assert [lwf.num_answered(MethodConfig(), each) for each in (first, second)] == [0, 9]
+    assert [lwf.rehearsed_per_step(MethodConfig(), arrival) for arrival in (first, second)] == [0, 4]
+    assert [lwf.num_answered(MethodConfig(), arrival) for arrival in (first, second)] == [0, 9]
 
 
 @pytest.mark.parametrize("strategy", ALL)
@@ -295,5 +295,5 @@ def test_a_lineage_may_go_on_with_another_strategy(before, strategy, train):
     second = train(strategy, first)
     assert load_method_state(second.folder).num_arrivals == 2
     lost = [note for note in second.result.notes if "gone" in note]
-    keeps = before in ("replay", "slao", "ewc")
-    assert bool(lost) == (keeps and before != strategy)
+    keep_rows = ("replay", "deal")
+    assert bool(lost) == (strategy not in keep_rows if before in keep_rows else strategy != before)

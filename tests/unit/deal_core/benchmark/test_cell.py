@@ -56,10 +56,9 @@ def test_a_selecting_cell_is_another_cell_and_shares_no_first_version(strategy: 
     idle = MethodConfig(selection=SelectionConfig(max_scored=9))
     assert made(strategy, idle).digest() == plain.digest() != selecting.digest()
     assert selecting.method["selection.keep"] == 0.3 and selecting.shared_digest() is None
-    memory = ["memory none"] if strategy == "deal" else []
-    assert departures({"settings": plain.to_json()}) == ", ".join(memory)
+    assert departures({"settings": plain.to_json()}) == ""
     assert departures({"settings": selecting.to_json()}) == ", ".join(
-        [*memory, "selection.keep 0.3", "selection.score loss", "selection.pick low"]
+        ["selection.keep 0.3", "selection.score loss", "selection.pick low"]
     )
 
 

@@ -31,7 +31,7 @@ from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import MethodConfig, RehearsalConfig, SelectionConfig
 from deal_core.selection.label_noise import features
 
-DEFAULTS = MethodConfig()
+DEFAULTS, KEEPS_NONE = MethodConfig(), MethodConfig(rehearsal=RehearsalConfig(rows=0))
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}
 TWO, THREE = tuple(LABELS)[:2], tuple(LABELS)
 TRAIN = TrainConfig(
@@ -147,7 +147,7 @@ def test_the_likeliest_label_can_be_the_answer(run):
 
 def test_the_last_version_answers_training_rows_that_no_cell_uses(run, monkeypatch):
     assert "unused" not in run("seq_lora", rows=6)
-    monkeypatch.setattr(benchmark_run, "MAX_OWN_TEXTS", 3)
+    monkeypatch.setattr(benchmark_run, "NUM_FURTHER_ROWS", 3)
     for strategy in ("seq_lora", "base"):
         unused = run(strategy, rows=6, scores_unused=True)["unused"]
         assert {name: len(score["correct"]) for name, score in unused.items()} == dict.fromkeys(TWO, 16 - 6 - 3)
@@ -185,13 +185,13 @@ def test_bounds_learn_every_task_alone_and_all_at_once_in_as_many_steps(run):
     assert sum(score["correct"].count("1") for score in final_scores(joint).values()) >= 3
 
 
-def test_old_tasks_are_rehearsed_by_instruction_or_from_kept_rows(run):
-    run("seq_lora")  # replay must not take its first version, which keeps no rows
-    deal, replay = run("deal"), run("replay")
-    assert "rehearsed 16 questions about old tasks (sets: 1)" in deal["versions"][1]["notes"][0]
-    assert "rehearsed 1 questions about old tasks (sets: 1)" in replay["versions"][1]["notes"][0]
-    assert (deal["stores"], deal["state_bytes"]) == ("nothing", 0)
-    assert replay["stores"] == "data" and replay["state_bytes"] > 0
+def test_old_tasks_are_rehearsed_from_kept_rows_or_on_the_new_texts(run):
+    run("seq_lora")  # `deal` and `replay` must not take its first version, which keeps no rows
+    deal, replay, without = run("deal"), run("replay"), run("deal", KEEPS_NONE)
+    for cell, num_rows in ((deal, 4), (replay, 4), (without, 16)):
+        assert cell["versions"][1]["notes"][0] == f"rehearsed {num_rows} rows of one old task, 4 a step"
+    assert (without["stores"], without["state_bytes"]) == ("nothing", 0)
+    assert deal["stores"] == replay["stores"] == "data" and deal["state_bytes"] == replay["state_bytes"] > 0
     assert len({version["adapter_bytes"] for version in deal["versions"]}) == 1
 
 
@@ -199,8 +199,9 @@ def test_a_first_version_is_made_once_for_the_cells_that_share_it(run, tmp_path)
     first = run("seq_lora")["versions"][0]
     (file,) = (tmp_path / "shared").glob("*/version.json")
     file.write_text(json.dumps({**first, "mark": 1}))
-    assert run("deal")["versions"][0] == {**first, "mark": 1}
-    assert "mark" not in run("replay")["versions"][0]
+    assert run("deal", KEEPS_NONE)["versions"][0] == {**first, "mark": 1}
+    for strategy in ("deal", "replay"):
+        assert "mark" not in run(strategy)["versions"][0]
 
 
 def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
@@ -252,7 +253,7 @@ def test_training_settings_and_rows_reach_the_cell(run):
     assert shorter["perplexity"]["base"] != shorter["perplexity"]["adapted"]
 
 
-def test_a_bound_trains_on_the_rows_that_a_memory_keeps(run):
+def test_a_bound_trains_on_a_tenth_of_the_rows(run):
     assert run("joint", tasks=THREE)["versions"][0]["num_steps"] == 12, "16 rows of each task in batches of 4"
     assert run("joint_memory", tasks=THREE)["versions"][0]["num_steps"] == 2, "2 rows of each task"
 
@@ -310,20 +311,9 @@ def test_features_do_not_depend_on_the_batch(base: BaseModel):
     assert not torch.allclose(together_ND[0], together_ND[2]), "the features tell texts apart"
 
 
-def test_a_task_without_further_rows_is_named_and_asked_about_the_new_texts(run):
-    method = MethodConfig(rehearsal=RehearsalConfig(texts="own"))
-    without, rows_left = (run("deal", method, rows=rows)["versions"][1]["notes"] for rows in (16, 8))
-    note = "colours has no training rows left to be asked about"
-    assert note in without and note not in rows_left
-    assert any(each.startswith("rehearsed") for each in without)
-
-
-def test_labels_are_recentred_on_rows_that_the_cell_does_not_train_on(run):
-    """Every version after its training, on all tasks that it has learned."""
-    closing = replace(TRAIN, recentre_steps=2)
-    for strategy, counts in {"seq_lora": [1, 2], "per_task": [1, 1], "joint": [2]}.items():
-        versions = run(strategy, rows=12, train=closing)["versions"]
-        said = [note for version in versions for note in version["notes"] if note.startswith("re-centred")]
-        assert [note.split(" of ")[1][0] for note in said] == [str(count) for count in counts]
-    with pytest.raises(ConfigError, match=r"colours has 16 training rows; give --rows 1"):
-        run("seq_lora", rows=16, train=closing)
+def test_a_strategy_that_asks_for_further_rows_is_told_which_task_has_none(run):
+    method = MethodConfig(strategy_options={"texts": "own"})
+    without, rows_left = (run("deal_asked", method, rows=rows)["versions"][1]["notes"] for rows in (16, 12))
+    note = "colours has no training rows left to rehearse"
+    assert note in without and "rehearsed 16 rows of one old task, 4 a step" in without, "the new task's texts"
+    assert note not in rows_left and "rehearsed 4 rows of one old task, 4 a step" in rows_left

@@ -257,11 +257,11 @@ def cell(strategy: str = "deal", tasks: tuple[str, ...] = ("c", "a", "b"), **cha
 
 
 def test_a_cell_is_decided_by_what_its_strategy_reads():
-    other = MethodConfig(deal=DealConfig(core="frozen"), rehearsal=RehearsalConfig(stored_share=0.5))
+    other = MethodConfig(deal=DealConfig(core="frozen"), rehearsal=RehearsalConfig(rows=7))
     assert cell().digest() != cell(method=other).digest() != cell(method=replace(other, deal=DealConfig())).digest()
     assert cell("replay", method=replace(other, deal=DealConfig())) == cell("replay", method=other) != cell("replay")
     assert cell("seq_lora", method=other) == cell("seq_lora") and cell("seq_lora").method == {}
-    assert cell("replay", method=other).method["rehearsal.stored_share"] == 0.5
+    assert cell("replay", method=other).method["rehearsal.rows"] == 7
     with pytest.raises(ConfigError, match="Strategy 'seq_lora' has no option 'weight'; it takes none"):
         cell("seq_lora", method=MethodConfig(strategy_options={"weight": 7.0}))
 
@@ -288,14 +288,14 @@ def test_what_is_scored_after_each_task():
 
 
 def test_a_first_task_is_shared_where_it_is_plain_lora_and_keeps_nothing_else():
-    shared = cell("seq_lora").shared_digest()
+    shared, none = cell("seq_lora").shared_digest(), RehearsalConfig(rows=0)
     assert shared is not None
-    assert cell().shared_digest() == shared
-    assert cell(method=MethodConfig(deal=DealConfig(energy=0.5))).shared_digest() == shared
-    assert cell(tasks=("c", "a", "x")).shared_digest() == shared
-    assert cell(scored="ends").shared_digest() != shared and cell(seed=2).shared_digest() != shared
-    assert cell(tasks=("c", "x", "a")).shared_digest() != shared  # the second task is scored before it is learned
-    for texts in ("stored", "both"):
-        assert cell(method=MethodConfig(rehearsal=RehearsalConfig(texts=texts))).shared_digest() is None
-    for strategy in set(OWN) - {"deal", "seq_lora"} | {"joint", "per_task"}:
+    assert cell(method=MethodConfig(rehearsal=none)).shared_digest() == shared
+    assert cell(method=MethodConfig(rehearsal=none, deal=DealConfig(energy=0.5))).shared_digest() == shared
+    assert cell("seq_lora", tasks=("c", "a", "x")).shared_digest() == shared
+    for changes in ({"scored": "ends"}, {"seed": 2}, {"tasks": ("c", "x", "a")}):  # it scores the second task too
+        assert cell("seq_lora", **changes).shared_digest() not in (shared, None)
+    for rows in (1, 50):
+        assert cell(method=MethodConfig(rehearsal=RehearsalConfig(rows=rows))).shared_digest() is None
+    for strategy in set(OWN) - {"seq_lora"} | {"joint", "per_task"}:
         assert cell(strategy).shared_digest() is None

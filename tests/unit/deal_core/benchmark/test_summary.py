@@ -11,6 +11,7 @@ from benchmarks.headline import as_trained
 from benchmarks.report import best_rivals, seconds_beside_steps, spread_of_seeds
 from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell, revision_of
 from deal_core.benchmark.summary import (
+    compared_with,
     departures,
     lost_since_learned,
     matrix_of,
@@ -234,10 +235,16 @@ def test_one_training_that_was_scored_twice_counts_once_with_what_was_scored_mos
 
 
 def test_departures_from_the_defaults_are_named():
-    method = {"deal.energy": 0.5, "rehearsal.texts": "arrival"}
-    assert departures(made("deal", [], method=method)) == "memory none, deal.energy 0.5"
-    assert departures(made("deal", [], method={"rehearsal.texts": "own"})) == "memory tests"
-    assert departures(made("joint", [])) == ""
+    method = {"deal.energy": 0.5, "rehearsal.rows": 0, "rehearsal.per_step": 4}
+    assert departures(made("deal", [], method=method)) == "deal.energy 0.5, rehearsal.rows 0"
+    assert departures(made("deal", [], method={"rehearsal.rows": 50})) == departures(made("joint", [])) == ""
+
+
+def test_others_are_compared_with_todays_deal_or_else_with_that_of_an_earlier_default():
+    earlier = ["memory none", "memory tests", "memory rows"]
+    assert compared_with(["", *earlier]) == "" and compared_with(earlier) == "memory tests"
+    assert compared_with(["memory rows", "memory none"]) == "memory none"
+    assert compared_with(["deal.energy 0.5"]) == ""
 
 
 def test_a_cell_of_a_strategy_that_is_not_installed_is_read_with_all_of_its_settings():
@@ -245,14 +252,6 @@ def test_a_cell_of_a_strategy_that_is_not_installed_is_read_with_all_of_its_sett
     cell["settings"] |= {"strategy": "gone", "revision": 3}
     assert departures(cell) == "rivals.strength 4"
     assert {name for name, _ in rows_of([cell])} == {"gone"}
-
-
-def test_stored_rows_of_the_product_s_setting_are_called_memory_rows():
-    method = {"rehearsal.texts": "both", "rehearsal.stored_share": 0.1}
-    assert departures(made("deal", [], method=method)) == "memory rows"
-    assert departures(made("deal", [], method={**method, "deal.energy": 0.5})) == "memory rows, deal.energy 0.5"
-    assert departures(made("deal", [], method={**method, "rehearsal.stored_share": 0.2})) != "memory rows"
-    assert "memory" not in departures(made("replay", [], method=method))
 
 
 def test_a_strategy_that_gives_other_results_than_before_has_cells_of_its_own(monkeypatch):

@@ -41,7 +41,7 @@ from deal_core.planning.memory import (
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.strategies import strategy_class
-from deal_core.strategies.strategy import PlannedArrival
+from deal_core.strategies.strategy import KeptRows, PlannedArrival
 
 LLAMA = LlamaConfig(
     vocab_size=300,
@@ -203,7 +203,7 @@ def test_the_longest_row_is_found_among_scripts_with_more_tokens_per_character(b
     train = TrainConfig(max_prompt_tokens=4096)
     lengths = [
         longest_of(
-            Dataset.from_dict({"input": texts, "output": ["red"] * len(texts)}), base.tokenizer, task, (), train, 8
+            Dataset.from_dict({"input": texts, "output": ["red"] * len(texts)}), base.tokenizer, task, (), train, 8, {}
         ).num_tokens
         for texts in (latin, other, [*latin, *other])
     ]
@@ -211,20 +211,40 @@ def test_the_longest_row_is_found_among_scripts_with_more_tokens_per_character(b
     assert lengths[1] > lengths[0], "of the characters a byte-level tokenizer makes several tokens each"
 
 
-def test_rehearsed_questions_count_where_they_are_asked() -> None:
+def test_the_longest_kept_row_counts_and_then_the_new_texts_of_its_task_do_not(base, task, rows) -> None:
+    """A task without kept rows is rehearsed on the new texts: under its instruction, with its longest label."""
+    old = TaskSchema(name="old", labels=("x", "a label of a good many words"), instruction="Say what it is. " * 9)
+    given = (rows(12), base.tokenizer, task, (old,), TrainConfig(max_prompt_tokens=300), 8)
+
+    def longest(kept: dict[str, KeptRows]) -> tuple[int, int]:
+        batch = longest_of(*given, kept)
+        assert batch.num_rows == 8
+        return batch.num_tokens - batch.num_answer_tokens, batch.num_answer_tokens
+
+    asked, short = longest({}), longest({"old": KeptRows(num_rows=3, longest_prompt=5, longest_answer=2)})
+    assert asked[0] > short[0] + 20 and asked[1] > short[1]
+    long = {"old": KeptRows(num_rows=3, longest_prompt=250, longest_answer=2)}
+    assert longest(long) == (250, short[1])
+    assert longest({"old": KeptRows(num_rows=3, longest_prompt=5, longest_answer=70)}) == (short[0], 70)
+
+
+def test_rehearsed_rows_of_a_step_count_where_there_are_any() -> None:
     new, old = (TaskSchema(name=name, labels=("a", "b")) for name in ("new", "old"))
 
-    def asked(strategy: str, *old_tasks: TaskSchema, **rehearsal: Any) -> int:
-        arrival = PlannedArrival(task=new, old_tasks=old_tasks, num_rows=9, num_steps=3)
+    def rows_of(strategy: str, *old_tasks: TaskSchema, kept: tuple[str, ...] = (), **rehearsal: Any) -> int:
+        sizes = dict.fromkeys(kept, KeptRows(num_rows=5, longest_prompt=9, longest_answer=2))
+        arrival = PlannedArrival(task=new, old_tasks=old_tasks, kept=sizes, num_rows=9, num_steps=3)
         method = MethodConfig(rehearsal=RehearsalConfig(**rehearsal))
-        return strategy_class(strategy).questions_per_step(method, arrival)
+        return strategy_class(strategy).rehearsed_per_step(method, arrival)
 
-    assert asked("deal", old, rows_per_step=9) == asked("replay", old, rows_per_step=9) == 9
-    assert asked("deal") == asked("replay") == asked("seq_lora", old) == asked("deal", old, texts="none") == 0
-    assert asked("replay", old, texts="none") == 4
-    assert asked("deal", new) == 0 and asked("deal", new, texts="both") == asked("replay", new) == 4, "it returns"
+    assert rows_of("deal", old, per_step=9) == rows_of("replay", old, kept=("old",), per_step=9) == 9
+    assert rows_of("deal", old, rows=0) == 4, "on the new texts"
+    assert (
+        rows_of("deal") == rows_of("replay") == rows_of("seq_lora", old, kept=("old",)) == rows_of("replay", old) == 0
+    )
+    assert rows_of("deal", new) == 0 and rows_of("deal", new, kept=("new",)) == 4, "it returns"
     train = TrainConfig(batch_size=2)
-    assert [largest_batch(train, questions_per_step=number) for number in (0, 9)] == [2, 9]
+    assert [largest_batch(train, rehearsed_per_step=number) for number in (0, 9)] == [2, 9]
 
 
 def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:

@@ -48,7 +48,7 @@ class Counts(Strategy):
 class Hoards(Strategy):
     name = "hoards"
     def finish(self):
-        return MethodState(strategy=self.name, stores="nothing", tensors={"rows.0000": torch.ones(2)})
+        return MethodState(strategy=self.name, stores="nothing", tensors={"kept_rows.0": torch.ones(2)})
 
 class Wishes(Strategy):
     name = "wishes"

@@ -16,7 +16,7 @@ from deal_core.data.collate import AnswerCollator, encode_rows
 from deal_core.data.order import BucketSampler
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
+from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import make_strategy
 from tests.unit.deal_core.conftest import at_night
 
@@ -77,10 +77,9 @@ def test_first_task_of_deal_equals_that_of_seq_lora_bit_for_bit(train):
 
 
 def test_later_task_with_a_free_core_is_plain_lora_and_its_rehearsal(parent, train):
-    none = RehearsalConfig(texts="none")
     free, plain, rehearsed = (
-        weights(train(name, parent, deal=DealConfig(core="free"), rehearsal=config, old_tasks=(OLD,)).folder)
-        for name, config in (("deal", none), ("seq_lora", none), ("deal", RehearsalConfig()))
+        weights(train(name, parent, deal=DealConfig(core="free"), old_tasks=olds).folder)
+        for name, olds in (("deal", ()), ("seq_lora", (OLD,)), ("deal", (OLD,)))
     )
     assert all(torch.equal(free[name], plain[name]) for name in plain)
     assert not all(torch.equal(rehearsed[name], plain[name]) for name in plain)

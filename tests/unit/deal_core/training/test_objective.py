@@ -175,5 +175,5 @@ def test_cut_answers_that_have_become_equal_are_named(train):
 
 
 def test_a_plan_counts_both_answers():
-    assert largest_batch(SHORT, questions_per_step=0, learns_preferences=True) == 8
-    assert largest_batch(SHORT, questions_per_step=0) == 4
+    assert largest_batch(SHORT, rehearsed_per_step=0, learns_preferences=True) == 8
+    assert largest_batch(SHORT, rehearsed_per_step=0) == 4

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
+from deal_core.adapter.state import load_method_state
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import (
     IGNORED,
@@ -31,11 +32,12 @@ from deal_core.data.collate import (
 from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
-from deal_core.strategies.rehearsal import Question, Rehearsal
+from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
 from deal_core.training.launcher import describe
 from deal_core.training.ranks import error_of, require_devices, train_in_processes
-from deal_core.training.train import TextsFile, TrainingJob, TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingJob, TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
+from tests.unit.deal_core.conftest import train_into
 
 # 26 rows in batches of 4: the last step of an epoch has two rows, all of them rank 0's
 STEPS = TrainConfig(
@@ -102,18 +104,17 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
 
 
 def test_two_processes_equal_one(base, job, rows, tmp_path):
-    """The new rows, and questions about an old task's texts; the last step has rows for rank 0 alone."""
+    """The new rows and an old task's kept ones; the last step has rows for rank 0 alone."""
     job = retrained(job, num_epochs=1)
-    (old,), file = job.setup.old_tasks, tmp_path / "texts" / "old.parquet"
-    file.parent.mkdir()
-    rows(12, first=100).to_parquet(str(file))
-    own = replace(job.setup, method=MethodConfig(rehearsal=RehearsalConfig(texts="own")))
-    texts = (TextsFile(task=old, file=file, max_prompt_tokens=64, max_new_tokens=50),)
-    job = replace(job, setup=own, old_texts=texts)
+    old, once = job.setup.old_tasks[0], replace(STEPS, max_steps=1, num_processes=1)
+    first = train_into(tmp_path / "kept", base, "deal", task=old, rows=rows(48, first=100), train=once).folder
+    job = replace(job, parent_folder=first)
     two = train_in_processes(job, tmp_path / "ranks")
     one = train_in_one(base, job, tmp_path)
     assert_same(one, two, tmp_path)
-    assert two.notes[0].startswith("rehearsed 12 questions about old tasks (sets: 1)")
+    assert two.notes[0] == "rehearsed 12 rows of one old task, 4 a step"
+    states = [load_method_state(tmp_path / name).tensors for name in ("one", "two")]
+    assert len(states[0]) == 2 and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.nightly
@@ -180,7 +181,7 @@ def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
 
 
 def test_a_job_is_read_as_it_was_written(job, tmp_path):
-    method = MethodConfig(deal=DealConfig(widths=(0.5, 1.0)), rehearsal=RehearsalConfig(num_texts=3))
+    method = MethodConfig(deal=DealConfig(widths=(0.5, 1.0)), rehearsal=RehearsalConfig(rows=3))
     job = replace(job, setup=replace(job.setup, method=method))
     job.write(tmp_path / "job.json")
     assert TrainingJob.read(tmp_path / "job.json") == job
@@ -209,9 +210,9 @@ def test_a_batch_of_blank_rows_has_no_loss_and_no_gradient(base, task, rows):
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
 def test_the_mean_of_the_ranks_rehearsals_is_that_of_one(base, num_processes):
-    questions = [Question(list(range(10, 13 + i)), [20 + i] * (1 + i % 3)) for i in range(8)]
+    rows = [RehearsedRow(list(range(10, 13 + i)), [20 + i] * (1 + i % 3)) for i in range(8)]
     collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
-    rehearsal = Rehearsal([[questions]], collate, num_rows=4, weight=0.7, temperature=2.0, seed=0)
+    rehearsal = Rehearsal([rows], collate, num_rows=4, weight=0.7, temperature=2.0, seed=0)
     alone = rehearsal.loss(base.model, 1)
     shares = [rehearsal.loss(base.model, 1, rank=rank, num_processes=num_processes) for rank in range(num_processes)]
     torch.testing.assert_close(torch.stack(shares).mean(), alone)

@@ -27,7 +27,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig
-from deal_core.strategies.rehearsal import Question
+from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.training.objective import AnswerLoss
 from deal_core.training.trainer import AdapterTrainer, training_arguments
 from tests.unit.deal_core.conftest import train_into
@@ -266,11 +266,19 @@ def test_what_is_written_is_a_plain_peft_folder(base, train):
         "adapter_config.json",
         "adapter_model.safetensors",
         "method.json",
+        "method.safetensors",
     ]
     config = json.loads((run.folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == base.name
-    method = json.loads((run.folder / "method.json").read_text())
-    assert method == {"schema_version": 1, "strategy": "deal", "stores": "nothing", "num_bytes": 0, "num_arrivals": 1}
+    method, num_bytes = json.loads((run.folder / "method.json").read_text()), load_method_state(run.folder).num_bytes
+    assert method == {
+        "schema_version": 1,
+        "strategy": "deal",
+        "stores": "data",
+        "num_bytes": num_bytes,
+        "num_arrivals": 1,
+    }
+    assert 0 < num_bytes < 2000, "six rows, as tokens"
 
 
 def test_the_same_adapter_has_the_same_bytes_in_every_process(train):
@@ -406,14 +414,11 @@ def test_rows_of_different_tasks_and_single_rows_share_no_prefix(base, task, row
     assert same["input_ids"].shape[1] == 1 + len(encoded[0]["answer_ids"]), "a prompt's last token stays with the row"
 
 
-def test_questions_of_one_task_are_one_batch(base):
-    def question(start: int, text: int) -> Question:
-        return Question([start] * MIN_PREFIX + [text], [1])
-
-    asked = [question(2, 5), question(3, 6), question(2, 7), question(4, 8)]
+def test_rehearsed_rows_of_one_task_are_one_batch(base):
+    rows = [RehearsedRow([start] * MIN_PREFIX + [text], [1]) for start, text in ((2, 5), (3, 6), (2, 7), (4, 8))]
     share = AnswerCollator(base.tokenizer, is_seq2seq=False, shares_prefix=True)
-    assert share.groups(asked) == [[asked[0], asked[2]], [asked[1], asked[3]]]
-    assert AnswerCollator(base.tokenizer, is_seq2seq=False).groups(asked) == [asked]
+    assert share.groups(rows) == [[rows[0], rows[2]], [rows[1], rows[3]]]
+    assert AnswerCollator(base.tokenizer, is_seq2seq=False).groups(rows) == [rows]
 
 
 def test_balanced_batches_hold_every_label_in_its_share():

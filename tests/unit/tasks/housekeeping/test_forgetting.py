@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
+from torch import Tensor
 
+from deal_core.adapter.files import METHOD_FILE, METHOD_TENSORS_FILE, as_recorded, digests_of
+from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import StoreError
+from deal_core.strategies.kept_rows import pack, rows_name
+from deal_core.strategies.rehearsal import RehearsedRow
 from infra.run_journal import RunJournal
 from infra.store import keys
 from infra.store.local import FileStore
+from infra.versions import Version
 from tasks.housekeeping.arrivals import KnownArrival, find_arrival
 from tasks.housekeeping.forgetting import affected_versions, forget_held, plan_forgetting
 from tasks.lineage.tombstones import (
@@ -166,3 +174,56 @@ def test_a_damaged_entry_stops_a_forgetting_before_it_changes_anything(store: Fi
     with pytest.raises(StoreError, match="Restore it from a backup"):
         plan_forgetting(store, arrival)
     assert [(info.key, info.etag) for info in store.list("")] == before
+
+
+ROWS = pack([RehearsedRow([1, 2, 3], [4]), RehearsedRow([5], [6, 7])])
+HEADER = {"schema_version": 1, "strategy": "deal", "stores": "data", "num_bytes": 0, "num_arrivals": 1}
+
+
+def keep(store: FileStore, folder: Path, kept: dict[str, Tensor], stored: Version) -> None:
+    """Store a version with these tensors in its method's state."""
+    folder.mkdir()
+    (folder / METHOD_FILE).write_text(json.dumps(HEADER))
+    if kept:
+        save_file({name: rows.clone() for name, rows in kept.items()}, folder / METHOD_TENSORS_FILE)
+    store.upload_folder(folder, stored.adapter_uri)
+    put_version(store, stored.model_copy(update={"files_sha256": as_recorded(digests_of(folder))}))
+
+
+def test_kept_rows_go_from_versions_that_learned_the_arrival_or_descend_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of other tasks stay, and rows of the task in a version that has never learned the arrival."""
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
+    store, mine, others = FileStore(tmp_path / "store"), rows_name("bank"), rows_name("u")
+    of_before = ("rows.0000", "answers.0123456789abcdef.tokens")
+    versions = {
+        "1": ({mine: ROWS}, version(1, dataset_sha256=FORGOTTEN)),
+        "2": ({mine: ROWS, others: ROWS}, version(2, 1, dataset_sha256="e" * 64)),
+        "3": ({mine: ROWS}, version(3, dataset_sha256="f" * 64)),
+        "4": ({}, version(4, 2, dataset_sha256="f" * 64)),
+        "5": (dict.fromkeys(of_before, ROWS), version(5, 1, dataset_sha256="f" * 64)),
+        "6": ({mine: ROWS, others: ROWS}, version(6, 3, dataset_sha256="e" * 64)),
+    }
+    for number, (kept, stored) in versions.items():
+        keep(store, tmp_path / number, kept, stored)
+    RunJournal(store).start(run(1, dataset_sha256=FORGOTTEN))
+    plan = plan_forgetting(store, arrival_of(store))
+    assert [place.version for place in plan.held if place.kind == "rows kept by the method"] == ["1", "2", "5"]
+    forget_held(store, plan)
+
+    def left(number: str) -> dict[str, int]:
+        folder = tmp_path / f"{number}-left"
+        store.download_folder(versions[number][1].adapter_uri, folder)
+        return kept_of_tasks(folder)
+
+    size = len(ROWS)
+    assert {number: left(number) for number in versions} == {
+        "1": {mine: 0},
+        "2": {mine: 0, others: size},
+        "3": {mine: size},
+        "4": {},
+        "5": dict.fromkeys(of_before, 0),
+        "6": {mine: size, others: size},
+    }
+    assert plan_forgetting(store, arrival_of(store)).held == ()

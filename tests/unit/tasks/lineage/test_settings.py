@@ -60,7 +60,7 @@ def adapt(store: ObjectStore, path: Path | None = None, *settings: str, **given:
 def test_a_lineage_file_has_what_was_given_and_keeps_a_hold_through_mistakes(
     store: ObjectStore, tmp_path: Path
 ) -> None:
-    text = "lineage: l\ntrain: {learning_rate: 0.0001}\nrehearsal: {num_texts: 64}\n"
+    text = "lineage: l\ntrain: {learning_rate: 0.0001}\nrehearsal: {rows: 64}\n"
     path = write(tmp_path / "l.yaml", text)
 
     def add() -> Any:
@@ -209,6 +209,7 @@ def test_a_base_in_the_lineage_s_file_is_never_a_folder_of_the_caller(
         ("gat: {approval: person}", "{}", "support.yaml: unknown key 'gat'"),
         ("lineage: other", "{}", "is about lineage 'other'"),
         ("{}", "strategy: magic", "s.yaml over file:"),
+        ("memory: tests", "{}", "support.yaml: 'memory' is no setting any more: set rehearsal.rows, "),
         ("deal: {core: free}", "deal: {energy: 0.5}", "support.yaml: deal.core is free"),
         ("{}", "lineage: a/b\nx: 1", "s.yaml: 'lineage' is 'a/b'"),
         ("{}", "lineage: ../b", "s.yaml: 'lineage' is '../b'"),
@@ -282,23 +283,3 @@ def test_a_run_on_a_server_is_given_what_the_lineage_s_file_says(
     store.put_bytes("lineages/support.yaml", b"gat: {}\n")
     with pytest.raises(ValueError, match="unknown key 'gat'"):
         checked.validate_python({"lineage": "support", "task": task})
-
-
-@pytest.mark.parametrize(
-    ("stored", "spec", "option", "keeps_rows"),
-    [
-        ("rehearsal: {texts: both, weight: 2.0}", "{}", "none", False),
-        ("rehearsal: {texts: both, weight: 2.0}", "memory: none", None, False),
-        ("memory: rows\nrehearsal: {weight: 2.0}", "rehearsal: {texts: arrival}", None, False),
-        ("memory: rows\nrehearsal: {weight: 2.0}", "rehearsal: {num_texts: 9}", None, True),
-        ("memory: none\nrehearsal: {weight: 2.0}", "memory: rows", None, True),
-    ],
-)
-def test_the_last_word_on_memory_wins(
-    store: ObjectStore, tmp_path: Path, stored: str, spec: str, option: str | None, keeps_rows: bool
-) -> None:
-    store.put_bytes("lineages/support.yaml", stored.encode())
-    arrival = {"lineage": "support", "task": {"name": "t", "data": "x.csv"}, **yaml.safe_load(spec)}
-    options = [f"memory={option}"] if option else []
-    found = adapt(store, write(tmp_path / "s.yaml", yaml.safe_dump(arrival)), *options).method.rehearsal
-    assert found.keeps_rows == keeps_rows and found.weight == 2.0

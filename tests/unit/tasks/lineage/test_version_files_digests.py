@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from deal_core.adapter.files import as_recorded, digests_of, sha256_together
-from deal_core.adapter.method_state import STORED_ROWS
+from deal_core.adapter.method_state import KEPT_ROWS
 from deal_core.errors import IntegrityError
 from infra.store.local import FileStore
 from infra.versions import Version, Versions
@@ -37,7 +37,7 @@ def info(store: FileStore, tmp_path: Path) -> Version:
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
     (folder / "method.json").write_text("{}")
     save_file({"a": torch.zeros(2)}, folder / WEIGHTS)
-    save_file({f"{STORED_ROWS}0": torch.ones(3)}, folder / STATE)
+    save_file({f"{KEPT_ROWS}0": torch.ones(3)}, folder / STATE)
     found = digests_of(folder)
     known = version(2, 1, adapter_sha256=sha256_together(found), files_sha256=as_recorded(found))
     store.upload_folder(folder, known.adapter_uri)
@@ -58,7 +58,7 @@ def emptied(tmp_path: Path) -> Path:
     folder = tmp_path / "emptied"
     folder.mkdir()
     (folder / "method.json").write_text('{"num_bytes": 0}')
-    save_file({f"{STORED_ROWS}0": torch.ones(0)}, folder / STATE)
+    save_file({f"{KEPT_ROWS}0": torch.ones(0)}, folder / STATE)
     return folder
 
 

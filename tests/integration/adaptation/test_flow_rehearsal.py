@@ -1,0 +1,252 @@
+"""Rows of each learned task are kept with the adapter, and learned again while another task is learned."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
+from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.state import load_method_state
+from deal_core.strategies.kept_rows import pack, rows_name, unpack
+from deal_core.strategies.rehearsal import RehearsedRow
+from flows.adapt import AdaptResult
+from flows.requeue import requeue
+from tasks.adaptation.evaluate import score_version
+from tasks.adaptation.resume import FINDINGS_FILE, read_findings
+from tasks.context import current_store
+from tasks.lineage.frozen_rows import ANSWERS_FILE, read_answers
+from tasks.lineage.history import find_version
+from tasks.lineage.promotion import roll_back
+from tasks.lineage.record import RECORD_FILE, read_record
+from tasks.lineage.version_files import borrowed_adapter, download_files, replacing
+from tasks.planning import plan
+from tasks.spec import AdaptSpec, parse
+from tests.adapting import BANK, CLINIC, evaluation_of, run, version_of
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+TRAIN = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
+WARDS = {**CLINIC, "name": "wards", "instruction": "Which ward?"}
+GONE = "data that deal kept with the parent's adapter is gone: deal of this release cannot use it"
+
+
+def state_of(number: str) -> MethodState:
+    """The method's state of a version of lineage `l`."""
+    store = current_store()
+    with borrowed_adapter(store, find_version(store, "l", number), with_method=True) as folder:
+        return load_method_state(folder)
+
+
+def kept_by(number: str) -> dict[str, Tensor]:
+    """The kept rows of a version of lineage `l`, by the name of their tensor."""
+    return dict(state_of(number).tensors)
+
+
+def num_kept(number: str, *tasks: str) -> list[int]:
+    """How many rows of each task a version keeps, which keeps rows of no other task."""
+    kept = kept_by(number)
+    assert kept.keys() == {rows_name(task) for task in tasks}
+    return [len(unpack(kept[rows_name(task)])) for task in tasks]
+
+
+def notes_of(result: AdaptResult) -> list[str]:
+    """The notes of a version's training, the rehearsal's first."""
+    return list(read_findings(version_of(result).adapter_uri)["training"]["notes"])
+
+
+def losses_of(number: str) -> list[float]:
+    """The loss of each step of a version's training."""
+    version = find_version(current_store(), "l", number)
+    return [loss for _, loss in read_findings(version.adapter_uri)["training"]["losses"]]
+
+
+def small_file(folder: Path, name: str, num_rows: int) -> dict[str, Any]:
+    """A task of so many rows with two labels, every fifth a test row."""
+    file = folder / f"{name}.jsonl"
+    rows = [
+        {
+            "text": f"{name} {n}: the {('red', 'blue')[n % 2]} tap",
+            "label": ("warm", "cold")[n % 2],
+            "split": "train" if n % 5 else "test",
+        }
+        for n in range(num_rows)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": name, "data": str(file), "instruction": "Which tap?"}
+
+
+@pytest.mark.usefixtures("copied_home")
+def test_rows_of_both_tasks_are_kept_and_those_of_the_first_were_rehearsed(tiny_base: Path) -> None:
+    """With the settings' defaults. Version 2, which its gate rejected, has the same parent as version 3."""
+    assert num_kept("1", "bank") == [18], "a quarter of 72"
+    assert num_kept("3", "bank", "clinic") == num_kept("2", "bank", "clinic") == [18, 18]
+    assert torch.equal(kept_by("3")[rows_name("bank")], kept_by("1")[rows_name("bank")])
+    assert state_of("3").stores == "data"
+    uris = {number: find_version(current_store(), "l", number).adapter_uri for number in ("1", "3")}
+    notes = {number: read_findings(uri)["training"]["notes"] for number, uri in uris.items()}
+    assert notes["1"] == [] and notes["3"][0] == "rehearsed 18 rows of one old task, 4 a step"
+    assert not [note for note in notes["3"] if "gone" in note or "not rehearsed" in note]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    labels = {row["text"]: row["label"] for row in map(json.loads, Path(BANK["data"]).read_text().splitlines())}
+    with Path(CLINIC["data"]).open(newline="") as file:
+        findings = {row["note"]: row["finding"] for row in csv.DictReader(file)}
+    for task, right in (("bank", labels), ("clinic", findings)):
+        rows = unpack(kept_by("3")[rows_name(task)])
+        prompts = [tokenizer.decode(row.prompt_ids) for row in rows]
+        texts = [text for prompt in prompts for text in right if text in prompt]
+        assert len(set(texts)) == len(rows), "each is a training row, and none is there twice"
+        answers = [tokenizer.decode(row.answer_ids, skip_special_tokens=True).strip() for row in rows]
+        assert answers == [right[text] for text in texts]
+        assert Counter(answers) == dict.fromkeys(right.values(), 3), "six labels, each in its share"
+
+
+@pytest.mark.usefixtures("copied_home")
+def test_every_test_row_judges() -> None:
+    version = find_version(current_store(), "l", "3")
+    evaluation = read_findings(version.adapter_uri)["evaluation"]
+    assert evaluation["num_rows"] == {"bank": 36, "clinic": 36}
+    assert {task: len(marks) for task, marks in evaluation["parent_outcomes"].items()} == {"bank": 36, "clinic": 36}
+    answers = read_answers(current_store(), version.adapter_uri).now
+    assert {task: len(of_rows) for task, of_rows in answers.items()} == {"bank": 36, "clinic": 36}
+    assert not [note for note in evaluation["notes"] if "judge" in note]
+    current_store().delete(f"{version.adapter_uri}/{ANSWERS_FILE}")  # as `deal data delete` of another task does
+    assert score_version(version).num_rows == {"bank": 36, "clinic": 36}
+
+
+def test_a_small_file_has_the_same_defaults_and_no_note(tiny_base: Path, tmp_path: Path) -> None:
+    first = run(tiny_base, small_file(tmp_path, "taps", 80))
+    assert (first.dataset.num_train, first.dataset.num_test) == (64, 16)
+    assert num_kept("1", "taps") == [16] and notes_of(first) == []
+    second = run(tiny_base, CLINIC)
+    assert num_kept("2", "taps", "clinic") == [16, 18]
+    assert notes_of(second)[0] == "rehearsed 16 rows of one old task, 4 a step"
+    assert evaluation_of(second)["num_rows"] == {"taps": 16, "clinic": 36}
+
+
+@pytest.mark.usefixtures("copied_home")
+def test_a_task_that_returns_keeps_rows_of_both_arrivals(tiny_base: Path, tmp_path: Path) -> None:
+    """Its kept rows are rehearsed as those of any old task."""
+    before = kept_by("3")
+    june = tmp_path / "june.jsonl"
+    rows = [{"text": f"June {number}: a card went missing.", "label": "lost card"} for number in range(60)]
+    june.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
+    result = run(tiny_base, {"name": "bank", "data": str(june)})
+    assert result.status == "promoted" and result.dataset.num_train == 60
+    assert notes_of(result)[0] == "rehearsed 36 rows of 2 old tasks, 4 a step"
+    assert num_kept("4", "bank", "clinic") == [20, 18], "a quarter of 18 and 60"
+    after = kept_by("4")
+    assert torch.equal(after[rows_name("clinic")], before[rows_name("clinic")])
+    old = [row.prompt_ids for row in unpack(before[rows_name("bank")])]
+    kept = [row.prompt_ids for row in unpack(after[rows_name("bank")])]
+    assert 0 < sum(prompt in old for prompt in kept) < len(kept)
+
+
+def test_without_kept_rows_nothing_is_stored_and_old_tasks_are_rehearsed_on_the_new_texts(tiny_base: Path) -> None:
+    none = {"rows": 0}
+    first, second = run(tiny_base, BANK, rehearsal=none), run(tiny_base, CLINIC, rehearsal=none)
+    store = current_store()
+    assert not [info.key for info in store.list("adapters") if info.key.endswith(METHOD_TENSORS_FILE)]
+    assert [state_of(number).stores for number in ("1", "2")] == ["nothing", "nothing"]
+    assert notes_of(first) == [] and notes_of(second)[0] == "rehearsed 12 rows of one old task, 4 a step"
+    assert not [note for note in notes_of(second) if "gone" in note]
+    assert evaluation_of(second)["num_rows"] == {"bank": 36, "clinic": 36}
+
+
+@pytest.mark.usefixtures("copied_home")
+def test_kept_rows_that_a_setting_drops_are_rehearsed_once_more_and_then_gone(tiny_base: Path) -> None:
+    result = run(tiny_base, WARDS, rehearsal={"rows": 0})
+    assert notes_of(result)[0] == "rehearsed 36 rows of 2 old tasks, 4 a step" and kept_by("4") == {}
+    (note,) = (note for note in notes_of(result) if "gone" in note)
+    assert note == "kept rows of 2 tasks are gone: rehearsal.rows is 0, or the strategy keeps none"
+    assert "settings that differ from version 3's: rehearsal.rows 0 (before: 50)" in evaluation_of(result)["notes"]
+
+
+@pytest.mark.usefixtures("copied_home")
+def test_a_plan_counts_the_rows_that_are_rehearsed(tiny_base: Path) -> None:
+    settings = {"lineage": "l", "base_model": str(tiny_base), "train": TRAIN}
+    usual = plan(parse(AdaptSpec, {**settings, "task": WARDS}, "test"), probe=False)
+    assert (usual.rehearsed_per_step, usual.num_kept) == (4, 18)
+    assert "the parent answers rows of old tasks: a model reads 36 texts before the training" in usual.notes
+    spec = parse(AdaptSpec, {**settings, "task": WARDS, "rehearsal": {"rows": 9, "per_step": 2}}, "test")
+    fewer = plan(spec, probe=False)
+    assert (fewer.rehearsed_per_step, fewer.num_kept) == (2, 9)
+
+
+@pytest.fixture
+def home_of_before(copied_home: Path, tmp_path: Path) -> Path:
+    """A home whose champion, version 3, is as versions were before `rehearsal.rows`."""
+    store, folder = current_store(), tmp_path / "before"
+    version = find_version(store, "l", "3")
+    folder.mkdir()
+    download_files(store, version.adapter_uri, folder, METHOD_FILES)
+    assert load_file(folder / METHOD_TENSORS_FILE)
+    rows = pack([RehearsedRow([1, 2, 3], [4])])
+    save_file({"rows.0000": rows, "answers.0123456789abcdef.tokens": rows.clone()}, folder / METHOD_TENSORS_FILE)
+    with replacing(store, version, folder):
+        store.upload_folder(folder, version.adapter_uri)
+
+    def rewrite(name: str, change: Callable[[Any], None]) -> None:
+        values = json.loads(store.get_bytes(f"{version.adapter_uri}/{name}"))
+        change(values)
+        store.put_bytes(f"{version.adapter_uri}/{name}", json.dumps(values).encode())
+
+    def say_memory(findings: Any) -> None:
+        rehearsal = {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200, "rows_per_step": 4}
+        findings["spec"] |= {"memory": "rows", "rehearsal": rehearsal}
+        findings["spec"]["train"]["recentre_steps"] = 0
+
+    rewrite(RECORD_FILE, lambda record: record.update(memory="rows", spared="all"))
+    rewrite(FINDINGS_FILE, say_memory)
+    return copied_home
+
+
+@pytest.mark.usefixtures("home_of_before")
+def test_a_lineage_of_before_goes_on_and_says_once_that_its_rows_are_gone(tiny_base: Path) -> None:
+    """Its tasks are rehearsed on the new task's texts until each has arrived again."""
+    first = run(tiny_base, WARDS)
+    assert (first.status, first.parent_version) == ("promoted", "3")
+    assert notes_of(first)[0] == "rehearsed 12 rows of 2 old tasks, 4 a step"
+    assert notes_of(first).count(GONE) == 1
+    assert num_kept("4", "wards") == [18], "and nothing of before"
+    assert not [note for note in evaluation_of(first)["notes"] if "settings that differ" in note]
+    assert evaluation_of(first)["num_rows"] == {"bank": 36, "clinic": 36, "wards": 36}
+    assert read_record(current_store(), version_of(first).adapter_uri).matrix.trained[-1] == "wards"
+
+    second = run(tiny_base, BANK, again=True)
+    assert (second.status, second.parent_version) == ("promoted", "4")
+    assert not [note for note in notes_of(second) if "gone" in note]
+    assert num_kept("5", "wards", "bank") == [18, 18]
+
+
+@pytest.mark.usefixtures("home_of_before")
+def test_an_arrival_of_before_that_was_rolled_back_is_learned_again_with_todays_settings() -> None:
+    roll_back("l", "1", who="tester", why="a test")
+    (result,) = asyncio.run(requeue("l", ["3"]))
+    assert (result.status, result.version, result.parent_version) == ("promoted", "4", "1")
+    assert num_kept("4", "bank", "clinic") == [18, 18] and not [note for note in notes_of(result) if "gone" in note]
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("copied_home")
+def test_several_processes_rehearse_and_keep_the_same_rows(tiny_base: Path) -> None:
+    """Version 3 was learned by one process, from version 1 too."""
+    roll_back("l", "1", who="tester", why="a test")
+    two = run(tiny_base, CLINIC, again=True, train={**TRAIN, "num_processes": 2})
+    assert (two.status, two.version, two.parent_version) == ("promoted", "4", "1")
+    assert notes_of(two)[0] == "rehearsed 18 rows of one old task, 4 a step"
+    kept, of_one = kept_by("4"), kept_by("3")
+    assert kept.keys() == of_one.keys() and all(torch.equal(kept[name], rows) for name, rows in of_one.items())
+    assert losses_of("4") == pytest.approx(losses_of("3"), rel=1e-3), "the steps had the same rows"

@@ -1,0 +1,55 @@
+"""The rehearsal of a task that arrives after others, made by the parent on the tiny base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+from torch import Tensor
+
+from deal_core.adapter.state import adapter_on
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.method_config import RehearsalConfig
+from deal_core.strategies.old_tasks import make_rehearsal
+from deal_core.strategies.rehearsal import Rehearsal
+from deal_core.strategies.strategy import TaskContext
+
+NEW = TaskSchema(name="new", labels=("a", "b"))
+EIGHT_STEPS = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
+MakeContext = Callable[..., TaskContext]
+Arrive = Callable[..., Rehearsal | None]
+
+
+@pytest.fixture
+def make_context(base, rows) -> MakeContext:
+    """What a strategy may read when a task with six rows arrives."""
+
+    def make(
+        olds: Sequence[TaskSchema], *, new: TaskSchema = NEW, train: TrainConfig = EIGHT_STEPS, num_rows: int = 6
+    ) -> TaskContext:
+        return TaskContext(
+            base=base,
+            task=new,
+            rows=rows(num_rows),
+            encoded=rows(num_rows),
+            old_tasks=tuple(olds),
+            adapter=AdapterConfig(),
+            train=train,
+        )
+
+    return make
+
+
+@pytest.fixture
+def arrive(base, parent, make_context) -> Arrive:
+    """Return the rehearsal of a task that arrives after the tasks `olds`, of which the parent keeps `kept`."""
+
+    def make(
+        olds: Sequence[TaskSchema], kept: Mapping[str, Tensor] | None = None, *, per_step: int = 4, **changes: object
+    ) -> Rehearsal | None:
+        config, context = RehearsalConfig(per_step=per_step), make_context(olds, **changes)
+        with adapter_on(base.model, parent) as model:
+            return make_rehearsal(config, model, context, kept or {}, seed=0, answer_weight=0.5)
+
+    return make
