@@ -78,6 +78,33 @@ MOVED = {
         ),
         _REHEARSAL,
     ),
+    "evaluate.max_new_tokens": "set train.max_answer_tokens, which limits training and evaluation alike",
+    **dict.fromkeys(
+        (f"deal.{name}" for name in ("seed_scale", "widths", "num_layers", "mixing", "a", "b", "tolerance")),
+        "it is a constant of the method, so leave it out",
+    ),
+    **dict.fromkeys(
+        (f"selection.{name}" for name in ("pick", "band", "temperature")),
+        f"{_PLUGINS} selection.score_options",
+    ),
+    **dict.fromkeys(
+        (f"selection.{name}" for name in ("strata", "max_scored")), "labels keep their shares always, so leave it out"
+    ),
+    **dict.fromkeys(
+        (
+            f"monitor.{name}"
+            for name in (
+                "min_rows",
+                "window_rows",
+                "alpha",
+                "min_psi",
+                "min_distance",
+                "min_auc",
+                "max_live_drop_points",
+            )
+        ),
+        "set monitor.sensitivity to low, normal or high",
+    ),
     "train.recentre_steps": "rehearsed rows have calibrated labels, so leave it out",
 }
 """Key of earlier releases → what to do instead."""
