@@ -56,7 +56,6 @@ def learn(base: Path, task: str, *, again: bool = False, **gate: Any) -> AdaptRe
         "task": TASKS[task],
         "gate": {**NO_LIMITS, **gate},
         "train": {"max_steps": 2, "max_prompt_tokens": 96, "max_answer_tokens": 8, "checkpoint_steps": 0},
-        "evaluate": {"max_new_tokens": 4},
     }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deal_core.strategies.questions import answers_name
 
 from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import ConfigError, DataValidationError, StoreError
-from deal_core.strategies.questions import answers_name
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.cli.data import show_forget_plan

@@ -46,7 +46,7 @@ def made(strategy: str, method: MethodConfig) -> Cell:
     )
 
 
-SELECTING = MethodConfig(selection=SelectionConfig(keep=0.3, score="loss", pick="low"))
+SELECTING = MethodConfig(selection=SelectionConfig(keep=0.3, score="loss"))
 
 
 @pytest.mark.parametrize("strategy", ["deal", "seq_lora", "replay"])
@@ -59,7 +59,7 @@ def test_a_selecting_cell_is_another_cell_and_shares_no_first_version(strategy: 
     memory = ["memory none"] if strategy == "deal" else []
     assert departures({"settings": plain.to_json()}) == ", ".join(memory)
     assert departures({"settings": selecting.to_json()}) == ", ".join(
-        [*memory, "selection.keep 0.3", "selection.score loss", "selection.pick low"]
+        [*memory, "selection.keep 0.3", "selection.score loss"]
     )
 
 

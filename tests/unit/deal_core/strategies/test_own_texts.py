@@ -10,6 +10,8 @@ from random import Random
 import pytest
 import torch
 from datasets import Dataset
+from deal_core.strategies.answered import recentred_questions
+from deal_core.strategies.questions import answers_name, make_rehearsal
 from safetensors.torch import load_file
 
 from deal_core.adapter.state import adapter_on, kept_of_tasks, load_method_state
@@ -21,9 +23,7 @@ from deal_core.evaluation.generation import generate
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import longest_of
 from deal_core.strategies import questions
-from deal_core.strategies.answered import recentred_questions
 from deal_core.strategies.deal import Deal
-from deal_core.strategies.questions import answers_name, make_rehearsal
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.strategies.seq_lora import SeqLora
 from deal_core.strategies.strategy import PlannedArrival, TaskContext, TaskTexts

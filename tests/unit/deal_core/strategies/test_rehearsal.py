@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deal_core.strategies.questions import choose_kept, make_rehearsal, tasks_to_ask
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +20,6 @@ from deal_core.data.collate import AnswerCollator
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig, RehearsalConfig
-from deal_core.strategies.questions import choose_kept, make_rehearsal, tasks_to_ask
 from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack
 from deal_core.strategies.strategy import TaskContext
 

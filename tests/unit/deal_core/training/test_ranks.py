@@ -30,12 +30,13 @@ from deal_core.data.collate import (
 )
 from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
-from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
+from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.training.launcher import describe
 from deal_core.training.ranks import error_of, require_devices, train_in_processes
 from deal_core.training.train import TextsFile, TrainingJob, TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
+from tests.deal_configs import deal_with
 
 # 26 rows in batches of 4: the last step of an epoch has two rows, all of them rank 0's
 STEPS = TrainConfig(
@@ -180,7 +181,7 @@ def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
 
 
 def test_a_job_is_read_as_it_was_written(job, tmp_path):
-    method = MethodConfig(deal=DealConfig(widths=(0.5, 1.0)), rehearsal=RehearsalConfig(num_texts=3))
+    method = MethodConfig(deal=deal_with(widths=(0.5, 1.0)), rehearsal=RehearsalConfig(num_texts=3))
     job = replace(job, setup=replace(job.setup, method=method))
     job.write(tmp_path / "job.json")
     assert TrainingJob.read(tmp_path / "job.json") == job

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from deal_core.strategies.answered import question
+from deal_core.training.recentre import recentre_adapter
 from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 
@@ -21,10 +23,8 @@ from deal_core.data.collate import answer_collator
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.errors import TrainingDivergedError
 from deal_core.evaluation.label_scores import label_scores
-from deal_core.strategies.answered import question
 from deal_core.strategies.rehearsal import Rehearsal
 from deal_core.strategies.strategy import TaskTexts
-from deal_core.training.recentre import recentre_adapter
 
 CLOSING = TrainConfig(recentre_steps=40, batch_size=8, learning_rate=2e-2, max_prompt_tokens=64)
 
