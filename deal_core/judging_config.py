@@ -18,7 +18,7 @@ from deal_core.limits import (
     settings,
 )
 
-Approval = Literal["automatic", "person"]
+Approval = Literal["automatic", "manual"]
 RolloutKind = Literal["shadow", "canary"]
 ROLLOUT_SHARES: dict[RolloutKind, float] = {"shadow": 1.0, "canary": 0.1}
 """The share of the requests that a candidate answers, unless the settings name one."""
@@ -68,7 +68,7 @@ class GateConfig:
     confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
     """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
     approval: Approval = "automatic"
-    """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
+    """automatic: a version that passes is promoted. manual: it waits until a person promotes it."""
     rollout: Literal["none", "shadow", "canary"] = "none"
     """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
     answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,

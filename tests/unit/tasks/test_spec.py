@@ -96,7 +96,7 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, expected: 
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
-        ("gate", "judge", "veto"),
+        ("gate", "judge", "reject"),
         ("gate", "max_judged_rows", 100),
         ("train", "report_to", "[tensorboard]"),
         ("train", "min_steps", 0),
