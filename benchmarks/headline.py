@@ -27,7 +27,7 @@ from scipy.stats import t as student_t
 from benchmarks.method.protocol import JUDGED, describe
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import FIXED, MEMORIES, NUM_TEXTS, Memory, name_of_memory, read_stored_cells
-from deal_core.benchmark.cell import BOUNDS
+from deal_core.benchmark.cell import BOUNDS, PROTOCOL
 from deal_core.benchmark.summary import (
     OURS,
     CellJson,
@@ -67,7 +67,7 @@ CONFIDENCE = 0.95
 def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
     """Return the figures of every table, by suite, training rows per task and training settings."""
     tables: dict[str, Any] = {}
-    todays = asdict(TrainConfig()) | FIXED
+    todays = asdict(TrainConfig(**PROTOCOL)) | FIXED
     for protocol in protocols(cells):
         some = next(iter((*protocol.cells, *protocol.joint)), None)
         if some is None:

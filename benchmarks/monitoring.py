@@ -27,7 +27,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import load_base_of
 from deal_core.evaluation.answering import read_served
 from deal_core.evaluation.generation import answer_inputs
-from deal_core.judging_config import MonitorConfig
+from deal_core.judging_config import DriftLimits
 from deal_core.monitoring.drift import compare
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.monitoring.report import TaskDrift
@@ -112,7 +112,7 @@ def halves(rows: pd.DataFrame, draw: np.random.Generator) -> tuple[pd.DataFrame,
     return rows.iloc[order[: len(rows) // 2]], rows.iloc[order[len(rows) // 2 :]]
 
 
-def false_alarms(rows: pd.DataFrame, num_looks: int, config: MonitorConfig) -> dict[str, Any]:
+def false_alarms(rows: pd.DataFrame, num_looks: int, config: DriftLimits) -> dict[str, Any]:
     """Share of random halves of one task's rows that raise an alarm, and of those that would without limits on size."""
     draw = np.random.default_rng(0)
     looks = [_look(*halves(rows, draw), config) for _ in range(num_looks)]
@@ -135,7 +135,7 @@ def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
-def _look(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -> TaskDrift:
+def _look(reference: pd.DataFrame, live: pd.DataFrame, config: DriftLimits) -> TaskDrift:
     (look,) = compare(reference, live.assign(time=None), config).tasks
     return look
 
@@ -148,7 +148,7 @@ def live_conditions(answers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {**by_condition, "one label is gone": usual[usual["expected"] != gone]}
 
 
-def power(answers: pd.DataFrame, num_draws: int, config: MonitorConfig, windows: Sequence[int]) -> list[dict[str, Any]]:
+def power(answers: pd.DataFrame, num_draws: int, config: DriftLimits, windows: Sequence[int]) -> list[dict[str, Any]]:
     """How often each condition raises an alarm. The reference is half of the usual rows, the window comes from others.
 
     A window that is larger than what is left is drawn with replacement.
@@ -189,7 +189,7 @@ def _drawn(
     return reference, rows[~rows["number"].isin(reference["number"])]
 
 
-def atc(answers: pd.DataFrame, num_draws: int, config: MonitorConfig) -> list[dict[str, Any]]:
+def atc(answers: pd.DataFrame, num_draws: int, config: DriftLimits) -> list[dict[str, Any]]:
     """The estimated accuracy against the true one, where a right answer is known."""
     lines, by_condition = [], live_conditions(answers)
     for condition, rows in by_condition.items():
@@ -220,7 +220,7 @@ def measure(
     answers: pd.DataFrame, *, num_looks: int, num_draws: int, num_text_draws: int, windows: Sequence[int] = WINDOWS
 ) -> dict[str, Any]:
     """All figures of kept answers, task by task. The classifier of texts is slow, so it gets draws of its own."""
-    config, tasks = MonitorConfig(), {}
+    config, tasks = DriftLimits(), {}
     for name, of_task in answers.groupby("task"):
         rows = of_task.assign(number=of_task["id"].str.rpartition("/")[2].astype(int))
         numbers = rows.assign(input=None)

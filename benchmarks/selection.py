@@ -88,7 +88,8 @@ def choose_and_train(num_rows: int, score: str, keep: float, max_scored: int) ->
         folder = Path(temporary)
         build_tiny_base(folder / "base")
         base = load_base(str(folder / "base"), folder / "cache", precision="fp32")
-        method = MethodConfig(selection=SelectionConfig(keep=keep, score=score, max_scored=max_scored))
+        method = MethodConfig(selection=SelectionConfig(keep=keep, score=score))
+        SelectionConfig.max_scored = max_scored  # of this process alone
         setup = TrainingSetup(task=TASK, strategy="deal", adapter=AdapterConfig(), method=method, train=TRAIN)
         write_rows(folder / "first.parquet", FIRST_ROWS)
         write_rows(folder / "rows.parquet", num_rows)

@@ -51,6 +51,18 @@ ALWAYS_THE_SAME: dict[str, Any] = {
     "token_mask.share": None,
     "token_mask.choose": "high",
     "token_mask.keep_end": True,
+    "deal.seed_scale": 1.0,
+    "deal.widths": [0.25, 0.5, 1.0],
+    "deal.num_layers": 1,
+    "deal.mixing": True,
+    "deal.a": 5.0,
+    "deal.b": 2.0,
+    "deal.tolerance": 0.1,
+    "selection.pick": "high",
+    "selection.band": [0.25, 0.75],
+    "selection.temperature": 1.0,
+    "selection.strata": "label",
+    "selection.max_scored": 20_000,
     "deal.form": "spectral",
     "deal.kernel": "heat",
     "selection.target": 0.5,
@@ -62,7 +74,13 @@ ALWAYS_THE_SAME: dict[str, Any] = {
 }
 """Settings of methods that exist no more or have another name, with the value that means today's method."""
 GONE_FROM_TRAINING = {"prompt_loss_weight": 0.0}
-FIXED: dict[str, Any] = {"min_steps": 0, "group_by_length": True, "recentre_steps": 0}
+FIXED: dict[str, Any] = {
+    "min_steps": 0,
+    "group_by_length": True,
+    "recentre_steps": 0,
+    "warmup_share": 0.0,
+    "weight_decay": 0.0,
+}
 """Settings of the training that exist no more, with what a training does since then: its cells do not say them."""
 
 Memory = Literal["none", "tests", "rows"]

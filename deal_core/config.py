@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from deal_core.limits import (
     Positive,
     Seed,
     Share,
+    ShareBelowOne,
     require,
     settings,
 )
@@ -42,8 +44,11 @@ class AdapterConfig:
     """r: number of columns of B and rows of A."""
     alpha: Positive | None = None
     """Scale α of ΔW = (α/r)·B·A; None means 2·rank."""
-    target_modules: tuple[str, ...] | None = None
-    """Names of the linear layers that carry the adapter; None means the model type's query and value projections."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] | None = None
+    """Names of the linear layers that carry the adapter, or all-linear for all but the output layer; None means the
+    model type's query and value projections."""
+    dropout: ShareBelowOne = 0.0
+    """Share of the adapter's inputs that are set to zero in training."""
 
     @property
     def scale_alpha(self) -> float:
@@ -51,6 +56,11 @@ class AdapterConfig:
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
+RATES = ((1e9, 1e-3), (4e9, 5e-4))
+"""Most parameters of a base model → its rate. The first was measured on 135M parameters; LoRA on 7B parameters usually
+takes 1e-4 to 2e-4."""
+LARGEST_RATE = 2e-4
+"""Rate of all larger base models."""
 Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
 NOT_DECIDING = ("num_processes",)
@@ -61,8 +71,13 @@ NOT_DECIDING = ("num_processes",)
 class TrainConfig:
     """How one task is learned. All strategies use these settings."""
 
-    learning_rate: Positive = 1e-3
-    """Rate of AdamW at the first step; no warm-up, no weight decay."""
+    learning_rate: Positive | None = None
+    """Rate of AdamW at the first step. None: by the size of the base model, 0.001 up to one billion parameters, 0.0005
+    up to four billion, 0.0002 above."""
+    warmup_share: ShareBelowOne = 0.0
+    """Share of the steps in which the rate first rises from 0."""
+    weight_decay: AtLeastZero = 0.0
+    """AdamW's weight decay."""
     schedule: Schedule = "linear"
     """Course of the learning rate: it falls linearly to zero at the last step, or it stays constant."""
     num_epochs: Count = 3
@@ -77,8 +92,8 @@ class TrainConfig:
     """Clip of the global gradient norm; 0 turns it off."""
     max_prompt_tokens: Annotated[Count, Field(ge=16)] = 512
     """The text of a longer prompt is cut at its end. The instruction is never cut."""
-    max_answer_tokens: Count = 50
-    """A longer answer is cut at its end."""
+    max_answer_tokens: Count | None = None
+    """A longer answer is cut at its end, in training, evaluation and serving. None: 50 for labels, 256 for others."""
     checkpoint_steps: CountOrZero = 25
     """Optimiser steps between checkpoints; 0 keeps none."""
     gradient_checkpointing: Flag = False
@@ -107,6 +122,15 @@ class TrainConfig:
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, for digests."""
         return {name: value for name, value in asdict(self).items() if name not in NOT_DECIDING}
+
+    def rate(self, num_parameters: int) -> float:
+        """Return the rate at the first step, for a base model with so many parameters."""
+        by_size = next((rate for size, rate in RATES if num_parameters <= size), LARGEST_RATE)
+        return by_size if self.learning_rate is None else self.learning_rate
+
+    def answer_tokens(self, labels: Collection[str]) -> int:
+        """Return the most tokens of an answer to a task with these labels; without labels its answers are free."""
+        return self.max_answer_tokens or (50 if labels else 256)
 
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps for a task with `num_rows` training rows."""
@@ -138,10 +162,8 @@ def check_metric(metric: str) -> str:
 
 @settings("evaluate")
 class EvaluateConfig:
-    """How answers are generated and scored."""
+    """How a version is evaluated."""
 
-    max_new_tokens: Count = 50
-    """Longest generated answer."""
     max_old_rows: Count = 5000
     """Most test rows of all earlier tasks together that a new version answers. A task's rows stay the same from version
     to version, or become fewer of the same rows, so versions are compared on common rows."""

@@ -12,14 +12,13 @@ from deal_core.limits import (
     AtLeastZero,
     Count,
     Number,
-    Positive,
     Share,
     ShareAboveZero,
     require,
     settings,
 )
 
-Approval = Literal["automatic", "person"]
+Approval = Literal["automatic", "manual"]
 RolloutKind = Literal["shadow", "canary"]
 ROLLOUT_SHARES: dict[RolloutKind, float] = {"shadow": 1.0, "canary": 0.1}
 """The share of the requests that a candidate answers, unless the settings name one."""
@@ -69,7 +68,7 @@ class GateConfig:
     confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
     """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
     approval: Approval = "automatic"
-    """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
+    """automatic: a version that passes is promoted. manual: it waits until a person promotes it."""
     rollout: Literal["none", "shadow", "canary"] = "none"
     """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
     answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,
@@ -95,24 +94,48 @@ class GateConfig:
         return RolloutTerms(self.rollout, share, self.rollout_rows, self.max_drop_points, self.confidence)
 
 
-@settings("monitor")
-class MonitorConfig:
-    """How live traffic is compared with a version's test rows. These settings change no version and no digest.
+Sensitivity = Literal["low", "normal", "high"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftLimits:
+    """When a difference between live traffic and test rows is an alarm.
 
     An alarm needs both: a p-value below alpha / (tests of all tasks together), and an effect of at least its limit.
     """
 
-    min_rows: Count = 100
+    min_rows: int = 100
     """Fewest live rows of a task; with fewer, nothing is compared."""
-    window_rows: Count = 500
+    window_rows: int = 500
     """The newest live rows of a task that are compared."""
-    alpha: Annotated[Positive, Field(lt=1)] = 0.01
+    alpha: float = 0.01
     """Largest share of looks at a lineage that may raise a false alarm."""
-    min_psi: AtLeastZero = 0.2
+    min_psi: float = 0.2
     """Smallest population stability index of the label shares that counts."""
-    min_distance: Share = 0.15
+    min_distance: float = 0.15
     """Smallest distance of two distributions (Kolmogorov-Smirnov), or of two shares, that counts."""
-    min_auc: Annotated[Number, Field(ge=0.5, le=1)] = 0.7
+    min_auc: float = 0.7
     """Smallest area under the ROC curve that counts, for the classifier that tells live texts from test texts."""
-    max_live_drop_points: AtLeastZero = 10.0
+    max_live_drop_points: float = 10.0
     """Points that live accuracy, measured or estimated, may lose against the test rows."""
+
+
+DRIFT_LIMITS: dict[Sensitivity, DriftLimits] = {
+    "low": DriftLimits(min_psi=0.3, min_distance=0.2, min_auc=0.8, max_live_drop_points=15.0),
+    "normal": DriftLimits(),
+    "high": DriftLimits(min_psi=0.1, min_distance=0.1, min_auc=0.6, max_live_drop_points=5.0),
+}
+
+
+@settings("monitor")
+class MonitorConfig:
+    """How live traffic is compared with a version's test rows. This changes no version and no digest."""
+
+    sensitivity: Sensitivity = "normal"
+    """How small a difference raises an alarm. Live accuracy may lose 15 (low), 10 (normal) or 5 points (high). The same
+    share of false alarms is allowed with each: 1 of 100 looks."""
+
+    @property
+    def limits(self) -> DriftLimits:
+        """The limits that the sensitivity stands for."""
+        return DRIFT_LIMITS[self.sensitivity]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from deal_core.errors import ConfigError
 from deal_core.limits import (
     MAX_COUNT,
-    AtLeastOne,
     AtLeastZero,
     Count,
     CountOrZero,
-    Flag,
-    Positive,
-    Share,
     ShareAboveZero,
     ShareBelowOne,
     require,
@@ -36,8 +32,26 @@ def _changed(config: Any) -> list[str]:
 class DealConfig:
     """DEAL: retention of the adapter's core spectrum and controlled updating (arXiv 2509.18942, Eq. 7-12).
 
-    All but `core` are for a soft or frozen core.
+    All but `core` are for a soft or frozen core. The constants of the method are no settings: nothing that was tried in
+    their place was better.
+
+    Attributes:
+        seed_scale: Size of the free slots' seeds, in units of PEFT's.
+        widths: Widths σ_j of the retention filter's heat kernels, in units of the largest singular value.
+        num_layers: K of Eq. 9; 0 turns the retention filter off.
+        mixing: Whether the matrix Ω of Eq. 11 is trained as well as the offset b.
+        a: Exponent of the core's deviation; at least `b`.
+        b: Exponent of the update's size.
+        tolerance: ρ: relative deviation of a core slot at which the lambda1 term takes effect.
     """
+
+    seed_scale: ClassVar[float] = 1.0
+    widths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0)
+    num_layers: ClassVar[int] = 1
+    mixing: ClassVar[bool] = True
+    a: ClassVar[float] = 5.0
+    b: ClassVar[float] = 2.0
+    tolerance: ClassVar[float] = 0.1
 
     core: Core = "soft"
     """frozen: core slots never change. soft: core slots may change, at the cost of the lambda1 term. free: the factors
@@ -46,34 +60,18 @@ class DealConfig:
     """Core slots hold at least this share of ‖ΔW‖²_F."""
     free_share: ShareBelowOne = 0.25
     """At least this share of the slots stays free for the new task."""
-    seed_scale: Positive = 1.0
-    """Size of the free slots' seeds, in units of PEFT's. A larger value learns faster at the same learning rate."""
-    widths: tuple[Positive, ...] = (0.25, 0.5, 1.0)
-    """Widths σ_j of the retention filter's heat kernels, in units of the largest singular value."""
-    num_layers: CountOrZero = 1
-    """K of Eq. 9; 0 turns the retention filter off."""
-    mixing: Flag = True
-    """Train the matrix Ω of Eq. 11 as well as the offset b."""
     lambda1: AtLeastZero = 0.01
     """Weight of the core's deviation."""
-    a: AtLeastOne = 5.0
-    """Exponent of the core's deviation."""
     lambda2: AtLeastZero = 0.001
     """Weight of the update's size."""
-    b: AtLeastOne = 2.0
-    """Exponent of the update's size."""
-    tolerance: Positive = 0.1
-    """ρ: relative deviation of a core slot at which the lambda1 term takes effect."""
 
     def __post_init__(self) -> None:
-        require(bool(self.widths), "deal.widths is (); give at least one width.")
         idle = [f"deal.{name}" for name in _changed(self) if name != "core"]
         require(
             self.core != "free" or not idle,
             f"deal.core is free, which decomposes nothing, so {', '.join(idle)} would do nothing; leave it "
             "out, or set deal.core to soft or frozen.",
         )
-        require(self.a >= self.b, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b.")
 
 
 @settings("rehearsal")
@@ -92,7 +90,6 @@ class RehearsalConfig:
         return min(self.rows, max(1, round(num_rows / 4)))
 
 
-Pick = Literal["high", "low", "band", "weighted"]
 NoiseGate = Literal["none", "name", "leave_out"]
 
 
@@ -107,46 +104,33 @@ def _check_keep(keep: object) -> object:
 
 @settings("selection")
 class SelectionConfig:
-    """Which rows of an arrival are trained on. Every strategy heeds it, since it comes before the strategy."""
+    """Which rows of an arrival are trained on. Every strategy heeds it, since it comes before the strategy.
+
+    Attributes:
+        max_scored: Most rows that a model reads to choose among them. Of more rows, a random sample is read.
+    """
+
+    max_scored: ClassVar[int] = 20_000
 
     keep: Annotated[ShareAboveZero | Annotated[Count, Field(ge=2)] | None, BeforeValidator(_check_keep)] = None
-    """Rows that are trained on: a share (0.01, 1.0) or a number from 2 (1000). None: every row."""
+    """Rows that are trained on: a share (0.01, 1.0) or a number from 2 (1000). None: every row. The labels keep their
+    shares, and every label has a row if there is room."""
     score: str = "random"
-    """The number that a row is chosen by: random, or one of an installed package."""
+    """The number that a row is chosen by, the largest first: random, or one of an installed package."""
     score_options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the score, which checks them itself."""
-    pick: Pick = "high"
-    """high, low: the rows with the largest or smallest scores. band: rows whose scores lie in the quantiles of `band`,
-    at random. weighted: at random, with probabilities in proportion to exp(score / temperature)."""
-    band: tuple[Share, Share] = (0.25, 0.75)
-    """Smallest and largest quantile of `pick: band`."""
-    temperature: Positive = 1.0
-    """τ of `pick: weighted`. A small one takes the rows with the largest scores."""
-    strata: Literal["label", "none"] = "label"
-    """label: the labels keep their shares, and every label has a row if there is room. none: scores alone decide."""
-    max_scored: Count = 20_000
-    """Most rows that a model reads to choose among them. Of more rows, a random sample with the labels' shares is
-    read."""
     noise: NoiseGate = "none"
     """Rows of a labelled task whose label is probably wrong. name: they are counted and named in the run's notes.
     leave_out: they are not trained on either."""
 
     def __post_init__(self) -> None:
-        require(self.band[0] < self.band[1], f"selection.band is {self.band}; give the smaller quantile first.")
-        changed = [name for name in _changed(self) if name not in ("keep", "noise", "max_scored", "score_options")]
+        changed = [name for name in _changed(self) if name not in ("keep", "noise", "score_options")]
         changed += ["score_options"] if self.score_options else []
         require(
             self.keep is not None or not changed,
             f"selection.{', selection.'.join(changed)} would do nothing: every row is trained on. Give selection.keep, "
             "a share such as 0.3 or a number of rows.",
         )
-
-        for name, pick in (("band", "band"), ("temperature", "weighted")):
-            require(
-                name not in changed or self.pick == pick,
-                f"selection.{name} would do nothing: selection.pick is {self.pick}. Leave it out, or set "
-                f"selection.pick to {pick}.",
-            )
 
     @property
     def is_on(self) -> bool:

@@ -16,7 +16,7 @@ from prefect import flow
 from pydantic import BaseModel, field_validator
 
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.cell import Cell, Scored, Scoring, make_cell
+from deal_core.benchmark.cell import PROTOCOL, Cell, Scored, Scoring, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
 from deal_core.benchmark.summary import protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, TrainConfig
@@ -36,8 +36,6 @@ from tasks.spec import Address, parse
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
-PROTOCOL: dict[str, Any] = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
-"""The benchmark's own defaults of TrainConfig. No checkpoints are needed: a cell continues at its unfinished task."""
 LONGER = {"superni": {"max_prompt_tokens": 512}, "superni8": {"max_prompt_tokens": 512}}
 """Other defaults by suite: the instructions of superni alone take more than 160 tokens. The field cuts at 512."""
 

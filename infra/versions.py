@@ -97,7 +97,7 @@ class Version(Stored):
     accepted: bool
     """Whether its gate accepted it."""
     reasons: tuple[str, ...] = ()
-    vetoes: tuple[Mapping[str, Any], ...] = ()
+    failed_checks: tuple[Mapping[str, Any], ...] = ()
     """The reasons for programs: kind, task, value and limit of each."""
     needs_approval: bool = False
     """Whether a person has to approve it before it becomes champion."""

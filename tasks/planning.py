@@ -69,6 +69,8 @@ class PlanResult(BaseModel, frozen=True):
     num_test: int
     num_rejected: int
     num_steps: int
+    learning_rate: float
+    """Rate of the first step."""
     rows_per_step: int
     rehearsed_per_step: int
     """Rows of old tasks in every step, in addition to the step's own rows."""
@@ -212,7 +214,7 @@ def _plan_rows(
 
     def memory_of(train: TrainConfig, precision: str) -> MemoryPlan:
         """The memory with other settings of the training and another precision than those of the run."""
-        answer = min(batch.num_answer_tokens, train.max_answer_tokens)
+        answer = min(batch.num_answer_tokens, train.answer_tokens(setup.task.labels))
         prompt = min(batch.num_tokens - batch.num_answer_tokens, run.longest_prompt(train))
         rows = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
         adapter = replace(setup.adapter, rank=run.rank)
@@ -232,6 +234,7 @@ def _plan_rows(
         notes += ["the time is this machine's, not that of the device planned for"] if device_memory is not None else []
     notes += _notes(run, manifest.num_train, seconds)
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
+    num_parameters = sum(model.parameters.values())
     keeps_rows = "rehearsal" in strategy_class(setup.strategy).reads
     return PlanResult(
         base=run.source,
@@ -246,6 +249,7 @@ def _plan_rows(
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
         num_steps=run.arrival.num_steps,
+        learning_rate=train.preference_learning_rate if setup.task.learns_preferences else train.rate(num_parameters),
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
         rehearsed_per_step=run.rehearsed_per_step,
         num_kept=setup.method.rehearsal.num_kept(run.arrival.num_rows) if keeps_rows else 0,
@@ -290,7 +294,7 @@ def _notes(run: _Run, num_train: int, seconds: float | None) -> Iterator[str]:
 def _batch(run: _Run, rows: Dataset) -> BatchShape:
     setup, num_rows = run.setup, run.largest_batch(run.setup.train)
     if run.base.folder is None:
-        answer = setup.train.max_answer_tokens
+        answer = setup.train.answer_tokens(setup.task.labels)
         prompt = run.longest_prompt(setup.train)
         return BatchShape(num_rows=num_rows, num_tokens=prompt + answer, num_answer_tokens=answer)
     try:

@@ -55,28 +55,30 @@ Strategy = Annotated[
 DEFAULT_STRATEGY = "deal"
 _PLUGINS = "what used it is in benchmarks/, and takes it under"
 _REHEARSAL = "set rehearsal.rows, the training rows that are kept of each task (0 keeps none), and rehearsal.per_step"
-REPLACED = {
-    "memory": _REHEARSAL,
-    **dict.fromkeys(
-        (
-            f"rehearsal.{name}"
-            for name in (
-                "texts",
-                "answers",
-                "stored_share",
-                "max_stored_rows",
-                "balance_stored",
-                "num_texts",
-                "rows_per_step",
-                "weight",
-                "temperature",
-            )
-        ),
+_GONE = (
+    ("", "memory", _REHEARSAL),
+    (
+        "rehearsal.",
+        "texts answers stored_share max_stored_rows balance_stored num_texts rows_per_step weight temperature",
         _REHEARSAL,
     ),
-    "train.recentre_steps": "rehearsed rows have calibrated labels, so leave it out",
-}
-"""Key of earlier releases that the kept rows have replaced → what to do instead."""
+    ("train.", "recentre_steps", "rehearsed rows have calibrated labels, so leave it out"),
+    ("evaluate.", "max_new_tokens", "set train.max_answer_tokens, which limits training and evaluation alike"),
+    (
+        "deal.",
+        "seed_scale widths num_layers mixing a b tolerance",
+        "it is a constant of the method, so leave it out",
+    ),
+    ("selection.", "pick band temperature", f"{_PLUGINS} selection.score_options"),
+    ("selection.", "strata max_scored", "labels keep their shares always, so leave it out"),
+    (
+        "monitor.",
+        "min_rows window_rows alpha min_psi min_distance min_auc max_live_drop_points",
+        "set monitor.sensitivity to low, normal or high",
+    ),
+)
+REPLACED = {section + name: remedy for section, names, remedy in _GONE for name in names.split()}
+"""Key of earlier releases → what to do instead. The stored spec of a version is read without these keys."""
 MOVED = {
     "rivals": f"{_PLUGINS} strategy_options",
     "deal.form": f"{_PLUGINS} strategy_options",

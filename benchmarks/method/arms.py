@@ -55,7 +55,7 @@ from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.run import NUM_FURTHER_ROWS
 from deal_core.benchmark.suites import load_suite
-from deal_core.config import TrainConfig
+from deal_core.config import RATES, TrainConfig
 from deal_core.data.collate import IGNORED, NOT_READ
 from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import MethodConfig
@@ -192,7 +192,7 @@ def main(
         for number in seed or [0]:
             train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number)
             if each == "rate":
-                train = replace(train, learning_rate=2 * train.learning_rate)
+                train = replace(train, learning_rate=2 * RATES[0][1])
             with TemporaryDirectory() as temporary:
                 folder = (keep or Path(temporary)) / f"{'plain' if each == 'recentred' else each}-{number}-{digest}"
                 versions = Versions(model, [suite[name] for name in names], folder, strategy, train)

@@ -23,8 +23,6 @@ from deal_core.strategies.strategy import TensorNumbers
 FLOOR = 1e-3
 """Added to the spline so that its logarithm exists everywhere; beyond the spline's support the gain is 1."""
 SMALL = 1e-6
-MIN_WIDTH = 0.2
-"""With a smaller width the inverse heat kernel overflows."""
 
 
 @settings("strategy_options")
@@ -160,13 +158,6 @@ class DealLiteral(Deal):
 
     name = "deal_literal"
     Options = LiteralOptions
-
-    def __init__(self, config: MethodConfig, seed: int) -> None:
-        super().__init__(config, seed)
-        require(
-            self.options.form == "spectral" or min(config.deal.widths) >= MIN_WIDTH,
-            f"deal.widths is {config.deal.widths}; the literal form's inverse kernel overflows below {MIN_WIDTH}.",
-        )
 
     @classmethod
     def tensor_numbers(cls, config: MethodConfig, modules: Sequence[tuple[int, int]], rank: int) -> TensorNumbers:

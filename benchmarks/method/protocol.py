@@ -28,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import FIXED, read_stored_cells, unpack_answers
+from deal_core.benchmark.cell import PROTOCOL
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name
 from deal_core.config import TrainConfig
@@ -95,7 +96,7 @@ def training_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def todays_training() -> dict[str, Any]:
     """The training settings that make today's protocol."""
-    return training_of({"train": asdict(TrainConfig()) | FIXED})
+    return training_of({"train": asdict(TrainConfig(**PROTOCOL)) | FIXED})
 
 
 def todays_cells(folders: Iterable[Path] | None = None) -> Iterator[tuple[CellJson, dict[str, Any]]]:

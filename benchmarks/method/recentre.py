@@ -102,7 +102,7 @@ def learn_rehearsal(
         num_steps: Number of steps.
         on_step: Called before every step with its number, from 0.
     """
-    optimizer = torch.optim.AdamW(factors, lr=train.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(factors, lr=train.rate(model.num_parameters()), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)
     model.train()
     model.zero_grad()

@@ -70,8 +70,8 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.scale_alpha,  # type: ignore[arg-type]  # PEFT takes any number
-        target_modules=list(targets),
-        lora_dropout=0.0,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=adapter.dropout,
         bias="none",
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )

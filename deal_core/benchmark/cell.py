@@ -36,6 +36,13 @@ UNTRAINED = ("base", "frozen_head", "knn", "knn_means")
 BOUNDS = (*UNTRAINED, "per_task", "joint_memory", "joint")
 """Bounds for comparison. The last three: an adapter per task, one adapter for a tenth of the rows together, and one
 adapter for all rows together."""
+PROTOCOL: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "max_prompt_tokens": 160,
+    "max_answer_tokens": 50,
+    "checkpoint_steps": 0,
+}
+"""The benchmark's own defaults of TrainConfig. No checkpoints are needed: a cell continues at its unfinished task."""
 COMMON = ("selection",)
 """Parts of MethodConfig that every strategy heeds. A cell has a part's settings only where the part is on."""
 

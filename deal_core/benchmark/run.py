@@ -40,7 +40,6 @@ from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell, pack_answers
 from deal_core.benchmark.suites import Rows, SuiteTask
-from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answering import ServedTask
@@ -241,7 +240,7 @@ def _further_rows(run: CellRun, name: str) -> TaskTexts:
         task=task.schema,
         rows=Dataset.from_list(list(task.train[cell.rows : cell.rows + NUM_FURTHER_ROWS])),
         max_prompt_tokens=cell.train.max_prompt_tokens,
-        max_new_tokens=cell.train.max_answer_tokens,
+        max_new_tokens=cell.train.answer_tokens(task.schema.labels),
     )
 
 
@@ -287,7 +286,9 @@ def _score(
             likeliest = [task.labels[best] for best in log_probs_NL.argmax(1).tolist()]
             evaluation = evaluate_answers(task, dataset, likeliest)
         else:
-            asked = ServedTask(schema=task, max_prompt_tokens=longest, max_new_tokens=EvaluateConfig().max_new_tokens)
+            asked = ServedTask(
+                schema=task, max_prompt_tokens=longest, max_new_tokens=run.cell.train.answer_tokens(task.labels)
+            )
             evaluation = evaluate_task(model, tokenizer, asked, dataset)
         scores[name] = _kept(evaluation)
         if log_probs_NL is not None:

@@ -15,16 +15,16 @@ from deal_core.judging_config import GateConfig
 _SLACK = 1e-9
 """Tolerance for rounding: a gain of 0.6 − 0.5 must not miss a floor of 10 points."""
 
-VetoKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter"]
+CheckKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Veto:
+class FailedCheck:
     """One limit that a version breaks."""
 
-    kind: VetoKind
+    kind: CheckKind
     task: str | None
-    """None: the veto is about the version as a whole."""
+    """None: the check is about the version as a whole."""
     value: float | None
     """The measured value, in the limit's unit: percent for a floor, points for a gain or drop, else a ratio."""
     limit: float | None
@@ -35,19 +35,19 @@ class Veto:
 class GateDecision:
     """Whether a version may become champion, with every reason against it."""
 
-    vetoes: tuple[Veto, ...]
+    failed_checks: tuple[FailedCheck, ...]
     notes: tuple[str, ...] = ()
     """Tasks with too few test rows to judge, and losses over a limit that noise explains."""
 
     @property
     def accepted(self) -> bool:
-        """Whether there is no veto."""
-        return not self.vetoes
+        """Whether every check was passed."""
+        return not self.failed_checks
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """One sentence per veto."""
-        return tuple(veto.message for veto in self.vetoes)
+        """One sentence per failed check."""
+        return tuple(check.message for check in self.failed_checks)
 
 
 def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
@@ -58,7 +58,7 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
     all_drops = [_drop_of(report, task, config.confidence) for task in report.parent_accuracies]
     drops = [drop for drop in all_drops if drop.task not in report.slices]
     of_slices = [drop for drop in all_drops if drop.task in report.slices]
-    vetoes = [
+    failed_checks = [
         *_below_floors(report, config),
         *_no_gain(report, config),
         *_too_large(drops, config.max_drop_points),
@@ -67,10 +67,10 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
         *_general_ability(report, config),
         *_adapter(report, config),
     ]
-    return GateDecision(tuple(vetoes), tuple(_notes(drops, config)))
+    return GateDecision(tuple(failed_checks), tuple(_notes(drops, config)))
 
 
-def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
+def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[FailedCheck]:
     task, accuracy = report.task, report.accuracies[report.task]
     start, whose = report.base_accuracy, "base model's"
     if report.majority_rate is not None and report.majority_rate > start:  # a constant answer is no skill
@@ -84,10 +84,10 @@ def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[Veto
         if accuracy < floor - _SLACK:
             score = f"{report.metric_name(task)} {_percent(accuracy)}"
             message = f"{task}: {score} is below the floor of {_percent(floor)}{origin}."
-            yield Veto(kind="floor", task=task, value=100 * accuracy, limit=100 * floor, message=message)
+            yield FailedCheck(kind="floor", task=task, value=100 * accuracy, limit=100 * floor, message=message)
 
 
-def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
+def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[FailedCheck]:
     wanted, before, task = config.min_gain_over_champion_points, report.parent_accuracy_new_task, report.task
     if wanted is None or before is None:
         return
@@ -95,7 +95,7 @@ def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
     paired = report.paired_drop(task)
     noise = paired.noise(config.confidence) if paired else 0.0
     if wanted - gain > noise + 100 * _SLACK:
-        yield Veto(
+        yield FailedCheck(
             kind="gain",
             task=task,
             value=gain,
@@ -133,14 +133,14 @@ def _drop_of(report: EvaluationReport, task: str, confidence: float) -> _Drop:
     )
 
 
-def _too_large(drops: list[_Drop], limit: float | None) -> Iterator[Veto]:
+def _too_large(drops: list[_Drop], limit: float | None) -> Iterator[FailedCheck]:
     for drop in drops:
         if limit is not None and drop.points > limit + 100 * _SLACK and drop.is_clear:
             message = f"{drop.sentence}; the limit is {limit:.1f} points."
-            yield Veto(kind="drop", task=drop.task, value=drop.points, limit=limit, message=message)
+            yield FailedCheck(kind="drop", task=drop.task, value=drop.points, limit=limit, message=message)
 
 
-def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
+def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[FailedCheck]:
     limit = config.max_mean_drop_points
     if limit is None or len(drops) < 2:
         return
@@ -148,7 +148,7 @@ def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
     variance = sum(drop.paired.standard_error**2 for drop in drops if drop.paired)
     noise = NormalDist().inv_cdf(config.confidence) * variance**0.5 / len(drops)
     if mean > limit + 100 * _SLACK and mean > noise:
-        yield Veto(
+        yield FailedCheck(
             kind="mean_drop",
             task=None,
             value=mean,
@@ -157,13 +157,13 @@ def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
         )
 
 
-def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
+def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[FailedCheck]:
     limit, now, before = config.max_perplexity_ratio, report.perplexity, report.base_perplexity
     if limit is None or now is None or not before:
         return
     ratio = now / before
     if not ratio <= limit:
-        yield Veto(
+        yield FailedCheck(
             kind="general_ability",
             task=None,
             value=ratio,
@@ -173,7 +173,7 @@ def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[V
         )
 
 
-def _adapter(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
+def _adapter(report: EvaluationReport, config: GateConfig) -> Iterator[FailedCheck]:
     facts = report.adapter
     if facts is None:
         return
@@ -194,8 +194,8 @@ def _adapter(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
             )
 
 
-def _of_adapter(message: str, value: float | None = None, limit: float | None = None) -> Veto:
-    return Veto(kind="adapter", task=None, value=value, limit=limit, message=message)
+def _of_adapter(message: str, value: float | None = None, limit: float | None = None) -> FailedCheck:
+    return FailedCheck(kind="adapter", task=None, value=value, limit=limit, message=message)
 
 
 def _notes(drops: list[_Drop], config: GateConfig) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from deal_core.judging_config import MonitorConfig
+from deal_core.judging_config import DriftLimits
 from deal_core.monitoring import two_samples
 from deal_core.monitoring.report import NUM_BINS, Alarm, DriftReport, DriftTest, LiveAccuracy, TaskDrift, TestName
 from deal_core.monitoring.two_samples import Difference
@@ -36,7 +36,7 @@ DISTRIBUTIONS: dict[TestName, str] = {
 def compare(
     reference: pd.DataFrame,
     live: pd.DataFrame,
-    config: MonitorConfig,
+    limits: DriftLimits,
     *,
     feedback: pd.DataFrame | None = None,
     before: Mapping[str, float] | None = None,
@@ -47,7 +47,7 @@ def compare(
     Args:
         reference: The version's answers to the test rows, with `score`.
         live: The live rows, of this version only.
-        config: The limits.
+        limits: When a difference counts.
         feedback: Columns id, time, is_right, is_random; None: there is none.
         before: Accuracy that the gate measured for the version before, by task.
         baseline: Earlier live rows that take the reference's place in the tests of drift. Accuracies are still
@@ -61,7 +61,7 @@ def compare(
             name,
             reference[reference["task"] == name],
             live[live["task"] == name],
-            config,
+            limits,
             feedback,
             None if baseline is None else baseline[baseline["task"] == name],
         )
@@ -69,8 +69,8 @@ def compare(
     ]
     # whether a test raises an alarm depends on the number of tests of all tasks
     num_tests = sum(task.num_tests for task in tasks)
-    level = config.alpha / max(1, num_tests)
-    decided = tuple(_with_alarms(task, level, config, (before or {}).get(task.task)) for task in tasks)
+    level = limits.alpha / max(1, num_tests)
+    decided = tuple(_with_alarms(task, level, limits, (before or {}).get(task.task)) for task in tasks)
     return DriftReport(tasks=decided, num_tests=num_tests, level=level)
 
 
@@ -90,15 +90,15 @@ def _test_task(
     name: str,
     reference: pd.DataFrame,
     logged: pd.DataFrame,
-    config: MonitorConfig,
+    limits: DriftLimits,
     feedback: pd.DataFrame | None,
     baseline: pd.DataFrame | None,
 ) -> TaskDrift:
     compared = reference if baseline is None or baseline.empty else baseline
-    live = window(logged, config.window_rows)
+    live = window(logged, limits.window_rows)
     measured = None
     if feedback is not None and not reference.empty:
-        measured = measured_accuracy(reference, logged, feedback, config.window_rows)
+        measured = measured_accuracy(reference, logged, feedback, limits.window_rows)
     drift = TaskDrift(
         task=name,
         status="no reference" if reference.empty else "too few rows",
@@ -108,21 +108,22 @@ def _test_task(
         is_rebased=compared is not reference,
         measured=measured,
     )
-    if reference.empty or len(live) < config.min_rows:
+    if reference.empty or len(live) < limits.min_rows:
         return drift
     return replace(
         drift,
         status="compared",
-        tests=tuple(_tests(compared, live, config)),
+        tests=tuple(_tests(compared, live, limits)),
         estimated=estimated_accuracy(reference, live),
         label_shares=_label_shares(compared, live),
         confidences=_histograms(compared["confidence"], live["confidence"]),
     )
 
 
-def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -> list[DriftTest]:
+def _tests(reference: pd.DataFrame, live: pd.DataFrame, limits: DriftLimits) -> list[DriftTest]:
     has_labels = bool(live["is_label"].notna().any() and reference["is_label"].notna().any())
-    limits, differences = {"labels": config.min_psi, "texts": config.min_auc}, dict[TestName, Difference | None]()
+    differences = dict[TestName, Difference | None]()
+    smallest = {"labels": limits.min_psi, "texts": limits.min_auc}
     if has_labels:
         differences["labels"] = two_samples.label_shares(reference["label"].dropna(), live["label"].dropna())
         differences["no label"] = two_samples.share_grew(
@@ -140,7 +141,7 @@ def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -
     if "input" in reference and "input" in live:
         differences["texts"] = two_samples.texts([*reference["input"].dropna()], [*live["input"].dropna()])
     return [
-        DriftTest(name=name, limit=limits.get(name, config.min_distance), **vars(difference))
+        DriftTest(name=name, limit=smallest.get(name, limits.min_distance), **vars(difference))
         for name, difference in differences.items()
         if difference is not None
     ]
@@ -214,12 +215,12 @@ def _against(live: Hits, reference: Hits | None, shift: float) -> LiveAccuracy:
     return replace(measured, reference=share, drop_points=100 * grew.effect, p_value=grew.p_value)
 
 
-def _with_alarms(drift: TaskDrift, level: float, config: MonitorConfig, before: float | None) -> TaskDrift:
+def _with_alarms(drift: TaskDrift, level: float, limits: DriftLimits, before: float | None) -> TaskDrift:
     """Mark what is significant and large. `before` is the accuracy of the version before, by the gate."""
     at_most = max(level, two_samples.SMALLEST)
     tests = tuple(replace(test, is_alarm=test.p_value <= at_most and test.effect >= test.limit) for test in drift.tests)
     alarms = [Alarm(kind="drift", reason=_reason(test, drift.label_shares)) for test in tests if test.is_alarm]
-    measured, estimated = (_judged(accuracy, level, config) for accuracy in (drift.measured, drift.estimated))
+    measured, estimated = (_judged(accuracy, level, limits) for accuracy in (drift.measured, drift.estimated))
     for word, accuracy in (("measured", measured), ("estimated", estimated)):
         if accuracy is None or accuracy.reference is None or not accuracy.is_alarm:
             continue
@@ -236,10 +237,10 @@ def _with_alarms(drift: TaskDrift, level: float, config: MonitorConfig, before: 
     return replace(drift, tests=tests, estimated=estimated, measured=measured, before=before, alarms=tuple(alarms))
 
 
-def _judged(accuracy: LiveAccuracy | None, level: float, config: MonitorConfig) -> LiveAccuracy | None:
+def _judged(accuracy: LiveAccuracy | None, level: float, limits: DriftLimits) -> LiveAccuracy | None:
     if accuracy is None or accuracy.reference is None or accuracy.p_value is None or accuracy.drop_points is None:
         return accuracy
-    is_large = accuracy.drop_points >= config.max_live_drop_points and accuracy.is_below(accuracy.reference)
+    is_large = accuracy.drop_points >= limits.max_live_drop_points and accuracy.is_below(accuracy.reference)
     return replace(accuracy, is_alarm=is_large and accuracy.p_value < level)
 
 

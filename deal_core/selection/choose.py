@@ -1,9 +1,9 @@
-"""Choose the rows of an arrival that are trained on: noise gate, strata, score, pick, in this order.
+"""Choose the rows of an arrival that are trained on: noise gate, score, then the largest scores of each label.
 
 The parent scores the rows: the model before the arrival. The first arrival of a lineage has no parent, and the base
 model's scores would say how odd the form of an answer is, so its rows are chosen at random.
 
-Shapes: N candidate rows, n rows of one stratum (the rows of a label).
+Shapes: N candidate rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from deal_core.strategies.strategy import SEED_STRIDE
 from deal_core.training.train import TrainingSetup
 
 OnProgress = Callable[[int, int], None]
-SAMPLE, SCORE, PICK = range(3)
+SAMPLE, SCORE = range(2)
 """Numbers of the random choices of one selection; each has its own seed."""
 PURPOSE_STRIDE = 7_919
 """Distance between the seeds of these choices."""
@@ -164,7 +164,7 @@ class _Choosing:
         if not (self._measures or self._checks_labels) or len(rows) <= limit:
             return rows
         candidates = Candidates(rows=self._rows, task=self._task, measured=None, seed=self._seed(SAMPLE))
-        return self._pick(RandomScore().score(candidates), rows, limit, SelectionConfig(), SAMPLE)
+        return self._pick(RandomScore().score(candidates), rows, limit)
 
     def _scored(self, rows: Sequence[int]) -> tuple[list[int], list[str]]:
         """The rows that are picked by their scores, and notes."""
@@ -178,7 +178,7 @@ class _Choosing:
                     self._task,
                     some,
                     max_prompt_tokens=self._train.max_prompt_tokens,
-                    max_answer_tokens=self._train.max_answer_tokens,
+                    max_answer_tokens=self._train.answer_tokens(self._task.labels),
                     on_progress=counting(self._on_progress, len(rows)),
                 )
         candidates = Candidates(rows=some, task=self._task, measured=measured, seed=self._seed(SCORE))
@@ -189,7 +189,7 @@ class _Choosing:
                 f"The score {self._score.name!r} returned {num_finite} finite numbers in the shape "
                 f"{tuple(scores_N.shape)} for {len(rows)} rows; correct it to return one for each row."
             )
-        chosen = self._pick(scores_N, rows, self._budget, self._config, PICK)
+        chosen = self._pick(scores_N, rows, self._budget)
         notes = self._about_choice(chosen)
         if measured is not None:
             read = f"{len(rows):,}" + (" rows" if len(rows) == len(self._rows) else " rows drawn at random")
@@ -201,25 +201,15 @@ class _Choosing:
             )
         return chosen, [*notes, *self._score.notes(candidates)]
 
-    def _pick(
-        self, scores_N: Tensor, rows: Sequence[int], budget: int, config: SelectionConfig, purpose: int
-    ) -> list[int]:
+    def _pick(self, scores_N: Tensor, rows: Sequence[int], budget: int) -> list[int]:
         """The picked ones of `rows`, which have these scores."""
-        strata = None
-        if self._labels is not None and self._config.strata == "label":
-            strata = [self._labels[row] for row in rows]
-        return [rows[place] for place in pick_rows(scores_N, strata, budget, config, self._seed(purpose))]
+        labels = None if self._labels is None else [self._labels[row] for row in rows]
+        return [rows[place] for place in pick_rows(scores_N, labels, budget)]
 
     def _about_choice(self, chosen: Sequence[int]) -> list[str]:
         """Notes: how many rows were chosen, by what, and how many of each label."""
-        config, name = self._config, self._score.name
-        how = {
-            "high": "the highest",
-            "low": "the lowest",
-            "weighted": f"at random, by exp({name} / {config.temperature:g})",
-            "band": f"at random between the quantiles {config.band[0]:g} and {config.band[1]:g}",
-        }[config.pick]
-        by = "at random" if isinstance(self._score, RandomScore) else f"by {name} ({how})"
+        config = self._config
+        by = "at random" if isinstance(self._score, RandomScore) else f"by {self._score.name}"
         of_labels = ""
         if self._labels is not None:
             counts = self._counts(chosen)
@@ -256,9 +246,9 @@ class _Choosing:
 
 
 def quotas(sizes: Mapping[Hashable, int], budget: int) -> dict[Hashable, int]:
-    """Divide a budget among strata in proportion to their sizes, by largest remainders.
+    """Divide a budget among labels in proportion to their sizes, by largest remainders.
 
-    Every stratum gets at least one row if the budget has one for each. Ties go to the stratum that comes first. The
+    Every label gets at least one row if the budget has one for each. Ties go to the label that comes first. The
     budget is at most the number of all rows.
     """
     total = sum(sizes.values())
@@ -273,35 +263,17 @@ def quotas(sizes: Mapping[Hashable, int], budget: int) -> dict[Hashable, int]:
     return shares
 
 
-def pick_rows(
-    scores_N: Tensor, strata: Sequence[Hashable] | None, budget: int, config: SelectionConfig, seed: int
-) -> list[int]:
-    """Return the places of the picked rows in order, `budget` of them, or all if there are fewer.
+def pick_rows(scores_N: Tensor, labels: Sequence[Hashable] | None, budget: int) -> list[int]:
+    """Return the places of the rows with the largest scores in order, `budget` of them, or all if there are fewer.
 
-    `strata` has the stratum of every row; None: all rows are one stratum.
+    Of equal scores, the first row is taken first. Every label of `labels`, which has the label of every row, keeps its
+    share; None: the rows have no labels.
     """
-    names = [""] * len(scores_N) if strata is None else strata
+    names = [""] * len(scores_N) if labels is None else labels
     sizes = dict(sorted(Counter(names).items(), key=lambda item: str(item[0])))
-    generator = torch.Generator().manual_seed(seed)
     picked: list[int] = []
     for name, quota in quotas(sizes, min(budget, len(scores_N))).items():
-        places = [place for place, stratum in enumerate(names) if stratum == name]
-        picked += [places[rank] for rank in ranked(scores_N[places], config, generator)[:quota]]
+        places = [place for place, label in enumerate(names) if label == name]
+        best_n = scores_N[places].double().argsort(stable=True, descending=True)
+        picked += [places[int(rank)] for rank in best_n[:quota]]
     return sorted(picked)
-
-
-def ranked(scores_n: Tensor, config: SelectionConfig, generator: torch.Generator) -> list[int]:
-    """Return the places of a stratum's rows, the first to take first. Of equal scores, the first row comes first."""
-    scores_n = scores_n.double()
-    if config.pick == "weighted":  # the largest of these sums are a sample without replacement (Gumbel top-k)
-        uniform_n = torch.rand(len(scores_n), generator=generator, dtype=torch.float64).clamp_min(1e-300)
-        scores_n = scores_n / config.temperature - torch.log(-torch.log(uniform_n))
-    order_n = scores_n.argsort(stable=True, descending=config.pick != "low" and config.pick != "band")
-    if config.pick != "band":
-        return [int(place) for place in order_n]
-    low, high = config.band
-    quantile_n = (torch.arange(len(order_n), dtype=torch.float64) + 0.5) / max(1, len(order_n))
-    distance_n = (low - quantile_n).clamp(min=0) + (quantile_n - high).clamp(min=0)
-    shuffled_n = torch.randperm(len(order_n), generator=generator)
-    nearest_n = distance_n[shuffled_n].argsort(stable=True)  # rows of the band, at distance 0, in random order
-    return [int(place) for place in order_n[shuffled_n[nearest_n]]]

@@ -31,7 +31,7 @@ class Candidates:
 
 
 class RowScore:
-    """A number for every candidate row. `selection.pick` says which numbers are taken."""
+    """A number for every candidate row. The rows with the largest numbers are trained on."""
 
     name: ClassVar[str]
     reads_model: ClassVar[bool] = False

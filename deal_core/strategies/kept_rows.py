@@ -131,7 +131,7 @@ def with_targets(
         TrainingDivergedError: The parent's scores are not finite.
     """
     tokenizer = context.base.tokenizer
-    longest = max(context.train.max_answer_tokens, *(len(row.answer_ids) for row in rows))
+    longest = max(context.train.answer_tokens(task.labels), *(len(row.answer_ids) for row in rows))
     labels = [encode_answer(tokenizer, task, label, longest) for label in task.labels]
     numbers = {tuple(label): number for number, label in enumerate(labels)}
     targets = [numbers.get(tuple(row.answer_ids)) for row in rows]

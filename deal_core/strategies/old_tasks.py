@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from peft import PeftModel
 from torch import Tensor
 
-from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate
@@ -86,7 +85,7 @@ def about_arrival(
             context,
             group,
             max_prompt_tokens=train.max_prompt_tokens,
-            max_new_tokens=longest_old_answer(train),
+            max_new_tokens=max(train.answer_tokens(old.labels) for old, _ in group),
         )
         sets += [rows[start : start + num_texts] for start in range(0, len(rows), num_texts)]
     return sets
@@ -137,11 +136,6 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
     """All parts of a prompt except its text; the order of the options does not count."""
     shows_labels = task.template is None or "{options}" in task.template
     return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template, task.prompt
-
-
-def longest_old_answer(train: TrainConfig) -> int:
-    """Return the most tokens of an answer to the new task's texts: the old task's answers may be the longer ones."""
-    return max(train.max_answer_tokens, EvaluateConfig().max_new_tokens)
 
 
 def texts_per_task(config: RehearsalConfig, num_steps: int, num_tasks: int) -> int:

@@ -102,7 +102,7 @@ def add_preferences(
 
     The model reads both answers of `rows` once. `length` then counts the worse answer too.
     """
-    worse = [encode_answer(tokenizer, task, text, train.max_answer_tokens) for text in rows[REJECTED.name]]
+    worse = [encode_answer(tokenizer, task, text, train.answer_tokens(task.labels)) for text in rows[REJECTED.name]]
     lengths = [length + len(ids) for length, ids in zip(encoded["length"], worse, strict=True)]
     worse_rows = rows.select_columns(["input", REJECTED.name]).rename_column(REJECTED.name, "output")
     better_N, worse_N = (
@@ -112,7 +112,7 @@ def add_preferences(
             task,
             answers,
             max_prompt_tokens=train.max_prompt_tokens,
-            max_answer_tokens=train.max_answer_tokens,
+            max_answer_tokens=train.answer_tokens(task.labels),
         ).loss_N
         for answers in (rows, worse_rows)
     )

@@ -153,14 +153,13 @@ def train_adapter(
         AdapterStateError: The parent's adapter does not fit the base.
     """
     task, train, tasks = setup.task, setup.train, [(setup.task, rows), *joined]
-    if task.learns_preferences:
-        train = replace(train, learning_rate=train.preference_learning_rate)
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
     if joined and any(schema.learns_preferences for schema, _ in tasks):
         raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
     num_rows = sum(len(task_rows) for _, task_rows in tasks)
-    args = training_arguments(train, checkpoint_folder, num_rows)
+    rate = train.preference_learning_rate if task.learns_preferences else train.rate(base.model.num_parameters())
+    args = training_arguments(train, checkpoint_folder, num_rows, rate)
     if args.world_size != train.num_processes:
         raise ConfigError(
             f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
@@ -187,7 +186,7 @@ def train_adapter(
                     base.tokenizer,
                     schema,
                     max_prompt_tokens=train.max_prompt_tokens,
-                    max_answer_tokens=train.max_answer_tokens,
+                    max_answer_tokens=train.answer_tokens(schema.labels),
                 )
                 for schema, task_rows in tasks
             ]
@@ -235,7 +234,7 @@ def train_adapter(
         resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
         rows_per_step = train.batch_size * train.gradient_accumulation_steps
         seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (num_steps, resumed_from or 0))
-        notes = [*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train)]
+        notes = [*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train, train.answer_tokens(task.labels))]
         return TrainingResult(
             num_steps=num_steps,
             seconds=seconds,
@@ -272,16 +271,16 @@ def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
         )
 
 
-def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
+def _cut(encoded: Dataset, train: TrainConfig, answer_tokens: int) -> Iterator[str]:
     """Notes about cut rows. An answer of exactly the maximal length counts as cut."""
     if num_prompts := sum(encoded["is_prompt_cut"]):
         yield (
             f"{num_prompts} of {len(encoded)} training prompts are longer than train.max_prompt_tokens "
             f"({train.max_prompt_tokens}): the end of their text, or a chat's oldest turns, was left out"
         )
-    num_answers = sum(len(answer_ids) == train.max_answer_tokens for answer_ids in encoded["answer_ids"])
+    num_answers = sum(len(answer_ids) == answer_tokens for answer_ids in encoded["answer_ids"])
     if num_answers:
         yield (
             f"{num_answers} of {len(encoded)} training answers fill train.max_answer_tokens "
-            f"({train.max_answer_tokens}): longer answers were cut"
+            f"({answer_tokens}): longer answers were cut"
         )

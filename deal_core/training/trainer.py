@@ -43,16 +43,17 @@ TOLERANCE = 1e-4
 TINY = 1e-12
 
 
-def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
-    """Translate this project's settings into transformers' TrainingArguments."""
+def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int, rate: float) -> TrainingArguments:
+    """Translate this project's settings into transformers' TrainingArguments. `rate` is that of the first step."""
     save_steps = train.checkpoint_steps
     args = TrainingArguments(
         output_dir=str(checkpoint_folder),
         per_device_train_batch_size=train.batch_size // train.num_processes,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
-        learning_rate=train.learning_rate,
+        learning_rate=rate,
         lr_scheduler_type=train.schedule,
-        weight_decay=0.0,
+        warmup_steps=round(train.warmup_share * train.num_steps(num_rows)),
+        weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         max_steps=train.num_steps(num_rows),
         logging_steps=1,
@@ -136,7 +137,7 @@ class AdapterTrainer(Trainer):
         """AdamW over the strategy's parameters, which need not be parameters of the model."""
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
-                list(self.strategy.parameters()), lr=self.args.learning_rate, weight_decay=0.0
+                list(self.strategy.parameters()), lr=self.args.learning_rate, weight_decay=self.args.weight_decay
             )
         return self.optimizer
 

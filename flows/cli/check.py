@@ -187,7 +187,7 @@ def _show_plan(found: PlanResult) -> Sequence[RenderableType]:
         f"{found.rows_per_step} a step{rehearsed}{kept}",
         f"Longest     {found.longest_row_tokens} tokens, {found.longest_answer_tokens} of them answer, {source}; "
         f"{found.batch_rows} rows at once",
-        f"Steps       {found.num_steps}" + _time(found),
+        f"Steps       {found.num_steps}, rate {found.learning_rate:g} at first" + _time(found),
         heading("Memory at the peak of a step"),
     ]
     table = new_table("kind", "size", right=["size"])

@@ -45,7 +45,7 @@ def demo(
 def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
     """The result of the demo, lineages side by side."""
     shown: list[RenderableType] = []
-    numbers = ["AA", "forgetting", "BWT", "FWT", "champion"]
+    numbers = ["average accuracy", "forgetting", "champion"]
     comparison = new_table("lineage", "strategy", *numbers, right=numbers)
     for outcome in result.outcomes:
         if outcome.champion is None:

@@ -109,7 +109,7 @@ _APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
     """The versions of a lineage."""
     is_tested = any(entry.arrival_accuracy is not None for entry in entries)
-    numbers = ["version", "parent", "AA", "forgetting", *(["on arrival"] if is_tested else [])]
+    numbers = ["version", "parent", "accuracy", "forgetting", *(["on arrival"] if is_tested else [])]
     table = new_table(*numbers, "task", "strategy", "gate", "alias", "when", right=numbers)
     for entry in entries:
         gate = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]

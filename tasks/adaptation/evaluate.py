@@ -52,7 +52,7 @@ def evaluate_version(
 ) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 
-    A known task keeps its first prompts and lengths; `evaluate.max_new_tokens` applies to new tasks only. The rows of a
+    A known task keeps its first prompts and lengths; `train.max_answer_tokens` applies to new tasks only. The rows of a
     known task are frozen, so the base's accuracies come from the record and the parent's answers from the store. The
     parent is asked only rows without a stored answer.
 
@@ -220,11 +220,11 @@ def _length_notes(scorer: Scorer, asked: _Asked, dataset: DatasetRef) -> Iterato
         effect = "so no answer can match them" if own.schema.metric == "exact" else "so answers to them are cut"
         yield (
             f"{num_too_long} of {len(own.rows)} test answers of {dataset.task} are longer than "
-            f"evaluate.max_new_tokens allows, {effect}"
+            f"train.max_answer_tokens allows, {effect}"
         )
     if scorer.count_too_long(own, dataset.new_labels):
         yield (
-            f"new labels of {dataset.task} are longer than the evaluate.max_new_tokens of its first arrival allows, so "
+            f"new labels of {dataset.task} are longer than the train.max_answer_tokens of its first arrival allows, so "
             "no version can answer with them"
         )
 

@@ -20,7 +20,7 @@ from tasks.lineage.record import LineageRecord, write_record
 from tasks.lineage.version_files import CARD_FILE
 from tasks.references import TrainedAdapter
 
-VETO_FIELDS = ("kind", "task", "value", "limit")
+FIELDS_OF_CHECK = ("kind", "task", "value", "limit")
 
 
 @task(name="register", **STAGE)
@@ -63,8 +63,10 @@ def register_version(
         files_sha256=as_recorded(files),
         accepted=decision.accepted,
         reasons=decision.reasons,
-        vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
-        needs_approval=spec.gate.approval == "person",
+        failed_checks=tuple(
+            {name: getattr(check, name) for name in FIELDS_OF_CHECK} for check in decision.failed_checks
+        ),
+        needs_approval=spec.gate.approval == "manual",
         rollout=spec.gate.rollout_terms if decision.accepted and parent else None,
         arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
         train_seconds=trained.summary.seconds,

@@ -186,7 +186,7 @@ def prepare(
             dataset_uri=dataset.uri,
             num_test=dataset.num_test,
             max_prompt_tokens=spec.train.max_prompt_tokens,
-            max_new_tokens=spec.evaluate.max_new_tokens,
+            max_new_tokens=spec.train.answer_tokens(schema.labels),
         )
         tasks.append(new)
     return AdaptationRun(

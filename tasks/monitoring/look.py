@@ -10,7 +10,7 @@ import pandas as pd
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, StoreError
-from deal_core.judging_config import MonitorConfig
+from deal_core.judging_config import DriftLimits
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook
 from infra.predictions import read_feedback, read_predictions
@@ -84,14 +84,14 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
             "serve; answers of another server are compared with: deal monitor --data FILE."
         )
         return result.model_copy(update={"problem": problem})
-    config = monitor_settings(store, lineage)
+    limits = monitor_settings(store, lineage).limits
     if live["input"].notna().any():
         reference = with_texts(store, record, reference)
     if rebase:
-        _rebase(store, info, live, config)
+        _rebase(store, info, live, limits)
     feedback = read_feedback(store, lineage, answers=live) if data is None else None
     report = compare(
-        reference, live, config, feedback=feedback, before=record.accuracies(1), baseline=_baseline(store, info)
+        reference, live, limits, feedback=feedback, before=record.accuracies(1), baseline=_baseline(store, info)
     )
     result = result.model_copy(update={"drift": report})
     return result if data is not None else _note(store, info, result, report)
@@ -135,14 +135,14 @@ def _metrics(report: DriftReport) -> dict[str, float | None]:
     return metrics
 
 
-def _rebase(store: ObjectStore, info: Version, live: pd.DataFrame, config: MonitorConfig) -> None:
+def _rebase(store: ObjectStore, info: Version, live: pd.DataFrame, limits: DriftLimits) -> None:
     """Keep the window of each task that has enough rows, as a look counts them. Other tasks keep their earlier rows."""
-    windows = [window(rows, config.window_rows) for _, rows in live.groupby("task")]
-    enough = [rows for rows in windows if len(rows) >= config.min_rows]
+    windows = [window(rows, limits.window_rows) for _, rows in live.groupby("task")]
+    enough = [rows for rows in windows if len(rows) >= limits.min_rows]
     if not enough:
         raise ConfigError(
-            f"No task has {config.min_rows} live rows of version {info.version} without repeats, which "
-            "monitor.min_rows asks for; wait for more traffic."
+            f"No task has {limits.min_rows} live rows of version {info.version} without repeats, which "
+            "a look needs; wait for more traffic."
         )
     kept = pd.concat(enough)[BASELINE_COLUMNS]
     with suppress(StoreError):  # damaged rows are replaced as a whole

@@ -58,15 +58,15 @@ def adapt(folder: Path, spec: dict[str, Any], *, expect: int = 0) -> Any:
     return deal(folder / "home", "adapt", str(path), "--force", expect=expect)
 
 
-def test_sentences_are_learned_judged_vetoed_and_answered(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_sentences_are_learned_judged_rejected_and_answered(spec: dict[str, Any], tmp_path: Path) -> None:
     home = tmp_path / "home"
     learned = adapt(tmp_path, spec)
     assert learned["status"] == "promoted" and learned["metrics"] == {"repairs": "rouge_l"}
     assert learned["accuracies"]["repairs"] > 0.3
 
     worse = {**spec, "train": {**spec["train"], "learning_rate": 0.02, "schedule": "constant", "num_epochs": 1}}
-    vetoed = adapt(tmp_path, worse, expect=REJECTED)
-    assert any(reason.startswith("repairs: ROUGE-L") and "champion's" in reason for reason in vetoed["reasons"])
+    rejected = adapt(tmp_path, worse, expect=REJECTED)
+    assert any(reason.startswith("repairs: ROUGE-L") and "champion's" in reason for reason in rejected["reasons"])
 
     is_chat = spec["task"].get("format") == "chat"
     for asked in rows("test")[:4]:  # the small model gives some messages an empty answer

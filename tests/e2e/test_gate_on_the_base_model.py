@@ -62,7 +62,7 @@ def champion(home: Path) -> str:
     return str(answer["version"])
 
 
-def test_what_is_poisoned_or_forgets_is_vetoed_and_what_is_good_passes(home: Path, tmp_path: Path) -> None:
+def test_what_is_poisoned_or_forgets_is_rejected_and_what_is_good_passes(home: Path, tmp_path: Path) -> None:
     assert adapt(home, "bank")["status"] == "promoted" and champion(home) == "1"
 
     # The names of the findings alone lift the base model, which knows none, to a third: more than `min_gain_points`.

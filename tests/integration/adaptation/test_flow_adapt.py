@@ -351,10 +351,10 @@ def test_a_task_is_asked_for_answers_as_long_as_when_it_was_learned(tiny_base: P
     file = tmp_path / "counts.jsonl"
     rows = ({"prompt": f"Count to {number}.", "completion": "one two three four"} for number in range(40))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(tiny_base, {"name": "counts", "data": str(file)}, evaluate={"max_new_tokens": 2})
+    run(tiny_base, {"name": "counts", "data": str(file)}, train={"max_steps": 3, "max_answer_tokens": 2})
     later = run(tiny_base, CLINIC)  # with the default, which has more steps
     known = read_record(current_store(), f"adapters/l/{later.run_key[:16]}").tasks
-    assert [task.max_new_tokens for task in known] == [2, 50]
+    assert [task.max_new_tokens for task in known] == [2, 12]
     answer = predict("Count to 3.", lineage="l", task="counts", version=None).answer
     assert 0 < len(answer.split()) <= 2
     scores = asyncio.run(evaluate("l"))

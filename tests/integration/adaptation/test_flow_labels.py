@@ -113,7 +113,11 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
 def test_old_test_rows_are_asked_of_each_version_by_its_own_labels(
     deal: Deal, tiny_base: Path, more: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tiny_base, {**BANK, "labels": LABELS}, evaluate={"max_new_tokens": 3})
+    run(
+        tiny_base,
+        {**BANK, "labels": LABELS},
+        train={"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 3, "checkpoint_steps": 0},
+    )
     run(tiny_base, CLINIC, evaluate={"max_old_rows": 5})
     deal("task", "add-label", "bank", NEW)
     asked = keep_what_is_asked(monkeypatch)

@@ -56,7 +56,7 @@ def test_free_answers_are_judged_by_rouge_l_and_labels_by_exact_match(notes: dic
     assert "notes by ROUGE-L" in shown
 
 
-def test_a_veto_names_the_metric(notes: dict[str, str], tiny_base: Path) -> None:
+def test_a_failed_check_names_the_metric(notes: dict[str, str], tiny_base: Path) -> None:
     result = run(tiny_base, notes, gate=FAIL)
     assert result.rejected and "notes: ROUGE-L " in result.reasons[0] and "floor of 100.0 %" in result.reasons[0]
 

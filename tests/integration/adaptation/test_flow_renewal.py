@@ -47,7 +47,7 @@ def renew(home: Path, task: str = "colours") -> Any:
     return json.loads(result.stdout)
 
 
-def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
+def test_a_shifted_task_is_rejected_by_its_old_rows_and_promoted_by_renewed_ones(
     home: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     before = learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))

@@ -50,7 +50,7 @@ def support(tiny_base: Path) -> dict[str, Any]:
         "tasks": ["parcels"],
         "base_model": str(tiny_base),
         "strategy": "seq_lora",
-        "gate": {**NO_LIMITS, "approval": "person"},
+        "gate": {**NO_LIMITS, "approval": "manual"},
         "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
     }
     store_settings(settings)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from deal_core.data.rows import stored_input_digest
 from deal_core.errors import ConfigError
-from deal_core.judging_config import MonitorConfig
+from deal_core.judging_config import DriftLimits
 from flows.champions import evaluate, monitor, monitor_lineages
 from flows.cli.app import app
 from flows.forget import forget
@@ -262,7 +262,7 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
     (kept,) = (lineage / "store" / "monitor" / "l").iterdir()  # what was kept for another version is gone
     rows = pd.read_parquet(kept)
     assert not {"id", "input_sha256", "time", "input"} & {*rows.columns}
-    assert len(rows) == MonitorConfig().window_rows, "the window of a look"
+    assert len(rows) == DriftLimits().window_rows, "the window of a look"
 
 
 def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
@@ -282,6 +282,8 @@ def test_every_champion_is_looked_at(lineage: Path) -> None:
     put_predictions(current_store(), "l", live(1), "a")
     (found,) = asyncio.run(monitor_lineages())
     assert found.lineage == "l" and found.drift is not None, "a lineage needs no file to be looked at"
-    (lineage / "store" / "lineages" / "l.yaml").write_text("lineage: l\nmonitor: {min_rows: 500}\n")
-    (found,) = asyncio.run(monitor_lineages())
-    assert found.drift is not None and found.drift.task("bank").status == "too few rows"
+    (lineage / "store" / "lineages" / "l.yaml").write_text("lineage: l\nmonitor: {sensitivity: low}\n")
+    (less,) = asyncio.run(monitor_lineages())
+    assert found.drift is not None and less.drift is not None
+    limits, wider = ({test.name: test.limit for test in look.drift.task("bank").tests} for look in (found, less))
+    assert limits and all(wider[name] > limit for name, limit in limits.items()), "the settings of its file count"

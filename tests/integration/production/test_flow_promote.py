@@ -56,7 +56,6 @@ def learn(base: Path, task: str, *, again: bool = False, **gate: Any) -> AdaptRe
         "task": TASKS[task],
         "gate": {**NO_LIMITS, **gate},
         "train": {"max_steps": 2, "max_prompt_tokens": 96, "max_answer_tokens": 8, "checkpoint_steps": 0},
-        "evaluate": {"max_new_tokens": 4},
     }
     return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
 
@@ -77,7 +76,7 @@ def third_waits(two_versions: Path, tiny_base: Path, home_made_once: MakeOnce) -
 
     def make(folder: Path) -> None:
         copy_home(two_versions, folder)
-        assert learn(tiny_base, "clinic", approval="person").status == "awaiting approval"
+        assert learn(tiny_base, "clinic", approval="manual").status == "awaiting approval"
 
     return home_made_once("promote-third-waits", make)
 
@@ -184,7 +183,7 @@ def test_a_version_that_was_rolled_back_can_be_promoted_again() -> None:
 
 def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, waiting: None) -> None:
     assert aliases() == {"champion": "2", "previous": "1", "challenger": "3"}
-    repeat = learn(tiny_base, "clinic", approval="person")
+    repeat = learn(tiny_base, "clinic", approval="manual")
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "3")
     assert "deal version promote 3 --lineage l" in repeat.message
     parent = find_parent("l")
@@ -204,7 +203,7 @@ def test_a_refused_version_never_serves(tiny_base: Path, waiting: None) -> None:
     assert find_parent("l") is not None and aliases()["champion"] == "2", "a later run does not complete it"
     last = PromotionLog(current_store()).moves("l")[-1]
     assert (last.action, last.version, last.champion, last.why) == ("rejected", "3", "2", "labels look wrong")
-    assert "was rejected" in learn(tiny_base, "clinic", approval="person").message
+    assert "was rejected" in learn(tiny_base, "clinic", approval="manual").message
 
 
 def test_a_version_that_would_wait_is_refused_if_its_parent_lost_the_championship_during_its_run(
@@ -220,10 +219,10 @@ def test_a_version_that_would_wait_is_refused_if_its_parent_lost_the_championshi
     with monkeypatch.context() as patch:
         patch.setattr(Versions, "register", approve_the_other)
         with pytest.raises(RegistryError, match=r"version 3 is champion now.*Run the same command again"):
-            learn(tiny_base, "clinic", again=True, approval="person")
+            learn(tiny_base, "clinic", again=True, approval="manual")
     assert aliases() == {"champion": "3", "previous": "2", "challenger": "4"}
     assert [entry.standing for entry in Versions(current_store()).all("l")][-1] == "left behind", "it does not wait"
-    assert learn(tiny_base, "clinic, more", approval="person").status == "awaiting approval", "the lineage goes on"
+    assert learn(tiny_base, "clinic, more", approval="manual").status == "awaiting approval", "the lineage goes on"
 
 
 @pytest.mark.usefixtures("lineage")

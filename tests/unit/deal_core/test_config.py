@@ -29,6 +29,8 @@ SECTIONS = {
 OPTIONAL = {
     "adapter.alpha": 32.0,
     "train.max_steps": 3,
+    "train.learning_rate": 1e-3,
+    "train.max_answer_tokens": 50,
     "gate.min_accuracy": 0.5,
     "gate.max_old_slice_drop_points": 5.0,
     "gate.rollout_share": 0.5,
@@ -85,9 +87,7 @@ def test_a_number_has_a_limit_that_its_schema_shows(section: str, name: str, goo
         (lambda: TrainConfig(learning_rate=math.inf), "train.learning_rate is inf; give a finite number."),
         (lambda: GateConfig(confidence=1), "gate.confidence is 1; give less than 1."),
         (lambda: DealConfig(core="hot"), "deal.core is 'hot'; give 'frozen', 'soft' or 'free'."),  # type: ignore[arg-type]
-        (lambda: DealConfig(widths=()), "deal.widths is (); give at least one width."),
-        (lambda: DealConfig(widths=(0.5, -1.0)), "deal.widths.1 is -1.0; give more than 0."),
-        (lambda: DealConfig(a=1.0, b=2.0), "deal.a is 1.0 and deal.b is 2.0; the method needs a >= b."),
+        (lambda: DealConfig(energy=-1.0), "deal.energy is -1.0; give more than 0."),
         (lambda: replace(TrainConfig(), batch_size=0), "train.batch_size is 0; give at least 1."),
     ],
 )
@@ -123,6 +123,6 @@ def test_a_schema_version_is_a_whole_number(value: Any) -> None:
 
 
 def test_settings_come_back_from_json() -> None:
-    spec = parse(AdaptSpec, {"task": TASK, "deal": {"widths": [1, 2], "a": 6}}, "a")
+    spec = parse(AdaptSpec, {"task": TASK, "deal": {"lambda1": 2, "energy": 1}}, "a")
     assert json.loads(json.dumps(asdict(spec.deal))) == spec.model_dump(mode="json")["deal"]
-    assert spec.deal == DealConfig(widths=(1.0, 2.0), a=6.0) and hash(spec.deal) == hash(replace(spec.deal))
+    assert spec.deal == DealConfig(lambda1=2.0, energy=1.0) and hash(spec.deal) == hash(replace(spec.deal))

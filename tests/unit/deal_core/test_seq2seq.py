@@ -26,15 +26,16 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
-from deal_core.method_config import DealConfig, MethodConfig
+from deal_core.method_config import MethodConfig
 from deal_core.strategies import PLUGINS
 from deal_core.strategies.kept_rows import with_targets
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.strategies.strategy import TaskContext
+from tests.deal_configs import deal_with
 from tests.unit.deal_core.conftest import as_served, at_night, make_rows, train_into
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
-OFF = DealConfig(num_layers=0, mixing=False, lambda1=0, lambda2=0)
+OFF = deal_with(num_layers=0, mixing=False, lambda1=0, lambda2=0)
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_a_registered_version_comes_back_whole_under_the_next_number(store: File
         requeued_sha256="y",
         flow_run="f",
         reasons=("bank: −12 points",),
-        vetoes=({"kind": "drop", "task": "bank", "value": 12.5, "limit": None},),
+        failed_checks=({"kind": "drop", "task": "bank", "value": 12.5, "limit": None},),
         rollout=TERMS,
         files_sha256={"method.json": ("a", "b")},
         arrival_accuracy=0.5,

@@ -95,7 +95,7 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, expected: 
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
-        ("gate", "judge", "veto"),
+        ("gate", "judge", "reject"),
         ("gate", "max_judged_rows", 100),
         ("train", "report_to", "[tensorboard]"),
         ("train", "min_steps", 0),
@@ -164,7 +164,8 @@ def test_a_missing_spec_is_a_config_error(tmp_path: Path) -> None:
         "train: {max_steps: 3}",
         "deal: {energy: 0.9}",
         "gate: {max_drop_points: 1}",
-        "evaluate: {max_new_tokens: 3}",
+        "train: {max_answer_tokens: 3}",
+        "train: {warmup_share: 0.1}",
         "rehearsal: {rows: 0}",
         "rehearsal: {per_step: 2}",
         "data: {test_share: 0.3}",

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from torch import Tensor
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits, encode_rows
+from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import answer_inputs
 from deal_core.evaluation.likelihood import measure
 from deal_core.method_config import SelectionConfig
 from deal_core.selection import check_score, score_class
+from deal_core.selection.choose import pick_rows
 from deal_core.selection.score import Candidates
 from tests.unit.deal_core.conftest import as_served
 
 TRAIN = TrainConfig(max_prompt_tokens=64)
-LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": TRAIN.max_answer_tokens}
+LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": 50}
 SCORES = ["length", "loss", "difficulty", "errors", "gradient"]
 
 
@@ -43,13 +49,45 @@ def test_difficulty_says_how_many_rows_are_undecided(base, half_learned, task, r
 
 def test_options_that_a_score_does_not_take_are_named() -> None:
     for score, options, message in (
-        ("difficulty", {"aim": 0.5}, r"Score 'difficulty' has no option 'aim'; it takes target\."),
+        ("difficulty", {"aim": 0.5}, r"Score 'difficulty' has no option 'aim'; it takes .*target"),
         ("difficulty", {"target": 2.0}, r"selection\.score_options\.target is 2\.0; give at most 1"),
-        ("loss", {"target": 0.5}, r"Score 'loss' has no option 'target'; it takes none\."),
+        ("loss", {"target": 0.5}, r"Score 'loss' has no option 'target'; it takes .*pick"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_score(SelectionConfig(keep=0.5, score=score, score_options=options))
     check_score(SelectionConfig(keep=0.5, score="difficulty", score_options={"target": 0.3}))
+    with pytest.raises(ConfigError, match="give the smaller quantile first"):
+        check_score(SelectionConfig(keep=0.5, score="loss", score_options={"pick": "band", "band": [0.5, 0.5]}))
+
+
+def numbered(numbers: Sequence[int], options: Mapping[str, Any], seed: int = 0) -> Tensor:
+    """The scores of answers of these lengths."""
+    rows = Dataset.from_list([{"input": "a text", "output": "x" * number} for number in numbers])
+    task = TaskSchema(name="texts", format="completion", metric="rouge_l")
+    return score_class("length")(options).score(Candidates(rows=rows, task=task, measured=None, seed=seed))
+
+
+def test_low_takes_the_other_end() -> None:
+    numbers = [3, 1, 2]
+    high, low = (numbered(numbers, {"pick": pick}).argsort(descending=True).tolist() for pick in ("high", "low"))
+    assert high == [0, 2, 1] and low == [1, 2, 0]
+
+
+def test_a_band_takes_its_rows_at_random_and_then_the_nearest() -> None:
+    numbers = (torch.randperm(100, generator=torch.Generator().manual_seed(3)) + 1).tolist()
+    options = {"pick": "band", "band": (0.4, 0.6)}
+    chosen = [pick_rows(numbered(numbers, options, seed), None, 10) for seed in range(10)]
+    assert all(40 < numbers[row] <= 60 for rows in chosen for row in rows)
+    assert len({tuple(rows) for rows in chosen}) == 10
+    wide = pick_rows(numbered(numbers, options), None, 40)
+    assert {numbers[row] for row in wide} == set(range(31, 71))
+
+
+def test_weighted_draws_follow_the_softmax_of_the_scores() -> None:
+    options = {"pick": "weighted", "temperature": 2.0}
+    firsts = torch.tensor([int(numbered([1, 2, 3], options, seed).argmax()) for seed in range(600)])
+    shares = torch.bincount(firsts, minlength=3) / 600
+    torch.testing.assert_close(shares, (torch.tensor([1.0, 2.0, 3.0]) / 2).softmax(0), atol=0.07, rtol=0)
 
 
 def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learned, task, rows):

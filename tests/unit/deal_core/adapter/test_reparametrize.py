@@ -14,14 +14,15 @@ from deal_core.adapter.factor import TINY, SpectralFactor, log_heat
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import LoraStack, decompose
 from deal_core.method_config import DealConfig
+from tests.deal_configs import deal_with
 
 RANK, IN, OUT, MODULES = 8, 24, 20, 3
 SIGMA = torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02, 0.01, 0.005])
 SETTINGS = {
     "soft": DealConfig(),
     "frozen": DealConfig(core="frozen"),
-    "two layers": DealConfig(num_layers=2),
-    "offset alone": DealConfig(num_layers=0, mixing=False),
+    "two layers": deal_with(num_layers=2),
+    "offset alone": deal_with(num_layers=0, mixing=False),
 }
 
 
@@ -188,7 +189,9 @@ def check_pulled_back_gradients(network: Reparametrization, stack: LoraStack) ->
 def test_one_pass_sets_the_gradients_of_loss_and_penalty(name, block_bytes, monkeypatch):
     """For single modules and for all modules together."""
     monkeypatch.setattr(factor, "BLOCK_BYTES", block_bytes)
-    check_one_pass(*network_of(replace(SETTINGS[name], lambda1=0.3, lambda2=0.7, tolerance=0.5)))
+    config = replace(SETTINGS[name], lambda1=0.3, lambda2=0.7)
+    monkeypatch.setattr(type(config), "tolerance", 0.5)
+    check_one_pass(*network_of(config))
 
 
 def check_one_pass(network: Reparametrization, stack: LoraStack) -> None:
@@ -212,7 +215,7 @@ def test_a_steep_wall_has_finite_gradients(a, monkeypatch):
     """The paper's grid goes up to 20. Free columns of B start at zero, so their relative deviation has no bound."""
     whole = lambda side: iter([(slice(0, len(side.start_MNR)), side.start_MNR.shape[2])])  # noqa: E731 as on a GPU
     monkeypatch.setattr(factor.SpectralFactor, "_blocks", whole)
-    network, stack = network_of(DealConfig(a=a, b=2))
+    network, stack = network_of(deal_with(a=a, b=2))
     step(network, stack, 3)
     for parameter in network.parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all()
@@ -229,13 +232,14 @@ def penalty_gradients(network: Reparametrization, stack: LoraStack) -> list[Tens
 
 @pytest.mark.parametrize("change", [{"lambda1": 0.5}, {"lambda2": 0.5}, {"a": 3.0}, {"b": 1.0}])
 def test_each_weight_and_order_changes_the_gradient(change):
-    config = DealConfig(lambda1=0.1, lambda2=0.1)
-    before, after = (penalty_gradients(*network_of(each)) for each in (config, replace(config, **change)))
+    weights = {"lambda1": 0.1, "lambda2": 0.1}
+    configs = (deal_with(**weights), deal_with(**{**weights, **change}))
+    before, after = (penalty_gradients(*network_of(config)) for config in configs)
     assert any(not torch.allclose(x, y, rtol=1e-3, atol=0) for x, y in zip(before, after, strict=True))
 
 
 def test_tolerance_moves_the_wall():
-    before, after = (penalty_gradients(*network_of(DealConfig(tolerance=each))) for each in (0.1, 0.01))
+    before, after = (penalty_gradients(*network_of(deal_with(tolerance=each))) for each in (0.1, 0.01))
     assert max(g.abs().max() for g in after) > 10 * max(g.abs().max() for g in before)
 
 
@@ -249,7 +253,7 @@ NETWORK_CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", NETWORK_CHANGES)
 def test_each_setting_of_the_network_changes_what_is_learned(change):
-    default, changed = (learned(*network_of(config)) for config in (DealConfig(), DealConfig(**change)))
+    default, changed = (learned(*network_of(config)) for config in (DealConfig(), deal_with(**change)))
     assert not torch.allclose(default, changed, rtol=1e-4, atol=1e-5)
 
 
@@ -302,7 +306,7 @@ def perturbed(network: Reparametrization) -> Reparametrization:
 
 def test_output_follows_its_equations():
     """h, X̂ and O of one module, written out, for perturbed g, c, Ω and b."""
-    network, stack = network_of(DealConfig(num_layers=2))
+    network, stack = network_of(deal_with(num_layers=2))
     side = perturbed(network).sides[0][1]
     network.materialise()
     s = SIGMA / SIGMA[0]
@@ -319,7 +323,7 @@ def test_output_follows_its_equations():
 
 
 def test_penalty_follows_its_equation():
-    config = DealConfig(lambda1=0.3, lambda2=0.7, a=3.0, b=2.5, tolerance=0.5)
+    config = deal_with(lambda1=0.3, lambda2=0.7, a=3.0, b=2.5, tolerance=0.5)
     network = perturbed(network_of(config)[0])
     expected = 0.0
     for side in network.sides[0]:
@@ -332,7 +336,7 @@ def test_penalty_follows_its_equation():
 
 
 def test_seeds_are_those_of_a_new_lora():
-    network, _ = network_of(DealConfig(seed_scale=2.0))
+    network, _ = network_of(deal_with(seed_scale=2.0))
     seeds = network.sides[0][0].start_MNR[..., 2:]
     bound = 2 * IN**-0.5
     assert 0.9 * bound < seeds.max() <= bound and -bound <= seeds.min() < -0.9 * bound

@@ -94,7 +94,7 @@ def test_a_drop_of_exactly_the_limit_passes_whatever_the_rounding(hits: int) -> 
 
 def test_a_task_that_arrives_again_may_not_fall_below_its_parent_either() -> None:
     again = make_report({"old": 0.8, "new": 0.6}, {"old": 0.8, "new": 0.75})
-    gain, drop = decide(again, GateConfig(max_mean_drop_points=None)).vetoes
+    gain, drop = decide(again, GateConfig(max_mean_drop_points=None)).failed_checks
     assert (gain.kind, gain.task, drop.kind, drop.task) == ("gain", "new", "drop", "new")
     assert (round(drop.value or 0, 6), drop.limit) == (15.0, 10.0) and "15.0 points" in drop.message
 
@@ -130,15 +130,15 @@ def paired(num_rows: int = 100, *, lost: int = 0, gained: int = 0, task: str = "
     )
 
 
-def test_a_drop_that_noise_explains_is_told_and_is_no_veto() -> None:
+def test_a_drop_that_noise_explains_is_told_and_fails_no_check() -> None:
     decision = decide(paired(20, lost=6, gained=3), GateConfig())
     assert decision.accepted
     assert any("within the noise of 20 test rows" in note and "15.0 points" in note for note in decision.notes)
 
 
-def test_the_same_drop_on_more_rows_is_a_veto() -> None:
-    (veto,) = decide(paired(400, lost=120, gained=60), GateConfig()).vetoes
-    assert (veto.kind, veto.task, round(veto.value or 0, 6), veto.limit) == ("drop", "old", 15.0, 10.0)
+def test_the_same_drop_on_more_rows_fails_a_check() -> None:
+    (check,) = decide(paired(400, lost=120, gained=60), GateConfig()).failed_checks
+    assert (check.kind, check.task, round(check.value or 0, 6), check.limit) == ("drop", "old", 15.0, 10.0)
 
 
 def test_confidence_decides_how_much_noise_is_believed() -> None:
@@ -154,21 +154,21 @@ def test_too_few_rows_to_judge_are_said() -> None:
 def test_a_parent_whose_answers_were_not_kept_is_judged_as_measured_and_it_is_said() -> None:
     report = make_report({"old": 0.6, "new": 0.9}, {"old": 0.8})
     decision = decide(report, GateConfig())
-    assert [veto.kind for veto in decision.vetoes] == ["drop"] and "were not kept" in decision.notes[0]
+    assert [check.kind for check in decision.failed_checks] == ["drop"] and "were not kept" in decision.notes[0]
 
 
-def test_many_small_drops_are_vetoed_by_their_mean() -> None:
+def test_many_small_drops_are_rejected_by_their_mean() -> None:
     names = [f"old{i}" for i in range(8)]
     before, after = outcomes(200, lost=16, gained=0)
     report = make_report({**dict.fromkeys(names, 0.92), "new": 0.9}, dict.fromkeys(names, 1.0))
     report = replace(report, outcomes=dict.fromkeys(names, after), parent_outcomes=dict.fromkeys(names, before))
-    (veto,) = decide(report, GateConfig()).vetoes
-    assert (veto.kind, veto.task, veto.limit) == ("mean_drop", None, 5.0) and round(veto.value or 0, 6) == 8.0
+    (check,) = decide(report, GateConfig()).failed_checks
+    assert (check.kind, check.task, check.limit) == ("mean_drop", None, 5.0) and round(check.value or 0, 6) == 8.0
     assert decide(report, GateConfig(max_mean_drop_points=8)).accepted
     assert decide(report, GateConfig(max_mean_drop_points=None)).accepted
 
 
-def test_a_version_below_the_champion_on_the_new_task_is_vetoed_beyond_noise_only() -> None:
+def test_a_version_below_the_champion_on_the_new_task_is_rejected_beyond_noise_only() -> None:
     def below(num_rows: int, *, lost: int, gained: int) -> EvaluationReport:
         before, after = outcomes(num_rows, lost=lost, gained=gained)
         report = make_report({"new": after.count("1") / num_rows}, {})
@@ -179,7 +179,7 @@ def test_a_version_below_the_champion_on_the_new_task_is_vetoed_beyond_noise_onl
             parent_outcomes={"new": before},
         )
 
-    assert [veto.kind for veto in decide(below(100, lost=20, gained=2), GateConfig()).vetoes] == ["gain"]
+    assert [check.kind for check in decide(below(100, lost=20, gained=2), GateConfig()).failed_checks] == ["gain"]
     assert decide(below(100, lost=4, gained=3), GateConfig()).accepted
     assert decide(below(100, lost=20, gained=2), GateConfig(min_gain_over_champion_points=None)).accepted
     assert not decide(below(100, lost=0, gained=10), GateConfig(min_gain_over_champion_points=20)).accepted
@@ -203,7 +203,7 @@ def test_general_ability_is_held_against_the_base(perplexity: float | None, acce
         (AdapterFacts(norm=2.0, parent_norm=1.0, is_changed=True), ""),
     ],
 )
-def test_a_broken_adapter_is_vetoed(facts: AdapterFacts, word: str) -> None:
+def test_a_broken_adapter_is_rejected(facts: AdapterFacts, word: str) -> None:
     if facts.is_changed and facts.norm and facts.parent_norm:
         assert decide(replace(GOOD, adapter=facts), GateConfig(max_norm_ratio=20.0)).accepted
         assert not decide(replace(GOOD, adapter=facts), GateConfig(max_norm_ratio=1.5)).accepted
@@ -213,6 +213,6 @@ def test_a_broken_adapter_is_vetoed(facts: AdapterFacts, word: str) -> None:
 
 def test_a_task_that_is_only_guessed_is_not_learned_however_little_the_base_knows() -> None:
     shuffled = replace(make_report({"new": 0.222}, {}, base=0.0), majority_rate=1 / 6)
-    (veto,) = decide(shuffled, GateConfig()).vetoes
-    assert veto.kind == "floor" and "the commonest answer's 16.7 % + 10.0 points" in veto.message
+    (check,) = decide(shuffled, GateConfig()).failed_checks
+    assert check.kind == "floor" and "the commonest answer's 16.7 % + 10.0 points" in check.message
     assert decide(replace(shuffled, majority_rate=None), GateConfig()).accepted

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deal_core.judging_config import MonitorConfig
+from deal_core.judging_config import DriftLimits
 from deal_core.monitoring import two_samples
 from deal_core.monitoring.drift import compare, estimated_accuracy, window
 from deal_core.monitoring.report import LiveLook, TaskDrift
@@ -18,14 +18,14 @@ from deal_core.monitoring.two_samples import label_shares, pooled_counts
 from tests.monitored import OTHER_WORDS, SHARES, WORDS, feedback_on, free_rows, logged_rows
 
 REFERENCE = logged_rows(300, 0)
-WITHOUT_SIZE = MonitorConfig(alpha=0.05, min_psi=0.0, min_distance=0.0, min_auc=0.5, max_live_drop_points=0.0)
+WITHOUT_SIZE = DriftLimits(alpha=0.05, min_psi=0.0, min_distance=0.0, min_auc=0.5, max_live_drop_points=0.0)
 """Every significant difference is an alarm."""
 
 
 def look(
-    live: pd.DataFrame, reference: pd.DataFrame = REFERENCE, config: MonitorConfig | None = None, **more: Any
+    live: pd.DataFrame, reference: pd.DataFrame = REFERENCE, config: DriftLimits | None = None, **more: Any
 ) -> TaskDrift:
-    (found,) = compare(reference, live, config or MonitorConfig(), **more).tasks
+    (found,) = compare(reference, live, config or DriftLimits(), **more).tasks
     return found
 
 
@@ -114,11 +114,11 @@ def test_other_texts_alarm_though_every_number_is_as_before() -> None:
 
 
 def test_an_alarm_needs_significance_and_size() -> None:
-    many, small = logged_rows(20_000, 2, chars=100 + np.arange(20_000) % 40), MonitorConfig(window_rows=20_000)
+    many, small = logged_rows(20_000, 2, chars=100 + np.arange(20_000) % 40), DriftLimits(window_rows=20_000)
     shifted = many.assign(chars=many["chars"] + 3, id=many["id"] + "x")
     (lengths,) = [test for test in look(shifted, many, small).tests if test.name == "length of inputs"]
     assert lengths.p_value < 1e-20 and lengths.effect < 0.15 and not lengths.is_alarm
-    few = MonitorConfig(min_rows=5)
+    few = DriftLimits(min_rows=5)
     for seed in range(20):
         found = look(logged_rows(12, 50 + seed), REFERENCE, few)
         assert not found.alarms, "twelve rows differ by much, and by chance"
@@ -135,7 +135,7 @@ def test_too_few_rows_are_said_and_not_compared() -> None:
 
 
 def test_a_task_without_reference_is_said() -> None:
-    report = compare(REFERENCE, logged_rows(200, 1, task="clinic"), MonitorConfig())
+    report = compare(REFERENCE, logged_rows(200, 1, task="clinic"), DriftLimits())
     assert {each.task: each.status for each in report.tasks} == {"bank": "too few rows", "clinic": "no reference"}
     assert report.num_tests == 0
 
@@ -150,8 +150,8 @@ def test_the_window_has_the_newest_rows_and_counts_a_repeat_within_a_minute_once
 
 def test_tests_of_all_tasks_share_the_level() -> None:
     other = logged_rows(200, 3, task="clinic")
-    one = compare(REFERENCE, logged_rows(200, 1), MonitorConfig())
-    two = compare(pd.concat([REFERENCE, other]), pd.concat([logged_rows(200, 1), other]), MonitorConfig())
+    one = compare(REFERENCE, logged_rows(200, 1), DriftLimits())
+    two = compare(pd.concat([REFERENCE, other]), pd.concat([logged_rows(200, 1), other]), DriftLimits())
     assert (one.num_tests, two.num_tests) == (6, 12)
     assert one.level == pytest.approx(0.01 / 6) and two.level == pytest.approx(0.01 / 12)
     assert two.task("clinic").num_reference == 200, "each task has its own rows"
@@ -161,7 +161,7 @@ def test_many_tests_hide_no_alarm_whose_chance_comes_from_random_tables() -> Non
     """Three labels with few expected rows: the p-value of a total change is the smallest that random tables give."""
     before = logged_rows(300, 1, shares={"loan": 0.97, "fraud": 0.02, "fee": 0.01})
     after = logged_rows(120, 2, shares={"loan": 0.02, "fraud": 0.97, "fee": 0.01})
-    found = look(after, before, MonitorConfig(alpha=1e-6))
+    found = look(after, before, DriftLimits(alpha=1e-6))
     (test,) = (each for each in found.tests if each.name == "labels")
     assert test.p_value <= two_samples.SMALLEST and test.is_alarm
 
@@ -196,7 +196,7 @@ def test_many_rare_labels_differ_significantly_no_oftener_than_promised(monkeypa
 
 def test_lower_confidence_lowers_the_estimated_accuracy() -> None:
     reference, live = logged_rows(2000, 0), logged_rows(2000, 1, sureness=(3.0, 3.0))
-    found = look(live, reference, MonitorConfig(window_rows=2000))
+    found = look(live, reference, DriftLimits(window_rows=2000))
     assert found.estimated is not None and found.estimated.is_alarm and "quality" in kinds(found)
     same = estimated_accuracy(reference, logged_rows(2000, 2))
     assert same is not None and abs(same.accuracy - reference["score"].mean()) < 0.04
@@ -263,7 +263,7 @@ def test_a_baseline_takes_the_references_place_for_drift_and_not_for_accuracy() 
 
 
 def test_a_report_is_read_back() -> None:
-    report = compare(REFERENCE, logged_rows(300, 7, **PLANTED["no label"]), MonitorConfig())  # type: ignore[arg-type]
+    report = compare(REFERENCE, logged_rows(300, 7, **PLANTED["no label"]), DriftLimits())  # type: ignore[arg-type]
     look_at = LiveLook(lineage="support", version="3", looked=datetime(2026, 5, 4, tzinfo=UTC), drift=report)
     assert LiveLook.from_json(json.loads(json.dumps(look_at.to_json(), allow_nan=False))) == look_at
     shares = report.task("bank").label_shares

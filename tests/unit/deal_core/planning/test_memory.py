@@ -26,7 +26,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_loss
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
+from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import (
     MAX_TOKENISED,
     NUM_LONGEST,
@@ -42,6 +42,7 @@ from deal_core.planning.memory import (
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import KeptRows, PlannedArrival
+from tests.deal_configs import deal_with
 
 LLAMA = LlamaConfig(
     vocab_size=300,
@@ -137,7 +138,7 @@ def random_stack(num_out: int, num_in: int) -> LoraStack:
 
 @pytest.mark.parametrize("changes", [{}, {"core": "frozen"}, {"mixing": False}])
 def test_the_method_keeps_as_many_bytes_as_are_planned(changes: dict[str, str]) -> None:
-    stack, deal = random_stack(400, 300), DealConfig(**changes)  # type: ignore[arg-type]
+    stack, deal = random_stack(400, 300), deal_with(**changes)  # type: ignore[arg-type]
     network = Reparametrization([stack], deal, torch.Generator())
     size = replace(measure_model(LLAMA, ADAPTER), modules=((400, 300),) * 3)
     factors = 4 * sum(size.num_factor_numbers(8))

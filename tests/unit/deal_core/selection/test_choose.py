@@ -17,7 +17,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig, SelectionConfig
-from deal_core.selection.choose import ChosenRows, choose_rows, pick_rows, quotas, ranked, rows_read
+from deal_core.selection.choose import ChosenRows, choose_rows, pick_rows, quotas, rows_read
 from deal_core.training.train import TrainingSetup
 
 TRAIN = TrainConfig(max_prompt_tokens=64)
@@ -67,18 +67,8 @@ def test_the_budget_is_kept_with_every_label_in_its_share(choose, rows):
     labels = [rows(48)[row]["output"] for row in found.rows]
     assert len(found.rows) == 12 and sorted(found.rows) == list(found.rows)
     assert {label: labels.count(label) for label in set(labels)} == {"red": 4, "green": 4, "blue": 4}
-    assert "12 of 48 training rows were chosen by loss (the highest), 4 of each of 3 labels" in found.notes[0]
+    assert "12 of 48 training rows were chosen by loss, 4 of each of 3 labels" in found.notes[0]
     assert "the parent version read 48 rows" in found.notes[1]
-
-
-def test_high_and_low_losses_are_on_either_side(choose):
-    high, low = (choose(replace(LOSS, pick=pick), journal=pick) for pick in ("high", "low"))
-    assert not set(high.rows) & set(low.rows)
-
-    def loss(found: ChosenRows) -> float:
-        return float(found.notes[1].rsplit(" ", 1)[1])
-
-    assert loss(high) > loss(low)
 
 
 def test_a_second_call_takes_the_rows_of_the_journal(choose, tmp_path):
@@ -124,9 +114,10 @@ def test_the_first_arrival_is_chosen_at_random_and_says_so(choose):
     assert "chosen at random" in found.notes[0] and "not chosen by loss" in found.notes[1]
 
 
-def test_a_model_reads_no_more_rows_than_asked(choose, rows):
+def test_a_model_reads_no_more_rows_than_its_limit(choose, rows, monkeypatch):
     calls: list[tuple[int, int]] = []
-    config = replace(LOSS, keep=6, max_scored=18)
+    monkeypatch.setattr(SelectionConfig, "max_scored", 18)
+    config = replace(LOSS, keep=6)
     found = choose(config, on_progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (18, 18) and len(found.rows) == 6
     labels = [rows(48)[row]["output"] for row in found.rows]
@@ -180,7 +171,7 @@ def test_the_gate_reads_the_base_without_the_parents_adapter(choose, rows):
     assert with_parent.notes == choose(SelectionConfig(noise="name"), data=data, journal="two", parent=None).notes
 
 
-def test_hard_rows_are_wrong_rows_and_a_band_avoids_them(choose, rows):
+def test_hard_rows_are_wrong_rows(choose, rows):
     """Of rows with a wrong label, the highest losses hold more than their share, and the lowest fewer."""
     kinds = ("red", "green", "blue")
     data = rows(90)
@@ -188,12 +179,16 @@ def test_hard_rows_are_wrong_rows_and_a_band_avoids_them(choose, rows):
     wrong = {row: kinds[(kinds.index(right[row]) + 1) % 3] for row in range(0, 90, 4)}
     held = {}
     for pick in ("high", "low"):
-        found = choose(SelectionConfig(keep=30, score="loss", pick=pick), data=swapped(data, wrong), journal=pick)
+        found = choose(
+            SelectionConfig(keep=30, score="loss", score_options={"pick": pick}),
+            data=swapped(data, wrong),
+            journal=pick,
+        )
         held[pick] = sum(row in wrong for row in found.rows) / 30
     assert held["low"] < len(wrong) / 90 < held["high"]
 
 
-def test_the_rows_that_are_read_are_known_before(task):
+def test_the_rows_that_are_read_are_known_before(task, monkeypatch):
     def setup(selection: SelectionConfig, **changes: object) -> TrainingSetup:
         return TrainingSetup(
             task=replace(task, **changes),
@@ -205,7 +200,9 @@ def test_the_rows_that_are_read_are_known_before(task):
 
     assert rows_read(setup(SelectionConfig()), 100, has_parent=True) == 0
     assert rows_read(setup(SelectionConfig(keep=0.1)), 100, has_parent=True) == 0
-    assert rows_read(setup(replace(LOSS, max_scored=60)), 100, has_parent=True) == 60
+    monkeypatch.setattr(SelectionConfig, "max_scored", 60)
+    assert rows_read(setup(LOSS), 100, has_parent=True) == 60
+    monkeypatch.undo()
     assert rows_read(setup(LOSS), 100, has_parent=False) == 0
     assert rows_read(setup(replace(LOSS, noise="name")), 100, has_parent=True) == 200
     assert rows_read(setup(replace(LOSS, noise="name"), labels=()), 100, has_parent=True) == 100
@@ -218,9 +215,7 @@ def test_the_rows_that_are_read_are_known_before(task):
         ({"keep": 0}, "selection.keep is 0; give a share above 0"),
         ({"keep": True}, "selection.keep is True"),
         ({"keep": 1.5}, "selection.keep is 1.5"),
-        ({"keep": 5, "band": [0.1, 0.5]}, "selection.band would do nothing: selection.pick is high"),
         ({"score_options": {"target": 0.1}}, "selection.score_options would do nothing"),
-        ({"keep": 5, "pick": "band", "band": [0.5, 0.5]}, "give the smaller quantile first"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(values, message):
@@ -249,40 +244,10 @@ def test_quotas_add_up_and_every_label_is_within_one_of_its_share(sizes, data):
 def test_a_rare_label_is_not_crowded_out():
     labels = ["often"] * 90 + ["rare"] * 10
     scores = torch.arange(100, 0, -1).double()  # the rare label has the lowest scores
-    by_label = pick_rows(scores, labels, 10, SelectionConfig(keep=10), seed=0)
+    by_label = pick_rows(scores, labels, 10)
     assert sum(row >= 90 for row in by_label) == 1
-    assert pick_rows(scores, None, 10, SelectionConfig(keep=10), seed=0) == list(range(10))
+    assert pick_rows(scores, None, 10) == list(range(10))
 
 
-def test_high_and_low_take_an_end_and_ties_go_to_the_first_row():
-    scores = torch.tensor([2.0, 1.0, 2.0, 3.0, 1.0])
-    assert pick_rows(scores, None, 2, SelectionConfig(keep=2), seed=0) == [0, 3]
-    assert pick_rows(scores, None, 2, SelectionConfig(keep=2, pick="low"), seed=0) == [1, 4]
-
-
-def test_a_band_takes_its_rows_at_random_and_then_the_nearest():
-    config = SelectionConfig(keep=10, pick="band", band=(0.4, 0.6))
-    scores = torch.randperm(100, generator=torch.Generator().manual_seed(3)).double()
-    chosen = [pick_rows(scores, None, 10, config, seed) for seed in range(20)]
-    assert all(40 <= scores[row] < 60 for rows in chosen for row in rows)
-    assert len({tuple(rows) for rows in chosen}) == 20
-    wide = pick_rows(scores, None, 40, config, seed=0)
-    assert {int(scores[row]) for row in wide} == set(range(30, 70))
-
-
-def test_weighted_draws_follow_the_softmax_of_the_scores():
-    config = SelectionConfig(keep=2, pick="weighted", temperature=0.5)
-    scores = torch.tensor([0.0, 0.5, 1.0])
-    generator = torch.Generator().manual_seed(0)
-    firsts = torch.tensor([ranked(scores, config, generator)[0] for _ in range(4000)])
-    shares = torch.bincount(firsts, minlength=3) / 4000
-    torch.testing.assert_close(shares, (scores / 0.5).softmax(0), atol=0.03, rtol=0)
-
-
-@pytest.mark.parametrize("pick", ["high", "band", "weighted"])
-def test_the_seed_alone_decides_a_random_choice(pick):
-    config, scores = SelectionConfig(keep=30, pick=pick), torch.rand(100, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(1)
-    first = pick_rows(scores, None, 30, config, seed=5)
-    torch.manual_seed(2)
-    assert pick_rows(scores, None, 30, config, seed=5) == first and len(set(first)) == 30
+def test_the_largest_scores_are_taken_and_ties_go_to_the_first_row():
+    assert pick_rows(torch.tensor([2.0, 1.0, 2.0, 3.0, 1.0]), None, 2) == [0, 3]

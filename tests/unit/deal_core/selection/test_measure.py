@@ -12,7 +12,7 @@ from deal_core.evaluation import likelihood as module
 from deal_core.evaluation.likelihood import measure
 
 TRAIN = TrainConfig(max_prompt_tokens=64)
-LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": TRAIN.max_answer_tokens}
+LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": 50}
 
 
 def test_a_rows_figures_are_those_of_the_row_alone(base, parent, task, rows, monkeypatch):

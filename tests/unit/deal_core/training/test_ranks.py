@@ -181,7 +181,7 @@ def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
 
 
 def test_a_job_is_read_as_it_was_written(job, tmp_path):
-    method = MethodConfig(deal=DealConfig(widths=(0.5, 1.0)), rehearsal=RehearsalConfig(rows=3))
+    method = MethodConfig(deal=DealConfig(energy=0.5), rehearsal=RehearsalConfig(rows=3))
     job = replace(job, setup=replace(job.setup, method=method))
     job.write(tmp_path / "job.json")
     assert TrainingJob.read(tmp_path / "job.json") == job

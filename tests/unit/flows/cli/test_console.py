@@ -111,9 +111,9 @@ def test_the_demo_ends_with_scores_side_by_side_and_where_to_look(tmp_path: Path
     result = DemoResult(outcomes=(outcome("demo"), nothing, outcome("third", champion=None)))
     shown = text(*show_demo(result, tmp_path))
     lines = [line.split() for line in shown.splitlines()]
-    assert ["demo", "deal", "70.8", "6.2", "-6.2", "8.8", "version", "3"] in lines
+    assert ["demo", "deal", "70.8", "6.2", "version", "3"] in lines
     assert "No version of rival has passed the gate" in shown and "No version of third has passed the gate" in shown
-    assert ["third", "deal", "70.8", "6.2", "-6.2", "8.8", "none"] in lines
+    assert ["third", "deal", "70.8", "6.2", "none"] in lines
     assert f"deal version list --lineage demo --home {tmp_path}" in shown.replace("\n", "")
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import infra.report
 from deal_core.errors import RegistryError
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.judging_config import MonitorConfig
+from deal_core.judging_config import DriftLimits
 from deal_core.monitoring.drift import compare
 from deal_core.monitoring.report import LiveLook
 from infra.report.charts import MAX_CHARS, MAX_LABELS, PAGE_COLOURS, inline_svg, shown_labels
@@ -301,7 +301,7 @@ def live_look(task: str = "bank") -> LiveLook:
     shifted = logged_rows(300, 1, task=task, shares={"loan": 0.6, "fraud": 0.1, "<b>fee</b>": 0.2, None: 0.1})
     live = pd.concat([shifted, free_rows(150, 2), logged_rows(5, 3, task="clinic")])
     reference = pd.concat([logged_rows(300, 4, task=task), free_rows(150, 5), logged_rows(50, 6, task="clinic")])
-    drift = compare(reference, live, MonitorConfig(), feedback=feedback_on(shifted, [True] * 30))
+    drift = compare(reference, live, DriftLimits(), feedback=feedback_on(shifted, [True] * 30))
     return LiveLook(lineage="support", version="4", looked=datetime(2026, 5, 5, 4, tzinfo=UTC), drift=drift)
 
 

@@ -36,7 +36,7 @@ tasks: [billing, returns]
 strategy: replay
 adapter: {rank: 8, alpha: 12}
 train: {max_steps: 7, learning_rate: 0.1}
-gate: {approval: person}
+gate: {approval: manual}
 """
 
 
@@ -116,7 +116,7 @@ def test_what_is_not_said_comes_from_the_lineage_s_file(store: ObjectStore) -> N
     for found in (spec, watched):
         assert (found.lineage, found.strategy) == ("support", "replay")
         assert found.adapter == AdapterConfig(rank=8, alpha=12)
-        assert (found.train.max_steps, found.gate.approval) == (7, "person")
+        assert (found.train.max_steps, found.gate.approval) == (7, "manual")
     assert adapt(store, task="t", data="x.csv", lineage="default").gate == GateConfig(), "it has no file"
 
 
@@ -165,7 +165,7 @@ def test_options_win_over_the_spec_and_it_key_by_key_over_the_lineage_s_file(
     ):
         assert (found.strategy, found.adapter) == ("deal", AdapterConfig(rank=4, alpha=12))
         assert (found.train.max_steps, found.train.learning_rate) == (3, 0.1)
-        assert (found.gate.min_gain_points, found.gate.approval) == (1, "person")
+        assert (found.gate.min_gain_points, found.gate.approval) == (1, "manual")
     automatic = write(tmp_path / "a.yaml", yaml.safe_dump({"lineage": "support", "gate": {"approval": "automatic"}}))
     assert watched_from_options(store, automatic, tasks=None).gate.approval == "automatic"
 
@@ -174,7 +174,7 @@ def test_options_win_over_the_spec_and_it_key_by_key_over_the_lineage_s_file(
 def test_the_lineage_of_the_options_says_whose_file_counts(store: ObjectStore, tmp_path: Path, lineage: str) -> None:
     path = write(tmp_path / "s.yaml", "lineage: support\ntask: {name: t, data: x.csv}\n")
     spec = adapt(store, path, lineage=lineage)
-    assert (spec.lineage, spec.gate.approval) == (lineage, "person" if lineage == "support" else "automatic")
+    assert (spec.lineage, spec.gate.approval) == (lineage, "manual" if lineage == "support" else "automatic")
 
 
 def test_a_watch_looks_at_the_tasks_of_the_options_else_of_the_spec_else_of_the_file(
@@ -206,7 +206,7 @@ def test_a_base_in_the_lineage_s_file_is_never_a_folder_of_the_caller(
 @pytest.mark.parametrize(
     ("stored", "said", "expected"),
     [
-        ("gat: {approval: person}", "{}", "support.yaml: unknown key 'gat'"),
+        ("gat: {approval: manual}", "{}", "support.yaml: unknown key 'gat'"),
         ("lineage: other", "{}", "is about lineage 'other'"),
         ("{}", "strategy: magic", "s.yaml over file:"),
         ("memory: tests", "{}", "support.yaml: 'memory' is no setting any more: set rehearsal.rows, "),
@@ -250,7 +250,7 @@ def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_deal_adapt_gives_the_flow_what_the_lineage_s_file_says(given_to: Callable[..., SimpleNamespace]) -> None:
     given = given_to("adapt", "--task", "t", "--data", "x.csv", "--lineage", "support", "--set", "strategy=deal")
-    assert (given.spec.gate.approval, given.spec.train.max_steps, given.spec.strategy) == ("person", 7, "deal")
+    assert (given.spec.gate.approval, given.spec.train.max_steps, given.spec.strategy) == ("manual", 7, "deal")
     assert given.again is False
     assert given_to("adapt", "--task", "t", "--data", "x.csv", "--force").again is True
 
@@ -259,10 +259,10 @@ def test_deal_watch_gives_the_flow_what_the_lineage_s_file_says(
     given_to: Callable[..., SimpleNamespace], tmp_path: Path
 ) -> None:
     given = given_to("watch", "--watch", "--lineage", "support")
-    assert (given.spec.gate.approval, given.spec.train.max_steps) == ("person", 7)
+    assert (given.spec.gate.approval, given.spec.train.max_steps) == ("manual", 7)
     assert given.tasks == ("billing", "returns")
     assert given_to("watch", "--watch", "--lineage", "support", "--task", "bank").tasks == ("bank",)
-    path = write(tmp_path / "support.yaml", "lineage: support\n" + STORED.replace("person", "automatic"))
+    path = write(tmp_path / "support.yaml", "lineage: support\n" + STORED.replace("manual", "automatic"))
     given = given_to("watch", str(path), "--watch", "--once")
     assert (given.tasks, given.spec.gate.approval) == (("billing", "returns"), "automatic")
     assert (given.once, given.poll_seconds) == (True, 2.0)
@@ -277,7 +277,7 @@ def test_a_run_on_a_server_is_given_what_the_lineage_s_file_says(
     checked: TypeAdapter[AdaptSpec] = TypeAdapter(AskedSpec)
     task = {"name": "t", "data": "x.csv"}
     spec = checked.validate_python({"lineage": "support", "task": task, "gate": {"min_gain_points": 1}})
-    assert (spec.gate.min_gain_points, spec.gate.approval, spec.train.max_steps) == (1, "person", 7)
+    assert (spec.gate.min_gain_points, spec.gate.approval, spec.train.max_steps) == (1, "manual", 7)
     complete = AdaptSpec(lineage="support", task=TaskSpec(name="t", data="x.csv"))
     assert checked.validate_python(complete) is complete, "one that code has made says everything"
     store.put_bytes("lineages/support.yaml", b"gat: {}\n")

@@ -8,14 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from deal_core.judging_config import MonitorConfig
+from deal_core.judging_config import DriftLimits
 from infra.store.keys import baseline_key
 from infra.store.local import FileStore
 from tasks.monitoring.look import BASELINE_COLUMNS, _baseline, _rebase
 
 
 def test_a_rebase_keeps_the_rows_of_a_task_that_is_quiet_now(tmp_path: Path) -> None:
-    store, config = FileStore(tmp_path), MonitorConfig(min_rows=10)
+    store, config = FileStore(tmp_path), DriftLimits(min_rows=10)
     info: Any = SimpleNamespace(lineage="l", version="3")
 
     def live(*tasks: str) -> pd.DataFrame:
