@@ -41,7 +41,7 @@ TASK = TaskSchema(
     instruction="Write a work order of one sentence about the following message of a tenant.",
 )
 TRAIN = TrainConfig(max_prompt_tokens=192, max_answer_tokens=40, checkpoint_steps=0)
-ASKED = ServedTask(schema=TASK, max_prompt_tokens=TRAIN.max_prompt_tokens, max_new_tokens=TRAIN.max_answer_tokens)
+ASKED = ServedTask(schema=TASK, max_prompt_tokens=TRAIN.max_prompt_tokens, max_new_tokens=40)
 
 
 def pairs(split: str) -> Dataset:

@@ -33,7 +33,7 @@ from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
@@ -42,6 +42,7 @@ from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup
 from infra.settings import HomeSettings
 
+MAX_NEW_TOKENS = 50
 MAX_PROMPT_TOKENS = 512
 BANK, PARCELS = EXAMPLES / "bank", EXAMPLES / "parcels"
 LABELS = {"bank": (BANK / "train.jsonl", BANK / "test.jsonl"), "parcels": (PARCELS / "messages.jsonl",)}
@@ -86,7 +87,7 @@ def answer_in_a_loop(model: PeftModel, base: BaseModel, tasks: Sequence[Task], b
     """Generate as one does without further thought: rows in their order, a batch padded to its longest."""
     answers = []
     for task, rows in tasks:
-        limit = answer_limit(base.tokenizer, task, EvaluateConfig().max_new_tokens)
+        limit = answer_limit(base.tokenizer, task, MAX_NEW_TOKENS)
         prompts = [encode_prompt(base.tokenizer, task, text, MAX_PROMPT_TOKENS) for text in rows["input"]]
         for start in range(0, len(prompts), batch_size):
             batch = base.tokenizer.pad(
@@ -132,7 +133,7 @@ def main(
         )
         plain = load_adapter(stock, Path(work), is_trainable=False)
     variants: dict[str, Callable[[], list[str]]] = {
-        "deal": lambda: answer_as_evaluated(model, ours, tasks, EvaluateConfig().max_new_tokens),
+        "deal": lambda: answer_as_evaluated(model, ours, tasks, MAX_NEW_TOKENS),
         "first_token_only": lambda: answer_as_evaluated(model, ours, tasks, 1),
         **{name: partial(answer_in_a_loop, plain, ours, tasks, size) for name, size in LOOPS.items()},
     }

@@ -209,7 +209,7 @@ def train_with_trl(variant: str, base: BaseModel, setup: Setup, folder: Path) ->
         output_dir=str(folder),
         per_device_train_batch_size=setup.train.batch_size,
         num_train_epochs=setup.train.num_epochs,
-        learning_rate=setup.train.learning_rate,
+        learning_rate=setup.train.rate(base.model.num_parameters()),
         lr_scheduler_type="constant",
         max_grad_norm=setup.train.max_grad_norm,
         seed=setup.train.seed,

@@ -39,7 +39,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.accuracy_matrix import paired_interval
-from deal_core.method_config import MethodConfig, RehearsalConfig
+from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy
 from deal_core.strategies.strategy import TaskContext
 from deal_core.training.train import TrainingSetup
@@ -50,7 +50,7 @@ FUSED = "seq_lora_fused_attention"
 VARIANTS = {
     PLAIN: ("seq_lora", MethodConfig()),
     FUSED: ("seq_lora", MethodConfig()),
-    "deal_without_rehearsal": ("deal", MethodConfig(rehearsal=RehearsalConfig(texts="none"))),
+    "deal_without_rehearsal": ("deal_asked", MethodConfig(strategy_options={"texts": "none"})),
     "deal": ("deal", MethodConfig()),
 }
 OLD_TASK = TaskSchema(name="old", labels=("first", "second"), instruction="Which of the two is it?")

@@ -19,7 +19,7 @@ from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
-from deal_core.strategies.old_tasks import tasks_to_ask
+from deal_core.strategies.old_tasks import longest_answer, tasks_to_ask
 from deal_core.strategies.strategy import KeptRows, Strategy
 
 FP32 = 4
@@ -222,7 +222,7 @@ def longest_of(
         for text in _longest(tokenizer, outputs)
     ]
     for old in old_to_ask:
-        limit = train.answer_tokens(old.labels)
+        limit = longest_answer(train, old)
         answers += [len(encode_answer(tokenizer, old, label, limit)) for label in old.labels] or [limit]
     answers += [rows.longest_answer for rows in kept.values()]
     return BatchShape(num_rows=num_rows, num_tokens=num_prompt_tokens + max(answers), num_answer_tokens=max(answers))

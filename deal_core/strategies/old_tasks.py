@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from peft import PeftModel
 from torch import Tensor
 
+from deal_core.config import TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate
@@ -85,7 +86,7 @@ def about_arrival(
             context,
             group,
             max_prompt_tokens=train.max_prompt_tokens,
-            max_new_tokens=max(train.answer_tokens(old.labels) for old, _ in group),
+            max_new_tokens=max(longest_answer(train, old) for old, _ in group),
         )
         sets += [rows[start : start + num_texts] for start in range(0, len(rows), num_texts)]
     return sets
@@ -136,6 +137,11 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
     """All parts of a prompt except its text; the order of the options does not count."""
     shows_labels = task.template is None or "{options}" in task.template
     return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template, task.prompt
+
+
+def longest_answer(train: TrainConfig, old: TaskSchema) -> int:
+    """Return the most tokens of an old task's answers: the new task's own limit may be shorter."""
+    return max(train.answer_tokens(old.labels), TrainConfig().answer_tokens(old.labels))
 
 
 def texts_per_task(config: RehearsalConfig, num_steps: int, num_tasks: int) -> int:

@@ -18,6 +18,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import make_strategy
+from tests.deal_configs import deal_with
 from tests.unit.deal_core.conftest import at_night
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
@@ -85,7 +86,7 @@ def test_later_task_with_a_free_core_is_plain_lora_and_its_rehearsal(parent, tra
     assert not all(torch.equal(rehearsed[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("change", [{"num_layers": 2}, {"lambda1": 0.5}], ids=str)
+@pytest.mark.parametrize("change", [{"energy": 0.5}, {"lambda1": 0.5}], ids=str)
 def test_a_free_core_takes_no_setting_that_would_do_nothing(change):
     with pytest.raises(ConfigError, match=rf"deal\.core is free, .* deal\.{next(iter(change))} would do nothing"):
         DealConfig(core="free", **change)
@@ -113,7 +114,7 @@ def test_every_setting_changes_the_result(change, parent, train, trained_once):
     start = {key: value for key, value in change.items() if key in ("lambda1", "lambda2") and len(change) > 1}
     start |= {"energy": 1.0} if "free_share" in change else {}
     default = weights(trained_once(deal=DealConfig(**start)).folder)
-    changed = weights(train("deal", parent, deal=DealConfig(**change)).folder)
+    changed = weights(train("deal", parent, deal=deal_with(**change)).folder)
     assert any(not torch.allclose(default[name], changed[name], rtol=1e-5, atol=1e-7) for name in default)
 
 

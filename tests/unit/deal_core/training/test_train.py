@@ -198,7 +198,7 @@ def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, pare
         method.prepare(model, load_method_state(parent), context)
         trainer = AdapterTrainer(
             model=model,
-            args=training_arguments(SHORT, tmp_path, len(encoded)),
+            args=training_arguments(SHORT, tmp_path, len(encoded), 1e-3),
             train_dataset=encoded,
             data_collator=AnswerCollator(base.tokenizer, is_seq2seq=False),
             strategy=method,
@@ -436,7 +436,7 @@ def test_balanced_batches_hold_every_label_in_its_share():
 
 
 def test_a_linear_schedule_begins_at_the_rate_and_ends_at_zero(tmp_path):
-    args = training_arguments(TrainConfig(schedule="linear", max_steps=4, learning_rate=0.1), tmp_path, 10)
+    args = training_arguments(TrainConfig(schedule="linear", max_steps=4), tmp_path, 10, 0.1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, num_training_steps=4)
     rates = []

@@ -42,7 +42,7 @@ def test_settings_that_differ_from_the_parents_are_named() -> None:
     (note,) = changed_settings(
         spec(
             train=dict.fromkeys(("num_epochs", "max_steps", "batch_size", "seed"), 7),
-            evaluate={"max_new_tokens": 7},
+            evaluate={"max_old_rows": 7},
             rehearsal={"rows": 7, "per_step": 7},
         ),
         spec().model_dump(mode="json"),
