@@ -12,7 +12,6 @@ from typing import Annotated, Any, get_args
 import typer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from benchmarks.data_efficiency import arms
 from benchmarks.headline import judged_tasks
@@ -42,7 +41,7 @@ from deal_core.config import TrainConfig
 from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.judging_config import GateConfig
 from flows.cli.console import interval, points
-from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
+from infra.report.figures import COLOURS, MUTED, new_figure, save_png, tidy
 
 COST_NAMES = {
     "seq_lora": "plain LoRA",
@@ -66,8 +65,6 @@ NUM_SHOWN = 3
 """Methods in a picture: ours, and the best rivals."""
 LEADS = ((OURS_WITH_ROWS, OURS_WITHOUT), (OURS_WITH_TESTS, OURS_WITH_ROWS))
 """Pairs of methods whose difference cells.md shows; that to the default stands in the tables."""
-WIDENING = ("inc_lora", "o_lora", "ella")
-"""Strategies whose adapter grows, so that the share of its slots in use falls."""
 
 
 def spread_of_seeds(cells: Sequence[CellJson]) -> dict[str, float]:
@@ -271,15 +268,7 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}x{settings['train']['num_epochs']}"
     kept = {shown(name): points_of(of_method) for name, of_method in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
-    pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
-    fills = {shown(name): curve for name, of_method in cells.items() if (curve := fill_so_far(of_method))}
-    if fills:
-        save_png(fill_figure(fills), images / f"{stem}-fill.png")
-        text = f"share of the adapter's slots in use over the number of tasks learned{on}"
-        widens = [name for name in fills if name.split()[0] in WIDENING]
-        grown = f"; every task brings new slots to {' and '.join(widens)}" if widens else ""
-        pictures.append((f"{stem}-fill.png", text + grown))
-    return pictures
+    return [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
 
 
 def shown(name: str) -> str:
@@ -322,26 +311,6 @@ def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Mapping[str
     return figure
 
 
-def fill_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
-    """The share of the adapter's slots in use over the number of tasks learned, one line per strategy.
-
-    Args:
-        curves: strategy to one value per task learned, 0 to 100.
-    """
-    figure = new_figure(7.0, 3.6)
-    axes = figure.subplots()
-    for colour, marker, (name, values) in zip(COLOURS, MARKERS, curves.items(), strict=False):
-        axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=5, linewidth=2, label=name)
-    tidy(axes)
-    axes.set_ylim(0, 100)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("tasks learned", color=MUTED)
-    axes.set_ylabel("share of slots, %", color=MUTED)
-    axes.set_title("Slots of the adapter that hold 95 % of its update", fontsize=11, loc="left")
-    axes.legend(frameon=False, fontsize=9)
-    return figure
-
-
 def side_by_side(protocol: Protocol, shown: Sequence[str]) -> tuple[str, dict[str, list[CellJson]]]:
     """The first order that has cells of all these strategies with a common seed, and its cells of common seeds."""
     by_order: dict[str, dict[str, dict[int, CellJson]]] = {}
@@ -362,14 +331,6 @@ def best_rivals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in sorted(lines, key=lambda row: -row["average_accuracy"]):
         best.setdefault(row["strategy"], name_of(row))
     return list(best.values())
-
-
-def fill_so_far(cells: Sequence[CellJson]) -> list[float]:
-    """After each task the share of slots in use, mean over modules and cells; nothing where it was not measured."""
-    curves = [[version.get("fill") for version in cell["versions"]] for cell in cells]
-    if any(value is None for curve in curves for value in curve):
-        return []
-    return [100 * sum(values) / len(values) for values in zip(*curves, strict=True)]
 
 
 def roundings(cells: Sequence[CellJson]) -> dict[str, list[str]]:

@@ -7,7 +7,6 @@ the trained model, so wrappers of the model do not see them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +31,6 @@ class Reparametrization(nn.Module):
         """Core slots of every module, by name."""
         self.full_modules: tuple[str, ...] = ()
         """Names of the modules whose core was cut to leave the free share."""
-        self._power = self._recycled_power = 0.0
         self._pairs = [self.networks_of(stack, config, generator) for stack in self._stacks]
         self.sides = nn.ModuleList(nn.ModuleList(pair) for pair in self._pairs)
 
@@ -48,9 +46,6 @@ class Reparametrization(nn.Module):
         self.num_core_slots.update(zip(names, count_M.tolist(), strict=True))
         self.full_modules += tuple(n for n, c, w in zip(names, count_M, wanted_M, strict=True) if c < w)
         core_MR = torch.arange(rank, device=count_M.device).unsqueeze(0) < count_M.unsqueeze(1)
-        power_MR = sigma_MR.double().square()
-        self._power += float(power_MR.sum())
-        self._recycled_power += float((power_MR * ~core_MR).sum())
         # recycling: free slots of B become zero, those of A get the seeds of a new LoRA, scaled
         y_A, y_B = spectrum.factors()
         core_M1R = core_MR.unsqueeze(1)
@@ -62,11 +57,6 @@ class Reparametrization(nn.Module):
             SpectralFactor(y_A, sigma_MR, core_MR, config, guarded),
             SpectralFactor(y_B, sigma_MR, core_MR, config, None),
         )
-
-    @property
-    def recycled_share(self) -> float:
-        """Share of the adapter's norm that recycling removed before the first step."""
-        return math.sqrt(self._recycled_power / self._power) if self._power > 0 else 0.0
 
     @torch.no_grad()
     def materialise(self) -> None:

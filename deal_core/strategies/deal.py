@@ -138,7 +138,7 @@ class Deal(Strategy):
         return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 
     def notes(self) -> tuple[str, ...]:
-        """Describe the rehearsal, the size of the adapter's core, and whether the adapter is full."""
+        """Describe the rehearsal, and say whether the adapter is full."""
         from deal_core.strategies.old_tasks import not_rehearsed
 
         notes, network = list(super().notes()), self.network
@@ -147,15 +147,9 @@ class Deal(Strategy):
                 f"not rehearsed, because no rows are kept and the new task has the same prompt or rows of another "
                 f"format: {names}"
             )
-        if network is None or not network.num_core_slots:
-            return tuple(notes)
-        counts = network.num_core_slots.values()
-        notes.append(f"core slots when the task arrived: {sum(counts) / len(counts):.1f} per module on average")
-        if network.recycled_share > 0:
-            notes.append(f"recycling the free slots removed {100 * network.recycled_share:.1f} % of the adapter's norm")
-        if network.full_modules:
+        if network is not None and network.full_modules:
             notes.append(
-                f"the adapter is full in {len(network.full_modules)} of {len(counts)} modules: their core was cut to "
-                "leave free slots; a larger adapter.rank in a new lineage gives more room"
+                f"the adapter is full in {len(network.full_modules)} of {len(network.num_core_slots)} modules: their "
+                "core was cut to leave free slots; a larger adapter.rank in a new lineage gives more room"
             )
         return tuple(notes)

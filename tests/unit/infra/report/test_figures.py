@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from benchmarks.report import fill_figure, kept_figure
+from benchmarks.report import kept_figure
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.report.figures import (
     COLOURS,
@@ -186,14 +186,6 @@ def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
     ]
     assert filled == [75, 60, 40]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
-
-
-def test_the_fill_is_one_line_per_strategy_over_the_tasks() -> None:
-    (axes,) = fill_figure({"deal": [80, 70, 75], "plain": [80, 50, 40]}).axes
-    assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} == {
-        "deal": ([1, 2, 3], [80, 70, 75]),
-        "plain": ([1, 2, 3], [80, 50, 40]),
-    }
 
 
 @pytest.mark.parametrize(
