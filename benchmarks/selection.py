@@ -25,6 +25,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,7 +90,6 @@ def choose_and_train(num_rows: int, score: str, keep: float, max_scored: int) ->
         build_tiny_base(folder / "base")
         base = load_base(str(folder / "base"), folder / "cache", precision="fp32")
         method = MethodConfig(selection=SelectionConfig(keep=keep, score=score))
-        SelectionConfig.max_scored = max_scored  # of this process alone
         setup = TrainingSetup(task=TASK, strategy="deal", adapter=AdapterConfig(), method=method, train=TRAIN)
         write_rows(folder / "first.parquet", FIRST_ROWS)
         write_rows(folder / "rows.parquet", num_rows)
@@ -97,9 +97,10 @@ def choose_and_train(num_rows: int, score: str, keep: float, max_scored: int) ->
         train_into(folder / "first", base, first, setup)
         before, started = peak_bytes(), time.perf_counter()
         rows = Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=str(folder / "rows"))
-        chosen = choose_rows(
-            rows, setup, lambda: base, parent_folder=folder / "first", journal=folder / "selection.json"
-        )
+        with patch.object(SelectionConfig, "max_scored", max_scored):
+            chosen = choose_rows(
+                rows, setup, lambda: base, parent_folder=folder / "first", journal=folder / "selection.json"
+            )
         selected = time.perf_counter()
         result = train_into(folder / "second", base, rows.select(chosen.rows), setup, folder / "first")
         return {

@@ -142,7 +142,7 @@ def fitting(
     kept = []
     for row, tokens in zip(rows, encode(rows, task, tokenizer), strict=True):
         fits = len(tokens["prompt_ids"]) <= train.max_prompt_tokens
-        if fits and len(tokens["answer_ids"]) <= train.max_answer_tokens:
+        if fits and len(tokens["answer_ids"]) <= train.answer_tokens(task.labels):
             kept.append(row)
     if not kept:
         raise typer.BadParameter(f"No row of {task.name} is within {train.max_prompt_tokens} tokens.")

@@ -20,7 +20,7 @@ MAX_GROWTH = 300 * 2**20
 def test_one_in_a_hundred_rows_is_trained_on_and_a_model_reads_no_more_than_asked() -> None:
     found = selection.choose_and_train(3_000, "loss", 0.01, 250)
     assert (found["chosen"], found["steps"]) == (30, 4)
-    assert found["notes"][0] == "30 of 3,000 training rows were chosen by loss (the highest), 6 of each of 5 labels"
+    assert found["notes"][0] == "30 of 3,000 training rows were chosen by loss, 6 of each of 5 labels"
     assert "read 250 rows drawn at random" in found["notes"][1]
 
 

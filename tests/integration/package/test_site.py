@@ -81,7 +81,7 @@ def test_every_setting_has_its_line_with_its_meaning(site: Path) -> None:
     names |= {"lineage", "instruction"}
     assert names <= rows.keys()
     assert [name for name in names - {"lineage"} if not rows[name].strip()] == []
-    assert "more than 0. Default <code>0.001</code>" in page, "limits and defaults come from the fields"
+    assert "at least 0. Default <code>0.001</code>" in page, "limits and defaults come from the fields"
 
 
 def shown_commands() -> list[tuple[str, list[str]]]:
