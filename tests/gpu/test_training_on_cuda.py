@@ -23,6 +23,8 @@ pytestmark = [
 ]
 
 TASK = TaskSchema(name="colours", labels=("red", "green"), instruction="Which colour is meant?")
+NEXT = replace(TASK, name="tones", instruction="Which tone is meant?")
+"""Learned after TASK, of which rows are kept and rehearsed."""
 ROWS = [
     {"input": f"message {i} about {('blood', 'grass')[i % 2]}", "output": ("red", "green")[i % 2]} for i in range(24)
 ]
@@ -38,7 +40,14 @@ def run(tiny_base: Path, work: Path, parent: Path | None, die_at: int | None = N
     return train_adapter(
         base,
         Dataset.from_list(ROWS),
-        TrainingSetup(task=TASK, strategy="deal", adapter=AdapterConfig(rank=4), method=MethodConfig(), train=STEPS),
+        TrainingSetup(
+            task=NEXT if parent else TASK,
+            old_tasks=(TASK,) if parent else (),
+            strategy="deal",
+            adapter=AdapterConfig(rank=4),
+            method=MethodConfig(),
+            train=STEPS,
+        ),
         parent_folder=parent,
         output_folder=work / "adapter",
         checkpoint_folder=work / "checkpoints",
@@ -51,6 +60,7 @@ def test_learns_and_resumes(tiny_base, tmp_path):
     parent = tmp_path / "first" / "adapter"
     assert first.losses[-1][1] < first.losses[0][1]
     whole = run(tiny_base, tmp_path / "whole", parent)
+    assert whole.notes[0] == "rehearsed 6 rows of one old task, 4 a step"
     with pytest.raises(InterruptedError):
         run(tiny_base, tmp_path / "again", parent, die_at=7)
     resumed = run(tiny_base, tmp_path / "again", parent)
