@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic.json_schema import JsonSchemaValue
 
 
 def require_schema_version(
@@ -81,3 +82,18 @@ class VersionedJson:
     @cache
     def _adapter(cls) -> TypeAdapter[Any]:
         return TypeAdapter(cls)
+
+
+class JsonOf:
+    """Annotates a dict that `to_json` has made: its JSON schema is that of the class."""
+
+    def __init__(self, kind: type[VersionedJson]) -> None:
+        self.kind = kind
+
+    def __get_pydantic_json_schema__(self, _: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the schema of the class, with the version that `to_json` writes first."""
+        schema = handler(self.kind._adapter().core_schema)
+        version = {"const": self.kind.kept.version, "type": "integer"}
+        schema["properties"] = {"schema_version": version, **schema["properties"]}
+        schema["required"] = ["schema_version", *schema.get("required", ())]
+        return schema

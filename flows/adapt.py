@@ -12,7 +12,7 @@ from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.errors import DealError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage
@@ -54,9 +54,13 @@ class Scores(BaseModel, frozen=True):
     """The scores of one version; None if undefined (a lineage of one task has no forgetting)."""
 
     average_accuracy: float | None
+    """Mean accuracy on all tasks."""
     forgetting: float | None
+    """Mean of what the earlier tasks have lost since their best version; below 0: a gain."""
     backward_transfer: float | None
+    """Mean of what the earlier tasks have gained since they were learned."""
     forward_transfer: float | None
+    """Mean of what a task had gained over the base model before it was learned."""
 
     @classmethod
     def of(cls, matrix: AccuracyMatrix) -> Scores:
@@ -68,27 +72,39 @@ class AdaptResult(BaseModel, frozen=True):
     """The result of one adaptation."""
 
     status: Status
+    """promoted: the version is champion. repeat: an earlier version has learned the arrival. skipped: nothing was
+    trained, since the champion answers the rows well enough."""
     rejected: bool
     """Whether the gate rejected the version, in this run or in the run that this run repeats."""
     message: str
+    """The outcome in one sentence."""
     lineage: str
     task: str
     version: str
     """Number of the version; of the champion if the arrival was skipped."""
     parent_version: str | None
+    """The version that it continues; None: it starts from the base model."""
     reasons: tuple[str, ...]
+    """Why the gate rejected the version."""
     dataset: DatasetRef
     run_key: str
+    """Key of the adaptation."""
     arrival_accuracy: float | None = None
     """The champion's accuracy on the arrival's rows before anything was trained; None: it was not asked."""
     accuracies: dict[str, float] = {}
+    """Task → accuracy of the version on the task's test rows; empty if nothing was trained."""
     scores: Scores | None = None
-    matrix: dict[str, Any] | None = None
+    """None: nothing was trained."""
+    matrix: MatrixJson | None = None
+    """The matrix up to the version; None: nothing was trained."""
     metrics: dict[str, str] = {}
     """Each task's metric."""
     num_steps: int = 0
+    """Optimiser steps of the training."""
     resumed_from_step: int | None = None
+    """The checkpoint's step from which the training went on; None: it began at the first one."""
     seconds: dict[str, float] = {}
+    """Stage → its time."""
 
 
 @flow(name="adapt", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")

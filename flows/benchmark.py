@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from prefect import flow
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.cell import PROTOCOL, Cell, Scored, Scoring, make_cell
@@ -35,6 +35,9 @@ from tasks.references import BaseRef
 from tasks.spec import Address, parse
 
 logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
+Compared = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
+"""A figure of a comparison with `deal`; a method that was not compared has no such field."""
 LOOK_SECONDS = 2.0
 LONGER = {"superni": {"max_prompt_tokens": 512}, "superni8": {"max_prompt_tokens": 512}}
 """Other defaults by suite: the instructions of superni alone take more than 160 tokens. The field cuts at 512."""
@@ -109,15 +112,87 @@ class CellOutcome(BaseModel, frozen=True):
     """The outcome of one cell."""
 
     file: str
+    """Its file in the folder of the cells."""
     status: Literal["done", "stored", "failed"]
+    """stored: it had been run before."""
     message: str = ""
+    """Why it failed."""
+
+
+class MethodFigures(BaseModel, frozen=True, extra="forbid"):
+    """A strategy or a bound with its settings, over its cells of one order or of all orders.
+
+    Shares are in percent, differences in points.
+    """
+
+    strategy: str
+    changes: str
+    """The settings that differ from the defaults."""
+    orders: tuple[str, ...]
+    """The orders of the tasks."""
+    seeds: tuple[int, ...]
+    num_cells: int
+    average_accuracy: float
+    """Mean over the tasks in the end, then over the cells."""
+    average_accuracy_by_cell: tuple[float, ...]
+    average_accuracy_judged: float | None
+    """Of the tasks that measure something; None: no task does, or the bounds were not run."""
+    majority_judged: float | None
+    """Of the commonest right answer on these tasks."""
+    lost_judged: float | None
+    """Points that these tasks have lost since each was learned."""
+    accuracy_by_task: dict[str, float]
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+    rouge1: float | None
+    perplexity_ratio: float | None
+    """Perplexity on general text with the last version, as a multiple of the base model's."""
+    base_perplexities: tuple[str, ...]
+    """The base model's perplexities in the cells, rounded. Two of them tell of two kinds of processors."""
+    rows_per_second: float | None
+    """Median speed of the trainings."""
+    adapter_bytes: tuple[int, ...] | None
+    """Size of the first version's adapter and of the last one's."""
+    stores: str | None
+    """What of the old tasks stays stored."""
+    state_bytes: int
+    """Size of what the method keeps for later tasks."""
+    minutes: float | None
+    """Mean time of a cell."""
+    difference_points_ci95: Compared[tuple[float, ...]] = None
+    """Points by which it beats `deal` on the same rows: mean, and lower and upper end of the 95 % interval."""
+    difference_num_cells: Compared[int] = None
+    """Cells that were compared."""
+    difference_is_of_one_processor: Compared[bool] = None
+    """Whether the compared cells round alike, as on one kind of processor."""
+    difference_points_by_cell: Compared[dict[str, float]] = None
+    difference_judged_points_ci95: Compared[tuple[float, ...]] = None
+    """The difference over the tasks that measure something."""
+    heaviest_task: Compared[str] = None
+    """The task that decides most of the difference."""
+    difference_without_it_points_ci95: Compared[tuple[float, ...]] = None
+    """The difference over the other tasks."""
+
+
+class BenchmarkTable(BaseModel, frozen=True, extra="forbid"):
+    """The methods that were run on one suite with the same settings."""
+
+    suite: str
+    protocol: tuple[Any, ...]
+    """Training rows, part of the test rows, most test rows, scoring, adapter, base model, digest of the data, form of
+    the prompts and training settings."""
+    lifted: dict[str, bool]
+    """Task → whether an adapter of its own beats the base model and the commonest answer. Other tasks measure nothing
+    here."""
+    rows: tuple[MethodFigures, ...]
 
 
 class BenchmarkResult(BaseModel, frozen=True):
     """The cells of this run, and tables of all cells in the folder."""
 
     cells: tuple[CellOutcome, ...]
-    tables: tuple[dict[str, Any], ...]
+    tables: tuple[BenchmarkTable, ...]
 
     @property
     def num_failed(self) -> int:
@@ -150,8 +225,8 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
             raise_if_stopped()
             await asyncio.sleep(LOOK_SECONDS)
         waiting = busy
-    tables = write_summary(spec.folder)
-    return BenchmarkResult(cells=tuple(outcomes.values()), tables=tuple(tables))
+    tables = tuple(BenchmarkTable.model_validate(table) for table in write_summary(spec.folder))
+    return BenchmarkResult(cells=tuple(outcomes.values()), tables=tables)
 
 
 def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfig]]:

@@ -23,8 +23,10 @@ class GcResult(BaseModel, frozen=True):
     """What was removed, or would be removed."""
 
     dry_run: bool
+    """Whether nothing was removed, only listed."""
     removals: tuple[Removal, ...]
     num_bytes: int
+    """Size of all removals together."""
     busy: tuple[str, ...]
     """Lineages that were skipped because a run works on them."""
     problems: dict[str, str] = {}

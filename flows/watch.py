@@ -61,9 +61,13 @@ class Seen(BaseModel, frozen=True):
     """A file that was handled, and the outcome."""
 
     key: str
+    """The file, as inbox/TASK/FILE."""
     outcome: str
+    """What became of it, in a word such as promoted, rejected, refused or failed."""
     message: str
+    """What became of it, in one sentence."""
     version: str | None
+    """The version that learned it, if one did."""
 
 
 class WatchResult(BaseModel, frozen=True):

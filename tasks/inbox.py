@@ -360,9 +360,10 @@ def settle(
 
 
 class HeldArrival(BaseModel, frozen=True):
-    """An arrival that waits for `deal data release`, because its run was cancelled; see `tasks.arrival_runs`."""
+    """An arrival that waits for `deal data release`, because its run was cancelled."""
 
     key: str
+    """The arrival, as inbox/TASK/FILE."""
     why: str
 
     def remedy(self, lineage: str) -> str:

@@ -53,6 +53,7 @@ class Synced(BaseModel, frozen=True):
 
     lineage: str
     written: tuple[str, ...] = ()
+    """What was written."""
     missing: tuple[str, ...] = ()
     """What MLflow still lacks."""
     problem: str | None = None

@@ -57,9 +57,13 @@ class PlanResult(BaseModel, frozen=True):
     """What a run takes."""
 
     base: str
+    """The base model's name, Hub id, folder or file."""
     model_type: str
+    """Its architecture, as Transformers calls it."""
     parameters: dict[str, int]
+    """Kind → number of the base model's parameters."""
     adapter_parameters: int
+    """Number of the adapter's parameters."""
     rank: int
     strategy: str
     precision: str
@@ -68,6 +72,7 @@ class PlanResult(BaseModel, frozen=True):
     """Training rows that are trained on, before the noise gate leaves rows out; see `SelectionConfig.keep`."""
     num_test: int
     num_rejected: int
+    """Bad rows."""
     num_steps: int
     learning_rate: float
     """Rate of the first step."""
@@ -77,20 +82,29 @@ class PlanResult(BaseModel, frozen=True):
     num_kept: int
     """Training rows of this arrival that the version keeps, for later arrivals to rehearse."""
     batch_rows: int
+    """Rows that are computed at once."""
     longest_row_tokens: int
     longest_answer_tokens: int
     lengths_from: Literal["rows", "limits"]
+    """rows: the lengths are those of the rows. limits: they are the spec's, as the base model is not on this
+    machine."""
     memory: dict[str, int]
     """Bytes by kind, at the peak of a step."""
     total_bytes: int
+    """All kinds together."""
     device: str
     device_bytes: int
+    """The memory to plan for."""
     verdict: Literal["fits", "tight", "refused"]
+    """tight: it fits, with less than a tenth to spare."""
     remedies: tuple[Remedy, ...]
+    """Changes that save memory; empty if the run fits."""
     seconds_per_step: float | None
     """From a probe on this machine; None: there was no probe."""
     expected_seconds: float | None
+    """Time of the training, from the same probe."""
     notes: tuple[str, ...]
+    """Remarks for people."""
 
     @property
     def refused(self) -> bool:

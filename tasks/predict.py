@@ -96,7 +96,9 @@ class FileAnswers(BaseModel, frozen=True):
     """A file and its answers."""
 
     data: str
+    """The file whose rows were answered."""
     out: str
+    """The file with the answers."""
     num_rows: int
     num_bad: int
     """Rows without an answer. The column `problem` has the reason."""

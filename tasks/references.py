@@ -32,14 +32,16 @@ class DatasetRef(Reference):
 
     task: str
     uri: str
+    """Its folder, relative to the store."""
     sha256: str
     num_train: int
     num_test: int
     num_rejected: int
+    """Bad rows, which were left out."""
     quarantine: str | None = None
     """Key of the file with the bad rows; None: there are no bad rows."""
     landed_sha256: str
-    """As `DatasetManifest.landed_sha256`."""
+    """Digest of the task's name and the good rows, independent of the lineage's test rows."""
     new_labels: tuple[str, ...] = ()
     """Labels that were added by command and that the task lacks in the parent version."""
     renews_tests: bool = False
@@ -98,7 +100,10 @@ class VersionScores(Reference):
     """New accuracies of a version, the accuracies of its own run, and the number of test rows, by task."""
 
     accuracies: dict[str, float]
+    """Task → accuracy now."""
     recorded: dict[str, float]
+    """Task → accuracy in the version's own run."""
     num_rows: dict[str, int]
+    """Task → number of its test rows."""
     unjudged: dict[str, str] = {}
     """Tasks that could not be judged, with the reason."""

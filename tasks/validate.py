@@ -41,7 +41,9 @@ class RefusedRow(BaseModel, frozen=True):
 
     file: str
     row: int
+    """Number of the row, from 1, without a CSV's header; in JSON lines the number of the line."""
     line: int | None
+    """The line on which the row begins; None: the file has no lines."""
     reasons: tuple[str, ...]
 
 
@@ -62,6 +64,7 @@ class LikelyWrongLabel(BaseModel, frozen=True):
     text: str
     label: str
     likelier: str
+    """The label that fits better."""
     share: float
     """p(label) / (p(label) + p(likelier)), by a classifier that did not see the row's label."""
 
@@ -71,20 +74,25 @@ class ValidateResult(BaseModel, frozen=True):
 
     file: str
     task_file: str | None = None
-    """The task file beside the file, whose settings apply."""
+    """The task file next to the file, whose settings apply."""
     accepted: bool
+    """Whether a run would take the rows."""
     refusal: str | None
+    """Why it would not."""
     format: str
     shape: str
     """What the file was recognised as."""
     labels: tuple[str, ...]
+    """The task's labels; empty: it has none."""
     num_read: int
     num_train: int
     num_test: int
     num_rejected: int
+    """Bad rows."""
     num_turns: int
     """Training rows that are earlier turns of chats."""
     problems: dict[str, int]
+    """Reason → number of the bad rows that have it."""
     bad_rows: tuple[RefusedRow, ...]
     """The first bad rows."""
     num_several: int
@@ -92,6 +100,7 @@ class ValidateResult(BaseModel, frozen=True):
     example: ShownRow | None
     """The first good training row."""
     sha256: str
+    """Digest of the dataset that a run would store."""
     warnings: tuple[str, ...] = ()
     """What is odd about the rows together: contradictions, near duplicates, and labels that cannot work."""
     label_check: str | None = None

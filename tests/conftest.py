@@ -28,6 +28,7 @@ os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "data" / "authority.pe
 import pytest
 from filelock import FileLock
 
+from tests.printed import check_commands_of_this_process
 from tests.receiver import Receiver
 
 # A shell starts what runs in its background with Ctrl-C ignored, and every process of a test would inherit that.
@@ -106,6 +107,12 @@ def one_command_tree() -> None:
     from typer import testing
 
     testing._get_command = functools.cache(testing._get_command)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def json_as_the_reference_says() -> None:
+    """Fail a test whose command prints other JSON than docs/json_schemas.json says."""
+    check_commands_of_this_process()
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
-from deal_core.schema_version import Kept, VersionedJson
+from deal_core.schema_version import JsonOf, Kept, VersionedJson
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,8 @@ KeptMatrix = Annotated[
     PlainSerializer(AccuracyMatrix.to_json),
 ]
 """A matrix as a field of something else that is kept as JSON: its own schema version stands inside."""
+MatrixJson = Annotated[dict[str, Any], JsonOf(AccuracyMatrix)]
+"""A matrix as plain values, as `to_json` gives it."""
 
 
 def mean_of_all(values: Iterable[float | None]) -> float | None:

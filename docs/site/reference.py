@@ -1,25 +1,24 @@
-"""Pages that are generated from the code: every setting of a spec, every environment variable, and every command.
+"""Pages that are generated from the code: settings, environment variables, commands, and what --json prints of them.
 
-python -m docs.site.reference    # writes docs/settings.md, docs/environment.md and docs/commands.md
+python -m docs.site.reference    # writes settings.md, environment.md, commands.md, json.md and json_schemas.json
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import griffe
 import typer.main
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 from typer.cli import get_docs_for_click
 
+from docs.site.docstrings import docstring_of
+from docs.site.json_page import json_page, json_schemas
 from flows.cli.app import app
 from infra import settings as environment
 from tasks.lineage.retrain import RetrainPolicy
@@ -64,7 +63,7 @@ def settings_page() -> str:
     ]
     for section, kind in sections.items():
         part = schema["$defs"][_reference(schema["properties"][section])]
-        summary = " ".join((_text(kind) or "").split("\n\n")[0].split())
+        summary = " ".join(docstring_of(kind).split("\n\n")[0].split())
         lines += ["", f"## {section}", "", summary, "", *_table(kind, part["properties"])]
     return "\n".join(lines) + "\n"
 
@@ -90,7 +89,9 @@ def environment_page() -> str:
             field = kind.model_fields[name]
             variable = field.validation_alias or f"{kind.model_config['env_prefix']}{name}".upper()
             default = "–" if field.default in (None, PydanticUndefined) else _plain(field.default)
-            meaning = " ".join(_text(kind, name).replace(f" ({variable})", "").replace(f"({variable}, ", "(").split())
+            meaning = " ".join(
+                docstring_of(kind, name).replace(f" ({variable})", "").replace(f"({variable}, ", "(").split()
+            )
             lines.append(f"| `{variable}` | {default} | {meaning} |")
     lines += ["", "## Options of commands", "", "| variable | stands for | meaning |", "|---|---|---|"]
     lines += sorted({f"| `{option.envvar}` | `{option.opts[0]}` | {option.help} |" for option in _options(app)})
@@ -118,8 +119,14 @@ def commands_page() -> str:
     return re.sub(r"[ \t]+$", "", page, flags=re.MULTILINE).rstrip() + "\n"
 
 
-PAGES = {"settings.md": settings_page, "environment.md": environment_page, "commands.md": commands_page}
-"""The generated pages of docs/."""
+PAGES = {
+    "settings.md": settings_page,
+    "environment.md": environment_page,
+    "commands.md": commands_page,
+    "json.md": json_page,
+    "json_schemas.json": json_schemas,
+}
+"""The generated files of docs/."""
 
 
 def _table(kind: type, properties: Mapping[str, Any]) -> Iterator[str]:
@@ -127,7 +134,7 @@ def _table(kind: type, properties: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|"
     for name, field in properties.items():
         default = f". Default `{json.dumps(field['default'])}`" if field.get("default") is not None else ""
-        cells = (f"`{name}`", _values(field) + default, _text(kind, name))
+        cells = (f"`{name}`", _values(field) + default, docstring_of(kind, name))
         yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
@@ -157,23 +164,6 @@ def _class_of(name: str) -> type | None:
     annotation = AdaptSpec.model_fields[name].annotation
     choices = [annotation, *getattr(annotation, "__args__", ())]
     return next((each for each in choices if dataclasses.is_dataclass(each) or hasattr(each, "model_fields")), None)
-
-
-@functools.cache
-def _source(module: str) -> griffe.Module:
-    file = Path(str(sys.modules[module].__file__))
-    return griffe.visit(module, filepath=file, code=file.read_text(encoding="utf-8"))
-
-
-def _text(kind: type, name: str | None = None) -> str:
-    """The docstring of a class, or of its field; an inherited field has its parent's."""
-    for each in kind.__mro__:
-        if each.__module__.partition(".")[0] in ("deal_core", "tasks", "infra"):
-            found = _source(each.__module__)[each.__name__]
-            found = found if name is None else found.members.get(name)
-            if found is not None and found.docstring:
-                return str(found.docstring.value)
-    return ""
 
 
 if __name__ == "__main__":

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError, RegistryError
-from deal_core.safe_text import printable_json
-from flows.cli.session import Column, CommandResult, Lineage, Session, command, main_app
+from flows.cli.session import Column, CommandResult, Events, Lineage, Session, command, main_app
 from infra.store.keys import route_key
 
 if TYPE_CHECKING:
-    from tasks.predict import FileAnswers
-    from tasks.serving.vllm import ServingRoute
+    from tasks.predict import Answer, FileAnswers
+    from tasks.serving.vllm import Published, ServingRoute
 
 vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
 
@@ -41,7 +40,7 @@ def predict(
         Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
     ] = None,
     column: Column = None,
-) -> CommandResult:
+) -> CommandResult[Answer | Annotated[FileAnswers, "with --data"]]:
     """Answer a text, or every row of a file."""
     if data is not None and text is not None:
         raise ConfigError("Give either a text or --data FILE, not both.")
@@ -84,6 +83,25 @@ def _about_file(result: FileAnswers) -> list[str]:
     return shown
 
 
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A server that answers."""
+
+    url: str
+    """Its address."""
+    lineage: str
+    version: str
+    """The version that answers first."""
+
+
+@dataclass(frozen=True)
+class ServingMessage:
+    """What has happened to a server."""
+
+    event: str
+    """One sentence, such as that another version answers now."""
+
+
 @command(main_app, None, "deal serve", "deal serve --port 8000 --trusted-host models.example.org")
 def serve(
     deal: Session,
@@ -100,7 +118,7 @@ def serve(
             help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all.",
         ),
     ] = None,
-) -> None:
+) -> Events[Annotated[Serving, "once, when the server answers"] | ServingMessage]:
     """Answer requests over HTTP with the champion.
 
     A new champion is taken without a pause. Ctrl-C ends the server.
@@ -109,19 +127,14 @@ def serve(
     from infra.serving.run import serve as serve_champion
     from tasks.lineage.history import unknown_lineage
 
-    def tell(event: dict[str, Any], text: str) -> None:
-        if deal.screen.as_json:  # one line for each event, because this command does not end
-            sys.stdout.write(printable_json(json.dumps(event, ensure_ascii=False)) + "\n")
-            sys.stdout.flush()
-        else:
-            deal.screen.out.print(text, soft_wrap=True)
+    events: Events[Serving | ServingMessage] = Events(deal.screen)
 
     def say(text: str) -> None:
-        tell({"event": text}, escape(text))
+        events.tell(ServingMessage(text), escape(text))
 
     def ready(url: str, version: str) -> None:
-        told = {"url": url, "lineage": lineage, "version": version}
-        tell(told, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
+        serving = Serving(url=url, lineage=lineage, version=version)
+        events.tell(serving, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
 
     try:
         has_ended = serve_champion(
@@ -139,6 +152,7 @@ def serve(
     if not has_ended:  # at its exit Python would wait for the thread that asks the store
         sys.stdout.flush()
         os._exit(0)
+    return events
 
 
 @command(
@@ -151,7 +165,7 @@ def sync(
     deal: Session,
     lineage: Lineage = "",
     url: Annotated[str | None, Option(help="Address of the vLLM server.", show_default="DEAL_VLLM_URL")] = None,
-) -> CommandResult:
+) -> CommandResult[ServingRoute]:
     """Load the lineage's champion into a vLLM server, once. Nothing changes if the server has it already."""
     from flows.champions import serve_vllm
     from tasks.spec import refuse_secrets
@@ -185,7 +199,7 @@ def publish(
             show_default="the base model's Hub id or folder",
         ),
     ] = None,
-) -> CommandResult:
+) -> CommandResult[Published]:
     """Write a version's folder for vLLM's filesystem resolver. Every replica finds it by its name."""
     from infra.settings import VllmSettings
     from tasks.serving.vllm import publish as publish_version

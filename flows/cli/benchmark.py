@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,13 +26,23 @@ def _model() -> None:
     """Keep `fetch` a subcommand: with one command, typer would make it the group itself."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FetchedBase:
+    """A base model that runs can use without a network."""
+
+    source: str
+    """The name, Hub id, folder or file that was given."""
+    folder: str
+    """The folder that it is in."""
+
+
 @command(model_app, "fetch", "deal model fetch", "deal model fetch HuggingFaceTB/SmolLM2-360M-Instruct")
 def fetch(
     deal: Session,
     source: Annotated[str, Argument(help="Built-in name, Hub id, local folder or GGUF file.")] = (
         "smollm2-135m-instruct"
     ),
-) -> CommandResult:
+) -> CommandResult[FetchedBase]:
     """Fetch, check and convert a base model, so that runs need no network."""
     from deal_core.base_model.sources import resolve_base
     from infra.settings import HomeSettings
@@ -39,7 +50,7 @@ def fetch(
     folder = resolve_base(
         source, HomeSettings().cache_dir, lambda doing, done, total: deal.screen.advanced("fetch", done, total, doing)
     )
-    return CommandResult({"source": source, "folder": str(folder)}, [escape(f"{source} is in {folder}")])
+    return CommandResult(FetchedBase(source=source, folder=str(folder)), [escape(f"{source} is in {folder}")])
 
 
 @command(
@@ -92,7 +103,7 @@ def benchmark(
     ] = None,
     base: Annotated[str | None, Option(help="Base model.", show_default="smollm2-135m-instruct")] = None,
     out: Annotated[Path | None, Option(help="Folder of the cells.", show_default="HOME/benchmark")] = None,
-) -> CommandResult:
+) -> CommandResult[BenchmarkResult]:
     """Compare strategies on a suite of tasks.
 
     Finished cells are kept, and several commands can share the work.
@@ -132,18 +143,18 @@ def _show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
     numbers = ["cells", "AA", "forgetting", "BWT", "FWT", "AA minus deal (95 % CI)"]
     for benchmark_table in result.tables:
         table = new_table("strategy", "order", *numbers, right=numbers)
-        for row in benchmark_table["rows"]:
+        for row in benchmark_table.rows:
             table.add_row(
-                escape(method_name(row["strategy"], row["changes"])),
-                " and ".join(row["orders"]),
-                str(row["num_cells"]),
-                *(
-                    points(row[name])
-                    for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
-                ),
-                interval(row.get("difference_points_ci95")),
+                escape(method_name(row.strategy, row.changes)),
+                " and ".join(row.orders),
+                str(row.num_cells),
+                points(row.average_accuracy),
+                points(row.forgetting),
+                points(row.backward_transfer),
+                points(row.forward_transfer),
+                interval(row.difference_points_ci95),
             )
-        rows, part = benchmark_table["protocol"][:2]
-        shown += [heading(f"Suite {benchmark_table['suite']}, {rows} training rows a task, {part} test rows"), table]
+        rows, part = benchmark_table.protocol[:2]
+        shown += [heading(f"Suite {benchmark_table.suite}, {rows} training rows a task, {part} test rows"), table]
     shown += [f"[red]{escape(f'{cell.file}: {cell.message}')}[/]" for cell in result.cells if cell.status == "failed"]
     return shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,26 @@ _SPEC = """\
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class NewSpec:
+    """A spec that was written, and the rows that it is for."""
+
+    spec: str | None
+    """Path of the spec; None: the rows are refused, and no spec was written."""
+    data: ValidateResult
+    """The checks of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRows:
+    """Checked rows, and what a run with them takes."""
+
+    data: ValidateResult
+    """The checks of the rows."""
+    plan: PlanResult | None
+    """What a run takes; None: --plan was not given, or the rows are refused."""
+
+
 @command(main_app, "reading", "deal init bank.csv", "deal init bank.csv --task bank --out bank.yaml")
 def init(
     deal: Session,
@@ -43,7 +64,7 @@ def init(
     lineage: SpecLineage = None,
     settings: Settings = None,
     out: Annotated[Path, Option("--out", "-o", help="The new spec.")] = Path("spec.yaml"),
-) -> CommandResult:
+) -> CommandResult[NewSpec]:
     """Write a spec for a file of rows."""
     import yaml
 
@@ -54,7 +75,7 @@ def init(
     asked, _ = spec_to_check(file, task=name, lineage=lineage, settings=settings or ())
     data = validate(asked, on_progress=lambda done: deal.screen.advanced("reading", done, None))
     if not data.accepted:
-        return CommandResult({"spec": None, "data": data}, show_validation(data), failed=True)
+        return CommandResult(NewSpec(spec=None, data=data), show_validation(data), failed=True)
     # a path in a spec is relative to the spec's folder
     path = file if "://" in file else os.path.relpath(file, out.absolute().parent)
     given = parse_settings(settings or ())
@@ -75,7 +96,7 @@ def init(
         raise ConfigError(f"{out} is there already; give another file with --out.") from None
     option = home_option(deal.home)
     return CommandResult(
-        {"spec": str(out), "data": data},
+        NewSpec(spec=str(out), data=data),
         [
             escape(f"{out}: task {name}, {data.num_train} training rows, {data.num_test} test rows, {data.shape}."),
             escape(f"Look at it, then: deal check {out} --plan{option}, and: deal adapt {out}{option}"),
@@ -121,7 +142,7 @@ def check(
         bool,
         Option("--probe/--no-probe", help="With --plan: time three training steps, if the base model is here."),
     ] = True,
-) -> CommandResult:
+) -> CommandResult[CheckedRows]:
     """Check rows as a run would; with --plan, what the run takes.
 
     Nothing is stored, and no weights are fetched.
@@ -149,7 +170,8 @@ def check(
             on_model=lambda done, total: deal.screen.advanced("labels", done, total),
         )
         if not plan or not data.accepted:
-            return CommandResult({"data": data, "plan": None}, show_validation(data), failed=not data.accepted)
+            checked = CheckedRows(data=data, plan=None)
+            return CommandResult(checked, show_validation(data), failed=not data.accepted)
         from flows.server.embedded import calm_libraries
         from tasks.planning import plan as plan_run
 
@@ -162,7 +184,7 @@ def check(
             on_progress=deal.screen.stage_started,
         )
     shown = [*show_validation(data), heading("What a run takes"), *_show_plan(planned)]
-    return CommandResult({"data": data, "plan": planned}, shown, failed=planned.refused)
+    return CommandResult(CheckedRows(data=data, plan=planned), shown, failed=planned.refused)
 
 
 _VERDICTS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,14 +18,16 @@ from flows.cli.console import heading, new_table
 from flows.cli.session import CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
+    from flows.forget import ForgetResult
     from flows.gc import GcResult
+    from tasks.housekeeping.data_list import ListedArrival
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
 data_app = typer.Typer(help="List what has landed, delete it, or free disk space.", no_args_is_help=True)
 
 
 @command(data_app, "reading", "deal data list", "deal data list --json", name="list")
-def list_data(deal: Session) -> CommandResult:
+def list_data(deal: Session) -> CommandResult[list[ListedArrival]]:
     """List the arrivals: their rows, the versions that learned them, and those that are held."""
     from tasks.housekeeping.data_list import list_data as list_arrivals
 
@@ -40,6 +43,15 @@ def list_data(deal: Session) -> CommandResult:
     return CommandResult(arrivals, [heading("Arrivals"), table])
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleasedArrivals:
+    """Arrivals of a lineage that were held and go on."""
+
+    lineage: str
+    released: tuple[str, ...]
+    """Their keys, as inbox/TASK/FILE."""
+
+
 @command(data_app, "reading", "deal data release inbox/bank/may.csv", "deal data release --all")
 def release(
     deal: Session,
@@ -48,15 +60,15 @@ def release(
     ] = None,
     all_: Annotated[bool, Option("--all", help="Release every held arrival of the lineage.")] = False,
     lineage: Lineage = "",
-) -> CommandResult:
+) -> CommandResult[ReleasedArrivals]:
     """Let arrivals go on that are held because their run was cancelled."""
     from tasks.arrival_runs import release as release_arrivals
 
     if all_ == bool(arrivals):
         raise ConfigError("Name the held arrivals (deal status lists them), or give --all.")
-    released = release_arrivals(deal.store, lineage, arrivals or [])
-    shown = [f"{key} goes on: a watch learns it at its next look." for key in released]
-    return CommandResult({"lineage": lineage, "released": released}, [*map(escape, shown or ["Nothing is held."])])
+    released = ReleasedArrivals(lineage=lineage, released=release_arrivals(deal.store, lineage, arrivals or []))
+    shown = [f"{key} goes on: a watch learns it at its next look." for key in released.released]
+    return CommandResult(released, [*map(escape, shown or ["Nothing is held."])])
 
 
 @command(data_app, "looking", "deal data gc --dry-run", "deal data gc --older-than 4w")
@@ -65,7 +77,7 @@ def gc(
     lineage: Annotated[str | None, Option("--lineage", "-l", help="Only this lineage.", show_default="all")] = None,
     older_than: Annotated[str, Option(metavar="AGE", help="Minimum age of what is removed: 12h, 30d, 4w.")] = "30d",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
-) -> CommandResult:
+) -> CommandResult[GcResult]:
     """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs."""
     from flows.gc import gc as gc_flow
 
@@ -94,7 +106,7 @@ def delete(
     reason: Annotated[str, Option(help="Reason, for the history. Quote no rows.")] = "",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
-) -> CommandResult:
+) -> CommandResult[Annotated[ForgetPlan, "with --dry-run"] | ForgetResult]:
     """Remove an arrival's rows from everything that is stored, and list every version that learned from it."""
     with deal.screen.working("looking"):
         from flows.forget import forget as forget_flow

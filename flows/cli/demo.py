@@ -6,13 +6,12 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.judging_config import GateConfig
 from flows.adapt import AdaptResult, Scores
 from flows.watch import WatchResult, watch
@@ -46,10 +45,11 @@ class LineageOutcome(BaseModel, frozen=True):
     strategy: str
     champion: str | None
     """The version that serves; None: no version passed the gate."""
-    matrix: dict[str, Any] | None
+    matrix: MatrixJson | None
     """The newest version's accuracy matrix, whether the gate accepted it or not."""
     scores: Scores | None
     runs: tuple[AdaptResult, ...]
+    """The adaptations, in their order."""
     refused: tuple[str, ...]
     """Messages about files that could not be used."""
 

@@ -30,7 +30,7 @@ def demo(
     picture: Annotated[
         Path | None, Option(help="File for the picture of the result (PNG).", show_default="HOME/demo.png")
     ] = None,
-) -> CommandResult:
+) -> CommandResult[DemoResult]:
     """Learn three example tasks, and show what is kept of each."""
 
     def start() -> Coroutine[Any, Any, DemoResult]:
@@ -99,7 +99,7 @@ def adapt(
     poll: Annotated[
         float | None, Option(min=0.1, help="With --watch: seconds between two looks.", show_default="2.0")
     ] = None,
-) -> CommandResult:
+) -> CommandResult[AdaptResult | Annotated[WatchResult, "with --watch"]]:
     """Train a new version on a file, or on what lands (--watch).
 
     The lineage's champion learns one arrival, given by a spec or by --task and --data. --set wins over the spec, and
@@ -146,7 +146,7 @@ def _watch(
     *,
     once: bool,
     poll: float,
-) -> CommandResult:
+) -> CommandResult[WatchResult]:
     """Learn what lands in the inbox, until Ctrl-C or, with `once`, until nothing is left."""
     from tasks.lineage.settings import watched_from_options
 

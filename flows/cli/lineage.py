@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -12,10 +13,23 @@ from typer import Argument, Option
 from deal_core.safe_text import listed
 from flows.cli.session import CommandResult, Lineage, Session, command
 
+if TYPE_CHECKING:
+    from tasks.lineage.requests import LabelsResult, RenewalResult
+    from tasks.lineage.settings import WatchedLineage
+
 lineage_app = typer.Typer(help="Lineages that learn from the inbox.", no_args_is_help=True)
 task_app = typer.Typer(help="Add labels or renew the test rows of a task.", no_args_is_help=True)
 LineageName = Annotated[str, Argument(help="Name of the lineage.")]
 TaskName = Annotated[str, Argument(help="Task that the lineage knows.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageFile:
+    """A lineage's file of settings."""
+
+    lineage: str
+    file: str
+    """Address of the file in the store."""
 
 
 @command(lineage_app, "reading", "deal lineage apply bank.yaml", "deal lineage apply bank.yaml --home /srv/deal")
@@ -24,7 +38,7 @@ def apply(
     spec: Annotated[
         Path, Argument(help="Lineage settings (YAML). `tasks:` names the tasks that it learns; without it, all.")
     ],
-) -> CommandResult:
+) -> CommandResult[LineageFile]:
     """Let a lineage learn from the inbox, or change its settings."""
     from deal_core.base_model.sources import check_base
     from tasks.lineage.settings import WatchedLineage, add_lineage
@@ -34,13 +48,12 @@ def apply(
     lineage = parse(WatchedLineage, values, str(spec))
     if lineage.base_model is not None and (unknown := check_base(lineage.base_model)):
         deal.screen.said(f"The base model was not checked. {unknown}")
-    address = add_lineage(deal.store, lineage, values)
-    shown = escape(f"{lineage.lineage} is in {address}")
-    return CommandResult({"lineage": lineage.lineage, "file": address}, [shown])
+    written = LineageFile(lineage=lineage.lineage, file=add_lineage(deal.store, lineage, values))
+    return CommandResult(written, [escape(f"{written.lineage} is in {written.file}")])
 
 
 @command(lineage_app, "reading", "deal lineage list", "deal lineage list --json", name="list")
-def list_(deal: Session) -> CommandResult:
+def list_(deal: Session) -> CommandResult[list[WatchedLineage]]:
     """List the lineages that learn from the inbox."""
     from tasks.lineage.settings import list_lineages
 
@@ -60,7 +73,7 @@ def pause(
     deal: Session,
     lineage: LineageName,
     reason: Annotated[str, Option("--reason", help="Reason, for people who look at the lineage.")] = "by command",
-) -> CommandResult:
+) -> CommandResult[WatchedLineage]:
     """Pause a lineage. A running training finishes; new files wait until `resume`."""
     from tasks.lineage.settings import hold_lineage_file
 
@@ -70,7 +83,7 @@ def pause(
 
 
 @command(lineage_app, "reading", "deal lineage resume bank", "deal lineage resume bank --json")
-def resume(deal: Session, lineage: LineageName) -> CommandResult:
+def resume(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]:
     """Let a paused lineage learn again. Files that landed meanwhile are learned."""
     from tasks.lineage.settings import hold_lineage_file
 
@@ -79,7 +92,7 @@ def resume(deal: Session, lineage: LineageName) -> CommandResult:
 
 
 @command(lineage_app, "reading", "deal lineage show bank", "deal lineage show bank --json")
-def show(deal: Session, lineage: LineageName) -> CommandResult:
+def show(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]:
     """Show a lineage's settings: those of its file, and the defaults of all others."""
     import yaml
 
@@ -90,12 +103,12 @@ def show(deal: Session, lineage: LineageName) -> CommandResult:
 
 
 @command(lineage_app, "reading", "deal lineage delete bank", "deal lineage delete bank --json")
-def delete(deal: Session, lineage: LineageName) -> CommandResult:
+def delete(deal: Session, lineage: LineageName) -> CommandResult[LineageFile]:
     """Let a lineage learn no longer from the inbox, by deleting its settings. Its versions stay and serve."""
     from tasks.lineage.settings import remove_lineage
 
-    address = remove_lineage(deal.store, lineage)
-    return CommandResult({"lineage": lineage, "file": address}, [escape(f"{address} is deleted; its versions stay.")])
+    deleted = LineageFile(lineage=lineage, file=remove_lineage(deal.store, lineage))
+    return CommandResult(deleted, [escape(f"{deleted.file} is deleted; its versions stay.")])
 
 
 @command(
@@ -110,7 +123,7 @@ def add_label(
     task: TaskName,
     labels: Annotated[list[str], Argument(help="Labels that the task's next arrivals may use.")],
     lineage: Lineage = "",
-) -> CommandResult:
+) -> CommandResult[LabelsResult]:
     """Add labels to a task that the lineage has learned."""
     from tasks.lineage.requests import add_labels
 
@@ -130,7 +143,7 @@ def add_label(
     "deal task renew-tests bank --lineage support",
     name="renew-tests",
 )
-def renew_test_rows(deal: Session, task: TaskName, lineage: Lineage = "") -> CommandResult:
+def renew_test_rows(deal: Session, task: TaskName, lineage: Lineage = "") -> CommandResult[RenewalResult]:
     """Let the task's next arrival bring new test rows. The rows before are measured and shown as a second slice."""
     from tasks.lineage.requests import renew_tests
 

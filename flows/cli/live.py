@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,9 @@ from flows.cli.version import show_decision, show_mirrored
 if TYPE_CHECKING:
     from deal_core.monitoring.report import TaskDrift
     from deal_core.monitoring.rollout import Arm, RolloutReport
+    from tasks.lineage.promotion import Decision
+    from tasks.monitoring.feedback import FeedbackResult
+    from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult
     from tasks.monitoring.rollout import RolloutStatus
     from tasks.monitoring.select import SelectResult
@@ -43,7 +47,7 @@ def monitor(
     rebase: Annotated[
         bool, Option("--rebase", help="Compare with the present live rows from now on, not with the test rows.")
     ] = False,
-) -> CommandResult:
+) -> CommandResult[MonitorResult]:
     """Compare live traffic with the test rows: drift, accuracy."""
     from flows.champions import monitor as monitor_flow
 
@@ -89,6 +93,16 @@ def _tests(tasks: Sequence[TaskDrift]) -> RenderableType:
     return table
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolloutLook:
+    """A look at a rollout, and what followed from it."""
+
+    status: RolloutStatus
+    """The rollout and its figures."""
+    decision: Decision | None
+    """The promotion or rejection that --apply has made; None: it made none."""
+
+
 @command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply")
 def status(
     deal: Session,
@@ -100,25 +114,27 @@ def status(
             help="Promote or reject the version if the figures say so. A Prefect server does this every five minutes.",
         ),
     ] = False,
-) -> CommandResult:
+) -> CommandResult[RolloutLook]:
     """Compare the version that is tried on live traffic with the champion."""
     if not apply:
         from tasks.monitoring.rollout import look_at_rollout
 
         rollout = look_at_rollout(lineage)
-        return CommandResult({"status": rollout, "decision": None}, _show_rollout(rollout))
+        return CommandResult(RolloutLook(status=rollout, decision=None), _show_rollout(rollout))
     from flows.champions import check_rollout
 
     checked = check_rollout(lineage)
-    shown = _show_rollout(checked.status)
+    look, shown = RolloutLook(status=checked.status, decision=checked.decision), _show_rollout(checked.status)
     if checked.decision is None:
-        return CommandResult(checked, shown)
+        return CommandResult(look, shown)
     decided = [*show_decision(checked.decision), *show_mirrored(lineage)]
-    return CommandResult(checked, [*shown, *decided], rejected=checked.decision.action == "rejected")
+    return CommandResult(look, [*shown, *decided], rejected=checked.decision.action == "rejected")
 
 
 @command(rollout_app, "promoting", "deal rollout finish", 'deal rollout finish --reason "enough was seen"')
-def finish(deal: Session, lineage: Lineage = "", reason: Reason = "rollout finished by hand") -> CommandResult:
+def finish(
+    deal: Session, lineage: Lineage = "", reason: Reason = "rollout finished by hand"
+) -> CommandResult[Decision]:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
     from flows.champions import finish_rollout
 
@@ -127,7 +143,7 @@ def finish(deal: Session, lineage: Lineage = "", reason: Reason = "rollout finis
 
 
 @command(rollout_app, "rejecting", "deal rollout abort", 'deal rollout abort --reason "complaints"')
-def abort(deal: Session, lineage: Lineage = "", reason: Reason = "rollout aborted by hand") -> CommandResult:
+def abort(deal: Session, lineage: Lineage = "", reason: Reason = "rollout aborted by hand") -> CommandResult[Decision]:
     """Reject the version that is tried on live traffic. It can never become champion."""
     from flows.champions import abort_rollout
 
@@ -197,7 +213,7 @@ def sample(
     out: Annotated[
         Path | None, Option("--out", "-o", help="New .csv or .jsonl file.", show_default="TASK-to-label.csv")
     ] = None,
-) -> CommandResult:
+) -> CommandResult[SelectResult]:
     """Write a file of texts that are worth labelling: the least certain answers, and a random share."""
     if column is not None and data is None:
         raise ConfigError("--column goes with --data; give both, or neither.")
@@ -225,7 +241,7 @@ def add(
     deal: Session,
     file: Annotated[Path, Argument(help="CSV, JSON lines or Parquet with id, and label, answer or is_right.")],
     lineage: Lineage = "",
-) -> CommandResult:
+) -> CommandResult[FeedbackResult]:
     """Take right answers to logged requests, from a file that a person has checked."""
     from tasks.monitoring.feedback import take_feedback_file
 
@@ -243,7 +259,7 @@ def export(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose reviewed answers land in its inbox.")],
     lineage: Lineage = "",
-) -> CommandResult:
+) -> CommandResult[HarvestResult]:
     """Write reviewed right answers into the inbox, as an ordinary file. Each lands once."""
     from tasks.monitoring.harvest import harvest_feedback
 

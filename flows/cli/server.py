@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 from rich.console import RenderableType
@@ -18,7 +19,10 @@ from flows.cli.console import heading, new_table, show_held
 from flows.cli.session import CommandResult, Session, command, main_app
 
 if TYPE_CHECKING:
+    from flows.server.embedded import UiAddress
+    from flows.server.local_processes import LocalStack
     from flows.server.status import RunStatus, Status
+    from tasks.mlflow_mirror import Synced
 
 server_app = typer.Typer(help="Start, stop or sync the servers around the store.", no_args_is_help=True)
 
@@ -31,7 +35,7 @@ def up(
     trainings: Annotated[
         int, Option(min=1, help="Lineages that may train at the same time; with several GPUs, each on its own.")
     ] = 1,
-) -> CommandResult:
+) -> CommandResult[LocalStack]:
     """Start servers, deployments and workers on this machine. New files in the inbox are then learned automatically."""
     from flows.server.local_stack import bring_up
 
@@ -50,14 +54,30 @@ def up(
     return CommandResult(stack, shown)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EndedProcesses:
+    """What `deal server down` has ended."""
+
+    ended: list[str]
+    """Names of the processes that still ran."""
+
+
 @command(server_app, "ending", "deal server down", "deal server down --home /srv/deal")
-def down(deal: Session) -> CommandResult:
+def down(deal: Session) -> CommandResult[EndedProcesses]:
     """End what `deal server up` started, and nothing else."""
     from flows.server.local_processes import stop
 
     ended = stop(deal.home)
     text = f"Ended: {', '.join(ended)}" if ended else "Nothing was running."
-    return CommandResult({"ended": ended}, [escape(text)])
+    return CommandResult(EndedProcesses(ended=ended), [escape(text)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """The Prefect server has what it needs."""
+
+    deployed: Literal[True]
+    """Pools, automations and deployments are on the server. An error has no result."""
 
 
 @command(
@@ -72,14 +92,14 @@ def register(
         str, Option("--type", help="How the training pool starts a run: process, docker or kubernetes.")
     ] = "process",
     replace: Annotated[bool, Option("--replace", help="Overwrite the deployments of another home or store.")] = False,
-) -> CommandResult:
+) -> CommandResult[Registered]:
     """Create pools, automations and deployments on the Prefect server at PREFECT_API_URL."""
     from flows.server.deploy import PoolType, deploy_all
 
     if pool_type not in get_args(PoolType):
         raise ConfigError(f"--type is {pool_type!r}; give one of {', '.join(get_args(PoolType))}.")
     asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type), replace=replace))
-    return CommandResult({"deployed": True}, ["Pools, automations and deployments are on the server."])
+    return CommandResult(Registered(deployed=True), ["Pools, automations and deployments are on the server."])
 
 
 @command(main_app, "looking", "deal status", "deal status --check")
@@ -92,7 +112,7 @@ def status(
             help="Exit with 1 also if an arrival or a run failed, an arrival is held, or a file is skipped.",
         ),
     ] = False,
-) -> CommandResult:
+) -> CommandResult[Status]:
     """Show what runs, waits, failed or is damaged.
 
     Exit code 1: a process is gone, or data is damaged.
@@ -164,7 +184,7 @@ def ui(
     deal: Session,
     open_: Annotated[bool, Option("--open", help="Start MLflow's own server here and open it.")] = False,
     port: Annotated[int, Option(help="Port on the loopback address.")] = 5000,
-) -> None:
+) -> CommandResult[UiAddress]:
     """Show where MLflow lists the runs, or open it."""
     from flows.server.embedded import open_ui, ui_address
 
@@ -173,16 +193,18 @@ def ui(
     shown = [f"MLflow keeps the runs in {safe.tracking_uri}"]
     if safe.command:
         shown += ["Show them with:", f"  {safe.line()}", f"and open {safe.url}"]
-    deal.show(CommandResult(safe, [*map(escape, shown)]))
+    result = CommandResult(safe, [*map(escape, shown)])
     if open_:
+        deal.show(result)
         raise typer.Exit(open_ui(address))
+    return result
 
 
 @command(server_app, None, "deal server sync", "deal server sync bank support")
 def sync(
     deal: Session,
     lineages: Annotated[list[str] | None, Argument(help="Lineages.", show_default="all with a version")] = None,
-) -> CommandResult:
+) -> CommandResult[list[Synced]]:
     """Write into MLflow what it lacks of the store: runs, models, versions and aliases."""
     from flows.mlflow import sync_mlflow
     from tasks.progress import reporting_to

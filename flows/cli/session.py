@@ -1,15 +1,20 @@
 """The frame of every command: home folder, screen, error message and exit code.
 
-`@command` gives a function the options --home, --json and --debug and makes it a command of `deal`.
+`@command` gives a function the options --home, --json and --debug and makes it a command of `deal`. The function's
+return type says what --json prints: `CommandResult[AdaptResult]` prints the fields of `AdaptResult`. Of several types,
+`Annotated[WatchResult, "with --watch"]` says when it is this one. docs/json.md and docs/json_schemas.json are made from
+the return types.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import functools
 import getpass
 import inspect
+import json
 import os
 import signal
 import sys
@@ -19,7 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import typer
 from rich.console import RenderableType
@@ -27,7 +32,7 @@ from typer import Option
 
 from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.regular_file import WRONG_PATH
-from deal_core.safe_text import brief, printable, without_secrets
+from deal_core.safe_text import brief, printable, printable_json, without_secrets
 from flows.cli.console import Screen
 
 if TYPE_CHECKING:
@@ -85,14 +90,17 @@ COMMON = (("home", Home, None), ("as_json", Json, False), ("debug", Debug, False
 """Name, annotation and default of the options that every command has."""
 
 Result = TypeVar("Result")
+Returned = TypeVar("Returned", bound="CommandResult[Any] | Events[Any]")
+Value = TypeVar("Value", covariant=True)
+Event = TypeVar("Event", contravariant=True)
 
 
 @dataclass(frozen=True)
-class CommandResult:
+class CommandResult(Generic[Value]):
     """What a command has found, and the exit code that follows from it."""
 
-    value: Any
-    """For programs, as JSON: a pydantic model, a list of them, or plain values."""
+    value: Value
+    """For programs, as JSON: a pydantic model, a dataclass of the command, a list of them, or plain values."""
     shown: Iterable[RenderableType]
     """For people: lines and tables."""
     failed: bool = False
@@ -103,6 +111,21 @@ class CommandResult:
     def exit_code(self) -> int:
         """The code that the command ends with."""
         return FAILED if self.failed else REJECTED if self.rejected else 0
+
+
+@dataclass(frozen=True)
+class Events(Generic[Event]):
+    """What a command tells that runs until it is stopped: one event after another, each at once."""
+
+    screen: Screen
+
+    def tell(self, event: Event, text: str) -> None:
+        """Print an event: with --json as one line of JSON, else as `text`."""
+        if self.screen.as_json:
+            sys.stdout.write(printable_json(json.dumps(as_plain(event), ensure_ascii=False)) + "\n")
+            sys.stdout.flush()
+        else:
+            self.screen.out.print(text, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -177,9 +200,9 @@ class Session:
             finally:
                 signal.signal(signal.SIGINT, previous)
 
-    def show(self, result: CommandResult) -> None:
+    def show(self, result: CommandResult[Any]) -> None:
         """Print a result: as JSON with --json, else as lines and tables."""
-        self.screen.result(_plain(result.value), *result.shown)
+        self.screen.result(as_plain(result.value), *result.shown)
 
 
 def command(
@@ -187,12 +210,13 @@ def command(
     doing: str | None = None,
     *examples: str,
     name: str | None = None,
-) -> Callable[[Callable[..., CommandResult | None]], Callable[..., CommandResult | None]]:
+) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
     """Make a function a command of `group`, with the options --home, --json and --debug.
 
     The function gets the opened Session as its first argument, and its own options by name. It returns its result,
-    which is printed and sets the exit code, or None where it has printed everything itself. An option of the kind
-    `Lineage` that was not given is the home's only lineage.
+    which is printed and sets the exit code, or the `Events` that it has told. The type of either is read only for the
+    documentation, so it may be imported under TYPE_CHECKING. An option of the kind `Lineage` that was not given is the
+    home's only lineage.
 
     Args:
         group: the command is added to it.
@@ -201,7 +225,7 @@ def command(
         name: the command's name; None: the function's.
     """
 
-    def add(function: Callable[..., CommandResult | None]) -> Callable[..., CommandResult | None]:
+    def add(function: Callable[..., Returned]) -> Callable[..., Returned]:
         @functools.wraps(function)
         def run(*, home: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
             with session(home, as_json, debug) as deal:
@@ -211,17 +235,20 @@ def command(
 
                         options["lineage"] = only_lineage(deal.store)
                     result = function(deal, **options)
-                if result is not None:
+                if isinstance(result, CommandResult):
                     deal.show(result)
                     if result.exit_code:
                         raise typer.Exit(result.exit_code)
 
-        own = [*inspect.signature(function, eval_str=True).parameters.values()][1:]
+        run.__annotations__ = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+        kinds = inspect.get_annotations(run, eval_str=True)
+        parameters = [*inspect.signature(function).parameters.values()][1:]
+        own = [parameter.replace(annotation=kinds[parameter.name]) for parameter in parameters]
         names_lineage = any(parameter.annotation == Lineage for parameter in own)
         by_name = inspect.Parameter.KEYWORD_ONLY
         common = [inspect.Parameter(name, by_name, annotation=kind, default=value) for name, kind, value in COMMON]
-        parameters = [*(parameter.replace(kind=by_name) for parameter in own), *common]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        signature = inspect.Signature([*(parameter.replace(kind=by_name) for parameter in own), *common])
+        run.__signature__ = signature  # type: ignore[attr-defined]
         lines = "".join(f"\n\n  {example}" for example in examples)
         group.command(name, epilog=f"Examples:{lines}" if examples else None)(run)
         return function
@@ -289,10 +316,10 @@ def _explain(error: Exception, home: Path | None) -> str:
     return f"{in_one_line(error)}. This was not expected; {where} where it happened."
 
 
-def _plain(value: Any) -> Any:
-    """Pydantic models as plain values; other values as they are. Importing pydantic here would slow `--help`."""
+def as_plain(value: Any) -> Any:
+    """Models and dataclasses as plain values; other values as they are. Importing pydantic would slow `--help`."""
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return [as_plain(part) for part in value]
+    if dataclasses.is_dataclass(value):
+        return {name: as_plain(part) for name, part in vars(value).items()}
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -19,13 +20,36 @@ from flows.cli.console import heading, matrix_table, new_table, percent, show_ad
 from flows.cli.session import CommandResult, Lineage, Reason, Session, command
 
 if TYPE_CHECKING:
+    from deal_core.evaluation.accuracy_matrix import MatrixJson
+    from flows.adapt import AdaptResult
     from flows.champions import EvaluateResult
     from infra.promotions import Move
     from tasks.lineage.history import HistoryEntry
     from tasks.lineage.promotion import Decision, LeftBehind
+    from tasks.lineage.reports import WrittenReport
+    from tasks.serving.export import Exported
 
 version_app = typer.Typer(help="List, show, promote, roll back, reject or export versions.", no_args_is_help=True)
 Number = Annotated[str, Argument(help="Number of the version.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChampionAt:
+    """The champion at a time."""
+
+    at: str
+    """The time, as ISO 8601 with its zone."""
+    champion: str | None
+    """Number of the version; None: no version was champion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownVersion:
+    """A version, and its page."""
+
+    version: HistoryEntry
+    page: WrittenReport | None
+    """The page that --report has written; None: the option was not given."""
 
 
 @command(version_app, "reading", "deal version list", "deal version list --at 2026-11-01T09:30+01:00", name="list")
@@ -48,7 +72,13 @@ def list_versions(
     newest: Annotated[
         int, Option("--newest", "-n", help="Show the N newest versions (0: all; --json always shows all).", min=0)
     ] = 30,
-) -> CommandResult:
+) -> CommandResult[
+    list[HistoryEntry]
+    | Annotated[tuple[Move, ...], "with --moves"]
+    | Annotated[ChampionAt, "with --at"]
+    | Annotated[MatrixJson, "with --matrix"]
+    | Annotated[None, "with --matrix, if no task of the champion has test rows"]
+]:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
     from infra.promotions import PromotionLog
     from tasks.inbox import find_held
@@ -63,7 +93,8 @@ def list_versions(
         when, zone = _time(at)
         champion = PromotionLog(deal.store).champion_at(lineage, when)
         text = f"version {champion} was champion" if champion else "no version was champion"
-        return CommandResult({"at": when.isoformat(), "champion": champion}, [f"At {when.isoformat()}{zone}, {text}."])
+        then = ChampionAt(at=when.isoformat(), champion=champion)
+        return CommandResult(then, [f"At {then.at}{zone}, {text}."])
     if moves:
         log = PromotionLog(deal.store).moves(lineage)
         return CommandResult(log, [heading(f"Moves of {lineage}"), _moves(log)])
@@ -157,7 +188,7 @@ def show(
         Path | None,
         Option("--out", "-o", help="With --report: the HTML file.", show_default="HOME/reports/LINEAGE-VERSION.html"),
     ] = None,
-) -> CommandResult:
+) -> CommandResult[ShownVersion]:
     """Show what a version learned and what the gate decided."""
     from tasks.lineage.history import read_history
     from tasks.lineage.reports import save_report
@@ -168,10 +199,10 @@ def show(
     if entry is None:
         raise RegistryError(f"Lineage {lineage} has no version {version}; deal version list shows its versions.")
     if not report:
-        return CommandResult({"version": entry, "page": None}, _show_version(lineage, entry))
+        return CommandResult(ShownVersion(version=entry, page=None), _show_version(lineage, entry))
     page = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
     shown = [*_show_version(lineage, entry), escape(f"Page: {page.file}")]
-    return CommandResult({"version": entry, "page": page}, shown)
+    return CommandResult(ShownVersion(version=entry, page=page), shown)
 
 
 def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]:
@@ -198,7 +229,7 @@ def evaluate(
     deal: Session,
     version: Annotated[str | None, Argument(help="Number of the version.", show_default="the champion")] = None,
     lineage: Lineage = "",
-) -> CommandResult:
+) -> CommandResult[EvaluateResult]:
     """Score a version again on the frozen test rows of every task that it knows."""
 
     def start() -> Coroutine[Any, Any, EvaluateResult]:
@@ -217,7 +248,9 @@ def evaluate(
 
 
 @command(version_app, "promoting", "deal version promote 4", 'deal version promote 4 --reason "checked by the bank"')
-def promote(deal: Session, version: Number, lineage: Lineage = "", reason: Reason = "approved") -> CommandResult:
+def promote(
+    deal: Session, version: Number, lineage: Lineage = "", reason: Reason = "approved"
+) -> CommandResult[Decision]:
     """Make a version champion. Its parent must be the present champion."""
     from tasks.lineage.promotion import promote_to
 
@@ -233,7 +266,7 @@ def rollback(
     ] = None,
     lineage: Lineage = "",
     reason: Reason = "rolled back by hand",
-) -> CommandResult:
+) -> CommandResult[Decision]:
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
     from tasks.lineage.promotion import roll_back
 
@@ -252,7 +285,7 @@ def reject(
     version: Number,
     reason: Annotated[str, Option("--reason", help="Reason, for the promotion log.", show_default=False)],
     lineage: Lineage = "",
-) -> CommandResult:
+) -> CommandResult[Decision]:
     """Reject a version. It can never become champion."""
     from tasks.lineage.promotion import reject_version
 
@@ -301,7 +334,7 @@ def requeue(
         bool, Option("--all", help="Learn all arrivals that were left behind, and let all held ones go on.")
     ] = False,
     lineage: Lineage = "",
-) -> CommandResult:
+) -> CommandResult[list[LeftBehind] | Annotated[list[AdaptResult], "with versions or --all"]]:
     """List the arrivals that a rollback left behind, or learn them again."""
     from flows.requeue import requeue as requeue_flow
     from tasks.inbox import find_held
@@ -349,7 +382,7 @@ def export(
     ],
     out: Annotated[str, Option("--out", "-o", help="New folder; with --format hub: OWNER/NAME of the repository.")],
     lineage: Lineage = "",
-) -> CommandResult:
+) -> CommandResult[Exported]:
     """Export a version for other programs, and compare its logits with the served version."""
     from tasks.serving.export import Target, export_version
 

@@ -196,11 +196,13 @@ class UiAddress(BaseModel, frozen=True):
     """Where MLflow shows the runs, and how to start its server."""
 
     tracking_uri: str
+    """Where MLflow keeps the runs."""
     url: str
+    """Address of MLflow's pages."""
     command: tuple[str, ...]
     """Starts the server; empty if a server runs already."""
     environment: dict[str, str] = {}
-    """Variables of the command. They may contain passwords, and every user of the machine can read arguments."""
+    """Variables of the command: every user of the machine can read arguments. A printed address has no passwords."""
 
     def shown(self) -> UiAddress:
         """Return a copy without passwords."""

@@ -45,6 +45,7 @@ class LocalProcess(BaseModel):
     """Arguments of this Python."""
     pid: int
     log: Path
+    """Path of its log."""
     gpus: str = ""
     """Its CUDA_VISIBLE_DEVICES; empty: those of `deal server up`."""
 
@@ -69,6 +70,7 @@ class LocalStack(BaseModel):
     """Database of the MLflow server, with its password. Only the record contains it, and only the user can read that
     file."""
     artifact_uri: str
+    """Where MLflow keeps files."""
     parts: list[LocalProcess] = []
 
     def is_alive(self) -> bool:

@@ -50,8 +50,11 @@ class RunStatus(BaseModel, frozen=True):
 
     name: str
     state: str
+    """The state's name in Prefect."""
     since: datetime
+    """When the run began or should have begun."""
     message: str
+    """What Prefect says of the state."""
     run_id: str
 
 
@@ -59,8 +62,10 @@ class ServerRuns(BaseModel, frozen=True):
     """The runs on the Prefect server; without a server none."""
 
     prefect_url: str | None = None
+    """Address of the server; None: no server is set."""
     running: tuple[RunStatus, ...] = ()
     waiting: tuple[RunStatus, ...] = ()
+    """Runs that are due and have not begun."""
     failed: tuple[RunStatus, ...] = ()
     """Failed runs of the last 24 hours, newest first."""
 
@@ -71,6 +76,7 @@ class PartStatus(BaseModel, frozen=True):
     name: str
     is_alive: bool
     log: str
+    """Path of its log."""
 
 
 class LineageStatus(BaseModel):
@@ -78,6 +84,7 @@ class LineageStatus(BaseModel):
 
     lineage: str
     champion: str | None = None
+    """The version that serves; None: no version does."""
     num_open: int | None = None
     """Number of arrivals to learn; None: the lineage does not learn from the inbox automatically."""
     failed: tuple[str, ...] = ()
@@ -89,9 +96,9 @@ class LineageStatus(BaseModel):
     waiting: tuple[Waiting, ...] = ()
     """The files that have landed, by task, and when they are learned; empty if nothing has to wait for this lineage."""
     monitor: str | None = None
-    """The last look at the champion's live traffic, in one line; None: nobody has looked."""
+    """The last look at the champion's live traffic, in one line; None: there was none."""
     rollout: str | None = None
-    """The version that is tried on live traffic, in one line; None: none is."""
+    """The version that is tried on live traffic, in one line; None: no version is tried."""
     rejected: str | None = None
     """The newest version and why it was rejected, in one line; None: it was not."""
     mlflow_waiting: tuple[str, ...] = ()
@@ -102,6 +109,7 @@ class Status(ServerRuns, frozen=True):
     """All findings of `deal status`."""
 
     mlflow_url: str | None
+    """Address of the MLflow server that `deal server up` has started; None: it has not."""
     parts: tuple[PartStatus, ...]
     lineages: tuple[LineageStatus, ...]
     problems: tuple[str, ...]

@@ -80,6 +80,7 @@ class AffectedVersion(BaseModel, frozen=True):
     is_direct: bool
     """Whether the version itself was trained on the arrival."""
     accepted: bool
+    """Whether its gate accepted it."""
     aliases: tuple[str, ...]
 
 
@@ -88,13 +89,16 @@ class ForgetPlan(BaseModel, frozen=True):
 
     task: str
     sha256: str
+    """Digest of the arrival's dataset."""
     splits: tuple[str, ...] = ()
     """Digests of other datasets with the same landed rows but another split. They are removed too."""
     landed: tuple[str, ...] = ()
     """Digests of the landed rows, without the split."""
     files: tuple[str, ...]
     held: tuple[RowsPlace, ...]
+    """The places with its rows."""
     learned: tuple[AffectedVersion, ...]
+    """The versions that stay."""
     unjudged: tuple[str, ...]
     """Lineages whose champion is judged on the task by these rows, and cannot be judged on it afterwards."""
     shared_with: tuple[str, ...] = ()

@@ -59,10 +59,13 @@ class Removal(BaseModel, frozen=True):
     """One thing to remove, with the reason."""
 
     lineage: str
+    """Empty: it belongs to no lineage."""
     kind: Kind
     address: str
+    """Key in the store, or path on this machine."""
     num_bytes: int
     reason: str
+    """Why it is not needed."""
     version: str | None = None
     """The version of a removed adapter."""
 

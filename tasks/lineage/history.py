@@ -20,26 +20,38 @@ class NoVersionError(RegistryError):
 
 
 class HistoryEntry(BaseModel, frozen=True):
-    """One version of a lineage, as `deal version list` prints it."""
+    """One version of a lineage. Scores are None where the lineage has too few tasks for them."""
 
     version: str
     task: str
+    """The task that it learned."""
     strategy: str
     parent_version: str | None
+    """The version that it continues; None: it starts from the base model."""
     average_accuracy: float | None
+    """Mean accuracy on all tasks that it knows."""
     forgetting: float | None
+    """Mean of what the earlier tasks have lost since their best version; below 0: a gain."""
     backward_transfer: float | None
+    """Mean of what the earlier tasks have gained since they were learned."""
     forward_transfer: float | None
+    """Mean of what a task had gained over the base model before it was learned."""
     arrival_accuracy: float | None
     """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
     accepted: bool
+    """Whether its gate accepted it."""
     reasons: tuple[str, ...]
+    """Why the gate rejected it."""
     approval: str | None
     """State of a person's approval; None: no approval is needed."""
     aliases: tuple[str, ...]
+    """champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is
+    tried on live traffic."""
     created: datetime
     dataset_sha256: str
+    """Digest of the dataset that it learned."""
     run_key: str
+    """Key of its adaptation."""
     adapter: str
     """Full address of its PEFT folder."""
 

@@ -39,6 +39,7 @@ class LeftBehind(BaseModel, frozen=True, from_attributes=True):
     version: str
     task: str
     dataset_sha256: str
+    """Digest of the arrival's dataset."""
 
 
 class Decision(BaseModel, frozen=True):
@@ -47,6 +48,7 @@ class Decision(BaseModel, frozen=True):
     action: Action
     lineage: str
     version: str
+    """The version that was decided about."""
     before: str | None
     """The earlier champion."""
     champion: str | None

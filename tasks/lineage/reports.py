@@ -73,7 +73,9 @@ class WrittenReport(BaseModel, frozen=True):
     summary: str
     """The verdict in one sentence."""
     reasons: tuple[str, ...]
+    """Why the gate rejected the version."""
     file: Path
+    """Path of the page."""
 
 
 def save_report(lineage: str, version: str, file: Path) -> WrittenReport:

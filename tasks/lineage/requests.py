@@ -65,6 +65,7 @@ class LabelsResult(BaseModel, frozen=True):
     labels: tuple[str, ...]
     """All labels that the next arrival may use."""
     added: tuple[str, ...]
+    """Requested labels that are new."""
     present: tuple[str, ...]
     """Requested labels that the task already had."""
 

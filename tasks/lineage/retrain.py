@@ -131,6 +131,7 @@ class Waiting(BaseModel, frozen=True):
     since: datetime
     """When the oldest file landed."""
     is_due: bool
+    """Whether the next run trains on them."""
     why: str
     """Why the files wait or are due, in a few words."""
     until: datetime | None = None

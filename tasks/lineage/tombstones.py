@@ -40,6 +40,7 @@ class Tombstone(Stored):
     """Digests of the landed rows, without the split."""
     reason: str
     at: datetime
+    """When it was forgotten."""
     versions: tuple[str, ...] = ()
     """LINEAGE/VERSION of every version that learned from the arrival."""
 

@@ -96,8 +96,9 @@ class FeedbackResult(BaseModel, frozen=True):
     lineage: str
     file: str
     num_taken: int
+    """Rows whose feedback was taken."""
     num_blank: int
-    """Rows without feedback, such as those that nobody has filled in."""
+    """Rows without feedback, such as those that were not filled in."""
     num_unknown: int
     """Rows about answers that the log does not have. They were taken, but only answers in the log can be learned."""
 

@@ -62,6 +62,7 @@ class HarvestResult(BaseModel, frozen=True):
     key: str | None
     """The file in the inbox; None: there was nothing to harvest."""
     num_rows: int
+    """Rows that landed."""
     skipped: dict[str, int]
     """Feedback with a right answer that was not harvested, by the reason."""
 

@@ -21,9 +21,11 @@ class RolloutStatus(BaseModel, frozen=True):
 
     lineage: str
     version: str | None = None
-    """The version that is tried on live traffic; None: none is."""
+    """The version that is tried on live traffic; None: no version is tried."""
     champion: str | None = None
+    """The version that it is compared with."""
     since: datetime | None = None
+    """When the rollout began."""
     terms: RolloutTerms | None = None
     report: RolloutReport | None = None
 

@@ -45,12 +45,15 @@ class SelectResult(BaseModel, frozen=True):
     version: str
     """The version that answered."""
     out: str
+    """Path of the file."""
     column: str
     """The column to fill in."""
     data: str | None
     """The file that the texts come from; None: the prediction log."""
     num_rows: int
+    """Texts in the file."""
     num_random: int
+    """Those of them that were drawn at random."""
     num_inputs: int
     """Different inputs that were looked at."""
     num_known: int

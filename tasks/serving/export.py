@@ -60,6 +60,7 @@ class Exported(BaseModel, frozen=True):
     max_difference: float
     """Largest difference between a logit of the export and of the served version, at the first token of the answer."""
     tolerance: float
+    """The largest difference that is allowed."""
     precision: str
     """Type of the base model's weights in the comparison. A merged model has it too."""
 

@@ -53,11 +53,14 @@ class ServingRoute(Stored):
     lineage: str
     engine: Literal["vllm"] = "vllm"
     url: str
+    """Address of the server."""
     model: str | None = None
     """The model name for requests; None: no version is served yet."""
     version: str | None = None
+    """The version that answers."""
     adapter_sha256: str | None = None
     since: datetime | None = None
+    """When the server began to answer with this model."""
     champion: str
     """The lineage's champion when the route was written."""
     state: Literal["in step", "behind"]

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.printed import command_of, require_described
+
 ROOT = Path(__file__).parents[2]
 DEAL = (sys.executable, "-c", "from flows.cli.app import main; main()")
 
@@ -29,4 +31,6 @@ def deal(home: Path, *arguments: str, expect: int = 0) -> Any:
         check=False,
     )
     assert done.returncode == expect, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    printed = json.loads(done.stdout)
+    require_described(command_of(arguments), printed)
+    return printed

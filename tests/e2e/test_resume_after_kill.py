@@ -20,6 +20,7 @@ from infra.settings import TrackingSettings
 from infra.store.local import FileStore
 from tests.e2e.command import DEAL
 from tests.e2e.conftest import AdaptHere
+from tests.printed import command_of, require_described
 from tests.registering import in_mlflow
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,9 @@ def deal(home: Path, *arguments: str) -> Any:
         command(home, *arguments), cwd=home.parent, env=environment(home), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    printed = json.loads(done.stdout)
+    require_described(command_of(arguments), printed)
+    return printed
 
 
 def losses(home: Path, run_key: str) -> dict[int, float]:

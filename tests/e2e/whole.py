@@ -28,6 +28,7 @@ from infra.store.local import open_store
 from infra.versions import Version, Versions
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
+from tests.printed import command_of, require_described
 from tests.s3 import ThreadedMotoServer
 
 BUCKET = "landings"
@@ -54,6 +55,8 @@ class Whole:
             [*DEAL, *arguments], env=self.environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        if "--json" in arguments:
+            require_described(command_of(arguments), json.loads(done.stdout))
         return done.stdout
 
     def add_lineage(self, name: str, base: Path, tasks: list[str], **train: Any) -> None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
+from typer.main import get_command
 
+from docs.site.json_page import printed_by
 from docs.site.reference import PAGES
+from flows.cli.app import app
+from flows.cli.session import CommandResult, Events, Session
+from tests.printed import command_of, require_described, schemas
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,3 +27,47 @@ def test_a_generated_page_is_the_one_that_the_code_gives(name: str) -> None:
     code = f"import sys; from docs.site.reference import PAGES; sys.stdout.write(PAGES[{name!r}]())"
     page = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert (ROOT / "docs" / name).read_text() == page, "write it again with: python -m docs.site.reference"
+
+
+def names_of(command: Any, path: str) -> Iterator[str]:
+    parts = getattr(command, "commands", {})
+    for name, part in parts.items():
+        yield from names_of(part, f"{path} {name}")
+    if not parts:
+        yield path
+
+
+def test_every_command_has_a_schema_and_a_section() -> None:
+    names = sorted(names_of(get_command(app), "deal"))
+    assert sorted(schemas()) == names
+    page = (ROOT / "docs" / "json.md").read_text()
+    assert [name for name in names if f"\n## `{name}`\n" not in page] == []
+    for schema in schemas().values():
+        Draft202012Validator.check_schema(schema)
+
+
+def silent(deal: Session) -> None: ...
+
+
+def unnamed(deal: Session) -> CommandResult: ...  # type: ignore[type-arg]
+
+
+def named(deal: Session) -> CommandResult[int]: ...
+
+
+def told(deal: Session) -> Events[int]: ...
+
+
+@pytest.mark.parametrize("function", [silent, unnamed])
+def test_a_command_has_to_name_what_it_prints(function: Any) -> None:
+    with pytest.raises(TypeError, match=f"{function.__name__} returns .*; name the type that --json prints"):
+        printed_by(function)
+    assert (printed_by(named).kind, printed_by(named).are_lines) == (int, False)
+    assert (printed_by(told).kind, printed_by(told).are_lines) == (int, True)
+
+
+@pytest.mark.parametrize("wrong", [{"ended": [1]}, {}, {"ended": [], "more": 1}, []])
+def test_other_json_than_the_schemas_fails_a_test(wrong: Any) -> None:
+    require_described(command_of(["server", "down", "--home", "x"]), {"ended": ["worker"]})
+    with pytest.raises(pytest.fail.Exception, match=r"json_schemas\.json does not describe"):
+        require_described("deal server down", wrong)

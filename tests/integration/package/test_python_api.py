@@ -18,11 +18,25 @@ from prefect.settings import get_current_settings
 from deal_core.yaml_file import read_yaml
 from deal_pipeline import CommandError, Lineage, command
 from tests.adapting import PASS
+from tests.printed import command_of, require_described
 
 SETTINGS = {"train": {"max_steps": 3, "max_prompt_tokens": 96, "checkpoint_steps": 0}, "gate": PASS}
 COLOURS = pd.DataFrame(
     [{"text": f"Number {number} is {colour}.", "label": colour} for number in range(15) for colour in ("red", "green")]
 )
+
+
+@pytest.fixture(autouse=True)
+def json_of_the_commands_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare what the commands print with the reference: they run in processes of their own."""
+    run = command.run_command
+
+    def run_checked(arguments: Sequence[str], *others: Any) -> Any:
+        printed = run(arguments, *others)
+        require_described(command_of(arguments), printed)
+        return printed
+
+    monkeypatch.setattr("deal_pipeline.lineage.run_command", run_checked)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from infra.versions import Versions
 from tasks.context import current_store
 from tests.adapting import BANK
 from tests.in_process import put_back
+from tests.printed import require_described
 
 LARGEST = 4 << 20
 """Bytes of the largest file that may be written; databases are smaller."""
@@ -148,6 +149,8 @@ def test_a_disk_that_fills_up_at_any_stage_ends_the_run_with_one_message(
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each[0] for each in found] == list(cases)
     for name, full, before, again, after, report in found:
+        for command, done in {"adapt": again, "version list": after, "version show": report}.items():
+            require_described(f"deal {command}", json.loads(done["out"]))
         is_mirror = name in ("model", "report", "database")  # MLflow's disk: nothing of the lineage needs it
         if is_mirror:
             assert full["code"] == 0 and json.loads(full["out"])["status"] == "promoted", (name, full)

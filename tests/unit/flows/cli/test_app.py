@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,9 +241,16 @@ def test_check_of_a_missing_file_says_so(deal: Deal) -> None:
 def test_requeue_exits_3_where_the_gate_rejects(
     deal: Deal, monkeypatch: pytest.MonkeyPatch, rejected: bool, code: int
 ) -> None:
-    runs = [SimpleNamespace(rejected=each, model_dump=lambda mode: {}) for each in (False, rejected)]
+    from flows.adapt import AdaptResult
+
+    values = {"lineage": "l", "task": "t", "version": "1", "parent_version": None, "reasons": (), "run_key": "k"}
+    counts = {"num_train": 1, "num_test": 1, "num_rejected": 0}
+    values |= {"dataset": {"task": "t", "uri": "u", "sha256": "s", "landed_sha256": "l", **counts}, "message": "Done."}
+    runs = [
+        AdaptResult.model_validate({**values, "status": status, "rejected": status == "rejected"})
+        for status in ("promoted", "rejected" if rejected else "promoted")
+    ]
     monkeypatch.setattr("flows.cli.session.Session.run", lambda self, start: runs)
-    monkeypatch.setattr("flows.cli.version.show_adaptation", lambda run: ["learned"])
     assert deal("version", "requeue", "2", "3").exit_code == code
 
 
@@ -265,6 +272,20 @@ def test_an_unknown_lineage_says_what_to_do(deal: Deal, arguments: list[str]) ->
     result = deal(*arguments, "--lineage", "nobody")
     assert result.exit_code == 1
     assert "'nobody' has no champion" in result.stderr and "deal adapt" in result.stderr
+
+
+def test_a_server_tells_its_events_as_lines(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(store: object, lineage: str, home: Path, *, say: Any, ready: Any, **options: object) -> bool:
+        ready("http://127.0.0.1:8000", "3")
+        say("Version 4 answers now.")
+        return True
+
+    monkeypatch.setattr("infra.serving.run.serve", serve)
+    told = [json.loads(line) for line in deal("serve", "--lineage", "l", "--json").stdout.splitlines()]
+    ready = {"url": "http://127.0.0.1:8000", "lineage": "l", "version": "3"}
+    assert told == [ready, {"event": "Version 4 answers now."}]
+    shown = deal("serve", "--lineage", "l").stdout
+    assert shown == "l answers at http://127.0.0.1:8000/invocations. Ctrl-C ends it.\nVersion 4 answers now.\n"
 
 
 def test_ui_names_the_database_and_the_command(deal: Deal, home: Path) -> None:
@@ -333,8 +354,15 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
 def test_version_list_shows_the_newest_versions_and_programs_get_all(
     deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], num_shown: int | None
 ) -> None:
-    def read(lineage: str, newest: int | None) -> list[int]:
-        return list(range(40))[-newest:] if newest else list(range(40))
+    from tasks.lineage.history import HistoryEntry
+
+    values = dict.fromkeys(HistoryEntry.model_fields) | {"accepted": True, "reasons": (), "aliases": ()}
+    values |= dict.fromkeys(("task", "strategy", "dataset_sha256", "run_key", "adapter"), "x")
+    values["created"] = datetime.now(UTC)
+    entries = [HistoryEntry.model_validate({**values, "version": str(number)}) for number in range(1, 41)]
+
+    def read(lineage: str, newest: int | None) -> list[HistoryEntry]:
+        return entries[-newest:] if newest else entries
 
     monkeypatch.setattr("tasks.lineage.history.read_history", read)
     monkeypatch.setattr("flows.cli.version.show_history", lambda lineage, entries: [f"{len(entries)} versions"])

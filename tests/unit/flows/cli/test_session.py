@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from flows.cli.console import Screen
-from flows.cli.session import CommandResult, Session, command
+from flows.cli.session import CommandResult, Events, Session, command
 from tests.in_process import put_back
 
 
@@ -25,6 +26,14 @@ class Found(BaseModel):
     number: int
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A result that a command puts together itself."""
+
+    first: Found
+    others: tuple[Found, ...]
+
+
 @pytest.fixture
 def app(home: Path) -> typer.Typer:
     group = typer.Typer()
@@ -32,14 +41,18 @@ def app(home: Path) -> typer.Typer:
     @command(group, "looking")
     def look(
         deal: Session, number: Annotated[int, typer.Option("--number")], failed: bool = False, rejected: bool = False
-    ) -> CommandResult:
+    ) -> CommandResult[list[Found] | OnlyForTypes]:  # noqa: F821
         """Look for a number."""
         found = Found(number=number)
         return CommandResult([found, found], [f"Found {number} in {deal.home}."], failed=failed, rejected=rejected)
 
-    @command(group, name="say")
-    def say_nothing(deal: Session) -> None:
-        deal.show(CommandResult({"said": deal.screen.as_json}, ["said"]))
+    @command(group, name="follow")
+    def follow_numbers(deal: Session) -> Events[Found | Pair]:
+        """Tell two events."""
+        events: Events[Found | Pair] = Events(deal.screen)
+        events.tell(Found(number=1), "one")
+        events.tell(Pair(first=Found(number=2), others=(Found(number=3),)), "two and three")
+        return events
 
     return group
 
@@ -63,10 +76,11 @@ def test_the_result_is_printed_and_sets_the_exit_code(app: typer.Typer, options:
     assert done.exit_code == code and "Found 7" in done.stdout
 
 
-def test_a_command_without_a_result_prints_for_itself(app: typer.Typer) -> None:
+def test_events_are_told_as_lines(app: typer.Typer) -> None:
     with put_back():
-        assert CliRunner().invoke(app, ["say"]).stdout == "said\n"
-        assert json.loads(CliRunner().invoke(app, ["say", "--json"]).stdout) == {"said": True}
+        assert CliRunner().invoke(app, ["follow"]).stdout == "one\ntwo and three\n"
+        told = [json.loads(line) for line in CliRunner().invoke(app, ["follow", "--json"]).stdout.splitlines()]
+    assert told == [{"number": 1}, {"first": {"number": 2}, "others": [{"number": 3}]}]
 
 
 @pytest.mark.parametrize(
