@@ -142,6 +142,6 @@ def test_rank_beyond_a_module_is_refused(train):
 
 def test_notes_say_how_full_the_adapter_is(parent, train):
     notes = train("deal", parent, deal=DealConfig(energy=1.0, free_share=0.5)).result.notes
-    assert "2.0 per module" in notes[0] and "full in 4 of 4 modules" in notes[2]
-    removed = float(notes[1].split()[-6])
-    assert 5 < removed < 100
+    assert any("the adapter is full in 4 of 4 modules" in note for note in notes)
+    roomy = train("deal", parent, deal=DealConfig(energy=0.1)).result.notes
+    assert not any("full" in note for note in roomy), "a core that leaves its share of free slots is no remark"
