@@ -12,6 +12,7 @@ import transformers
 from datasets import Dataset
 from pydantic import BaseModel
 
+from deal_core.adapter.files import METHOD_FILES
 from deal_core.base_model.device import Device, current_device, parse_bytes
 from deal_core.base_model.load import BaseConfig, Precision, find_config, load_base, precision_name
 from deal_core.config import TrainConfig
@@ -43,7 +44,7 @@ from tasks.context import current_store
 from tasks.landing import choose_schema, landing_of
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.record import read_record
-from tasks.lineage.version_files import borrowed_adapter
+from tasks.lineage.version_files import borrowed_adapter, download_files
 from tasks.spec import AdaptSpec
 
 OnProgress = Callable[[str], None]
@@ -209,7 +210,8 @@ def _kept_by(store: ObjectStore, champion: Version, tasks: Iterable[TaskSchema])
     from deal_core.adapter.state import load_method_state
     from deal_core.strategies.kept_rows import sizes_of
 
-    with borrowed_adapter(store, champion, with_method=True) as folder:
+    with temporary_folder() as folder:
+        download_files(store, champion.adapter_uri, folder, METHOD_FILES)
         return sizes_of(load_method_state(folder).kept_rows, (task.name for task in tasks))
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from deal_core.adapter.method_state import MethodState
 from deal_core.adapter.stack import draw_seeds
 from deal_core.config import AdapterConfig
-from deal_core.data.collate import AnswerCollator, answer_loss
+from deal_core.data.collate import answer_loss
 from deal_core.limits import AtLeastZero, Positive, settings
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow, read
+from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow, with_model_targets
 from deal_core.strategies.strategy import PlannedArrival, Strategy, TaskContext, TensorNumbers
 
 NUM_FISHER_ROWS = 64
@@ -277,24 +277,6 @@ class LwfOptions:
     """T of the distillation."""
 
 
-@torch.no_grad()
-def ask(
-    model: nn.Module,
-    collate: AnswerCollator,
-    rows: Sequence[RehearsedRow],
-    *,
-    temperature: float,
-    batch_size: int = 16,
-) -> list[RehearsedRow]:
-    """Give each row the model's own distribution, softened by the temperature, at every position of its answer."""
-    model.eval()
-    answered: dict[int, RehearsedRow] = {}
-    for start in range(0, len(rows), batch_size):
-        for row, logits_KV, _ in read(model, collate, rows[start : start + batch_size]):
-            answered[id(row)] = row.with_target((logits_KV / temperature).softmax(-1))
-    return [answered[id(row)] for row in rows]
-
-
 class Lwf(Strategy):
     """LwF (arXiv 1606.09282): SeqLoRA with T²·KL(parent ‖ model) at the answers of a few new rows per step."""
 
@@ -320,7 +302,10 @@ class Lwf(Strategy):
         if state is None:
             return
         rows = [RehearsedRow(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
-        rows = ask(model, context.collator(), rows, temperature=self.options.temperature)
+        temperature = self.options.temperature
+        rows = with_model_targets(
+            model, context.collator(), rows, lambda logits_KV, _: (logits_KV / temperature).softmax(-1)
+        )
         self._rehearsal = Rehearsal(
             [rows],
             context.collator(),

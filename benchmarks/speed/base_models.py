@@ -14,11 +14,10 @@ import typer
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from benchmarks.output import templates
-from benchmarks.speed.scaling import BATCH
+from benchmarks.speed.scaling import BATCH, memory_on_gpu
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.method_config import MethodConfig
-from deal_core.planning.memory import BatchShape, MethodShape, plan_memory
-from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.planning.memory import BatchShape
+from deal_core.planning.meta_model import measure_model
 
 SMOL = {"vocab_size": 49152, "tie_word_embeddings": True}
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8}
@@ -113,11 +112,8 @@ def describe(name: str, licence: str, config: Any) -> dict[str, Any]:
     adapter = AdapterConfig()
     model = measure_model(config, adapter)
 
-    def memory(batch: BatchShape, *, checkpointing: bool = False, precision: str = "bf16", on_cpu: bool = False) -> int:
-        train = TrainConfig(gradient_checkpointing=checkpointing)
-        activations = measure_activations(config, adapter, batch, precision, on_cpu=on_cpu)
-        shape = MethodShape(rank=adapter.rank, strategy="deal", method=MethodConfig(), is_first_task=False)
-        return plan_memory(model, activations, batch, shape, train=train, precision=precision, on_cpu=on_cpu).total
+    def memory(batch: BatchShape, *, checkpointing: bool = False) -> int:
+        return memory_on_gpu(config, model, batch, rank=adapter.rank, checkpointing=checkpointing).total
 
     return {
         "name": name,

@@ -20,7 +20,16 @@ from transformers import LlamaConfig
 from benchmarks.output import templates
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig
-from deal_core.planning.memory import BYTES_OF, FP32, HEADROOM, BatchShape, MethodShape, ModelSize, plan_memory
+from deal_core.planning.memory import (
+    BYTES_OF,
+    FP32,
+    HEADROOM,
+    BatchShape,
+    MemoryPlan,
+    MethodShape,
+    ModelSize,
+    plan_memory,
+)
 from deal_core.planning.meta_model import measure_activations, measure_model
 
 
@@ -189,12 +198,17 @@ def describe(name: str, config: Any) -> dict[str, Any]:
     }
 
 
+def memory_on_gpu(config: Any, model: ModelSize, batch: BatchShape, *, rank: int, checkpointing: bool) -> MemoryPlan:
+    """Memory of a step of a later task on one device, in bf16."""
+    activations = measure_activations(config, AdapterConfig(rank=rank), batch, "bf16", on_cpu=False)
+    shape = MethodShape(rank=rank, strategy="deal", method=MethodConfig(), is_first_task=False)
+    train = TrainConfig(gradient_checkpointing=checkpointing)
+    return plan_memory(model, activations, batch, shape, train=train, precision="bf16", on_cpu=False)
+
+
 def line(config: Any, model: ModelSize, devices: int, sharded: bool, checkpointing: bool) -> dict[str, Any]:
     """One setup: memory of each device, time of a step by what may bound it, rows per second."""
-    train = TrainConfig(gradient_checkpointing=checkpointing)
-    activations = measure_activations(config, AdapterConfig(rank=RANK), BATCH, "bf16", on_cpu=False)
-    shape = MethodShape(rank=RANK, strategy="deal", method=MethodConfig(), is_first_task=False)
-    memory = plan_memory(model, activations, BATCH, shape, train=train, precision="bf16", on_cpu=False)
+    memory = memory_on_gpu(config, model, BATCH, rank=RANK, checkpointing=checkpointing)
     total = memory.total - (memory.weights * (1 - 1 / devices) if sharded else 0)
     cost = step_cost(
         model,

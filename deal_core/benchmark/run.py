@@ -138,19 +138,15 @@ class _Stage(NamedTuple):
 
     learned: tuple[str, ...]
     """Tasks that the version learns: one, or all together."""
-    known: tuple[str, ...]
-    """Tasks that it has learned in the end."""
     scored: tuple[str, ...]
 
 
 def _stages(cell: Cell) -> list[_Stage]:
     if cell.strategy in ("joint", "joint_memory"):
-        return [_Stage(cell.tasks, cell.tasks, cell.tasks)]
+        return [_Stage(cell.tasks, cell.tasks)]
     if cell.strategy == "per_task":
-        return [_Stage((name,), (name,), (name,)) for name in cell.tasks]
-    return [
-        _Stage((name,), cell.tasks[: number + 1], cell.scored_after(number)) for number, name in enumerate(cell.tasks)
-    ]
+        return [_Stage((name,), (name,)) for name in cell.tasks]
+    return [_Stage((name,), cell.scored_after(number)) for number, name in enumerate(cell.tasks)]
 
 
 def _folder(run: CellRun, number: int) -> Path:

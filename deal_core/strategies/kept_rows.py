@@ -24,18 +24,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.adapter.method_state import KEPT_ROWS
-from deal_core.data.collate import REJECTED_IDS, AnswerCollator
+from deal_core.data.collate import REJECTED_IDS
 from deal_core.data.order import spread
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import TrainingDivergedError
 from deal_core.evaluation.label_scores import Floats, label_offsets, score_labels
 from deal_core.method_config import RehearsalConfig
-from deal_core.strategies.rehearsal import RehearsedRow, read
+from deal_core.strategies.rehearsal import RehearsedRow, with_model_targets
 from deal_core.strategies.strategy import KeptRows, TaskContext
-
-ROWS_PER_BATCH = 16
-"""Rows that the parent reads together."""
 
 
 def rows_name(task: str) -> str:
@@ -137,23 +134,13 @@ def with_targets(
     targets = [numbers.get(tuple(row.answer_ids)) for row in rows]
     if task.learns_preferences or len(numbers) < len(task.labels) or None in targets or not labels:
         weight = 0.0 if task.learns_preferences else answer_weight
-        return _mixed_with_answers(rows, model, context.collator(), weight)
+
+        def mixed(logits_KV: Tensor, labels_K: Tensor) -> Tensor:
+            return (1 - weight) * logits_KV.softmax(-1) + weight * one_hot(labels_K, logits_KV.shape[-1])
+
+        return with_model_targets(model, context.collator(), rows, mixed)
     prompts, targets_N = [row.prompt_ids for row in rows], np.array(targets)
     return labelled_rows(model, tokenizer, task.name, prompts, labels, targets_N, generator, answer_weight)
-
-
-@torch.no_grad()
-def _mixed_with_answers(
-    rows: Sequence[RehearsedRow], model: PeftModel, collate: AnswerCollator, answer_weight: float
-) -> list[RehearsedRow]:
-    model.eval()
-    result: dict[int, RehearsedRow] = {}
-    for start in range(0, len(rows), ROWS_PER_BATCH):
-        for row, logits_KV, labels_K in read(model, collate, rows[start : start + ROWS_PER_BATCH]):
-            right_KV = one_hot(labels_K, logits_KV.shape[-1])
-            shares_KV = (1 - answer_weight) * logits_KV.softmax(-1) + answer_weight * right_KV
-            result[id(row)] = row.with_target(shares_KV)
-    return [result[id(row)] for row in rows]
 
 
 def labelled_rows(

@@ -6,7 +6,7 @@ Shapes: B rows, K tokens of the longest answer, V vocabulary, N most likely toke
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,8 @@ from deal_core.data.collate import IGNORED, AnswerCollator, answer_logits
 
 NUM_KEPT = 64
 """Number of most likely tokens that a target keeps; the remaining probability counts as one more token."""
+ROWS_PER_BATCH = 16
+"""Rows that a model reads together for their targets."""
 TINY = 1e-6
 
 
@@ -124,6 +126,29 @@ def shuffled(sets: Sequence[Sequence[RehearsedRow]], generator: random.Random) -
     result = [generator.sample(rows, len(rows)) for rows in sets if rows]
     generator.shuffle(result)
     return result
+
+
+@torch.no_grad()
+def with_model_targets(
+    model: nn.Module,
+    collate: AnswerCollator,
+    rows: Sequence[RehearsedRow],
+    target: Callable[[Tensor, Tensor], Tensor],
+) -> list[RehearsedRow]:
+    """Return the rows with targets that a model's logits give, in their order.
+
+    Args:
+        model: It reads the rows, some of them together.
+        collate: Pads rows to a batch.
+        rows: The rows, with their answers.
+        target: The distribution (K×V) for the logits (K×V, fp32) and the tokens (K) of an answer.
+    """
+    model.eval()
+    targets: dict[int, RehearsedRow] = {}
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        for row, logits_KV, labels_K in read(model, collate, rows[start : start + ROWS_PER_BATCH]):
+            targets[id(row)] = row.with_target(target(logits_KV, labels_K))
+    return [targets[id(row)] for row in rows]
 
 
 def read(

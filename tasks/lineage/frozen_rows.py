@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.config import MEASURED
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answering import ServedTask
@@ -143,11 +142,6 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
         else test_set
         for test_set in sets
     ]
-
-
-def answers_labels(task: TaskSchema) -> bool:
-    """Whether a version answers the task's rows with labels, which a metric compares."""
-    return bool(task.labels) and task.metric not in MEASURED
 
 
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from safetensors.torch import load_file
 
+from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
@@ -113,6 +115,11 @@ def train_into(folder: Path, base: BaseModel, strategy: str, parent: Path | None
     )
     result = train_adapter(base, setup=setup, parent_folder=parent, **given)
     return Run(result, given["output_folder"], [loss for _, loss in result.losses])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights in a folder, by name."""
+    return dict(load_file(folder / WEIGHTS_FILE))
 
 
 Train = Callable[..., Run]

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import benchmarks  # noqa: F401  its strategies run on it too
@@ -32,7 +31,7 @@ from deal_core.strategies.kept_rows import with_targets
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.strategies.strategy import TaskContext
 from tests.deal_configs import deal_with
-from tests.unit.deal_core.conftest import as_served, at_night, make_rows, train_into
+from tests.unit.deal_core.conftest import as_served, at_night, make_rows, train_into, weights
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
 OFF = deal_with(num_layers=0, mixing=False, lambda1=0, lambda2=0)
@@ -67,10 +66,6 @@ def parent(loaded_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
     first = TrainConfig(max_steps=12, batch_size=4, learning_rate=2e-2, max_prompt_tokens=64)
     base, folder = copy.deepcopy(loaded_base), tmp_path_factory.mktemp("t5-parent")
     return train_into(folder, base, "seq_lora", rows=make_rows(24, first=100), train=first).folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def test_attention_with_a_position_bias_is_left_alone(base):

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.method.rivals import ask
 from deal_core.adapter.state import adapter_on
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -18,7 +17,7 @@ from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.kept_rows import pack, rows_name, sizes_of
 from deal_core.strategies.old_tasks import num_answered, tasks_to_ask
-from deal_core.strategies.rehearsal import RehearsedRow
+from deal_core.strategies.rehearsal import RehearsedRow, with_model_targets
 from deal_core.strategies.seq_lora import SeqLora
 from deal_core.strategies.strategy import PlannedArrival
 from tests.unit.deal_core.strategies.conftest import EIGHT_STEPS, NEW
@@ -133,7 +132,9 @@ def test_the_parent_is_asked_once_and_its_answer_held_as_it_was(base, parent, ar
     (rows,) = arrive([task]).sets
     with adapter_on(base.model, parent) as model:
         plain = [RehearsedRow(row.prompt_ids, row.answer_ids) for row in rows]
-        again = ask(model, make_context([]).collator(), plain, temperature=1.0)
+        again = with_model_targets(
+            model, make_context([]).collator(), plain, lambda logits_KV, _: logits_KV.softmax(-1)
+        )
     assert len(rows) == 6 and all(base.tokenizer.eos_token_id not in row.answer_ids[:-1] for row in rows)
     for one, other in zip(rows, again, strict=True):
         assert torch.equal(one.tokens_KN[:, 0], other.tokens_KN[:, 0])

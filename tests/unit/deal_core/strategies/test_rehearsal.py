@@ -6,17 +6,21 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.method.rivals import ask
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
 from deal_core.data.collate import AnswerCollator
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import RehearsalConfig
-from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
+from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow, with_model_targets
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 LONG = TrainConfig(max_steps=20, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
+
+
+def likely(logits_KV: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """The model's own distribution."""
+    return logits_KV.softmax(-1)
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def test_loss_is_the_divergence_from_the_kept_distribution(base, collate):
     """Compared with KL over the whole vocabulary, at both ends of a padded batch; the cut tail is small."""
     rows = [row(base, "a long prompt about the sea and more", "red"), row(base, "short", "blue sky")]
     with torch.no_grad():
-        answered = ask(base.model, collate, rows, temperature=2.0)
+        answered = with_model_targets(base.model, collate, rows, lambda logits_KV, _: (logits_KV / 2.0).softmax(-1))
         for parameter in base.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
 
@@ -79,7 +83,7 @@ def test_loss_is_the_divergence_from_the_kept_distribution(base, collate):
 
 
 def test_loss_of_an_unmoved_model_is_nothing(base, collate):
-    answered = ask(base.model, collate, [row(base, "about grass", "green")], temperature=1.0)
+    answered = with_model_targets(base.model, collate, [row(base, "about grass", "green")], likely)
     assert rehearsal([answered], collate).loss(base.model, 0).abs() < 1e-4
 
 
@@ -113,7 +117,7 @@ def test_old_answers_drift_less_when_they_are_rehearsed(base, train, parent, row
 def test_the_parent_is_asked_without_dropout(base, collate):
     base.model.train()
     try:
-        ask(base.model, collate, [row(base, "about grass", "green")], temperature=1.0)
+        with_model_targets(base.model, collate, [row(base, "about grass", "green")], likely)
         assert not base.model.training
     finally:
         base.model.eval()

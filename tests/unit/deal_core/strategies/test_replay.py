@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.config import TrainConfig
@@ -17,13 +16,10 @@ from deal_core.strategies import make_strategy
 from deal_core.strategies.kept_rows import rows_name, unpack
 from deal_core.strategies.replay import Replay
 from deal_core.strategies.strategy import KeptRows, PlannedArrival
+from tests.unit.deal_core.conftest import weights
 
 LONG = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
 OTHER = TaskSchema(name="other", labels=("large", "small"), instruction="How big is it?")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def are_equal(first: Path, second: Path) -> bool:

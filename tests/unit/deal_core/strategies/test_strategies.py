@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from deal_core.config import AdapterConfig, TrainConfig
@@ -19,15 +17,11 @@ from deal_core.errors import ConfigError
 from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import make_strategy
 from tests.deal_configs import deal_with
-from tests.unit.deal_core.conftest import at_night
+from tests.unit.deal_core.conftest import at_night, weights
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 EVEN = TrainConfig(schedule="constant", balance_labels=False)
 STEPS = replace(EVEN, max_steps=20, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def plain_lora(base, task, rows, train: TrainConfig) -> dict[str, torch.Tensor]:

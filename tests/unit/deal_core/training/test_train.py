@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,13 +29,9 @@ from deal_core.method_config import DealConfig
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.training.objective import AnswerLoss
 from deal_core.training.trainer import AdapterTrainer, training_arguments
-from tests.unit.deal_core.conftest import train_into
+from tests.unit.deal_core.conftest import train_into, weights
 
 SHORT = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 class KilledError(Exception):

@@ -1,0 +1,109 @@
+"""Options of a training: each changes what is learned, and a default follows the base model or the task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import get_scheduler
+
+from deal_core import config as settings
+from deal_core.adapter.state import attach_adapter, load_adapter
+from deal_core.base_model.load import BaseModel
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.judging_config import MonitorConfig
+from deal_core.training.trainer import training_arguments
+from tests.unit.deal_core.conftest import Train, weights
+
+STEPS = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
+
+
+def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_warm_up_rises_to_the_rate_and_falls_from_it(tmp_path: Path) -> None:
+    train = TrainConfig(schedule="linear", max_steps=4, warmup_share=0.5)
+    args = training_arguments(train, tmp_path, 10, 0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, num_training_steps=4)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.05])
+
+
+@pytest.mark.parametrize("change", [{"warmup_share": 0.5}, {"weight_decay": 10.0}, {"learning_rate": 1e-3}], ids=str)
+def test_each_option_changes_what_is_learned(change: dict[str, Any], parent: Path, train: Train) -> None:
+    plain, changed = (train("deal", parent, train=each).folder for each in (STEPS, replace(STEPS, **change)))
+    assert not are_equal(weights(plain), weights(changed))
+
+
+def test_a_rate_that_is_not_given_follows_the_size_of_the_base_model() -> None:
+    sizes = {135e6: 1e-3, 1e9: 1e-3, 1.2e9: 5e-4, 4e9: 5e-4, 8e9: 2e-4}
+    assert {size: TrainConfig().rate(int(size)) for size in sizes} == sizes
+    assert TrainConfig(learning_rate=0.02).rate(135_000_000) == 0.02
+
+
+def test_a_training_takes_the_rate_of_its_base_model(
+    base: BaseModel, parent: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = weights(train("seq_lora", parent, train=replace(STEPS, learning_rate=0.01)).folder)
+    monkeypatch.setattr(settings, "RATES", ((base.model.num_parameters(), 0.01),))
+    assert are_equal(given, weights(train("seq_lora", parent, train=replace(STEPS, learning_rate=None)).folder))
+
+
+def test_answers_that_are_no_labels_may_be_longer() -> None:
+    assert (TrainConfig().answer_tokens(("red", "green")), TrainConfig().answer_tokens(())) == (50, 256)
+    assert TrainConfig(max_answer_tokens=7).answer_tokens(("red",)) == TrainConfig(max_answer_tokens=7).answer_tokens(
+        ()
+    )
+
+
+def test_a_free_answer_is_learned_beyond_the_length_of_labels(train: Train) -> None:
+    task = TaskSchema(name="stories", format="completion", metric="rouge_l", instruction="Tell it.")
+    rows = Dataset.from_list([{"input": f"number {i}", "output": "red and green " * 30} for i in range(8)])
+    assert not any("were cut" in note for note in train("seq_lora", rows=rows, task=task, train=STEPS).result.notes)
+    short = train("seq_lora", rows=rows, task=task, train=replace(STEPS, max_answer_tokens=50)).result.notes
+    assert any("8 of 8 training answers fill train.max_answer_tokens (50)" in note for note in short)
+
+
+def test_dropout_is_kept_by_the_next_version_and_a_resumed_run_draws_the_same(
+    base: BaseModel, train: Train, killed_and_resumed: Train
+) -> None:
+    adapter = AdapterConfig(rank=4, dropout=0.3)
+    plain, first = (train("deal", adapter=shape, train=STEPS).folder for shape in (AdapterConfig(rank=4), adapter))
+    assert not are_equal(weights(plain), weights(first))
+    model = load_adapter(base.model, first, is_trainable=True)
+    assert model.peft_config["default"].lora_dropout == 0.3
+    model.unload()
+    whole = train("deal", first, adapter=adapter, train=STEPS)
+    resumed = killed_and_resumed("deal", first, at=3, adapter=adapter, train=STEPS)
+    assert resumed.result.resumed_from_step == 2
+    assert are_equal(weights(whole.folder), weights(resumed.folder))
+
+
+def test_all_linear_layers_but_the_last_carry_the_adapter(base: BaseModel, train: Train) -> None:
+    model = attach_adapter(base.model, AdapterConfig(rank=4, target_modules="all-linear"), seed=0)
+    carrying = {name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_A." in name}
+    assert carrying == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    model.unload()
+    adapter = AdapterConfig(rank=4, target_modules="all-linear")
+    first = train("deal", adapter=adapter, train=STEPS).folder
+    second = train("deal", first, adapter=adapter, train=STEPS).folder
+    assert weights(first).keys() == weights(second).keys() and any("down_proj" in name for name in weights(second))
+
+
+def test_a_higher_sensitivity_counts_smaller_differences() -> None:
+    low, normal, high = (MonitorConfig(sensitivity=level).limits for level in ("low", "normal", "high"))
+    for name in ("min_psi", "min_distance", "min_auc", "max_live_drop_points"):
+        assert getattr(low, name) > getattr(normal, name) > getattr(high, name)
+    assert low.alpha == normal.alpha == high.alpha, "false alarms are as rare with each"
