@@ -1,4 +1,4 @@
-"""Flows that look after champions: score them again, watch their live traffic, end rollouts, serve, harvest."""
+"""Flows that look after champions: score them again, watch their live traffic, end rollouts, harvest."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from prefect import flow, runtime
+from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
 from flows.mlflow import mirror
 from infra.promotions import PromotionLog
-from infra.settings import VllmSettings
 from infra.versions import ROLLOUT, Versions
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
@@ -23,7 +22,6 @@ from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
 from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import VersionScores
-from tasks.serving.vllm import ServingRoute, sync_vllm
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -202,35 +200,6 @@ def abort_rollout(lineage: str, *, who: str, why: str) -> Decision:
         RegistryError: There is no rollout.
     """
     return reject_version(lineage, require_open(current_store(), lineage).version, who=who, why=why)
-
-
-@flow(name="serve-vllm", flow_run_name=lambda: f"serve-vllm-{runtime.flow_run.parameters.get('lineage') or 'all'}")
-async def serve_vllm(lineage: str | None = None, url: str | None = None) -> ServingRoute | list[ServingRoute]:
-    """Load the champion into a vLLM server, test an answer, move the route, and unload the earlier adapter.
-
-    Args:
-        lineage: The lineage; None: all lineages with a champion. The result is then a list. A schedule made with
-            Prefect's command cannot give parameters.
-        url: Address of the server; None: DEAL_VLLM_URL.
-
-    Raises:
-        ConfigError: The server cannot load such an adapter; nothing was changed.
-        VllmError: The server refuses or does not answer.
-        DealError: For some of all lineages, the server does not serve the champion. For all others it does.
-    """
-    settings = VllmSettings()
-    if url is not None:
-        settings = settings.model_copy(update={"url": url})
-
-    async def sync(name: str) -> ServingRoute:
-        stages = Stages()
-        route = await stages.run("vllm", sync_vllm, name, settings)
-        stages.done("vllm", f"{route.model} answers for {name}")
-        return route
-
-    if lineage is not None:
-        return await sync(lineage)
-    return await for_each((), sync, "could not be brought in step with the server")
 
 
 @flow(name="harvest", flow_run_name="harvest-{task}")

@@ -149,29 +149,28 @@ class ServingSettings(_Settings):
     """Days until `deal serve` and `deal data gc` remove logged rows and their feedback (DEAL_LOG_RETENTION_DAYS)."""
 
 
-class VllmSettings(_Settings):
-    """A vLLM server that serves a lineage's champion, and the options that the server was started with."""
+class EngineSettings(_Settings):
+    """vLLM servers that answer for `deal serve --engine`, and the options that they were started with."""
 
-    model_config = SettingsConfigDict(env_prefix="DEAL_VLLM_")
+    model_config = SettingsConfigDict(env_prefix="DEAL_ENGINE_")
 
-    url: str | None = None
-    """Address of the server (DEAL_VLLM_URL), for example http://127.0.0.1:8000."""
     api_key: SecretStr | None = None
-    """The server's --api-key (DEAL_VLLM_API_KEY)."""
+    """The servers' --api-key (DEAL_ENGINE_API_KEY)."""
+    ca_file: Folder | None = None
+    """PEM file of the authorities that sign the servers' certificates (DEAL_ENGINE_CA_FILE); None: the system's."""
     adapter_dir: Folder | None = None
-    """Folder for adapters that this machine and the server can read (DEAL_VLLM_ADAPTER_DIR)."""
+    """Folder for copies of adapters that this machine and the servers can read (DEAL_ENGINE_ADAPTER_DIR); None:
+    DEAL_HOME/engine-adapters."""
     server_adapter_dir: str | None = None
-    """Path of that folder on the server (DEAL_VLLM_SERVER_ADAPTER_DIR); None: the same path."""
+    """Path of that folder on the servers (DEAL_ENGINE_SERVER_ADAPTER_DIR); None: the same path."""
     max_lora_rank: int = Field(default=16, ge=1)
-    """The server's --max-lora-rank (DEAL_VLLM_MAX_LORA_RANK). Its default is 16."""
+    """The --max-lora-rank of the servers that read published folders (DEAL_ENGINE_MAX_LORA_RANK). Its default is 16."""
     target_modules: frozenset[str] = frozenset(
         {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
     )
-    """Layers that may have an adapter in the server (DEAL_VLLM_TARGET_MODULES, a JSON list)."""
+    """Layers that may have an adapter in these servers (DEAL_ENGINE_TARGET_MODULES, a JSON list)."""
     grace_seconds: float = Field(default=30.0, ge=0.0)
-    """Time for which the adapter before stays loaded, for clients that still use it (DEAL_VLLM_GRACE_SECONDS)."""
-    max_attempts: int = Field(default=5, ge=1)
-    """Number of attempts of a request, with growing pauses (DEAL_VLLM_MAX_ATTEMPTS)."""
+    """Time for which the adapter before stays loaded (DEAL_ENGINE_GRACE_SECONDS)."""
 
 
 def host_of(url: str, setting: str) -> str:
@@ -187,7 +186,7 @@ def host_of(url: str, setting: str) -> str:
 
 def make_places_absolute(environment: MutableMapping[str, str]) -> None:
     """Make relative folders in the environment absolute: processes of `deal server up` start in another directory."""
-    for name in ("DEAL_CACHE_DIR", "DEAL_VLLM_ADAPTER_DIR"):
+    for name in ("DEAL_CACHE_DIR", "DEAL_ENGINE_ADAPTER_DIR", "DEAL_ENGINE_CA_FILE"):
         if folder := environment.get(name):
             environment[name] = os.path.realpath(os.path.expanduser(folder))
     for name in ("DEAL_STORE_URI", "DEAL_ARTIFACT_URI"):

@@ -83,7 +83,7 @@ def load_base(
     stated = sources.stated_identity(folder, cache_folder)  # before its files are read
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder, source)
         model, info = sources.auto_class(config).from_pretrained(
             folder,
             config=config,
@@ -96,17 +96,13 @@ def load_base(
         sources.require_all_weights(info)
         if model.config._attn_implementation == "sdpa" and config.model_type in attention.MODEL_TYPES:
             model.set_attn_implementation(attention.NAME)
+    except ConfigError:
+        raise
     except Exception as error:  # damaged files break their readers in many ways
         raise ConfigError(
             f"The base model {source!r} ({folder}) cannot be loaded ({type(error).__name__}: {error}). Give a complete "
             "causal or sequence-to-sequence language model of an architecture that transformers itself knows."
         ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if tokenizer.pad_token is None:
-            raise ConfigError(
-                f"The tokenizer of {source!r} has no padding, end or unknown token; set one in its folder."
-            )
     # The special tokens alone are taken over: a repetition penalty, for example, would act on greedy answers, and
     # against every label in the instruction.
     advised = model.generation_config
@@ -125,6 +121,22 @@ def load_base(
     name, sha256 = stated
     kind: Literal["causal", "seq2seq"] = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
     return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind)
+
+
+def read_tokenizer(folder: Path, source: str) -> Any:
+    """Read the tokenizer of a base model's folder; pad_token is set. `source` is its name for messages.
+
+    Raises:
+        ConfigError: The tokenizer has no padding, end or unknown token.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ConfigError(
+                f"The tokenizer of {source!r} has no padding, end or unknown token; set one in its folder."
+            )
+    return tokenizer
 
 
 def choose_dtype(precision: Precision) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -48,6 +48,38 @@ class Answered(NamedTuple):
     """The ids of the rows in the prediction log; empty: the rows are not logged."""
     is_cut: Sequence[bool] = ()
     """Which answers reached their longest length before their end; empty: not known."""
+    choices: Sequence[Choice] = ()
+    """What an engine gave for each row, several answers if several were asked for; empty: the answers are all."""
+    usage: Mapping[str, int] = {}
+    """Numbers of tokens, by OpenAI's names; empty: not counted."""
+
+
+class Choice(NamedTuple):
+    """An answer of an engine, or the next piece of one."""
+
+    place: int
+    """Number of the row, times the answers per row, plus the number of the answer."""
+    text: str
+    finish_reason: str | None
+    """None: the answer goes on. "length": it has reached its longest length."""
+    log_probs: Sequence[tuple[str, float, Sequence[tuple[str, float]]]] | None = None
+    """For each token its text, its log-probability, and those of the likeliest tokens; None: not asked for."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a client wants of an engine besides the rows. The model in this process gives the likeliest answer only."""
+
+    passed_on: Mapping[str, Any] = field(default_factory=dict)
+    """temperature, top_p, seed and stop, as the client gave them."""
+    max_tokens: int | None = None
+    """Longest answer; None: the task's."""
+    num_answers: int = 1
+    """Answers to each row."""
+    num_tops: int | None = None
+    """For how many of the likeliest tokens log-probabilities are given; None: for none, not even the answer's own."""
+    on_piece: Callable[[Choice, ServedVersion, str], None] | None = None
+    """Gets each piece of an answer as it comes, and the version with its number."""
 
 
 def load_answerer(
@@ -98,6 +130,11 @@ class Answerer:
     has rows for one of the two. Rows in the background wait for all others, which also interrupt their batch.
     """
 
+    retry_seconds = 60.0
+    """Pause before a version that did not load is tried again."""
+    streams = False
+    """Whether answers come in pieces, and with the client's sampling."""
+
     def __init__(self, served: ServedVersion, base: BaseModel, folder: Path, version: str = UNKNOWN_VERSION) -> None:
         self._first = _Version(served, version, base.tokenizer)
         """The version that answers now."""
@@ -140,8 +177,9 @@ class Answerer:
         *,
         by_candidate: bool = False,
         in_background: bool = False,
+        sampling: Sampling | None = None,
     ) -> Answered:
-        """Answer rows, all with the same version: with `by_candidate` the candidate.
+        """Answer rows, all with the same version: with `by_candidate` the candidate. `sampling` has no effect.
 
         Once `is_given_up` returns True, the caller has gone, and the remaining rows are not answered. Rows
         `in_background` wait for all others.
@@ -150,6 +188,7 @@ class Answerer:
             ConfigError: a row does not fit the version; then no row is answered.
             GivenUpError: the caller has gone, `drain` or `stop` was called, or there is no candidate.
         """
+        del sampling  # an answer is the most likely one
         request = _Request(list(rows), is_given_up, by_candidate, in_background)
         try:
             while not request.is_done:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -63,12 +63,9 @@ class ConfidenceRecorder(LogitsProcessor):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskSchema) -> None:
-        # the first token of an answer does not depend on the limit, which must only leave room for the end token
-        first = [encode_answer(tokenizer, task, label, 2)[0] for label in task.labels]
-        self._tokens = sorted(set(first))
-        self._place = {
-            label_key(label): self._tokens.index(token) for label, token in zip(task.labels, first, strict=True)
-        }
+        first = first_tokens(tokenizer, task)
+        self._tokens = sorted(set(first.values()))
+        self._place = {label: self._tokens.index(token) for label, token in first.items()}
         self._end = tokenizer.eos_token_id
         self.begin()
 
@@ -106,6 +103,31 @@ class ConfidenceRecorder(LogitsProcessor):
         ends = [place for place, token in enumerate(new) if token == self._end]
         own = shares[: ends[0] + 1] if ends else shares[: len(new)]
         return Confidence(_share(math.fsum(own) / len(own)), None)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, task: TaskSchema) -> dict[str, int]:
+    """Return the first token of an answer with each label, by the label's key; empty for a task without labels."""
+    # the first token does not depend on the limit, which must only leave room for the end token
+    return {label_key(label): encode_answer(tokenizer, task, label, 2)[0] for label in task.labels}
+
+
+def confidence_of(
+    first: Mapping[str, int], answer: str, log_probs: Sequence[float], first_top: Mapping[int, float]
+) -> Confidence:
+    """Return the confidence of an answer as `ConfidenceRecorder` does, from what an engine says of its tokens.
+
+    Args:
+        first: What `first_tokens` returns.
+        answer: The answer.
+        log_probs: Log-probability of each of its tokens, with the end token.
+        first_top: At its first token, log-probabilities by token. A label's token that is not there counts as 0.
+    """
+    if not first:
+        return Confidence(_share(math.fsum(map(math.exp, log_probs)) / max(1, len(log_probs))), None)
+    masses = {token: math.exp(first_top[token]) for token in {*first.values()} if token in first_top}
+    label_mass = math.fsum(masses.values())
+    own = masses.get(first[key], 0.0) if (key := label_key(answer)) in first else max(masses.values(), default=0.0)
+    return Confidence(_share(own / label_mass if label_mass else 0.0), _share(label_mass))
 
 
 def _share(value: float) -> float:

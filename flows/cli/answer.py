@@ -1,4 +1,4 @@
-"""Commands that let a version answer: predict, a server on this machine, and vLLM servers."""
+"""Commands that let a version answer: predict, and a server on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -14,14 +14,9 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError, RegistryError
 from flows.cli.session import Column, CommandResult, Events, Lineage, Session, command, main_app
-from infra.store.keys import route_key
 
 if TYPE_CHECKING:
     from tasks.predict import Answer, FileAnswers
-    from tasks.serving.vllm import Published, ServingRoute
-
-vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
-
 
 Version = Annotated[str | None, Option("--version", "-v", help="Number of the version.", show_default="the champion")]
 
@@ -102,10 +97,24 @@ class ServingMessage:
     """One sentence, such as that another version answers now."""
 
 
-@command(main_app, None, "deal serve", "deal serve --port 8000 --trusted-host models.example.org")
+@command(
+    main_app,
+    None,
+    "deal serve",
+    "deal serve --engine http://127.0.0.1:8000",
+    "deal serve --port 8000 --trusted-host models.example.org",
+)
 def serve(
     deal: Session,
     lineage: Lineage = "",
+    engine: Annotated[
+        list[str] | None,
+        Option(
+            envvar="DEAL_ENGINE_URL",
+            show_default=False,
+            help="Address of a vLLM server that computes the answers, instead of this process. Repeat it for several.",
+        ),
+    ] = None,
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 5001,
     host: Annotated[
         str, Option(help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")
@@ -126,7 +135,10 @@ def serve(
     from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
     from tasks.lineage.history import unknown_lineage
+    from tasks.spec import refuse_secrets
 
+    for url in engine or ():
+        refuse_secrets(url)
     events: Events[Serving | ServingMessage] = Events(deal.screen)
 
     def say(text: str) -> None:
@@ -144,6 +156,7 @@ def serve(
             host=host,
             port=port,
             trusted_hosts=trusted_host or (),
+            engines=engine or (),
             say=say,
             ready=ready,
         )
@@ -153,62 +166,3 @@ def serve(
         sys.stdout.flush()
         os._exit(0)
     return events
-
-
-@command(
-    vllm_app,
-    "starting",
-    "deal vllm sync --url http://127.0.0.1:8123",
-    "DEAL_VLLM_URL=http://127.0.0.1:8123 deal vllm sync",
-)
-def sync(
-    deal: Session,
-    lineage: Lineage = "",
-    url: Annotated[str | None, Option(help="Address of the vLLM server.", show_default="DEAL_VLLM_URL")] = None,
-) -> CommandResult[ServingRoute]:
-    """Load the lineage's champion into a vLLM server, once. Nothing changes if the server has it already."""
-    from flows.champions import serve_vllm
-    from tasks.spec import refuse_secrets
-
-    if url:
-        refuse_secrets(url)
-    route = cast("ServingRoute", deal.run(lambda: serve_vllm(lineage, url)))  # one lineage, so one route
-    shown = [
-        f"[bold green]{escape(route.lineage)}[/] is answered by [bold]{escape(route.model or '–')}[/] "
-        f"(version {escape(route.version or '–')}) at {escape(route.url)}",
-        f"  requests name it as their model; the name stands in STORE/{escape(route_key(route.lineage))}",
-    ]
-    return CommandResult(route, shown)
-
-
-@command(vllm_app, "publishing", "deal vllm publish /adapters", "deal vllm publish /adapters --version 3")
-def publish(
-    deal: Session,
-    folder: Annotated[
-        Path,
-        Argument(
-            envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
-        ),
-    ],
-    lineage: Lineage = "",
-    version: Version = None,
-    model: Annotated[
-        str | None,
-        Option(
-            help="The model that `vllm serve` was started with, word for word.",
-            show_default="the base model's Hub id or folder",
-        ),
-    ] = None,
-) -> CommandResult[Published]:
-    """Write a version's folder for vLLM's filesystem resolver. Every replica finds it by its name."""
-    from infra.settings import VllmSettings
-    from tasks.serving.vllm import publish as publish_version
-
-    found = publish_version(lineage, folder, VllmSettings(), version=version, model=model)
-    state = "is in" if found.is_new else "was already in"
-    shown = [
-        f"[bold green]{escape(found.model)}[/] {state} {escape(found.folder)}: version {escape(found.version)} of "
-        f"{escape(found.lineage)}",
-        f"  requests name it as their model; the servers run: vllm serve {escape(found.base_model)}",
-    ]
-    return CommandResult(found, shown)

@@ -14,7 +14,6 @@ import flows.cli.check
 import flows.cli.learn
 import flows.cli.live
 import flows.cli.server  # noqa: F401  # each adds its commands to main_app
-from flows.cli.answer import vllm_app
 from flows.cli.benchmark import model_app
 from flows.cli.data import data_app
 from flows.cli.lineage import lineage_app, task_app
@@ -25,7 +24,7 @@ from flows.cli.version import version_app
 
 TOPICS = {
     "Learn": ("demo", "init", "check", "adapt"),
-    "Look and answer": ("status", "ui", "predict", "serve", "vllm"),
+    "Look and answer": ("status", "ui", "predict", "serve"),
     "Versions and lineages": ("version", "lineage", "task", "data"),
     "Live traffic": ("monitor", "rollout", "feedback"),
     "Around it": ("server", "model", "benchmark"),
@@ -62,7 +61,6 @@ for name, group in {
     "feedback": feedback_app,
     "server": server_app,
     "model": model_app,
-    "vllm": vllm_app,
 }.items():
     app.add_typer(group, name=name)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tasks.lineage.promotion import Decision, LeftBehind
     from tasks.lineage.reports import WrittenReport
     from tasks.serving.export import Exported
+    from tasks.serving.vllm import Published
 
 version_app = typer.Typer(help="List, show, promote, roll back, reject or export versions.", no_args_is_help=True)
 Number = Annotated[str, Argument(help="Number of the version.")]
@@ -373,21 +374,54 @@ def _remedy(lineage: str) -> str:
     "exporting",
     "deal version export 3 --format merged --out model",
     "deal version export 3 --format hub --out OWNER/NAME",
+    "deal version export 3 --format vllm --out /mnt/adapters",
 )
 def export(
     deal: Session,
     version: Number,
     format_: Annotated[
-        str, Option("--format", help="merged: a transformers folder. hub: the PEFT folder, on the Hub.")
+        str,
+        Option(
+            "--format",
+            help="merged: a transformers folder. hub: the PEFT folder, on the Hub. vllm: a folder that vLLM's "
+            "filesystem resolver finds.",
+        ),
     ],
-    out: Annotated[str, Option("--out", "-o", help="New folder; with --format hub: OWNER/NAME of the repository.")],
+    out: Annotated[
+        str,
+        Option(
+            "--out", "-o", help="New folder; hub: OWNER/NAME of the repository; vllm: the servers' folder of adapters."
+        ),
+    ],
     lineage: Lineage = "",
-) -> CommandResult[Exported]:
-    """Export a version for other programs, and compare its logits with the served version."""
+    base_model: Annotated[
+        str | None,
+        Option(
+            help="With --format vllm: the model that `vllm serve` was started with, word for word.",
+            show_default="the base model's Hub id or folder",
+        ),
+    ] = None,
+) -> CommandResult[Exported | Annotated[Published, "with --format vllm"]]:
+    """Export a version for other programs. Logits of merged and hub are compared with the served version's."""
     from tasks.serving.export import Target, export_version
 
-    if format_ not in get_args(Target):
-        raise ConfigError(f"--format is {format_!r}; give one of {', '.join(get_args(Target))}.")
+    formats = (*get_args(Target), "vllm")
+    if format_ not in formats:
+        raise ConfigError(f"--format is {format_!r}; give one of {', '.join(formats)}.")
+    if format_ == "vllm":
+        from infra.settings import EngineSettings
+        from tasks.serving.vllm import publish
+
+        published = publish(lineage, Path(out), EngineSettings(), version=version, model=base_model)
+        state = "is in" if published.is_new else "was already in"
+        shown = [
+            f"[bold green]{escape(published.model)}[/] {state} {escape(published.folder)}: version "
+            f"{escape(published.version)} of {escape(published.lineage)}",
+            f"  requests name it as their model; the servers run: vllm serve {escape(published.base_model)}",
+        ]
+        return CommandResult(published, shown)
+    if base_model is not None:
+        raise ConfigError("--base-model goes with --format vllm; leave it out.")
     exported = export_version(lineage, version, cast("Target", format_), out)
     shown = [
         f"[bold green]Version {escape(exported.version)} of {escape(exported.lineage)}[/] is in "

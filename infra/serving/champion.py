@@ -3,8 +3,9 @@
 A thread watches the promotion log in the store. When the champion moves, the thread downloads the new version and swaps
 the adapter. If this fails, or the store does not answer, the loaded version continues to serve.
 
-An `Answerer` computes the answers. This module and `infra.serving.rollout` call its methods `ask`, `swap`,
-`add_candidate`, `drop_candidate`, `drain` and `stop`. The web application knows only `Champion`.
+An `Answerer` computes the answers in this process, or `Engines` lets vLLM servers compute them. This module and
+`infra.serving.rollout` call their methods `ask`, `swap`, `add_candidate`, `drop_candidate`, `drain` and `stop`. The web
+application knows only `Champion`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
-from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError, load_answerer, load_base_of
+from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError, Sampling, load_answerer, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
 from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog
+from infra.serving.engines import Engines
 from infra.serving.prediction_log import LOG, PredictionLog
 from infra.serving.rollout import Rollout, try_to_load, with_tasks
 from infra.settings import HomeSettings, ServingSettings
@@ -38,8 +40,6 @@ REMOTE_POLL_SECONDS = 2.0
 """The same for S3, where each read is two requests that cost money."""
 MAX_POLL_SECONDS = 10.0
 """Longest pause while the store does not answer; the pause doubles from read to read."""
-PAUSE_SECONDS = 60.0
-"""Pause before a version that did not load is tried again."""
 
 Say = Callable[[str], None]
 
@@ -55,12 +55,20 @@ class ServingError(DealError):
 class Champion:
     """The model that answers for a lineage. `follow` loads the version that the promotion log names."""
 
-    def __init__(self, store: ObjectStore, lineage: str, say: Say, log: PredictionLog | None = None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        lineage: str,
+        say: Say,
+        log: PredictionLog | None = None,
+        engines: Engines | None = None,
+    ) -> None:
         self.lineage = lineage
         self.log = log
         self._store = store
         self._print = say
-        self._answerer: Answerer | None = None
+        self._engines = engines
+        self._answerer: Answerer | Engines | None = None
         self._move: Move | None = None
         """The newest entry of the promotion log that was followed."""
         self._champion: Version | None = None
@@ -83,6 +91,7 @@ class Champion:
             "starting": self._starting,
             "problem": self._problem,
             **(self.rollout.state() if self.rollout else {}),
+            **({"engines": self._engines.state()} if self._engines else {}),
         }
 
     @property
@@ -97,6 +106,15 @@ class Champion:
         return self._answerer.served
 
     @property
+    def streams(self) -> bool:
+        """Whether answers come in pieces, and with the client's sampling."""
+        return self._engines is not None
+
+    def new_ids(self, number: int) -> list[str]:
+        """Return ids for the answers to some rows; empty: there is no log."""
+        return [] if self.log is None else [self.log.new_id() for _ in range(number)]
+
+    @property
     def canary(self) -> str | None:
         """Number of the version that answers a share of the requests; None: none does."""
         return None if self.rollout is None else self.rollout.canary
@@ -107,8 +125,12 @@ class Champion:
         is_given_up: Callable[[], bool],
         key: str | None = None,
         version: str | None = None,
+        sampling: Sampling | None = None,
+        ids: Sequence[str] = (),
     ) -> Answered:
         """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`.
+
+        `sampling` is for engines, and `ids` are the rows' ids in the log, if the client has got them already.
 
         In a canary's rollout, requests with the same `key` go to the same version. `version` is the version that the
         request names, if it names one. If the champion moves meanwhile, the answer may be of another version: it is not
@@ -117,12 +139,12 @@ class Champion:
         assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)
-        tried = self.rollout.ask(named, served, is_given_up, key, version)
+        tried = self.rollout.ask(named, served, is_given_up, key, version, sampling, ids)
         if isinstance(tried, Answered):
             return tried._replace(served=served)
         log_refusal = tried
         try:
-            answered = self._answerer.ask(rows, is_given_up)
+            answered = self._answerer.ask(rows, is_given_up, sampling=sampling)
         except (ConfigError, GivenUpError):  # what both versions refuse counts for neither
             raise
         except Exception:
@@ -133,7 +155,7 @@ class Champion:
         log_refusal()
         if self.log is None or version not in (None, answered.version):
             return answered
-        answered = self.log.note(rows, answered, time.perf_counter() - begun)
+        answered = self.log.note(rows, answered, time.perf_counter() - begun, ids=ids)
         self.rollout.copy(named, answered, key)
         return answered
 
@@ -149,8 +171,12 @@ class Champion:
         if self._champion is None:
             raise NoChampionError(f"Lineage '{self.lineage}' has no champion.")
         self._try(self._champion)
-        if self._answerer is None:
-            raise ServingError(self._problem or "")
+        while self._answerer is None:
+            if self._engines is None or not self._engines.is_away:
+                raise ServingError(self._problem or "")
+            time.sleep(self._engines.retry_seconds)  # an engine takes minutes to start
+            self._read_log()
+            self._try(self._champion)
         self.rollout = Rollout(self._store, self._answerer, self.log, self._say)
 
     def follow(self, stopped: threading.Event) -> None:
@@ -176,8 +202,9 @@ class Champion:
 
     def stop(self) -> None:
         """Stop the running computations."""
-        if self._answerer is not None:
-            self._answerer.stop()
+        for answerer in (self._answerer, self._engines):
+            if answerer is not None:
+                answerer.stop()
         if self.rollout is not None:
             self.rollout.stop()
 
@@ -195,10 +222,11 @@ class Champion:
 
     def _keep_up(self) -> None:
         """Load the champion if it does not answer yet, and then what is tried next to it."""
-        assert self._champion is not None and self.rollout is not None, "`begin` has loaded a champion"
+        assert self._champion is not None and self._answerer is not None, "`begin` has loaded a champion"
+        assert self.rollout is not None, "`begin` has made it"
         if self._champion.version == self.version:
             self._problem = None
-        elif self._failed_at is None or time.monotonic() - self._failed_at > PAUSE_SECONDS:
+        elif self._failed_at is None or time.monotonic() - self._failed_at > self._answerer.retry_seconds:
             self._try(self._champion)
         self.rollout.keep_up(self._candidate, self.version)
 
@@ -217,9 +245,13 @@ class Champion:
 
     def _load(self, folder: Path, number: str) -> None:
         """Let the version in a folder answer. Only a version on another base model loads a model."""
+        if self._engines is not None:
+            self._engines.swap(folder, number)
+            self._answerer = self._engines
+            return
         settings, cache = ServingSettings(), HomeSettings().cache_dir
         base_source, precision = settings.base_model, settings.serving_precision
-        if self._answerer is None:
+        if not isinstance(self._answerer, Answerer):
             self._answerer = load_answerer(folder, cache, base_source, precision=precision, version=number)
         elif (served := read_served(folder)).base_sha256 == self._answerer.base_sha256:
             self._answerer.swap(folder, number)

@@ -13,8 +13,9 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mlflow.exceptions import MlflowException
@@ -25,12 +26,13 @@ from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_js
 from deal_core.data.chats import ROLES, normal_calls, role_of
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import Answered, GivenUpError
+from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling
 from deal_core.evaluation.answering import InputRow, ServedVersion, require_few_messages
 from deal_core.monitoring.feedback import read_entry
 from deal_core.safe_text import brief
 from infra.served_model import SIGNATURE, VERSION, ServedModel
 from infra.serving.champion import Champion
+from infra.serving.engines import PASSED_ON
 from infra.serving.prediction_log import LOG
 
 MAX_ENTRIES = 1000
@@ -40,8 +42,10 @@ OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the 
 FEEDBACK_BODY = '[{"id": ID, "label": LABEL}]'
 RETRY = {"Retry-After": "2"}
 DONE = "data: [DONE]\n\n"
-REFUSED = {"tools": "tools", "functions": "functions", "logprobs": "log-probabilities", "audio": "audio"}
+REFUSED = {"tools": "tools", "functions": "functions", "audio": "audio"}
 """Keys of a request that ask for something that the server does not have."""
+MAX_ANSWERS, MAX_TOPS = 128, 20
+"""Most answers to a row, and most log-probabilities for a token."""
 
 
 class RefusalError(Exception):
@@ -75,6 +79,8 @@ class Caller(NamedTuple):
     """Tells whether it has gone."""
     key: str | None = None
     """In a canary's rollout, requests with the same key go to the same version; None: the client names no key."""
+    send: Callable[[str, str], None] = lambda version, text: None
+    """Sends a piece of a stream, and the version that gives it. What `complete` returns is then the rest."""
 
 
 def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
@@ -100,8 +106,8 @@ def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
 def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -> HttpAnswer:
     """Answer a body of POST /v1/chat/completions (`is_chat`) or /v1/completions.
 
-    Sampling settings (temperature, top_p, seed, max_tokens, stop) have no effect: an answer is the most likely one, up
-    to the task's longest answer.
+    An engine gets the settings of sampling (temperature, top_p, seed, stop, max_tokens, logprobs, n). Without an engine
+    they have no effect: an answer is the most likely one, up to the task's longest answer.
     """
     values, served = _decode_object(body, OPENAI_BODY), serving.served
     model = values.get("model")
@@ -114,8 +120,7 @@ def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -
     for key, what in REFUSED.items():
         if values.get(key):
             raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
-    if values.get("n") not in (None, 1):
-        raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
+    sampling = _sampling(values, is_chat) if serving.streams else _without_sampling(values)
     task = served.task(task_name or None)
     if task is None:
         names = ", ".join(task.schema.name for task in served.tasks)
@@ -129,12 +134,77 @@ def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -
             raise _not_found(f"Version {version} does not answer here; version {answering[0]} does.")
 
     require_version(serving.version, serving.canary)
+    is_stream, stream = values.get("stream") is True, None
+    if is_stream and serving.streams:
+        stream = _Stream(serving.new_ids(len(rows)), is_chat, version, sampling.num_answers, caller.send)
+        sampling = replace(sampling, on_piece=stream.pass_on)
     with _refusing():
-        answered = serving.ask(rows, caller.is_given_up, caller.key or user, version or None)
+        answered = serving.ask(
+            rows, caller.is_given_up, caller.key or user, version or None, sampling, stream.ids if stream else ()
+        )
     require_version(answered.version)  # the champion may have moved
-    is_stream = values.get("stream") is True
     kind = "text/event-stream" if is_stream else "application/json"
-    return HttpAnswer(_written(answered, is_chat, is_stream=is_stream), answered.version, kind)
+    text = stream.end(answered) if stream else _written(answered, is_chat, is_stream=is_stream)
+    return HttpAnswer(text, answered.version, kind)
+
+
+def _without_sampling(values: Mapping[str, Any]) -> Sampling:
+    """Refuse what only an engine can give."""
+    if values.get("logprobs"):
+        raise _wrong("logprobs: the server has no log-probabilities; leave logprobs out.")
+    if values.get("n") not in (None, 1):
+        raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
+    return Sampling()
+
+
+def _sampling(values: Mapping[str, Any], is_chat: bool) -> Sampling:
+    """Return what a client wants of the engine. The engine checks the values that are passed on."""
+
+    def number(key: str, least: int, most: int) -> int | None:
+        value = values.get(key)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise _wrong(f"{key} is {brief(value)}; give a number from {least} to {most}.")
+        return value
+
+    num_tops = None if is_chat else number("logprobs", 0, MAX_TOPS)
+    if is_chat and values.get("logprobs") is True:
+        num_tops = number("top_logprobs", 0, MAX_TOPS) or 0
+    longest = number("max_completion_tokens", 1, 1_000_000)
+    return Sampling(
+        passed_on={key: values[key] for key in PASSED_ON if values.get(key) is not None},
+        max_tokens=number("max_tokens", 1, 1_000_000) if longest is None else longest,
+        num_answers=number("n", 1, MAX_ANSWERS) or 1,
+        num_tops=num_tops,
+    )
+
+
+class _Stream:
+    """The events of an answer that comes in pieces."""
+
+    def __init__(
+        self, ids: Sequence[str], is_chat: bool, version: str, num_answers: int, send: Callable[[str, str], None]
+    ) -> None:
+        self.ids, self._is_chat, self._version, self._send = ids, is_chat, version, send
+        self._num_answers = num_answers
+        self._head = _head(ids, is_chat, is_stream=True)
+        self._begun: set[int] = set()
+
+    def pass_on(self, piece: Choice, served: ServedVersion, version: str) -> None:
+        """Send a piece."""
+        if self._version not in ("", version):
+            raise GivenUpError(f"Version {self._version} does not answer any more; ask again.")
+        choice = _choice(piece, self.ids, self._num_answers, self._is_chat, is_stream=True)
+        if self._is_chat and piece.place not in self._begun:
+            choice["delta"] = {"role": "assistant", **choice["delta"]}
+        self._begun.add(piece.place)
+        event = {**self._head, "model": f"{served.lineage}@{version}", "choices": [choice]}
+        self._send(version, f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
+
+    def end(self, answered: Answered) -> str:
+        """Return the last events."""
+        model = f"{answered.served.lineage}@{answered.version}"
+        event = {**self._head, "model": model, "choices": [], "usage": _usage(answered)}
+        return f"data: {json.dumps(event, ensure_ascii=False)}\n\n{DONE}"
 
 
 def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
@@ -207,36 +277,86 @@ def _reason(error: MlflowException) -> str:
     return " ".join(message.split())[:1000]
 
 
-def _written(answered: Answered, is_chat: bool, *, is_stream: bool) -> str:
-    """Return the body of an answer as JSON, or as server-sent events. A stream has each answer as one piece.
-
-    The answer's id is that of its row in the prediction log. Of several rows, each choice has its row's id.
-    """
-    is_cut = answered.is_cut or [False] * len(answered.answers)
-    choices: list[dict[str, Any]] = []
-    for number, (text, cut) in enumerate(zip(answered.answers, is_cut, strict=True)):
-        choice = {"index": number, "logprobs": None, "finish_reason": "length" if cut else "stop"}
-        if len(answered.ids) > 1:
-            choice["id"] = answered.ids[number]
-        message = {"role": "assistant", "content": text}
-        if not is_chat:
-            choices.append({**choice, "text": text})
-        elif not is_stream:
-            choices.append({**choice, "message": message})
-        else:  # the end of a chat is a piece of its own
-            choices += [{**choice, "delta": message, "finish_reason": None}, {**choice, "delta": {}}]
+def _head(ids: Sequence[str], is_chat: bool, *, is_stream: bool) -> dict[str, Any]:
+    """Return the first keys of an answer. Its id is that of its row in the prediction log."""
     kind = "text_completion"
     if is_chat:
         kind = "chat.completion.chunk" if is_stream else "chat.completion"
-    answer = {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{[*answered.ids, uuid.uuid4().hex][0]}",
-        "object": kind,
-        "created": int(time.time()),
+    own_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{[*ids, uuid.uuid4().hex][0]}"
+    return {"id": own_id, "object": kind, "created": int(time.time())}
+
+
+def _choice(answer: Choice, ids: Sequence[str], num_answers: int, is_chat: bool, *, is_stream: bool) -> dict[str, Any]:
+    """Return an answer, or a piece of one. Of several rows, each choice has its row's id."""
+    choice: dict[str, Any] = {
+        "index": answer.place,
+        "logprobs": _log_probs(answer, is_chat),
+        "finish_reason": answer.finish_reason,
+    }
+    if len(ids) > 1:
+        choice["id"] = ids[answer.place // num_answers]
+    if not is_chat:
+        return {**choice, "text": answer.text}
+    if is_stream:
+        return {**choice, "delta": {"content": answer.text}}
+    return {**choice, "message": {"role": "assistant", "content": answer.text}}
+
+
+def _log_probs(answer: Choice, is_chat: bool) -> dict[str, Any] | None:
+    """Return the log-probabilities of an answer's tokens in the form of chats, or of completions."""
+    if answer.log_probs is None:
+        return None
+    if not is_chat:
+        return {
+            "tokens": [token for token, _, _ in answer.log_probs],
+            "token_logprobs": [value for _, value, _ in answer.log_probs],
+            "top_logprobs": [dict(tops) for _, _, tops in answer.log_probs],
+        }
+
+    def entry(token: str, value: float) -> dict[str, Any]:
+        return {"token": token, "logprob": value, "bytes": list(token.encode())}
+
+    return {
+        "content": [
+            {**entry(token, value), "top_logprobs": [entry(*top) for top in tops]}
+            for token, value, tops in answer.log_probs
+        ]
+    }
+
+
+def _usage(answered: Answered) -> dict[str, int] | None:
+    if not answered.usage:
+        return None
+    return {**answered.usage, "total_tokens": sum(answered.usage.values())}
+
+
+def _written(answered: Answered, is_chat: bool, *, is_stream: bool) -> str:
+    """Return the body of an answer as JSON, or as server-sent events, each answer as one piece."""
+    answers = answered.choices
+    if not answers:  # of the model in this process
+        is_cut = answered.is_cut or [False] * len(answered.answers)
+        answers = [
+            Choice(number, text, "length" if cut else "stop")
+            for number, (text, cut) in enumerate(zip(answered.answers, is_cut, strict=True))
+        ]
+    num_answers = len(answers) // max(1, len(answered.answers))
+    choices = []
+    for answer in answers:
+        stripped = answer._replace(text=answer.text.strip())
+        choice = _choice(stripped, answered.ids, num_answers, is_chat, is_stream=is_stream)
+        if is_chat and is_stream:  # the end of a chat is a piece of its own
+            choice["delta"] = {"role": "assistant", **choice["delta"]}
+            choices += [{**choice, "finish_reason": None}, {**choice, "delta": {}}]
+        else:
+            choices.append(choice)
+    whole = {
+        **_head(answered.ids, is_chat, is_stream=is_stream),
         "model": f"{answered.served.lineage}@{answered.version}",
     }
     if not is_stream:
-        return json.dumps({**answer, "choices": choices}, ensure_ascii=False)
-    pieces = [json.dumps({**answer, "choices": [choice]}, ensure_ascii=False) for choice in choices]
+        usage = {"usage": used} if (used := _usage(answered)) else {}
+        return json.dumps({**whole, "choices": choices, **usage}, ensure_ascii=False)
+    pieces = [json.dumps({**whole, "choices": [choice]}, ensure_ascii=False) for choice in choices]
     return "".join(f"data: {piece}\n\n" for piece in pieces) + DONE
 
 

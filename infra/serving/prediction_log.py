@@ -85,13 +85,20 @@ class PredictionLog:
             LOG.warning("%d answers are missing in the prediction log: the store did not take them in time.", num_lost)
 
     def note(
-        self, rows: Sequence[InputRow], answered: Answered, seconds: float, shadow_of: Sequence[str] = ()
+        self,
+        rows: Sequence[InputRow],
+        answered: Answered,
+        seconds: float,
+        shadow_of: Sequence[str] = (),
+        *,
+        ids: Sequence[str] = (),
     ) -> Answered:
         """Log the answers to a request; return them with the ids of their rows. No error reaches the caller.
 
-        `shadow_of` are the ids of the answers that were returned instead of these.
+        `shadow_of` are the ids of the answers that were returned instead of these. `ids` are those that the client has
+        got already, with the first piece of a stream; empty: the rows get new ones.
         """
-        new_id, keeps_texts = self._ids.new, self.keeps_texts
+        new_id, keeps_texts = iter(ids).__next__ if ids else self._ids.new, self.keeps_texts
         try:
             made = predictions_of(
                 rows, answered, new_id=new_id, seconds=seconds, keeps_texts=keeps_texts, shadow_of=shadow_of
@@ -107,6 +114,10 @@ class PredictionLog:
                 _forget_oldest(self._tasks)
         self._keep(made)
         return answered._replace(ids=[row.id for row in made])
+
+    def new_id(self) -> str:
+        """Return an id for an answer that is still to come."""
+        return self._ids.new()
 
     def note_failure(
         self,

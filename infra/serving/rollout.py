@@ -13,16 +13,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deal_core.errors import ConfigError, DealError
-from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError
+from deal_core.evaluation.answerer import Answered, Answerer, Choice, GivenUpError, Sampling
 from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.judging_config import RolloutKind
 from deal_core.safe_text import without_secrets
+from infra.serving.engines import Engines
 from infra.serving.prediction_log import LOG, PredictionLog
 from infra.serving.version_files import fetch_version
 from infra.store.base import ObjectStore, temporary_folder
@@ -30,8 +31,6 @@ from infra.versions import Version
 
 MAX_COPIES = 256
 """Requests that wait for a shadow. Further ones are not copied."""
-PAUSE_SECONDS = 60.0
-"""Pause before a candidate that did not load is tried again."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,11 @@ class Rollout:
     """The candidate of one server. `keep_up` loads and removes it. `note` gets each message for the user."""
 
     def __init__(
-        self, store: ObjectStore, answerer: Answerer, log: PredictionLog | None, note: Callable[[str], None]
+        self,
+        store: ObjectStore,
+        answerer: Answerer | Engines,
+        log: PredictionLog | None,
+        note: Callable[[str], None],
     ) -> None:
         self._store, self._answerer, self._log, self._note = store, answerer, log, note
         self.trial: Trial | None = None
@@ -92,7 +95,9 @@ class Rollout:
         if wanted is None:
             self.problem = None
         elif wanted != self.trial and (
-            self._failed is None or self._failed[0] != wanted or time.monotonic() - self._failed[1] > PAUSE_SECONDS
+            self._failed is None
+            or self._failed[0] != wanted
+            or time.monotonic() - self._failed[1] > self._answerer.retry_seconds
         ):
             assert candidate is not None, "it is what is wanted"
             self._try(candidate, wanted)
@@ -108,6 +113,8 @@ class Rollout:
         is_given_up: Callable[[], bool],
         key: str | None,
         version: str | None,
+        sampling: Sampling | None = None,
+        ids: Sequence[str] = (),
     ) -> Answered | Callable[[], None]:
         """Let the candidate answer a request of the canary's share.
 
@@ -128,10 +135,11 @@ class Rollout:
         ):
             return lambda: None
         begun = time.perf_counter()
+        pieces = _Pieces(sampling)
         try:
-            return self._ask(trial, rows, is_given_up)
+            return self._ask(trial, rows, is_given_up, sampling=pieces.sampling, ids=ids)
         except Exception as error:
-            if version is not None:
+            if version is not None or pieces.have_come:
                 raise
             _report(error, trial)
             if not isinstance(error, ConfigError) or self._log is None:
@@ -176,7 +184,14 @@ class Rollout:
         self.problem = problem
 
     def _ask(
-        self, trial: Trial, rows: Sequence[InputRow], is_given_up: Callable[[], bool], returned: Answered | None = None
+        self,
+        trial: Trial,
+        rows: Sequence[InputRow],
+        is_given_up: Callable[[], bool],
+        returned: Answered | None = None,
+        *,
+        sampling: Sampling | None = None,
+        ids: Sequence[str] = (),
     ) -> Answered:
         """Let the candidate answer, and log the answer or the failure. The refusal of a request is not logged.
 
@@ -184,18 +199,35 @@ class Rollout:
         """
         assert self._log is not None, "there is no trial without a log"
         begun, is_copy = time.perf_counter(), returned is not None
-        served, ids = (self._answerer.served, ()) if returned is None else (returned.served, returned.ids)
+        served, shadow_of = (self._answerer.served, ()) if returned is None else (returned.served, returned.ids)
         try:
-            answered = self._answerer.ask(rows, is_given_up, by_candidate=True, in_background=is_copy)
+            answered = self._answerer.ask(
+                rows, is_given_up, by_candidate=True, in_background=is_copy, sampling=sampling
+            )
         except GivenUpError:
             raise
         except Exception as error:
             if is_copy or not isinstance(error, ConfigError):
-                self._log.note_failure(rows, served, trial.version, time.perf_counter() - begun, ids)
+                self._log.note_failure(rows, served, trial.version, time.perf_counter() - begun, shadow_of)
             raise
         if answered.version != trial.version:  # another candidate has taken its place meanwhile
             raise GivenUpError(f"Version {trial.version} is not tried any more; ask again.")
-        return self._log.note(rows, answered, time.perf_counter() - begun, ids)
+        return self._log.note(rows, answered, time.perf_counter() - begun, shadow_of, ids=ids)
+
+
+class _Pieces:
+    """Knows whether a client has got a piece of an answer, so that no other version can answer instead."""
+
+    def __init__(self, sampling: Sampling | None) -> None:
+        self.have_come = False
+        self.sampling = sampling
+        if sampling is not None and sampling.on_piece is not None:
+            self.sampling = replace(sampling, on_piece=self._pass_on)
+            self._on_piece = sampling.on_piece
+
+    def _pass_on(self, choice: Choice, served: ServedVersion, version: str) -> None:
+        self.have_come = True
+        self._on_piece(choice, served, version)
 
 
 def try_to_load(store: ObjectStore, version: Version, load: Callable[[Path], None]) -> str | None:

@@ -22,9 +22,10 @@ from deal_core.safe_text import brief
 from infra.logs import MAX_BYTES
 from infra.serving.champion import Champion, Say
 from infra.serving.connections import IDLE_SECONDS, Connections
+from infra.serving.engines import Engines
 from infra.serving.prediction_log import LOG, open_prediction_log
 from infra.serving.server import LOOPBACK_NAMES, make_app
-from infra.settings import ServingSettings
+from infra.settings import EngineSettings, ServingSettings
 from infra.store.base import ObjectStore
 
 GRACE_SECONDS = 10
@@ -47,13 +48,15 @@ def serve(
     host: str,
     port: int,
     trusted_hosts: Sequence[str],
+    engines: Sequence[str] = (),
     say: Say,
     ready: Callable[[str, str], None],
 ) -> bool:
     """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second SIGINT ends them.
 
     `store` has the versions and gets the prediction log. `home` gets the server's log. The port 0 is any free one.
-    `trusted_hosts` are names that clients may use, in addition to those of loopback and `host`.
+    `trusted_hosts` are names that clients may use, in addition to those of loopback and `host`. `engines` are addresses
+    of vLLM servers that answer; without any, the model is in this process.
 
     `say` gets each message for the user. `ready` is called once, with the address and the version that answers.
 
@@ -73,7 +76,8 @@ def serve(
         reason = error.strerror or str(error)
         raise ConfigError(f"Cannot listen on {host} port {port} ({reason}); give another with --port.") from None
     log = open_prediction_log(store, lineage)
-    champion, ended = Champion(store, lineage, say, log), threading.Event()
+    on_engines = Engines(store, lineage, engines, EngineSettings(), say) if engines else None
+    champion, ended = Champion(store, lineage, say, log, on_engines), threading.Event()
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -34,8 +35,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from infra.serving.champion import Champion
 from infra.serving.formats import RETRY, Caller, HttpAnswer, RefusalError, complete, give_feedback, list_models, predict
@@ -74,7 +76,7 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
     meter = Meter(serving)
 
     def answering(path: str, work: Work) -> Route:
-        async def respond(request: Request) -> Response:
+        async def answer(request: Request, send: Send) -> None:
             with meter.measured(path) as labels:
                 _require_key(request, api_key)
                 _require_json(request)
@@ -82,12 +84,9 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
                 body = await bodies.read(request)  # without a place: a slow client takes none from others
                 _require_place(places)
                 async with places:
-                    answer = await _answer(serving, pool, request, body, work)
-                labels |= {"status": str(answer.status), "version": answer.version}
-                headers = {"X-Deal-Version": answer.version, "X-Deal-Lineage": serving.lineage}
-                return Response(answer.body, answer.status, headers, answer.kind)
+                    await _answer(serving, pool, request, send, body, work, labels)
 
-        return Route(path, respond, methods=["POST"])
+        return Route(path, _Endpoint(answer), methods=["POST"])
 
     async def health(_: Request) -> Response:
         is_serving = serving.version is not None
@@ -206,25 +205,102 @@ class Bodies:
         return bytes(body)
 
 
-async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work) -> HttpAnswer:
-    """Answer in a thread; give up the work when the client leaves or the time ends."""
-    given_up = threading.Event()
-    caller = Caller(given_up.is_set, request.headers.get(KEY_HEADER))
-    working = asyncio.get_running_loop().run_in_executor(pool, work, serving, body, caller)
+class _Endpoint:
+    """A path whose answers may come in pieces, so it sends them itself."""
+
+    def __init__(self, answer: Callable[[Request, Send], Awaitable[None]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(Request(scope, receive), send)
+
+
+async def _answer(
+    serving: Champion,
+    pool: ThreadPoolExecutor,
+    request: Request,
+    send: Send,
+    body: bytes,
+    work: Work,
+    labels: dict[str, str],
+) -> None:
+    """Answer in a thread, and send the answer, or its pieces as they come.
+
+    The work is given up when the client leaves or the time ends. `labels` get the answer's status and version.
+    """
+    given_up, loop = threading.Event(), asyncio.get_running_loop()
+    pieces: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+
+    def pass_on(version: str, text: str) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, (version, text))
+
+    caller = Caller(given_up.is_set, request.headers.get(KEY_HEADER), pass_on)
+    working = loop.run_in_executor(pool, work, serving, body, caller)
     gone = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
-    waited: list[asyncio.Future[Any]] = [working, gone]
+    first = asyncio.ensure_future(pieces.get())
     try:
+        waited: list[asyncio.Future[Any]] = [working, gone, first]
         await asyncio.wait(waited, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        if gone.done():
+        if first.done():
+            await _send_pieces(first.result(), pieces, working, gone, serving.lineage, send, labels)
+        elif working.done():
+            answer = working.result()
+            labels |= {"status": str(answer.status), "version": answer.version}
+            headers = {"X-Deal-Version": answer.version, "X-Deal-Lineage": serving.lineage}
+            await Response(answer.body, answer.status, headers, answer.kind)(request.scope, request.receive, send)
+        elif gone.done():
             raise ClientDisconnect
-        raise RefusalError(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.", RETRY)
+        else:
+            raise RefusalError(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.", RETRY)
     finally:
         given_up.set()
         gone.cancel()
+        first.cancel()
         if not working.done():
             working.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
+
+
+async def _send_pieces(
+    first: tuple[str, str],
+    pieces: asyncio.Queue[tuple[str, str]],
+    working: asyncio.Future[HttpAnswer],
+    gone: asyncio.Future[Any],
+    lineage: str,
+    send: Send,
+    labels: dict[str, str],
+) -> None:
+    """Send the pieces of an answer as they come, and then the rest. An error that comes later is an event of its own.
+
+    Raises:
+        ClientDisconnect: The client has gone, or the engine has given no piece for a long time.
+    """
+    version, text = first
+    labels |= {"status": "200", "version": version}
+    headers = {"X-Deal-Version": version, "X-Deal-Lineage": lineage}
+    raw_headers = StreamingResponse((), headers=headers, media_type="text/event-stream").raw_headers
+    await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+
+    async def send_part(text: str, *, more: bool = True) -> None:
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+    await send_part(text)
+    while not working.done() or not pieces.empty():
+        coming = asyncio.ensure_future(pieces.get())
+        waited: list[asyncio.Future[Any]] = [coming, working, gone]
+        await asyncio.wait(waited, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if coming.done():
+            await send_part(coming.result()[1])
+            continue
+        coming.cancel()
+        if not working.done():
+            raise ClientDisconnect
+    try:
+        rest = working.result().body
+    except RefusalError as refusal:
+        labels["status"] = str(refusal.status)
+        error = {"message": str(refusal), "type": "server_error", "param": None, "code": refusal.code}
+        rest = f"data: {json.dumps({'error': error}, ensure_ascii=False)}\n\n"
+    await send_part(rest, more=False)
 
 
 class Meter(Collector):
@@ -252,6 +328,10 @@ class Meter(Collector):
         failed = "1 while the champion does not load or the store does not answer."
         yield GaugeMetricFamily("deal_serving_problem", failed, value=state["problem"] is not None)
         log, rollout = self._serving.log, self._serving.rollout
+        for engine in state.get("engines", ()):
+            there = GaugeMetricFamily("deal_engine_up", "1 while the engine answers.", labels=["engine"])
+            there.add_metric([engine["url"]], engine["problem"] is None)
+            yield there
         lost, left_out = "Answers that are missing in the prediction log.", "Copies that no shadow has answered."
         yield CounterMetricFamily("deal_predictions_dropped", lost, value=log.num_dropped if log else 0)
         yield CounterMetricFamily("deal_shadow_requests_dropped", left_out, value=rollout.num_dropped if rollout else 0)

@@ -121,7 +121,8 @@ landed_key: Callable[[str, str], str] = "landed/{}/{:.32}.json".format
 batch_folder: OfLineage = "batches/{}".format
 batch_key: OfLineageAndTask = "batches/{}/{}.json".format
 
-route_key: OfLineage = "serving/{}.json".format
+fingerprint_key: Callable[[str], str] = "base_models/{}.json".format
+"""From the digest of a base model."""
 answer_ids_key: OfLineage = "serving/{}.key".format
 log_folder: Callable[[str, str], str] = "{}/{}".format
 """From the log, PREDICTIONS or FEEDBACK, and the lineage."""

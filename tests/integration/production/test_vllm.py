@@ -11,13 +11,13 @@ from typing import Any
 import httpx
 import numpy
 import pytest
+from infra.serving.vllm import VllmAwayError, VllmClient, VllmError
 from safetensors.numpy import save
 
 from deal_core.adapter.files import digests_of
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
 from flows.champions import serve_vllm
 from infra.serving import vllm
-from infra.serving.vllm import VllmAwayError, VllmClient, VllmError
 from infra.settings import VllmSettings
 from infra.store.local import open_store
 from infra.versions import Versions

@@ -1,0 +1,40 @@
+"""What tells a base model from others by its answers alone: log-probabilities of a fixed text.
+
+An engine that serves a lineage has loaded its base model by itself, so no digest of files can be compared there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+
+from deal_core.base_model.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXT = (
+    "Before you buy a used bicycle, lift the front wheel and spin it. In 1969, 2 astronauts walked on the moon; "
+    "the answer to x + 7 = 12 is 5. She replied: no, I have never been there."
+)
+"""The text. It must not change: figures of it are stored."""
+MOST_APART = 0.1
+"""Largest mean difference of the log-probabilities of one model, in nats."""
+
+
+@torch.inference_mode()
+def text_log_probs(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[float]]:
+    """Return the token ids of the text, and log p of each token after those before it, without the first one's."""
+    ids = list(tokenizer(TEXT)["input_ids"])
+    device = next(model.parameters()).device
+    log_probs_KV = model(input_ids=torch.tensor([ids], device=device)).logits[0, :-1].float().log_softmax(-1)
+    chosen = torch.tensor(ids[1:], device=device)[:, None]
+    return ids, log_probs_KV.gather(-1, chosen)[:, 0].tolist()
+
+
+def apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the mean absolute difference of two models' log-probabilities, in nats."""
+    return fmean(abs(own - other) for own, other in zip(ours, theirs, strict=True))

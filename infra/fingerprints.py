@@ -1,0 +1,39 @@
+"""The fingerprints of base models in the store, by which `deal serve` knows what an engine has loaded."""
+
+from __future__ import annotations
+
+from deal_core.base_model.fingerprint import text_log_probs
+from deal_core.base_model.load import BaseModel
+from infra.store.base import ObjectStore
+from infra.store.keys import fingerprint_key
+from infra.store.stored import Stored, read_stored, write_stored
+
+
+class Fingerprint(Stored):
+    """What a base model makes of a fixed text (`deal_core.base_model.fingerprint`)."""
+
+    base_sha256: str
+    """Digest of the base model."""
+    tokens: tuple[int, ...]
+    """The text's token ids."""
+    log_probs: tuple[float, ...]
+    """Log-probability of each token after those before it, in nats, without the first one's."""
+
+
+def read_fingerprint(store: ObjectStore, base_sha256: str) -> Fingerprint | None:
+    """Return the fingerprint of a base model; None: none is stored. StoreError: it is damaged."""
+    what = f"the fingerprint of the base model {base_sha256[:12]}"
+    remedy = "Delete it: deal serve --engine writes it anew from the base model."
+    return read_stored(store, fingerprint_key(base_sha256), Fingerprint, what=what, remedy=remedy)
+
+
+def keep_fingerprint(store: ObjectStore, base: BaseModel) -> Fingerprint | None:
+    """Store the fingerprint of a loaded base model, if the store lacks it, and return it. None: an encoder-decoder."""
+    if base.kind == "seq2seq":  # no engine serves adapters on it
+        return None
+    stored = read_fingerprint(store, base.sha256)
+    if stored is None:
+        tokens, log_probs = text_log_probs(base.model, base.tokenizer)
+        stored = Fingerprint(base_sha256=base.sha256, tokens=tuple(tokens), log_probs=tuple(log_probs))
+        write_stored(store, fingerprint_key(base.sha256), stored)
+    return stored

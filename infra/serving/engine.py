@@ -1,0 +1,230 @@
+"""A client of one vLLM server: its models, its adapters, completions and the probabilities of a prompt.
+
+A running vLLM server loads adapters if it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora
+(https://docs.vllm.ai, LoRA Adapters, "Dynamically serving LoRA Adapters").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from deal_core.errors import ConfigError, DealError
+from deal_core.safe_text import without_secrets
+from infra.settings import EngineSettings, host_of
+
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 300.0
+"""Longest wait for the next piece of an answer. A full engine lets requests wait."""
+FIRST_PAUSE_SECONDS = 0.5
+AWAY = frozenset({429, 502, 503, 504})
+"""Status codes of a server or proxy that is starting or too busy."""
+NO_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+"""Errors in reading an answer that no vLLM server gave."""
+TOKEN = "token_id:"
+"""How vLLM writes a token's number in the place of its text, if `return_tokens_as_token_ids` is set."""
+
+
+class EngineError(DealError):
+    """The engine refused a request. `status` is the HTTP status of its answer; 0: it gave something else."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EngineAwayError(EngineError):
+    """The engine does not answer, or is too busy to."""
+
+
+class Piece(NamedTuple):
+    """The next piece of an answer."""
+
+    place: int
+    """Number of the prompt, times the answers per prompt, plus the number of the answer."""
+    text: str
+    tokens: Sequence[int]
+    """Ids of the new tokens."""
+    log_probs: Sequence[float]
+    """Log-probability of each new token, in nats."""
+    tops: Sequence[Mapping[int, float]]
+    """For each new token, log-probabilities by token: of the likeliest ones, or of the requested ones."""
+    finish_reason: str | None
+    """None: the answer goes on. "length": it has reached its longest length."""
+
+
+class EngineClient:
+    """A client of one server. Threads may share it.
+
+    Raises:
+        EngineAwayError: In every method: the server does not answer.
+        EngineError: In every method: the server refuses, or gives something else.
+    """
+
+    def __init__(self, url: str, settings: EngineSettings, *, max_attempts: int = 1) -> None:
+        host_of(url, "The engine's address (--engine, DEAL_ENGINE_URL)")
+        url = url.rstrip("/").removesuffix("/v1")
+        self.shown = without_secrets(url)
+        """The address without passwords."""
+        key = settings.api_key
+        try:
+            verify = ssl.create_default_context(cafile=settings.ca_file) if settings.ca_file else True
+        except (OSError, ssl.SSLError) as error:
+            problem = f"DEAL_ENGINE_CA_FILE: {settings.ca_file} holds no certificates ({error}); give a PEM file."
+            raise ConfigError(problem) from None
+        self._client = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
+            timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            verify=verify,
+        )
+        self._max_attempts = max_attempts
+
+    def models(self, *, seconds: float = ANSWER_SECONDS) -> dict[str, tuple[str, bool]]:
+        """Return the name of each model, with the path that it was loaded from, and whether it is an adapter."""
+        answer = self._send("list its models", "GET", "/v1/models", seconds=seconds)
+        try:
+            return {
+                entry["id"]: (str(entry.get("root") or ""), entry.get("parent") is not None)
+                for entry in answer.json()["data"]
+            }
+        except NO_ANSWER:
+            raise EngineError(
+                f"{self.shown} lists no models as vLLM does; give the address of a vLLM server."
+            ) from None
+
+    def load(self, name: str, path: str) -> None:
+        """Load an adapter from a path on the server, if it is not loaded yet."""
+        try:
+            self._send(f"load {path}", "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        except EngineError:
+            if self.models().get(name) != (path, True):  # else another front, or an attempt before, has loaded it
+                raise
+
+    def unload(self, name: str) -> None:
+        """Unload an adapter, if it is loaded."""
+        try:
+            self._send(f"unload {name}", "POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        except EngineError:
+            if name in self.models():
+                raise
+
+    def complete(self, body: Mapping[str, Any]) -> Generator[Piece | Mapping[str, int], None, None]:
+        """Yield the pieces of the answers to a body of /v1/completions as they come, then the numbers of tokens.
+
+        Closing the iterator ends the connection, and the engine then gives the request up.
+        """
+        more = {"stream": True, "stream_options": {"include_usage": True}, "return_tokens_as_token_ids": True}
+        with self._connected(), self._client.stream("POST", "/v1/completions", json={**body, **more}) as answer:
+            if not answer.is_success:
+                answer.read()
+            self._require_success(answer, f"ask {body['model']}", "/v1/completions")
+            for line in answer.iter_lines():
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                try:
+                    event = json.loads(data)
+                    if "error" in event:
+                        reason = _one_line(event["error"].get("message"))
+                        raise EngineError(f"The engine at {self.shown} failed: {reason}", 500)
+                    for choice in event["choices"]:
+                        yield _piece(choice)
+                    if usage := event.get("usage"):
+                        yield usage
+                except NO_ANSWER:
+                    raise EngineError(f"{self.shown} gave no completion as vLLM does.") from None
+
+    def prompt_log_probs(self, model: str, prompt: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token of a prompt after those before it, without the first one's."""
+        body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        answer = self._send(f"ask {model}", "POST", "/v1/completions", body)
+        try:
+            scored = answer.json()["choices"][0]["prompt_logprobs"][1:]
+            return [float(entry[str(token)]["logprob"]) for token, entry in zip(prompt[1:], scored, strict=True)]
+        except NO_ANSWER:
+            raise EngineError(f"{self.shown} gave no prompt_logprobs as vLLM does.") from None
+
+    def _send(
+        self,
+        action: str,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        seconds: float = ANSWER_SECONDS,
+    ) -> httpx.Response:
+        """Send a request; repeat it while the server does not answer."""
+        for attempt in Retrying(
+            stop=stop_after_attempt(self._max_attempts),
+            wait=wait_exponential(FIRST_PAUSE_SECONDS, max=10),
+            retry=retry_if_exception_type(EngineAwayError),
+            reraise=True,
+        ):
+            with attempt, self._connected():
+                timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
+                answer = self._client.request(method, path, json=body, timeout=timeout)
+                self._require_success(answer, action, path)
+        return answer
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TransportError as error:
+            reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise EngineAwayError(f"The engine at {self.shown} does not answer ({reason}).") from None
+
+    def _require_success(self, answer: httpx.Response, action: str, path: str) -> None:
+        if answer.is_success:
+            return
+        if answer.status_code in AWAY:
+            problem = f"The engine at {self.shown} is starting or too busy ({answer.status_code})."
+            raise EngineAwayError(problem, answer.status_code)
+        message: object = None
+        with suppress(ValueError, AttributeError):  # no JSON, or no object
+            values = answer.json()
+            message = values.get("error", values).get("message")  # in some releases it is at the top level
+        if answer.status_code == 401:
+            reason = "it wants an API key; set DEAL_ENGINE_API_KEY."
+        elif message:
+            reason = _one_line(message)
+        elif answer.status_code in (404, 405) and path.endswith("_lora_adapter"):
+            reason = (
+                "it takes no adapters while it runs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and "
+                "--enable-lora."
+            )
+        else:
+            reason = f"it answered {answer.status_code}."
+        raise EngineError(f"The engine at {self.shown} did not {action}: {reason}", answer.status_code)
+
+
+def _one_line(message: object) -> str:
+    return re.sub(r"\s+", " ", str(message))[:500]
+
+
+def _piece(choice: Mapping[str, Any]) -> Piece:
+    logged = choice.get("logprobs") or {}
+
+    def number(token: str) -> int:
+        return int(token.removeprefix(TOKEN))
+
+    return Piece(
+        place=choice["index"],
+        text=choice["text"],
+        tokens=[number(token) for token in logged.get("tokens", ())],
+        log_probs=[float(value) for value in logged.get("token_logprobs", ())],
+        tops=[
+            {number(token): float(value) for token, value in (top or {}).items()}
+            for top in logged.get("top_logprobs") or ()
+        ],
+        finish_reason=choice.get("finish_reason"),
+    )
