@@ -293,7 +293,7 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
         report,
         trained.summary,
         dict(stages.seconds),
-        adaptation.parent_answers,
+        adaptation.parent_answers.now,
         include_texts=adaptation.spec.data.include_texts,
     )
     stages.done("report", f"deal version show {version.version} --report --lineage {version.lineage}")

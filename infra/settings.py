@@ -149,6 +149,13 @@ class ServingSettings(_Settings):
     """Days until `deal serve` and `deal data gc` remove logged rows and their feedback (DEAL_LOG_RETENTION_DAYS)."""
 
 
+class EvaluationSettings(_Settings):
+    """Where test rows are answered."""
+
+    evaluate_engine: str | None = None
+    """Address of a vLLM server that answers test rows (DEAL_EVALUATE_ENGINE); None: the process that evaluates does."""
+
+
 class EngineSettings(_Settings):
     """vLLM servers that answer for `deal serve --engine`, and the options that they were started with."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from deal_core.config import MEASURED, PREFERENCE
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
-from deal_core.evaluation.generation import Confidence, OnProgress, answer_inputs
+from deal_core.evaluation.generation import Confidence, GivenAnswer, OnProgress, answer_inputs
 from deal_core.evaluation.likelihood import preferred, token_probabilities
 from deal_core.evaluation.metrics import (
     LabelFigures,
@@ -55,10 +56,12 @@ def evaluate_task(
     task: ServedTask,
     rows: Dataset,
     on_progress: OnProgress | None = None,
+    answer: Callable[[ServedTask, Sequence[str], OnProgress | None], list[GivenAnswer]] | None = None,
 ) -> TaskEvaluation:
     """Answer every row's input, and score the answer against the row's right answers by the task's metric.
 
-    If a row has several right answers (column "references"), its score is that of the best one.
+    If a row has several right answers (column "references"), its score is that of the best one. `answer` answers in
+    the model's place, except for measured metrics.
 
     Raises:
         ConfigError: The task's metric is a function that cannot be used.
@@ -82,7 +85,8 @@ def evaluate_task(
             best[place] = max(best[place], share)
         answers = [f"{share:.6f}" for share in best]
     else:
-        answered = answer_inputs(model, tokenizer, task, inputs, on_progress)
+        answer = answer or partial(answer_inputs, model, tokenizer)
+        answered = answer(task, inputs, on_progress)
         answers, confidences = [row.text for row in answered], tuple(row.confidence for row in answered)
     return evaluate_answers(task.schema, rows, answers, confidences)
 

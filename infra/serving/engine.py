@@ -101,6 +101,20 @@ class EngineClient:
                 f"{self.shown} lists no models as vLLM does; give the address of a vLLM server."
             ) from None
 
+    def base_model(self) -> str:
+        """Return the name of its base model."""
+        bases = [name for name, (_, is_adapter) in self.models().items() if not is_adapter]
+        if not bases:
+            raise EngineError(f"The engine at {self.shown} has no base model.")
+        return bases[0]
+
+    def version(self) -> str:
+        """Return the release of vLLM, such as 0.32.0."""
+        try:
+            return str(self._send("tell its release", "GET", "/version").json()["version"])
+        except NO_ANSWER:
+            raise EngineError(f"{self.shown} tells no release as vLLM does.") from None
+
     def load(self, name: str, path: str) -> None:
         """Load an adapter from a path on the server, if it is not loaded yet."""
         try:

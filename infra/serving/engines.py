@@ -110,7 +110,7 @@ class Engines:
     ) -> None:
         self._store, self._settings, self._note = store, settings, note
         self._own_names = re.compile(rf"{re.escape(lineage)}-v\d+-[0-9a-f]{{12}}")
-        self._folder = settings.adapter_dir or HomeSettings().home / "engine-adapters"
+        self._folder = adapter_folder(settings)
         self._first: OnEngine | None = None
         self._candidate: OnEngine | None = None
         self._changing = threading.Lock()
@@ -208,20 +208,23 @@ class Engines:
         del in_background  # the engine decides in which order it answers
         with self._in_flight(by_candidate) as version:
             asked = [version.served.asked(row, number) for number, row in enumerate(rows, 1)]
-            answer = _Answer(version, asked, sampling or Sampling(), is_given_up, self._is_stopped.is_set)
+            answer = Completion(version, asked, sampling or Sampling(), is_given_up, self._is_stopped.is_set)
             for places in answer.batches():
-                while not self._try(answer, places):
+                tried: set[_Engine] = set()
+                while not self._try(answer, places, tried):
                     answer.begin_again(places)
             return answer.finished()
 
-    def _try(self, answer: _Answer, places: Sequence[int]) -> bool:
-        """Let an engine answer some rows. False: it went away before it began, and another one has to be asked."""
+    def _try(self, answer: Completion, places: Sequence[int], tried: set[_Engine]) -> bool:
+        """Let an engine that is not among those `tried` answer some rows. False: another one has to be asked."""
         with self._changing:
-            free = [engine for engine in self._engines if answer.version.name in engine.loaded and engine.is_there]
+            there = [engine for engine in self._engines if answer.version.name in engine.loaded and engine.is_there]
+            free = [engine for engine in there if engine not in tried]
             if not free:
                 reasons = " ".join(dict.fromkeys(engine.problem or "" for engine in self._engines)).strip()
                 raise NoEngineError(f"No engine answers now; ask again in a moment. {reasons}".strip())
             engine = min(free, key=lambda engine: engine.num_in_flight)
+            tried.add(engine)
             engine.num_in_flight += 1
         try:
             answer.take(engine.client, places)
@@ -230,7 +233,7 @@ class Engines:
                 engine.problem = str(error)
             if answer.has_begun:
                 raise GivenUpError(f"{error} Ask again.") from None
-            if error.status and len(free) == 1:
+            if len(free) == 1:
                 raise NoEngineError(f"{error} Ask again in a moment.") from None
             return False
         except EngineError as error:
@@ -269,7 +272,7 @@ class Engines:
         else:
             tokenizer, fingerprint = self._base_of(served)
         name = f"{served.lineage}-v{number}-{sha256_together(digests_of(folder, PEFT_FILES))[:12]}"
-        _copy_adapter(folder, self._folder / name)
+        copy_adapter(folder, self._folder / name)
         path = f"{self._settings.server_adapter_dir or self._folder}/{name}"
         version = OnEngine(
             served=served, number=number, name=name, path=path, tokenizer=tokenizer, fingerprint=fingerprint
@@ -406,21 +409,24 @@ class _Engine:
             self.loaded |= {version.name}
 
     def _require_base(self, version: OnEngine) -> None:
-        """Compare the engine's base model with the version's, once, by what it makes of a fixed text."""
-        known = version.fingerprint
-        if known.base_sha256 in self.proved:
-            return
-        distance = apart(known.log_probs, self.client.prompt_log_probs(self.base, known.tokens))
-        if not distance <= MOST_APART:  # NaN is no proof
-            raise ConfigError(
-                f"The engine at {self.shown} has the base model {self.base}, and version {version.number} needs "
-                f"{version.served.base_name}: their log-probabilities of a fixed text differ by {distance:.2f} on "
-                f"average (at most {MOST_APART:g}). Start the engine with the lineage's base model."
-            )
-        self.proved |= {known.base_sha256}
+        """Compare the engine's base model with the version's, once."""
+        if version.fingerprint.base_sha256 not in self.proved:
+            require_base(self.client, self.base, version.fingerprint, version.served.base_name)
+            self.proved |= {version.fingerprint.base_sha256}
 
 
-class _Answer:
+def require_base(client: EngineClient, model: str, fingerprint: Fingerprint, wanted: str) -> None:
+    """Raise ConfigError if an engine's base model `model` is not the one `wanted`, by what it makes of a fixed text."""
+    distance = apart(fingerprint.log_probs, client.prompt_log_probs(model, fingerprint.tokens))
+    if not distance <= MOST_APART:  # NaN is no proof
+        raise ConfigError(
+            f"The engine at {client.shown} has the base model {model}, and the version needs {wanted}: their "
+            f"log-probabilities of a fixed text differ by {distance:.2f} on average (at most {MOST_APART:g}). Start "
+            "the engine with the lineage's base model."
+        )
+
+
+class Completion:
     """The answers to the rows of one request, while they come."""
 
     def __init__(
@@ -547,7 +553,12 @@ class _Answer:
         )
 
 
-def _copy_adapter(folder: Path, target: Path) -> None:
+def adapter_folder(settings: EngineSettings) -> Path:
+    """Return the folder of this machine for adapters that engines read."""
+    return settings.adapter_dir or HomeSettings().home / "engine-adapters"
+
+
+def copy_adapter(folder: Path, target: Path) -> None:
     """Copy the two PEFT files of a version to a new folder, which appears at once and complete.
 
     A copy that is there stays, if it is undamaged.

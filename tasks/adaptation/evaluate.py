@@ -12,11 +12,13 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
 from deal_core.safe_text import listed
+from infra.fingerprints import keep_fingerprint
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version
 from tasks.adaptation.run import AdaptationRun
 from tasks.adaptation.stages import STAGE
+from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import (
@@ -64,13 +66,15 @@ def evaluate_version(
     from tasks.adaptation.scorer import Scorer, collapse_notes
 
     store = current_store()
-    asked = _rows_to_ask(store, adaptation)
     scorer = Scorer(adaptation.base)
+    keep_fingerprint(store, lend_base(adaptation.base))  # deal serve --engine knows the base model by it
+    asked = _rows_to_ask(store, adaptation, scorer.engine)
     scores = _score(scorer, asked, adaptation, trained)
     # Store the answers for the next version's comparison, and the reference for live traffic.
     before = scores.on_parent.answers if adaptation.record else scores.on_base.answers
     completed = {test_set.schema.name: scores.answered[test_set.schema.name] for test_set in asked.unanswered}
-    keep_answers(store, trained.uri, KeptAnswers(now=scores.now.answers, before=before | completed))
+    answers = KeptAnswers(now=scores.now.answers, before=before | completed, engine=scorer.engine)
+    keep_answers(store, trained.uri, answers)
     judging = [test_set for test_set in asked.all if test_set.schema.name not in asked.slices]
     write_reference(store, trained.uri, adaptation.lineage, judging, scores.now.evaluations)
     notes = (*notes, *asked.notes, *_length_notes(scorer, asked, adaptation.dataset), *collapse_notes(scores.now))
@@ -98,7 +102,7 @@ class _Asked:
     notes: tuple[str, ...]
 
 
-def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun) -> _Asked:
+def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, engine: str | None) -> _Asked:
     record, renewal, dataset = adaptation.record, adaptation.renewal, adaptation.dataset
     slices = {part.name: part.of for part in renewal.slices}
     notes: list[str] = []
@@ -135,7 +139,10 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun) -> _Asked:
     ]
     old = within_budget(old, dataset.task, adaptation.spec.evaluate.max_old_rows)
 
-    answered = adaptation.parent_answers
+    # Only answers of one engine are compared, so that no difference comes from its arithmetic.
+    answered = adaptation.parent_answers.now if adaptation.parent_answers.engine == engine else {}
+    if engine is not None:
+        notes.append(f"the test rows were answered by {engine}")
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     unanswered = []

@@ -21,7 +21,7 @@ from infra.versions import Version, Versions
 from tasks.base import load
 from tasks.context import current_store, work_folder
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.frozen_rows import Answers, read_answers
+from tasks.lineage.frozen_rows import KeptAnswers, read_answers
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
@@ -51,7 +51,7 @@ class AdaptationRun:
     record: LineageRecord | None
     parent_folder: Path | None
     """A copy of the parent's adapter on this machine, compared with its digests."""
-    parent_answers: Answers
+    parent_answers: KeptAnswers
     """The parent's answers to the test rows of its tasks; empty without a parent, or if they were forgotten."""
     tasks: tuple[KnownTask, ...]
     """All tasks of the new version, each with the test rows that judge it."""
@@ -201,7 +201,7 @@ def prepare(
         parent=parent,
         record=record,
         parent_folder=parent_folder,
-        parent_answers=read_answers(store, parent.adapter_uri).now if parent else {},
+        parent_answers=read_answers(store, parent.adapter_uri) if parent else KeptAnswers({}, {}),
         tasks=tuple(replace(task, schema=dataset.widen(task.schema)) for task in tasks),
         renewal=renewal,
         tested=tested,

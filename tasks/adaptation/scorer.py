@@ -6,6 +6,7 @@ The module imports torch, so a stage imports it only when it scores.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ from deal_core.evaluation.metrics import collapsed
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task
 from deal_core.safe_text import brief
+from infra.serving.evaluation import answering, evaluating_engine
 from tasks.base import lend_base
+from tasks.context import current_store
 from tasks.lineage.frozen_rows import Answers, TestSet
 from tasks.progress import advance
 from tasks.references import BaseRef
@@ -51,6 +54,8 @@ class Scorer:
 
     def __init__(self, base: BaseRef, *, stage: str = "evaluate") -> None:
         self._base = lend_base(base)
+        self.engine = evaluating_engine()
+        """What answers the rows; None: this process."""
         self._report = advance(stage)
         self._total = 0
         self._done = 0
@@ -72,11 +77,12 @@ class Scorer:
             explain: measure what the collapse of a task's answers costs.
         """
         evaluations, answers, costs = {}, {}, {}
-        with adapter_on(self._base.model, adapter_folder) as model:
+        on_engine = answering(current_store(), self._base, adapter_folder) if self.engine else nullcontext()
+        with adapter_on(self._base.model, adapter_folder) as model, on_engine as answer:
             for test_set in sets:
                 name = test_set.schema.name
                 advance_task = partial(self._advance, name)
-                evaluation = evaluate_task(model, self._base.tokenizer, test_set, test_set.rows, advance_task)
+                evaluation = evaluate_task(model, self._base.tokenizer, test_set, test_set.rows, advance_task, answer)
                 evaluations[name] = evaluation
                 self.num_rows[name] = evaluation.num_rows
                 answers[name] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))

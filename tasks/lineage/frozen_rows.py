@@ -185,11 +185,15 @@ class KeptAnswers:
     before: Answers
     """Answers to compare with. For a new task: the parent's, or the base model's for a first version. For other tasks:
     the parent's, if the parent's own evaluation did not ask all of the rows."""
+    engine: str | None = None
+    """What computed them, such as "vllm 0.32.0"; None: the process that evaluated."""
 
 
 def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> None:
     """Store the answers next to the adapter."""
     values = {"schema_version": SCHEMA_VERSION, "now": answers.now, "before": answers.before}
+    if answers.engine is not None:
+        values["engine"] = answers.engine
     store.put_bytes(f"{adapter_uri}/{ANSWERS_FILE}", json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
 
 
@@ -206,7 +210,7 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers:
     with reading_stored(store, key, "the kept answers of a version", remedy):
         values = json.loads(store.get_bytes(key))
         require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
-        return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]))
+        return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]), engine=values.get("engine"))
 
 
 def compare_answers(
