@@ -39,7 +39,7 @@ def demo(
         return run_demo(picture=picture or deal.home / "demo.png", compare=compare, base_model=base)
 
     outcome = deal.run(start, trains=True)
-    return CommandResult(outcome, show_demo(outcome, deal.home), failed=outcome.failed, rejected=outcome.rejected)
+    return CommandResult(outcome, show_demo(outcome, deal.home), rejected=outcome.rejected)
 
 
 def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
@@ -61,7 +61,6 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         for run in outcome.runs:
             if run.rejected:
                 shown += [f"[red]{escape(run.message)}[/]", *(f"  • {escape(reason)}" for reason in run.reasons)]
-        shown += [f"[red]{escape(message)}[/]" for message in outcome.refused]
     if result.picture is not None:
         shown.append(f"Picture:      {escape(str(result.picture))}")
     option, first = home_option(home), result.outcomes[0].lineage

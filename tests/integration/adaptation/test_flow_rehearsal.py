@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import json
 from collections import Counter
@@ -22,7 +21,6 @@ from deal_core.adapter.state import load_method_state
 from deal_core.strategies.kept_rows import pack, rows_name, unpack
 from deal_core.strategies.rehearsal import RehearsedRow
 from flows.adapt import AdaptResult
-from flows.requeue import requeue
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.resume import FINDINGS_FILE, read_findings
 from tasks.context import current_store
@@ -230,14 +228,6 @@ def test_a_lineage_of_before_goes_on_and_says_once_that_its_rows_are_gone(tiny_b
     assert (second.status, second.parent_version) == ("promoted", "4")
     assert not [note for note in notes_of(second) if "gone" in note]
     assert num_kept("5", "wards", "bank") == [18, 18]
-
-
-@pytest.mark.usefixtures("home_of_before")
-def test_an_arrival_of_before_that_was_rolled_back_is_learned_again_with_todays_settings() -> None:
-    roll_back("l", "1", who="tester", why="a test")
-    (result,) = asyncio.run(requeue("l", ["3"]))
-    assert (result.status, result.version, result.parent_version) == ("promoted", "4", "1")
-    assert num_kept("4", "bank", "clinic") == [18, 18] and not [note for note in notes_of(result) if "gone" in note]
 
 
 @pytest.mark.nightly
