@@ -37,9 +37,6 @@ def plan_forget(named: str) -> ForgetPlan:
 
     Args:
         named: Digest of the dataset, its first characters, or the key under which the arrival landed.
-
-    Raises:
-        ConfigError: There is no such arrival, or more than one.
     """
     store = current_store()
     return plan_forgetting(store, find_arrival(store, named))

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import runtime
+from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import AdapterConfig, Quantize
 from deal_core.data.schema import TaskSchema
+from deal_core.errors import DataValidationError
 from infra.run_journal import Run, RunJournal
 from infra.store.format import write_format
 from infra.versions import Version, Versions
@@ -25,8 +27,45 @@ from tasks.lineage.frozen_rows import Answers, read_answers
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
+from tasks.progress import Interrupted
 from tasks.references import ArrivalScore, BaseRef, DatasetRef
 from tasks.spec import AdaptSpec
+
+RETRY_SECONDS = [5, 30, 120]
+"""Pauses before a stage is tried again."""
+TRANSIENT = {
+    "builtins": {"ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError"}
+    | {"BrokenPipeError", "TimeoutError"},
+    "httpx": {"ConnectError", "ReadError", "WriteError", "RemoteProtocolError", "PoolTimeout"}
+    | {"ConnectTimeout", "ReadTimeout", "WriteTimeout"},
+    "requests": {"ConnectionError", "ConnectTimeout", "ReadTimeout", "Timeout", "ChunkedEncodingError"},
+    "botocore": {"EndpointConnectionError", "ConnectionClosedError", "ConnectTimeoutError", "ReadTimeoutError"}
+    | {"ConnectionError", "HTTPClientError"},
+}
+"""Errors of a connection by the package that raises them: Prefect, MLflow, the store and the Hub use these clients."""
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, is one of a connection. A mistake in the data never is one."""
+    while error is not None:
+        if isinstance(error, DataValidationError | Interrupted):
+            return False
+        kind = type(error)
+        if kind.__name__ in TRANSIENT.get(kind.__module__.partition(".")[0], ()):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+STAGE: dict[str, Any] = {
+    "tags": ["deal"],
+    "cache_policy": NO_CACHE,
+    "retries": len(RETRY_SECONDS),
+    "retry_delay_seconds": RETRY_SECONDS,
+    # Prefect asks after a failure; the state has the error
+    "retry_condition_fn": lambda task, run, state: isinstance(state.data, BaseException) and is_transient(state.data),
+}
+"""Options of every stage. Prefect's cache is not used: a run finds its own results by its key and goes on from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +160,7 @@ def make_run_key(
 
 
 def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
-    """Load a base model and return its name and digest.
-
-    Raises:
-        ConfigError: The model cannot be loaded or quantized; see `deal_core.base_model.load.load_base`.
-    """
+    """Load a base model and return its name and digest."""
     base = load(source, quantize)
     return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)
 

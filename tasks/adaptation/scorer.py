@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from deal_core.adapter.state import adapter_on
-from deal_core.base_model.language_model import LanguageModel
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.metrics import collapsed
@@ -65,11 +64,7 @@ class Scorer:
     ) -> Scored:
         """Score one adapter (None: the untouched base model) on each test set.
 
-        Args:
-            adapter_folder: the adapter.
-            sets: the test sets.
-            general: score it on plain English too.
-            explain: measure what the collapse of a task's answers costs.
+        `general` scores it on plain English too. `explain` measures what the collapse of a task's answers costs.
         """
         evaluations, answers, costs = {}, {}, {}
         with adapter_on(self._base.model, adapter_folder) as model:
@@ -81,20 +76,16 @@ class Scorer:
                 self.num_rows[name] = evaluation.num_rows
                 answers[name] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
                 if explain and collapsed(evaluation.labels) is not None:
-                    costs[name] = self._recentred_accuracy(model, test_set)
+                    scores = label_scores(
+                        model,
+                        self._base.tokenizer,
+                        test_set.schema,
+                        test_set.rows,
+                        max_prompt_tokens=test_set.max_prompt_tokens,
+                    )
+                    costs[name] = recentred_accuracy(*scores)
             on_english = perplexity(model, self._base.tokenizer) if general else None
         return Scored(evaluations, answers, on_english, costs)
-
-    def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
-        return recentred_accuracy(
-            *label_scores(
-                model,
-                self._base.tokenizer,
-                test_set.schema,
-                test_set.rows,
-                max_prompt_tokens=test_set.max_prompt_tokens,
-            )
-        )
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""
