@@ -26,16 +26,11 @@ from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import Findings, report_version
 from tasks.adaptation.resume import changed_since, find_parent, keep_findings
-from tasks.adaptation.run import AdaptationRun, prepare
+from tasks.adaptation.run import AdaptationRun, RunInputs, prepare
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
-from tasks.lineage.choices import (
-    choose_adapter,
-    choose_base,
-    choose_strategy,
-    settings_of,
-)
+from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.datasets import drop_training_rows
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
@@ -198,39 +193,31 @@ async def begin(
     stages.done("base", base.name)
     if record:
         require_same_base(record, base)
-    config_sha256 = spec.config_sha256(adapter, strategy)
     attempt = await stages.run("repeat", runs.count_attempts, spec.lineage, dataset) if again else 0
-    # The same arrival, parent and settings make the same key, by which a run that was interrupted goes on.
-    run_key = runs.make_run_key(
-        lineage=spec.lineage, base=base, dataset=dataset, parent=parent, config_sha256=config_sha256, attempt=attempt
+    inputs = RunInputs(
+        spec=spec,
+        dataset=dataset,
+        base=base,
+        adapter=adapter,
+        strategy=strategy,
+        parent=parent,
+        record=record,
+        attempt=attempt,
+        requeued_sha256=requeued_sha256,
     )
-    if version := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, run_key):
+    # By the key a run that was interrupted goes on.
+    if version := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, inputs.run_key):
         raise NothingToLearnError(repeated(version, dataset))
     # The champion may answer the new rows well enough already.
-    tested = None
     if retrain.test_first and parent is not None and record is not None:
         tested = await stages.run("test", score_arrival, base, parent, record, dataset)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
             raise NothingToLearnError(skipped(parent, dataset, tested, stages.seconds))
-    params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
-    run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
+        inputs = replace(inputs, tested=tested)
+    run = await stages.run("start", runs.start_run, inputs)
     async with _failing(run):
-        return await stages.run(
-            "start",
-            prepare,
-            spec,
-            run,
-            dataset,
-            base,
-            adapter=adapter,
-            strategy=strategy,
-            config_sha256=config_sha256,
-            parent=parent,
-            record=record,
-            tested=tested,
-            requeued_sha256=requeued_sha256,
-        )
+        return await stages.run("start", prepare, inputs, run)
 
 
 async def _finish(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
