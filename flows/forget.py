@@ -86,16 +86,8 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
 
 
 def _tombstone(plan: ForgetPlan, reason: str, versions: Sequence[str] = ()) -> Tombstone:
-    return Tombstone(
-        task=plan.task,
-        sha256=plan.sha256,
-        files=plan.files,
-        splits=plan.splits,
-        landed=plan.landed,
-        reason=reason,
-        at=datetime.now(UTC),
-        versions=tuple(versions),
-    )
+    facts = plan.model_dump(include={"task", "sha256", "files", "splits", "landed"})
+    return Tombstone(**facts, reason=reason, at=datetime.now(UTC), versions=tuple(versions))
 
 
 def _affected(plan: ForgetPlan) -> list[str]:
