@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from deal_core.adapter.state import adapter_on
+from deal_core.base_model.language_model import LanguageModel
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.metrics import collapsed
@@ -76,16 +77,20 @@ class Scorer:
                 self.num_rows[name] = evaluation.num_rows
                 answers[name] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
                 if explain and collapsed(evaluation.labels) is not None:
-                    scores = label_scores(
-                        model,
-                        self._base.tokenizer,
-                        test_set.schema,
-                        test_set.rows,
-                        max_prompt_tokens=test_set.max_prompt_tokens,
-                    )
-                    costs[name] = recentred_accuracy(*scores)
+                    costs[name] = self._recentred_accuracy(model, test_set)
             on_english = perplexity(model, self._base.tokenizer) if general else None
         return Scored(evaluations, answers, on_english, costs)
+
+    def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
+        return recentred_accuracy(
+            *label_scores(
+                model,
+                self._base.tokenizer,
+                test_set.schema,
+                test_set.rows,
+                max_prompt_tokens=test_set.max_prompt_tokens,
+            )
+        )
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""
