@@ -15,8 +15,7 @@ from deal_core.safe_text import listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version
-from tasks.adaptation.run import AdaptationRun
-from tasks.adaptation.stages import STAGE
+from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import (
