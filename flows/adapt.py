@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from deal_core.errors import DealError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
-from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
@@ -25,18 +24,13 @@ from tasks.adaptation.gate import judge_version
 from tasks.adaptation.ingest import ingest_arrival
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
-from tasks.adaptation.report import report_version
+from tasks.adaptation.report import Findings, report_version
 from tasks.adaptation.resume import changed_since, find_parent, keep_findings
-from tasks.adaptation.run import AdaptationRun, prepare
+from tasks.adaptation.run import AdaptationRun, RunInputs, prepare
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
-from tasks.lineage.choices import (
-    choose_adapter,
-    choose_base,
-    choose_strategy,
-    settings_of,
-)
+from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.datasets import drop_training_rows
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
@@ -173,12 +167,10 @@ async def begin(
 ) -> AdaptationRun:
     """Find the parent, check and store the arrival, load the base model, start the run. The caller holds the lineage.
 
-    `stages` gets the times of the stages. For the other arguments see `adapt` and `learn_arrival`.
+    `stages` gets the times of the stages. For the other arguments and errors see `adapt` and `learn_arrival`.
 
     Raises:
         NothingToLearnError: A version has learned the arrival, or it is skipped.
-        ConfigError: The spec contradicts the lineage.
-        DataValidationError: The whole file is refused.
     """
     stages, store = stages or Stages(), current_store()
     parent = await stages.run("parent", find_parent, spec.lineage)
@@ -201,39 +193,31 @@ async def begin(
     stages.done("base", base.name)
     if record:
         require_same_base(record, base)
-    config_sha256 = spec.config_sha256(adapter, strategy)
     attempt = await stages.run("repeat", runs.count_attempts, spec.lineage, dataset) if again else 0
-    # The same arrival, parent and settings make the same key, by which a run that was interrupted goes on.
-    run_key = runs.make_run_key(
-        lineage=spec.lineage, base=base, dataset=dataset, parent=parent, config_sha256=config_sha256, attempt=attempt
+    inputs = RunInputs(
+        spec=spec,
+        dataset=dataset,
+        base=base,
+        adapter=adapter,
+        strategy=strategy,
+        parent=parent,
+        record=record,
+        attempt=attempt,
+        requeued_sha256=requeued_sha256,
     )
-    if version := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, run_key):
+    # By the key a run that was interrupted goes on.
+    if version := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, inputs.run_key):
         raise NothingToLearnError(repeated(version, dataset))
     # The champion may answer the new rows well enough already.
-    tested = None
     if retrain.test_first and parent is not None and record is not None:
         tested = await stages.run("test", score_arrival, base, parent, record, dataset)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
             raise NothingToLearnError(skipped(parent, dataset, tested, stages.seconds))
-    params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
-    run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
+        inputs = replace(inputs, tested=tested)
+    run = await stages.run("start", runs.start_run, inputs)
     async with _failing(run):
-        return await stages.run(
-            "start",
-            prepare,
-            spec,
-            run,
-            dataset,
-            base,
-            adapter=adapter,
-            strategy=strategy,
-            config_sha256=config_sha256,
-            parent=parent,
-            record=record,
-            tested=tested,
-            requeued_sha256=requeued_sha256,
-        )
+        return await stages.run("start", prepare, inputs, run)
 
 
 async def _finish(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
@@ -278,7 +262,13 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     _say(decision.notes)
     report = replace(report, notes=(*report.notes, *decision.notes))
-    keep_findings(trained.uri, adaptation.spec.model_dump(mode="json"), adaptation.dataset, report, trained.summary)
+    findings = Findings(
+        spec=adaptation.spec.model_dump(mode="json"),
+        dataset=adaptation.dataset,
+        evaluation=report,
+        training=trained.summary,
+    )
+    keep_findings(trained.uri, findings)
     version = await stages.run("register", register_version, adaptation, trained, report, decision)
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
@@ -289,16 +279,13 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
         report_version,
         version,
         adaptation.base.name,
-        adaptation.dataset,
-        report,
-        trained.summary,
+        findings,
         dict(stages.seconds),
         adaptation.parent_answers.now,
-        include_texts=adaptation.spec.data.include_texts,
     )
     stages.done("report", f"deal version show {version.version} --report --lineage {version.lineage}")
     await asyncio.to_thread(announce_version, version, evaluation=report)
-    return adapted(version, adaptation.dataset, report, trained.summary, stages.seconds)
+    return adapted(version, findings, stages.seconds)
 
 
 def _say(notes: Iterable[str]) -> None:
@@ -349,14 +336,9 @@ def skipped(champion: Version, dataset: DatasetRef, tested: ArrivalScore, second
     )
 
 
-def adapted(
-    version: Version,
-    dataset: DatasetRef,
-    report: EvaluationReport,
-    summary: TrainSummary,
-    seconds: dict[str, float],
-) -> AdaptResult:
+def adapted(version: Version, findings: Findings, seconds: dict[str, float]) -> AdaptResult:
     """Return the result of a run that trained."""
+    report, summary = findings.evaluation, findings.training
     status: Status = "promoted"
     verdict = "is champion"
     if not version.accepted:
@@ -367,7 +349,7 @@ def adapted(
         status, verdict = "rollout", _in_rollout(version)
     return _result(
         version,
-        dataset,
+        findings.dataset,
         status=status,
         message=f"Version {version.version} of {version.lineage} {verdict}.",
         arrival_accuracy=version.arrival_accuracy,

@@ -98,9 +98,6 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
 
     Args:
         lineages: Their names; empty: all lineages that have a champion.
-
-    Raises:
-        DealError: Some champions could not be scored. All others were scored.
     """
     return await for_each(lineages, lambda name: evaluate(name), "could not be scored")
 
@@ -113,10 +110,6 @@ async def monitor(lineage: str, data: str | None = None, rebase: bool = False) -
         lineage: The lineage.
         data: File of answers that another server gave, instead of the prediction log. Nothing is announced then.
         rebase: Compare with the present live rows from now on, until another version is champion.
-
-    Raises:
-        RegistryError: The lineage has no champion.
-        ConfigError: The file cannot be used, there are too few rows for a rebase, or `data` comes with `rebase`.
     """
     stages = Stages()
     result = await stages.run("compare", look_at, lineage, data, rebase)
@@ -133,9 +126,6 @@ async def monitor_lineages(lineages: tuple[str, ...] = ()) -> list[MonitorResult
 
     Args:
         lineages: Their names; empty: all lineages that have a champion.
-
-    Raises:
-        DealError: Some lineages could not be looked at. All others were.
     """
     return await for_each(lineages, lambda name: monitor(name), "could not be looked at")
 
@@ -150,11 +140,7 @@ class RolloutResult(BaseModel, frozen=True):
 
 @flow(name="rollouts")
 async def rollouts() -> list[RolloutResult]:
-    """Look at all open rollouts, one after another, and end those that are decided.
-
-    Raises:
-        DealError: Some could not be looked at. All others were.
-    """
+    """Look at all open rollouts, one after another, and end those that are decided."""
     log = PromotionLog(current_store())
 
     async def check(name: str) -> RolloutResult:
@@ -185,20 +171,12 @@ def check_rollout(lineage: str) -> RolloutResult:
 
 
 def finish_rollout(lineage: str, *, who: str, why: str) -> Decision:
-    """Make the version that is tried on live traffic the champion, whatever the figures say.
-
-    Raises:
-        RegistryError: There is no rollout, or the version cannot become champion.
-    """
+    """Make the version that is tried on live traffic the champion, whatever the figures say."""
     return promote_to(lineage, require_open(current_store(), lineage).version, who=who, why=why)
 
 
 def abort_rollout(lineage: str, *, who: str, why: str) -> Decision:
-    """Reject the version that is tried on live traffic.
-
-    Raises:
-        RegistryError: There is no rollout.
-    """
+    """Reject the version that is tried on live traffic."""
     return reject_version(lineage, require_open(current_store(), lineage).version, who=who, why=why)
 
 
@@ -209,10 +187,6 @@ def harvest(task: str, lineage: str = "default") -> HarvestResult:
     Args:
         task: The task.
         lineage: The lineage whose champion answered.
-
-    Raises:
-        ConfigError: The lineage does not know the task.
-        RegistryError: The lineage has no champion.
     """
     result = harvest_feedback(task, lineage)
     landed = f"{result.num_rows} rows landed as {result.key}" if result.key else "nothing to harvest"

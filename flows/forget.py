@@ -37,9 +37,6 @@ def plan_forget(named: str) -> ForgetPlan:
 
     Args:
         named: Digest of the dataset, its first characters, or the key under which the arrival landed.
-
-    Raises:
-        ConfigError: There is no such arrival, or more than one.
     """
     store = current_store()
     return plan_forgetting(store, find_arrival(store, named))
@@ -89,16 +86,8 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
 
 
 def _tombstone(plan: ForgetPlan, reason: str, versions: Sequence[str] = ()) -> Tombstone:
-    return Tombstone(
-        task=plan.task,
-        sha256=plan.sha256,
-        files=plan.files,
-        splits=plan.splits,
-        landed=plan.landed,
-        reason=reason,
-        at=datetime.now(UTC),
-        versions=tuple(versions),
-    )
+    facts = plan.model_dump(include={"task", "sha256", "files", "splits", "landed"})
+    return Tombstone(**facts, reason=reason, at=datetime.now(UTC), versions=tuple(versions))
 
 
 def _affected(plan: ForgetPlan) -> list[str]:

@@ -9,13 +9,13 @@ from prefect import flow
 from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import lock_lineage
 from infra.versions import Version, Versions
-from tasks.adaptation.resume import read_spec_of, require_same_files
+from tasks.adaptation.resume import read_findings, require_same_files
 from tasks.arrival_runs import release
 from tasks.context import current_store
 from tasks.lineage.history import arrival_digests, find_version
 from tasks.lineage.promotion import find_left_behind
 from tasks.lineage.tombstones import refuse_forgotten
-from tasks.spec import AdaptSpec, parse, without_replaced
+from tasks.spec import AdaptSpec, parse
 
 
 @flow(name="requeue", flow_run_name="requeue-{lineage}")
@@ -55,7 +55,7 @@ def _spec_of(version: Version) -> AdaptSpec:
     """Return the spec of a version's run, after checking that the same arrival can be learned again."""
     store = current_store()
     refuse_forgotten(store, version.task, [version.dataset_sha256])
-    spec = parse(AdaptSpec, without_replaced(read_spec_of(version.adapter_uri)), f"version {version.version}")
+    spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
     refuse_forgotten(store, version.task, require_same_files(store, spec.task, version))
     return spec
 

@@ -31,7 +31,7 @@ from flows.lock import LineageBusyError, lock_lineage
 from infra.settings import InboxSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, SUCCESS_FILE, task_of
-from tasks import arrival_runs, batches
+from tasks import arrival_runs
 from tasks.context import current_store
 from tasks.inbox import (
     Arrival,
@@ -50,7 +50,7 @@ from tasks.lineage.settings import WatchedLineage, read_lineage, why_held
 from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter
 from tasks.spec import TaskFieldsError
-from tasks.waiting import Due, plan
+from tasks.waiting import Due, freeze_batch, plan, read_batches, split_batch
 
 logger = logging.getLogger(__name__)
 MAX_NAME = 200
@@ -265,22 +265,22 @@ class InboxWorker:
         still_open = [info for info in files if state.is_open(info, now, retry_now=self._retries)]
         if len(still_open) < len(files):
             return not still_open  # another run has handled the files since the look
-        for batch in batches.read_batches(store, lineage):
+        for batch in read_batches(store, lineage):
             if batch.is_over(inbox, state, now):  # left by a crash, a changed file or a cancelled run
-                batches.end(store, batch)
+                store.delete(batch.key)
         open_batch = due.batch
         if due.is_fixed:
-            open_batch = batches.freeze(store, lineage, task_of(files[0].key), files, now)
+            open_batch = freeze_batch(store, lineage, task_of(files[0].key), files, now)
             if not open_batch.is_of(files):
                 return False  # another run has fixed other files since the look
         learned = await _adapt_to(store, self.spec, files)
         if learned.may_be_one_file and open_batch is not None and len(files) > 1:
             reporter().said("The files are now learned one after another, so that only those that are bad are refused.")
-            batches.split(store, open_batch)
+            split_batch(store, open_batch)
             return False
         state = self._record(files, learned)
         if open_batch is not None and open_batch.is_over(inbox, state, datetime.now(UTC)):
-            batches.end(store, open_batch)
+            store.delete(open_batch.key)
         return True
 
     def _record(self, files: Sequence[Arrival], learned: Learned) -> InboxState:

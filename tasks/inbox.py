@@ -186,11 +186,7 @@ class InboxState(Stored):
 
 
 def read_state(store: ObjectStore, lineage: str) -> InboxState:
-    """Read the state of a lineage's watch. A watch that never ran has an empty state.
-
-    Raises:
-        StoreError: The state is damaged, or another release wrote it.
-    """
+    """Read the state of a lineage's watch. A watch that never ran has an empty state."""
     state = read_stored(
         store,
         keys.watch_key(lineage),
@@ -366,13 +362,10 @@ class HeldArrival(BaseModel, frozen=True):
     """The arrival, as inbox/TASK/FILE."""
     why: str
 
-    def remedy(self, lineage: str) -> str:
-        """Return the command that lets the arrival go on."""
-        return f"deal data release {shlex.quote(self.key)} --lineage {lineage}"
-
     def line(self, lineage: str) -> str:
         """Return it in one line, with the command that lets it go on."""
-        return f"{self.key} is held: {self.why} Let it go on with: {self.remedy(lineage)}"
+        command = f"deal data release {shlex.quote(self.key)} --lineage {lineage}"
+        return f"{self.key} is held: {self.why} Let it go on with: {command}"
 
 
 def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Collection[str] = ()) -> tuple[HeldArrival, ...]:

@@ -119,12 +119,7 @@ class Asked(NamedTuple):
 
     @classmethod
     def find(cls, store: ObjectStore, lineage: str, task: str | None, version: str | None) -> Asked:
-        """Find them. Without a task, it is the task learned last; without a version, the champion.
-
-        Raises:
-            ConfigError: The lineage does not know the task.
-            RegistryError: The lineage has no such version, or no champion.
-        """
+        """Find them. Without a task, it is the task learned last; without a version, the champion."""
         info = find_version(store, lineage, version)
         record = read_record(store, info.adapter_uri)
         return cls(info, record, choose_task(record, task))
@@ -148,8 +143,8 @@ def predict_file(
     Args:
         data: CSV, JSON lines or Parquet, as for ingest. Answers are not needed.
         lineage: The lineage.
-        task: The task; None: the task learned last.
-        version: Number of the version; None: the champion.
+        task: None: the task learned last.
+        version: Number; None: the champion.
         out: A .jsonl or .parquet file; None: a file next to `data`, named after it.
         column: The column with the text; None: the task's column, or the conventional one.
         on_progress: Called with the number of answered rows and of all rows.

@@ -53,40 +53,6 @@ Strategy = Annotated[
 ]
 """The name of one of this project's strategies, or of an installed package's."""
 DEFAULT_STRATEGY = "deal"
-_PLUGINS = "what used it is in benchmarks/, and takes it under"
-_REHEARSAL = "set rehearsal.rows, the training rows that are kept of each task (0 keeps none), and rehearsal.per_step"
-_GONE = (
-    ("", "memory", _REHEARSAL),
-    (
-        "rehearsal.",
-        "texts answers stored_share max_stored_rows balance_stored num_texts rows_per_step weight temperature",
-        _REHEARSAL,
-    ),
-    ("train.", "recentre_steps", "rehearsed rows have calibrated labels, so leave it out"),
-    ("evaluate.", "max_new_tokens", "set train.max_answer_tokens, which limits training and evaluation alike"),
-    (
-        "deal.",
-        "seed_scale widths num_layers mixing a b tolerance",
-        "it is a constant of the method, so leave it out",
-    ),
-    ("selection.", "pick band temperature", f"{_PLUGINS} selection.score_options"),
-    ("selection.", "strata max_scored", "labels keep their shares always, so leave it out"),
-    (
-        "monitor.",
-        "min_rows window_rows alpha min_psi min_distance min_auc max_live_drop_points",
-        "set monitor.sensitivity to low, normal or high",
-    ),
-)
-REPLACED = {section + name: remedy for section, names, remedy in _GONE for name in names.split()}
-"""Key of earlier releases → what to do instead. The stored spec of a version is read without these keys."""
-MOVED = {
-    "rivals": f"{_PLUGINS} strategy_options",
-    "deal.form": f"{_PLUGINS} strategy_options",
-    "deal.kernel": f"{_PLUGINS} strategy_options",
-    "selection.target": f"{_PLUGINS} selection.score_options",
-    **REPLACED,
-}
-"""Key of earlier releases → what to do instead."""
 MAX_PROBLEMS = 15
 """Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)
@@ -340,23 +306,15 @@ def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
         raise ConfigError(f"{origin}: {shown}{more}") from None
 
 
-def without_replaced(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a spec that was stored with a version, without the settings REPLACED, which nobody can take out of it."""
-    return {
-        part: {name: setting for name, setting in value.items() if f"{part}.{name}" not in REPLACED}
-        if isinstance(value, Mapping)
-        else value
-        for part, value in values.items()
-        if part not in REPLACED
-    }
-
-
 def _describe(problem: Any, model: type[BaseModel]) -> str:
     location = [part for part in problem["loc"] if part not in (_LIST, _MAPPING)]
     where = ".".join(shorten(str(part)) for part in location) or "spec"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        if remedy := MOVED.get(re.sub(r"^methods\.\d+\.", "", where)):
-            return f"'{where}' is no setting any more: {remedy}"
+        if re.sub(r"^methods\.\d+\.", "", where) == "memory":  # of earlier releases
+            return (
+                f"'{where}' is no setting any more: set rehearsal.rows, the training rows that are kept of each task "
+                "(0 keeps none), and rehearsal.per_step"
+            )
         known = _known_keys(model, problem["loc"][:-1])
         return f"unknown key '{where}'; remove it" + (f", or give one of {', '.join(known)}" if known else "")
     if problem["type"] == "missing":

@@ -158,8 +158,8 @@ def validate(
     The result shows texts even if the spec forbids texts in reports: only the caller sees it.
 
     Args:
-        spec: The spec; see `spec_to_check`.
-        task_file: The task file whose settings it has, for the result.
+        spec: See `spec_to_check`, also for `task_file`.
+        task_file: For the result.
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
         on_progress: Called now and then with the number of rows read.
         on_model: Called with the number of rows that the model has read, and that of all that it reads.

@@ -1,4 +1,9 @@
-"""What a lineage has to learn now, and what waits: the settings `retrain`, asked about the arrivals in the inbox."""
+"""What a lineage has to learn now, and what waits: the settings `retrain`, asked about the arrivals in the inbox.
+
+Arrivals of one task that are learned together are a batch, fixed before the training begins. A batch is an object of
+the store, written with a conditional put. So a file that lands after a crash does not change the run that starts again:
+it takes the open batch first. A batch ends when the outcome of its files is noted.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from deal_core.data.reading.readers import count_rows
 from deal_core.errors import DataValidationError, StoreError
@@ -16,7 +21,6 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, read_stored, write_stored
 from infra.versions import Versions
-from tasks.batches import Batch, read_batches
 from tasks.data_files import local_files
 from tasks.inbox import Arrival, InboxLook, InboxState
 from tasks.lineage.retrain import Waiting, WaitingFile, when_to_train
@@ -26,6 +30,87 @@ Counts = dict[str, tuple[str, int]]
 """ETag and number of rows by an arrival's key; 0 rows: it cannot be read, or has no row."""
 _counted: dict[tuple[str, str], Counts] = {}
 """What this process knows of the numbers of rows, by the store's address and the task; see `_count`."""
+
+
+class BatchFile(BaseModel, frozen=True, extra="forbid"):
+    """A file or folder of a batch, with its content."""
+
+    key: str
+    etag: str
+
+
+class Batch(Stored):
+    """The arrivals of one task that a lineage learns together."""
+
+    lineage: str
+    task: str
+    files: tuple[BatchFile, ...]
+    """Oldest first."""
+    at: datetime
+    """When the batch was made."""
+    is_split: bool = False
+    """Whether its files are learned one after another, because they were refused together."""
+
+    @property
+    def key(self) -> str:
+        """Key of the batch in the store."""
+        return keys.batch_key(self.lineage, self.task)
+
+    def is_of(self, arrivals: Sequence[Arrival]) -> bool:
+        """Return whether the batch has exactly these arrivals, with this content."""
+        return self.files == _files_of(arrivals)
+
+    def has(self, arrival: Arrival) -> bool:
+        """Return whether an arrival is of the batch, with this content."""
+        return any((file.key, file.etag) == (arrival.key, arrival.etag) for file in self.files)
+
+    def is_over(self, inbox: InboxLook, state: InboxState, now: datetime) -> bool:
+        """Return whether the batch has ended: its files were handled, or one has changed, is gone, or is held."""
+        present = {arrival.key: arrival for arrival in inbox.arrivals}
+        ended = []
+        for file in self.files:
+            arrival, note = present.get(file.key), state.files.get(file.key)
+            if arrival is None or arrival.etag != file.etag:
+                ended.append(True)
+            else:  # a failed file that is tried again has not ended, even while its next try is not due
+                is_open = state.is_open(arrival, now, retry_now=False)
+                ended.append(not is_open and (note is None or note.due() is None))
+        return all(ended) if self.is_split else any(ended)
+
+
+def _files_of(arrivals: Sequence[Arrival]) -> tuple[BatchFile, ...]:
+    return tuple(BatchFile(key=arrival.key, etag=arrival.etag) for arrival in arrivals)
+
+
+def read_batches(store: ObjectStore, lineage: str) -> list[Batch]:
+    """Return the batches of a lineage, in the order in which they were made."""
+    batches = [_read_batch(store, info.key) for info in store.list(keys.batch_folder(lineage))]
+    return sorted(filter(None, batches), key=lambda batch: (batch.at, batch.task))
+
+
+def freeze_batch(store: ObjectStore, lineage: str, task: str, arrivals: Sequence[Arrival], now: datetime) -> Batch:
+    """Fix the arrivals of a task that are learned together; return its batch, which another run may have made."""
+    batch = Batch(lineage=lineage, task=task, files=_files_of(arrivals), at=now)
+    if store.put_bytes(batch.key, (batch.model_dump_json(indent=2) + "\n").encode(), if_absent=True):
+        return batch
+    return _read_batch(store, batch.key) or freeze_batch(
+        store, lineage, task, arrivals, now
+    )  # another run has just ended it
+
+
+def split_batch(store: ObjectStore, batch: Batch) -> None:
+    """Let the files of a batch be learned one after another."""
+    write_stored(store, batch.key, batch.model_copy(update={"is_split": True}))
+
+
+def _read_batch(store: ObjectStore, key: str) -> Batch | None:
+    return read_stored(
+        store,
+        key,
+        Batch,
+        what="the files that are learned together",
+        remedy="Delete it: its files wait again, and what was learned is recognised.",
+    )
 
 
 class Due(NamedTuple):
@@ -62,16 +147,7 @@ def plan(
 ) -> Plan:
     """Decide about a lineage's open arrivals. Open batches come first, then the task with the oldest arrival.
 
-    Args:
-        store: The store.
-        lineage: The lineage.
-        inbox: The last look at the inbox.
-        state: The state of the lineage's watch.
-        arrivals: The open and complete arrivals of the look, oldest first.
-        now: The time.
-
-    Raises:
-        StoreError: The store does not answer, or a batch or a version is damaged.
+    `arrivals` are the open and complete arrivals of the last look, oldest first.
     """
     if not arrivals:
         return Plan([], ())

@@ -20,7 +20,7 @@ from flows.cli.session import CommandResult, Lineage, Session, command
 if TYPE_CHECKING:
     from flows.forget import ForgetResult
     from flows.gc import GcResult
-    from tasks.housekeeping.data_list import ListedArrival
+    from tasks.housekeeping.arrivals import ListedArrival
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
 data_app = typer.Typer(help="List what has landed, delete it, or free disk space.", no_args_is_help=True)
@@ -29,7 +29,7 @@ data_app = typer.Typer(help="List what has landed, delete it, or free disk space
 @command(data_app, "reading", "deal data list", "deal data list --json", name="list")
 def list_data(deal: Session) -> CommandResult[list[ListedArrival]]:
     """List the arrivals: their rows, the versions that learned them, and those that are held."""
-    from tasks.housekeeping.data_list import list_data as list_arrivals
+    from tasks.housekeeping.arrivals import list_data as list_arrivals
 
     arrivals = list_arrivals(deal.store)
     numbers = ["training rows", "test rows"]
@@ -143,15 +143,12 @@ def _confirm(deal: Session, shown: Iterable[RenderableType]) -> None:
 
 def show_forget_plan(plan: ForgetPlan, title: str) -> Sequence[RenderableType]:
     """What is removed, what cannot be, and what follows."""
-    return [*_held(plan, title), *_learned(plan.learned), *_follows(plan)]
-
-
-def _held(plan: ForgetPlan, title: str) -> Iterable[RenderableType]:
     table = new_table("what", "where", "size", right=["size"])
     for each in plan.held:
         table.add_row(each.kind, escape(each.address), decimal(each.num_bytes) if each.num_bytes else "–")
-    none = "No rows of it are left here." if not plan.held else table
-    return [heading(f"{title}: rows of arrival {plan.sha256[:12]} of {plan.task}"), none]
+    held = table if plan.held else "No rows of it are left here."
+    title = f"{title}: rows of arrival {plan.sha256[:12]} of {plan.task}"
+    return [heading(title), held, *_learned(plan.learned), *_follows(plan)]
 
 
 def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:

@@ -39,7 +39,7 @@ def demo(
         return run_demo(picture=picture or deal.home / "demo.png", compare=compare, base_model=base)
 
     outcome = deal.run(start, trains=True)
-    return CommandResult(outcome, show_demo(outcome, deal.home), failed=outcome.failed, rejected=outcome.rejected)
+    return CommandResult(outcome, show_demo(outcome, deal.home), rejected=outcome.rejected)
 
 
 def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
@@ -61,7 +61,6 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         for run in outcome.runs:
             if run.rejected:
                 shown += [f"[red]{escape(run.message)}[/]", *(f"  • {escape(reason)}" for reason in run.reasons)]
-        shown += [f"[red]{escape(message)}[/]" for message in outcome.refused]
     if result.picture is not None:
         shown.append(f"Picture:      {escape(str(result.picture))}")
     option, first = home_option(home), result.outcomes[0].lineage
@@ -110,7 +109,17 @@ def adapt(
             raise ConfigError(
                 "--watch learns what lands in the inbox; it goes without --data, --test-data and --force."
             )
-        return _watch(deal, spec, task, lineage, settings or (), once=once, poll=poll or 2.0)
+        from tasks.lineage.settings import watched_from_options
+
+        watched = watched_from_options(deal.store, spec, tasks=task or None, lineage=lineage, settings=settings or ())
+
+        def start_watch() -> Coroutine[Any, Any, WatchResult]:
+            from flows.watch import watch as watch_flow
+
+            return watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll or 2.0)
+
+        seen = deal.run(start_watch)
+        return CommandResult(seen, show_watch(seen), failed=seen.num_refused > 0, rejected=seen.num_rejected > 0)
     if once or poll is not None or (task is not None and len(task) > 1):
         raise ConfigError("--once, --poll and several tasks go with --watch; one adaptation has one task.")
     from tasks.lineage.settings import spec_from_options
@@ -135,32 +144,6 @@ def adapt(
 
     outcome = deal.run(start, trains=True)
     return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
-
-
-def _watch(
-    deal: Session,
-    spec: Path | None,
-    tasks: Sequence[str] | None,
-    lineage: str | None,
-    settings: Sequence[str],
-    *,
-    once: bool,
-    poll: float,
-) -> CommandResult[WatchResult]:
-    """Learn what lands in the inbox, until Ctrl-C or, with `once`, until nothing is left."""
-    from tasks.lineage.settings import watched_from_options
-
-    watched = watched_from_options(deal.store, spec, tasks=tasks or None, lineage=lineage, settings=settings)
-
-    def start() -> Coroutine[Any, Any, WatchResult]:
-        from flows.watch import watch as watch_flow
-
-        return watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll)
-
-    outcome = deal.run(start)
-    return CommandResult(
-        outcome, show_watch(outcome), failed=outcome.num_refused > 0, rejected=outcome.num_rejected > 0
-    )
 
 
 def show_watch(result: WatchResult) -> Sequence[RenderableType]:

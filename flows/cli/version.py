@@ -112,25 +112,15 @@ def list_versions(
 
 
 def _time(text: str) -> tuple[datetime, str]:
-    """Read a time. Without a zone it is local, and the second text says so.
-
-    Raises:
-        ConfigError: The text is no time, or the local zone has no such time.
-    """
+    """Read a time. Without a zone it is local, and the second text says so."""
     try:
         when = datetime.fromisoformat(text)
-    except ValueError:
+        if when.tzinfo is not None:
+            return when, ""
+        local = when.astimezone()
+    except (ValueError, OverflowError, OSError):  # no time, or one before year 1 or beyond the system's clock
         raise ConfigError(
             f"--at is {brief(text)}; give a time such as 2026-11-01T09:30+01:00, or a date such as 2026-11-01."
-        ) from None
-    if when.tzinfo is not None:
-        return when, ""
-    try:
-        local = when.astimezone()
-    except (ValueError, OverflowError, OSError):  # before year 1, after year 9999, or beyond the system's clock
-        raise ConfigError(
-            f"--at is {text}, and in the local time zone that time cannot be computed; give its zone, as in "
-            f"{when.isoformat()}Z."
         ) from None
     return local, f" (local time, {local.tzname()})"
 

@@ -78,8 +78,8 @@ class LocalStack(BaseModel):
         return any(part.is_alive() for part in self.parts)
 
     def is_complete(self) -> bool:
-        """Whether every process was started. The supervisor starts last."""
-        return any(part.name == SUPERVISOR for part in self.parts)
+        """Whether every process was started and still runs. The supervisor starts last."""
+        return any(part.name == SUPERVISOR for part in self.parts) and all(part.is_alive() for part in self.parts)
 
     def environment(self) -> dict[str, str]:
         """Return the variables that make a command use these servers."""

@@ -39,7 +39,7 @@ class StartError(DealError):
 
 
 async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> LocalStack:
-    """Start everything, or only the processes that died. Return when everything works.
+    """Start everything; return when everything works. What is left of an earlier start is ended first.
 
     At most `num_trainings` lineages train at the same time. `say` gets messages for the user.
 
@@ -49,9 +49,11 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
     """
     with hold_stack(home):
         running = read_stack(home)
-        if running and running.is_alive() and running.is_complete():
-            heal(home, running, say)
-            return running
+        if running and running.is_complete():
+            raise ConfigError(
+                f"It is up already: Prefect at {running.prefect_url}, MLflow at {running.mlflow_url}. End it with: "
+                "deal server down"
+            )
         if stop(home):
             say("processes of an earlier start were ended")
         if running and os.environ.get("MLFLOW_TRACKING_URI") == running.mlflow_url:  # this command was to ask it
@@ -141,25 +143,6 @@ def share_gpus(gpus: Sequence[str], num_trainings: int) -> list[tuple[str, int]]
         (",".join(gpus[number::num_workers]), len(range(number, num_trainings, num_workers)))
         for number in range(num_workers)
     ]
-
-
-def heal(home: Path, stack: LocalStack, say: Say) -> None:
-    """Restart the processes that died, and wait for the servers.
-
-    Raises:
-        ConfigError: All processes run.
-        StartError: A server does not start.
-    """
-    dead = [part for part in stack.parts if not part.is_alive()]
-    if not dead:
-        raise ConfigError(
-            f"It is up already: Prefect at {stack.prefect_url}, MLflow at {stack.mlflow_url}. End it with: "
-            "deal server down"
-        )
-    for part in dead:
-        say(f"{part.name} starts again")
-        start_part(home, stack, part.name, part.command, part.gpus)
-    _wait_for_servers(stack)
 
 
 def _wait_for_servers(stack: LocalStack) -> None:

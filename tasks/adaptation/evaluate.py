@@ -16,8 +16,7 @@ from infra.fingerprints import keep_fingerprint
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version
-from tasks.adaptation.run import AdaptationRun
-from tasks.adaptation.stages import STAGE
+from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest

@@ -6,8 +6,7 @@ from prefect import task
 
 from deal_core.evaluation.gate import GateDecision, decide
 from deal_core.evaluation.report import EvaluationReport
-from tasks.adaptation.run import AdaptationRun
-from tasks.adaptation.stages import STAGE
+from tasks.adaptation.run import STAGE, AdaptationRun
 
 
 @task(name="gate", **STAGE)

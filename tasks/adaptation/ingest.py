@@ -17,7 +17,7 @@ from deal_core.data.source_files import digests_of
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
-from tasks.adaptation.stages import STAGE
+from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.landing import choose_schema, landing_of
 from tasks.lineage.datasets import read_manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import task
 
 from infra.versions import Version, Versions
-from tasks.adaptation.stages import STAGE
+from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.lineage.promotion import promote_accepted
 

@@ -13,8 +13,7 @@ from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport
 from infra.settings import HomeSettings
 from infra.versions import SCORES, Version, Versions
-from tasks.adaptation.run import AdaptationRun
-from tasks.adaptation.stages import STAGE
+from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.context import current_store
 from tasks.lineage.record import LineageRecord, write_record
 from tasks.lineage.version_files import CARD_FILE

@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from typing import Any
@@ -19,7 +20,6 @@ from prefect.artifacts import create_markdown_artifact
 from deal_core.data.row_warnings import data_warnings
 from deal_core.evaluation.report import EvaluationReport
 from infra.report import page as words
-from infra.report.page import matrix_rows
 from infra.report.run_report import (
     EVALUATION_FILE,
     PAGE_FILE,
@@ -34,7 +34,7 @@ from infra.report.run_report import (
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.tracking.client import installed_version
 from infra.versions import Version, Versions
-from tasks.adaptation.stages import STAGE
+from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.lineage.datasets import read_manifest
@@ -46,21 +46,29 @@ from tasks.references import DatasetRef, TrainSummary
 MAX_LOSSES = 1000
 """Losses in the report. MLflow has every loss as a metric."""
 LIBRARIES = ("deal-pipeline", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "mlflow", "prefect")
-NEWEST = 30
-"""Versions in the matrix of the Markdown page. Prefect's database stores a page for each run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The results of a run, which its report needs."""
+
+    spec: Mapping[str, Any]
+    """The spec, as JSON."""
+    dataset: DatasetRef
+    evaluation: EvaluationReport
+    training: TrainSummary
 
 
 def gather_report(
     store: ObjectStore,
     version: Version,
     base_name: str,
-    dataset: DatasetRef,
-    summary: TrainSummary,
+    findings: Findings,
     seconds: Mapping[str, float],
     parent_answers: Answers | None,
-    include_texts: bool,
 ) -> RunReport:
     """Collect everything about a registered version that its page shows, apart from the evaluation."""
+    dataset, summary, include_texts = findings.dataset, findings.training, findings.spec["data"]["include_texts"]
     versions = {entry.version: entry for entry in Versions(store).all(version.lineage)}
     if parent_answers is None:
         parent = versions.get(version.parent_version or "")
@@ -161,21 +169,16 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
 def report_version(
     version: Version,
     base_name: str,
-    dataset: DatasetRef,
-    report: EvaluationReport,
-    summary: TrainSummary,
+    findings: Findings,
     seconds: Mapping[str, float],
     parent_answers: Answers | None = None,
-    *,
-    include_texts: bool = False,
 ) -> None:
     """Write the report of a version to the store, and a page of it to Prefect.
 
-    `seconds` is the wall time by stage. The parent's answers are read if they are not given. The page shows texts of
-    rows only with `include_texts`.
+    `seconds` is the wall time by stage. The parent's answers are read if they are not given.
     """
-    store = current_store()
-    collected = gather_report(store, version, base_name, dataset, summary, seconds, parent_answers, include_texts)
+    store, report = current_store(), findings.evaluation
+    collected = gather_report(store, version, base_name, findings, seconds, parent_answers)
     write_report(store, version, EVALUATION_FILE, report.to_json())
     write_report(store, version, REPORT_FILE, collected.model_dump(mode="json"))
     patient(create_markdown_artifact)(
@@ -192,21 +195,7 @@ def artifact_key(lineage: str) -> str:
 
 
 def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
-    """Return the short page: verdict, matrix, gained and lost rows, and timings. It has no text of a row."""
-    matrix = evaluation.matrix
-    versions = words.versions_of(report, evaluation)
-    base, *learned = matrix_rows(matrix, versions)
-    num_older = max(len(learned) - NEWEST, 0)
-    left_out = f"{words.count(num_older, 'older version')} left out here; the whole page has all."
-    rows = [
-        [
-            f"{row.name} {row.trained}".strip(),
-            *(f"**{cell.text}**" if cell.is_trained else cell.text for cell in row.cells),
-        ]
-        for row in (base, *learned[num_older:])
-    ]
-    changed = [[task.task, f"+{task.num_gained}", f"−{task.num_lost}", str(task.num_rows)] for task in report.changed]
-    stages = [[name, words.duration(value)] for name, value in report.seconds.items()]
+    """Return the short page: verdict, scores, numbers of rows, notes and timings. It has no text of a row."""
     quality = report.quality
     lines = [
         f"# {words.verdict_of(report)}",
@@ -215,14 +204,10 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         "; ".join(f"{name}: **{value}**" for name, value in words.scores_of(report, evaluation)) + ".",
         f"Continues {words.origin_of(report)}.",
         f"{quality.num_train} training rows, {quality.num_test} test rows, {quality.num_rejected} in quarantine.",
+        *(f"Test rows of {task.task}: {task.num_gained} gained, {task.num_lost} lost." for task in report.changed),
+        f"{', '.join(f'{name} {words.duration(value)}' for name, value in report.seconds.items())}.",
         "",
-        *words.markdown_table(["after learning, %", *matrix.tasks], rows),
-        "",
-        *([left_out, ""] if num_older else ()),
         *(f"- {note}" for note in evaluation.notes),
-        "",
-        *([*words.markdown_table(["test rows", "gained", "lost", "of"], changed), ""] if changed else ()),
-        *words.markdown_table(["stage", "time"], stages),
         "",
         f"The whole page: `deal version show {report.version} --report --lineage {report.lineage}`, or `{PAGE_FILE}` "
         "in MLflow.",

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.source_files import digests_of
 from deal_core.errors import DataValidationError, StoreError
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.safe_text import listed, without_secrets
+from deal_core.safe_text import without_secrets
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions
-from tasks.adaptation.report import report_version
+from tasks.adaptation.report import Findings, report_version
 from tasks.adaptation.run import remove_work
 from tasks.context import current_store
 from tasks.data_files import local_files
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 FINDINGS_FILE = "findings.json"
 """A file next to the adapter with everything that a report needs."""
-FINDINGS = {"spec", "dataset", "evaluation", "training"}
-"""Its parts."""
 
 
 def find_parent(lineage: str) -> Version | None:
@@ -48,48 +46,40 @@ def find_parent(lineage: str) -> Version | None:
     return Versions(store).champion(lineage)
 
 
-def keep_findings(
-    adapter_uri: str, spec: Mapping[str, Any], dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary
-) -> None:
-    """Store the spec and the results of a run before its version is registered.
+def keep_findings(adapter_uri: str, findings: Findings) -> None:
+    """Store the results of a run before its version is registered.
 
     With them, the report can be written after a crash, and the arrival can be learned again after a rollback.
     """
     values = {
-        "spec": spec,
-        "dataset": dataset.model_dump(),
-        "evaluation": report.to_json(),
-        "training": summary.model_dump(mode="json"),
+        "spec": findings.spec,
+        "dataset": findings.dataset.model_dump(),
+        "evaluation": findings.evaluation.to_json(),
+        "training": findings.training.model_dump(mode="json"),
     }
     current_store().put_bytes(f"{adapter_uri}/{FINDINGS_FILE}", json.dumps(values, allow_nan=False).encode())
-
-
-def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
-    """Return the spec of the run that made an adapter."""
-    return dict(read_findings(adapter_uri)["spec"])
 
 
 def changed_since(parent: Version, spec: AdaptSpec) -> tuple[str, ...]:
     """Return a note about settings that differ from the parent's; none if the parent's spec is lost."""
     try:
-        before = read_spec_of(parent.adapter_uri)
+        before = read_findings(parent.adapter_uri).spec
     except StoreError:
         return ()
     return changed_settings(spec, before, parent.version)
 
 
-def read_findings(adapter_uri: str) -> Mapping[str, Any]:
-    """Read the values of `keep_findings`.
-
-    Raises:
-        StoreError: The file is missing or damaged.
-    """
+def read_findings(adapter_uri: str) -> Findings:
+    """Read what `keep_findings` has stored."""
     store = current_store()
     with reading_beside(store, adapter_uri, FINDINGS_FILE):
         values = json.loads(store.get_bytes(f"{adapter_uri}/{FINDINGS_FILE}"))
-        if not isinstance(values, dict) or not values.keys() >= FINDINGS:
-            raise ValueError(f"it is no JSON object with {listed(sorted(FINDINGS))}")
-        return values
+        return Findings(
+            evaluation=EvaluationReport.from_json(values["evaluation"]),
+            spec=dict(values["spec"]),
+            dataset=DatasetRef.model_validate(values["dataset"]),
+            training=TrainSummary.model_validate(values["training"]),
+        )
 
 
 def require_same_files(store: ObjectStore, arrival: TaskSpec, version: Version) -> tuple[str, ...]:
@@ -99,7 +89,7 @@ def require_same_files(store: ObjectStore, arrival: TaskSpec, version: Version) 
         DataValidationError: A file has another content.
         StoreError: A file is missing.
     """
-    learned = read_manifest(store, read_findings(version.adapter_uri)["dataset"]["uri"]).files
+    learned = read_manifest(store, read_findings(version.adapter_uri).dataset.uri).files
     with local_files(store, arrival.data) as sources, local_files(store, arrival.test_data or ()) as tests:
         for file in (*sources, *tests):
             if sha256_of_input(file.path) not in learned:
@@ -127,26 +117,18 @@ def _finish_run(store: ObjectStore, version: Version) -> None:
     if run is None or run.state == "finished":
         return
     state: Literal["finished", "failed"] = "failed"
-    findings: Mapping[str, Any] | None = None
+    findings = None
     with _logging(version, "write its report"):
         findings = read_findings(version.adapter_uri)
-        report_version(
-            version,
-            read_record(store, version.adapter_uri).base.name,
-            DatasetRef.model_validate(findings["dataset"]),
-            EvaluationReport.from_json(findings["evaluation"]),
-            TrainSummary.model_validate(findings["training"]),
-            {},
-            include_texts=findings["spec"]["data"]["include_texts"],
-        )
+        report_version(version, read_record(store, version.adapter_uri).base.name, findings, {})
         state = "finished"
     with _logging(version, "remove its work folder"):
         remove_work(run)
     if findings is not None:
         with _logging(version, "announce it"):
-            announce_version(version, evaluation=EvaluationReport.from_json(findings["evaluation"]))
+            announce_version(version, evaluation=findings.evaluation)
         with _logging(version, "delete its training rows"):
-            drop_training_rows(store, findings["dataset"]["uri"])
+            drop_training_rows(store, findings.dataset.uri)
     with _logging(version, "end its run"):
         RunJournal(store).end(run, state)
 

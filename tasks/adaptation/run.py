@@ -5,72 +5,123 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prefect import runtime
+from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import AdapterConfig, Quantize
 from deal_core.data.schema import TaskSchema
+from deal_core.errors import DataValidationError
 from infra.run_journal import Run, RunJournal
 from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.base import load
 from tasks.context import current_store, work_folder
+from tasks.lineage.choices import settings_of
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import KeptAnswers, read_answers
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
+from tasks.progress import Interrupted
 from tasks.references import ArrivalScore, BaseRef, DatasetRef
 from tasks.spec import AdaptSpec
 
+RETRY_SECONDS = [5, 30, 120]
+"""Pauses before a stage is tried again."""
+TRANSIENT = {
+    "builtins": {"ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError"}
+    | {"BrokenPipeError", "TimeoutError"},
+    "httpx": {"ConnectError", "ReadError", "WriteError", "RemoteProtocolError", "PoolTimeout"}
+    | {"ConnectTimeout", "ReadTimeout", "WriteTimeout"},
+    "requests": {"ConnectionError", "ConnectTimeout", "ReadTimeout", "Timeout", "ChunkedEncodingError"},
+    "botocore": {"EndpointConnectionError", "ConnectionClosedError", "ConnectTimeoutError", "ReadTimeoutError"}
+    | {"ConnectionError", "HTTPClientError"},
+}
+"""Errors of a connection by the package that raises them: Prefect, MLflow, the store and the Hub use these clients."""
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, is one of a connection. A mistake in the data never is one."""
+    while error is not None:
+        if isinstance(error, DataValidationError | Interrupted):
+            return False
+        kind = type(error)
+        if kind.__name__ in TRANSIENT.get(kind.__module__.partition(".")[0], ()):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+STAGE: dict[str, Any] = {
+    "tags": ["deal"],
+    "cache_policy": NO_CACHE,
+    "retries": len(RETRY_SECONDS),
+    "retry_delay_seconds": RETRY_SECONDS,
+    # Prefect asks after a failure; the state has the error
+    "retry_condition_fn": lambda task, run, state: isinstance(state.data, BaseException) and is_transient(state.data),
+}
+"""Options of every stage. Prefect's cache is not used: a run finds its own results by its key and goes on from them."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptationRun:
-    """What the stages from training to report work with. It is made once; no stage reads or downloads it again."""
+class RunInputs:
+    """What a run starts from: its arrival, its parent, and what its spec and its lineage choose."""
 
     spec: AdaptSpec
-    run: Run
-    """The run's entry in the journal."""
     dataset: DatasetRef
-    schema: TaskSchema
-    """The schema of the dataset's task."""
     base: BaseRef
     adapter: AdapterConfig
     """Shape of the lineage's adapter."""
     strategy: str
-    config_sha256: str
-    """Digest of all settings that can change the result."""
     parent: Version | None
-    """The champion, which the new version continues; None: it starts from the base model. The next two fields
-    are None then too."""
+    """The champion, which the new version continues; None: it starts from the base model, and has no record."""
     record: LineageRecord | None
+    attempt: int
+    """Number of versions that were trained on the dataset before, if it is to be trained again."""
+    requeued_sha256: str | None
+    """Digest of the dataset of the version whose arrival is learned again; None: no version is replaced."""
+    tested: ArrivalScore | None = None
+    """The champion's score on the arrival's rows; None: it was not asked."""
+
+    @property
+    def lineage(self) -> str:
+        """The lineage that learns."""
+        return self.spec.lineage
+
+    @property
+    def config_sha256(self) -> str:
+        """Digest of all settings that can change the result."""
+        return self.spec.config_sha256(self.adapter, self.strategy)
+
+    @property
+    def run_key(self) -> str:
+        """The run's identity. The same arrival, parent and settings give the same key."""
+        dataset, origin = self.dataset, self.parent.version if self.parent else "base"
+        parts = [self.lineage, self.base.sha256, dataset.task, dataset.sha256, origin, self.config_sha256, self.attempt]
+        return hashlib.sha256(json.dumps([*parts, *dataset.new_labels]).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationRun(RunInputs):
+    """What the stages from training to report work with. It is made once; no stage reads or downloads it again."""
+
+    run: Run
+    """The run's entry in the journal."""
+    schema: TaskSchema
+    """The schema of the dataset's task."""
     parent_folder: Path | None
-    """A copy of the parent's adapter on this machine, compared with its digests."""
+    """A copy of the parent's adapter on this machine, compared with its digests; None without a parent."""
     parent_answers: KeptAnswers
     """The parent's answers to the test rows of its tasks; empty without a parent, or if they were forgotten."""
     tasks: tuple[KnownTask, ...]
     """All tasks of the new version, each with the test rows that judge it."""
     renewal: Renewal
     """What the arrival does to the test rows of its task."""
-    tested: ArrivalScore | None
-    """The champion's score on the arrival's rows; None: it was not asked."""
-    requeued_sha256: str | None
-    """Digest of the dataset of the version whose arrival is learned again; None: no version is replaced."""
-
-    @property
-    def lineage(self) -> str:
-        """The lineage that learns."""
-        return self.run.lineage
-
-    @property
-    def run_key(self) -> str:
-        """The run's identity."""
-        return self.run.run_key
 
     @property
     def folder(self) -> Path:
@@ -111,67 +162,43 @@ def count_attempts(lineage: str, dataset: DatasetRef) -> int:
     return sum(version.dataset_sha256 == dataset.sha256 for version in Versions(current_store()).all(lineage))
 
 
-def make_run_key(
-    *, lineage: str, base: BaseRef, dataset: DatasetRef, parent: Version | None, config_sha256: str, attempt: int
-) -> str:
-    """Return the identity of a run: the same arrival, parent and settings give the same key."""
-    origin = parent.version if parent else "base"
-    parts = [lineage, base.sha256, dataset.task, dataset.sha256, origin, config_sha256, attempt, *dataset.new_labels]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
-    """Load a base model and return its name and digest.
-
-    Raises:
-        ConfigError: The model cannot be loaded or quantized; see `deal_core.base_model.load.load_base`.
-    """
+    """Load a base model and return its name and digest."""
     base = load(source, quantize)
     return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)
 
 
-def start_run(
-    run_key: str, base: BaseRef, parent: Version | None, dataset: DatasetRef, lineage: str, params: Mapping[str, Any]
-) -> Run:
+def start_run(inputs: RunInputs) -> Run:
     """Write the run into the journal, or continue the one that a crash left."""
-    store = current_store()
+    store, dataset, parent = current_store(), inputs.dataset, inputs.parent
     write_format(store)  # before anything of a version, so that the store is known as one of this release
     run = Run(
-        lineage=lineage,
+        lineage=inputs.lineage,
         task=dataset.task,
-        run_key=run_key,
+        run_key=inputs.run_key,
         dataset_uri=dataset.uri,
         dataset_sha256=dataset.sha256,
         num_rows={"train": dataset.num_train, "test": dataset.num_test, "rejected": dataset.num_rejected},
-        base_sha256=base.sha256,
+        base_sha256=inputs.base.sha256,
         parent_version=parent.version if parent else None,
-        params={"base": base.name, **params},
+        params={
+            "base": inputs.base.name,
+            **settings_of(inputs.spec, inputs.adapter, inputs.strategy),
+            "attempt": inputs.attempt,
+        },
         started=datetime.now(UTC),
     )
     return RunJournal(store).start(run)
 
 
-def prepare(
-    spec: AdaptSpec,
-    run: Run,
-    dataset: DatasetRef,
-    base: BaseRef,
-    *,
-    adapter: AdapterConfig,
-    strategy: str,
-    config_sha256: str,
-    parent: Version | None,
-    record: LineageRecord | None,
-    tested: ArrivalScore | None,
-    requeued_sha256: str | None,
-) -> AdaptationRun:
+def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
     """Gather what the stages of a run work with, and copy the parent's adapter to this machine.
 
     Raises:
         IntegrityError: The parent's adapter is damaged.
         ObjectNotFoundError: The parent's adapter is missing.
     """
-    store = current_store()
+    store, dataset, parent, record = current_store(), inputs.dataset, inputs.parent, inputs.record
     schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
     parent_folder = None
     if parent is not None:
@@ -185,27 +212,18 @@ def prepare(
             schema=schema,
             dataset_uri=dataset.uri,
             num_test=dataset.num_test,
-            max_prompt_tokens=spec.train.max_prompt_tokens,
-            max_new_tokens=spec.train.answer_tokens(schema.labels),
+            max_prompt_tokens=inputs.spec.train.max_prompt_tokens,
+            max_new_tokens=inputs.spec.train.answer_tokens(schema.labels),
         )
         tasks.append(new)
     return AdaptationRun(
-        spec=spec,
+        **vars(inputs),
         run=run,
-        dataset=dataset,
         schema=schema,
-        base=base,
-        adapter=adapter,
-        strategy=strategy,
-        config_sha256=config_sha256,
-        parent=parent,
-        record=record,
         parent_folder=parent_folder,
         parent_answers=read_answers(store, parent.adapter_uri) if parent else KeptAnswers({}, {}),
         tasks=tuple(replace(task, schema=dataset.widen(task.schema)) for task in tasks),
         renewal=renewal,
-        tested=tested,
-        requeued_sha256=requeued_sha256,
     )
 
 

@@ -70,11 +70,7 @@ class Scorer:
     ) -> Scored:
         """Score one adapter (None: the untouched base model) on each test set.
 
-        Args:
-            adapter_folder: the adapter.
-            sets: the test sets.
-            general: score it on plain English too.
-            explain: measure what the collapse of a task's answers costs.
+        `general` scores it on plain English too. `explain` measures what the collapse of a task's answers costs.
         """
         evaluations, answers, costs = {}, {}, {}
         on_engine = answering(current_store(), self._base, adapter_folder) if self.engine else nullcontext()

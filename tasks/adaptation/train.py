@@ -14,8 +14,7 @@ from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.regular_file import complete_file, flush_to_disk
 from infra.settings import HomeSettings
 from infra.store import keys
-from tasks.adaptation.run import AdaptationRun
-from tasks.adaptation.stages import STAGE
+from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
 from tasks.mlflow_mirror import LiveCurve

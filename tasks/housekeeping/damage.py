@@ -5,7 +5,7 @@ That is its versions, promotions and runs, and its datasets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -61,18 +61,15 @@ def find_damage(store: ObjectStore, lineage: str, record: LineageRecord | None) 
         tests |= {piece.dataset_uri: piece.of for piece in record.slices}
         checks += [partial(check_tests, name, uri) for uri, name in tests.items()]
     # a damaged manifest is one damage, also if the test rows need it
-    damaged = list(dict.fromkeys(_failures(checks)))
+    with ThreadPoolExecutor(_READERS) as readers:
+        damaged = list(dict.fromkeys(filter(None, readers.map(_failure, checks))))
     num_more = len(damaged) - MAX_SHOWN
     return [*damaged[:MAX_SHOWN], *([f"{num_more} more files of the lineage are damaged."] if num_more > 0 else [])]
 
 
-def _failures(checks: Iterable[Callable[[], object]]) -> list[str]:
-    def message_of(check: Callable[[], object]) -> str | None:
-        try:
-            check()
-        except DealError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(_READERS) as readers:
-        return [message for message in readers.map(message_of, checks) if message is not None]
+def _failure(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except DealError as error:
+        return str(error)
+    return None

@@ -129,11 +129,7 @@ def affected_versions(versions: Sequence[Version], sha256s: Collection[str]) -> 
 
 
 def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
-    """Find every place with rows of an arrival. Nothing is changed.
-
-    Raises:
-        StoreError: The store does not answer, or a version, a journal or rows in it are damaged.
-    """
+    """Find every place with rows of an arrival. Nothing is changed."""
     arrival = with_every_split(store, arrival)
     inbox_files, manifests = arrival.inbox_files(store), [*manifests_of(store, arrival.task)]
     inbox_keys = [info.key for info in inbox_files]

@@ -200,11 +200,7 @@ def old_logs(store: ObjectStore, lineage: str, *, now: datetime, days: int) -> t
 
 
 def lonely_feedback(store: ObjectStore, lineage: str, *, now: datetime) -> tuple[Removal, ...]:
-    """Return the feedback on answers that the log does not have any more. Without the answer, nobody can find it.
-
-    Raises:
-        StoreError: A batch is damaged.
-    """
+    """Return the feedback on answers that the log does not have any more. Without the answer, nobody can find it."""
     ids = _without_answer(store, lineage, now)
     removal = Removal(
         lineage=lineage,
@@ -221,11 +217,7 @@ def _without_answer(store: ObjectStore, lineage: str, now: datetime) -> set[str]
 
 
 def look_at_lineage(store: ObjectStore, lineage: str) -> Inventory:
-    """Return the inventory of a lineage.
-
-    Raises:
-        StoreError: The store does not answer, or a version, a promotion or a journal is damaged.
-    """
+    """Return the inventory of a lineage."""
     adapters: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in store.list(keys.adapters_folder(lineage)):
         if file := keys.parse_adapter_file(info.key):

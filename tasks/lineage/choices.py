@@ -58,12 +58,8 @@ def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
 def changed_settings(spec: AdaptSpec, before: Mapping[str, Any], version: str) -> tuple[str, ...]:
     """Return a note about settings that differ from those with which the parent version was learned; none if all agree.
 
-    Options without a spec have the defaults, and a person may not expect that.
-
-    Args:
-        spec: The spec of the run.
-        before: The spec of the parent's run as it was stored. Settings that only one of the two has are left out.
-        version: The parent's number.
+    Options without a spec have the defaults, and a person may not expect that. `before` is the parent's spec as it was
+    stored, `version` the parent's number. Settings that only one of the two specs has are left out.
     """
 
     def shown(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -168,12 +168,8 @@ def share_rows(num_rows: Mapping[str, int], max_rows: int) -> dict[str, int]:
 
 def first_rows(rows: Dataset, num_rows: int) -> Dataset:
     """Return the rows with the smallest digests (column sha256). So a larger share contains every smaller share."""
-    return rows.select(_by_digest(rows)[:num_rows])
-
-
-def _by_digest(rows: Dataset) -> list[int]:
     digests = list(rows["sha256"])
-    return sorted(range(len(rows)), key=digests.__getitem__)
+    return rows.select(sorted(range(len(rows)), key=digests.__getitem__)[:num_rows])
 
 
 @dataclass(frozen=True)
@@ -198,11 +194,7 @@ def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> 
 
 
 def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers:
-    """Read the answers next to an adapter. There may be none, for example after `deal data delete`.
-
-    Raises:
-        StoreError: The file is damaged or has another schema version.
-    """
+    """Read the answers next to an adapter. There may be none, for example after `deal data delete`."""
     key = f"{adapter_uri}/{ANSWERS_FILE}"
     if not store.exists(key):
         return KeptAnswers({}, {})

@@ -37,11 +37,7 @@ class AddedLabels(Stored):
 
 
 def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str, ...]:
-    """Return the labels that were added to a task by command, oldest first.
-
-    Raises:
-        StoreError: The file is damaged, or another release wrote it.
-    """
+    """Return the labels that were added to a task by command, oldest first."""
     stored = read_stored(
         store,
         labels_key(lineage, task_name),
@@ -128,11 +124,7 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
 
 
 def is_renewal_asked(store: ObjectStore, lineage: str, known: KnownTask) -> bool:
-    """Return whether the task's present test rows are to be renewed.
-
-    Raises:
-        StoreError: The request is damaged, or another release wrote it.
-    """
+    """Return whether the task's present test rows are to be renewed."""
     name = known.schema.name
     request = read_stored(
         store,

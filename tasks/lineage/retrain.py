@@ -159,14 +159,9 @@ def when_to_train(
     now: datetime,
     spent_hours: Callable[[], float],
 ) -> Waiting | None:
-    """Decide when a lineage is trained on the files of one task that have landed.
+    """Decide when a lineage is trained on the files of one task that have landed and were not learned.
 
-    Args:
-        policy: The lineage's settings.
-        task: The task.
-        files: Its files that were not learned.
-        now: The time.
-        spent_hours: Returns the hours of the trainings that ended this month. It is only asked if all else is met.
+    `spent_hours` returns the hours of the trainings that ended this month. It is only asked if all else is met.
 
     Returns:
         What waits, and whether it is due; None: nothing waits.

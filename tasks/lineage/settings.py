@@ -236,11 +236,7 @@ def watched_from_options(
     lineage: str | None = None,
     settings: Sequence[str] = (),
 ) -> WatchedLineage:
-    """Make the settings of a watch from a command's options, its spec file (without the task) and the lineage's file.
-
-    Raises:
-        ConfigError: A setting is not valid.
-    """
+    """Make the settings of a watch from a command's options, its spec file without the task, and the lineage's file."""
     values = read_lineage_values(path) if path else {}
     values.pop("task", None)
     return _parse_over_stored(WatchedLineage, store, values, path, settings, lineage=lineage, tasks=tasks)

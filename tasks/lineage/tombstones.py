@@ -52,11 +52,7 @@ class Tombstone(Stored):
 
 
 def find_tombstone(store: ObjectStore, task: str, sha256s: Iterable[str]) -> Tombstone | None:
-    """Return the first tombstone under one of these digests, or None.
-
-    Raises:
-        StoreError: A tombstone is damaged, or another release wrote it.
-    """
+    """Return the first tombstone under one of these digests, or None."""
     for sha256 in sha256s:
         tombstone = read_stored(
             store,

@@ -79,7 +79,7 @@ def select_to_label(
 
     Args:
         task: The task.
-        lineage: The lineage, whose champion has answered.
+        lineage: Its champion has answered.
         data: Texts without labels: CSV, JSON lines or Parquet. The champion answers them. None: the prediction log.
         column: The column of `data` with the texts; None: the task's column, or the conventional one.
         out: A .csv or .jsonl file that does not exist; None: TASK-to-label.csv in the working folder.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import json
 from collections import Counter
@@ -22,7 +21,6 @@ from deal_core.adapter.state import load_method_state
 from deal_core.strategies.kept_rows import pack, rows_name, unpack
 from deal_core.strategies.rehearsal import RehearsedRow
 from flows.adapt import AdaptResult
-from flows.requeue import requeue
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.resume import FINDINGS_FILE, read_findings
 from tasks.context import current_store
@@ -63,7 +61,7 @@ def num_kept(number: str, *tasks: str) -> list[int]:
 
 def notes_of(result: AdaptResult) -> list[str]:
     """The notes of a version's training, the rehearsal's first."""
-    return list(read_findings(version_of(result).adapter_uri)["training"]["notes"])
+    return list(read_findings(version_of(result).adapter_uri).training.notes)
 
 
 def factors_of(number: str) -> Tensor:
@@ -96,7 +94,7 @@ def test_rows_of_both_tasks_are_kept_and_those_of_the_first_were_rehearsed(tiny_
     assert torch.equal(kept_by("3")[rows_name("bank")], kept_by("1")[rows_name("bank")])
     assert state_of("3").stores == "data"
     uris = {number: find_version(current_store(), "l", number).adapter_uri for number in ("1", "3")}
-    notes = {number: read_findings(uri)["training"]["notes"] for number, uri in uris.items()}
+    notes = {number: list(read_findings(uri).training.notes) for number, uri in uris.items()}
     assert notes["1"] == [] and notes["3"][0] == "rehearsed 18 rows of one old task, 4 a step"
     assert not [note for note in notes["3"] if "gone" in note or "not rehearsed" in note]
 
@@ -117,7 +115,7 @@ def test_rows_of_both_tasks_are_kept_and_those_of_the_first_were_rehearsed(tiny_
 @pytest.mark.usefixtures("copied_home")
 def test_every_test_row_judges() -> None:
     version = find_version(current_store(), "l", "3")
-    evaluation = read_findings(version.adapter_uri)["evaluation"]
+    evaluation = read_findings(version.adapter_uri).evaluation.to_json()
     assert evaluation["num_rows"] == {"bank": 36, "clinic": 36}
     assert {task: len(marks) for task, marks in evaluation["parent_outcomes"].items()} == {"bank": 36, "clinic": 36}
     answers = read_answers(current_store(), version.adapter_uri).now
@@ -230,14 +228,6 @@ def test_a_lineage_of_before_goes_on_and_says_once_that_its_rows_are_gone(tiny_b
     assert (second.status, second.parent_version) == ("promoted", "4")
     assert not [note for note in notes_of(second) if "gone" in note]
     assert num_kept("5", "wards", "bank") == [18, 18]
-
-
-@pytest.mark.usefixtures("home_of_before")
-def test_an_arrival_of_before_that_was_rolled_back_is_learned_again_with_todays_settings() -> None:
-    roll_back("l", "1", who="tester", why="a test")
-    (result,) = asyncio.run(requeue("l", ["3"]))
-    assert (result.status, result.version, result.parent_version) == ("promoted", "4", "1")
-    assert num_kept("4", "bank", "clinic") == [18, 18] and not [note for note in notes_of(result) if "gone" in note]
 
 
 @pytest.mark.nightly

@@ -18,7 +18,7 @@ from flows.adapt import adapt
 from flows.cli.app import app
 from flows.cli.session import FAILED, STOPPED, WRONG_USE
 from infra.versions import Versions
-from tasks.adaptation.resume import read_spec_of
+from tasks.adaptation.resume import read_findings
 from tasks.context import current_store
 from tasks.inbox import read_state, write_state
 from tasks.spec import AdaptSpec
@@ -66,7 +66,7 @@ def land(name: str) -> None:
 
 
 def spec_of(number: int) -> dict[str, Any]:
-    return dict(read_spec_of(Versions(current_store()).all("support")[number - 1].adapter_uri))
+    return dict(read_findings(Versions(current_store()).all("support")[number - 1].adapter_uri).spec)
 
 
 def test_deal_adapt_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any]) -> None:

@@ -29,7 +29,6 @@ from flows.cli.app import app
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
 from infra.versions import Version, Versions
-from tasks.batches import read_batches
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import read_history
@@ -38,7 +37,7 @@ from tasks.lineage.retrain import RetrainPolicy, Waiting
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.progress import reporting_to
 from tasks.spec import parse
-from tasks.waiting import plan
+from tasks.waiting import plan, read_batches
 from tests.in_process import put_back
 from tests.registering import mlflow_run
 

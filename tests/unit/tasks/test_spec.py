@@ -13,7 +13,7 @@ from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from deal_core.judging_config import RolloutTerms
 from tasks.lineage.choices import settings_of
-from tasks.spec import MOVED, AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
+from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -72,9 +72,6 @@ def test_a_base_that_is_no_path_stays_a_name(tmp_path: Path) -> None:
         ("schema_version: 2\ntask: {name: t, data: x}", "schema_version is 2; give 1"),
         ("strategy: magic\ntask: {name: t, data: x}", "strategy is 'magic'; give deal, seq_lora"),
         ("adapter: {rank: 1}\ntask: {name: t, data: x}", "adapter.rank is 1; give at least 2"),
-        ("rivals: {ewc_weight: 3}\ntask: {name: t, data: x}", "'rivals' is no setting any more: what used it is in"),
-        ("deal: {kernel: spline}\ntask: {name: t, data: x}", "takes it under strategy_options"),
-        ("selection: {keep: 5, target: 0.3}\ntask: {name: t, data: x}", "takes it under selection.score_options"),
         (
             "strategy: deal\nstrategy_options: {w: 1}\ntask: {name: t, data: x}",
             "'deal' has no option 'w'; it takes none",
@@ -101,6 +98,9 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, expected: 
         ("train", "min_steps", 0),
         ("train", "group_by_length", "true"),
         ("evaluate", "max_batch_tokens", 4096),
+        ("train", "recentre_steps", 50),
+        ("deal", "kernel", "spline"),
+        ("monitor", "alpha", 0.1),
     ],
 )
 def test_a_setting_that_is_gone_is_refused_with_what_to_do(tmp_path: Path, part: str, name: str, value: object) -> None:
@@ -112,37 +112,23 @@ def test_a_setting_that_is_gone_is_refused_with_what_to_do(tmp_path: Path, part:
 REHEARSAL = "set rehearsal.rows, the training rows that are kept of each task (0 keeps none), and rehearsal.per_step"
 
 
-@pytest.mark.parametrize(
-    ("part", "name", "value", "remedy"),
-    [
-        (None, "memory", "tests", REHEARSAL),
-        ("rehearsal", "texts", "both", REHEARSAL),
-        ("rehearsal", "answers", "first", REHEARSAL),
-        ("rehearsal", "stored_share", 0.1, REHEARSAL),
-        ("rehearsal", "rows_per_step", 2, REHEARSAL),
-        ("train", "recentre_steps", 50, "rehearsed rows have calibrated labels, so leave it out"),
-    ],
-)
-def test_a_setting_of_what_kept_rows_replace_is_refused_with_what_to_do(
-    tmp_path: Path, part: str | None, name: str, value: object, remedy: str
-) -> None:
+def test_a_memory_is_refused_with_the_settings_in_its_place(tmp_path: Path) -> None:
     """One sentence, also where a lineage's file has the setting."""
-    given = f"{part}: {{{name}: {value}}}" if part else f"{name}: {value}"
-    key = f"{part}.{name}" if part else name
-    path = write(tmp_path / "s.yaml", f"{given}\ntask: {{name: t, data: x}}\n")
+    path = write(tmp_path / "s.yaml", "memory: tests\ntask: {name: t, data: x}\n")
     with pytest.raises(ConfigError) as caught:
         read_spec(path)
-    assert str(caught.value) == f"{path}: '{key}' is no setting any more: {remedy}"
-    with pytest.raises(ConfigError, match=re.escape(f"l.yaml: '{key}' is no setting any more: {remedy}")):
-        parse(LineageSpec, yaml.safe_load(given), "l.yaml")
+    assert str(caught.value) == f"{path}: 'memory' is no setting any more: {REHEARSAL}"
+    with pytest.raises(ConfigError, match=re.escape(f"l.yaml: 'memory' is no setting any more: {REHEARSAL}")):
+        parse(LineageSpec, {"memory": "tests"}, "l.yaml")
+    path.write_text("rehearsal: {texts: both}\ntask: {name: t, data: x}\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'rehearsal\.texts'; remove it, or give one of rows, per_step"):
+        read_spec(path)
 
 
 def test_old_tasks_are_rehearsed_by_two_settings() -> None:
     schema = AdaptSpec.model_json_schema()
     settings = schema["$defs"]["RehearsalConfig"]["properties"]
     assert {name: setting["default"] for name, setting in settings.items()} == {"rows": 50, "per_step": 4}
-    todays = {*schema["properties"], *(f"rehearsal.{name}" for name in settings)}
-    assert not todays & MOVED.keys(), "no setting of today is refused as one that is gone"
 
 
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:

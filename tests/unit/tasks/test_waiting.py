@@ -13,11 +13,10 @@ import pytest
 import tasks.waiting
 from deal_core.errors import StoreError
 from infra.store.local import FileStore, open_store
-from tasks import batches
 from tasks.inbox import Arrival, InboxLook, InboxState, look
 from tasks.lineage.settings import WatchedLineage
 from tasks.spec import parse
-from tasks.waiting import Plan, plan
+from tasks.waiting import Plan, freeze_batch, plan, read_batches, split_batch
 
 NOW = datetime.now(UTC)
 ROW = b'{"text": "a", "label": "b"}\n'
@@ -84,7 +83,7 @@ def test_the_files_of_a_task_are_one_arrival_and_the_task_with_the_oldest_file_i
 def test_an_open_batch_comes_first_and_takes_nothing_that_landed_since(store: FileStore) -> None:
     land(store, "b/1.jsonl", 2)
     _, files = arrivals(store)
-    batch = batches.freeze(store, "l", "b", [files["b/1.jsonl"]], NOW)
+    batch = freeze_batch(store, "l", "b", [files["b/1.jsonl"]], NOW)
     land(store, "b/0.jsonl", 2, age=500)
     land(store, "a/1.jsonl", 2, age=400)
     found = decide(store, min_rows=2)
@@ -99,8 +98,8 @@ def test_of_two_runs_one_fixes_a_batch_and_the_other_gets_the_same(store: FileSt
     land(store, "b/1.jsonl", 2)
     land(store, "b/2.jsonl", 2)
     _, files = arrivals(store)
-    first = batches.freeze(store, "l", "b", [files["b/1.jsonl"]], NOW)
-    second = batches.freeze(store, "l", "b", [files["b/1.jsonl"], files["b/2.jsonl"]], NOW + timedelta(seconds=1))
+    first = freeze_batch(store, "l", "b", [files["b/1.jsonl"]], NOW)
+    second = freeze_batch(store, "l", "b", [files["b/1.jsonl"], files["b/2.jsonl"]], NOW + timedelta(seconds=1))
     assert second == first and second.is_of([files["b/1.jsonl"]])
     assert not second.is_of([files["b/1.jsonl"], files["b/2.jsonl"]])
 
@@ -109,7 +108,7 @@ def test_of_two_runs_one_fixes_a_batch_and_the_other_gets_the_same(store: FileSt
 def test_a_batch_ends_with_the_outcome_of_its_files(store: FileStore, outcome: Any) -> None:
     land(store, "b/1.jsonl", 2)
     inbox, files = arrivals(store)
-    batch, state = batches.freeze(store, "l", "b", [files["b/1.jsonl"]], NOW), InboxState()
+    batch, state = freeze_batch(store, "l", "b", [files["b/1.jsonl"]], NOW), InboxState()
     assert not batch.is_over(inbox, state, NOW)
     state.record(files["b/1.jsonl"], outcome, "", now=NOW)
     assert batch.is_over(inbox, state, NOW)
@@ -121,7 +120,7 @@ def test_a_batch_that_failed_waits_for_its_next_try_and_ends_when_there_is_none(
     monkeypatch.setattr("tasks.inbox.PAUSE", timedelta(days=1))
     land(store, "b/1.jsonl", 2)
     inbox, files = arrivals(store)
-    batch, state = batches.freeze(store, "l", "b", [files["b/1.jsonl"]], NOW), InboxState()
+    batch, state = freeze_batch(store, "l", "b", [files["b/1.jsonl"]], NOW), InboxState()
     state.record(files["b/1.jsonl"], "failed", "", now=NOW)
     assert not batch.is_over(inbox, state, NOW)
     land(store, "b/2.jsonl", 2)
@@ -135,7 +134,7 @@ def test_a_batch_with_a_file_that_changed_or_is_gone_is_over_and_the_others_wait
     land(store, "b/1.jsonl", 2)
     land(store, "b/2.jsonl", 2)
     _, files = arrivals(store)
-    batch = batches.freeze(store, "l", "b", [*files.values()], NOW)
+    batch = freeze_batch(store, "l", "b", [*files.values()], NOW)
     land(store, "b/2.jsonl", 3, age=50)
     assert batch.is_over(look(store), InboxState(), NOW)
     assert names(decide(store, min_rows=5)) == [["b/1.jsonl", "b/2.jsonl"]]
@@ -148,12 +147,12 @@ def test_a_batch_that_was_split_is_learned_file_by_file(store: FileStore) -> Non
     land(store, "b/1.jsonl", 2, age=200)
     land(store, "b/2.jsonl", 2, age=100)
     inbox, files = arrivals(store)
-    batches.split(store, batches.freeze(store, "l", "b", [*files.values()], NOW))
+    split_batch(store, freeze_batch(store, "l", "b", [*files.values()], NOW))
     state = InboxState()
     assert names(decide(store, state, min_rows=2)) == [["b/1.jsonl"], ["b/2.jsonl"]]
     state.record(files["b/1.jsonl"], "refused", "", now=NOW)
     assert names(decide(store, state, min_rows=2)) == [["b/2.jsonl"]]
-    (batch,) = batches.read_batches(store, "l")
+    (batch,) = read_batches(store, "l")
     assert not batch.is_over(inbox, state, NOW)
     state.record(files["b/2.jsonl"], "promoted", "", now=NOW)
     assert batch.is_over(inbox, state, NOW)

@@ -100,7 +100,6 @@ def outcome(lineage: str, **changes: object) -> LineageOutcome:
         "matrix": found.to_json(),
         "scores": Scores.of(found),
         "runs": (),
-        "refused": (),
         **changes,
     }
     return LineageOutcome.model_validate(values)
@@ -115,11 +114,6 @@ def test_the_demo_ends_with_scores_side_by_side_and_where_to_look(tmp_path: Path
     assert "No version of rival has passed the gate" in shown and "No version of third has passed the gate" in shown
     assert ["third", "deal", "70.8", "6.2", "none"] in lines
     assert f"deal version list --lineage demo --home {tmp_path}" in shown.replace("\n", "")
-
-
-def test_what_the_demo_could_not_use_is_shown(tmp_path: Path) -> None:
-    result = DemoResult(outcomes=(outcome("demo", refused=("bad [file]",)),))
-    assert result.failed and "bad [file]" in text(*show_demo(result, tmp_path))
 
 
 def test_foreign_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

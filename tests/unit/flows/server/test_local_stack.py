@@ -30,13 +30,14 @@ from flows.server.local_processes import (
     LocalProcess,
     LocalStack,
     _environment,
+    _look_after,
     hold_stack,
     read_stack,
     start_part,
     stop,
     supervise,
 )
-from flows.server.local_stack import _restart_left_runs, bring_up, heal, share_gpus, start_servers, start_workers
+from flows.server.local_stack import _restart_left_runs, bring_up, share_gpus, start_servers, start_workers
 from infra.settings import IMPATIENT, TrackingSettings
 from tests.in_process import put_back
 
@@ -136,7 +137,7 @@ def test_a_worker_keeps_its_gpus_when_it_is_started_again(home: Path) -> None:
         (first,) = made.parts
         os.kill(first.pid, signal.SIGKILL)
         os.waitpid(first.pid, 0)
-        heal(home, made, print)
+        _look_after(home, made, first, {})
         recorded = read_stack(home)
         assert recorded is not None
         (again,) = recorded.parts
@@ -236,7 +237,7 @@ def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for(tmp_path:
 PARENT = ("-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, *{SLEEP}]); time.sleep(600)")
 
 
-@pytest.mark.parametrize("then", ["deal server up", "deal server down", "supervisor"])
+@pytest.mark.parametrize("then", ["deal server down", "supervisor"])
 def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
     home: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
@@ -248,10 +249,7 @@ def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
     server.kill()
     server.wait()
     try:
-        if then == "deal server up":
-            monkeypatch.setattr("flows.server.local_stack._wait_for_servers", lambda stack: None)
-            heal(home, made, print)
-        elif then == "supervisor":
+        if then == "supervisor":
             monkeypatch.setattr("flows.server.local_processes.LOOK_SECONDS", 0.01)
             threading.Thread(target=supervise, args=(home,), daemon=True).start()
             for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.01), stop=tenacity.stop_after_delay(60)):
@@ -341,7 +339,7 @@ def test_the_supervisor_cuts_a_log_that_is_written_to(home: Path, monkeypatch: p
     assert (log.read_bytes(), (home / "x.log.1").read_bytes()) == (b"second", b"first")
 
 
-def test_a_start_that_was_cut_short_is_not_complete_and_a_whole_one_is_not_healed(home: Path) -> None:
+def test_a_start_is_complete_with_all_its_processes_and_is_not_made_twice(home: Path) -> None:
     made = stack()
     start_part(home, made, "worker", SLEEP)
     try:
@@ -349,7 +347,10 @@ def test_a_start_that_was_cut_short_is_not_complete_and_a_whole_one_is_not_heale
         start_part(home, made, SUPERVISOR, SLEEP)
         assert made.is_complete()
         with pytest.raises(ConfigError, match="deal server down"):
-            heal(home, made, print)
+            asyncio.run(bring_up(home, prefect_port=1, mlflow_port=2, num_trainings=1, say=print))
+        os.kill(made.parts[0].pid, signal.SIGKILL)
+        os.waitpid(made.parts[0].pid, 0)
+        assert not made.is_complete()
     finally:
         stop(home)
     assert json.loads(made.model_dump_json())["parts"][0]["name"] == "worker"

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deal_core.config import DataConfig
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from infra.report.page import verdict_of
 from tasks.adaptation.ingest import ingest_arrival
-from tasks.adaptation.report import NEWEST, _quality, artifact_key, markdown_of, problem_of, thin
+from tasks.adaptation.report import _quality, artifact_key, markdown_of, problem_of, thin
 from tasks.context import current_store
 from tasks.spec import TaskSpec
 from tests.report_sample import sample_evaluation, sample_report
 
 
-def page_after(num_versions: int) -> str:
-    matrix = AccuracyMatrix()
-    for _ in range(num_versions):
-        matrix = matrix.with_row("bank", {"bank": 0.9}, base_accuracy=0.25, parent_accuracy=None)
-    return markdown_of(sample_report(), replace(sample_evaluation(), task="bank", matrix=matrix))
+def test_the_page_in_prefect_says_verdict_scores_and_rows_and_quotes_none() -> None:
+    report = sample_report()
+    page = markdown_of(report, sample_evaluation())
+    assert page.startswith(f"# {verdict_of(report)}\n")
+    changed = report.changed[0]
+    assert f"Test rows of {changed.task}: {changed.num_gained} gained, {changed.num_lost} lost." in page
+    assert changed.lost[0].text and changed.lost[0].text not in page
 
 
 def test_no_two_lineages_share_a_page() -> None:
     assert artifact_key("quiet") == "adapt-quiet"
     keys = {artifact_key(name) for name in ("support-eu", "support_eu", "Support-EU", "support.eu")}
     assert len(keys) == 4 and all(re.fullmatch("[a-z0-9-]+", key) for key in keys)
-
-
-def test_only_the_newest_versions_are_in_its_matrix_and_it_says_how_many_are_not() -> None:
-    page = page_after(NEWEST + 2)
-    rows = [line.split(" ")[1:3] for line in page.splitlines() if line.startswith(("| base", "| row"))]
-    assert rows == [["base", "|"], *(["row", str(number)] for number in range(3, NEWEST + 3))]
-    assert "2 older versions left out here" in page
-    assert "left out" not in page_after(NEWEST)
 
 
 def test_thinning_keeps_both_ends() -> None:

@@ -13,6 +13,7 @@ from deal_core.errors import RegistryError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt import adapted, repeated
 from infra.versions import Version, Versions
+from tasks.adaptation.report import Findings
 from tasks.context import current_store
 from tasks.lineage.history import rejected_by_person
 from tasks.lineage.promotion import find_left_behind, promote_to, reject_version, roll_back
@@ -69,14 +70,15 @@ def test_a_version_that_was_rejected_before_tells_by_whom_and_why() -> None:
 def test_a_version_that_waits_names_the_commands_that_decide() -> None:
     waiting = version(3, accepted=True, approval="awaiting", standing="awaiting approval")
     dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0, landed_sha256="x")
-    found: Any = SimpleNamespace(
+    figures: Any = SimpleNamespace(
         accuracies={},
         metrics={},
         num_steps=1,
         resumed_from_step=None,
         matrix=AccuracyMatrix().with_row("bank", {"bank": 0.5}, base_accuracy=0.25, parent_accuracy=None),
     )
-    for result in (repeated(waiting, dataset), adapted(waiting, dataset, found, found, {})):
+    found = Findings(spec={}, dataset=dataset, evaluation=figures, training=figures)
+    for result in (repeated(waiting, dataset), adapted(waiting, found, {})):
         which = "3 --lineage l"
         assert (
             f"awaits approval: deal version promote {which}, or deal version reject {which} --reason REASON."

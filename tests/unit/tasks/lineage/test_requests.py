@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.store.local import FileStore
-from tasks.adaptation.run import make_run_key
+from tasks.adaptation.run import RunInputs
 from tasks.landing import _new_label_remedy, choose_schema
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, find_renewal, keep_labels
@@ -84,7 +85,9 @@ def test_a_dataset_widens_its_own_task_alone() -> None:
 def test_a_run_under_other_labels_is_another_run() -> None:
     def key(*new_labels: str) -> str:
         dataset = DATASET.model_copy(update={"new_labels": new_labels})
-        return make_run_key(lineage="l", base=BASE, dataset=dataset, parent=None, config_sha256="c", attempt=0)
+        spec: Any = SimpleNamespace(lineage="l", config_sha256=lambda adapter, strategy: "c")
+        chosen = {"adapter": AdapterConfig(), "strategy": "deal", "parent": None, "record": None}
+        return RunInputs(spec=spec, dataset=dataset, base=BASE, **chosen, attempt=0, requeued_sha256=None).run_key
 
     assert len({key(), key("late"), key("late", "more")}) == 3
     before = hashlib.sha256(json.dumps(["l", "b", "bank", "s", "base", "c", 0]).encode()).hexdigest()
