@@ -28,8 +28,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tiny_base(folder: Path) -> None:
-    """Write a Llama with two layers of width 32 and random weights; its tokenizer knows the words of WORDS_OF."""
+def build_tiny_base(folder: Path, *, width: int = 32, seed: int = 0) -> None:
+    """Write a Llama with two layers and random weights; its tokenizer knows the words of WORDS_OF.
+
+    Its four heads are as wide as vLLM demands (32) from a width of 128 on.
+    """
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
@@ -48,11 +51,11 @@ def build_tiny_base(folder: Path) -> None:
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
