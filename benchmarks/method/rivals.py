@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.files import MethodState
 from deal_core.adapter.stack import draw_seeds
 from deal_core.config import AdapterConfig
 from deal_core.data.collate import answer_loss

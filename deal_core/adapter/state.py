@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE
-from deal_core.adapter.method_state import EARLIER_ROWS, KEPT_ROWS, MethodState
+from deal_core.adapter.files import CONFIG_FILE, KEPT_ROWS, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE, MethodState
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks, count_core_slots, decompose
 from deal_core.base_model.sources import HUB_ID
 from deal_core.config import AdapterConfig
@@ -232,7 +231,7 @@ def kept_of_tasks(folder: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     with safe_open(path, framework="pt") as file:
-        kept = [name for name in sorted(file.keys()) if name.startswith((KEPT_ROWS, *EARLIER_ROWS))]
+        kept = [name for name in sorted(file.keys()) if name.startswith(KEPT_ROWS)]
         return {name: file.get_slice(name).get_shape()[0] for name in kept}
 
 

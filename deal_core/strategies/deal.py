@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deal_core.adapter.method_state import MethodState, Stores
+from deal_core.adapter.files import MethodState, Stores
 from deal_core.method_config import MethodConfig
 from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, Strategy, TaskContext, TensorNumbers
 
