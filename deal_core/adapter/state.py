@@ -243,12 +243,12 @@ def empty_tensors(folder: Path, names: Collection[str]) -> None:
     _write_header(folder, replace(state, tensors=tensors))
 
 
-def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
-    """How full the adapter is: the share of each module's slots that hold `energy` of its ‖ΔW‖²_F, by module name."""
+def adapter_fill(model: PeftModel) -> dict[str, float]:
+    """How full the adapter is: the share of each module's slots that hold 95 % of its ‖ΔW‖²_F, by module name."""
     fill: dict[str, float] = {}
     for stack in collect_stacks(model):
         sigma_MR = decompose(*stack.read()).sigma_MR
-        shares_M = count_core_slots(sigma_MR, energy, 0) / sigma_MR.shape[1]
+        shares_M = count_core_slots(sigma_MR, 0.95, 0) / sigma_MR.shape[1]
         fill.update(zip(stack.names, shares_M.tolist(), strict=True))
     return fill
 
