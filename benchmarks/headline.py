@@ -27,21 +27,9 @@ from scipy.stats import t as student_t
 from benchmarks.method.protocol import JUDGED, describe
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import FIXED, MEMORIES, NUM_TEXTS, Memory, name_of_memory, read_stored_cells
-from deal_core.benchmark.cell import BOUNDS, PROTOCOL
-from deal_core.benchmark.summary import (
-    OURS,
-    CellJson,
-    Protocol,
-    accuracy,
-    departures,
-    final_scores,
-    lost_since_learned,
-    matrix_of,
-    order_of,
-    protocols,
-    round_alike,
-    row_scores,
-)
+from benchmarks.tables import ALL_BOUNDS, Protocol, departures, lost_since_learned, protocols, round_alike
+from deal_core.benchmark.cell import PROTOCOL
+from deal_core.benchmark.summary import OURS, CellJson, accuracy, final_scores, matrix_of, order_of, row_scores
 from deal_core.config import TrainConfig
 
 CELLS = RESULTS / "continual"
@@ -180,7 +168,7 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
         "seconds_per_training": fmean(trained) if trained else None,
         "adapter_bytes": cells[0]["versions"][-1].get("adapter_bytes"),
     }
-    if pairs and cells[0]["settings"]["strategy"] not in BOUNDS:
+    if pairs and cells[0]["settings"]["strategy"] not in ALL_BOUNDS:
         ratios = [judged_accuracy(cell, judged) / judged_accuracy(other, judged) for cell, other in pairs]
         figures |= {
             "ratio_to_joint": fmean(ratios),

@@ -21,22 +21,9 @@ from benchmarks.method.protocol import describe as describe_training
 from benchmarks.method.protocol import lines as protocol_lines
 from benchmarks.output import RESULTS, read, templates
 from benchmarks.stored_cells import NUM_TEXTS, Memory, name_of_memory, read_stored_cells
-from deal_core.benchmark.cell import BOUNDS
+from benchmarks.tables import ALL_BOUNDS, Protocol, compared_with, departures, method_of, protocols, summarise
 from deal_core.benchmark.suites import name_of as suite_of
-from deal_core.benchmark.summary import (
-    OURS,
-    CellJson,
-    Protocol,
-    accuracy,
-    compared_with,
-    departures,
-    final_scores,
-    method_name,
-    method_of,
-    order_of,
-    protocols,
-    summarise,
-)
+from deal_core.benchmark.summary import OURS, CellJson, accuracy, final_scores, method_name, order_of
 from deal_core.config import TrainConfig
 from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.judging_config import GateConfig
@@ -73,7 +60,7 @@ def spread_of_seeds(cells: Sequence[CellJson]) -> dict[str, float]:
     for cell in cells:
         settings = {name: value for name, value in cell["settings"].items() if name not in ("seed", "scored")}
         settings["train"] = {name: value for name, value in settings["train"].items() if name != "seed"}
-        if settings["strategy"] not in BOUNDS:
+        if settings["strategy"] not in ALL_BOUNDS:
             same = json.dumps([settings, cell["perplexity"].get("base")], sort_keys=True)
             groups[method_of(cell), same].append(cell)
     spreads: dict[str, float] = defaultdict(float)
@@ -326,7 +313,7 @@ def side_by_side(protocol: Protocol, shown: Sequence[str]) -> tuple[str, dict[st
 
 def best_rivals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the other strategies, each in its best setting, best first."""
-    lines = [row for row in rows if row["strategy"] not in (OURS, *BOUNDS) and row["orders"] == widest(rows, row)]
+    lines = [row for row in rows if row["strategy"] not in (OURS, *ALL_BOUNDS) and row["orders"] == widest(rows, row)]
     best: dict[str, str] = {}
     for row in sorted(lines, key=lambda row: -row["average_accuracy"]):
         best.setdefault(row["strategy"], name_of(row))
@@ -355,7 +342,7 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, tuple[float, fl
     for cell in cells:
         settings = cell["settings"]
         is_default = departures(cell) in ("", *map(name_of_memory, get_args(Memory)))
-        if is_default and settings["strategy"] not in BOUNDS and len(cell["versions"]) > 1:
+        if is_default and settings["strategy"] not in ALL_BOUNDS and len(cell["versions"]) > 1:
             rows = settings["train"]["num_epochs"] * settings["rows"]
             ends = (cell["versions"][1], cell["versions"][-1])
             beside[method_of(cell)].append([end["seconds"]["train"] - rows / end["rows_per_second"] for end in ends])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from peft import PeftModel
 from torch import Tensor, stack
 
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.files import MethodState
 from deal_core.limits import AtLeastZero, settings
 from deal_core.strategies.strategy import Strategy, TaskContext
 

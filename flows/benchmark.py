@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, field_validator
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.cell import PROTOCOL, Cell, Scored, Scoring, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
-from deal_core.benchmark.summary import protocols, read_cells, summarise
+from deal_core.benchmark.summary import read_cells, summarise, tables
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.reading.json_rows import unique_keys
 from deal_core.data.schema import PromptForm
@@ -134,13 +134,6 @@ class MethodFigures(BaseModel, frozen=True, extra="forbid"):
     num_cells: int
     average_accuracy: float
     """Mean over the tasks in the end, then over the cells."""
-    average_accuracy_by_cell: tuple[float, ...]
-    average_accuracy_judged: float | None
-    """Of the tasks that measure something; None: no task does, or the bounds were not run."""
-    majority_judged: float | None
-    """Of the commonest right answer on these tasks."""
-    lost_judged: float | None
-    """Points that these tasks have lost since each was learned."""
     accuracy_by_task: dict[str, float]
     forgetting: float | None
     backward_transfer: float | None
@@ -148,8 +141,6 @@ class MethodFigures(BaseModel, frozen=True, extra="forbid"):
     rouge1: float | None
     perplexity_ratio: float | None
     """Perplexity on general text with the last version, as a multiple of the base model's."""
-    base_perplexities: tuple[str, ...]
-    """The base model's perplexities in the cells, rounded. Two of them tell of two kinds of processors."""
     rows_per_second: float | None
     """Median speed of the trainings."""
     adapter_bytes: tuple[int, ...] | None
@@ -164,15 +155,6 @@ class MethodFigures(BaseModel, frozen=True, extra="forbid"):
     """Points by which it beats `deal` on the same rows: mean, and lower and upper end of the 95 % interval."""
     difference_num_cells: Compared[int] = None
     """Cells that were compared."""
-    difference_is_of_one_processor: Compared[bool] = None
-    """Whether the compared cells round alike, as on one kind of processor."""
-    difference_points_by_cell: Compared[dict[str, float]] = None
-    difference_judged_points_ci95: Compared[tuple[float, ...]] = None
-    """The difference over the tasks that measure something."""
-    heaviest_task: Compared[str] = None
-    """The task that decides most of the difference."""
-    difference_without_it_points_ci95: Compared[tuple[float, ...]] = None
-    """The difference over the other tasks."""
 
 
 class BenchmarkTable(BaseModel, frozen=True, extra="forbid"):
@@ -182,9 +164,6 @@ class BenchmarkTable(BaseModel, frozen=True, extra="forbid"):
     protocol: tuple[Any, ...]
     """Training rows, part of the test rows, most test rows, scoring, adapter, base model, digest of the data, form of
     the prompts and training settings."""
-    lifted: dict[str, bool]
-    """Task → whether an adapter of its own beats the base model and the commonest answer. Other tasks measure nothing
-    here."""
     rows: tuple[MethodFigures, ...]
 
 
@@ -225,8 +204,8 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
             raise_if_stopped()
             await asyncio.sleep(LOOK_SECONDS)
         waiting = busy
-    tables = tuple(BenchmarkTable.model_validate(table) for table in write_summary(spec.folder))
-    return BenchmarkResult(cells=tuple(outcomes.values()), tables=tables)
+    shown = tuple(BenchmarkTable.model_validate(table) for table in write_summary(spec.folder))
+    return BenchmarkResult(cells=tuple(outcomes.values()), tables=shown)
 
 
 def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfig]]:
@@ -315,10 +294,10 @@ async def _run(
 
 def write_summary(out: Path) -> list[dict[str, Any]]:
     """Write summary.json into the cells' folder and return its content: a table per suite and protocol."""
-    tables = [
-        {"suite": group.suite, "protocol": json.loads(group.key), "lifted": group.lifted(), "rows": summarise(group)}
-        for group in protocols(read_cells(out))
+    summary = [
+        {"suite": table.suite, "protocol": json.loads(table.key), "rows": summarise(table)}
+        for table in tables(read_cells(out))
     ]
     with complete_file(out / "summary.json") as part:
-        part.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
-    return tables
+        part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary

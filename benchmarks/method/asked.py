@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.adapter.method_state import KEPT_ROWS, MethodState, Stores
+from deal_core.adapter.files import KEPT_ROWS, MethodState, Stores
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import number_labels, plain_answer

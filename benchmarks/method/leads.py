@@ -10,16 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.headline import joint_of, judged_tasks
-from deal_core.benchmark.summary import (
-    CellJson,
-    Protocol,
-    accuracy,
-    final_scores,
-    interval_over_rows,
-    method_of,
-    order_of,
-    round_alike,
-)
+from benchmarks.tables import Protocol, method_of, round_alike
+from deal_core.benchmark.summary import CellJson, accuracy, final_scores, interval_over_rows, order_of
 
 KINDS = {"topics": ("dbpedia", "agnews", "yahoo"), "sentiments": ("IMDB", "SST-2"), "stars": ("yelp", "amazon")}
 """Kind → the judged tasks of suite 15 that are of this kind."""

@@ -32,10 +32,11 @@ from benchmarks.method.pairs import LEAST_GAIN, over_cells
 from benchmarks.method.protocol import JUDGED
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import read_stored_cells, unpack_answers
+from benchmarks.tables import round_alike
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.cell import make_cell
 from deal_core.benchmark.suites import digest_of, load_suite, name_of, order_of
-from deal_core.benchmark.summary import CellJson, final_scores, round_alike, row_scores
+from deal_core.benchmark.summary import CellJson, final_scores, row_scores
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import MethodConfig, RehearsalConfig

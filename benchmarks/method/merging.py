@@ -21,6 +21,7 @@ import torch
 import typer
 from datasets import disable_progress_bars
 
+from benchmarks.method.rivals import write_factors
 from benchmarks.method.versions import Versions
 from benchmarks.output import RESULTS, Base, Out, write_result
 from deal_core.adapter.stack import Spectrum, collect_stacks, decompose
@@ -55,7 +56,7 @@ def merge(versions: Versions, name: str, names: Sequence[str], weights: Sequence
     with adapter_on(base.model, folder / names[0]) as model:
         for stack, parts in zip(collect_stacks(model), zip(*factors, strict=True), strict=True):
             merged, share = weighted(parts, weights)
-            stack.write(*merged)
+            write_factors(stack, *merged)
             lost.append(share)
         save_adapter(model, folder / name, load_method_state(folder / names[0]), base_name=base.name)
     return max(lost)

@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from benchmarks.method.asked import KindsRehearsal, asked
 from benchmarks.method.recentre import learn_rehearsal
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.files import MethodState
 from deal_core.limits import Count, CountOrZero, Flag, Positive, Share, settings
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies.deal import Deal

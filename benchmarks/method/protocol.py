@@ -28,9 +28,10 @@ from rich.table import Table
 
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import FIXED, read_stored_cells, unpack_answers
+from benchmarks.tables import departures
 from deal_core.benchmark.cell import PROTOCOL
 from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name
+from deal_core.benchmark.summary import CellJson, accuracy, final_scores, method_name
 from deal_core.config import TrainConfig
 from deal_core.evaluation.label_scores import Floats, recentred_accuracy
 

@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from deal_core.adapter.method_state import MethodState
-from deal_core.adapter.stack import draw_seeds
+from deal_core.adapter.files import MethodState
+from deal_core.adapter.stack import LoraStack, draw_seeds
 from deal_core.config import AdapterConfig
 from deal_core.data.collate import answer_loss
 from deal_core.limits import AtLeastZero, Positive, settings
@@ -24,6 +24,19 @@ from deal_core.strategies.strategy import PlannedArrival, Strategy, TaskContext,
 
 NUM_FISHER_ROWS = 64
 """Rows over which the Fisher information is averaged, one gradient each."""
+
+
+@torch.no_grad()
+def write_factors(stack: LoraStack, a_MRI: Tensor, b_MOR: Tensor) -> None:
+    """Copy factors into the modules' own parameters."""
+    for param, value in zip((*stack.a_params, *stack.b_params), (*a_MRI, *b_MOR), strict=True):
+        param.copy_(value)
+
+
+def gradients_of(stack: LoraStack) -> tuple[Tensor, Tensor]:
+    """Return copies of the gradients of A (M×R×I) and B (M×O×R); zero if a parameter received none."""
+    grads_A, grads_B = stack.target_gradients()
+    return torch.stack(grads_A).mT.float(), torch.stack(grads_B).float()
 
 
 class IncLora(Strategy):
@@ -74,7 +87,7 @@ class IncLora(Strategy):
     def before_step(self) -> None:
         """Copy the trained slots' part of the factors' gradients."""
         for stack, a, b in zip(self.stacks, self.a_new, self.b_new, strict=False):
-            grad_A, grad_B = stack.gradients()
+            grad_A, grad_B = gradients_of(stack)
             a.grad, b.grad = grad_A[:, -a.shape[1] :].clone(), grad_B[:, :, -b.shape[2] :].clone()
 
     def after_step(self) -> None:
@@ -84,7 +97,7 @@ class IncLora(Strategy):
     def write(self) -> None:
         """Write fixed and trained slots side by side."""
         for stack, (a_past, b_past), a, b in zip(self.stacks, self.past, self.a_new, self.b_new, strict=False):
-            stack.write(torch.cat([a_past, a], dim=1), torch.cat([b_past, b], dim=2))
+            write_factors(stack, torch.cat([a_past, a], dim=1), torch.cat([b_past, b], dim=2))
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Return the trained slots' factors."""
@@ -127,7 +140,7 @@ class Slao(Strategy):
             basis_MIR, triangle_MRR = torch.linalg.qr(a_MRI.mT)
             signs_M1R = torch.where(triangle_MRR.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(1)
             # a parent of another strategy has a single B, used as merged and as unmerged B
-            stack.write((basis_MIR * signs_M1R).mT, state.tensors.get(f"b.{i}", b_MOR).to(b_MOR.device))
+            write_factors(stack, (basis_MIR * signs_M1R).mT, state.tensors.get(f"b.{i}", b_MOR).to(b_MOR.device))
 
     @torch.no_grad()
     def finish(self) -> MethodState:
@@ -137,7 +150,7 @@ class Slao(Strategy):
             a_MRI, b_MOR = stack.read()
             tensors[f"b.{i}"] = b_MOR.cpu()
             if self._merged:
-                stack.write(a_MRI, self._merged[i] + (b_MOR - self._merged[i]) / num_tasks**0.5)
+                write_factors(stack, a_MRI, self._merged[i] + (b_MOR - self._merged[i]) / num_tasks**0.5)
         return MethodState(strategy=self.name, stores=self.stores, tensors=tensors)
 
 

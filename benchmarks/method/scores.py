@@ -69,6 +69,11 @@ class PickedScore(RowScore):
         raise NotImplementedError
 
 
+def failure_rate(measured: MeasuredAnswers) -> Tensor:
+    """1 - the answer's probability, shape (N,)."""
+    return -torch.expm1(-measured.loss_N)
+
+
 def band_scores(
     numbers_N: Tensor, labels: Sequence[Any], band: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
@@ -128,11 +133,11 @@ class DifficultyScore(PickedScore):
 
     def numbers(self, candidates: Candidates) -> Tensor:
         """Return numbers of [-1, 0]; 0 is a row as difficult as the target."""
-        return -(measured_of(candidates).failure_rate - self.options.target).abs()
+        return -(failure_rate(measured_of(candidates)) - self.options.target).abs()
 
     def notes(self, candidates: Candidates) -> Sequence[str]:
         """Return how many rows are answered now rightly, now wrongly."""
-        failure_N, (low, high) = measured_of(candidates).failure_rate, UNDECIDED
+        failure_N, (low, high) = failure_rate(measured_of(candidates)), UNDECIDED
         num_undecided = int(((failure_N > low) & (failure_N < high)).sum())
         return (
             f"{num_undecided:,} rows that were read have a difficulty between {low} and {high}; the others are "
@@ -172,4 +177,4 @@ class ErrorScore(PickedScore):
         """Return numbers of [0, 2]."""
         measured = measured_of(candidates)
         missed_N = 1 - measured.num_hits_N / measured.num_tokens_N
-        return (missed_N > 0) + measured.failure_rate if candidates.task.labels else missed_N
+        return (missed_N > 0) + failure_rate(measured) if candidates.task.labels else missed_N

@@ -31,7 +31,7 @@ from datasets import Dataset, disable_progress_bars
 from benchmarks.method.versions import train_into
 from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.files import MethodState
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE

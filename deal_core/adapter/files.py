@@ -1,13 +1,18 @@
-"""The files of an adapter, and the check of their bytes against recorded digests."""
+"""What an adapter's folder holds: the method's state, and files whose bytes are checked against recorded digests."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from deal_core.errors import IntegrityError
 from deal_core.regular_file import sha256_of_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 METHOD_FILE, METHOD_TENSORS_FILE = "method.json", "method.safetensors"
@@ -69,3 +74,31 @@ def require_undamaged(
             damage.append(f"{name} has sha256 {digest}, {but}")
     if damage:
         raise IntegrityError(f"{what} is damaged and was not loaded: in {where} {'; '.join(damage)}. {remedy}")
+
+
+Stores = Literal["nothing", "data"]
+KEPT_ROWS = "kept_rows."
+"""Name prefix of tensors that hold rows of old tasks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodState:
+    """What a strategy carries from one task to the next, beside the adapter."""
+
+    strategy: str
+    """Name of the strategy that wrote the state."""
+    stores: Stores
+    """Whether the state holds data of old tasks."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    num_arrivals: int = 1
+    """Arrivals that the adapter has learned, with any strategy."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors in bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def kept_rows(self) -> dict[str, Tensor]:
+        """The tensors that hold rows of old tasks. A change of strategy hands on only these."""
+        return {name: value for name, value in self.tensors.items() if name.startswith(KEPT_ROWS)}

@@ -36,12 +36,6 @@ class LoraStack:
         a_MRI, b_MOR = (torch.stack([p.detach() for p in params]) for params in (self.a_params, self.b_params))
         return a_MRI.float(), b_MOR.float()
 
-    @torch.no_grad()
-    def write(self, a_MRI: Tensor, b_MOR: Tensor) -> None:
-        """Copy factors into the modules' own parameters."""
-        for param, value in zip((*self.a_params, *self.b_params), (*a_MRI, *b_MOR), strict=True):
-            param.copy_(value)
-
     def targets(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return views of the modules' parameters for writing: each Aᵀ (I×R) and each B (O×R)."""
         return [p.detach().mT for p in self.a_params], [p.detach() for p in self.b_params]
@@ -53,11 +47,6 @@ class LoraStack:
             for params in (self.a_params, self.b_params)
         )
         return [grad.mT for grad in grads_A], grads_B
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Return copies of the gradients of A (M×R×I) and B (M×O×R); zero if a parameter received none."""
-        grads_A, grads_B = self.target_gradients()
-        return torch.stack(grads_A).mT.float(), torch.stack(grads_B).float()
 
 
 def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:

@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE
-from deal_core.adapter.method_state import EARLIER_ROWS, KEPT_ROWS, MethodState
+from deal_core.adapter.files import CONFIG_FILE, KEPT_ROWS, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE, MethodState
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks, count_core_slots, decompose
 from deal_core.base_model.sources import HUB_ID
 from deal_core.config import AdapterConfig
@@ -232,7 +231,7 @@ def kept_of_tasks(folder: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     with safe_open(path, framework="pt") as file:
-        kept = [name for name in sorted(file.keys()) if name.startswith((KEPT_ROWS, *EARLIER_ROWS))]
+        kept = [name for name in sorted(file.keys()) if name.startswith(KEPT_ROWS)]
         return {name: file.get_slice(name).get_shape()[0] for name in kept}
 
 
@@ -244,12 +243,12 @@ def empty_tensors(folder: Path, names: Collection[str]) -> None:
     _write_header(folder, replace(state, tensors=tensors))
 
 
-def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
-    """How full the adapter is: the share of each module's slots that hold `energy` of its ‖ΔW‖²_F, by module name."""
+def adapter_fill(model: PeftModel) -> dict[str, float]:
+    """How full the adapter is: the share of each module's slots that hold 95 % of its ‖ΔW‖²_F, by module name."""
     fill: dict[str, float] = {}
     for stack in collect_stacks(model):
         sigma_MR = decompose(*stack.read()).sigma_MR
-        shares_M = count_core_slots(sigma_MR, energy, 0) / sigma_MR.shape[1]
+        shares_M = count_core_slots(sigma_MR, 0.95, 0) / sigma_MR.shape[1]
         fill.update(zip(stack.names, shares_M.tolist(), strict=True))
     return fill
 

@@ -31,11 +31,8 @@ Scoring = Literal["generated", "likeliest"]
 """How the answers of tasks with labels are found. generated: written token by token, as in production. likeliest: the
 label with the largest log-probability, which is faster. Free answers are always generated."""
 
-UNTRAINED = ("base", "frozen_head", "knn", "knn_means")
-"""Bounds that train no adapter: the base model itself, and classifiers per task on its features."""
-BOUNDS = (*UNTRAINED, "per_task", "joint_memory", "joint")
-"""Bounds for comparison. The last three: an adapter per task, one adapter for a tenth of the rows together, and one
-adapter for all rows together."""
+BOUNDS = ("base", "per_task", "joint")
+"""Bounds for comparison: the base model itself, an adapter per task, and one adapter for all rows together."""
 PROTOCOL: dict[str, Any] = {
     "learning_rate": 1e-3,
     "max_prompt_tokens": 160,
@@ -136,7 +133,7 @@ def make_cell(
     return Cell(
         strategy=strategy,
         tasks=tuple(sorted(tasks)) if is_bound else tasks,
-        seed=0 if strategy in UNTRAINED else seed,
+        seed=0 if strategy == "base" else seed,
         train=train,
         method={} if is_bound else settings_read(strategy, method),
         **fields,

@@ -1,15 +1,4 @@
-"""Run one cell of the benchmark. A second run continues at the task at which a first run died.
-
-Some bounds train nothing: a classifier per task answers from features of the untouched base model, so nothing can be
-forgotten. It knows a row's task, as the prompt of every strategy does.
-
-frozen_head: linear discriminant analysis with Ledoit-Wolf shrinkage, as RanPAC's head without its random projection
-    (arXiv 2307.02251).
-knn: the stored rows nearest to a text vote, after Reference Trustable Decoding (arXiv 2409.20181) with one head.
-knn_means: the nearest mean of a label's rows.
-
-Shapes: N rows, K neighbours, D width of the base model.
-"""
+"""Run one cell of the benchmark. A second run continues at the task at which a first run died."""
 
 from __future__ import annotations
 
@@ -22,42 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from datasets import Dataset
 from filelock import FileLock
-from numpy.typing import NDArray
-from sklearn.base import ClassifierMixin
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell, pack_answers
+from deal_core.benchmark.cell import BOUNDS, Cell, pack_answers
 from deal_core.benchmark.suites import Rows, SuiteTask
 from deal_core.data.prompts import encode_prompt
-from deal_core.errors import ConfigError
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
-from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
+from deal_core.evaluation.score import evaluate_answers, evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file
 from deal_core.selection.choose import choose_rows
-from deal_core.selection.label_noise import features
 from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import TaskTexts
 from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
-NUM_NEIGHBOURS = 32
 NUM_FURTHER_ROWS = 50
 """Training rows of a task after those that a cell learns, for strategies that ask for further rows."""
 
@@ -102,11 +80,9 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     cell, base = run.cell, run.base
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
-    if cell.strategy in UNTRAINED:
-        is_base = cell.strategy == "base"
-        scores = _score(run, base.model, _test_rows(run, cell.tasks), 0, 1) if is_base else _score_heads(run)
+    if cell.strategy == "base":
         return {
-            "versions": [{"task": None, "scores": scores}],
+            "versions": [{"task": None, "scores": _score(run, base.model, _test_rows(run, cell.tasks), 0, 1)}],
             **_score_unused(run, base.model, 0, 1),
             "perplexity": {"base": perplexity(base.model, base.tokenizer)},
         }
@@ -142,7 +118,7 @@ class _Stage(NamedTuple):
 
 
 def _stages(cell: Cell) -> list[_Stage]:
-    if cell.strategy in ("joint", "joint_memory"):
+    if cell.strategy == "joint":
         return [_Stage(cell.tasks, cell.tasks)]
     if cell.strategy == "per_task":
         return [_Stage((name,), (name,)) for name in cell.tasks]
@@ -242,10 +218,7 @@ def _further_rows(run: CellRun, name: str) -> TaskTexts:
 
 def _rows(run: CellRun, name: str) -> Dataset:
     """The rows of a task that the cell trains on."""
-    rows = list(run.tasks[name].train[: run.cell.rows])
-    if run.cell.strategy == "joint_memory":
-        rows = rows[: max(1, round(len(rows) / 10))]
-    return Dataset.from_list(rows)
+    return Dataset.from_list(list(run.tasks[name].train[: run.cell.rows]))
 
 
 def _test_rows(run: CellRun, names: Sequence[str]) -> dict[str, Rows]:
@@ -286,67 +259,11 @@ def _score(
                 schema=task, max_prompt_tokens=longest, max_new_tokens=run.cell.train.answer_tokens(task.labels)
             )
             evaluation = evaluate_task(model, tokenizer, asked, dataset)
-        scores[name] = _kept(evaluation)
+        scores[name] = {
+            "correct": outcome_text(evaluation.outcomes),
+            "rouge1": evaluation.rouge1,
+            "majority_rate": evaluation.majority_rate,
+        }
         if log_probs_NL is not None:
             scores[name] |= pack_answers(evaluation.answers, [*dataset["output"]], task.labels, log_probs_NL)
     return scores
-
-
-def _kept(evaluation: TaskEvaluation) -> dict[str, Any]:
-    return {
-        "correct": outcome_text(evaluation.outcomes),
-        "rouge1": evaluation.rouge1,
-        "majority_rate": evaluation.majority_rate,
-    }
-
-
-def _score_heads(run: CellRun) -> dict[str, dict[str, Any]]:
-    """Fit a classifier for every task and score its answers, in the form of `_score`."""
-    base, bound, scores = run.base, run.cell.strategy, {}
-    for number, (name, rows) in enumerate(_test_rows(run, run.cell.tasks).items()):
-        run.on_progress(number, len(run.cell.tasks), f"features of {name}")
-        task, learned, tested = run.tasks[name].schema, _rows(run, name), Dataset.from_list(list(rows))
-        if not task.labels:
-            raise ConfigError(f"{bound} answers with labels, and task {name} has none; leave {bound} out.")
-        train_ND, test_ND = (
-            features(
-                base.model, base.tokenizer, task, [*texts["input"]], max_prompt_tokens=run.cell.train.max_prompt_tokens
-            )
-            for texts in (learned, tested)
-        )
-        answers = answer_by_head(bound, train_ND, list(learned["output"]), test_ND, task.labels)
-        scores[name] = _kept(evaluate_answers(task, tested, answers))
-    return scores
-
-
-def _nearest_rows(train_ND: NDArray[np.float64]) -> ClassifierMixin:
-    """Neighbours that vote with weight exp(-d^2 / T); T is the stored rows' mean d^2 to their own K-th neighbour."""
-    num_neighbours = min(NUM_NEIGHBOURS, len(train_ND))
-    scaled_ND = StandardScaler().fit_transform(train_ND)
-    index = KNeighborsClassifier(num_neighbours).fit(scaled_ND, np.zeros(len(train_ND)))
-    distances_NK, _ = index.kneighbors(scaled_ND)
-    temperature = max(float(np.mean(distances_NK[:, -1] ** 2)), np.finfo(float).tiny)
-    return KNeighborsClassifier(num_neighbours, weights=lambda distances: np.exp(-(distances**2) / temperature))
-
-
-HEADS: dict[str, Callable[[NDArray[np.float64]], ClassifierMixin]] = {
-    "frozen_head": lambda _: LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
-    "knn": _nearest_rows,
-    "knn_means": lambda _: NearestCentroid(),
-}
-"""Name of a bound -> its classifier for these training rows. Features are standardised before it."""
-
-
-def answer_by_head(
-    bound: str, train_ND: Tensor, labels: Sequence[str], test_ND: Tensor, known: Sequence[str]
-) -> list[str]:
-    """Fit a bound's classifier on the features and labels of training rows, and return its label for every test row.
-
-    A label of the task (`known`) without a training row is never answered.
-    """
-    if len(set(labels)) < 2:  # a classifier needs two classes
-        return [labels[0] if labels else known[0]] * len(test_ND)
-    rows_ND, others_ND = (part_ND.double().numpy() for part_ND in (train_ND, test_ND))
-    head = make_pipeline(StandardScaler(), HEADS[bound](rows_ND))
-    head.fit(rows_ND, list(labels))
-    return [str(label) for label in head.predict(others_ND)]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,28 +84,10 @@ HUB_SCHEME = "hf://"
 NUM_DEV_ROWS = 200
 FEW_ROWS, DEV_SHARE = 500, 0.4
 """Settings are chosen on a task's first NUM_DEV_ROWS test rows, or on DEV_SHARE of fewer than FEW_ROWS test rows."""
-ORDER_SEED = 0
-"""Seed of the shuffle of files in CL_Benchmark's layout, some of which are sorted by label."""
-
 PARAGRAPH_FIRST = re.compile(
     r"(?P<paragraph>paragraph: .*?)(?P<question>\nquestion: .*\ncandidate answer: .*)", re.DOTALL
 )
 """A row of MultiRC as the benchmark has it. Its question stands after 92 % of the text, on average."""
-
-FAMILIES = {
-    "TC": "What is the topic of the following paragraph? Choose one from the option.",
-    "SC": "What is the sentiment of the following paragraph? Choose one from the option.",
-    "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"? '
-    "Choose one from the option.",
-    "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning? Choose one from the option.',
-    "BoolQA": "According to the following passage, is the question true or false? Choose one from the option.",
-    "MultiRC": "According to the following passage and question, is the candidate answer true or false? "
-    "Choose one from the option.",
-    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence? "
-    "Choose one from the option.",
-    "COPA": "Which choice is the more plausible? Choose one from the option.",
-}
-"""Family of tasks (the outer folder in CL_Benchmark's layout) → the benchmark's instruction for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,32 +162,25 @@ def tasks_folder(source: str) -> Path:
     address = HUB_DATASET.fullmatch(source)
     if address is None or address["split"]:
         raise ConfigError(f"{source!r} is not a dataset of the Hub; give hf://datasets/OWNER/NAME, or a folder.")
-    files = ["tasks.json", "*.jsonl", "*/*/*.json"]
-    return fetch_snapshot(address["repository"], "dataset", files, revision=address["revision"])
+    return fetch_snapshot(address["repository"], "dataset", ["tasks.json", "*.jsonl"], revision=address["revision"])
 
 
 def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
-    """Read tasks from a folder in one of two layouts.
+    """Read tasks from a folder.
 
-    JSON lines: tasks.json ({task: {instruction, labels}}), and TASK.train.jsonl and TASK.test.jsonl with rows of text
-    and label. Rows of prompt and completion make a task of generation, which is scored by ROUGE-L: its labels do not
-    count, its rows may have references, and TASK.dev.jsonl may have rows to choose settings on.
-
-    CL_Benchmark's layout: FAMILY/TASK/ with labels.json, train.json and test.json (or dev.json), which are lists of
-    objects with sentence and label.
+    It has tasks.json ({task: {instruction, labels}}), and TASK.train.jsonl and TASK.test.jsonl with rows of text and
+    label. Rows of prompt and completion make a task of generation, which is scored by ROUGE-L: its labels do not count,
+    its rows may have references, and TASK.dev.jsonl may have rows to choose settings on.
 
     Raises:
-        ConfigError: The folder has neither layout.
+        ConfigError: The folder has no tasks.json.
         DataValidationError: A task or a field of a row is missing, or a file has other content.
     """
-    if (folder / "tasks.json").is_file():
-        return {name: _from_json_lines(folder, name) for name in names}
-    if any(folder.glob("*/*/train.json")):
-        return {name: _from_cl_benchmark(folder, name) for name in names}
-    raise ConfigError(
-        f"{folder} holds no tasks: neither tasks.json with TASK.train.jsonl and TASK.test.jsonl, nor CL_Benchmark's "
-        "FAMILY/TASK/train.json."
-    )
+    if not (folder / "tasks.json").is_file():
+        raise ConfigError(
+            f"{folder} holds no tasks: no tasks.json with TASK.train.jsonl and TASK.test.jsonl beside it."
+        )
+    return {name: _load_task(folder, name) for name in names}
 
 
 def with_prompts(tasks: dict[str, SuiteTask], prompt: PromptForm) -> dict[str, SuiteTask]:
@@ -220,11 +193,7 @@ ALWAYS_SAID = ("name", "format", "labels", "instruction", "template", "columns")
 
 
 def digest_of(tasks: dict[str, SuiteTask]) -> str:
-    """Digest of the tasks' content; the order of the tasks does not count.
-
-    The same tasks in the other layout have another digest. In CL_Benchmark's layout, rows are shuffled and the family
-    gives the instruction. In JSON lines, the order of rows and the exact instruction are kept.
-    """
+    """Digest of the tasks' content; the order of the tasks does not count, and that of the rows does."""
     digest = hashlib.sha256()
     for name, task in sorted(tasks.items()):
         dev = [] if task.dev is None else [task.dev]
@@ -236,11 +205,11 @@ def digest_of(tasks: dict[str, SuiteTask]) -> str:
     return digest.hexdigest()
 
 
-def _from_json_lines(folder: Path, name: str) -> SuiteTask:
+def _load_task(folder: Path, name: str) -> SuiteTask:
     path = folder / "tasks.json"
     described = _json(path)
     if not isinstance(described, dict) or name not in described:
-        has = _list(described) if isinstance(described, dict) else "no JSON object"
+        has = (", ".join(sorted(described)) or "nothing") if isinstance(described, dict) else "no JSON object"
         raise DataValidationError(f"{path} does not describe task {name!r}; it has {has}.")
     task = described[name] if isinstance(described[name], dict) else {}
     files = {part: folder / f"{name}.{part}.jsonl" for part in ("train", "test", "dev")}
@@ -252,42 +221,16 @@ def _from_json_lines(folder: Path, name: str) -> SuiteTask:
         )
     columns = ("prompt", "completion") if is_generation else ("text", "label")
     train, test = (_rows(files[part], *columns) for part in ("train", "test"))
-    if not is_generation:
-        return _labelled_task(name, task["labels"], task["instruction"], train, test, path)
-    dev = _rows(files["dev"], *columns) if files["dev"].is_file() else None
-    schema = TaskSchema(name=name, format="completion", instruction=task["instruction"], metric="rouge_l")
-    return SuiteTask(schema=schema, train=train, test=test, dev=dev)
-
-
-def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
-    homes = [path.parent for path in sorted(folder.glob(f"*/{name}/train.json"))]
-    if not homes:
-        names = {path.parent.name for path in folder.glob("*/*/train.json")}
-        raise DataValidationError(f"{folder} has no FAMILY/{name}/train.json; it has {_list(names)}.")
-    home = homes[0]
-    family = home.parent.name
-    if family not in FAMILIES:
-        raise DataValidationError(f"{home} is of family {family!r}; the families are {_list(FAMILIES)}.")
-    labels = _json(home / "labels.json")
-    if not _are_texts(labels):
-        raise DataValidationError(f"{home / 'labels.json'} does not hold labels; make it a list of texts.")
-    test_file = home / "test.json" if (home / "test.json").is_file() else home / "dev.json"
-    train, test = (list(_rows(path, "sentence", "label")) for path in (home / "train.json", test_file))
-    for rows in (train, test):
-        random.Random(ORDER_SEED).shuffle(rows)
-    return _labelled_task(name, labels, FAMILIES[family], tuple(train), tuple(test), home / "labels.json")
-
-
-def _labelled_task(
-    name: str, labels: Sequence[str], instruction: str, train: Rows, test: Rows, described_in: Path
-) -> SuiteTask:
-    """Return a task with labels; raise DataValidationError if a row has a label that its description does not list."""
-    known = number_labels(labels)
+    if is_generation:
+        dev = _rows(files["dev"], *columns) if files["dev"].is_file() else None
+        schema = TaskSchema(name=name, format="completion", instruction=task["instruction"], metric="rouge_l")
+        return SuiteTask(schema=schema, train=train, test=test, dev=dev)
+    known = number_labels(task["labels"])
     if odd := sorted({row["output"] for row in (*train, *test) if plain_answer(row["output"]) not in known}):
         raise DataValidationError(
-            f"Rows of task {name!r} have the labels {listed(odd)}, which {described_in} does not list; add them."
+            f"Rows of task {name!r} have the labels {listed(odd)}, which {path} does not list; add them."
         )
-    schema = TaskSchema(name=name, labels=tuple(labels), instruction=instruction)
+    schema = TaskSchema(name=name, labels=tuple(task["labels"]), instruction=task["instruction"])
     return SuiteTask(schema=schema, train=asking_first(train), test=asking_first(test))
 
 
@@ -318,7 +261,7 @@ def _json(path: Path) -> Any:
 
 
 def _rows(path: Path, text: str, label: str) -> Rows:
-    """The rows of a file of JSON lines, or of a JSON list."""
+    """The rows of a file of JSON lines."""
     rows = list(read_rows(path))
     if not rows:
         raise DataValidationError(f"{path} holds no rows; give it at least one.")
@@ -342,7 +285,3 @@ def _rows(path: Path, text: str, label: str) -> Rows:
 
 def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"

@@ -45,11 +45,6 @@ class MeasuredAnswers:
         """Loss per answer token, shape (N,)."""
         return self.loss_N / self.num_tokens_N
 
-    @property
-    def failure_rate(self) -> Tensor:
-        """1 - the answer's probability, shape (N,)."""
-        return -torch.expm1(-self.loss_N)
-
 
 def measure(
     model: LanguageModel,

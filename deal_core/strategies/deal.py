@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deal_core.adapter.method_state import MethodState, Stores
+from deal_core.adapter.files import MethodState
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, Strategy, TaskContext, TensorNumbers
+from deal_core.strategies.keeps_rows import KeepsRows
+from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext, TensorNumbers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,7 +22,7 @@ ANSWER_WEIGHT = 0.5
 """β: weight of the right answer in the target of a kept row; the rest is the parent's answer."""
 
 
-class Deal(Strategy):
+class Deal(KeepsRows):
     """The first task of a lineage is plain LoRA.
 
     A step of a later task has its batch and a few rows of the old tasks; see `deal_core.strategies.old_tasks`.
@@ -32,11 +33,6 @@ class Deal(Strategy):
     reads = ("deal", "rehearsal")
     first_is_plain = True
     revision = 3  # rows of old tasks are kept and rehearsed with labels and the parent's answers
-
-    @property
-    def stores(self) -> Stores:
-        """Return "data" if rows are kept; else "nothing"."""
-        return "data" if self.config.rehearsal.rows else "nothing"
 
     @classmethod
     def rehearsed_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
@@ -72,8 +68,6 @@ class Deal(Strategy):
         from deal_core.adapter.stack import check_rank
 
         super().prepare(model, state, context)
-        self._kept = {} if state is None else state.kept_rows
-        self._rehearsal = self.make_rehearsal()
         self.network: Reparametrization | None = None
         if state is None:
             return
@@ -98,10 +92,6 @@ class Deal(Strategy):
         from deal_core.adapter.reparametrize import Reparametrization
 
         return Reparametrization(self.stacks, self.config.deal, self.fresh())
-
-    def rehearsal(self) -> Rehearsal | None:
-        """Return the rows of old tasks."""
-        return self._rehearsal
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return g, c, Ω and b; for the first task, or with a free core, return A and B."""
@@ -129,13 +119,6 @@ class Deal(Strategy):
         if self.network is not None:
             self.network.load_state_dict(tensors)
             self.network.materialise()
-
-    def finish(self) -> MethodState:
-        """Keep rows of the new task beside those of the old ones."""
-        from deal_core.strategies.kept_rows import keep_rows
-
-        kept = keep_rows(self.config.rehearsal, self.context, self._kept, self.seed)
-        return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 
     def notes(self) -> tuple[str, ...]:
         """Describe the rehearsal, and say whether the adapter is full."""

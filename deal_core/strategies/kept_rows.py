@@ -23,7 +23,7 @@ from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.adapter.method_state import KEPT_ROWS
+from deal_core.adapter.files import KEPT_ROWS
 from deal_core.data.collate import REJECTED_IDS
 from deal_core.data.order import spread
 from deal_core.data.prompts import encode_answer

@@ -99,7 +99,6 @@ def answered(
     *,
     max_prompt_tokens: int,
     max_new_tokens: int,
-    temperature: float = 1.0,
 ) -> list[RehearsedRow]:
     """Return texts under each task's instruction with the model's own answers as targets, in the order of the texts."""
     tokenizer = context.base.tokenizer
@@ -116,7 +115,7 @@ def answered(
             ids = answer[: limits[i]]
             if end in ids:  # what stands behind the end token is padding
                 ids = ids[: ids.index(end) + 1]
-            shares_KV = (logits_KV[: len(ids)].float() / temperature).softmax(-1)
+            shares_KV = logits_KV[: len(ids)].float().softmax(-1)
             rows[i] = RehearsedRow(prompts[i], ids).with_target(shares_KV)
     return [rows[i] for i in range(len(prompts))]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from pydantic import TypeAdapter
 
-from deal_core.adapter.method_state import EARLIER_ROWS, MethodState
+from deal_core.adapter.files import MethodState
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel, Precision
 from deal_core.config import AdapterConfig, TrainConfig
@@ -262,9 +262,7 @@ def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
         return
     if parent.kept_rows and not state.kept_rows:
         yield f"kept rows of {len(parent.kept_rows)} tasks are gone: rehearsal.rows is 0, or the strategy keeps none"
-    others = parent.tensors.keys() - parent.kept_rows.keys()
-    earlier = {name for name in others - state.tensors.keys() if name.startswith(EARLIER_ROWS)}
-    if earlier or (others and parent.strategy != state.strategy):
+    if len(parent.tensors) > len(parent.kept_rows) and parent.strategy != state.strategy:
         yield (
             f"data that {parent.strategy} kept with the parent's adapter is gone: {state.strategy} of this release "
             "cannot use it"

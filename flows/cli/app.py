@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -82,4 +84,6 @@ def _options(
 
 def main() -> None:
     """Run the command; the entry point of the installed `deal`."""
+    # The interpreter's last collections would look at every module of torch, Prefect and MLflow, to free nothing.
+    atexit.register(gc.freeze)
     app()

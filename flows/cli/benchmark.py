@@ -72,7 +72,7 @@ def benchmark(
     strategy: Annotated[
         list[str] | None,
         Option(
-            help="A strategy, or a bound: base, frozen_head, knn, knn_means, per_task, joint_memory, joint.",
+            help="A strategy, or a bound: base, per_task, joint.",
             show_default="deal, seq_lora",
         ),
     ] = None,

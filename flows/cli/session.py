@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import errno
 import functools
+import gc
 import getpass
 import inspect
 import json
@@ -168,22 +169,32 @@ class Session:
 
         Raises:
             DiskFullError: the disk of the home folder is too full to begin.
+            DealError: Prefect's API has not started.
         """
-        from flows.server.embedded import calm_libraries, end_orphans, start_api
+        from flows.server.embedded import API_SECONDS, calm_libraries, end_orphans, start_api
         from infra.disk import ROOM_BYTES, ROOM_TO_REMOVE_BYTES, require_room
         from tasks.progress import Interrupted, reporting_to
 
         require_room(self.home, ROOM_TO_REMOVE_BYTES if makes_room else ROOM_BYTES)
         end_orphans(self.home)
         with self.screen.working(doing), reporting_to(self.screen) as stop:
-            from prefect.exceptions import TerminationSignal
+            gc.disable()  # modules stay, and collections that look at them are an eighth of the time of the imports
+            try:
+                from prefect.exceptions import TerminationSignal
 
-            api = start_api()
-            if trains and not api.done():
-                import deal_core.training.train  # noqa: F401
-            coroutine = start()
+                api = start_api()
+                if trains and not api.done():
+                    import deal_core.training.train  # noqa: F401
+                coroutine = start()
+            finally:
+                gc.enable()
             calm_libraries()
-            api.result()
+            try:
+                api.result(timeout=API_SECONDS)
+            except TimeoutError:  # Prefect starts an API that ends at once again and again, without end
+                coroutine.close()
+                log = self.home / "logs" / "deal.log"
+                raise DealError(f"Prefect's API has not started in {API_SECONDS} s; {log} says why.") from None
             previous = signal.getsignal(signal.SIGINT)
 
             def on_interrupt(number: int, frame: Any) -> None:

@@ -48,8 +48,10 @@ root: {{level: WARNING, handlers: [file]}}
 FAILURES = logging.getLogger("deal")
 """Log of unexpected errors."""
 
+API_SECONDS = 300
+"""Longest wait for Prefect's API. Its default, 20, is short on a busy machine."""
 SETTINGS = {
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",  # the default, 20, is short on a busy machine
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(API_SECONDS),
     "MLFLOW_CONFIGURE_LOGGING": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -163,6 +165,8 @@ def start_api() -> Future[None]:
         from prefect.server.api import server  # noqa: F401
 
     os.environ[COMMAND_PID] = str(os.getpid())
+    # Prefect starts its API as a uvicorn command, which would write its errors to the screen.
+    os.environ["UVICORN_LOG_CONFIG"] = os.environ["PREFECT_LOGGING_SETTINGS_PATH"]
     started: Future[None] = Future()
 
     def start() -> None:

@@ -311,7 +311,6 @@ def _method_rows(
 
     A version has rows of the task's datasets if it, or a version before it, learned one of them.
     """
-    from deal_core.adapter.method_state import EARLIER_ROWS
     from deal_core.adapter.state import kept_of_tasks
     from deal_core.strategies.kept_rows import rows_name
 
@@ -324,11 +323,7 @@ def _method_rows(
             with temporary_folder() as folder:
                 download_files(store, version.adapter_uri, folder, METHOD_FILES)
                 sizes = kept_of_tasks(folder)
-            wanted[version.version] = {
-                name
-                for name, size in sizes.items()
-                if size and (name == rows_name(task) or name.startswith(EARLIER_ROWS))
-            }
+            wanted[version.version] = {name for name, size in sizes.items() if size and name == rows_name(task)}
     return wanted
 
 

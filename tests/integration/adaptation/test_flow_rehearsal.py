@@ -5,30 +5,26 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE, WEIGHTS_FILE
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.files import METHOD_TENSORS_FILE, WEIGHTS_FILE, MethodState
 from deal_core.adapter.state import load_method_state
-from deal_core.strategies.kept_rows import pack, rows_name, unpack
-from deal_core.strategies.rehearsal import RehearsedRow
+from deal_core.strategies.kept_rows import rows_name, unpack
 from flows.adapt import AdaptResult
 from tasks.adaptation.evaluate import score_version
-from tasks.adaptation.resume import FINDINGS_FILE, read_findings
+from tasks.adaptation.resume import read_findings
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE, read_answers
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import roll_back
-from tasks.lineage.record import RECORD_FILE, read_record
-from tasks.lineage.version_files import borrowed_adapter, download_files, replacing
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.planning import plan
 from tasks.spec import AdaptSpec, parse
 from tests.adapting import BANK, CLINIC, evaluation_of, run, version_of
@@ -37,7 +33,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 TRAIN = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
 WARDS = {**CLINIC, "name": "wards", "instruction": "Which ward?"}
-GONE = "data that deal kept with the parent's adapter is gone: deal of this release cannot use it"
 
 
 def state_of(number: str) -> MethodState:
@@ -182,52 +177,6 @@ def test_a_plan_counts_the_rows_that_are_rehearsed(tiny_base: Path) -> None:
     spec = parse(AdaptSpec, {**settings, "task": WARDS, "rehearsal": {"rows": 9, "per_step": 2}}, "test")
     fewer = plan(spec, probe=False)
     assert (fewer.rehearsed_per_step, fewer.num_kept) == (2, 9)
-
-
-@pytest.fixture
-def home_of_before(copied_home: Path, tmp_path: Path) -> Path:
-    """A home whose champion, version 3, is as versions were before `rehearsal.rows`."""
-    store, folder = current_store(), tmp_path / "before"
-    version = find_version(store, "l", "3")
-    folder.mkdir()
-    download_files(store, version.adapter_uri, folder, METHOD_FILES)
-    assert load_file(folder / METHOD_TENSORS_FILE)
-    rows = pack([RehearsedRow([1, 2, 3], [4])])
-    save_file({"rows.0000": rows, "answers.0123456789abcdef.tokens": rows.clone()}, folder / METHOD_TENSORS_FILE)
-    with replacing(store, version, folder):
-        store.upload_folder(folder, version.adapter_uri)
-
-    def rewrite(name: str, change: Callable[[Any], None]) -> None:
-        values = json.loads(store.get_bytes(f"{version.adapter_uri}/{name}"))
-        change(values)
-        store.put_bytes(f"{version.adapter_uri}/{name}", json.dumps(values).encode())
-
-    def say_memory(findings: Any) -> None:
-        rehearsal = {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200, "rows_per_step": 4}
-        findings["spec"] |= {"memory": "rows", "rehearsal": rehearsal}
-        findings["spec"]["train"]["recentre_steps"] = 0
-
-    rewrite(RECORD_FILE, lambda record: record.update(memory="rows", spared="all"))
-    rewrite(FINDINGS_FILE, say_memory)
-    return copied_home
-
-
-@pytest.mark.usefixtures("home_of_before")
-def test_a_lineage_of_before_goes_on_and_says_once_that_its_rows_are_gone(tiny_base: Path) -> None:
-    """Its tasks are rehearsed on the new task's texts until each has arrived again."""
-    first = run(tiny_base, WARDS)
-    assert (first.status, first.parent_version) == ("promoted", "3")
-    assert notes_of(first)[0] == "rehearsed 12 rows of 2 old tasks, 4 a step"
-    assert notes_of(first).count(GONE) == 1
-    assert num_kept("4", "wards") == [18], "and nothing of before"
-    assert not [note for note in evaluation_of(first)["notes"] if "settings that differ" in note]
-    assert evaluation_of(first)["num_rows"] == {"bank": 36, "clinic": 36, "wards": 36}
-    assert read_record(current_store(), version_of(first).adapter_uri).matrix.trained[-1] == "wards"
-
-    second = run(tiny_base, BANK, again=True)
-    assert (second.status, second.parent_version) == ("promoted", "4")
-    assert not [note for note in notes_of(second) if "gone" in note]
-    assert num_kept("5", "wards", "bank") == [18, 18]
 
 
 @pytest.mark.nightly

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from benchmarks.headline import CELLS, arms, bootstrap_ratio, headline, judged_accuracy, main, t_interval, worst_task
 from benchmarks.method.protocol import JUDGED
 from benchmarks.stored_cells import Memory, name_of_memory, read_stored_cells
-from deal_core.benchmark.summary import CellJson, departures, protocols
+from benchmarks.tables import departures, protocols
+from deal_core.benchmark.summary import CellJson
 
 app = typer.Typer()
 app.command()(main)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from benchmarks.stored_cells import FIXED, Memory, in_full, name_of_memory, read_stored_cells, with_memory
-from deal_core.benchmark.summary import departures, protocols
+from benchmarks.tables import departures, protocols
 from deal_core.config import TrainConfig
 from deal_core.errors import DataValidationError
 

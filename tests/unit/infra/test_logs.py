@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,6 +51,20 @@ def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert "WatchedFileHandler" in yaml.safe_load(text)["handlers"]["file"]["class"]
     assert (tmp_path / "logs" / "deal.log").read_text().endswith(r"label \x1b[31m" + "\n")
     assert yaml.safe_load(text)["formatters"]["plain"]["class"] == "infra.logs.PlainFormatter"
+
+
+def test_errors_of_prefects_api_go_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect starts the API with uvicorn's command, which finds no such application here."""
+    from flows.server.embedded import enter_home, start_api
+
+    with put_back():
+        monkeypatch.delenv("DEAL_HOME", raising=False)
+        monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: None)
+        enter_home(tmp_path)
+        start_api().result()
+        command = [sys.executable, "-m", "uvicorn", "no_such_application:app", "--log-level", "error"]
+        assert subprocess.run(command, capture_output=True, check=False).stderr == b""
+    assert "no_such_application" in (tmp_path / "logs" / "deal.log").read_text()
 
 
 @pytest.fixture

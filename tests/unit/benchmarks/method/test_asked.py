@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from benchmarks.method import asked
 from benchmarks.method.asked import DealAsked, answers_name
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.files import MethodState
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.benchmark.cell import make_cell
 from deal_core.config import AdapterConfig, TrainConfig

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.method.leads import lead, points_of
-from deal_core.benchmark.summary import Protocol
+from benchmarks.tables import Protocol
 
 
 def cell(bits: str, *, seed: int = 0, strategy: str = "deal_without", first: str = "1111") -> dict[str, Any]:

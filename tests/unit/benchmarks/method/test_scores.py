@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from benchmarks.method.scores import failure_rate
 from deal_core.adapter.state import adapter_on
 from deal_core.config import TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits, encode_rows
@@ -43,7 +44,7 @@ def test_difficulty_says_how_many_rows_are_undecided(base, half_learned, task, r
     with adapter_on(base.model, half_learned) as model:
         measured = measure(model, base.tokenizer, task, rows(40), **LIMITS)
     (note,) = score_class("difficulty")().notes(Candidates(rows=rows(40), task=task, measured=measured, seed=0))
-    number = sum(0.1 < float(rate) < 0.9 for rate in measured.failure_rate)
+    number = sum(0.1 < float(rate) < 0.9 for rate in failure_rate(measured))
     assert note.startswith(f"{number} rows that were read have a difficulty between 0.1 and 0.9; the others")
 
 
@@ -125,7 +126,7 @@ def test_difficulty_is_the_rate_of_wrong_sampled_answers(base, half_learned, tas
             # an answer is right if every token, drawn after the right ones, is right
             drawn_KS = torch.multinomial(shares_KV, num_samples, replacement=True, generator=generator)
             wrong = 1 - (drawn_KS == batch["labels"][0][:, None]).all(0).float().mean()
-            d = float(measured.failure_rate[row])
+            d = float(failure_rate(measured)[row])
             assert abs(float(wrong) - d) <= 4 * (d * (1 - d) / num_samples) ** 0.5 + 1e-3
     order = {}
     for target in (0.0, 1.0):

@@ -18,7 +18,7 @@ from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark import run as benchmark_run
 from deal_core.benchmark.cell import Cell, make_cell
-from deal_core.benchmark.run import HEADS, CellRun, answer_by_head, run_cell
+from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
 from deal_core.config import AdapterConfig, TrainConfig
@@ -253,15 +253,8 @@ def test_training_settings_and_rows_reach_the_cell(run):
     assert shorter["perplexity"]["base"] != shorter["perplexity"]["adapted"]
 
 
-def test_a_bound_trains_on_a_tenth_of_the_rows(run):
+def test_joint_training_takes_the_rows_of_all_tasks(run):
     assert run("joint", tasks=THREE)["versions"][0]["num_steps"] == 12, "16 rows of each task in batches of 4"
-    assert run("joint_memory", tasks=THREE)["versions"][0]["num_steps"] == 2, "2 rows of each task"
-
-
-def test_heads_on_the_base_model_are_scored_as_answers_are(run):
-    cell = run("frozen_head")
-    assert {name: len(score["correct"]) for name, score in final_scores(cell).items()} == {"colours": 6, "sizes": 6}
-    assert cell["settings"]["seed"] == 0 and "num_steps" not in cell["versions"][0]
 
 
 def test_a_selecting_cell_trains_on_the_chosen_rows_in_as_many_steps(run):
@@ -279,24 +272,6 @@ def test_a_bound_trains_on_all_rows_whatever_is_selected(run):
     for bound, num_steps in (("per_task", 4), ("joint", 8)):
         for version in run(bound, method, scored="last")["versions"]:
             assert version["num_steps"] == num_steps and "chosen" not in version
-
-
-@pytest.mark.parametrize("bound", HEADS)
-def test_a_head_finds_a_linear_rule(bound: str):
-    generator = torch.Generator().manual_seed(0)
-    points_ND = torch.randn(200, 8, generator=generator)
-    labels = ["up" if value > 0 else "down" for value in (points_ND[:, 0] - points_ND[:, 1]).tolist()]
-    answers = answer_by_head(bound, points_ND[:150], labels[:150], points_ND[150:], ("up", "down"))
-    assert sum(map(str.__eq__, answers, labels[150:])) >= (40 if bound == "knn" else 45)
-
-
-def test_a_task_with_one_label_has_a_constant_answer():
-    assert answer_by_head("knn", torch.zeros(3, 2), ["up"] * 3, torch.ones(2, 2), ("up", "down")) == ["up", "up"]
-
-
-def test_two_near_rows_outvote_three_far_ones():
-    rows_ND = torch.cat([torch.zeros(2, 3), torch.ones(3, 3)])
-    assert answer_by_head("knn", rows_ND, ["near"] * 2 + ["far"] * 3, torch.full((1, 3), 0.01), ()) == ["near"]
 
 
 def test_features_do_not_depend_on_the_batch(base: BaseModel):

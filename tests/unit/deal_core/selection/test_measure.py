@@ -36,4 +36,3 @@ def test_a_rows_figures_are_those_of_the_row_alone(base, parent, task, rows, mon
             assert found.num_hits_N[row] == (logits_KV.argmax(-1) == batch["labels"][0]).sum()
     assert sum(seen) == 12
     torch.testing.assert_close(found.mean_loss, found.loss_N / found.num_tokens_N)
-    torch.testing.assert_close(found.failure_rate, 1 - (-found.loss_N).exp())

@@ -21,13 +21,11 @@ from scipy.special import softmax
 
 from deal_core.adapter.state import (
     adapter_on,
-    attach_adapter,
     empty_tensors,
     kept_of_tasks,
     load_method_state,
-    save_adapter,
 )
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import TrainingDivergedError
@@ -200,24 +198,6 @@ def test_a_task_with_deleted_rows_is_rehearsed_on_the_new_texts_and_keeps_none(t
     second = train("deal", first, task=SIZES, rows=labelled(SIZES, 8), old_tasks=(task,), train=ONE_STEP)
     assert second.result.notes[0] == "rehearsed 4 rows of one old task, 4 a step"
     assert kept_by(second.folder, task) == [] and len(kept_by(second.folder, SIZES)) == 2
-
-
-def test_rows_of_an_earlier_release_are_named_once_and_not_read(base, task, rows, parent, train, tmp_path):
-    """Their tensors have other names, and no training reads them."""
-    tensors = {"rows.0000": pack([RehearsedRow([1], [2])]), "answers.0123.prompts": torch.zeros(3)}
-    earlier = replace(load_method_state(parent), strategy="deal", stores="data", tensors=tensors)
-    model = attach_adapter(base.model, AdapterConfig(rank=4), seed=0)
-    save_adapter(model, tmp_path / "earlier", earlier, base_name=base.name)
-    model.unload()
-    given = {"old_tasks": (SIZES,), "train": ONE_STEP}
-    second = train("deal", tmp_path / "earlier", **given)
-    third = train("deal", second.folder, **given)
-    counts = [
-        sum("kept with the parent's adapter is gone" in note for note in run.result.notes) for run in (second, third)
-    ]
-    assert counts == [1, 0]
-    assert load_method_state(second.folder).tensors.keys() == {rows_name("colours")}
-    assert "rehearsed 4 rows of one old task, 4 a step" in second.result.notes, "on the new texts"
 
 
 # --- what is learned from them

@@ -21,7 +21,7 @@ EXAMPLE = Path(__file__).parents[4] / "docs" / "own_strategy.py"
 BROKEN = """
 import random
 import torch
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.files import MethodState
 from deal_core.strategies.strategy import Strategy
 
 class Idle(Strategy):

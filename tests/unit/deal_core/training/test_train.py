@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from deal_core.adapter.method_state import MethodState
+from deal_core.adapter.files import MethodState
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import load_base
 from deal_core.config import AdapterConfig, TrainConfig

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import typer
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+from deal_core.errors import DealError
 from flows.cli.console import Screen
 from flows.cli.session import CommandResult, Events, Session, command
 from tests.in_process import put_back
@@ -94,9 +97,20 @@ def test_what_trains_is_imported_while_the_api_starts(
     async def flow() -> str:
         return "learned"
 
-    api = SimpleNamespace(done=lambda: is_up, result=lambda: None)
+    api = SimpleNamespace(done=lambda: is_up, result=lambda timeout: None)
     monkeypatch.setattr("flows.server.embedded.start_api", lambda: api)
     monkeypatch.setitem(sys.modules, "deal_core.training.train", None)
     session = Session(home=tmp_path, screen=Screen(as_json=True))
     with pytest.raises(ModuleNotFoundError) if imports else nullcontext():
         assert session.run(flow, trains=trains) == "learned"
+
+
+def test_an_api_that_never_starts_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def flow() -> None:
+        raise AssertionError("There is no API that could run it.")
+
+    monkeypatch.setattr("flows.server.embedded.start_api", Future)
+    monkeypatch.setattr("flows.server.embedded.API_SECONDS", 0.01)
+    with pytest.raises(DealError, match="has not started"):
+        Session(home=tmp_path, screen=Screen(as_json=True)).run(flow)
+    assert gc.isenabled()

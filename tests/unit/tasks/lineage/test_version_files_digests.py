@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deal_core.adapter.files import as_recorded, digests_of, sha256_together
-from deal_core.adapter.method_state import KEPT_ROWS
+from deal_core.adapter.files import KEPT_ROWS, as_recorded, digests_of, sha256_together
 from deal_core.errors import IntegrityError
 from infra.store.local import FileStore
 from infra.versions import Version, Versions

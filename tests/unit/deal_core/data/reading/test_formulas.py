@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deal_core.config import DataConfig
 from deal_core.data.answer_files import survey_rows
 from deal_core.data.dataset import Landing, validate_file
-from deal_core.data.formulas import GUARD_COLUMN, guarded, unguarded
+from deal_core.data.reading.csv_records import GUARD_COLUMN, guarded, unguarded
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import Row
 from deal_core.data.schema import TaskSchema
