@@ -19,12 +19,13 @@ import yaml
 from prefect.client.orchestration import PrefectClient
 
 from benchmarks.speed.serving import served
-from benchmarks.tiny_base import NO_LIMITS
+from benchmarks.tiny_base import NO_LIMITS, build_tiny_base
 from infra.report.run_report import EVALUATION_FILE
 from infra.store.keys import monitor_key
 from tasks.lineage.reports import read_report
 from tasks.notices import EVENTS
 from tests.e2e.whole import BUCKET, DONE, WAIT_SECONDS, Whole, wait_until_learned
+from tests.real_engine import needs_engine, running_engine
 
 LINEAGE, TASK = "support", "colours"
 OLD_ROWS = f"{TASK}.old-1"
@@ -71,11 +72,27 @@ def shifted(num_rows: int) -> dict[str, str]:
 
 
 def test_shifted_traffic_becomes_a_promoted_version(whole: Whole, tiny_base: Path, tmp_path: Path) -> None:
+    close_the_loop(whole, tiny_base, tmp_path, {})
+
+
+@needs_engine
+def test_on_an_engine_too_and_a_canary_decides(whole: Whole, tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "engine"
+    folder.mkdir()
+    build_tiny_base(base, width=128)  # vLLM demands heads of such a width
+    canary = {"rollout": "canary", "rollout_share": 0.5, "rollout_rows": 20}
+    with running_engine(base, folder) as engine:
+        close_the_loop(whole, base, tmp_path, {"DEAL_ENGINE_URL": engine.url}, **canary)
+
+
+def close_the_loop(whole: Whole, base: Path, tmp_path: Path, environment: dict[str, str], **gate: Any) -> None:
+    """From shifted traffic, drift and labels to the next champion; `gate` may let it be a canary first."""
     file = whole.home / "support.yaml"
-    file.write_text(yaml.safe_dump({**SETTINGS, "base_model": str(tiny_base)}))
+    settings = {**SETTINGS, "base_model": str(base), "gate": {**SETTINGS["gate"], **gate}}
+    file.write_text(yaml.safe_dump(settings))
     whole.deal("lineage", "apply", str(file))
     learn(whole, "january.jsonl", rows(usual(400, "january")), 1)
-    with served(LINEAGE, {**whole.environment, "DEAL_LOG_PREDICTIONS": "texts"}) as (url, _):
+    with served(LINEAGE, {**whole.environment, **environment, "DEAL_LOG_PREDICTIONS": "texts"}) as (url, _):
         assert {each["version"] for each in ask(url, usual(NUM_ASKED, "february"))} == {"1"}
         wait_until_logged(whole, NUM_ASKED)
         asyncio.run(look(whole))
@@ -95,6 +112,8 @@ def test_shifted_traffic_becomes_a_promoted_version(whole: Whole, tiny_base: Pat
         whole.deal("task", "renew-tests", TASK, "--lineage", LINEAGE)
         learn(whole, "june.csv", chosen.read_bytes(), 2)
 
+        if gate:
+            let_the_canary_answer(whole, url, june)
         check_the_gate_judged_old_and_renewed_rows(whole)
         wait_for_version(url, "2")
         answers = ask(url, june)
@@ -102,6 +121,22 @@ def test_shifted_traffic_becomes_a_promoted_version(whole: Whole, tiny_base: Pat
         assert num_right(answers, june) > before + NUM_ASKED // 4
     asyncio.run(look(whole))
     assert live(whole)[0] == "2", "the next look is at the new version's own traffic"
+
+
+def let_the_canary_answer(whole: Whole, url: str, texts: dict[str, str]) -> None:
+    """Ask until champion and canary have answers with feedback, and let the deployment look at them."""
+    for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.5), stop=tenacity.stop_after_delay(WAIT_SECONDS)):
+        with attempt:
+            assert httpx.get(f"{url}/version", timeout=60).json()["rollout"]["version"] == "2"
+    versions = set()
+    for text, label in texts.items():  # one request each: a request's rows go to one version
+        (answer,) = ask(url, {text: label})
+        versions.add(answer["version"])
+        said = [{"id": answer["id"], "label": label}]
+        httpx.post(f"{url}/feedback", json=said, timeout=WAIT_SECONDS).raise_for_status()
+    assert versions == {"1", "2"}
+    wait_until_logged(whole, 2 * NUM_ASKED + len(texts))
+    asyncio.run(look(whole, "rollouts/rollout"))
 
 
 def rows(texts: dict[str, str]) -> bytes:
@@ -135,10 +170,10 @@ def num_right(answers: list[dict[str, Any]], texts: dict[str, str]) -> int:
     return sum(each["output"] == label for each, label in zip(answers, texts.values(), strict=True))
 
 
-async def look(whole: Whole) -> None:
-    """Run the deployment that looks at live traffic, to its end."""
+async def look(whole: Whole, deployment_name: str = "monitor-lineages/monitor-lineage") -> None:
+    """Run the deployment that looks at live traffic, or at rollouts, to its end."""
     async with PrefectClient(f"{whole.prefect_url}/api") as client, asyncio.timeout(WAIT_SECONDS):
-        deployment = await client.read_deployment_by_name("monitor-lineages/monitor-lineage")
+        deployment = await client.read_deployment_by_name(deployment_name)
         run = await client.create_flow_run_from_deployment(deployment.id)
         while run.state is None or not run.state.is_final():
             await asyncio.sleep(0.5)
