@@ -72,7 +72,7 @@ class GateConfig:
     rollout: Literal["none", "shadow", "canary"] = "none"
     """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
     answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,
-    vLLM and `mlflow models serve` do not."""
+    `mlflow models serve` does not."""
     rollout_share: ShareAboveZero | None = None
     """Share of the requests that the version answers. None: 1 for shadow, 0.1 for canary."""
     rollout_rows: Count = 200

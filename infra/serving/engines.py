@@ -279,10 +279,18 @@ class Engines:
         )
         with self._changing:
             self._retired.pop(name, None)
+        refusals: list[EngineError | ConfigError] = []
         for engine in self._engines:
-            with suppress(EngineAwayError), engine.lock:  # its thread loads the version when the engine is back
-                engine.load(version)
+            try:
+                with engine.lock:
+                    engine.load(version)
+            except EngineAwayError:  # its thread loads the version when it is back
+                pass
+            except (EngineError, ConfigError) as error:  # another engine may take it
+                refusals.append(error)
         if not any(name in engine.loaded and engine.is_there for engine in self._engines):
+            if refusals:
+                raise refusals[0]
             raise NoEngineError(" ".join(dict.fromkeys(engine.problem or "" for engine in self._engines)))
         return version
 

@@ -328,9 +328,10 @@ class Meter(Collector):
         failed = "1 while the champion does not load or the store does not answer."
         yield GaugeMetricFamily("deal_serving_problem", failed, value=state["problem"] is not None)
         log, rollout = self._serving.log, self._serving.rollout
-        for engine in state.get("engines", ()):
+        if engines := state.get("engines"):
             there = GaugeMetricFamily("deal_engine_up", "1 while the engine answers.", labels=["engine"])
-            there.add_metric([engine["url"]], engine["problem"] is None)
+            for engine in engines:
+                there.add_metric([engine["url"]], engine["problem"] is None)
             yield there
         lost, left_out = "Answers that are missing in the prediction log.", "Copies that no shadow has answered."
         yield CounterMetricFamily("deal_predictions_dropped", lost, value=log.num_dropped if log else 0)

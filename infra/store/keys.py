@@ -22,7 +22,6 @@
     batches/LINEAGE/TASK.json                 the files that are learned together now
     counts/TASK.json                          the numbers of rows of files that wait in the inbox
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
-    serving/LINEAGE.json                      the model name of a lineage in a vLLM server
     serving/LINEAGE.key                       what tells the ids of a lineage's answers from any other
     predictions/LINEAGE/DAY/BATCH.parquet     the prediction log
     feedback/LINEAGE/DAY/BATCH.parquet        right answers to rows of the prediction log, or whether they were right
