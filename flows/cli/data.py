@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 data_app = typer.Typer(help="List what has landed, delete it, or free disk space.", no_args_is_help=True)
 
 
-@command(data_app, "reading", "deal data list", "deal data list --json", name="list")
+@command(data_app, "reading", "deal data list", "deal data list --json", name="list", works_without_home=True)
 def list_data(deal: Session) -> CommandResult[list[ListedArrival]]:
     """List the arrivals: their rows, the versions that learned them, and those that are held."""
     from tasks.housekeeping.data_list import list_data as list_arrivals
@@ -52,7 +52,9 @@ class ReleasedArrivals:
     """Their keys, as inbox/TASK/FILE."""
 
 
-@command(data_app, "reading", "deal data release inbox/bank/may.csv", "deal data release --all")
+@command(
+    data_app, "reading", "deal data release inbox/bank/may.csv", "deal data release --all", works_without_home=True
+)
 def release(
     deal: Session,
     arrivals: Annotated[
