@@ -18,9 +18,9 @@ FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" \
 role="img" font-family="{FONT}" text-anchor="middle">
   <title>The parts: inbox, Prefect flow, store, MLflow and serving</title>
-  <desc>A file that lands in the inbox is an arrival. A Prefect flow ingests it, trains on it, evaluates the new version \
-on the test rows of all tasks, and lets the gate decide. The store keeps the lineage's versions. An accepted version \
-becomes champion, from which the next training starts. MLflow is a mirror. deal serve or vLLM answers with the \
+  <desc>A file that lands in the inbox is an arrival. A Prefect flow ingests it, trains on it, evaluates the new \
+version on the test rows of all tasks, and lets the gate decide. The store keeps the lineage's versions. An accepted \
+version becomes champion, from which the next training starts. MLflow is a mirror. deal serve or vLLM answers with the \
 champion.</desc>
   <defs><marker id="end" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">\
 <path d="M0 0 L8 4 L0 8 z" fill="{GREY}"/></marker></defs>
@@ -36,7 +36,8 @@ STAGE_WIDTH, STAGE_LEFT, STAGE_STEP = 166, 206, 184
 
 def box(x: int, y: int, width: int, height: int, fill: str = PALE, line: str = LINE) -> str:
     """A rounded rectangle; x and y are its upper left corner."""
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}" stroke="{line}" stroke-width="1.5"/>'
+    look = f'rx="8" fill="{fill}" stroke="{line}" stroke-width="1.5"'
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" {look}/>'
 
 
 def text(x: int, y: int, words: str, *, bold: bool = False, color: str = GREY, anchor: str = "middle") -> str:

@@ -179,8 +179,8 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
 def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
     if plan.unjudged:
         yield escape(
-            f"These rows judge {plan.task} in lineage {', '.join(plan.unjudged)}: without them no new version can be "
-            "judged on it. The next arrival of the task has to bring test rows; they judge it from then on."
+            f"They are the test rows of {plan.task} in lineage {', '.join(plan.unjudged)}: without them no new version "
+            "can be evaluated on it. The next arrival of the task has to bring test rows, which take their place."
         )
     if plan.shared_with:
         yield escape(

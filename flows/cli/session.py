@@ -265,7 +265,7 @@ def command(
 
 @contextmanager
 def session(home: Path | None, as_json: bool, debug: bool, *, makes_home: bool = True) -> Iterator[Session]:
-    """Prepare the home folder. Turn an error inside into one line and an exit code. For `makes_home` see `enter_home`."""
+    """Prepare the home folder (`enter_home`). Turn an error inside into one line and an exit code."""
     from flows.server.embedded import FAILURES, enter_home
 
     screen = Screen(as_json=as_json)

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator
 
 from deal_core.data.schema import is_name
-from deal_core.errors import ConfigError, in_one_line, RegistryError, StoreError
+from deal_core.errors import ConfigError, RegistryError, StoreError, in_one_line
 from deal_core.judging_config import MonitorConfig
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
@@ -122,8 +122,8 @@ def require_any_lineage(store: ObjectStore) -> None:
     """
     if not has_lineage(store):
         raise RegistryError(
-            "Nothing is learned here yet; learn a file with: deal adapt --task NAME --data FILE, try: deal demo, or name "
-            "another home with --home."
+            "Nothing is learned here yet; learn a file with: deal adapt --task NAME --data FILE, try: deal demo, or "
+            "name another home with --home."
         )
 
 
