@@ -247,7 +247,7 @@ def test_no_image_of_compose_is_one_that_is_gone() -> None:
     for path in (INFRA / "docker").glob("*ockerfile"):
         pulled |= set(re.findall(r"^FROM (\S+)", path.read_text(), re.MULTILINE))
     assert not [image for image in pulled if image.startswith("minio/")]
-    page = (INFRA.parent / "docs" / "deploy.md").read_text()
+    page = (INFRA.parent / "docs" / "compose.md").read_text()
     assert [image for image in sorted(pulled) if f"| `{image}` |" not in page] == [], "the page says when it was seen"
 
 
