@@ -76,7 +76,7 @@ class GateConfig:
     rollout_share: ShareAboveZero | None = None
     """Share of the requests that the version answers. None: 1 for shadow, 0.1 for canary."""
     rollout_rows: Count = 200
-    """Answers of the version that are judged before it becomes champion."""
+    """Answers of the version after which it becomes champion, if nothing speaks against it."""
 
     def __post_init__(self) -> None:
         require(

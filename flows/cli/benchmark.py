@@ -72,7 +72,7 @@ def benchmark(
     strategy: Annotated[
         list[str] | None,
         Option(
-            help="A strategy, or a bound: base, per_task, joint.",
+            help="A strategy, or for comparison: base, per_task, joint.",
             show_default="deal, seq_lora",
         ),
     ] = None,
@@ -90,7 +90,7 @@ def benchmark(
         bool, Option("--scores-unused", help="Score the last version on unused training rows too.")
     ] = False,
     keep_versions: Annotated[
-        Path | None, Option(help="Keep the versions of finished cells in this folder.", show_default=False)
+        Path | None, Option(help="Keep the versions of finished runs in this folder.", show_default=False)
     ] = None,
     prompt: Annotated[str, Option(help="Prompts: plain, or chat (the base model's chat template).")] = "plain",
     adapter: Annotated[
@@ -102,11 +102,11 @@ def benchmark(
         Option(help="Changes to the methods' settings, as JSON. Repeat it to compare several."),
     ] = None,
     base: Annotated[str | None, Option(help="Base model.", show_default="smollm2-135m-instruct")] = None,
-    out: Annotated[Path | None, Option(help="Folder of the cells.", show_default="HOME/benchmark")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the runs.", show_default="HOME/benchmark")] = None,
 ) -> CommandResult[BenchmarkResult]:
     """Compare strategies on a suite of tasks.
 
-    Finished cells are kept, and several commands can share the work.
+    Finished runs are kept, and several commands can share the work.
     """
     from flows.benchmark import benchmark as benchmark_flow
     from flows.benchmark import spec_from_options
@@ -140,7 +140,7 @@ def _show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
     from deal_core.benchmark.summary import method_name
 
     shown: list[RenderableType] = []
-    numbers = ["cells", "AA", "forgetting", "BWT", "FWT", "AA minus deal (95 % CI)"]
+    numbers = ["runs", "AA", "forgetting", "BWT", "FWT", "AA minus deal (95 % CI)"]
     for benchmark_table in result.tables:
         table = new_table("strategy", "order", *numbers, right=numbers)
         for row in benchmark_table.rows:

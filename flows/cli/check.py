@@ -56,7 +56,13 @@ class CheckedRows:
     """What a run takes; None: --plan was not given, or the rows are refused."""
 
 
-@command(main_app, "reading", "deal init bank.csv", "deal init bank.csv --task bank --out bank.yaml")
+@command(
+    main_app,
+    "reading",
+    "deal init bank.csv",
+    "deal init bank.csv --task bank --out bank.yaml",
+    works_without_home=True,
+)
 def init(
     deal: Session,
     file: Annotated[str, Argument(help="Rows: a file, folder, pattern or address.")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import shlex
@@ -12,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from deal_core.evaluation.metrics import scored_otherwise
@@ -29,6 +31,40 @@ WIDTH = 120
 """The width of tables in a file or a pipe."""
 STAGES = "DEAL_STAGES"
 """With this environment variable, a command with --json prints stages and remarks to stderr, as lines of JSON."""
+
+
+LONG_WORD = 20
+"""A longer word, such as a path, may be broken on a narrow screen."""
+
+
+class _FittingTable(Table):
+    """A table that breaks no word on a narrow screen, and leaves columns out if there is no other way."""
+
+    spare: Sequence[str] = ()
+    """Headers of the columns that may be left out, the first one first."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw the columns that fit. If the words of the others do not fit either, they are broken."""
+        columns = [dataclasses.replace(column, min_width=_longest_word(column)) for column in self.columns]
+        for name in self.spare:
+            if not _fits(columns, options.max_width):
+                columns = [column for column in columns if column.header != name]
+        if not _fits(columns, options.max_width):
+            columns = [dataclasses.replace(column, min_width=None) for column in columns]
+        shown = copy.copy(self)
+        shown.columns = [dataclasses.replace(column, _index=index) for index, column in enumerate(columns)]
+        yield from Table.__rich_console__(shown, console, options)
+
+
+def _longest_word(column: Column) -> int:
+    texts = [str(column.header), *(cell for cell in column.cells if isinstance(cell, str))]
+    words = [word for text in texts for word in Text.from_markup(text).plain.split()]
+    return min(max((len(word) for word in words), default=0), LONG_WORD)
+
+
+def _fits(columns: Sequence[Column], width: int) -> bool:
+    """Return whether the columns fit if each is as wide as its longest word; three characters are between two."""
+    return sum((column.min_width or 0) + 3 for column in columns) - 1 <= width
 
 
 class _Terminal(Console):
@@ -175,9 +211,16 @@ def interval(values: Sequence[float] | None) -> str:
     return "" if values is None else f"{values[0]:+.1f} ({values[1]:+.1f} to {values[2]:+.1f})"
 
 
-def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """An empty table; the columns named in `right` hold numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def new_table(*columns: str, right: Sequence[str] = (), spare: Sequence[str] = ()) -> Table:
+    """An empty table.
+
+    Args:
+        columns: the headers.
+        right: columns that hold numbers.
+        spare: columns that are left out on a narrow screen, the first one first.
+    """
+    table = _FittingTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.spare = spare
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 data_app = typer.Typer(help="List what has landed, delete it, or free disk space.", no_args_is_help=True)
 
 
-@command(data_app, "reading", "deal data list", "deal data list --json", name="list")
+@command(data_app, "reading", "deal data list", "deal data list --json", name="list", works_without_home=True)
 def list_data(deal: Session) -> CommandResult[list[ListedArrival]]:
     """List the arrivals: their rows, the versions that learned them, and those that are held."""
     from tasks.housekeeping.arrivals import list_data as list_arrivals
@@ -52,7 +52,9 @@ class ReleasedArrivals:
     """Their keys, as inbox/TASK/FILE."""
 
 
-@command(data_app, "reading", "deal data release inbox/bank/may.csv", "deal data release --all")
+@command(
+    data_app, "reading", "deal data release inbox/bank/may.csv", "deal data release --all", works_without_home=True
+)
 def release(
     deal: Session,
     arrivals: Annotated[
@@ -174,8 +176,8 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
 def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
     if plan.unjudged:
         yield escape(
-            f"These rows judge {plan.task} in lineage {', '.join(plan.unjudged)}: without them no new version can be "
-            "judged on it. The next arrival of the task has to bring test rows; they judge it from then on."
+            f"They are the test rows of {plan.task} in lineage {', '.join(plan.unjudged)}: without them no new version "
+            "can be evaluated on it. The next arrival of the task has to bring test rows, which take their place."
         )
     if plan.shared_with:
         yield escape(

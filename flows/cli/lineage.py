@@ -52,10 +52,11 @@ def apply(
     return CommandResult(written, [escape(f"{written.lineage} is in {written.file}")])
 
 
-@command(lineage_app, "reading", "deal lineage list", "deal lineage list --json", name="list")
+@command(lineage_app, "reading", "deal lineage list", "deal lineage list --json", name="list", works_without_home=True)
 def list_(deal: Session) -> CommandResult[list[WatchedLineage]]:
     """List the lineages that learn from the inbox."""
-    from tasks.lineage.settings import list_lineages
+    from infra.versions import Versions
+    from tasks.lineage.settings import list_lineages, list_settings
 
     lineages = list_lineages(deal.store)
     shown = [
@@ -63,11 +64,23 @@ def list_(deal: Session) -> CommandResult[list[WatchedLineage]]:
         + (f" (paused: {lineage.held})" if lineage.held else "")
         for lineage in lineages
     ]
+    files = list_settings(deal.store)
+    if not files:
+        shown = ["No lineage has a file, so one, default, learns every task. Add another with: deal lineage apply SPEC"]
+    shown += [
+        f"{name}: has versions and no file, so it learns by deal adapt alone"
+        for name in Versions(deal.store).lineages()
+        if name not in {*files, *(lineage.lineage for lineage in lineages)}
+    ]
     return CommandResult(lineages, [*map(escape, shown)])
 
 
 @command(
-    lineage_app, "reading", "deal lineage pause bank", 'deal lineage pause bank --reason "labels of May are checked"'
+    lineage_app,
+    "reading",
+    "deal lineage pause bank",
+    'deal lineage pause bank --reason "labels of May are checked"',
+    works_without_home=True,
 )
 def pause(
     deal: Session,
@@ -82,7 +95,7 @@ def pause(
     return CommandResult(paused, [escape(shown)])
 
 
-@command(lineage_app, "reading", "deal lineage resume bank", "deal lineage resume bank --json")
+@command(lineage_app, "reading", "deal lineage resume bank", "deal lineage resume bank --json", works_without_home=True)
 def resume(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]:
     """Let a paused lineage learn again. Files that landed meanwhile are learned."""
     from tasks.lineage.settings import hold_lineage_file
@@ -91,7 +104,7 @@ def resume(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]
     return CommandResult(resumed, [escape(f"{lineage} learns what lands.")])
 
 
-@command(lineage_app, "reading", "deal lineage show bank", "deal lineage show bank --json")
+@command(lineage_app, "reading", "deal lineage show bank", "deal lineage show bank --json", works_without_home=True)
 def show(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]:
     """Show a lineage's settings: those of its file, and the defaults of all others."""
     import yaml
@@ -102,7 +115,7 @@ def show(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]:
     return CommandResult(settings, [escape(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).rstrip())])
 
 
-@command(lineage_app, "reading", "deal lineage delete bank", "deal lineage delete bank --json")
+@command(lineage_app, "reading", "deal lineage delete bank", "deal lineage delete bank --json", works_without_home=True)
 def delete(deal: Session, lineage: LineageName) -> CommandResult[LineageFile]:
     """Let a lineage learn no longer from the inbox, by deleting its settings. Its versions stay and serve."""
     from tasks.lineage.settings import remove_lineage

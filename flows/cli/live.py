@@ -103,7 +103,7 @@ class RolloutLook:
     """The promotion or rejection that --apply has made; None: it made none."""
 
 
-@command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply")
+@command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply", works_without_home=True)
 def status(
     deal: Session,
     lineage: Lineage = "",
@@ -153,7 +153,8 @@ def abort(deal: Session, lineage: Lineage = "", reason: Reason = "rollout aborte
 
 def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
     if found.report is None or found.since is None:
-        return [f"No version of {escape(found.lineage)} is tried on live traffic."]
+        tried = f"No version of {escape(found.lineage)} is tried on live traffic."
+        return [f"{tried} To try the next one, set gate.rollout with: deal lineage apply SPEC"]
     report = found.report
     head = f"Version {found.version} of {found.lineage}, {report.kind} of version {found.champion}"
     versions = [f"version {each.version}" for each in (report.champion, report.candidate)]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from flows.server.status import RunStatus, Status
     from tasks.mlflow_mirror import Synced
 
+NOTHING_LEARNED = "Nothing is learned yet. Learn a file with: deal adapt --task NAME --data FILE, or try: deal demo"
+
 server_app = typer.Typer(help="Start, stop or sync the servers around the store.", no_args_is_help=True)
 
 
@@ -62,7 +64,7 @@ class EndedProcesses:
     """Names of the processes that still ran."""
 
 
-@command(server_app, "ending", "deal server down", "deal server down --home /srv/deal")
+@command(server_app, "ending", "deal server down", "deal server down --home /srv/deal", works_without_home=True)
 def down(deal: Session) -> CommandResult[EndedProcesses]:
     """End what `deal server up` started, and nothing else."""
     from flows.server.local_processes import stop
@@ -102,7 +104,7 @@ def register(
     return CommandResult(Registered(deployed=True), ["Pools, automations and deployments are on the server."])
 
 
-@command(main_app, "looking", "deal status", "deal status --check")
+@command(main_app, "looking", "deal status", "deal status --check", works_without_home=True)
 def status(
     deal: Session,
     check: Annotated[
@@ -137,7 +139,7 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     elif not status.prefect_url:
         shown.append("No server: files are adapted by deal adapt. Start one with: deal server up")
     if not any(lineage.champion or lineage.num_open for lineage in status.lineages):
-        shown.append("Nothing is learned yet. Learn a file with: deal adapt --task NAME --data FILE, or try: deal demo")
+        shown.append(NOTHING_LEARNED)
     lineages = new_table("lineage", "champion", "open arrivals", right=["champion", "open arrivals"])
     for each in status.lineages:
         num_open = "–" if each.num_open is None else str(each.num_open)
@@ -179,7 +181,7 @@ def _ago(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-@command(main_app, None, "deal ui", "deal ui --open")
+@command(main_app, None, "deal ui", "deal ui --open", works_without_home=True)
 def ui(
     deal: Session,
     open_: Annotated[bool, Option("--open", help="Start MLflow's own server here and open it.")] = False,
@@ -187,14 +189,18 @@ def ui(
 ) -> CommandResult[UiAddress]:
     """Show where MLflow lists the runs, or open it."""
     from flows.server.embedded import open_ui, ui_address
+    from tasks.lineage.settings import has_lineage
 
     address = ui_address(port)
     safe = address.shown()
     shown = [f"MLflow keeps the runs in {safe.tracking_uri}"]
+    if not has_lineage(deal.store):
+        shown.insert(0, NOTHING_LEARNED)
     if safe.command:
         shown += ["Show them with:", f"  {safe.line()}", f"and open {safe.url}"]
     result = CommandResult(safe, [*map(escape, shown)])
     if open_:
+        deal.home.mkdir(parents=True, exist_ok=True)
         deal.show(result)
         raise typer.Exit(open_ui(address))
     return result

@@ -221,6 +221,7 @@ def command(
     doing: str | None = None,
     *examples: str,
     name: str | None = None,
+    works_without_home: bool = False,
 ) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
     """Make a function a command of `group`, with the options --home, --json and --debug.
 
@@ -234,13 +235,19 @@ def command(
         doing: what a spinner says while the function runs; None: the function shows its work itself.
         examples: command lines for the end of the help text.
         name: the command's name; None: the function's.
+        works_without_home: the command has an answer where nothing is stored, and makes no home folder for it. Other
+            commands with an option of the kind `Lineage` refuse to start there; all others make the folder.
     """
 
     def add(function: Callable[..., Returned]) -> Callable[..., Returned]:
         @functools.wraps(function)
         def run(*, home: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
-            with session(home, as_json, debug) as deal:
+            with session(home, as_json, debug, makes_home=not (works_without_home or names_lineage)) as deal:
                 with nullcontext() if doing is None else deal.screen.working(doing):
+                    if names_lineage and not works_without_home:
+                        from tasks.lineage.settings import require_any_lineage
+
+                        require_any_lineage(deal.store)
                     if names_lineage and not options["lineage"]:
                         from tasks.lineage.settings import only_lineage
 
@@ -268,15 +275,15 @@ def command(
 
 
 @contextmanager
-def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
-    """Prepare the home folder. Turn an error inside into one line and an exit code."""
+def session(home: Path | None, as_json: bool, debug: bool, *, makes_home: bool = True) -> Iterator[Session]:
+    """Prepare the home folder (`enter_home`). Turn an error inside into one line and an exit code."""
     from flows.server.embedded import FAILURES, enter_home
 
     screen = Screen(as_json=as_json)
     folder: Path | None = None
     try:
         _require_time_zone()
-        folder = enter_home(home)
+        folder = enter_home(home, makes_home=makes_home)
         yield Session(home=folder, screen=screen)
     except (typer.Exit, typer.Abort):
         raise
@@ -323,7 +330,7 @@ def _wrong_path(error: Exception) -> ConfigError | None:
 def _explain(error: Exception, home: Path | None) -> str:
     if isinstance(error, DealError):
         return in_one_line(error)
-    where = f"{home / 'logs' / 'deal.log'} and --debug show" if home else "--debug shows"
+    where = f"{home / 'logs' / 'deal.log'} and --debug show" if home and home.exists() else "--debug shows"
     return f"{in_one_line(error)}. This was not expected; {where} where it happened."
 
 

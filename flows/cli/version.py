@@ -132,7 +132,8 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
     """The versions of a lineage."""
     is_tested = any(entry.arrival_accuracy is not None for entry in entries)
     numbers = ["version", "parent", "accuracy", "forgetting", *(["on arrival"] if is_tested else [])]
-    table = new_table(*numbers, "task", "strategy", "gate", "alias", "when", right=numbers)
+    columns = (*numbers, "task", "strategy", "gate", "alias", "when")
+    table = new_table(*columns, right=numbers, spare=("strategy", "when"))
     for entry in entries:
         gate = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
         if "rollout" in entry.aliases:

@@ -69,8 +69,13 @@ PAGES_SECONDS = 60
 """Longest wait for MLflow's pages."""
 
 
-def enter_home(home: Path | None) -> Path:
+def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
     """Create the home folder, direct this process's files to it, and return its path. None: DEAL_HOME or its default.
+
+    Args:
+        home: the folder.
+        makes_home: without it, a home that does not exist and would hold the store is not created: nothing can be
+            found there. Nothing is logged then.
 
     Raises:
         ConfigError: The folder cannot be used, or another release made the store (`FormatError`); nothing is written.
@@ -93,6 +98,13 @@ def enter_home(home: Path | None) -> Path:
         raise
     except (DealError, ValueError, RuntimeError):  # the command says so, if it needs the store
         pass
+    if not makes_home and not folder.exists() and "DEAL_STORE_URI" not in os.environ:
+        for name, value in {**SETTINGS, **embedded_environment(folder)}.items():
+            os.environ.setdefault(name, value)
+        logging.captureWarnings(True)
+        warnings.simplefilter("ignore")
+        FAILURES.handlers, FAILURES.propagate = [logging.NullHandler()], False
+        return folder
     log_file = folder / "logs" / "deal.log"
     logging_file = log_file.with_name("logging.yml")
     quoted = "'" + str(log_file).replace("'", "''").replace("$", "$$") + "'"

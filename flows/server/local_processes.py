@@ -171,6 +171,8 @@ def stop(home: Path) -> list[str]:
 
     The supervisor ends first, then the workers, then the servers that the workers use.
     """
+    if not home.is_dir():
+        return []
     with hold_stack(home):
         stack = read_stack(home)
         if stack is None:

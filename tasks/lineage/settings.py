@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator
 
 from deal_core.data.schema import is_name
-from deal_core.errors import ConfigError, StoreError, in_one_line
+from deal_core.errors import ConfigError, RegistryError, StoreError, in_one_line
 from deal_core.judging_config import MonitorConfig
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
@@ -112,6 +112,24 @@ def only_lineage(store: ObjectStore) -> str:
     if len(names) > 1:
         raise ConfigError(f"There are several lineages ({', '.join(names)}); give --lineage NAME, or set DEAL_LINEAGE.")
     return names[0] if names else DEFAULT
+
+
+def require_any_lineage(store: ObjectStore) -> None:
+    """Refuse a store in which nothing was learned and no lineage has a file.
+
+    Raises:
+        RegistryError: It says what to do first.
+    """
+    if not has_lineage(store):
+        raise RegistryError(
+            "Nothing is learned here yet; learn a file with: deal adapt --task NAME --data FILE, try: deal demo, or "
+            "name another home with --home."
+        )
+
+
+def has_lineage(store: ObjectStore) -> bool:
+    """Return whether a lineage has a version or a file."""
+    return bool(list_settings(store) or Versions(store).lineages())
 
 
 def read_lineages(store: ObjectStore) -> Lineages:

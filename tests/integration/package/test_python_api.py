@@ -90,7 +90,7 @@ def test_two_arrivals_are_looked_back_at_and_one_is_taken_back(home: Path, tiny_
 def test_a_lineage_without_a_version_is_empty_and_has_no_answers(home: Path) -> None:
     lineage = Lineage("api", home=home, show=None)
     assert lineage.champion is None and lineage.history().empty
-    with pytest.raises(CommandError, match="has no champion here; adapt it first"):
+    with pytest.raises(CommandError, match="Nothing is learned here yet; learn a file with"):
         lineage.predict("Number 3 is red.")
 
 

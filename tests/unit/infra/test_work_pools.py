@@ -69,7 +69,7 @@ def test_a_new_template_keeps_what_a_person_has_set_in_the_pool() -> None:
 @pytest.mark.parametrize("secret", ["s3cr3t{{ }}", "0123456789", "null"])
 def test_a_pool_names_the_block_and_the_container_gets_its_secret(secret: str) -> None:
     Secret(value=secret).save("mlflow-tracking-password", overwrite=True)
-    reference = "{{ prefect.blocks.secret.mlflow-tracking-password }}"  # as docs/deploy.md has it
+    reference = "{{ prefect.blocks.secret.mlflow-tracking-password }}"  # as docs/compose.md has it
     pool = pool_template("docker")
     pool["variables"]["properties"]["env"]["default"] = {"MLFLOW_TRACKING_PASSWORD": reference}
     pool = with_defaults_of(pool, pool_template("docker"))

@@ -259,14 +259,23 @@ def test_nothing_is_drawn_where_there_is_no_terminal(deal: Deal) -> None:
     assert "\x1b" not in result.output and "\r" not in result.output
 
 
+@pytest.fixture
+def other(deal: Deal, tmp_path: Path) -> None:
+    """The store has a lineage, so it is not empty."""
+    (tmp_path / "other.yaml").write_text("lineage: other\n")
+    assert deal("lineage", "apply", str(tmp_path / "other.yaml")).exit_code == 0
+
+
+@pytest.mark.usefixtures("other")
 def test_a_variable_names_the_lineage_and_the_option_wins(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEAL_LINEAGE", "support")
     assert "'support' has no champion" in deal("version", "list").stderr
     assert "'desk' has no champion" in deal("version", "list", "--lineage", "desk").stderr
     monkeypatch.delenv("DEAL_LINEAGE")
-    assert "'default' has no champion" in deal("version", "list").stderr
+    assert "'other' has no champion" in deal("version", "list").stderr
 
 
+@pytest.mark.usefixtures("other")
 @pytest.mark.parametrize("arguments", [["version", "list"], ["predict", "text"], ["task", "add-label", "bank", "late"]])
 def test_an_unknown_lineage_says_what_to_do(deal: Deal, arguments: list[str]) -> None:
     result = deal(*arguments, "--lineage", "nobody")

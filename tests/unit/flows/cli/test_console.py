@@ -128,3 +128,33 @@ def test_home_is_named_only_where_it_is_needed(tmp_path: Path, monkeypatch: pyte
     assert home_option(tmp_path / "deal-home") == ""
     assert home_option(tmp_path / "my home") == " --home 'my home'"
     assert home_option(Path("/elsewhere")) == " --home /elsewhere"
+
+
+def drawn(table: RenderableType, width: int) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().splitlines()
+
+
+def test_a_narrow_screen_breaks_no_word_and_leaves_spare_columns_out() -> None:
+    columns = ("version", "task", "strategy", "gate", "alias", "when")
+    table = new_table(*columns, right=["version"], spare=("strategy", "when"))
+    table.add_row("12", "parcels", "deal", "accepted, approved", "challenger champion", "12-01 01:47")
+    words = [
+        word for column in ("parcels", "deal", "accepted, approved", "challenger champion") for word in column.split()
+    ]
+    for width, left_out in ((100, ()), (60, ("strategy",)), (48, ("strategy", "when"))):
+        lines = drawn(table, width)
+        assert max(map(len, lines)) <= width
+        assert [name for name in columns if name not in lines[1].split()] == list(left_out)
+        shown = " ".join(lines).split()
+        assert [word for word in words if word not in shown and not (word == "deal" and left_out)] == []
+
+
+def test_words_are_broken_where_nothing_else_fits() -> None:
+    table = new_table("first column", "second column")
+    table.add_row("a" * 30, "b" * 30)
+    lines = drawn(table, 20)
+    assert max(map(len, lines)) <= 20
+    assert "".join(lines).count("a") == 30
