@@ -22,7 +22,8 @@ TEXT = (
 )
 """The text. It must not change: figures of it are stored."""
 MOST_APART = 0.1
-"""Largest mean difference of the log-probabilities of one model, in nats."""
+"""Largest mean difference of the log-probabilities of one model, in nats. With SmolLM2-135M it is 0.04 between fp32 and
+bf16, and 0.52 after one arrival of the demo has been learned."""
 
 
 @torch.inference_mode()

@@ -129,6 +129,13 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
     return _converted(cache_folder, path.stem, sha256_of_file(path), lambda _: path, on_progress)
 
 
+def tokenizer_folder(source: str, cache_folder: Path) -> Path:
+    """As `resolve_base`, for the tokenizer alone: the weights of a Hub id are not fetched."""
+    if source in BUILT_IN or _local_base(source) is not None:
+        return resolve_base(source, cache_folder)
+    return fetch_model(source, ["*.json", "*.txt", "*.model", "*.jinja"], ignored=["*/*"])
+
+
 def check_base(source: str) -> str | None:
     """Refuse a base model that does not exist. Weights are neither fetched nor converted.
 

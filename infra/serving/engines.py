@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from deal_core.adapter.files import PEFT_FILES, digests_of, sha256_together
 from deal_core.base_model.fingerprint import MOST_APART, TEXT, apart
 from deal_core.base_model.load import load_base, read_tokenizer
-from deal_core.base_model.sources import resolve_base
+from deal_core.base_model.sources import tokenizer_folder
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling
@@ -311,7 +311,7 @@ class Engines:
             fingerprint = keep_fingerprint(self._store, base)
         if fingerprint is None:
             raise ConfigError(f"{served.base_name} is an encoder-decoder, which vLLM serves no adapters on.")
-        tokenizer = read_tokenizer(resolve_base(source, cache), source)
+        tokenizer = read_tokenizer(tokenizer_folder(source, cache), source)
         if tuple(tokenizer(TEXT)["input_ids"]) != fingerprint.tokens:
             raise ConfigError(
                 f"The tokenizer of {source} is not that of the version's base model {served.base_name}; set "
