@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import ssl
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -23,6 +25,10 @@ from infra.settings import EngineSettings, host_of
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 300.0
 """Longest wait for the next piece of an answer. A full engine lets requests wait."""
+KEEP_ALIVE_SECONDS = 3.0
+"""Time for which an idle connection is used again. A vLLM server closes it after 5 s."""
+ENDED_SECONDS = 0.1
+"""Pause between two looks whether an answer is still waited for."""
 FIRST_PAUSE_SECONDS = 0.5
 AWAY = frozenset({429, 502, 503, 504})
 """Status codes of a server or proxy that is starting or too busy."""
@@ -83,7 +89,9 @@ class EngineClient:
             base_url=url,
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
             timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=256, keepalive_expiry=KEEP_ALIVE_SECONDS
+            ),
             verify=verify,
         )
         self._max_attempts = max_attempts
@@ -131,31 +139,35 @@ class EngineClient:
             if name in self.models():
                 raise
 
-    def complete(self, body: Mapping[str, Any]) -> Generator[Piece | Mapping[str, int], None, None]:
+    def complete(
+        self, body: Mapping[str, Any], is_ended: Callable[[], bool] = lambda: False
+    ) -> Generator[Piece | Mapping[str, int], None, None]:
         """Yield the pieces of the answers to a body of /v1/completions as they come, then the numbers of tokens.
 
-        Closing the iterator ends the connection, and the engine then gives the request up.
+        Closing the iterator ends the connection, and the engine then gives the request up. Once `is_ended` returns
+        True, the connection ends too, also while a piece is waited for; that raises EngineAwayError.
         """
         more = {"stream": True, "stream_options": {"include_usage": True}, "return_tokens_as_token_ids": True}
         with self._connected(), self._client.stream("POST", "/v1/completions", json={**body, **more}) as answer:
             if not answer.is_success:
                 answer.read()
             self._require_success(answer, f"ask {body['model']}", "/v1/completions")
-            for line in answer.iter_lines():
-                data = line.removeprefix("data: ")
-                if data == line or data == "[DONE]":
-                    continue
-                try:
-                    event = json.loads(data)
-                    if "error" in event:
-                        reason = _one_line(event["error"].get("message"))
-                        raise EngineError(f"The engine at {self.shown} failed: {reason}", 500)
-                    for choice in event["choices"]:
-                        yield _piece(choice)
-                    if usage := event.get("usage"):
-                        yield usage
-                except NO_ANSWER:
-                    raise EngineError(f"{self.shown} gave no completion as vLLM does.") from None
+            with _ended_if(answer, is_ended):
+                for line in answer.iter_lines():
+                    data = line.removeprefix("data: ")
+                    if data != line and data != "[DONE]":
+                        yield from self._read_event(data)
+
+    def _read_event(self, data: str) -> list[Piece | Mapping[str, int]]:
+        """Return the pieces of one event of a stream, or the numbers of tokens."""
+        try:
+            event = json.loads(data)
+            if "error" in event:
+                reason = _one_line(event["error"].get("message"))
+                raise EngineError(f"The engine at {self.shown} failed: {reason}", 500)
+            return [*map(_piece, event["choices"]), *([usage] if (usage := event.get("usage")) else [])]
+        except NO_ANSWER:
+            raise EngineError(f"{self.shown} gave no completion as vLLM does.") from None
 
     def prompt_log_probs(self, model: str, prompt: Sequence[int]) -> list[float]:
         """Return the log-probability of each token of a prompt after those before it, without the first one's."""
@@ -219,6 +231,28 @@ class EngineClient:
         else:
             reason = f"it answered {answer.status_code}."
         raise EngineError(f"The engine at {self.shown} did not {action}: {reason}", answer.status_code)
+
+
+@contextmanager
+def _ended_if(answer: httpx.Response, is_ended: Callable[[], bool]) -> Iterator[None]:
+    """End the connection of an answer that is being read, once `is_ended` returns True."""
+    connection: socket.socket = answer.extensions["network_stream"].get_extra_info("socket")
+    is_read = threading.Event()
+
+    def watch() -> None:
+        while not is_read.wait(ENDED_SECONDS):
+            if is_ended():
+                with suppress(OSError):  # it has ended by itself
+                    connection.shutdown(socket.SHUT_RDWR)
+                return
+
+    watching = threading.Thread(target=watch, name="ended", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        is_read.set()
+        watching.join()  # afterwards the socket may be another connection's
 
 
 def _one_line(message: object) -> str:

@@ -8,6 +8,7 @@ again. Before an engine answers, its base model has to be the lineage's.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -65,8 +66,10 @@ class OnEngine:
     number: str
     name: str
     """The adapter's name on the engines."""
+    copy: Path
+    """The adapter's folder."""
     path: str
-    """The adapter's folder, as the engines see it."""
+    """The same folder, as the engines see it."""
     tokenizer: PreTrainedTokenizerBase
     fingerprint: Fingerprint
 
@@ -114,11 +117,15 @@ class Engines:
         self._first: OnEngine | None = None
         self._candidate: OnEngine | None = None
         self._changing = threading.Lock()
+        self._coming: str | None = None
+        """The adapter that is being loaded to answer."""
         self._retired: dict[str, float] = {}
         """Adapters of no use any more → since when (monotonic seconds)."""
         self._num_in_flight: Counter[str] = Counter()
         """Adapter → requests of this process that it answers."""
         self._is_stopped = threading.Event()
+        self.is_away = False
+        """Whether the last version did not load because no engine answered."""
         self._engines = [_Engine(EngineClient(url, settings)) for url in urls]
         self._threads = [
             threading.Thread(target=self._look_after, args=(engine,), name=f"engine {engine.shown}", daemon=True)
@@ -148,11 +155,6 @@ class Engines:
         """Return each engine's address, and why it gets no requests (None: it does)."""
         return [{"url": engine.shown, "problem": engine.problem} for engine in self._engines]
 
-    @property
-    def is_away(self) -> bool:
-        """Whether no engine answers."""
-        return not any(engine.is_there for engine in self._engines)
-
     def swap(self, folder: Path, number: str) -> None:
         """Let another version answer from now on; requests that have begun are answered by the version before.
 
@@ -162,16 +164,14 @@ class Engines:
             EngineError: An engine refuses the adapter; the version before stays.
             NoEngineError: No engine answers.
         """
-        version = self._loaded(folder, number)
-        with self._changing:
+        with self._loaded(folder, number) as version, self._changing:
             before, self._first = self._first, version
         self._retire(before)
 
     def add_candidate(self, folder: Path, number: str) -> None:
         """Let a second version answer too, in place of an earlier candidate; errors are those of `swap`."""
         self.drop_candidate()
-        version = self._loaded(folder, number)
-        with self._changing:
+        with self._loaded(folder, number) as version, self._changing:
             self._candidate = version
 
     def drop_candidate(self) -> None:
@@ -210,21 +210,17 @@ class Engines:
             asked = [version.served.asked(row, number) for number, row in enumerate(rows, 1)]
             answer = Completion(version, asked, sampling or Sampling(), is_given_up, self._is_stopped.is_set)
             for places in answer.batches():
-                tried: set[_Engine] = set()
-                while not self._try(answer, places, tried):
+                while not self._try(answer, places):
                     answer.begin_again(places)
             return answer.finished()
 
-    def _try(self, answer: Completion, places: Sequence[int], tried: set[_Engine]) -> bool:
-        """Let an engine that is not among those `tried` answer some rows. False: another one has to be asked."""
+    def _try(self, answer: Completion, places: Sequence[int]) -> bool:
+        """Let an engine answer some rows. False: it does not answer, and another one has to be asked."""
         with self._changing:
-            there = [engine for engine in self._engines if answer.version.name in engine.loaded and engine.is_there]
-            free = [engine for engine in there if engine not in tried]
+            free = [engine for engine in self._engines if engine.has(answer.version) and engine not in answer.left_out]
             if not free:
-                reasons = " ".join(dict.fromkeys(engine.problem or "" for engine in self._engines)).strip()
-                raise NoEngineError(f"No engine answers now; ask again in a moment. {reasons}".strip())
+                raise NoEngineError(f"No engine answers now; ask again in a moment. {self._reasons(answer)}".strip())
             engine = min(free, key=lambda engine: engine.num_in_flight)
-            tried.add(engine)
             engine.num_in_flight += 1
         try:
             answer.take(engine.client, places)
@@ -233,12 +229,12 @@ class Engines:
                 engine.problem = str(error)
             if answer.has_begun:
                 raise GivenUpError(f"{error} Ask again.") from None
-            if len(free) == 1:
-                raise NoEngineError(f"{error} Ask again in a moment.") from None
+            answer.left_out[engine] = str(error)
             return False
         except EngineError as error:
-            if error.status == 404:  # it was started again, and has not got its adapters yet
-                engine.loaded = frozenset()
+            if error.status == 404 and engine not in answer.renewed:  # it was started again, without its adapters
+                answer.renewed.add(engine)
+                self._load_again(engine, answer.version)
                 return False
             if error.status in (400, 422):
                 raise ConfigError(str(error)) from None
@@ -247,6 +243,21 @@ class Engines:
             with self._changing:
                 engine.num_in_flight -= 1
         return True
+
+    def _load_again(self, engine: _Engine, version: OnEngine) -> None:
+        """Load a version on an engine that was started again. If this fails, the engine gets no requests."""
+        try:
+            with engine.lock:
+                engine.look()
+                engine.load(version)
+        except (EngineError, ConfigError) as error:
+            engine.problem = str(error)
+
+    def _reasons(self, answer: Completion | None = None) -> str:
+        """Return why no engine answers, each reason once."""
+        left_out = {} if answer is None else answer.left_out
+        reasons = [engine.problem or left_out.get(engine, "") for engine in self._engines]
+        return " ".join(dict.fromkeys(filter(None, reasons)))
 
     @contextmanager
     def _in_flight(self, by_candidate: bool) -> Iterator[OnEngine]:
@@ -262,8 +273,9 @@ class Engines:
             with self._changing:
                 self._num_in_flight[version.name] -= 1
 
-    def _loaded(self, folder: Path, number: str) -> OnEngine:
-        """Load a version on every engine that answers."""
+    @contextmanager
+    def _loaded(self, folder: Path, number: str) -> Iterator[OnEngine]:
+        """Load a version on every engine that answers. It is not unloaded while the block puts it in its place."""
         served = read_served(folder)
         with self._changing:
             known = self._first
@@ -271,28 +283,38 @@ class Engines:
             tokenizer, fingerprint = known.tokenizer, known.fingerprint
         else:
             tokenizer, fingerprint = self._base_of(served)
-        name = f"{served.lineage}-v{number}-{sha256_together(digests_of(folder, PEFT_FILES))[:12]}"
-        copy_adapter(folder, self._folder / name)
-        path = f"{self._settings.server_adapter_dir or self._folder}/{name}"
+        name = f"{served.lineage}-v{number}-{_digest(folder)}"
         version = OnEngine(
-            served=served, number=number, name=name, path=path, tokenizer=tokenizer, fingerprint=fingerprint
+            served=served,
+            number=number,
+            name=name,
+            copy=self._folder / name,
+            path=f"{self._settings.server_adapter_dir or self._folder}/{name}",
+            tokenizer=tokenizer,
+            fingerprint=fingerprint,
         )
         with self._changing:
+            self._coming = name
             self._retired.pop(name, None)
         refusals: list[EngineError | ConfigError] = []
-        for engine in self._engines:
-            try:
-                with engine.lock:
-                    engine.load(version)
-            except EngineAwayError:  # its thread loads the version when it is back
-                pass
-            except (EngineError, ConfigError) as error:  # another engine may take it
-                refusals.append(error)
-        if not any(name in engine.loaded and engine.is_there for engine in self._engines):
-            if refusals:
-                raise refusals[0]
-            raise NoEngineError(" ".join(dict.fromkeys(engine.problem or "" for engine in self._engines)))
-        return version
+        try:
+            copy_adapter(folder, version.copy)
+            for engine in self._engines:
+                try:
+                    with engine.lock:
+                        engine.load(version)
+                except EngineAwayError as error:  # its thread loads the version when the engine is back
+                    engine.problem = str(error)
+                except (EngineError, ConfigError) as error:  # another engine may take it
+                    refusals.append(error)
+            is_loaded = any(engine.has(version) for engine in self._engines)
+            self.is_away = not is_loaded and not refusals
+            if not is_loaded:
+                raise refusals[0] if refusals else NoEngineError(self._reasons())
+            yield version
+        finally:
+            with self._changing:
+                self._coming = None
 
     def _base_of(self, served: ServedVersion) -> tuple[PreTrainedTokenizerBase, Fingerprint]:
         """Return the tokenizer of a version's base model, and what tells that model from others.
@@ -344,25 +366,31 @@ class Engines:
 
     def _retire(self, version: OnEngine | None) -> None:
         with self._changing:
-            wanted = {other.name for other in (self._first, self._candidate) if other is not None}
-            if version is not None and version.name not in wanted:
+            if version is not None and version.name not in self._wanted_names():
                 self._retired[version.name] = time.monotonic()
+
+    def _wanted_names(self) -> set[str | None]:
+        """Return the names of the adapters that answer or soon will. The caller holds the lock."""
+        return {self._coming, *(version.name for version in (self._first, self._candidate) if version is not None)}
 
     def _unload_retired(self, engine: _Engine) -> None:
         """Unload the lineage's adapters that nobody has used for the time of grace, and remove their copies."""
+        grace = self._settings.grace_seconds
         for name in sorted(filter(self._own_names.fullmatch, engine.loaded)):
             with self._changing:
-                is_wanted = name in {version.name for version in (self._first, self._candidate) if version is not None}
+                is_wanted = name in self._wanted_names()
                 # Names that an earlier front has left get their time from now on, as that front may still answer.
                 since = self._retired.setdefault(name, time.monotonic()) if not is_wanted else time.monotonic()
-                is_due = time.monotonic() - since >= self._settings.grace_seconds and not self._num_in_flight[name]
+                is_due = time.monotonic() - since >= grace and not self._num_in_flight[name]
             if not is_wanted and is_due and self._first is not None:
                 engine.client.unload(name)
                 engine.loaded -= {name}
-                if not any(name in other.loaded for other in self._engines):
-                    shutil.rmtree(self._folder / name, ignore_errors=True)
-                    with self._changing:
-                        self._retired.pop(name, None)
+        with self._changing:
+            names = {name for name, since in self._retired.items() if time.monotonic() - since >= grace}
+            names -= {name for name in names if self._num_in_flight[name]}.union(*(e.loaded for e in self._engines))
+            for name in names - self._wanted_names():
+                shutil.rmtree(self._folder / name, ignore_errors=True)
+                del self._retired[name]
 
 
 @dataclass(eq=False)
@@ -391,6 +419,10 @@ class _Engine:
         """Whether it answers."""
         return self.problem is None
 
+    def has(self, version: OnEngine) -> bool:
+        """Whether it can answer for a version: it is there, has its base model, and has loaded its adapter."""
+        return self.is_there and version.name in self.loaded and version.fingerprint.base_sha256 in self.proved
+
     def look(self) -> None:
         """Ask whether it answers, and what it has loaded."""
         was_away = not self.is_there
@@ -413,6 +445,11 @@ class _Engine:
             self.look()
         self._require_base(version)
         if version.name not in self.loaded:
+            if _digest(version.copy) != version.name.rpartition("-")[2]:
+                raise EngineError(
+                    f"{version.copy}, the copy of version {version.number}, is damaged; start deal serve again, which "
+                    "makes a new one."
+                )
             self.client.load(version.name, version.path)
             self.loaded |= {version.name}
 
@@ -425,11 +462,16 @@ class _Engine:
 
 def require_base(client: EngineClient, model: str, fingerprint: Fingerprint, wanted: str) -> None:
     """Raise ConfigError if an engine's base model `model` is not the one `wanted`, by what it makes of a fixed text."""
-    distance = apart(fingerprint.log_probs, client.prompt_log_probs(model, fingerprint.tokens))
+    try:
+        distance = apart(fingerprint.log_probs, client.prompt_log_probs(model, fingerprint.tokens))
+        how = f"their log-probabilities of a fixed text differ by {distance:.2f} on average (at most {MOST_APART:g})"
+    except EngineError as error:
+        if error.status != 400:  # its vocabulary lacks a token
+            raise
+        distance, how = math.inf, str(error).rstrip(".")
     if not distance <= MOST_APART:  # NaN is no proof
         raise ConfigError(
-            f"The engine at {client.shown} has the base model {model}, and the version needs {wanted}: their "
-            f"log-probabilities of a fixed text differ by {distance:.2f} on average (at most {MOST_APART:g}). Start "
+            f"The engine at {client.shown} has the base model {model}, and the version needs {wanted}: {how}. Start "
             "the engine with the lineage's base model."
         )
 
@@ -451,6 +493,10 @@ class Completion:
         self._tokens: Counter[str] = Counter()
         self.has_begun = False
         """Whether the client has got a piece, so that no other engine can answer instead."""
+        self.left_out: dict[_Engine, str] = {}
+        """Engines that are not asked again, and why."""
+        self.renewed: set[_Engine] = set()
+        """Engines that did not know the adapter, and got it again."""
 
     def batches(self) -> Iterator[list[int]]:
         """Yield the numbers of rows that can be one request to an engine: of one task, and not too many."""
@@ -468,10 +514,8 @@ class Completion:
     def take(self, client: EngineClient, places: Sequence[int]) -> None:
         """Let an engine answer some rows, all of one task."""
         task = self._asked[places[0]][0]
-        with closing(client.complete(self._body(task, places))) as pieces:
+        with self._given_up(), closing(client.complete(self._body(task, places), self._is_ended)) as pieces:
             for piece in pieces:
-                if any(is_ended() for is_ended in self._ends):
-                    raise GivenUpError("The server is stopping, or the client has gone; ask again.")
                 if not isinstance(piece, Piece):
                     self._tokens.update({name: piece[name] for name in ("prompt_tokens", "completion_tokens")})
                     continue
@@ -487,6 +531,19 @@ class Completion:
         lacking = [place for place in places if not self._parts[place * self._num]]
         if lacking:
             raise EngineError(f"The engine at {client.shown} gave {len(lacking)} of {len(places)} rows no answer.")
+
+    def _is_ended(self) -> bool:
+        return any(is_ended() for is_ended in self._ends)
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Tell an engine that went away from an answer that nobody waits for, whose connection was closed."""
+        try:
+            yield
+        except EngineAwayError:
+            if not self._is_ended():
+                raise
+            raise GivenUpError("The server is stopping, or the client has gone; ask again.") from None
 
     def finished(self) -> Answered:
         """Return the answers. The first one of each row is the one that the prediction log gets."""
@@ -564,6 +621,11 @@ class Completion:
 def adapter_folder(settings: EngineSettings) -> Path:
     """Return the folder of this machine for adapters that engines read."""
     return settings.adapter_dir or HomeSettings().home / "engine-adapters"
+
+
+def _digest(folder: Path) -> str:
+    """Return what tells the PEFT files of a folder from others."""
+    return sha256_together(digests_of(folder, PEFT_FILES))[:12]
 
 
 def copy_adapter(folder: Path, target: Path) -> None:

@@ -96,7 +96,7 @@ def _answers_of(client: EngineClient, base: BaseModel, name: str, fingerprint: F
             newest_task=task.schema.name,
         )
         version = OnEngine(
-            served=served, number="", name=name, path="", tokenizer=base.tokenizer, fingerprint=fingerprint
+            served=served, number="", name=name, copy=Path(), path="", tokenizer=base.tokenizer, fingerprint=fingerprint
         )
         completion = Completion(version, [(task, text) for text in inputs], Sampling())
 

@@ -241,8 +241,8 @@ async def _answer(
     try:
         waited: list[asyncio.Future[Any]] = [working, gone, first]
         await asyncio.wait(waited, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if first.done():
-            await _send_pieces(first.result(), pieces, working, gone, serving.lineage, send, labels)
+        if first.done() or not pieces.empty():  # also if the last piece came at the same moment as the answer's end
+            await _send_pieces(await first, pieces, working, gone, serving.lineage, send, labels)
         elif working.done():
             answer = working.result()
             labels |= {"status": str(answer.status), "version": answer.version}
@@ -271,8 +271,7 @@ async def _send_pieces(
 ) -> None:
     """Send the pieces of an answer as they come, and then the rest. An error that comes later is an event of its own.
 
-    Raises:
-        ClientDisconnect: The client has gone, or the engine has given no piece for a long time.
+    Nothing more is sent once the client has gone.
     """
     version, text = first
     labels |= {"status": "200", "version": version}
@@ -292,9 +291,14 @@ async def _send_pieces(
             await send_part(coming.result()[1])
             continue
         coming.cancel()
+        if gone.done():
+            labels["status"] = "400"
+            return
         if not working.done():
-            raise ClientDisconnect
+            break
     try:
+        if not working.done():
+            raise RefusalError(503, f"The answer had no further piece within {ANSWER_SECONDS:.0f} s.")
         rest = working.result().body
     except RefusalError as refusal:
         labels["status"] = str(refusal.status)
