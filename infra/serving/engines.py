@@ -548,6 +548,12 @@ class Completion:
     def finished(self) -> Answered:
         """Return the answers. The first one of each row is the one that the prediction log gets."""
         choices = [self._choice(index, parts) for index, parts in enumerate(self._parts)]
+        if "stop" not in self._sampling.passed_on:  # the engine holds back the half of a character at the end
+            decode = self.version.tokenizer.decode
+            choices = [
+                choice._replace(text=str(decode([*_tokens(parts)], skip_special_tokens=True)))
+                for choice, parts in zip(choices, self._parts, strict=True)
+            ]
         firsts = choices[:: self._num]
         texts = [choice.text.strip() for choice in firsts]
         confidences = []
@@ -616,6 +622,11 @@ class Completion:
             finish_reason=parts[-1].finish_reason if parts else None,
             log_probs=log_probs,
         )
+
+
+def _tokens(parts: Sequence[Piece]) -> Iterator[int]:
+    for part in parts:
+        yield from part.tokens
 
 
 def adapter_folder(settings: EngineSettings) -> Path:
