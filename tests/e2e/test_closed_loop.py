@@ -18,6 +18,7 @@ import tenacity
 import yaml
 from prefect.client.orchestration import PrefectClient
 
+from benchmarks.speed.real_engine import running_engine
 from benchmarks.speed.serving import served
 from benchmarks.tiny_base import NO_LIMITS, build_tiny_base
 from infra.report.run_report import EVALUATION_FILE
@@ -25,7 +26,7 @@ from infra.store.keys import monitor_key
 from tasks.lineage.reports import read_report
 from tasks.notices import EVENTS
 from tests.e2e.whole import BUCKET, DONE, WAIT_SECONDS, Whole, wait_until_learned
-from tests.real_engine import needs_engine, running_engine
+from tests.real_engine import needs_engine
 
 LINEAGE, TASK = "support", "colours"
 OLD_ROWS = f"{TASK}.old-1"

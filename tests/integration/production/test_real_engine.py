@@ -14,6 +14,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
+from benchmarks.speed.real_engine import MAX_RANK, RealEngine, running_engine
 from benchmarks.speed.serving import Clients, answers_of, make_champion, served, texts_to_ask
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.adapter.files import WEIGHTS_FILE
@@ -27,7 +28,7 @@ from infra.versions import UNREGISTERED, Versions
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tests.adapting import BANK, CLINIC, evaluation_of, run
-from tests.real_engine import MAX_RANK, RealEngine, needs_engine, running_engine
+from tests.real_engine import needs_engine
 
 WAIT_SECONDS = 600.0
 TOKEN = "a-token"

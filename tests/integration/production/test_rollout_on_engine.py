@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.speed.real_engine import running_engine
 from benchmarks.speed.serving import served
 from benchmarks.tiny_base import build_tiny_base
 from tests.adapting import BANK
@@ -15,7 +16,7 @@ from tests.integration.production.test_rollout import (
     check_a_worse_canary_is_rejected_by_itself,
     learn,
 )
-from tests.real_engine import needs_engine, running_engine
+from tests.real_engine import needs_engine
 
 
 @needs_engine
