@@ -271,8 +271,7 @@ async def _send_pieces(
 ) -> None:
     """Send the pieces of an answer as they come, and then the rest. An error that comes later is an event of its own.
 
-    Raises:
-        ClientDisconnect: The client has gone, or the engine has given no piece for a long time.
+    Nothing more is sent once the client has gone.
     """
     version, text = first
     labels |= {"status": "200", "version": version}
@@ -292,9 +291,14 @@ async def _send_pieces(
             await send_part(coming.result()[1])
             continue
         coming.cancel()
+        if gone.done():
+            labels["status"] = "400"
+            return
         if not working.done():
-            raise ClientDisconnect
+            break
     try:
+        if not working.done():
+            raise RefusalError(503, f"The answer had no further piece within {ANSWER_SECONDS:.0f} s.")
         rest = working.result().body
     except RefusalError as refusal:
         labels["status"] = str(refusal.status)
@@ -328,9 +332,10 @@ class Meter(Collector):
         failed = "1 while the champion does not load or the store does not answer."
         yield GaugeMetricFamily("deal_serving_problem", failed, value=state["problem"] is not None)
         log, rollout = self._serving.log, self._serving.rollout
-        for engine in state.get("engines", ()):
+        if engines := state.get("engines"):
             there = GaugeMetricFamily("deal_engine_up", "1 while the engine answers.", labels=["engine"])
-            there.add_metric([engine["url"]], engine["problem"] is None)
+            for engine in engines:
+                there.add_metric([engine["url"]], engine["problem"] is None)
             yield there
         lost, left_out = "Answers that are missing in the prediction log.", "Copies that no shadow has answered."
         yield CounterMetricFamily("deal_predictions_dropped", lost, value=log.num_dropped if log else 0)
