@@ -104,7 +104,7 @@ def refuse_secrets(address: str) -> str:
         raise ConfigError(
             f"{address!r} contains a user, password or token, and every run would store it; remove it from the "
             "address. Credentials come from the environment: HF_TOKEN for a Hub, DEAL_S3_ACCESS_KEY_ID and "
-            "DEAL_S3_SECRET_ACCESS_KEY for the store, DEAL_VLLM_API_KEY for a vLLM server."
+            "DEAL_S3_SECRET_ACCESS_KEY for the store, DEAL_ENGINE_API_KEY for a vLLM server."
         )
     return address
 
