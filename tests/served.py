@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import Answered, GivenUpError
+from deal_core.evaluation.answerer import Answered, GivenUpError, Sampling
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
 from deal_core.evaluation.generation import Confidence
 from infra.serving import run
@@ -27,6 +29,7 @@ class Champion:
 
     lineage = "l"
     version = "3"
+    streams = False
     served = ServedVersion(
         lineage="l",
         base_source="b",
@@ -54,6 +57,8 @@ class Champion:
         is_given_up: Callable[[], bool],
         key: str | None = None,
         version: str | None = None,
+        sampling: Sampling | None = None,
+        ids: Sequence[str] = (),
     ) -> Answered:
         if any(row.task == "nope" for row in rows):
             raise ConfigError("Row 1 names the task 'nope'; this version knows bank.")
@@ -80,8 +85,18 @@ class Champion:
 @contextmanager
 def running(champion: Champion, log: Path, *trusted: str, api_key: str | None = None) -> Iterator[int]:
     """The server on a loopback port, in a thread. Its log is `log`."""
+    with listening(make_app(champion, [*LOOPBACK_NAMES, *trusted], api_key), log) as port:
+        try:
+            yield port
+        finally:
+            champion.may_answer.set()
+
+
+@contextmanager
+def listening(app: Starlette, log: Path) -> Iterator[int]:
+    """A web application behind the server of `deal serve`, on a loopback port, in a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = run.make_server(make_app(champion, [*LOOPBACK_NAMES, *trusted], api_key))
+    server = run.make_server(app)
 
     def serve() -> None:
         with run._logged_to(log):
@@ -92,7 +107,6 @@ def running(champion: Champion, log: Path, *trusted: str, api_key: str | None = 
     try:
         yield listener.getsockname()[1]
     finally:
-        champion.may_answer.set()
         server.should_exit = True
         thread.join(WAIT_SECONDS)
         listener.close()

@@ -37,8 +37,8 @@ HARMLESS = {
     "DEAL_S3_REGION",
     "DEAL_S3_KMS_KEY_ID",
     "DEAL_NOTIFICATION_BLOCK",
-    "DEAL_VLLM_SERVER_ADAPTER_DIR",
-    "DEAL_VLLM_TARGET_MODULES",
+    "DEAL_ENGINE_SERVER_ADAPTER_DIR",
+    "DEAL_ENGINE_TARGET_MODULES",
 }
 """Settings with texts that are no secrets and no addresses."""
 RUN = """
@@ -72,8 +72,7 @@ def planted(port: int) -> dict[str, str]:
         "DEAL_LANDING_QUEUE_URL": f"http://{host.format('queue')}/1/landed",
         "DEAL_WEBHOOK_URL": f"http://{host.format('hook')}/services/{WORD}",
         "DEAL_WEBHOOK_SECRET": f"sign-{WORD}",
-        "DEAL_VLLM_URL": f"http://{host.format('vllm')}",
-        "DEAL_VLLM_API_KEY": f"vllm-{WORD}",
+        "DEAL_ENGINE_API_KEY": f"engine-{WORD}",
         "DEAL_SERVE_API_KEY": f"serve-{WORD}",
         "DEAL_BASE_MODEL": f"https://{host.format('base')}/model",
         "DEAL_ARTIFACT_URI": f"ftp://{host.format('artifacts')}/mlflow",
@@ -110,7 +109,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run commands in one process, with the secrets that no address needs in its environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "MLFLOW_", "PREFECT_"))}
-    quick = {"DEAL_S3_MAX_ATTEMPTS": "1", "DEAL_VLLM_MAX_ATTEMPTS": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    quick = {"DEAL_S3_MAX_ATTEMPTS": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     given = json.dumps([{"environment": dict(variables), "commands": commands} for variables, commands in steps])
     done = subprocess.run(
         [sys.executable, "-c", RUN],
@@ -164,16 +163,16 @@ def test_no_secret_is_shown_or_kept_where_nothing_answers(
             ),
             (there, [*looking, ["adapt", good], ["adapt", good, "--debug"], ["adapt", good, "--json"]]),
             (bad_endpoint, [["status", "--json"], ["adapt", good, "--debug"]]),
-            (local, [["status", "--json"], ["adapt", good], ["predict", "x"], ["vllm", "sync"], ["ui", "--json"]]),
+            (local, [["status", "--json"], ["adapt", good], ["predict", "x"], ["ui", "--json"]]),
             (
-                {"DEAL_ARTIFACT_URI": "", "DEAL_VLLM_URL": "", "DEAL_WEBHOOK_URL": ""},
+                {"DEAL_ARTIFACT_URI": "", "DEAL_WEBHOOK_URL": ""},
                 [
                     *looking,
                     ["adapt", good, "--debug"],
                     ["version", "list"],
                     ["serve"],
                     ["demo", "--base", secret["DEAL_BASE_MODEL"]],
-                    ["vllm", "sync", "--url", secret["DEAL_VLLM_URL"]],
+                    ["serve", "--engine", f"http://me:engine-{WORD}@127.0.0.1:{free_port}"],
                     ["adapt", good, "--set", f"base_model={secret['DEAL_BASE_MODEL']}"],
                     *(["adapt", each] for each in spoiled),
                     *(["lineage", "apply", each] for each in spoiled),
@@ -205,7 +204,7 @@ def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(
         "DEAL_S3_SECRET_ACCESS_KEY": f"secret-{WORD}",
         "DEAL_WEBHOOK_URL": f"{hook}/services/{WORD}",
         "DEAL_WEBHOOK_SECRET": f"sign-{WORD}",
-        "DEAL_VLLM_API_KEY": f"vllm-{WORD}",
+        "DEAL_ENGINE_API_KEY": f"engine-{WORD}",
         "MLFLOW_TRACKING_URI": mlflow_server.replace("http://", f"http://me:mlflow-{WORD}@"),
     }
     with pytest.MonkeyPatch.context() as patch:

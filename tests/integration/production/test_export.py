@@ -20,7 +20,7 @@ from deal_core.errors import ConfigError, IntegrityError, RegistryError
 from deal_core.evaluation.answering import read_served
 from flows.cli.app import app
 from flows.forget import forget
-from infra.settings import VllmSettings
+from infra.settings import EngineSettings
 from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
@@ -97,7 +97,7 @@ def test_logits_that_are_no_numbers_are_refused_wherever_they_stand() -> None:
 def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, act: str) -> None:
     def hand_over(number: str) -> Any:
         if act == "publish":
-            return publish("l", tmp_path / "out", VllmSettings(), version=number)
+            return publish("l", tmp_path / "out", EngineSettings(), version=number)
         return export_version("l", number, "merged", str(tmp_path / "out"))
 
     with pytest.raises(RegistryError, match="did not pass its gate"):
@@ -217,11 +217,9 @@ def resolved(folder: Path, base_model: str, name: str) -> bool:
     return bool(values["peft_type"] == "LORA" and values["base_model_name_or_path"] == base_model)
 
 
-def test_a_published_folder_is_what_vllms_resolver_looks_for_and_never_changes(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_published_folder_is_what_vllms_resolver_looks_for_and_never_changes(tiny_base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
-    found = publish("l", folder, VllmSettings())
+    found = publish("l", folder, EngineSettings())
     assert (found.model, found.is_new, found.base_model) == ("l-v3", True, str(tiny_base))
     assert [path.name for path in folder.iterdir()] == ["l-v3"], "nothing else, not even for a moment that is over"
     assert resolved(folder, str(tiny_base), "l-v3") and not resolved(folder, "served-name", "l-v3")
@@ -229,16 +227,16 @@ def test_a_published_folder_is_what_vllms_resolver_looks_for_and_never_changes(
     assert (folder / "l-v3" / WEIGHTS_FILE).read_bytes() == stored
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder / "l-v3")
 
-    assert not publish("l", folder, VllmSettings()).is_new
+    assert not publish("l", folder, EngineSettings()).is_new
     with pytest.raises(ConfigError, match=rf"other content \(adapter_config.json\).*for the base model {tiny_base}"):
-        publish("l", folder, VllmSettings(), model="ours/base")
+        publish("l", folder, EngineSettings(), model="ours/base")
     (folder / "l-v3" / WEIGHTS_FILE).write_bytes(b"damaged")
     with pytest.raises(ConfigError, match=r"other content \(adapter_model.safetensors\)"):
-        publish("l", folder, VllmSettings())
+        publish("l", folder, EngineSettings())
     with pytest.raises(ConfigError, match="its rank is"):
-        publish("l", folder, VllmSettings(max_lora_rank=1), version="1")
+        publish("l", folder, EngineSettings(max_lora_rank=1), version="1")
 
-    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(folder))
+    words = ["version", "export", "1", "-l", "l", "--format", "vllm", "--out", str(folder)]
     with put_back():
-        answer = CliRunner().invoke(app, ["vllm", "publish", "-l", "l", "-v", "1", "--model", "ours/base", "--json"])
+        answer = CliRunner().invoke(app, [*words, "--base-model", "ours/base", "--json"])
     assert json.loads(answer.output)["model"] == "l-v1" and resolved(folder, "ours/base", "l-v1")

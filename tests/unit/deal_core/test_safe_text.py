@@ -85,7 +85,7 @@ def test_secrets_of_the_environment_are_masked_in_every_spelling() -> None:
         "DEAL_S3_SECRET_ACCESS_KEY": "a/secret+key",
         "PREFECT_API_AUTH_STRING": "admin:auth-secret",
         "DEAL_WEBHOOK_URL": "https://hooks.example/services/T0123456/abcdef",
-        "DEAL_VLLM_API_KEY": "short",
+        "DEAL_ENGINE_API_KEY": "short",
         "HTTPS_PROXY": "http://me:proxy%20secret@proxy:3128",
         "HF_TOKEN_PATH": "/home/me/token-file",
         "TOKENIZERS_PARALLELISM": "disabled",

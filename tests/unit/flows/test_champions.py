@@ -12,14 +12,10 @@ import pytest
 import flows.champions
 from deal_core.errors import DealError, RegistryError
 from flows.champions import RolloutResult
-from infra.settings import VllmSettings
 from tasks.context import current_store
 from tasks.monitoring.rollout import RolloutStatus
 from tasks.progress import Interrupted, LogReporter, reporting_to
-from tasks.serving.vllm import ServingRoute
 from tests.stored_versions import move, store_version
-
-ROUTE = ServingRoute(lineage="c", url="http://vllm", champion="1", state="in step")
 
 
 @pytest.fixture(autouse=True)
@@ -76,20 +72,6 @@ def test_a_lineage_whose_log_is_damaged_keeps_no_other_rollout_open(monkeypatch:
     with pytest.raises(DealError, match=r"Of 3 lineages 1 could not be looked at\. a: .*promotions/a/00000001"):
         asyncio.run(flows.champions.rollouts.fn())
     assert checked == ["c"]
-
-
-def test_a_lineage_whose_versions_are_damaged_keeps_no_other_from_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    current_store().put_bytes("versions/a/00000001.json", b"{")
-    loaded: list[str] = []
-
-    def load(name: str, settings: VllmSettings) -> ServingRoute:
-        loaded.append(name)
-        return ROUTE
-
-    monkeypatch.setattr(flows.champions, "sync_vllm", load)
-    with pytest.raises(DealError, match=r"Of 3 lineages 1 could not be brought in step .* a: .*versions/a/00000001"):
-        asyncio.run(flows.champions.serve_vllm.fn())
-    assert loaded == ["c"]
 
 
 def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,6 @@ def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]
         "requeue",
         "gc",
         "forget",
-        "serve-vllm",
         "harvest-feedback",
         "benchmark",
     ]

@@ -15,7 +15,9 @@ from deal_core.evaluation.generation import (
     ConfidenceRecorder,
     answer_inputs,
     answer_limit,
+    confidence_of,
     first_answer_logits,
+    first_tokens,
     generate,
 )
 from tests.unit.deal_core.conftest import as_served
@@ -72,6 +74,29 @@ def test_labels_with_one_first_token_share_a_number_and_nan_is_zero(base: BaseMo
     recorder.begin()
     recorder(torch.zeros(1, 1), scores * float("nan"))
     assert recorder.confidences([[1]], ["sea"])[0] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("labels", [LABELS.labels, ("sea", "sea moss", "tree")])
+def test_what_an_engine_says_of_tokens_gives_the_same_confidence(base: BaseModel, labels: tuple[str, ...]) -> None:
+    task, texts = replace(LABELS, labels=labels), ["Moss", "no label", "sea", " TREE", "sea moss"]
+    first, recorder = first_tokens(base.tokenizer, task), ConfidenceRecorder(base.tokenizer, task)
+    assert first == {label: encode_answer(base.tokenizer, task, label, 8)[0] for label in labels}
+    scores = 3 * torch.randn(len(texts), len(base.tokenizer), generator=torch.Generator().manual_seed(0))
+    recorder(torch.zeros(len(texts), 1), scores)
+    wanted = recorder.confidences([[1]] * len(texts), texts)
+    tops = [dict(enumerate(row)) for row in scores.log_softmax(-1).tolist()]
+    found = [confidence_of(first, text, [], top) for text, top in zip(texts, tops, strict=True)]
+    assert found == [pytest.approx(each) for each in wanted]
+    assert confidence_of(first, "tree", [], {first["sea"]: -1.0}) == (0.0, pytest.approx(0.3679, rel=1e-3))
+    assert confidence_of(first, "tree", [], {}) == (0.0, 0.0)
+
+    recorder = ConfidenceRecorder(base.tokenizer, TEXT)
+    recorder(torch.zeros(1, 1), scores[:1])
+    recorder(torch.zeros(1, 1), scores[1:2])
+    ((confidence, no_mass),) = recorder.confidences([[5, 5]], ["x"])
+    top_two = scores[:2].log_softmax(-1).amax(-1).tolist()
+    assert first_tokens(base.tokenizer, TEXT) == {} and no_mass is None
+    assert confidence_of({}, "x", top_two, {}) == (pytest.approx(confidence), None)
 
 
 def test_a_texts_confidence_is_the_mean_over_its_own_tokens(base: BaseModel) -> None:

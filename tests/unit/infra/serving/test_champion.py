@@ -69,6 +69,7 @@ class Answerer:
     """Accepts every version except the broken ones."""
 
     broken: ClassVar[set[str]] = set()
+    retry_seconds = 60.0
 
     def __init__(self, folder: Path, *_: Any, version: str, **__: Any) -> None:
         self.version, self.base_sha256, self.swaps = version, "the base", list[tuple[str, Any]]()
@@ -114,6 +115,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
     """A store with the versions 1 to 4 of `l`, of which 1 is champion."""
     monkeypatch.setenv("DEAL_HOME", str(tmp_path))
     monkeypatch.setattr(serving, "load_answerer", Answerer)
+    monkeypatch.setattr(serving, "Answerer", Answerer)
     monkeypatch.setattr(serving, "load_base_of", lambda served, *_, **__: served.base_sha256)
     monkeypatch.setattr(serving, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(serving, "MAX_POLL_SECONDS", 0.02)
@@ -312,7 +314,7 @@ def test_a_damaged_file_of_a_version_is_refused_by_name_and_the_old_version_serv
     assert problem.endswith("version 1 continues to serve.")
     assert (following.champion.version, following.champion.state()["champion"]) == ("1", "3")
     path.write_bytes(whole)
-    monkeypatch.setattr(serving, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(Answerer, "retry_seconds", 0.0)
     following.wait_for("Version 3 serves")
 
 
@@ -333,7 +335,7 @@ def test_a_version_that_does_not_load_is_tried_again_after_a_pause(
     }
     assert following.champion.state()["problem"] == problem
     Answerer.broken.clear()
-    monkeypatch.setattr(serving, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(Answerer, "retry_seconds", 0.0)
     following.wait_for("Version 3 serves")
     assert following.champion.state()["problem"] is None
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from deal_core.errors import AdapterStateError, ConfigError
-from deal_core.evaluation.answerer import Answered, GivenUpError
+from deal_core.evaluation.answerer import Answered, GivenUpError, Sampling
 from deal_core.evaluation.answering import InputRow
 from deal_core.evaluation.generation import Confidence
 from deal_core.judging_config import RolloutKind, RolloutTerms
@@ -38,6 +38,7 @@ class Answerer:
     """Two versions: the champion answers in capitals, the candidate not, unless they are told otherwise."""
 
     served = Served.served
+    retry_seconds = 60.0
 
     def __init__(self) -> None:
         self.version = "1"
@@ -65,6 +66,7 @@ class Answerer:
         *,
         by_candidate: bool = False,
         in_background: bool = False,
+        sampling: Sampling | None = None,
     ) -> Answered:
         assert by_candidate or not in_background
         if by_candidate and self.candidate is None:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from deal_core.adapter.files import as_recorded, digests_of
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
+from infra.fingerprints import read_fingerprint
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
@@ -28,7 +29,6 @@ from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_adapter, require_stored
-from tasks.serving.vllm import read_route
 from tests.stored_versions import move, put_version, run_key, version
 
 ADAPTER = "adapters/l/0123456789abcdef"
@@ -58,7 +58,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
     f"runs/l/{run_key(1)[:16]}.json": lambda store: RunJournal(store).find("l", run_key(1)),
     "watch/l.json": lambda store: read_state(store, "l"),
     "labels/l/bank.json": lambda store: added_labels(store, "l", "bank"),
-    "serving/l.json": lambda store: read_route(store, "l"),
+    f"base_models/{'b' * 64}.json": lambda store: read_fingerprint(store, "b" * 64),
     "versions/l/00000007.json": lambda store: Versions(store).find("l", "7"),
     "lineages/l.yaml": lambda store: read_lineage(store, "l"),
 }

@@ -1,0 +1,163 @@
+"""The client of a vLLM server: what it reads, and what it says of servers that refuse or are none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from typing import Any, ClassVar
+
+import pytest
+
+from deal_core.errors import ConfigError
+from infra.serving import engine as engine_module
+from infra.serving.engine import EngineAwayError, EngineClient, EngineError, Piece
+from infra.settings import EngineSettings
+from tests.loopback import Loopback
+
+MODELS = {"data": [{"id": "base", "root": "/base", "parent": None}, {"id": "a", "root": "/a", "parent": "base"}]}
+ASKED = {"model": "a", "prompt": [[1, 2]]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Gives the next answer of a path, and its last one again and again."""
+
+    answers: ClassVar[dict[str, list[tuple[int, str]]]] = {}
+    asked: ClassVar[list[tuple[str, Any]]] = []
+
+    def do_GET(self) -> None:
+        size = int(self.headers.get("Content-Length", 0))
+        self.asked.append((self.path, json.loads(self.rfile.read(size)) if size else None))
+        left = self.answers[self.path]
+        status, body = left.pop(0) if len(left) > 1 else left[0]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    do_POST = do_GET
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(Handler, "answers", {"/v1/models": [(200, json.dumps(MODELS))]})
+    monkeypatch.setattr(Handler, "asked", [])
+    monkeypatch.setattr(engine_module, "FIRST_PAUSE_SECONDS", 0.001)
+    with Loopback(Handler) as loopback:
+        yield loopback.address
+
+
+def refusal(message: str) -> str:
+    return json.dumps({"error": {"message": message}})
+
+
+def stream(*events: object) -> str:
+    texts = [event if isinstance(event, str) else json.dumps(event) for event in (*events, "[DONE]")]
+    return "".join(f"data: {text}\n\n" for text in texts)
+
+
+def test_models_are_told_from_adapters_under_every_spelling_of_the_address(server: str) -> None:
+    for address in (server, f"{server}/", f"{server}/v1"):
+        assert EngineClient(address, EngineSettings()).models() == {"base": ("/base", False), "a": ("/a", True)}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (401, '{"error": "Unauthorized"}', "DEAL_ENGINE_API_KEY"),
+        (404, '{"detail": "Not Found"}', "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        (404, refusal("No adapter\n found"), "did not load /b: No adapter found$"),
+        (400, '{"message": "at the top"}', "at the top"),
+        (500, "<html>", "it answered 500"),
+    ],
+)
+def test_a_refusal_is_said_with_its_reason(server: str, status: int, body: str, message: str) -> None:
+    Handler.answers["/v1/load_lora_adapter"] = [(status, body)]
+    with pytest.raises(EngineError, match=message) as caught:
+        EngineClient(server, EngineSettings()).load("b", "/b")
+    assert caught.value.status == status and not isinstance(caught.value, EngineAwayError)
+
+
+def test_what_is_done_already_is_no_refusal(server: str) -> None:
+    client = EngineClient(server, EngineSettings())
+    Handler.answers["/v1/load_lora_adapter"] = [(400, refusal("has already been loaded"))]
+    client.load("a", "/a")
+    with pytest.raises(EngineError, match="already been loaded"):
+        client.load("a", "/another/path")
+    Handler.answers["/v1/unload_lora_adapter"] = [(404, refusal("cannot be found"))]
+    client.unload("b")
+    with pytest.raises(EngineError, match="cannot be found"):
+        client.unload("a")
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_server_that_is_busy_or_away_is_told_apart_and_tried_again(server: str, status: int) -> None:
+    Handler.answers["/v1/models"] = [(status, ""), (status, ""), (200, json.dumps(MODELS))]
+    with pytest.raises(EngineAwayError) as caught:
+        EngineClient(server, EngineSettings()).models()
+    assert caught.value.status == status
+    assert EngineClient(server, EngineSettings(), max_attempts=2).models()
+    Handler.answers["/v1/completions"] = [(status, "")]
+    with pytest.raises(EngineAwayError):
+        next(EngineClient(server, EngineSettings()).complete(ASKED))
+
+
+def test_a_server_that_does_not_answer_has_no_status() -> None:
+    with pytest.raises(EngineAwayError, match=r"http://\*\*\*@127\.0\.0\.1:9 does not answer") as caught:
+        EngineClient("http://me:secret@127.0.0.1:9", EngineSettings()).models()
+    assert caught.value.status == 0
+    with pytest.raises(ConfigError, match="DEAL_ENGINE_URL"):
+        EngineClient("localhost", EngineSettings())
+
+
+@pytest.mark.parametrize("content", ["<html>a page</html>", "[]", '{"data": [{}]}', '{"choices": [{}]}'])
+def test_a_server_that_is_no_vllm_is_said(server: str, content: str) -> None:
+    Handler.answers = {"/v1/models": [(200, content)], "/v1/completions": [(200, content)]}
+    client = EngineClient(server, EngineSettings())
+    with pytest.raises(EngineError, match="lists no models as vLLM does"):
+        client.models()
+    with pytest.raises(EngineError, match="gave no prompt_logprobs as vLLM does"):
+        client.prompt_log_probs("base", [1, 2])
+    Handler.answers["/v1/completions"] = [(200, stream(content))]
+    with pytest.raises(EngineError, match="gave no completion as vLLM does"):
+        list(client.complete(ASKED))
+
+
+def test_pieces_of_a_stream_are_read(server: str) -> None:
+    logged = {
+        "tokens": ["token_id:7"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"token_id:7": -0.5, "token_id:9": -2.0}],
+    }
+    piece = {"index": 1, "text": " a", "logprobs": logged, "finish_reason": None}
+    last = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 2, "completion_tokens": 1}
+    events = ({"choices": [piece, last]}, {"choices": [], "usage": usage})
+    Handler.answers["/v1/completions"] = [(200, ": a comment\n\n" + stream(*events))]
+    client = EngineClient(server, EngineSettings())
+    assert list(client.complete(ASKED)) == [
+        Piece(1, " a", [7], [-0.5], [{7: -0.5, 9: -2.0}], None),
+        Piece(0, "", [], [], [], "stop"),
+        usage,
+    ]
+    sent = Handler.asked[-1][1]
+    assert sent["stream"] and sent["return_tokens_as_token_ids"] and sent["stream_options"] == {"include_usage": True}
+    Handler.answers["/v1/completions"] = [(200, stream({"choices": [piece]}, {"error": {"message": "it broke"}}))]
+    pieces = client.complete(ASKED)
+    next(pieces)
+    with pytest.raises(EngineError, match="failed: it broke"):
+        next(pieces)
+    Handler.answers["/v1/completions"] = [(400, refusal("temperature must be"))]
+    with pytest.raises(EngineError, match="did not ask a: temperature must be") as caught:
+        next(client.complete(ASKED))
+    assert caught.value.status == 400
+
+
+def test_probabilities_of_a_prompt_are_those_of_its_tokens(server: str) -> None:
+    scored = [None, {"5": {"logprob": -1.5}}, {"6": {"logprob": -2.5}, "8": {"logprob": -0.1}}]
+    Handler.answers["/v1/completions"] = [(200, json.dumps({"choices": [{"prompt_logprobs": scored}]}))]
+    client = EngineClient(server, EngineSettings())
+    assert client.prompt_log_probs("base", [4, 5, 6]) == [-1.5, -2.5]
+    for wrong in ([4, 5], [4, 6, 5]):
+        with pytest.raises(EngineError, match="prompt_logprobs"):
+            client.prompt_log_probs("base", wrong)
