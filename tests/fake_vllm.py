@@ -51,6 +51,10 @@ class FakeVllm:
         """Model → number of pieces after which its completions fail."""
         self.pace: dict[str, threading.Event] = {}
         """Model → an event, before which only the first piece of a completion comes."""
+        self.slow_seconds = 0.0
+        """How long the load of an adapter takes, and the look at a prompt's probabilities."""
+        self.end_after: int | None = None
+        """Number of tokens after which an answer ends, by the tokenizer's end token."""
         self.num_left = 0
         """Completions whose clients went away."""
         self._models: dict[str, Any] = {BASE: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
@@ -115,6 +119,7 @@ class FakeVllm:
         rank = json.loads(config.read_text())["r"]
         if rank > self.max_lora_rank:
             return _error(500, f"LoRA rank {rank} is greater than max_lora_rank {self.max_lora_rank}.")
+        await asyncio.sleep(self.slow_seconds)
         self._models[name] = PeftModel.from_pretrained(copy.deepcopy(self._models[BASE]), path).eval()
         self.adapters[name] = path
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
@@ -149,6 +154,7 @@ class FakeVllm:
             return _error(400, f"Token id {unknown[0]} is out of vocabulary")
         if body.get("stream"):
             return StreamingResponse(self._events(name, body, prompts), media_type="text/event-stream")
+        await asyncio.sleep(self.slow_seconds)
         choices = [{"index": 0, "text": "", "prompt_logprobs": await run_in_threadpool(self._scored, name, prompts[0])}]
         return JSONResponse({"object": "text_completion", "model": name, "choices": choices})
 
@@ -178,6 +184,9 @@ class FakeVllm:
         for place in range(len(prompts) * num):
             tokens, sent = list[int](), ""
             for log_probs in self._steps(name, prompts[place // num], tokens):
+                if len(tokens) == self.end_after:
+                    log_probs = torch.full_like(log_probs, -100.0)
+                    log_probs[self._tokenizer.eos_token_id] = 0.0
                 own = int(log_probs.argmax())
                 tokens.append(own)
                 text = self._tokenizer.decode(tokens, skip_special_tokens=True)

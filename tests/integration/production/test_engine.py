@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
@@ -265,6 +266,13 @@ def test_settings_of_a_request_reach_the_engine(engine: FakeVllm, alone: Alone) 
         by_label = found.ask(model="l/bank", logprobs=1).json()["choices"][0]["logprobs"]
         assert {len(top) for top in by_label["top_logprobs"]} == {1}
         wait_for(lambda: len(logged()) == 8)
+        engine.end_after = 3
+        ended = found.champion.ask(ROWS[1:2], lambda: False)
+        assert (ended.is_cut, ended.usage["completion_tokens"]) == ([False], 4) and whole.startswith(ended.answers[0])
+        scored = found.ask(logprobs=0).json()["choices"][0]["logprobs"]
+        values = scored["token_logprobs"]
+        assert len(values) == 4 and scored["tokens"][3] == "<|im_end|>"
+        assert ended.confidences[0].confidence == pytest.approx(sum(map(math.exp, values)) / 4, abs=1e-4)
     assert plain.json()["id"] == f"cmpl-{logged()[0]['id']}"
 
 
@@ -315,15 +323,6 @@ def test_pieces_of_a_stream_come_before_its_end(engine: FakeVllm, alone: Alone, 
         wait_for(lambda: len(logged()) == len(wanted))
     assert [text.rstrip() for text in texts] == wanted
     assert ids == {row["id"] for row in logged()} and len(ids) == len(wanted)
-
-
-def test_a_stream_without_a_pause_loses_no_piece(engine: FakeVllm, alone: Alone) -> None:
-    """Also if the whole answer is there before the server looks at its first piece."""
-    with front(engine) as found:
-        for _ in range(10):
-            with streaming(found, max_tokens=1) as (_, events):
-                texts = ["".join(choice["text"] for choice in event["choices"]) for event in events]
-            assert alone("1").answers[1].startswith("".join(texts).strip()) and len(texts) == 2
 
 
 def test_a_promotion_changes_no_request_that_has_begun_and_then_unloads(
@@ -460,6 +459,30 @@ def test_requests_are_shared_among_engines_and_one_that_breaks_loses_none(
         assert [answer.json()["choices"][0]["text"] for answer in answers] == [alone("1").answers[1]] * 4
 
 
+def test_no_other_engine_goes_on_with_a_stream_that_has_begun(tiny_base: Path, engine: FakeVllm) -> None:
+    other = FakeVllm(tiny_base)
+    with running(other), front(engine, other) as found:
+        for each in (engine, other):
+            each.pace[found.name()] = threading.Event()
+        with streaming(found) as (_, events):
+            next(events)
+            (asked,) = (each for each in (engine, other) if each.bodies and each.bodies[-1].get("stream"))
+            asked.stop()
+            rest = list(events)
+        assert len(rest) == 1 and "does not answer" in rest[0]["error"]["message"], rest
+
+
+def test_what_is_about_to_answer_is_not_unloaded(tiny_base: Path, engine: FakeVllm) -> None:
+    """One engine has loaded it, and another takes its time."""
+    slow = FakeVllm(tiny_base)
+    with running(slow), front(engine, slow, grace_seconds=0.0) as found:
+        slow.slow_seconds = 0.5
+        move(current_store(), "2")
+        wait_for(lambda: found.champion.version == "2")
+        assert ("unload", found.name()) not in engine.calls
+        assert found.ask().headers["X-Deal-Version"] == "2"
+
+
 def test_the_start_waits_for_an_engine(tiny_base: Path, register: Callable[..., None]) -> None:
     register()
     engine = FakeVllm(tiny_base)
@@ -513,9 +536,10 @@ def test_an_engine_with_another_base_model_answers_nothing(
         wrong.port, wrong.url = engine.port, engine.url
         wrong.adapters[found.name()] = "/the/same/name"  # as if another front had loaded it there
         wrong._models[found.name()] = wrong._models["base"]
+        wrong.slow_seconds = 0.2
         with running(wrong):
-            wait_for(lambda: "needs tiny" in str(found.state()["engines"][0]["problem"]))
-            assert found.ask().status_code == 503
+            while "needs tiny" not in str(found.state()["engines"][0]["problem"]):
+                assert found.ask().status_code == 503
             assert ("ask", found.name()) not in wrong.calls
 
 
