@@ -131,6 +131,8 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
         "rows": rows,
         "tasks": task_lines(protocol, rows),
         "num_not_learned": num_not_learned(protocol),
+        "num_counted": len(judged_tasks(protocol)),
+        "counted": ", ".join(judged_tasks(protocol)),
         "compared": compared_with({row["changes"] for row in rows if row["strategy"] == OURS}),
         "widest": whole,
         "is_judged": bool(protocol.lifted()),

@@ -132,9 +132,17 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
             Route("/version", version),
             Route("/metrics", metrics),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
+        middleware=[Middleware(_TrustedHosts, allowed_hosts=list(trusted_hosts), www_redirect=False)],
         exception_handlers=dict.fromkeys((404, 405, RefusalError, ClientDisconnect), refuse),
     )
+
+
+class _TrustedHosts(TrustedHostMiddleware):
+    """Refuses requests under other host names, but for /metrics: Prometheus asks by the address of a pod."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_scrape = scope["type"] == "http" and scope["path"] == "/metrics"
+        await (self.app if is_scrape else super().__call__)(scope, receive, send)
 
 
 def _require_key(request: Request, api_key: str | None) -> None:

@@ -24,7 +24,8 @@ def shown_rules() -> list[dict[str, Any]]:
 
 def metrics_and_labels() -> dict[str, set[str]]:
     """What a server tells after one request: each sample's name and its labels."""
-    state = {"lineage": "support", "version": "3", "champion": "3", "problem": None}
+    engines = [{"url": "http://gpu-1:8000", "problem": None}]
+    state = {"lineage": "support", "version": "3", "champion": "3", "problem": None, "engines": engines}
     meter = Meter(cast("Any", SimpleNamespace(state=lambda: state, log=None, rollout=None)))
     with meter.measured("/invocations") as labels:
         labels["status"] = "200"
@@ -38,7 +39,7 @@ def test_every_rule_names_metrics_and_labels_of_the_server() -> None:
     rules, told = shown_rules(), metrics_and_labels()
     assert len({rule["alert"] for rule in rules}) == len(rules) >= 4
     named = [name for rule in rules for name in re.findall(r"\bdeal_\w+", rule["expr"])]
-    assert {"deal_serving_problem", "deal_requests_total"} <= set(named) <= told.keys()
+    assert {"deal_serving_problem", "deal_requests_total", "deal_engine_up"} <= set(named) <= told.keys()
     for name, labels in (
         (name, labels) for rule in rules for name, labels in re.findall(r"(deal_\w+)\{(.*?)\}", rule["expr"])
     ):

@@ -158,6 +158,14 @@ def test_a_page_under_another_name_cannot_ask(champion: Champion, tmp_path: Path
             assert post(port, json.dumps(ROW), {**JSON, "Host": host}).is_success, host
 
 
+def test_prometheus_reads_metrics_by_any_address(champion: Champion, tmp_path: Path) -> None:
+    foreign = {"Host": "10.0.0.7:5001"}
+    with running(champion, tmp_path / "log") as port:
+        assert "deal_serving{" in httpx.get(f"http://127.0.0.1:{port}/metrics", headers=foreign).text
+        for path in ("version", "health", "v1/models", "metrics/"):
+            assert httpx.get(f"http://127.0.0.1:{port}/{path}", headers=foreign).status_code == 400, path
+
+
 def test_names_are_trusted_that_the_server_was_told() -> None:
     assert run._trusted("127.0.0.1", ["a.example"])[-2:] == ["127.0.0.1", "a.example"]
     assert "[fe80::1]" in run._trusted("fe80::1", [])
