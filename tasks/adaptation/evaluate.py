@@ -12,7 +12,6 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
 from deal_core.safe_text import listed
-from infra.fingerprints import keep_fingerprint
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version
@@ -62,6 +61,7 @@ def evaluate_version(
     slice. If a task gains labels, the new version is asked with the new labels and the parent without them, as each of
     them serves.
     """
+    from infra.fingerprints import keep_fingerprint
     from tasks.adaptation.scorer import Scorer, collapse_notes
 
     store = current_store()
