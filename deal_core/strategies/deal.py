@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deal_core.adapter.files import MethodState
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.keeps_rows import KeepsRows
+from deal_core.strategies.rehearsing import KeepsRows
 from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival, TaskContext, TensorNumbers
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deal_core.method_config import MethodConfig
-from deal_core.strategies.keeps_rows import KeepsRows
+from deal_core.strategies.rehearsing import KeepsRows
 from deal_core.strategies.strategy import SEED_STRIDE, PlannedArrival
 
 if TYPE_CHECKING:

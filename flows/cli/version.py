@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tasks.lineage.promotion import Decision, LeftBehind
     from tasks.lineage.reports import WrittenReport
     from tasks.serving.export import Exported
-    from tasks.serving.vllm import Published
+    from tasks.serving.publish import Published
 
 version_app = typer.Typer(help="List, show, promote, roll back, reject or export versions.", no_args_is_help=True)
 Number = Annotated[str, Argument(help="Number of the version.")]
@@ -401,7 +401,7 @@ def export(
         raise ConfigError(f"--format is {format_!r}; give one of {', '.join(formats)}.")
     if format_ == "vllm":
         from infra.settings import EngineSettings
-        from tasks.serving.vllm import publish
+        from tasks.serving.publish import publish
 
         published = publish(lineage, Path(out), EngineSettings(), version=version, model=base_model)
         state = "is in" if published.is_new else "was already in"

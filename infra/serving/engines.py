@@ -32,7 +32,7 @@ from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampli
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
 from deal_core.evaluation.generation import answer_limit, confidence_of, first_tokens
 from infra.fingerprints import Fingerprint, keep_fingerprint, read_fingerprint
-from infra.serving.engine import EngineAwayError, EngineClient, EngineError, Piece
+from infra.serving.vllm import EngineAwayError, EngineClient, EngineError, Piece
 from infra.settings import EngineSettings, HomeSettings, ServingSettings
 from infra.store.base import ObjectStore
 

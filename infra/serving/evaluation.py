@@ -16,8 +16,8 @@ from deal_core.evaluation.answerer import Sampling
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from deal_core.evaluation.generation import GivenAnswer, OnProgress
 from infra.fingerprints import Fingerprint, keep_fingerprint
-from infra.serving.engine import EngineClient
 from infra.serving.engines import Completion, OnEngine, adapter_folder, copy_adapter, require_base
+from infra.serving.vllm import EngineClient
 from infra.settings import EngineSettings, EvaluationSettings
 from infra.store.base import ObjectStore
 

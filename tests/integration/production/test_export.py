@@ -27,7 +27,7 @@ from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.predict import Answer, predict
 from tasks.serving.export import Exported, _compared, _merged_card, export_version, hub_folder
-from tasks.serving.vllm import publish
+from tasks.serving.publish import publish
 from tests.in_process import put_back
 from tests.loopback import Loopback
 from tests.registering import register

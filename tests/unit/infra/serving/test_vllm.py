@@ -11,7 +11,7 @@ import pytest
 
 from deal_core.errors import ConfigError
 from infra.serving import engine as engine_module
-from infra.serving.engine import EngineAwayError, EngineClient, EngineError, Piece
+from infra.serving.vllm import EngineAwayError, EngineClient, EngineError, Piece
 from infra.settings import EngineSettings
 from tests.loopback import Loopback
 
