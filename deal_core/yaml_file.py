@@ -28,15 +28,34 @@ _FRACTION = re.compile(
     r"|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
-_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file."
 
 
 class _RefusedError(Exception):
     """Valid YAML that this project does not accept."""
 
 
+def _require_bounds(num_values: int, depth: int) -> None:
+    if num_values > MAX_VALUES:
+        raise _RefusedError(
+            f"holds more than {MAX_VALUES:,} values, aliases counted, too many for settings; check the file."
+        )
+    if depth > MAX_DEPTH:
+        raise _RefusedError(f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file.")
+
+
 class _Loader(yaml.SafeLoader):
     """Reads numbers as in YAML 1.2: 1e-3 is a number; 010, 0x1F, 1:30 and 2026-11-01 are texts."""
+
+    num_values = depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Read the next value, unless there are too many already or it lies too deep."""
+        self.num_values += 1
+        self.depth += 1
+        _require_bounds(self.num_values, self.depth)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def fetch_tag(self) -> None:
         """Refuse a tag."""
@@ -104,8 +123,6 @@ def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
         loaded = loader.construct_document(root)
     except (ValueError, OverflowError, yaml.YAMLError) as error:
         raise ConfigError(f"{origin} is not valid YAML: {printable(' '.join(str(error).split()))}.") from None
-    except RecursionError:
-        raise ConfigError(f"{origin} {_TOO_DEEP}") from None
     except _RefusedError as error:
         raise ConfigError(f"{origin} {error}") from None
     if loaded is not None and not isinstance(loaded, dict):
@@ -120,12 +137,7 @@ def _check(root: yaml.Node) -> None:
     while waiting:
         node, depth = waiting.pop()
         num_values += 1
-        if num_values > MAX_VALUES:
-            raise _RefusedError(
-                f"holds more than {MAX_VALUES:,} values, aliases counted, too many for settings; check the file."
-            )
-        if depth > MAX_DEPTH:  # an alias may lead deeper than the text
-            raise _RefusedError(_TOO_DEEP)
+        _require_bounds(num_values, depth)  # an alias may lead deeper than the text
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
             waiting += [(child, depth + 1) for pair in node.value for child in pair]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from deal_core.adapter.files import PEFT_FILES, digests_of, sha256_together
 from deal_core.base_model.load import BaseModel
@@ -33,10 +34,12 @@ def evaluating_engine() -> str | None:
     """Return what answers test rows, as stored answers name it: "vllm" and its version; None: this process does.
 
     Raises:
-        ConfigError: The address is none.
+        ConfigError: The address is none, or has a password.
         EngineError: The engine does not answer, or is no vLLM server.
     """
     url = EvaluationSettings().evaluate_engine
+    if url is not None and "@" in urlsplit(url).netloc:
+        raise ConfigError("DEAL_EVALUATE_ENGINE has a user or a password; give DEAL_ENGINE_API_KEY instead.")
     return None if url is None else f"vllm {_client(url).version()}"
 
 

@@ -526,7 +526,7 @@ def test_an_engine_with_another_base_model_answers_nothing(
     engine: FakeVllm, other_bases: list[Path], which: int, how: str
 ) -> None:
     wrong = FakeVllm(other_bases[which])
-    message = rf"{wrong.url} has the base model base, and version 1 needs tiny: .*{how}.*Start the engine with"
+    message = rf"{wrong.url} has the base model base, and the version needs tiny: .*{how}.*Start the engine with"
     with running(wrong):
         with pytest.raises(ServingError, match=message), front(wrong):
             pass

@@ -27,8 +27,9 @@ Deal = Callable[..., Result]
 
 
 @pytest.fixture
-def deal(home: Path) -> Iterator[Deal]:
-    """Runs the command in this process; what it sets in the environment is undone."""
+def deal(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deal]:
+    """Runs the command in this process; what it sets in the environment is undone. Its store is empty, and may be."""
+    monkeypatch.setattr("tasks.lineage.settings.require_any_lineage", lambda store: None)
 
     def invoke(*arguments: str) -> Result:
         return CliRunner().invoke(app, list(arguments))

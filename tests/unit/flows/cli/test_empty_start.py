@@ -36,8 +36,7 @@ NEED_A_VERSION = (
     "feedback export bank",
     "task add-label bank loan",
     "task renew-tests bank",
-    "vllm sync --url http://127.0.0.1:9",
-    "vllm publish adapters",
+    "version export 1 --format vllm --out adapters",
 )
 ANSWER = {
     "status": "Nothing is learned yet. Learn a file with: deal adapt",

@@ -27,6 +27,8 @@ def deal(home: Path) -> Iterator[Deal]:
         path = home / "store" / KEY
         path.parent.mkdir(parents=True)
         path.write_text("nonsense\n")
+        (home / "store" / "lineages").mkdir()
+        (home / "store" / "lineages" / "l.yaml").write_text("tasks: [parcels]\n")
         state = read_state(current_store(), "l")
         (info,) = look(current_store()).arrivals
         state.record(info, "held", WHY, now=datetime.now(UTC))
