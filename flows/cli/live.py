@@ -66,6 +66,14 @@ def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
     ]
     alarms = [f"{each.task}: {alarm.kind}: {alarm.reason}" for each in drift.tasks for alarm in each.alarms]
     shown += [f"  [red]•[/] {escape(alarm)}" for alarm in alarms] or ["No alarm."]
+    shown += [
+        escape(
+            f"Have some of {each.task}'s texts labelled and learn them: deal feedback sample {each.task} --lineage "
+            f"{result.lineage}. If the traffic has changed for good and the answers are right: deal monitor --rebase"
+        )
+        for each in drift.tasks
+        if each.alarms
+    ]
     numbers = ["now", "from", "to", "rows", "test rows"]
     table = new_table("task", "accuracy", *numbers, right=numbers)
     for each in drift.tasks:

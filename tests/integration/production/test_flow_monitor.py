@@ -153,6 +153,7 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
 
     page = save_report("l", "3", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert '<h2 id="live">Live traffic</h2>' in page and "clinic: drift</h3>" in page and "bank: no alarm</h3>" in page
+    assert page.count("What to do: ") == 1 and "deal feedback sample clinic --lineage" in page
     assert page.count(" and its reference</title>") == 2
     run_key = find_version(current_store(), "l", "3").run_key
     (own,) = client.search_runs(experiments, f"tags.`deal.run_key` = '{run_key}'")
@@ -160,7 +161,8 @@ def test_a_look_is_kept_in_mlflow_on_the_page_and_in_the_status(lineage: Path, t
     assert kept == page
     assert "Live traffic" not in save_report("l", "1", tmp_path / "one.html").file.read_text(encoding="utf-8")
     assert "l live: version 3" in deal("status") and "clinic: drift since" in deal("status")
-    assert "alarm" in deal("monitor", "--lineage", "l")
+    shown = " ".join(deal("monitor", "--lineage", "l").split())
+    assert "alarm" in shown and "deal feedback sample clinic --lineage l" in shown, "what to do is said"
 
 
 def test_a_look_counts_while_mlflow_is_away(
