@@ -33,7 +33,7 @@ NUM_ROWS = 64
 """Texts of one request."""
 KEY = "DEAL_SERVE_API_KEY"
 """The variable that makes the server ask for a token."""
-NO_VERSION = "has no champion here"
+NO_VERSION = ("has no champion here", "Nothing is learned here yet")
 """Part of the message of a lineage without a version."""
 
 
@@ -203,12 +203,7 @@ class Lineage:
         Raises:
             CommandError: The home or its servers cannot be used.
         """
-        try:
-            versions = self._run("version", "list")
-        except CommandError as error:
-            if NO_VERSION not in str(error):
-                raise
-            versions = []
+        versions = self._versions() or []
         return pd.DataFrame(versions, columns=None if versions else ["version", "task", "aliases"]).set_index("version")
 
     def matrix(self) -> pd.DataFrame:
@@ -219,7 +214,7 @@ class Lineage:
         Raises:
             CommandError: The lineage has no champion.
         """
-        matrix = self._run("version", "list", "--matrix") or {"trained": [], "rows": [], "tasks": []}
+        matrix = self._versions("--matrix") or {"trained": [], "rows": [], "tasks": []}
         rows = pd.Index(matrix["trained"], name="learned")
         return pd.DataFrame(matrix["rows"], index=rows, columns=matrix["tasks"], dtype=float)
 
@@ -311,6 +306,15 @@ class Lineage:
                 2,
             ) from None
         return str(place)
+
+    def _versions(self, *options: str) -> Any:
+        """Return what `deal version list` prints; None: the lineage, or the whole home, has no version."""
+        try:
+            return self._run("version", "list", *options)
+        except CommandError as error:
+            if not any(message in str(error) for message in NO_VERSION):
+                raise
+            return None
 
     def _run(self, *command: str | int | None, stages: set[str] | None = None) -> Any:
         """Run a command about this lineage. Parts that are None are left out. For `stages` see `run_command`."""

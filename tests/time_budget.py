@@ -17,6 +17,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 STACKS = ("test_up.py", "test_up_at_length.py", "test_closed_loop.py")
 """Files whose tests start a whole stack of servers."""
+SHARING = "test_real_engine.py"
+"""A file whose tests share a server that takes a minute to start: one process takes them all."""
 PROTECTING = (
     "deal_core/training",
     "storage",
@@ -62,7 +64,10 @@ class _OneStack(LoadScopeScheduling):  # type: ignore[misc]  # its package has n
     """Gives all tests of STACKS to one process. Groups of xdist 3.8 have no effect with pytest 9.2."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "stacks" if _needs_a_stack(nodeid) else nodeid
+        if _needs_a_stack(nodeid):
+            return "stacks"
+        file = nodeid.split("::", maxsplit=1)[0]
+        return file if file.endswith(SHARING) else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -39,7 +39,7 @@ STORY = {
     "data": [{"prompt": f"Tell of the number {n}", "completion": f"It was {n}, and then {n + 1}."} for n in range(40)],
 }
 
-pytestmark = [needs_engine, pytest.mark.nightly(minutes=6)]
+pytestmark = [needs_engine, pytest.mark.nightly(minutes=1.5)]
 
 
 @pytest.fixture(scope="module")

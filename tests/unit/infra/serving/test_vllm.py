@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from deal_core.errors import ConfigError
-from infra.serving import engine as engine_module
+from infra.serving import vllm as engine_module
 from infra.serving.vllm import EngineAwayError, EngineClient, EngineError, Piece
 from infra.settings import EngineSettings
 from tests.loopback import Loopback
