@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ def test_shifted_traffic_becomes_a_promoted_version(whole: Whole, tiny_base: Pat
 
 
 @needs_engine
-def test_on_an_engine_too_and_a_canary_decides(whole: Whole, tmp_path: Path) -> None:
+def test_on_an_engine_too_and_a_canary_decides(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = sys.modules[__name__]  # the servers are those of the test before, so lineage and task are others
+    for name, value in {"LINEAGE": "engine", "TASK": "hues", "OLD_ROWS": "hues.old-1"}.items():
+        monkeypatch.setattr(here, name, value)
     base, folder = tmp_path / "base", tmp_path / "engine"
     folder.mkdir()
     build_tiny_base(base, width=128)  # vLLM demands heads of such a width
@@ -89,7 +93,8 @@ def test_on_an_engine_too_and_a_canary_decides(whole: Whole, tmp_path: Path) -> 
 def close_the_loop(whole: Whole, base: Path, tmp_path: Path, environment: dict[str, str], **gate: Any) -> None:
     """From shifted traffic, drift and labels to the next champion; `gate` may let it be a canary first."""
     file = whole.home / "support.yaml"
-    settings = {**SETTINGS, "base_model": str(base), "gate": {**SETTINGS["gate"], **gate}}
+    names = {"lineage": LINEAGE, "tasks": [TASK]}
+    settings = {**SETTINGS, **names, "base_model": str(base), "gate": {**SETTINGS["gate"], **gate}}
     file.write_text(yaml.safe_dump(settings))
     whole.deal("lineage", "apply", str(file))
     learn(whole, "january.jsonl", rows(usual(400, "january")), 1)
