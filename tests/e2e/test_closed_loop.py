@@ -184,6 +184,9 @@ async def look(whole: Whole, deployment_name: str = "monitor-lineages/monitor-li
         while run.state is None or not run.state.is_final():
             await asyncio.sleep(0.5)
             run = await client.read_flow_run(run.id)
+        if run.state.is_cancelled():  # its schedule has just started one, and the deployment runs once at a time
+            await look(whole, deployment_name)
+            return
         assert run.state.is_completed(), run.state
 
 
