@@ -86,7 +86,9 @@ class Whole:
             files = self.read(f"watch/{lineage}.json")["files"]
         except self.s3.exceptions.NoSuchKey:
             return []
-        order = {int(entry["version"]): key for key, entry in files.items() if entry["outcome"] in ("promoted", "rollout")}
+        order = {
+            int(entry["version"]): key for key, entry in files.items() if entry["outcome"] in ("promoted", "rollout")
+        }
         return [order[number] for number in sorted(order)]
 
     def versions(self, lineage: str) -> tuple[Version, ...]:
