@@ -42,7 +42,7 @@ from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
 from deal_core.evaluation.score import evaluate_task
-from infra.serving.evaluation import answering
+from infra.serving.evaluation import evaluation_engine
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.versions import Versions
@@ -120,12 +120,14 @@ def evaluate_both(base_source: str, rounds: int) -> dict[str, Any]:
     base = load_base(base_source, HomeSettings().cache_dir, precision="fp32")
     from deal_core.adapter.state import adapter_on
 
+    engine = evaluation_engine(store, base)
+    assert engine is not None, "the caller has set its address"
     took: dict[str, list[float]] = {kind: [] for kind in KINDS}
     answers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "version"
         fetch_version(store, version, adapter)
-        with adapter_on(base.model, adapter) as model, answering(store, base, adapter) as over_engine:
+        with adapter_on(base.model, adapter) as model, engine.answering(adapter) as over_engine:
             for number in range(rounds):
                 for kind in KINDS if number % 2 else KINDS[::-1]:
                     begun = time.perf_counter()

@@ -62,6 +62,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Patterns of a model's config and tokenizer on the Hub."""
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
 
 
@@ -118,7 +120,7 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
         )
     path = _local_base(source)
     if path is None:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # README.md: the licence
+        patterns = ["*.safetensors", *WITHOUT_WEIGHTS, "README.md"]  # README.md: the licence
         try:
             folder = fetch_model(source, patterns, ignored=["*/*"])
         except ConfigError as error:
@@ -133,7 +135,7 @@ def tokenizer_folder(source: str, cache_folder: Path) -> Path:
     """As `resolve_base`, for the tokenizer alone: the weights of a Hub id are not fetched."""
     if source in BUILT_IN or _local_base(source) is not None:
         return resolve_base(source, cache_folder)
-    return fetch_model(source, ["*.json", "*.txt", "*.model", "*.jinja"], ignored=["*/*"])
+    return fetch_model(source, WITHOUT_WEIGHTS, ignored=["*/*"])
 
 
 def check_base(source: str) -> str | None:

@@ -307,7 +307,7 @@ class Answerer:
                 version = self._candidate if request.by_candidate else self._first
                 begun, asked, num_ready = request.version, request.asked, len(request.answers) + len(request.prompts)
             if version is None:
-                raise _given_up()
+                raise given_up()
             if not asked:  # all rows are checked before any is answered
                 asked = []
                 for number, row in enumerate(request.rows, 1):
@@ -330,7 +330,7 @@ class Answerer:
     def _heed_the_end(self, request: _Request) -> None:
         """Give a request up if nobody waits for it any more."""
         if self._is_stopped or (self._is_ending and request.version is None) or request.is_given_up():
-            raise _given_up()
+            raise given_up()
 
     def _hold_for(self, request: _Request) -> bool:
         """Wait until the request is done, lacks prompts, or the model is free, which this thread then holds (True)."""
@@ -373,7 +373,7 @@ class Answerer:
         num_left = self._max_rows
         for request in waiting:
             if self._is_stopped or request.is_given_up() or (request.by_candidate and self._candidate is None):
-                request.end(_given_up())
+                request.end(given_up())
             elif num_left > 0 and request.prompts and (not batch or request.kind == batch[0][0].kind):
                 batch.append((request, request.next_rows(num_left)))
                 num_left -= len(batch[-1][1])
@@ -430,7 +430,8 @@ def _read(folder: Path, base_sha256: str) -> tuple[ServedVersion, SavedAdapter]:
     return served, read_adapter(folder)
 
 
-def _given_up() -> GivenUpError:
+def given_up() -> GivenUpError:
+    """Return the error for rows that nobody waits for any more."""
     return GivenUpError("The server is stopping, or the client has gone; ask again.")
 
 

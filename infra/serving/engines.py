@@ -11,12 +11,11 @@ import logging
 import math
 import re
 import shutil
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +23,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deal_core.adapter.files import PEFT_FILES, digests_of, sha256_together
 from deal_core.base_model.fingerprint import MOST_APART, TEXT, apart
-from deal_core.base_model.load import load_base, read_tokenizer
+from deal_core.base_model.load import read_tokenizer
 from deal_core.base_model.sources import tokenizer_folder
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling
+from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling, given_up, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
 from deal_core.evaluation.generation import answer_limit, confidence_of, first_tokens
 from infra.fingerprints import Fingerprint, keep_fingerprint, read_fingerprint
+from infra.serving.version_files import write_peft_folder
 from infra.serving.vllm import EngineAwayError, EngineClient, EngineError, Piece
 from infra.settings import EngineSettings, HomeSettings, ServingSettings
 from infra.store.base import ObjectStore
@@ -145,11 +145,6 @@ class Engines:
         """Number of the version that answers now."""
         assert self._first is not None, "requests come after the champion was loaded"
         return self._first.number
-
-    @property
-    def base_sha256(self) -> str:
-        """Digest of the base model of the version that answers now."""
-        return self.served.base_sha256
 
     def state(self) -> list[dict[str, str | None]]:
         """Return each engine's address, and why it gets no requests (None: it does)."""
@@ -283,7 +278,7 @@ class Engines:
             tokenizer, fingerprint = known.tokenizer, known.fingerprint
         else:
             tokenizer, fingerprint = self._base_of(served)
-        name = f"{served.lineage}-v{number}-{_digest(folder)}"
+        name = f"{served.lineage}-v{number}-{adapter_digest(folder)}"
         version = OnEngine(
             served=served,
             number=number,
@@ -324,13 +319,7 @@ class Engines:
         source, cache = ServingSettings().base_model or served.base_source, HomeSettings().cache_dir
         fingerprint = read_fingerprint(self._store, served.base_sha256)
         if fingerprint is None:
-            base = load_base(source, cache)
-            if base.sha256 != served.base_sha256:
-                raise ConfigError(
-                    f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but {source} is "
-                    f"another one ({base.sha256[:12]}); set DEAL_BASE_MODEL to where the right one is."
-                )
-            fingerprint = keep_fingerprint(self._store, base)
+            fingerprint = keep_fingerprint(self._store, load_base_of(served, cache, source))
         if fingerprint is None:
             raise ConfigError(f"{served.base_name} is an encoder-decoder, which vLLM serves no adapters on.")
         tokenizer = read_tokenizer(tokenizer_folder(source, cache), source)
@@ -431,11 +420,9 @@ class _Engine:
         except EngineError:
             self.loaded = frozenset()
             raise
-        bases = [name for name, (_, is_adapter) in models.items() if not is_adapter]
-        if not bases:
-            raise EngineError(f"The engine at {self.shown} has no base model.")
-        if was_away or self.base != bases[0]:
-            self.base, self.proved = bases[0], frozenset()
+        base = self.client.base_of(models)
+        if was_away or self.base != base:
+            self.base, self.proved = base, frozenset()
         self.loaded = frozenset(name for name, (_, is_adapter) in models.items() if is_adapter)
         self.problem = None
 
@@ -445,7 +432,7 @@ class _Engine:
             self.look()
         self._require_base(version)
         if version.name not in self.loaded:
-            if _digest(version.copy) != version.name.rpartition("-")[2]:
+            if adapter_digest(version.copy) != version.name.rpartition("-")[2]:
                 raise EngineError(
                     f"{version.copy}, the copy of version {version.number}, is damaged; start deal serve again, which "
                     "makes a new one."
@@ -543,7 +530,7 @@ class Completion:
         except EngineAwayError:
             if not self._is_ended():
                 raise
-            raise GivenUpError("The server is stopping, or the client has gone; ask again.") from None
+            raise given_up() from None
 
     def finished(self) -> Answered:
         """Return the answers. The first one of each row is the one that the prediction log gets."""
@@ -634,7 +621,7 @@ def adapter_folder(settings: EngineSettings) -> Path:
     return settings.adapter_dir or HomeSettings().home / "engine-adapters"
 
 
-def _digest(folder: Path) -> str:
+def adapter_digest(folder: Path) -> str:
     """Return what tells the PEFT files of a folder from others."""
     return sha256_together(digests_of(folder, PEFT_FILES))[:12]
 
@@ -648,12 +635,4 @@ def copy_adapter(folder: Path, target: Path) -> None:
         if digests_of(target, PEFT_FILES) == digests_of(folder, PEFT_FILES):
             return
         shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
-        part = Path(temporary) / target.name
-        part.mkdir()
-        for file in PEFT_FILES:
-            shutil.copyfile(folder / file, part / file)
-        part.chmod(0o755)
-        with suppress(OSError):  # another front was faster
-            part.rename(target)
+    write_peft_folder(folder, target)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from deal_core.adapter.files import PEFT_FILES, require_undamaged
+from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, require_undamaged
 from deal_core.evaluation.answering import SERVED_FILE
 from deal_core.safe_text import without_secrets
 from infra.store.base import ObjectNotFoundError, ObjectStore
@@ -35,3 +37,29 @@ def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
         where=without_secrets(store.uri_of(version.adapter_uri)),
         remedy=remedy_for(version),
     )
+
+
+def write_peft_folder(adapter: Path, target: Path, config: str | None = None) -> bool:
+    """Copy the two PEFT files of an adapter to a new folder, which appears at once and complete. All may read it.
+
+    `config` replaces the content of adapter_config.json. The result is False if the folder was there, or if another
+    process was faster.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
+        part = Path(temporary) / target.name
+        part.mkdir()
+        for file in PEFT_FILES:
+            shutil.copyfile(adapter / file, part / file)
+        if config is not None:
+            (part / CONFIG_FILE).write_text(config, encoding="utf-8")
+        part.chmod(0o755)
+        if target.exists():
+            return False
+        try:
+            part.rename(target)
+        except OSError:
+            if target.exists():
+                return False
+            raise
+    return True

@@ -109,9 +109,9 @@ class EngineClient:
                 f"{self.shown} lists no models as vLLM does; give the address of a vLLM server."
             ) from None
 
-    def base_model(self) -> str:
-        """Return the name of its base model."""
-        bases = [name for name, (_, is_adapter) in self.models().items() if not is_adapter]
+    def base_of(self, models: Mapping[str, tuple[str, bool]]) -> str:
+        """Return the name of the base model among its models."""
+        bases = [name for name, (_, is_adapter) in models.items() if not is_adapter]
         if not bases:
             raise EngineError(f"The engine at {self.shown} has no base model.")
         return bases[0]

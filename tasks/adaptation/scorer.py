@@ -19,7 +19,7 @@ from deal_core.evaluation.metrics import collapsed
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task
 from deal_core.safe_text import brief
-from infra.serving.evaluation import answering, evaluating_engine
+from infra.serving.evaluation import evaluation_engine
 from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import Answers, TestSet
@@ -54,12 +54,16 @@ class Scorer:
 
     def __init__(self, base: BaseRef, *, stage: str = "evaluate") -> None:
         self._base = lend_base(base)
-        self.engine = evaluating_engine()
-        """What answers the rows; None: this process."""
+        self._engine = evaluation_engine(current_store(), self._base)
         self._report = advance(stage)
         self._total = 0
         self._done = 0
         self.num_rows: dict[str, int] = {}
+
+    @property
+    def engine(self) -> str | None:
+        """What answers the rows, such as "vllm 0.32.0"; None: this process does."""
+        return None if self._engine is None else self._engine.name
 
     def expect(self, *passes: Sequence[TestSet]) -> None:
         """Set the total of the progress. Each pass is a sequence of test sets that will be scored."""
@@ -73,7 +77,7 @@ class Scorer:
         `general` scores it on plain English too. `explain` measures what the collapse of a task's answers costs.
         """
         evaluations, answers, costs = {}, {}, {}
-        on_engine = answering(current_store(), self._base, adapter_folder) if self.engine else nullcontext()
+        on_engine = self._engine.answering(adapter_folder) if self._engine else nullcontext()
         with adapter_on(self._base.model, adapter_folder) as model, on_engine as answer:
             for test_set in sets:
                 name = test_set.schema.name

@@ -128,8 +128,8 @@ def require_any_lineage(store: ObjectStore) -> None:
 
 
 def has_lineage(store: ObjectStore) -> bool:
-    """Return whether a lineage has a version or a file."""
-    return bool(list_settings(store) or Versions(store).lineages())
+    """Return whether a lineage has a version or a file. Of many versions only the first are listed."""
+    return bool(list_settings(store)) or any(info.key.count("/") == 2 for info in store.list(keys.VERSIONS))
 
 
 def read_lineages(store: ObjectStore) -> Lineages:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from pydantic import BaseModel
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of
 from deal_core.base_model.sources import resolve_base
 from deal_core.errors import ConfigError
+from infra.serving.version_files import write_peft_folder
 from infra.settings import EngineSettings, HomeSettings
-from infra.store.base import ObjectStore
-from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
@@ -75,10 +72,10 @@ def publish(
         base = recorded.name if is_on_hub else str(resolve_base(recorded.source, HomeSettings().cache_dir))
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / f"{lineage}-v{info.version}"  # never another adapter, since servers cache by name
-    is_new = not target.exists() and _write_folder(store, info, target, content)
+    with borrowed_adapter(store, info) as adapter:
+        is_new = not target.exists() and write_peft_folder(adapter, target, content)
+        wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(content.encode()).hexdigest()}
     if not is_new:  # servers that have loaded it would not notice a change, and others would load something else
-        with borrowed_adapter(store, info) as adapter:
-            wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(content.encode()).hexdigest()}
         there = digests_of(target, PEFT_FILES)
         if names := ", ".join(name for name in PEFT_FILES if there.get(name) != wanted[name]):
             other = ""
@@ -119,25 +116,3 @@ def require_servable(config: dict[str, Any], settings: EngineSettings) -> None:
         problems.append("it uses DoRA, a bias or whole modules, which vLLM does not take")
     if problems:
         raise ConfigError(f"The adapter cannot be served by vLLM: {'; '.join(problems)}. Nothing was changed.")
-
-
-def _write_folder(store: ObjectStore, info: Version, target: Path, config: str) -> bool:
-    """Copy the two PEFT files of a version to a new folder, which appears at once and complete.
-
-    `config` is the content of adapter_config.json. The result is False if another process was faster.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        borrowed_adapter(store, info) as adapter,
-        tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary,
-    ):
-        part = Path(temporary) / target.name
-        part.mkdir()
-        for file in PEFT_FILES:
-            shutil.copyfile(adapter / file, part / file)
-        (part / CONFIG_FILE).write_text(config, encoding="utf-8")
-        part.chmod(0o755)
-        if target.exists():
-            return False
-        part.rename(target)
-        return True

@@ -430,16 +430,20 @@ def test_balanced_batches_hold_every_label_in_its_share():
     assert list(sampler) != order
 
 
-def test_a_linear_schedule_begins_at_the_rate_and_ends_at_zero(tmp_path):
-    args = training_arguments(TrainConfig(schedule="linear", max_steps=4), tmp_path, 10, 0.1)
+@pytest.mark.parametrize(
+    ("warmup_share", "expected"), [(0.0, [0.1, 0.075, 0.05, 0.025, 0.0]), (0.5, [0.0, 0.05, 0.1, 0.05, 0.0])]
+)
+def test_a_linear_schedule_falls_from_the_rate_to_zero_after_its_warm_up(tmp_path, warmup_share, expected):
+    train = TrainConfig(schedule="linear", max_steps=4, warmup_share=warmup_share)
+    args = training_arguments(train, tmp_path, 10, 0.1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, num_training_steps=4)
-    rates = []
+    rates = [optimizer.param_groups[0]["lr"]]
     for _ in range(4):
-        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025]) and optimizer.param_groups[0]["lr"] == 0
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(expected) and rates[-1] == 0
 
 
 def test_rows_per_second_counts_rows_and_not_places_in_batches(train, rows):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import get_scheduler
 
 from deal_core import config as settings
 from deal_core.adapter.state import attach_adapter, load_adapter
@@ -18,7 +17,6 @@ from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.judging_config import MonitorConfig
-from deal_core.training.trainer import training_arguments
 from tests.unit.deal_core.conftest import Train, weights
 
 STEPS = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
@@ -26,19 +24,6 @@ STEPS = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_to
 
 def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_warm_up_rises_to_the_rate_and_falls_from_it(tmp_path: Path) -> None:
-    train = TrainConfig(schedule="linear", max_steps=4, warmup_share=0.5)
-    args = training_arguments(train, tmp_path, 10, 0.1)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, num_training_steps=4)
-    rates = []
-    for _ in range(4):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.05])
 
 
 @pytest.mark.parametrize("change", [{"warmup_share": 0.5}, {"weight_decay": 10.0}, {"learning_rate": 1e-3}], ids=str)
