@@ -28,6 +28,8 @@ from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE = "base"
+RELEASE = "0.32.0"
+"""What it says it is."""
 WAIT_SECONDS = 60
 TOKEN = "token_id:"
 
@@ -91,7 +93,10 @@ class FakeVllm:
     def _app(self) -> Starlette:
         ways = {"completions": self._complete, "load_lora_adapter": self._load, "unload_lora_adapter": self._unload}
         posts = [Route(f"/v1/{name}", way, methods=["POST"]) for name, way in ways.items()]
-        return Starlette(routes=[Route("/v1/models", self._list), *posts])
+        return Starlette(routes=[Route("/v1/models", self._list), Route("/version", self._version), *posts])
+
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse({"version": RELEASE})
 
     def _refusal(self, request: Request) -> Response | None:
         if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
