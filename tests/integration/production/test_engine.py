@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.speed.serving import served as deal_serve
-from deal_core.adapter.files import WEIGHTS_FILE, digests_of
+from deal_core.adapter.files import PEFT_FILES, WEIGHTS_FILE, digests_of
 from deal_core.base_model.load import load_base
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
@@ -686,3 +686,13 @@ def test_deal_serve_takes_engines_from_the_command_and_the_environment(
         process.terminate()
         assert process.wait(WAIT_SECONDS) == 0
     assert engine.adapters, "the next start finds it loaded"
+
+
+def test_the_engine_reads_copies_in_the_shared_folder_under_its_own_path(engine: FakeVllm, tmp_path: Path) -> None:
+    shared, seen = tmp_path / "shared", tmp_path / "seen"
+    shared.mkdir()
+    seen.symlink_to(shared)  # the engine has mounted it elsewhere
+    with front(engine, adapter_dir=shared, server_adapter_dir=str(seen)):
+        ((name, path),) = engine.adapters.items()
+        assert path == f"{seen}/{name}"
+        assert sorted(file.name for file in (shared / name).iterdir()) == sorted(PEFT_FILES)
