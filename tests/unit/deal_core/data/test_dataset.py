@@ -638,7 +638,7 @@ LINES = st.one_of(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(lines=st.lists(LINES, max_size=25))
 def test_every_row_is_either_kept_or_in_quarantine(tmp_path: Path, lines: list[Any]) -> None:
     """For any file, the kept rows are exactly the distinct good rows."""

@@ -51,7 +51,7 @@ def write_and_read(path: Path, texts: list[str]) -> list[str]:
     return [row.values["text"] for row in read_rows(path)]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(CHARACTERS | st.text(st.characters(exclude_categories=["Cs"]), max_size=5), min_size=1, max_size=6))
 def test_every_text_comes_back_as_it_was_and_none_is_a_formula(tmp_path: Path, texts: list[str]) -> None:
     assert write_and_read(tmp_path / "to-label.csv", texts) == texts
