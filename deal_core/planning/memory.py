@@ -164,6 +164,7 @@ def plan_memory(
     numbers = learner.tensor_numbers(shape.method, model.modules, shape.rank)
     kept = activations.kept(model.num_layers, checkpointing=train.gradient_checkpointing)
     scores = batch.num_rows * model.num_heads * batch.num_tokens**2
+    scores *= batch.num_rows if train.padding_free else 1  # those between the rows too
     workspace = max(
         LOGIT_COPIES * FP32 * batch.num_rows * batch.num_answer_tokens * model.vocab_size,
         SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,  # beyond: the fused pass, which holds none
