@@ -137,6 +137,11 @@ class TrainConfig:
             f"train.batch_size is {self.batch_size}, which is no multiple of train.num_processes, "
             f"{self.num_processes}; give a multiple.",
         )
+        require(
+            not (self.torch_compile and self.gradient_checkpointing),
+            "train.torch_compile compiles nothing of a layer that train.gradient_checkpointing recomputes; set one of "
+            "them to false.",
+        )
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, for digests."""

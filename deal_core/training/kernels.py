@@ -43,7 +43,7 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def compiled_layers(model: nn.Module) -> Iterator[None]:
-    """Compile each layer of a base model in place, adapter and recomputation included, until the end of the block.
+    """Compile each layer of a base model in place, with its adapter, until the end of the block.
 
     Equal layers share what is compiled. Lengths of batches are symbols, so a new length compiles nothing.
 
