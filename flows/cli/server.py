@@ -16,7 +16,6 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
-from deal_core.yaml_file import read_yaml
 from flows.cli.console import heading, new_table, show_held
 from flows.cli.session import CommandResult, Session, command, main_app
 
@@ -103,6 +102,7 @@ def register(
     replace: Annotated[bool, Option("--replace", help="Overwrite the deployments of another home or store.")] = False,
 ) -> CommandResult[Registered]:
     """Create pools, automations and deployments on the Prefect server at PREFECT_API_URL."""
+    from deal_core.yaml_file import read_yaml
     from flows.server.deploy import PoolType, deploy_all
 
     if pool_type not in get_args(PoolType):
@@ -138,6 +138,7 @@ def manifest(
     """Write the Kubernetes objects of a training over several machines."""
     import yaml
 
+    from deal_core.yaml_file import read_yaml
     from flows.server.deploy import ManifestKind, make_manifests
 
     if kind not in get_args(ManifestKind):

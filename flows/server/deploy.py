@@ -24,6 +24,7 @@ from prefect.utilities.templating import apply_values
 from prefect.variables import Variable
 
 from deal_core.errors import ConfigError, DealError
+from deal_core.limits import require
 from deal_core.safe_text import without_secrets
 from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
 from tasks.arrival_runs import LANDED, learning_deployment
@@ -240,12 +241,12 @@ def make_manifests(kind: ManifestKind, values: Mapping[str, Any]) -> list[dict[s
     """Return the Kubernetes objects of a training over several machines, with these values in place of the defaults.
 
     Raises:
-        ConfigError: A value does not fit.
+        ConfigError: A value does not fit, or one without a default is missing.
     """
-    variables = variables_of("kubernetes")
+    variables, jobs = variables_of("kubernetes"), yaml.safe_load(CLUSTER_JOBS.read_text(encoding="utf-8"))
     require_values(values, variables)
+    for name in jobs["required"][kind]:
+        require(name in values, f"The value {name!r} is missing: {variables[name]['description']}")
     defaults = {name: each["default"] for name, each in variables.items() if each.get("default") is not None}
-    made: list[dict[str, Any]] = apply_values(
-        yaml.safe_load(CLUSTER_JOBS.read_text(encoding="utf-8"))[kind], {**defaults, **values}
-    )
+    made: list[dict[str, Any]] = apply_values(jobs[kind], {**defaults, **values})
     return made

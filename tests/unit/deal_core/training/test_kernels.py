@@ -128,7 +128,7 @@ def test_compiled_layers_train_the_same_compile_once_and_are_gone_afterwards(
 
 
 def test_recomputed_layers_are_not_compiled() -> None:
-    with pytest.raises(ConfigError, match="compiles nothing of a layer that train.gradient_checkpointing recomputes"):
+    with pytest.raises(ConfigError, match=r"compiles nothing of a layer that train.gradient_checkpointing recomputes"):
         TrainConfig(torch_compile=True, gradient_checkpointing=True)
 
 

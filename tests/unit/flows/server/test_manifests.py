@@ -27,6 +27,7 @@ VALUES: dict[str, Any] = {
     "tolerations": [{"key": "gpu", "operator": "Exists"}],
     "secret_name": "ours",
     "namespace": "team",
+    "job": "runs/7",
     "scratch_size": "1Ti",
     "cpu_limit": "64",
 }
@@ -48,7 +49,7 @@ def pods(kind: Any, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield group["template"]
 
 
-@pytest.mark.parametrize("values", [{}, VALUES], ids=["defaults", "values"])
+@pytest.mark.parametrize("values", [{"job": "runs/7"}, VALUES], ids=["defaults", "values"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cluster_takes_the_manifests(kind: Any, values: dict[str, Any]) -> None:
     for document in make_manifests(kind, values):
@@ -71,11 +72,11 @@ def test_a_job_of_the_runtime_is_one_of_kubernetes() -> None:
 
 
 def test_a_train_job_starts_the_one_entry_on_every_machine() -> None:
-    made = named("train-job", {**VALUES, "job": "/jobs/7.json"})
+    made = named("train-job", VALUES)
     spec = made["TrainJob"]["spec"]
     assert spec["runtimeRef"]["name"] == made["TrainingRuntime"]["metadata"]["name"]
     trainer = spec["trainer"]
-    assert trainer["command"] == ["torchrun", "-m", "deal_core.training.main", "/jobs/7.json"]
+    assert trainer["command"] == ["torchrun", "-m", "infra.stored_job", "runs/7"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 8)
     assert trainer["resourcesPerNode"]["limits"] == {"cpu": "64", "memory": "32Gi", "nvidia.com/gpu": 8}
 
@@ -137,6 +138,8 @@ def test_values_are_the_pools_variables_and_must_fit() -> None:
         require_values({"gpu_count": -1}, variables)
     with pytest.raises(ConfigError, match=r"The value node_selector.gpu does not fit"):
         require_values({"node_selector": {"gpu": 1}}, variables)
+    with pytest.raises(ConfigError, match="The value 'job' is missing: Prefix of a TrainJob's job in the store"):
+        make_manifests("train-job", {})
     with pytest.raises(ConfigError, match="There is no value 'num_nodes'"):
         require_values({"num_nodes": 2}, variables_of("process"))
 
