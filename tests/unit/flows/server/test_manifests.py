@@ -94,6 +94,14 @@ def test_a_ray_cluster_has_a_worker_for_each_machine_and_no_gpu_at_its_head() ->
     }
 
 
+def test_no_probe_of_a_ray_cluster_is_left_to_the_operator() -> None:
+    """Those of KubeRay need wget, which the image lacks."""
+    for pod in pods("ray-cluster", VALUES):
+        (container,) = pod["spec"]["containers"]
+        for name in ("readinessProbe", "livenessProbe"):
+            assert container[name]["exec"]["command"][:2] == ["ray", "health-check"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_reach_every_pod(kind: Any) -> None:
     for document in make_manifests(kind, VALUES):
