@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError
 from flows.cli.app import app
-from flows.server.deploy import make_manifests, pool_template, require_values, variables_of, with_defaults
+from flows.server.deploy import CLUSTER_JOBS, make_manifests, pool_template, require_values, variables_of, with_defaults
 
 SCHEMAS = json.loads((Path(__file__).parents[3] / "data" / "kubernetes_schemas.json").read_text())
 KINDS: tuple[Any, ...] = ("train-job", "ray-cluster")
@@ -139,7 +139,9 @@ def test_only_the_namespace_and_the_operator_reach_a_ray_cluster() -> None:
 
 def test_values_are_the_pools_variables_and_must_fit() -> None:
     variables = variables_of("kubernetes")
-    assert {*pool_template("kubernetes")["variables"]["properties"], "num_nodes"} <= variables.keys()
+    own = yaml.safe_load(CLUSTER_JOBS.read_text())["variables"]
+    pool = pool_template("kubernetes")["variables"]["properties"]
+    assert variables.keys() == pool.keys() | own.keys() and not pool.keys() & own.keys(), "one meaning for a name"
     with pytest.raises(ConfigError, match=r"There is no value 'gpus'; give some of: .*gpu_count"):
         require_values({"gpus": 8}, variables)
     with pytest.raises(ConfigError, match=r"The value gpu_count does not fit: -1 is less than the minimum of 0"):
