@@ -82,6 +82,8 @@ FIXED: dict[str, Any] = {
     "weight_decay": 0.0,
 }
 """Settings of the training that exist no more, with what a training does since then: its cells do not say them."""
+FIXED_ADAPTER: dict[str, Any] = {"dropout": 0.0, "rslora": False}
+"""Settings of the adapter that cells of before they existed do not say, with what an adapter was then."""
 
 Memory = Literal["none", "tests", "rows"]
 MEMORIES: dict[Memory, dict[str, Any]] = {
@@ -112,7 +114,7 @@ def name_of_memory(memory: Memory) -> str:
 
 
 def read_stored_cells(folder: Path) -> list[CellJson]:
-    """Return every cell of a folder in the form of version 3, with the settings FIXED.
+    """Return every cell of a folder in the form of version 3, with the settings FIXED and FIXED_ADAPTER.
 
     Raises:
         DataValidationError: A cell has another schema version.
@@ -126,7 +128,7 @@ def read_stored_cells(folder: Path) -> list[CellJson]:
         settings = in_full(cell["settings"]) if version == 2 else cell["settings"]
         train = settings["train"] | {name: value for name, value in FIXED.items() if name not in settings["train"]}
         method = with_memory(settings["strategy"], without_the_same(settings["method"]))
-        settings = {**settings, "train": train, "method": method}
+        settings = {**settings, "train": train, "method": method, "adapter": FIXED_ADAPTER | settings["adapter"]}
         if settings["strategy"] in ("deal", "replay") and settings["revision"] == 2:
             settings["revision"] = 3  # what its rehearsal says tells that it is older
         cells.append({**cell, "settings": settings})

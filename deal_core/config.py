@@ -34,6 +34,8 @@ FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
 
 MAX_RANK = 2**14
 """Hardly a base model has layers with more dimensions, which a rank cannot exceed."""
+RSLORA_ALPHA = 8.0
+"""α of rsLoRA, which does not follow the rank. At the default rank both kinds of LoRA then have the scale 2."""
 
 
 @settings("adapter")
@@ -43,7 +45,9 @@ class AdapterConfig:
     rank: Annotated[Count, Field(ge=2, le=MAX_RANK)] = 16
     """r: number of columns of B and rows of A."""
     alpha: Positive | None = None
-    """Scale α of ΔW = (α/r)·B·A; None means 2·rank."""
+    """Scale α of ΔW = (α/r)·B·A; None means 2·rank, or 8 with rslora."""
+    rslora: Flag = False
+    """Whether the scale is α/√r in place of α/r (rsLoRA, arXiv 2312.03732): a larger rank then learns as fast."""
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None
     """Names of the linear layers that carry the adapter, or all-linear for all but the output layer; None means the
     model type's query and value projections."""
@@ -52,8 +56,14 @@ class AdapterConfig:
 
     @property
     def scale_alpha(self) -> float:
-        """α, or 2·rank if alpha is None."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
+        """α, or its default if alpha is None."""
+        default = RSLORA_ALPHA if self.rslora else 2.0 * self.rank
+        return default if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """The factor of B·A in ΔW."""
+        return self.scale_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 RATES = ((1e9, 1e-3), (4e9, 5e-4))
@@ -63,8 +73,9 @@ LARGEST_RATE = 2e-4
 """Rate of all larger base models."""
 Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
-NOT_DECIDING = ("num_processes",)
-"""Settings of the training that do not change its result."""
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+NOT_DECIDING = ("num_processes", "attention", "padding_free", "torch_compile")
+"""Settings of the training that change its result by no more than rounding, or by other random numbers of a dropout."""
 
 
 @settings("train")
@@ -111,12 +122,25 @@ class TrainConfig:
     """Processes that share every micro-batch, one per device. The result differs only by rounding."""
     quantize: Quantize = "none"
     """Precision of the frozen base model's linear layers: 8bit and 4bit (NF4) need CUDA and bitsandbytes."""
+    attention: Attention = "auto"
+    """How the training computes attention. auto: PyTorch's fused one, on a CPU with a faster backward pass.
+    flash_attention_2 needs CUDA, bf16 and the package flash-attn."""
+    padding_free: Flag = False
+    """Put the rows of a batch behind one another instead of padding them to one length. It saves time with
+    flash_attention_2 alone: the others compute the scores between rows too, and mask them."""
+    torch_compile: Flag = False
+    """Compile the model's layers before the first step. It takes minutes, and pays off in long trainings with CUDA."""
 
     def __post_init__(self) -> None:
         require(
             self.batch_size % self.num_processes == 0,
             f"train.batch_size is {self.batch_size}, which is no multiple of train.num_processes, "
             f"{self.num_processes}; give a multiple.",
+        )
+        require(
+            not (self.torch_compile and self.gradient_checkpointing),
+            "train.torch_compile compiles nothing of a layer that train.gradient_checkpointing recomputes; set one of "
+            "them to false.",
         )
 
     def deciding(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def recentre_adapter(
             on_stage(done, total, f"finding the label offsets of {texts.task.name}")
             sets.append(labelled_texts(model, base.tokenizer, texts, generator))
             done += len(texts.rows)
-        collate = answer_collator(base.model, base.tokenizer, is_recomputed=train.gradient_checkpointing)
+        collate = answer_collator(base.model, base.tokenizer, reads_whole_rows=train.gradient_checkpointing)
         rehearsal = Rehearsal(sets, collate, num_rows=train.batch_size, seed=train.seed)
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -202,7 +202,7 @@ class Ella(IncLora):
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Form the sum of the earlier updates, M×O×I per stack."""
         super().prepare(model, state, context)
-        self.scale = context.adapter.scale_alpha / context.adapter.rank
+        self.scale = context.adapter.scale
         self.w_past = [self.scale * b_past @ a_past for a_past, b_past in self.past]
 
     def penalty(self) -> Tensor | None:

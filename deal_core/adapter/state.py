@@ -71,6 +71,7 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
         lora_alpha=adapter.scale_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=targets if isinstance(targets, str) else list(targets),
         lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
         bias="none",
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
@@ -104,7 +105,8 @@ def load_adapter(
     config.inference_mode = not is_trainable
     if num_new_slots:
         rank = config.r + num_new_slots
-        config.lora_alpha = config.lora_alpha * rank / config.r  # type: ignore[assignment]  # α/r, the scale, stays
+        growth = math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
+        config.lora_alpha = config.lora_alpha * growth  # type: ignore[assignment]  # the scale stays
         config.r = rank
         for name, factor in saved.tensors.items():  # zero rows for an A (R×I), zero columns for a B (O×R)
             padding = (0, 0, 0, num_new_slots) if name.endswith(_A) else (0, num_new_slots)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, chain, takewhile
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -20,8 +20,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from deal_core.base_model.cpu_attention import MODEL_TYPES
 from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
+from deal_core.limits import require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +35,9 @@ REJECTED_IDS = "rejected_ids"
 """Column of encoded rows: the tokens of the worse answer."""
 REFERENCE_MARGINS = "reference_margins"
 """Column of encoded rows, and part of a batch (B): log p(better) − log p(worse) of the parent version, in nats."""
-NOT_READ = ("labels", "prefix_ids", REFERENCE_MARGINS)
+ANSWER_POSITIONS = "answer_positions"
+"""Part of a batch without padding (B×K): the places in it whose logits belong to the labels."""
+NOT_READ = ("labels", "prefix_ids", ANSWER_POSITIONS, REFERENCE_MARGINS)
 """Parts of a batch that the model is not called with; an encoder-decoder's decoder reads the labels."""
 MIN_PREFIX = 8
 """Smallest number of common first tokens for which a shared prefix is computed once."""
@@ -139,6 +143,9 @@ class AnswerCollator:
     shares_prefix: bool = False
     """Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The other tensors
     then hold only what follows, but the mask counts the prefix."""
+    is_padding_free: bool = False
+    """Whether the rows stand behind one another in one line (1×ΣT). Each row's positions begin at 0, and the model does
+    not attend from a row to another one."""
 
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
@@ -165,6 +172,8 @@ class AnswerCollator:
         input_ids, mask = pad_batch(tails, pad_id, side="left")
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
         labels, _ = pad_batch(labels_of, IGNORED, side="left")
+        if self.is_padding_free:
+            return {**_in_one_line(prompts, answers), "labels": labels}
         batch = {
             "input_ids": input_ids,
             "attention_mask": mask,
@@ -174,14 +183,39 @@ class AnswerCollator:
         return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
 
 
-def answer_collator(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool) -> AnswerCollator:
-    """Return the collator that pads rows to a batch for this model.
+def _in_one_line(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Return all rows behind one another, and the places of the logits of their answers, padded on the left."""
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    ends = list(accumulate(lengths))
+    places = [list(range(end - len(answer) - 1, end - 1)) for end, answer in zip(ends, answers, strict=True)]
+    return {
+        "input_ids": torch.tensor([[*chain.from_iterable(chain.from_iterable(zip(prompts, answers, strict=True)))]]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        ANSWER_POSITIONS: pad_batch([each or [0] for each in places], 0, side="left")[0],
+    }
+
+
+def answer_collator(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, reads_whole_rows: bool, padding_free: bool = False
+) -> AnswerCollator:
+    """Return the collator that makes a batch of rows for this model.
 
     On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
-    tokens would cost more than it saves. If activations are recomputed (`is_recomputed`), there is no cache to share.
+    tokens would cost more than it saves. With `reads_whole_rows` a CPU does so too: if activations are recomputed,
+    there is no cache to share.
+
+    Raises:
+        ConfigError: The model cannot read rows without padding.
     """
     is_seq2seq, device = bool(model.config.is_encoder_decoder), next(model.parameters()).device
-    shares_prefix = not (is_seq2seq or is_recomputed or counts_padding(model)) and device.type == "cpu"
+    if padding_free:
+        require(
+            model.config.model_type in MODEL_TYPES,
+            f"train.padding_free is not known to work with a base model of type {model.config.model_type!r}; set it to "
+            f"false, or take a model of type {', '.join(MODEL_TYPES)}.",
+        )
+        return AnswerCollator(tokenizer, is_seq2seq=False, is_padding_free=True)
+    shares_prefix = not (is_seq2seq or reads_whole_rows or counts_padding(model)) and device.type == "cpu"
     if shares_prefix:
         with torch.no_grad():  # the model reads one token
             cache = read_cache(model, torch.zeros(1, 1, dtype=torch.long, device=device))
@@ -199,6 +233,10 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return cast(Tensor, model(**features, labels=inputs["labels"]).logits)
     # indices instead of a number: a number gives a slice that is not contiguous, and then the output layer on a CPU
     # copies its whole weight once per row
+    if ANSWER_POSITIONS in inputs:
+        kept_BK = inputs[ANSWER_POSITIONS]
+        logits_1NV = model(**features, logits_to_keep=kept_BK.flatten(), use_cache=False).logits
+        return cast(Tensor, logits_1NV.squeeze(0).unflatten(0, kept_BK.shape))
     (num_rows, length), num_tokens = inputs["input_ids"].shape, inputs["labels"].shape[1]
     positions = torch.arange(length - num_tokens - 1, length - 1, device=inputs["labels"].device)
     if "prefix_ids" not in inputs:

@@ -63,7 +63,7 @@ def measure(
     the end token.
     """
     model.eval()
-    collate = answer_collator(model, tokenizer, is_recomputed=False)
+    collate = answer_collator(model, tokenizer, reads_whole_rows=False)
     figures_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]

@@ -164,6 +164,7 @@ def plan_memory(
     numbers = learner.tensor_numbers(shape.method, model.modules, shape.rank)
     kept = activations.kept(model.num_layers, checkpointing=train.gradient_checkpointing)
     scores = batch.num_rows * model.num_heads * batch.num_tokens**2
+    scores *= batch.num_rows if train.padding_free else 1  # those between the rows too
     workspace = max(
         LOGIT_COPIES * FP32 * batch.num_rows * batch.num_answer_tokens * model.vocab_size,
         SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,  # beyond: the fused pass, which holds none
@@ -263,8 +264,9 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
     accumulation is raised, so that a step still learns from as many rows.
     """
     changes: list[tuple[str, TrainConfig, str]] = []
-    if not train.gradient_checkpointing:
-        changes.append(("train.gradient_checkpointing: true", replace(train, gradient_checkpointing=True), precision))
+    if not train.gradient_checkpointing:  # recomputed layers cannot be compiled
+        change = "train.gradient_checkpointing: true" + " with torch_compile: false" * train.torch_compile
+        changes.append((change, replace(train, gradient_checkpointing=True, torch_compile=False), precision))
     smaller = train
     rows_per_step = train.batch_size * train.gradient_accumulation_steps
     least = train.num_processes  # each process has a row of every batch
@@ -290,7 +292,11 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
         changes.append((on_cuda, replace(train, quantize="4bit"), precision))
     if len(changes) > 1:
         everything = replace(
-            smaller, gradient_checkpointing=True, max_prompt_tokens=shorter.max_prompt_tokens, quantize="4bit"
+            smaller,
+            gradient_checkpointing=True,
+            torch_compile=False,
+            max_prompt_tokens=shorter.max_prompt_tokens,
+            quantize="4bit",
         )
         changes.append(("all of these together", everything, "bf16"))
     before = memory_of(train, precision).total

@@ -66,10 +66,15 @@ class TaskContext:
     train: TrainConfig
 
     def collator(self) -> AnswerCollator:
-        """Return the collator that pads rows to a batch for this base model."""
+        """Return the collator that makes a batch of rows for this base model."""
         from deal_core.data.collate import answer_collator
 
-        return answer_collator(self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing)
+        return answer_collator(
+            self.base.model,
+            self.base.tokenizer,
+            reads_whole_rows=self.train.gradient_checkpointing or self.train.torch_compile,
+            padding_free=self.train.padding_free,
+        )
 
 
 class KeptRows(NamedTuple):

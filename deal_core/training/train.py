@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
 from deal_core.strategies.strategy import TaskContext, TaskTexts
+from deal_core.training.kernels import compiled_layers, set_attention
 from deal_core.training.objective import (
     AnswerLoss,
     PairCollator,
@@ -168,6 +170,7 @@ def train_adapter(
     if not base.is_quantized:  # a quantized model is on its device already and cannot be moved
         base.model.to(args.device)  # first, because the strategy creates its tensors on the factors' device
 
+    usual_attention = base.model.config._attn_implementation
     parent_state: MethodState | None = None
     inherited: MethodState | None = None
     if parent_folder is None:
@@ -179,6 +182,7 @@ def train_adapter(
         num_new_slots = strategy_class(setup.strategy).num_new_slots(setup.adapter)
         model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
+        set_attention(base.model, train.attention)
         encoded = concatenate_datasets(
             [
                 encode_rows(
@@ -224,7 +228,8 @@ def train_adapter(
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
-        trainer.run(checkpoint)
+        with compiled_layers(base.model) if train.torch_compile else nullcontext():
+            trainer.run(checkpoint)
         seconds = time.perf_counter() - started
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
@@ -246,6 +251,7 @@ def train_adapter(
         )
     finally:
         model.unload()
+        set_attention(base.model, usual_attention)
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_disable()
 

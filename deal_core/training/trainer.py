@@ -41,6 +41,8 @@ NUM_CHECKPOINTS = 2
 TOLERANCE = 1e-4
 """Largest allowed difference from rank 0, relative to the parameter's norm; equal steps on equal devices give 0."""
 TINY = 1e-12
+FUSED_ON = ("cuda",)
+"""Devices on which a step of AdamW is one kernel."""
 
 
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int, rate: float) -> TrainingArguments:
@@ -137,7 +139,10 @@ class AdapterTrainer(Trainer):
         """AdamW over the strategy's parameters, which need not be parameters of the model."""
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
-                list(self.strategy.parameters()), lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+                list(self.strategy.parameters()),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                fused=self.args.device.type in FUSED_ON or None,  # None: PyTorch chooses between loops
             )
         return self.optimizer
 

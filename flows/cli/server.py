@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from tasks.mlflow_mirror import Synced
 
 NOTHING_LEARNED = "Nothing is learned yet. Learn a file with: deal adapt --task NAME --data FILE, or try: deal demo"
+
+Values = Annotated[
+    Path | None, Option("--values", help="YAML file with values of the training pool, such as gpu_count: 8.")
+]
 
 server_app = typer.Typer(help="Start, stop or sync the servers around the store.", no_args_is_help=True)
 
@@ -86,22 +91,63 @@ class Registered:
     server_app,
     "registering",
     "deal server register",
-    "PREFECT_API_URL=http://prefect:4200/api deal server register --type kubernetes",
+    "PREFECT_API_URL=http://prefect:4200/api deal server register --type kubernetes --values pool.yaml",
 )
 def register(
     deal: Session,
     pool_type: Annotated[
         str, Option("--type", help="How the training pool starts a run: process, docker or kubernetes.")
     ] = "process",
+    values: Values = None,
     replace: Annotated[bool, Option("--replace", help="Overwrite the deployments of another home or store.")] = False,
 ) -> CommandResult[Registered]:
     """Create pools, automations and deployments on the Prefect server at PREFECT_API_URL."""
+    from deal_core.yaml_file import read_yaml
     from flows.server.deploy import PoolType, deploy_all
 
     if pool_type not in get_args(PoolType):
         raise ConfigError(f"--type is {pool_type!r}; give one of {', '.join(get_args(PoolType))}.")
-    asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type), replace=replace))
+    given = None if values is None else read_yaml(values)
+    asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type), values=given, replace=replace))
     return CommandResult(Registered(deployed=True), ["Pools, automations and deployments are on the server."])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `deal server manifest` wrote."""
+
+    file: str
+    """The file, for `kubectl apply`."""
+    objects: list[str]
+    """Kind and name of each object in it."""
+
+
+@command(
+    server_app,
+    "writing",
+    "deal server manifest ray-cluster --values pool.yaml",
+    "deal server manifest train-job --values pool.yaml --out job.yaml",
+    works_without_home=True,
+)
+def manifest(
+    deal: Session,
+    kind: Annotated[str, Argument(help="train-job (Kubeflow Trainer) or ray-cluster (KubeRay).")],
+    values: Values = None,
+    out: Annotated[Path, Option("--out", "-o", help="The new file.")] = Path("manifest.yaml"),
+) -> CommandResult[Manifest]:
+    """Write the Kubernetes objects of a training over several machines."""
+    import yaml
+
+    from deal_core.yaml_file import read_yaml
+    from flows.server.deploy import ManifestKind, make_manifests
+
+    if kind not in get_args(ManifestKind):
+        raise ConfigError(f"The kind is {kind!r}; give one of {', '.join(get_args(ManifestKind))}.")
+    made = make_manifests(cast("ManifestKind", kind), {} if values is None else read_yaml(values))
+    out.write_text(yaml.safe_dump_all(made, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    names = [f"{each['kind']} {each['metadata']['name']}" for each in made]
+    told = [f"{out} has {listed(names)}. Next: kubectl apply --filename {out}"]
+    return CommandResult(Manifest(file=str(out), objects=names), [escape(line) for line in told])
 
 
 @command(main_app, "looking", "deal status", "deal status --check", works_without_home=True)

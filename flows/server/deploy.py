@@ -19,19 +19,25 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
+from prefect.utilities.schema_tools.validation import validate
+from prefect.utilities.templating import apply_values
 from prefect.variables import Variable
 
 from deal_core.errors import ConfigError, DealError
+from deal_core.limits import require
 from deal_core.safe_text import without_secrets
 from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
 from tasks.arrival_runs import LANDED, learning_deployment
 from tasks.context import current_store
 
 PoolType = Literal["process", "docker", "kubernetes"]
+ManifestKind = Literal["train-job", "ray-cluster"]
 GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
 STORE_VARIABLE = "deal_store"
 """The variable on the server with the address of the store that the deployments work with."""
-POOL_CHANGES = Path(__file__).parents[2] / "infra" / "work_pools.yaml"
+INFRA = Path(__file__).parents[2] / "infra"
+POOL_CHANGES = INFRA / "work_pools.yaml"
+CLUSTER_JOBS = INFRA / "cluster_jobs.yaml"
 PREFECTS_POOLS = "server/api/collections_data/views/aggregate-worker-metadata.json"
 """Prefect's file of the templates of all types of pools. It is in Prefect's own package."""
 
@@ -41,7 +47,12 @@ class DeployError(DealError):
 
 
 async def deploy_all(
-    home: Path, gpu_pool_type: PoolType = "process", num_trainings: int | None = None, *, replace: bool = False
+    home: Path,
+    gpu_pool_type: PoolType = "process",
+    num_trainings: int | None = None,
+    *,
+    values: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> None:
     """Create or update everything on the server.
 
@@ -49,11 +60,12 @@ async def deploy_all(
         home: Working directory of the runs; its logs/ gets the log of the deployment.
         gpu_pool_type: How a worker of the training pool starts a run. Runs of the other pool are processes.
         num_trainings: Limit of runs in the training pool at the same time, for all workers together; None: unchanged.
+        values: The training pool's variables that get a new default, such as an image and the number of GPUs.
         replace: Overwrite deployments of another home or store.
 
     Raises:
         ConfigError: No server is named, the server has the deployments of another home or store, the pool exists with
-            another type, or there is no prefect.yaml.
+            another type, a value does not fit, or there is no prefect.yaml.
         DeployError: Prefect refuses the deployments.
         StoreError: The store does not answer, or lets two writers overwrite each other.
     """
@@ -65,7 +77,7 @@ async def deploy_all(
     async with get_client() as client:
         if not replace:
             await _require_own(client, ours)
-        await _apply_pool(client, GPU_POOL, gpu_pool_type)
+        await _apply_pool(client, GPU_POOL, gpu_pool_type, values or {})
         await _apply_pool(client, CPU_POOL, "process")
         if num_trainings is not None:
             await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
@@ -146,18 +158,22 @@ def prefect_file() -> Path:
     raise ConfigError(f"There is no prefect.yaml in {' or '.join(map(str, places))}; install the project again.")
 
 
-async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> None:
+async def _apply_pool(
+    client: PrefectClient, name: str, pool_type: PoolType, values: Mapping[str, Any] | None = None
+) -> None:
     template = pool_template(pool_type)
+    require_values(values or {}, variables_of(pool_type))
     try:
         known = await client.read_work_pool(name)
     except ObjectNotFound:
+        template = with_defaults(template, values or {})
         await client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, base_job_template=template))
         return
     if known.type != pool_type:
         problem = f"The work pool {name} has type {known.type}, not {pool_type}"
         raise ConfigError(f"{problem}; delete the pool, or give --type {known.type}.")
-    update = WorkPoolUpdate(base_job_template=with_defaults_of(known.base_job_template, template))
-    await client.update_work_pool(name, update)
+    template = with_defaults(with_defaults_of(known.base_job_template, template), values or {})
+    await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
 def pool_template(pool_type: PoolType) -> dict[str, Any]:
@@ -188,8 +204,49 @@ def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 def with_defaults_of(known: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
     """Return the template with the pool's own defaults, so that an image, GPUs or nodes set by a person stay."""
     before = known.get("variables", {}).get("properties", {})
+    return with_defaults(
+        template, {name: variable["default"] for name, variable in before.items() if "default" in variable}
+    )
+
+
+def with_defaults(template: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the template with these values as its variables' defaults; values of no variable are left out."""
     properties = {
-        name: {**variable, "default": before[name]["default"]} if "default" in before.get(name, {}) else variable
+        name: {**variable, "default": values[name]} if name in values else variable
         for name, variable in template["variables"]["properties"].items()
     }
     return {**template, "variables": {**template["variables"], "properties": properties}}
+
+
+def variables_of(pool_type: PoolType) -> dict[str, Any]:
+    """Return the variables of a pool, by name; on Kubernetes also those of trainings over several machines."""
+    own = yaml.safe_load(CLUSTER_JOBS.read_text(encoding="utf-8"))["variables"] if pool_type == "kubernetes" else {}
+    return {**pool_template(pool_type)["variables"]["properties"], **own}
+
+
+def require_values(values: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+    """Refuse values of no variable, and values that do not fit theirs.
+
+    Raises:
+        ConfigError: The message names the variable.
+    """
+    unknown = sorted(values.keys() - variables.keys())
+    if unknown:
+        raise ConfigError(f"There is no value {unknown[0]!r}; give some of: {', '.join(sorted(variables))}.")
+    for error in validate(dict(values), {"type": "object", "properties": dict(variables)}):
+        raise ConfigError(f"The value {'.'.join(map(str, error.path))} does not fit: {error.message}.")
+
+
+def make_manifests(kind: ManifestKind, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the Kubernetes objects of a training over several machines, with these values in place of the defaults.
+
+    Raises:
+        ConfigError: A value does not fit, or one without a default is missing.
+    """
+    variables, jobs = variables_of("kubernetes"), yaml.safe_load(CLUSTER_JOBS.read_text(encoding="utf-8"))
+    require_values(values, variables)
+    for name in jobs["required"][kind]:
+        require(name in values, f"The value {name!r} is missing: {variables[name]['description']}")
+    defaults = {name: each["default"] for name, each in variables.items() if each.get("default") is not None}
+    made: list[dict[str, Any]] = apply_values(jobs[kind], {**defaults, **values})
+    return made

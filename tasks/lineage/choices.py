@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig
+from deal_core.config import NOT_DECIDING, AdapterConfig
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
@@ -19,7 +19,8 @@ LOGGED_PARTS = ("deal", "rehearsal", "strategy_options", "selection", "train", "
 """Parts of a spec that a run's log shows."""
 MAX_NAMED = 6
 """Most settings that a note about changed settings names."""
-SAME_RESULT = {"data.include_texts", "data.retain_training_rows", "train.num_processes", "train.checkpoint_steps"}
+SAME_RESULT = {"data.include_texts", "data.retain_training_rows", "train.checkpoint_steps"}
+SAME_RESULT |= {f"train.{name}" for name in NOT_DECIDING}
 """Settings that such a note leaves out: they change no version."""
 
 

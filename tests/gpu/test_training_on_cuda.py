@@ -1,9 +1,10 @@
-"""The same training on a CUDA device: bf16 base, fp32 adapter, and resume."""
+"""The same training on a CUDA device: bf16 base, fp32 adapter, resume, and each option of a training."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.training.ranks import train_in_processes
 from deal_core.training.train import TrainingJob, TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.trainer import AdapterTrainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,10 +30,18 @@ NEXT = replace(TASK, name="tones", instruction="Which tone is meant?")
 ROWS = [
     {"input": f"message {i} about {('blood', 'grass')[i % 2]}", "output": ("red", "green")[i % 2]} for i in range(24)
 ]
+ADAPTER = AdapterConfig(rank=4)
 STEPS = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
 
 
-def run(tiny_base: Path, work: Path, parent: Path | None, die_at: int | None = None) -> TrainingResult:
+def run(
+    tiny_base: Path,
+    work: Path,
+    parent: Path | None,
+    die_at: int | None = None,
+    adapter: AdapterConfig = ADAPTER,
+    train: TrainConfig = STEPS,
+) -> TrainingResult:
     def on_log(step: int, _: object) -> None:
         if step == die_at:
             raise InterruptedError
@@ -44,9 +54,9 @@ def run(tiny_base: Path, work: Path, parent: Path | None, die_at: int | None = N
             task=NEXT if parent else TASK,
             old_tasks=(TASK,) if parent else (),
             strategy="deal",
-            adapter=AdapterConfig(rank=4),
+            adapter=adapter,
             method=MethodConfig(),
-            train=STEPS,
+            train=train,
         ),
         parent_folder=parent,
         output_folder=work / "adapter",
@@ -66,6 +76,63 @@ def test_learns_and_resumes(tiny_base, tmp_path):
     resumed = run(tiny_base, tmp_path / "again", parent)
     assert resumed.resumed_from_step == 4
     assert [loss for _, loss in resumed.losses] == pytest.approx([loss for _, loss in whole.losses], rel=2e-2)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "all-linear": {"adapter": AdapterConfig(rank=4, target_modules="all-linear")},
+    "rslora": {"adapter": AdapterConfig(rank=4, rslora=True)},
+    "dropout": {"adapter": AdapterConfig(rank=4, dropout=0.1)},
+    "warm-up": {"train": replace(STEPS, warmup_share=0.25)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_learns_and_resumes_with_each_option(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    given = OPTIONS[name]
+    first = run(tiny_base, tmp_path / "first", None, **given)
+    parent = tmp_path / "first" / "adapter"
+    assert first.losses[-1][1] < first.losses[0][1]
+    whole = run(tiny_base, tmp_path / "whole", parent, **given)
+    with pytest.raises(InterruptedError):
+        run(tiny_base, tmp_path / "again", parent, die_at=7, **given)
+    resumed = run(tiny_base, tmp_path / "again", parent, **given)
+    assert [loss for _, loss in resumed.losses] == pytest.approx([loss for _, loss in whole.losses], rel=2e-2)
+
+
+KERNELS: dict[str, dict[str, Any]] = {
+    "eager": {"attention": "eager"},
+    "sdpa": {"attention": "sdpa"},
+    "padding-free": {"padding_free": True},
+    "compiled": {"torch_compile": True},
+    "compiled without padding": {"torch_compile": True, "padding_free": True},
+    "flash": {"attention": "flash_attention_2"},
+    "flash without padding": {"attention": "flash_attention_2", "padding_free": True},
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_each_way_to_compute_a_step_gives_the_usual_losses(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    if "flash" in name:
+        pytest.importorskip("flash_attn")
+    usual = run(tiny_base, tmp_path / "usual", None)
+    parent = tmp_path / "usual" / "adapter"
+    for number, start in enumerate((None, parent)):
+        expected = usual if start is None else run(tiny_base, tmp_path / "usual-next", start)
+        found = run(tiny_base, tmp_path / f"{number}", start, train=replace(STEPS, **KERNELS[name]))
+        assert [loss for _, loss in found.losses] == pytest.approx([loss for _, loss in expected.losses], rel=5e-2)
+
+
+def test_a_step_of_adamw_is_one_kernel(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.optim.Optimizer] = []
+    create = AdapterTrainer.create_optimizer
+
+    def spy(self: AdapterTrainer, model: Any = None) -> torch.optim.Optimizer:
+        made.append(create(self, model))
+        return made[-1]
+
+    monkeypatch.setattr(AdapterTrainer, "create_optimizer", spy)
+    run(tiny_base, tmp_path, None)
+    assert made[-1].defaults["fused"]
 
 
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.stored_cells import FIXED, Memory, in_full, name_of_memory, read_stored_cells, with_memory
 from benchmarks.tables import departures, protocols
-from deal_core.config import TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import DataValidationError
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -25,7 +25,8 @@ def test_a_stored_cell_says_every_setting_of_its_training(folder: str) -> None:
     for cell in cells:
         settings = cell["settings"]
         assert settings["schema_version"] == 3 and settings["revision"] >= 1 and settings["scoring"] == "generated"
-        assert {*asdict(TrainConfig())} - {"num_processes"} <= {*settings["train"]}
+        assert {*TrainConfig().deciding()} <= {*settings["train"]}
+        assert {*settings["adapter"]} == {*asdict(AdapterConfig())}
 
 
 def test_what_an_old_cell_left_out_is_what_it_was_then() -> None:

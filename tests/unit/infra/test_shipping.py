@@ -21,6 +21,7 @@ from prefect.settings.models.server.services import ServerServicesDBVacuumSettin
 from typer.main import get_command
 
 from flows.cli.app import app
+from flows.server.deploy import require_values, variables_of
 from infra.settings import StoreSettings
 from infra.store.s3 import make_client
 from tests.s3 import ThreadedMotoServer
@@ -81,6 +82,11 @@ def test_an_overlay_changes_images_and_sizes_and_nothing_else() -> None:
     limits = made["Deployment", "worker-cpu"]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits == {"memory": "8Gi"}
     limits["memory"] = "4Gi"
+    values = yaml.safe_load(made["ConfigMap", "deal-pool"]["data"].pop("pool.yaml"))
+    require_values(values, variables_of("kubernetes"))
+    assert (
+        values["gpu_count"] == 8 and yaml.safe_load(expected["ConfigMap", "deal-pool"]["data"].pop("pool.yaml")) == {}
+    )
     assert made == expected
 
 

@@ -12,7 +12,7 @@ import yaml
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from deal_core.judging_config import RolloutTerms
-from tasks.lineage.choices import settings_of
+from tasks.lineage.choices import changed_settings, settings_of
 from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -172,10 +172,11 @@ def test_adapter_strategy_and_instruction_make_another_run() -> None:
     digests = {
         plain.config_sha256(AdapterConfig(), "deal"),
         plain.config_sha256(AdapterConfig(rank=8), "deal"),
+        plain.config_sha256(AdapterConfig(rslora=True), "deal"),
         plain.config_sha256(AdapterConfig(), "seq_lora"),
         told.config_sha256(AdapterConfig(), "deal"),
     }
-    assert len(digests) == 4
+    assert len(digests) == 5
 
 
 def test_what_reports_may_show_is_no_setting_of_the_run() -> None:
@@ -201,10 +202,16 @@ def test_selection_is_a_setting_of_the_run() -> None:
         parse(AdaptSpec, {**plain, "selection": {"keep": 0.5, "score": "unknown"}}, "a")
 
 
-def test_how_many_processes_train_is_no_setting_of_the_run() -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{"num_processes": 2}, {"attention": "eager"}, {"padding_free": True}, {"torch_compile": True}],
+    ids=lambda how: next(iter(how)),
+)
+def test_how_a_step_is_computed_is_no_setting_of_the_run(how: dict[str, Any]) -> None:
     adapter, plain = AdapterConfig(), {"task": {"name": "t", "data": "x"}}
-    one, two = (parse(AdaptSpec, {**plain, "train": {"num_processes": number}}, "a") for number in (1, 2))
-    assert one.config_sha256(adapter, "deal") == two.config_sha256(adapter, "deal")
+    usual, other = (parse(AdaptSpec, {**plain, "train": train}, "a") for train in ({}, how))
+    assert usual.config_sha256(adapter, "deal") == other.config_sha256(adapter, "deal")
+    assert changed_settings(other, usual.model_dump(mode="json"), "1") == ()
 
 
 def test_how_a_version_is_tried_is_no_setting_of_the_run() -> None:

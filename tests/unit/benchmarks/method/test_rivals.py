@@ -137,7 +137,9 @@ def test_every_arrival_draws_seeds_of_its_own(train, parent):
     assert distance(second, third) > 0.1 * distance(parent, third)
 
 
-def test_new_slots_change_nothing_before_they_are_trained(base, task, parent):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_new_slots_change_nothing_before_they_are_trained(base, task, train, rslora):
+    parent = train("seq_lora", adapter=AdapterConfig(rank=4, rslora=rslora), train=LONG).folder
     with adapter_on(base.model, parent) as model:
         expected = first_answer_logits(model, base.tokenizer, task, "the sea", max_prompt_tokens=64)
     widened = load_adapter(base.model, parent, num_new_slots=4)

@@ -8,14 +8,14 @@ import pytest
 
 from deal_core.benchmark.cell import Cell, make_cell, revision_of
 from deal_core.benchmark.summary import departures
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.config import NOT_DECIDING, AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig
 
 
 def test_a_cell_says_every_setting_that_decides_its_result() -> None:
     said = made("deal", MethodConfig()).to_json()
     assert said["schema_version"] == 3 and said["revision"] == revision_of("deal")
-    assert {*said["train"], "num_processes"} == {*asdict(TrainConfig())}
+    assert {*said["train"], *NOT_DECIDING} == {*asdict(TrainConfig())}
     parts = asdict(MethodConfig())
     assert {*said["method"]} == {f"{part}.{name}" for part in ("deal", "rehearsal") for name in parts[part]}
 

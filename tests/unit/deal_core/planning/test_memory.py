@@ -29,7 +29,9 @@ from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.planning.memory import (
     MAX_TOKENISED,
+    NO_ACTIVATIONS,
     NUM_LONGEST,
+    SCORE_BYTES,
     ActivationSize,
     BatchShape,
     MethodShape,
@@ -271,6 +273,8 @@ def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:
         memory_of(replace(train, gradient_checkpointing=True), "fp32").total <= limit
     )
     assert found["train.batch_size"].change == "train.batch_size: 1 with gradient_accumulation_steps: 14"
+    compiled = find_remedies(memory_of, replace(train, torch_compile=True), "fp32", limit)
+    assert compiled[0].change == "train.gradient_checkpointing: true with torch_compile: false"
     several = find_remedies(memory_of, TrainConfig(batch_size=12, num_processes=4), "fp32", 1000)
     assert several[1].change == "train.batch_size: 4 with gradient_accumulation_steps: 3", "each process has a row"
     assert found["train.batch_size"].fits and found["all of these together"].fits
@@ -343,3 +347,17 @@ def test_sizes_of_memory_are_read() -> None:
     for wrong in ("", "GiB", "24 apples", "0GiB", "-3GB", "1,5GB", "24GiB!", "80gbit"):
         with pytest.raises(ConfigError, match="24GiB"):
             parse_bytes(wrong)
+
+
+def test_rows_without_padding_are_scored_against_each_other() -> None:
+    size, shape = (
+        measure_model(LLAMA, ADAPTER),
+        MethodShape(rank=8, strategy="deal", method=MethodConfig(), is_first_task=True),
+    )
+    short = BatchShape(num_rows=8, num_tokens=64, num_answer_tokens=1)
+
+    def workspace(train: TrainConfig) -> int:
+        return plan_memory(size, NO_ACTIVATIONS, short, shape, train=train, precision="fp32", on_cpu=True).workspace
+
+    padded, in_one_line = workspace(TrainConfig()), workspace(TrainConfig(padding_free=True))
+    assert in_one_line == SCORE_BYTES * size.num_heads * (8 * 64) ** 2 > padded

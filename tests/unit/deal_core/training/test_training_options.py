@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from deal_core import config as settings
+from deal_core.adapter.files import CONFIG_FILE
 from deal_core.adapter.state import attach_adapter, load_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.judging_config import MonitorConfig
-from tests.unit.deal_core.conftest import Train, weights
+from tests.unit.deal_core.conftest import Train, at_night, weights
 
 STEPS = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
 
@@ -74,6 +76,24 @@ def test_dropout_is_kept_by_the_next_version_and_a_resumed_run_draws_the_same(
     resumed = killed_and_resumed("deal", first, at=3, adapter=adapter, train=STEPS)
     assert resumed.result.resumed_from_step == 2
     assert are_equal(weights(whole.folder), weights(resumed.folder))
+
+
+@pytest.mark.parametrize("strategy", ["deal", *at_night("seq_lora", "replay")])
+def test_a_scale_by_the_root_of_the_rank_trains_as_the_same_scale_by_the_rank(strategy: str, train: Train) -> None:
+    plain, rslora = AdapterConfig(rank=4, alpha=8), AdapterConfig(rank=4, alpha=4, rslora=True)
+    assert plain.scale == rslora.scale == 2
+    found = []
+    for adapter in (plain, rslora):
+        first = train(strategy, adapter=adapter, train=STEPS).folder
+        found.append(train(strategy, first, adapter=adapter, train=STEPS).folder)
+    assert are_equal(*map(weights, found))
+    configs = [json.loads((folder / CONFIG_FILE).read_text()) for folder in found]
+    assert [(config["lora_alpha"], config["use_rslora"]) for config in configs] == [(8, False), (4, True)]
+
+
+def test_the_default_scale_of_rslora_falls_with_the_root_of_the_rank() -> None:
+    assert [AdapterConfig(rank=rank).scale for rank in (4, 16, 64)] == [2, 2, 2]
+    assert [AdapterConfig(rank=rank, rslora=True).scale for rank in (4, 16, 64)] == [4, 2, 1]
 
 
 def test_all_linear_layers_but_the_last_carry_the_adapter(base: BaseModel, train: Train) -> None:

@@ -1,0 +1,158 @@
+"""How steps are computed: each choice gives the same training within rounding, and none of them stays on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch._dynamo.testing import CompileCounter
+
+from deal_core.adapter.state import attach_adapter
+from deal_core.base_model.load import BaseModel
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, add_blank_row, answer_collator, answer_loss, encode_rows
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
+from deal_core.training import kernels, trainer
+from deal_core.training.kernels import set_attention
+from tests.unit.deal_core.conftest import TASK, Train, at_night, weights
+
+STEPS = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
+NEXT = replace(TASK, name="tones", instruction="Which tone is meant?")
+"""Learned after TASK, whose instruction the parent then answers."""
+
+
+@pytest.fixture(params=["deal", *at_night("seq_lora", "replay")])
+def strategy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def require_same(train: Train, strategy: str, parent: Path, **change: Any) -> None:
+    """Train a later task with and without a change, and compare."""
+    given = {"task": NEXT, "old_tasks": (TASK,)}
+    plain, changed = (train(strategy, parent, train=replace(STEPS, **each), **given) for each in ({}, change))
+    assert changed.losses == pytest.approx(plain.losses, rel=1e-4)
+    expected, found = weights(plain.folder), weights(changed.folder)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=2e-4, rtol=1e-3)
+
+
+def test_padding_free_batches_train_as_padded_ones(strategy: str, train: Train, parent: Path) -> None:
+    require_same(train, strategy, parent, padding_free=True)
+
+
+def test_rows_without_padding_give_the_losses_and_gradients_of_padded_ones(
+    base: BaseModel, task: TaskSchema, rows: Callable[..., Dataset]
+) -> None:
+    model = attach_adapter(base.model, AdapterConfig(rank=4), seed=0)
+    encoded = add_blank_row(encode_rows(rows(5), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape) if "lora_B" in name else 0)
+    found = []
+    for is_padding_free in (False, True):
+        collate = AnswerCollator(base.tokenizer, is_seq2seq=False, is_padding_free=is_padding_free)
+        batch = collate(list(encoded))
+        model.zero_grad()
+        loss = answer_loss(model, batch)
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+    num_tokens = sum(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in encoded)
+    assert batch["input_ids"].shape == (1, num_tokens), "no place is padding"
+    model.unload()
+
+
+def test_a_model_that_is_not_known_to_read_rows_without_padding_is_refused(base: BaseModel) -> None:
+    base.model.config.model_type = "mpt"
+    with pytest.raises(ConfigError, match="padding_free is not known to work with a base model of type 'mpt'"):
+        answer_collator(base.model, base.tokenizer, reads_whole_rows=True, padding_free=True)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_each_attention_trains_the_same_and_leaves_the_model_as_it_was(
+    attention: str, strategy: str, base: BaseModel, train: Train, parent: Path
+) -> None:
+    usual = base.model.config._attn_implementation
+    require_same(train, strategy, parent, attention=attention)
+    seen = set()
+    train(train=replace(STEPS, attention=attention), on_log=lambda *_: seen.add(base.model.config._attn_implementation))
+    assert seen == {attention} != {usual}
+    assert base.model.config._attn_implementation == usual
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_flash_attention_without_a_device_is_refused(train: Train) -> None:
+    with pytest.raises(ConfigError, match=r"flash_attention_2, which needs a CUDA device"):
+        train(train=replace(STEPS, attention="flash_attention_2"))
+
+
+def test_flash_attention_in_fp32_is_refused(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"which has no fp32"):
+        set_attention(base.model, "flash_attention_2")
+    base.model.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"train.attention is flash_attention_2: .*FlashAttention2"):
+        set_attention(base.model, "flash_attention_2")  # its package is not installed
+
+
+def test_a_model_with_one_attention_alone_is_refused(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(base.model), "_can_set_attn_implementation", lambda *_: False)
+    with pytest.raises(ConfigError, match="a base model of type 'llama' has one kind alone"):
+        set_attention(base.model, "eager")
+
+
+def test_compiled_layers_train_the_same_compile_once_and_are_gone_afterwards(
+    strategy: str, base: BaseModel, train: Train, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(kernels, "BACKEND", counter)
+    numbers: list[int] = []
+    require_same(train, strategy, parent, torch_compile=True)
+    after = counter.frame_count
+    assert after > 0
+    train(
+        strategy,
+        parent,
+        train=replace(STEPS, torch_compile=True, max_steps=8),
+        on_log=lambda *_: numbers.append(counter.frame_count),
+    )
+    assert numbers[-1] == numbers[3], "rows of another length compile nothing"
+    assert all(module._compiled_call_impl is None for module in base.model.modules())
+
+
+def test_recomputed_layers_are_not_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"compiles nothing of a layer that train.gradient_checkpointing recomputes"):
+        TrainConfig(torch_compile=True, gradient_checkpointing=True)
+
+
+def test_a_model_without_known_layers_is_not_compiled() -> None:
+    with (
+        pytest.raises(ConfigError, match="does not know the layers of Linear"),
+        kernels.compiled_layers(torch.nn.Linear(2, 2)),
+    ):
+        pass
+
+
+def test_a_fused_step_of_adamw_is_taken_where_the_device_has_one(
+    strategy: str, train: Train, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    create = trainer.AdapterTrainer.create_optimizer
+
+    def spy(self: Any, model: Any = None) -> Any:
+        made.append(create(self, model))
+        return made[-1]
+
+    monkeypatch.setattr(trainer.AdapterTrainer, "create_optimizer", spy)
+    plain = train(strategy, parent, train=STEPS)
+    monkeypatch.setattr(trainer, "FUSED_ON", ("cpu",))
+    fused = train(strategy, parent, train=STEPS)
+    assert [bool(optimizer.defaults["fused"]) for optimizer in made] == [False, True]
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-5)
