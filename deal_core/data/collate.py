@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from deal_core.base_model.sharding import is_sharded
 from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
 
@@ -179,9 +180,11 @@ def answer_collator(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *,
 
     On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
     tokens would cost more than it saves. If activations are recomputed (`is_recomputed`), there is no cache to share.
+    The processes of a sharded model must read equally often, so they share no prefix either.
     """
     is_seq2seq, device = bool(model.config.is_encoder_decoder), next(model.parameters()).device
-    shares_prefix = not (is_seq2seq or is_recomputed or counts_padding(model)) and device.type == "cpu"
+    reads_whole = is_seq2seq or is_recomputed or counts_padding(model) or is_sharded(model)
+    shares_prefix = not reads_whole and device.type == "cpu"
     if shares_prefix:
         with torch.no_grad():  # the model reads one token
             cache = read_cache(model, torch.zeros(1, 1, dtype=torch.long, device=device))

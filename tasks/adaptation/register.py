@@ -69,6 +69,8 @@ def register_version(
         rollout=spec.gate.rollout_terms if decision.accepted and parent else None,
         arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
         train_seconds=trained.summary.seconds,
+        launch=trained.summary.launch,
+        shard=trained.summary.shard,
         accuracies=dict(report.accuracies),
         **{name: getattr(report.matrix, name) for name in SCORES},
     )
