@@ -54,6 +54,7 @@ def shard_base(model: LanguageModel) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
+    _read_a_token(decoder)  # FSDP2 makes its buffers now: made in inference mode, they could not be used in training
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -83,9 +84,13 @@ def in_step(model: LanguageModel) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-    with torch.no_grad():
-        while computing(0):
-            decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    while computing(0):
+        _read_a_token(decoder)
+
+
+@torch.no_grad()
+def _read_a_token(decoder: nn.Module) -> None:
+    decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=PartialState().device), use_cache=False)
 
 
 def _decoder_of(model: LanguageModel) -> Any:
