@@ -24,14 +24,14 @@ def is_in_this_process(num_processes: int) -> bool:
 
 
 def launch_job(
-    store: ObjectStore, job: TrainingJob | AnswerJob, prefix: str, folder: Path, on_message: OnMessage
+    store: ObjectStore, job: TrainingJob | AnswerJob, jobs_folder: str, folder: Path, on_message: OnMessage
 ) -> Any:
     """Do a job in other processes and return its result. Errors are those of `run_in_processes`.
 
     Args:
         store: On Ray the job's files go through it.
         job: The job.
-        prefix: A prefix in the store that is the job's own.
+        jobs_folder: A folder in the store for it.
         folder: Folder for logs; emptied first.
         on_message: Gets the progress.
 
@@ -48,6 +48,7 @@ def launch_job(
             raise ConfigError("DEAL_LAUNCH is ray, which is not installed; pip install 'deal-pipeline[ray]'.")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        prefix = f"{jobs_folder}/{job.kind}"
         upload_job(store, job, prefix)
         try:
             driver = [sys.executable, "-m", "infra.ray_driver", prefix, str(job.num_processes)]

@@ -15,7 +15,7 @@ from deal_core.regular_file import complete_file, flush_to_disk
 from infra.launch import is_in_this_process, launch_job
 from infra.settings import HomeSettings, LaunchSettings
 from infra.store import keys
-from tasks.adaptation.run import STAGE, AdaptationRun
+from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
 from tasks.mlflow_mirror import LiveCurve
@@ -143,8 +143,7 @@ def _train(training: TrainingJob, adaptation: AdaptationRun, on_message: OnMessa
         assert isinstance(result, TrainingResult)
         return result
     release_base()  # rank 0 needs the memory of this device
-    prefix = keys.job_folder(adaptation.lineage, adaptation.run.short_key, training.kind)
-    result = launch_job(current_store(), training, prefix, adaptation.folder / "ranks", on_message)
+    result = launch_job(current_store(), training, jobs_of(adaptation), adaptation.folder / "ranks", on_message)
     assert isinstance(result, TrainingResult)
     return result
 
