@@ -13,11 +13,6 @@ import tempfile
 import threading
 from typing import Any
 
-import ray
-import ray.train
-import ray.train.torch
-from ray.util.queue import Queue
-
 from deal_core.training.main import end_with_input, sending
 from infra.settings import LaunchSettings, StoreSettings
 from infra.stored_job import work_for_ray
@@ -28,6 +23,11 @@ MAX_RESTARTS = 3
 
 def main(prefix: str, num_processes: int) -> None:
     """Run the workers to their end, and pass their messages on."""
+    import ray
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+
     end_with_input()
     with sending() as send, tempfile.TemporaryDirectory() as folder:
         _connect(num_processes)
@@ -39,13 +39,11 @@ def main(prefix: str, num_processes: int) -> None:
 
         reader = threading.Thread(target=pass_on, daemon=True)
         reader.start()
-        trainer = ray.train.torch.TorchTrainer(
+        trainer = TorchTrainer(
             work_for_ray,
             train_loop_config={"prefix": prefix, "messages": messages},
             scaling_config=_scaling(num_processes),
-            run_config=ray.train.RunConfig(
-                storage_path=folder, failure_config=ray.train.FailureConfig(max_failures=MAX_RESTARTS)
-            ),
+            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=MAX_RESTARTS)),
         )
         trainer.fit()
         messages.put(None)
@@ -58,6 +56,8 @@ def _connect(num_processes: int) -> None:
 
     Workers get the place of the store. Secrets are not sent: each node has them in its own environment.
     """
+    import ray
+
     store = StoreSettings()
     places = {
         "DEAL_STORE_URI": store.store_uri,
@@ -74,12 +74,13 @@ def _connect(num_processes: int) -> None:
 
 def _scaling(num_processes: int) -> Any:
     """A worker takes what DEAL_RAY_RESOURCES says; without it one GPU if the cluster has one, else one CPU."""
+    import ray
+    from ray.train import ScalingConfig
+
     resources = LaunchSettings().ray_resources
     if resources is None:
         resources = {"CPU": 1.0} | ({"GPU": 1.0} if ray.cluster_resources().get("GPU") else {})
-    return ray.train.ScalingConfig(
-        num_workers=num_processes, use_gpu=bool(resources.get("GPU")), resources_per_worker=resources
-    )
+    return ScalingConfig(num_workers=num_processes, use_gpu=bool(resources.get("GPU")), resources_per_worker=resources)
 
 
 if __name__ == "__main__":

@@ -82,18 +82,18 @@ def sending() -> Iterator[Send]:
 
     An error of this project that ends the block is told as a message too.
     """
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as messages:
-        os.dup2(2, 1)
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")  # left open: who reads it may end this process at its end
+    os.dup2(2, 1)
 
-        def send(message: Mapping[str, Any]) -> None:
-            messages.write(json.dumps(message) + "\n")
-            messages.flush()
+    def send(message: Mapping[str, Any]) -> None:
+        messages.write(json.dumps(message) + "\n")
+        messages.flush()
 
-        try:
-            yield send
-        except DealError as error:
-            send(failure_of(error))
-            raise
+    try:
+        yield send
+    except DealError as error:
+        send(failure_of(error))
+        raise
 
 
 @record
