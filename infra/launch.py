@@ -15,7 +15,7 @@ from infra.store.base import ObjectStore
 
 if TYPE_CHECKING:
     from deal_core.training.jobs import AnswerJob, TrainingJob
-    from deal_core.training.ranks import OnMessage
+    from deal_core.training.messages import Send
 
 
 def is_in_this_process(num_processes: int) -> bool:
@@ -24,7 +24,7 @@ def is_in_this_process(num_processes: int) -> bool:
 
 
 def launch_job(
-    store: ObjectStore, job: TrainingJob | AnswerJob, jobs_folder: str, folder: Path, on_message: OnMessage
+    store: ObjectStore, job: TrainingJob | AnswerJob, jobs_folder: str, folder: Path, on_message: Send
 ) -> Any:
     """Do a job in other processes and return its result. Errors are those of `run_in_processes`.
 

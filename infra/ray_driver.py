@@ -13,9 +13,9 @@ import tempfile
 import threading
 from typing import Any
 
-from deal_core.training.main import end_with_input, sending
+from deal_core.training.messages import end_with_input, sending
+from infra.ray_worker import work_for_ray
 from infra.settings import LaunchSettings, StoreSettings
-from infra.stored_job import work_for_ray
 
 MAX_RESTARTS = 3
 """Times that the workers start again after one has died."""

@@ -6,12 +6,11 @@
     PREFIX/adapter/         the adapter that was trained
 
 `python -m infra.stored_job PREFIX` does what `deal_core.training.main` does with a file. torchrun starts it in pods
-without a shared volume, and Ray calls `work_on`.
+without a shared volume, and a worker of Ray calls `work_on`.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,9 +21,9 @@ from typing import Any
 from accelerate import PartialState
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from deal_core.errors import DealError
-from deal_core.training.jobs import AnswerJob, Send, TrainingJob, read_job
-from deal_core.training.main import failure_of, run_job, sending
+from deal_core.training.jobs import AnswerJob, TrainingJob, read_job
+from deal_core.training.main import run_job
+from deal_core.training.messages import Send, sending
 from deal_core.training.trainer import COMPLETE, HISTORY_FILE, NUM_CHECKPOINTS
 from infra.settings import HomeSettings, ServingSettings, StoreSettings
 from infra.store.base import ObjectStore
@@ -112,19 +111,6 @@ def main(prefix: str) -> None:
     """Do a stored job as one of the processes that torchrun starts."""
     with sending() as send:
         work_on(prefix, send)
-
-
-def work_for_ray(config: Mapping[str, Any]) -> None:
-    """Do a stored job as a worker of Ray Train; `messages` is a queue of Ray that the driver reads.
-
-    An error that was raised on purpose is told and not raised: Ray would try again, and the driver ends the workers.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    send: Send = config["messages"].put
-    try:
-        work_on(config["prefix"], send)
-    except DealError as error:
-        send(failure_of(error))
 
 
 if __name__ == "__main__":

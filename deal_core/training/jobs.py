@@ -6,7 +6,7 @@ A job names files in place of rows and adapters. `inputs` and `moved` let a call
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,11 +24,9 @@ from deal_core.config import Quantize, Shard
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.score import Given, given_answers
+from deal_core.training.messages import Send
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import OnCheckpoint
-
-Send = Callable[[Mapping[str, Any]], None]
-"""Takes a message for whoever started the job. Every process calls it; what is not from rank 0 is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-LIFELINE = "--end-with-input"
-"""Option of a process: it ends when its standard input ends."""
+from deal_core.training.messages import LIFELINE
 
 
 def launch(num_processes: int, log_folder: str, job_file: str) -> None:

@@ -10,12 +10,9 @@ sure that no process outlives it.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,9 @@ from datasets import disable_progress_bars
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from deal_core.base_model.load import load_base
-from deal_core.errors import ConfigError, DealError
-from deal_core.training.jobs import AnswerJob, Send, TrainingJob, as_message, read_job
-from deal_core.training.launcher import LIFELINE
+from deal_core.errors import ConfigError
+from deal_core.training.jobs import AnswerJob, TrainingJob, as_message, read_job
+from deal_core.training.messages import LIFELINE, Send, end_with_input, sending
 from deal_core.training.trainer import OnCheckpoint
 
 
@@ -55,45 +52,6 @@ def run_job(job: TrainingJob | AnswerJob, send: Send, on_checkpoint: OnCheckpoin
     if base.sha256 != job.base_sha256:
         raise ConfigError(f"The base model {job.base_source} has changed since the run began; start it again.")
     send_first(as_message(job.run(base, send_first, on_checkpoint)))
-
-
-def failure_of(error: DealError) -> dict[str, Any]:
-    """The message about an error that a process raised on purpose."""
-    return {"failure": {"rank": PartialState().process_index, "message": f"{type(error).__name__}: {error}"}}
-
-
-def end_with_input() -> None:
-    """End this process at once when the other end of standard input closes.
-
-    The kernel closes the pipes of a killed process; a killed process gives no other sign.
-    """
-
-    def wait() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-@contextmanager
-def sending() -> Iterator[Send]:
-    """Yield what writes messages to standard output; it has messages alone, as all prints go to standard error.
-
-    An error of this project that ends the block is told as a message too.
-    """
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")  # left open: who reads it may end this process at its end
-    os.dup2(2, 1)
-
-    def send(message: Mapping[str, Any]) -> None:
-        messages.write(json.dumps(message) + "\n")
-        messages.flush()
-
-    try:
-        yield send
-    except DealError as error:
-        send(failure_of(error))
-        raise
 
 
 @record

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,16 @@ import torch
 from deal_core import errors
 from deal_core.errors import ConfigError, DealError, RankError
 from deal_core.training.jobs import AnswerJob, TrainingJob, read_result
-from deal_core.training.launcher import LIFELINE
+from deal_core.training.messages import LIFELINE, Send
 
 END_SECONDS = 60.0
 """Time that the processes have to end before they are killed."""
-OnMessage = Callable[[Mapping[str, Any]], None]
-"""Gets the messages of a job but its result; an exception from it ends the processes."""
 
 
 def run_in_processes(
     job: TrainingJob | AnswerJob,
     folder: Path,
-    on_message: OnMessage = lambda _: None,
+    on_message: Send = lambda _: None,
     command: Sequence[str] | None = None,
 ) -> Any:
     """Do a job in `job.num_processes` processes, and return its result.
@@ -46,7 +44,7 @@ def run_in_processes(
     Args:
         job: The job.
         folder: Folder for the job's file and the processes' logs; emptied first.
-        on_message: Gets the progress.
+        on_message: Gets the progress; an exception from it ends the processes.
         command: What starts the processes, such as torchrun with its options; None: PyTorch's agent on this machine.
 
     Raises:
@@ -67,7 +65,7 @@ def run_in_processes(
 
 
 def run_launcher(
-    command: Sequence[str], job: TrainingJob | AnswerJob, folder: Path, on_message: OnMessage = lambda _: None
+    command: Sequence[str], job: TrainingJob | AnswerJob, folder: Path, on_message: Send = lambda _: None
 ) -> Any:
     """Run a command that does a job and writes messages, as `run_in_processes` does; `folder` gets its log."""
     result, last_step = None, 0

@@ -24,7 +24,7 @@ from tasks.references import TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
     from deal_core.training.jobs import TrainingJob
-    from deal_core.training.ranks import OnMessage
+    from deal_core.training.messages import Send
     from deal_core.training.train import TrainingResult, TrainingSetup
 
 SUMMARY_FILE = "training.json"
@@ -134,7 +134,7 @@ def _choose(adaptation: AdaptationRun, setup: TrainingSetup, rows_file: Path) ->
     return adaptation.folder / CHOSEN_FILE, len(chosen.rows), chosen.notes
 
 
-def _train(training: TrainingJob, adaptation: AdaptationRun, on_message: OnMessage) -> TrainingResult:
+def _train(training: TrainingJob, adaptation: AdaptationRun, on_message: Send) -> TrainingResult:
     """Train in this process, or in others that each load the base model."""
     from deal_core.training.train import TrainingResult
 
@@ -148,7 +148,7 @@ def _train(training: TrainingJob, adaptation: AdaptationRun, on_message: OnMessa
     return result
 
 
-def _on_message(curve: LiveCurve, total: int) -> OnMessage:
+def _on_message(curve: LiveCurve, total: int) -> Send:
     report = advance("train", total)
 
     def on_message(message: Mapping[str, Any]) -> None:

@@ -169,7 +169,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
 def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
     """A killed parent is noticed at any moment, not only when a step is reported."""
     code = (
-        "import threading, deal_core.training.main as l; l.end_with_input(); print(1, flush=True)\n"
+        "import threading, deal_core.training.messages as l; l.end_with_input(); print(1, flush=True)\n"
         "threading.Event().wait()"
     )
     command = [sys.executable, "-c", code]
