@@ -70,7 +70,7 @@ def test_a_second_try_goes_on_from_the_stored_checkpoint_with_the_same_result(jo
     upload_job(store, again, PREFIX)
     with pytest.raises(InterruptedError):
         work_on(PREFIX, die)
-    kept = {info.key.split("/")[5] for info in store.list(f"{PREFIX}/checkpoints")}
+    kept = {info.key.split("/")[6] for info in store.list(f"{PREFIX}/checkpoints")}
     assert kept == {"checkpoint-3", "checkpoint-4", "steps.jsonl"}
     store.delete(f"{PREFIX}/checkpoints/checkpoint-4/COMPLETE")
     messages.clear()

@@ -62,8 +62,9 @@ def job(base, tiny_base, tmp_path) -> TrainingJob:
 
 @pytest.fixture
 def answer_job(base, tiny_base, parent, tmp_path) -> AnswerJob:
-    """Labels, free answers of unequal length, and a measured metric; one process has a row more than the other."""
+    """Labels, a free answer that one of two processes has alone, and a measured metric."""
     make_rows(13, first=50).to_parquet(str(tmp_path / "rows.parquet"))
+    make_rows(1, first=70).to_parquet(str(tmp_path / "row.parquet"))
     free = replace(TASK, name="free", labels=())
     return AnswerJob(
         kind="score",
@@ -74,7 +75,7 @@ def answer_job(base, tiny_base, parent, tmp_path) -> AnswerJob:
         num_processes=2,
         adapter_folder=parent,
         tasks=(as_served(TASK), as_served(free, 9), as_served(replace(free, name="likely", metric="loss"), 9)),
-        rows_files=(tmp_path / "rows.parquet",) * 3,
+        rows_files=tuple(tmp_path / name for name in ("rows.parquet", "row.parquet", "rows.parquet")),
     )
 
 
@@ -110,17 +111,17 @@ def test_processes_answer_as_one(base, answer_job, tmp_path, shard):
     one = replace(answer_job, num_processes=1).run(base)
     messages: list[Mapping[str, Any]] = []
     two = run_in_processes(replace(answer_job, shard=shard), tmp_path / "ranks", messages.append)
-    assert isinstance(two, AnswerResult) and [len(given) for given in two.answers] == [13, 13, 13]
+    assert isinstance(two, AnswerResult) and [len(given) for given in two.answers] == [13, 1, 13]
     assert two.perplexity == pytest.approx(one.perplexity, rel=1e-4)
     for expected, found in zip(one.answers, two.answers, strict=True):
-        assert [row.text for row in found[:13]] == [row.text for row in expected]
+        assert [row.text for row in found] == [row.text for row in expected]
     assert {message["task"] for message in messages} == {0, 1, 2}
     assert sum(message["rows"] for message in messages if message["task"] == 0) == 14
 
 
 def test_one_process_answers_each_row_in_its_place(base, answer_job):
     found = replace(answer_job, num_processes=1, kind="answer").run(base)
-    assert found.perplexity is None and [len(given) for given in found.answers] == [13, 13, 13]
+    assert found.perplexity is None and [len(given) for given in found.answers] == [13, 1, 13]
     assert {row.text for row in found.answers[0]} and all(row.confidence for row in found.answers[1])
     assert all(row.confidence is None and 0 < float(row.text) < 1 for row in found.answers[2])
 
