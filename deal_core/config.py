@@ -72,6 +72,8 @@ takes 1e-4 to 2e-4."""
 LARGEST_RATE = 2e-4
 """Rate of all larger base models."""
 Quantize = Literal["none", "8bit", "4bit"]
+Shard = Literal["none", "base"]
+"""base: each process keeps a part of the frozen base model, none: each keeps the whole."""
 Schedule = Literal["constant", "linear"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 NOT_DECIDING = ("num_processes", "attention", "padding_free", "torch_compile")

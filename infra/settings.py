@@ -19,6 +19,7 @@ import platformdirs
 from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from deal_core.config import Shard
 from deal_core.errors import ConfigError
 
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.realpath(path.expanduser())))]
@@ -154,6 +155,22 @@ class EvaluationSettings(_Settings):
 
     evaluate_engine: str | None = None
     """Address of a vLLM server that answers test rows (DEAL_EVALUATE_ENGINE); None: the process that evaluates does."""
+
+
+class LaunchSettings(_Settings):
+    """What starts the processes of a training and of its evaluation; `train.num_processes` is their number."""
+
+    launch: Literal["local", "torchrun", "ray"] = "local"
+    """local: on this machine. torchrun: by a command. ray: on a Ray cluster, that of RAY_ADDRESS or a new one on this
+    machine (DEAL_LAUNCH)."""
+    launch_command: str | None = None
+    """The command of torchrun (DEAL_LAUNCH_COMMAND), such as `srun torchrun --nnodes 2 --nproc-per-node 4 ...`; it may
+    contain {processes}. None: torchrun on this machine."""
+    shard: Shard = "none"
+    """base: each process holds a part of the base model, so that it need not fit on one device (DEAL_SHARD)."""
+    ray_resources: dict[str, float] | None = None
+    """What a worker takes of the Ray cluster (DEAL_RAY_RESOURCES, JSON), such as {"CPU": 8, "GPU": 1}. None: a GPU if
+    the cluster has one, else a CPU."""
 
 
 class EngineSettings(_Settings):

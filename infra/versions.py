@@ -106,6 +106,10 @@ class Version(Stored):
     arrival_accuracy: float | None = None
     """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
     train_seconds: float
+    launch: str = "local"
+    """What started the processes of its training, as DEAL_LAUNCH."""
+    shard: str = "none"
+    """What they shared of the base model, as DEAL_SHARD."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None

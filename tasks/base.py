@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deal_core.config import AdapterConfig, Quantize, TrainConfig
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
-from infra.settings import HomeSettings
+from infra.settings import HomeSettings, LaunchSettings
 from tasks.progress import advance
 from tasks.references import BaseRef
 
@@ -55,7 +55,7 @@ def release_base() -> None:
 
 
 def load(source: str, quantize: Quantize) -> BaseModel:
-    """Return a base model, which stays in memory until another is loaded.
+    """Return a base model, which stays in memory until another is loaded. With DEAL_SHARD it is on no device.
 
     Raises:
         ConfigError: The model cannot be loaded or quantized; see `deal_core.base_model.load.load_base`.
@@ -70,6 +70,7 @@ def load(source: str, quantize: Quantize) -> BaseModel:
             source,
             HomeSettings().cache_dir,
             quantize=quantize,
+            in_main_memory=LaunchSettings().shard == "base",
             on_progress=lambda doing, done, total: report(done, total, doing),
         )
     return _loaded[key]
@@ -103,13 +104,15 @@ def refuse_what_cannot_fit(
 ) -> None:
     """Refuse a run whose weights, adapter and optimiser alone need more memory than the device has.
 
-    The check comes before the weights are loaded. A model that cannot be measured passes. `num_versions` is the number
+    The check comes before the weights are loaded. A model that cannot be measured passes, and so does one that is
+    trained elsewhere or divided among devices. `num_versions` is the number
     of versions that the lineage has learned, 0 for the first task.
 
     Raises:
         ConfigError: The run cannot fit. The message gives the bytes that are needed.
     """
-    if any(loaded == source for loaded, _ in _loaded):
+    launching = LaunchSettings()
+    if launching.launch != "local" or launching.shard == "base" or any(loaded == source for loaded, _ in _loaded):
         return
     from deal_core.base_model.device import current_device
     from deal_core.base_model.load import find_config, precision_name

@@ -83,6 +83,10 @@ class TrainSummary(Reference):
     resumed_from_step: int | None = None
     fill: dict[str, float] = {}
     notes: tuple[str, ...] = ()
+    launch: str = "local"
+    """What started its processes, as DEAL_LAUNCH."""
+    shard: str = "none"
+    """What they shared of the base model, as DEAL_SHARD."""
 
 
 class TrainedAdapter(Reference):

@@ -43,7 +43,7 @@ class BaseModel:
     """A loaded base model and its identity."""
 
     model: Any
-    """The transformers model, in evaluation mode, on the device that accelerate chose."""
+    """The transformers model, in evaluation mode, on the device that accelerate chose unless it is to be sharded."""
     tokenizer: Any
     """The model's tokenizer; pad_token is always set."""
     name: str
@@ -65,12 +65,14 @@ def load_base(
     *,
     precision: Precision = "auto",
     quantize: Quantize = "none",
+    in_main_memory: bool = False,
     on_progress: Progress | None = None,
 ) -> BaseModel:
     """Load a base model and its tokenizer.
 
     `source` is as for `resolve_base`, or a folder that it returned. Digests are kept in `cache_folder` too. `quantize`
-    holds the linear layers in 8 or 4 bits; computations with them use `precision`, see `choose_dtype`.
+    holds the linear layers in 8 or 4 bits; computations with them use `precision`, see `choose_dtype`. A model that
+    is to be sharded stays `in_main_memory`, as no device may hold it.
 
     Raises:
         ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code. It is also raised,
@@ -112,7 +114,7 @@ def load_base(
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=advised.decoder_start_token_id,
     )
-    if not quantized:
+    if not (quantized or in_main_memory):
         model.to(PartialState().device)
     model.eval()
     if stated is None:

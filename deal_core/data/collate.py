@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from deal_core.base_model.cpu_attention import MODEL_TYPES
+from deal_core.base_model.sharding import is_sharded
 from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
 from deal_core.limits import require
@@ -202,7 +203,7 @@ def answer_collator(
 
     On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
     tokens would cost more than it saves. With `reads_whole_rows` a CPU does so too: if activations are recomputed,
-    there is no cache to share.
+    there is no cache to share. The processes of a sharded model share no prefix either: they must read equally often.
 
     Raises:
         ConfigError: The model cannot read rows without padding.
@@ -215,7 +216,8 @@ def answer_collator(
             f"false, or take a model of type {', '.join(MODEL_TYPES)}.",
         )
         return AnswerCollator(tokenizer, is_seq2seq=False, is_padding_free=True)
-    shares_prefix = not (is_seq2seq or reads_whole_rows or counts_padding(model)) and device.type == "cpu"
+    reads_whole = is_seq2seq or reads_whole_rows or counts_padding(model) or is_sharded(model)
+    shares_prefix = not reads_whole and device.type == "cpu"
     if shares_prefix:
         with torch.no_grad():  # the model reads one token
             cache = read_cache(model, torch.zeros(1, 1, dtype=torch.long, device=device))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,9 @@ from deal_core.evaluation.metrics import (
     rouge1,
     score_answers,
 )
+
+AnswerInputs = Callable[[ServedTask, Sequence[str], OnProgress | None], list[GivenAnswer]]
+"""A task, its inputs and who hears of the progress → the answers, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ def evaluate_task(
     task: ServedTask,
     rows: Dataset,
     on_progress: OnProgress | None = None,
-    answer: Callable[[ServedTask, Sequence[str], OnProgress | None], list[GivenAnswer]] | None = None,
+    answer: AnswerInputs | None = None,
 ) -> TaskEvaluation:
     """Answer every row's input, and score the answer against the row's right answers by the task's metric.
 
@@ -66,11 +70,31 @@ def evaluate_task(
     Raises:
         ConfigError: The task's metric is a function that cannot be used.
     """
+    given = given_answers(model, tokenizer, task, rows, on_progress, answer)
+    return evaluate_answers(task.schema, rows, [row.text for row in given], confidences_of(given))
+
+
+class Given(NamedTuple):
+    """A model's answer to a row; with a measured metric, the score as text."""
+
+    text: str
+    confidence: Confidence | None
+    """None: the metric is measured."""
+
+
+def given_answers(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: ServedTask,
+    rows: Dataset,
+    on_progress: OnProgress | None = None,
+    answer: AnswerInputs | None = None,
+) -> list[Given]:
+    """Answer every row's input, or measure the row's answers; the arguments are those of `evaluate_task`."""
     inputs = list(rows["input"])
-    confidences: tuple[Confidence, ...] = ()
     if task.schema.metric == PREFERENCE:
-        answers = [f"{score:.1f}" for score in preferred(model, tokenizer, task, rows, on_progress)]
-    elif task.schema.metric == "loss":
+        return [Given(f"{score:.1f}", None) for score in preferred(model, tokenizer, task, rows, on_progress)]
+    if task.schema.metric == "loss":
         pairs = [(place, answer) for place, right in enumerate(right_answers(rows)) for answer in all_of(right)]
         shares = token_probabilities(
             model,
@@ -83,12 +107,14 @@ def evaluate_task(
         best = [0.0] * len(inputs)
         for (place, _), share in zip(pairs, shares, strict=True):
             best[place] = max(best[place], share)
-        answers = [f"{share:.6f}" for share in best]
-    else:
-        answer = answer or partial(answer_inputs, model, tokenizer)
-        answered = answer(task, inputs, on_progress)
-        answers, confidences = [row.text for row in answered], tuple(row.confidence for row in answered)
-    return evaluate_answers(task.schema, rows, answers, confidences)
+        return [Given(f"{share:.6f}", None) for share in best]
+    answer = answer or partial(answer_inputs, model, tokenizer)
+    return [Given(row.text, row.confidence) for row in answer(task, inputs, on_progress)]
+
+
+def confidences_of(given: Sequence[Given]) -> tuple[Confidence, ...]:
+    """The confidences of answers; empty for measured metrics."""
+    return tuple(row.confidence for row in given if row.confidence is not None)
 
 
 def evaluate_answers(

@@ -1,6 +1,6 @@
-"""PyTorch's elastic agent, which starts the ranks of a training and ends them together.
+"""PyTorch's elastic agent, which starts the ranks of a job on this machine and ends them together.
 
-`python -m deal_core.training.launcher JOB NUM_PROCESSES LOG_FOLDER`. The ranks begin after the launcher has started, so
+`python -m deal_core.training.launcher NUM_PROCESSES LOG_FOLDER JOB`. The ranks begin after the launcher has started, so
 it imports no more than the agent.
 """
 
@@ -17,8 +17,10 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from deal_core.training.messages import LIFELINE
 
-def launch(job_file: str, num_processes: int, log_folder: str) -> None:
+
+def launch(num_processes: int, log_folder: str, job_file: str) -> None:
     """Run the ranks to their end."""
     outputs = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(num_processes)}
     config = LaunchConfig(
@@ -33,7 +35,7 @@ def launch(job_file: str, num_processes: int, log_folder: str) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=log_folder, redirects=outputs),
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "deal_core.training.ranks", job_file)
+        elastic_launch(config, sys.executable)("-m", "deal_core.training.main", job_file, LIFELINE)
     except ChildFailedError as error:
         sys.stdout.write(json.dumps({"failure": describe(error.failures)}) + "\n")
         sys.exit(1)
@@ -60,4 +62,4 @@ def describe(failures: Mapping[int, ProcessFailure]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    launch(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    launch(int(sys.argv[1]), sys.argv[2], sys.argv[3])

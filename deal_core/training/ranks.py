@@ -1,8 +1,8 @@
-"""Several processes that train one adapter together, each on its share of every batch.
+"""Starts the processes of a job on this machine, reads their messages, and ends them with this process.
 
-The parent starts `deal_core.training.launcher`, which starts the ranks: `python -m deal_core.training.ranks JOB`. Every
-rank calls `TrainingJob.run`. Rank 0 alone writes files and reports to the parent, one JSON object a line.
-A rank ends when its standard input ends, because that is the end of the parent.
+A launcher starts `python -m deal_core.training.main JOB`: PyTorch's elastic agent (`deal_core.training.launcher`), or a
+command such as torchrun. Launcher and processes hold the reading end of a pipe, and only this process the writing end:
+they notice its death.
 """
 
 from __future__ import annotations
@@ -14,62 +14,76 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from datasets import disable_progress_bars
-from pydantic import TypeAdapter
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from deal_core import errors
-from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError, DealError, RankError
-from deal_core.training.train import TrainingJob, TrainingResult
-from deal_core.training.trainer import OnLog
+from deal_core.training.jobs import AnswerJob, TrainingJob, read_result
+from deal_core.training.messages import LIFELINE, Send
 
 END_SECONDS = 60.0
 """Time that the processes have to end before they are killed."""
 
 
-def train_in_processes(job: TrainingJob, folder: Path, on_log: OnLog | None = None) -> TrainingResult:
-    """Do what `train_adapter` does, with `job.setup.train.num_processes` processes on this machine.
+def run_in_processes(
+    job: TrainingJob | AnswerJob,
+    folder: Path,
+    on_message: Send = lambda _: None,
+    command: Sequence[str] | None = None,
+) -> Any:
+    """Do a job in `job.num_processes` processes, and return its result.
 
-    If one process dies, all end. If this process dies, they end too. A second call continues from the last complete
-    checkpoint; the number of processes may differ.
+    If one process dies, all end. If this process dies, they end too. A second call for a training continues from the
+    last complete checkpoint; the number of processes may differ.
 
     Args:
-        job: The training job.
+        job: The job.
         folder: Folder for the job's file and the processes' logs; emptied first.
-        on_log: As for `train_adapter`; an exception from it ends the processes.
+        on_message: Gets the progress; an exception from it ends the processes.
+        command: What starts the processes, such as torchrun with its options; None: PyTorch's agent on this machine.
 
     Raises:
         ConfigError: There are fewer CUDA devices than processes.
         RankError: A process died; the message names the rank and the last line of its log.
         DealError: A process raised this error on purpose.
     """
-    num_processes = job.setup.train.num_processes
-    require_devices(num_processes)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     job.write(folder / "job.json")
-    command = [str(folder / "job.json"), str(num_processes), str(folder / "logs")]
-    result = None
-    with _launched(command, folder / "launcher.log") as messages:
+    if command is None:
+        require_devices(job.num_processes)
+        agent = [sys.executable, "-m", "deal_core.training.launcher", str(job.num_processes), str(folder / "logs")]
+        started = [*agent, str(folder / "job.json")]
+    else:
+        started = [*command, "-m", "deal_core.training.main", str(folder / "job.json"), LIFELINE]
+    return run_launcher(started, job, folder, on_message)
+
+
+def run_launcher(
+    command: Sequence[str], job: TrainingJob | AnswerJob, folder: Path, on_message: Send = lambda _: None
+) -> Any:
+    """Run a command that does a job and writes messages, as `run_in_processes` does; `folder` gets its log."""
+    result, last_step = None, 0
+    with _launched(command, job.num_processes, folder / "launcher.log") as messages:
         for message in messages:
             if "failure" in message:
-                raise error_of(message["failure"], num_processes, folder)
+                raise error_of(message["failure"], job.num_processes, folder)
             if "result" in message:
-                result = TypeAdapter(TrainingResult).validate_python(message["result"])
-            elif on_log is not None:
-                on_log(message["step"], message["values"])
+                result = read_result(job, message["result"])
+            elif (step := message.get("step")) is None or step > last_step:  # a restarted group tells its steps again
+                last_step = step or last_step
+                on_message(message)
     if result is None:
         last = _last_words(folder / "launcher.log")
-        raise RankError(f"The launcher of {num_processes} training processes died: {last} Start the run again.")
+        raise RankError(
+            f"The launcher of {job.num_processes} processes died: {last} Its log: {folder / 'launcher.log'}. Start the "
+            "run again."
+        )
     return result
 
 
@@ -88,23 +102,19 @@ def require_devices(num_processes: int) -> None:
 
 
 @contextmanager
-def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[str, Any]]]:
-    """Start the launcher and yield the processes' messages. At the end of the block the processes end.
-
-    Launcher and ranks hold the reading end of a pipe, and only this process the writing end: they notice its death.
-    """
-    # the ranks import this same package and divide the CPU's cores
+def _launched(command: Sequence[str], num_processes: int, log_file: Path) -> Iterator[Iterator[dict[str, Any]]]:
+    """Start the launcher and yield the processes' messages. At the end of the block the processes end."""
+    # the processes import this same package and divide the CPU's cores
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // int(arguments[1]))),
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_processes)),
         "PYTHONWARNINGS": "ignore::FutureWarning",  # else a library's warning may be the last line of a rank's log
-        "ACCELERATE_USE_CPU": str(not torch.cuda.is_available()).lower(),
     }
     with log_file.open("wb") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "deal_core.training.launcher", *arguments],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -123,7 +133,7 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
     # ranks that outlive the launcher would keep standard output open, and this process would wait forever
     threading.Thread(target=close_after, daemon=True).start()
     try:
-        yield map(json.loads, launcher.stdout)
+        yield _messages(launcher.stdout)
     finally:
         lifeline.close()
         with launcher.stdout:
@@ -133,9 +143,16 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
                 launcher.kill()
 
 
+def _messages(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The messages among lines; a launcher may print others."""
+    for line in lines:
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
 def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> DealError:
-    """Turn the launcher's `failure` into the error that a rank raised on purpose, or a RankError about its death."""
-    rank, exitcode, message = failure["rank"], failure["exitcode"], failure["message"]
+    """Turn a `failure` into the error that a rank raised on purpose, or a RankError about its death."""
+    rank, exitcode, message = failure["rank"], failure.get("exitcode", 1), failure["message"]
     name, _, text = message.partition(": ")
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, DealError):
@@ -143,7 +160,7 @@ def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> De
     log = next(folder.glob(f"logs/*/attempt_*/{rank}/stderr.log"), folder / "launcher.log")
     death = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"died with exit code {exitcode}"
     return RankError(
-        f"Rank {rank} of the {num_processes} processes that train the adapter {death}, and the others were ended. Its "
+        f"Rank {rank} of the {num_processes} processes that do the job {death}, and the others were ended. Its "
         f"last words: {message or _last_words(log)} Its log: {log}. Start the run again: it continues from its last "
         "checkpoint."
     )
@@ -152,45 +169,3 @@ def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> De
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "none."
-
-
-def end_with_parent() -> None:
-    """End this process at once when the other end of standard input closes.
-
-    The kernel closes the pipes of a killed process; a killed process gives no other sign.
-    """
-
-    def wait() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-@record
-def run_rank(job_file: str) -> None:
-    """Train as one rank. An error is recorded for the launcher, which then ends the other ranks."""
-    end_with_parent()
-    disable_progress_bars()
-    # standard output is for messages: prints of libraries go to standard error, which is the rank's log
-    to_parent = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    state = PartialState(cpu=not torch.cuda.is_available())
-
-    def send(message: Mapping[str, Any]) -> None:
-        if state.is_main_process:
-            to_parent.write(json.dumps(message) + "\n")
-            to_parent.flush()
-
-    job = TrainingJob.read(Path(job_file))
-    base = load_base(job.base_source, job.cache_folder, precision=job.precision, quantize=job.setup.train.quantize)
-    if base.sha256 != job.base_sha256:
-        raise ConfigError(f"The base model {job.base_source} has changed since the run began; start it again.")
-    result = job.run(base, lambda step, values: send({"step": step, "values": dict(values)}))
-    send({"result": asdict(result)})
-    state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(sys.argv[1])

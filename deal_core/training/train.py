@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
-from pydantic import TypeAdapter
 
 from deal_core.adapter.files import MethodState
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.base_model.load import BaseModel, Precision
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.base_model.load import BaseModel
+from deal_core.base_model.sharding import shard_base
+from deal_core.config import AdapterConfig, Shard, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
@@ -30,7 +30,7 @@ from deal_core.training.objective import (
     add_preferences,
     describe_preferences,
 )
-from deal_core.training.trainer import AdapterTrainer, OnLog, find_checkpoint, training_arguments
+from deal_core.training.trainer import AdapterTrainer, OnCheckpoint, OnLog, find_checkpoint, training_arguments
 
 MIN_REPEATS = 4
 """Rows of an answer, on average, from which on the answers of a task without labels count as labels."""
@@ -73,53 +73,6 @@ class TrainingSetup:
     train: TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingJob:
-    """The arguments of `train_adapter`, with files in place of rows, so that several processes can read it.
-
-    Attributes:
-        base_source: As for `load_base`, like `cache_folder` and `precision`.
-        base_sha256: Digest of the base model that `base_source` must hold.
-        rows_file: Parquet file of the training rows.
-    """
-
-    base_source: str
-    base_sha256: str
-    cache_folder: Path
-    precision: Precision = "auto"
-    parent_folder: Path | None
-    rows_file: Path
-    setup: TrainingSetup
-    output_folder: Path
-    checkpoint_folder: Path
-
-    def write(self, path: Path) -> None:
-        """Write the job as JSON."""
-        path.write_bytes(TypeAdapter(TrainingJob).dump_json(self, indent=2))
-
-    @classmethod
-    def read(cls, path: Path) -> TrainingJob:
-        """Read the job from a file of `write`."""
-        return TypeAdapter(cls).validate_json(path.read_bytes())
-
-    def run(self, base: BaseModel, on_log: OnLog | None = None) -> TrainingResult:
-        """Do the job in this process; with several processes, each of them calls this."""
-        return train_adapter(
-            base,
-            _read_rows(self.rows_file),
-            self.setup,
-            parent_folder=self.parent_folder,
-            output_folder=self.output_folder,
-            checkpoint_folder=self.checkpoint_folder,
-            on_log=on_log,
-        )
-
-
-def _read_rows(file: Path) -> Dataset:
-    """Rows that stay on disk and are memory-mapped."""
-    return Dataset.from_parquet(str(file), cache_dir=str(file.parent))
-
-
 def train_adapter(
     base: BaseModel,
     rows: Dataset,
@@ -130,7 +83,9 @@ def train_adapter(
     checkpoint_folder: Path,
     joined: Sequence[tuple[TaskSchema, Dataset]] = (),
     old_texts: Sequence[TaskTexts] = (),
+    shard: Shard = "none",
     on_log: OnLog | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
 ) -> TrainingResult:
     """Continue the parent's adapter (or start one) on the rows of a task, and save the result.
 
@@ -145,12 +100,14 @@ def train_adapter(
         checkpoint_folder: Folder for the checkpoints.
         joined: Further tasks with their rows, learned in the same run; for joint training.
         old_texts: Further rows of old tasks, for a strategy that asks for them.
+        shard: base: each process keeps a part of the frozen base model; the model stays sharded after the call.
         on_log: Called after every optimiser step with the step and its loss and gradient norm. After a resume it is
             first called for the earlier steps.
+        on_checkpoint: Called by every process after a checkpoint, with the checkpoint's folder.
 
     Raises:
         DataValidationError: There is no row to train on.
-        ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.ranks` starts them. Or
+        ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.main` is one. Or
             a task of several learns preferences.
         AdapterStateError: The parent's adapter does not fit the base.
     """
@@ -167,7 +124,7 @@ def train_adapter(
             f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
             "processes itself, and any other training uses one process."
         )
-    if not base.is_quantized:  # a quantized model is on its device already and cannot be moved
+    if not base.is_quantized and shard == "none":  # a quantized model is on its device already and cannot be moved
         base.model.to(args.device)  # first, because the strategy creates its tensors on the factors' device
 
     usual_attention = base.model.config._attn_implementation
@@ -183,6 +140,8 @@ def train_adapter(
         model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
         set_attention(base.model, train.attention)
+        if shard == "base":
+            shard_base(model)
         encoded = concatenate_datasets(
             [
                 encode_rows(
@@ -223,7 +182,9 @@ def train_adapter(
             strategy=learner,
             objective=PreferenceLoss(train.preference_beta) if task.learns_preferences else AnswerLoss(),
             balance_labels=balance_labels,
+            is_sharded=shard == "base",
             on_log=on_log,
+            on_checkpoint=on_checkpoint,
         )
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, gather
+from accelerate.utils import broadcast, gather, reduce
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -32,6 +33,7 @@ from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
 
 OnLog = Callable[[int, Mapping[str, float]], None]
+OnCheckpoint = Callable[[Path], None]
 STRATEGY_TENSORS = "strategy.safetensors"
 COMPLETE = "COMPLETE"
 HISTORY_FILE = "steps.jsonl"
@@ -85,7 +87,8 @@ class AdapterTrainer(Trainer):
     AdamW → strategy.after_step.
 
     With several processes, each takes its share of every batch and of the rehearsal. The gradients of the factors are
-    averaged over the processes; from before_step on, all processes do the same.
+    averaged over the processes; from before_step on, all processes do the same. Accelerate's wrapper averages them, or
+    this class does if the base model is sharded.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the weight of the whole accumulated batch
@@ -98,7 +101,9 @@ class AdapterTrainer(Trainer):
         strategy: Strategy,
         objective: Objective,
         balance_labels: bool = False,
+        is_sharded: bool = False,
         on_log: OnLog | None = None,
+        on_checkpoint: OnCheckpoint | None = None,
         **kwargs: Any,
     ) -> None:
         self._lengths = list(train_dataset["length"])
@@ -106,6 +111,9 @@ class AdapterTrainer(Trainer):
         if args.world_size > 1:
             train_dataset = add_blank_row(train_dataset)
         super().__init__(args=args, train_dataset=train_dataset, **kwargs)
+        self._is_sharded, self._on_checkpoint = is_sharded, on_checkpoint
+        if is_sharded:
+            self.model._is_accelerate_prepared = True  # else accelerate wraps it once more
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
         self._objective = objective
@@ -176,6 +184,8 @@ class AdapterTrainer(Trainer):
                 )
                 if rehearsed is not None:
                     torch.autograd.backward(rehearsed)
+            if self._is_sharded:
+                average_gradients(self.model)
             self.strategy.before_step()
             penalty = self.strategy.penalty()
             if penalty is not None:
@@ -198,9 +208,14 @@ class AdapterTrainer(Trainer):
         finally:
             self.state.log_history = steps
         self.accelerator.wait_for_everyone()  # each process writes its own file
-        if not self.args.should_save:
-            return
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            self._complete(folder, steps)
+        if self._on_checkpoint is not None:
+            self._on_checkpoint(folder)
+
+    def _complete(self, folder: Path, steps: Sequence[Mapping[str, float]]) -> None:
+        """Add to a checkpoint what this project keeps, and remove old checkpoints."""
         tensors = self.strategy.checkpoint()
         if tensors:
             save_file(
@@ -301,6 +316,16 @@ def find_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return checkpoints[max(checkpoints)] if checkpoints else None
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients of the trainable parameters over the processes."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
+    flat = _flatten_dense_tensors(gradients)
+    mean = _unflatten_dense_tensors(reduce(flat, "mean"), gradients)
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), mean, strict=True):
+        parameter.grad = gradient
 
 
 @torch.no_grad()

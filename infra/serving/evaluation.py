@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Sampling
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from deal_core.evaluation.generation import GivenAnswer, OnProgress
+from deal_core.evaluation.score import AnswerInputs
 from deal_core.safe_text import holds_secret
 from infra.fingerprints import keep_fingerprint
 from infra.serving.engines import Completion, OnEngine, adapter_digest, adapter_folder, copy_adapter, require_base
@@ -24,9 +25,6 @@ from infra.store.base import ObjectStore
 MAX_ATTEMPTS = 5
 NUM_REQUESTS = 4
 """Requests of 64 rows that an engine answers at once."""
-
-AnswerRows = Callable[[ServedTask, Sequence[str], OnProgress | None], list[GivenAnswer]]
-"""A task, its inputs and who hears of the progress → the answers, in order."""
 
 
 class EvaluationEngine:
@@ -49,7 +47,7 @@ class EvaluationEngine:
         require_base(client, self._base_name, fingerprint, base.name)
 
     @contextmanager
-    def answering(self, adapter: Path | None) -> Iterator[AnswerRows]:
+    def answering(self, adapter: Path | None) -> Iterator[AnswerInputs]:
         """Load an adapter, under a name of its own, for the time of the block. None: the base model itself answers.
 
         Raises:
@@ -71,7 +69,7 @@ class EvaluationEngine:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _answers_of(self, name: str) -> AnswerRows:
+    def _answers_of(self, name: str) -> AnswerInputs:
         base = self._base
 
         def answer(task: ServedTask, inputs: Sequence[str], on_progress: OnProgress | None = None) -> list[GivenAnswer]:

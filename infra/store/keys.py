@@ -8,6 +8,7 @@
     quarantine/TASK/SHA256/FILES.files.json   the digests of its files, if it was refused and has several
     adapters/LINEAGE/RUN/FILE                 the adapter of a version, its record and its findings
     runs/LINEAGE/RUN.json                     the journal of an adaptation: its input, its state and its curves
+    adapters/LINEAGE/RUN/jobs/KIND/...        a training or an evaluation on other machines, while it runs
     reports/LINEAGE/RUN/FILE                  the report of a run, as values; pages are made from it
     versions/LINEAGE/NUMBER.json              a version; beside it, what later replaced or removed its files
     promotions/LINEAGE/NUMBER.json            the promotion log
@@ -96,6 +97,8 @@ adapter_uri: Callable[[str, str], str] = "adapters/{}/{}".format
 """The adapter that a run made, from the lineage and the first part of the run's key."""
 run_folder: OfLineage = "runs/{}".format
 run_journal_key: OfRun = "runs/{}/{:.16}.json".format
+jobs_folder: Callable[[str], str] = "{}/jobs".format
+"""The files of a run's jobs on other machines, from the folder of the adapter."""
 report_folder: OfLineage = "reports/{}".format
 report_key: Callable[[str, str, str], str] = "reports/{}/{:.16}/{}".format
 """A file of a run's report, from the lineage, the run's key and the file's name."""

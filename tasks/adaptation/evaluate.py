@@ -15,7 +15,7 @@ from deal_core.safe_text import listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version
-from tasks.adaptation.run import STAGE, AdaptationRun
+from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
 from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
@@ -62,10 +62,11 @@ def evaluate_version(
     them serves.
     """
     from infra.fingerprints import keep_fingerprint
-    from tasks.adaptation.scorer import Scorer, collapse_notes
+    from tasks.adaptation.scorer import Processes, Scorer, collapse_notes
 
     store = current_store()
-    scorer = Scorer(adaptation.base)
+    processes = Processes(adaptation.spec.train.num_processes, jobs_of(adaptation), adaptation.folder / "answers")
+    scorer = Scorer(adaptation.base, processes=processes)
     keep_fingerprint(store, lend_base(adaptation.base))  # deal serve --engine knows the base model by it
     asked = _rows_to_ask(store, adaptation, scorer.engine)
     scores = _score(scorer, asked, adaptation, trained)

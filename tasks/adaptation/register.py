@@ -12,6 +12,7 @@ from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport
 from infra.settings import HomeSettings
+from infra.store import keys
 from infra.versions import SCORES, Version, Versions
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.context import current_store
@@ -40,6 +41,7 @@ def register_version(
         matrix=report.matrix,
         slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
     )
+    store.delete(keys.jobs_folder(trained.uri))  # of a try that was killed
     write_record(store, trained.uri, record)
     served = json.dumps(served_version(record).to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     (trained.folder / SERVED_FILE).write_text(served, encoding="utf-8")
@@ -69,6 +71,8 @@ def register_version(
         rollout=spec.gate.rollout_terms if decision.accepted and parent else None,
         arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
         train_seconds=trained.summary.seconds,
+        launch=trained.summary.launch,
+        shard=trained.summary.shard,
         accuracies=dict(report.accuracies),
         **{name: getattr(report.matrix, name) for name in SCORES},
     )

@@ -17,6 +17,7 @@ from deal_core.config import AdapterConfig, Quantize
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
 from infra.run_journal import Run, RunJournal
+from infra.store import keys
 from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.base import load
@@ -225,6 +226,11 @@ def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
         tasks=tuple(replace(task, schema=dataset.widen(task.schema)) for task in tasks),
         renewal=renewal,
     )
+
+
+def jobs_of(adaptation: AdaptationRun) -> str:
+    """Return the folder in the store for the run's jobs on other machines. It goes when the run is registered."""
+    return keys.jobs_folder(keys.adapter_uri(adaptation.lineage, adaptation.run.short_key))
 
 
 def remove_work(run: Run) -> None:

@@ -5,11 +5,13 @@ The module imports torch, so a stage imports it only when it scores.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.language_model import LanguageModel
@@ -17,10 +19,13 @@ from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.metrics import collapsed
 from deal_core.evaluation.report import Scores
-from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task
+from deal_core.evaluation.score import TaskEvaluation, confidences_of, count_too_long, evaluate_answers, evaluate_task
 from deal_core.safe_text import brief
+from deal_core.training.jobs import AnswerJob, AnswerResult
+from infra.launch import is_in_this_process, launch_job
 from infra.serving.evaluation import evaluation_engine
-from tasks.base import lend_base
+from infra.settings import HomeSettings, LaunchSettings
+from tasks.base import lend_base, release_base
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import Answers, TestSet
 from tasks.progress import advance
@@ -49,12 +54,35 @@ class Scored:
         return {name: evaluation.outcomes for name, evaluation in self.evaluations.items()}
 
 
-class Scorer:
-    """Scores adapters on test sets and reports the progress."""
+_Found = tuple[Mapping[str, TaskEvaluation], float | None]
+"""The evaluations by task, and the perplexity on plain English."""
 
-    def __init__(self, base: BaseRef, *, stage: str = "evaluate") -> None:
-        self._base = lend_base(base)
-        self._engine = evaluation_engine(current_store(), self._base)
+
+@dataclass(frozen=True)
+class Processes:
+    """Several processes that answer test rows, each its share."""
+
+    number: int
+    jobs_folder: str
+    """Folder in the store for their jobs."""
+    folder: Path
+    """Folder on this machine for rows and logs."""
+
+
+class Scorer:
+    """Scores adapters on test sets and reports the progress.
+
+    An engine answers the rows if one is set (DEAL_EVALUATE_ENGINE); else `processes` do, if they are given and not this
+    process alone.
+    """
+
+    def __init__(self, base: BaseRef, *, stage: str = "evaluate", processes: Processes | None = None) -> None:
+        self._base = base
+        lent = lend_base(base)
+        self._tokenizer = lent.tokenizer
+        self._engine = evaluation_engine(current_store(), lent)
+        is_alone = processes is None or self._engine is not None or is_in_this_process(processes.number)
+        self._processes = None if is_alone else processes
         self._report = advance(stage)
         self._total = 0
         self._done = 0
@@ -76,26 +104,81 @@ class Scorer:
 
         `general` scores it on plain English too. `explain` measures what the collapse of a task's answers costs.
         """
-        evaluations, answers, costs = {}, {}, {}
-        on_engine = self._engine.answering(adapter_folder) if self._engine else nullcontext()
-        with adapter_on(self._base.model, adapter_folder) as model, on_engine as answer:
-            for test_set in sets:
-                name = test_set.schema.name
-                advance_task = partial(self._advance, name)
-                evaluation = evaluate_task(model, self._base.tokenizer, test_set, test_set.rows, advance_task, answer)
-                evaluations[name] = evaluation
-                self.num_rows[name] = evaluation.num_rows
-                answers[name] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
-                if explain and collapsed(evaluation.labels) is not None:
-                    costs[name] = self._recentred_accuracy(model, test_set)
-            on_english = perplexity(model, self._base.tokenizer) if general else None
+        score = self._alone if self._processes is None else partial(self._together, self._processes)
+        evaluations, on_english = score(adapter_folder, sets, general)
+        answers, costs = {}, {}
+        for test_set in sets:
+            evaluation = evaluations[test_set.schema.name]
+            self.num_rows[test_set.schema.name] = evaluation.num_rows
+            answers[test_set.schema.name] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
+            if explain and collapsed(evaluation.labels) is not None:
+                with adapter_on(lend_base(self._base).model, adapter_folder) as model:
+                    costs[test_set.schema.name] = self._recentred_accuracy(model, test_set)
         return Scored(evaluations, answers, on_english, costs)
+
+    def _alone(self, adapter_folder: Path | None, sets: Sequence[TestSet], general: bool) -> _Found:
+        """Let this process answer, or the engine."""
+        on_engine = self._engine.answering(adapter_folder) if self._engine else nullcontext()
+        with adapter_on(lend_base(self._base).model, adapter_folder) as model, on_engine as answer:
+            evaluations = {
+                test_set.schema.name: evaluate_task(
+                    model,
+                    self._tokenizer,
+                    test_set,
+                    test_set.rows,
+                    partial(self._advance, test_set.schema.name),
+                    answer,
+                )
+                for test_set in sets
+            }
+            return evaluations, perplexity(model, self._tokenizer) if general else None
+
+    def _together(
+        self, processes: Processes, adapter_folder: Path | None, sets: Sequence[TestSet], general: bool
+    ) -> _Found:
+        """Let several processes answer the rows and read the plain English."""
+        rows_folder = processes.folder / "rows"
+        shutil.rmtree(rows_folder, ignore_errors=True)
+        rows_folder.mkdir(parents=True)
+        files = [rows_folder / f"{number}.parquet" for number in range(len(sets))]
+        for file, test_set in zip(files, sets, strict=True):
+            test_set.rows.to_parquet(str(file))
+        job = AnswerJob(
+            kind="score" if general else "answer",
+            base_source=self._base.source,
+            base_sha256=self._base.sha256,
+            cache_folder=HomeSettings().cache_dir,
+            quantize=self._base.quantize,
+            shard=LaunchSettings().shard,
+            num_processes=processes.number,
+            adapter_folder=adapter_folder,
+            tasks=tuple(sets),
+            rows_files=tuple(files),
+        )
+        left = [len(test_set.rows) for test_set in sets]
+
+        def on_message(message: Mapping[str, Any]) -> None:
+            place = message["task"]
+            num_rows = min(message["rows"], left[place])  # the other processes may have answered fewer so far
+            left[place] -= num_rows
+            self._advance(sets[place].schema.name, num_rows)
+
+        release_base()  # the processes need the memory of this device
+        found = launch_job(current_store(), job, processes.jobs_folder, processes.folder / "ranks", on_message)
+        assert isinstance(found, AnswerResult)
+        evaluations = {
+            test_set.schema.name: evaluate_answers(
+                test_set.schema, test_set.rows, [row.text for row in given], confidences_of(given)
+            )
+            for test_set, given in zip(sets, found.answers, strict=True)
+        }
+        return evaluations, found.perplexity
 
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
         return recentred_accuracy(
             *label_scores(
                 model,
-                self._base.tokenizer,
+                self._tokenizer,
                 test_set.schema,
                 test_set.rows,
                 max_prompt_tokens=test_set.max_prompt_tokens,
@@ -104,7 +187,7 @@ class Scorer:
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""
-        return count_too_long(self._base.tokenizer, test_set, references)
+        return count_too_long(self._tokenizer, test_set, references)
 
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows

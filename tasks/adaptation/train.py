@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from pydantic import ValidationError
 
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.regular_file import complete_file, flush_to_disk
-from infra.settings import HomeSettings
+from infra.launch import is_in_this_process, launch_job
+from infra.settings import HomeSettings, LaunchSettings
 from infra.store import keys
-from tasks.adaptation.run import STAGE, AdaptationRun
+from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
 from tasks.mlflow_mirror import LiveCurve
 from tasks.progress import advance
-from tasks.references import BaseRef, TrainedAdapter, TrainSummary
+from tasks.references import TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from deal_core.training.train import TrainingJob, TrainingResult, TrainingSetup
-    from deal_core.training.trainer import OnLog
+    from deal_core.training.jobs import TrainingJob
+    from deal_core.training.messages import Send
+    from deal_core.training.train import TrainingResult, TrainingSetup
 
 SUMMARY_FILE = "training.json"
 CHOSEN_FILE = "rows/chosen.parquet"
@@ -41,9 +43,11 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
-    from deal_core.training.train import TrainingJob, TrainingSetup
+    from deal_core.training.jobs import TrainingJob
+    from deal_core.training.train import TrainingSetup
 
     store, folder, train = current_store(), adaptation.folder, adaptation.spec.train
+    launching = LaunchSettings()
     if (summary := _finished(folder)) is None:
         setup = TrainingSetup(
             task=adaptation.schema,
@@ -65,15 +69,20 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
             parent_folder=adaptation.parent_folder,
             output_folder=folder / "adapter",
             checkpoint_folder=folder / "checkpoints",
+            shard=launching.shard,
         )
         curve = LiveCurve(adaptation.run)
         try:
-            result = _train(training, adaptation.base, folder, _on_log(curve, train.num_steps(num_rows)))
+            result = _train(training, adaptation, _on_message(curve, train.num_steps(num_rows)))
         finally:
             curve.keep(store)
         result = replace(result, notes=(*notes, *result.notes))
         summary = TrainSummary(
-            adapter_sha256=sha256_together(digests_of(folder / "adapter")), num_rows=num_rows, **asdict(result)
+            adapter_sha256=sha256_together(digests_of(folder / "adapter")),
+            num_rows=num_rows,
+            launch=launching.launch,
+            shard=launching.shard,
+            **asdict(result),
         )
         flush_to_disk(folder / "adapter")
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
@@ -125,21 +134,28 @@ def _choose(adaptation: AdaptationRun, setup: TrainingSetup, rows_file: Path) ->
     return adaptation.folder / CHOSEN_FILE, len(chosen.rows), chosen.notes
 
 
-def _train(training: TrainingJob, base: BaseRef, folder: Path, on_log: OnLog) -> TrainingResult:
-    """Train in this process, or in several processes that each load the base model."""
-    if training.setup.train.num_processes == 1:
-        return training.run(lend_base(base), on_log)
-    from deal_core.training.ranks import train_in_processes
+def _train(training: TrainingJob, adaptation: AdaptationRun, on_message: Send) -> TrainingResult:
+    """Train in this process, or in others that each load the base model."""
+    from deal_core.training.train import TrainingResult
 
+    if is_in_this_process(training.num_processes):
+        result = training.run(lend_base(adaptation.base), on_message)
+        assert isinstance(result, TrainingResult)
+        return result
     release_base()  # rank 0 needs the memory of this device
-    return train_in_processes(training, folder / "ranks", on_log)
+    result = launch_job(current_store(), training, jobs_of(adaptation), adaptation.folder / "ranks", on_message)
+    assert isinstance(result, TrainingResult)
+    return result
 
 
-def _on_log(curve: LiveCurve, total: int) -> Callable[[int, Mapping[str, float]], None]:
+def _on_message(curve: LiveCurve, total: int) -> Send:
     report = advance("train", total)
 
-    def on_log(step: int, values: Mapping[str, float]) -> None:
+    def on_message(message: Mapping[str, Any]) -> None:
+        if (step := message.get("step")) is None:
+            return
+        values: Mapping[str, float] = message["values"]
         curve.log(step, {f"train/{name}": value for name, value in values.items()})
         report(step, detail=f"loss {values['loss']:.3f}" if "loss" in values else "")
 
-    return on_log
+    return on_message

@@ -15,8 +15,9 @@ from deal_core.base_model.load import load_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import MethodConfig
-from deal_core.training.ranks import train_in_processes
-from deal_core.training.train import TrainingJob, TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.jobs import TrainingJob
+from deal_core.training.ranks import run_in_processes
+from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import AdapterTrainer
 
 pytestmark = [
@@ -180,5 +181,5 @@ def test_two_devices_give_the_losses_of_one(tiny_base, tmp_path):
         output_folder=tmp_path / "two",
         checkpoint_folder=tmp_path / "two-checkpoints",
     )
-    two = train_in_processes(job, tmp_path / "ranks")
+    two = run_in_processes(job, tmp_path / "ranks")
     assert [loss for _, loss in two.losses] == pytest.approx([loss for _, loss in one.losses], rel=2e-2)

@@ -232,14 +232,21 @@ def test_old_tasks_are_judged_within_a_budget_and_versions_on_the_same_rows(
 
 
 @pytest.mark.nightly
-def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home: Path, first: AdaptResult) -> None:
+@pytest.mark.parametrize("launch", ["local", "torchrun"])
+def test_two_processes_train_and_answer_and_one_version_is_registered(
+    tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, launch: str
+) -> None:
+    monkeypatch.setenv("DEAL_LAUNCH", launch)
     train = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "num_processes": 2}
     result = run(tiny_base, CLINIC, train=train)
     assert (result.status, result.version, result.parent_version, result.num_steps) == ("promoted", "2", "1", 3)
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
     assert losses_in_mlflow(result) == [1, 2, 3]
-    assert set(result.accuracies) == {"bank", "clinic"}
     assert not list((home / "work").rglob("*.*")), "the files of the processes were not deleted"
+    newest = Versions(current_store()).all("l")[-1]
+    assert (newest.launch, newest.shard) == (launch, "none")
+    alone = asyncio.run(evaluate("l"))  # by one process
+    assert set(result.accuracies) == {"bank", "clinic"} and alone.accuracies == alone.recorded == result.accuracies
 
 
 async def end_lock_of_killed() -> None:

@@ -39,6 +39,7 @@ HARMLESS = {
     "DEAL_NOTIFICATION_BLOCK",
     "DEAL_ENGINE_SERVER_ADAPTER_DIR",
     "DEAL_ENGINE_TARGET_MODULES",
+    "DEAL_LAUNCH_COMMAND",
     "DEAL_EVALUATE_ENGINE",  # an address with a password is refused
 }
 """Settings with texts that are no secrets and no addresses."""

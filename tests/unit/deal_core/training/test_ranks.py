@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,9 +34,10 @@ from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Rehearsal, RehearsedRow
+from deal_core.training.jobs import TrainingJob, read_job
 from deal_core.training.launcher import describe
-from deal_core.training.ranks import error_of, require_devices, train_in_processes
-from deal_core.training.train import TrainingJob, TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.ranks import error_of, require_devices, run_in_processes
+from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
 from tests.unit.deal_core.conftest import train_into
 
@@ -46,8 +48,8 @@ STEPS = TrainConfig(
 ROOT = Path(__file__).parents[4]
 MAIN = (
     "import sys; from pathlib import Path\nfrom deal_core.training.train import TrainingJob\n"
-    "from deal_core.training.ranks import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n"
-    "train_in_processes(TrainingJob.read(job), folder, lambda step, _: print(step, flush=True))\n"
+    "from deal_core.training.ranks import run_in_processes\njob, folder = map(Path, sys.argv[1:])\n"
+    "run_in_processes(read_job(job), folder, lambda message: print(message['step'], flush=True))\n"
 )
 
 
@@ -100,7 +102,7 @@ def assert_same(one: TrainingResult, two: TrainingResult, folder: Path) -> None:
 def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     """The ranks below a process, by number."""
     below = process.children(recursive=True)
-    return {each.environ()["RANK"]: each for each in below if "deal_core.training.ranks" in each.cmdline()}
+    return {each.environ()["RANK"]: each for each in below if "deal_core.training.main" in each.cmdline()}
 
 
 def test_two_processes_equal_one(base, job, rows, tmp_path):
@@ -109,7 +111,7 @@ def test_two_processes_equal_one(base, job, rows, tmp_path):
     old, once = job.setup.old_tasks[0], replace(STEPS, max_steps=1, num_processes=1)
     first = train_into(tmp_path / "kept", base, "deal", task=old, rows=rows(48, first=100), train=once).folder
     job = replace(job, parent_folder=first)
-    two = train_in_processes(job, tmp_path / "ranks")
+    two = run_in_processes(job, tmp_path / "ranks")
     one = train_in_one(base, job, tmp_path)
     assert_same(one, two, tmp_path)
     assert two.notes[0] == "rehearsed 12 rows of one old task, 4 a step"
@@ -119,15 +121,15 @@ def test_two_processes_equal_one(base, job, rows, tmp_path):
 
 @pytest.mark.nightly
 def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_path):
-    def kill_rank_1(step: int, _: Mapping[str, float]) -> None:
-        if step == 6:
+    def kill_rank_1(message: Mapping[str, Any]) -> None:
+        if message["step"] == 6:
             ranks_of(psutil.Process())["1"].kill()
 
     with pytest.raises(RankError, match=r"Rank 1 of the 2 processes .* was killed by SIGKILL.*last words"):
-        train_in_processes(job, tmp_path / "ranks", kill_rank_1)
+        run_in_processes(job, tmp_path / "ranks", kill_rank_1)
     assert not ranks_of(psutil.Process()) and not job.output_folder.exists()
     seen: list[int] = []
-    two = train_in_processes(job, tmp_path / "ranks", lambda step, _: seen.append(step))
+    two = run_in_processes(job, tmp_path / "ranks", lambda message: seen.append(message["step"]))
     assert two.resumed_from_step in (4, 8) and seen == list(range(1, 15))
     assert any("rehearsed" in note for note in two.notes)
     assert_same(train_in_one(base, job, tmp_path), two, tmp_path)
@@ -167,7 +169,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
 def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
     """A killed parent is noticed at any moment, not only when a step is reported."""
     code = (
-        "import threading, deal_core.training.ranks as l; l.end_with_parent(); print(1, flush=True)\n"
+        "import threading, deal_core.training.messages as l; l.end_with_input(); print(1, flush=True)\n"
         "threading.Event().wait()"
     )
     command = [sys.executable, "-c", code]
@@ -184,7 +186,7 @@ def test_a_job_is_read_as_it_was_written(job, tmp_path):
     method = MethodConfig(deal=DealConfig(energy=0.5), rehearsal=RehearsalConfig(rows=3))
     job = replace(job, setup=replace(job.setup, method=method))
     job.write(tmp_path / "job.json")
-    assert TrainingJob.read(tmp_path / "job.json") == job
+    assert read_job(tmp_path / "job.json") == job
 
 
 def test_ranks_share_the_batches_that_one_process_has():

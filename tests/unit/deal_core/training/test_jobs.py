@@ -1,0 +1,243 @@
+"""Jobs in several processes: by each launch the same adapter, sharded or whole; and rows that all of them answer."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deal_core.adapter.files import WEIGHTS_FILE
+from deal_core.base_model.sharding import is_sharded, shard_base
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.data.collate import answer_collator
+from deal_core.errors import ConfigError, RankError
+from deal_core.method_config import MethodConfig
+from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob
+from deal_core.training.ranks import run_in_processes
+from deal_core.training.train import TrainingSetup
+from infra.launch import launch_job
+from tests.unit.deal_core.conftest import TASK, as_served, make_rows, train_into
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+STEPS = TrainConfig(batch_size=4, learning_rate=5e-3, num_epochs=1, max_prompt_tokens=64, checkpoint_steps=2)
+OLD = replace(TASK, name="old", instruction="Say the colour.")
+
+
+@pytest.fixture
+def job(base, tiny_base, tmp_path) -> TrainingJob:
+    """A second task, which rehearses the first one; of the last of its seven steps rank 0 has the only rows."""
+    kept = train_into(
+        tmp_path / "kept", base, "deal", task=OLD, rows=make_rows(48, first=100), train=replace(STEPS, max_steps=1)
+    )
+    make_rows(26).to_parquet(str(tmp_path / "train.parquet"))
+    return TrainingJob(
+        base_source=str(tiny_base),
+        base_sha256=base.sha256,
+        cache_folder=tmp_path / "cache",
+        precision="fp32",
+        parent_folder=kept.folder,
+        rows_file=tmp_path / "train.parquet",
+        setup=TrainingSetup(
+            task=TASK,
+            strategy="deal",
+            adapter=AdapterConfig(rank=4),
+            old_tasks=(OLD,),
+            method=MethodConfig(),
+            train=replace(STEPS, num_processes=2),
+        ),
+        output_folder=tmp_path / "adapter",
+        checkpoint_folder=tmp_path / "checkpoints",
+    )
+
+
+@pytest.fixture
+def answer_job(base, tiny_base, parent, tmp_path) -> AnswerJob:
+    """Labels, a free answer that one of two processes has alone, and a measured metric."""
+    make_rows(13, first=50).to_parquet(str(tmp_path / "rows.parquet"))
+    make_rows(1, first=70).to_parquet(str(tmp_path / "row.parquet"))
+    free = replace(TASK, name="free", labels=())
+    return AnswerJob(
+        kind="score",
+        base_source=str(tiny_base),
+        base_sha256=base.sha256,
+        cache_folder=tmp_path / "cache",
+        precision="fp32",
+        num_processes=2,
+        adapter_folder=parent,
+        tasks=(as_served(TASK), as_served(free, 9), as_served(replace(free, name="likely", metric="loss"), 9)),
+        rows_files=tuple(tmp_path / name for name in ("rows.parquet", "row.parquet", "rows.parquet")),
+    )
+
+
+def in_folder(job: TrainingJob, folder: Path, **changes: Any) -> TrainingJob:
+    return replace(job, output_folder=folder / "adapter", checkpoint_folder=folder / "checkpoints", **changes)
+
+
+def alone(job: TrainingJob, base, folder: Path) -> Any:
+    train = replace(job.setup.train, num_processes=1)
+    return in_folder(job, folder, setup=replace(job.setup, train=train)).run(base)
+
+
+def assert_same(one: Any, other: Any, *folders: Path) -> None:
+    assert [loss for _, loss in other.losses] == pytest.approx([loss for _, loss in one.losses], rel=1e-5)
+    expected, found = (load_file(folder / "adapter" / WEIGHTS_FILE) for folder in folders)
+    assert expected.keys() == found.keys() and len(one.losses) == 7
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.nightly
+def test_torchrun_trains_a_sharded_base_as_one_process_trains_a_whole_one(base, job, tmp_path):
+    one = alone(job, base, tmp_path / "one")
+    sharded = in_folder(job, tmp_path / "sharded", shard="base")
+    two = run_in_processes(sharded, tmp_path / "ranks", command=TORCHRUN)
+    assert_same(one, two, tmp_path / "one", tmp_path / "sharded")
+    assert "rehearsed 12 rows of one old task, 4 a step" in two.notes
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("shard", ["none", "base"])
+def test_processes_answer_as_one(base, answer_job, tmp_path, shard):
+    one = replace(answer_job, num_processes=1).run(base)
+    messages: list[Mapping[str, Any]] = []
+    two = run_in_processes(replace(answer_job, shard=shard), tmp_path / "ranks", messages.append)
+    assert isinstance(two, AnswerResult) and [len(given) for given in two.answers] == [13, 1, 13]
+    assert two.perplexity == pytest.approx(one.perplexity, rel=1e-4)
+    for expected, found in zip(one.answers, two.answers, strict=True):
+        assert [row.text for row in found] == [row.text for row in expected]
+    assert {message["task"] for message in messages} == {0, 1, 2}
+    assert sum(message["rows"] for message in messages if message["task"] == 0) == 14
+
+
+def test_one_process_answers_each_row_in_its_place(base, answer_job):
+    found = replace(answer_job, num_processes=1, kind="answer").run(base)
+    assert found.perplexity is None and [len(given) for given in found.answers] == [13, 1, 13]
+    assert {row.text for row in found.answers[0]} and all(row.confidence for row in found.answers[1])
+    assert all(row.confidence is None and 0 < float(row.text) < 1 for row in found.answers[2])
+
+
+def test_what_cannot_be_sharded_is_refused(base, monkeypatch):
+    with pytest.raises(ConfigError, match="One process cannot shard"):
+        shard_base(base.model)
+    monkeypatch.setattr(base.model.config, "is_encoder_decoder", True)
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        shard_base(base.model)
+    base.model.is_quantized = True
+    with pytest.raises(ConfigError, match="8 or 4 bits"):
+        shard_base(base.model)
+
+
+def test_processes_of_a_sharded_model_read_equally_often(base, monkeypatch):
+    """A prefix that rows share would be one more pass, of some processes only."""
+    assert answer_collator(base.model, base.tokenizer, reads_whole_rows=False).shares_prefix
+    assert not is_sharded(base.model)
+    monkeypatch.setattr("deal_core.data.collate.is_sharded", lambda _: True)
+    assert not answer_collator(base.model, base.tokenizer, reads_whole_rows=False).shares_prefix
+
+
+@pytest.mark.nightly
+def test_a_process_started_from_outside_needs_no_input_and_tells_its_error(base, job, tmp_path):
+    """As a pod starts it: standard input is empty. An error of ours is told as what it is."""
+    job.write(tmp_path / "job.json")
+    wrong = replace(job, base_sha256="0" * 64)
+    closed = f'{shlex.join(TORCHRUN)} "$@" < /dev/null'
+    command = ["bash", "-c", closed.replace('"$@"', '"${@:1:3}"'), "bash"]  # without the option of a lifeline
+    two = run_in_processes(job, tmp_path / "ranks", command=command)
+    assert two.num_steps == 7
+    with pytest.raises(ConfigError, match=r"has changed since the run began.*\(rank \d of 2\)"):
+        run_in_processes(wrong, tmp_path / "ranks", command=command)
+
+
+@pytest.mark.nightly
+def test_torchrun_ends_with_the_process_that_started_it(base, job, tmp_path):
+    def stop(message: Mapping[str, Any]) -> None:
+        if message["step"] == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_in_processes(job, tmp_path / "ranks", stop, TORCHRUN)
+    assert no_worker_is_left("deal_core.training.main")
+    with pytest.raises(RankError, match="launcher of 2 processes died"):
+        run_in_processes(job, tmp_path / "ranks", command=["false"])
+
+
+def no_worker_is_left(name: str) -> bool:
+    """Whether all processes with a word in their command end within a minute."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if not any(name in " ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])):
+            return True
+        time.sleep(0.5)
+    return False
+
+
+@pytest.fixture
+def on_ray(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    monkeypatch.setenv("DEAL_LAUNCH", "ray")
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+@pytest.mark.usefixtures("on_ray")
+def test_one_worker_of_ray_trains_as_this_process(base, job, tmp_path):
+    from tasks.context import current_store
+
+    one = alone(job, base, tmp_path / "one")
+    train = replace(job.setup.train, num_processes=1)
+    other = in_folder(job, tmp_path / "ray", setup=replace(job.setup, train=train))
+    seen: list[int] = []
+    result = launch_job(
+        current_store(), other, "adapters/l/r/jobs", tmp_path / "r", lambda message: seen.append(message["step"])
+    )
+    assert_same(one, result, tmp_path / "one", tmp_path / "ray")
+    assert seen == [1, 2, 3, 4, 5, 6, 7] and not list(current_store().list("adapters"))
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("on_ray")
+def test_one_killed_worker_of_ray_changes_nothing(base, job, tmp_path):
+    """The group starts again from the checkpoint in the store, and each step is seen once."""
+    from tasks.context import current_store
+
+    killed: list[psutil.Process] = []
+    seen: list[int] = []
+
+    def kill(message: Mapping[str, Any]) -> None:
+        seen.append(message["step"])
+        if message["step"] == 5 and not killed:
+            workers = [
+                each for each in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in str(each.info["cmdline"])
+            ]
+            killed.append(workers[-1])
+            workers[-1].kill()
+
+    one = alone(job, base, tmp_path / "one")
+    other = in_folder(job, tmp_path / "ray")
+    result = launch_job(current_store(), other, "adapters/l/r/jobs", tmp_path / "r", kill)
+    assert_same(one, result, tmp_path / "one", tmp_path / "ray")
+    assert len(killed) == 1 and result.resumed_from_step in (2, 4) and seen == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("on_ray")
+def test_workers_of_ray_end_with_the_process_that_wanted_them(base, job, tmp_path):
+    from tasks.context import current_store
+
+    def stop(message: Mapping[str, Any]) -> None:
+        if message["step"] == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        launch_job(current_store(), job, "adapters/l/r/jobs", tmp_path / "r", stop)
+    assert no_worker_is_left("RayTrainWorker")
