@@ -45,11 +45,6 @@ OUT_OF_MEMORY = 3
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-def from_json(content: bytes) -> Any:
-    """The value of a frame of JSON."""
-    return json.loads(content.decode("utf-8", "surrogatepass"))
-
-
 def main(request: str) -> NoReturn:
     """Write the frames of a task ("look", "rows" or "most"), and end the process."""
     name, kind, task = json.loads(request)

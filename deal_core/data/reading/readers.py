@@ -22,10 +22,10 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 
 import deal_core
-from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY, from_json
-from deal_core.data.reading.parquet_rows import rows_of
+from deal_core.data.reading.batches import JsonRows, ParquetRows, RowBatch, from_json
+from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY
 from deal_core.data.reading.parsing import FileLook, Kind
-from deal_core.data.rows import Problem, RawRow
+from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
 from deal_core.safe_text import shorten
 
@@ -98,10 +98,10 @@ def count_rows(path: Path) -> int:
 def read_rows(path: Path) -> Iterator[RawRow]:
     """The rows of `read_batches`, one by one, with all columns."""
     for batch in read_batches(path):
-        yield from batch
+        yield from batch.rows()
 
 
-def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[list[RawRow]]:
+def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
     """The file's rows in order, streamed in batches.
 
     The name of the UTF-8 file ends in .csv, .jsonl, .json or .parquet, each also with .gz. A CSV has a header and may
@@ -117,25 +117,20 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator
                 schema = pa.ipc.read_schema(pa.py_buffer(content))
                 continue
             if letter == b"R":
-                rows = [_row(*values) for values in from_json(content)]
-            else:
-                batch = pa.ipc.read_record_batch(pa.py_buffer(content), schema)
-                try:
-                    batch.validate()
-                except pa.ArrowInvalid:
-                    raise ReaderDiedError(
-                        f"{path.name} has cells outside of its data, so it is damaged or was made to do harm; write it "
-                        "again."
-                    ) from None
-                rows = rows_of(batch, number, columns)
-            yield rows
-            number += len(rows)
-
-
-def _row(number: int, values: dict[str, Any], line: int | None, fault: list[Any] | None, raw: Any) -> RawRow:
-    if fault is None:
-        return RawRow(number, values, line)
-    return RawRow(number, values, line, Problem(*fault), whole=lambda: raw)
+                rows = JsonRows(content)
+                number += len(rows)
+                yield rows
+                continue
+            cells = pa.ipc.read_record_batch(pa.py_buffer(content), schema)
+            try:
+                cells.validate()
+            except pa.ArrowInvalid:
+                raise ReaderDiedError(
+                    f"{path.name} has cells outside of its data, so it is damaged or was made to do harm; write it "
+                    "again."
+                ) from None
+            yield ParquetRows(cells, number, columns)
+            number += cells.num_rows
 
 
 def _read_frames(path: Path, task: Literal["look", "rows", "most"]) -> Generator[tuple[bytes, bytes]]:
