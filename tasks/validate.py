@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import validate_file
-from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning, data_warnings
 from deal_core.data.good_rows import rows_in
+from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning, data_warnings
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from deal_core.config import DataConfig
-from deal_core.data.batch_check import BadRows, Checked, FileCheck, naming
+from deal_core.data.batch_check import BadRows, Checked, CheckedFiles, FileCheck, checked_here, naming
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
@@ -39,15 +39,6 @@ MIN_DRAWN = 0.5
 
 Keep = Callable[[pa.RecordBatch, Split], None]
 """Takes good rows, see GOOD_ROWS, of a split."""
-CheckedFiles = Generator[tuple[int, RowBatch, Checked]]
-"""The batches of several files in order, each with the place of its file and what was found in it."""
-
-
-def checked_here(files: Sequence[FileCheck]) -> CheckedFiles:
-    """Check the files in this process, one after another."""
-    for place, file in enumerate(files):
-        for batch, checked in file.batches():
-            yield place, batch, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +116,7 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
         return files.publish(report.manifest)
 
 
-def validate_file(
-    landing: Landing, on_rows: Callable[[pa.RecordBatch], None] = lambda rows: None
-) -> ValidationReport:
+def validate_file(landing: Landing, on_rows: Callable[[pa.RecordBatch], None] = lambda rows: None) -> ValidationReport:
     """Only the checks of `build_dataset`: nothing is written, and a refusal is reported instead of raised.
 
     `on_rows` is called with the good training rows (see GOOD_ROWS), a part at a time.

@@ -100,5 +100,7 @@ def merge_digests(*ordered: memoryview) -> Iterator[bytes]:
 
 
 def _words_of(digests: Digests | Collection[bytes]) -> npt.NDArray[np.uint64]:
-    joined = np.ascontiguousarray(digests) if isinstance(digests, np.ndarray) else np.frombuffer(b"".join(digests), "V32")
+    joined = (
+        np.ascontiguousarray(digests) if isinstance(digests, np.ndarray) else np.frombuffer(b"".join(digests), "V32")
+    )
     return joined.view(np.uint64).reshape(-1, 4)
