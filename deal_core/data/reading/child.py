@@ -1,5 +1,4 @@
-"""The process that reads one file: `python -m deal_core.data.reading.child [PATH, KIND, TASK, PART]`, as one text of
-JSON.
+"""The process that reads a file: `python -m deal_core.data.reading.child [PATH, KIND, TASK, PART]`, a text of JSON.
 
 A hostile file can end the process that reads it: a few bytes can ask a library for any memory, or end it from C++ where
 no Python code can hinder that. So a file is read here, within limits, and `deal_core.data.reading.readers` takes what
