@@ -7,6 +7,7 @@ rows the first one wins, and the dataset has the same digest.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ def checked_on_ray(files: Sequence[FileCheck]) -> CheckedFiles:
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         parts = [{"file": place, **part._asdict()} for place, file in enumerate(files) for part in parts_of(file)]
         found = data.from_items(parts, override_num_blocks=len(parts)).map_batches(
             partial(_check_parts, list(files)), batch_size=1
@@ -78,10 +80,11 @@ def _cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, **quiet)
     else:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield
     finally:
