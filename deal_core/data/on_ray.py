@@ -16,12 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from deal_core.data.batch_check import Checked, CheckedFiles, FileCheck
+from deal_core.data.batch_check import Checked, CheckedFiles, FileCheck, naming
 from deal_core.data.reading.batches import JsonRows, ParquetRows, RowBatch
 from deal_core.data.reading.parsing import WHOLE, Part
 from deal_core.data.reading.readers import group_sizes
 from deal_core.data.rows import Problem
 from deal_core.errors import ConfigError, DataValidationError, DealError, ReaderDiedError
+from deal_core.safe_text import shorten
 
 PART_ROWS = 100_000
 """Rows of a Parquet file from which on its next row group begins another part."""
@@ -63,7 +64,8 @@ def checked_on_ray(files: Sequence[FileCheck]) -> CheckedFiles:
 def parts_of(file: FileCheck) -> list[Part]:
     """The parts of a file that are checked apart: several row groups of Parquet, or a whole file of text."""
     parts, start, number, num_rows = [], 0, 1, 0
-    sizes = group_sizes(file.source.path)
+    with naming(file.source):
+        sizes = group_sizes(file.source.path)
     for stop, size in enumerate(sizes, 1):
         num_rows += size
         if num_rows >= PART_ROWS or stop == len(sizes):
@@ -80,11 +82,12 @@ def _cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **quiet)
-    else:
-        ray.init(address="local", include_dashboard=False, **quiet)
+    address = os.environ.get("RAY_ADDRESS")
+    place = {"address": address} if address else {"address": "local", "include_dashboard": False}
+    try:
+        ray.init(**place, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:  # Ray raises errors of many kinds here
+        raise DealError(f"Ray does not start, or does not answer: {shorten(str(error), 200)}") from error
     try:
         yield
     finally:
