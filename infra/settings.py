@@ -31,8 +31,9 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Variables that turn off the telemetry and the screen output of Prefect and MLflow."""
+"""Variables that turn off the telemetry and the screen output of Prefect, MLflow and Ray."""
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4"}
 """For commands at which a person waits. Processes of `deal server up` have the patience of MLflow's own default."""
 
@@ -96,6 +97,14 @@ class InboxSettings(_Settings):
 
     inbox_settle_seconds: float = Field(default=300.0, ge=0.0)
     """Time without a change after which a folder without a file _SUCCESS is complete (DEAL_INBOX_SETTLE_SECONDS)."""
+
+
+class IngestSettings(_Settings):
+    """Where the rows of an arrival are checked."""
+
+    ingest: Literal["local", "ray"] = "local"
+    """local: in the process of the run (DEAL_INGEST). ray: on a Ray cluster, that of RAY_ADDRESS or a new one on this
+    machine."""
 
 
 class NoticeSettings(_Settings):

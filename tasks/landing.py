@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from deal_core.config import DataConfig
+from deal_core.data.batch_check import checked_here
 from deal_core.data.dataset import Landing
+from deal_core.data.on_ray import checked_on_ray
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import require_metric
 from deal_core.safe_text import brief
+from infra.settings import IngestSettings
 from infra.store.base import ObjectStore
 from tasks.data_files import local_files
 from tasks.lineage.frozen_rows import read_test_rows
@@ -51,6 +54,7 @@ def landing_of(
             frozen_test_inputs=_frozen_test_inputs(store, record, known) if record and known else (),
             renews_tests=bool(record and known and is_renewal_asked(store, record.lineage, known)),
             on_progress=on_progress,
+            check=checked_on_ray if IngestSettings().ingest == "ray" else checked_here,
             new_label_remedy=_new_label_remedy(task.name, record),
         )
 

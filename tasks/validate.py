@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import validate_file
+from deal_core.data.good_rows import rows_in
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning, data_warnings
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
@@ -256,13 +258,13 @@ class _TrainingRows:
         self._counts: Counter[str] = Counter()
         self._is_counted = True
 
-    def add(self, rows: Sequence[Row]) -> None:
-        self.first = self.first or next(iter(rows), None)
-        first = rows[: MAX_COMPARED - len(self.inputs)]
-        self.inputs += [row.input for row in first]
-        self.outputs += [row.output for row in first]
+    def add(self, rows: pa.RecordBatch) -> None:
+        self.first = self.first or next(iter(rows_in(rows.slice(0, 1))), None)
+        first = rows.slice(0, MAX_COMPARED - len(self.inputs))
+        self.inputs += first.column("input").to_pylist()
+        self.outputs += first.column("output").to_pylist()
         if self._is_counted:
-            self._counts.update(row.output for row in rows)
+            self._counts.update(rows.column("output").to_pylist())
             self._is_counted = len(self._counts) <= MAX_COMPARED  # free answers, of which there may be millions
 
     def warnings(self, task: TaskSchema) -> tuple[str, ...]:

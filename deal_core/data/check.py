@@ -61,7 +61,7 @@ class RowChecker:
         if raw.fault is not None:
             return [raw.fault]
         problems: list[Problem] = []
-        split = self._split(raw.values, problems)
+        split = self.split(raw.values, problems)
         if self._columns.format == "chat":
             row = self._chat(raw.values, split, problems)
         elif self._columns.format == "completion":
@@ -76,7 +76,7 @@ class RowChecker:
                 row = self._preferred(row, rejected, problems)
         else:
             text = normal_input("labelled", self._text(raw.values, "text", problems))
-            label = self._label(raw.values, problems)
+            label = self.label(raw.values, problems)
             if problems:
                 return problems
             row = Row(text, label, *row_digests([text], [label_key(label)]), split)
@@ -152,7 +152,7 @@ class RowChecker:
             problems.append(Problem("over-long text", f"{length}: {shorten(text)}", why))
         return normal_line_ends(text)
 
-    def _label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
+    def label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
         """The label in the task's spelling."""
         text = self._cell(values, "label", problems)
         if text is None:
@@ -186,7 +186,7 @@ class RowChecker:
         """The label that a mapping gives for a cell; None if it gives none."""
         return self._label_names.get(cell, self._name_of_key.get(label_key(cell)))
 
-    def _split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
+    def split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
         """The split that the file names, or None."""
         name = self._columns.splitting
         if name is None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import compress
 
+import numpy as np
+import pyarrow as pa
+
 from deal_core.data.digest_set import DigestSet
+from deal_core.data.good_rows import chosen, digests_in, rows_in
 from deal_core.data.rows import Row, input_parts, preference_digest, row_digests
 from deal_core.data.schema import Contradictions, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten
@@ -33,23 +37,24 @@ class ContradictionFinder:
         """Rows with a text that an earlier row has."""
         self._examples: list[tuple[Row, Split]] = []
 
-    def add(self, rows: Sequence[Row], split: Split) -> None:
+    def add(self, good: pa.RecordBatch, split: Split) -> None:
         """Look at good rows, after their digests were added to `kept`. None of them is a duplicate."""
         if self._task.learns_preferences:
+            rows = rows_in(good)
             exchanged = [self._exchanged(row) for row in rows]
             is_contrary = self._kept[split].contains(exchanged)
-            contrary = list(compress(rows, is_contrary))
             # both rows of a pair have one key, because both may be among these rows
             keys = [min(row.digest, other) for row, other in compress(zip(rows, exchanged, strict=True), is_contrary)]
+            is_first = self._contrary[split].add(keys)
         else:
-            contrary = list(compress(rows, ~self._inputs.add([row.input_digest for row in rows])))
-            keys = [row.input_digest for row in contrary]
-        self._num_later[split] += len(contrary)
-        is_first = self._contrary[split].add(keys)
-        for row in compress(contrary, is_first):
-            if len(self._examples) == MAX_EXAMPLES or not self._include_texts:
-                break
-            self._examples.append((row, split))
+            inputs = digests_in(good, "input_digest")
+            is_contrary = ~self._inputs.add(inputs)
+            is_first = self._contrary[split].add(inputs[is_contrary])
+        self._num_later[split] += int(is_contrary.sum())
+        num_wanted = MAX_EXAMPLES - len(self._examples) if self._include_texts else 0
+        if num_wanted and is_first.any():
+            is_contrary[np.flatnonzero(is_contrary)[~is_first]] = False
+            self._examples += [(row, split) for row in rows_in(chosen(good, is_contrary))[:num_wanted]]
 
     def found(self) -> Contradictions | None:
         """The contradictions; None: there are none. It is asked before the kept digests are put in order."""

@@ -6,23 +6,27 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from deal_core.config import DataConfig
+from deal_core.data.batch_check import BadRows, Checked, CheckedFiles, FileCheck, checked_here, naming
 from deal_core.data.chats import earlier_turns
-from deal_core.data.check import RowChecker, is_whole_number, numbers_for_labels, too_many_labels
+from deal_core.data.check import is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.contradictions import ContradictionFinder
 from deal_core.data.dataset_files import DatasetFiles
-from deal_core.data.digest_set import DigestSet, merge_digests
-from deal_core.data.reading.readers import most_rows, read_batches
-from deal_core.data.rows import BadRow, Problem, RawRow, Reason, Row, RowTally
+from deal_core.data.digest_set import Digests, DigestSet, merge_digests
+from deal_core.data.good_rows import chosen, digests_in, good_rows
+from deal_core.data.reading.batches import RowBatch
+from deal_core.data.reading.readers import most_rows
+from deal_core.data.rows import BadRow, Problem, Reason, RowTally
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
 from deal_core.data.source_files import SourceFile, SourceFiles, digests_of, name_of, require_one_kind
@@ -33,11 +37,8 @@ MAX_INFERRED_LABELS = 64
 MIN_DRAWN = 0.5
 """Rows drawn at random become new test rows if they are at least this part of the usual share of test rows."""
 
-GoodPairs = list[tuple[RawRow, Row]]
-"""Good rows as they were read, and as they are stored."""
-BadPairs = list[tuple[RawRow, list[Problem]]]
-"""Bad rows as they were read, and all their problems."""
-Keep = Callable[[Sequence[Row], Split], None]
+Keep = Callable[[pa.RecordBatch, Split], None]
+"""Takes good rows, see GOOD_ROWS, of a split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ class Landing:
     """Whether the file brings new test rows in place of the permanent ones: they are decided as for a new task."""
     new_label_remedy: str = "A label that is new is added to the task's labels: task.labels."
     """What to do about a label that the task does not have, as a sentence."""
+    check: Callable[[Sequence[FileCheck]], CheckedFiles] = checked_here
+    """Checks the rows of the files, in this process or elsewhere."""
     on_progress: Callable[[int], None] | None = None
     """Called after each batch with the number of rows read. The files are read twice if they name their split, or if
     the labels are taken from them."""
@@ -113,16 +116,16 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
         return files.publish(report.manifest)
 
 
-def validate_file(landing: Landing, on_rows: Callable[[Sequence[Row]], None] = lambda rows: None) -> ValidationReport:
+def validate_file(landing: Landing, on_rows: Callable[[pa.RecordBatch], None] = lambda rows: None) -> ValidationReport:
     """Only the checks of `build_dataset`: nothing is written, and a refusal is reported instead of raised.
 
-    `on_rows` is called with the good training rows, a part at a time.
+    `on_rows` is called with the good training rows (see GOOD_ROWS), a part at a time.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
 
-    def keep(rows: Sequence[Row], split: Split) -> None:
+    def keep(rows: pa.RecordBatch, split: Split) -> None:
         if split == "train":
             on_rows(rows)
 
@@ -167,7 +170,7 @@ class ArrivalReader:
         in_one_column = all("messages" in file.columns.names for file in self._files)
         self._learns_every_turn = self.task.assistant_turns == "all" and in_one_column
         self._frozen = frozenset(landing.frozen_test_inputs)
-        self._test_inputs = DigestSet(self._frozen)
+        self._frozen_set, self._test_inputs = DigestSet(self._frozen), DigestSet(self._frozen)
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
         self._turns, self._beginnings = DigestSet(), DigestSet()
@@ -179,14 +182,15 @@ class ArrivalReader:
             self._survey(infers_labels)
         self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
         num_several = 0
-        for file, good, bad in self._checked_batches():
+        for file, batch, checked in self._checked_batches():
             counts = self._counts[file.split]
             if self._is_hopeless(file.split):
                 counts.is_stopped = True
                 break
-            num_several += sum(len(row.references) > 1 for _, row in good["train"] + good["test"])
-            repeated = self._keep_new(good["test"], good["train"], keep)
-            for raw, problems in sorted([*bad, *repeated], key=lambda pair: pair[0].number):
+            num_several += checked.good.num_rows - checked.good.column("references").null_count
+            bad = sorted([*checked.bad, *self._keep_new(checked.good, file, keep)], key=lambda found: found[0])
+            raws = batch.rows([place for place, _ in bad])
+            for raw, (_, problems) in zip(raws, bad, strict=True):
                 row = BadRow(file=file.source.name, row=raw.number, line=raw.line, problems=tuple(problems))
                 counts.add_bad(row)
                 reject(row, raw.raw())
@@ -212,67 +216,56 @@ class ArrivalReader:
             counts.most_rows = sum(most_rows(file.source.path) for file in self._files if file.split == split)
         return counts.num_bad > limit * counts.most_rows
 
-    def _checked_batches(self) -> Iterator[tuple[_File, dict[Split, GoodPairs], BadPairs]]:
-        """The files' rows in batches: the good ones by split, and the bad ones."""
+    def _checked_batches(self) -> Iterator[tuple[_File, RowBatch, Checked]]:
+        """The batches of all files, and what was found in each."""
         for counts in self._counts.values():
             counts.num_read = counts.num_bad = 0
-        for file in self._files:
-            checker = RowChecker(self.task, file.columns, self._config.max_text_chars)
-            with _naming(file.source):
-                for batch in read_batches(file.source.path, set(file.columns.names.values())):
-                    yield file, *self._check(batch, file, checker)
-                    self._counts[file.split].num_read += len(batch)
-                    if self._landing.on_progress is not None:
-                        self._landing.on_progress(sum(counts.num_read for counts in self._counts.values()))
+        files = [FileCheck(file.source, self.task, file.columns, self._config.max_text_chars) for file in self._files]
+        with closing(self._landing.check(files)) as found:
+            for place, batch, checked in found:
+                file = self._files[place]
+                yield file, batch, checked
+                self._counts[file.split].num_read += len(batch)
+                if self._landing.on_progress is not None:
+                    self._landing.on_progress(sum(counts.num_read for counts in self._counts.values()))
 
-    def _check(
-        self, batch: Sequence[RawRow], file: _File, checker: RowChecker
-    ) -> tuple[dict[Split, GoodPairs], BadPairs]:
-        good: dict[Split, GoodPairs] = {"train": [], "test": []}
-        bad: BadPairs = []
-        for raw in batch:
-            if late := file.columns.unread.intersection(raw.values):
-                key = min(late)
-                raise DataValidationError(
-                    f"{file.source.name}: row {raw.number} has the key {key}, which the first rows lack, so it would "
-                    "not be read. Put a row with this key first, or leave the key out."
-                )
-            checked = checker.check(raw)
-            if isinstance(checked, Row):
-                good[self._split_of(checked, file.split)].append((raw, checked))
-            else:
-                bad.append((raw, checked))
-        return good, bad
+    def _is_test(self, good: pa.RecordBatch, file: _File) -> npt.NDArray[np.bool_]:
+        """Which rows are test rows: the file or its column decides, or else the digests of the rows' texts."""
+        if file.split is not None:
+            return np.full(good.num_rows, file.split == "test")
+        if file.columns.splitting is not None:
+            return np.asarray(good.column("is_test").to_numpy(zero_copy_only=False), np.bool_)
+        return self._is_test_text(digests_in(good, "input_digest"))
 
-    def _split_of(self, row: Row, file_split: Split | None) -> Split:
-        """The split that the file has or that its column names; else the digest of the row's text decides.
+    def _is_test_text(self, input_digests: Digests) -> npt.NDArray[np.bool_]:
+        """Which texts are test rows' by their digests.
 
         If the task has frozen test rows and does not renew them, only rows with their texts are test rows; all other
         rows can be learned.
         """
-        if split := file_split or row.split:
-            return split
         if self._frozen and not self._landing.renews_tests:
-            return "test" if row.input_digest in self._frozen else "train"
-        return "test" if int.from_bytes(row.input_digest[:4]) / 2**32 < self._config.test_share else "train"
+            return self._frozen_set.contains(input_digests)
+        first_words = np.ascontiguousarray(input_digests).view(">u4")[::8]
+        return np.asarray(first_words / 2**32 < self._config.test_share)
 
     def _survey(self, infers_labels: bool) -> None:
         """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
         num_good = num_test = 0
         is_drawn = self._files[0].columns.splitting == "is_random"
-        for file, good, bad in self._checked_batches():
+        for file, _, (good, bad) in self._checked_batches():
             # Without the column of the draw a row may be good that is bad with it.
             if not is_drawn and self._is_hopeless(file.split):
                 return
             self._counts[file.split].num_bad += len(bad)
-            rows = [row for _, row in good["train"] + good["test"]]
-            num_good, num_test = num_good + len(rows), num_test + len(good["test"])
+            is_test = self._is_test(good, file)
+            num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
             if self._is_split_given:
-                self._test_inputs.add([row.input_digest for _, row in good["test"]])
+                self._test_inputs.add(digests_in(good, "input_digest")[is_test])
             if infers_labels:
-                for label, count in Counter(row.output for row in rows).items():
-                    spellings.setdefault(label_key(label), Counter())[label] += count
+                for found in good.column("output").value_counts().to_pylist():
+                    label = found["values"]
+                    spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
                 if len(spellings) > MAX_INFERRED_LABELS:
                     shown = spellings if self._config.include_texts else ()
                     raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
@@ -289,46 +282,49 @@ class ArrivalReader:
                 raise DataValidationError(numbers_for_labels(self._landing.name))
             self.task = replace(self.task, labels=labels)
 
-    def _keep_new(self, test: GoodPairs, train: GoodPairs, keep: Keep) -> BadPairs:
+    def _keep_new(self, good: pa.RecordBatch, file: _File, keep: Keep) -> BadRows:
         """Keep new rows; return duplicates and training rows with the text of a test row."""
-        self._test_inputs.add([row.input_digest for _, row in test])
-        is_leak = self._test_inputs.contains([row.input_digest for _, row in train])
-        leaks, train = list(compress(train, is_leak)), list(compress(train, ~is_leak))
-        self._leaks.add([row.digest for _, row in leaks])
-        repeated = self._keep_first("test", test, keep)
+        is_test = self._is_test(good, file)
+        test, train = chosen(good, is_test), chosen(good, ~is_test)
+        self._test_inputs.add(digests_in(test, "input_digest"))
+        is_leak = self._test_inputs.contains(digests_in(train, "input_digest"))
+        leaks, train = chosen(train, is_leak), chosen(train, ~is_leak)
+        self._leaks.add(digests_in(leaks, "digest"))
+        repeated = [self._keep_first("test", test, keep)]
         repeated += self._without_beginnings(self._keep_first("train", train, keep))
-        return [*_as_bad(leaks, "text of a test row"), *_as_bad(repeated, "duplicate row")]
+        return [*_as_bad([leaks], "text of a test row"), *_as_bad(repeated, "duplicate row")]
 
-    def _keep_first(self, split: Split, rows: GoodPairs, keep: Keep) -> GoodPairs:
+    def _keep_first(self, split: Split, rows: pa.RecordBatch, keep: Keep) -> pa.RecordBatch:
         """Keep rows of a split, and the earlier turns of training chats; return the rows that were there before."""
-        is_new = self._kept[split].add([row.digest for _, row in rows])
-        new = [row for _, row in compress(rows, is_new)]
+        is_new = self._kept[split].add(digests_in(rows, "digest"))
+        new = chosen(rows, is_new)
         keep(new, split)
         self._contradictions.add(new, split)
         if self._learns_every_turn and split == "train":
             self._keep_turns(new, keep)
-        return list(compress(rows, ~is_new))
+        return chosen(rows, ~is_new)
 
-    def _without_beginnings(self, repeated: GoodPairs) -> GoodPairs:
+    def _without_beginnings(self, repeated: pa.RecordBatch) -> list[pa.RecordBatch]:
         """Leave out rows that were kept as an earlier turn of a longer chat, each once: they are no duplicates."""
-        is_turn = self._turns.contains([row.digest for _, row in repeated])
-        turns = list(compress(repeated, is_turn))
-        is_first = self._beginnings.add([row.digest for _, row in turns])
-        return [*compress(repeated, ~is_turn), *compress(turns, ~is_first)]
+        is_turn = self._turns.contains(digests_in(repeated, "digest"))
+        turns = chosen(repeated, is_turn)
+        is_first = self._beginnings.add(digests_in(turns, "digest"))
+        return [chosen(repeated, ~is_turn), chosen(turns, ~is_first)]
 
-    def _keep_turns(self, chats: Sequence[Row], keep: Keep) -> None:
+    def _keep_turns(self, chats: pa.RecordBatch, keep: Keep) -> None:
         """Keep the earlier turns of training chats as training rows.
 
         A turn is left out if its text is a test row's, or lies on the test side of the hash: a later chat may be that
         test row.
         """
-        turns = [turn for chat in chats for turn in earlier_turns(chat.input)]
-        is_apart = self._test_inputs.contains([turn.input_digest for turn in turns])
+        turns = good_rows([turn for chat in chats.column("input").to_pylist() for turn in earlier_turns(chat)])
+        inputs = digests_in(turns, "input_digest")
+        is_apart = self._test_inputs.contains(inputs)
         if not self._is_split_given:
-            is_apart |= np.array([self._split_of(turn, None) == "test" for turn in turns], np.bool_)
-        turns = list(compress(turns, ~is_apart))
-        turns = list(compress(turns, self._kept["train"].add([turn.digest for turn in turns])))
-        self._turns.add([turn.digest for turn in turns])
+            is_apart |= self._is_test_text(inputs)
+        turns = chosen(turns, ~is_apart)
+        turns = chosen(turns, self._kept["train"].add(digests_in(turns, "digest")))
+        self._turns.add(digests_in(turns, "digest"))
         keep(turns, "train")
 
     def _manifest(self) -> DatasetManifest:
@@ -383,7 +379,7 @@ class ArrivalReader:
 
 def _columns_of(file: SourceFile, split: Split | None, landing: Landing) -> Columns:
     """The file's columns. Of several ways to name the split one is left: the file, "split", then "is_random"."""
-    with _naming(file):
+    with naming(file):
         columns = recognise(file.path, landing.task, include_texts=landing.config.include_texts)
     if split is not None:
         return columns.without(*SPLITTING)
@@ -407,16 +403,9 @@ def _alike(files: list[_File]) -> list[_File]:
     return [file.without("is_random") for file in files] if len(ways) > 1 else files
 
 
-@contextmanager
-def _naming(file: SourceFile) -> Iterator[None]:
-    """Put a file's name before a message that does not have it: the reader knows only the last part."""
-    try:
-        yield
-    except DataValidationError as error:
-        if file.name in str(error) or file.name.rpartition("/")[2] == file.name:
-            raise
-        raise DataValidationError(f"{file.name}: {error}") from error
-
-
-def _as_bad(rows: GoodPairs, reason: Reason) -> BadPairs:
-    return [(raw, [Problem(reason, shorten(row.input))]) for raw, row in rows]
+def _as_bad(batches: Sequence[pa.RecordBatch], reason: Reason) -> BadRows:
+    return [
+        (place, [Problem(reason, shorten(input))])
+        for rows in batches
+        for place, input in zip(rows.column("place").to_pylist(), rows.column("input").to_pylist(), strict=True)
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -12,12 +11,13 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.rows import BadRow, Row, json_text
+from deal_core.data.good_rows import digests_in, hex_texts
+from deal_core.data.rows import BadRow, json_text
 from deal_core.data.schema import DatasetManifest, Split, TaskSchema, stored_columns
 from deal_core.regular_file import complete_file, sha256_of_file
 
 _GROUP_ROWS = 8192
-_GROUP_CHARS = 2**24
+_GROUP_BYTES = 2**24
 
 
 class DatasetFiles:
@@ -49,8 +49,8 @@ class DatasetFiles:
             table.close()
             table.path.unlink(missing_ok=True)
 
-    def add(self, rows: Sequence[Row], split: Split) -> None:
-        """Write good rows."""
+    def add(self, rows: pa.RecordBatch, split: Split) -> None:
+        """Write good rows, see GOOD_ROWS."""
         self._tables[split].add(rows)
 
     def reject(self, bad: BadRow, raw: object) -> None:
@@ -80,15 +80,13 @@ class _RowWriter:
         self._schema = schema
         # Texts and digests rarely repeat, so a dictionary would be built and discarded.
         self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["output"])
-        self._waiting: list[Row] = []
-        self._num_chars = 0
+        self._waiting: list[pa.RecordBatch] = []
 
-    def add(self, rows: Sequence[Row]) -> None:
-        self._waiting += rows
-        self._num_chars += sum(
-            len(row.input) + len(row.rejected or "") + sum(map(len, row.references or (row.output,))) for row in rows
-        )
-        if len(self._waiting) >= _GROUP_ROWS or self._num_chars >= _GROUP_CHARS:
+    def add(self, rows: pa.RecordBatch) -> None:
+        rows = rows.append_column("sha256", hex_texts(digests_in(rows, "digest"))).select(self._schema.names)
+        self._waiting.append(rows.cast(self._schema))
+        num_rows, num_bytes = (sum(getattr(part, name) for part in self._waiting) for name in ("num_rows", "nbytes"))
+        if num_rows >= _GROUP_ROWS or num_bytes >= _GROUP_BYTES:
             self._flush()
 
     def close(self) -> None:
@@ -98,13 +96,5 @@ class _RowWriter:
             self._writer.close()
 
     def _flush(self) -> None:
-        cells = {
-            "input": [row.input for row in self._waiting],
-            "output": [row.output for row in self._waiting],
-            "sha256": [row.digest.hex() for row in self._waiting],
-            "references": [row.references or None for row in self._waiting],
-            "rejected": [row.rejected for row in self._waiting],
-        }
-        table = pa.table({name: cells[name] for name in self._schema.names}, schema=self._schema)
-        self._writer.write_table(table, row_group_size=_GROUP_ROWS)
-        self._waiting, self._num_chars = [], 0
+        self._writer.write_table(pa.Table.from_batches(self._waiting).combine_chunks(), row_group_size=_GROUP_ROWS)
+        self._waiting = []

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import numpy.typing as npt
 
+Digests = npt.NDArray[np.void]
+"""Array of digests of 32 bytes each."""
 _CHUNK = 2**16
 
 
@@ -16,7 +18,7 @@ class DigestSet:
     It is an array in order of arrival, and a hash table of places in the array with open addressing.
     """
 
-    def __init__(self, digests: Collection[bytes] = ()) -> None:
+    def __init__(self, digests: Digests | Collection[bytes] = ()) -> None:
         self._words = np.zeros((256, 4), np.uint64)
         self._table = np.zeros(1024, np.uint32)  # place + 1 in `_words`; 0: free
         self._size = 0
@@ -25,7 +27,7 @@ class DigestSet:
     def __len__(self) -> int:
         return self._size
 
-    def contains(self, digests: Collection[bytes]) -> npt.NDArray[np.bool_]:
+    def contains(self, digests: Digests | Collection[bytes]) -> npt.NDArray[np.bool_]:
         """Which of the digests are in the set."""
         words = _words_of(digests)
         is_there = np.zeros(len(words), np.bool_)
@@ -39,7 +41,7 @@ class DigestSet:
             slots[open_] = self._next(slots[open_])
         return is_there
 
-    def add(self, digests: Collection[bytes]) -> npt.NDArray[np.bool_]:
+    def add(self, digests: Digests | Collection[bytes]) -> npt.NDArray[np.bool_]:
         """Add the digests; return which are new, that is neither in the set nor earlier in `digests`."""
         words = _words_of(digests)
         start, end = self._size, self._size + len(words)
@@ -97,5 +99,8 @@ def merge_digests(*ordered: memoryview) -> Iterator[bytes]:
         yield np.sort(np.concatenate(pieces), kind="stable").tobytes()
 
 
-def _words_of(digests: Collection[bytes]) -> npt.NDArray[np.uint64]:
-    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 4)
+def _words_of(digests: Digests | Collection[bytes]) -> npt.NDArray[np.uint64]:
+    joined = (
+        np.ascontiguousarray(digests) if isinstance(digests, np.ndarray) else np.frombuffer(b"".join(digests), "V32")
+    )
+    return joined.view(np.uint64).reshape(-1, 4)

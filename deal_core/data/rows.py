@@ -179,16 +179,16 @@ def row_digest(*parts: str) -> bytes:
 
     Unicode's form (NFC) and the amount of white space do not change the digest.
     """
-    return _sha256(map(_normal, parts))
+    return _sha256(map(normal_part, parts))
 
 
 def row_digests(inputs: Iterable[str], outputs: Iterable[str]) -> tuple[bytes, bytes]:
     """`row_digest` of a row's inputs and outputs, and of its inputs alone."""
-    normal = [_normal(part) for part in inputs]
-    return _sha256([*normal, *map(_normal, outputs)]), _sha256(normal)
+    normal = [normal_part(part) for part in inputs]
+    return _sha256([*normal, *map(normal_part, outputs)]), _sha256(normal)
 
 
-def _normal(part: str) -> str:
+def normal_part(part: str) -> str:
     """A part of a row as it counts in the digest: in Unicode's form NFC, with single spaces, quoted as JSON."""
     return _quote(" ".join(unicodedata.normalize("NFC", part).split()))
 

@@ -1,11 +1,11 @@
-"""The process that reads one file: `python -m deal_core.data.reading.child [PATH, KIND, TASK]`, as one text of JSON.
+"""The process that reads a file: `python -m deal_core.data.reading.child [PATH, KIND, TASK, PART]`, a text of JSON.
 
 A hostile file can end the process that reads it: a few bytes can ask a library for any memory, or end it from C++ where
 no Python code can hinder that. So a file is read here, within limits, and `deal_core.data.reading.readers` takes what
 is read. Standard output is a sequence of frames: a letter, the length of the content, and the content.
 
     "+"  nothing; the process has started and is about to open the file
-    "J"  JSON: a look at the file, or a number of rows that the file does not exceed
+    "J"  JSON: a look at the file, a number of rows that the file does not exceed, or the sizes of its row groups
     "S"  Arrow's schema of the file, or of the parts that follow
     "R"  JSON: a list of rows
     "A"  Arrow's record batch of some rows of the schema
@@ -45,14 +45,9 @@ OUT_OF_MEMORY = 3
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-def from_json(content: bytes) -> Any:
-    """The value of a frame of JSON."""
-    return json.loads(content.decode("utf-8", "surrogatepass"))
-
-
 def main(request: str) -> NoReturn:
-    """Write the frames of a task ("look", "rows" or "most"), and end the process."""
-    name, kind, task = json.loads(request)
+    """Write the frames of a task ("look", "rows", "most" or "groups"), and end the process."""
+    name, kind, task, part = json.loads(request)
     path = Path(name)
     # A keyboard's and a service's signals are for the process that waits for the frames. When it ends, so does its end
     # of the pipe, and this process with it.
@@ -70,7 +65,9 @@ def main(request: str) -> NoReturn:
         if task == "look":
             _look(path, kind, frames)
         elif task == "rows":
-            _rows(path, kind, frames, most_bytes)
+            _rows(path, kind, parsing.Part(*part), frames, most_bytes)
+        elif task == "groups":
+            _send_json(frames, b"J", parsing.group_sizes(path, kind))
         else:
             _send_json(frames, b"J", parsing.most_rows(path, kind))
         _send(frames, b".")
@@ -130,17 +127,17 @@ def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
     _send_json(frames, b"J", [look.columns, look.examples, look.class_names, look.num_rows])
 
 
-def _rows(path: Path, kind: parsing.Kind, frames: BinaryIO, most_bytes: int) -> None:
+def _rows(path: Path, kind: parsing.Kind, part: parsing.Part, frames: BinaryIO, most_bytes: int) -> None:
     has_schema, num_bytes = False, 0
-    for part in parsing.parse(path, kind):
-        if isinstance(part, list):
-            rows = [[row.number, row.values, row.line, row.fault, row.raw() if row.fault else None] for row in part]
+    for batch in parsing.parse(path, kind, part):
+        if isinstance(batch, list):
+            rows = [[row.number, row.values, row.line, row.fault, row.raw() if row.fault else None] for row in batch]
             letter, content = b"R", memoryview(_as_json(rows))
         else:
             if not has_schema:
-                _send(frames, b"S", part.schema.serialize())
+                _send(frames, b"S", batch.schema.serialize())
                 has_schema = True
-            letter, content = b"A", memoryview(part.serialize())
+            letter, content = b"A", memoryview(batch.serialize())
         num_bytes += len(content)
         if num_bytes > most_bytes:
             raise DataValidationError(

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +21,10 @@ import pyarrow.parquet as pq
 from deal_core.data.reading.lines import MAX_LINE_CHARS, damaged_file, open_bytes
 from deal_core.data.rows import Problem, RawRow
 
-_PIECE_ROWS = 1024
+if TYPE_CHECKING:
+    from deal_core.data.reading.parsing import Part
+
+_PIECE_ROWS = 4096
 _PIECE_BYTES = 2**26
 """Rows that are decoded together, and their bytes if no text is repeated."""
 _CELL_BYTES = 8
@@ -61,12 +64,12 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             raise damaged_file(path, error) from error
 
 
-def read_parquet(path: Path) -> Iterator[pa.RecordBatch | list[RawRow]]:
-    """The file's rows in parts of at most MAX_LINE_CHARS bytes. A row of more is bad, as in a text file."""
+def read_parquet(path: Path, wanted: Part) -> Iterator[pa.RecordBatch | list[RawRow]]:
+    """The rows of some row groups in parts of at most MAX_LINE_CHARS bytes. A row of more is bad, as in a text file."""
     with open_parquet(path) as file:
-        number = 1
+        number = wanted.number
         schema = without_dictionaries(file.schema_arrow)
-        for index in range(file.metadata.num_row_groups):
+        for index in range(file.metadata.num_row_groups)[wanted.start : wanted.stop]:
             group = file.metadata.row_group(index)
             fitting = _PIECE_BYTES * group.num_rows // max(1, group.total_byte_size)
             size = max(1, min(_PIECE_ROWS, fitting))

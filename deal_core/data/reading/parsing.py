@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from deal_core.data.reading.csv_records import CsvFile
 from deal_core.data.reading.json_rows import read_json
@@ -36,6 +36,19 @@ BATCH_CHARS = 2**19
 """Most rows and characters of a batch. A single row may be larger."""
 _SURVEYED_ROWS = 1000
 _BLOCK_BYTES = 2**20
+
+
+class Part(NamedTuple):
+    """A part of a file: some row groups of Parquet. A text has only one part."""
+
+    start: int = 0
+    stop: int = 2**31
+    """The first row group, and the one after the last; there may be fewer."""
+    number: int = 1
+    """Number of the first row."""
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -102,8 +115,8 @@ def _look_at_csv(path: Path) -> FileLook:
         return FileLook(file.header, dict.fromkeys(booleans & not_empty, True))
 
 
-def parse(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
-    """The rows of a file in order, a batch at a time; rows of Parquet stay in Arrow's form.
+def parse(path: Path, kind: Kind, part: Part = WHOLE) -> Iterator[list[RawRow] | pa.RecordBatch]:
+    """The rows of a file, or of a part of it, in order, a batch at a time; rows of Parquet stay in Arrow's form.
 
     Raises:
         DataValidationError: The file cannot be read to its end, or has more rows than its size has room for.
@@ -111,8 +124,8 @@ def parse(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
     with whole_file_faults(path):
         # A packed file of a few bytes can hold rows without end, and they would keep busy whoever takes them.
         size = path.stat().st_size
-        most, num_rows = max(FREE_ROWS, size // 2), 0
-        for batch in _batches(path, kind):
+        most, num_rows = max(FREE_ROWS, size // 2), part.number - 1
+        for batch in _batches(path, kind, part):
             num_rows += len(batch)
             if num_rows > most:
                 raise DataValidationError(
@@ -122,11 +135,11 @@ def parse(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
             yield batch
 
 
-def _batches(path: Path, kind: Kind) -> Iterator[list[RawRow] | pa.RecordBatch]:
+def _batches(path: Path, kind: Kind, part: Part) -> Iterator[list[RawRow] | pa.RecordBatch]:
     if kind == "parquet":
         from deal_core.data.reading.parquet_rows import read_parquet
 
-        yield from read_parquet(path)
+        yield from read_parquet(path, part)
     elif kind == "csv":
         with CsvFile(path) as file:
             yield from batches_of(file.rows())
@@ -179,6 +192,20 @@ def most_rows(path: Path, kind: Kind) -> int:
                 if is_list:
                     num_ends += block.count(b",")
         return num_ends + 1
+
+
+def group_sizes(path: Path, kind: Kind) -> list[int]:
+    """The number of rows of each row group of a Parquet file; a text has none.
+
+    Raises:
+        DataValidationError: The file cannot be read.
+    """
+    if kind != "parquet":
+        return []
+    from deal_core.data.reading.parquet_rows import open_parquet
+
+    with whole_file_faults(path), open_parquet(path) as file:
+        return [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
 
 
 @contextmanager

@@ -17,15 +17,15 @@ import tempfile
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import pyarrow as pa
 
 import deal_core
-from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY, from_json
-from deal_core.data.reading.parquet_rows import rows_of
-from deal_core.data.reading.parsing import FileLook, Kind
-from deal_core.data.rows import Problem, RawRow
+from deal_core.data.reading.batches import JsonRows, ParquetRows, RowBatch, from_json
+from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY
+from deal_core.data.reading.parsing import WHOLE, FileLook, Kind, Part
+from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
 from deal_core.safe_text import shorten
 
@@ -95,14 +95,23 @@ def count_rows(path: Path) -> int:
     return most_rows(path) if file_kind(path) == "parquet" else sum(map(len, read_batches(path)))
 
 
+def group_sizes(path: Path) -> list[int]:
+    """The number of rows of each row group of a Parquet file; a text has none.
+
+    Raises:
+        DataValidationError: The file cannot be read.
+    """
+    return list(from_json(dict(_read_frames(path, "groups"))[b"J"]))
+
+
 def read_rows(path: Path) -> Iterator[RawRow]:
     """The rows of `read_batches`, one by one, with all columns."""
     for batch in read_batches(path):
-        yield from batch
+        yield from batch.rows()
 
 
-def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[list[RawRow]]:
-    """The file's rows in order, streamed in batches.
+def read_batches(path: Path, columns: Collection[str] | None = None, part: Part = WHOLE) -> Iterator[RowBatch]:
+    """The rows of a file, or of a part of it, in order, streamed in batches.
 
     The name of the UTF-8 file ends in .csv, .jsonl, .json or .parquet, each also with .gz. A CSV has a header and may
     use semicolons or tabs. Rows of a Parquet file hold only the wanted `columns`; None: all columns.
@@ -110,35 +119,32 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    number, schema = 1, pa.schema([])
-    with closing(_read_frames(path, "rows")) as frames:
+    number, schema = part.number, pa.schema([])
+    with closing(_read_frames(path, "rows", part)) as frames:
         for letter, content in frames:
             if letter == b"S":
                 schema = pa.ipc.read_schema(pa.py_buffer(content))
                 continue
             if letter == b"R":
-                rows = [_row(*values) for values in from_json(content)]
-            else:
-                batch = pa.ipc.read_record_batch(pa.py_buffer(content), schema)
-                try:
-                    batch.validate()
-                except pa.ArrowInvalid:
-                    raise ReaderDiedError(
-                        f"{path.name} has cells outside of its data, so it is damaged or was made to do harm; write it "
-                        "again."
-                    ) from None
-                rows = rows_of(batch, number, columns)
-            yield rows
-            number += len(rows)
+                rows = JsonRows(content)
+                number += len(rows)
+                yield rows
+                continue
+            cells = pa.ipc.read_record_batch(pa.py_buffer(content), schema)
+            try:
+                cells.validate()
+            except pa.ArrowInvalid:
+                raise ReaderDiedError(
+                    f"{path.name} has cells outside of its data, so it is damaged or was made to do harm; write it "
+                    "again."
+                ) from None
+            yield ParquetRows(cells, number, columns)
+            number += cells.num_rows
 
 
-def _row(number: int, values: dict[str, Any], line: int | None, fault: list[Any] | None, raw: Any) -> RawRow:
-    if fault is None:
-        return RawRow(number, values, line)
-    return RawRow(number, values, line, Problem(*fault), whole=lambda: raw)
-
-
-def _read_frames(path: Path, task: Literal["look", "rows", "most"]) -> Generator[tuple[bytes, bytes]]:
+def _read_frames(
+    path: Path, task: Literal["look", "rows", "most", "groups"], part: Part = WHOLE
+) -> Generator[tuple[bytes, bytes]]:
     """The letters and contents of a file's frames. The process that reads the file ends with the iterator.
 
     Raises:
@@ -146,7 +152,7 @@ def _read_frames(path: Path, task: Literal["look", "rows", "most"]) -> Generator
         ReaderDiedError: The file ended the process.
         DealError: The process cannot be started.
     """
-    request = json.dumps([str(path), file_kind(path), task])
+    request = json.dumps([str(path), file_kind(path), task, part])
     # The path of this package comes first: the process has to be of the same version.
     root = str(Path(deal_core.__file__).parents[1])
     inherited = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}

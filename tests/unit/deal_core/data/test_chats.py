@@ -15,6 +15,8 @@ from deal_core.data.chats import MAX_EARLIER_TURNS, earlier_turns, normal_chat, 
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.dataset import Landing, build_dataset
+from deal_core.data.reading.batches import JsonRows
+from deal_core.data.reading.parsing import Part
 from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import Problem, RawRow, Row, row_digest, stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
@@ -217,11 +219,13 @@ def test_all_turns_add_rows_for_training_and_change_no_row(tmp_path: Path) -> No
 def test_no_turn_has_the_text_of_a_test_row_in_any_order_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_eights(path: Path, columns: Collection[str] | None = None) -> Iterator[list[RawRow]]:
-        for batch in read_batches(path, columns):
-            yield from (batch[start : start + 8] for start in range(0, len(batch), 8))
+    def by_eights(path: Path, columns: Collection[str], part: Part) -> Iterator[JsonRows]:
+        for batch in read_batches(path, columns, part):
+            assert isinstance(batch, JsonRows)
+            rows = json.loads(batch.content)
+            yield from (JsonRows(json.dumps(rows[start : start + 8]).encode()) for start in range(0, len(rows), 8))
 
-    monkeypatch.setattr("deal_core.data.dataset.read_batches", by_eights)
+    monkeypatch.setattr("deal_core.data.batch_check.read_batches", by_eights)
     beginnings = [each[:2] for each in CHATS] + [each[:4] for each in CHATS]
     digests = set()
     for chats in ([*CHATS, *beginnings], [*beginnings, *CHATS]):

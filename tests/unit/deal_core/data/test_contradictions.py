@@ -18,6 +18,7 @@ from deal_core.config import DataConfig
 from deal_core.data.contradictions import MAX_EXAMPLES, ContradictionFinder
 from deal_core.data.dataset import Landing, build_dataset, validate_file
 from deal_core.data.digest_set import DigestSet
+from deal_core.data.good_rows import good_rows
 from deal_core.data.row_warnings import data_warnings, label_warnings
 from deal_core.data.rows import Row, row_digests
 from deal_core.data.schema import Contradictions, DatasetManifest, Split, TaskSchema
@@ -95,7 +96,7 @@ def test_labels_are_counted_as_a_dict_would_count_them(pairs: list[tuple[int, st
             sides["test" if int(row.input[1:]) % 3 == 0 else "train"].append(row)
         for split, side in sides.items():
             kept[split].add([row.digest for row in side])
-            finder.add(side, split)
+            finder.add(good_rows(side), split)
     of_text: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         of_text[row.input].add(row.output)
@@ -212,7 +213,8 @@ def test_memory_grows_by_a_digest_a_row() -> None:
     try:
         for start in range(0, number, 5000):
             digests = [hashlib.sha256(b"%d" % (row // 2)).digest() for row in range(start, start + 5000)]
-            finder.add([Row("long " * 50 + digest.hex(), "a", digest, digest, None) for digest in digests], "train")
+            rows = [Row("long " * 50 + digest.hex(), "a", digest, digest, None) for digest in digests]
+            finder.add(good_rows(rows), "train")
         del digests
         used, _ = tracemalloc.get_traced_memory()
     finally:

@@ -658,7 +658,7 @@ def test_every_row_is_either_kept_or_in_quarantine(tmp_path: Path, lines: list[A
 def test_rows_with_many_long_answers_are_written_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_files, "_GROUP_CHARS", 10_000)
+    monkeypatch.setattr(dataset_files, "_GROUP_BYTES", 10_000)
     rows = [
         {"prompt": f"question {number}", "completion": [f"{number} {'a' * 900}{each}" for each in range(10)]}
         for number in range(60)
