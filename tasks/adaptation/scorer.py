@@ -18,6 +18,7 @@ from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.metrics import collapsed
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_task
+from deal_core.general.suites import Suite
 from deal_core.safe_text import brief
 from infra.serving.evaluation import evaluation_engine
 from tasks.base import lend_base
@@ -90,6 +91,16 @@ class Scorer:
                     costs[name] = self._recentred_accuracy(model, test_set)
             on_english = perplexity(model, self._base.tokenizer) if general else None
         return Scored(evaluations, answers, on_english, costs)
+
+    def score_suites(self, adapter_folder: Path | None, suites: Sequence[Suite]) -> dict[str, Scores]:
+        """Score one adapter (None: the untouched base model) on suites of general ability: the score of each row."""
+        self._total += sum(map(len, suites))
+        on_engine = self._engine.answering(adapter_folder) if self._engine else nullcontext()
+        with adapter_on(self._base.model, adapter_folder) as model, on_engine as answer:
+            return {
+                suite.name: suite.score(model, self._base.tokenizer, answer, partial(self._advance, suite.name))
+                for suite in suites
+            }
 
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
         return recentred_accuracy(
