@@ -14,7 +14,7 @@ from typing import Any
 
 from deal_core.general.suites import ROWS_FOLDER
 
-SEED = 61
+SEED = 51
 NAMES = (
     "Maria Lopez", "Kenji Tanaka", "Amara Okafor", "Lena Fischer", "Oscar Lindqvist", "Priya Nair", "Tom Barker",
     "Ines Duarte", "Yusuf Demir", "Chloe Martin", "Ravi Patel", "Hanna Kovacs", "Diego Romero", "Mei Chen",
@@ -330,9 +330,15 @@ GENERATED: dict[str, Callable[[random.Random], Iterator[Row]]] = {
 
 
 def content(suite: str) -> str:
-    """The file of a suite: its rows as JSON, one on each line."""
-    rows = GENERATED[suite](random.Random(f"{suite} {SEED}"))
-    return "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in rows)
+    """The file of a suite: its rows as JSON, one on each line. Of equal requests one stays."""
+    draw = random.Random(f"{suite} {SEED}")
+    drawn = [*GENERATED[suite](draw)]
+    rows = {each["prompt"]: each for each in drawn}
+    while len(rows) < len(drawn):
+        missing = len(drawn) - len(rows)
+        more = {each["prompt"]: each for each in GENERATED[suite](draw) if each["prompt"] not in rows}
+        rows |= dict([*more.items()][:missing])
+    return "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in rows.values())
 
 
 if __name__ == "__main__":

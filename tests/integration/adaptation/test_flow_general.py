@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,10 @@ class Abilities:
 
 
 @pytest.fixture
-def abilities(monkeypatch: pytest.MonkeyPatch) -> Iterator[Abilities]:
+def abilities(monkeypatch: pytest.MonkeyPatch) -> Abilities:
     found = Abilities()
     monkeypatch.setattr(CheckedSuite, "score", lambda suite, *args, **more: found.score(suite, *args, **more))
-    yield found
+    return found
 
 
 def test_suites_are_asked_once_judged_and_shown(
