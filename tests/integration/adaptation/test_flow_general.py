@@ -82,7 +82,7 @@ def test_suites_are_asked_once_judged_and_shown(
 
     # what the base model can do is known now, to every lineage
     asked, _ = spec_to_check(
-        CLINIC["data"],
+        BANK["data"],
         task="other",
         lineage="l2",
         settings=["evaluate.general=[tools, json]", f"base_model={tiny_base}"],
