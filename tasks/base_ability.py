@@ -22,7 +22,7 @@ class BaseAbility(BaseModel, frozen=True):
 
     suite: str
     accuracy: float | None
-    """Its mean score, 0 to 1; None: nobody has asked it yet."""
+    """Its mean score, 0 to 1; None: it was not asked yet."""
     limit: float
     """`evaluate.min_general_accuracy`, from which on the suite is judged."""
 
