@@ -186,6 +186,12 @@ def check_metric(metric: str) -> str:
     return metric
 
 
+SUITES = ("arithmetic", "instructions", "json", "refusal", "tools")
+"""The suites of general ability that ship with the project; `deal_core.general` has their rows."""
+HARNESS = "lm_eval:"
+"""What the name of a task of lm-evaluation-harness begins with in `evaluate.general`."""
+
+
 @settings("evaluate")
 class EvaluateConfig:
     """How a version is evaluated."""
@@ -193,6 +199,17 @@ class EvaluateConfig:
     max_old_rows: Count = 5000
     """Most test rows of all earlier tasks together that a new version answers. A task's rows stay the same from version
     to version, or become fewer of the same rows, so versions are compared on common rows."""
+    general: tuple[str, ...] = ()
+    """Suites of general ability that every version answers: arithmetic, instructions, json, refusal, tools, and
+    lm_eval:NAME for a task of lm-evaluation-harness."""
+    min_general_accuracy: Share = 0.2
+    """A suite on which the base model scores less, 0 to 1, is off: it has too little to lose. 0 leaves all on."""
+
+    def __post_init__(self) -> None:
+        for name in self.general:
+            is_known = name in SUITES or (name.startswith(HARNESS) and len(name) > len(HARNESS))
+            require(is_known, f"evaluate.general has {brief(name)}; give {', '.join(SUITES)} or {HARNESS}NAME.")
+        require(len({*self.general}) == len(self.general), "evaluate.general names a suite twice; give each once.")
 
 
 @settings("data")

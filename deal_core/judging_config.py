@@ -63,6 +63,9 @@ class GateConfig:
     """Most points that a task may lose on its test rows from before a renewal. None: the loss is only reported."""
     max_perplexity_ratio: AtLeastOne | None = 1.5
     """Largest perplexity of plain English, as a multiple of the untouched base model's."""
+    max_general_drop_points: AtLeastZero | None = 10.0
+    """Most points that a suite of evaluate.general may lose, against the untouched base model and against the champion.
+    A loss that noise explains is allowed."""
     max_norm_ratio: AtLeastOne | None = 10.0
     """Largest norm ‖ΔW‖ of the adapter, as a multiple of the parent's. The inverse is the smallest."""
     confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95

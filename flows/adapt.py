@@ -29,6 +29,7 @@ from tasks.adaptation.resume import changed_since, find_parent, keep_findings
 from tasks.adaptation.run import AdaptationRun, RunInputs, prepare
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
+from tasks.base_ability import require_suites
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.datasets import drop_training_rows
@@ -179,6 +180,7 @@ async def begin(
         parent = Versions(store).champion(spec.lineage)
     record = read_record(store, parent.adapter_uri) if parent else None
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
+    await asyncio.to_thread(require_suites, spec.evaluate)  # rather now than after the training
     dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again)
     stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)

@@ -116,6 +116,8 @@ class Version(Stored):
     forward_transfer: float | None
     accuracies: Mapping[str, float]
     """Its row of the accuracy matrix, by task. The whole matrix is in its record."""
+    general: Mapping[str, float] = {}
+    """Its score on each suite of general ability that is on, 0 to 1."""
     since: Since = Field(default=Since(), exclude=True)
     """Not stored with it."""
 

@@ -84,19 +84,38 @@ def local_tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from deal_core.base_model.sources import BUILT_IN, cache_entry
-    from deal_core.regular_file import sha256_of_file
+    from deal_core.base_model.sources import BUILT_IN
 
-    place, cache = Path(source).expanduser(), HomeSettings().cache_dir
-    if source in BUILT_IN:
-        place = cache_entry(cache, source, BUILT_IN[source].member_sha256)
-    elif os.path.isfile(place):  # Path.is_file raises if the name is too long
-        place = cache_entry(cache, place.stem, sha256_of_file(place))
+    place = _local_place(source)
     name = place if os.path.isdir(place) or source in BUILT_IN else source
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # damaged files break their readers in many ways
         raise ConfigError(f"The tokenizer of {source!r} is not on this machine, or cannot be read.") from error
+
+
+def local_sha256(source: str) -> str | None:
+    """Return the digest of a base model whose folder is on this machine; None: it is not here, or is on a Hub."""
+    from deal_core.base_model.sources import sha256_of_model, stated_identity
+
+    place, cache = _local_place(source), HomeSettings().cache_dir
+    if not os.path.isfile(place / "config.json"):
+        return None
+    stated = stated_identity(place, cache)
+    return sha256_of_model(place, cache / "digests") if stated is None else stated[1]
+
+
+def _local_place(source: str) -> Path:
+    """The folder of a base model that is converted or a folder already; another source as a path."""
+    from deal_core.base_model.sources import BUILT_IN, cache_entry
+    from deal_core.regular_file import sha256_of_file
+
+    place, cache = Path(source).expanduser(), HomeSettings().cache_dir
+    if source in BUILT_IN:
+        return cache_entry(cache, source, BUILT_IN[source].member_sha256)
+    if os.path.isfile(place):  # Path.is_file raises if the name is too long
+        return cache_entry(cache, place.stem, sha256_of_file(place))
+    return place
 
 
 def refuse_what_cannot_fit(

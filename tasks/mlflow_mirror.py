@@ -251,6 +251,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
     tracked = _write_run(tracker, run.model_copy(update={"state": "finished"}))
     scores: dict[str, float | None] = {name: getattr(version, name) for name in SCORES}
     shown = scores | {f"accuracy/{name}": value for name, value in version.accuracies.items()}
+    shown |= {f"general/{name.replace(':', '/')}": value for name, value in version.general.items()}
     tracked.log_metrics({**shown, "arrival_accuracy": version.arrival_accuracy})
     described: dict[str, Any] = {
         "name": f"{version.lineage}-{version.task}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from deal_core.evaluation.report import EvaluationReport
+from deal_core.evaluation.report import EvaluationReport, Scores, mean_score
 from deal_core.evaluation.significance import PairedDrop, what_hits_tell
 from deal_core.judging_config import GateConfig
 
@@ -37,7 +37,7 @@ class GateDecision:
 
     failed_checks: tuple[FailedCheck, ...]
     notes: tuple[str, ...] = ()
-    """Tasks with too few test rows to judge, and losses over a limit that noise explains."""
+    """Tasks and suites with too few rows to judge, and losses over a limit that noise explains."""
 
     @property
     def accepted(self) -> bool:
@@ -58,6 +58,7 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
     all_drops = [_drop_of(report, task, config.confidence) for task in report.parent_accuracies]
     drops = [drop for drop in all_drops if drop.task not in report.slices]
     of_slices = [drop for drop in all_drops if drop.task in report.slices]
+    of_suites = [*_drops_of_suites(report, config.confidence)]
     failed_checks = [
         *_below_floors(report, config),
         *_no_gain(report, config),
@@ -65,9 +66,14 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
         *_too_large(of_slices, config.max_old_slice_drop_points),
         *_mean_drop(drops, config),
         *_general_ability(report, config),
+        *_too_large(of_suites, config.max_general_drop_points, "general_ability"),
         *_adapter(report, config),
     ]
-    return GateDecision(tuple(failed_checks), tuple(_notes(drops, config)))
+    notes = [
+        *_notes(drops, config.max_drop_points, config.confidence),
+        *_notes(of_suites, config.max_general_drop_points, config.confidence),
+    ]
+    return GateDecision(tuple(failed_checks), tuple(notes))
 
 
 def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[FailedCheck]:
@@ -107,9 +113,10 @@ def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[FailedChe
 
 @dataclass(frozen=True, kw_only=True)
 class _Drop:
-    """An old task's loss against the champion, in points."""
+    """The loss of an old task against the champion, or of a suite against the base model or the champion, in points."""
 
     task: str
+    """The task or the suite."""
     points: float
     num_rows: int
     paired: PairedDrop | None
@@ -133,11 +140,32 @@ def _drop_of(report: EvaluationReport, task: str, confidence: float) -> _Drop:
     )
 
 
-def _too_large(drops: list[_Drop], limit: float | None) -> Iterator[FailedCheck]:
+def _drops_of_suites(report: EvaluationReport, confidence: float) -> Iterator[_Drop]:
+    """Each suite's losses, as answers of the base model and of the champion tell them."""
+
+    def against(whose: str, suite: str, before: Scores, now: Scores) -> _Drop:
+        paired = PairedDrop.of(before, now)
+        after = f"from {_percent(mean_score(before))} to {_percent(mean_score(now))}"
+        return _Drop(
+            task=suite,
+            points=paired.points,
+            num_rows=paired.num_rows,
+            paired=paired,
+            is_clear=paired.lower_bound(confidence) > 0,
+            sentence=f"General ability: {suite} fell by {paired.points:.1f} points against the {whose}, {after}",
+        )
+
+    for suite, scores in report.general.items():
+        yield against("base model", suite, scores.base, scores.now)
+        if scores.parent is not None:
+            yield against("champion", suite, scores.parent, scores.now)
+
+
+def _too_large(drops: list[_Drop], limit: float | None, kind: CheckKind = "drop") -> Iterator[FailedCheck]:
     for drop in drops:
         if limit is not None and drop.points > limit + 100 * _SLACK and drop.is_clear:
             message = f"{drop.sentence}; the limit is {limit:.1f} points."
-            yield FailedCheck(kind="drop", task=drop.task, value=drop.points, limit=limit, message=message)
+            yield FailedCheck(kind=kind, task=drop.task, value=drop.points, limit=limit, message=message)
 
 
 def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[FailedCheck]:
@@ -198,23 +226,25 @@ def _of_adapter(message: str, value: float | None = None, limit: float | None = 
     return FailedCheck(kind="adapter", task=None, value=value, limit=limit, message=message)
 
 
-def _notes(drops: list[_Drop], config: GateConfig) -> Iterator[str]:
+def _notes(drops: list[_Drop], max_points: float | None, confidence: float) -> Iterator[str]:
+    if max_points is None:
+        return
     for drop in drops:
         if drop.paired is None:
             yield f"{drop.task}: the champion's answers were not kept; its drop is judged without allowing for noise."
             continue
-        limit = max(config.max_drop_points, 100 / drop.num_rows) + 100 * _SLACK
+        limit = max(max_points, 100 / drop.num_rows) + 100 * _SLACK
         if drop.paired.are_hits:
-            told = what_hits_tell(drop.paired.num_rows, limit, config.confidence)
+            told = what_hits_tell(drop.paired.num_rows, limit, confidence)
         else:  # what graded scores can distinguish depends on the scores that changed
-            noise = drop.paired.noise(config.confidence)
+            noise = drop.paired.noise(confidence)
             told = f"a drop only from about {noise:.1f} points on" if noise > limit else None
         if told:
             yield (
                 f"{drop.task}: too few test rows to judge: {drop.num_rows} can tell {told}; the limit is "
-                f"{config.max_drop_points:.1f}."
+                f"{max_points:.1f}."
             )
-        if drop.points > config.max_drop_points + 100 * _SLACK and not drop.is_clear:
+        if drop.points > max_points + 100 * _SLACK and not drop.is_clear:
             yield f"{drop.sentence}: over the limit, but within the noise of {drop.num_rows} test rows."
 
 

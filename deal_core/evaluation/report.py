@@ -29,6 +29,11 @@ Scores = Annotated[
 """The score of every test row of a task, 0 to 1."""
 
 
+def mean_score(scores: Sequence[float]) -> float:
+    """Return the mean of scores, of which there is one at least."""
+    return sum(scores) / len(scores)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
     """Facts about an adapter that need no answers."""
@@ -39,6 +44,18 @@ class AdapterFacts:
     """The parent's norm; None for the first version."""
     is_changed: bool
     """Whether the adapter's bytes differ from the parent's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralScores:
+    """The scores of each row of a suite of general ability."""
+
+    now: Scores
+    """The new version's."""
+    base: Scores
+    """The untouched base model's."""
+    parent: Scores | None
+    """The parent's; None for the first version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +90,8 @@ class EvaluationReport(VersionedJson):
     perplexity: float | None = None
     """Perplexity of plain English that belongs to no task; None if the model has none (an encoder-decoder)."""
     base_perplexity: float | None = None
+    general: Mapping[str, GeneralScores] = field(default_factory=dict)
+    """Per suite of general ability that is on, its scores."""
     adapter: AdapterFacts | None = None
     """None: not examined."""
     majority_rate: float | None = None

@@ -207,6 +207,7 @@ def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]
         "aliases": " ".join(entry.aliases) or "–",
         "average accuracy, %": percent(entry.average_accuracy),
         "forgetting, points": percent(entry.forgetting),
+        **{f"{name}, %": percent(score) for name, score in entry.general.items()},
         "strategy": escape(entry.strategy),
         "dataset": entry.dataset_sha256[:12],
         "learned": f"{entry.created.astimezone():%Y-%m-%d %H:%M}",

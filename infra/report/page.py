@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import scored_otherwise
-from deal_core.evaluation.report import EvaluationReport
+from deal_core.evaluation.report import EvaluationReport, mean_score
 from deal_core.monitoring.report import LiveLook
 from infra.report.run_report import Changed, RunReport
 
@@ -61,6 +61,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
         "scores": scores_of(report, evaluation),
         "matrix": matrix_rows(evaluation.matrix, versions),
         "charts": charts,
+        "suites": suite_rows(evaluation),
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
         "totals": totals(report.changed),
         "otherwise": scored_otherwise(evaluation.metrics),
@@ -94,6 +95,40 @@ def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixR
             for task, share in zip(matrix.tasks, shares, strict=True)
         )
         rows.append(MatrixRow(name, learned, cells))
+    return rows
+
+
+class SuiteRow(NamedTuple):
+    """A suite of general ability. Shares are 0 to 1."""
+
+    name: str
+    num_rows: int
+    base: float
+    parent: float | None
+    """None: there is no parent."""
+    now: float
+    num_gained: int
+    """Rows with a higher score than the base model's."""
+    lost: tuple[int, ...]
+    """Numbers of the rows with a lower score than the base model's, from 1."""
+
+
+def suite_rows(evaluation: EvaluationReport) -> list[SuiteRow]:
+    """Return a row for each suite that is on."""
+    rows = []
+    for name, scores in evaluation.general.items():
+        pairs = list(zip(scores.base, scores.now, strict=True))
+        rows.append(
+            SuiteRow(
+                name=name,
+                num_rows=len(pairs),
+                base=mean_score(scores.base),
+                parent=None if scores.parent is None else mean_score(scores.parent),
+                now=mean_score(scores.now),
+                num_gained=sum(now > base for base, now in pairs),
+                lost=tuple(number for number, (base, now) in enumerate(pairs, 1) if now < base),
+            )
+        )
     return rows
 
 

@@ -13,6 +13,7 @@
     versions/LINEAGE/NUMBER.json              a version; beside it, what later replaced or removed its files
     promotions/LINEAGE/NUMBER.json            the promotion log
     index/FOLDER.json                         the content of a folder's objects, which saves requests
+    base_models/SHA256.general.json           the scores of a base model on suites of general ability
     mlflow/LINEAGE.json                       what MLflow has of the lineage
     mlflow/LINEAGE/RUN.forget                 a run whose rows are still to be removed from MLflow
     lineages/LINEAGE.yaml                     the stored settings of a lineage
@@ -125,6 +126,10 @@ batch_key: OfLineageAndTask = "batches/{}/{}.json".format
 
 fingerprint_key: Callable[[str], str] = "base_models/{}.json".format
 """From the digest of a base model."""
+base_scores_key: Callable[[str], str] = "base_models/{}.general.json".format
+"""A base model's scores on suites of general ability, from its digest."""
+adapter_scores_key: Callable[[str], str] = "{}/general.json".format
+"""A version's, from the folder of its adapter."""
 answer_ids_key: OfLineage = "serving/{}.key".format
 log_folder: Callable[[str, str], str] = "{}/{}".format
 """From the log, PREDICTIONS or FEEDBACK, and the lineage."""

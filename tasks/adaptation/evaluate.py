@@ -15,6 +15,7 @@ from deal_core.safe_text import listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version
+from tasks.adaptation.general import measure_general
 from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
 from tasks.base import lend_base
 from tasks.context import current_store
@@ -77,8 +78,10 @@ def evaluate_version(
     keep_answers(store, trained.uri, answers)
     judging = [test_set for test_set in asked.all if test_set.schema.name not in asked.slices]
     write_reference(store, trained.uri, adaptation.lineage, judging, scores.now.evaluations)
-    notes = (*notes, *asked.notes, *_length_notes(scorer, asked, adaptation.dataset), *collapse_notes(scores.now))
-    return _report(adaptation, asked, scores, scorer.num_rows, notes)
+    general = measure_general(scorer, adaptation, trained)
+    of_rows = (*asked.notes, *_length_notes(scorer, asked, adaptation.dataset), *collapse_notes(scores.now))
+    notes = (*notes, *of_rows, *general.notes)
+    return replace(_report(adaptation, asked, scores, scorer.num_rows, notes), general=general.scores)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from prefect import runtime, task
 from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.evaluation.gate import GateDecision
-from deal_core.evaluation.report import EvaluationReport
+from deal_core.evaluation.report import EvaluationReport, mean_score
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.versions import SCORES, Version, Versions
@@ -74,6 +74,7 @@ def register_version(
         launch=trained.summary.launch,
         shard=trained.summary.shard,
         accuracies=dict(report.accuracies),
+        general={name: mean_score(scores.now) for name, scores in report.general.items()},
         **{name: getattr(report.matrix, name) for name in SCORES},
     )
     licence = licence_of_base(adaptation.base.source, resolve_base(adaptation.base.source, HomeSettings().cache_dir))

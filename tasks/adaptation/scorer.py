@@ -20,6 +20,7 @@ from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.metrics import collapsed
 from deal_core.evaluation.report import Scores
 from deal_core.evaluation.score import TaskEvaluation, confidences_of, count_too_long, evaluate_answers, evaluate_task
+from deal_core.general.suites import Suite
 from deal_core.safe_text import brief
 from deal_core.training.jobs import AnswerJob, AnswerResult
 from infra.launch import is_in_this_process, launch_job
@@ -173,6 +174,16 @@ class Scorer:
             for test_set, given in zip(sets, found.answers, strict=True)
         }
         return evaluations, found.perplexity
+
+    def score_suites(self, adapter_folder: Path | None, suites: Sequence[Suite]) -> dict[str, Scores]:
+        """Score one adapter (None: the untouched base model) on suites of general ability: the score of each row."""
+        self._total += sum(map(len, suites))
+        on_engine = self._engine.answering(adapter_folder) if self._engine else nullcontext()
+        with adapter_on(lend_base(self._base).model, adapter_folder) as model, on_engine as answer:
+            return {
+                suite.name: suite.score(model, self._tokenizer, answer, partial(self._advance, suite.name))
+                for suite in suites
+            }
 
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
         return recentred_accuracy(

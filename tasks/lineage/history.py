@@ -38,6 +38,8 @@ class HistoryEntry(BaseModel, frozen=True):
     """Mean of what a task had gained over the base model before it was learned."""
     arrival_accuracy: float | None
     """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
+    general: dict[str, float]
+    """Its score on each suite of general ability that is on, 0 to 1."""
     accepted: bool
     """Whether its gate accepted it."""
     reasons: tuple[str, ...]

@@ -15,7 +15,7 @@ from deal_core.errors import AdapterStateError, DataValidationError, StoreError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from deal_core.evaluation.metrics import LabelFigures
-from deal_core.evaluation.report import AdapterFacts, EvaluationReport
+from deal_core.evaluation.report import AdapterFacts, EvaluationReport, GeneralScores
 from deal_core.judging_config import RolloutTerms
 from infra.run_journal import Run
 from infra.store.local import FileStore
@@ -46,6 +46,7 @@ REPORT = EvaluationReport(
     perplexity=31.5,
     metrics={"bank": "exact", "talk": "rouge_l"},
     base_perplexity=float("inf"),
+    general={"json": GeneralScores(now=(1.0, 0.0), base=(1.0, 1.0), parent=None)},
     adapter=AdapterFacts(norm=1.25, parent_norm=None, is_changed=True),
     majority_rate=0.5,
     labels={
@@ -126,6 +127,7 @@ WRITTEN: dict[str, Stored] = {
         backward_transfer=-0.25,
         forward_transfer=None,
         accuracies={"bank": 1.0, "talk": 1 / 3},
+        general={"json": 0.5},
     ),
     "run": Run(
         lineage="support",

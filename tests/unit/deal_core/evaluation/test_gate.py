@@ -9,7 +9,7 @@ import pytest
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.gate import decide
-from deal_core.evaluation.report import AdapterFacts, EvaluationReport
+from deal_core.evaluation.report import AdapterFacts, EvaluationReport, GeneralScores
 from deal_core.judging_config import GateConfig
 
 
@@ -190,6 +190,39 @@ def test_general_ability_is_held_against_the_base(perplexity: float | None, acce
     report = replace(GOOD, perplexity=perplexity, base_perplexity=30.0)
     assert decide(report, GateConfig()).accepted is accepted
     assert decide(report, GateConfig(max_perplexity_ratio=None)).accepted
+
+
+def with_suite(base: str, parent: str | None, now: str) -> EvaluationReport:
+    """A version with a suite of general ability; 1 and 0 are its rows' scores."""
+    scores = {name: None if row is None else tuple(map(float, row)) for name, row in (("base", base), ("now", now))}
+    before = None if parent is None else tuple(map(float, parent))
+    return replace(GOOD, general={"json": GeneralScores(**scores, parent=before)})
+
+
+def test_a_suite_that_lost_too_much_against_base_model_or_champion_is_rejected() -> None:
+    whole, part = "1" * 60, "1" * 45 + "0" * 15
+    for report, whose in ((with_suite(whole, part, part), "base model"), (with_suite(part, whole, part), "champion")):
+        (check,) = decide(report, GateConfig()).failed_checks
+        assert (check.kind, check.task, check.value, check.limit) == ("general_ability", "json", 25.0, 10.0)
+        assert check.message == (
+            f"General ability: json fell by 25.0 points against the {whose}, from 100.0 % to 75.0 %; the limit is 10.0 "
+            "points."
+        )
+        assert decide(report, GateConfig(max_general_drop_points=25)).accepted
+        assert decide(report, GateConfig(max_general_drop_points=None)).accepted
+    assert len(decide(with_suite(whole, whole, part), GateConfig()).failed_checks) == 2
+    assert [check.task for check in decide(with_suite(whole, None, part), GateConfig()).failed_checks] == ["json"]
+    assert decide(with_suite(part, part, whole), GateConfig()).accepted, "a gain"
+
+
+def test_a_suites_loss_that_noise_explains_is_told_and_passes() -> None:
+    before, after = outcomes(60, lost=20, gained=13)
+    decision = decide(with_suite(before, None, after), GateConfig())
+    assert decision.accepted
+    (note,) = [note for note in decision.notes if "json" in note]
+    assert note.startswith("General ability: json fell by 11.7 points against the base model") and "noise of 60" in note
+    silent = decide(with_suite(before, None, after), GateConfig(max_general_drop_points=None))
+    assert not any("json" in note for note in silent.notes)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from deal_core.adapter.files import as_recorded, digests_of
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DealError, StoreError
 from infra.fingerprints import read_fingerprint
+from infra.general_scores import read_scores
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.format import write_format
+from infra.store.keys import adapter_scores_key
 from infra.versions import Versions
 from tasks.adaptation.resume import read_findings
 from tasks.context import current_store
@@ -59,6 +61,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
     "watch/l.json": lambda store: read_state(store, "l"),
     "labels/l/bank.json": lambda store: added_labels(store, "l", "bank"),
     f"base_models/{'b' * 64}.json": lambda store: read_fingerprint(store, "b" * 64),
+    f"{ADAPTER}/general.json": lambda store: read_scores(store, adapter_scores_key(ADAPTER)),
     "versions/l/00000007.json": lambda store: Versions(store).find("l", "7"),
     "lineages/l.yaml": lambda store: read_lineage(store, "l"),
 }

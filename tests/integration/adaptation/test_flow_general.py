@@ -1,0 +1,123 @@
+"""Suites of general ability in a lineage: who is asked, what the gate says, and what is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from deal_core.evaluation.report import EvaluationReport
+from deal_core.general.suites import CheckedSuite, read_suite
+from infra.general_scores import read_scores
+from infra.settings import TrackingSettings
+from infra.store.keys import adapter_scores_key, base_scores_key
+from infra.tracking.client import open_client
+from tasks.context import current_store
+from tasks.lineage.history import read_history
+from tasks.validate import spec_to_check, validate
+from tests.adapting import BANK, CLINIC, PASS, evaluation_of, page_of, run, version_of
+
+ROWS = len(read_suite("json"))
+
+
+class Abilities:
+    """Answers suites in the models' place: the base model and the adapters in their order, by share of right rows."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.of_base: dict[str, float] = {}
+        self.of_adapters: dict[str, float] = {}
+
+    def score(self, suite: CheckedSuite, model: Any, *_: Any, **__: Any) -> tuple[float, ...]:
+        is_adapted = isinstance(model, PeftModel)
+        self.asked.append(f"{'adapter' if is_adapted else 'base'}: {suite.name}")
+        share = (self.of_adapters if is_adapted else self.of_base)[suite.name]
+        right = round(share * len(suite))
+        return (1.0,) * right + (0.0,) * (len(suite) - right)
+
+    def take(self) -> list[str]:
+        asked, self.asked = self.asked, []
+        return asked
+
+
+@pytest.fixture
+def abilities(monkeypatch: pytest.MonkeyPatch) -> Abilities:
+    found = Abilities()
+    monkeypatch.setattr(CheckedSuite, "score", lambda suite, *args, **more: found.score(suite, *args, **more))
+    return found
+
+
+def test_suites_are_asked_once_judged_and_shown(
+    prefect_api: None, home: Path, tiny_base: Path, abilities: Abilities
+) -> None:
+    del prefect_api
+    store, suites = current_store(), {"evaluate": {"general": ["json", "tools"]}}
+    abilities.of_base = {"json": 0.8, "tools": 0.15}
+    abilities.of_adapters = {"json": 0.75}
+
+    asked, _ = spec_to_check(BANK["data"], task="bank", settings=["evaluate.general=[json]", f"base_model={tiny_base}"])
+    (unknown,) = validate(asked).general
+    assert (unknown.accuracy, unknown.is_on) == (None, None) and "not known yet" in unknown.describe()
+    assert abilities.take() == []
+    (known,) = validate(asked, with_model=True).general
+    assert known.accuracy == pytest.approx(0.8) and abilities.take() == ["base: json"]
+
+    first = run(tiny_base, BANK, **suites)
+    assert abilities.take() == ["base: json", "base: tools", "adapter: json"], "tools is off"
+    version = version_of(first)
+    assert version.general == {"json": 0.75} and read_history("l")[0].general == {"json": 0.75}
+    report = EvaluationReport.from_json(evaluation_of(first))
+    assert (sum(report.general["json"].base), sum(report.general["json"].now)) == (0.8 * ROWS, 0.75 * ROWS)
+    assert report.general["json"].parent is None
+    assert any("tools is off, since the base model scores 15.0 %" in note for note in report.notes)
+    page = page_of(first)[1]
+    assert "General ability" in page and ">75.0<" in page and ", ".join(map(str, range(46, 49))) in page
+    client = open_client(TrackingSettings())
+    (logged,) = client.search_runs([client.get_experiment_by_name("deal/l").experiment_id])
+    assert logged.data.metrics["general/json"] == 0.75
+    kept = read_scores(store, adapter_scores_key(version.adapter_uri))
+    assert kept is not None and kept.model_sha256 == version.adapter_sha256
+
+    # what the base model can do is known now, to every lineage
+    asked, _ = spec_to_check(
+        BANK["data"],
+        task="other",
+        lineage="l2",
+        settings=["evaluate.general=[tools, json]", f"base_model={tiny_base}"],
+    )
+    tools, json = validate(asked).general
+    assert (tools.is_on, json.is_on) == (False, True) and "tools is off" in tools.describe()
+
+    # a small loss passes, a large one does not; base model and champion are not asked again
+    abilities.of_adapters = {"json": 0.5}
+    second = run(tiny_base, CLINIC, **suites)
+    assert abilities.take() == ["adapter: json"]
+    assert second.rejected and [reason.partition(",")[0] for reason in second.reasons] == [
+        "General ability: json fell by 30.0 points against the base model",
+        "General ability: json fell by 25.0 points against the champion",
+    ]
+    checks = version_of(second).failed_checks
+    assert [(check["kind"], check["task"], check["limit"]) for check in checks] == [
+        ("general_ability", "json", 10.0)
+    ] * 2
+
+    # scores of another adapter than the champion's are not used
+    damaged = kept.model_copy(update={"model_sha256": "0" * 64})
+    store.put_bytes(adapter_scores_key(version.adapter_uri), damaged.model_dump_json().encode())
+    gate = {**PASS, "max_general_drop_points": None}
+    third = run(tiny_base, CLINIC, gate=gate, evaluate={"general": ["json", "tools"], "min_general_accuracy": 0.9})
+    assert abilities.take() == [] and not third.rejected and version_of(third).general == {}
+    again = {"general": ["json", "tools"], "min_general_accuracy": 0.0}
+    abilities.of_adapters["tools"] = 0.1
+    run(tiny_base, BANK, gate=gate, evaluate=again, again=True)
+    assert abilities.take() == ["adapter: json", "adapter: tools"] * 2, "the champion, then the version"
+    assert store.exists(base_scores_key(version.base_sha256))
+
+
+def test_without_suites_nobody_is_asked(prefect_api: None, home: Path, tiny_base: Path, abilities: Abilities) -> None:
+    del prefect_api, home
+    result = run(tiny_base, BANK)
+    assert abilities.asked == [] and version_of(result).general == {}
+    assert not current_store().exists(base_scores_key(version_of(result).base_sha256))
