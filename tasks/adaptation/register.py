@@ -30,7 +30,7 @@ def register_version(
     from deal_core.evaluation.answering import SERVED_FILE
     from tasks.lineage.model_card import served_version, write_card
 
-    store, spec, parent = current_store(), adaptation.spec, adaptation.parent
+    store, spec, parent, plan = current_store(), adaptation.spec, adaptation.parent, adaptation.consolidation
     record = LineageRecord(
         lineage=adaptation.lineage,
         base=adaptation.base,
@@ -47,6 +47,9 @@ def register_version(
     version = Version(
         lineage=adaptation.lineage,
         created=datetime.now(UTC),
+        kind="adaptation" if plan is None else "consolidation",
+        arrivals=() if plan is None else plan.arrivals,
+        starts_from_base=plan is not None and plan.start == "base",
         task=adaptation.dataset.task,
         parent_version=parent.version if parent else None,
         run_key=adaptation.run_key,
@@ -70,6 +73,7 @@ def register_version(
         arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
         train_seconds=trained.summary.seconds,
         accuracies=dict(report.accuracies),
+        debts={name: debt.points for name, debt in report.debts.items()},
         **{name: getattr(report.matrix, name) for name in SCORES},
     )
     licence = licence_of_base(adaptation.base.source, resolve_base(adaptation.base.source, HomeSettings().cache_dir))

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import runtime
 from prefect.cache_policies import NO_CACHE
@@ -24,12 +24,15 @@ from tasks.context import current_store, work_folder
 from tasks.lineage.choices import settings_of
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import KeptAnswers, read_answers
-from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.lineage.record import KnownTask, LineageRecord, choose_task
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
 from tasks.progress import Interrupted
 from tasks.references import ArrivalScore, BaseRef, DatasetRef
 from tasks.spec import AdaptSpec
+
+if TYPE_CHECKING:
+    from tasks.adaptation.consolidate import ConsolidationPlan
 
 RETRY_SECONDS = [5, 30, 120]
 """Pauses before a stage is tried again."""
@@ -85,6 +88,8 @@ class RunInputs:
     """Number of versions that were trained on the dataset before, if it is to be trained again."""
     requeued_sha256: str | None
     """Digest of the dataset of the version whose arrival is learned again; None: no version is replaced."""
+    consolidation: ConsolidationPlan | None = None
+    """What is learned together; None: one arrival is learned. Then `dataset` stands for all of its rows."""
     tested: ArrivalScore | None = None
     """The champion's score on the arrival's rows; None: it was not asked."""
 
@@ -199,7 +204,10 @@ def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
         ObjectNotFoundError: The parent's adapter is missing.
     """
     store, dataset, parent, record = current_store(), inputs.dataset, inputs.parent, inputs.record
-    schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
+    if record is not None and inputs.consolidation is not None:  # test rows stay as they are
+        schema, renewal = choose_task(record, dataset.task).schema, Renewal(None, record.slices, None)
+    else:
+        schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
     parent_folder = None
     if parent is not None:
         parent_folder = work_folder(run.lineage, run.short_key) / "parent"
