@@ -192,10 +192,7 @@ def test_what_is_left_is_learned_and_what_is_gone_is_named(tiny_base: Path, tmp_
 
     files["clinic"].write_text(text)
     files["clinic"].unlink()
-    run(tiny_base, {**CLINIC, "name": "wards"}, rehearsal={"rows": 10})
-    run(
-        tiny_base, {**CLINIC, "name": "wards", "data": CLINIC["test_data"], "test_data": None}, again=True
-    ) if False else None
+    run(tiny_base, {**CLINIC, "name": "wards"}, **spec)
     result = consolidated("champion")
     notes = evaluation_of(result)["notes"]
     assert "2 of 3 arrivals were learned together, from the champion" in notes and "no row is left of clinic" in notes
@@ -347,6 +344,6 @@ def test_a_spent_budget_lets_a_watch_consolidate_and_learn_again_what_was_reject
 
 
 def test_a_policy_needs_its_budget(tiny_base: Path) -> None:
-    with pytest.raises(ConfigError, match="consolidate.when_spent needs gate.max_total_drop_points"):
+    with pytest.raises(ConfigError, match=r"consolidate\.when_spent needs gate\.max_total_drop_points"):
         watched(tiny_base, when_spent=True)
     assert not ConsolidatePolicy().is_on
