@@ -1,6 +1,6 @@
 """A consolidation: which rows are left of a lineage's arrivals, and the files that they are learned from together.
 
-The rows of an arrival are those that its dataset retains, or are read anew from the files that landed, if their digests
+The rows of an arrival are those that its dataset retains, or are read again from the landed files, if their digests
 are the same. Of a task with an arrival without rows, the rows that the method has kept are learned too. Test rows are
 left out, those from before a renewal as well.
 """
@@ -212,7 +212,7 @@ def _part(store: ObjectStore, version: Version, kept: Collection[str]) -> Part:
 
 
 def _seconds(champion: Version, spec: AdaptSpec, num_rows: int) -> float | None:
-    """About how long a training on so many rows takes, at the speed of the champion's own training."""
+    """About how long a training on this number of rows takes, at the speed of the champion's own training."""
     try:
         trained = read_findings(champion.adapter_uri).training
     except StoreError:

@@ -175,7 +175,7 @@ def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
 
 def start_run(inputs: RunInputs) -> Run:
     """Write the run into the journal, or continue the one that a crash left."""
-    store, dataset, parent = current_store(), inputs.dataset, inputs.parent
+    store, dataset, parent, together = current_store(), inputs.dataset, inputs.parent, inputs.consolidation
     write_format(store)  # before anything of a version, so that the store is known as one of this release
     run = Run(
         lineage=inputs.lineage,
@@ -190,6 +190,11 @@ def start_run(inputs: RunInputs) -> Run:
             "base": inputs.base.name,
             **settings_of(inputs.spec, inputs.adapter, inputs.strategy),
             "attempt": inputs.attempt,
+            **(
+                {}
+                if together is None
+                else {"consolidation": {"start": together.start, "arrivals": len(together.arrivals)}}
+            ),
         },
         started=datetime.now(UTC),
     )

@@ -24,7 +24,7 @@ class ConsolidatePolicy(BaseModel, frozen=True, extra="forbid"):
     """Consolidate when the forgetting budget is spent: a task of the champion has lost more than
     gate.max_total_drop_points, or a version was rejected for that. What was rejected is then learned again."""
     every_arrivals: Count | None = None
-    """Consolidate when the champion has learned so many arrivals since its last consolidation."""
+    """Consolidate when the champion has learned this number of arrivals since its last consolidation."""
     start: Start = "base"
     """Whether the training starts from the base model, or from the champion."""
 
