@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+import flows.adapt
 import tasks.adaptation.train
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import load_method_state
@@ -41,6 +42,7 @@ from tasks.lineage.history import find_version, read_history
 from tasks.lineage.promotion import find_left_behind, roll_back
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
+from tasks.lineage.tombstones import TestRowsForgottenError
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.spec import parse
 from tests.adapting import BANK, CLINIC, PASS, evaluation_of, page_of, run, version_of
@@ -51,27 +53,28 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 ROOT = Path(__file__).parents[3]
 TRAIN = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
-KILLED_AT = """
-import asyncio, os, signal, sys
+NUM_KEPT = 72 // 4
+"""Rows that are kept of 72."""
+KILLED_WHILE_TRAINING = """
+import asyncio, os, signal
 
 from deal_core.training import trainer
-from flows import adapt, consolidate
+from flows.consolidate import consolidate
 
-where = sys.argv[1]
-die = lambda *given, **more: os.kill(os.getpid(), signal.SIGKILL)
-if where == "train":
-    rotate = trainer.rotate_checkpoints
+rotate = trainer.rotate_checkpoints
 
-    def rotate_and_die(folder, **given):
-        rotate(folder, **given)
-        if (folder / "checkpoint-2" / trainer.COMPLETE).exists():
-            die()
+def die(folder, **given):
+    rotate(folder, **given)
+    if (folder / "checkpoint-2" / trainer.COMPLETE).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.rotate_checkpoints = rotate_and_die
-else:
-    setattr(adapt, where, die)
-asyncio.run(consolidate.consolidate("l"))
+trainer.rotate_checkpoints = die
+asyncio.run(consolidate("l"))
 """
+
+
+class Killed(BaseException):
+    """The death of a process."""
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +138,7 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
     assert {task: len(texts) for task, texts in rows.items()} == {"bank": 72, "clinic": 72}
     tests = {json.loads(line)["text"] for line in Path(BANK["test_data"]).read_text().splitlines()}
     assert not tests & set(rows["bank"]), "test rows are never learned"
-    assert kept_by("3") == kept_by("2") == {"bank": 50, "clinic": 50}, "the kept rows are handed on"
+    assert kept_by("3") == kept_by("2") == {"bank": NUM_KEPT, "clinic": NUM_KEPT}, "the kept rows are handed on"
 
     matrix = read_record(current_store(), version.adapter_uri).matrix
     assert matrix.learned == ("bank", "clinic", "(consolidation)")
@@ -211,24 +214,37 @@ def test_kept_rows_stand_in_for_rows_that_are_gone(tiny_base: Path, tmp_path: Pa
     run(tiny_base, CLINIC)
     file.unlink()
     planned = plan("l")
-    assert planned.kept == {"bank": 50} and planned.num_rows == 50 + 72
+    assert planned.kept == {"bank": NUM_KEPT} and planned.num_rows == NUM_KEPT + 72
     result = consolidated()
     version = version_of(result)
     assert [(arrival.task, arrival.rows) for arrival in version.arrivals] == [("bank", "kept"), ("clinic", "all")]
-    assert "of arrivals without their rows, the kept ones were learned: 50 of bank" in evaluation_of(result)["notes"]
+    assert (
+        f"of arrivals without their rows, the kept ones were learned: {NUM_KEPT} of bank"
+        in evaluation_of(result)["notes"]
+    )
     assert result.accuracies.keys() == {"bank", "clinic"}
 
 
 @pytest.mark.usefixtures("learned")
-def test_the_arrivals_of_a_consolidation_are_found_when_one_is_forgotten(tiny_base: Path) -> None:
-    bank, clinic = (version.dataset_sha256 for version in Versions(current_store()).all("l"))
-    asyncio.run(forget(bank, "test"))
-    run(tiny_base, {**CLINIC, "name": "wards"})
-    with pytest.raises(Exception, match="test rows of task 'bank' were forgotten"):
-        plan("l")
+def test_rows_that_were_forgotten_are_never_learned_again(tiny_base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "more.jsonl"
+    rows = [json.loads(line) for line in Path(BANK["data"]).read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "text": f"{row['text']} Please."}) + "\n" for row in rows))
+    run(tiny_base, {**BANK, "data": str(file), "test_data": None})
+    forgotten = find_version(current_store(), "l", "3").dataset_sha256
+    asyncio.run(forget(forgotten, "a complaint"))
+    assert file.exists(), "a file outside of the inbox is left to its owner"
+    last = plan("l").parts[-1]
+    assert (last.version, last.source, last.num_rows) == ("3", "none", 0) and "(a complaint)" in last.why
+    consolidated()
+    learned = [each.version for each in plan_forget(forgotten).learned]
+    assert learned == ["3"], "version 4 starts from the base model and has not seen the rows"
 
-    learned = plan_forget(clinic).learned
-    assert [version.version for version in learned] == ["2", "3"]
+    bank = Versions(current_store()).all("l")[0].dataset_sha256
+    roll_back("l", "3", who="test", why="to try again")
+    asyncio.run(forget(bank, "test"))  # with the test rows of the task
+    with pytest.raises(TestRowsForgottenError, match="no version can be judged on it"):
+        plan("l")
 
 
 @pytest.mark.usefixtures("learned")
@@ -244,23 +260,39 @@ def test_a_consolidation_counts_among_the_versions_that_learned_its_arrivals_onl
     assert len(list_data(current_store())) == 2, "a consolidation is no arrival"
 
 
+def has_one_consolidation(home: Path) -> None:
+    """Assert that one consolidation is champion, and that nothing of its run is left."""
+    store = current_store()
+    assert [facts(version) for version in Versions(store).all("l")[2:]] == [("consolidation", "2", True, "learned")]
+    assert [each.state for each in RunJournal(store).all("l")] == ["finished"] * 3
+    assert not list((home / "work").rglob("*.*")), "the gathered rows are gone"
+
+
 @pytest.mark.usefixtures("learned")
-@pytest.mark.parametrize("where", ["train", "evaluate_version", "promote_version", "report_version"])
-def test_a_consolidation_that_was_killed_goes_on(home: Path, where: str) -> None:
+def test_a_consolidation_that_was_killed_while_it_trained_goes_on(home: Path) -> None:
     settings = {"lineage": "l", "gate": PASS, "train": {**TRAIN, "max_steps": 4, "checkpoint_steps": 2}}
     add_lineage(current_store(), parse(WatchedLineage, settings, "test"), settings)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT, where], cwd=ROOT, env=os.environ | {"DEAL_HOME": str(home)}, check=False
+        [sys.executable, "-c", KILLED_WHILE_TRAINING], cwd=ROOT, env=os.environ | {"DEAL_HOME": str(home)}, check=False
     )
     assert killed.returncode == -signal.SIGKILL
     result = consolidated()
-    versions = Versions(current_store()).all("l")
-    assert [facts(version) for version in versions[2:]] == [("consolidation", "2", True, "learned")]
-    assert [run.state for run in RunJournal(current_store()).all("l")] == ["finished"] * 3
-    assert not list((home / "work").rglob("*.*")), "the gathered rows are gone"
-    if where == "train":
-        assert result.resumed_from_step == 2
-    assert result.status == ("repeat" if where in ("promote_version", "report_version") else "promoted")
+    assert (result.status, result.resumed_from_step) == ("promoted", 2)
+    has_one_consolidation(home)
+
+
+@pytest.mark.usefixtures("learned")
+@pytest.mark.parametrize("stage", ["evaluate_version", "register_version", "promote_version", "report_version"])
+def test_a_consolidation_that_died_later_is_completed(home: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*given: Any, **more: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(flows.adapt, stage, die)
+        consolidated()
+    is_registered = stage in ("promote_version", "report_version")
+    assert consolidated().status == ("repeat" if is_registered else "promoted")
+    has_one_consolidation(home)
 
 
 @pytest.mark.usefixtures("learned")
