@@ -180,7 +180,10 @@ def show_plan(planned: ConsolidationPlan) -> Sequence[RenderableType]:
     for part in planned.parts:
         num_rows = str(part.num_rows) if part.num_rows else "–"
         table.add_row(part.version, escape(part.task), num_rows, _SOURCES[part.source], escape(part.why) or "–")
-    shown = [heading(f"{planned.lineage}, from the {planned.start}, judged against version {planned.champion}"), table]
+    shown: list[RenderableType] = [
+        heading(f"{planned.lineage}, from the {planned.start}, judged against version {planned.champion}"),
+        table,
+    ]
     shown += [f"Of {escape(task)} {number} kept rows are learned." for task, number in planned.kept.items()]
     shown += [
         f"[yellow]No row of {escape(task)} is left; the champion's skill is all there is.[/]" for task in planned.gone

@@ -63,7 +63,7 @@ def why_due(policy: ConsolidatePolicy, versions: Sequence[Version], budget_point
     A champion is consolidated once: a consolidation that was rejected, or waits, is not followed by another one.
     """
     champion = champion_of(versions)
-    if champion is None or not policy.is_on:
+    if champion is None:
         return None
     if any(version.is_consolidation and version.parent_version == champion.version for version in versions):
         return None
