@@ -20,7 +20,7 @@ from flows.cli.session import CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult
-    from tasks.adaptation.consolidate import ConsolidationPlan
+    from tasks.lineage.consolidation import ConsolidationPlan
     from tasks.lineage.requests import LabelsResult, RenewalResult
     from tasks.lineage.settings import WatchedLineage
 

@@ -7,118 +7,38 @@ left out, those from before a renewal as well.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
 
 from deal_core.data.dataset import build_dataset
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA
 from deal_core.errors import ConfigError, DealError, StoreError, in_one_line
 from deal_core.safe_text import listed
-from infra.store import keys
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TRAIN_FILE
-from infra.versions import LearnedArrival, Version, Versions, descent
+from infra.versions import Version, Versions, descent
 from tasks.adaptation.resume import read_findings, require_same_files
 from tasks.context import current_store
 from tasks.landing import choose_schema, frozen_test_inputs, landing_of
-from tasks.lineage.consolidation import Start
+from tasks.lineage.consolidation import ConsolidationPlan, Part, Source, Start
 from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.frozen_rows import read_test_rows, require_unaltered
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.tombstones import find_tombstone, refuse_forgotten, require_test_rows
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.progress import advance
-from tasks.references import DatasetRef
 from tasks.spec import AdaptSpec, parse
 
 if TYPE_CHECKING:
     from deal_core.training.train import JoinedFile
 
 ROWS_FOLDER = "rows"
-Source = Literal["retained", "files", "kept", "none"]
-"""retained: the dataset in the store has its training rows. files: they are read from the files that landed. kept: only
-the rows that the method kept of its task are left. none: no row is."""
-
-
-class Part(BaseModel, frozen=True):
-    """An arrival of the champion's line, and what is left of its rows."""
-
-    version: str
-    """The version that learned it."""
-    task: str
-    dataset_sha256: str
-    source: Source
-    num_rows: int
-    """Training rows that it had; 0 if they are gone."""
-    why: str = ""
-    """Why its rows are gone; empty: they are not."""
-
-
-class ConsolidationPlan(BaseModel, frozen=True):
-    """What a consolidation learns, and from what it starts."""
-
-    lineage: str
-    champion: str
-    """The version that it is judged against."""
-    start: Start
-    """Whether its weights start from the base model or from the champion."""
-    parts: tuple[Part, ...]
-    """The arrivals, oldest first."""
-    kept: dict[str, int]
-    """For each task of which kept rows are learned, their number."""
-    gone: tuple[str, ...]
-    """Tasks of which no row is left."""
-    num_rows: int
-    """Rows that are learned, at most: equal ones are learned once."""
-    seconds: float | None
-    """About how long the training takes at the speed of the champion's; None: it is not known."""
-
-    @property
-    def arrivals(self) -> tuple[LearnedArrival, ...]:
-        """The arrivals that the version learns."""
-        return tuple(
-            LearnedArrival(
-                task=part.task, dataset_sha256=part.dataset_sha256, rows="kept" if part.source == "kept" else "all"
-            )
-            for part in self.parts
-            if part.source != "none"
-        )
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Remarks about the rows, for the report."""
-        all_rows = [part for part in self.parts if part.source in ("retained", "files")]
-        notes = [f"{len(all_rows)} of {len(self.parts)} arrivals were learned together, from the {self.start}"]
-        if self.kept:
-            kept = listed([f"{number} of {name}" for name, number in self.kept.items()])
-            notes.append(f"of arrivals without their rows, the kept ones were learned: {kept}")
-        if self.gone:
-            notes.append(f"no row is left of {listed(self.gone)}")
-        return tuple(notes)
-
-    def as_dataset(self, record: LineageRecord) -> DatasetRef:
-        """Return all rows together as the dataset of a run. It has a digest, and no folder in the store."""
-        settled = [self.start, *((part.dataset_sha256, part.source) for part in self.parts), sorted(self.kept.items())]
-        sha256 = hashlib.sha256(json.dumps(["consolidation", *settled]).encode()).hexdigest()
-        task = record.matrix.trained[-1]
-        return DatasetRef(
-            task=task,
-            uri=keys.dataset_uri(task, sha256, self.lineage, "consolidation"),
-            sha256=sha256,
-            num_train=self.num_rows,
-            num_test=0,
-            num_rejected=0,
-            landed_sha256=sha256,
-        )
 
 
 def plan_consolidation(

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefect import runtime
 from prefect.cache_policies import NO_CACHE
@@ -22,6 +22,7 @@ from infra.versions import Version, Versions
 from tasks.base import load
 from tasks.context import current_store, work_folder
 from tasks.lineage.choices import settings_of
+from tasks.lineage.consolidation import ConsolidationPlan
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import KeptAnswers, read_answers
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task
@@ -30,9 +31,6 @@ from tasks.lineage.version_files import fetch_adapter
 from tasks.progress import Interrupted
 from tasks.references import ArrivalScore, BaseRef, DatasetRef
 from tasks.spec import AdaptSpec
-
-if TYPE_CHECKING:
-    from tasks.adaptation.consolidate import ConsolidationPlan
 
 RETRY_SECONDS = [5, 30, 120]
 """Pauses before a stage is tried again."""

@@ -1,14 +1,19 @@
-"""When a lineage is consolidated: the section `consolidate` of its file, and the one function that decides."""
+"""Consolidations: when a lineage is consolidated (the section `consolidate` of its file), and what is learned then."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel
 
 from deal_core.limits import Count, Flag
-from infra.versions import Version, descent
+from deal_core.safe_text import listed
+from infra.store import keys
+from infra.versions import LearnedArrival, Version, descent
+from tasks.references import DatasetRef
 
 Start = Literal["base", "champion"]
 """Where the weights of a consolidation start."""
@@ -80,3 +85,79 @@ def why_due(policy: ConsolidatePolicy, versions: Sequence[Version], budget_point
                 "points."
             )
     return None
+
+
+Source = Literal["retained", "files", "kept", "none"]
+"""retained: the dataset in the store has its training rows. files: they are read from the files that landed. kept: only
+the rows that the method kept of its task are left. none: no row is."""
+
+
+class Part(BaseModel, frozen=True):
+    """An arrival of the champion's line, and what is left of its rows."""
+
+    version: str
+    """The version that learned it."""
+    task: str
+    dataset_sha256: str
+    source: Source
+    num_rows: int
+    """Training rows that it had; 0 if they are gone."""
+    why: str = ""
+    """Why its rows are gone; empty: they are not."""
+
+
+class ConsolidationPlan(BaseModel, frozen=True):
+    """What a consolidation learns, and from what it starts."""
+
+    lineage: str
+    champion: str
+    """The version that it is judged against."""
+    start: Start
+    """Whether its weights start from the base model or from the champion."""
+    parts: tuple[Part, ...]
+    """The arrivals, oldest first."""
+    kept: dict[str, int]
+    """For each task of which kept rows are learned, their number."""
+    gone: tuple[str, ...]
+    """Tasks of which no row is left."""
+    num_rows: int
+    """Rows that are learned, at most: equal ones are learned once."""
+    seconds: float | None
+    """About how long the training takes at the speed of the champion's; None: it is not known."""
+
+    @property
+    def arrivals(self) -> tuple[LearnedArrival, ...]:
+        """The arrivals that the version learns."""
+        return tuple(
+            LearnedArrival(
+                task=part.task, dataset_sha256=part.dataset_sha256, rows="kept" if part.source == "kept" else "all"
+            )
+            for part in self.parts
+            if part.source != "none"
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks about the rows, for the report."""
+        all_rows = [part for part in self.parts if part.source in ("retained", "files")]
+        notes = [f"{len(all_rows)} of {len(self.parts)} arrivals were learned together, from the {self.start}"]
+        if self.kept:
+            kept = listed([f"{number} of {name}" for name, number in self.kept.items()])
+            notes.append(f"of arrivals without their rows, the kept ones were learned: {kept}")
+        if self.gone:
+            notes.append(f"no row is left of {listed(self.gone)}")
+        return tuple(notes)
+
+    def as_dataset(self, task: str) -> DatasetRef:
+        """Return all rows together as the dataset of a run that names this task. It has no folder in the store."""
+        settled = [self.start, *((part.dataset_sha256, part.source) for part in self.parts), sorted(self.kept.items())]
+        sha256 = hashlib.sha256(json.dumps(["consolidation", *settled]).encode()).hexdigest()
+        return DatasetRef(
+            task=task,
+            uri=keys.dataset_uri(task, sha256, self.lineage, "consolidation"),
+            sha256=sha256,
+            num_train=self.num_rows,
+            num_test=0,
+            num_rejected=0,
+            landed_sha256=sha256,
+        )
