@@ -59,6 +59,10 @@ class GateConfig:
     """Most points that an old task may lose against the champion. A loss that noise explains is allowed."""
     max_mean_drop_points: AtLeastZero | None = 5.0
     """Most points that the old tasks may lose on average, if there are two or more. Noise is allowed here too."""
+    max_total_drop_points: AtLeastZero | None = None
+    """Most points that a task may lose since it was learned, over all versions together: its forgetting budget. A
+    version fails if it adds to a loss above that, and noise does not explain the loss. None: only neighbours are
+    compared."""
     max_old_slice_drop_points: AtLeastZero | None = None
     """Most points that a task may lose on its test rows from before a renewal. None: the loss is only reported."""
     max_perplexity_ratio: AtLeastOne | None = 1.5

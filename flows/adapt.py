@@ -141,18 +141,25 @@ async def learn_arrival(
     learned again.
     """
     stages = Stages()
-    try:
+    async with announcing_failure(spec.lineage, spec.task.name):
         try:
             adaptation = await begin(spec, stages, again=again, retrain=retrain, requeued_sha256=requeued_sha256)
         except NothingToLearnError as nothing:
             drop_training_rows(current_store(), nothing.result.dataset.uri)
             return nothing.result
-        return await _finish(adaptation, stages)
+        return await finish(adaptation, stages)
+
+
+@asynccontextmanager
+async def announcing_failure(lineage: str, task: str | None) -> AsyncIterator[None]:
+    """Announce the error of the block; turn the error of a full disk into one that says so."""
+    try:
+        yield
     except Interrupted:
         raise
     except Exception as error:
         full = disk_full(error)
-        await asyncio.to_thread(announce_failure, spec.lineage, spec.task.name, full or error)
+        await asyncio.to_thread(announce_failure, lineage, task, full or error)
         if full is not None and full is not error:
             raise full from error
         raise
@@ -218,14 +225,14 @@ async def begin(
             raise NothingToLearnError(skipped(parent, dataset, tested, stages.seconds))
         inputs = replace(inputs, tested=tested)
     run = await stages.run("start", runs.start_run, inputs)
-    async with _failing(run):
+    async with failing(run):
         return await stages.run("start", prepare, inputs, run)
 
 
-async def _finish(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
+async def finish(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
     """Run the stages from training to report, and what follows them."""
     store, run = current_store(), adaptation.run
-    async with _failing(run):
+    async with failing(run):
         result = await _train_to_report(adaptation, stages)
     runs.remove_work(run)
     drop_training_rows(store, adaptation.dataset.uri)
@@ -237,7 +244,7 @@ async def _finish(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
 
 
 @asynccontextmanager
-async def _failing(run: Run) -> AsyncIterator[None]:
+async def failing(run: Run) -> AsyncIterator[None]:
     """Write into the journal that the run failed, if the block does."""
     try:
         yield

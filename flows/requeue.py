@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from prefect import flow
 
+from deal_core.errors import ConfigError
 from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import lock_lineage
 from infra.versions import Version, Versions
@@ -54,6 +55,11 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
 def _spec_of(version: Version) -> AdaptSpec:
     """Return the spec of a version's run, after checking that the same arrival can be learned again."""
     store = current_store()
+    if version.is_consolidation:
+        raise ConfigError(
+            f"Version {version.version} of '{version.lineage}' is a consolidation, which has no arrival of its own; "
+            f"consolidate again with: deal lineage consolidate {version.lineage}"
+        )
     refuse_forgotten(store, version.task, [version.dataset_sha256])
     spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
     refuse_forgotten(store, version.task, require_same_files(store, spec.task, version))

@@ -47,6 +47,17 @@ ROLLOUT = "rollout"
 UNREGISTERED = "0"
 
 
+class LearnedArrival(BaseModel):
+    """An arrival that a version was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    dataset_sha256: str
+    rows: Literal["all", "kept"] = "all"
+    """kept: only those that the method had kept of its task."""
+
+
 class Since(BaseModel):
     """What became of a version after it was registered."""
 
@@ -73,10 +84,16 @@ class Version(Stored):
     lineage: str
     version: str = UNREGISTERED
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    kind: Literal["adaptation", "consolidation"] = "adaptation"
+    """An adaptation has learned one arrival. A consolidation has learned all that is left of all arrivals together."""
     task: str
-    """The task that it learned."""
+    """The task that it learned; of a consolidation the task that its parent learned last."""
     parent_version: str | None
-    """The version that it continues; None: it starts from the base model."""
+    """The version that it continues; None: it starts from the base model. A consolidation is judged against it."""
+    starts_from_base: bool = False
+    """Whether it is a consolidation whose weights start from the base model, not from its parent's."""
+    arrivals: tuple[LearnedArrival, ...] = ()
+    """The arrivals that a consolidation learned, oldest first; empty for an adaptation."""
     run_key: str
     """Key of its adaptation. At most one version has it."""
     flow_run: str | None = None
@@ -118,6 +135,8 @@ class Version(Stored):
     """Its row of the accuracy matrix, by task. The whole matrix is in its record."""
     general: Mapping[str, float] = {}
     """Its score on each suite of general ability that is on, 0 to 1."""
+    debts: Mapping[str, float] = Field(default_factory=dict)
+    """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
     since: Since = Field(default=Since(), exclude=True)
     """Not stored with it."""
 
@@ -132,8 +151,27 @@ class Version(Stored):
         return frozenset(filter(None, (self.dataset_sha256, self.landed_sha256, self.requeued_sha256)))
 
     @property
+    def is_consolidation(self) -> bool:
+        """Whether it learned many arrivals together."""
+        return self.kind == "consolidation"
+
+    @property
+    def trained_on(self) -> tuple[LearnedArrival, ...]:
+        """The arrivals that it was trained on: its own, or those of a consolidation."""
+        if self.is_consolidation:
+            return self.arrivals
+        return (LearnedArrival(task=self.task, dataset_sha256=self.dataset_sha256),)
+
+    @property
+    def lesson(self) -> str:
+        """What it learned, in a few words."""
+        return f"{len(self.arrivals)} arrivals together" if self.is_consolidation else self.task
+
+    @property
     def origin(self) -> str:
         """What it continues, in words."""
+        if self.starts_from_base:
+            return f"starts from the base model, in place of version {self.parent_version}"
         return f"continues version {self.parent_version}" if self.parent_version else "starts from the base model"
 
     @property

@@ -51,7 +51,7 @@ def landing_of(
             task=schema,
             config=config,
             test_sources=test_sources,
-            frozen_test_inputs=_frozen_test_inputs(store, record, known) if record and known else (),
+            frozen_test_inputs=frozen_test_inputs(store, record, known) if record and known else (),
             renews_tests=bool(record and known and is_renewal_asked(store, record.lineage, known)),
             on_progress=on_progress,
             check=checked_on_ray if IngestSettings().ingest == "ray" else checked_here,
@@ -110,7 +110,7 @@ def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
     return {**given, "labels": labels, "label_names": dict(names)}
 
 
-def _frozen_test_inputs(store: ObjectStore, record: LineageRecord, known: KnownTask) -> Collection[bytes]:
+def frozen_test_inputs(store: ObjectStore, record: LineageRecord, known: KnownTask) -> Collection[bytes]:
     """Return the digests of the task's frozen test texts, and of its test texts from before a renewal.
 
     The result is empty for a task whose test rows were forgotten: the arrival brings the test rows.

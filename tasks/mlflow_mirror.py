@@ -252,6 +252,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
     scores: dict[str, float | None] = {name: getattr(version, name) for name in SCORES}
     shown = scores | {f"accuracy/{name}": value for name, value in version.accuracies.items()}
     shown |= {f"general/{name.replace(':', '/')}": value for name, value in version.general.items()}
+    shown |= {f"debt/{name}": points for name, points in version.debts.items()}
     tracked.log_metrics({**shown, "arrival_accuracy": version.arrival_accuracy})
     described: dict[str, Any] = {
         "name": f"{version.lineage}-{version.task}",
@@ -281,7 +282,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
     gate = "accepted" if version.accepted else "rejected"
     verdict = gate if version.accepted else f"{gate}: {'; '.join(version.reasons)}"
     # The tags are for people who search there. Nothing is read from them.
-    facts = ("run_key", "task", "strategy", "parent_version", "base_sha256", "dataset_sha256", "adapter_sha256")
+    facts = ("run_key", "kind", "task", "strategy", "parent_version", "base_sha256", "dataset_sha256", "adapter_sha256")
     tags = {name: getattr(version, name) for name in facts}
     tags |= {**scores, "gate": gate, "gate_reasons": " ".join(version.reasons)}
     tracker.models.add(
@@ -290,7 +291,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
         run_id=tracked.run_id,
         model_id=model_id,
         tags={f"deal.{name}": str(value) for name, value in tags.items() if value not in (None, "")},
-        description=f"Learned **{version.task}** with {version.strategy}; {version.origin}. Gate: {verdict}",
+        description=f"Learned **{version.lesson}** with {version.strategy}; {version.origin}. Gate: {verdict}",
     )
     tracked.set_tags({"deal.version": version.version, "deal.gate": gate})
     tracked.end("FINISHED")

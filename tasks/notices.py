@@ -124,7 +124,7 @@ def announce_version(version: Version, *, evaluation: EvaluationReport) -> None:
     announce(version.outcome, notice, once=version.run_key)
 
 
-def announce_failure(lineage: str, task: str, error: Exception) -> None:
+def announce_failure(lineage: str, task: str | None, error: Exception) -> None:
     """Announce that an adaptation failed. Only a DealError's text is sent: the text of others may quote anything."""
     words = " ".join(str(error).split()) if isinstance(error, DealError) else "see the run's log"
     message = without_secrets(f"{type(error).__name__}: {words}")[:MAX_MESSAGE_CHARS]

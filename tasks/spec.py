@@ -227,6 +227,8 @@ class AdaptSpec(LineageSpec):
             },
         )
         settings |= {"train": self.train.deciding()}
+        if self.gate.max_total_drop_points is None:  # the digests of runs before there was a budget stay
+            del settings["gate"]["max_total_drop_points"]
         if not self.selection.is_on:  # its other settings change nothing then
             del settings["selection"]
         settings |= {"adapter": asdict(adapter), "strategy": strategy}

@@ -55,6 +55,8 @@ class Cell:
         rows: Training rows per task; the first rows are used.
         part: Part of the test rows that is scored.
         max_test_rows: Most test rows of a task; the first ones are used. None: all.
+        consolidate_every: After so many tasks, all tasks so far are learned together, from the base model, as a version
+            more; None: never.
         scores_unused: Whether the last version also answers the training rows that no cell of this many rows uses.
         method: Dotted name of a method setting → its value, for the settings that the strategy reads.
         base: Name and digest of the base model.
@@ -71,6 +73,7 @@ class Cell:
     scored: Scored
     scoring: Scoring = "generated"
     scores_unused: bool = False
+    consolidate_every: int | None = None
     adapter: AdapterConfig
     train: TrainConfig
     method: dict[str, Any]
@@ -86,6 +89,8 @@ class Cell:
             "train": self.train.deciding(),
             "revision": revision_of(self.strategy),
         }
+        if self.consolidate_every is None:  # a cell that was stored before this setting keeps its digest
+            del values["consolidate_every"]
         return dict(json.loads(json.dumps(values)))
 
     def digest(self) -> str:

@@ -19,7 +19,7 @@ from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.language_model import LanguageModel
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark.cell import BOUNDS, Cell, pack_answers
+from deal_core.benchmark.cell import Cell, pack_answers
 from deal_core.benchmark.suites import Rows, SuiteTask
 from deal_core.data.prompts import encode_prompt
 from deal_core.evaluation.answering import ServedTask
@@ -32,7 +32,7 @@ from deal_core.regular_file import complete_file
 from deal_core.selection.choose import choose_rows
 from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import TaskTexts
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.train import KeptSource, TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
@@ -115,14 +115,24 @@ class _Stage(NamedTuple):
     learned: tuple[str, ...]
     """Tasks that the version learns: one, or all together."""
     scored: tuple[str, ...]
+    old: tuple[str, ...] = ()
+    """Tasks that its parent has learned."""
+    is_together: bool = False
+    """Whether it learns all of them together, from the base model: a bound or a consolidation."""
 
 
 def _stages(cell: Cell) -> list[_Stage]:
     if cell.strategy == "joint":
-        return [_Stage(cell.tasks, cell.tasks)]
+        return [_Stage(cell.tasks, cell.tasks, is_together=True)]
     if cell.strategy == "per_task":
-        return [_Stage((name,), (name,)) for name in cell.tasks]
-    return [_Stage((name,), cell.scored_after(number)) for number, name in enumerate(cell.tasks)]
+        return [_Stage((name,), (name,), is_together=True) for name in cell.tasks]
+    stages = []
+    for number, name in enumerate(cell.tasks):
+        stages.append(_Stage((name,), cell.scored_after(number), old=cell.tasks[:number]))
+        so_far = cell.tasks[: number + 1]
+        if cell.consolidate_every is not None and len(so_far) % cell.consolidate_every == 0:
+            stages.append(_Stage(so_far, so_far, old=so_far, is_together=True))
+    return stages
 
 
 def _folder(run: CellRun, number: int) -> Path:
@@ -143,16 +153,16 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
     """Train and score one version. VERSION_FILE is written last and marks the version as complete."""
     cell, folder, num_versions = run.cell, _folder(run, number), len(_stages(run.cell))
     first, *more = stage.learned
-    is_bound = cell.strategy in BOUNDS
     setup = TrainingSetup(
         task=run.tasks[first].schema,
-        strategy="seq_lora" if is_bound else cell.strategy,
+        strategy="seq_lora" if stage.is_together else cell.strategy,
         adapter=cell.adapter,
-        method=MethodConfig() if is_bound else run.method,
+        method=MethodConfig() if stage.is_together else run.method,
         train=cell.train,
-        old_tasks=() if is_bound else tuple(run.tasks[name].schema for name in cell.tasks[:number]),
+        old_tasks=() if stage.is_together else tuple(run.tasks[name].schema for name in stage.old),
     )
-    parent_folder = None if number == 0 or is_bound else _folder(run, number - 1)
+    before = _folder(run, number - 1) if stage.old else None
+    parent_folder = None if stage.is_together else before
     started = time.perf_counter()
     rows, chosen = _rows(run, first), None
     if setup.method.selection.is_on:
@@ -171,14 +181,15 @@ def _make_version(run: CellRun, number: int, stage: _Stage) -> None:
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{first}: step {step} of {num_steps}")
 
-    asks_further_rows = not is_bound and strategy_class(cell.strategy).asks_further_rows
-    old_texts = [_further_rows(run, name) for name in cell.tasks[:number]] if asks_further_rows else []
+    asks_further_rows = not stage.is_together and strategy_class(cell.strategy).asks_further_rows
+    old_texts = [_further_rows(run, name) for name in stage.old] if asks_further_rows else []
     result = train_adapter(
         run.base,
         rows,
         setup,
         parent_folder=parent_folder,
         joined=joined,
+        kept=KeptSource(folder=before) if stage.is_together and before else None,
         old_texts=old_texts,
         output_folder=folder,
         checkpoint_folder=run.work / f"{number}-checkpoints",

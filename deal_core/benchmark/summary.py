@@ -70,7 +70,16 @@ def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | 
         for scores in (version["scores"] for version in cell["versions"])
     ]
     untouched = tuple(accuracy(before[name]) if name in before else None for name in tasks)
-    return AccuracyMatrix(tasks=tuple(tasks), trained=tuple(tasks), rows=tuple(map(tuple, rows)), base=untouched)
+    trained: list[str] = []
+    for version in cell["versions"]:
+        trained.append(version["task"] or trained[-1])  # a consolidation learned all tasks so far
+    return AccuracyMatrix(
+        tasks=tuple(tasks),
+        trained=tuple(trained),
+        rows=tuple(map(tuple, rows)),
+        base=untouched,
+        consolidated=tuple(number for number, version in enumerate(cell["versions"]) if version["task"] is None),
+    )
 
 
 class Table(NamedTuple):
@@ -118,7 +127,9 @@ def departures(cell: CellJson) -> str:
         parts = {part: asdict(MethodConfig())[part] for part in COMMON}
         defaults |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         defaults = json.loads(json.dumps(defaults))  # as a cell has it: lists for tuples
-    changes = [f"{name} {value}" for name, value in settings["method"].items() if value != defaults.get(name)]
+    every = settings.get("consolidate_every")
+    changes = [] if every is None else [f"consolidated every {every} tasks"]
+    changes += [f"{name} {value}" for name, value in settings["method"].items() if value != defaults.get(name)]
     if (is_installed or strategy in BOUNDS) and revision < revision_of(strategy):
         changes.append(f"revision {revision}")
     return ", ".join(changes)

@@ -12,6 +12,9 @@ from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
 from deal_core.schema_version import JsonOf, Kept, VersionedJson
 
+CONSOLIDATED = "(consolidation)"
+"""What stands for the task of a row whose version learned all tasks together. No task has such a name."""
+
 
 @dataclass(frozen=True)
 class AccuracyMatrix(VersionedJson):
@@ -26,7 +29,7 @@ class AccuracyMatrix(VersionedJson):
 
     tasks: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
-    """The task that each row's version was trained on."""
+    """The task that each row's version was trained on; of a consolidation the task of the row before it."""
     rows: tuple[tuple[float | None, ...], ...] = ()
     base: tuple[float | None, ...] = ()
     """Accuracy of the untouched base model on each task."""
@@ -34,6 +37,8 @@ class AccuracyMatrix(VersionedJson):
     """Column with earlier test rows of a task → the task. Averages, forgetting and transfer leave these columns out."""
     measured_from: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Task whose test rows were replaced → the first row of the matrix whose figure is of the present test rows."""
+    consolidated: tuple[int, ...] = ()
+    """The rows of consolidations, counted from 0: their versions learned all tasks together."""
 
     def __post_init__(self) -> None:
         if tuple(name for name in self.tasks if name not in self.slices) != tuple(dict.fromkeys(self.trained)):
@@ -102,6 +107,30 @@ class AccuracyMatrix(VersionedJson):
             base=(*self.base, self.base[column]),
             slices={**self.slices, name: task},
         )
+
+    def with_consolidation(self, accuracies: Mapping[str, float]) -> AccuracyMatrix:
+        """A new matrix with a version more that learned all tasks together; `accuracies` as for `with_row`."""
+        grown = self.with_row(self.trained[-1], accuracies, base_accuracy=None, parent_accuracy=None)
+        return replace(grown, consolidated=(*self.consolidated, len(self.rows)))
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """What each row's version learned: its task, or CONSOLIDATED."""
+        return tuple(CONSOLIDATED if row in self.consolidated else task for row, task in enumerate(self.trained))
+
+    def learned_best(self) -> dict[str, int]:
+        """For each task learned before the last version, the row from which its debt counts.
+
+        It is the best of the versions that learned the task alone, on its present test rows; of several the newest. A
+        consolidation does not count, so it forgives nothing.
+        """
+        best = {}
+        for column, name in enumerate(self.tasks):
+            first = self.measured_from.get(name, 0)
+            rows = [row for row, task in enumerate(self.learned[:-1]) if task == name and row >= first]
+            if rows:  # none: only the last version learned it, or it is a slice
+                best[name] = max(rows, key=lambda row: (self.rows[row][column] or 0.0, row))
+        return best
 
     @property
     def average_accuracy(self) -> float | None:

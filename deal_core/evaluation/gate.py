@@ -15,7 +15,7 @@ from deal_core.judging_config import GateConfig
 _SLACK = 1e-9
 """Tolerance for rounding: a gain of 0.6 − 0.5 must not miss a floor of 10 points."""
 
-CheckKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter"]
+CheckKind = Literal["floor", "gain", "drop", "mean_drop", "total_drop", "general_ability", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,14 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
     drops = [drop for drop in all_drops if drop.task not in report.slices]
     of_slices = [drop for drop in all_drops if drop.task in report.slices]
     of_suites = [*_drops_of_suites(report, config.confidence)]
+    # A consolidation repairs old tasks: no task is new, and its parent has passed the floors.
+    own_task = [] if report.is_consolidation else [*_below_floors(report, config), *_no_gain(report, config)]
     failed_checks = [
-        *_below_floors(report, config),
-        *_no_gain(report, config),
+        *own_task,
         *_too_large(drops, config.max_drop_points),
         *_too_large(of_slices, config.max_old_slice_drop_points),
         *_mean_drop(drops, config),
+        *_budget_spent(report, drops, config),
         *_general_ability(report, config),
         *_too_large(of_suites, config.max_general_drop_points, "general_ability"),
         *_adapter(report, config),
@@ -72,6 +74,7 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
     notes = [
         *_notes(drops, config.max_drop_points, config.confidence),
         *_notes(of_suites, config.max_general_drop_points, config.confidence),
+        *_budget_notes(report, config),
     ]
     return GateDecision(tuple(failed_checks), tuple(notes))
 
@@ -185,6 +188,22 @@ def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[FailedCheck]:
         )
 
 
+def _budget_spent(report: EvaluationReport, drops: list[_Drop], config: GateConfig) -> Iterator[FailedCheck]:
+    """The tasks whose loss since they were learned is above the budget, if this version has added to it."""
+    limit = config.max_total_drop_points
+    for drop in drops:
+        debt = report.debts.get(drop.task)
+        if limit is None or debt is None or drop.points <= 100 * _SLACK or debt.points <= limit + 100 * _SLACK:
+            continue
+        if debt.paired is None or debt.paired.lower_bound(config.confidence) > 0:
+            message = (
+                f"{drop.task}: {report.metric_name(drop.task)} has fallen by {debt.points:.1f} points since version "
+                f"{debt.since} learned it; the budget is {limit:.1f} points. deal lineage consolidate learns all tasks "
+                "together."
+            )
+            yield FailedCheck(kind="total_drop", task=drop.task, value=debt.points, limit=limit, message=message)
+
+
 def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[FailedCheck]:
     limit, now, before = config.max_perplexity_ratio, report.perplexity, report.base_perplexity
     if limit is None or now is None or not before:
@@ -246,6 +265,17 @@ def _notes(drops: list[_Drop], max_points: float | None, confidence: float) -> I
             )
         if drop.points > max_points + 100 * _SLACK and not drop.is_clear:
             yield f"{drop.sentence}: over the limit, but within the noise of {drop.num_rows} test rows."
+
+
+def _budget_notes(report: EvaluationReport, config: GateConfig) -> Iterator[str]:
+    if config.max_total_drop_points is None:
+        return
+    for task, debt in report.debts.items():
+        if debt.paired is None:
+            yield (
+                f"{task}: the answers of version {debt.since}, which learned it, are not kept; its loss since then is "
+                "judged without allowing for noise."
+            )
 
 
 def _percent(share: float) -> str:

@@ -58,6 +58,18 @@ class GeneralScores:
     """The parent's; None for the first version."""
 
 
+@dataclass(frozen=True)
+class Debt:
+    """What a task has lost since it was learned, over the whole chain of versions."""
+
+    since: str
+    """Number of the version that it counts from: the best of those that learned the task."""
+    points: float
+    """Points of accuracy; below 0: a gain."""
+    paired: PairedDrop | None
+    """The loss row by row; None: that version's answers are not kept, and `points` is of the accuracy matrix."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport(VersionedJson):
     """Scores of one version, its parent and the untouched base.
@@ -68,7 +80,7 @@ class EvaluationReport(VersionedJson):
     kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=4)
 
     task: str
-    """The task that the version was trained on."""
+    """The task that the version was trained on; of a consolidation the task that its parent learned last."""
     accuracies: Mapping[str, float]
     """The new version's accuracy on every task of the lineage."""
     parent_accuracies: Mapping[str, float]
@@ -103,6 +115,10 @@ class EvaluationReport(VersionedJson):
     own under its name."""
     labels: Mapping[str, tuple[LabelFigures, ...]] = field(default_factory=dict)
     """Per labelled task, the new version's recall and share of answers of each label."""
+    debts: Mapping[str, Debt] = field(default_factory=dict)
+    """For each task that an ancestor learned, what it has lost since."""
+    is_consolidation: bool = False
+    """Whether the version learned all tasks together, so that no task is its own."""
 
     def __post_init__(self) -> None:
         missing = ({self.task} | set(self.parent_accuracies)) - set(self.accuracies)

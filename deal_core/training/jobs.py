@@ -21,11 +21,12 @@ from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel, Precision
 from deal_core.base_model.sharding import in_step, shard_base
 from deal_core.config import Quantize, Shard
+from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.score import Given, given_answers
 from deal_core.training.messages import Send
-from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.train import KeptSource, TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import OnCheckpoint
 
 
@@ -51,11 +52,21 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JoinedFile:
+    """One of several tasks that are learned together."""
+
+    task: TaskSchema
+    rows_file: Path
+    """Parquet file of its training rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingJob(Job):
     """The arguments of `train_adapter`.
 
     Attributes:
         rows_file: Parquet file of the training rows.
+        joined: Further tasks that are learned in the same run.
     """
 
     kind: Literal["train"] = "train"
@@ -64,6 +75,8 @@ class TrainingJob(Job):
     setup: TrainingSetup
     output_folder: Path
     checkpoint_folder: Path
+    joined: tuple[JoinedFile, ...] = ()
+    kept: KeptSource | None = None
 
     @property
     def quantize(self) -> Quantize:
@@ -78,7 +91,9 @@ class TrainingJob(Job):
     def inputs(self) -> dict[str, Path]:
         """The files and folders that the job reads, by their names in a folder of `moved`."""
         parent = {} if self.parent_folder is None else {"parent": self.parent_folder}
-        return {"train.parquet": self.rows_file, **parent}
+        kept = {} if self.kept is None else {"kept": self.kept.folder}
+        joined = {f"joined-{number}.parquet": other.rows_file for number, other in enumerate(self.joined)}
+        return {"train.parquet": self.rows_file, **parent, **kept, **joined}
 
     def moved(self, folder: Path) -> Self:
         """The job with its inputs and outputs in a folder."""
@@ -88,6 +103,11 @@ class TrainingJob(Job):
             parent_folder=None if self.parent_folder is None else folder / "parent",
             output_folder=folder / "adapter",
             checkpoint_folder=folder / "checkpoints",
+            joined=tuple(
+                replace(other, rows_file=folder / f"joined-{number}.parquet")
+                for number, other in enumerate(self.joined)
+            ),
+            kept=None if self.kept is None else replace(self.kept, folder=folder / "kept"),
         )
 
     def run(self, base: BaseModel, send: Send = lambda _: None, on_checkpoint: OnCheckpoint | None = None) -> Any:
@@ -99,6 +119,8 @@ class TrainingJob(Job):
             parent_folder=self.parent_folder,
             output_folder=self.output_folder,
             checkpoint_folder=self.checkpoint_folder,
+            joined=[(other.task, _read_rows(other.rows_file)) for other in self.joined],
+            kept=self.kept,
             shard=self.shard,
             on_log=lambda step, values: send({"step": step, "values": dict(values)}),
             on_checkpoint=on_checkpoint,

@@ -21,6 +21,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
+from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.strategies.strategy import TaskContext, TaskTexts
 from deal_core.training.kernels import compiled_layers, set_attention
 from deal_core.training.objective import (
@@ -73,6 +74,16 @@ class TrainingSetup:
     train: TrainConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeptSource:
+    """A version whose kept rows a joint training hands on, and learns for tasks that lack rows of their own."""
+
+    folder: Path
+    """Folder of the version's adapter."""
+    learned: tuple[TaskSchema, ...] = ()
+    """Tasks whose kept rows are learned too. A row that is among the training rows is learned once."""
+
+
 def train_adapter(
     base: BaseModel,
     rows: Dataset,
@@ -82,6 +93,7 @@ def train_adapter(
     output_folder: Path,
     checkpoint_folder: Path,
     joined: Sequence[tuple[TaskSchema, Dataset]] = (),
+    kept: KeptSource | None = None,
     old_texts: Sequence[TaskTexts] = (),
     shard: Shard = "none",
     on_log: OnLog | None = None,
@@ -99,6 +111,7 @@ def train_adapter(
         output_folder: Folder for the PEFT files and the method's state.
         checkpoint_folder: Folder for the checkpoints.
         joined: Further tasks with their rows, learned in the same run; for joint training.
+        kept: Kept rows that the result hands on to later versions; for joint training.
         old_texts: Further rows of old tasks, for a strategy that asks for them.
         shard: base: each process keeps a part of the frozen base model; the model stays sharded after the call.
         on_log: Called after every optimiser step with the step and its loss and gradient norm. After a resume it is
@@ -112,11 +125,13 @@ def train_adapter(
         AdapterStateError: The parent's adapter does not fit the base.
     """
     task, train, tasks = setup.task, setup.train, [(setup.task, rows), *joined]
-    if len(rows) == 0:
+    handed_on, more_rows = _kept_rows(kept)
+    if len(rows) == 0 and not more_rows:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
     if joined and any(schema.learns_preferences for schema, _ in tasks):
         raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
-    num_rows = sum(len(task_rows) for _, task_rows in tasks)
+    encoded = _encode(tasks, more_rows, base, train)
+    num_rows = len(encoded)
     rate = train.preference_learning_rate if task.learns_preferences else train.rate(base.model.num_parameters())
     args = training_arguments(train, checkpoint_folder, num_rows, rate)
     if args.world_size != train.num_processes:
@@ -142,18 +157,6 @@ def train_adapter(
         set_attention(base.model, train.attention)
         if shard == "base":
             shard_base(model)
-        encoded = concatenate_datasets(
-            [
-                encode_rows(
-                    task_rows,
-                    base.tokenizer,
-                    schema,
-                    max_prompt_tokens=train.max_prompt_tokens,
-                    max_answer_tokens=train.answer_tokens(schema.labels),
-                )
-                for schema, task_rows in tasks
-            ]
-        )
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
             encoded = add_preferences(encoded, rows, model, base.tokenizer, task, train)
         context = TaskContext(
@@ -193,6 +196,9 @@ def train_adapter(
             trainer.run(checkpoint)
         seconds = time.perf_counter() - started
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
+        if handed_on is not None:
+            tensors = handed_on.kept_rows
+            state = replace(state, tensors=tensors, stores=handed_on.stores, num_arrivals=handed_on.num_arrivals + 1)
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
 
@@ -215,6 +221,55 @@ def train_adapter(
         set_attention(base.model, usual_attention)
         if train.gradient_checkpointing:
             base.model.gradient_checkpointing_disable()
+
+
+def _encode(
+    tasks: Sequence[tuple[TaskSchema, Dataset]],
+    more_rows: Sequence[RehearsedRow],
+    base: BaseModel,
+    train: TrainConfig,
+) -> Dataset:
+    """Tokenise the rows of all tasks, and add rows that are tokens already and are not among them."""
+    encoded = [
+        encode_rows(
+            rows,
+            base.tokenizer,
+            schema,
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_answer_tokens=train.answer_tokens(schema.labels),
+        )
+        for schema, rows in tasks
+        if len(rows)
+    ]
+    known = {
+        (tuple(prompt), tuple(answer))
+        for part in encoded
+        for prompt, answer in zip(part["prompt_ids"], part["answer_ids"], strict=True)
+    }
+    new = [
+        {
+            "prompt_ids": row.prompt_ids,
+            "answer_ids": row.answer_ids,
+            "length": len(row.prompt_ids) + len(row.answer_ids),
+            "is_prompt_cut": False,
+        }
+        for row in more_rows
+        if (tuple(row.prompt_ids), tuple(row.answer_ids)) not in known
+    ]
+    if new:
+        encoded.append(Dataset.from_list(new))
+    return concatenate_datasets(encoded)
+
+
+def _kept_rows(kept: KeptSource | None) -> tuple[MethodState | None, list[RehearsedRow]]:
+    """The state with the kept rows that are handed on, and those of them that are learned."""
+    if kept is None:
+        return None, []
+    from deal_core.strategies.kept_rows import rows_name, unpack
+
+    state = load_method_state(kept.folder)
+    tensors = [state.kept_rows.get(rows_name(task.name)) for task in kept.learned]
+    return state, [row for tensor in tensors if tensor is not None for row in unpack(tensor)]
 
 
 def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:

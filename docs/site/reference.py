@@ -21,6 +21,7 @@ from docs.site.docstrings import docstring_of
 from docs.site.json_page import json_page, json_schemas
 from flows.cli.app import app
 from infra import settings as environment
+from tasks.lineage.consolidation import ConsolidatePolicy
 from tasks.lineage.retrain import RetrainPolicy
 from tasks.lineage.settings import WatchedLineage
 from tasks.spec import AdaptSpec
@@ -48,9 +49,9 @@ def settings_page() -> str:
     sections = {name: kind for name in schema["properties"] if (kind := _class_of(name))}
     top = {name: field for name, field in schema["properties"].items() if name not in sections}
     of_file = WatchedLineage.model_json_schema()  # what only a lineage's file has
-    schema["properties"]["retrain"] = of_file["properties"]["retrain"]
     schema["$defs"] |= of_file["$defs"]
-    sections["retrain"] = RetrainPolicy
+    for name, kind in {"retrain": RetrainPolicy, "consolidate": ConsolidatePolicy}.items():
+        schema["properties"][name], sections[name] = of_file["properties"][name], kind
     lines = [
         "# Settings of a spec",
         "",

@@ -233,9 +233,14 @@ def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableT
 
 def matrix_table(matrix: Mapping[str, Any]) -> Table:
     """The accuracy matrix (its JSON): one row per version, one column per task, the untouched base model first."""
+    from deal_core.evaluation.accuracy_matrix import CONSOLIDATED  # numpy loads slowly
+
     table = new_table("after learning", *matrix["tasks"], right=matrix["tasks"])
     table.add_row("(base model)", *(percent(value) for value in matrix["base"]), style="dim")
-    for trained, row in zip(matrix["trained"], matrix["rows"], strict=True):
+    for number, (trained, row) in enumerate(zip(matrix["trained"], matrix["rows"], strict=True)):
+        if number in matrix.get("consolidated", ()):  # figures of an earlier release have none
+            table.add_row(CONSOLIDATED, *map(percent, row))
+            continue
         cells = [
             f"[bold]{percent(value)}[/]" if task == trained else percent(value)
             for task, value in zip(matrix["tasks"], row, strict=True)

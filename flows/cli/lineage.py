@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
+from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
+from flows.cli.console import heading, new_table, show_adaptation
 from flows.cli.session import CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
+    from flows.adapt import AdaptResult
+    from tasks.lineage.consolidation import ConsolidationPlan
     from tasks.lineage.requests import LabelsResult, RenewalResult
     from tasks.lineage.settings import WatchedLineage
 
@@ -122,6 +129,67 @@ def delete(deal: Session, lineage: LineageName) -> CommandResult[LineageFile]:
 
     deleted = LineageFile(lineage=lineage, file=remove_lineage(deal.store, lineage))
     return CommandResult(deleted, [escape(f"{deleted.file} is deleted; its versions stay.")])
+
+
+@command(
+    lineage_app,
+    None,
+    "deal lineage consolidate bank --dry-run",
+    "deal lineage consolidate bank --from champion --yes",
+)
+def consolidate(
+    deal: Session,
+    lineage: LineageName,
+    start: Annotated[
+        Literal["base", "champion"] | None,
+        Option("--from", help="Start the training from the base model or the champion.", show_default="base"),
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only show what would be learned.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+) -> CommandResult[Annotated[ConsolidationPlan, "with --dry-run"] | AdaptResult]:
+    """Learn what is left of all arrivals together, as one version that the gate judges against the champion."""
+    with deal.screen.working("looking"):
+        from flows.consolidate import plan
+
+        planned = plan(lineage, start)
+    if dry_run:
+        return CommandResult(planned, show_plan(planned))
+    if not yes:
+        if deal.screen.as_json or not sys.stdin.isatty():
+            raise ConfigError("A consolidation trains on all arrivals: give --yes, or --dry-run to see which.")
+        deal.screen.result(None, *show_plan(planned))
+        typer.confirm("Train on all this?", abort=True)
+
+    def run() -> Coroutine[Any, Any, AdaptResult]:
+        from flows.consolidate import consolidate as consolidate_flow
+
+        return consolidate_flow(lineage, planned.start)
+
+    outcome = deal.run(run, trains=True)
+    return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
+
+
+_SOURCES = {"retained": "retained rows", "files": "landed files", "kept": "kept rows only", "none": "[red]gone[/]"}
+
+
+def show_plan(planned: ConsolidationPlan) -> Sequence[RenderableType]:
+    """What a consolidation learns."""
+    from infra.report.page import duration
+
+    table = new_table("version", "task", "rows", "from", "why", right=["version", "rows"])
+    for part in planned.parts:
+        num_rows = str(part.num_rows) if part.num_rows else "–"
+        table.add_row(part.version, escape(part.task), num_rows, _SOURCES[part.source], escape(part.why) or "–")
+    shown: list[RenderableType] = [
+        heading(f"{planned.lineage}, from the {planned.start}, judged against version {planned.champion}"),
+        table,
+    ]
+    shown += [f"Of {escape(task)} {number} kept rows are learned." for task, number in planned.kept.items()]
+    shown += [
+        f"[yellow]No row of {escape(task)} is left; the champion's skill is all there is.[/]" for task in planned.gone
+    ]
+    took = "" if planned.seconds is None else f", about {duration(planned.seconds)} of training"
+    return [*shown, f"[bold]{planned.num_rows} rows{took}[/]"]
 
 
 @command(

@@ -22,7 +22,7 @@ from flows.cli.session import CommandResult, Session, command, main_app
 if TYPE_CHECKING:
     from flows.server.embedded import UiAddress
     from flows.server.local_processes import LocalStack
-    from flows.server.status import RunStatus, Status
+    from flows.server.status import LineageStatus, RunStatus, Status
     from tasks.mlflow_mirror import Synced
 
 NOTHING_LEARNED = "Nothing is learned yet. Learn a file with: deal adapt --task NAME --data FILE, or try: deal demo"
@@ -192,6 +192,7 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
         lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (paused)" if each.held else num_open)
     shown += [heading("Lineages"), lineages]
     shown += [f"  {escape(f'{each.lineage} {line.line()}')}" for each in status.lineages for line in each.waiting]
+    shown += [f"  {escape(line)}" for each in status.lineages if (line := _debts(each))]
     shown += [f"  {escape(f'{each.lineage} live: {each.monitor}')}" for each in status.lineages if each.monitor]
     shown += [f"  {escape(f'{each.lineage} rollout: {each.rollout}')}" for each in status.lineages if each.rollout]
     rejected = [f"{each.lineage}: {each.rejected}" for each in status.lineages if each.rejected]
@@ -209,6 +210,17 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
         if runs:
             shown += [heading(title), _runs(runs)]
     return shown
+
+
+def _debts(lineage: LineageStatus) -> str | None:
+    """What the champion's tasks have lost since they were learned, in one line; None: nothing is worth a line."""
+    lost = [f"{task} {points:.1f}" for task, points in lineage.debts.items() if points > 0]
+    budget = "" if lineage.budget_points is None else f" (budget {lineage.budget_points:.1f} points)"
+    due = f" The next run consolidates it: {lineage.consolidation}" if lineage.consolidation else ""
+    if not lost and not due:
+        return None
+    told = f"points lost since they were learned: {', '.join(lost)}{budget}." if lost else ""
+    return f"{lineage.lineage} {told}{due}"
 
 
 def _runs(runs: Sequence[RunStatus]) -> RenderableType:

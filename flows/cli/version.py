@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.safe_text import brief, listed
-from flows.cli.console import heading, matrix_table, new_table, percent, show_adaptation, show_held
+from flows.cli.console import heading, matrix_table, new_table, percent, points, show_adaptation, show_held
 from flows.cli.session import CommandResult, Lineage, Reason, Session, command
 
 if TYPE_CHECKING:
@@ -131,9 +131,11 @@ _APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
     """The versions of a lineage."""
     is_tested = any(entry.arrival_accuracy is not None for entry in entries)
-    numbers = ["version", "parent", "accuracy", "forgetting", *(["on arrival"] if is_tested else [])]
+    has_debts = any(entry.debts for entry in entries)
+    numbers = ["version", "parent", "accuracy", "forgetting"]
+    numbers += [*(["debt"] if has_debts else []), *(["on arrival"] if is_tested else [])]
     columns = (*numbers, "task", "strategy", "gate", "alias", "when")
-    table = new_table(*columns, right=numbers, spare=("strategy", "when"))
+    table = new_table(*columns, right=numbers, spare=("debt", "strategy", "when"))
     for entry in entries:
         gate = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
         if "rollout" in entry.aliases:
@@ -143,8 +145,9 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
             entry.parent_version or "base",
             percent(entry.average_accuracy),
             percent(entry.forgetting),
+            *([points(max(entry.debts.values(), default=None))] if has_debts else []),
             *([percent(entry.arrival_accuracy)] if is_tested else []),
-            entry.task,
+            entry.lesson,
             entry.strategy,
             gate,
             " ".join(entry.aliases),
@@ -201,13 +204,16 @@ def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]
     verdict = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
     table = new_table("what", "value")
     for name, value in {
-        "task": escape(entry.task),
+        "task": escape(entry.lesson),
         "parent": f"version {entry.parent_version}" if entry.parent_version else "the base model",
         "gate": verdict,
         "aliases": " ".join(entry.aliases) or "–",
         "average accuracy, %": percent(entry.average_accuracy),
         "forgetting, points": percent(entry.forgetting),
         **{f"{name}, %": percent(score) for name, score in entry.general.items()},
+        "lost since it was learned, points": escape(
+            ", ".join(f"{task} {lost:.1f}" for task, lost in entry.debts.items()) or "–"
+        ),
         "strategy": escape(entry.strategy),
         "dataset": entry.dataset_sha256[:12],
         "learned": f"{entry.created.astimezone():%Y-%m-%d %H:%M}",

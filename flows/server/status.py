@@ -28,6 +28,7 @@ from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, look, read_state
+from tasks.lineage.consolidation import why_due
 from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.retrain import Waiting
@@ -93,6 +94,12 @@ class LineageStatus(BaseModel):
     """Why the lineage learns nothing that lands; None: it learns."""
     held_arrivals: tuple[HeldArrival, ...] = ()
     """Arrivals whose run was cancelled; they wait for `deal data release`."""
+    debts: dict[str, float] = {}
+    """Points that each task of the champion has lost since it was learned; below 0: gained."""
+    budget_points: float | None = None
+    """The forgetting budget of its file, gate.max_total_drop_points; None: it has none."""
+    consolidation: str | None = None
+    """Why the next run consolidates the lineage; None: it does not."""
     waiting: tuple[Waiting, ...] = ()
     """The files that have landed, by task, and when they are learned; empty if nothing has to wait for this lineage."""
     monitor: str | None = None
@@ -183,7 +190,11 @@ def _lineage(
     status = LineageStatus(
         lineage=name, champion=champion.version if champion else None, held=watched.held if watched else None
     )
+    if watched is not None:
+        status.budget_points = watched.gate.max_total_drop_points
+        status.consolidation = why_due(watched.consolidate, versions, status.budget_points)
     if champion is not None:
+        status.debts = dict(champion.debts)
         with noting_damage():
             record = read_record(store, champion.adapter_uri)
         with noting_damage(), borrowed_adapter(store, champion, with_method=True):

@@ -245,14 +245,24 @@ def _draw_heatmap(axes: Axes, matrix: AccuracyMatrix, name: str) -> None:
         cell.set_facecolor(COLOUR_MAP(place))
         colour = "white" if is_dark else "black"
         axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
-    for version, task in enumerate(matrix.trained, start=1):
-        corner = (matrix.tasks.index(task), version)
-        frame = Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.4, zorder=3, clip_on=False)
+    for version, task in enumerate(matrix.learned, start=1):
+        is_one = task in matrix.tasks  # a consolidation learned all tasks, so its frame is around the row
+        corner = (matrix.tasks.index(task) if is_one else 0, version)
+        frame = Rectangle(
+            corner,
+            1 if is_one else len(matrix.tasks),
+            1,
+            fill=False,
+            edgecolor=COLOURS[1],
+            linewidth=2.4,
+            zorder=3,
+            clip_on=False,
+        )
         axes.add_patch(frame)
     axes.set_xlim(0, len(matrix.tasks))
     axes.set_ylim(len(values), -GAP)
     _name_columns(axes, matrix.tasks, offset=0.5)
-    names = ["base model", *(f"{number}  after {task}" for number, task in enumerate(matrix.trained, start=1))]
+    names = ["base model", *(f"{number}  after {task}" for number, task in enumerate(matrix.learned, start=1))]
     axes.set_yticks([top + 0.5 for top in tops], names, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import scored_otherwise
-from deal_core.evaluation.report import EvaluationReport, mean_score
+from deal_core.evaluation.report import Debt, EvaluationReport, mean_score
 from deal_core.monitoring.report import LiveLook
 from infra.report.run_report import Changed, RunReport
 
@@ -59,6 +59,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
         "origin": origin_of(report),
         "learned_rows": landed if learned == report.quality.num_train else f"{learned} of {landed}",  # see `selection`
         "scores": scores_of(report, evaluation),
+        "debts": [debt_text(task, debt) for task, debt in evaluation.debts.items()],
         "matrix": matrix_rows(evaluation.matrix, versions),
         "charts": charts,
         "suites": suite_rows(evaluation),
@@ -88,8 +89,8 @@ def _environment() -> Environment:
 def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixRow]:
     """Return the base model's row, then a row for each version with its number in the lineage."""
     rows = []
-    names, trained = ("base", *versions), ("", *matrix.trained)
-    for name, learned, shares in zip(names, trained, (matrix.base, *matrix.rows), strict=True):
+    names, learned_by = ("base", *versions), ("", *matrix.learned)
+    for name, learned, shares in zip(names, learned_by, (matrix.base, *matrix.rows), strict=True):
         cells = tuple(
             MatrixCell(percent(share), None if share is None else round(share * (NUM_SHADES - 1)), task == learned)
             for task, share in zip(matrix.tasks, shares, strict=True)
@@ -137,13 +138,13 @@ def verdict_of(report: RunReport) -> str:
     version = f"Version {report.version} of {report.lineage}"
     if report.verdict == "rejected":
         stays = f"{origin_of(report)} stays champion" if report.parent_version else "there is no champion yet"
-        return f"{version}, trained on {report.task}, was rejected by the gate; {stays}."
+        return f"{version}, trained on {report.together or report.task}, was rejected by the gate; {stays}."
     became = {
         "promoted": "was promoted",
         "awaiting-approval": "waits for a person's approval",
         "rollout": "is tried on live traffic",
     }
-    return f"{version} has learned {report.task}, passed the gate and {became[report.verdict]}."
+    return f"{version} has learned {report.together or report.task}, passed the gate and {became[report.verdict]}."
 
 
 def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
@@ -172,10 +173,9 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
     before = evaluation.parent_accuracy_new_task
     start = evaluation.base_accuracy if before is None else before
     num_tasks = len(matrix.tasks) - len(matrix.slices)
-    scores = [
-        (f"{task}, before → now", f"{percent(start)} → {percent(evaluation.accuracies[task])} %"),
-        (f"average of {count(num_tasks, 'task')}", f"{percent(matrix.average_accuracy)} %"),
-    ]
+    scores = [(f"average of {count(num_tasks, 'task')}", f"{percent(matrix.average_accuracy)} %")]
+    if not evaluation.is_consolidation:
+        scores.insert(0, (f"{task}, before → now", f"{percent(start)} → {percent(evaluation.accuracies[task])} %"))
     if report.arrival_accuracy is not None:
         scores.append(("champion on the new rows, before", f"{percent(report.arrival_accuracy)} %"))
     if matrix.forgetting is not None:
@@ -185,7 +185,7 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
     changes = {
         old: evaluation.accuracies[old] - accuracy
         for old, accuracy in evaluation.parent_accuracies.items()
-        if old != task and old not in evaluation.slices
+        if (old != task or evaluation.is_consolidation) and old not in evaluation.slices
     }
     if changes:
         worst = min(changes, key=lambda old: changes[old])
@@ -194,6 +194,11 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
         gained, lost = totals(report.changed)
         scores.append(("test rows gained, lost", f"+{gained}, −{lost}"))
     return scores
+
+
+def debt_text(task: str, debt: Debt) -> str:
+    """Return what a task has lost since it was learned, in words."""
+    return f"{task} {points(debt.points / 100)} points since version {debt.since}"
 
 
 def totals(changed: tuple[Changed, ...]) -> tuple[int, int]:

@@ -107,6 +107,8 @@ class Link(ReportPart):
 
     version: str
     task: str
+    lesson: str | None = None
+    """What it learned, in a few words; None: an earlier release wrote this, and it learned the task."""
     strategy: str
     parent_version: str | None
     accepted: bool
@@ -133,6 +135,8 @@ class RunReport(ReportPart):
     lineage: str
     version: str
     task: str
+    together: str | None = None
+    """What a consolidation learned, in a few words; None: the version learned the task."""
     parent_version: str | None
     verdict: Verdict
     reasons: tuple[str, ...]

@@ -10,11 +10,12 @@ from prefect import task
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import right_answers, score_answers
-from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
+from deal_core.evaluation.report import AdapterFacts, Debt, EvaluationReport, Scores
+from deal_core.evaluation.significance import PairedDrop
 from deal_core.safe_text import listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
-from infra.versions import Version
+from infra.versions import Version, Versions, descent
 from tasks.adaptation.general import measure_general
 from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
 from tasks.base import lend_base
@@ -39,6 +40,8 @@ from tasks.monitoring.rows import has_reference, write_reference
 from tasks.references import ArrivalScore, BaseRef, DatasetRef, TrainedAdapter, VersionScores
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tasks.adaptation.scorer import Scored, Scorer
 
 
@@ -81,7 +84,7 @@ def evaluate_version(
     general = measure_general(scorer, adaptation, trained)
     of_rows = (*asked.notes, *_length_notes(scorer, asked, adaptation.dataset), *collapse_notes(scores.now))
     notes = (*notes, *of_rows, *general.notes)
-    return replace(_report(adaptation, asked, scores, scorer.num_rows, notes), general=general.scores)
+    return replace(_report(adaptation, asked, scores, scorer.num_rows, notes, scorer.engine), general=general.scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,7 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, engine: str | No
         new = [_widened(load_test_set(store, renewal.known.judged_by(dataset)), dataset, slices)]
     elif record is None or (known := record.task(dataset.task)) is None:
         new = [load_test_set(store, task) for task in adaptation.tasks if task.schema.name == dataset.task]
-    else:
+    elif adaptation.consolidation is None:
         notes += _notes_on_known_task(store, record.lineage, known, dataset)
     notes += [
         f"{name} was not judged, because its test rows were forgotten; its figure is the parent's. Land test rows of "
@@ -240,7 +243,12 @@ def _length_notes(scorer: Scorer, asked: _Asked, dataset: DatasetRef) -> Iterato
 
 
 def _report(
-    adaptation: AdaptationRun, asked: _Asked, scores: _Scores, num_rows: dict[str, int], notes: tuple[str, ...]
+    adaptation: AdaptationRun,
+    asked: _Asked,
+    scores: _Scores,
+    num_rows: dict[str, int],
+    notes: tuple[str, ...],
+    engine: str | None,
 ) -> EvaluationReport:
     learned, record, renewal = adaptation.dataset.task, adaptation.record, adaptation.renewal
     now, on_parent = scores.now, scores.on_parent
@@ -248,9 +256,8 @@ def _report(
     # more of them. Tasks that nobody could ask keep the figure of its record.
     earlier: dict[str, Scores] = {}
     for test_set in asked.old:
-        schema, answers = test_set.schema, scores.answered[test_set.schema.name]
-        answers_in_order = [answers[digest] for digest in test_set.rows["sha256"]]
-        earlier[schema.name] = score_answers(schema.metric, answers_in_order, right_answers(test_set.rows))
+        name = test_set.schema.name
+        earlier[name] = _scores_of(test_set, test_set.rows, scores.answered[name])
     parent_accuracies = (record.accuracies() if record else {}) | {
         name: sum(outcomes) / len(outcomes) for name, outcomes in earlier.items()
     }
@@ -267,6 +274,11 @@ def _report(
         if renewal.new_slice is not None:
             matrix = matrix.with_slice(learned, renewal.new_slice)
         matrix = matrix.remeasured(learned, base_accuracy=base_accuracy, last_accuracy=on_parent.accuracies[learned])
+    now_known = {**carried, **now.accuracies}
+    if adaptation.consolidation is not None:
+        matrix = matrix.with_consolidation(now_known)
+    else:
+        matrix = matrix.with_row(learned, now_known, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy)
     return EvaluationReport(
         task=learned,
         num_rows=num_rows,
@@ -279,15 +291,45 @@ def _report(
         base_accuracy=base_accuracy,
         base_perplexity=scores.on_base.perplexity,
         parent_accuracy_new_task=parent_accuracy,
-        matrix=matrix.with_row(
-            learned, {**carried, **now.accuracies}, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
-        ),
+        matrix=matrix,
+        debts=_debts(adaptation, asked, now.answers, matrix, engine),
+        is_consolidation=adaptation.consolidation is not None,
         adapter=scores.facts,
         majority_rate=now.evaluations[learned].majority_rate,
         metrics={test_set.schema.name: test_set.schema.metric for test_set in asked.all},
         slices=asked.slices,
         labels={name: evaluation.labels for name, evaluation in now.evaluations.items() if evaluation.labels},
     )
+
+
+def _debts(
+    adaptation: AdaptationRun, asked: _Asked, now: Answers, matrix: AccuracyMatrix, engine: str | None
+) -> dict[str, Debt]:
+    """What each task has lost since it was learned, by the answers to the rows that both versions were asked."""
+    store, debts = current_store(), {}
+    newest_first = descent(Versions(store).all(adaptation.lineage), adaptation.parent)
+    before_last = len(matrix.rows) - 2  # the parent's row
+    rows_of = {test_set.schema.name: test_set for test_set in asked.all}
+    for name, row in matrix.learned_best().items():
+        if name not in now:
+            continue  # nobody could ask it
+        since, test_set, paired = newest_first[before_last - row], rows_of[name], None
+        kept = read_answers(store, since.adapter_uri)
+        then = kept.now.get(name, {}) if kept.engine == engine else {}
+        places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in then]
+        if places:
+            rows = test_set.rows.select(places)
+            paired = PairedDrop.of(*(_scores_of(test_set, rows, answers) for answers in (then, now[name])))
+        column = matrix.tasks.index(name)
+        points = 100 * ((matrix.rows[row][column] or 0.0) - (matrix.rows[-1][column] or 0.0))
+        debts[name] = Debt(since=since.version, points=paired.points if paired else points, paired=paired)
+    return debts
+
+
+def _scores_of(test_set: TestSet, rows: Dataset, answers: Mapping[str, str]) -> Scores:
+    """The score of each of a task's rows, by the answers to them."""
+    in_order = [answers[digest] for digest in rows["sha256"]]
+    return score_answers(test_set.schema.metric, in_order, right_answers(rows))
 
 
 def score_arrival(base: BaseRef, champion: Version, record: LineageRecord, dataset: DatasetRef) -> ArrivalScore | None:

@@ -31,7 +31,7 @@ def register_version(
     from deal_core.evaluation.answering import SERVED_FILE
     from tasks.lineage.model_card import served_version, write_card
 
-    store, spec, parent = current_store(), adaptation.spec, adaptation.parent
+    store, spec, parent, plan = current_store(), adaptation.spec, adaptation.parent, adaptation.consolidation
     record = LineageRecord(
         lineage=adaptation.lineage,
         base=adaptation.base,
@@ -49,6 +49,9 @@ def register_version(
     version = Version(
         lineage=adaptation.lineage,
         created=datetime.now(UTC),
+        kind="adaptation" if plan is None else "consolidation",
+        arrivals=() if plan is None else plan.arrivals,
+        starts_from_base=plan is not None and plan.start == "base",
         task=adaptation.dataset.task,
         parent_version=parent.version if parent else None,
         run_key=adaptation.run_key,
@@ -75,6 +78,7 @@ def register_version(
         shard=trained.summary.shard,
         accuracies=dict(report.accuracies),
         general={name: mean_score(scores.now) for name, scores in report.general.items()},
+        debts={name: debt.points for name, debt in report.debts.items()},
         **{name: getattr(report.matrix, name) for name in SCORES},
     )
     licence = licence_of_base(adaptation.base.source, resolve_base(adaptation.base.source, HomeSettings().cache_dir))

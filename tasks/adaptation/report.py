@@ -83,6 +83,7 @@ def gather_report(
         lineage=version.lineage,
         version=version.version,
         task=dataset.task,
+        together=version.lesson if version.is_consolidation else None,
         parent_version=version.parent_version,
         verdict="promoted" if version.outcome == "rollout" and version.since.promoted is not None else version.outcome,
         reasons=version.reasons,

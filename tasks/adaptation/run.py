@@ -23,9 +23,10 @@ from infra.versions import Version, Versions
 from tasks.base import load
 from tasks.context import current_store, work_folder
 from tasks.lineage.choices import settings_of
+from tasks.lineage.consolidation import ConsolidationPlan
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import KeptAnswers, read_answers
-from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.lineage.record import KnownTask, LineageRecord, choose_task
 from tasks.lineage.requests import Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
 from tasks.progress import Interrupted
@@ -86,6 +87,8 @@ class RunInputs:
     """Number of versions that were trained on the dataset before, if it is to be trained again."""
     requeued_sha256: str | None
     """Digest of the dataset of the version whose arrival is learned again; None: no version is replaced."""
+    consolidation: ConsolidationPlan | None = None
+    """What is learned together; None: one arrival is learned. Then `dataset` stands for all of its rows."""
     tested: ArrivalScore | None = None
     """The champion's score on the arrival's rows; None: it was not asked."""
 
@@ -171,7 +174,7 @@ def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
 
 def start_run(inputs: RunInputs) -> Run:
     """Write the run into the journal, or continue the one that a crash left."""
-    store, dataset, parent = current_store(), inputs.dataset, inputs.parent
+    store, dataset, parent, together = current_store(), inputs.dataset, inputs.parent, inputs.consolidation
     write_format(store)  # before anything of a version, so that the store is known as one of this release
     run = Run(
         lineage=inputs.lineage,
@@ -186,6 +189,11 @@ def start_run(inputs: RunInputs) -> Run:
             "base": inputs.base.name,
             **settings_of(inputs.spec, inputs.adapter, inputs.strategy),
             "attempt": inputs.attempt,
+            **(
+                {}
+                if together is None
+                else {"consolidation": {"start": together.start, "arrivals": len(together.arrivals)}}
+            ),
         },
         started=datetime.now(UTC),
     )
@@ -200,7 +208,10 @@ def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
         ObjectNotFoundError: The parent's adapter is missing.
     """
     store, dataset, parent, record = current_store(), inputs.dataset, inputs.parent, inputs.record
-    schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
+    if record is not None and inputs.consolidation is not None:  # test rows stay as they are
+        schema, renewal = choose_task(record, dataset.task).schema, Renewal(None, record.slices, None)
+    else:
+        schema, renewal = read_manifest(store, dataset.uri).task, find_renewal(store, record, dataset)
     parent_folder = None
     if parent is not None:
         parent_folder = work_folder(run.lineage, run.short_key) / "parent"

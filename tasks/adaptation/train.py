@@ -15,6 +15,7 @@ from deal_core.regular_file import complete_file, flush_to_disk
 from infra.launch import is_in_this_process, launch_job
 from infra.settings import HomeSettings, LaunchSettings
 from infra.store import keys
+from tasks.adaptation.consolidate import gather_rows
 from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
 from tasks.base import lend_base, release_base
 from tasks.context import current_store
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from deal_core.training.messages import Send
     from deal_core.training.train import TrainingResult, TrainingSetup
 
+PLAIN = "seq_lora"
+"""The strategy of a consolidation's training: plain LoRA."""
 SUMMARY_FILE = "training.json"
 CHOSEN_FILE = "rows/chosen.parquet"
 SELECTION_FILE = "selection.json"
@@ -36,6 +39,8 @@ SELECTION_FILE = "selection.json"
 def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 
+    A consolidation is plain LoRA on the rows of all tasks together, and hands on the rows that the parent kept.
+
     If `method.selection` is on, the rows are chosen first; a file in the work folder keeps the choice.
 
     Raises:
@@ -43,34 +48,10 @@ def train_version(adaptation: AdaptationRun) -> TrainedAdapter:
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
-    from deal_core.training.jobs import TrainingJob
-    from deal_core.training.train import TrainingSetup
-
     store, folder, train = current_store(), adaptation.folder, adaptation.spec.train
     launching = LaunchSettings()
     if (summary := _finished(folder)) is None:
-        setup = TrainingSetup(
-            task=adaptation.schema,
-            old_tasks=tuple(known.schema for known in adaptation.record.tasks) if adaptation.record else (),
-            strategy=adaptation.strategy,
-            adapter=adaptation.adapter,
-            method=adaptation.spec.method,
-            train=train,
-        )
-        rows_file = folder / "rows" / keys.TRAIN_FILE
-        store.download_file(f"{adaptation.dataset.uri}/{keys.TRAIN_FILE}", rows_file)
-        rows_file, num_rows, notes = _choose(adaptation, setup, rows_file)
-        training = TrainingJob(
-            base_source=adaptation.base.source,
-            base_sha256=adaptation.base.sha256,
-            cache_folder=HomeSettings().cache_dir,
-            rows_file=rows_file,
-            setup=setup,
-            parent_folder=adaptation.parent_folder,
-            output_folder=folder / "adapter",
-            checkpoint_folder=folder / "checkpoints",
-            shard=launching.shard,
-        )
+        training, num_rows, notes = (_alone if adaptation.consolidation is None else _together)(adaptation)
         curve = LiveCurve(adaptation.run)
         try:
             result = _train(training, adaptation, _on_message(curve, train.num_steps(num_rows)))
@@ -107,6 +88,65 @@ def _finished(folder: Path) -> TrainSummary | None:
         pass
     (folder / SUMMARY_FILE).unlink()
     return None
+
+
+def _alone(adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]]:
+    """The training on one arrival, the number of its rows, and notes about their choice."""
+    from deal_core.training.train import TrainingSetup
+
+    folder = adaptation.folder
+    setup = TrainingSetup(
+        task=adaptation.schema,
+        old_tasks=tuple(known.schema for known in adaptation.record.tasks) if adaptation.record else (),
+        strategy=adaptation.strategy,
+        adapter=adaptation.adapter,
+        method=adaptation.spec.method,
+        train=adaptation.spec.train,
+    )
+    rows_file = folder / "rows" / keys.TRAIN_FILE
+    current_store().download_file(f"{adaptation.dataset.uri}/{keys.TRAIN_FILE}", rows_file)
+    rows_file, num_rows, notes = _choose(adaptation, setup, rows_file)
+    return _job(adaptation, setup, rows_file, adaptation.parent_folder), num_rows, notes
+
+
+def _together(adaptation: AdaptationRun) -> tuple[TrainingJob, int, tuple[str, ...]]:
+    """The training of a consolidation, the number of its rows, and notes about them."""
+    from deal_core.method_config import MethodConfig
+    from deal_core.training.train import KeptSource, TrainingSetup
+
+    plan, record, parent_folder = adaptation.consolidation, adaptation.record, adaptation.parent_folder
+    assert plan is not None and record is not None and parent_folder is not None, "there is a champion"
+    first, *others = gather_rows(plan, record, adaptation.folder)
+    setup = TrainingSetup(
+        task=first.task,
+        strategy=PLAIN,
+        adapter=adaptation.adapter,
+        method=MethodConfig(),
+        train=adaptation.spec.train,
+    )
+    learned = tuple(known.schema for known in record.tasks if known.schema.name in plan.kept)
+    job = replace(
+        _job(adaptation, setup, first.rows_file, parent_folder if plan.start == "champion" else None),
+        joined=tuple(others),
+        kept=KeptSource(folder=parent_folder, learned=learned),
+    )
+    return job, plan.num_rows, plan.notes
+
+
+def _job(adaptation: AdaptationRun, setup: TrainingSetup, rows_file: Path, parent_folder: Path | None) -> TrainingJob:
+    from deal_core.training.jobs import TrainingJob
+
+    return TrainingJob(
+        base_source=adaptation.base.source,
+        base_sha256=adaptation.base.sha256,
+        cache_folder=HomeSettings().cache_dir,
+        rows_file=rows_file,
+        setup=setup,
+        parent_folder=parent_folder,
+        output_folder=adaptation.folder / "adapter",
+        checkpoint_folder=adaptation.folder / "checkpoints",
+        shard=LaunchSettings().shard,
+    )
 
 
 def _choose(adaptation: AdaptationRun, setup: TrainingSetup, rows_file: Path) -> tuple[Path, int, tuple[str, ...]]:

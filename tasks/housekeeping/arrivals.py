@@ -106,7 +106,7 @@ def with_every_split(store: ObjectStore, arrival: KnownArrival) -> KnownArrival:
         (version.dataset_sha256, version.landed_sha256, ())
         for lineage in list_all_lineages(store)
         for version in Versions(store).all(lineage)
-        if version.task == arrival.task
+        if version.task == arrival.task and not version.is_consolidation
     ]
     tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
     # an arrival that is known only by its file may have become a dataset meanwhile, in each lineage another one
@@ -182,7 +182,7 @@ def _known_digests(store: ObjectStore) -> Iterator[tuple[str, str]]:
             yield task, tombstone.sha256
     for lineage in list_all_lineages(store):
         for version in Versions(store).all(lineage):
-            yield version.task, version.dataset_sha256
+            yield from ((learned.task, learned.dataset_sha256) for learned in version.trained_on)
 
 
 class _Handled(NamedTuple):
@@ -273,7 +273,8 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
     learned_by: dict[tuple[str, str], list[str]] = defaultdict(list)
     for lineage in Versions(store).lineages():
         for version in Versions(store).all(lineage):
-            learned_by[version.task, version.dataset_sha256].append(f"{lineage}/{version.version}")
+            for learned in version.trained_on:
+                learned_by[learned.task, learned.dataset_sha256].append(f"{lineage}/{version.version}")
     manifests = {(manifest.task.name, sha256): manifest for sha256, manifest in manifests_of(store)}
     forgotten = {info.key for info in store.list(keys.FORGOTTEN)}  # one listing instead of a request for each arrival
     arrivals = []

@@ -115,8 +115,8 @@ def affected_versions(versions: Sequence[Version], sha256s: Collection[str]) -> 
     """Return the versions of a lineage, oldest first, whose weights have learned from one of the datasets."""
     affected: dict[str, AffectedVersion] = {}
     for version in versions:
-        is_direct = version.dataset_sha256 in sha256s
-        if is_direct or version.parent_version in affected:
+        is_direct = any(arrival.dataset_sha256 in sha256s for arrival in version.trained_on)
+        if is_direct or (version.parent_version in affected and not version.starts_from_base):
             affected[version.version] = AffectedVersion(
                 lineage=version.lineage,
                 version=version.version,

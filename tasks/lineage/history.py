@@ -23,8 +23,12 @@ class HistoryEntry(BaseModel, frozen=True):
     """One version of a lineage. Scores are None where the lineage has too few tasks for them."""
 
     version: str
+    kind: str
+    """adaptation: it learned one arrival. consolidation: it learned all that is left of all arrivals together."""
+    lesson: str
+    """What it learned, in a few words."""
     task: str
-    """The task that it learned."""
+    """The task that it learned; of a consolidation the task that its parent learned last."""
     strategy: str
     parent_version: str | None
     """The version that it continues; None: it starts from the base model."""
@@ -40,6 +44,8 @@ class HistoryEntry(BaseModel, frozen=True):
     """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
     general: dict[str, float]
     """Its score on each suite of general ability that is on, 0 to 1."""
+    debts: dict[str, float]
+    """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
     accepted: bool
     """Whether its gate accepted it."""
     reasons: tuple[str, ...]

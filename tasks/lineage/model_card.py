@@ -68,7 +68,7 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
     ]
     accuracies = [("base model", *map(words.percent, matrix.base))]
     accuracies += [
-        (f"after {name}", *map(words.percent, row)) for name, row in zip(matrix.trained, matrix.rows, strict=True)
+        (f"after {name}", *map(words.percent, row)) for name, row in zip(matrix.learned, matrix.rows, strict=True)
     ]
     scores = {name.replace("_", " "): getattr(version, name) for name in SCORES}
     lines = [

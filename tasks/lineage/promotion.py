@@ -314,7 +314,7 @@ def left_behind(before: Sequence[Version], now: Sequence[Version]) -> tuple[Left
     return tuple(
         LeftBehind.model_validate(version)
         for version in reversed(before)
-        if not arrival_digests(version, before) & learned
+        if not version.is_consolidation and not arrival_digests(version, before) & learned
     )
 
 
@@ -352,6 +352,8 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     learned = {digest for version in versions if version.standing in standings for digest in version.digests}
     newest_first: list[LeftBehind] = []
     for version in reversed(versions):
+        if version.is_consolidation:
+            continue  # its arrivals are those of the versions before it
         if version.standing == "left behind" and not arrival_digests(version, versions) & learned:
             learned |= version.digests
             newest_first.append(LeftBehind.model_validate(version))

@@ -10,10 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import yaml
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from deal_core.data.schema import is_name
 from deal_core.errors import ConfigError, RegistryError, StoreError, in_one_line
@@ -24,6 +24,7 @@ from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from infra.versions import Versions
 from tasks.context import current_store
+from tasks.lineage.consolidation import NEVER, ConsolidatePolicy
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.spec import AdaptSpec, LineageSpec, Name, parse, read_lineage_values, resolve_base
 
@@ -40,6 +41,14 @@ class WatchedLineage(LineageSpec):
     """Why the lineage learns nothing that lands; None: it learns. `deal lineage pause` and `resume` write it."""
     retrain: RetrainPolicy = AT_ONCE
     """When the lineage is trained on what has landed."""
+    consolidate: ConsolidatePolicy = NEVER
+    """When all that was learned is learned again, together."""
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.consolidate.when_spent and self.gate.max_total_drop_points is None:
+            raise ValueError("consolidate.when_spent needs gate.max_total_drop_points, the budget that may be spent")
+        return self
 
 
 def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:

@@ -14,7 +14,7 @@ import tasks.adaptation.train as train_stage
 from deal_core.adapter.state import load_method_state
 from deal_core.method_config import SelectionConfig
 from deal_core.strategies.kept_rows import rows_name, unpack
-from deal_core.training.train import TrainingJob
+from deal_core.training.jobs import TrainingJob
 from tasks.context import current_store
 from tasks.lineage.version_files import borrowed_adapter
 from tests.adapting import BANK, CLINIC, page_of, run, version_of

@@ -13,14 +13,15 @@ import torch
 
 import benchmarks  # noqa: F401  its scores
 from benchmarks.stored_cells import unpack_answers
-from deal_core.adapter.state import adapter_on
+from deal_core.adapter.files import WEIGHTS_FILE
+from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark import run as benchmark_run
 from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.benchmark.summary import final_scores
+from deal_core.benchmark.summary import departures, final_scores, matrix_of
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
@@ -292,3 +293,22 @@ def test_a_strategy_that_asks_for_further_rows_is_told_which_task_has_none(run):
     note = "colours has no training rows left to rehearse"
     assert note in without and "rehearsed 16 rows of one old task, 4 a step" in without, "the new task's texts"
     assert note not in rows_left and "rehearsed 4 rows of one old task, 4 a step" in rows_left
+
+
+def test_after_every_second_task_a_version_more_learns_all_tasks_so_far(run, tmp_path):
+    result = run("deal", tasks=THREE, scored="ends", consolidate_every=2, keep=tmp_path / "kept")
+    assert [version["task"] for version in result["versions"]] == [THREE[0], THREE[1], None, THREE[2]]
+    assert scored(result) == [[THREE[0]], [THREE[1]], list(TWO), list(THREE)]
+    matrix = matrix_of(result)
+    assert matrix.learned == (*TWO, "(consolidation)", THREE[2]) and matrix.learned_best() == {TWO[0]: 0, TWO[1]: 1}
+    steps = [version["num_steps"] for version in result["versions"]]
+    assert steps == [4, 4, 8, 4], "rows of two tasks are twice the steps"
+
+    before, together, after = (load_method_state(tmp_path / "kept" / str(number)) for number in (1, 2, 3))
+    assert together.kept_rows.keys() == before.kept_rows.keys() and len(after.kept_rows) == 3
+    assert all(torch.equal(together.kept_rows[name], rows) for name, rows in before.kept_rows.items())
+    assert (before.num_arrivals, together.num_arrivals, after.num_arrivals) == (2, 3, 4)
+    joint = run("joint", tasks=TWO, keep=tmp_path / "joint")
+    weights = [(folder / WEIGHTS_FILE).read_bytes() for folder in (tmp_path / "kept" / "2", tmp_path / "joint" / "0")]
+    assert weights[0] == weights[1], "it is joint training from the base model"
+    assert departures(result) == "consolidated every 2 tasks" and joint["settings"].keys() < result["settings"].keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy
@@ -168,3 +169,23 @@ def test_figures_of_replaced_test_rows_are_not_compared_with_the_present_ones() 
     assert found.backward_transfer == pytest.approx((-0.05 + 0) / 2)
     assert found.forward_transfer == pytest.approx(0.1), "of clinic"
     assert AccuracyMatrix.from_json(found.to_json()) == found
+
+
+def test_a_debt_counts_from_the_best_version_that_learned_the_task_alone() -> None:
+    again = AccuracyMatrix(
+        tasks=("a", "b"),
+        trained=("a", "b", "a", "b", "b"),
+        rows=((0.6, None), (0.9, 0.5), (0.8, 0.5), (0.7, 0.4), (0.7, 0.5)),
+        base=(0.1, 0.1),
+    )
+    assert again.learned_best() == {"a": 2, "b": 1}, "0.9 was not reached by learning a, and the last does not count"
+    renewed = dataclasses.replace(again, measured_from={"a": 3})
+    assert renewed.learned_best() == {"b": 1}, "no version has learned a on its present test rows"
+
+
+def test_a_consolidation_is_marked_and_forgives_no_debt() -> None:
+    matrix = THREE.with_consolidation({"a": 0.9, "b": 0.9, "c": 0.9})
+    assert (matrix.trained[-1], matrix.learned[-1], matrix.consolidated) == ("c", "(consolidation)", (3,))
+    assert AccuracyMatrix.from_json(matrix.to_json()) == matrix
+    after = matrix.with_row("d", dict.fromkeys("abcd", 0.5), base_accuracy=0.1, parent_accuracy=0.2)
+    assert after.consolidated == (3,) and after.learned_best() == {"a": 0, "b": 1, "c": 2}

@@ -9,7 +9,8 @@ import pytest
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.gate import decide
-from deal_core.evaluation.report import AdapterFacts, EvaluationReport, GeneralScores
+from deal_core.evaluation.report import AdapterFacts, Debt, EvaluationReport, GeneralScores
+from deal_core.evaluation.significance import PairedDrop
 from deal_core.judging_config import GateConfig
 
 
@@ -249,3 +250,45 @@ def test_a_task_that_is_only_guessed_is_not_learned_however_little_the_base_know
     (check,) = decide(shuffled, GateConfig()).failed_checks
     assert check.kind == "floor" and "the commonest answer's 16.7 % + 10.0 points" in check.message
     assert decide(replace(shuffled, majority_rate=None), GateConfig()).accepted
+
+
+BUDGET = GateConfig(max_total_drop_points=8)
+
+
+def with_debt(
+    points: float, paired: PairedDrop | None = None, now: float = 0.75, **changes: object
+) -> EvaluationReport:
+    """A version whose old task was at 80 % in the parent, is at `now`, and has lost so many points in all."""
+    report = make_report({"old": now, "new": 0.5}, {"old": 0.8})
+    return replace(report, debts={"old": Debt(since="1", points=points, paired=paired)}, **changes)  # type: ignore[arg-type]
+
+
+def test_losses_that_pass_one_by_one_spend_the_budget_together() -> None:
+    assert decide(with_debt(20), GateConfig()).accepted, "without a budget only neighbours are compared"
+    assert decide(with_debt(8), BUDGET).accepted
+    (check,) = decide(with_debt(8.1), BUDGET).failed_checks
+    assert (check.kind, check.task, check.value, check.limit) == ("total_drop", "old", 8.1, 8)
+    assert "old: accuracy has fallen by 8.1 points since version 1 learned it; the budget is 8.0" in check.message
+
+
+def test_a_total_loss_that_noise_explains_does_not_spend_the_budget() -> None:
+    assert decide(with_debt(10, PairedDrop.of_hits(20, 3, 1)), BUDGET).accepted
+    assert not decide(with_debt(10, PairedDrop.of_hits(200, 25, 5)), BUDGET).accepted
+
+
+def test_a_version_that_adds_nothing_to_a_debt_is_not_to_blame_for_it() -> None:
+    assert decide(with_debt(20, now=0.8), BUDGET).accepted
+    assert not decide(with_debt(20, now=0.79), BUDGET).accepted
+
+
+def test_answers_that_are_gone_are_told() -> None:
+    assert any("version 1, which learned it, are not kept" in note for note in decide(with_debt(1), BUDGET).notes)
+    assert not any("learned it" in note for note in decide(with_debt(1), GateConfig()).notes)
+
+
+def test_a_consolidation_has_no_task_of_its_own_to_be_judged_by() -> None:
+    low = replace(make_report({"old": 0.8, "new": 0.25}, {"old": 0.8, "new": 0.3}), parent_accuracy_new_task=0.3)
+    assert {check.kind for check in decide(low, GateConfig()).failed_checks} == {"floor", "gain"}
+    assert decide(replace(low, is_consolidation=True), GateConfig()).accepted
+    lost = replace(make_report({"old": 0.6, "new": 0.3}, {"old": 0.8, "new": 0.3}), is_consolidation=True)
+    assert decide(lost, GateConfig()).failed_checks[0].kind == "drop", "against the champion it is judged as any"

@@ -47,7 +47,7 @@ STEPS = TrainConfig(
 )
 ROOT = Path(__file__).parents[4]
 MAIN = (
-    "import sys; from pathlib import Path\nfrom deal_core.training.train import TrainingJob\n"
+    "import sys; from pathlib import Path\nfrom deal_core.training.jobs import read_job\n"
     "from deal_core.training.ranks import run_in_processes\njob, folder = map(Path, sys.argv[1:])\n"
     "run_in_processes(read_job(job), folder, lambda message: print(message['step'], flush=True))\n"
 )

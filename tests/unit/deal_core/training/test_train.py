@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -26,8 +27,10 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig
+from deal_core.strategies.kept_rows import rows_name, unpack
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.training.objective import AnswerLoss
+from deal_core.training.train import KeptSource
 from deal_core.training.trainer import AdapterTrainer, training_arguments
 from tests.unit.deal_core.conftest import train_into, weights
 
@@ -487,3 +490,25 @@ def test_a_pruned_base_model_works_as_it_is(base, train, tmp_path):
     train_into(tmp_path / "second", pruned, "deal", parent=first.folder)
     after = dict(pruned.model.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_kept_rows_are_handed_on_and_those_of_tasks_without_rows_are_learned_once(train, rows, task):
+    other = replace(task, name="shades")
+    parent = train("replay", rows=rows(24), train=SHORT)
+    parent = train("replay", parent.folder, task=other, old_tasks=(task,), rows=rows(24, first=50), train=SHORT)
+    epoch = replace(SHORT, max_steps=None, num_epochs=1)
+    state = load_method_state(parent.folder)
+    num_kept = {name: len(unpack(state.kept_rows[rows_name(name)])) for name in ("colours", "shades")}
+
+    def together(rows_of_colours, *learned):
+        kept = KeptSource(folder=parent.folder, learned=learned)
+        return train("seq_lora", task=task, rows=rows_of_colours, kept=kept, train=epoch)
+
+    alone = together(rows(24))
+    assert alone.result.num_steps == 6, "kept rows are handed on, and not learned"
+    handed_on = load_method_state(alone.folder)
+    assert handed_on.stores == "data" and handed_on.num_arrivals == state.num_arrivals + 1
+    assert all(torch.equal(handed_on.kept_rows[name], tensor) for name, tensor in state.kept_rows.items())
+    assert together(rows(24), task).result.num_steps == 6, "they are among the rows"
+    assert together(rows(24), task, other).result.num_steps == 6 + math.ceil(num_kept["shades"] / 4)
+    assert together(rows(0), other).result.num_steps == math.ceil(num_kept["shades"] / 4), "no other row is left"

@@ -1,0 +1,182 @@
+"""Consolidate: learn what is left of all arrivals of a lineage together, as one version that the gate judges.
+
+The stages are those of `flows.adapt`, so a run that was killed goes on in the same way. The command and the watch of a
+lineage start it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from prefect import flow
+
+from deal_core.errors import RegistryError
+from deal_core.safe_text import listed
+from flows.adapt import AdaptResult, announcing_failure, failing, finish
+from flows.lock import lock_lineage
+from infra.store.base import ObjectStore
+from infra.versions import Version, Versions
+from tasks.adaptation import run as runs
+from tasks.adaptation.consolidate import plan_consolidation
+from tasks.adaptation.resume import find_parent, read_findings
+from tasks.adaptation.run import RunInputs, prepare
+from tasks.adaptation.train import PLAIN
+from tasks.base import refuse_what_cannot_fit
+from tasks.context import current_store
+from tasks.inbox import Arrival, InboxLook, known_state, read_state, write_state
+from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
+from tasks.lineage.consolidation import ConsolidationPlan, Start, champion_of, spent_by, why_due
+from tasks.lineage.history import unknown_lineage
+from tasks.lineage.record import read_record, require_same_base
+from tasks.lineage.settings import WatchedLineage, list_settings, read_lineage
+from tasks.mlflow_mirror import sync_lineage
+from tasks.progress import Stages, reporter
+from tasks.references import DatasetRef
+from tasks.spec import AdaptSpec, parse
+
+
+def plan(lineage: str, start: Start | None = None) -> ConsolidationPlan:
+    """Return what `consolidate` would learn; change nothing. For the arguments and errors see there."""
+    store = current_store()
+    champion = _require_champion(Versions(store).champion(lineage), lineage)
+    spec = _spec_of(champion, _settings(store, lineage))
+    record = read_record(store, champion.adapter_uri)
+    return plan_consolidation(store, champion, record, start or _settings_start(store, lineage), spec)
+
+
+@flow(name="consolidate", flow_run_name="consolidate-{lineage}")
+async def consolidate(lineage: str, start: Start | None = None) -> AdaptResult:
+    """Learn what is left of all arrivals together, and let the gate judge the version against the champion.
+
+    The settings are those of the lineage's file, or else those of the champion's run.
+
+    Args:
+        lineage: The lineage.
+        start: Whether the training starts from the base model or from the champion; None: as the lineage's file says.
+
+    Raises:
+        ConfigError: The lineage cannot be consolidated.
+        RegistryError: It has no champion.
+    """
+    store = current_store()
+    async with lock_lineage(lineage):
+        return await learn_together(lineage, start or _settings_start(store, lineage), _settings(store, lineage))
+
+
+@flow(name="consolidate-due", flow_run_name="consolidate-{spec.lineage}")
+async def consolidate_locked(spec: WatchedLineage) -> AdaptResult:
+    """Do what `consolidate` does, by the settings of a watch that holds the lineage."""
+    return await learn_together(spec.lineage, spec.consolidate.start, spec)
+
+
+async def learn_together(lineage: str, start: Start, settings: WatchedLineage | None) -> AdaptResult:
+    """Consolidate a lineage, and announce a failure. The caller holds the lineage."""
+    stages, store = Stages(), current_store()
+    async with announcing_failure(lineage, None):
+        parent = await stages.run("parent", find_parent, lineage)
+        synced = await stages.run("mlflow", sync_lineage, store, lineage)
+        if synced.promoted is not None:  # somebody has moved the alias there
+            parent = Versions(store).champion(lineage)
+        champion = _require_champion(parent, lineage)
+        spec = _spec_of(champion, settings)
+        if champion.is_consolidation:  # such as one whose run was killed, and is complete now
+            dataset = read_findings(champion.adapter_uri).dataset
+            return _repeated(champion, dataset, "no arrival was learned since")
+        record = read_record(store, champion.adapter_uri)
+        adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
+        planned = await stages.run("rows", plan_consolidation, store, champion, record, start, spec)
+        stages.done("rows", f"{planned.num_rows} rows of {len(planned.arrivals)} arrivals")
+        source, num_versions = choose_base(spec, record), len(record.matrix.trained)
+        await asyncio.to_thread(
+            refuse_what_cannot_fit, source, adapter, PLAIN, spec.method, spec.train, num_versions=num_versions
+        )
+        base = await stages.run("base", runs.identify_base, source, spec.train.quantize)
+        stages.done("base", base.name)
+        require_same_base(record, base)
+        inputs = RunInputs(
+            spec=spec,
+            dataset=planned.as_dataset(record.matrix.trained[-1]),
+            base=base,
+            adapter=adapter,
+            strategy=strategy,
+            parent=champion,
+            record=record,
+            attempt=0,
+            requeued_sha256=None,
+            consolidation=planned,
+        )
+        # By the key a run that was interrupted goes on.
+        if version := await stages.run("repeat", Versions(store).with_run_key, lineage, inputs.run_key):
+            why = f"has learned the same rows with the same settings: it is {version.standing}"
+            return _repeated(version, inputs.dataset, why)
+        run = await stages.run("start", runs.start_run, inputs)
+        async with failing(run):
+            adaptation = await stages.run("start", prepare, inputs, run)
+        return await finish(adaptation, stages)
+
+
+def why_consolidate(store: ObjectStore, spec: WatchedLineage) -> str | None:
+    """Return why a watch consolidates its lineage now, in one sentence; None: it does not."""
+    if not spec.consolidate.is_on:
+        return None
+    return why_due(spec.consolidate, Versions(store).all(spec.lineage), spec.gate.max_total_drop_points)
+
+
+def rejected_before(store: ObjectStore, spec: WatchedLineage, inbox: InboxLook) -> list[Arrival]:
+    """Return the arrivals that the budget had rejected before the consolidation that is champion now."""
+    if not spec.consolidate.when_spent:
+        return []
+    versions = Versions(store).all(spec.lineage)
+    champion = champion_of(versions)
+    if champion is None or not champion.is_consolidation:
+        return []
+    rejected = {version.version for version in spent_by(versions, champion.parent_version)}
+    state = known_state(store, spec.lineage)
+    notes = ((arrival, state.noted_as(arrival, "rejected")) for arrival in inbox.of(spec.tasks))
+    return [arrival for arrival, note in notes if note is not None and note.version in rejected]
+
+
+def open_again(store: ObjectStore, lineage: str, arrivals: Sequence[Arrival]) -> None:
+    """Let the next look learn arrivals again. The caller holds the lineage."""
+    state = read_state(store, lineage)
+    for arrival in arrivals:
+        state.record(arrival, "requeued", "Rejected before the consolidation.", now=datetime.now(UTC))
+    write_state(store, lineage, state)
+    reporter().said(f"{listed([arrival.key for arrival in arrivals])}: learned again, on the consolidation.")
+
+
+def _require_champion(champion: Version | None, lineage: str) -> Version:
+    if champion is None:
+        raise RegistryError(unknown_lineage(lineage))
+    return champion
+
+
+def _settings(store: ObjectStore, lineage: str) -> WatchedLineage | None:
+    return read_lineage(store, lineage) if lineage in list_settings(store) else None
+
+
+def _settings_start(store: ObjectStore, lineage: str) -> Start:
+    return (_settings(store, lineage) or WatchedLineage()).consolidate.start
+
+
+def _spec_of(champion: Version, settings: WatchedLineage | None) -> AdaptSpec:
+    """The settings of a consolidation; its task is that of the champion's arrival, which only names it."""
+    before = parse(AdaptSpec, read_findings(champion.adapter_uri).spec, f"version {champion.version}")
+    return before if settings is None else settings.with_task(before.task)
+
+
+def _repeated(version: Version, dataset: DatasetRef, why: str) -> AdaptResult:
+    return AdaptResult(
+        status="repeat",
+        rejected=not version.accepted,
+        message=f"Nothing to do: version {version.version} of {version.lineage} is a consolidation, and {why}.",
+        lineage=version.lineage,
+        task=dataset.task,
+        version=version.version,
+        parent_version=version.parent_version,
+        reasons=version.reasons,
+        dataset=dataset,
+        run_key=version.run_key,
+    )
