@@ -13,13 +13,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from deal_core.adapter.files import WEIGHTS_FILE
+from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sharding import is_sharded, shard_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_collator
 from deal_core.errors import ConfigError, RankError
+from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob
 from deal_core.training.ranks import run_in_processes
@@ -118,10 +121,14 @@ def test_processes_answer_as_one(base, answer_job, tmp_path, shard):
     assert sum(message["rows"] for message in messages if message["task"] == 0) == 14
 
 
-def test_one_process_answers_each_row_in_its_place(base, answer_job):
+def test_one_process_answers_each_row_in_its_place(base, answer_job, tmp_path):
     found = replace(answer_job, num_processes=1, kind="answer").run(base)
     assert found.perplexity is None and [len(given) for given in found.answers] == [13, 1, 13]
-    assert {row.text for row in found.answers[0]} and all(row.confidence for row in found.answers[1])
+    rows = Dataset.from_parquet(str(answer_job.rows_files[2]), cache_dir=str(tmp_path))
+    with adapter_on(base.model, answer_job.adapter_folder) as model:
+        expected = evaluate_task(model, base.tokenizer, answer_job.tasks[2], rows)
+    assert tuple(row.text for row in found.answers[2]) == expected.answers and len(set(expected.answers)) > 9
+    assert all(row.confidence for given in found.answers[:2] for row in given)
     assert all(row.confidence is None and 0 < float(row.text) < 1 for row in found.answers[2])
 
 
