@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -95,7 +96,7 @@ def _read_a_token(decoder: nn.Module) -> None:
 
 def _decoder_of(model: LanguageModel) -> Any:
     """The module with the list of layers, which every pass calls."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     for module in base.modules():
         if any(isinstance(child, nn.ModuleList) for child in module.children()):
             return module

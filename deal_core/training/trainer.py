@@ -19,7 +19,6 @@ from accelerate.utils import broadcast, gather, reduce
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -113,7 +112,8 @@ class AdapterTrainer(Trainer):
         super().__init__(args=args, train_dataset=train_dataset, **kwargs)
         self._is_sharded, self._on_checkpoint = is_sharded, on_checkpoint
         if is_sharded:
-            self.model._is_accelerate_prepared = True  # else accelerate wraps it once more
+            assert self.model is not None
+            vars(self.model)["_is_accelerate_prepared"] = True  # else accelerate wraps it once more
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
         self._objective = objective
@@ -185,7 +185,8 @@ class AdapterTrainer(Trainer):
                 if rehearsed is not None:
                     torch.autograd.backward(rehearsed)
             if self._is_sharded:
-                average_gradients(self.model)
+                assert self.model is not None
+                average_gradients(self.model.parameters())
             self.strategy.before_step()
             penalty = self.strategy.penalty()
             if penalty is not None:
@@ -319,13 +320,13 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 @torch.no_grad()
-def average_gradients(model: nn.Module) -> None:
-    """Average the gradients of the trainable parameters over the processes."""
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
-    flat = _flatten_dense_tensors(gradients)
-    mean = _unflatten_dense_tensors(reduce(flat, "mean"), gradients)
-    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), mean, strict=True):
-        parameter.grad = gradient
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of the trainable parameters over the processes. Every process must call this function."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    means = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for parameter, mean in zip(trained, means.split([p.numel() for p in trained]), strict=True):
+        parameter.grad = mean.view_as(parameter)
 
 
 @torch.no_grad()

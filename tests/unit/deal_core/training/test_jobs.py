@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from deal_core.adapter.files import WEIGHTS_FILE
+from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sharding import is_sharded, shard_base
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_collator
 from deal_core.errors import ConfigError, RankError
+from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob
 from deal_core.training.ranks import run_in_processes
@@ -119,10 +121,14 @@ def test_processes_answer_as_one(base, answer_job, tmp_path, shard):
     assert sum(message["rows"] for message in messages if message["task"] == 0) == 14
 
 
-def test_one_process_answers_each_row_in_its_place(base, answer_job):
+def test_one_process_answers_each_row_in_its_place(base, answer_job, tmp_path):
     found = replace(answer_job, num_processes=1, kind="answer").run(base)
     assert found.perplexity is None and [len(given) for given in found.answers] == [13, 1, 13]
-    assert {row.text for row in found.answers[0]} and all(row.confidence for row in found.answers[1])
+    rows = Dataset.from_parquet(str(answer_job.rows_files[2]), cache_dir=str(tmp_path))
+    with adapter_on(base.model, answer_job.adapter_folder) as model:
+        expected = evaluate_task(model, base.tokenizer, answer_job.tasks[2], rows)
+    assert tuple(row.text for row in found.answers[2]) == expected.answers and len(set(expected.answers)) > 9
+    assert all(row.confidence for given in found.answers[:2] for row in given)
     assert all(row.confidence is None and 0 < float(row.text) < 1 for row in found.answers[2])
 
 
@@ -160,31 +166,30 @@ def test_a_process_started_from_outside_needs_no_input_and_tells_its_error(base,
 
 @pytest.mark.nightly
 def test_torchrun_ends_with_the_process_that_started_it(base, job, tmp_path):
+    started: list[psutil.Process] = []
+
     def stop(message: Mapping[str, Any]) -> None:
         if message["step"] == 3:
+            started.extend(psutil.Process().children(recursive=True))
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         run_in_processes(job, tmp_path / "ranks", stop, TORCHRUN)
-    assert no_worker_is_left("deal_core.training.main")
+    assert started_processes_end(started)
     with pytest.raises(RankError, match="launcher of 2 processes died"):
         run_in_processes(job, tmp_path / "ranks", command=["false"])
 
 
-def no_worker_is_left(name: str) -> bool:
-    """Whether all processes with a word in their command end within a minute."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        if not any(name in " ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])):
-            return True
-        time.sleep(0.5)
-    return False
+def started_processes_end(processes: list[psutil.Process]) -> bool:
+    """Whether all of several processes end within a minute."""
+    return len(processes) > 2 and not psutil.wait_procs(processes, timeout=60)[1]
 
 
 @pytest.fixture
 def on_ray(tmp_path, monkeypatch) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     monkeypatch.setenv("DEAL_LAUNCH", "ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 
@@ -216,9 +221,8 @@ def test_one_killed_worker_of_ray_changes_nothing(base, job, tmp_path):
     def kill(message: Mapping[str, Any]) -> None:
         seen.append(message["step"])
         if message["step"] == 5 and not killed:
-            workers = [
-                each for each in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in str(each.info["cmdline"])
-            ]
+            below = psutil.Process().children(recursive=True)
+            workers = [each for each in below if "RayTrainWorker" in str(each.cmdline())]
             killed.append(workers[-1])
             workers[-1].kill()
 
@@ -234,10 +238,13 @@ def test_one_killed_worker_of_ray_changes_nothing(base, job, tmp_path):
 def test_workers_of_ray_end_with_the_process_that_wanted_them(base, job, tmp_path):
     from tasks.context import current_store
 
+    started: list[psutil.Process] = []
+
     def stop(message: Mapping[str, Any]) -> None:
         if message["step"] == 3:
+            started.extend(psutil.Process().children(recursive=True))
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         launch_job(current_store(), job, "adapters/l/r/jobs", tmp_path / "r", stop)
-    assert no_worker_is_left("RayTrainWorker")
+    assert started_processes_end(started)
