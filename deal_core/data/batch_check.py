@@ -19,7 +19,7 @@ from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.good_rows import GOOD_ROWS, good_rows
 from deal_core.data.reading.batches import RowBatch
-from deal_core.data.reading.parsing import WHOLE, Part
+from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import Problem, Row, normal_part
 from deal_core.data.schema import COLUMNS_OF_FORMAT, TaskSchema, label_key

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from deal_core.data.batch_check import Checked, CheckedFiles, FileCheck, naming
 from deal_core.data.reading.batches import JsonRows, ParquetRows, RowBatch
-from deal_core.data.reading.parsing import WHOLE, Part
+from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.reading.readers import group_sizes
 from deal_core.data.rows import Problem
 from deal_core.errors import ConfigError, DataValidationError, DealError, ReaderDiedError

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from deal_core.data.reading import parsing
+from deal_core.data.reading.part import Part
 from deal_core.errors import DataValidationError
 
 MAX_MEMORY_BYTES = 2**30
@@ -65,7 +66,7 @@ def main(request: str) -> NoReturn:
         if task == "look":
             _look(path, kind, frames)
         elif task == "rows":
-            _rows(path, kind, parsing.Part(*part), frames, most_bytes)
+            _rows(path, kind, Part(*part), frames, most_bytes)
         elif task == "groups":
             _send_json(frames, b"J", parsing.group_sizes(path, kind))
         else:
@@ -127,7 +128,7 @@ def _look(path: Path, kind: parsing.Kind, frames: BinaryIO) -> None:
     _send_json(frames, b"J", [look.columns, look.examples, look.class_names, look.num_rows])
 
 
-def _rows(path: Path, kind: parsing.Kind, part: parsing.Part, frames: BinaryIO, most_bytes: int) -> None:
+def _rows(path: Path, kind: parsing.Kind, part: Part, frames: BinaryIO, most_bytes: int) -> None:
     has_schema, num_bytes = False, 0
     for batch in parsing.parse(path, kind, part):
         if isinstance(batch, list):

@@ -13,16 +13,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deal_core.data.reading.lines import MAX_LINE_CHARS, damaged_file, open_bytes
+from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.rows import Problem, RawRow
-
-if TYPE_CHECKING:
-    from deal_core.data.reading.parsing import Part
 
 _PIECE_ROWS = 4096
 _PIECE_BYTES = 2**26
@@ -64,7 +62,7 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             raise damaged_file(path, error) from error
 
 
-def read_parquet(path: Path, wanted: Part) -> Iterator[pa.RecordBatch | list[RawRow]]:
+def read_parquet(path: Path, wanted: Part = WHOLE) -> Iterator[pa.RecordBatch | list[RawRow]]:
     """The rows of some row groups in parts of at most MAX_LINE_CHARS bytes. A row of more is bad, as in a text file."""
     with open_parquet(path) as file:
         number = wanted.number

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from deal_core.data.reading.csv_records import CsvFile
 from deal_core.data.reading.json_rows import read_json
 from deal_core.data.reading.lines import damaged_file, open_bytes
+from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
 from deal_core.regular_file import WRONG_PATH
@@ -36,19 +37,6 @@ BATCH_CHARS = 2**19
 """Most rows and characters of a batch. A single row may be larger."""
 _SURVEYED_ROWS = 1000
 _BLOCK_BYTES = 2**20
-
-
-class Part(NamedTuple):
-    """A part of a file: some row groups of Parquet. A text has only one part."""
-
-    start: int = 0
-    stop: int = 2**31
-    """The first row group, and the one after the last; there may be fewer."""
-    number: int = 1
-    """Number of the first row."""
-
-
-WHOLE = Part()
 
 
 @dataclass(frozen=True)

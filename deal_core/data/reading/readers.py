@@ -24,7 +24,8 @@ import pyarrow as pa
 import deal_core
 from deal_core.data.reading.batches import JsonRows, ParquetRows, RowBatch, from_json
 from deal_core.data.reading.child import HEADER, OUT_OF_MEMORY
-from deal_core.data.reading.parsing import WHOLE, FileLook, Kind, Part
+from deal_core.data.reading.parsing import FileLook, Kind
+from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
 from deal_core.safe_text import shorten

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deal_core.data.batch_check import PLAIN, BatchChecker, FileCheck
@@ -84,6 +84,7 @@ def assert_checked_alike(batch: RowBatch, kind: str) -> None:
 @pytest.mark.parametrize("kind", TASKS)
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS)
+@example(rows=[{"a": " late\n", "b": "cat", "c": "", "s": "test"}, {"a": "a  \n\tb\\", "b": "Dog", "c": '"c"\n'}])
 def test_a_batch_of_a_text_file_is_checked_as_its_rows_are(kind: str, rows: list[dict[str, Any]]) -> None:
     assert_checked_alike(json_rows(rows), kind)
 

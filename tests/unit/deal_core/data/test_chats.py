@@ -16,7 +16,7 @@ from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.reading.batches import JsonRows
-from deal_core.data.reading.parsing import Part
+from deal_core.data.reading.part import Part
 from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import Problem, RawRow, Row, row_digest, stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema

@@ -18,7 +18,7 @@ from deal_core.data import on_ray
 from deal_core.data.batch_check import CheckedFiles, FileCheck, checked_here
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.on_ray import checked_on_ray, parts_of
-from deal_core.data.reading.parsing import WHOLE, Part
+from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.schema import TaskSchema
 from deal_core.data.source_files import files_at
 from deal_core.errors import ConfigError, ReaderDiedError
