@@ -57,19 +57,22 @@ NUM_KEPT = 72 // 4
 """Rows that are kept of 72."""
 KILLED_WHILE_TRAINING = """
 import asyncio, os, signal
+from pathlib import Path
 
 from deal_core.training import trainer
-from flows.consolidate import consolidate
+from flows.consolidate import learn_together
+from tasks.context import current_store
+from tasks.lineage.settings import read_lineage
 
 rotate = trainer.rotate_checkpoints
 
 def die(folder, **given):
     rotate(folder, **given)
-    if (folder / "checkpoint-2" / trainer.COMPLETE).exists():
+    if Path(folder, "checkpoint-2", trainer.COMPLETE).exists():
         os.kill(os.getpid(), signal.SIGKILL)
 
 trainer.rotate_checkpoints = die
-asyncio.run(consolidate("l"))
+asyncio.run(learn_together("l", "base", read_lineage(current_store(), "l")))
 """
 
 
@@ -307,7 +310,7 @@ def test_the_command_shows_the_plan_asks_and_trains() -> None:
     done = CliRunner().invoke(app, ["lineage", "consolidate", "l", "--from", "champion", "--yes"])
     assert done.exit_code == 0, done.stderr
     assert "(consolidation)" in done.stdout and "Version 3 of l is champion." in done.stdout
-    assert "2 arrivals together" in CliRunner().invoke(app, ["version", "list"]).stdout
+    assert "2 arrivals together" in CliRunner().invoke(app, ["version", "show", "3"]).stdout
 
 
 def land(home: Path, task: str, name: str, source: str) -> None:
