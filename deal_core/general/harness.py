@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from deal_core.base_model.language_model import LanguageModel
     from deal_core.evaluation.generation import OnProgress
-    from deal_core.general.suites import AnswerRows
 
 FOLDER_VARIABLE = "DEAL_LM_EVAL_TASKS"
 """Environment variable: a folder with tasks of one's own. They may run code, so who runs the worker sets it."""
@@ -66,7 +65,7 @@ class HarnessTask:
         self,
         model: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
-        answer: AnswerRows | None = None,
+        answer: object = None,
         on_progress: OnProgress | None = None,
     ) -> tuple[float, ...]:
         """Return the score of every row. The model itself is always asked: the harness reads its probabilities.
