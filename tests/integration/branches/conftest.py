@@ -1,0 +1,60 @@
+"""Small tasks, and a lineage that has learned three of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.adapter.files import ADAPTER_FILES
+from flows.relearn import RelearnResult, relearn
+from infra.versions import Version, Versions
+from tasks.context import current_store
+
+LABELS = ("warm", "cold")
+
+
+@pytest.fixture
+def without_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let MLflow be away, which saves most of a small run's time."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+
+
+def small_task(folder: Path, name: str, part: str = "") -> dict[str, Any]:
+    """A task of 32 rows with two labels, every fourth a test row. Another `part` has other rows."""
+    file = folder / f"{name}{part}.jsonl"
+    rows = [
+        {
+            "text": f"{name}{part} {n}: the {('red', 'blue')[n % 2]} one",
+            "label": LABELS[n % 2],
+            "split": "train" if n % 4 else "test",
+        }
+        for n in range(32)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": name, "data": str(file), "instruction": "Which?", "labels": list(LABELS)}
+
+
+def champion() -> Version:
+    """The champion of lineage `l`."""
+    version = Versions(current_store()).champion("l")
+    assert version is not None
+    return version
+
+
+def adapter(version: Version) -> dict[str, bytes]:
+    """The weights, the configuration and the method's state of a version, as bytes."""
+    store = current_store()
+    places = {name: f"{version.adapter_uri}/{name}" for name in ADAPTER_FILES}
+    found = {name: store.get_bytes(key) for name, key in places.items() if store.exists(key)}
+    assert len(found) >= 2
+    return found
+
+
+def delete(task: str, **options: Any) -> RelearnResult:
+    """Delete the only arrival of a task, and relearn."""
+    arrival = next(version for version in Versions(current_store()).all("l") if version.task == task)
+    return asyncio.run(relearn("l", arrival.dataset_sha256, who="tester", **options))
