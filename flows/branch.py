@@ -182,6 +182,9 @@ async def give_up(lineage: str, who: str = "a deployment") -> KnownBranch:
         branch = Branches(store).open(lineage)
         if branch is None:
             raise RegistryError(f"Lineage '{lineage}' has no open branch; there is nothing to give up.")
+        champion = Versions(store).champion(lineage)
+        if champion is not None and champion.branch == branch.number:
+            raise RegistryError(f"The branch was swapped in, and only its end is missing. Go on with: {branch.command}")
         serve_again(store, branch, who)
         end = BranchEnd(outcome="given up", who=who, made=remade_by(branch))
         Branches(store).end(branch, end)

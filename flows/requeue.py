@@ -44,7 +44,9 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
     async with lock_lineage(lineage):
         numbers = versions or [version.version for version in find_left_behind(lineage)]
         wanted = [find_version(store, lineage, number) for number in numbers]
-        specs = [spec_to_relearn(version)[0] for version in wanted]  # all are checked before one is learned
+        # All are checked before one is learned. The lineage's base model may be another one now.
+        settled = {"base_model": None} if Versions(store).champion(lineage) else {}
+        specs = [spec_to_relearn(version)[0].model_copy(update=settled) for version in wanted]
         return [
             await learn_arrival(spec, again=not _is_learned(version), requeued_sha256=version.dataset_sha256)
             for spec, version in zip(specs, wanted, strict=True)

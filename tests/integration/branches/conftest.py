@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from deal_core.adapter.files import ADAPTER_FILES
 from flows.relearn import RelearnResult, relearn
 from infra.versions import Version, Versions
 from tasks.context import current_store
+from tests.adapting import run
+from tests.conftest import MakeOnce
 
 LABELS = ("warm", "cold")
 
@@ -58,3 +61,22 @@ def delete(task: str, **options: Any) -> RelearnResult:
     """Delete the only arrival of a task, and relearn."""
     arrival = next(version for version in Versions(current_store()).all("l") if version.task == task)
     return asyncio.run(relearn("l", arrival.dataset_sha256, who="tester", **options))
+
+
+@pytest.fixture(scope="session")
+def three_tasks(tiny_base: Path, home_made_once: MakeOnce) -> Path:
+    """A home whose lineage `l` has learned taps, beds and cars, from files in its folder."""
+
+    def learn(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+            for name in ("taps", "beds", "cars"):
+                assert run(tiny_base, small_task(folder, name)).status == "promoted"
+
+    return home_made_once("three-tasks", learn)
+
+
+@pytest.fixture
+def learned(three_tasks: Path, copy_to_home: Callable[[Path], Path], without_mlflow: None) -> Path:
+    """A copy of `three_tasks`, whose arrivals' files are still in the original."""
+    return copy_to_home(three_tasks)
