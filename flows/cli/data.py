@@ -242,8 +242,8 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
             " ".join(each.aliases),
         )
     advice = (
-        "Their weights still hold what they learned. If that has to go too, make a version before them champion "
-        "(deal version list, deal version rollback N), or start a new lineage."
+        "Their weights still hold what they learned. If that has to go too, make them anew without it: deal data delete "
+        "ARRIVAL --relearn."
     )
     return [heading("Versions that learned from it"), table, advice]
 

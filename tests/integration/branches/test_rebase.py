@@ -15,7 +15,7 @@ from flows.rebase import plan_rebase, rebase
 from infra.promotions import PromotionLog
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import roll_back
+from tasks.lineage.promotion import promote_to, roll_back
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.predict import predict
@@ -51,7 +51,7 @@ def test_a_lineage_changes_its_base_model_and_goes_back(new_base: str, tiny_base
     assert read_lineage(store, "l").base_model is None, "its champion says the base model"
     assert predict("the red one", lineage="l", task="taps", version=None).base_model == new_base
 
-    roll_back("l", None if new.parent_version is None else old.version, who="tester", why="a test")
+    roll_back("l", old.version, who="tester", why="a test")
     assert predict("the red one", lineage="l", task="taps", version=None).base_model == str(tiny_base)
     again = run(tiny_base, small_task(tmp_path, "more"), base_model=None)
     assert find_version(store, "l", again.version).base_sha256 == old.base_sha256
@@ -69,6 +69,4 @@ def test_a_worse_result_is_not_swapped_in(new_base: str, monkeypatch: pytest.Mon
     asyncio.run(give_up("l", "tester"))
     assert champion().version == "3"
     with pytest.raises(RegistryError, match="only with the whole branch"):
-        from tasks.lineage.promotion import promote_to
-
         promote_to("l", "6", who="tester", why="a test")
