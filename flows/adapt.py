@@ -328,7 +328,7 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
         "learned": f"version {number} has learned from this arrival; --force trains anew.",
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
         "in rollout": f"{trained} and {_in_rollout(version)}.",
-        "in a branch": f"{trained} anew, and waits for the end of its branch.",
+        "in a branch": f"{trained} again, and waits for the end of its branch.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
         f"deal version requeue {number}{option}.",
         "rejected by a person": f"{trained} and was rejected; change the settings or give --force.",
@@ -356,7 +356,7 @@ def adapted(version: Version, findings: Findings, seconds: dict[str, float]) -> 
     if not version.accepted:
         status, verdict = "rejected", "was rejected by the gate; the champion stays as it was"
     elif version.branch is not None:
-        status, verdict = "remade", f"learned the arrival of version {version.remakes} anew; the champion stays"
+        status, verdict = "remade", f"learned the arrival of version {version.remakes} again; the champion stays"
     elif version.approval == "awaiting":
         status, verdict = "awaiting approval", _awaits_approval(version)
     elif version.outcome == "rollout":

@@ -1,4 +1,4 @@
-"""Grow a branch: learn arrivals anew, one after another, on versions that continue no champion."""
+"""Grow a branch: learn arrivals again, one after another, on versions that continue no champion."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Grown:
 
 
 def _spec_of(store: ObjectStore, branch: Branch, version: Version) -> AdaptSpec:
-    """Return the spec that learns a version's arrival anew. What it left to the lineage is as it was."""
+    """Return the spec that learns a version's arrival again. What it left to the lineage is as it was."""
     record = read_record(store, version.adapter_uri)
     settled = {
         "base_model": branch.base_model or record.base.source,

@@ -111,7 +111,7 @@ async def rebase(
 
     Raises:
         ConfigError: It is the base model of today, or arrivals would be lost.
-        RegistryError: The lineage cannot begin a branch now, or somebody has moved its champion since.
+        RegistryError: The lineage cannot begin a branch now, or a person has moved its champion since.
     """
     store = current_store()
     async with lock_lineage(lineage):
@@ -132,7 +132,9 @@ async def rebase(
             reasons.append(f"It knows {listed(judged.missing)} no longer (--accept-lost).")
         figures = {"before": judged.before, "accuracies": judged.accuracies}
         if reasons:
-            return _stopped(branch, f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}", **figures)
+            return _stopped(
+                branch, f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}", **figures
+            )
         if Versions(store).champion(lineage) == old:
             await _wait_for_engine(store, tip, engines)
         swap_in(store, branch, tip, who)

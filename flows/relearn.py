@@ -1,4 +1,4 @@
-"""Relearn: delete an arrival, and make anew every version that learned from it, as if the arrival had never been."""
+"""Relearn: delete an arrival, and make again every version that learned from it, as if the arrival had never been."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tasks.serving.exports import remove_exports
 
 
 class RelearnPlan(BranchPlan, frozen=True):
-    """What `deal data delete --relearn` removes, makes anew, and loses."""
+    """What `deal data delete --relearn` removes, makes again, and loses."""
 
     forget: ForgetPlan
 
@@ -35,7 +35,7 @@ class RelearnResult(BaseModel, frozen=True):
 
     lineage: str
     status: Literal["swapped", "stopped"]
-    """swapped: the versions made anew serve. stopped: nothing was swapped, and the same command goes on."""
+    """swapped: the versions made again serve. stopped: nothing was swapped, and the same command goes on."""
     message: str
     """The outcome in one sentence."""
     branch: Branch
@@ -49,7 +49,7 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
     """Return what `relearn` would do; change nothing.
 
     Args:
-        lineage: The lineage whose versions are made anew.
+        lineage: The lineage whose versions are made again.
         named: The arrival, as for `deal data delete`.
         stops_serving: Whether no version serves until the swap.
         who: Who asks.
@@ -110,7 +110,7 @@ async def relearn(
     accept_lost: bool = False,
     who: str = "a deployment",
 ) -> RelearnResult:
-    """Delete an arrival, and make every version that learned from it anew. A call that was killed is repeated.
+    """Delete an arrival, and make every version that learned from it again. A call that was killed is repeated.
 
     The order: the branch is stored, so that new arrivals wait. The rows are removed everywhere. The later arrivals are
     learned again on the last version that never saw the rows. One move of the promotion log makes the last of the new
@@ -127,7 +127,7 @@ async def relearn(
 
     Raises:
         ConfigError: There is no such arrival, or arrivals would be lost.
-        RegistryError: The lineage cannot begin a branch now, or somebody has moved its champion since.
+        RegistryError: The lineage cannot begin a branch now, or a person has moved its champion since.
     """
     store = current_store()
     async with lock_lineage(lineage):  # no run works on the lineage, and later ones see the branch

@@ -1,9 +1,9 @@
-"""Branches of a lineage: versions that are made anew, which continue no champion until one move swaps the last one in.
+"""Branches of a lineage: versions that are made again, which continue no champion until one move swaps the last one in.
 
-    branches/LINEAGE/NUMBER.json      what is made anew, from which version on; written once, before anything else
+    branches/LINEAGE/NUMBER.json      what is made again, from which version on; written once, before anything else
     branches/LINEAGE/NUMBER.end.json  how the branch ended
 
-The versions of a branch name it and the version whose arrival they learn anew. So what is done is read from the
+The versions of a branch name it and the version whose arrival they learn again. So what is done is read from the
 versions, and a branch whose process was killed goes on. A lineage has at most one open branch: the next number is
 taken with a conditional put.
 """
@@ -74,7 +74,7 @@ class DeletedRows(_Part):
 
 
 class Branch(Stored):
-    """What a branch makes anew. It never changes."""
+    """What a branch makes again. It never changes."""
 
     lineage: str
     number: int = Field(ge=1)
@@ -123,7 +123,7 @@ class Remade(_Part):
 
 
 class Attestation(_Part):
-    """What is certain after rows were deleted and everything that had learned from them was made anew."""
+    """What is certain after rows were deleted and everything that had learned from them was made again."""
 
     rows: DeletedRows
     removed: tuple[str, ...]
@@ -199,7 +199,7 @@ class Branches:
 
 
 def made_by(branch: Branch, versions: Sequence[Version]) -> dict[str, Version]:
-    """Return what a branch has made, by the version whose arrival was learned anew."""
+    """Return what a branch has made, by the version whose arrival was learned again."""
     return {version.remakes: version for version in versions if version.branch == branch.number and version.remakes}
 
 

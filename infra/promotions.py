@@ -20,7 +20,7 @@ from infra.store.stored import read_folder, reading_stored
 
 Action = Literal["promoted", "rolled back", "rejected", "rollout", "stopped"]
 """rollout: the version is tried on live traffic; its promotion or rejection ends that. stopped: no version is champion
-any more, until versions were made anew."""
+any more, until versions were made again."""
 ENDING = frozenset({"promoted", "rolled back"})
 """Actions that move the champion. A rollout compares with the champion, so each of them ends it."""
 

@@ -41,7 +41,7 @@ Standing = Literal[
 ]
 """left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.
 
-in a branch: accepted, but made anew by a branch, and not an ancestor of the champion; see `infra.branches`.
+in a branch: accepted, but made again by a branch, and not an ancestor of the champion; see `infra.branches`.
 A version awaits approval only while its parent is champion."""
 SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 ROLLOUT = "rollout"
@@ -93,7 +93,7 @@ class Version(Stored):
     branch: int | None = None
     """The branch that made it; None: it was made to continue the champion."""
     remakes: str | None = None
-    """The version whose arrival it learned anew, if a branch made it."""
+    """The version whose arrival it learned again, if a branch made it."""
     config_sha256: str
     adapter_uri: str
     adapter_sha256: str

@@ -1,4 +1,4 @@
-"""What the commands share that make versions anew: their options, and the plan and the result of a branch."""
+"""What the commands share that make versions again: their options, and the plan and the result of a branch."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def show_made(made: Sequence[Remade]) -> Iterable[RenderableType]:
     """The versions that a branch made."""
     if not made:
         return
-    table = new_table("version", "made anew from", "task", "gate", right=["version", "made anew from"])
+    table = new_table("version", "made again from", "task", "gate", right=["version", "made again from"])
     for each in made:
         table.add_row(
             each.version, each.remakes, escape(each.task), "[green]accepted[/]" if each.accepted else "[red]rejected[/]"
         )
-    yield heading("Made anew")
+    yield heading("Made again")
     yield table
 
 

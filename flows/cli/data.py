@@ -118,7 +118,7 @@ def delete(
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     relearn: Annotated[
-        bool, Option("--relearn", help="Also make every version that learned from it anew, as if it had never landed.")
+        bool, Option("--relearn", help="Also make every version that learned from it again, as if it had never landed.")
     ] = False,
     lineage: SpecLineage = None,
     skip_rejected: SkipRejected = False,
@@ -242,7 +242,7 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
             " ".join(each.aliases),
         )
     advice = (
-        "Their weights still hold what they learned. If that has to go too, make them anew without it: deal data delete "
+        "Their weights still hold what they learned. If that has to go too, make them again without it: deal data delete "
         "ARRIVAL --relearn."
     )
     return [heading("Versions that learned from it"), table, advice]

@@ -182,7 +182,7 @@ def branch(
     lineage: LineageName,
     give_up: Annotated[bool, Option("--give-up", help="End the open branch: its champion of before stays.")] = False,
 ) -> CommandResult[list[KnownBranch]]:
-    """Show what was made anew in a lineage, with the attestations of deleted rows; or give an open branch up."""
+    """Show what was made again in a lineage, with the attestations of deleted rows; or give an open branch up."""
     from infra.branches import Branches
 
     if give_up:
@@ -192,7 +192,7 @@ def branch(
     else:
         branches = [*Branches(deal.store).all(lineage)]
     shown = [line for each in branches for line in show_branch(each)]
-    return CommandResult(branches, shown or [escape(f"Nothing of {lineage} was made anew.")])
+    return CommandResult(branches, shown or [escape(f"Nothing of {lineage} was made again.")])
 
 
 @command(lineage_app, "reading", "deal lineage show bank", "deal lineage show bank --json", works_without_home=True)

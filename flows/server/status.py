@@ -102,7 +102,7 @@ class LineageStatus(BaseModel):
     rollout: str | None = None
     """The version that is tried on live traffic, in one line; None: no version is tried."""
     branch: str | None = None
-    """Why new arrivals wait for versions that are made anew, in one line; None: none are."""
+    """Why new arrivals wait for versions that are made again, in one line; None: there are no such versions."""
     rejected: str | None = None
     """The newest version and why it was rejected, in one line; None: it was not."""
     mlflow_waiting: tuple[str, ...] = ()

@@ -138,7 +138,7 @@ class Champion:
         """
         assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
         if self._champion is None:
-            raise GivenUpError(f"No version of '{self.lineage}' serves until its versions are made anew; ask again.")
+            raise GivenUpError(f"No version of '{self.lineage}' serves until its versions are made again; ask again.")
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)
         tried = self.rollout.ask(named, served, is_given_up, key, version, sampling, ids)

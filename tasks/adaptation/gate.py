@@ -60,7 +60,9 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
             rows = rows.select([place for place, digest in enumerate(rows["sha256"]) if digest in both])
             if len(rows):
                 metric, right, digests = learned.schema.metric, right_answers(rows), list(rows["sha256"])
-                marks = [score_answers(metric, [kept.now[name][each] for each in digests], right) for kept in (now, then)]
+                marks = [
+                    score_answers(metric, [kept.now[name][each] for each in digests], right) for kept in (now, then)
+                ]
                 outcomes[name], parent_outcomes[name] = marks
                 accuracies[name], before[name] = (sum(each) / len(each) for each in marks)
                 num_rows[name] = len(rows)

@@ -70,11 +70,11 @@ STAGE: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Remake:
-    """A step of a branch: the arrival of a version is learned anew, and the champion stays; see `infra.branches`."""
+    """A step of a branch: the arrival of a version is learned again, and the champion stays; see `infra.branches`."""
 
     branch: int
     version: str
-    """The version whose arrival is learned anew."""
+    """The version whose arrival is learned again."""
     parent: Version | None
     """The version that the new one continues; None: it starts from the base model."""
     asked: AskedFor

@@ -18,13 +18,13 @@ from tasks.notices import Notice, announce
 
 
 class BranchOpenError(RegistryError):
-    """Versions of the lineage are being made anew, and new arrivals wait."""
+    """Versions of the lineage are being made again, and new arrivals wait."""
 
 
 def why_branched(branch: Branch) -> str:
     """Return why new arrivals wait for a branch, and what to do."""
     return (
-        f"versions of '{branch.lineage}' are made anew {branch.what} since {branch.began:%Y-%m-%d %H:%M} UTC; new "
+        f"versions of '{branch.lineage}' are made again {branch.what} since {branch.began:%Y-%m-%d %H:%M} UTC; new "
         f"arrivals wait for the end. Go on with: {branch.command}; or give it up: deal lineage branch {branch.lineage} "
         "--give-up"
     )
@@ -62,7 +62,7 @@ def stop_serving(store: ObjectStore, branch: Branch) -> None:
         before=branch.champion,
         champion=None,
         who=branch.who,
-        why=f"nothing serves until it is made anew {branch.what}",
+        why=f"nothing serves until it is made again {branch.what}",
     )
     if last.champion != branch.champion or log.add(last, change) is None:
         raise RegistryError(_moved(branch, last.champion))
@@ -82,7 +82,7 @@ def swap_in(store: ObjectStore, branch: Branch, tip: Version, who: str) -> None:
     if before != expected:
         raise RegistryError(_moved(branch, before))
     is_old = tip.version == branch.root
-    why = f"made anew {branch.what}"
+    why = f"made again {branch.what}"
     move_champion(store, tip, expected=expected, action="rolled back" if is_old else "promoted", who=who, why=why)
     announce("rolled-back" if is_old else "promoted", Notice.of(tip, reasons=(why,), who=who))
 
@@ -98,7 +98,7 @@ def serve_again(store: ObjectStore, branch: Branch, who: str) -> None:
 def _moved(branch: Branch, champion: str | None) -> str:
     now = f"version {champion} is" if champion else "no version is"
     return (
-        f"The branch of '{branch.lineage}' replaces version {branch.champion}, but {now} champion now: somebody has "
+        f"The branch of '{branch.lineage}' replaces version {branch.champion}, but {now} champion now: a person has "
         f"moved it since. Nothing was swapped. Make version {branch.champion} champion again (deal version rollback "
         f"{branch.champion} --lineage {branch.lineage}), or give the branch up (deal lineage branch {branch.lineage} "
         "--give-up)."

@@ -210,7 +210,7 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
     if chosen.standing == "in a branch":
         raise RegistryError(
-            f"Version {version} of '{lineage}' was made anew by a branch, and becomes champion only with the whole "
+            f"Version {version} of '{lineage}' was made again by a branch, and becomes champion only with the whole "
             f"branch. See: deal lineage branch {lineage}"
         )
     if chosen.parent_version != number:

@@ -31,7 +31,7 @@ MAX_NAME = 64
 
 
 class AskedFor(NamedTuple):
-    """What had been asked for a task when a version was made. What is learned anew is learned with the same."""
+    """What had been asked for a task when a version was made. What is learned again is learned with the same."""
 
     labels: tuple[str, ...]
     """Labels that had been added by command, oldest first."""

@@ -18,6 +18,7 @@ from tests.adapting import run
 from tests.conftest import MakeOnce
 
 LABELS = ("warm", "cold")
+TASKS = ("taps", "beds", "cars")
 
 
 @pytest.fixture
@@ -63,17 +64,20 @@ def delete(task: str, **options: Any) -> RelearnResult:
     return asyncio.run(relearn("l", arrival.dataset_sha256, who="tester", **options))
 
 
+def learn_three(folder: Path, base: Path, **settings: Any) -> None:
+    """Let lineage `l` of the home in a folder learn three tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        for name in TASKS:
+            assert run(base, small_task(folder, name), **settings).status == "promoted"
+
+
 @pytest.fixture(scope="session")
 def three_tasks(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage `l` has learned taps, beds and cars, from files in its folder."""
 
-    def learn(folder: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-            for name in ("taps", "beds", "cars"):
-                assert run(tiny_base, small_task(folder, name)).status == "promoted"
-
-    return home_made_once("three-tasks", learn)
+    settings = {"strategy": "deal", "rehearsal": {"rows": 50}}
+    return home_made_once("three-tasks-deal-50", lambda folder: learn_three(folder, tiny_base, **settings))
 
 
 @pytest.fixture
