@@ -187,8 +187,10 @@ async def begin(
         parent = Versions(store).champion(spec.lineage)
     record = read_record(store, parent.adapter_uri) if parent else None
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
-    asked = remake.asked if remake else None
-    dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again, asked)
+    dataset = remake.dataset if remake else None
+    if dataset is None:
+        asked = remake.asked if remake else None
+        dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again, asked)
     stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)
     # Before the base model is loaded: most repeats are known by their rows alone. A branch repeats on purpose.

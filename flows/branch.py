@@ -13,20 +13,23 @@ from flows.adapt import learn_arrival
 from flows.lock import lock_lineage
 from flows.mlflow import mirror
 from flows.requeue import spec_to_relearn
-from infra.branches import Branch, Branches, BranchEnd, KnownBranch, Lost, Remade, Step, made_by, tip_of
+from infra.branches import Branch, BranchEnd, Branches, KnownBranch, Lost, Remade, Step, made_by, tip_of
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
+from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions
 from tasks.adaptation.resume import finish_newest, read_findings
 from tasks.adaptation.run import Remake
 from tasks.context import current_store
 from tasks.lineage.branch import require_no_branch, serve_again
+from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.requests import AskedFor
 from tasks.progress import reporter
-from tasks.spec import AdaptSpec
+from tasks.references import DatasetRef
+from tasks.spec import AdaptSpec, parse
 
 
 class BranchPlan(BaseModel, frozen=True):
@@ -38,31 +41,60 @@ class BranchPlan(BaseModel, frozen=True):
 
 
 def plan_steps(
-    store: ObjectStore, line: Sequence[Version], *, without: Collection[str] = (), files: Collection[str] = ()
+    store: ObjectStore,
+    line: Sequence[Version],
+    *,
+    root: str | None = None,
+    without: Collection[str] = (),
+    files: Collection[str] = (),
 ) -> tuple[tuple[Step, ...], tuple[Lost, ...], float]:
-    """Return what can be learned again of a line of versions, oldest first, what cannot, and how long it took.
+    """Return what can be learned again of a line of versions, oldest first, what cannot, and how long it took before.
 
-    `without` are digests of datasets that are left out, and `files` digests of files that are about to be deleted.
+    An arrival whose file is gone is learned from the rows that the store retains, if it does.
+
+    Args:
+        store: The store.
+        line: The champion and its ancestors.
+        root: The version after which it is learned again; None: from the first on.
+        without: Digests of datasets that are left out.
+        files: Digests of files that are about to be deleted.
     """
     labels: dict[str, dict[str, None]] = defaultdict(dict)
-    steps, lost, seconds = [], [], 0.0
-    journal = RunJournal(store)
-    for version in line:
+    numbers = [version.version for version in line]
+    num_before = numbers.index(root) + 1 if root else 0
+    known = {version.task for version in line[:num_before]}
+    steps: list[Step] = []
+    lost, seconds, journal = [], 0.0, RunJournal(store)
+    for place, version in enumerate(line):
+        is_kept, is_left_out = False, place < num_before or version.dataset_sha256 in without
         try:
             dataset = read_findings(version.adapter_uri).dataset
             labels[version.task] |= dict.fromkeys(dataset.new_labels)
-            if version.dataset_sha256 in without:
+            if is_left_out:
                 continue
-            if set(spec_to_relearn(version)[1]) & set(files):
-                raise DataValidationError("one of its files is deleted with the arrival; land it without that file")
+            try:
+                if set(spec_to_relearn(version)[1]) & set(files):
+                    raise DataValidationError("one of its files is deleted with the arrival; land it without that file")
+            except (DataValidationError, StoreError):
+                has_tests = dataset.num_test > 0 or version.task in known
+                is_kept = has_tests and store.exists(f"{dataset.uri}/{TRAIN_FILE}")
+                if not is_kept or not retains_training_rows(store, dataset.uri):
+                    raise
         except (DataValidationError, StoreError) as error:
-            lost.append(Lost(version=version.version, task=version.task, why=in_one_line(error)))
+            if not is_left_out:
+                lost.append(Lost(version=version.version, task=version.task, why=in_one_line(error)))
             continue
-        asked = tuple(labels[version.task])
-        step = Step(version=version.version, task=version.task, labels=asked, renews_tests=dataset.renews_tests)
+        step = Step(
+            version=version.version,
+            task=version.task,
+            labels=tuple(labels[version.task]),
+            renews_tests=dataset.renews_tests,
+            is_kept=is_kept,
+        )
         steps.append(step)
+        known.add(version.task)
         run = journal.find(version.lineage, version.run_key)
-        took = (run.ended - run.started).total_seconds() if run and run.ended else version.train_seconds
+        took = (run.ended - run.started).total_seconds() if run and run.ended else 0.0
         seconds += max(took, version.train_seconds)
     return tuple(steps), tuple(lost), seconds
 
@@ -119,16 +151,17 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Grown:
         if (made := made_by(branch, versions).get(step.version)) is None:
             reporter().said(f"Branch {branch.number} of {lineage}, arrival {number} of {num_steps}: {step.task}")
             before = find_version(store, lineage, step.version)
+            parent = tip_of(branch, versions)
             remake = Remake(
                 branch=branch.number,
                 version=step.version,
-                parent=tip_of(branch, versions),
+                parent=parent,
                 asked=AskedFor(step.labels, step.renews_tests),
+                dataset=_kept_dataset(store, step, before, parent) if step.is_kept else None,
             )
             try:
-                run = await learn_arrival(
-                    _spec_of(store, branch, before), False, requeued_sha256=before.dataset_sha256, remake=remake
-                )
+                spec = _spec_of(store, branch, step, before)
+                run = await learn_arrival(spec, False, requeued_sha256=before.dataset_sha256, remake=remake)
             except DataValidationError as error:
                 if not skip_rejected:
                     why = f"the arrival of version {step.version} ({step.task}) is refused: {in_one_line(error)}"
@@ -143,7 +176,15 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Grown:
     return Grown(made=remade_by(branch))
 
 
-def _spec_of(store: ObjectStore, branch: Branch, version: Version) -> AdaptSpec:
+def _kept_dataset(store: ObjectStore, step: Step, version: Version, parent: Version | None) -> DatasetRef:
+    """Return a version's dataset, with the labels that its task lacks in the new parent."""
+    dataset = read_findings(version.adapter_uri).dataset
+    known = read_record(store, parent.adapter_uri).task(step.task) if parent else None
+    new = [label for label in step.labels if known is not None and label not in known.schema.labels]
+    return dataset.model_copy(update={"new_labels": tuple(new)})
+
+
+def _spec_of(store: ObjectStore, branch: Branch, step: Step, version: Version) -> AdaptSpec:
     """Return the spec that learns a version's arrival again. What it left to the lineage is as it was."""
     record = read_record(store, version.adapter_uri)
     settled = {
@@ -151,7 +192,11 @@ def _spec_of(store: ObjectStore, branch: Branch, version: Version) -> AdaptSpec:
         "strategy": record.strategy,
         "adapter": record.adapter,
     }
-    return spec_to_relearn(version)[0].model_copy(update=settled)
+    if step.is_kept:
+        spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
+    else:
+        spec = spec_to_relearn(version)[0]
+    return spec.model_copy(update=settled)
 
 
 def remade_by(branch: Branch) -> tuple[Remade, ...]:

@@ -13,7 +13,7 @@ from deal_core.errors import ConfigError, DealError, RegistryError, in_one_line
 from deal_core.safe_text import listed
 from flows.branch import BranchPlan, grow, plan_steps, remade_by, require_nothing_lost, require_quiet
 from flows.lock import lock_lineage
-from infra.branches import Branch, Branches, BranchEnd, Remade, tip_of
+from infra.branches import Branch, BranchEnd, Branches, Remade, tip_of
 from infra.fingerprints import read_fingerprint
 from infra.settings import EngineSettings
 from infra.store.base import ObjectStore
@@ -68,8 +68,7 @@ def plan_rebase(lineage: str, base: str, *, who: str = "") -> BranchPlan:
     champion = require_quiet(store, lineage)
     if read_record(store, champion.adapter_uri).base.source == base:
         raise ConfigError(f"Lineage '{lineage}' adapts {base} already; name another base model.")
-    line = tuple(reversed(descent(Versions(store).all(lineage), champion)))
-    steps, lost, seconds = plan_steps(store, line)
+    steps, lost, seconds = plan_steps(store, descent(Versions(store).all(lineage), champion)[::-1])
     branch = Branch(
         lineage=lineage,
         number=Branches(store).next_number(lineage),
@@ -116,7 +115,8 @@ async def rebase(
     store = current_store()
     async with lock_lineage(lineage):
         branch = plan_rebase(lineage, base, who=who).branch
-        require_nothing_lost(branch, accepted=accept_lost)
+        if Branches(store).open(lineage) != branch:
+            require_nothing_lost(branch, accepted=accept_lost)
         old = find_version(store, lineage, branch.champion)
         await _require_other_base(store, old, base)
         if not Branches(store).begin(branch) and Branches(store).open(lineage) != branch:

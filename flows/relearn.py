@@ -12,7 +12,7 @@ from deal_core.errors import ConfigError, RegistryError
 from flows.branch import BranchPlan, grow, plan_steps, remade_by, require_nothing_lost, require_quiet
 from flows.forget import forget
 from flows.lock import lock_lineage
-from infra.branches import Attestation, Branch, Branches, BranchEnd, DeletedRows, Remade, tip_of
+from infra.branches import Attestation, Branch, BranchEnd, Branches, DeletedRows, Remade, tip_of
 from infra.store.base import ObjectStore
 from infra.versions import Versions, descent
 from tasks.context import current_store
@@ -66,9 +66,10 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
     sha256s = {plan.sha256, *plan.splits}
     versions = Versions(store).all(lineage)
     affected = {version.version for version in affected_versions(versions, sha256s)}
-    line = [version for version in reversed(descent(versions, champion)) if version.version in affected]
-    steps, lost, seconds = plan_steps(store, line, without=sha256s, files=plan.files)
-    root = line[0].parent_version if line else champion.version
+    line = descent(versions, champion)[::-1]
+    first = next((version for version in line if version.version in affected), None)
+    root = first.parent_version if first else champion.version
+    steps, lost, seconds = plan_steps(store, line, root=root, without=sha256s, files=plan.files)
     if root is None and not steps:
         raise ConfigError(
             f"Without arrival {plan.sha256[:12]} lineage '{lineage}' has learned nothing that can be learned again, so "
@@ -94,7 +95,7 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
         champion=champion.version,
         steps=steps,
         lost=lost,
-        stops_serving=stops_serving and bool(line),
+        stops_serving=stops_serving and first is not None,
         deleted=deleted,
     )
     return RelearnPlan(branch=branch, seconds=seconds, forget=plan)
@@ -132,7 +133,8 @@ async def relearn(
     store = current_store()
     async with lock_lineage(lineage):  # no run works on the lineage, and later ones see the branch
         branch = plan_relearn(lineage, named, stops_serving=stops_serving, who=who).branch
-        require_nothing_lost(branch, accepted=accept_lost)
+        if Branches(store).open(lineage) != branch:
+            require_nothing_lost(branch, accepted=accept_lost)
         if not Branches(store).begin(branch) and Branches(store).open(lineage) != branch:
             raise RegistryError(f"Another process has just begun a branch of '{lineage}'; look: deal status.")
         if branch.stops_serving:

@@ -40,6 +40,8 @@ class Step(_Part):
     """Labels that were added to the task by command before that version was made."""
     renews_tests: bool = False
     """Whether new test rows had been asked for."""
+    is_kept: bool = False
+    """Whether its file is gone, and the rows that the store retains of it are learned."""
 
 
 class Lost(_Part):

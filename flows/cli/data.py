@@ -242,8 +242,8 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
             " ".join(each.aliases),
         )
     advice = (
-        "Their weights still hold what they learned. If that has to go too, make them again without it: deal data delete "
-        "ARRIVAL --relearn."
+        "Their weights still hold what they learned. If that has to go too, make them again without it: "
+        "deal data delete ARRIVAL --relearn."
     )
     return [heading("Versions that learned from it"), table, advice]
 

@@ -78,6 +78,8 @@ class Remake:
     parent: Version | None
     """The version that the new one continues; None: it starts from the base model."""
     asked: AskedFor
+    dataset: DatasetRef | None = None
+    """The dataset with the rows that the store retains; None: the arrival's file is read."""
 
 
 @dataclass(frozen=True, kw_only=True)

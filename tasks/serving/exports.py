@@ -15,7 +15,6 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
 
-
 DIGEST_CHARS = 12
 """Characters of the digest at the end of the name of a copy; see `infra.serving.engines.adapter_digest`."""
 

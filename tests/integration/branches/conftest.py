@@ -75,7 +75,6 @@ def learn_three(folder: Path, base: Path, **settings: Any) -> None:
 @pytest.fixture(scope="session")
 def three_tasks(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage `l` has learned taps, beds and cars, from files in its folder."""
-
     settings = {"strategy": "deal", "rehearsal": {"rows": 50}}
     return home_made_once("three-tasks-deal-50", lambda folder: learn_three(folder, tiny_base, **settings))
 

@@ -10,6 +10,8 @@ import pytest
 
 from infra.versions import Versions
 from tasks.context import current_store
+from tasks.lineage.record import read_record
+from tasks.lineage.requests import add_labels, renew_tests
 from tests.adapting import run
 from tests.conftest import MakeOnce
 from tests.integration.branches.conftest import TASKS, adapter, champion, delete, learn_three, small_task
@@ -53,3 +55,42 @@ def test_the_result_is_that_of_a_lineage_that_never_saw_the_arrival(
             run(tiny_base, small_task(tmp_path, name), **settings)
     assert [version.version for version in Versions(current_store()).all("l")] == ["1", "2"]
     assert relearned == adapter(champion())
+
+
+@pytest.mark.nightly
+def test_labels_renewals_and_kept_rows_are_those_of_their_time(
+    tiny_base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No label comes before its time, and a file that is gone is learned from the rows that are kept of it."""
+    keeps = {"data": {"retain_training_rows": True}}
+
+    def learn(*, cars: bool) -> None:
+        run(tiny_base, small_task(tmp_path, "taps"))
+        add_labels("l", "taps", ["hot"])
+        run(tiny_base, small_task(tmp_path, "taps", "-2"))
+        if cars:
+            run(tiny_base, small_task(tmp_path, "cars"))
+        add_labels("l", "taps", ["icy"])
+        run(tiny_base, small_task(tmp_path, "taps", "-3"), **keeps)
+        add_labels("l", "taps", ["late"])
+        renew_tests("l", "taps")
+        assert run(tiny_base, small_task(tmp_path, "taps", "-4")).status == "promoted"
+
+    learn(cars=True)
+    add_labels("l", "taps", ["never"])
+    (tmp_path / "taps-3.jsonl").unlink()
+    result = delete("cars")
+    assert [(step.version, step.labels, step.renews_tests, step.is_kept) for step in result.branch.steps] == [
+        ("4", ("hot", "icy"), False, True),
+        ("5", ("hot", "icy", "late"), True, False),
+    ]
+    assert result.status == "swapped" and champion().parent_version == "6"
+    relearned, record = adapter(champion()), read_record(current_store(), champion().adapter_uri)
+    assert record.task("taps") and [part.name for part in record.slices] == ["taps.old-1"]
+
+    other = home.with_name("other")
+    other.mkdir()
+    monkeypatch.setenv("DEAL_HOME", str(other))
+    learn(cars=False)
+    assert relearned == adapter(champion())
+    assert record == read_record(current_store(), champion().adapter_uri)
