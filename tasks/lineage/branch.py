@@ -46,14 +46,14 @@ def why_waiting(store: ObjectStore, lineage: str) -> str | None:
 
 
 def stop_serving(store: ObjectStore, branch: Branch) -> None:
-    """Let no version be champion until the branch is swapped in. The call can be repeated.
+    """Let no version be champion until the branch is swapped in. The call can be repeated, also after the swap.
 
     Raises:
-        RegistryError: The champion has moved since the branch began.
+        RegistryError: The champion is just being moved.
     """
     log = PromotionLog(store)
     last = log.last(branch.lineage)
-    if last is None or last.champion is None:
+    if last is None or last.champion != branch.champion:  # it was done, or `swap_in` will refuse
         return
     change = Change(
         action="stopped",
@@ -64,7 +64,7 @@ def stop_serving(store: ObjectStore, branch: Branch) -> None:
         who=branch.who,
         why=f"nothing serves until it is made again {branch.what}",
     )
-    if last.champion != branch.champion or log.add(last, change) is None:
+    if log.add(last, change) is None:
         raise RegistryError(_moved(branch, last.champion))
 
 

@@ -28,13 +28,13 @@ def without_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_task(folder: Path, name: str, part: str = "") -> dict[str, Any]:
-    """A task of 32 rows with two labels, every fourth a test row. Another `part` has other rows."""
+    """A task of 32 rows with two labels, every fifth a test row. Another `part` has other rows."""
     file = folder / f"{name}{part}.jsonl"
     rows = [
         {
             "text": f"{name}{part} {n}: the {('red', 'blue')[n % 2]} one",
             "label": LABELS[n % 2],
-            "split": "train" if n % 4 else "test",
+            "split": "train" if n % 5 else "test",
         }
         for n in range(32)
     ]

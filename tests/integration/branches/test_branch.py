@@ -171,7 +171,7 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     finally:
         cars.write_bytes(rows)
     assert champion().version == "1" and moves()[3:] == [("rolled back", "1")]
-    assert result.attestation is not None and len(result.attestation.rows.inputs) == 8, "its test rows"
+    assert result.attestation is not None and len(result.attestation.rows.inputs) == 7, "its test rows"
     assert result.attestation.exports_removed == (str(published[2]),) and not published[2].exists()
     assert result.attestation.exports_left == (f"{published[1]} on {socket.gethostname()}",) and published[0].exists()
     shown = CliRunner().invoke(app, ["lineage", "branch", "l", "--json"])
