@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
-from infra.branches import Branch, Branches, BranchEnd, Step, made_by, tip_of
+from infra.branches import Branch, BranchEnd, Branches, Step, made_by, tip_of
 from infra.store.keys import branch_key
 from infra.store.local import FileStore
 from infra.versions import Version
