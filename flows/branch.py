@@ -27,7 +27,7 @@ from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.requests import AskedFor
-from tasks.progress import reporter
+from tasks.progress import reporter, to_the_end
 from tasks.references import DatasetRef
 from tasks.spec import AdaptSpec, parse
 
@@ -145,7 +145,7 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Grown:
     step continues the version before.
     """
     store, lineage, num_steps = current_store(), branch.lineage, len(branch.steps)
-    finish_newest(store, lineage)
+    await to_the_end(finish_newest, store, lineage)
     for number, step in enumerate(branch.steps, 1):
         versions = Versions(store).all(lineage)
         if (made := made_by(branch, versions).get(step.version)) is None:

@@ -126,7 +126,7 @@ async def rebase(
         if grown.stopped is not None or tip is None:
             why = grown.stopped or "no arrival passed its gate."
             return _stopped(branch, f"{why} Go on without it: {branch.command} --skip-rejected")
-        judged = judge_against(store, tip, old)
+        judged = await to_the_end(judge_against, store, tip, old)
         reasons = [*judged.decision.reasons]
         if judged.missing and not accept_lost:
             reasons.append(f"It knows {listed(judged.missing)} no longer (--accept-lost).")
