@@ -191,7 +191,7 @@ async def begin(
     if dataset is None:
         asked = remake.asked if remake else None
         dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again, asked)
-    stages.done("ingest", _describe_dataset(dataset))
+        stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)
     # Before the base model is loaded: most repeats are known by their rows alone. A branch repeats on purpose.
     find_repeat = runs.find_own if again else runs.find_repeat
