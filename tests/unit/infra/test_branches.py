@@ -45,7 +45,7 @@ def test_of_two_writers_one_begins_a_branch_and_it_stays_open_until_its_end(bran
 def test_a_damaged_branch_stops_the_lineage(branches: Branches) -> None:
     """Else new arrivals would continue the champion."""
     branches.begin(a_branch())
-    branches.store.put_bytes(branch_key("l", 1), b"{}")
+    branches.store.put_bytes(branch_key("l", 1), b"{")
     with pytest.raises(StoreError, match="a branch of 'l', is damaged"):
         branches.open("l")
 
