@@ -367,4 +367,5 @@ async def _adapt_to(store: ObjectStore, spec: WatchedLineage, files: Sequence[Ar
             )
         reporter().said(f"Failed: {message}")
         return Learned("failed", message, is_final=is_final)
+    assert run.status != "remade", "a watch makes no branch"
     return Learned(run.status, run.message, run)
