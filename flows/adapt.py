@@ -26,7 +26,7 @@ from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import Findings, report_version
 from tasks.adaptation.resume import changed_since, find_parent, keep_findings
-from tasks.adaptation.run import AdaptationRun, RunInputs, prepare
+from tasks.adaptation.run import AdaptationRun, Remake, RunInputs, prepare
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.base_ability import require_suites
@@ -42,7 +42,7 @@ from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import ArrivalScore, DatasetRef, TrainSummary
 from tasks.spec import AdaptSpec
 
-Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped"]
+Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "remade"]
 
 
 class Scores(BaseModel, frozen=True):
@@ -68,7 +68,7 @@ class AdaptResult(BaseModel, frozen=True):
 
     status: Status
     """promoted: the version is champion. repeat: an earlier version has learned the arrival. skipped: nothing was
-    trained, since the champion answers the rows well enough."""
+    trained, since the champion answers the rows well enough. remade: the version is one of a branch."""
     rejected: bool
     """Whether the gate rejected the version, in this run or in the run that this run repeats."""
     message: str
@@ -133,17 +133,24 @@ class NothingToLearnError(DealError):
 
 
 async def learn_arrival(
-    spec: AdaptSpec, again: bool, retrain: RetrainPolicy = AT_ONCE, *, requeued_sha256: str | None = None
+    spec: AdaptSpec,
+    again: bool,
+    retrain: RetrainPolicy = AT_ONCE,
+    *,
+    requeued_sha256: str | None = None,
+    remake: Remake | None = None,
 ) -> AdaptResult:
     """Learn one arrival, and announce a failure. The caller holds the lineage.
 
     `retrain` says whether the arrival may be skipped. `requeued_sha256` is the dataset of the version whose arrival is
-    learned again.
+    learned again. As the step `remake` of a branch, the new version does not become champion.
     """
     stages = Stages()
     async with announcing_failure(spec.lineage, spec.task.name):
         try:
-            adaptation = await begin(spec, stages, again=again, retrain=retrain, requeued_sha256=requeued_sha256)
+            adaptation = await begin(
+                spec, stages, again=again, retrain=retrain, requeued_sha256=requeued_sha256, remake=remake
+            )
         except NothingToLearnError as nothing:
             drop_training_rows(current_store(), nothing.result.dataset.uri)
             return nothing.result
@@ -172,6 +179,7 @@ async def begin(
     again: bool = False,
     retrain: RetrainPolicy = AT_ONCE,
     requeued_sha256: str | None = None,
+    remake: Remake | None = None,
 ) -> AdaptationRun:
     """Find the parent, check and store the arrival, load the base model, start the run. The caller holds the lineage.
 
@@ -181,18 +189,22 @@ async def begin(
         NothingToLearnError: A version has learned the arrival, or it is skipped.
     """
     stages, store = stages or Stages(), current_store()
-    parent = await stages.run("parent", find_parent, spec.lineage)
+    parent = await stages.run("parent", find_parent, spec.lineage, remake)
     synced = await stages.run("mlflow", sync_lineage, store, spec.lineage)  # after an interrupted run has its report
-    if synced.promoted is not None:  # somebody has moved the alias there
+    if synced.promoted is not None and remake is None:  # somebody has moved the alias there
         parent = Versions(store).champion(spec.lineage)
     record = read_record(store, parent.adapter_uri) if parent else None
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
     await asyncio.to_thread(require_suites, spec.evaluate)  # rather now than after the training
-    dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again)
-    stages.done("ingest", _describe_dataset(dataset))
+    dataset = remake.dataset if remake else None
+    if dataset is None:
+        asked = remake.asked if remake else None
+        dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again, asked)
+        stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)
-    # Before the base model is loaded: most repeats are known by their rows alone.
-    if version := await stages.run("repeat", runs.find_own if again else runs.find_repeat, dataset, spec.lineage):
+    # Before the base model is loaded: most repeats are known by their rows alone. A branch repeats on purpose.
+    find_repeat = runs.find_own if again else runs.find_repeat
+    if remake is None and (version := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
         raise NothingToLearnError(repeated(version, dataset))
     source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0
     await asyncio.to_thread(
@@ -213,6 +225,7 @@ async def begin(
         record=record,
         attempt=attempt,
         requeued_sha256=requeued_sha256,
+        remake=remake,
     )
     # By the key a run that was interrupted goes on.
     if version := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, inputs.run_key):
@@ -280,7 +293,7 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
     keep_findings(trained.uri, findings)
     version = await stages.run("register", register_version, adaptation, trained, report, decision)
     stages.done("register", f"version {version.version} of {version.lineage}")
-    if version.accepted:
+    if version.accepted and adaptation.remake is None:
         version = await stages.run("promote", promote_version, version)
         stages.done("promote", f"version {version.version} {_PROMOTED[version.outcome]}")
     await stages.run(
@@ -326,6 +339,7 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
         "learned": f"version {number} has learned from this arrival; --force trains anew.",
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
         "in rollout": f"{trained} and {_in_rollout(version)}.",
+        "in a branch": f"{trained} again, and waits for the end of its branch.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
         f"deal version requeue {number}{option}.",
         "rejected by a person": f"{trained} and was rejected; change the settings or give --force.",
@@ -352,6 +366,8 @@ def adapted(version: Version, findings: Findings, seconds: dict[str, float]) -> 
     verdict = "is champion"
     if not version.accepted:
         status, verdict = "rejected", "was rejected by the gate; the champion stays as it was"
+    elif version.branch is not None:
+        status, verdict = "remade", f"learned the arrival of version {version.remakes} again; the champion stays"
     elif version.approval == "awaiting":
         status, verdict = "awaiting approval", _awaits_approval(version)
     elif version.outcome == "rollout":

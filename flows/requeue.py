@@ -45,15 +45,23 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
     async with lock_lineage(lineage):
         numbers = versions or [version.version for version in find_left_behind(lineage)]
         wanted = [find_version(store, lineage, number) for number in numbers]
-        specs = [_spec_of(version) for version in wanted]  # all are checked before one is learned
+        # All are checked before one is learned. The lineage's base model may be another one now.
+        settled = {"base_model": None} if Versions(store).champion(lineage) else {}
+        specs = [spec_to_relearn(version)[0].model_copy(update=settled) for version in wanted]
         return [
             await learn_arrival(spec, again=not _is_learned(version), requeued_sha256=version.dataset_sha256)
             for spec, version in zip(specs, wanted, strict=True)
         ]
 
 
-def _spec_of(version: Version) -> AdaptSpec:
-    """Return the spec of a version's run, after checking that the same arrival can be learned again."""
+def spec_to_relearn(version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
+    """Return the spec of a version's run and the digests of its files, after checking that they can be learned again.
+
+    Raises:
+        DataValidationError: A file was replaced by another.
+        ForgottenRowsError: Rows of the arrival were forgotten.
+        StoreError: A file is gone.
+    """
     store = current_store()
     if version.is_consolidation:
         raise ConfigError(
@@ -62,8 +70,9 @@ def _spec_of(version: Version) -> AdaptSpec:
         )
     refuse_forgotten(store, version.task, [version.dataset_sha256])
     spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
-    refuse_forgotten(store, version.task, require_same_files(store, spec.task, version))
-    return spec
+    files = require_same_files(store, spec.task, version)
+    refuse_forgotten(store, version.task, files)
+    return spec, files
 
 
 def _is_learned(version: Version) -> bool:

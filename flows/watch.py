@@ -47,7 +47,8 @@ from tasks.inbox import (
     task_spec,
     write_state,
 )
-from tasks.lineage.settings import WatchedLineage, read_lineage, why_held
+from tasks.lineage.branch import why_waiting
+from tasks.lineage.settings import WatchedLineage, read_lineage
 from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter
 from tasks.spec import TaskFieldsError
@@ -110,11 +111,12 @@ async def watch(
     worker = InboxWorker(store, spec, tasks, settle_seconds=poll_seconds, once=once, wait=True)
     if not once:
         reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
-    has_looked = was_held = False
+    has_looked = False
+    was_held: str | None = None
     while True:
         try:
-            is_held = worker.is_held()
-            num_handled = 0 if is_held else await worker.handle_open()
+            held = worker.why_held()
+            num_handled = 0 if held else await worker.handle_open()
             has_looked = True
         except (StoreError, RegistryError) as error:
             if once or not has_looked or is_stopped():
@@ -124,10 +126,10 @@ async def watch(
             continue
         if once and worker.num_left and is_stopped():
             raise Interrupted
-        if is_held and not was_held:
-            reporter().said(f"Lineage '{spec.lineage}' is paused; it goes on with: deal lineage resume {spec.lineage}")
-        was_held = is_held
-        if is_stopped() or (once and (is_held or not worker.num_left)):
+        if held and held != was_held:
+            reporter().said(f"Lineage '{spec.lineage}' learns nothing now: {held}")
+        was_held = held
+        if is_stopped() or (once and (held or not worker.num_left)):
             return worker.result()
         if num_handled or not worker.files:
             reporter().stage_started("waiting")
@@ -148,14 +150,14 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
     """
     store = current_store()
     spec = read_lineage(store, lineage)
-    if spec.held is not None:
-        reporter().said(f"Lineage '{lineage}' is paused ({spec.held}); nothing is learned.")
+    if (held := why_waiting(store, lineage)) is not None:
+        reporter().said(f"Lineage '{lineage}' learns nothing now: {held}")
         return WatchResult(lineage=lineage, files=())
     is_rerun = (runtime.flow_run.run_count or 1) > 1
     worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun)
     try:
         while await worker.handle_open() or worker.num_left:
-            if is_stopped() or worker.is_held():
+            if is_stopped() or worker.why_held():
                 break
             if worker.num_left:
                 await asyncio.sleep(settle_seconds)
@@ -226,7 +228,7 @@ class InboxWorker:
                 held = await self._hold_cancelled(planned.files)
                 await self._consolidate(inbox)  # such as one that a crash has interrupted
                 for due in planned.due:
-                    if is_stopped() or self.is_held():
+                    if is_stopped() or self.why_held():
                         break
                     if num_held := sum(info.key in held for info in due.files):
                         self.num_left -= num_held
@@ -246,7 +248,7 @@ class InboxWorker:
     async def _consolidate(self, inbox: InboxLook) -> None:
         """Consolidate the lineage if its settings say so. A failure is told once, and the lineage learns on."""
         why = self._why_consolidate()
-        if why is not None and not is_stopped() and not self.is_held():
+        if why is not None and not is_stopped() and not self.why_held():
             reporter().said(f"{self.spec.lineage} is consolidated. {why}")
             try:
                 await consolidate_locked(self.spec)
@@ -277,9 +279,9 @@ class InboxWorker:
                 arrival_runs.note_announced(self.store, name, info)
         return held
 
-    def is_held(self) -> bool:
-        """Return whether `deal lineage pause` has stopped the learning of what lands."""
-        return why_held(self.store, self.spec.lineage) is not None
+    def why_held(self) -> str | None:
+        """Return why what lands waits now: `deal lineage pause`, or an open branch; None: it is learned."""
+        return why_waiting(self.store, self.spec.lineage)
 
     async def _handle(self, due: Due, inbox: InboxLook) -> bool:
         """Adapt to an arrival. False: a file has changed since the look, so it may still be written; look again."""
@@ -392,4 +394,5 @@ async def _adapt_to(store: ObjectStore, spec: WatchedLineage, files: Sequence[Ar
             )
         reporter().said(f"Failed: {message}")
         return Learned("failed", message, is_final=is_final)
+    assert run.status != "remade", "a watch makes no branch"
     return Learned(run.status, run.message, run)

@@ -18,8 +18,9 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import read_folder, reading_stored
 
-Action = Literal["promoted", "rolled back", "rejected", "rollout"]
-"""rollout: the version is tried on live traffic; its promotion or rejection ends that."""
+Action = Literal["promoted", "rolled back", "rejected", "rollout", "stopped"]
+"""rollout: the version is tried on live traffic; its promotion or rejection ends that. stopped: no version is champion
+any more, until versions were made again."""
 ENDING = frozenset({"promoted", "rolled back"})
 """Actions that move the champion. A rollout compares with the champion, so each of them ends it."""
 
@@ -36,7 +37,7 @@ class Change(BaseModel):
     before: str | None
     """The champion before; None: there was none."""
     champion: str | None
-    """The champion after; only `promoted` and `rolled back` change it."""
+    """The champion after; only `promoted`, `rolled back` and `stopped` change it."""
     who: str
     """A person's account, or the part of the pipeline that made the change."""
     why: str

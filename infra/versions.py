@@ -33,6 +33,7 @@ Standing = Literal[
     "learned",
     "awaiting approval",
     "in rollout",
+    "in a branch",
     "left behind",
     "rejected by the gate",
     "rejected by a person",
@@ -40,6 +41,7 @@ Standing = Literal[
 ]
 """left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.
 
+in a branch: accepted, but made again by a branch, and not an ancestor of the champion; see `infra.branches`.
 A version awaits approval only while its parent is champion."""
 SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 ROLLOUT = "rollout"
@@ -105,6 +107,10 @@ class Version(Stored):
     """Digest of the arrival's rows, independent of the lineage's test rows."""
     requeued_sha256: str | None = None
     """Digest of the dataset of the version that a requeue replaced by this version."""
+    branch: int | None = None
+    """The branch that made it; None: it was made to continue the champion."""
+    remakes: str | None = None
+    """The version whose arrival it learned again, if a branch made it."""
     config_sha256: str
     adapter_uri: str
     adapter_sha256: str
@@ -324,8 +330,8 @@ def require_adapter(version: Version) -> None:
     """Raise RegistryError if the adapter of a version was removed."""
     if day := version.since.adapter_removed:
         raise RegistryError(
-            f"The adapter of version {version.version} of '{version.lineage}' was removed on {day} (deal data gc); its "
-            "history is left. Name another version."
+            f"The adapter of version {version.version} of '{version.lineage}' was removed on {day} (deal data gc, or "
+            "deal data delete --relearn); its history is left. Name another version."
         )
 
 
@@ -383,6 +389,8 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
             standing = "learned"
         elif number == aliases["rollout"]:
             standing = "in rollout"
+        elif version.branch is not None:
+            standing = "in a branch"
         elif approval[number] == "awaiting" and version.parent_version == aliases["champion"]:
             standing = "awaiting approval"
         since[number] = Since(

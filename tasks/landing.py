@@ -21,7 +21,7 @@ from infra.store.base import ObjectStore
 from tasks.data_files import local_files
 from tasks.lineage.frozen_rows import read_test_rows
 from tasks.lineage.record import KnownTask, LineageRecord
-from tasks.lineage.requests import added_labels, is_renewal_asked
+from tasks.lineage.requests import AskedFor, added_labels, is_renewal_asked
 from tasks.lineage.tombstones import forgotten_tests
 from tasks.spec import TaskSpec
 
@@ -37,8 +37,12 @@ def landing_of(
     record: LineageRecord | None,
     config: DataConfig,
     on_progress: Callable[[int], None] | None = None,
+    *,
+    asked: AskedFor | None = None,
 ) -> Iterator[Landing]:
     """Yield the arrival's files on this machine, with all that its rows are checked by.
+
+    `asked` is what was asked for the task when the arrival was learned before; None: what is asked today counts.
 
     Raises:
         DataValidationError: There is no such file.
@@ -52,7 +56,9 @@ def landing_of(
             config=config,
             test_sources=test_sources,
             frozen_test_inputs=frozen_test_inputs(store, record, known) if record and known else (),
-            renews_tests=bool(record and known and is_renewal_asked(store, record.lineage, known)),
+            renews_tests=bool(
+                record and known and (asked.renews_tests if asked else is_renewal_asked(store, record.lineage, known))
+            ),
             on_progress=on_progress,
             check=checked_on_ray if IngestSettings().ingest == "ray" else checked_here,
             new_label_remedy=_new_label_remedy(task.name, record),
@@ -65,10 +71,13 @@ def _new_label_remedy(task: str, record: LineageRecord | None) -> str:
     return f"A label that is new is added with: deal task add-label {task} LABEL --lineage {record.lineage}."
 
 
-def choose_schema(store: ObjectStore, task: TaskSpec, record: LineageRecord | None) -> TaskSchema:
+def choose_schema(
+    store: ObjectStore, task: TaskSpec, record: LineageRecord | None, *, asked: AskedFor | None = None
+) -> TaskSchema:
     """Return the schema of the user's settings, or else the lineage's schema, or else one that the file completes.
 
-    A known task also has the labels that were added by command. The user may still give the labels without them.
+    A known task also has the labels that were added by command. The user may still give the labels without them. For
+    `asked` see `landing_of`.
 
     Raises:
         ConfigError: The settings contradict the lineage.
@@ -84,11 +93,12 @@ def choose_schema(store: ObjectStore, task: TaskSpec, record: LineageRecord | No
         )
     if record is None or known is None:
         return TaskSchema(name=task.name, **{**OF_NEW_TASKS, **_schema_fields(given, ())})
-    added = added_labels(store, record.lineage, task.name) if known.schema.labels else ()
+    labels = added_labels(store, record.lineage, task.name) if asked is None else asked.labels
+    added = labels if known.schema.labels else ()
     learned = known.schema.with_labels(added)
-    asked = replace(known.schema, **_schema_fields(given, learned.labels)).with_labels(added)
+    wanted = replace(known.schema, **_schema_fields(given, learned.labels)).with_labels(added)
     for name in ("format", "labels", "instruction", "template", "prompt", "metric"):
-        value, before = getattr(asked, name), getattr(learned, name)
+        value, before = getattr(wanted, name), getattr(learned, name)
         if value != before:
             adding = f"deal task add-label {task.name} LABEL --lineage {record.lineage}"
             remedy = f"add labels with: {adding}, or start" if name == "labels" else "or start"
@@ -96,7 +106,7 @@ def choose_schema(store: ObjectStore, task: TaskSpec, record: LineageRecord | No
                 f"task.{name} of '{task.name}' is {brief(value)}, but the lineage learned it as {brief(before)}; "
                 f"leave it out, {remedy} a new lineage."
             )
-    return asked
+    return wanted
 
 
 def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:

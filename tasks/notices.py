@@ -113,7 +113,12 @@ def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
 
 
 def announce_version(version: Version, *, evaluation: EvaluationReport) -> None:
-    """Announce how the run of a version ended. Receivers count repeated calls once."""
+    """Announce how the run of a version ended. Receivers count repeated calls once.
+
+    A version of a branch is not announced: the end of its branch is.
+    """
+    if version.branch is not None:
+        return
     notice = Notice.of(
         version,
         reasons=version.reasons,

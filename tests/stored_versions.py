@@ -70,8 +70,7 @@ def move(store: ObjectStore, version: str, action: Action = "promoted", lineage:
         lineage=lineage,
         version=version,
         before=before,
-        champion=version if action in ENDING else before,
-        **{"who": "Ada", "why": "a test", **changes},
+        **{"champion": version if action in ENDING else before, "who": "Ada", "why": "a test", **changes},
     )
     written = log.add(last, change)
     assert written is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -14,12 +14,15 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
+from flows.cli.branch import AcceptLost, SkipRejected, show_branch_plan, show_made
 from flows.cli.console import heading, new_table
-from flows.cli.session import CommandResult, Lineage, Session, command
+from flows.cli.session import CommandResult, Lineage, Session, SpecLineage, command
 
 if TYPE_CHECKING:
     from flows.forget import ForgetResult
     from flows.gc import GcResult
+    from flows.relearn import RelearnPlan, RelearnResult
+    from infra.branches import Attestation
     from tasks.housekeeping.arrivals import ListedArrival
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
@@ -101,15 +104,49 @@ def _show_gc(result: GcResult) -> Sequence[RenderableType]:
     return [*left, heading("Would be removed" if result.dry_run else "Removed"), table, f"[bold]{total}[/]"]
 
 
-@command(data_app, None, "deal data delete 3fa9c1 --dry-run", "deal data delete inbox/bank/may.csv --yes")
+@command(
+    data_app,
+    None,
+    "deal data delete 3fa9c1 --dry-run",
+    "deal data delete inbox/bank/may.csv --yes",
+    "deal data delete 3fa9c1 --relearn --lineage support",
+)
 def delete(
     deal: Session,
     arrival: Annotated[str, Argument(help="Digest of the dataset, its first characters, or its key inbox/TASK/FILE.")],
     reason: Annotated[str, Option(help="Reason, for the history. Quote no rows.")] = "",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
-) -> CommandResult[Annotated[ForgetPlan, "with --dry-run"] | ForgetResult]:
+    relearn: Annotated[
+        bool, Option("--relearn", help="Also make every version that learned from it again, as if it had never landed.")
+    ] = False,
+    lineage: SpecLineage = None,
+    skip_rejected: SkipRejected = False,
+    stop_serving: Annotated[
+        bool, Option("--stop-serving", help="With --relearn: let no version serve until the new ones do.")
+    ] = False,
+    accept_lost: AcceptLost = False,
+) -> CommandResult[
+    Annotated[ForgetPlan, "with --dry-run"]
+    | Annotated[RelearnPlan, "with --relearn and --dry-run"]
+    | Annotated[RelearnResult, "with --relearn"]
+    | ForgetResult
+]:
     """Remove an arrival's rows from everything that is stored, and list every version that learned from it."""
+    if relearn:
+        return _relearn(
+            deal,
+            lineage,
+            arrival,
+            dry_run=dry_run,
+            yes=yes,
+            reason=reason,
+            skip_rejected=skip_rejected,
+            stops_serving=stop_serving,
+            accept_lost=accept_lost,
+        )
+    if skip_rejected or stop_serving or accept_lost:
+        raise ConfigError("--skip-rejected, --stop-serving and --accept-lost go with --relearn.")
     with deal.screen.working("looking"):
         from flows.forget import forget as forget_flow
         from flows.forget import plan_forget
@@ -119,7 +156,7 @@ def delete(
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
-        _confirm(deal, shown)
+        confirm(deal, shown, "Remove all this? It cannot be undone.")
     done = deal.run(lambda: forget_flow(arrival, reason), "forgetting", makes_room=True)
     said = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
     shown = [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(said)}[/]"]
@@ -131,16 +168,54 @@ def delete(
     return CommandResult(done, shown)
 
 
-def _confirm(deal: Session, shown: Iterable[RenderableType]) -> None:
+def _relearn(
+    deal: Session, lineage: str | None, arrival: str, *, dry_run: bool, yes: bool, **options: Any
+) -> CommandResult[Any]:
+    with deal.screen.working("looking"):
+        from flows.relearn import plan_relearn
+        from flows.relearn import relearn as relearn_flow
+        from tasks.lineage.settings import only_lineage
+
+        name = lineage or only_lineage(deal.store)
+        plan = plan_relearn(name, arrival, stops_serving=options["stops_serving"], who=deal.account)
+    shown = [*show_forget_plan(plan.forget, "Would be removed"), *show_branch_plan(plan)]
+    if dry_run:
+        return CommandResult(plan, shown)
+    if not yes:
+        confirm(deal, shown, "Remove the rows, and learn the rest again? It cannot be undone.")
+    done = deal.run(lambda: relearn_flow(name, arrival, who=deal.account, **options), "looking", trains=True)
+    return CommandResult(
+        done,
+        [*show_made(done.made), f"[bold]{escape(done.message)}[/]", *_attested(done.attestation)],
+        rejected=done.status == "stopped",
+    )
+
+
+def _attested(attestation: Attestation | None) -> Iterable[RenderableType]:
+    if attestation is None:
+        return
+    yield f"Without an adapter now: version {', '.join(attestation.removed) or '–'}."
+    if attestation.rows.others:
+        yield f"Versions of other lineages saw the rows, and stay: {escape(', '.join(attestation.rows.others))}."
+    if attestation.exports_removed:
+        yield f"Exports that were removed: {escape(', '.join(attestation.exports_removed))}."
+    if attestation.exports_left:
+        yield f"[yellow]Remove these exports by hand: {escape(', '.join(attestation.exports_left))}.[/]"
+    if attestation.waits_for_mlflow:
+        yield "[yellow]MLflow does not answer; deal server sync removes its copies.[/]"
+    yield "The attestation: deal lineage branch --json."
+
+
+def confirm(deal: Session, shown: Iterable[RenderableType], question: str) -> None:
     """Ask on the terminal.
 
     Raises:
         ConfigError: there is no terminal, so --yes has to be given.
     """
     if deal.screen.as_json or not sys.stdin.isatty():
-        raise ConfigError("Rows that are removed cannot be brought back: give --yes, or --dry-run to see which.")
+        raise ConfigError("This cannot be undone: give --yes, or --dry-run to see what happens.")
     deal.screen.result(None, *shown)
-    typer.confirm("Remove all this? It cannot be undone.", abort=True)
+    typer.confirm(question, abort=True)
 
 
 def show_forget_plan(plan: ForgetPlan, title: str) -> Sequence[RenderableType]:
@@ -167,8 +242,8 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
             " ".join(each.aliases),
         )
     advice = (
-        "Their weights still hold what they learned. If that has to go too, make a version before them champion "
-        "(deal version list, deal version rollback N), or start a new lineage."
+        "Their weights still hold what they learned. If that has to go too, make them again without it: "
+        "deal data delete ARRIVAL --relearn."
     )
     return [heading("Versions that learned from it"), table, advice]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,11 +15,16 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
-from flows.cli.console import heading, new_table, show_adaptation
+from flows.cli.branch import AcceptLost, SkipRejected, show_branch, show_branch_plan, show_made
+from flows.cli.console import heading, new_table, percent, show_adaptation
+from flows.cli.data import confirm
 from flows.cli.session import CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult
+    from flows.branch import BranchPlan
+    from flows.rebase import RebaseResult
+    from infra.branches import KnownBranch
     from tasks.lineage.consolidation import ConsolidationPlan
     from tasks.lineage.requests import LabelsResult, RenewalResult
     from tasks.lineage.settings import WatchedLineage
@@ -109,6 +114,89 @@ def resume(deal: Session, lineage: LineageName) -> CommandResult[WatchedLineage]
 
     resumed = hold_lineage_file(deal.store, lineage, None)
     return CommandResult(resumed, [escape(f"{lineage} learns what lands.")])
+
+
+@command(
+    lineage_app,
+    None,
+    "deal lineage rebase support --base HuggingFaceTB/SmolLM2-360M-Instruct --dry-run",
+    "deal lineage rebase support --base models/new --yes",
+)
+def rebase(
+    deal: Session,
+    lineage: LineageName,
+    base: Annotated[str, Option("--base", help="The new base model: Hub id, folder or GGUF file.")],
+    dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only show what would be learned, and what lost.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+    skip_rejected: SkipRejected = False,
+    accept_lost: AcceptLost = False,
+    engine: Annotated[
+        list[str] | None,
+        Option(help="Address of a vLLM server: wait with the swap until one of them has the new base model."),
+    ] = None,
+) -> CommandResult[Annotated[BranchPlan, "with --dry-run"] | RebaseResult]:
+    """Learn a lineage's arrivals again on another base model, and make the result champion if no task is worse."""
+    with deal.screen.working("looking"):
+        from flows.rebase import plan_rebase
+        from flows.rebase import rebase as rebase_flow
+        from tasks.spec import resolve_base
+
+        source = resolve_base(base, Path.cwd())
+        plan = plan_rebase(lineage, source, who=deal.account)
+    shown = show_branch_plan(plan)
+    if dry_run:
+        return CommandResult(plan, shown)
+    if not yes:
+        confirm(deal, shown, "Learn all this on the new base model?")
+    done = deal.run(
+        lambda: rebase_flow(
+            lineage,
+            source,
+            skip_rejected=skip_rejected,
+            accept_lost=accept_lost,
+            engines=tuple(engine or ()),
+            who=deal.account,
+        ),
+        "looking",
+        trains=True,
+    )
+    lines = [*show_made(done.made), *_compared(done), f"[bold]{escape(done.message)}[/]"]
+    return CommandResult(done, lines, rejected=done.status == "stopped")
+
+
+def _compared(done: RebaseResult) -> Iterable[RenderableType]:
+    if not done.accuracies:
+        return
+    table = new_table("task", "before", "now", right=["before", "now"])
+    for task, now in done.accuracies.items():
+        table.add_row(escape(task), percent(done.before.get(task)), percent(now))
+    yield heading("Accuracy against the champion, %")
+    yield table
+
+
+@command(
+    lineage_app,
+    "reading",
+    "deal lineage branch support",
+    "deal lineage branch support --json",
+    "deal lineage branch support --give-up",
+)
+def branch(
+    deal: Session,
+    lineage: LineageName,
+    give_up: Annotated[bool, Option("--give-up", help="End the open branch: its champion of before stays.")] = False,
+) -> CommandResult[list[KnownBranch]]:
+    """Show what was made again in a lineage, with the attestations of deleted rows; or give an open branch up."""
+    from infra.branches import Branches
+
+    if give_up:
+        from flows.branch import give_up as give_up_flow
+
+        branches = [deal.run(lambda: give_up_flow(lineage, deal.account), "ending")]
+    else:
+        branches = [*Branches(deal.store).all(lineage)]
+    shown = [line for each in branches for line in show_branch(each)]
+    return CommandResult(branches, shown or [escape(f"Nothing of {lineage} was made again.")])
 
 
 @command(lineage_app, "reading", "deal lineage show bank", "deal lineage show bank --json", works_without_home=True)

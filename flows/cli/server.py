@@ -195,6 +195,7 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
     shown += [f"  {escape(line)}" for each in status.lineages if (line := _debts(each))]
     shown += [f"  {escape(f'{each.lineage} live: {each.monitor}')}" for each in status.lineages if each.monitor]
     shown += [f"  {escape(f'{each.lineage} rollout: {each.rollout}')}" for each in status.lineages if each.rollout]
+    shown += [f"  [yellow]•[/] {escape(each.branch)}" for each in status.lineages if each.branch]
     rejected = [f"{each.lineage}: {each.rejected}" for each in status.lineages if each.rejected]
     shown += [f"  [yellow]•[/] {escape(line)}" for line in rejected]
     behind = {each.lineage: len(each.mlflow_waiting) for each in status.lineages if each.mlflow_waiting}

@@ -140,6 +140,8 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
         gate = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
         if "rollout" in entry.aliases:
             gate += ", in rollout"
+        if entry.branch is not None:
+            gate += f", branch {entry.branch}"
         table.add_row(
             entry.version,
             entry.parent_version or "base",

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from deal_core.errors import DealError, in_one_line
 from deal_core.safe_text import without_secrets
 from flows.server.local_processes import read_stack
+from infra.branches import Branches
 from infra.mirror_note import waiting as missing_in_mlflow
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
@@ -28,6 +29,7 @@ from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, look, read_state
+from tasks.lineage.branch import why_branched
 from tasks.lineage.consolidation import why_due
 from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
@@ -106,6 +108,8 @@ class LineageStatus(BaseModel):
     """The last look at the champion's live traffic, in one line; None: there was none."""
     rollout: str | None = None
     """The version that is tried on live traffic, in one line; None: no version is tried."""
+    branch: str | None = None
+    """Why new arrivals wait for versions that are made again, in one line; None: there are no such versions."""
     rejected: str | None = None
     """The newest version and why it was rejected, in one line; None: it was not."""
     mlflow_waiting: tuple[str, ...] = ()
@@ -212,6 +216,9 @@ def _lineage(
         if opened is not None:
             since = f"{opened.when:%Y-%m-%d %H:%M} UTC"
             status.rollout = f"version {opened.version} is tried ({opened.rollout}) since {since}"
+    with noting_damage():
+        branch = Branches(store).open(name)
+        status.branch = why_branched(branch) if branch else None
     if versions and versions[-1].is_rejected:
         newest = versions[-1]
         why = "A person refused it." if newest.accepted else " ".join(newest.reasons)

@@ -72,7 +72,7 @@ class Champion:
         self._move: Move | None = None
         """The newest entry of the promotion log that was followed."""
         self._champion: Version | None = None
-        """The champion after that entry; it may not be loaded yet."""
+        """The champion after that entry; it may not be loaded yet. None: nothing serves."""
         self._candidate: Version | None = None
         """The version that is in rollout after that entry."""
         self._starting: str | None = None
@@ -137,6 +137,8 @@ class Champion:
         logged then, and the caller must not return it.
         """
         assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
+        if self._champion is None:
+            raise GivenUpError(f"No version of '{self.lineage}' serves until its versions are made again; ask again.")
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)
         tried = self.rollout.ask(named, served, is_given_up, key, version, sampling, ids)
@@ -222,8 +224,10 @@ class Champion:
 
     def _keep_up(self) -> None:
         """Load the champion if it does not answer yet, and then what is tried next to it."""
-        assert self._champion is not None and self._answerer is not None, "`begin` has loaded a champion"
-        assert self.rollout is not None, "`begin` has made it"
+        assert self._answerer is not None and self.rollout is not None, "`begin` has loaded a champion"
+        if self._champion is None:
+            self._note("No version is champion: no request is answered until one is.")
+            return
         if self._champion.version == self.version:
             self._problem = None
         elif self._failed_at is None or time.monotonic() - self._failed_at > self._answerer.retry_seconds:

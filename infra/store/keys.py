@@ -12,6 +12,8 @@
     reports/LINEAGE/RUN/FILE                  the report of a run, as values; pages are made from it
     versions/LINEAGE/NUMBER.json              a version; beside it, what later replaced or removed its files
     promotions/LINEAGE/NUMBER.json            the promotion log
+    branches/LINEAGE/NUMBER.json              what is made anew; NUMBER.end.json says how that ended
+    exports/LINEAGE/NUMBER/DIGEST.json        an export of a version
     index/FOLDER.json                         the content of a folder's objects, which saves requests
     base_models/SHA256.general.json           the scores of a base model on suites of general ability
     mlflow/LINEAGE.json                       what MLflow has of the lineage
@@ -109,6 +111,12 @@ version_note_key: Callable[[str, int, str], str] = "versions/{}/{:08d}.{}.json".
 """A later note about a version, from the lineage, the number and the kind of note: `files` or `removed`."""
 promotion_folder: OfLineage = "promotions/{}".format
 promotion_key: OfNumber = "promotions/{}/{:08d}.json".format
+branch_folder: OfLineage = "branches/{}".format
+branch_key: OfNumber = "branches/{}/{:08d}.json".format
+branch_end_key: OfNumber = "branches/{}/{:08d}.end.json".format
+export_folder: OfLineage = "exports/{}".format
+export_key: Callable[[str, str, str], str] = "exports/{}/{}/{:.32}.json".format
+"""An export, from the lineage, the version and the digest of the export's address."""
 index_key: Callable[[str], str] = "index/{}.json".format
 """The index of a folder."""
 mlflow_key: OfLineage = "mlflow/{}.json".format
@@ -266,7 +274,7 @@ def run_of_report(key: str) -> str:
 
 
 def version_number(key: str) -> str:
-    """Return the number, as text, of the version that a key in `versions/LINEAGE` belongs to.
+    """Return the number, as text, of the version or branch that a key in its lineage's folder belongs to.
 
     Example:
         >>> version_number("versions/support/00000012.files.json")

@@ -2,14 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 from prefect import task
 
 from deal_core.evaluation.gate import GateDecision, decide
-from deal_core.evaluation.report import EvaluationReport
+from deal_core.evaluation.metrics import right_answers, score_answers
+from deal_core.evaluation.report import EvaluationReport, Scores
+from infra.store.base import ObjectStore
+from infra.versions import Version
+from tasks.adaptation.resume import read_findings
 from tasks.adaptation.run import STAGE, AdaptationRun
+from tasks.lineage.frozen_rows import load_test_set, read_answers
+from tasks.lineage.record import read_record
+from tasks.lineage.tombstones import forgotten_tests
+from tasks.spec import AdaptSpec, parse
 
 
 @task(name="gate", **STAGE)
 def judge_version(adaptation: AdaptationRun, report: EvaluationReport) -> GateDecision:
     """Accept or reject a version by the rules of `gate` in the spec."""
     return decide(report, adaptation.spec.gate)
+
+
+class Judged(NamedTuple):
+    """A version against another one that it does not continue."""
+
+    decision: GateDecision
+    before: dict[str, float]
+    """Accuracy of the other version by task, on the rows that both answered."""
+    accuracies: dict[str, float]
+    missing: tuple[str, ...]
+    """Tasks that only the other version knows."""
+
+
+def judge_against(store: ObjectStore, version: Version, other: Version) -> Judged:
+    """Judge a version against one that it does not continue, on every task of that one, by the version's own limits.
+
+    The answers of both were stored by their evaluations: their test rows are the same, and nothing is asked again.
+    Without stored answers of the same rows, the recorded accuracies are compared, and every loss counts.
+    """
+    findings = read_findings(version.adapter_uri)
+    new, old = read_record(store, version.adapter_uri), read_record(store, other.adapter_uri)
+    now, then = read_answers(store, version.adapter_uri), read_answers(store, other.adapter_uri)
+    report = findings.evaluation
+    before: dict[str, float] = {}
+    accuracies, outcomes, parent_outcomes = dict(report.accuracies), dict(report.outcomes), dict[str, Scores]()
+    num_rows = dict(report.num_rows)
+    for known in old.tasks:
+        name = known.schema.name
+        if (learned := new.task(name)) is None:
+            continue
+        if now.engine == then.engine and forgotten_tests(store, name, learned.dataset_uri) is None:
+            rows = load_test_set(store, learned).rows
+            both = now.now.get(name, {}).keys() & then.now.get(name, {}).keys()
+            rows = rows.select([place for place, digest in enumerate(rows["sha256"]) if digest in both])
+            if len(rows):
+                metric, right, digests = learned.schema.metric, right_answers(rows), list(rows["sha256"])
+                marks = [
+                    score_answers(metric, [kept.now[name][each] for each in digests], right) for kept in (now, then)
+                ]
+                outcomes[name], parent_outcomes[name] = marks
+                accuracies[name], before[name] = (sum(each) / len(each) for each in marks)
+                num_rows[name] = len(rows)
+                continue
+        if name in old.accuracies() and name in accuracies:
+            before[name] = old.accuracies()[name]
+    compared = replace(
+        report,
+        parent_accuracies=before,
+        parent_outcomes=parent_outcomes,
+        accuracies=accuracies,
+        outcomes=outcomes,
+        num_rows=num_rows,
+        parent_accuracy_new_task=None,
+    )
+    gate = parse(AdaptSpec, findings.spec, f"version {version.version}").gate
+    missing = tuple(known.schema.name for known in old.tasks if new.task(known.schema.name) is None)
+    return Judged(decide(compared, gate), before, {name: accuracies[name] for name in before}, missing)

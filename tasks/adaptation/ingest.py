@@ -23,6 +23,7 @@ from tasks.landing import choose_schema, landing_of
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import require_unaltered
 from tasks.lineage.record import LineageRecord
+from tasks.lineage.requests import AskedFor
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 from tasks.progress import advance
 from tasks.references import DatasetRef
@@ -33,12 +34,17 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 @task(name="ingest", **STAGE)
 def ingest_arrival(
-    arrival: TaskSpec, config: DataConfig, record: LineageRecord | None, lineage: str, again: bool = False
+    arrival: TaskSpec,
+    config: DataConfig,
+    record: LineageRecord | None,
+    lineage: str,
+    again: bool = False,
+    asked: AskedFor | None = None,
 ) -> DatasetRef:
     """Check an arrival and store its dataset. Bad rows go to quarantine.
 
     The parent's record knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
-    delete. With `again`, forgotten rows are accepted.
+    delete. With `again`, forgotten rows are accepted. For `asked` see `landing_of`.
 
     Raises:
         DataValidationError: The whole file is refused. The quarantine has the bad rows.
@@ -47,7 +53,7 @@ def ingest_arrival(
     """
     store = current_store()
     with reading_the_task():
-        schema = choose_schema(store, arrival, record)
+        schema = choose_schema(store, arrival, record, asked=asked)
     before = record.task(arrival.name) if record else None
     brings_lost_tests = before is not None and forgotten_tests(store, arrival.name, before.dataset_uri) is not None
     for known in record.tasks if record and not brings_lost_tests else ():  # fail before the training, not after it
@@ -55,7 +61,7 @@ def ingest_arrival(
             require_test_rows(store, known.schema.name, known.dataset_uri)
             require_unaltered(store, known.dataset_uri)
     with (
-        landing_of(store, arrival, schema, record, config, advance("ingest")) as landing,
+        landing_of(store, arrival, schema, record, config, advance("ingest"), asked=asked) as landing,
         temporary_folder() as temporary,
     ):
         folder = temporary / "dataset"

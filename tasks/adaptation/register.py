@@ -32,6 +32,7 @@ def register_version(
     from tasks.lineage.model_card import served_version, write_card
 
     store, spec, parent, plan = current_store(), adaptation.spec, adaptation.parent, adaptation.consolidation
+    remake = adaptation.remake
     record = LineageRecord(
         lineage=adaptation.lineage,
         base=adaptation.base,
@@ -61,6 +62,8 @@ def register_version(
         dataset_sha256=adaptation.dataset.sha256,
         landed_sha256=adaptation.dataset.landed_sha256,
         requeued_sha256=adaptation.requeued_sha256,
+        branch=remake.branch if remake else None,
+        remakes=remake.version if remake else None,
         config_sha256=adaptation.config_sha256,
         adapter_uri=trained.uri,
         adapter_sha256=trained.sha256,
@@ -70,8 +73,8 @@ def register_version(
         failed_checks=tuple(
             {name: getattr(check, name) for name in FIELDS_OF_CHECK} for check in decision.failed_checks
         ),
-        needs_approval=spec.gate.approval == "manual",
-        rollout=spec.gate.rollout_terms if decision.accepted and parent else None,
+        needs_approval=spec.gate.approval == "manual" and remake is None,
+        rollout=spec.gate.rollout_terms if decision.accepted and parent and remake is None else None,
         arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
         train_seconds=trained.summary.seconds,
         launch=trained.summary.launch,

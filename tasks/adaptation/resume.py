@@ -17,9 +17,10 @@ from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions
 from tasks.adaptation.report import Findings, report_version
-from tasks.adaptation.run import remove_work
+from tasks.adaptation.run import Remake, remove_work
 from tasks.context import current_store
 from tasks.data_files import local_files
+from tasks.lineage.branch import require_no_branch
 from tasks.lineage.choices import changed_settings
 from tasks.lineage.datasets import drop_training_rows, read_manifest
 from tasks.lineage.promotion import is_open, is_overtaken, promote_accepted
@@ -35,15 +36,26 @@ FINDINGS_FILE = "findings.json"
 """A file next to the adapter with everything that a report needs."""
 
 
-def find_parent(lineage: str) -> Version | None:
+def find_parent(lineage: str, remake: Remake | None = None) -> Version | None:
     """Return the champion, which the next version continues; None: the next version starts from the base.
 
-    Before that, the newest version's run is completed if a crash interrupted it. So no accepted version is skipped.
+    Before that, the newest version's run is completed if a crash interrupted it. So no accepted version is skipped. The
+    step `remake` of a branch names its parent itself.
+
+    Raises:
+        BranchOpenError: The lineage has a branch, and this is no step of it.
     """
     store = current_store()
+    if remake is None:
+        require_no_branch(store, lineage)
+    finish_newest(store, lineage)
+    return Versions(store).champion(lineage) if remake is None else remake.parent
+
+
+def finish_newest(store: ObjectStore, lineage: str) -> None:
+    """Complete the run of the lineage's newest version, if a crash interrupted it."""
     if registered := Versions(store).all(lineage):
         _finish_run(store, registered[-1])
-    return Versions(store).champion(lineage)
 
 
 def keep_findings(adapter_uri: str, findings: Findings) -> None:

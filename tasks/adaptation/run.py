@@ -27,7 +27,7 @@ from tasks.lineage.consolidation import ConsolidationPlan
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import KeptAnswers, read_answers
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task
-from tasks.lineage.requests import Renewal, find_renewal
+from tasks.lineage.requests import AskedFor, Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
 from tasks.progress import Interrupted
 from tasks.references import ArrivalScore, BaseRef, DatasetRef
@@ -71,6 +71,20 @@ STAGE: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Remake:
+    """A step of a branch: the arrival of a version is learned again, and the champion stays; see `infra.branches`."""
+
+    branch: int
+    version: str
+    """The version whose arrival is learned again."""
+    parent: Version | None
+    """The version that the new one continues; None: it starts from the base model."""
+    asked: AskedFor
+    dataset: DatasetRef | None = None
+    """The dataset with the rows that the store retains; None: the arrival's file is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunInputs:
     """What a run starts from: its arrival, its parent, and what its spec and its lineage choose."""
 
@@ -81,7 +95,8 @@ class RunInputs:
     """Shape of the lineage's adapter."""
     strategy: str
     parent: Version | None
-    """The champion, which the new version continues; None: it starts from the base model, and has no record."""
+    """The version that the new one continues, the champion unless a branch is made; None: it starts from the base
+    model, and has no record."""
     record: LineageRecord | None
     attempt: int
     """Number of versions that were trained on the dataset before, if it is to be trained again."""
@@ -89,6 +104,8 @@ class RunInputs:
     """Digest of the dataset of the version whose arrival is learned again; None: no version is replaced."""
     consolidation: ConsolidationPlan | None = None
     """What is learned together; None: one arrival is learned. Then `dataset` stands for all of its rows."""
+    remake: Remake | None = None
+    """The step of a branch; None: the version continues the champion."""
     tested: ArrivalScore | None = None
     """The champion's score on the arrival's rows; None: it was not asked."""
 
@@ -107,7 +124,8 @@ class RunInputs:
         """The run's identity. The same arrival, parent and settings give the same key."""
         dataset, origin = self.dataset, self.parent.version if self.parent else "base"
         parts = [self.lineage, self.base.sha256, dataset.task, dataset.sha256, origin, self.config_sha256, self.attempt]
-        return hashlib.sha256(json.dumps([*parts, *dataset.new_labels]).encode()).hexdigest()
+        branch = [{"branch": self.remake.branch}] if self.remake else []
+        return hashlib.sha256(json.dumps([*parts, *dataset.new_labels, *branch]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +159,7 @@ def find_repeat(dataset: DatasetRef, lineage: str) -> Version | None:
     """
     versions = Versions(current_store()).all(lineage)
     learned = [version for version in versions if version.standing == "learned"]
-    promoted = [version for version in versions if version.since.promoted is not None]
+    promoted = [version for version in versions if version.since.promoted is not None or version in learned]
     same = [version for version in promoted if version.dataset_sha256 == dataset.sha256]
     if not same and not any(dataset.landed_sha256 in version.digests for version in learned):
         same = [version for version in promoted if dataset.landed_sha256 in version.digests]

@@ -32,6 +32,8 @@ class HistoryEntry(BaseModel, frozen=True):
     strategy: str
     parent_version: str | None
     """The version that it continues; None: it starts from the base model."""
+    branch: int | None
+    """The branch that made it (deal lineage branch); None: it was made to continue the champion."""
     average_accuracy: float | None
     """Mean accuracy on all tasks that it knows."""
     forgetting: float | None

@@ -88,8 +88,11 @@ def promote_accepted(store: ObjectStore, version: Version) -> None:
 
 
 def is_open(version: Version) -> bool:
-    """Return whether the gate accepted the version, and its run has not yet promoted it or begun its rollout."""
-    is_done = version.since.promoted is not None or version.since.rolled_out is not None
+    """Return whether the gate accepted the version, and its run has not yet promoted it or begun its rollout.
+
+    The run of a version of a branch never does.
+    """
+    is_done = version.since.promoted is not None or version.since.rolled_out is not None or version.branch is not None
     return version.accepted and version.approval is None and not is_done
 
 
@@ -202,9 +205,14 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
     """Return the version; raise RegistryError if it cannot become champion now."""
     champion, chosen = Versions(store).champion(lineage), find_version(store, lineage, version)
     number = champion.version if champion else None
-    _require_usable(store, chosen, champion)
+    _require_usable(store, chosen)
     if number == version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
+    if chosen.standing == "in a branch":
+        raise RegistryError(
+            f"Version {version} of '{lineage}' was made again by a branch, and becomes champion only with the whole "
+            f"branch. See: deal lineage branch {lineage}"
+        )
     if chosen.parent_version != number:
         remedy = (
             f"deal version rollback {version} --lineage {lineage}"
@@ -252,7 +260,7 @@ def _to_roll_back(store: ObjectStore, lineage: str, to: str | None) -> tuple[Ver
             f"Name one: deal version rollback N --lineage {lineage}; or stop serving the lineage."
         )
     chosen = find_version(store, lineage, to)
-    _require_usable(store, chosen, champion)
+    _require_usable(store, chosen)
     served = {move.champion for move in PromotionLog(store).moves(lineage)}
     if to == champion.version or not (chosen.standing == "learned" or to in served):
         remedy = f"promote it with deal version promote {to} --lineage {lineage}"
@@ -322,17 +330,12 @@ def _origin(version: Version) -> str:
     return f"version {version.parent_version}" if version.parent_version else "the base model"
 
 
-def _require_usable(store: ObjectStore, version: Version, champion: Version | None) -> None:
+def _require_usable(store: ObjectStore, version: Version) -> None:
     name = f"Version {version.version} of '{version.lineage}'"
     if not version.accepted:
         raise RegistryError(f"{name} did not pass its gate: {' '.join(version.reasons)}")
     if version.approval == "refused":
         raise RegistryError(rejected_by_person(version))
-    if champion and champion.base_sha256 != version.base_sha256:
-        raise RegistryError(
-            f"{name} adapts another base model ({version.base_sha256[:12]}) than the champion "
-            f"({champion.base_sha256[:12]}); a new base model starts a new lineage."
-        )
     if not store.exists(f"{version.adapter_uri}/{WEIGHTS_FILE}"):
         raise RegistryError(f"{name} has no adapter in the store any more ({store.uri_of(version.adapter_uri)}).")
 

@@ -111,7 +111,8 @@ def require_same_base(record: LineageRecord, base: BaseRef) -> None:
     if record.base.sha256 != base.sha256:
         raise ConfigError(
             f"Lineage '{record.lineage}' adapts the base model {record.base.name} ({record.base.sha256[:12]}), you "
-            f"gave {base.name} ({base.sha256[:12]}); a new base model starts a new lineage: give another --lineage. "
+            f"gave {base.name} ({base.sha256[:12]}). Change it with deal lineage rebase {record.lineage} --base NEW; "
+            "or a new base model starts a new lineage: give another --lineage. "
             "If the Hub's model has changed, give the old one: OWNER/NAME@COMMIT, or the folder of the old snapshot."
         )
 

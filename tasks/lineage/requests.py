@@ -30,6 +30,14 @@ MAX_NAME = 64
 """Most characters of a task's name, and so of a slice's."""
 
 
+class AskedFor(NamedTuple):
+    """What had been asked for a task when a version was made. What is learned again is learned with the same."""
+
+    labels: tuple[str, ...]
+    """Labels that had been added by command, oldest first."""
+    renews_tests: bool
+
+
 class AddedLabels(Stored):
     """The labels that were added to a task by command, oldest first."""
 

@@ -198,6 +198,19 @@ def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> Watc
     return settings.model_copy(update={"lineage": lineage, "held": why})
 
 
+def leave_base_open(store: ObjectStore, lineage: str) -> bool:
+    """Remove the base model from a lineage's file, if it is there, so that the champion's base model counts.
+
+    Return whether it was there.
+    """
+    values = _read_values(store, lineage)
+    if values is None or "base_model" not in values:
+        return False
+    del values["base_model"]
+    _write_values(store, lineage, values)
+    return True
+
+
 def why_held(store: ObjectStore, lineage: str) -> str | None:
     """Return why a lineage learns nothing that lands; None: it learns, or its file cannot be read.
 

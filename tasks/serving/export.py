@@ -34,6 +34,7 @@ from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import TestRowsForgottenError, find_tombstone
 from tasks.lineage.version_files import CARD_FILE, borrowed_adapter, reading_beside
 from tasks.progress import reporter
+from tasks.serving.exports import note_export
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,6 +154,7 @@ def _export_merged(
         raise ConfigError(f"{target} is there already; name a new folder.")
     try:
         exported = _merge(store, info, record, prompts, part, str(target))
+        note_export(store, info.lineage, info.version, str(target), part)  # first: no export is unknown
         if target.is_dir():
             target.rmdir()
         part.rename(target)
@@ -228,6 +230,7 @@ def _export_to_hub(
                     "its settings on the Hub, or name another one. Nothing was uploaded."
                 )
             message = f"{info.lineage}, version {info.version}"
+            note_export(store, info.lineage, info.version, str(url))
             api.upload_folder(repo_id=target, folder_path=folder, commit_message=message)
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # OSError: the Hub does not answer
             reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")

@@ -25,6 +25,7 @@ from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_adapter, reading_beside
 from tasks.serving.export import require_exportable
+from tasks.serving.exports import note_export
 
 
 class Published(BaseModel, frozen=True):
@@ -73,6 +74,7 @@ def publish(
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / f"{lineage}-v{info.version}"  # never another adapter, since servers cache by name
     with borrowed_adapter(store, info) as adapter:
+        note_export(store, lineage, info.version, str(target.absolute()), adapter)  # first: no export is unknown
         is_new = not target.exists() and write_peft_folder(adapter, target, content)
         wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(content.encode()).hexdigest()}
     if not is_new:  # servers that have loaded it would not notice a change, and others would load something else

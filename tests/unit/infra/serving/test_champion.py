@@ -12,7 +12,8 @@ import pytest
 from mlflow.models import Model
 
 from deal_core.errors import ConfigError, StoreError
-from deal_core.evaluation.answering import SERVED_FILE, ServedVersion
+from deal_core.evaluation.answerer import GivenUpError
+from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
 from deal_core.judging_config import RolloutTerms
 from infra.served_model import LOADER, PEFT_FILES, write_served_folder
 from infra.serving import champion as serving
@@ -390,3 +391,16 @@ def test_a_folder_as_this_project_writes_it_names_its_loader_and_its_columns(
     flavor = meta.flavors["python_function"]
     assert (flavor["loader_module"], flavor["code"]) == (LOADER, None), "the folder contains no code"
     assert meta.signature is not None and meta.signature.inputs.input_names() == ["input", "task"]
+
+
+def test_nothing_answers_while_no_version_is_champion(store: Store, following: Following) -> None:
+    move(store, "1", "stopped", champion=None)
+    following.wait_for("No version is champion")
+    with pytest.raises(GivenUpError, match="No version of 'l' serves"):
+        following.champion.ask([InputRow("a text", "t")], lambda: False)
+    move(store, "1")
+    following.looks(3)
+    assert following.champion.state()["champion"] == "1" and following.champion.state()["problem"] is None
+    move(store, "1", "stopped", champion=None)
+    move(store, "3")
+    following.wait_for("Version 3 serves")

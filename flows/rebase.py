@@ -1,0 +1,200 @@
+"""Rebase: learn a lineage's arrivals again on another base model, and make the result champion if no task is worse."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Literal
+
+from prefect import flow
+from pydantic import BaseModel
+
+from deal_core.errors import ConfigError, DealError, RegistryError, in_one_line
+from deal_core.safe_text import listed
+from flows.branch import BranchPlan, grow, plan_steps, remade_by, require_nothing_lost, require_quiet
+from flows.lock import lock_lineage
+from infra.branches import Branch, BranchEnd, Branches, Remade, tip_of
+from infra.fingerprints import read_fingerprint
+from infra.settings import EngineSettings
+from infra.store.base import ObjectStore
+from infra.versions import Version, Versions, descent
+from tasks.adaptation.gate import judge_against
+from tasks.adaptation.run import identify_base
+from tasks.context import current_store
+from tasks.lineage.branch import swap_in
+from tasks.lineage.history import find_version
+from tasks.lineage.record import read_record
+from tasks.lineage.settings import leave_base_open
+from tasks.mlflow_mirror import sync_lineage
+from tasks.progress import raise_if_stopped, reporter, to_the_end
+
+ENGINE_SECONDS = 5.0
+"""Pause between two looks whether an engine has the new base model."""
+
+
+class RebaseResult(BaseModel, frozen=True):
+    """How far a change of the base model has come."""
+
+    lineage: str
+    status: Literal["swapped", "stopped"]
+    """swapped: the versions on the new base model serve. stopped: nothing was swapped."""
+    message: str
+    """The outcome in one sentence."""
+    branch: Branch
+    made: tuple[Remade, ...]
+    champion: str | None
+    before: dict[str, float] = {}
+    """Accuracy of the champion before, by task; empty: it was not compared."""
+    accuracies: dict[str, float] = {}
+    """Accuracy on the new base model, by task, on the same test rows."""
+
+
+def plan_rebase(lineage: str, base: str, *, who: str = "") -> BranchPlan:
+    """Return what `rebase` would do; change nothing.
+
+    Args:
+        lineage: The lineage.
+        base: Source of the new base model.
+        who: Who asks.
+
+    Raises:
+        ConfigError: It is the base model of today, or no arrival can be learned again.
+        RegistryError: The lineage cannot begin a branch now.
+    """
+    store = current_store()
+    opened = Branches(store).open(lineage)
+    if opened is not None and opened.base_model == base:
+        return BranchPlan(branch=opened, seconds=0.0)
+    champion = require_quiet(store, lineage)
+    if read_record(store, champion.adapter_uri).base.source == base:
+        raise ConfigError(f"Lineage '{lineage}' adapts {base} already; name another base model.")
+    steps, lost, seconds = plan_steps(store, descent(Versions(store).all(lineage), champion)[::-1])
+    branch = Branch(
+        lineage=lineage,
+        number=Branches(store).next_number(lineage),
+        kind="rebase",
+        who=who,
+        root=None,
+        champion=champion.version,
+        steps=steps,
+        lost=lost,
+        base_model=base,
+    )
+    if not steps:
+        why = "; ".join(each.why for each in lost)
+        raise ConfigError(f"No arrival of '{lineage}' can be learned again, so nothing could serve: {why}")
+    return BranchPlan(branch=branch, seconds=seconds)
+
+
+@flow(name="rebase", flow_run_name="rebase-{lineage}")
+async def rebase(
+    lineage: str,
+    base: str,
+    skip_rejected: bool = False,
+    accept_lost: bool = False,
+    engines: tuple[str, ...] = (),
+    who: str = "a deployment",
+) -> RebaseResult:
+    """Learn a lineage's arrivals on another base model, task by task, and swap by one move. A killed call is repeated.
+
+    The last version is judged against the champion of before, on the same test rows, by the limits of its gate for old
+    tasks. A rollback goes back over the change.
+
+    Args:
+        lineage: The lineage.
+        base: Source of the new base model: Hub id, folder or GGUF file.
+        skip_rejected: Go on without an arrival whose new version its gate rejects.
+        accept_lost: Go on although arrivals cannot be learned again, and swap although tasks are missing.
+        engines: Addresses of vLLM servers. The swap waits until one of them has the new base model.
+        who: Who asks.
+
+    Raises:
+        ConfigError: It is the base model of today, or arrivals would be lost.
+        RegistryError: The lineage cannot begin a branch now, or a person has moved its champion since.
+    """
+    store = current_store()
+    async with lock_lineage(lineage):
+        branch = plan_rebase(lineage, base, who=who).branch
+        if Branches(store).open(lineage) != branch:
+            require_nothing_lost(branch, accepted=accept_lost)
+        old = find_version(store, lineage, branch.champion)
+        await _require_other_base(store, old, base)
+        if not Branches(store).begin(branch) and Branches(store).open(lineage) != branch:
+            raise RegistryError(f"Another process has just begun a branch of '{lineage}'; look: deal status.")
+        grown = await grow(branch, skip_rejected=skip_rejected)
+        tip = tip_of(branch, Versions(store).all(lineage))
+        if grown.stopped is not None or tip is None:
+            why = grown.stopped or "no arrival passed its gate."
+            return _stopped(branch, f"{why} Go on without it: {branch.command} --skip-rejected")
+        judged = await to_the_end(judge_against, store, tip, old)
+        reasons = [*judged.decision.reasons]
+        if judged.missing and not accept_lost:
+            reasons.append(f"It knows {listed(judged.missing)} no longer (--accept-lost).")
+        figures = {"before": judged.before, "accuracies": judged.accuracies}
+        if reasons:
+            return _stopped(
+                branch, f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}", **figures
+            )
+        if Versions(store).champion(lineage) == old:
+            await _wait_for_engine(store, tip, engines)
+        swap_in(store, branch, tip, who)
+        if leave_base_open(store, lineage):
+            reporter().said("base_model was removed from the lineage's file: its champion says it from now on.")
+        end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=remade_by(branch))
+        Branches(store).end(branch, end)
+        await to_the_end(sync_lineage, store, lineage)
+    return RebaseResult(
+        lineage=lineage,
+        status="swapped",
+        message=f"Version {tip.version} of {lineage} is champion, on {base}. Back: deal version rollback {old.version} "
+        f"--lineage {lineage}.",
+        branch=branch,
+        made=end.made,
+        champion=tip.version,
+        **figures,
+    )
+
+
+def _stopped(branch: Branch, why: str, **figures: dict[str, float]) -> RebaseResult:
+    return RebaseResult(
+        lineage=branch.lineage,
+        status="stopped",
+        message=f"Nothing was swapped: {why.rstrip('.')}; or give up: deal lineage branch {branch.lineage} --give-up.",
+        branch=branch,
+        made=remade_by(branch),
+        champion=branch.champion,
+        **figures,
+    )
+
+
+async def _require_other_base(store: ObjectStore, old: Version, base: str) -> None:
+    """Raise ConfigError if a source has the base model of a version."""
+    quantize = read_record(store, old.adapter_uri).base.quantize
+    found = await asyncio.to_thread(identify_base, base, quantize)
+    if found.sha256 == old.base_sha256:
+        raise ConfigError(f"{base} is the base model of '{old.lineage}' already, by its digest; name another.")
+
+
+async def _wait_for_engine(store: ObjectStore, tip: Version, urls: Sequence[str]) -> None:
+    """Wait until one of the engines has the base model of a version."""
+    from infra.serving.engines import require_base
+    from infra.serving.vllm import EngineClient
+
+    fingerprint, name = read_fingerprint(store, tip.base_sha256), read_record(store, tip.adapter_uri).base.name
+    if urls and fingerprint is None:
+        raise ConfigError(f"vLLM serves no adapters on {name}; leave --engine out, or serve without an engine.")
+    clients = [EngineClient(url, EngineSettings()) for url in urls]
+    told = ""
+    while clients and fingerprint is not None:
+        problems = []
+        for client in clients:
+            try:
+                require_base(client, client.base_of(client.models()), fingerprint, name)
+                return
+            except DealError as error:
+                problems.append(in_one_line(error))
+        if (now := " ".join(problems)) != told:
+            reporter().said(f"The swap waits for an engine with {name}. {now}")
+            told = now
+        raise_if_stopped()
+        await asyncio.sleep(ENGINE_SECONDS)

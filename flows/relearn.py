@@ -1,0 +1,206 @@
+"""Relearn: delete an arrival, and make again every version that learned from it, as if the arrival had never been."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Literal, get_args
+
+from prefect import flow
+from pydantic import BaseModel
+
+from deal_core.errors import ConfigError, RegistryError
+from flows.branch import BranchPlan, grow, plan_steps, remade_by, require_nothing_lost, require_quiet
+from flows.forget import forget
+from flows.lock import lock_lineage
+from infra.branches import Attestation, Branch, BranchEnd, Branches, DeletedRows, Remade, tip_of
+from infra.store.base import ObjectStore
+from infra.versions import Versions, descent
+from tasks.context import current_store
+from tasks.housekeeping.arrivals import KnownArrival, find_arrival
+from tasks.housekeeping.forgetting import ForgetPlan, Kind, affected_versions, plan_forgetting
+from tasks.lineage.branch import stop_serving, swap_in
+from tasks.mlflow_mirror import sync_lineage
+from tasks.progress import reporter, to_the_end
+from tasks.serving.exports import remove_exports
+
+
+class RelearnPlan(BranchPlan, frozen=True):
+    """What `deal data delete --relearn` removes, makes again, and loses."""
+
+    forget: ForgetPlan
+
+
+class RelearnResult(BaseModel, frozen=True):
+    """How far a relearning has come."""
+
+    lineage: str
+    status: Literal["swapped", "stopped"]
+    """swapped: the versions made again serve. stopped: nothing was swapped, and the same command goes on."""
+    message: str
+    """The outcome in one sentence."""
+    branch: Branch
+    made: tuple[Remade, ...]
+    champion: str | None
+    attestation: Attestation | None = None
+    """None: it is not over."""
+
+
+def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: str = "") -> RelearnPlan:
+    """Return what `relearn` would do; change nothing.
+
+    Args:
+        lineage: The lineage whose versions are made again.
+        named: The arrival, as for `deal data delete`.
+        stops_serving: Whether no version serves until the swap.
+        who: Who asks.
+
+    Raises:
+        ConfigError: There is no such arrival, or nothing would be left to serve.
+        RegistryError: The lineage cannot begin a branch now.
+    """
+    store = current_store()
+    arrival = find_arrival(store, named)
+    if (branch := _open_branch(store, lineage, arrival)) is not None:
+        return RelearnPlan(branch=branch, seconds=0.0, forget=plan_forgetting(store, arrival))
+    champion, plan = require_quiet(store, lineage), plan_forgetting(store, arrival)
+    sha256s = {plan.sha256, *plan.splits}
+    versions = Versions(store).all(lineage)
+    affected = {version.version for version in affected_versions(versions, sha256s)}
+    line = descent(versions, champion)[::-1]
+    first = next((version for version in line if version.version in affected), None)
+    root = first.parent_version if first else champion.version
+    steps, lost, seconds = plan_steps(store, line, root=root, without=sha256s, files=plan.files)
+    if root is None and not steps:
+        raise ConfigError(
+            f"Without arrival {plan.sha256[:12]} lineage '{lineage}' has learned nothing that can be learned again, so "
+            "no version would serve. Delete the rows without --relearn, and start a new lineage."
+        )
+    deleted = DeletedRows(
+        task=plan.task,
+        sha256=plan.sha256,
+        splits=plan.splits,
+        landed=plan.landed,
+        files=plan.files,
+        inputs=tuple(sorted(plan.inputs)),
+        versions=tuple(version.version for version in versions if version.version in affected),
+        others=tuple(f"{each.lineage}/{each.version}" for each in plan.learned if each.lineage != lineage),
+        places=tuple(f"{place.kind}: {place.address}" for place in plan.held),
+    )
+    branch = Branch(
+        lineage=lineage,
+        number=Branches(store).next_number(lineage),
+        kind="relearn",
+        who=who,
+        root=root,
+        champion=champion.version,
+        steps=steps,
+        lost=lost,
+        stops_serving=stops_serving and first is not None,
+        deleted=deleted,
+    )
+    return RelearnPlan(branch=branch, seconds=seconds, forget=plan)
+
+
+@flow(name="relearn", flow_run_name="relearn-{lineage}")
+async def relearn(
+    lineage: str,
+    named: str,
+    reason: str = "",
+    skip_rejected: bool = False,
+    stops_serving: bool = False,
+    accept_lost: bool = False,
+    who: str = "a deployment",
+) -> RelearnResult:
+    """Delete an arrival, and make every version that learned from it again. A call that was killed is repeated.
+
+    The order: the branch is stored, so that new arrivals wait. The rows are removed everywhere. The later arrivals are
+    learned again on the last version that never saw the rows. One move of the promotion log makes the last of the new
+    versions champion. The versions that saw the rows lose their adapters, and an attestation is stored.
+
+    Args:
+        lineage: The lineage.
+        named: The arrival, as for `deal data delete`.
+        reason: Reason for the history. It must not quote any rows.
+        skip_rejected: Go on without an arrival whose new version its gate rejects.
+        stops_serving: Let no version serve until the swap.
+        accept_lost: Go on although arrivals cannot be learned again.
+        who: Who asks.
+
+    Raises:
+        ConfigError: There is no such arrival, or arrivals would be lost.
+        RegistryError: The lineage cannot begin a branch now, or a person has moved its champion since.
+    """
+    store = current_store()
+    async with lock_lineage(lineage):  # no run works on the lineage, and later ones see the branch
+        branch = plan_relearn(lineage, named, stops_serving=stops_serving, who=who).branch
+        if Branches(store).open(lineage) != branch:
+            require_nothing_lost(branch, accepted=accept_lost)
+        if not Branches(store).begin(branch) and Branches(store).open(lineage) != branch:
+            raise RegistryError(f"Another process has just begun a branch of '{lineage}'; look: deal status.")
+        if branch.stops_serving:
+            stop_serving(store, branch)
+    assert branch.deleted is not None, "it is one of a relearning"
+    await forget(branch.deleted.sha256, reason)
+    async with lock_lineage(lineage):
+        grown = await grow(branch, skip_rejected=skip_rejected)
+        if grown.stopped is not None:
+            return RelearnResult(
+                lineage=lineage,
+                status="stopped",
+                message=f"Nothing was swapped, since {grown.stopped} Go on without it: {branch.command} "
+                f"--skip-rejected; or give up: deal lineage branch {lineage} --give-up.",
+                branch=branch,
+                made=grown.made,
+                champion=None if branch.stops_serving else branch.champion,
+            )
+        tip = tip_of(branch, Versions(store).all(lineage))
+        if tip is None:
+            raise RegistryError(
+                f"No arrival of branch {branch.number} passed its gate, so nothing could serve. Nothing was swapped. "
+                f"Give up with: deal lineage branch {lineage} --give-up."
+            )
+        swap_in(store, branch, tip, who)
+        reporter().said(f"Version {tip.version} is champion; the versions that saw the rows lose their adapters.")
+        _remove_adapters(store, branch)
+        exports = remove_exports(store, lineage, branch.deleted.versions)
+        synced = await to_the_end(sync_lineage, store, lineage)
+    again = await forget(branch.deleted.sha256, reason)  # it searches every place once more, after the last adapter
+    attestation = Attestation(
+        rows=branch.deleted,
+        removed=branch.deleted.versions,
+        searched=get_args(Kind),
+        exports_removed=exports.removed,
+        exports_left=exports.left,
+        waits_for_mlflow=synced.problem is not None or lineage in again.waits_for_mlflow,
+    )
+    end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=remade_by(branch), attestation=attestation)
+    Branches(store).end(branch, end)
+    return RelearnResult(
+        lineage=lineage,
+        status="swapped",
+        message=f"Version {tip.version} of {lineage} is champion. It never saw arrival {branch.deleted.sha256[:12]} of "
+        f"{branch.deleted.task}.",
+        branch=branch,
+        made=end.made,
+        champion=tip.version,
+        attestation=attestation,
+    )
+
+
+def _open_branch(store: ObjectStore, lineage: str, arrival: KnownArrival) -> Branch | None:
+    """Return the open branch that was begun for an arrival; None: there is none, or it was begun for another."""
+    branch = Branches(store).open(lineage)
+    if branch is None or branch.deleted is None or branch.deleted.task != arrival.task:
+        return None
+    known = {branch.deleted.sha256, *branch.deleted.splits, *branch.deleted.files}
+    return branch if arrival.sha256 in known else None
+
+
+def _remove_adapters(store: ObjectStore, branch: Branch) -> None:
+    """Remove the adapters of the versions that saw the rows. The note is written first, and the files go last."""
+    assert branch.deleted is not None
+    versions, day = Versions(store), f"{datetime.now(UTC):%Y-%m-%d}"
+    for version in versions.all(branch.lineage):
+        if version.version in branch.deleted.versions:
+            versions.note_removed(branch.lineage, version.version, day)
+            store.delete(version.adapter_uri)

@@ -1,0 +1,213 @@
+"""Branches of a lineage: versions that are made again, which continue no champion until one move swaps the last one in.
+
+    branches/LINEAGE/NUMBER.json      what is made again, from which version on; written once, before anything else
+    branches/LINEAGE/NUMBER.end.json  how the branch ended
+
+The versions of a branch name it and the version whose arrival they learn again. So what is done is read from the
+versions, and a branch whose process was killed goes on. A lineage has at most one open branch: the next number is
+taken with a conditional put.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.store import keys
+from infra.store.base import ObjectStore
+from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
+from infra.versions import Version
+
+BranchKind = Literal["relearn", "rebase"]
+"""relearn: without the rows of a deleted arrival. rebase: on another base model."""
+_REMEDY = "Restore it from a backup of the store. Until then nothing is learned; a server that runs serves on."
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Step(_Part):
+    """An arrival that a branch learns."""
+
+    version: str
+    """The version that learned it before."""
+    task: str
+    labels: tuple[str, ...] = ()
+    """Labels that were added to the task by command before that version was made."""
+    renews_tests: bool = False
+    """Whether new test rows had been asked for."""
+    is_kept: bool = False
+    """Whether its file is gone, and the rows that the store retains of it are learned."""
+
+
+class Lost(_Part):
+    """An arrival that cannot be learned again."""
+
+    version: str
+    """The version that learned it."""
+    task: str
+    why: str
+
+
+class DeletedRows(_Part):
+    """The rows without which a branch learns, and every place where they were."""
+
+    task: str
+    sha256: str
+    """Digest of the arrival's dataset."""
+    splits: tuple[str, ...]
+    """Digests of other datasets with the same landed rows."""
+    landed: tuple[str, ...]
+    """Digests of the landed rows together."""
+    files: tuple[str, ...]
+    """Digests of the files that landed."""
+    inputs: tuple[str, ...]
+    """Digests of the single rows' inputs, as far as they are known."""
+    versions: tuple[str, ...]
+    """Numbers of the lineage's versions that saw the rows. Their adapters are removed after the swap."""
+    others: tuple[str, ...]
+    """LINEAGE/VERSION of the versions of other lineages that saw the rows. They stay."""
+    places: tuple[str, ...]
+    """The places that held the rows, each as a kind and an address."""
+
+
+class Branch(Stored):
+    """What a branch makes again. It never changes."""
+
+    lineage: str
+    number: int = Field(ge=1)
+    """Counts from 1 within the lineage."""
+    kind: BranchKind
+    began: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    who: str
+    root: str | None
+    """The version that the first new version continues; None: the base model."""
+    champion: str
+    """The champion that the branch replaces."""
+    steps: tuple[Step, ...]
+    """What is learned, in this order."""
+    lost: tuple[Lost, ...] = ()
+    base_model: str | None = None
+    """Source of the new base model; None: that of each version before."""
+    stops_serving: bool = False
+    """Whether no version is champion until the swap."""
+    deleted: DeletedRows | None = None
+
+    @property
+    def what(self) -> str:
+        """What it is for, in words."""
+        if self.deleted is not None:
+            return f"without arrival {self.deleted.sha256[:12]} of {self.deleted.task}"
+        return f"on the base model {self.base_model}"
+
+    @property
+    def command(self) -> str:
+        """The command that goes on with it."""
+        if self.deleted is not None:
+            return f"deal data delete {self.deleted.sha256[:12]} --relearn --lineage {self.lineage}"
+        return f"deal lineage rebase {self.lineage} --base {self.base_model}"
+
+
+class Remade(_Part):
+    """A version that a branch made."""
+
+    version: str
+    remakes: str
+    """The version whose arrival it learned."""
+    task: str
+    accepted: bool
+    adapter_sha256: str
+    """Digest of all files of its adapter together."""
+
+
+class Attestation(_Part):
+    """What is certain after rows were deleted and everything that had learned from them was made again."""
+
+    rows: DeletedRows
+    removed: tuple[str, ...]
+    """The versions whose adapters are gone, from the store and from MLflow."""
+    searched: tuple[str, ...]
+    """The kinds of places that were searched for the rows again, at the end. None of them held a row."""
+    exports_removed: tuple[str, ...]
+    """Addresses of exports that were removed."""
+    exports_left: tuple[str, ...]
+    """Addresses of exports that this machine cannot remove. A person has to."""
+    waits_for_mlflow: bool
+    """Whether MLflow did not answer. Then its copies are removed by the next run or `deal server sync`."""
+
+
+class BranchEnd(Stored):
+    """How a branch ended."""
+
+    outcome: Literal["swapped", "given up"]
+    ended: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    who: str
+    tip: str | None = None
+    """The version that became champion; None: it was given up."""
+    made: tuple[Remade, ...] = ()
+    """What it made, in the order of its steps."""
+    attestation: Attestation | None = None
+
+
+class KnownBranch(BaseModel, frozen=True):
+    """A branch, and its end if it has ended."""
+
+    branch: Branch
+    end: BranchEnd | None = None
+
+
+class Branches:
+    """The branches of a store's lineages."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def all(self, lineage: str) -> tuple[KnownBranch, ...]:
+        """Return the branches of a lineage, oldest first. StoreError: one is damaged, or another release wrote it."""
+        branches: dict[str, Branch] = {}
+        ends: dict[str, BranchEnd] = {}
+        for key, content in read_folder(self.store, keys.branch_folder(lineage)).items():
+            with reading_stored(self.store, key, f"a branch of '{lineage}'", _REMEDY):
+                number = keys.version_number(key)
+                if key.endswith(".end.json"):
+                    ends[number] = parse_stored(content, BranchEnd)
+                else:
+                    branches[number] = parse_stored(content, Branch)
+        return tuple(KnownBranch(branch=branch, end=ends.get(number)) for number, branch in branches.items())
+
+    def open(self, lineage: str) -> Branch | None:
+        """Return the branch that has not ended, if there is one."""
+        return next((known.branch for known in self.all(lineage) if known.end is None), None)
+
+    def next_number(self, lineage: str) -> int:
+        """Return the number of the lineage's next branch."""
+        return len(self.all(lineage)) + 1
+
+    def begin(self, branch: Branch) -> bool:
+        """Store a branch with the lineage's next number; False: another writer was faster, and nothing was stored."""
+        return self._put(keys.branch_key(branch.lineage, branch.number), branch)
+
+    def end(self, branch: Branch, end: BranchEnd) -> bool:
+        """Store how a branch ended; False: it had ended before."""
+        return self._put(keys.branch_end_key(branch.lineage, branch.number), end)
+
+    def _put(self, key: str, stored: Stored) -> bool:
+        content = (stored.model_dump_json(indent=2) + "\n").encode("utf-8", "replace")
+        return self.store.put_bytes(key, content, if_absent=True)
+
+
+def made_by(branch: Branch, versions: Sequence[Version]) -> dict[str, Version]:
+    """Return what a branch has made, by the version whose arrival was learned again."""
+    return {version.remakes: version for version in versions if version.branch == branch.number and version.remakes}
+
+
+def tip_of(branch: Branch, versions: Sequence[Version]) -> Version | None:
+    """Return the newest accepted version of a branch, or its root; None: nothing but the base model."""
+    made = made_by(branch, versions)
+    accepted = [made[step.version] for step in branch.steps if step.version in made and made[step.version].accepted]
+    root = next((version for version in versions if version.version == branch.root), None)
+    return accepted[-1] if accepted else root

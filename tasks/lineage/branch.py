@@ -1,0 +1,105 @@
+"""An open branch of a lineage: what waits for its end, and the moves of the champion around it; see `infra.branches`.
+
+While a branch is open, no run continues the champion, and new arrivals wait. A person can still roll the champion back;
+the branch is then not swapped in, because it would bring back what the person has taken away.
+"""
+
+from __future__ import annotations
+
+from deal_core.errors import RegistryError
+from infra.branches import Branch, Branches
+from infra.promotions import Change, PromotionLog
+from infra.store.base import ObjectStore
+from infra.versions import Version
+from tasks.lineage.history import find_version
+from tasks.lineage.promotion import move_champion
+from tasks.lineage.settings import why_held
+from tasks.notices import Notice, announce
+
+
+class BranchOpenError(RegistryError):
+    """Versions of the lineage are being made again, and new arrivals wait."""
+
+
+def why_branched(branch: Branch) -> str:
+    """Return why new arrivals wait for a branch, and what to do."""
+    return (
+        f"versions of '{branch.lineage}' are made again {branch.what} since {branch.began:%Y-%m-%d %H:%M} UTC; new "
+        f"arrivals wait for the end. Go on with: {branch.command}; or give it up: deal lineage branch {branch.lineage} "
+        "--give-up"
+    )
+
+
+def require_no_branch(store: ObjectStore, lineage: str) -> None:
+    """Raise BranchOpenError if the lineage has an open branch."""
+    if (branch := Branches(store).open(lineage)) is not None:
+        why = why_branched(branch)
+        raise BranchOpenError(f"{why[0].upper()}{why[1:]}.")
+
+
+def why_waiting(store: ObjectStore, lineage: str) -> str | None:
+    """Return why a lineage learns nothing that lands, and what to do; None: it learns."""
+    if (held := why_held(store, lineage)) is not None:
+        return f"it is paused ({held}); it goes on with: deal lineage resume {lineage}"
+    branch = Branches(store).open(lineage)
+    return None if branch is None else why_branched(branch)
+
+
+def stop_serving(store: ObjectStore, branch: Branch) -> None:
+    """Let no version be champion until the branch is swapped in. The call can be repeated, also after the swap.
+
+    Raises:
+        RegistryError: The champion is just being moved.
+    """
+    log = PromotionLog(store)
+    last = log.last(branch.lineage)
+    if last is None or last.champion != branch.champion:  # it was done, or `swap_in` will refuse
+        return
+    change = Change(
+        action="stopped",
+        lineage=branch.lineage,
+        version=branch.champion,
+        before=branch.champion,
+        champion=None,
+        who=branch.who,
+        why=f"nothing serves until it is made again {branch.what}",
+    )
+    if log.add(last, change) is None:
+        raise RegistryError(_moved(branch, last.champion))
+
+
+def swap_in(store: ObjectStore, branch: Branch, tip: Version, who: str) -> None:
+    """Make the tip of a branch champion, by one move. The call can be repeated.
+
+    Raises:
+        RegistryError: The champion has moved since the branch began.
+    """
+    last = PromotionLog(store).last(branch.lineage)
+    before = last.champion if last else None
+    if before == tip.version:
+        return
+    expected = None if branch.stops_serving else branch.champion
+    if before != expected:
+        raise RegistryError(_moved(branch, before))
+    is_old = tip.version == branch.root
+    why = f"made again {branch.what}"
+    move_champion(store, tip, expected=expected, action="rolled back" if is_old else "promoted", who=who, why=why)
+    announce("rolled-back" if is_old else "promoted", Notice.of(tip, reasons=(why,), who=who))
+
+
+def serve_again(store: ObjectStore, branch: Branch, who: str) -> None:
+    """Make the champion of before a branch champion again, if the branch had stopped it."""
+    last = PromotionLog(store).last(branch.lineage)
+    if last is not None and last.champion is None:
+        version = find_version(store, branch.lineage, branch.champion)
+        move_champion(store, version, expected=None, action="rolled back", who=who, why="its branch was given up")
+
+
+def _moved(branch: Branch, champion: str | None) -> str:
+    now = f"version {champion} is" if champion else "no version is"
+    return (
+        f"The branch of '{branch.lineage}' replaces version {branch.champion}, but {now} champion now: a person has "
+        f"moved it since. Nothing was swapped. Make version {branch.champion} champion again (deal version rollback "
+        f"{branch.champion} --lineage {branch.lineage}), or give the branch up (deal lineage branch {branch.lineage} "
+        "--give-up)."
+    )

@@ -1,0 +1,85 @@
+"""Small tasks, and a lineage that has learned three of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.adapter.files import ADAPTER_FILES
+from flows.relearn import RelearnResult, relearn
+from infra.versions import Version, Versions
+from tasks.context import current_store
+from tests.adapting import run
+from tests.conftest import MakeOnce
+
+LABELS = ("warm", "cold")
+TASKS = ("taps", "beds", "cars")
+
+
+@pytest.fixture
+def without_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let MLflow be away, which saves most of a small run's time."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+
+
+def small_task(folder: Path, name: str, part: str = "") -> dict[str, Any]:
+    """A task of 32 rows with two labels, every fifth a test row. Another `part` has other rows."""
+    file = folder / f"{name}{part}.jsonl"
+    rows = [
+        {
+            "text": f"{name}{part} {n}: the {('red', 'blue')[n % 2]} one",
+            "label": LABELS[n % 2],
+            "split": "train" if n % 5 else "test",
+        }
+        for n in range(32)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": name, "data": str(file), "instruction": "Which?", "labels": list(LABELS)}
+
+
+def champion() -> Version:
+    """The champion of lineage `l`."""
+    version = Versions(current_store()).champion("l")
+    assert version is not None
+    return version
+
+
+def adapter(version: Version) -> dict[str, bytes]:
+    """The weights, the configuration and the method's state of a version, as bytes."""
+    store = current_store()
+    places = {name: f"{version.adapter_uri}/{name}" for name in ADAPTER_FILES}
+    found = {name: store.get_bytes(key) for name, key in places.items() if store.exists(key)}
+    assert len(found) >= 2
+    return found
+
+
+def delete(task: str, **options: Any) -> RelearnResult:
+    """Delete the only arrival of a task, and relearn."""
+    arrival = next(version for version in Versions(current_store()).all("l") if version.task == task)
+    return asyncio.run(relearn("l", arrival.dataset_sha256, who="tester", **options))
+
+
+def learn_three(folder: Path, base: Path, **settings: Any) -> None:
+    """Let lineage `l` of the home in a folder learn three tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        for name in TASKS:
+            assert run(base, small_task(folder, name), **settings).status == "promoted"
+
+
+@pytest.fixture(scope="session")
+def three_tasks(tiny_base: Path, home_made_once: MakeOnce) -> Path:
+    """A home whose lineage `l` has learned taps, beds and cars, from files in its folder."""
+    settings = {"strategy": "deal", "rehearsal": {"rows": 50}}
+    return home_made_once("three-tasks-deal-50", lambda folder: learn_three(folder, tiny_base, **settings))
+
+
+@pytest.fixture
+def learned(three_tasks: Path, copy_to_home: Callable[[Path], Path], without_mlflow: None) -> Path:
+    """A copy of `three_tasks`, whose arrivals' files are still in the original."""
+    return copy_to_home(three_tasks)

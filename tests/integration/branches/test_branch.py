@@ -1,0 +1,188 @@
+"""A branch that is killed, stopped by a gate or given up, and what waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import flows.adapt
+import flows.relearn
+import tasks.adaptation.gate
+from deal_core.errors import ConfigError, RegistryError
+from deal_core.evaluation.gate import FailedCheck, GateDecision
+from flows.branch import give_up
+from flows.cli.app import app
+from flows.relearn import plan_relearn
+from flows.watch import watch
+from infra.branches import Branches
+from infra.promotions import PromotionLog
+from infra.run_journal import RunJournal
+from infra.settings import EngineSettings
+from infra.versions import Versions
+from tasks.context import current_store
+from tasks.lineage.branch import BranchOpenError
+from tasks.lineage.history import find_version
+from tasks.lineage.promotion import promote_to, roll_back
+from tasks.lineage.settings import WatchedLineage
+from tasks.serving.publish import publish
+from tests.adapting import run
+from tests.integration.branches.conftest import champion, delete, small_task
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "learned")
+
+
+def numbers() -> list[str]:
+    return [version.version for version in Versions(current_store()).all("l")]
+
+
+def moves() -> list[tuple[str, str | None]]:
+    return [(move.action, move.champion) for move in PromotionLog(current_store()).moves("l")]
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: Callable[[], object]) -> None:
+    """Run `call`, in which the process dies where `owner.name` is called."""
+
+    def die(*_: object, **__: object) -> None:
+        raise RuntimeError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, die)
+        with pytest.raises(RuntimeError, match=name):
+            call()
+
+
+def reject(monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    """Let the gate reject the versions that learn a task."""
+    decide = tasks.adaptation.gate.decide
+
+    def strict(report: Any, config: Any) -> GateDecision:
+        check = FailedCheck(kind="floor", task=task, value=0.0, limit=1.0, message="It is too bad.")
+        return GateDecision((check,)) if report.task == task else decide(report, config)
+
+    monkeypatch.setattr(tasks.adaptation.gate, "decide", strict)
+
+
+def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = numbers()
+    for owner, name in (
+        (flows.relearn, "forget"),
+        (flows.relearn, "grow"),
+        (flows.adapt, "report_version"),
+        (flows.relearn, "swap_in"),
+        (flows.relearn, "_remove_adapters"),
+        (flows.relearn, "remove_exports"),
+        (Branches, "end"),
+    ):
+        dying(monkeypatch, owner, name, lambda: delete("beds", stops_serving=True))
+        with pytest.raises(BranchOpenError, match="new arrivals wait"):
+            run(Path("no-base"), {"name": "taps", "data": "no-file"})
+        serving = Versions(current_store()).champion("l")
+        assert (serving and serving.version) == ("4" if name in ("_remove_adapters", "remove_exports", "end") else None)
+    result = delete("beds")
+    assert (result.status, result.champion, [made.remakes for made in result.made]) == ("swapped", "4", ["3"])
+    assert numbers() == [*before, "4"] and moves()[3:] == [("stopped", None), ("promoted", "4")], "one version"
+    assert champion().parent_version == "1"
+    assert {run.state for run in RunJournal(current_store()).all("l")} == {"finished"}
+    (known,) = Branches(current_store()).all("l")
+    assert known.end is not None and known.end.attestation == result.attestation
+    for gone in ("2", "3"):
+        with pytest.raises(RegistryError, match="deal data delete --relearn"):
+            find_version(current_store(), "l", gone)
+    store = current_store()
+    assert [store.exists(f"{find_uri(number)}/adapter_model.safetensors") for number in ("1", "2", "3", "4")] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert delete("beds").branch.steps == (), "the present champion never saw the rows"
+
+
+def find_uri(number: str) -> str:
+    version = Versions(current_store()).find("l", number)
+    assert version is not None
+    return version.adapter_uri
+
+
+def test_a_rejected_version_stops_it_and_what_lands_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store = current_store()
+    with monkeypatch.context() as patch:
+        reject(patch, "beds")
+        result = delete("taps")
+        assert (result.status, result.champion) == ("stopped", "3") and "too bad" in result.message
+        assert champion().version == "3" and numbers() == ["1", "2", "3", "4"]
+        assert find_version(store, "l", "4").branch == 1 and not find_version(store, "l", "4").accepted
+        store.put_bytes("inbox/beds/june.jsonl", Path(small_task(tmp_path, "beds", "-june")["data"]).read_bytes())
+        assert asyncio.run(watch(WatchedLineage(lineage="l"), once=True, poll_seconds=0.1)).files == ()
+        result = delete("taps", skip_rejected=True)
+    assert (result.status, result.champion) == ("swapped", "5")
+    assert [(made.remakes, made.accepted) for made in result.made] == [("2", False), ("3", True)]
+    assert champion().parent_version is None, "it starts from the base model, since beds was left out"
+
+
+def test_a_branch_that_is_given_up_leaves_the_champion_and_its_versions_never_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dying(monkeypatch, flows.relearn, "swap_in", lambda: delete("beds", stops_serving=True))
+    assert Versions(current_store()).champion("l") is None and moves()[-1] == ("stopped", None)
+    assert find_version(current_store(), "l", "4").standing == "in a branch"
+    asyncio.run(give_up("l", "tester"))
+    assert champion().version == "3" and moves()[-1] == ("rolled back", "3")
+    roll_back("l", "1", who="tester", why="a test")  # the parent of the branch's version
+    with pytest.raises(RegistryError, match="only with the whole branch"):
+        promote_to("l", "4", who="tester", why="a test")
+    with pytest.raises(RegistryError, match="no open branch"):
+        asyncio.run(give_up("l", "tester"))
+
+
+def test_a_champion_that_somebody_moved_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    dying(monkeypatch, flows.relearn, "grow", lambda: delete("beds"))
+    roll_back("l", "2", who="tester", why="version 3 is bad")
+    with pytest.raises(RegistryError, match="a person has moved it since"):
+        delete("beds")
+    assert champion().version == "2"
+
+
+def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_tasks: Path, tmp_path: Path) -> None:
+    store = current_store()
+    out = tmp_path / "adapters"
+    published = [Path(publish("l", out, EngineSettings(), version=number).folder) for number in ("1", "2", "3")]
+    (published[1] / "adapter_model.safetensors").write_bytes(b"another")
+    cars = three_tasks / "cars.jsonl"
+    rows = cars.read_bytes()
+    cars.unlink()
+    try:
+        arrival = find_version(store, "l", "2").dataset_sha256
+        before = [info.key for info in store.list()]
+        dry = CliRunner().invoke(app, ["data", "delete", arrival, "--relearn", "--dry-run", "--json", "-l", "l"])
+        assert dry.exit_code == 0, dry.output
+        (lost,) = json.loads(dry.stdout)["branch"]["lost"]
+        assert (lost["version"], lost["task"]) == ("3", "cars") and "cars.jsonl" in lost["why"]
+        with pytest.raises(ConfigError, match=r"1 arrivals of 'l' cannot be learned again.*--accept-lost"):
+            delete("beds")
+        assert [info.key for info in store.list()] == before
+        result = delete("beds", accept_lost=True)
+    finally:
+        cars.write_bytes(rows)
+    assert champion().version == "1" and moves()[3:] == [("rolled back", "1")]
+    assert result.attestation is not None and len(result.attestation.rows.inputs) == 7, "its test rows"
+    assert result.attestation.exports_removed == (str(published[2]),) and not published[2].exists()
+    assert result.attestation.exports_left == (f"{published[1]} on {socket.gethostname()}",) and published[0].exists()
+    shown = CliRunner().invoke(app, ["lineage", "branch", "l", "--json"])
+    (known,) = json.loads(shown.stdout)
+    assert known["end"]["attestation"]["rows"]["sha256"] == arrival
+    assert "the" not in json.dumps(known["end"]["attestation"]["rows"]["inputs"]), "digests, and no texts"
+
+
+def test_a_lineage_that_would_have_nothing_left_is_refused(three_tasks: Path) -> None:
+    roll_back("l", "1", who="tester", why="a test")
+    arrival = find_version(current_store(), "l", "1").dataset_sha256
+    with pytest.raises(ConfigError, match="no version would serve"):
+        plan_relearn("l", arrival)
