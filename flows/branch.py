@@ -66,6 +66,8 @@ def plan_steps(
     steps: list[Step] = []
     lost, seconds, journal = [], 0.0, RunJournal(store)
     for place, version in enumerate(line):
+        if version.is_consolidation:  # the arrivals that it learned together are in the line too, each by itself
+            continue
         is_kept, is_left_out = False, place < num_before or version.dataset_sha256 in without
         try:
             dataset = read_findings(version.adapter_uri).dataset
