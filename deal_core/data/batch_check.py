@@ -121,7 +121,7 @@ class BatchChecker:
         names = self._columns.names
         if self._columns.format == "chat" or self._columns.has_preferences:
             return good_rows([])
-        asked, answer = COLUMNS_OF_FORMAT[self._columns.format]
+        asked, *_, answer = COLUMNS_OF_FORMAT[self._columns.format]
         inputs = self._plain_texts(batch.texts(names[asked]))
         if self._columns.format == "labelled":
             inputs = pc.utf8_trim(inputs, _BLANK)
