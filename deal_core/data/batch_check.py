@@ -121,7 +121,8 @@ class BatchChecker:
         names = self._columns.names
         if self._columns.format == "chat" or self._columns.has_preferences:
             return good_rows([])
-        asked, answer = list(COLUMNS_OF_FORMAT[self._columns.format])  # chats have left above
+        required = COLUMNS_OF_FORMAT[self._columns.format]
+        asked, answer = required[0], required[-1]
         inputs = self._plain_texts(batch.texts(names[asked]))
         if self._columns.format == "labelled":
             inputs = pc.utf8_trim(inputs, _BLANK)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pyarrow as pa
@@ -39,8 +40,7 @@ def checked_on_ray(files: Sequence[FileCheck]) -> CheckedFiles:
         DealError: The cluster failed.
     """
     try:
-        import ray
-        from ray import data
+        ray, data = import_module("ray"), import_module("ray.data")
     except ImportError:
         raise ConfigError("DEAL_INGEST is ray, which is not installed; pip install 'deal-pipeline[ray]'.") from None
     with _cluster():
