@@ -45,7 +45,7 @@ def launch_job(
         from infra.stored_job import download_result, upload_job
 
         if importlib.util.find_spec("ray") is None:
-            raise ConfigError("DEAL_LAUNCH is ray, which is not installed; pip install 'deal-pipeline[ray]'.")
+            raise ConfigError("DEAL_LAUNCH is ray, which is not installed; pip install '.[ray]'.")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         prefix = f"{jobs_folder}/{job.kind}"

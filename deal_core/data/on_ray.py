@@ -42,7 +42,7 @@ def checked_on_ray(files: Sequence[FileCheck]) -> CheckedFiles:
     try:
         ray, data = import_module("ray"), import_module("ray.data")
     except ImportError:
-        raise ConfigError("DEAL_INGEST is ray, which is not installed; pip install 'deal-pipeline[ray]'.") from None
+        raise ConfigError("DEAL_INGEST is ray, which is not installed; pip install '.[ray]'.") from None
     with _cluster():
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
