@@ -105,6 +105,15 @@ class Branch(Stored):
         return f"on the base model {self.base_model}"
 
     @property
+    def why_waiting(self) -> str:
+        """Why new arrivals wait for it, and what to do."""
+        return (
+            f"versions of '{self.lineage}' are made again {self.what} since {self.began:%Y-%m-%d %H:%M} UTC; new "
+            f"arrivals wait for the end. Go on with: {self.command}; or give it up: deal lineage branch {self.lineage} "
+            "--give-up"
+        )
+
+    @property
     def command(self) -> str:
         """The command that goes on with it."""
         if self.deleted is not None:

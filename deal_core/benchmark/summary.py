@@ -70,15 +70,16 @@ def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | 
         for scores in (version["scores"] for version in cell["versions"])
     ]
     untouched = tuple(accuracy(before[name]) if name in before else None for name in tasks)
-    trained: list[str] = []
-    for version in cell["versions"]:
-        trained.append(version["task"] or trained[-1])  # a consolidation learned all tasks so far
+    consolidated = [number for number, version in enumerate(cell["versions"]) if version.get("task", "") is None]
+    trained = list(tasks)
+    for number in consolidated:  # it learned all tasks so far
+        trained.insert(number, trained[number - 1])
     return AccuracyMatrix(
         tasks=tuple(tasks),
         trained=tuple(trained),
         rows=tuple(map(tuple, rows)),
         base=untouched,
-        consolidated=tuple(number for number, version in enumerate(cell["versions"]) if version["task"] is None),
+        consolidated=tuple(consolidated),
     )
 
 

@@ -131,7 +131,7 @@ _APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
     """The versions of a lineage."""
     is_tested = any(entry.arrival_accuracy is not None for entry in entries)
-    has_debts = any(entry.debts for entry in entries)
+    has_debts = any(lost > 0 for entry in entries for lost in entry.debts.values())
     numbers = ["version", "parent", "accuracy", "forgetting"]
     numbers += [*(["debt"] if has_debts else []), *(["on arrival"] if is_tested else [])]
     columns = (*numbers, "task", "strategy", "gate", "alias", "when")

@@ -29,7 +29,6 @@ from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, look, read_state
-from tasks.lineage.branch import why_branched
 from tasks.lineage.consolidation import why_due
 from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
@@ -218,7 +217,7 @@ def _lineage(
             status.rollout = f"version {opened.version} is tried ({opened.rollout}) since {since}"
     with noting_damage():
         branch = Branches(store).open(name)
-        status.branch = why_branched(branch) if branch else None
+        status.branch = branch.why_waiting if branch else None
     if versions and versions[-1].is_rejected:
         newest = versions[-1]
         why = "A person refused it." if newest.accepted else " ".join(newest.reasons)

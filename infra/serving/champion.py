@@ -137,7 +137,7 @@ class Champion:
         logged then, and the caller must not return it.
         """
         assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
-        if self._champion is None:
+        if self._champion is None and self._move is not None:  # the log has ended its term, and named no other
             raise GivenUpError(f"No version of '{self.lineage}' serves until its versions are made again; ask again.")
         begun, served = time.perf_counter(), self.served
         named = with_tasks(rows, served)

@@ -26,7 +26,7 @@ from infra.versions import Version, Versions, descent
 from tasks.adaptation.resume import read_findings, require_same_files
 from tasks.context import current_store
 from tasks.landing import choose_schema, frozen_test_inputs, landing_of
-from tasks.lineage.consolidation import ConsolidationPlan, Part, Source, Start
+from tasks.lineage.consolidation import ConsolidationPlan, LearnedRows, Source, Start
 from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.frozen_rows import read_test_rows, require_unaltered
 from tasks.lineage.record import KnownTask, LineageRecord
@@ -100,7 +100,7 @@ def _kept_rows(store: ObjectStore, champion: Version, record: LineageRecord) -> 
     return {name: size.num_rows for name, size in sizes_of(kept, [task.schema.name for task in record.tasks]).items()}
 
 
-def _part(store: ObjectStore, version: Version, kept: Collection[str]) -> Part:
+def _part(store: ObjectStore, version: Version, kept: Collection[str]) -> LearnedRows:
     """What is left of the rows of a version's arrival."""
     source: Source = "none"
     tombstone = find_tombstone(store, version.task, [version.dataset_sha256])
@@ -121,7 +121,7 @@ def _part(store: ObjectStore, version: Version, kept: Collection[str]) -> Part:
             except DealError as error:
                 why = in_one_line(error)
                 source, num_rows = ("kept" if version.task in kept else "none"), 0
-    return Part(
+    return LearnedRows(
         version=version.version,
         task=version.task,
         dataset_sha256=version.dataset_sha256,
@@ -176,7 +176,7 @@ def gather_rows(plan: ConsolidationPlan, record: LineageRecord, folder: Path) ->
 
 
 def _rows_of(
-    store: ObjectStore, version: Version, part: Part, record: LineageRecord, test_inputs: Collection[bytes]
+    store: ObjectStore, version: Version, part: LearnedRows, record: LineageRecord, test_inputs: Collection[bytes]
 ) -> Iterator[pa.Table]:
     """The training rows of an arrival, without those whose texts are test rows."""
     findings = read_findings(version.adapter_uri)

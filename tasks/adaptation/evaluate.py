@@ -314,7 +314,8 @@ def _debts(
         if name not in now:
             continue  # nobody could ask it
         since, test_set, paired = newest_first[before_last - row], rows_of[name], None
-        kept = read_answers(store, since.adapter_uri)
+        is_parent = adaptation.parent is not None and since.version == adaptation.parent.version
+        kept = adaptation.parent_answers if is_parent else read_answers(store, since.adapter_uri)
         then = kept.now.get(name, {}) if kept.engine == engine else {}
         places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in then]
         if places:

@@ -21,19 +21,10 @@ class BranchOpenError(RegistryError):
     """Versions of the lineage are being made again, and new arrivals wait."""
 
 
-def why_branched(branch: Branch) -> str:
-    """Return why new arrivals wait for a branch, and what to do."""
-    return (
-        f"versions of '{branch.lineage}' are made again {branch.what} since {branch.began:%Y-%m-%d %H:%M} UTC; new "
-        f"arrivals wait for the end. Go on with: {branch.command}; or give it up: deal lineage branch {branch.lineage} "
-        "--give-up"
-    )
-
-
 def require_no_branch(store: ObjectStore, lineage: str) -> None:
     """Raise BranchOpenError if the lineage has an open branch."""
     if (branch := Branches(store).open(lineage)) is not None:
-        why = why_branched(branch)
+        why = branch.why_waiting
         raise BranchOpenError(f"{why[0].upper()}{why[1:]}.")
 
 
@@ -42,7 +33,7 @@ def why_waiting(store: ObjectStore, lineage: str) -> str | None:
     if (held := why_held(store, lineage)) is not None:
         return f"it is paused ({held}); it goes on with: deal lineage resume {lineage}"
     branch = Branches(store).open(lineage)
-    return None if branch is None else why_branched(branch)
+    return None if branch is None else branch.why_waiting
 
 
 def stop_serving(store: ObjectStore, branch: Branch) -> None:

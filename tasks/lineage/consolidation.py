@@ -92,7 +92,7 @@ Source = Literal["retained", "files", "kept", "none"]
 the rows that the method kept of its task are left. none: no row is."""
 
 
-class Part(BaseModel, frozen=True):
+class LearnedRows(BaseModel, frozen=True):
     """An arrival of the champion's line, and what is left of its rows."""
 
     version: str
@@ -114,7 +114,7 @@ class ConsolidationPlan(BaseModel, frozen=True):
     """The version that it is judged against."""
     start: Start
     """Whether its weights start from the base model or from the champion."""
-    parts: tuple[Part, ...]
+    parts: tuple[LearnedRows, ...]
     """The arrivals, oldest first."""
     kept: dict[str, int]
     """For each task of which kept rows are learned, their number."""

@@ -180,7 +180,7 @@ def test_the_commands_adapter_and_training_reach_the_cells(
         ({"train": "[1]"}, "is no JSON object"),
         (
             {"adapter": '{"rnk": 8}'},
-            r"unknown key 'adapter.rnk'; remove it, or give one of rank, alpha, target_modules",
+            r"unknown key 'adapter.rnk'; remove it, or give one of rank, alpha, rslora, target_modules, dropout",
         ),
         ({"adapter": '{"rank": 1}'}, "adapter.rank is 1; give at least 2"),
         ({"train": '{"num_processes": 2}'}, "num_processes is 2, but one process trains a cell"),

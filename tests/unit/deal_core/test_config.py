@@ -33,6 +33,7 @@ OPTIONAL = {
     "train.max_answer_tokens": 50,
     "gate.min_accuracy": 0.5,
     "gate.max_old_slice_drop_points": 5.0,
+    "gate.max_total_drop_points": 5.0,
     "gate.rollout_share": 0.5,
 }
 WRONG: dict[type, list[Any]] = {
