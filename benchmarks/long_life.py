@@ -34,7 +34,7 @@ SETTINGS = {
     "retrain": {"when": "schedule", "cron": "* * * * *"},
     "gate": {"max_perplexity_ratio": None, "max_norm_ratio": None},
     "train": {
-        "max_steps": 100,
+        "num_epochs": 8,
         "learning_rate": 0.01,
         "max_prompt_tokens": 64,
         "max_answer_tokens": 6,
