@@ -178,7 +178,7 @@ def _relearn(
 
         name = lineage or only_lineage(deal.store)
         plan = plan_relearn(name, arrival, stops_serving=options["stops_serving"], who=deal.account)
-    shown = [*show_forget_plan(plan.forget, "Would be removed"), *show_branch_plan(plan)]
+    shown = [*show_forget_plan(plan.forget, "Would be removed", relearns=True), *show_branch_plan(plan)]
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
@@ -186,12 +186,12 @@ def _relearn(
     done = deal.run(lambda: relearn_flow(name, arrival, who=deal.account, **options), "looking", trains=True)
     return CommandResult(
         done,
-        [*show_made(done.made), f"[bold]{escape(done.message)}[/]", *_attested(done.attestation)],
+        [*show_made(done.made), f"[bold]{escape(done.message)}[/]", *_attested(name, done.attestation)],
         rejected=done.status == "stopped",
     )
 
 
-def _attested(attestation: Attestation | None) -> Iterable[RenderableType]:
+def _attested(lineage: str, attestation: Attestation | None) -> Iterable[RenderableType]:
     if attestation is None:
         return
     yield f"Without an adapter now: version {', '.join(attestation.removed) or '–'}."
@@ -203,7 +203,7 @@ def _attested(attestation: Attestation | None) -> Iterable[RenderableType]:
         yield f"[yellow]Remove these exports by hand: {escape(', '.join(attestation.exports_left))}.[/]"
     if attestation.waits_for_mlflow:
         yield "[yellow]MLflow does not answer; deal server sync removes its copies.[/]"
-    yield "The attestation: deal lineage branch --json."
+    yield escape(f"The attestation: deal lineage branch {lineage} --json.")
 
 
 def confirm(deal: Session, shown: Iterable[RenderableType], question: str) -> None:
@@ -218,17 +218,17 @@ def confirm(deal: Session, shown: Iterable[RenderableType], question: str) -> No
     typer.confirm(question, abort=True)
 
 
-def show_forget_plan(plan: ForgetPlan, title: str) -> Sequence[RenderableType]:
-    """What is removed, what cannot be, and what follows."""
+def show_forget_plan(plan: ForgetPlan, title: str, *, relearns: bool = False) -> Sequence[RenderableType]:
+    """What is removed, what cannot be, and what follows; with `relearns` the versions are made again."""
     table = new_table("what", "where", "size", right=["size"])
     for each in plan.held:
         table.add_row(each.kind, escape(each.address), decimal(each.num_bytes) if each.num_bytes else "–")
     held = table if plan.held else "No rows of it are left here."
     title = f"{title}: rows of arrival {plan.sha256[:12]} of {plan.task}"
-    return [heading(title), held, *_learned(plan.learned), *_follows(plan)]
+    return [heading(title), held, *_learned(plan.learned, relearns=relearns), *_follows(plan)]
 
 
-def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
+def _learned(learned: Sequence[AffectedVersion], *, relearns: bool) -> Iterable[RenderableType]:
     if not learned:
         return ["No version has learned from it."]
     table = new_table("lineage", "version", "task", "how", "gate", "alias", right=["version"])
@@ -245,7 +245,7 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
         "Their weights still hold what they learned. If that has to go too, make them again without it: "
         "deal data delete ARRIVAL --relearn."
     )
-    return [heading("Versions that learned from it"), table, advice]
+    return [heading("Versions that learned from it"), table, *([] if relearns else [advice])]
 
 
 def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
