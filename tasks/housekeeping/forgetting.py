@@ -224,7 +224,7 @@ def _look_at(
         if infos := list(store.list(folder)):
             size = sum(info.size for info in infos)
             places.append(RowsPlace(kind="adapter of no version", address=folder, num_bytes=size, lineage=lineage))
-    # Killed processes also left what their jobs read on other machines: test rows of any task, the champion's kept rows.
+    # Killed processes also left what their jobs read on other machines: test rows of any task, and kept rows.
     if any(any(store.list(f"{keys.dataset_folder(arrival.task, sha256)}/{lineage}")) for sha256 in arrival.sha256s):
         left = groupby(store.list(keys.adapters_folder(lineage)), key=lambda info: keys.job_inputs_of(info.key))
         places += [
