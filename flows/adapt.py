@@ -232,7 +232,7 @@ async def begin(
         raise NothingToLearnError(repeated(version, dataset))
     # The champion may answer the new rows well enough already.
     if retrain.test_first and parent is not None and record is not None:
-        tested = await stages.run("test", score_arrival, base, parent, record, dataset)
+        tested = await stages.run("test", score_arrival, inputs, parent, record)
         stages.done("test", "a new task" if tested is None else tested.describe())
         if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
             raise NothingToLearnError(skipped(parent, dataset, tested, stages.seconds))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deal_core.errors import ConfigError
 from infra.settings import LaunchSettings
+from infra.store import keys
 from infra.store.base import ObjectStore
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def launch_job(
             driver = [sys.executable, "-m", "infra.ray_driver", prefix, str(job.num_processes)]
             result = run_launcher(driver, job, folder, on_message)
         finally:
-            store.delete(f"{prefix}/inputs")  # they hold rows
+            store.delete(keys.job_inputs(prefix))  # they hold rows
         download_result(store, job, prefix)
         return result
     command = None

@@ -26,6 +26,7 @@ from deal_core.training.main import run_job
 from deal_core.training.messages import Send, sending
 from deal_core.training.trainer import COMPLETE, HISTORY_FILE, NUM_CHECKPOINTS
 from infra.settings import HomeSettings, ServingSettings, StoreSettings
+from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
 
@@ -35,7 +36,7 @@ CHECKPOINT = "checkpoint-"
 def upload_job(store: ObjectStore, job: TrainingJob | AnswerJob, prefix: str) -> None:
     """Store a job with what it reads. Checkpoints of an earlier try stay."""
     for name, path in job.inputs().items():
-        key = f"{prefix}/inputs/{name}"
+        key = f"{keys.job_inputs(prefix)}/{name}"
         if path.is_dir():
             store.upload_folder(path, key)
         else:
@@ -59,7 +60,7 @@ def work_on(prefix: str, send: Send) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store.download_file(f"{prefix}/job.json", folder / "job.json")
-        store.download_folder(f"{prefix}/inputs", folder)
+        store.download_folder(keys.job_inputs(prefix), folder)
         job = read_job(folder / "job.json").moved(folder)
         place = ServingSettings().base_model or job.base_source
         job = replace(job, cache_folder=HomeSettings().cache_dir, base_source=place)

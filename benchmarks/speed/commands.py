@@ -1,7 +1,8 @@
-"""What `deal` commands take: their start, an adaptation stage by stage, and a benchmark's cells by two processes.
+"""What `deal` commands take: their start, an adaptation by stage and by launch, and cells by two processes.
 
     python -m benchmarks.speed.commands start
     python -m benchmarks.speed.commands adaptation
+    python -m benchmarks.speed.commands launches
     python -m benchmarks.speed.commands cells
 
 start: `deal --help`, `deal version list` and `deal status` of a long lineage, and the imports of `deal predict`. The
@@ -11,6 +12,9 @@ The import of PEFT, which imports torch and transformers, is the floor below `de
 
 adaptation: `deal adapt` is run twice in an empty home: a first task and a second one, of 600 rows each. What no stage
 accounts for is the start of Python and of Prefect's server, and their end.
+
+launches: `deal adapt` of one task in an empty home, by one process and by two that each launch starts. They take turns.
+Base model and rows are tiny: the start of the processes is measured. It needs the extra `ray`.
 
 cells: `deal benchmark` in an empty home, once by itself and once twice at once with one folder of cells. The variants
 take turns. Run again with every cell stored, the command shows what it takes without any cell: starting Python,
@@ -76,6 +80,8 @@ COMMANDS = {
 FILES = {"bank": "train.jsonl", "parcels": "messages.jsonl"}
 """The tasks that are adapted to, and their rows in EXAMPLES."""
 LEARNING = ("train", "evaluate")
+LAUNCHES = {"one": ("local", 1), "local": ("local", 2), "torchrun": ("torchrun", 2), "ray": ("ray", 2)}
+"""DEAL_LAUNCH and the number of processes."""
 CELL_TASKS = {**COLOURS_AND_SIZES, "tastes": ("sweet", "sour")}
 CELL_STRATEGIES = ("deal", "seq_lora", "replay")
 NUM_TEST_ROWS = 64
@@ -128,7 +134,7 @@ def start(
     )
 
 
-def write_spec(name: str, num_rows: int, base: str, folder: Path) -> Path:
+def write_spec(name: str, num_rows: int, base: str, folder: Path, **train: int) -> Path:
     """Write an example's rows, each as often as needed under a number of its own, and their spec."""
     rows = [json.loads(line) for line in (EXAMPLES / name / FILES[name]).read_text().splitlines()]
     with (folder / f"{name}.jsonl").open("w") as file:
@@ -143,6 +149,7 @@ def write_spec(name: str, num_rows: int, base: str, folder: Path) -> Path:
                 "lineage": "parts",
                 "base_model": base,
                 "gate": NO_LIMITS,
+                "train": train,
                 "task": {
                     "name": name,
                     "data": f"{name}.jsonl",
@@ -154,11 +161,11 @@ def write_spec(name: str, num_rows: int, base: str, folder: Path) -> Path:
     return spec
 
 
-def adapt(spec: Path, home: Path) -> dict[str, float]:
+def adapt(spec: Path, home: Path, **environment: str) -> dict[str, float]:
     """Seconds of each stage, and of the command that none accounts for."""
     command = [*DEAL, "adapt", str(spec), "--home", str(home), "--json"]
     started = time.perf_counter()
-    done = subprocess.run(command, env=bare_environment(), check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(command, env=bare_environment() | environment, check=True, stdout=subprocess.PIPE)
     wall = time.perf_counter() - started
     seconds: dict[str, float] = json.loads(done.stdout)["seconds"]
     return {**seconds, "outside the stages": wall - sum(seconds.values())}
@@ -189,6 +196,42 @@ def adaptation(
                 runs[place].append(adapt(spec, Path(work) / f"home-{number}"))
     adaptations = {place: medians_of_stages(of_place) for place, of_place in runs.items()}
     write_result(out, {"base": base, "num_rows": rows, "num_measurements": measurements, **adaptations})
+
+
+@app.command()
+def launches(
+    rows: Annotated[int, typer.Option(help="Rows of the task, training and test.")] = 600,
+    measurements: Annotated[int, typer.Option(help="Measurements of each launch.")] = 3,
+    out: Out = RESULTS / "launches.json",
+) -> None:
+    """The seconds of training and evaluation, and the median ratio to one process's in the same round."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in LAUNCHES}
+    with tempfile.TemporaryDirectory(prefix="deal-launches-") as work:
+        base = Path(work) / "tiny-base"
+        build_tiny_base(base)
+        for number in range(measurements):
+            for name in LAUNCHES if number % 2 == 0 else reversed(LAUNCHES):
+                launch, num_processes = LAUNCHES[name]
+                spec = write_spec("parcels", rows, str(base), Path(work), num_processes=num_processes)
+                stages = adapt(spec, Path(work) / f"{name}-{number}", DEAL_LAUNCH=launch)
+                runs[name].append({stage: stages[stage] for stage in LEARNING})
+    write_result(
+        out,
+        {
+            "num_rows": rows,
+            "num_measurements": measurements,
+            "variants": {
+                name: {
+                    "median_seconds": {stage: median(run[stage] for run in of_launch) for stage in LEARNING},
+                    "median_ratio": median(
+                        sum(run.values()) / sum(one.values()) for run, one in zip(of_launch, runs["one"], strict=True)
+                    ),
+                }
+                for name, of_launch in runs.items()
+            },
+            "measurements": runs,
+        },
+    )
 
 
 def run_at_once(num_processes: int, folder: Path, options: Sequence[str]) -> tuple[float, float]:

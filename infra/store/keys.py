@@ -102,6 +102,8 @@ run_folder: OfLineage = "runs/{}".format
 run_journal_key: OfRun = "runs/{}/{:.16}.json".format
 jobs_folder: Callable[[str], str] = "{}/jobs".format
 """The files of a run's jobs on other machines, from the folder of the adapter."""
+job_inputs: Callable[[str], str] = "{}/inputs".format
+"""What a job reads, from the job's folder."""
 report_folder: OfLineage = "reports/{}".format
 report_key: Callable[[str, str, str], str] = "reports/{}/{:.16}/{}".format
 """A file of a run's report, from the lineage, the run's key and the file's name."""
@@ -226,6 +228,19 @@ def parse_adapter_file(key: str) -> AdapterFile | None:
     match key.split("/", 3):
         case [folder, lineage, run, name] if folder == ADAPTERS:
             return AdapterFile(lineage, run, name)
+    return None
+
+
+def job_inputs_of(key: str) -> str | None:
+    """Return the `job_inputs` that a key belongs to; None: it belongs to none.
+
+    Example:
+        >>> job_inputs_of("adapters/support/3fa9/jobs/train/inputs/parent/method.json")
+        'adapters/support/3fa9/jobs/train/inputs'
+    """
+    match key.split("/"):
+        case [folder, _, _, "jobs", _, "inputs", *_] if folder == ADAPTERS:
+            return "/".join(key.split("/")[:6])
     return None
 
 

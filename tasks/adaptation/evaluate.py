@@ -13,11 +13,11 @@ from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import AdapterFacts, Debt, EvaluationReport, Scores
 from deal_core.evaluation.significance import PairedDrop
 from deal_core.safe_text import listed
-from infra.store.base import ObjectStore
+from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import dataset_sha256
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.general import measure_general
-from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
+from tasks.adaptation.run import STAGE, AdaptationRun, RunInputs, jobs_of
 from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
@@ -37,7 +37,7 @@ from tasks.lineage.requests import is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.monitoring.rows import has_reference, write_reference
-from tasks.references import ArrivalScore, BaseRef, DatasetRef, TrainedAdapter, VersionScores
+from tasks.references import ArrivalScore, DatasetRef, TrainedAdapter, VersionScores
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -333,8 +333,8 @@ def _scores_of(test_set: TestSet, rows: Dataset, answers: Mapping[str, str]) -> 
     return score_answers(test_set.schema.metric, in_order, right_answers(rows))
 
 
-def score_arrival(base: BaseRef, champion: Version, record: LineageRecord, dataset: DatasetRef) -> ArrivalScore | None:
-    """Score the champion, which has the record, on an arrival's training rows, before anything is trained on them.
+def score_arrival(inputs: RunInputs, champion: Version, record: LineageRecord) -> ArrivalScore | None:
+    """Score the champion, which has the record, on a run's training rows, before anything is trained on them.
 
     It is asked as it serves: with the labels that it knows. Of more than MAX_TESTED_ROWS rows, those with the smallest
     digests are asked.
@@ -342,17 +342,18 @@ def score_arrival(base: BaseRef, champion: Version, record: LineageRecord, datas
     Returns:
         The score; None: the task is new, or its test rows were forgotten and the arrival brings new ones.
     """
-    from tasks.adaptation.scorer import Scorer
+    from tasks.adaptation.scorer import Processes, Scorer
 
-    store = current_store()
+    store, dataset = current_store(), inputs.dataset
     known = record.task(dataset.task)
     if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is not None:
         return None
     rows = arrival_rows(store, known, dataset.uri, MAX_TESTED_ROWS)
-    scorer = Scorer(base, stage="test")
-    scorer.expect([rows])
-    with borrowed_adapter(store, champion) as folder:
-        scored = scorer.score(folder, [rows])
+    with temporary_folder() as folder, borrowed_adapter(store, champion) as adapter_folder:
+        processes = Processes(inputs.spec.train.num_processes, jobs_of(inputs), folder)
+        scorer = Scorer(inputs.base, stage="test", processes=processes)
+        scorer.expect([rows])
+        scored = scorer.score(adapter_folder, [rows])
     return ArrivalScore(accuracy=scored.accuracies[dataset.task], num_rows=len(rows.rows), of_rows=dataset.num_train)
 
 

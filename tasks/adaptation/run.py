@@ -257,9 +257,9 @@ def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
     )
 
 
-def jobs_of(adaptation: AdaptationRun) -> str:
+def jobs_of(inputs: RunInputs) -> str:
     """Return the folder in the store for the run's jobs on other machines. It goes when the run is registered."""
-    return keys.jobs_folder(keys.adapter_uri(adaptation.lineage, adaptation.run.short_key))
+    return keys.jobs_folder(keys.adapter_uri(inputs.lineage, keys.short_run(inputs.run_key)))
 
 
 def remove_work(run: Run) -> None:

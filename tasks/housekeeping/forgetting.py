@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
@@ -44,6 +45,7 @@ Kind = Literal[
     "work folder",
     "temporary files",
     "adapter of no version",
+    "rows of a job",
     "answers",
     "logged answers",
     "reference rows",
@@ -222,6 +224,14 @@ def _look_at(
         if infos := list(store.list(folder)):
             size = sum(info.size for info in infos)
             places.append(RowsPlace(kind="adapter of no version", address=folder, num_bytes=size, lineage=lineage))
+    # Killed processes also left what their jobs read on other machines: test rows of any task, and kept rows.
+    if any(any(store.list(f"{keys.dataset_folder(arrival.task, sha256)}/{lineage}")) for sha256 in arrival.sha256s):
+        left = groupby(store.list(keys.adapters_folder(lineage)), key=lambda info: keys.job_inputs_of(info.key))
+        places += [
+            RowsPlace(kind="rows of a job", address=folder, num_bytes=sum(info.size for info in infos), lineage=lineage)
+            for folder, infos in left
+            if folder is not None and folder.split("/")[2] not in unfinished
+        ]
     ended = {version.short_key for version in versions if version.version in numbers}
     for short_key in sorted({*unfinished, *ended, *(run.short_key for run in own_runs)}):
         work = work_folder(lineage, short_key)

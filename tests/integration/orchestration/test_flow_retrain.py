@@ -28,7 +28,10 @@ from flows.announce import retrain
 from flows.cli.app import app
 from flows.server.status import read_status
 from flows.watch import WatchResult, adapt_landed, watch
+from infra.launch import launch_job
+from infra.store.base import ObjectStore
 from infra.versions import Version, Versions
+from tasks.adaptation import scorer
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import read_history
@@ -58,12 +61,12 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def add(base: Path, **policy: Any) -> WatchedLineage:
+def add(base: Path, *, num_processes: int = 1, **policy: Any) -> WatchedLineage:
     values = {
         "lineage": "l",
         "base_model": str(base),
         "gate": NO_LIMITS,
-        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
+        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0, "num_processes": num_processes},
         "retrain": policy,
     }
     add_lineage(current_store(), parse(WatchedLineage, values, "test"), values)
@@ -200,6 +203,33 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     with put_back():
         shown = CliRunner().invoke(app, ["version", "list", "--lineage", "l"]).output
     assert "on arrival" in shown and f"{100 * accuracy:.1f}" in shown
+
+
+@pytest.mark.nightly
+def test_several_processes_score_the_champion_on_the_new_rows_as_one_does(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Any] = []
+
+    def launch(store: ObjectStore, job: Any, *rest: Any) -> Any:
+        jobs.append(job)
+        return launch_job(store, job, *rest)
+
+    monkeypatch.setattr(scorer, "launch_job", launch)
+    land(home, "parcels/task.yaml", [b"metric: loss\n"])
+    add(tiny_base, test_first=True, skip_if_accuracy=ALWAYS)
+    land(home, "parcels/1.jsonl", ROWS[:40])
+    learn(now())
+    said = []
+    for number in (1, 2):
+        add(tiny_base, num_processes=number, test_first=True, skip_if_accuracy=ALWAYS)
+        land(home, f"parcels/of-{number}.jsonl", ROWS[40:61])
+        with deciding(now()):
+            (seen,) = asyncio.run(adapt_landed("l", settle_seconds=0.01)).files
+        assert seen.outcome == "skipped"
+        said.append(seen.message)
+    assert said[0] == said[1] and [(job.kind, job.num_processes) for job in jobs] == [("answer", 2)]
+    assert not list((home / "tmp").iterdir()), "the files of the processes were not deleted"
 
 
 def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows(tiny_base: Path, home: Path) -> None:

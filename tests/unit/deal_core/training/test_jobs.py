@@ -209,28 +209,33 @@ def test_one_worker_of_ray_trains_as_this_process(base, job, tmp_path):
     assert seen == [1, 2, 3, 4, 5, 6, 7] and not list(current_store().list("adapters"))
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly(minutes=4)
 @pytest.mark.usefixtures("on_ray")
-def test_one_killed_worker_of_ray_changes_nothing(base, job, tmp_path):
-    """The group starts again from the checkpoint in the store, and each step is seen once."""
+def test_each_launch_trains_as_this_process_and_one_killed_worker_changes_nothing(base, job, tmp_path, monkeypatch):
+    """Ray's group starts again from the checkpoint in the store, and each step is seen once."""
     from tasks.context import current_store
 
     killed: list[psutil.Process] = []
     seen: list[int] = []
 
-    def kill(message: Mapping[str, Any]) -> None:
+    def follow(message: Mapping[str, Any]) -> None:
         seen.append(message["step"])
-        if message["step"] == 5 and not killed:
+        if launch == "ray" and message["step"] == 5 and not killed:
             below = psutil.Process().children(recursive=True)
             workers = [each for each in below if "RayTrainWorker" in str(each.cmdline())]
             killed.append(workers[-1])
             workers[-1].kill()
 
     one = alone(job, base, tmp_path / "one")
-    other = in_folder(job, tmp_path / "ray")
-    result = launch_job(current_store(), other, "adapters/l/r/jobs", tmp_path / "r", kill)
-    assert_same(one, result, tmp_path / "one", tmp_path / "ray")
-    assert len(killed) == 1 and result.resumed_from_step in (2, 4) and seen == [1, 2, 3, 4, 5, 6, 7]
+    for launch in ("local", "torchrun", "ray"):
+        monkeypatch.setenv("DEAL_LAUNCH", launch)
+        seen.clear()
+        two = in_folder(job, tmp_path / launch)
+        result = launch_job(current_store(), two, "adapters/l/r/jobs", tmp_path / "ranks", follow)
+        assert_same(one, result, tmp_path / "one", tmp_path / launch)
+        assert seen == [1, 2, 3, 4, 5, 6, 7]
+        assert result.resumed_from_step in ((2, 4) if killed else (None,))
+    assert len(killed) == 1
 
 
 @pytest.mark.nightly

@@ -166,6 +166,27 @@ def test_orders_for_mlflow_outlive_a_call_that_is_killed_while_it_removes(
     assert orders(store) == ordered and plan_forgetting(store, arrival_of(store)).held == ()
 
 
+def test_what_jobs_have_read_goes_and_the_checkpoints_of_other_runs_stay(store: FileStore) -> None:
+    """Any run may have been asked the arrival's test rows, also one that no journal knows; a lineage without it not."""
+    store.put_bytes(f"{keys.dataset_uri('bank', FORGOTTEN, 'l', 's' * 64)}/some.file", b"{}")
+    for uri in ("l/0000000000000003", "l/0000000000000004", "l/not-started", "m/0000000000000003"):
+        for name in ("inputs/rows-0.parquet", "inputs/adapter/method.json", "checkpoints/checkpoint-2/COMPLETE"):
+            store.put_bytes(f"adapters/{uri}/jobs/score/{name}", b"a row")
+    plan = plan_forgetting(store, arrival_of(store))
+    rows = {place.address: place.num_bytes for place in plan.held if place.kind == "rows of a job"}
+    assert rows == {f"adapters/l/{run}/jobs/score/inputs": 10 for run in ("0000000000000003", "not-started")}
+    forget_held(store, plan)
+    left = [info.key.removeprefix("adapters/").partition("/jobs/score/")[::2] for info in store.list("adapters")]
+    checkpoint = "checkpoints/checkpoint-2/COMPLETE"
+    assert left == [
+        ("l/0000000000000003", checkpoint),
+        ("l/not-started", checkpoint),
+        ("m/0000000000000003", checkpoint),
+        ("m/0000000000000003", "inputs/adapter/method.json"),
+        ("m/0000000000000003", "inputs/rows-0.parquet"),
+    ]
+
+
 @pytest.mark.parametrize("key", ["versions/l/00000001.json", f"runs/l/{run_key(3)[:16]}.json"])
 def test_a_damaged_entry_stops_a_forgetting_before_it_changes_anything(store: FileStore, key: str) -> None:
     arrival = arrival_of(store)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from infra.run_journal import Run
+from infra.run_journal import Run, RunJournal
 from infra.store.base import temporary_folder
 from infra.store.local import FileStore
 from infra.versions import Versions
@@ -154,6 +154,18 @@ def test_a_removed_adapter_is_noted_before_its_files_go(store: FileStore, monkey
     assert not list(store.list(removal.address)) and store.exists("adapters/l/notes")
     assert [each.version for each in Versions(store).all("l")] == ["1", "2"], "the history stays"
     assert plan_removals(look_at_lineage(store, "l"), now=now, older_than=limit) == ()
+
+
+def test_what_the_jobs_of_a_killed_run_have_left_goes_with_the_run(store: FileStore) -> None:
+    """Run 2 continues a version that is not champion; run 3 continues the base model, and goes on from its job."""
+    for number, parent in ((2, 1), (3, None)):
+        RunJournal(store).start(made_run(number, parent, started=datetime.now(UTC)))
+        for name in ("inputs/train.parquet", "checkpoints/checkpoint-2/COMPLETE"):
+            store.put_bytes(f"adapters/l/{number:016d}/jobs/train/{name}", b"123")
+    (removal,) = plan_removals(look_at_lineage(store, "l"), now=datetime.now(UTC), older_than=LIMIT)
+    assert (removal.address, removal.num_bytes) == ("adapters/l/0000000000000002", 6)
+    remove(store, removal, NOW)
+    assert [info.key.split("/")[2][-1] for info in store.list("adapters")] == ["3", "3"]
 
 
 def test_a_lineage_of_which_only_a_version_is_left_is_known(store: FileStore) -> None:
