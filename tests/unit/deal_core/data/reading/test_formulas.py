@@ -14,7 +14,6 @@ from deal_core.data.answer_files import survey_rows
 from deal_core.data.dataset import Landing, validate_file
 from deal_core.data.reading.csv_records import GUARD_COLUMN, guarded, unguarded
 from deal_core.data.reading.readers import read_rows
-from deal_core.data.rows import Row
 from deal_core.data.schema import TaskSchema
 from deal_core.data.source_files import files_at
 from tasks.monitoring.select import _write_new
@@ -91,9 +90,10 @@ def test_a_labelled_file_is_learned_with_its_own_texts_and_the_mark_is_no_column
     texts = [f"{'=-+@'[number % 4]}{number} off" for number in range(60)]
     path = tmp_path / "labelled.csv"
     _write_new(path, [{"id": "", "text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)])
-    kept: list[Row] = []
+    kept: list[str] = []
     task = TaskSchema(name="t", format="auto", metric="auto")
-    manifest = validate_file(Landing(sources=files_at(path), task=task, config=DataConfig()), kept.extend).manifest
+    landing = Landing(sources=files_at(path), task=task, config=DataConfig())
+    manifest = validate_file(landing, lambda rows: kept.extend(rows.column("input").to_pylist())).manifest
     assert (manifest.num_rejected, manifest.task.format) == (0, "labelled")
-    assert manifest.num_train > 30 and {row.input for row in kept} <= {*texts}
+    assert manifest.num_train > 30 and {*kept} <= {*texts}
     assert [*survey_rows(path).types] == ["id", "text", "label"], "files of answers do not repeat it"
