@@ -23,7 +23,7 @@ from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.rows import Problem, RawRow
 
 _PIECE_ROWS = 4096
-_PIECE_BYTES = 2**26
+_PIECE_BYTES = 2**20
 """Rows that are decoded together, and their bytes if no text is repeated."""
 _CELL_BYTES = 8
 """Bytes of a cell beside its content: a list of nulls takes none in Arrow, and many as Python objects."""

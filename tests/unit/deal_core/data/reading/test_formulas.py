@@ -93,11 +93,8 @@ def test_a_labelled_file_is_learned_with_its_own_texts_and_the_mark_is_no_column
     _write_new(path, [{"id": "", "text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)])
     kept: list[str] = []
     task = TaskSchema(name="t", format="auto", metric="auto")
-
-    def keep(good: pa.RecordBatch) -> None:
-        kept.extend(good.column("input").to_pylist())
-
-    manifest = validate_file(Landing(sources=files_at(path), task=task, config=DataConfig()), keep).manifest
+    landing = Landing(sources=files_at(path), task=task, config=DataConfig())
+    manifest = validate_file(landing, lambda rows: kept.extend(rows.column("input").to_pylist())).manifest
     assert (manifest.num_rejected, manifest.task.format) == (0, "labelled")
     assert manifest.num_train > 30 and {*kept} <= {*texts}
     assert [*survey_rows(path).types] == ["id", "text", "label"], "files of answers do not repeat it"

@@ -301,10 +301,9 @@ def test_a_bomb_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         pq.write_table(pa.table({"text": texts}), tmp_path / name, compression="zstd")
     else:
         write(tmp_path / name, to_bytes("jsonl", pa.table({"text": texts}).to_pylist()))
+    kind = "parquet" if name == "bomb.parquet" else "jsonl"
     with pytest.raises(DataValidationError, match="unpacks to more than 10 times"):
-        child._rows(
-            tmp_path / name, "parquet" if name == "bomb.parquet" else "jsonl", WHOLE, io.BytesIO(), child.FREE_BYTES
-        )
+        child._rows(tmp_path / name, kind, WHOLE, io.BytesIO(), child.FREE_BYTES)
 
 
 def test_a_small_file_of_many_rows_is_refused(tmp_path: Path) -> None:
