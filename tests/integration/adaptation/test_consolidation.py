@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from tasks.lineage.version_files import borrowed_adapter
 from tasks.spec import parse
 from tests.adapting import BANK, CLINIC, PASS, evaluation_of, page_of, run, version_of
 from tests.conftest import MakeOnce
+from tests.in_process import put_back
 from tests.registering import mlflow_run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -63,6 +64,7 @@ from deal_core.training import trainer
 from flows.consolidate import learn_together
 from tasks.context import current_store
 from tasks.lineage.settings import read_lineage
+from tests.in_process import put_back
 
 rotate = trainer.rotate_checkpoints
 
@@ -74,6 +76,13 @@ def die(folder, **given):
 trainer.rotate_checkpoints = die
 asyncio.run(learn_together("l", "base", read_lineage(current_store(), "l")))
 """
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Undo what a command sets in this process."""
+    with put_back():
+        yield
 
 
 class Killed(BaseException):

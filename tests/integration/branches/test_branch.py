@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,17 @@ from tasks.lineage.promotion import promote_to, roll_back
 from tasks.lineage.settings import WatchedLineage
 from tasks.serving.publish import publish
 from tests.adapting import run
+from tests.in_process import put_back
 from tests.integration.branches.conftest import champion, delete, small_task
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "learned")
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Undo what a command sets in this process."""
+    with put_back():
+        yield
 
 
 def numbers() -> list[str]:

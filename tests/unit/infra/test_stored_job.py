@@ -89,6 +89,6 @@ def test_ray_is_an_extra(job, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setenv("DEAL_LAUNCH", "ray")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'deal-pipeline\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"):
         launch_job(current_store(), job, "adapters/l/run/jobs", tmp_path / "ranks", lambda _: None)
     assert not list(current_store().list("adapters"))

@@ -108,7 +108,7 @@ def test_the_error_of_a_part_arrives_as_it_is(
 
 def test_without_ray_the_message_says_what_to_install(landing: Landing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'deal-pipeline\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"):
         next(checked_on_ray([]))
 
 

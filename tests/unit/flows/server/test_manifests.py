@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from deal_core.errors import ConfigError
 from flows.cli.app import app
 from flows.server.deploy import CLUSTER_JOBS, make_manifests, pool_template, require_values, variables_of, with_defaults
+from tests.in_process import put_back
 
 SCHEMAS = json.loads((Path(__file__).parents[3] / "data" / "kubernetes_schemas.json").read_text())
 KINDS: tuple[Any, ...] = ("train-job", "ray-cluster")
@@ -31,6 +32,13 @@ VALUES: dict[str, Any] = {
     "scratch_size": "1Ti",
     "cpu_limit": "64",
 }
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Undo what a command sets in this process."""
+    with put_back():
+        yield
 
 
 def named(kind: Any, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
