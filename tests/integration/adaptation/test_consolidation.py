@@ -64,7 +64,6 @@ from deal_core.training import trainer
 from flows.consolidate import learn_together
 from tasks.context import current_store
 from tasks.lineage.settings import read_lineage
-from tests.in_process import put_back
 
 rotate = trainer.rotate_checkpoints
 
