@@ -208,6 +208,11 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
     _require_usable(store, chosen)
     if number == version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
+    if chosen.standing == "in a branch" and chosen.since.promoted is not None:
+        raise RegistryError(
+            f"Version {version} of '{lineage}' has been champion; go back to it with: deal version rollback {version} "
+            f"--lineage {lineage}"
+        )
     if chosen.standing == "in a branch":
         raise RegistryError(
             f"Version {version} of '{lineage}' was made again by a branch, and becomes champion only with the whole "

@@ -162,7 +162,7 @@ def test_what_is_served_is_right_at_every_point_of_a_long_life(home: Path, story
 
             deal(home, "version", "rollback", "9", "--lineage", LINEAGE, "--reason", "to compare")
             check_answers(home, url, "9", bank)
-            deal(home, "version", "promote", "13", "--lineage", LINEAGE, "--reason", "compared")
+            deal(home, "version", "rollback", "13", "--lineage", LINEAGE, "--reason", "compared")
             check_answers(home, url, "13", bank)
     assert champions() == ["1", "2", "4", "5", "6", "8", "9", "13", "9", "13"]
 
