@@ -163,22 +163,20 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     out = tmp_path / "adapters"
     published = [Path(publish("l", out, EngineSettings(), version=number).folder) for number in ("1", "2", "3")]
     (published[1] / "adapter_model.safetensors").write_bytes(b"another")
-    cars = three_tasks / "cars.jsonl"
-    rows = cars.read_bytes()
-    cars.unlink()
-    try:
-        arrival = find_version(store, "l", "2").dataset_sha256
-        before = [info.key for info in store.list()]
-        dry = CliRunner().invoke(app, ["data", "delete", arrival, "--relearn", "--dry-run", "--json", "-l", "l"])
-        assert dry.exit_code == 0, dry.output
-        (lost,) = json.loads(dry.stdout)["branch"]["lost"]
-        assert (lost["version"], lost["task"]) == ("3", "cars") and "cars.jsonl" in lost["why"]
-        with pytest.raises(ConfigError, match=r"1 arrivals of 'l' cannot be learned again.*--accept-lost"):
-            delete("beds")
-        assert [info.key for info in store.list()] == before
-        result = delete("beds", accept_lost=True)
-    finally:
-        cars.write_bytes(rows)
+    # The file itself is shared with other tests. Here its version names a file that is not there.
+    findings = f"{find_version(store, 'l', '3').adapter_uri}/findings.json"
+    cars, gone = str(three_tasks / "cars.jsonl"), str(tmp_path / "cars.jsonl")
+    store.put_bytes(findings, store.get_bytes(findings).replace(cars.encode(), gone.encode()))
+    arrival = find_version(store, "l", "2").dataset_sha256
+    before = [info.key for info in store.list()]
+    dry = CliRunner().invoke(app, ["data", "delete", arrival, "--relearn", "--dry-run", "--json", "-l", "l"])
+    assert dry.exit_code == 0, dry.output
+    (lost,) = json.loads(dry.stdout)["branch"]["lost"]
+    assert (lost["version"], lost["task"]) == ("3", "cars") and "cars.jsonl" in lost["why"]
+    with pytest.raises(ConfigError, match=r"1 arrivals of 'l' cannot be learned again.*--accept-lost"):
+        delete("beds")
+    assert [info.key for info in store.list()] == before
+    result = delete("beds", accept_lost=True)
     assert champion().version == "1" and moves()[3:] == [("rolled back", "1")]
     assert result.attestation is not None and len(result.attestation.rows.inputs) == 7, "its test rows"
     assert result.attestation.exports_removed == (str(published[2]),) and not published[2].exists()
