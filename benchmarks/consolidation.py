@@ -23,12 +23,12 @@ from typing import Annotated, Any
 import typer
 from datasets import disable_progress_bars
 
+from benchmarks.development_cells import development_cell
 from benchmarks.output import RESULTS, Base, templates
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.cell import make_cell
-from deal_core.benchmark.suites import digest_of, load_suite, name_of, order_of
+from deal_core.benchmark.suites import name_of, order_of
 from deal_core.benchmark.summary import CellJson, average_accuracy, interval_over_rows, matrix_of, paired, read_cells
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.config import TrainConfig
 from deal_core.method_config import MethodConfig
 from tasks.adaptation.run import identify_base
 from tasks.benchmark import make_cell_file
@@ -68,21 +68,15 @@ def run(
     for number, chain, name in ((s, o, a) for s in seed or [100] for o in order or ["1"] for a in arm or ARMS):
         strategy, consolidates = ARMS[name]
         tasks = tuple(task) if task else order_of(SUITE, chain)
-        cell = make_cell(
+        cell = development_cell(
             strategy,
+            MethodConfig(),
             tasks,
-            method=MethodConfig(),
+            base=model,
+            data=data,
             seed=number,
-            train=TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number),
             rows=rows,
-            part="dev",
-            max_test_rows=None,
-            scored="ends",
-            scoring="likeliest",
-            consolidate_every=None if consolidates is None else every,
-            adapter=AdapterConfig(),
-            base=f"{model.name} {model.sha256}",
-            data=digest_of(load_suite(data, tasks)),
+            consolidate_every=every if consolidates else None,
         )
         (out / name).mkdir(parents=True, exist_ok=True)
         status = make_cell_file(model, cell, MethodConfig(), data, out / name, work)

@@ -27,6 +27,7 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.development_cells import development_cell
 from benchmarks.method import one_memory
 from benchmarks.method.pairs import LEAST_GAIN, over_cells
 from benchmarks.method.protocol import JUDGED
@@ -34,10 +35,8 @@ from benchmarks.output import RESULTS
 from benchmarks.stored_cells import read_stored_cells, unpack_answers
 from benchmarks.tables import round_alike
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.cell import make_cell
-from deal_core.benchmark.suites import digest_of, load_suite, name_of, order_of
+from deal_core.benchmark.suites import name_of, order_of
 from deal_core.benchmark.summary import CellJson, final_scores, row_scores
-from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from tasks.adaptation.run import identify_base
@@ -210,21 +209,8 @@ def run(
     for name, number, chain in ((a, s, o) for s in seed or [100] for o in order or ["1"] for a in arm):
         strategy, method = ARMS[name]
         tasks = order_of(SUITE, chain)
-        cell = make_cell(
-            strategy,
-            tasks,
-            method=method,
-            seed=number,
-            train=TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number),
-            rows=NUM_ROWS,
-            part="dev",
-            max_test_rows=None,
-            scored="ends",
-            scoring="likeliest",
-            scores_unused=True,
-            adapter=AdapterConfig(),
-            base=f"{base.name} {base.sha256}",
-            data=digest_of(load_suite(data, tasks)),
+        cell = development_cell(
+            strategy, method, tasks, base=base, data=data, seed=number, rows=NUM_ROWS, scores_unused=True
         )
         (out / name).mkdir(parents=True, exist_ok=True)
         status = make_cell_file(base, cell, method, data, out / name, work, keep / name)
