@@ -11,12 +11,12 @@ from prefect import flow, runtime
 
 from deal_core.errors import DealError
 from flows.lock import is_locked_on_server
+from infra.branches import Branches
 from infra.store.base import ObjectStore
 from infra.store.s3 import open_landing_queue
 from tasks import arrival_runs
 from tasks.context import current_store
 from tasks.inbox import InboxLook, InboxState, known_state, look, settle
-from tasks.lineage.branch import why_waiting
 from tasks.lineage.settings import WatchedLineage, list_lineages
 from tasks.progress import is_stopped, reporter
 from tasks.waiting import plan
@@ -113,7 +113,7 @@ async def announce_open(
     `seen` has the previous look's stamps and gets those of this look. For `settle_seconds` see `InboxWorker`.
     """
     name = lineage.lineage
-    if why_waiting(store, name) is not None:
+    if lineage.held is not None or Branches(store).open(name) is not None:
         return Announced(0, 0)
     settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
     due = plan(store, lineage, inbox, state, settled, datetime.now(UTC)).files

@@ -13,7 +13,7 @@ from flows.adapt import learn_arrival
 from flows.lock import lock_lineage
 from flows.mlflow import mirror
 from flows.requeue import spec_to_relearn
-from infra.branches import Branch, BranchEnd, Branches, KnownBranch, Lost, Remade, Step, made_by, tip_of
+from infra.branches import Branch, BranchEnd, Branches, KnownBranch, Lost, Remade, Step, is_swapped, made_by, tip_of
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
@@ -148,6 +148,8 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Grown:
     """
     store, lineage, num_steps = current_store(), branch.lineage, len(branch.steps)
     await to_the_end(finish_newest, store, lineage)
+    if is_swapped(branch, Versions(store).all(lineage)):  # a killed process wrote no end; nothing is learned any more
+        return Grown(made=remade_by(branch))
     for number, step in enumerate(branch.steps, 1):
         versions = Versions(store).all(lineage)
         if (made := made_by(branch, versions).get(step.version)) is None:
@@ -229,8 +231,7 @@ async def give_up(lineage: str, who: str = "a deployment") -> KnownBranch:
         branch = Branches(store).open(lineage)
         if branch is None:
             raise RegistryError(f"Lineage '{lineage}' has no open branch; there is nothing to give up.")
-        champion = Versions(store).champion(lineage)
-        if champion is not None and champion.branch == branch.number:
+        if is_swapped(branch, Versions(store).all(lineage)):
             raise RegistryError(f"The branch was swapped in, and only its end is missing. Go on with: {branch.command}")
         serve_again(store, branch, who)
         end = BranchEnd(outcome="given up", who=who, made=remade_by(branch))

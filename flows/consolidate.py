@@ -17,7 +17,7 @@ from deal_core.safe_text import listed
 from flows.adapt import AdaptResult, announcing_failure, failing, finish
 from flows.lock import lock_lineage
 from infra.store.base import ObjectStore
-from infra.versions import Version, Versions
+from infra.versions import Version, Versions, champion_of
 from tasks.adaptation import run as runs
 from tasks.adaptation.consolidate import plan_consolidation
 from tasks.adaptation.resume import find_parent, read_findings
@@ -27,7 +27,7 @@ from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
 from tasks.inbox import Arrival, InboxLook, known_state, read_state, write_state
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
-from tasks.lineage.consolidation import ConsolidationPlan, Start, champion_of, spent_by, why_due
+from tasks.lineage.consolidation import ConsolidationPlan, Start, spent_by, why_due
 from tasks.lineage.history import unknown_lineage
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.settings import WatchedLineage, list_settings, read_lineage

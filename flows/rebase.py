@@ -72,7 +72,6 @@ def plan_rebase(lineage: str, base: str, *, who: str = "") -> BranchPlan:
     branch = Branch(
         lineage=lineage,
         number=Branches(store).next_number(lineage),
-        kind="rebase",
         who=who,
         root=None,
         champion=champion.version,
@@ -135,7 +134,7 @@ async def rebase(
             return _stopped(
                 branch, f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}", **figures
             )
-        if Versions(store).champion(lineage) == old:
+        if (champion := Versions(store).champion(lineage)) is not None and champion.version == old.version:
             await _wait_for_engine(store, tip, engines)
         swap_in(store, branch, tip, who)
         if leave_base_open(store, lineage):

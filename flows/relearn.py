@@ -67,8 +67,9 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
     versions = Versions(store).all(lineage)
     affected = {version.version for version in affected_versions(versions, sha256s)}
     line = descent(versions, champion)[::-1]
-    first = next((version for version in line if version.version in affected), None)
-    root = first.parent_version if first else champion.version
+    # What came after the newest version that never saw the rows is made again. A consolidation from the base model may
+    # stand between older versions that saw them and a champion that did not.
+    root = next((version.version for version in reversed(line) if version.version not in affected), None)
     steps, lost, seconds = plan_steps(store, line, root=root, without=sha256s, files=plan.files)
     if root is None and not steps:
         raise ConfigError(
@@ -89,13 +90,12 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
     branch = Branch(
         lineage=lineage,
         number=Branches(store).next_number(lineage),
-        kind="relearn",
         who=who,
         root=root,
         champion=champion.version,
         steps=steps,
         lost=lost,
-        stops_serving=stops_serving and first is not None,
+        stops_serving=stops_serving and root != champion.version,
         deleted=deleted,
     )
     return RelearnPlan(branch=branch, seconds=seconds, forget=plan)

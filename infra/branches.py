@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
-from infra.versions import Version
+from infra.versions import Version, champion_of
 
-BranchKind = Literal["relearn", "rebase"]
 """relearn: without the rows of a deleted arrival. rebase: on another base model."""
+_END = ".end.json"
 _REMEDY = "Restore it from a backup of the store. Until then nothing is learned; a server that runs serves on."
 
 
@@ -81,7 +81,6 @@ class Branch(Stored):
     lineage: str
     number: int = Field(ge=1)
     """Counts from 1 within the lineage."""
-    kind: BranchKind
     began: datetime = Field(default_factory=lambda: datetime.now(UTC))
     who: str
     root: str | None
@@ -182,19 +181,28 @@ class Branches:
         for key, content in read_folder(self.store, keys.branch_folder(lineage)).items():
             with reading_stored(self.store, key, f"a branch of '{lineage}'", _REMEDY):
                 number = keys.version_number(key)
-                if key.endswith(".end.json"):
+                if key.endswith(_END):
                     ends[number] = parse_stored(content, BranchEnd)
                 else:
                     branches[number] = parse_stored(content, Branch)
         return tuple(KnownBranch(branch=branch, end=ends.get(number)) for number, branch in branches.items())
 
     def open(self, lineage: str) -> Branch | None:
-        """Return the branch that has not ended, if there is one."""
-        return next((known.branch for known in self.all(lineage) if known.end is None), None)
+        """Return the branch that has not ended, if there is one. Only this one is read: servers look every second."""
+        keys_of = self._keys(lineage)
+        ended = {keys.version_number(key) for key in keys_of if key.endswith(_END)}
+        for key in keys_of:
+            if not key.endswith(_END) and keys.version_number(key) not in ended:
+                with reading_stored(self.store, key, f"a branch of '{lineage}'", _REMEDY):
+                    return parse_stored(self.store.get_bytes(key), Branch)
+        return None
 
     def next_number(self, lineage: str) -> int:
         """Return the number of the lineage's next branch."""
-        return len(self.all(lineage)) + 1
+        return sum(not key.endswith(_END) for key in self._keys(lineage)) + 1
+
+    def _keys(self, lineage: str) -> list[str]:
+        return sorted(info.key for info in self.store.list(keys.branch_folder(lineage)))
 
     def begin(self, branch: Branch) -> bool:
         """Store a branch with the lineage's next number; False: another writer was faster, and nothing was stored."""
@@ -212,6 +220,14 @@ class Branches:
 def made_by(branch: Branch, versions: Sequence[Version]) -> dict[str, Version]:
     """Return what a branch has made, by the version whose arrival was learned again."""
     return {version.remakes: version for version in versions if version.branch == branch.number and version.remakes}
+
+
+def is_swapped(branch: Branch, versions: Sequence[Version]) -> bool:
+    """Return whether a branch has been swapped in. Then only its end may be missing."""
+    champion = champion_of(versions)
+    if champion is None:
+        return False
+    return champion.branch == branch.number or (champion.version == branch.root != branch.champion)
 
 
 def tip_of(branch: Branch, versions: Sequence[Version]) -> Version | None:

@@ -50,8 +50,8 @@ def launch_job(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         prefix = f"{jobs_folder}/{job.kind}"
-        upload_job(store, job, prefix)
         try:
+            upload_job(store, job, prefix)
             driver = [sys.executable, "-m", "infra.ray_driver", prefix, str(job.num_processes)]
             result = run_launcher(driver, job, folder, on_message)
         finally:

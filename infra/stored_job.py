@@ -20,6 +20,7 @@ from typing import Any
 
 from accelerate import PartialState
 from torch.distributed.elastic.multiprocessing.errors import record
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deal_core.training.jobs import AnswerJob, TrainingJob, read_job
 from deal_core.training.main import run_job
@@ -30,7 +31,7 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
 
-CHECKPOINT = "checkpoint-"
+CHECKPOINT = f"{PREFIX_CHECKPOINT_DIR}-"
 
 
 def upload_job(store: ObjectStore, job: TrainingJob | AnswerJob, prefix: str) -> None:
@@ -112,6 +113,7 @@ def main(prefix: str) -> None:
     """Do a stored job as one of the processes that torchrun starts."""
     with sending() as send:
         work_on(prefix, send)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ class Versions:
 
     def champion(self, lineage: str) -> Version | None:
         """Return the lineage's champion, if it has one."""
-        return next((version for version in self.all(lineage) if "champion" in version.aliases), None)
+        return champion_of(self.all(lineage))
 
     def with_run_key(self, lineage: str, run_key: str) -> Version | None:
         """Return the version that a run registered, if it did."""
@@ -314,6 +314,11 @@ class Versions:
         """Write down that a version's adapter was removed. The version stays in the history."""
         key = keys.version_note_key(lineage, int(version), "removed")
         self.store.put_bytes(key, _Removed(day=day).model_dump_json().encode(), if_absent=True)
+
+
+def champion_of(versions: Sequence[Version]) -> Version | None:
+    """Return the champion among the versions of a lineage."""
+    return next((version for version in versions if "champion" in version.aliases), None)
 
 
 def descent(versions: Sequence[Version], version: Version | None) -> tuple[Version, ...]:

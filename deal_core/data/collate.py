@@ -168,13 +168,13 @@ class AnswerCollator:
             input_ids, mask = pad_batch(prompts, pad_id, side="right")
             labels, _ = pad_batch(labels_of, IGNORED, side="right")
             return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        labels, _ = pad_batch(labels_of, IGNORED, side="left")
+        if self.is_padding_free:
+            return {**_in_one_line(prompts, answers), "labels": labels}
         shared = common_prefix(prompts) if self.shares_prefix else 0
         tails = [p[shared:] + a for p, a in zip(prompts, answers, strict=True)]
         input_ids, mask = pad_batch(tails, pad_id, side="left")
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
-        labels, _ = pad_batch(labels_of, IGNORED, side="left")
-        if self.is_padding_free:
-            return {**_in_one_line(prompts, answers), "labels": labels}
         batch = {
             "input_ids": input_ids,
             "attention_mask": mask,

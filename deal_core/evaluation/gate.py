@@ -76,7 +76,8 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
         *_notes(of_suites, config.max_general_drop_points, config.confidence),
         *_budget_notes(report, config),
     ]
-    return GateDecision(tuple(failed_checks), tuple(notes))
+    # a suite is compared twice, with the base model and with the champion, and too few rows are noted once
+    return GateDecision(tuple(failed_checks), tuple(dict.fromkeys(notes)))
 
 
 def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[FailedCheck]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deal_core.base_model.language_model import LanguageModel
-    from deal_core.evaluation.generation import GivenAnswer, OnProgress
+    from deal_core.evaluation.generation import OnProgress
+    from deal_core.evaluation.score import AnswerInputs
 
 ROWS_FOLDER = Path(__file__).with_name("rows")
 MAX_PROMPT_TOKENS = 1024
 """No request of a suite is as long, with any tokenizer."""
 MAX_NEW_TOKENS = {"arithmetic": 32, "instructions": 96, "json": 128, "refusal": 48, "tools": 96}
 """Longest answers. Those that pass are at most half as long."""
-
-AnswerRows = Callable[[ServedTask, Sequence[str], "OnProgress | None"], "list[GivenAnswer]"]
-"""What answers in the model's place, such as an engine."""
 
 
 class Suite(Protocol):
@@ -53,7 +51,7 @@ class Suite(Protocol):
         self,
         model: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
-        answer: AnswerRows | None = None,
+        answer: AnswerInputs | None = None,
         on_progress: OnProgress | None = None,
     ) -> tuple[float, ...]:
         """Return the score of every row, 0 to 1. `answer` answers in the model's place, if it can."""
@@ -100,7 +98,7 @@ class CheckedSuite:
         self,
         model: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
-        answer: AnswerRows | None = None,
+        answer: AnswerInputs | None = None,
         on_progress: OnProgress | None = None,
     ) -> tuple[float, ...]:
         """Return 1 for every row whose answer passes its checks, else 0."""

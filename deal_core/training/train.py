@@ -241,6 +241,8 @@ def _encode(
         for schema, rows in tasks
         if len(rows)
     ]
+    if not more_rows:
+        return concatenate_datasets(encoded)
     known = {
         (tuple(prompt), tuple(answer))
         for part in encoded

@@ -213,7 +213,7 @@ def confirm(deal: Session, shown: Iterable[RenderableType], question: str) -> No
         ConfigError: there is no terminal, so --yes has to be given.
     """
     if deal.screen.as_json or not sys.stdin.isatty():
-        raise ConfigError("This cannot be undone: give --yes, or --dry-run to see what happens.")
+        raise ConfigError("Nothing can be asked here: give --yes, or --dry-run to see what happens.")
     deal.screen.result(None, *shown)
     typer.confirm(question, abort=True)
 

@@ -13,7 +13,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.judging_config import GateConfig
 from flows.adapt import AdaptResult, Scores, adapt
-from infra.versions import Versions
+from infra.versions import Versions, champion_of
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.progress import reporter
@@ -106,7 +106,7 @@ def _examples_folder() -> Path:
 def _outcome(lineage: LineageSpec, runs: Sequence[AdaptResult]) -> LineageOutcome:
     store = current_store()
     versions = Versions(store).all(lineage.lineage)
-    champion = next((version for version in versions if "champion" in version.aliases), None)
+    champion = champion_of(versions)
     newest = versions[-1:]  # even if rejected: lineages are compared on the same arrivals
     matrix = read_record(store, newest[0].adapter_uri).matrix if newest else None
     return LineageOutcome(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
-from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
 from flows.cli.branch import AcceptLost, SkipRejected, show_branch, show_branch_plan, show_made
 from flows.cli.console import heading, new_table, percent, show_adaptation
@@ -243,10 +241,7 @@ def consolidate(
     if dry_run:
         return CommandResult(planned, show_plan(planned))
     if not yes:
-        if deal.screen.as_json or not sys.stdin.isatty():
-            raise ConfigError("A consolidation trains on all arrivals: give --yes, or --dry-run to see which.")
-        deal.screen.result(None, *show_plan(planned))
-        typer.confirm("Train on all this?", abort=True)
+        confirm(deal, show_plan(planned), "Train on all this?")
 
     def run() -> Coroutine[Any, Any, AdaptResult]:
         from flows.consolidate import consolidate as consolidate_flow

@@ -25,7 +25,7 @@ from infra.mirror_note import waiting as missing_in_mlflow
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
-from infra.versions import Version, Versions
+from infra.versions import Version, Versions, champion_of
 from tasks.context import current_store
 from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, look, read_state
@@ -189,7 +189,7 @@ def _lineage(
 
     with noting_damage():
         versions = Versions(store).all(name)
-    champion = next((version for version in versions if "champion" in version.aliases), None)
+    champion = champion_of(versions)
     status = LineageStatus(
         lineage=name, champion=champion.version if champion else None, held=watched.held if watched else None
     )

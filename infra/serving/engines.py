@@ -49,6 +49,8 @@ MAX_PROMPTS = 64
 """Prompts of one request to an engine."""
 MAX_TOPS = 20
 """Most log-probabilities that a vLLM server gives for a token, unless it was started with another --max-logprobs."""
+DIGEST_CHARS = 12
+"""Characters of the digest at the end of the name of a copy."""
 PASSED_ON = ("temperature", "top_p", "seed", "stop")
 """Settings of a request that the engine gets as they are."""
 LOG = logging.getLogger("deal.serving")
@@ -623,7 +625,12 @@ def adapter_folder(settings: EngineSettings) -> Path:
 
 def adapter_digest(folder: Path) -> str:
     """Return what tells the PEFT files of a folder from others."""
-    return sha256_together(digests_of(folder, PEFT_FILES))[:12]
+    return sha256_together(digests_of(folder, PEFT_FILES))[:DIGEST_CHARS]
+
+
+def copies_of(lineage: str, number: str) -> list[Path]:
+    """Return the copies of a version on this machine."""
+    return [*adapter_folder(EngineSettings()).glob(f"{lineage}-v{number}-{'?' * DIGEST_CHARS}")]
 
 
 def copy_adapter(folder: Path, target: Path) -> None:

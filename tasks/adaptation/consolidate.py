@@ -8,7 +8,6 @@ left out, those from before a renewal as well.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ from tasks.lineage.consolidation import ConsolidationPlan, LearnedRows, Source, 
 from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.frozen_rows import read_test_rows, require_unaltered
 from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.lineage.requests import AskedFor
 from tasks.lineage.tombstones import find_tombstone, refuse_forgotten, require_test_rows
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.progress import advance
@@ -190,9 +190,12 @@ def _rows_of(
     spec = parse(AdaptSpec, findings.spec, f"version {version.version}")
     require_same_files(store, spec.task, version)
     schema = choose_schema(store, spec.task, record)
-    with landing_of(store, spec.task, schema, record, spec.data) as landing, temporary_folder() as temporary:
-        # a request for new test rows is for the next arrival, not for one of long ago
-        build_dataset(replace(landing, renews_tests=False), temporary / "dataset")
+    asked = AskedFor(labels=(), renews_tests=False)  # a request is for the next arrival, not for one of long ago
+    with (
+        landing_of(store, spec.task, schema, record, spec.data, asked=asked) as landing,
+        temporary_folder() as temporary,
+    ):
+        build_dataset(landing, temporary / "dataset")
         yield pq.read_table(temporary / "dataset" / TRAIN_FILE, columns=ROW_SCHEMA.names, memory_map=False)
 
 

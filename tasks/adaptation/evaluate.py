@@ -310,12 +310,14 @@ def _debts(
     newest_first = descent(Versions(store).all(adaptation.lineage), adaptation.parent)
     before_last = len(matrix.rows) - 2  # the parent's row
     rows_of = {test_set.schema.name: test_set for test_set in asked.all}
+    kept_of = {adaptation.parent.version: adaptation.parent_answers} if adaptation.parent else {}
     for name, row in matrix.learned_best().items():
         if name not in now:
             continue  # nobody could ask it
         since, test_set, paired = newest_first[before_last - row], rows_of[name], None
-        is_parent = adaptation.parent is not None and since.version == adaptation.parent.version
-        kept = adaptation.parent_answers if is_parent else read_answers(store, since.adapter_uri)
+        if since.version not in kept_of:
+            kept_of[since.version] = read_answers(store, since.adapter_uri)
+        kept = kept_of[since.version]
         then = kept.now.get(name, {}) if kept.engine == engine else {}
         places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in then]
         if places:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import stat
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -19,6 +19,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 
 from deal_core.data.schema import is_name
+from infra.branches import Branch, Branches, tip_of
 from infra.log_batches import Log, beyond_retention, merge_batches
 from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
 from infra.run_journal import Run, RunJournal
@@ -27,7 +28,7 @@ from infra.store import keys
 from infra.store.base import LOCK, RESERVED, TEMPORARY, ObjectInfo, ObjectStore
 from infra.store.keys import ADAPTERS, DATASETS, FEEDBACK, PREDICTIONS, TRAIN_FILE
 from infra.store.local import FileStore
-from infra.versions import Version, Versions
+from infra.versions import Version, Versions, champion_of
 from tasks.lineage.datasets import retains_training_rows
 
 AGE = timedelta(days=1)
@@ -83,13 +84,16 @@ class Inventory(NamedTuple):
     """Work folders on this machine, by the short key of the run."""
     training_rows: Sequence[Folder]
     """Training rows that no arrival retains."""
+    branch: Branch | None = None
+    """The open branch."""
 
 
 def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta) -> tuple[Removal, ...]:
     """Return the removals in a fixed order.
 
     No process is working on the lineage, so a run with the state "running" has died. Such a run and a failed run may
-    continue from the checkpoint while their parent is champion and they are younger than the limit.
+    continue from the checkpoint while their parent is champion, or the newest version of an open branch, and they are
+    younger than the limit.
 
     `older_than` is the least age of training rows, of a rejected version's adapter, and of the folders of an open run.
     """
@@ -97,7 +101,11 @@ def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta)
     version_of = {version.short_key: version for version in inventory.versions}
     run_of = {run.short_key: run for run in inventory.runs}
     kept = kept_versions(inventory.versions, cutoff)
-    champion = next((version.version for version in inventory.versions if "champion" in version.aliases), None)
+    champion = champion_of(inventory.versions)
+    parents = {champion.version if champion else None}
+    if inventory.branch is not None:  # its runs continue what it has made
+        tip = tip_of(inventory.branch, inventory.versions)
+        parents.add(tip.version if tip else None)
     removals: list[Removal] = []
 
     def add(kind: Kind, folder: Folder, reason: str, version: str | None = None) -> None:
@@ -106,14 +114,14 @@ def plan_removals(inventory: Inventory, *, now: datetime, older_than: timedelta)
     for key, folder in sorted(inventory.work.items()):
         if version := version_of.get(key):  # steps after the registration need only the store
             add("work folder", folder, f"its run has registered version {version.version}")
-        elif reason := _why_over(run_of.get(key), folder, champion, cutoff):
+        elif reason := _why_over(run_of.get(key), folder, parents, cutoff):
             add("work folder", folder, reason)
     for key, folder in sorted(inventory.adapters.items()):
         if version := version_of.get(key):
             if version.version not in kept:
                 day = f"{version.created:%Y-%m-%d}"
                 add("adapter", folder, f"version {version.version} of {day} was rejected", version.version)
-        elif reason := _why_over(run_of.get(key), folder, champion, cutoff):
+        elif reason := _why_over(run_of.get(key), folder, parents, cutoff):
             add("adapter", folder, f"no version names it: {reason}")
     for folder in inventory.training_rows:
         if folder.modified < cutoff:  # a run on another machine may still read younger rows
@@ -147,13 +155,13 @@ def kept_versions(versions: Sequence[Version], cutoff: datetime) -> set[str]:
     return kept
 
 
-def _why_over(run: Run | None, folder: Folder, champion: str | None, cutoff: datetime) -> str | None:
-    """Why the run of a folder will not continue; None: the run may continue."""
+def _why_over(run: Run | None, folder: Folder, parents: Collection[str | None], cutoff: datetime) -> str | None:
+    """Why the run of a folder will not continue; None: it may. Runs continue only `parents` (None: the base model)."""
     touched = max(folder.modified, run.touched) if run else folder.modified
     is_old = touched < cutoff
     if run is None:
         return "no run is known that it belongs to" if is_old else None
-    if run.parent_version != champion:
+    if run.parent_version not in parents:
         parent = f"version {run.parent_version}" if run.parent_version else "the base model"
         return f"its run continues {parent}, which is not champion any more"
     return f"its run was left on {touched:%Y-%m-%d}" if is_old else None
@@ -237,6 +245,7 @@ def look_at_lineage(store: ObjectStore, lineage: str) -> Inventory:
         adapters={key: _folder(keys.adapter_uri(lineage, key), infos) for key, infos in adapters.items()},
         work={path.name: local_folder(path) for path in work_folders if path.is_dir() and not path.is_symlink()},
         training_rows=training_rows,
+        branch=Branches(store).open(lineage),
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from deal_core.limits import Count, Flag
 from deal_core.safe_text import listed
 from infra.store import keys
-from infra.versions import LearnedArrival, Version, descent
+from infra.versions import LearnedArrival, Version, champion_of, descent
 from tasks.references import DatasetRef
 
 Start = Literal["base", "champion"]
@@ -48,17 +48,14 @@ def arrivals_since(versions: Sequence[Version], champion: Version) -> int:
     return next((number for number, version in enumerate(line) if version.is_consolidation), len(line))
 
 
-def champion_of(versions: Sequence[Version]) -> Version | None:
-    """Return the champion among the versions of a lineage."""
-    return next((version for version in versions if "champion" in version.aliases), None)
-
-
 def spent_by(versions: Sequence[Version], parent: str | None) -> tuple[Version, ...]:
     """Return the versions that continue a version and were rejected because the forgetting budget was spent."""
     return tuple(
         version
         for version in versions
-        if version.parent_version == parent and any(check["kind"] == "total_drop" for check in version.failed_checks)
+        if version.parent_version == parent
+        and version.branch is None  # no file of the inbox waits for it
+        and any(check["kind"] == "total_drop" for check in version.failed_checks)
     )
 
 

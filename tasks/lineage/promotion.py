@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
+from infra.branches import Branches
 from infra.promotions import Action, Change, PromotionLog
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, descent
@@ -206,6 +207,8 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
     champion, chosen = Versions(store).champion(lineage), find_version(store, lineage, version)
     number = champion.version if champion else None
     _require_usable(store, chosen)
+    if champion is None and (branch := Branches(store).open(lineage)) is not None:  # it has stopped the champion
+        raise RegistryError(f"No version of '{lineage}' can be promoted now: {branch.why_waiting}")
     if number == version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
     if chosen.standing == "in a branch" and chosen.since.promoted is not None:
@@ -360,8 +363,8 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     learned = {digest for version in versions if version.standing in standings for digest in version.digests}
     newest_first: list[LeftBehind] = []
     for version in reversed(versions):
-        if version.is_consolidation:
-            continue  # its arrivals are those of the versions before it
+        if version.is_consolidation or version.since.adapter_removed:
+            continue  # its arrivals are those of the versions before it; or its rows were deleted
         if version.standing == "left behind" and not arrival_digests(version, versions) & learned:
             learned |= version.digests
             newest_first.append(LeftBehind.model_validate(version))

@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deal_core.adapter.files import digests_of, sha256_together
-from infra.settings import EngineSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
-
-DIGEST_CHARS = 12
-"""Characters of the digest at the end of the name of a copy; see `infra.serving.engines.adapter_digest`."""
+from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
 
 
 class ExportNote(Stored):
@@ -49,7 +45,7 @@ def note_export(store: ObjectStore, lineage: str, version: str, address: str, fo
         sha256=weights_digest(folder) if folder else None,
     )
     digest = hashlib.sha256(f"{note.host} {address}".encode()).hexdigest()
-    store.put_bytes(keys.export_key(lineage, version, digest), note.model_dump_json(indent=1).encode())
+    write_stored(store, keys.export_key(lineage, version, digest), note)
 
 
 def weights_digest(folder: Path) -> str:
@@ -62,7 +58,7 @@ def remove_exports(store: ObjectStore, lineage: str, versions: Collection[str]) 
 
     Copies for vLLM servers are removed too. The call can be repeated; what is gone counts as removed.
     """
-    from infra.serving.engines import adapter_folder
+    from infra.serving.engines import copies_of
 
     removed, left = [], []
     for key, content in read_folder(store, keys.export_folder(lineage)).items():
@@ -76,9 +72,8 @@ def remove_exports(store: ObjectStore, lineage: str, versions: Collection[str]) 
             removed.append(note.address)
         else:
             left.append(f"{note.address} on {note.host}" if note.host else note.address)
-    copies = adapter_folder(EngineSettings())
     for version in versions:
-        for copy in copies.glob(f"{lineage}-v{version}-{'?' * DIGEST_CHARS}"):
+        for copy in copies_of(lineage, version):
             shutil.rmtree(copy)
             removed.append(str(copy))
     return RemovedExports(tuple(removed), tuple(left))

@@ -29,7 +29,7 @@ from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.branch import BranchOpenError
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import promote_to, roll_back
+from tasks.lineage.promotion import find_left_behind, promote_to, roll_back
 from tasks.lineage.settings import WatchedLineage
 from tasks.serving.publish import publish
 from tests.adapting import run
@@ -129,8 +129,9 @@ def test_a_rejected_version_stops_it_and_what_lands_waits(monkeypatch: pytest.Mo
         assert find_version(store, "l", "4").branch == 1 and not find_version(store, "l", "4").accepted
         store.put_bytes("inbox/beds/june.jsonl", Path(small_task(tmp_path, "beds", "-june")["data"]).read_bytes())
         assert asyncio.run(watch(WatchedLineage(lineage="l"), once=True, poll_seconds=0.1)).files == ()
-        result = delete("taps", skip_rejected=True)
-    assert (result.status, result.champion) == ("swapped", "5")
+        dying(monkeypatch, Branches, "end", lambda: delete("taps", skip_rejected=True))
+    result = delete("taps", skip_rejected=True)  # after the swap nothing is learned any more
+    assert (result.status, result.champion) == ("swapped", "5") and numbers() == ["1", "2", "3", "4", "5"]
     assert [(made.remakes, made.accepted) for made in result.made] == [("2", False), ("3", True)]
     assert champion().parent_version is None, "it starts from the base model, since beds was left out"
 
@@ -140,6 +141,8 @@ def test_a_branch_that_is_given_up_leaves_the_champion_and_its_versions_never_se
 ) -> None:
     dying(monkeypatch, flows.relearn, "swap_in", lambda: delete("beds", stops_serving=True))
     assert Versions(current_store()).champion("l") is None and moves()[-1] == ("stopped", None)
+    with pytest.raises(RegistryError, match=r"No version of 'l' can be promoted now"):
+        promote_to("l", "1", who="tester", why="a test")
     assert find_version(current_store(), "l", "4").standing == "in a branch"
     asyncio.run(give_up("l", "tester"))
     assert champion().version == "3" and moves()[-1] == ("rolled back", "3")
@@ -178,6 +181,7 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     assert [info.key for info in store.list()] == before
     result = delete("beds", accept_lost=True)
     assert champion().version == "1" and moves()[3:] == [("rolled back", "1")]
+    assert find_left_behind("l") == (), "what learned from deleted rows cannot be learned again"
     assert result.attestation is not None and len(result.attestation.rows.inputs) == 7, "its test rows"
     assert result.attestation.exports_removed == (str(published[2]),) and not published[2].exists()
     assert result.attestation.exports_left == (f"{published[1]} on {socket.gethostname()}",) and published[0].exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
-from infra.branches import Branch, BranchEnd, Branches, Step, made_by, tip_of
+from infra.branches import Branch, BranchEnd, Branches, Step, is_swapped, made_by, tip_of
 from infra.store.keys import branch_key
 from infra.store.local import FileStore
 from infra.versions import Version
@@ -22,9 +22,7 @@ def branches(tmp_path: Path) -> Branches:
 
 
 def a_branch(number: int = 1, root: str | None = "1") -> Branch:
-    return Branch(
-        lineage="l", number=number, kind="rebase", who="Ada", root=root, champion="3", steps=STEPS, base_model="b"
-    )
+    return Branch(lineage="l", number=number, who="Ada", root=root, champion="3", steps=STEPS, base_model="b")
 
 
 def test_of_two_writers_one_begins_a_branch_and_it_stays_open_until_its_end(branches: Branches) -> None:
@@ -69,3 +67,17 @@ def test_the_tip_is_the_newest_accepted_version_of_the_branch_or_its_root() -> N
     assert (tip(), tip(first), tip(first, second), tip(first, rejected)) == ("1", "5", "6", "5")
     assert tip_of(a_branch(root=None), old) is None
     assert made_by(branch, [*old, other, first]) == {"2": first}
+
+
+def test_a_branch_is_swapped_in_once_one_of_its_versions_or_its_root_is_champion() -> None:
+    def champion(number: str, branch: int | None = None) -> Version:
+        since = VERSION.since.model_copy(update={"aliases": ("champion",)})
+        return made(number, None, branch=branch).model_copy(update={"since": since})
+
+    branch = a_branch()
+    assert [is_swapped(branch, [version]) for version in (champion("3"), champion("2"), champion("5", 7))] == [
+        False
+    ] * 3
+    assert is_swapped(branch, [champion("5", 1)]) and is_swapped(branch, [champion("1")])
+    assert not is_swapped(branch, [made("5", "2")]), "nothing serves"
+    assert not is_swapped(a_branch(root="3"), [champion("3")]), "nothing is made again"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from infra.branches import Branch
 from infra.run_journal import Run, RunJournal
 from infra.store.base import temporary_folder
 from infra.store.local import FileStore
@@ -224,3 +225,10 @@ def test_what_is_still_written_to_is_not_left(store: FileStore, tmp_path: Path) 
     assert find_leftovers(store, later(23)) == []
     os.utime(folder / "rows", (0, 0))
     assert len(find_leftovers(store, later(0))) == 1
+
+
+def test_a_run_of_an_open_branch_may_continue_what_the_branch_has_made() -> None:
+    versions = (version(1, accepted=True), version(2, 1, accepted=True, aliases=("champion",)))
+    branch = Branch(lineage="l", number=1, who="Ada", root="1", champion="2", steps=(), base_model="b")
+    held = {"versions": versions, "runs": (run(3, 1),), "adapters": dict([folder(3, YOUNG)])}
+    assert plan(**held) == [("adapter", "3")] and plan(**held, branch=branch) == []
