@@ -33,6 +33,7 @@ NAMES = (
     "selection",
     "label_noise",
     "two_lineages",
+    "launches",
 )
 """Results on the page."""
 FEW = 4

@@ -21,7 +21,6 @@ from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
 from infra.versions import Version, champion_of
 
-"""relearn: without the rows of a deleted arrival. rebase: on another base model."""
 _END = ".end.json"
 _REMEDY = "Restore it from a backup of the store. Until then nothing is learned; a server that runs serves on."
 

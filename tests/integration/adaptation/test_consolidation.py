@@ -174,6 +174,7 @@ def test_mlflow_has_the_debts() -> None:
     assert mlflow_run("l", version.run_key).data.metrics["debt/bank"] == pytest.approx(version.debts["bank"])
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("learned")
 def test_it_starts_from_the_base_model_or_from_the_champion() -> None:
     assert consolidated("champion").status == "promoted"
@@ -218,6 +219,7 @@ def test_what_is_left_is_learned_and_what_is_gone_is_named(tiny_base: Path, tmp_
     assert [arrival.task for arrival in version_of(result).arrivals] == ["bank", "wards"]
 
 
+@pytest.mark.nightly
 def test_kept_rows_stand_in_for_rows_that_are_gone(tiny_base: Path, tmp_path: Path) -> None:
     file = tmp_path / "bank.jsonl"
     shutil.copy(BANK["data"], file)
@@ -236,6 +238,7 @@ def test_kept_rows_stand_in_for_rows_that_are_gone(tiny_base: Path, tmp_path: Pa
     assert result.accuracies.keys() == {"bank", "clinic"}
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("learned")
 def test_rows_that_were_forgotten_are_never_learned_again(tiny_base: Path, tmp_path: Path) -> None:
     file = tmp_path / "more.jsonl"
@@ -279,6 +282,7 @@ def has_one_consolidation(home: Path) -> None:
     assert not list((home / "work").rglob("*.*")), "the gathered rows are gone"
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("learned")
 def test_a_consolidation_that_was_killed_while_it_trained_goes_on(home: Path) -> None:
     settings = {"lineage": "l", "gate": PASS, "train": {**TRAIN, "max_steps": 4, "checkpoint_steps": 2}}
@@ -292,6 +296,7 @@ def test_a_consolidation_that_was_killed_while_it_trained_goes_on(home: Path) ->
     has_one_consolidation(home)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("learned")
 @pytest.mark.parametrize("stage", ["evaluate_version", "register_version", "promote_version", "report_version"])
 def test_a_consolidation_that_died_later_is_completed(home: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +349,7 @@ def look(spec: WatchedLineage) -> WatchResult:
     return asyncio.run(watch(spec, once=True, poll_seconds=0.1))
 
 
+@pytest.mark.nightly
 def test_a_watch_consolidates_every_so_many_arrivals(tiny_base: Path, home: Path) -> None:
     spec = watched(tiny_base, every_arrivals=2)
     for name in ("a", "b", "c"):

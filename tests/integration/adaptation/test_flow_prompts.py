@@ -31,6 +31,7 @@ TEXT = "I lost my card."
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
+@pytest.mark.nightly
 def test_chat_prompts_are_learned_asked_and_kept(tiny_base: Path, tmp_path: Path) -> None:
     first = run(tiny_base, {**BANK, "prompt": "chat"})
     second = run(tiny_base, CLINIC)

@@ -57,6 +57,7 @@ def test_a_lineage_changes_its_base_model_and_goes_back(new_base: str, tiny_base
     assert find_version(store, "l", again.version).base_sha256 == old.base_sha256
 
 
+@pytest.mark.nightly
 def test_a_worse_result_is_not_swapped_in(new_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(*arguments: Any) -> Any:
         found = tasks.adaptation.gate.judge_against(*arguments)

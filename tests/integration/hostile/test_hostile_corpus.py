@@ -40,7 +40,7 @@ def shown(found: Found) -> str:
 def test_some_of_the_hostile_files_does_no_harm(tmp_path: Path) -> None:
     cases = cases_of((*hostile_texts.FAMILIES, *hostile_parquet.FAMILIES))
     assert len(cases) >= sum(MIN_CASES.values())
-    check(cases[::60], tmp_path)
+    check(cases[::120], tmp_path)
 
 
 @pytest.mark.nightly

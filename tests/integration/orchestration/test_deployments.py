@@ -129,6 +129,7 @@ def home_on_the_server() -> str:
     return str(step["directory"])
 
 
+@pytest.mark.nightly
 def test_another_home_or_store_is_not_overwritten(
     deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

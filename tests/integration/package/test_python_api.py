@@ -45,6 +45,7 @@ def with_server(prefect_api: None) -> dict[str, str]:
     return {"PREFECT_API_URL": str(get_current_settings().api.url)}
 
 
+@pytest.mark.nightly
 def test_a_table_is_learned_and_answered_from_a_running_event_loop(
     with_server: dict[str, str], home: Path, tiny_base: Path
 ) -> None:

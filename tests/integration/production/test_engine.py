@@ -672,6 +672,7 @@ def test_a_name_never_means_another_adapter(
         assert found.ask().json()["choices"][0]["text"] == alone("1").answers[1]
 
 
+@pytest.mark.nightly
 def test_deal_serve_takes_engines_from_the_command_and_the_environment(
     engine: FakeVllm, alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

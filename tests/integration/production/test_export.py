@@ -50,6 +50,7 @@ def asked() -> Answer:
     return predict(TEXT, lineage="l", task="clinic", version="3")
 
 
+@pytest.mark.nightly
 def test_a_merged_model_answers_as_the_version_without_peft_or_this_project(
     home: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

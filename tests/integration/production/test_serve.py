@@ -245,6 +245,7 @@ def test_ctrl_c_ends_at_once_though_the_store_keeps_silent(versions: Expected, m
         assert process.returncode == 130 and b"Stopped" in said, said
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_the_server_while_it_prepares_large_requests(versions: Expected) -> None:
     """Their rows take seconds of processor time to prepare. The server gives them up at the signal, and ends."""
     make_champion("2")

@@ -386,6 +386,7 @@ def land_folder() -> dict[str, Any]:
     return {**task, "data": store.uri_of("inbox/bank/may")}
 
 
+@pytest.mark.nightly
 def test_a_file_of_a_folder_names_the_whole_arrival(tiny_base: Path, home: Path) -> None:
     store = current_store()
     result = run(tiny_base, land_folder())

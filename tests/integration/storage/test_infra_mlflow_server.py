@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from infra.settings import TrackingSettings
 from infra.tracking.tracker import Tracker
 
 
+@pytest.mark.nightly
 def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> None:
     settings = TrackingSettings.model_validate({"home": tmp_path / "home", "tracking_uri": mlflow_server})
     tracker = Tracker(settings)

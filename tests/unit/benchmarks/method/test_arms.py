@@ -11,6 +11,8 @@ import pytest
 from benchmarks.method import arms, recentre
 from tests.unit.benchmarks.conftest import LABELS
 
+pytestmark = pytest.mark.nightly
+
 
 def run(data: Path, base: Path, out: Path, *, arm: list[str], rows: int = 16, **options: Any) -> dict[str, Any]:
     arms.main(

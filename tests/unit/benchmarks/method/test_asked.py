@@ -23,6 +23,8 @@ from deal_core.strategies.kept_rows import pack, unpack
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.strategies.strategy import TaskContext, TaskTexts
 
+pytestmark = pytest.mark.nightly
+
 STEPS = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
 NEW = TaskSchema(name="new", labels=("a", "b"))
 SIZES = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")

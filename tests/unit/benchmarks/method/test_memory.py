@@ -23,6 +23,8 @@ from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies.rehearsal import RehearsedRow
 
+pytestmark = pytest.mark.nightly
+
 TASKS = ("dbpedia", "agnews")
 NUM_DEV, NUM_UNUSED = 4, 6
 """Of 12 test rows 40 % are for development; of 40 training rows 24 are learned and 10 may be rehearsed."""

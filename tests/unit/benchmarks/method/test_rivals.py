@@ -22,6 +22,8 @@ from deal_core.strategies.strategy import PlannedArrival, Strategy
 from deal_core.training.conformance import check_strategy
 from tests.unit.deal_core.conftest import at_night, train_into
 
+pytestmark = pytest.mark.nightly
+
 LONG = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
 STILL = TrainConfig(max_steps=1, batch_size=4, learning_rate=1e-12, max_prompt_tokens=64, checkpoint_steps=0)
 WIDENING = ["inc_lora", "o_lora", "ella"]

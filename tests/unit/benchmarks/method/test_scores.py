@@ -25,6 +25,8 @@ from deal_core.selection.choose import pick_rows
 from deal_core.selection.score import Candidates
 from tests.unit.deal_core.conftest import as_served
 
+pytestmark = pytest.mark.nightly
+
 TRAIN = TrainConfig(max_prompt_tokens=64)
 LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": 50}
 SCORES = ["length", "loss", "difficulty", "errors", "gradient"]

@@ -194,6 +194,7 @@ def on_ray(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("on_ray")
 def test_one_worker_of_ray_trains_as_this_process(base, job, tmp_path):
     from tasks.context import current_store

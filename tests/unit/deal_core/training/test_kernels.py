@@ -107,6 +107,7 @@ def test_a_model_with_one_attention_alone_is_refused(base: BaseModel, monkeypatc
         set_attention(base.model, "eager")
 
 
+@pytest.mark.nightly
 def test_compiled_layers_train_the_same_compile_once_and_are_gone_afterwards(
     strategy: str, base: BaseModel, train: Train, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

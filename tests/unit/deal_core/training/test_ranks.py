@@ -105,6 +105,7 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     return {each.environ()["RANK"]: each for each in below if "deal_core.training.main" in each.cmdline()}
 
 
+@pytest.mark.nightly
 def test_two_processes_equal_one(base, job, rows, tmp_path):
     """The new rows and an old task's kept ones; the last step has rows for rank 0 alone."""
     job = retrained(job, num_epochs=1)
