@@ -1,4 +1,4 @@
-"""The docstrings of classes and of their fields, read from the source: Python does not keep those of fields."""
+"""The docstrings of classes, of their fields and of constants, read from the source: Python keeps few of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import griffe
 
@@ -22,6 +23,12 @@ def docstring_of(kind: type, name: str | None = None) -> str:
             if member is not None and member.docstring:
                 return inspect.cleandoc(member.docstring.value)
     return ""
+
+
+def docstring_of_constant(module: ModuleType, name: str) -> str:
+    """The docstring of a module's constant."""
+    docstring = _source(module.__name__).members[name].docstring
+    return inspect.cleandoc(docstring.value) if docstring else ""
 
 
 @functools.cache

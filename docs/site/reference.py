@@ -17,7 +17,9 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 from typer.cli import get_docs_for_click
 
-from docs.site.docstrings import docstring_of
+from deal_core.evaluation import metrics
+from deal_core.general import harness
+from docs.site.docstrings import docstring_of, docstring_of_constant
 from docs.site.json_page import json_page, json_schemas
 from flows.cli.app import app
 from infra import settings as environment
@@ -41,6 +43,10 @@ TYPES = {
     "array": "list",
     "object": "mapping",
 }
+
+
+OWN_CODE = {metrics: "MODULES_VARIABLE", harness: "FOLDER_VARIABLE"}
+"""Constants with the names of variables that let a worker run code of one's own. `infra.settings` has no such."""
 
 
 def settings_page() -> str:
@@ -94,6 +100,10 @@ def environment_page() -> str:
                 docstring_of(kind, name).replace(f" ({variable})", "").replace(f"({variable}, ", "(").split()
             )
             lines.append(f"| `{variable}` | {default} | {meaning} |")
+    lines += ["", "## Code of your own, on the worker", "", "| variable | default | meaning |", "|---|---|---|"]
+    for module, name in OWN_CODE.items():
+        meaning = " ".join(docstring_of_constant(module, name).removeprefix("Environment variable: ").split())
+        lines.append(f"| `{vars(module)[name]}` | – | {meaning[0].upper()}{meaning[1:]} |")
     lines += ["", "## Options of commands", "", "| variable | stands for | meaning |", "|---|---|---|"]
     lines += sorted({f"| `{option.envvar}` | `{option.opts[0]}` | {option.help} |" for option in _options(app)})
     return "\n".join(lines) + "\n"
