@@ -45,7 +45,7 @@ class AdapterConfig:
     rank: Annotated[Count, Field(ge=2, le=MAX_RANK)] = 16
     """r: number of columns of B and rows of A."""
     alpha: Positive | None = None
-    """Scale α of ΔW = (α/r)·B·A; None means 2·rank, or 8 with rslora."""
+    """Scale α of ΔW = (α/r)·B·A, or (α/√r)·B·A with rslora; None means 2·rank, or 8 with rslora."""
     rslora: Flag = False
     """Whether the scale is α/√r in place of α/r (rsLoRA, arXiv 2312.03732): a larger rank then learns as fast."""
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None

@@ -15,6 +15,7 @@
     branches/LINEAGE/NUMBER.json              what is made anew; NUMBER.end.json says how that ended
     exports/LINEAGE/NUMBER/DIGEST.json        an export of a version
     index/FOLDER.json                         the content of a folder's objects, which saves requests
+    base_models/SHA256.json                   what the base model answers to a few texts, see `infra.fingerprints`
     base_models/SHA256.general.json           the scores of a base model on suites of general ability
     mlflow/LINEAGE.json                       what MLflow has of the lineage
     mlflow/LINEAGE/RUN.forget                 a run whose rows are still to be removed from MLflow

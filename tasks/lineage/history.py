@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from deal_core.errors import RegistryError
 from deal_core.safe_text import listed
+from infra.branches import Branches
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.versions import ROLLOUT, Version, Versions, descent, require_adapter
@@ -124,6 +125,9 @@ def rejected_by_person(version: Version) -> str:
 def unknown_lineage(lineage: str) -> str:
     """Return the message for a lineage without a champion."""
     store = current_store()
+    branch = Branches(store).open(lineage)
+    if branch is not None and branch.stops_serving:
+        return f"Lineage '{lineage}' has no champion for now: {branch.why_waiting}."
     if Versions(store).all(lineage):
         return (
             f"Lineage '{lineage}' has versions, but none is champion. See: deal version list --lineage {lineage}; then "
