@@ -30,7 +30,7 @@ def read_fingerprint(store: ObjectStore, base_sha256: str) -> Fingerprint | None
 
 
 def keep_fingerprint(store: ObjectStore, base_sha256: str, load: Callable[[], BaseModel]) -> Fingerprint | None:
-    """Return the fingerprint of a base model; None: an encoder-decoder. Only if the store lacks it, `load` is called."""
+    """Return the fingerprint of a base model; None: an encoder-decoder. `load` is called only if none is stored."""
     stored = read_fingerprint(store, base_sha256)
     if stored is None:
         base = load()
