@@ -26,7 +26,7 @@ from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob
 from deal_core.training.ranks import run_in_processes
-from deal_core.training.train import TrainingSetup
+from deal_core.training.train import KeptSource, TrainingSetup
 from infra.launch import launch_job
 from tests.unit.deal_core.conftest import TASK, as_served, make_rows, train_into
 
@@ -79,6 +79,28 @@ def answer_job(base, tiny_base, parent, tmp_path) -> AnswerJob:
         tasks=(as_served(TASK), as_served(free, 9), as_served(replace(free, name="likely", metric="loss"), 9)),
         rows_files=tuple(tmp_path / name for name in ("rows.parquet", "row.parquet", "rows.parquet")),
     )
+
+
+@pytest.mark.parametrize("starts_from_parent", [True, False])
+def test_a_parent_whose_kept_rows_are_handed_on_is_brought_once(tmp_path: Path, starts_from_parent: bool) -> None:
+    parent = tmp_path / "parent"
+    together = TrainingJob(
+        base_source="base",
+        base_sha256="b" * 64,
+        cache_folder=tmp_path,
+        parent_folder=parent if starts_from_parent else None,
+        rows_file=tmp_path / "rows.parquet",
+        setup=TrainingSetup(
+            task=TASK, strategy="seq_lora", adapter=AdapterConfig(rank=4), method=MethodConfig(), train=STEPS
+        ),
+        output_folder=tmp_path / "adapter",
+        checkpoint_folder=tmp_path / "checkpoints",
+        kept=KeptSource(folder=parent, learned=(TASK,)),
+    )
+    inputs, there = together.inputs(), together.moved(Path("/there"))
+    assert list(inputs.values()).count(parent) == 1
+    assert there.kept is not None and there.kept.folder.name in inputs
+    assert there.parent_folder == (there.kept.folder if starts_from_parent else None)
 
 
 def in_folder(job: TrainingJob, folder: Path, **changes: Any) -> TrainingJob:
