@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from prefect import flow
 
@@ -30,7 +31,7 @@ from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.consolidation import ConsolidationPlan, Start, spent_by, why_due
 from tasks.lineage.history import unknown_lineage
 from tasks.lineage.record import read_record, require_same_base
-from tasks.lineage.settings import WatchedLineage, list_settings, read_lineage
+from tasks.lineage.settings import WatchedLineage, stored_lineage
 from tasks.mlflow_mirror import sync_lineage
 from tasks.progress import Stages, reporter
 from tasks.references import DatasetRef
@@ -41,7 +42,7 @@ def plan(lineage: str, start: Start | None = None) -> ConsolidationPlan:
     """Return what `consolidate` would learn; change nothing. For the arguments and errors see there."""
     store = current_store()
     champion = _require_champion(Versions(store).champion(lineage), lineage)
-    spec = _spec_of(champion, _settings(store, lineage))
+    spec = _spec_of(champion, stored_lineage(store, lineage))
     record = read_record(store, champion.adapter_uri)
     return plan_consolidation(store, champion, record, start or _settings_start(store, lineage), spec)
 
@@ -62,7 +63,7 @@ async def consolidate(lineage: str, start: Start | None = None) -> AdaptResult:
     """
     store = current_store()
     async with lock_lineage(lineage):
-        return await learn_together(lineage, start or _settings_start(store, lineage), _settings(store, lineage))
+        return await learn_together(lineage, start or _settings_start(store, lineage), stored_lineage(store, lineage))
 
 
 @flow(name="consolidate-due", flow_run_name="consolidate-{spec.lineage}")
@@ -117,25 +118,37 @@ async def learn_together(lineage: str, start: Start, settings: WatchedLineage | 
         return await finish(adaptation, stages)
 
 
-def why_consolidate(store: ObjectStore, spec: WatchedLineage) -> str | None:
-    """Return why a watch consolidates its lineage now, in one sentence; None: it does not."""
+class ConsolidationLook(NamedTuple):
+    """What a watch has to do about consolidations of its lineage."""
+
+    champion: str | None = None
+    """Its number."""
+    why: str | None = None
+    """Why the champion is consolidated now, in one sentence; None: it is not."""
+    again: Sequence[Arrival] = ()
+    """The arrivals that the budget had rejected before the consolidation that is champion now."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is anything to do."""
+        return self.why is not None or bool(self.again)
+
+
+def look_at_consolidation(store: ObjectStore, spec: WatchedLineage, inbox: InboxLook) -> ConsolidationLook:
+    """Read the versions of a lineage, if its settings let it be consolidated, and say what is to be done."""
     if not spec.consolidate.is_on:
-        return None
-    return why_due(spec.consolidate, Versions(store).all(spec.lineage), spec.gate.max_total_drop_points)
-
-
-def rejected_before(store: ObjectStore, spec: WatchedLineage, inbox: InboxLook) -> list[Arrival]:
-    """Return the arrivals that the budget had rejected before the consolidation that is champion now."""
-    if not spec.consolidate.when_spent:
-        return []
-    versions = Versions(store).all(spec.lineage)
+        return ConsolidationLook()
+    versions, again = Versions(store).all(spec.lineage), list[Arrival]()
     champion = champion_of(versions)
-    if champion is None or not champion.is_consolidation:
-        return []
-    rejected = {version.version for version in spent_by(versions, champion.parent_version)}
-    state = known_state(store, spec.lineage)
-    notes = ((arrival, state.noted_as(arrival, "rejected")) for arrival in inbox.of(spec.tasks))
-    return [arrival for arrival, note in notes if note is not None and note.version in rejected]
+    if champion is None:
+        return ConsolidationLook()
+    if spec.consolidate.when_spent and champion.is_consolidation:
+        rejected = {version.version for version in spent_by(versions, champion.parent_version)}
+        state = known_state(store, spec.lineage)
+        notes = ((arrival, state.noted_as(arrival, "rejected")) for arrival in inbox.of(spec.tasks))
+        again = [arrival for arrival, note in notes if note is not None and note.version in rejected]
+    why = why_due(spec.consolidate, versions, spec.gate.max_total_drop_points)
+    return ConsolidationLook(champion.version, why, again)
 
 
 def open_again(store: ObjectStore, lineage: str, arrivals: Sequence[Arrival]) -> None:
@@ -153,12 +166,8 @@ def _require_champion(champion: Version | None, lineage: str) -> Version:
     return champion
 
 
-def _settings(store: ObjectStore, lineage: str) -> WatchedLineage | None:
-    return read_lineage(store, lineage) if lineage in list_settings(store) else None
-
-
 def _settings_start(store: ObjectStore, lineage: str) -> Start:
-    return (_settings(store, lineage) or WatchedLineage()).consolidate.start
+    return (stored_lineage(store, lineage) or WatchedLineage()).consolidate.start
 
 
 def _spec_of(champion: Version, settings: WatchedLineage | None) -> AdaptSpec:

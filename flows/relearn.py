@@ -166,7 +166,6 @@ async def relearn(
         synced = await to_the_end(sync_lineage, store, lineage)
     again = await forget(branch.deleted.sha256, reason)  # it searches every place once more, after the last adapter
     attestation = Attestation(
-        rows=branch.deleted,
         removed=branch.deleted.versions,
         searched=get_args(Kind),
         exports_removed=exports.removed,

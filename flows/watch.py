@@ -27,7 +27,7 @@ from deal_core.errors import (
 )
 from deal_core.safe_text import listed
 from flows.adapt import AdaptResult, adapt_locked
-from flows.consolidate import consolidate_locked, open_again, rejected_before, why_consolidate
+from flows.consolidate import ConsolidationLook, consolidate_locked, look_at_consolidation, open_again
 from flows.lock import LineageBusyError, lock_lineage
 from infra.settings import InboxSettings
 from infra.store.base import ObjectStore
@@ -190,7 +190,7 @@ class InboxWorker:
     _stamps: dict[str, str] = field(default_factory=dict)
     _has_looked: bool = False
     _not_consolidated: str | None = None
-    """The reason of a consolidation that has failed in this process."""
+    """Number of the champion whose consolidation has failed in this process."""
     _told: list[str] = field(default_factory=list)
     """What the last look has said about files that wait."""
 
@@ -223,7 +223,7 @@ class InboxWorker:
             if line not in self._told:
                 reporter().said(line)
         self._told = waiting
-        if planned.due or self._why_consolidate() is not None or rejected_before(self.store, self.spec, inbox):
+        if planned.due or self._look_at_consolidation(inbox).is_due:
             async with lock_lineage(self.spec.lineage, wait=self.wait):
                 held = await self._hold_cancelled(planned.files)
                 await self._consolidate(inbox)  # such as one that a crash has interrupted
@@ -240,27 +240,28 @@ class InboxWorker:
         self._has_looked = True
         return len(planned.files)
 
-    def _why_consolidate(self) -> str | None:
-        """Return why the lineage is to be consolidated; None: it is not, or that has failed for this champion."""
-        why = why_consolidate(self.store, self.spec)
-        return None if why == self._not_consolidated else why
+    def _look_at_consolidation(self, inbox: InboxLook) -> ConsolidationLook:
+        """Return what is to be done about consolidations; one that has failed is not tried again."""
+        found = look_at_consolidation(self.store, self.spec, inbox)
+        return found._replace(why=None) if found.champion == self._not_consolidated else found
 
     async def _consolidate(self, inbox: InboxLook) -> None:
         """Consolidate the lineage if its settings say so. A failure is told once, and the lineage learns on."""
-        why = self._why_consolidate()
-        if why is not None and not is_stopped() and not self.why_held():
-            reporter().said(f"{self.spec.lineage} is consolidated. {why}")
+        found = self._look_at_consolidation(inbox)
+        if found.why is not None and not is_stopped() and not self.why_held():
+            reporter().said(f"{self.spec.lineage} is consolidated. {found.why}")
             try:
                 await consolidate_locked(self.spec)
             except Interrupted:
                 raise
             except Exception as error:
-                self._not_consolidated = why
+                self._not_consolidated = found.champion
                 logger.exception("The consolidation of %s failed", self.spec.lineage)
                 reporter().said(f"Not consolidated: {in_one_line(error)}")
-        if again := rejected_before(self.store, self.spec, inbox):
-            open_again(self.store, self.spec.lineage, again)
-            self.num_left += len(again)
+            found = self._look_at_consolidation(inbox)
+        if found.again:
+            open_again(self.store, self.spec.lineage, found.again)
+            self.num_left += len(found.again)
 
     @property
     def _retries(self) -> bool:

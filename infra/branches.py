@@ -132,9 +132,8 @@ class Remade(_Part):
 
 
 class Attestation(_Part):
-    """What is certain after rows were deleted and everything that had learned from them was made again."""
+    """What is certain after the rows of `Branch.deleted` were deleted and what had learned from them was made again."""
 
-    rows: DeletedRows
     removed: tuple[str, ...]
     """The versions whose adapters are gone, from the store and from MLflow."""
     searched: tuple[str, ...]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from deal_core.base_model.fingerprint import text_log_probs
 from deal_core.base_model.load import BaseModel
 from infra.store.base import ObjectStore
@@ -27,12 +29,13 @@ def read_fingerprint(store: ObjectStore, base_sha256: str) -> Fingerprint | None
     return read_stored(store, fingerprint_key(base_sha256), Fingerprint, what=what, remedy=remedy)
 
 
-def keep_fingerprint(store: ObjectStore, base: BaseModel) -> Fingerprint | None:
-    """Store the fingerprint of a loaded base model, if the store lacks it, and return it. None: an encoder-decoder."""
-    if base.kind == "seq2seq":  # no engine serves adapters on it
-        return None
-    stored = read_fingerprint(store, base.sha256)
+def keep_fingerprint(store: ObjectStore, base_sha256: str, load: Callable[[], BaseModel]) -> Fingerprint | None:
+    """Return the fingerprint of a base model; None: an encoder-decoder. `load` is called only if none is stored."""
+    stored = read_fingerprint(store, base_sha256)
     if stored is None:
+        base = load()
+        if base.kind == "seq2seq":  # no engine serves adapters on it
+            return None
         tokens, log_probs = text_log_probs(base.model, base.tokenizer)
         stored = Fingerprint(base_sha256=base.sha256, tokens=tuple(tokens), log_probs=tuple(log_probs))
         write_stored(store, fingerprint_key(base.sha256), stored)

@@ -36,6 +36,17 @@ def lend_base(reference: BaseRef) -> BaseModel:
     return base
 
 
+def lend_tokenizer(reference: BaseRef) -> Any:
+    """Return the tokenizer of a base model. Its weights are not loaded for that."""
+    from deal_core.base_model.load import read_tokenizer
+    from deal_core.base_model.sources import tokenizer_folder
+
+    loaded = _loaded.get((reference.source, reference.quantize))
+    if loaded is not None:
+        return loaded.tokenizer
+    return read_tokenizer(tokenizer_folder(reference.source, HomeSettings().cache_dir), reference.source)
+
+
 def require_base(reference: BaseRef, sha256: str) -> None:
     """Raise ConfigError if the base model has another digest than the reference: it has changed since."""
     if sha256 != reference.sha256:

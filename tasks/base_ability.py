@@ -9,12 +9,13 @@ from pydantic import BaseModel
 from deal_core.config import HARNESS, EvaluateConfig
 from deal_core.evaluation.report import mean_score
 from deal_core.general.suites import off_because, suite_of
-from infra.general_scores import read_scores
+from infra.general_scores import answerer_of, is_engine, read_scores
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import base_scores_key
 from tasks.base import local_sha256
 from tasks.lineage.record import LineageRecord
+from tasks.spec import AdaptSpec
 
 
 class BaseAbility(BaseModel, frozen=True):
@@ -53,26 +54,30 @@ def require_suites(config: EvaluateConfig) -> None:
 
 def base_ability(
     store: ObjectStore,
-    config: EvaluateConfig,
+    spec: AdaptSpec,
     source: str,
     record: LineageRecord | None,
     with_model: bool,
     on_model: Callable[[int, int], None],
 ) -> tuple[BaseAbility, ...]:
-    """Return what the base model can do of the suites that the settings name, by the scores that runs have stored.
+    """Return what the base model can do of the suites that a spec names, by the scores that runs have stored.
+
+    Scores of the spec's quantization count, and of a suite without them those of an engine.
 
     Args:
         store: The store with the scores.
-        config: The settings.
+        spec: The settings.
         source: Source of the base model.
         record: The lineage's record, which knows the base model's digest.
         with_model: Ask the base model suites without a stored score. Nothing is stored.
         on_model: Called with the number of requests that it has answered, and that of all of them.
     """
-    suites = [suite_of(name) for name in config.general]
+    suites, own = [suite_of(name) for name in spec.evaluate.general], answerer_of(None, spec.train.quantize)
     sha256 = record.base.sha256 if record else local_sha256(source)
-    kept = read_scores(store, base_scores_key(sha256)) if sha256 else None
-    known = {suite.name: kept.suites[suite.sha256] for suite in suites if kept and suite.sha256 in kept.suites}
+    kept = read_scores(store, base_scores_key(sha256), sha256) if sha256 else {}
+    by_engine = {digest: scores for name in kept if is_engine(name) for digest, scores in kept[name].items()}
+    stored = {**by_engine, **kept.get(own, {})}
+    known = {suite.name: stored[suite.sha256] for suite in suites if suite.sha256 in stored}
     unknown = [suite for suite in suites if suite.name not in known]
     if with_model and unknown:
         from deal_core.base_model.load import load_base
@@ -85,7 +90,7 @@ def base_ability(
         BaseAbility(
             suite=suite.name,
             accuracy=mean_score(known[suite.name]) if suite.name in known else None,
-            limit=config.min_general_accuracy,
+            limit=spec.evaluate.min_general_accuracy,
         )
         for suite in suites
     )

@@ -65,6 +65,9 @@ class Notice(BaseModel, frozen=True, extra="forbid"):
     schema_version: Literal[1] = 1
     lineage: str
     task: str | None = None
+    """The task that the version learned; None: it is a consolidation, or one has failed."""
+    arrivals: int | None = None
+    """Number of arrivals that a consolidation learned together; None: it is none."""
     version: str | None = None
     parent_version: str | None = None
     """The version that this version continues; None: it starts from the base model."""
@@ -87,8 +90,9 @@ class Notice(BaseModel, frozen=True, extra="forbid"):
     @classmethod
     def of(cls, version: Version, **more: Any) -> Self:
         """Return a notice about a registered version; `more` are the other fields, or replace its own."""
-        shared = ("lineage", "task", "version", "parent_version", "run_key")
-        return cls(**({name: getattr(version, name) for name in shared} | more))
+        own = {name: getattr(version, name) for name in ("lineage", "version", "parent_version", "run_key")}
+        lesson = {"arrivals": len(version.arrivals)} if version.is_consolidation else {"task": version.task}
+        return cls(**(own | lesson | more))
 
 
 def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:

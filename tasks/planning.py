@@ -36,7 +36,7 @@ from deal_core.selection.choose import rows_read
 from deal_core.strategies import strategy_class
 from deal_core.strategies.strategy import KeptRows, PlannedArrival
 from deal_core.training.train import TrainingSetup, train_adapter
-from infra.settings import HomeSettings
+from infra.settings import HomeSettings, LaunchSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions
@@ -227,6 +227,7 @@ def _plan_rows(
     if device_memory is not None:
         num_bytes = parse_bytes(device_memory)
         device = Device(name="the device planned for", is_cpu=here.is_cpu, free_bytes=num_bytes, total_bytes=num_bytes)
+    num_shards = train.num_processes if LaunchSettings().shard == "base" else 1
 
     def memory_of(train: TrainConfig, precision: str) -> MemoryPlan:
         """The memory with other settings of the training and another precision than those of the run."""
@@ -235,13 +236,24 @@ def _plan_rows(
         rows = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
         adapter = replace(setup.adapter, rank=run.rank)
         activations = measure_activations(run.base.config, adapter, rows, precision, on_cpu=device.is_cpu)
-        return plan_memory(model, activations, rows, shape, train=train, precision=precision, on_cpu=device.is_cpu)
+        return plan_memory(
+            model,
+            activations,
+            rows,
+            shape,
+            train=train,
+            precision=precision,
+            on_cpu=device.is_cpu,
+            num_shards=num_shards,
+        )
 
     memory, limit = memory_of(train, run.precision), device.free_bytes
     refused = memory.total > limit
     seconds, notes = None, list[str]()
     if run.base.folder is None:
         notes.append("the base model's weights are not on this machine, so no step was timed (deal model fetch)")
+    elif num_shards > 1:
+        notes.append(f"the base model is divided among {num_shards} processes (DEAL_SHARD), so no step was timed")
     elif train.quantize != "none" and here.is_cpu:
         notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
     elif probe and not refused and memory.total <= here.free_bytes:

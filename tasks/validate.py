@@ -195,7 +195,7 @@ def validate(
     checked = None
     if with_model and schema.labels and kept.inputs:
         checked = _check_labels(schema, kept, base, spec.train, on_model)
-    general = base_ability(store, spec.evaluate, base, record, with_model, on_model) if spec.evaluate.general else ()
+    general = base_ability(store, spec, base, record, with_model, on_model) if spec.evaluate.general else ()
     warnings = (*data_warnings(schema, manifest.contradictions, include_texts=True), *kept.warnings(schema))
     choose_strategy(spec, record)  # refuses options that it does not take
     if landing.renews_tests or not landing.frozen_test_inputs:  # the file brings the test rows

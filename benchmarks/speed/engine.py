@@ -120,7 +120,7 @@ def evaluate_both(base_source: str, rounds: int) -> dict[str, Any]:
     base = load_base(base_source, HomeSettings().cache_dir, precision="fp32")
     from deal_core.adapter.state import adapter_on
 
-    engine = evaluation_engine(store, base)
+    engine = evaluation_engine(store, lambda: base)
     assert engine is not None, "the caller has set its address"
     took: dict[str, list[float]] = {kind: [] for kind in KINDS}
     answers: dict[str, Any] = {}

@@ -65,11 +65,20 @@ class ModelSize:
         """Number of parameters of all kinds."""
         return sum(self.parameters.values())
 
-    def weight_bytes(self, precision: str, quantize: Quantize) -> int:
-        """Bytes of the frozen weights. Only the linear layers are quantized, not the output layer."""
+    def weight_bytes(self, precision: str, quantize: Quantize, num_shards: int = 1) -> int:
+        """Bytes of the frozen weights on one device. Only the linear layers are quantized, not the output layer.
+
+        Of several shards a device holds one, and two whole layers: one computes while the next is gathered. Embeddings
+        and output layer are whole, and so is a quantized model.
+        """
         linear = self.parameters["linear layers"]
-        bits = BITS_OF_QUANTIZED.get(quantize, 8.0 * BYTES_OF[precision])
-        return round(linear * bits / 8) + (self.num_parameters - linear) * BYTES_OF[precision]
+        if quantize != "none":
+            bits = BITS_OF_QUANTIZED[quantize]
+            return round(linear * bits / 8) + (self.num_parameters - linear) * BYTES_OF[precision]
+        whole = self.parameters["embeddings"] + self.parameters["output layer"]
+        sharded = self.num_parameters - whole
+        held = min(1.0, 1 / num_shards + 2 / self.num_layers) if num_shards > 1 else 1.0
+        return (whole + round(sharded * held)) * BYTES_OF[precision]
 
     def num_factor_numbers(self, rank: int) -> tuple[int, int]:
         """Size of all A and of all B at this rank."""
@@ -154,11 +163,12 @@ def plan_memory(
     train: TrainConfig,
     precision: str,
     on_cpu: bool,
+    num_shards: int = 1,
 ) -> MemoryPlan:
-    """Add up the memory of a training step.
+    """Add up the memory of a training step in one process.
 
     `batch` is the larger of training batch and rehearsed rows, which go through the model one after the other;
-    `activations` are its own. `precision` is that of the frozen weights.
+    `activations` are its own. `precision` is that of the frozen weights, which `num_shards` processes share.
     """
     learner = Strategy if shape.is_first_task else strategy_class(shape.strategy)
     numbers = learner.tensor_numbers(shape.method, model.modules, shape.rank)
@@ -171,7 +181,7 @@ def plan_memory(
         3 * BYTES_OF[precision] * batch.num_rows * batch.num_tokens * model.intermediate_size,
         FP32 * numbers.arrival - kept,  # used before the first batch, so never together with the activations
     )
-    weights = model.weight_bytes(precision, train.quantize)
+    weights = model.weight_bytes(precision, train.quantize, num_shards)
     return MemoryPlan(
         weights=weights,
         adapter=FP32 * numbers.adapter,

@@ -91,7 +91,7 @@ class TrainingJob(Job):
     def inputs(self) -> dict[str, Path]:
         """The files and folders that the job reads, by their names in a folder of `moved`."""
         parent = {} if self.parent_folder is None else {"parent": self.parent_folder}
-        kept = {} if self.kept is None else {"kept": self.kept.folder}
+        kept = {} if self.kept is None else {self._name_of_kept: self.kept.folder}
         joined = {f"joined-{number}.parquet": other.rows_file for number, other in enumerate(self.joined)}
         return {"train.parquet": self.rows_file, **parent, **kept, **joined}
 
@@ -107,8 +107,13 @@ class TrainingJob(Job):
                 replace(other, rows_file=folder / f"joined-{number}.parquet")
                 for number, other in enumerate(self.joined)
             ),
-            kept=None if self.kept is None else replace(self.kept, folder=folder / "kept"),
+            kept=None if self.kept is None else replace(self.kept, folder=folder / self._name_of_kept),
         )
+
+    @property
+    def _name_of_kept(self) -> str:
+        """A training that starts from the parent whose kept rows it hands on reads one folder."""
+        return "parent" if self.kept is not None and self.kept.folder == self.parent_folder else "kept"
 
     def run(self, base: BaseModel, send: Send = lambda _: None, on_checkpoint: OnCheckpoint | None = None) -> Any:
         """Train; `send` gets the figures of every step. Returns a `TrainingResult`."""
@@ -223,11 +228,11 @@ def gather_json(values: Sequence[Any]) -> list[Any]:
     state = PartialState()
     if state.num_processes == 1:
         return [json.loads(json.dumps(values))]
-    content = json.dumps(values).encode()
-    own = torch.tensor([list(content)], dtype=torch.uint8, device=state.device)
+    content = bytearray(json.dumps(values).encode())
+    own = torch.frombuffer(content, dtype=torch.uint8).to(state.device)[None]
     lengths = gather(torch.tensor([own.shape[1]], device=state.device)).tolist()
     padded = gather(pad_across_processes(own, dim=1))
-    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(padded.cpu(), lengths, strict=True)]
+    return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(padded.cpu(), lengths, strict=True)]
 
 
 def as_message(result: Any) -> dict[str, Any]:

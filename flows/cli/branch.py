@@ -69,8 +69,7 @@ def show_branch(known: KnownBranch) -> Iterable[RenderableType]:
     yield from show_made(end.made)
     outcome = f"version {end.tip} became champion" if end.tip else "it was given up"
     yield f"Ended on {end.ended.astimezone():%Y-%m-%d %H:%M}: {outcome}."
-    if (attestation := end.attestation) is not None:
-        rows = attestation.rows
+    if (attestation := end.attestation) is not None and (rows := branch.deleted) is not None:
         yield (
             f"Attested: arrival {rows.sha256[:12]} of {escape(rows.task)} ({len(rows.inputs)} rows known by digest) is "
             f"gone, and so are the adapters of version {', '.join(attestation.removed) or '–'}. All of it: --json."

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from flows.forget import ForgetResult
     from flows.gc import GcResult
     from flows.relearn import RelearnPlan, RelearnResult
-    from infra.branches import Attestation
     from tasks.housekeeping.arrivals import ListedArrival
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
@@ -186,24 +185,25 @@ def _relearn(
     done = deal.run(lambda: relearn_flow(name, arrival, who=deal.account, **options), "looking", trains=True)
     return CommandResult(
         done,
-        [*show_made(done.made), f"[bold]{escape(done.message)}[/]", *_attested(name, done.attestation)],
+        [*show_made(done.made), f"[bold]{escape(done.message)}[/]", *_attested(done)],
         rejected=done.status == "stopped",
     )
 
 
-def _attested(lineage: str, attestation: Attestation | None) -> Iterable[RenderableType]:
-    if attestation is None:
+def _attested(done: RelearnResult) -> Iterable[RenderableType]:
+    attestation, rows = done.attestation, done.branch.deleted
+    if attestation is None or rows is None:
         return
     yield f"Without an adapter now: version {', '.join(attestation.removed) or '–'}."
-    if attestation.rows.others:
-        yield f"Versions of other lineages saw the rows, and stay: {escape(', '.join(attestation.rows.others))}."
+    if rows.others:
+        yield f"Versions of other lineages saw the rows, and stay: {escape(', '.join(rows.others))}."
     if attestation.exports_removed:
         yield f"Exports that were removed: {escape(', '.join(attestation.exports_removed))}."
     if attestation.exports_left:
         yield f"[yellow]Remove these exports by hand: {escape(', '.join(attestation.exports_left))}.[/]"
     if attestation.waits_for_mlflow:
         yield "[yellow]MLflow does not answer; deal server sync removes its copies.[/]"
-    yield escape(f"The attestation: deal lineage branch {lineage} --json.")
+    yield escape(f"The attestation: deal lineage branch {done.lineage} --json.")
 
 
 def confirm(deal: Session, shown: Iterable[RenderableType], question: str) -> None:

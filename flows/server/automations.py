@@ -61,7 +61,9 @@ TITLES: dict[Kind, str] = {
     "decayed": "version {{ event.payload.version }} is worse on {{ event.payload.task }} than the one before was",
 }
 BODY = """\
-Lineage {{ event.payload.lineage }}, task {{ event.payload.task }}
+Lineage {{ event.payload.lineage }}\
+{% if event.payload.task %}, task {{ event.payload.task }}\
+{% elif event.payload.arrivals %}, consolidation of {{ event.payload.arrivals }} arrivals{% endif %}
 {% for reason in event.payload.reasons %}- {{ reason }}
 {% endfor %}{% if event.payload.error %}{{ event.payload.error }}
 {% endif %}{% if event.payload.version %}deal version show {{ event.payload.version }} \

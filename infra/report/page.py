@@ -138,11 +138,14 @@ def verdict_of(report: RunReport) -> str:
     version = f"Version {report.version} of {report.lineage}"
     if report.verdict == "rejected":
         stays = f"{origin_of(report)} stays champion" if report.parent_version else "there is no champion yet"
+        if report.branch is not None:
+            stays = f"branch {report.branch} stays at {origin_of(report)}"
         return f"{version}, trained on {report.together or report.task}, was rejected by the gate; {stays}."
     became = {
         "promoted": "was promoted",
         "awaiting-approval": "waits for a person's approval",
         "rollout": "is tried on live traffic",
+        "remade": f"waits for the swap of branch {report.branch}",
     }
     return f"{version} has learned {report.together or report.task}, passed the gate and {became[report.verdict]}."
 

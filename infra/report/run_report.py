@@ -16,7 +16,8 @@ LIVE_FILE = "live.json"
 """The last look at the version's live traffic."""
 PAGE_FILE = "report.html"
 
-Verdict = Literal["promoted", "rejected", "awaiting-approval", "rollout"]
+Verdict = Literal["promoted", "rejected", "awaiting-approval", "rollout", "remade"]
+"""remade: a branch made the version, and it passed its gate."""
 
 
 class ReportPart(BaseModel):
@@ -138,6 +139,8 @@ class RunReport(ReportPart):
     together: str | None = None
     """What a consolidation learned, in a few words; None: the version learned the task."""
     parent_version: str | None
+    branch: int | None = None
+    """The branch that made it; None: it was made to continue the champion."""
     verdict: Verdict
     reasons: tuple[str, ...]
     created: datetime

@@ -30,7 +30,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling, given_up, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
 from deal_core.evaluation.generation import answer_limit, confidence_of, first_tokens
-from infra.fingerprints import Fingerprint, keep_fingerprint, read_fingerprint
+from infra.fingerprints import Fingerprint, keep_fingerprint
 from infra.serving.version_files import write_peft_folder
 from infra.serving.vllm import EngineAwayError, EngineClient, EngineError, Piece
 from infra.settings import EngineSettings, HomeSettings, ServingSettings
@@ -319,9 +319,7 @@ class Engines:
         Only the first server of a base model loads it, if no evaluation has stored its fingerprint.
         """
         source, cache = ServingSettings().base_model or served.base_source, HomeSettings().cache_dir
-        fingerprint = read_fingerprint(self._store, served.base_sha256)
-        if fingerprint is None:
-            fingerprint = keep_fingerprint(self._store, load_base_of(served, cache, source))
+        fingerprint = keep_fingerprint(self._store, served.base_sha256, lambda: load_base_of(served, cache, source))
         if fingerprint is None:
             raise ConfigError(f"{served.base_name} is an encoder-decoder, which vLLM serves no adapters on.")
         tokenizer = read_tokenizer(tokenizer_folder(source, cache), source)

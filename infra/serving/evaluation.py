@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +38,7 @@ class EvaluationEngine:
     def __init__(self, client: EngineClient, store: ObjectStore, base: BaseModel) -> None:
         self.name = f"vllm {client.version()}"
         """What answers, as stored answers name it."""
-        fingerprint = keep_fingerprint(store, base)
+        fingerprint = keep_fingerprint(store, base.sha256, lambda: base)
         if fingerprint is None:
             reason = f"{base.name} is an encoder-decoder, which vLLM serves no adapters on"
             raise ConfigError(f"DEAL_EVALUATE_ENGINE: {reason}; unset it.")
@@ -106,8 +106,10 @@ class EvaluationEngine:
         return answer
 
 
-def evaluation_engine(store: ObjectStore, base: BaseModel) -> EvaluationEngine | None:
-    """Return the engine of DEAL_EVALUATE_ENGINE; None: this process answers. For further errors see the class.
+def evaluation_engine(store: ObjectStore, load: Callable[[], BaseModel]) -> EvaluationEngine | None:
+    """Return the engine of DEAL_EVALUATE_ENGINE; None: there is none. For further errors see the class.
+
+    `load` returns the base model. It is called only if there is an engine.
 
     Raises:
         ConfigError: The address is none, or has a password.
@@ -117,4 +119,4 @@ def evaluation_engine(store: ObjectStore, base: BaseModel) -> EvaluationEngine |
         return None
     if holds_secret(url):
         raise ConfigError("DEAL_EVALUATE_ENGINE has a user or a password; give DEAL_ENGINE_API_KEY instead.")
-    return EvaluationEngine(EngineClient(url, EngineSettings(), max_attempts=MAX_ATTEMPTS), store, base)
+    return EvaluationEngine(EngineClient(url, EngineSettings(), max_attempts=MAX_ATTEMPTS), store, load())

@@ -18,7 +18,6 @@ from infra.store.keys import dataset_sha256
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.general import measure_general
 from tasks.adaptation.run import STAGE, AdaptationRun, RunInputs, jobs_of
-from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import (
@@ -65,13 +64,11 @@ def evaluate_version(
     slice. If a task gains labels, the new version is asked with the new labels and the parent without them, as each of
     them serves.
     """
-    from infra.fingerprints import keep_fingerprint
     from tasks.adaptation.scorer import Processes, Scorer, collapse_notes
 
     store = current_store()
     processes = Processes(adaptation.spec.train.num_processes, jobs_of(adaptation), adaptation.folder / "answers")
     scorer = Scorer(adaptation.base, processes=processes)
-    keep_fingerprint(store, lend_base(adaptation.base))  # deal serve --engine knows the base model by it
     asked = _rows_to_ask(store, adaptation, scorer.engine)
     scores = _score(scorer, asked, adaptation, trained)
     # Store the answers for the next version's comparison, and the reference for live traffic.
@@ -211,19 +208,20 @@ def _score(scorer: Scorer, asked: _Asked, adaptation: AdaptationRun, trained: Tr
     from tasks.adaptation.scorer import Scored
 
     answered, before = asked.answered, adaptation.parent_folder
-    scorer.expect(asked.new, [*asked.new, *asked.unanswered] if before else [], asked.all)
+    new = asked.new if before else []
+    scorer.expect(asked.new, new, asked.unanswered, asked.all)
     on_base = scorer.score(None, asked.new, general=True)
-    on_parent = scorer.score(before, asked.new) if before else Scored({}, {}, None)
-    if asked.unanswered:
-        more = scorer.score(before, asked.unanswered).answers
-        answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
+    of_parent = [*new, *asked.unanswered]
+    given = scorer.score(before, of_parent) if of_parent else Scored({}, {}, None)
+    for name in (test_set.schema.name for test_set in asked.unanswered):
+        answered = {**answered, name: answered.get(name, {}) | given.answers[name]}
     now = scorer.score(trained.folder, asked.all, general=True, explain=True)
     facts = AdapterFacts(
         norm=adapter_norm(trained.folder),
         parent_norm=adapter_norm(before) if before else None,
         is_changed=adaptation.parent is None or adaptation.parent.adapter_sha256 != trained.sha256,
     )
-    return _Scores(on_base=on_base, on_parent=on_parent, now=now, answered=answered, facts=facts)
+    return _Scores(on_base=on_base, on_parent=given.only(new), now=now, answered=answered, facts=facts)
 
 
 def _length_notes(scorer: Scorer, asked: _Asked, dataset: DatasetRef) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deal_core.evaluation.report import GeneralScores, Scores, mean_score
 from deal_core.general.suites import Suite, off_because, suite_of
-from infra.general_scores import SuiteScores, keep_scores, read_scores
+from infra.general_scores import answerer_of, keep_scores, read_scores
 from infra.store.keys import adapter_scores_key, base_scores_key
 from tasks.adaptation.run import AdaptationRun
 from tasks.context import current_store
@@ -39,7 +39,7 @@ def measure_general(scorer: Scorer, adaptation: AdaptationRun, trained: TrainedA
         return MeasuredAbility(scores={}, notes=())
 
     suites = [suite_of(name) for name in config.general]
-    asked = _Asked(scorer, scorer.engine or f"quantize {adaptation.base.quantize}")
+    asked = _Asked(scorer, answerer_of(scorer.engine, adaptation.base.quantize))
     sha256 = adaptation.base.sha256
     base = asked.scores(base_scores_key(sha256), sha256, None, suites)
     on = [suite for suite in suites if mean_score(base[suite.name]) >= config.min_general_accuracy]
@@ -58,19 +58,17 @@ class _Asked:
     """Asks models the suites whose scores are not stored."""
 
     scorer: Scorer
-    answered_by: str
+    answerer: str
 
     def scores(self, key: str, sha256: str, adapter_folder: Path | None, suites: Sequence[Suite]) -> dict[str, Scores]:
         """Return the scores of a model on suites, by name. `key` is their place in the store."""
         store = current_store()
-        kept = read_scores(store, key)
-        is_of_model = kept is not None and (kept.model_sha256, kept.answered_by) == (sha256, self.answered_by)
-        known = dict(kept.suites) if kept is not None and is_of_model else {}
+        known = dict(read_scores(store, key, sha256).get(self.answerer, {}))
         unknown = [suite for suite in suites if suite.sha256 not in known]
         if unknown:
             found = self.scorer.score_suites(adapter_folder, unknown)
             known |= {suite.sha256: found[suite.name] for suite in unknown}
-            keep_scores(store, key, SuiteScores(model_sha256=sha256, answered_by=self.answered_by, suites=known))
+            keep_scores(store, key, sha256, self.answerer, known)
         return {suite.name: known[suite.sha256] for suite in suites}
 
 

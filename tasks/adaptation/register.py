@@ -42,7 +42,7 @@ def register_version(
         matrix=report.matrix,
         slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
     )
-    store.delete(keys.jobs_folder(trained.uri))  # of a try that was killed
+    store.delete(keys.jobs_folder(trained.uri))  # of a try on Ray that was killed; this one may be local
     write_record(store, trained.uri, record)
     served = json.dumps(served_version(record).to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     (trained.folder / SERVED_FILE).write_text(served, encoding="utf-8")

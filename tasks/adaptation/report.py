@@ -30,6 +30,7 @@ from infra.report.run_report import (
     QuarantinedRow,
     RunReport,
     Training,
+    Verdict,
 )
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.tracking.client import installed_version
@@ -85,7 +86,8 @@ def gather_report(
         task=dataset.task,
         together=version.lesson if version.is_consolidation else None,
         parent_version=version.parent_version,
-        verdict="promoted" if version.outcome == "rollout" and version.since.promoted is not None else version.outcome,
+        branch=version.branch,
+        verdict=_ended_as(version),
         reasons=version.reasons,
         created=version.created,
         include_texts=include_texts,
@@ -113,6 +115,14 @@ def gather_report(
         ),
         arrival_accuracy=version.arrival_accuracy,
     )
+
+
+def _ended_as(version: Version) -> Verdict:
+    """Return how a version's run ended, or that it has become champion since."""
+    verdict: Verdict = version.outcome
+    if verdict == "promoted" and version.branch is not None:
+        verdict = "remade"
+    return "promoted" if verdict in ("rollout", "remade") and version.since.promoted is not None else verdict
 
 
 def thin(points: Sequence[tuple[int, float]], limit: int) -> list[tuple[int, float]]:

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from infra.run_journal import Run, RunJournal
 from infra.store import keys
 from infra.store.format import write_format
 from infra.versions import Version, Versions
-from tasks.base import load
+from tasks.base import lend_base, load
 from tasks.context import current_store, work_folder
 from tasks.lineage.choices import settings_of
 from tasks.lineage.consolidation import ConsolidationPlan
@@ -221,11 +222,16 @@ def start_run(inputs: RunInputs) -> Run:
 def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
     """Gather what the stages of a run work with, and copy the parent's adapter to this machine.
 
+    The base model is in memory still, and its fingerprint is stored.
+
     Raises:
         IntegrityError: The parent's adapter is damaged.
         ObjectNotFoundError: The parent's adapter is missing.
     """
+    from infra.fingerprints import keep_fingerprint
+
     store, dataset, parent, record = current_store(), inputs.dataset, inputs.parent, inputs.record
+    keep_fingerprint(store, inputs.base.sha256, partial(lend_base, inputs.base))  # for deal serve --engine
     if record is not None and inputs.consolidation is not None:  # test rows stay as they are
         schema, renewal = choose_task(record, dataset.task).schema, Renewal(None, record.slices, None)
     else:

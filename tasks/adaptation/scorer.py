@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from deal_core.training.jobs import AnswerJob, AnswerResult
 from infra.launch import is_in_this_process, launch_job
 from infra.serving.evaluation import evaluation_engine
 from infra.settings import HomeSettings, LaunchSettings
-from tasks.base import lend_base, release_base
+from tasks.base import lend_base, lend_tokenizer, release_base
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import Answers, TestSet
 from tasks.progress import advance
@@ -54,6 +54,13 @@ class Scored:
         """Each row's score, by task."""
         return {name: evaluation.outcomes for name, evaluation in self.evaluations.items()}
 
+    def only(self, sets: Sequence[TestSet]) -> Scored:
+        """Return what was found on these test sets."""
+        names = [test_set.schema.name for test_set in sets]
+        return Scored(
+            {name: self.evaluations[name] for name in names}, {name: self.answers[name] for name in names}, None
+        )
+
 
 _Found = tuple[Mapping[str, TaskEvaluation], float | None]
 """The evaluations by task, and the perplexity on plain English."""
@@ -74,14 +81,12 @@ class Scorer:
     """Scores adapters on test sets and reports the progress.
 
     An engine answers the rows if one is set (DEAL_EVALUATE_ENGINE); else `processes` do, if they are given and not this
-    process alone.
+    process alone. This process loads the base model only for what it computes itself.
     """
 
     def __init__(self, base: BaseRef, *, stage: str = "evaluate", processes: Processes | None = None) -> None:
         self._base = base
-        lent = lend_base(base)
-        self._tokenizer = lent.tokenizer
-        self._engine = evaluation_engine(current_store(), lent)
+        self._engine = evaluation_engine(current_store(), partial(lend_base, base))
         is_alone = processes is None or self._engine is not None or is_in_this_process(processes.number)
         self._processes = None if is_alone else processes
         self._report = advance(stage)
@@ -93,6 +98,10 @@ class Scorer:
     def engine(self) -> str | None:
         """What answers the rows, such as "vllm 0.32.0"; None: this process does."""
         return None if self._engine is None else self._engine.name
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return lend_tokenizer(self._base)
 
     def expect(self, *passes: Sequence[TestSet]) -> None:
         """Set the total of the progress. Each pass is a sequence of test sets that will be scored."""

@@ -57,7 +57,7 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     Raises:
         ConfigError: There is no file, or a setting is not valid.
     """
-    settings = _parsed(store, lineage)
+    settings = stored_lineage(store, lineage)
     if settings is None and lineage != DEFAULT:
         uri = store.uri_of(keys.settings_key(lineage))
         raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage apply SPEC.")
@@ -66,10 +66,11 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
 
 def monitor_settings(store: ObjectStore, lineage: str) -> MonitorConfig:
     """Return the `monitor` section of a lineage's file; without a file, the defaults. Errors as `read_lineage`."""
-    return (_parsed(store, lineage) or WatchedLineage()).monitor
+    return (stored_lineage(store, lineage) or WatchedLineage()).monitor
 
 
-def _parsed(store: ObjectStore, lineage: str) -> WatchedLineage | None:
+def stored_lineage(store: ObjectStore, lineage: str) -> WatchedLineage | None:
+    """Read a lineage's file; None: there is none. ConfigError: a setting is not valid."""
     values = _read_values(store, lineage)
     return None if values is None else parse(WatchedLineage, values, store.uri_of(keys.settings_key(lineage)))
 

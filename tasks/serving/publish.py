@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,33 @@ def publish(
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / f"{lineage}-v{info.version}"  # never another adapter, since servers cache by name
     with borrowed_adapter(store, info) as adapter:
-        note_export(store, lineage, info.version, str(target.absolute()), adapter)  # first: no export is unknown
-        is_new = not target.exists() and write_peft_folder(adapter, target, content)
         wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(content.encode()).hexdigest()}
-    if not is_new:  # servers that have loaded it would not notice a change, and others would load something else
-        there = digests_of(target, PEFT_FILES)
-        if names := ", ".join(name for name in PEFT_FILES if there.get(name) != wanted[name]):
-            other = ""
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                named = json.loads((target / CONFIG_FILE).read_bytes())["base_model_name_or_path"]
-                other = f" It was published for the base model {named}."
-            raise ConfigError(
-                f"{target} is there with other content ({names}), and a published name never changes.{other} Give "
-                "another folder, or stop the servers that use this one and remove it."
-            )
+        if target.exists():
+            _require_same(target, wanted)
+        note_export(store, lineage, info.version, str(target.absolute()), adapter)  # before it is: none is unknown
+        is_new = not target.exists() and write_peft_folder(adapter, target, content)
+    if not is_new:  # another process may have been faster
+        _require_same(target, wanted)
     return Published(
         lineage=lineage, version=info.version, model=target.name, folder=str(target), base_model=base, is_new=is_new
     )
+
+
+def _require_same(target: Path, wanted: Mapping[str, str]) -> None:
+    """Raise ConfigError if a folder has other files than those that are to be published.
+
+    Servers that have loaded it would not notice a change, and others would load something else.
+    """
+    there = digests_of(target, PEFT_FILES)
+    if names := ", ".join(name for name in PEFT_FILES if there.get(name) != wanted[name]):
+        other = ""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            named = json.loads((target / CONFIG_FILE).read_bytes())["base_model_name_or_path"]
+            other = f" It was published for the base model {named}."
+        raise ConfigError(
+            f"{target} is there with other content ({names}), and a published name never changes.{other} Give "
+            "another folder, or stop the servers that use this one and remove it."
+        )
 
 
 def require_servable(config: dict[str, Any], settings: EngineSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import PeftModel
 
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.general.suites import CheckedSuite, read_suite
-from infra.general_scores import read_scores
+from infra.general_scores import SuiteScores, keep_scores, read_scores
 from infra.settings import TrackingSettings
 from infra.store.keys import adapter_scores_key, base_scores_key
 from infra.tracking.client import open_client
@@ -77,8 +78,8 @@ def test_suites_are_asked_once_judged_and_shown(
     client = open_client(TrackingSettings())
     (logged,) = client.search_runs([client.get_experiment_by_name("deal/l").experiment_id])
     assert logged.data.metrics["general/json"] == 0.75
-    kept = read_scores(store, adapter_scores_key(version.adapter_uri))
-    assert kept is not None and kept.model_sha256 == version.adapter_sha256
+    kept = read_scores(store, adapter_scores_key(version.adapter_uri), version.adapter_sha256)
+    assert kept.keys() == {"quantize none"}
 
     # what the base model can do is known now, to every lineage
     asked, _ = spec_to_check(
@@ -89,6 +90,13 @@ def test_suites_are_asked_once_judged_and_shown(
     )
     tools, json = validate(asked).general
     assert (tools.is_on, json.is_on) == (False, True) and "tools is off" in tools.describe()
+
+    # nor do the scores of another answerer displace them, or count for this one
+    none, sha256 = (0.0,) * ROWS, version.base_sha256
+    keep_scores(store, base_scores_key(sha256), sha256, "vllm 0.32.0", {read_suite("json").sha256: none})
+    assert validate(asked).general == (tools, json)
+    quantized = asked.model_copy(update={"train": replace(asked.train, quantize="4bit")})
+    assert [each.accuracy for each in validate(quantized).general] == [None, 0.0], "those of the engine"
 
     # a small loss passes, a large one does not; base model and champion are not asked again
     abilities.of_adapters = {"json": 0.5}
@@ -104,7 +112,7 @@ def test_suites_are_asked_once_judged_and_shown(
     ] * 2
 
     # scores of another adapter than the champion's are not used
-    damaged = kept.model_copy(update={"model_sha256": "0" * 64})
+    damaged = SuiteScores(model_sha256="0" * 64, answered_by=kept)
     store.put_bytes(adapter_scores_key(version.adapter_uri), damaged.model_dump_json().encode())
     gate = {**PASS, "max_general_drop_points": None}
     third = run(tiny_base, CLINIC, gate=gate, evaluate={"general": ["json", "tools"], "min_general_accuracy": 0.9})

@@ -185,13 +185,14 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     result = delete("beds", accept_lost=True)
     assert champion().version == "1" and moves()[3:] == [("rolled back", "1")]
     assert find_left_behind("l") == (), "what learned from deleted rows cannot be learned again"
-    assert result.attestation is not None and len(result.attestation.rows.inputs) == 7, "its test rows"
+    deleted = result.branch.deleted
+    assert result.attestation is not None and deleted is not None and len(deleted.inputs) == 7, "its test rows"
     assert result.attestation.exports_removed == (str(published[2]),) and not published[2].exists()
     assert result.attestation.exports_left == (f"{published[1]} on {socket.gethostname()}",) and published[0].exists()
     shown = CliRunner().invoke(app, ["lineage", "branch", "l", "--json"])
     (known,) = json.loads(shown.stdout)
-    assert known["end"]["attestation"]["rows"]["sha256"] == arrival
-    assert "the" not in json.dumps(known["end"]["attestation"]["rows"]["inputs"]), "digests, and no texts"
+    assert known["end"]["attestation"] and known["branch"]["deleted"]["sha256"] == arrival
+    assert "the" not in json.dumps(known["branch"]["deleted"]["inputs"]), "digests, and no texts"
 
 
 def test_a_lineage_that_would_have_nothing_left_is_refused(three_tasks: Path) -> None:

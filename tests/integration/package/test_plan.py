@@ -83,6 +83,18 @@ def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:
     assert found["seconds_per_step"] > 0 and any("2 share it" in note for note in found["notes"])
 
 
+def test_a_base_model_that_processes_share_takes_less_and_no_step_is_timed(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = config_only(tmp_path / "model", hidden_size=32, intermediate_size=64, num_hidden_layers=8)
+    whole = json.loads(plan("--json", base=base, num_processes=4).stdout)["plan"]["memory"]["weights"]
+    monkeypatch.setenv("DEAL_SHARD", "base")
+    assert json.loads(plan("--json", base=base, num_processes=4).stdout)["plan"]["memory"]["weights"] < whole
+    assert json.loads(plan("--json", base=base).stdout)["plan"]["memory"]["weights"] == whole, "one process"
+    found = json.loads(plan("--json", num_processes=2).stdout)["plan"]
+    assert found["seconds_per_step"] is None and any("no step was timed" in note for note in found["notes"])
+
+
 def test_what_does_not_fit_is_refused_with_what_to_change(plan: Plan) -> None:
     whole = json.loads(plan("--json", "--no-probe", batch_size=32).stdout)["plan"]
     less = f"{0.8 * whole['total_bytes'] / 2**20}MiB"

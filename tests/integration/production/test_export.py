@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from deal_core.adapter.files import WEIGHTS_FILE
+from deal_core.adapter.files import CONFIG_FILE, WEIGHTS_FILE
 from deal_core.errors import ConfigError, IntegrityError, RegistryError
 from deal_core.evaluation.answering import read_served
 from flows.cli.app import app
 from flows.forget import forget
 from infra.settings import EngineSettings
+from infra.store.keys import export_folder
 from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
@@ -44,6 +46,10 @@ def lineage(copied_home: Path) -> None:
 
 def version(number: str) -> Version:
     return find_version(current_store(), "l", number)
+
+
+def exports() -> list[str]:
+    return [info.key for info in current_store().list(export_folder("l"))]
 
 
 def asked() -> Answer:
@@ -231,6 +237,12 @@ def test_a_published_folder_is_what_vllms_resolver_looks_for_and_never_changes(t
     assert not publish("l", folder, EngineSettings()).is_new
     with pytest.raises(ConfigError, match=rf"other content \(adapter_config.json\).*for the base model {tiny_base}"):
         publish("l", folder, EngineSettings(), model="ours/base")
+    theirs, noted = tmp_path / "theirs", exports()
+    shutil.copytree(folder, theirs)
+    (theirs / "l-v3" / CONFIG_FILE).write_text("{}")
+    with pytest.raises(ConfigError, match="other content"):
+        publish("l", theirs, EngineSettings())
+    assert exports() == noted and len(noted) == 1, "the folder is another's"
     (folder / "l-v3" / WEIGHTS_FILE).write_bytes(b"damaged")
     with pytest.raises(ConfigError, match=r"other content \(adapter_model.safetensors\)"):
         publish("l", folder, EngineSettings())

@@ -11,11 +11,19 @@ import pytest
 
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.watch import InboxWorker, watch
+from infra.store.base import ObjectStore
 from infra.store.local import open_store
+from infra.versions import Versions
 from tasks.inbox import Handled, list_arrivals, look, read_state
 from tasks.lineage.settings import WatchedLineage, add_lineage, hold_lineage_file
 from tasks.spec import parse
 from tasks.waiting import Due
+from tests.stored_versions import move, store_version
+
+
+async def none_cancelled(*args: Any) -> tuple[str, ...]:
+    """In the place of a question to a server, if there is one."""
+    return ()
 
 
 @pytest.fixture
@@ -109,12 +117,9 @@ def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: py
         learned.append(hold_lineage_file(store, "l", "enough"))
         raise ConfigError("It was tried, which is all that counts here.")
 
-    async def none_cancelled(*args: Any) -> tuple[str, ...]:
-        return ()
-
     monkeypatch.setattr("flows.watch.adapt_locked", learn)
     monkeypatch.setattr("flows.watch.is_stopped", lambda: bool(ends))
-    monkeypatch.setattr(InboxWorker, "_hold_cancelled", none_cancelled)  # it asks a server, if there is one
+    monkeypatch.setattr(InboxWorker, "_hold_cancelled", none_cancelled)
     monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
     store = open_store(str(tmp_path / "store"))
     monkeypatch.setattr("flows.watch.current_store", lambda: store)
@@ -138,3 +143,52 @@ def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: py
         assert once.files == () and len(learned) == 1, "held again, so this call ends"
 
     asyncio.run(hold_and_resume())
+
+
+@pytest.fixture
+def consolidating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[InboxWorker, ObjectStore]:
+    """A watch that consolidates a lineage when its budget is spent, and the store, in which version 1 is champion."""
+    monkeypatch.setattr(InboxWorker, "_hold_cancelled", none_cancelled)
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
+    store = open_store(str(tmp_path / "store"))
+    store_version(store, {})
+    move(store, "1")
+    settings = {"lineage": "l", "gate": {"max_total_drop_points": 8}, "consolidate": {"when_spent": True}}
+    spec = parse(WatchedLineage, settings, "test")
+    return InboxWorker(store, spec, (), settle_seconds=0, once=False, wait=True), store
+
+
+def test_a_consolidation_that_failed_is_tried_again_only_for_another_champion(
+    consolidating: tuple[InboxWorker, ObjectStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    async def fail(*args: Any) -> None:
+        tried.append(str(Versions(store).champion("l")))
+        raise ConfigError("It learns preferences.")
+
+    monkeypatch.setattr("flows.watch.consolidate_locked", fail)
+    worker, store = consolidating
+
+    def reject(parent: str) -> None:
+        check = {"kind": "total_drop", "task": "bank", "value": 9.0, "limit": 8.0}
+        store_version(store, {}, parent_version=parent, accepted=False, failed_checks=(check,))
+        asyncio.run(worker.handle_open())
+
+    reject("1")
+    reject("1")
+    assert len(tried) == 1, "the reason names another version, and the champion is the same"
+    store_version(store, {}, parent_version="1")
+    move(store, "4")
+    reject("4")
+    assert len(tried) == 2
+
+
+def test_an_idle_look_reads_the_versions_once(
+    consolidating: tuple[InboxWorker, ObjectStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    read_all = Versions.all
+    monkeypatch.setattr(Versions, "all", lambda self, lineage: read.append(lineage) or read_all(self, lineage))
+    asyncio.run(consolidating[0].handle_open())
+    assert read == ["l"]

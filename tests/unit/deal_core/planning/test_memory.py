@@ -183,6 +183,17 @@ def test_only_the_linear_layers_are_quantized() -> None:
         assert planned(size, precision="bf16", train=train).weights == pytest.approx(num_bytes + rest, abs=1)
 
 
+def test_of_a_sharded_model_a_device_holds_its_part_two_layers_and_what_is_whole() -> None:
+    size = replace(measure_model(LLAMA, ADAPTER), num_layers=32)
+    whole = size.parameters["embeddings"] + size.parameters["output layer"]
+    layers = size.num_parameters - whole
+    for num_shards, held in ((1, layers), (2, layers / 2 + layers / 16), (8, layers / 8 + layers / 16)):
+        assert planned(size, num_shards=num_shards).weights == pytest.approx(4 * (whole + held), abs=4)
+    assert planned(replace(size, num_layers=2), num_shards=4).weights == 4 * size.num_parameters
+    quantized = TrainConfig(quantize="8bit")
+    assert planned(size, train=quantized, num_shards=8) == planned(size, train=quantized), "it cannot be sharded"
+
+
 def test_experts_that_are_no_linear_layers_are_not_quantized() -> None:
     mixture = MixtralConfig(
         vocab_size=512,

@@ -26,7 +26,7 @@ from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig
 from deal_core.training.jobs import AnswerJob, AnswerResult, TrainingJob
 from deal_core.training.ranks import run_in_processes
-from deal_core.training.train import TrainingSetup
+from deal_core.training.train import KeptSource, TrainingSetup
 from infra.launch import launch_job
 from tests.unit.deal_core.conftest import TASK, as_served, make_rows, train_into
 
@@ -79,6 +79,28 @@ def answer_job(base, tiny_base, parent, tmp_path) -> AnswerJob:
         tasks=(as_served(TASK), as_served(free, 9), as_served(replace(free, name="likely", metric="loss"), 9)),
         rows_files=tuple(tmp_path / name for name in ("rows.parquet", "row.parquet", "rows.parquet")),
     )
+
+
+@pytest.mark.parametrize("starts_from_parent", [True, False])
+def test_a_parent_whose_kept_rows_are_handed_on_is_brought_once(tmp_path: Path, starts_from_parent: bool) -> None:
+    parent = tmp_path / "parent"
+    together = TrainingJob(
+        base_source="base",
+        base_sha256="b" * 64,
+        cache_folder=tmp_path,
+        parent_folder=parent if starts_from_parent else None,
+        rows_file=tmp_path / "rows.parquet",
+        setup=TrainingSetup(
+            task=TASK, strategy="seq_lora", adapter=AdapterConfig(rank=4), method=MethodConfig(), train=STEPS
+        ),
+        output_folder=tmp_path / "adapter",
+        checkpoint_folder=tmp_path / "checkpoints",
+        kept=KeptSource(folder=parent, learned=(TASK,)),
+    )
+    inputs, there = together.inputs(), together.moved(Path("/there"))
+    assert list(inputs.values()).count(parent) == 1
+    assert there.kept is not None and there.kept.folder.name in inputs
+    assert there.parent_folder == (there.kept.folder if starts_from_parent else None)
 
 
 def in_folder(job: TrainingJob, folder: Path, **changes: Any) -> TrainingJob:
@@ -244,11 +266,12 @@ def test_each_launch_trains_as_this_process_and_one_killed_worker_changes_nothin
 def test_workers_of_ray_end_with_the_process_that_wanted_them(base, job, tmp_path):
     from tasks.context import current_store
 
+    others = psutil.Process().children(recursive=True)  # servers of other tests
     started: list[psutil.Process] = []
 
     def stop(message: Mapping[str, Any]) -> None:
         if message["step"] == 3:
-            started.extend(psutil.Process().children(recursive=True))
+            started.extend(set(psutil.Process().children(recursive=True)).difference(others))
             raise InterruptedError
 
     with pytest.raises(InterruptedError):

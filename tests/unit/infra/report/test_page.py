@@ -67,8 +67,13 @@ def test_the_verdict_comes_first_with_every_reason() -> None:
     verdict = f"Version 4 of support, trained on {TASKS[2]}, was rejected by the gate; version 2 stays champion."
     places = [body.index(text) for text in (verdict, *REASONS, "Accuracy of every version")]
     assert places == sorted(places)
-    for kind, words in (("promoted", "was promoted"), ("awaiting-approval", "waits for a person's approval")):
-        assert words in verdict_of(sample_report(verdict=kind, reasons=()))
+    for kind, words in (
+        ("promoted", "was promoted"),
+        ("awaiting-approval", "waits for a person's approval"),
+        ("remade", "waits for the swap of branch 1."),
+    ):
+        assert words in verdict_of(sample_report(verdict=kind, reasons=(), branch=1))
+    assert verdict_of(sample_report(branch=1)).endswith("was rejected by the gate; branch 1 stays at version 2.")
     assert "there is no champion yet" in verdict_of(sample_report(parent_version=None))
 
 
