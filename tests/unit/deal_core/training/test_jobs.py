@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,23 +188,31 @@ def test_a_process_started_from_outside_needs_no_input_and_tells_its_error(base,
 
 @pytest.mark.nightly
 def test_torchrun_ends_with_the_process_that_started_it(base, job, tmp_path):
-    started: list[psutil.Process] = []
-
-    def stop(message: Mapping[str, Any]) -> None:
-        if message["step"] == 3:
-            started.extend(psutil.Process().children(recursive=True))
-            raise InterruptedError
-
+    started, stop = stopping_at_step_3()
     with pytest.raises(InterruptedError):
         run_in_processes(job, tmp_path / "ranks", stop, TORCHRUN)
-    assert started_processes_end(started)
+    assert alive_after_minutes(started) == []
     with pytest.raises(RankError, match="launcher of 2 processes died"):
         run_in_processes(job, tmp_path / "ranks", command=["false"])
 
 
-def started_processes_end(processes: list[psutil.Process]) -> bool:
-    """Whether all of several processes end within a minute."""
-    return len(processes) > 2 and not psutil.wait_procs(processes, timeout=60)[1]
+def stopping_at_step_3() -> tuple[list[psutil.Process], Callable[[Mapping[str, Any]], None]]:
+    """What raises InterruptedError at step 3, and the processes that were started until then."""
+    others = psutil.Process().children(recursive=True)  # servers of other tests
+    started: list[psutil.Process] = []
+
+    def stop(message: Mapping[str, Any]) -> None:
+        if message["step"] == 3:
+            started.extend(set(psutil.Process().children(recursive=True)).difference(others))
+            raise InterruptedError
+
+    return started, stop
+
+
+def alive_after_minutes(processes: list[psutil.Process]) -> list[str]:
+    """Which of several processes do not end within minutes. Ray's own agents look after their cluster once a minute."""
+    assert len(processes) > 2
+    return [str(process) for process in psutil.wait_procs(processes, timeout=180)[1]]
 
 
 @pytest.fixture
@@ -266,14 +274,8 @@ def test_each_launch_trains_as_this_process_and_one_killed_worker_changes_nothin
 def test_workers_of_ray_end_with_the_process_that_wanted_them(base, job, tmp_path):
     from tasks.context import current_store
 
-    others = psutil.Process().children(recursive=True)  # servers of other tests
-    started: list[psutil.Process] = []
-
-    def stop(message: Mapping[str, Any]) -> None:
-        if message["step"] == 3:
-            started.extend(set(psutil.Process().children(recursive=True)).difference(others))
-            raise InterruptedError
+    started, stop = stopping_at_step_3()
 
     with pytest.raises(InterruptedError):
         launch_job(current_store(), job, "adapters/l/r/jobs", tmp_path / "r", stop)
-    assert started_processes_end(started)
+    assert alive_after_minutes(started) == []

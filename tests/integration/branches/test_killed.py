@@ -21,17 +21,10 @@ from tasks.serving.export import export_version
 from tests.adapting import run
 from tests.e2e.command import DEAL, ROOT
 from tests.integration.branches.conftest import adapter, champion, small_task
-from tests.integration.branches.conftest import learned as learned
-from tests.integration.branches.conftest import three_tasks as three_tasks
-from tests.integration.branches.conftest import without_mlflow as without_mlflow
 
 LONGEST_WAIT = 300.0
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.nightly(minutes=5),
-    pytest.mark.usefixtures("prefect_api", "learned"),
-]
+pytestmark = [pytest.mark.nightly(minutes=5), pytest.mark.usefixtures("prefect_api", "learned")]
 
 
 def count(folder: str, suffix: str = ".json") -> Callable[[], int]:
