@@ -38,7 +38,7 @@ from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import name_of, order_of
 from deal_core.benchmark.summary import CellJson, final_scores, row_scores
 from deal_core.evaluation.label_scores import recentred_hits
-from deal_core.method_config import MethodConfig, RehearsalConfig
+from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from tasks.adaptation.run import identify_base
 from tasks.benchmark import make_cell_file
 
@@ -88,6 +88,11 @@ ARMS = {
         )
         for name, options in OPTIONS.items()
     },
+    # Experiment 9, written after the first pair: whether it is the core that costs 1.7 points of what is learned.
+    "learned-both-free": (
+        one_memory.OneMemory.name,
+        MethodConfig(deal=DealConfig(core="free"), strategy_options={"beta": 0.5}),
+    ),
     **RIVALS,
 }
 app = typer.Typer(no_args_is_help=True, help=__doc__)
