@@ -8,7 +8,6 @@ import gc
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +27,7 @@ os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "data" / "authority.pe
 import pytest
 from filelock import FileLock
 
+from tests.loopback import free_port
 from tests.printed import check_commands_of_this_process
 from tests.receiver import Receiver
 
@@ -144,12 +144,10 @@ def tiny_base(made_once: MakeOnce) -> Path:
     return made_once("tiny-base", build_tiny_base)
 
 
-@pytest.fixture
-def free_port() -> int:
+@pytest.fixture(name="free_port")
+def a_free_port() -> int:
     """A port of the loopback address that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture(scope="session")

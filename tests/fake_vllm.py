@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -26,6 +25,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.loopback import free_port
 
 BASE = "base"
 RELEASE = "0.32.0"
@@ -63,8 +64,7 @@ class FakeVllm:
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._lock = threading.Lock()
         self._server: uvicorn.Server | None = None
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self, **tls: Any) -> None:

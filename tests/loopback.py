@@ -1,12 +1,26 @@
-"""An HTTP server on loopback for as long as a test needs it."""
+"""A free port of the loopback address, and an HTTP server there for as long as a test needs it."""
 
 from __future__ import annotations
 
+import secrets
+import socket
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 
 SECONDS_TO_STOP = 0.01
+PORTS = range(20_000, 32_000)
+"""Below those that the kernel gives to connections, which may take a free port before its server does."""
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class Loopback:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from infra.store.local import open_store
 from infra.versions import Version, Versions
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
+from tests.loopback import free_port
 from tests.printed import command_of, require_described
 from tests.s3 import ThreadedMotoServer
 
@@ -150,12 +150,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
         stack.callback(found.deal, "server", "down")
         found.deal("server", "up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--trainings", "2")
         yield found
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def rows_of(task: str) -> list[dict[str, str]]:

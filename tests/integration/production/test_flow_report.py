@@ -210,7 +210,7 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     (artifact,) = ask("artifacts/latest/filter", {"artifacts": {"key": {"any_": ["adapt-quiet"]}}})
     assert "# Version 2 of quiet has learned second" in artifact["data"]
     assert PLANTED not in artifact["data"]
-    name = {"flow_runs": {"name": {"like_": "quiet"}}}
+    name = {"flow_runs": {"name": {"like_": "adapt-quiet"}}}
     runs, logs = ask("flow_runs/filter", name), ask("logs/filter", {})
     assert {run["state_type"] for run in runs} == {"COMPLETED", "FAILED"}
     assert PLANTED not in json.dumps(runs) and not [log for log in logs if PLANTED in log["message"]]

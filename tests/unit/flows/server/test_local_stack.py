@@ -40,6 +40,7 @@ from flows.server.local_processes import (
 from flows.server.local_stack import _restart_left_runs, bring_up, share_gpus, start_servers, start_workers
 from infra.settings import IMPATIENT, TrackingSettings
 from tests.in_process import put_back
+from tests.loopback import free_port
 
 SLEEP = ("-c", "import time; time.sleep(600)")
 
@@ -97,12 +98,6 @@ def test_up_after_a_start_that_did_not_end_starts_on_the_same_database(
             asyncio.run(up)
     assert TrackingSettings().tracking_uri == made.backend_uri
     assert read_stack(home) is None
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.mark.parametrize(
