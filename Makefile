@@ -30,8 +30,8 @@ test: $(VENV)/.stamp-dev ## run the tests
 
 # Tests are taken in order (tests/time_budget.py divides them, and worksteal would give each process a part), and none is started that would
 # not end within the time.
-nightly: $(VENV)/.stamp-dev engine ## run the tests that take too long for every change, in at most 30 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly --minutes=30 \
+nightly: $(VENV)/.stamp-dev engine ## run the tests that take too long for every change, in at most an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly --minutes=60 \
 		--numprocesses=3 --no-loadscope-reorder $(ARGS)
 
 engine: $(ENGINE)/.stamp ## make the environment of a vLLM server that runs on this CPU, for `make nightly`: 3.4 GB

@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.command import deal
 from tests.e2e.test_gate_on_the_base_model import adapt
 
-pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly(minutes=12)]
+pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly(minutes=15)]
 
 CLEARLY_LEARNED = 0.6
 """An accuracy that the base model, which names one of six topics by chance, does not have."""

@@ -24,7 +24,7 @@ from tests.integration.branches.conftest import adapter, champion, small_task
 
 LONGEST_WAIT = 300.0
 
-pytestmark = [pytest.mark.nightly(minutes=5), pytest.mark.usefixtures("prefect_api", "learned")]
+pytestmark = [pytest.mark.nightly(minutes=6), pytest.mark.usefixtures("prefect_api", "learned")]
 
 
 def count(folder: str, suffix: str = ".json") -> Callable[[], int]:
