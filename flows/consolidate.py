@@ -42,9 +42,9 @@ def plan(lineage: str, start: Start | None = None) -> ConsolidationPlan:
     """Return what `consolidate` would learn; change nothing. For the arguments and errors see there."""
     store = current_store()
     champion = _require_champion(Versions(store).champion(lineage), lineage)
-    spec = _spec_of(champion, stored_lineage(store, lineage))
+    settings = stored_lineage(store, lineage)
     record = read_record(store, champion.adapter_uri)
-    return plan_consolidation(store, champion, record, start or _settings_start(store, lineage), spec)
+    return plan_consolidation(store, champion, record, start or _start_of(settings), _spec_of(champion, settings))
 
 
 @flow(name="consolidate", flow_run_name="consolidate-{lineage}")
@@ -63,7 +63,8 @@ async def consolidate(lineage: str, start: Start | None = None) -> AdaptResult:
     """
     store = current_store()
     async with lock_lineage(lineage):
-        return await learn_together(lineage, start or _settings_start(store, lineage), stored_lineage(store, lineage))
+        settings = stored_lineage(store, lineage)
+        return await learn_together(lineage, start or _start_of(settings), settings)
 
 
 @flow(name="consolidate-due", flow_run_name="consolidate-{spec.lineage}")
@@ -166,8 +167,8 @@ def _require_champion(champion: Version | None, lineage: str) -> Version:
     return champion
 
 
-def _settings_start(store: ObjectStore, lineage: str) -> Start:
-    return (stored_lineage(store, lineage) or WatchedLineage()).consolidate.start
+def _start_of(settings: WatchedLineage | None) -> Start:
+    return (settings or WatchedLineage()).consolidate.start
 
 
 def _spec_of(champion: Version, settings: WatchedLineage | None) -> AdaptSpec:

@@ -76,11 +76,12 @@ def publish(
     target = folder / f"{lineage}-v{info.version}"  # never another adapter, since servers cache by name
     with borrowed_adapter(store, info) as adapter:
         wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(content.encode()).hexdigest()}
-        if target.exists():
+        was_there = target.exists()
+        if was_there:
             _require_same(target, wanted)
-        note_export(store, lineage, info.version, str(target.absolute()), adapter)  # before it is: none is unknown
-        is_new = not target.exists() and write_peft_folder(adapter, target, content)
-    if not is_new:  # another process may have been faster
+        note_export(store, lineage, info.version, str(target.absolute()), adapter)  # first, so that none is unknown
+        is_new = not was_there and write_peft_folder(adapter, target, content)
+    if not (was_there or is_new):  # another process was faster
         _require_same(target, wanted)
     return Published(
         lineage=lineage, version=info.version, model=target.name, folder=str(target), base_model=base, is_new=is_new

@@ -9,23 +9,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output import bare_environment
 from tests.printed import command_of, require_described
 
 ROOT = Path(__file__).parents[2]
 DEAL = (sys.executable, "-c", "from flows.cli.app import main; main()")
 
 
-def deal(home: Path, *arguments: str, expect: int = 0) -> Any:
-    """Run a command in a home, on the base models that this machine has, and give what it prints as JSON."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name == "DEAL_CACHE_DIR" or not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))
-    }
+def environment(**more: str) -> dict[str, str]:
+    """What a command gets: the base models that this machine has, no home and no server but those of `more`."""
+    models = {name: os.environ[name] for name in ("DEAL_CACHE_DIR",) if name in os.environ}
+    return {**bare_environment(), **models, "PYTHONPATH": str(ROOT), **more}
+
+
+def command(home: Path, *arguments: str) -> list[str]:
+    """The words of a command in a home that prints JSON."""
+    return [*DEAL, *arguments, "--home", str(home), "--json"]
+
+
+def deal(home: Path, *arguments: str, expect: int = 0, **more: str) -> Any:
+    """Run a command in a home, with `more` in its environment, and give what it prints as JSON."""
     done = subprocess.run(
-        [*DEAL, *arguments, "--home", str(home), "--json"],
+        command(home, *arguments),
         cwd=home.parent,
-        env={**kept, "PYTHONPATH": str(ROOT)},
+        env=environment(**more),
         capture_output=True,
         text=True,
         check=False,

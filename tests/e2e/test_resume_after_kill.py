@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,35 +15,14 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from infra.run_journal import RunJournal
 from infra.settings import TrackingSettings
 from infra.store.local import FileStore
-from tests.e2e.command import DEAL
+from tests.e2e.command import command, deal, environment
 from tests.e2e.conftest import AdaptHere
-from tests.printed import command_of, require_described
 from tests.registering import in_mlflow
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 0.02
 """Of a step's loss: bf16 weights round, and the order of sums may differ between two processes."""
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
-
-
-def environment(home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))}
-    return {**kept, "PYTHONPATH": str(ROOT), "DEAL_CACHE_DIR": str(home.parent / "cache")}
-
-
-def command(home: Path, *arguments: str) -> list[str]:
-    return [*DEAL, *arguments, "--home", str(home), "--json"]
-
-
-def deal(home: Path, *arguments: str) -> Any:
-    done = subprocess.run(
-        command(home, *arguments), cwd=home.parent, env=environment(home), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
-    require_described(command_of(arguments), printed)
-    return printed
 
 
 def losses(home: Path, run_key: str) -> dict[int, float]:
@@ -107,7 +83,7 @@ def test_killed_and_started_again_equals_uninterrupted(spec: Path, tmp_path: Pat
     process = subprocess.Popen(
         command(killed, "adapt", str(spec)),
         cwd=tmp_path,
-        env=environment(killed),
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

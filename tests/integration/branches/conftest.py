@@ -19,12 +19,14 @@ from tests.conftest import MakeOnce
 
 LABELS = ("warm", "cold")
 TASKS = ("taps", "beds", "cars")
+NO_MLFLOW = "http://127.0.0.1:9"
+"""Nothing listens there. To be without MLflow saves most of a small run's time."""
 
 
 @pytest.fixture
 def without_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let MLflow be away, which saves most of a small run's time."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    """Let MLflow be away."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NO_MLFLOW)
 
 
 def small_task(folder: Path, name: str, part: str = "") -> dict[str, Any]:
@@ -67,7 +69,7 @@ def delete(task: str, **options: Any) -> RelearnResult:
 def learn_three(folder: Path, base: Path, **settings: Any) -> None:
     """Let lineage `l` of the home in a folder learn three tasks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        patch.setenv("MLFLOW_TRACKING_URI", NO_MLFLOW)
         for name in TASKS:
             assert run(base, small_task(folder, name), **settings).status == "promoted"
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,8 +16,8 @@ from infra.versions import Versions
 from tasks.context import current_store
 from tasks.serving.export import export_version
 from tests.adapting import run
-from tests.e2e.command import DEAL, ROOT
-from tests.integration.branches.conftest import adapter, champion, small_task
+from tests.e2e.command import command, deal, environment
+from tests.integration.branches.conftest import NO_MLFLOW, adapter, champion, small_task
 
 LONGEST_WAIT = 300.0
 
@@ -32,25 +29,23 @@ def count(folder: str, suffix: str = ".json") -> Callable[[], int]:
     return lambda: len([info for info in current_store().list(f"{folder}/l") if info.key.endswith(suffix)])
 
 
-def start(home: Path, words: tuple[str, ...]) -> subprocess.Popen[bytes]:
-    """Start a command in a home, with a Prefect API of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_"))}
-    with (home.parent / "killed.log").open("ab") as log:
-        return subprocess.Popen(
-            [*DEAL, *words, "--home", str(home), "--json"],
+def kill_at(home: Path, words: tuple[str, ...], is_reached: Callable[[], bool]) -> None:
+    """Start a command in a home, and kill it once it has reached a point."""
+    log = home.parent / "killed.log"
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            command(home, *words),
             cwd=home.parent,
-            env={**kept, "PYTHONPATH": str(ROOT), "DEAL_CACHE_DIR": str(home.parent / "cache")},
-            stdout=subprocess.PIPE,
-            stderr=log,
+            env=environment(MLFLOW_TRACKING_URI=NO_MLFLOW),
+            stdout=stream,
+            stderr=stream,
         )
-
-
-def run_to_the_end(home: Path, words: tuple[str, ...]) -> dict[str, Any]:
-    process = start(home, words)
-    printed = process.communicate()[0]
-    assert process.returncode == 0, (home.parent / "killed.log").read_text()
-    result: dict[str, Any] = json.loads(printed)
-    return result
+    began = time.monotonic()
+    while not is_reached():
+        assert process.poll() is None and time.monotonic() < began + LONGEST_WAIT, log.read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize("kind", ["relearn", "rebase"])
@@ -79,21 +74,15 @@ def test_it_ends_as_if_it_had_not_been_killed(
     shutil.copytree(home, untouched)
 
     for counted, number in points:
-        process, began = start(home, words), time.monotonic()
-        while counted() < number:
-            assert process.poll() is None, (home.parent / "killed.log").read_text()
-            assert time.monotonic() < began + LONGEST_WAIT
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-    result = run_to_the_end(home, words)
+        kill_at(home, words, lambda counted=counted, number=number: counted() >= number)
+    result = deal(home, *words, MLFLOW_TRACKING_URI=NO_MLFLOW)
     after, numbers = adapter(champion()), [version.version for version in Versions(current_store()).all("l")]
     moves = [move.champion for move in PromotionLog(current_store()).moves("l")]
     assert result["champion"] == champion().version == moves[-1]
     assert Branches(current_store()).open("l") is None
 
     monkeypatch.setenv("DEAL_HOME", str(untouched))
-    whole = run_to_the_end(untouched, words)
+    whole = deal(untouched, *words, MLFLOW_TRACKING_URI=NO_MLFLOW)
     assert adapter(champion()) == after
     assert [version.version for version in Versions(current_store()).all("l")] == numbers, "none was learned twice"
     assert [move.champion for move in PromotionLog(current_store()).moves("l")] == moves

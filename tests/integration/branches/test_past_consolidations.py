@@ -15,7 +15,7 @@ from infra.versions import Versions
 from tasks.context import current_store
 from tests.adapting import run
 from tests.conftest import MakeOnce
-from tests.integration.branches.conftest import adapter, champion, delete, small_task
+from tests.integration.branches.conftest import NO_MLFLOW, adapter, champion, delete, small_task
 
 pytestmark = [pytest.mark.usefixtures("prefect_api", "without_mlflow"), pytest.mark.nightly(minutes=2)]
 
@@ -26,7 +26,7 @@ def consolidated_between(tiny_base: Path, home_made_once: MakeOnce) -> Path:
 
     def learn(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+            patch.setenv("MLFLOW_TRACKING_URI", NO_MLFLOW)
             for name in ("taps", "beds"):
                 assert run(tiny_base, small_task(folder, name)).status == "promoted"
             assert asyncio.run(consolidate("l")).status == "promoted"
