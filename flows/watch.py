@@ -242,26 +242,26 @@ class InboxWorker:
 
     def _look_at_consolidation(self, inbox: InboxLook) -> ConsolidationLook:
         """Return what is to be done about consolidations; one that has failed is not tried again."""
-        found = look_at_consolidation(self.store, self.spec, inbox)
-        return found._replace(why=None) if found.champion == self._not_consolidated else found
+        consolidation = look_at_consolidation(self.store, self.spec, inbox)
+        return consolidation._replace(why=None) if consolidation.champion == self._not_consolidated else consolidation
 
     async def _consolidate(self, inbox: InboxLook) -> None:
         """Consolidate the lineage if its settings say so. A failure is told once, and the lineage learns on."""
-        found = self._look_at_consolidation(inbox)
-        if found.why is not None and not is_stopped() and not self.why_held():
-            reporter().said(f"{self.spec.lineage} is consolidated. {found.why}")
+        consolidation = self._look_at_consolidation(inbox)
+        if consolidation.why is not None and not is_stopped() and not self.why_held():
+            reporter().said(f"{self.spec.lineage} is consolidated. {consolidation.why}")
             try:
                 await consolidate_locked(self.spec)
             except Interrupted:
                 raise
             except Exception as error:
-                self._not_consolidated = found.champion
+                self._not_consolidated = consolidation.champion
                 logger.exception("The consolidation of %s failed", self.spec.lineage)
                 reporter().said(f"Not consolidated: {in_one_line(error)}")
-            found = self._look_at_consolidation(inbox)
-        if found.again:
-            open_again(self.store, self.spec.lineage, found.again)
-            self.num_left += len(found.again)
+            consolidation = self._look_at_consolidation(inbox)
+        if consolidation.again:
+            open_again(self.store, self.spec.lineage, consolidation.again)
+            self.num_left += len(consolidation.again)
 
     @property
     def _retries(self) -> bool:
