@@ -71,6 +71,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Arm → the options of the strategy `one_memory`, if its name begins with learned, else of `one_memory_unused`."""
 RIVALS: dict[str, tuple[str, MethodConfig]] = {
+    # Today's default, which learned-both has become.
+    "deal": ("deal", MethodConfig()),
     "plain": ("seq_lora", MethodConfig()),
     "joint": ("joint", MethodConfig()),
     # Experiment 5: replay, tuned as hard. Its rows are a quarter of the 150, every label in its share.
