@@ -89,7 +89,7 @@ def run(
 
 
 def folder_of(arm: str, cells: Path) -> Path:
-    """The folder of an arm's cells: one in `cells`, but for those of adapting alone, which another comparison has too."""
+    """The folder of an arm's cells: one in `cells`, and for adapting alone that of the other comparison."""
     return ADAPT if arm == "adapt" and cells == CELLS else cells / arm
 
 

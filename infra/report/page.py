@@ -145,7 +145,7 @@ def verdict_of(report: RunReport) -> str:
         "promoted": "was promoted",
         "awaiting-approval": "waits for a person's approval",
         "rollout": "is tried on live traffic",
-        "remade": f"waits for the swap of branch {report.branch}",
+        "remade": f"was put on branch {report.branch}, whose newest version becomes champion in one swap",
     }
     return f"{version} has learned {report.together or report.task}, passed the gate and {became[report.verdict]}."
 

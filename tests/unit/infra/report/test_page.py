@@ -70,7 +70,7 @@ def test_the_verdict_comes_first_with_every_reason() -> None:
     for kind, words in (
         ("promoted", "was promoted"),
         ("awaiting-approval", "waits for a person's approval"),
-        ("remade", "waits for the swap of branch 1."),
+        ("remade", "was put on branch 1, whose newest version becomes champion in one swap."),
     ):
         assert words in verdict_of(sample_report(verdict=kind, reasons=(), branch=1))
     assert verdict_of(sample_report(branch=1)).endswith("was rejected by the gate; branch 1 stays at version 2.")
