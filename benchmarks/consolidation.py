@@ -43,8 +43,8 @@ ARMS: dict[str, tuple[str, int | None]] = {
     "retrain": ("joint", None),
 }
 """Arm → its strategy, and after how many arrivals it is consolidated."""
-ADAPT = MEMORY_CELLS / "deal"
-"""The cells of adapting alone, which benchmarks/method/memory.py compares with replay."""
+SHARED = {"adapt": "deal", "retrain": "joint"}
+"""Arms that benchmarks/method/memory.py has too → their names there. A cell of both is run once."""
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
@@ -79,7 +79,7 @@ def run(
             data=data,
             seed=number,
             rows=rows,
-            scores_unused=True,
+            scores_unused=name in SHARED,
             consolidate_every=every if consolidates else None,
         )
         folder = folder_of(name, out)
@@ -89,8 +89,8 @@ def run(
 
 
 def folder_of(arm: str, cells: Path) -> Path:
-    """The folder of an arm's cells: one in `cells`, and for adapting alone that of the other comparison."""
-    return ADAPT if arm == "adapt" and cells == CELLS else cells / arm
+    """The folder of an arm's cells: one in `cells`, or for an arm of SHARED that of the other comparison."""
+    return MEMORY_CELLS / SHARED[arm] if arm in SHARED and cells == CELLS else cells / arm
 
 
 @dataclass(frozen=True, kw_only=True)
