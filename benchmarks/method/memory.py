@@ -252,8 +252,10 @@ def compare(
     for column in ("arm", "pairs", "learned", "end", "re-centred", "NLL", "rule"):
         differences.add_column(column)
     for name, arm in stored.items():
-        pairs = list(pairs_of(arm, stored.get(base, []))) if name != base else []
-        if pairs and all(version["task"] for cell in arm for version in cell["versions"]):
+        is_bound = not all(
+            version["task"] for cell in arm for version in cell["versions"]
+        )
+        if pairs := [] if is_bound or name == base else list(pairs_of(arm, stored.get(base, []))):
             means = [
                 f"{fmean(getattr(pair, figure) for pair in pairs):+.{digits}f}"
                 for figure, digits in (("learned", 1), ("end", 1), ("recentred", 1), ("nll", 3))
