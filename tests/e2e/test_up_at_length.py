@@ -56,7 +56,7 @@ def cut_off_part(name: str) -> Callable[[Whole], Callable[[], None]]:
         for each in json.loads((whole.home / "stack.json").read_text())["parts"]:
             if each["name"] == name:
                 os.killpg(each["pid"], signal.SIGKILL)
-        return lambda: str(whole.deal("server", "up")) and None
+        return whole.up
 
     return cut
 

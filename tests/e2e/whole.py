@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import psutil
@@ -58,6 +59,11 @@ class Whole:
         if "--json" in arguments:
             require_described(command_of(arguments), json.loads(done.stdout))
         return done.stdout
+
+    def up(self) -> None:
+        """Start everything at the ports that it has had from the start."""
+        ports = [str(urlsplit(url).port) for url in (self.prefect_url, self.mlflow_url)]
+        self.deal("server", "up", "--prefect-port", ports[0], "--mlflow-port", ports[1], "--trainings", "2")
 
     def add_lineage(self, name: str, base: Path, tasks: list[str], **train: Any) -> None:
         values = {
@@ -148,7 +154,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
             environment["PREFECT_API_DATABASE_CONNECTION_URL"] = f"postgresql+asyncpg://{address}/prefect"
             environment["MLFLOW_TRACKING_URI"] = f"postgresql+psycopg2://{address}/mlflow"
         stack.callback(found.deal, "server", "down")
-        found.deal("server", "up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--trainings", "2")
+        found.up()
         yield found
 
 

@@ -180,7 +180,7 @@ def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
     assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "refused")]
     land(home, "parcels/a.jsonl", PARCELS, age=50)
     with monkeypatch.context() as patch:
-        patch.setattr("deal_core.training.train.train_adapter", diverge)
+        patch.setattr("deal_core.training.jobs.train_adapter", diverge)
         failed, _ = look(lineage(tiny_base))
     assert outcomes(failed) == [("parcels/a.jsonl", "failed")] and failed.num_refused == 1
     add_lineage(current_store(), WatchedLineage(lineage="l"))

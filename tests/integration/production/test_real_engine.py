@@ -150,7 +150,8 @@ def test_no_request_fails_while_the_champion_moves_and_every_answer_is_its_versi
         assert [answer.problem for answer in clients.answers if answer.problem] == []
         assert {answer.version for answer in clients.answers} == {"1", "2"}
         wait_for(lambda: [name.split("-v")[1][:1] for name in engine.adapters()] == ["2"])
-        assert [path.name for path in (HomeSettings().home / "engine-adapters").iterdir()] == [*engine.adapters()]
+        folders = HomeSettings().home / "engine-adapters"
+        wait_for(lambda: [path.name for path in folders.iterdir()] == [*engine.adapters()])
 
 
 @pytest.mark.usefixtures("home")
