@@ -398,9 +398,12 @@ def foreign_imports() -> str:
     lines = set()
     for path in sources(*PACKAGES):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Import | ast.ImportFrom) and not top_levels(node) & {*PACKAGES, "__future__"}:
-                if all(map(find_spec, top_levels(node))):  # an extra may not be installed
-                    lines.add(ast.unparse(node))
+            is_foreign = isinstance(node, ast.Import | ast.ImportFrom) and not top_levels(node) & {
+                *PACKAGES,
+                "__future__",
+            }
+            if is_foreign and all(map(find_spec, top_levels(node))):  # an extra may not be installed
+                lines.add(ast.unparse(node))
     return "\n".join(sorted(lines))
 
 
