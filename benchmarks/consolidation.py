@@ -24,7 +24,6 @@ import typer
 from datasets import disable_progress_bars
 
 from benchmarks.development_cells import development_cell
-from benchmarks.method.memory import CELLS as MEMORY_CELLS
 from benchmarks.output import RESULTS, Base, templates
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import name_of, order_of
@@ -43,8 +42,6 @@ ARMS: dict[str, tuple[str, int | None]] = {
     "retrain": ("joint", None),
 }
 """Arm → its strategy, and after how many arrivals it is consolidated."""
-SHARED = {"adapt": "deal", "retrain": "joint"}
-"""Arms that benchmarks/method/memory.py has too → their names there. A cell of both is run once."""
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
@@ -79,18 +76,11 @@ def run(
             data=data,
             seed=number,
             rows=rows,
-            scores_unused=name in SHARED,
             consolidate_every=every if consolidates else None,
         )
-        folder = folder_of(name, out)
-        folder.mkdir(parents=True, exist_ok=True)
-        status = make_cell_file(model, cell, MethodConfig(), data, folder, work)
+        (out / name).mkdir(parents=True, exist_ok=True)
+        status = make_cell_file(model, cell, MethodConfig(), data, out / name, work)
         typer.echo(f"{name}, order {chain}, seed {number}: {status}")
-
-
-def folder_of(arm: str, cells: Path) -> Path:
-    """The folder of an arm's cells: one in `cells`, or for an arm of SHARED that of the other comparison."""
-    return MEMORY_CELLS / SHARED[arm] if arm in SHARED and cells == CELLS else cells / arm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +170,7 @@ def page(
     """Write the page of the figures, and print it."""
     if not cells.is_dir():
         raise typer.BadParameter(f"{cells} is not there; run some arms first.")
-    stored = {name: read_cells(folder) for name in ARMS if (folder := folder_of(name, cells)).is_dir()}
+    stored = {name: read_cells(cells / name) for name in ARMS if (cells / name).is_dir()}
     settings = next(cell["settings"] for arm in stored.values() for cell in arm)
     suite = name_of(tuple(settings["tasks"]))[0]
     text = (
