@@ -25,6 +25,7 @@ from datasets import disable_progress_bars
 
 from benchmarks.development_cells import development_cell
 from benchmarks.output import RESULTS, Base, templates
+from benchmarks.tables import round_alike
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import name_of, order_of
 from deal_core.benchmark.summary import CellJson, average_accuracy, interval_over_rows, matrix_of, paired, read_cells
@@ -98,9 +99,7 @@ class Figures:
     steps: float
     """Optimiser steps of all trainings."""
     rows: float
-    """Rows that these steps read, without rehearsed ones."""
-    minutes: float | None
-    """Of all trainings; None: not all of them were run."""
+    """Rows that these steps read, with rehearsed ones."""
     difference: Sequence[float] | None
     """Points by which its accuracy beats that of adapting alone, with the 95 % interval over test rows."""
 
@@ -114,17 +113,14 @@ def figures_of(arm: str, cells: Sequence[CellJson], plain: Sequence[CellJson]) -
         if (best := [(matrix.tasks.index(name), row) for name, row in matrix.learned_best().items()])
     ]
     forgetting = [matrix.forgetting for matrix in matrices if matrix.forgetting is not None]
-    steps = [_steps(cell) for cell in cells]
-    seconds = [sum(version["seconds"]["train"] for version in cell["versions"]) for cell in cells]
     return Figures(
         arm=arm,
         num_cells=len(cells),
         accuracy=fmean(map(average_accuracy, cells)),
         forgetting=100 * fmean(forgetting) if forgetting else None,
         largest_debt=100 * fmean(debts) if debts else None,
-        steps=fmean(sum(each) for each in steps),
-        rows=fmean(sum(each) * _rows_per_step(cell) for each, cell in zip(steps, cells, strict=True)),
-        minutes=None if arm == "retrain" else fmean(seconds) / 60,
+        steps=fmean(sum(_steps(cell)) for cell in cells),
+        rows=fmean(map(_rows_read, cells)),
         difference=_difference(cells, plain) if arm != "adapt" else None,
     )
 
@@ -151,9 +147,15 @@ def _steps(cell: CellJson) -> list[int]:
     return [train.num_steps(number * settings["rows"]) for number in range(1, len(settings["tasks"]) + 1)]
 
 
-def _rows_per_step(cell: CellJson) -> int:
-    train = TrainConfig(**_own(cell["settings"]["train"]))
-    return train.batch_size * train.gradient_accumulation_steps
+def _rows_read(cell: CellJson) -> int:
+    """The rows that all steps of an arm read. A step of an arrival after the first has rehearsed rows too."""
+    settings, steps = cell["settings"], _steps(cell)
+    train = settings["train"]
+    num_rehearsed = 0
+    if settings["strategy"] != "joint":
+        arrivals = [version["num_steps"] for version in cell["versions"] if version["task"]]
+        num_rehearsed = settings["method"]["rehearsal.per_step"] * sum(arrivals[1:])
+    return sum(steps) * train["batch_size"] * train["gradient_accumulation_steps"] + num_rehearsed
 
 
 def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +173,8 @@ def page(
     if not cells.is_dir():
         raise typer.BadParameter(f"{cells} is not there; run some arms first.")
     stored = {name: read_cells(cells / name) for name in ARMS if (cells / name).is_dir()}
-    settings = next(cell["settings"] for arm in stored.values() for cell in arm)
+    all_cells = [cell for arm in stored.values() for cell in arm]
+    settings = all_cells[0]["settings"]
     suite = name_of(tuple(settings["tasks"]))[0]
     text = (
         templates()
@@ -183,7 +186,9 @@ def page(
             rows=settings["rows"],
             base=settings["base"].partition(" ")[0],
             every=next((cell["settings"]["consolidate_every"] for cell in stored.get("every-5", [])), EVERY),
-            seeds=sorted({cell["settings"]["seed"] for arm in stored.values() for cell in arm}),
+            orders=sorted({name_of(tuple(cell["settings"]["tasks"]))[1] for cell in all_cells}),
+            seeds=sorted({cell["settings"]["seed"] for cell in all_cells}),
+            one_processor=all(round_alike(cell, all_cells[0]) for cell in all_cells),
         )
     )
     out.write_text(text, encoding="utf-8")

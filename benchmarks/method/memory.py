@@ -252,9 +252,7 @@ def compare(
     for column in ("arm", "pairs", "learned", "end", "re-centred", "NLL", "rule"):
         differences.add_column(column)
     for name, arm in stored.items():
-        is_bound = not all(
-            version["task"] for cell in arm for version in cell["versions"]
-        )
+        is_bound = not all(version["task"] for cell in arm for version in cell["versions"])
         if pairs := [] if is_bound or name == base else list(pairs_of(arm, stored.get(base, []))):
             means = [
                 f"{fmean(getattr(pair, figure) for pair in pairs):+.{digits}f}"
