@@ -186,7 +186,7 @@ def page(
             rows=settings["rows"],
             base=settings["base"].partition(" ")[0],
             every=next((cell["settings"]["consolidate_every"] for cell in stored.get("every-5", [])), EVERY),
-            orders=sorted({name_of(tuple(cell["settings"]["tasks"]))[1] for cell in all_cells}),
+            orders=sorted({name_of(tuple(cell["settings"]["tasks"]))[1] for cell in all_cells} - {"any"}),
             seeds=sorted({cell["settings"]["seed"] for cell in all_cells}),
             one_processor=all(round_alike(cell, all_cells[0]) for cell in all_cells),
         )
