@@ -14,11 +14,11 @@ are counted by their rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from datasets import disable_progress_bars
@@ -143,7 +143,8 @@ def _steps(cell: CellJson) -> list[int]:
     settings = cell["settings"]
     if settings["strategy"] != "joint":
         return [version["num_steps"] for version in cell["versions"]]
-    train = TrainConfig(**_own(settings["train"]))
+    names = ("num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")  # what decides the number
+    train = TrainConfig(**{name: settings["train"][name] for name in names})
     return [train.num_steps(number * settings["rows"]) for number in range(1, len(settings["tasks"]) + 1)]
 
 
@@ -156,12 +157,6 @@ def _rows_read(cell: CellJson) -> int:
         arrivals = [version["num_steps"] for version in cell["versions"] if version["task"]]
         num_rehearsed = settings["method"]["rehearsal.per_step"] * sum(arrivals[1:])
     return sum(steps) * train["batch_size"] * train["gradient_accumulation_steps"] + num_rehearsed
-
-
-def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide how many steps there are."""
-    names = ("num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
-    return {name: settings[name] for name in names if name in settings}
 
 
 @app.command()

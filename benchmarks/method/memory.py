@@ -82,6 +82,7 @@ STRATEGIES: dict[str, tuple[str, MethodConfig]] = {
     "replay-4-half": ("weighted_replay", MethodConfig(strategy_options={"weight": 0.5})),
     "replay-8": ("replay", MethodConfig(rehearsal=RehearsalConfig(per_step=8))),
 }
+"""Arm → its strategy and settings."""
 ARMS = {
     **{
         name: (
@@ -252,8 +253,10 @@ def compare(
     for column in ("arm", "pairs", "learned", "end", "re-centred", "NLL", "rule"):
         differences.add_column(column)
     for name, arm in stored.items():
-        is_bound = not all(version["task"] for cell in arm for version in cell["versions"])
-        if pairs := [] if is_bound or name == base else list(pairs_of(arm, stored.get(base, []))):
+        is_bound = any(version["task"] is None for cell in arm for version in cell["versions"])
+        if name == base or is_bound:
+            continue
+        if pairs := list(pairs_of(arm, stored.get(base, []))):
             means = [
                 f"{fmean(getattr(pair, figure) for pair in pairs):+.{digits}f}"
                 for figure, digits in (("learned", 1), ("end", 1), ("recentred", 1), ("nll", 3))

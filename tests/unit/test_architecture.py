@@ -395,13 +395,10 @@ def import_each(root: Path, modules: list[str], preload: str, home: Path) -> sub
 
 def foreign_imports() -> str:
     """The import statements of all our modules that name other projects, as one source."""
-    lines = set()
+    lines, ours = set(), {*PACKAGES, "__future__"}
     for path in sources(*PACKAGES):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            is_foreign = isinstance(node, ast.Import | ast.ImportFrom) and not top_levels(node) & {
-                *PACKAGES,
-                "__future__",
-            }
+            is_foreign = isinstance(node, ast.Import | ast.ImportFrom) and not top_levels(node) & ours
             if is_foreign and all(map(find_spec, top_levels(node))):  # an extra may not be installed
                 lines.add(ast.unparse(node))
     return "\n".join(sorted(lines))
