@@ -27,6 +27,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/cells.md": "cells.md",
     "benchmarks/scaling.md": "scaling.md",
+    "benchmarks/consolidation.md": "consolidation_figures.md",
     "LICENSE": "LICENSE.txt",
     "CITATION.cff": "CITATION.cff",
 }
