@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 from datasets import disable_progress_bars
 
-from benchmarks.development_cells import development_cell
+from benchmarks.cells import benchmark_cell
 from benchmarks.output import RESULTS, Base, templates
 from benchmarks.tables import round_alike
 from deal_core.base_model.sources import DEFAULT_BASE
@@ -69,7 +69,7 @@ def run(
     for number, chain, name in ((s, o, a) for s in seed or [100] for o in order or ["1"] for a in arm or ARMS):
         strategy, consolidates = ARMS[name]
         tasks = tuple(task) if task else order_of(SUITE, chain)
-        cell = development_cell(
+        cell = benchmark_cell(
             strategy,
             MethodConfig(),
             tasks,

@@ -1,219 +1,189 @@
-"""The headline: how near one adapter comes to training on all data at once, and what it loses and costs.
+"""The final table: one adapter that goes on learning, retraining on everything, and replay of the same rows.
 
+    python -m benchmarks.headline run --data TASKS --arm deal --arm replay --order 1 --seed 4
     python -m benchmarks.headline
 
-It reads the stored cells and trains nothing. Every figure is of the judged tasks: those whose own adapter beats the
-majority class and the base model. Without cells of these two bounds, they are JUDGED, which earlier settings lifted;
-without any of these, all tasks. What is lost is the accuracy right after a task was learned minus that in the end; the
-worst task is compared with its best. Cells of other training settings (LEARNING) are in tables of their own; a table
-says whether its settings are today's defaults.
+The first command makes the missing cells; several processes share the work. The second prints the table from the stored
+cells and trains nothing. Its first line is the claim of the README.
+
+Protocol, written before the first cell: the nine tasks of suite 9 in orders 1 and 2, 150 training rows a task, seeds 4,
+5 and 6, which chose no setting. Every arm has the same rows, steps, rank and learning rate. The answer is the likeliest
+label; the rows that are scored, 300 a task, chose no setting either. Figures are means over the seven tasks that this
+small model can learn (JUDGED). Two cells make a pair if they have the same seed and order and ran on one kind of
+processor. Retraining on everything has no order.
+
+The rule, written before the first cell: one arm is ahead of another if the 95 % t-interval of the differences of at
+least FEWEST_PAIRS pairs does not hold 0. Otherwise no difference was found.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Annotated, Any, get_args
+from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
+from datasets import disable_progress_bars
 from scipy.stats import t as student_t
 
-from benchmarks.method.protocol import JUDGED, describe
-from benchmarks.output import RESULTS
-from benchmarks.stored_cells import FIXED, MEMORIES, NUM_TEXTS, Memory, name_of_memory, read_stored_cells
-from benchmarks.tables import ALL_BOUNDS, Protocol, departures, lost_since_learned, protocols, round_alike
-from deal_core.benchmark.cell import PROTOCOL
-from deal_core.benchmark.summary import OURS, CellJson, accuracy, final_scores, matrix_of, order_of, row_scores
-from deal_core.config import TrainConfig
+from benchmarks.cells import benchmark_cell
+from benchmarks.method.memory import Ends, ends_of
+from benchmarks.output import RESULTS, templates
+from benchmarks.tables import JUDGED, matched
+from deal_core.base_model.sources import DEFAULT_BASE
+from deal_core.benchmark.suites import order_of
+from deal_core.benchmark.summary import CellJson, accuracy, final_scores, interval_over_rows, read_cells, row_scores
+from deal_core.benchmark.summary import order_of as order_of_cell
+from deal_core.evaluation.accuracy_matrix import PairedInterval
+from deal_core.method_config import MethodConfig, RehearsalConfig
+from tasks.adaptation.run import identify_base
+from tasks.benchmark import make_cell_file
 
-CELLS = RESULTS / "continual"
-STORED_SHARE = MEMORIES["rows"]["rehearsal.stored_share"]
-"""Share of its rows that a task leaves in the memory."""
-LEARNING = (
-    "learning_rate",
-    "schedule",
-    "num_epochs",
-    "min_steps",
-    "max_steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "balance_labels",
-)
-OTHER_SETTINGS = ("part", "max_test_rows", "prompt", "scoring", "base", "adapter", "data")
-PLAIN = {"prompt": "plain", "scoring": "generated"}
-"""Settings that a title leaves out."""
-NUM_RESAMPLES = 2000
-CONFIDENCE = 0.95
-
-
-def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
-    """Return the figures of every table, by suite, training rows per task and training settings."""
-    tables: dict[str, Any] = {}
-    todays = asdict(TrainConfig(**PROTOCOL)) | FIXED
-    for protocol in protocols(cells):
-        some = next(iter((*protocol.cells, *protocol.joint)), None)
-        if some is None:
-            continue
-        settings, train = some["settings"], {name: some["settings"]["train"][name] for name in LEARNING}
-        title = f"suite {protocol.suite}, {settings['rows']} rows, {describe(train)}"
-        if title in tables:  # the rest of what tells protocols apart
-            title += "".join(
-                f", {name} {settings[name]}" for name in OTHER_SETTINGS if settings[name] != PLAIN.get(name)
-            )
-        tables[title] = {
-            "part": settings["part"],
-            "base": settings["base"],
-            "judged_tasks": judged_tasks(protocol),
-            "train": train,
-            "is_default": train == {name: todays[name] for name in LEARNING},
-            "arms": {name: _figures(protocol, arm) for name, arm in arms(protocol).items() if arm},
-        }
-    return {"schema_version": 4, "stored_share": STORED_SHARE, "tables": tables}
+CELLS = RESULTS / "final"
+SUITE, NUM_ROWS = "9", 150
+OURS, BOUND, RIVAL = "deal", "retrain", "replay"
+ARMS: dict[str, tuple[str, MethodConfig]] = {
+    BOUND: ("joint", MethodConfig()),
+    OURS: ("deal", MethodConfig()),
+    RIVAL: ("replay", MethodConfig()),
+    "deal-keeps-nothing": ("deal", MethodConfig(rehearsal=RehearsalConfig(rows=0))),
+    "plain": ("seq_lora", MethodConfig()),
+}
+"""Arm → its strategy and settings."""
+KEEPS = {
+    BOUND: "all rows",
+    OURS: "37 rows a task, with labels",
+    RIVAL: "37 rows a task, with labels",
+    "deal-keeps-nothing": "nothing",
+    "plain": "nothing",
+}
+"""Arm → what it keeps of an old task's data."""
+NUM_RESAMPLES, CONFIDENCE, FEWEST_PAIRS = 2000, 0.95, 3
+app = typer.Typer(invoke_without_command=True, help=__doc__)
 
 
-def judged_tasks(protocol: Protocol) -> list[str]:
-    """The tasks that measure something."""
-    some = next(iter((*protocol.cells, *protocol.joint)))
-    tasks = sorted(some["settings"]["tasks"])
-    return protocol.lifted_tasks() or [name for name in tasks if name in JUDGED] or tasks
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """The figures of one arm: means over its cells and the judged tasks, in percent where nothing else is said."""
+
+    arm: str
+    keeps: str
+    num_cells: int
+    learned: float | None
+    """Accuracy right after a task was learned; None: nothing was learned one after the other."""
+    end: float
+    recentred: float
+    """Accuracy in the end, after subtracting a bias per label."""
+    nll: float
+    """Negative log-likelihood of the right label in the end, in nats."""
+    perplexity: float
+    """Perplexity of other English in the end, times the base model's."""
+    all_tasks: float
+    """Accuracy in the end over all tasks, also those that this model cannot learn."""
+    by_task: Mapping[str, float]
 
 
-def arms(protocol: Protocol) -> dict[str, list[CellJson]]:
-    """The cells of each arm: retraining on all rows, ours with and without a memory, and the best rivals.
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What one arm has more than another, over their pairs: points of accuracy in the end, if nothing else is said."""
 
-    A rival with several settings takes part with the best one. Cells whose versions unlearned their preference for
-    labels, after their training, are arms of their own.
-    """
-    all_arms = {
-        "joint": joint_of(protocol),
-        "joint, a tenth of the rows": [cell for cell in protocol.others if _is(cell, "joint_memory")],
-        "frozen features, a head per task": [cell for cell in protocol.others if _is(cell, "frozen_head")],
-    }
-    for is_recentred, suffix in ((False, ""), (True, ", re-centred")):
-        cells = [cell for cell in protocol.cells if _is_recentred(cell) is is_recentred]
-        all_arms |= {f"{name}{suffix}": arm for name, arm in _trained_arms(cells, judged_tasks(protocol)).items()}
-    return all_arms
+    arm: str
+    other: str
+    by_pair: Mapping[str, float]
+    """Name of the pair → its difference."""
+    over_rows: PairedInterval
+    over_pairs: tuple[float, float] | None
+    """The 95 % t-interval; None for one pair."""
+    learned: float | None
+    recentred: float
+    nll: float
+    by_task: Mapping[str, float]
 
+    @property
+    def mean(self) -> float:
+        """The mean over the pairs."""
+        return fmean(self.by_pair.values())
 
-def joint_of(protocol: Protocol) -> list[CellJson]:
-    """The cells of retraining on all rows, without steps that re-centre."""
-    return [cell for cell in protocol.joint if not _is_recentred(cell)]
-
-
-def _is_recentred(cell: CellJson) -> bool:
-    return bool(cell["settings"]["train"].get("recentre_steps"))
-
-
-def as_trained(cell: CellJson) -> CellJson:
-    """A cell without what it says of its training, so that `departures` leaves out the steps that re-centre."""
-    return {**cell, "settings": {**cell["settings"], "train": {}}}
+    @property
+    def is_found(self) -> bool:
+        """Whether the rule says that the arms differ."""
+        if self.over_pairs is None or len(self.by_pair) < FEWEST_PAIRS:
+            return False
+        return self.over_pairs[0] > 0 or self.over_pairs[1] < 0
 
 
-def _trained_arms(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, list[CellJson]]:
-    groups: dict[tuple[str, str], list[CellJson]] = {}
-    for cell in cells:
-        groups.setdefault((cell["settings"]["strategy"], departures(as_trained(cell))), []).append(cell)
-
-    def best(chosen: Callable[[CellJson], bool]) -> list[CellJson]:
-        fitting = [group for group in groups.values() if chosen(group[0])]
-        return max(fitting, key=lambda group: fmean(judged_accuracy(cell, judged) for cell in group), default=[])
-
-    rival = best(lambda cell: cell["settings"]["strategy"] != OURS and cell.get("stores") == "nothing")
-    name = rival[0]["settings"]["strategy"] if rival else "none"
-    return {
-        **{f"memory {memory}": groups.get((OURS, name_of_memory(memory)), []) for memory in get_args(Memory)},
-        f"best rival that keeps no rows: {name}": rival,
-        "replay, as many rows as memory rows": best(lambda cell: _replays(cell, STORED_SHARE)),
-        "replay, as many rows as memory tests": best(lambda cell: _replays(cell, NUM_TEXTS / cell["settings"]["rows"])),
-    }
-
-
-def _is(cell: CellJson, strategy: str) -> bool:
-    return bool(cell["settings"]["strategy"] == strategy)
-
-
-def _replays(cell: CellJson, share: float) -> bool:
-    return _is(cell, "replay") and round(cell["settings"]["method"].get("rehearsal.stored_share", 0.02), 2) == round(
-        share, 2
+def figures_of(arm: str, cells: Sequence[CellJson]) -> Figures:
+    """Return the figures of an arm."""
+    ends = [ends_of(cell) for cell in cells]
+    learned = [fmean(each.learned.values()) for each in ends if each.learned]
+    return Figures(
+        arm=arm,
+        keeps=KEEPS[arm],
+        num_cells=len(cells),
+        learned=fmean(learned) if learned else None,
+        end=fmean(_mean(each, "end") for each in ends),
+        recentred=fmean(_mean(each, "recentred") for each in ends),
+        nll=fmean(_mean(each, "nll") for each in ends),
+        perplexity=fmean(cell["perplexity"]["adapted"] / cell["perplexity"]["base"] for cell in cells),
+        all_tasks=100 * fmean(accuracy(score) for cell in cells for score in final_scores(cell).values()),
+        by_task={name: fmean(each.end[name] for each in ends) for name in JUDGED},
     )
 
 
-def judged_accuracy(cell: CellJson, judged: Sequence[str]) -> float:
-    """Mean accuracy over the judged tasks at the end, in percent."""
-    final = final_scores(cell)
-    return 100 * fmean(accuracy(final[name]) for name in judged)
+def difference_of(arm: str, other: str, pairs: Sequence[tuple[CellJson, CellJson]]) -> Difference:
+    """Return the difference of two arms over their pairs."""
+    ends = [(ends_of(cell), ends_of(partner)) for cell, partner in pairs]
 
+    def mean_of(name: str) -> float:
+        return fmean(_mean(ours, name) - _mean(theirs, name) for ours, theirs in ends)
 
-def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
-    judged = judged_tasks(protocol)
-    by_cell = [judged_accuracy(cell, judged) for cell in cells]
-    joint = {cell["settings"]["seed"]: cell for cell in joint_of(protocol)}
-    pairs = [(cell, joint[cell["settings"]["seed"]]) for cell in cells if cell["settings"]["seed"] in joint]
-    lost = [points for cell in cells if (points := lost_since_learned(cell, judged)) is not None]
-    trained = [version["seconds"]["train"] for cell in cells for version in cell["versions"] if "seconds" in version]
-    figures = {
-        "num_cells": len(cells),
-        "orders": sorted({order_of(cell) for cell in cells}),
-        "seeds": sorted({cell["settings"]["seed"] for cell in cells}),
-        "judged_accuracy": fmean(by_cell),
-        "judged_accuracy_ci95_over_cells": t_interval(by_cell),
-        "lost_since_learned": fmean(lost) if lost else None,
-        "worst_task": worst_task(cells, judged),
-        "seconds_per_training": fmean(trained) if trained else None,
-        "adapter_bytes": cells[0]["versions"][-1].get("adapter_bytes"),
+    by_pair = {
+        f"order {order_of_cell(cell)}, seed {cell['settings']['seed']}": _mean(ours, "end") - _mean(theirs, "end")
+        for (cell, _), (ours, theirs) in zip(pairs, ends, strict=True)
     }
-    if pairs and cells[0]["settings"]["strategy"] not in ALL_BOUNDS:
-        ratios = [judged_accuracy(cell, judged) / judged_accuracy(other, judged) for cell, other in pairs]
-        figures |= {
-            "ratio_to_joint": fmean(ratios),
-            "ratio_to_joint_ci95_over_cells": t_interval(ratios),
-            "ratio_to_joint_ci95_over_rows": bootstrap_ratio(pairs, judged),
-            "ratio_is_of_one_processor": all(round_alike(*pair) for pair in pairs),
-        }
-    return figures
+    return Difference(
+        arm=arm,
+        other=other,
+        by_pair=by_pair,
+        over_rows=interval_over_rows(*map(list, zip(*pairs, strict=True)), JUDGED),
+        over_pairs=t_interval([*by_pair.values()]),
+        learned=mean_of("learned") if all(ours.learned and theirs.learned for ours, theirs in ends) else None,
+        recentred=mean_of("recentred"),
+        nll=mean_of("nll"),
+        by_task={name: fmean(ours.end[name] - theirs.end[name] for ours, theirs in ends) for name in JUDGED},
+    )
 
 
-def worst_task(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, Any] | None:
-    """The judged task that lost most: accuracy at the end less the best measured one, in points, mean over cells."""
-    losses: dict[str, list[float]] = {name: [] for name in judged}
-    for cell in cells:
-        matrix = matrix_of(cell)
-        if matrix is None:
-            continue
-        for name, column in zip(matrix.tasks, zip(*matrix.rows, strict=True), strict=True):
-            measured = [value for value in column[matrix.trained.index(name) :] if value is not None]
-            if name in losses:
-                losses[name].append(100 * (measured[-1] - max(measured)))
-    means = {name: fmean(values) for name, values in losses.items() if values}
-    if not means:
-        return None
-    worst = min(means, key=lambda name: means[name])
-    return {"task": worst, "points": means[worst]}
+def _mean(ends: Ends, name: str) -> float:
+    return fmean(getattr(ends, name).values())
 
 
-def t_interval(values: Sequence[float]) -> list[float] | None:
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The interval of Student's t around the mean; None for fewer than two values."""
     if len(values) < 2:
         return None
     half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return [fmean(values) - half, fmean(values) + half]
+    return fmean(values) - half, fmean(values) + half
 
 
-def bootstrap_ratio(pairs: Sequence[tuple[CellJson, CellJson]], judged: Sequence[str]) -> list[float]:
-    """The interval of (mean accuracy of the first) / (mean accuracy of the second) over resampled test rows.
+def judged_accuracy(cell: CellJson) -> float:
+    """Mean accuracy over the judged tasks in the end, in percent."""
+    final = final_scores(cell)
+    return 100 * fmean(accuracy(final[name]) for name in JUDGED)
+
+
+def share_of(pairs: Sequence[tuple[CellJson, CellJson]]) -> tuple[float, tuple[float, float]]:
+    """Accuracy of the first cells in percent of that of the second ones, and its interval over resampled test rows.
 
     A row is one unit in all cells. Rows are drawn within their task, so every task keeps its weight.
     """
     generator = np.random.default_rng(0)
     tops, bottoms = np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
-    for name in judged:
-        # for every test row, the mean score over the cells at the end
+    for name in JUDGED:
+        # for every test row, the mean score over the cells in the end
         first, second = (
             np.array([row_scores(final_scores(cell)[name]) for cell in cells]).mean(0)
             for cells in zip(*pairs, strict=True)
@@ -222,49 +192,104 @@ def bootstrap_ratio(pairs: Sequence[tuple[CellJson, CellJson]], judged: Sequence
         tops += first[drawn].mean(1)
         bottoms += second[drawn].mean(1)
     low, high = np.quantile(tops / bottoms, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return [float(low), float(high)]
+    ours, theirs = (fmean(map(judged_accuracy, cells)) for cells in zip(*pairs, strict=True))
+    return 100 * ours / theirs, (100 * float(low), 100 * float(high))
 
 
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "cells": lambda arm: str(arm["num_cells"]),
-    "judged, %": lambda arm: f"{arm['judged_accuracy']:.1f}",
-    "of joint, %": lambda arm: f"{100 * arm['ratio_to_joint']:.1f}" if "ratio_to_joint" in arm else "–",
-    "over rows": lambda arm: _percent_span(arm.get("ratio_to_joint_ci95_over_rows")),
-    "over cells": lambda arm: _percent_span(arm.get("ratio_to_joint_ci95_over_cells")),
-    "lost": lambda arm: "–" if (lost := arm["lost_since_learned"]) is None else f"{lost:.1f}",
-    "worst task": lambda arm: "–" if (worst := arm["worst_task"]) is None else f"{worst['task']} {worst['points']:.1f}",
-    "s a training": lambda arm: "–" if arm["seconds_per_training"] is None else f"{arm['seconds_per_training']:.0f}",
-    "MB": lambda arm: "–" if arm["adapter_bytes"] is None else f"{arm['adapter_bytes'] / 1e6:.1f}",
-}
+def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
+    """Return the claim: the share of retraining's accuracy, and whether a difference from replay was found."""
+    share, (low, high) = share_of(matched(stored[OURS], stored[BOUND]))
+    lead = difference_of(OURS, RIVAL, matched(stored[OURS], stored[RIVAL]))
+    if lead.is_found:
+        verdict = (
+            "It is ahead of replay of the same rows" if lead.mean > 0 else "Replay of the same rows is ahead of it"
+        )
+    else:
+        verdict = "No difference in accuracy from replay of the same rows was found"
+    figures = f"{lead.mean:+.1f} points in {len(lead.by_pair)} pair{'s' if len(lead.by_pair) > 1 else ''} of runs"
+    if lead.over_pairs is not None:
+        figures += "; {:+.1f} to {:+.1f}".format(*lead.over_pairs)
+    return (
+        f"After {len(stored[OURS][0]['settings']['tasks'])} arrivals one adapter has {share:.1f} % of the accuracy of "
+        f"retraining on all rows ({low:.1f} to {high:.1f}). {verdict} ({figures})."
+    )
 
 
-def _percent_span(interval: Sequence[float] | None) -> str:
-    return "–" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+def read_arms(folder: Path = CELLS) -> dict[str, list[CellJson]]:
+    """Return the stored cells of every arm that has some."""
+    stored = {name: read_cells(folder / name) for name in ARMS if (folder / name).is_dir()}
+    return {name: cells for name, cells in stored.items() if cells}
 
 
-def tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """The figures for people, one table per suite."""
-    for title, of_suite in found["tables"].items():
-        table = Table(title=f"{title}, {of_suite['part']} rows: {', '.join(of_suite['judged_tasks'])}", box=None)
-        for column in ("", *COLUMNS):
-            table.add_column(column, justify="right" if column else "left")
-        for name, arm in of_suite["arms"].items():
-            table.add_row(name, *(show(arm) for show in COLUMNS.values()))
-        yield table
+def text(folder: Path = CELLS) -> str:
+    """Return the claim and the tables as Markdown.
+
+    Raises:
+        typer.BadParameter: The folder lacks the cells of an arm that the claim compares.
+    """
+    stored = read_arms(folder)
+    for name in (OURS, BOUND, RIVAL):
+        if name not in stored:
+            raise typer.BadParameter(f"{folder / name} has no cell; run `python -m benchmarks.headline run` first.")
+    others = [name for name in stored if name not in (OURS, BOUND)]
+    pairs = {name: matched(stored[OURS], stored[name]) for name in others}
+    to_bound = {name: matched(stored[name], stored[BOUND]) for name in stored if name != BOUND}
+    return (
+        templates()
+        .get_template("headline.md.j2")
+        .render(
+            claim=claim(stored),
+            figures=[figures_of(name, cells) for name, cells in stored.items()],
+            shares={name: share_of(of_arm) for name, of_arm in to_bound.items() if of_arm},
+            differences=[difference_of(OURS, name, of_arm) for name, of_arm in pairs.items() if of_arm],
+            tasks=JUDGED,
+            rows=NUM_ROWS,
+            num_tasks=len(stored[OURS][0]["settings"]["tasks"]),
+            seeds=sorted({cell["settings"]["seed"] for cell in stored[OURS]}),
+            orders=sorted({order_of_cell(cell) for cell in stored[OURS]}),
+            processors=len({f"{cell['perplexity']['base']:.3f}" for cells in stored.values() for cell in cells}),
+        )
+    )
 
 
+@app.callback()
 def main(
-    cells: Annotated[Path, typer.Option(help="Folder of the stored cells.")] = CELLS,
-    people: Annotated[bool, typer.Option(help="Print tables for people to standard error too.")] = True,
+    context: typer.Context, cells: Annotated[Path, typer.Option(help="Folder of the arms' cells.")] = CELLS
 ) -> None:
-    """Print the headline as one JSON object, and as tables for people."""
-    found = headline(read_stored_cells(cells))
-    typer.echo(json.dumps(found, indent=1))
-    if people:
-        console = Console(stderr=True, width=150)
-        for table in tables(found):
-            console.print(table)
+    """Print the claim and the tables."""
+    if context.invoked_subcommand is None:
+        typer.echo(text(cells))
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Option(help="Folder of the tasks.")],
+    arm: Annotated[list[str] | None, typer.Option(help="Arms.", show_default=", ".join(ARMS))] = None,
+    order: Annotated[list[str] | None, typer.Option(help="Orders of suite 9.", show_default="1, 2")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds.", show_default="4, 5, 6")] = None,
+    work: Annotated[Path, typer.Option(help="Unfinished cells; a second call goes on with them.")] = Path("final-work"),
+    out: Annotated[Path, typer.Option(help="Folder of the cells; each arm has a folder in it.")] = CELLS,
+) -> None:
+    """Run the missing cells of some arms."""
+    disable_progress_bars()
+    base = identify_base(DEFAULT_BASE)
+    for number, chain, name in ((s, o, a) for s in seed or [4, 5, 6] for o in order or ["1", "2"] for a in arm or ARMS):
+        strategy, method = ARMS[name]
+        cell = benchmark_cell(
+            strategy,
+            method,
+            order_of(SUITE, chain),
+            base=base,
+            data=data,
+            seed=number,
+            rows=NUM_ROWS,
+            part="reported",
+        )
+        (out / name).mkdir(parents=True, exist_ok=True)
+        typer.echo(
+            f"{name}, order {chain}, seed {number}: {make_cell_file(base, cell, method, data, out / name, work)}"
+        )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -14,14 +14,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.data_efficiency import arms
-from benchmarks.headline import judged_tasks
 from benchmarks.method.leads import by_kind, lead, points_of
 from benchmarks.method.protocol import GONE, named_changes, todays_training, training_of
 from benchmarks.method.protocol import describe as describe_training
 from benchmarks.method.protocol import lines as protocol_lines
 from benchmarks.output import RESULTS, read, templates
 from benchmarks.stored_cells import NUM_TEXTS, Memory, name_of_memory, read_stored_cells
-from benchmarks.tables import ALL_BOUNDS, Protocol, compared_with, departures, method_of, protocols, summarise
+from benchmarks.tables import (
+    ALL_BOUNDS,
+    Protocol,
+    compared_with,
+    departures,
+    judged_tasks,
+    method_of,
+    protocols,
+    summarise,
+)
 from deal_core.benchmark.suites import name_of as suite_of
 from deal_core.benchmark.summary import OURS, CellJson, accuracy, final_scores, method_name, order_of
 from deal_core.config import TrainConfig

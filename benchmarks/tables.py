@@ -34,6 +34,8 @@ from deal_core.benchmark.summary import (
 )
 from deal_core.evaluation.accuracy_matrix import mean_of_all
 
+JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
+"""The tasks whose own adapter beats the majority class and the base model."""
 EARLIER_DEFAULTS = ("memory tests", "memory none")
 """What stored cells of `deal` say that were made before it kept rows by default, the first default first."""
 KEPT_BY_OTHERS = {
@@ -68,6 +70,21 @@ def compared_with(changes: Collection[str]) -> str:
     return next((name for name in ("", *EARLIER_DEFAULTS) if name in changes), "")
 
 
+def judged_tasks(protocol: Protocol) -> list[str]:
+    """The tasks of a table that measure something.
+
+    Without cells of the bounds, they are JUDGED, which earlier settings lifted; without any of these, all tasks.
+    """
+    some = next(iter((*protocol.cells, *protocol.joint)))
+    tasks = sorted(some["settings"]["tasks"])
+    return protocol.lifted_tasks() or [name for name in tasks if name in JUDGED] or tasks
+
+
+def joint_of(protocol: Protocol) -> list[CellJson]:
+    """The cells of retraining on all rows, without steps that re-centre."""
+    return [cell for cell in protocol.joint if not cell["settings"]["train"].get("recentre_steps")]
+
+
 def round_alike(cell: CellJson, other: CellJson) -> bool:
     """Whether the base model has one perplexity in both cells. It differs where sums of bf16 products round otherwise.
 
@@ -75,6 +92,24 @@ def round_alike(cell: CellJson, other: CellJson) -> bool:
     """
     first, second = (side["perplexity"].get("base") for side in (cell, other))
     return first is not None and second is not None and f"{first:.3f}" == f"{second:.3f}"
+
+
+def matched(cells: Iterable[CellJson], others: Sequence[CellJson]) -> list[tuple[CellJson, CellJson]]:
+    """Return the pairs of two arms: cells with the same rows, seed, order and kind of processor.
+
+    A bound learns all tasks together, so it makes a pair with every order of them.
+    """
+
+    def is_pair(cell: CellJson, other: CellJson) -> bool:
+        first, second = cell["settings"], other["settings"]
+        has_order = not {first["strategy"], second["strategy"]} & {*ALL_BOUNDS}
+        return (
+            all(first[name] == second[name] for name in ("seed", "data", "rows", "part"))
+            and (first["tasks"] == second["tasks"] if has_order else {*first["tasks"]} == {*second["tasks"]})
+            and round_alike(cell, other)
+        )
+
+    return [(cell, other) for cell in cells for other in others if is_pair(cell, other)]
 
 
 def lost_since_learned(cell: CellJson, tasks: Collection[str]) -> float | None:

@@ -28,13 +28,12 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.development_cells import development_cell
+from benchmarks.cells import benchmark_cell
 from benchmarks.method import one_memory
 from benchmarks.method.pairs import LEAST_GAIN, over_cells
-from benchmarks.method.protocol import JUDGED
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import read_stored_cells, unpack_answers
-from benchmarks.tables import round_alike
+from benchmarks.tables import JUDGED, matched
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import name_of, order_of
 from deal_core.benchmark.summary import CellJson, final_scores, row_scores
@@ -156,25 +155,21 @@ class Pair:
 
 def pairs_of(arm: Sequence[CellJson], base: Sequence[CellJson]) -> Iterator[Pair]:
     """Yield the pairs of two arms; cells of different kinds of processors make none."""
-    for cell in arm:
-        for other in base:
-            same = all(cell["settings"][name] == other["settings"][name] for name in ("tasks", "seed", "data", "rows"))
-            if not same or not round_alike(cell, other):
-                continue
-            ours, theirs = ends_of(cell), ends_of(other)
+    for cell, other in matched(arm, base):
+        ours, theirs = ends_of(cell), ends_of(other)
 
-            def difference(name: str, ours: Ends = ours, theirs: Ends = theirs) -> float:
-                return fmean(getattr(ours, name).values()) - fmean(getattr(theirs, name).values())
+        def difference(name: str, ours: Ends = ours, theirs: Ends = theirs) -> float:
+            return fmean(getattr(ours, name).values()) - fmean(getattr(theirs, name).values())
 
-            yield Pair(
-                order=name_of(tuple(cell["settings"]["tasks"]))[1],
-                seed=cell["settings"]["seed"],
-                learned=difference("learned"),
-                end=difference("end"),
-                recentred=difference("recentred"),
-                nll=difference("nll"),
-                by_task={name: ours.end[name] - theirs.end[name] for name in ours.end},
-            )
+        yield Pair(
+            order=name_of(tuple(cell["settings"]["tasks"]))[1],
+            seed=cell["settings"]["seed"],
+            learned=difference("learned"),
+            end=difference("end"),
+            recentred=difference("recentred"),
+            nll=difference("nll"),
+            by_task={name: ours.end[name] - theirs.end[name] for name in ours.end},
+        )
 
 
 def verdict(pairs: Sequence[Pair]) -> str:
@@ -214,7 +209,7 @@ def run(
     for name, number, chain in ((a, s, o) for s in seed or [100] for o in order or ["1"] for a in arm):
         strategy, method = ARMS[name]
         tasks = order_of(SUITE, chain)
-        cell = development_cell(
+        cell = benchmark_cell(
             strategy, method, tasks, base=base, data=data, seed=number, rows=NUM_ROWS, scores_unused=unused
         )
         (out / name).mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.output import RESULTS
 from benchmarks.stored_cells import FIXED, read_stored_cells, unpack_answers
-from benchmarks.tables import departures
+from benchmarks.tables import JUDGED, departures
 from deal_core.benchmark.cell import PROTOCOL
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import CellJson, accuracy, final_scores, method_name
@@ -37,7 +37,6 @@ from deal_core.evaluation.label_scores import Floats, recentred_accuracy
 
 CELLS = RESULTS / "development"
 CELL_FOLDERS = (RESULTS / "continual", CELLS)
-JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
 FIGURES = ("greedy", "labels", "re-centred", "AUC")
 SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels")
 """Training settings that make a protocol."""

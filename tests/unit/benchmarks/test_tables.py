@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.headline import as_trained
 from benchmarks.report import best_rivals, seconds_beside_steps, spread_of_seeds
-from benchmarks.tables import compared_with, departures, lost_since_learned, protocols, summarise
+from benchmarks.tables import compared_with, lost_since_learned, protocols, summarise
 from tests.unit.deal_core.benchmark.test_summary import made
 
 
@@ -120,7 +119,6 @@ def test_steps_that_recentre_are_a_part_of_the_method_so_both_stand_in_one_table
     rows = {row["changes"]: row for row in summarise(protocol)}
     assert set(rows) == {"", "train.recentre_steps 50"}
     assert rows["train.recentre_steps 50"]["difference_points_ci95"][0] == 25.0
-    assert departures(as_trained(recentred)) == ""
 
 
 def test_others_are_compared_with_todays_deal_or_else_with_that_of_an_earlier_default():

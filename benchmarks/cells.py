@@ -1,4 +1,4 @@
-"""Cells of the protocol by which methods are chosen."""
+"""Cells with the settings that the comparisons of methods share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from deal_core.benchmark.cell import Cell, make_cell
-from deal_core.benchmark.suites import digest_of, load_suite
+from deal_core.benchmark.suites import Part, digest_of, load_suite
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.method_config import MethodConfig
 from tasks.references import BaseRef
 
 
-def development_cell(
+def benchmark_cell(
     strategy: str,
     method: MethodConfig,
     tasks: tuple[str, ...],
@@ -21,9 +21,10 @@ def development_cell(
     data: Path,
     seed: int,
     rows: int,
+    part: Part = "dev",
     **fields: Any,
 ) -> Cell:
-    """Return a cell that is judged on development rows, with the likeliest label as the answer.
+    """Return a cell whose answer is the likeliest label, scored right after a task was learned and in the end.
 
     Args:
         strategy: Name of the strategy.
@@ -33,6 +34,7 @@ def development_cell(
         data: Folder of the tasks.
         seed: Seed of the cell.
         rows: Training rows per task.
+        part: The test rows that are scored: dev to choose settings, reported for what a page claims.
         fields: Further fields of the cell.
     """
     return make_cell(
@@ -42,7 +44,7 @@ def development_cell(
         seed=seed,
         train=TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=seed),
         rows=rows,
-        part="dev",
+        part=part,
         max_test_rows=None,
         scored="ends",
         scoring="likeliest",

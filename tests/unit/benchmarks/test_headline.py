@@ -1,0 +1,143 @@
+"""The final table: which cells make a pair, what the rule says, and what the first line claims."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import headline
+from benchmarks.headline import app, claim, difference_of, figures_of, share_of, t_interval
+from benchmarks.method import memory
+from benchmarks.tables import matched
+from deal_core.benchmark.cell import pack_answers
+from deal_core.benchmark.summary import CellJson
+from tests.unit.deal_core.benchmark.test_summary import made
+
+LABELS = ("up", "down")
+
+
+@pytest.fixture(autouse=True)
+def two_judged_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (headline, memory):
+        monkeypatch.setattr(module, "JUDGED", ("yahoo", "agnews"))
+
+
+def answered(bits: str) -> dict[str, Any]:
+    """Scores of a task whose right label is `up`: 1 for a row that was answered `up`, 0 for `down`."""
+    log_probs_NL = torch.tensor([[0.8, 0.2] if bit == "1" else [0.2, 0.8] for bit in bits]).log()
+    answers = ["up" if bit == "1" else "down" for bit in bits]
+    score = {"correct": bits, "rouge1": 0.5, "majority_rate": 0.5}
+    return score | pack_answers(answers, ["up"] * len(bits), LABELS, log_probs_NL)
+
+
+def cell(strategy: str, learned: str, yahoo: str, agnews: str, *, seed: int = 4, base: float = 10.0) -> dict[str, Any]:
+    """A cell that learned yahoo, then agnews: the outcomes of yahoo after it was learned, then those in the end."""
+    is_bound = strategy == "joint"
+    steps: list[dict[str, str]] = [{"yahoo": learned}, {"yahoo": yahoo, "agnews": agnews}]
+    result = made(strategy, steps[1:] if is_bound else steps, seed=seed)
+    for version, bits in zip(result["versions"], steps[is_bound:], strict=True):
+        version["scores"] = {name: answered(each) for name, each in bits.items()}
+        version["task"] = None if is_bound else version["task"]
+    if is_bound:
+        result["settings"]["tasks"] = ["agnews", "yahoo"]
+    result["perplexity"] = {"base": base, "adapted": 12.0}
+    return result
+
+
+def pairs(*gains: int) -> list[tuple[CellJson, CellJson]]:
+    """Pairs of other seeds: the first cell has so many more right rows of 10 in each task than the second."""
+    right = [("1" * (5 + gain)).ljust(10, "0") for gain in gains]
+    half = "1111100000"
+    return [
+        (cell("deal", each, each, each, seed=seed), cell("replay", half, half, half, seed=seed))
+        for seed, each in enumerate(right)
+    ]
+
+
+def test_a_pair_has_one_seed_one_order_and_one_kind_of_processor() -> None:
+    ours = [cell("deal", "11", "11", "11", seed=seed) for seed in (4, 5)]
+    other_order = cell("replay", "11", "11", "11", seed=4)
+    other_order["settings"]["tasks"] = ["agnews", "yahoo"]
+    same, elsewhere = cell("replay", "10", "10", "10", seed=5), cell("replay", "10", "10", "10", seed=5, base=10.1)
+    assert matched(ours, [other_order, elsewhere]) == []
+    assert matched(ours, [same, other_order, elsewhere]) == [(ours[1], same)]
+    together = cell("joint", "", "11", "11", seed=4)
+    assert matched(ours, [together]) == [(ours[0], together)], "retraining has no order"
+
+
+def test_the_figures_of_an_arm_are_of_what_was_learned_and_of_what_is_left() -> None:
+    figures = figures_of("deal", [cell("deal", "1111", "1100", "1111")])
+    assert (figures.learned, figures.end, figures.by_task) == (100.0, 75.0, {"yahoo": 50.0, "agnews": 100.0})
+    assert figures.perplexity == pytest.approx(1.2)
+    assert figures.nll == pytest.approx(
+        -(6 * torch.tensor(0.8).log() + 2 * torch.tensor(0.2).log()).item() / 8, abs=1e-3
+    )
+    assert figures_of("retrain", [cell("joint", "", "1100", "1111")]).learned is None
+
+
+@pytest.mark.parametrize(
+    ("gains", "is_found"),
+    [((2, 2, 3), True), ((-2, -2, -3), True), ((1, 1), False), ((1, -1, 1), False), ((0, 0, 0), False)],
+)
+def test_a_difference_is_found_by_the_rule(gains: tuple[int, ...], is_found: bool) -> None:
+    difference = difference_of("deal", "replay", pairs(*gains))
+    assert difference.mean == pytest.approx(10 * sum(gains) / len(gains))
+    assert difference.is_found is is_found
+    assert len(difference.by_pair) == len(gains), "every pair has a name of its own"
+
+
+def test_the_share_of_retraining_is_one_where_nothing_differs_and_its_interval_holds_it_elsewhere() -> None:
+    same = cell("deal", "1110", "1110", "1110")
+    assert share_of([(same, same)]) == (100.0, (100.0, 100.0))
+    share, (low, high) = share_of([(cell("deal", "1110", "1110", "1010"), cell("joint", "", "1111", "1110"))])
+    assert share == pytest.approx(100 * 5 / 7) and low < share < high
+
+
+@pytest.mark.parametrize(
+    ("gains", "says"),
+    [
+        ((2, 2, 3), "It is ahead of replay of the same rows (+23.3 points in 3 pairs of runs; "),
+        ((-2, -2, -3), "Replay of the same rows is ahead of it (-23.3 points in 3 pairs of runs; "),
+        (
+            (1, -1, 1),
+            "No difference in accuracy from replay of the same rows was found (+3.3 points in 3 pairs of runs; ",
+        ),
+        ((1,), "No difference in accuracy from replay of the same rows was found (+10.0 points in 1 pair of runs)"),
+    ],
+)
+def test_the_claim_says_who_is_ahead_or_that_no_difference_was_found(gains: Sequence[int], says: str) -> None:
+    ours, theirs = zip(*pairs(*gains), strict=True)
+    full = "1" * 10
+    joint = [cell("joint", "", full, full, seed=seed) for seed in range(len(gains))]
+    line = claim({"deal": ours, "replay": theirs, "retrain": joint})
+    share = 50 + 10 * sum(gains) / len(gains)
+    assert line.startswith(
+        f"After 2 arrivals one adapter has {share:.1f} % of the accuracy of retraining on all rows ("
+    )
+    assert says in line and "\n" not in line
+
+
+def test_the_command_prints_the_claim_first_and_a_line_for_every_arm(tmp_path: Path) -> None:
+    missing = CliRunner().invoke(app, ["--cells", str(tmp_path)])
+    assert missing.exit_code == 2 and "benchmarks.headline" in missing.output
+    ours, theirs = pairs(1)[0]
+    arms = {"deal": ours, "replay": theirs, "retrain": cell("joint", "", "1" * 10, "1" * 10, seed=0)}
+    for name, each in arms.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cell-0.json").write_text(json.dumps(each))
+    done = CliRunner().invoke(app, ["--cells", str(tmp_path)])
+    lines = done.output.splitlines()
+    assert done.exit_code == 0 and lines[0] == claim({name: [each] for name, each in arms.items()})
+    assert [line.split(" | ")[0] for line in lines if "rows a task, with labels" in line] == ["| deal", "| replay"]
+    assert "| retrain | 1 | all rows | – | 100.0 | – |" in done.output
+    assert "| yahoo | 100.0 | 60.0 | 50.0 |" in done.output
+
+
+def test_an_interval_needs_two_values() -> None:
+    assert t_interval([1.0]) is None and t_interval([2.0, 2.0]) == (2.0, 2.0)
