@@ -4,7 +4,7 @@
     python -m benchmarks.headline
 
 The first command makes the missing cells; several processes share the work. The second prints the table from the stored
-cells and trains nothing. Its first line is the claim of the README.
+cells and trains nothing. Its first line is the claim of the README. `page` writes docs/benchmark.md from them.
 
 Protocol, written before the first cell: the nine tasks of suite 9 in orders 1 and 2, 150 training rows a task, seeds 4,
 5 and 6, which chose no setting. Every arm has the same rows, steps, rank and learning rate. The answer is the likeliest
@@ -22,11 +22,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 from typing import Annotated
 
 import numpy as np
 import typer
 from datasets import disable_progress_bars
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy.stats import t as student_t
 
 from benchmarks.cells import benchmark_cell
@@ -39,10 +42,12 @@ from deal_core.benchmark.summary import CellJson, accuracy, final_scores, interv
 from deal_core.benchmark.summary import order_of as order_of_cell
 from deal_core.evaluation.accuracy_matrix import PairedInterval
 from deal_core.method_config import MethodConfig, RehearsalConfig
+from infra.report.figures import COLOURS, MUTED, new_figure, save_png, tidy
 from tasks.adaptation.run import identify_base
 from tasks.benchmark import make_cell_file
 
 CELLS = RESULTS / "final"
+PAGE, PICTURE, WIDTH = Path("docs/benchmark.md"), "benchmark.png", 120
 SUITE, NUM_ROWS = "9", 150
 OURS, BOUND, RIVAL = "deal", "retrain", "replay"
 ARMS: dict[str, tuple[str, MethodConfig]] = {
@@ -53,10 +58,13 @@ ARMS: dict[str, tuple[str, MethodConfig]] = {
     "plain": ("seq_lora", MethodConfig()),
 }
 """Arm → its strategy and settings."""
+SHOWN = (OURS, RIVAL, "plain")
+"""Arms of the picture."""
+KEPT = RehearsalConfig().num_kept(NUM_ROWS)
 KEEPS = {
     BOUND: "all rows",
-    OURS: "37 rows a task, with labels",
-    RIVAL: "37 rows a task, with labels",
+    OURS: f"{KEPT} rows, with labels",
+    RIVAL: f"{KEPT} rows, with labels",
     "deal-keeps-nothing": "nothing",
     "plain": "nothing",
 }
@@ -84,6 +92,9 @@ class Figures:
     all_tasks: float
     """Accuracy in the end over all tasks, also those that this model cannot learn."""
     by_task: Mapping[str, float]
+    """Task → accuracy in the end."""
+    learned_by_task: Mapping[str, float]
+    """Task → accuracy right after it was learned; empty if nothing was learned one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +141,7 @@ def figures_of(arm: str, cells: Sequence[CellJson]) -> Figures:
         perplexity=fmean(cell["perplexity"]["adapted"] / cell["perplexity"]["base"] for cell in cells),
         all_tasks=100 * fmean(accuracy(score) for cell in cells for score in final_scores(cell).values()),
         by_task={name: fmean(each.end[name] for each in ends) for name in JUDGED},
+        learned_by_task={name: fmean(each.learned[name] for each in ends) for name in JUDGED if learned},
     )
 
 
@@ -216,34 +228,33 @@ def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
 
 
 def read_arms(folder: Path = CELLS) -> dict[str, list[CellJson]]:
-    """Return the stored cells of every arm that has some."""
-    stored = {name: read_cells(folder / name) for name in ARMS if (folder / name).is_dir()}
-    return {name: cells for name, cells in stored.items() if cells}
-
-
-def text(folder: Path = CELLS) -> str:
-    """Return the claim and the tables as Markdown.
+    """Return the stored cells of every arm that has some.
 
     Raises:
-        typer.BadParameter: The folder lacks the cells of an arm that the claim compares.
+        typer.BadParameter: An arm that the claim compares has none.
     """
-    stored = read_arms(folder)
-    for name in (OURS, BOUND, RIVAL):
+    stored = {name: cells for name in ARMS if (cells := read_cells(folder / name))}
+    for name in (BOUND, OURS, RIVAL):
         if name not in stored:
             raise typer.BadParameter(f"{folder / name} has no cell; run `python -m benchmarks.headline run` first.")
-    others = [name for name in stored if name not in (OURS, BOUND)]
-    pairs = {name: matched(stored[OURS], stored[name]) for name in others}
-    to_bound = {name: matched(stored[name], stored[BOUND]) for name in stored if name != BOUND}
+    return stored
+
+
+def text(stored: Mapping[str, Sequence[CellJson]], template: str = "headline.md.j2", width: int | None = None) -> str:
+    """Return the claim and the tables as Markdown. The claim is one line, or lines of at most `width` characters."""
+    pairs = {name: matched(stored[OURS], cells) for name, cells in stored.items() if name not in (OURS, BOUND)}
+    to_bound = {name: matched(cells, stored[BOUND]) for name, cells in stored.items() if name != BOUND}
     return (
         templates()
-        .get_template("headline.md.j2")
+        .get_template(template)
         .render(
-            claim=claim(stored),
+            claim=fill(claim(stored), width) if width else claim(stored),
             figures=[figures_of(name, cells) for name, cells in stored.items()],
             shares={name: share_of(of_arm) for name, of_arm in to_bound.items() if of_arm},
             differences=[difference_of(OURS, name, of_arm) for name, of_arm in pairs.items() if of_arm],
             tasks=JUDGED,
             rows=NUM_ROWS,
+            kept=KEPT,
             num_tasks=len(stored[OURS][0]["settings"]["tasks"]),
             seeds=sorted({cell["settings"]["seed"] for cell in stored[OURS]}),
             orders=sorted({order_of_cell(cell) for cell in stored[OURS]}),
@@ -252,13 +263,58 @@ def text(folder: Path = CELLS) -> str:
     )
 
 
+def kept_figure(arms: Sequence[Figures], bound: Figures) -> Figure:
+    """One row per task: its accuracy right after it was learned (hollow) and in the end (filled), per arm.
+
+    A bar marks what retraining on everything reaches.
+    """
+    figure = new_figure(8.0, 1.2 + 0.5 * len(JUDGED))
+    axes = figure.subplots()
+    for number, (arm, colour) in enumerate(zip(arms, COLOURS, strict=False)):
+        offset = 0.2 * (number - (len(arms) - 1) / 2)
+        for row, task in enumerate(JUDGED):
+            learned, end = arm.learned_by_task[task], arm.by_task[task]
+            axes.plot([learned, end], [row + offset] * 2, color=colour, linewidth=1.6, alpha=0.55, zorder=1)
+            axes.plot(learned, row + offset, "o", color=colour, markerfacecolor="white", markersize=5, zorder=2)
+            axes.plot(end, row + offset, "o", color=colour, markersize=5.5, zorder=3)
+    for row, task in enumerate(JUDGED):
+        axes.plot([bound.by_task[task]] * 2, [row - 0.4, row + 0.4], color=MUTED, linewidth=1.6, zorder=2)
+    tidy(axes)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.set_yticks(range(len(JUDGED)), JUDGED)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, %: hollow right after the task was learned, filled in the end", color=MUTED)
+    handles = [
+        *(
+            Line2D([], [], color=colour, marker="o", linewidth=1.6, label=arm.arm)
+            for arm, colour in zip(arms, COLOURS, strict=False)
+        ),
+        Line2D([], [], color=MUTED, linewidth=1.6, label="retraining on everything"),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
+    return figure
+
+
 @app.callback()
-def main(
-    context: typer.Context, cells: Annotated[Path, typer.Option(help="Folder of the arms' cells.")] = CELLS
-) -> None:
-    """Print the claim and the tables."""
+def main(context: typer.Context) -> None:
+    """Print the claim and the tables, if no command is given."""
     if context.invoked_subcommand is None:
-        typer.echo(text(cells))
+        typer.echo(text(read_arms()))
+
+
+@app.command()
+def page(
+    cells: Annotated[Path, typer.Option(help="Folder of the arms' cells.")] = CELLS,
+    out: Annotated[Path, typer.Option(help="Page to write; its picture goes to img beside it.")] = PAGE,
+) -> None:
+    """Write the page of the benchmark: the claim, the tables, a picture, and what was compared."""
+    stored = read_arms(cells)
+    out.write_text(text(stored, "benchmark.md.j2", WIDTH), encoding="utf-8")
+    arms = {name: figures_of(name, of_arm) for name, of_arm in stored.items()}
+    (out.parent / "img").mkdir(exist_ok=True)
+    save_png(kept_figure([arms[name] for name in SHOWN if name in arms], arms[BOUND]), out.parent / "img" / PICTURE)
 
 
 @app.command()

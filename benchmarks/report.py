@@ -1,4 +1,7 @@
-"""Write docs/benchmark.md, its pictures and benchmarks/cells.md from stored results: `python -m benchmarks.report`."""
+"""Write the pages of the cells of the earlier rehearsal from stored results: `python -m benchmarks.report`.
+
+They are benchmarks/earlier.md and benchmarks/cells.md. `benchmarks.headline` writes the page of today's method.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from statistics import fmean, median
 from typing import Annotated, Any, get_args
 
 import typer
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from benchmarks.data_efficiency import arms
 from benchmarks.method.leads import by_kind, lead, points_of
@@ -31,19 +32,12 @@ from benchmarks.tables import (
     summarise,
 )
 from deal_core.benchmark.suites import name_of as suite_of
-from deal_core.benchmark.summary import OURS, CellJson, accuracy, final_scores, method_name, order_of
+from deal_core.benchmark.summary import OURS, CellJson, accuracy, final_scores, method_name
 from deal_core.config import TrainConfig
 from deal_core.evaluation.accuracy_matrix import paired_interval
 from deal_core.judging_config import GateConfig
 from flows.cli.console import interval, points
-from infra.report.figures import COLOURS, MUTED, new_figure, save_png, tidy
 
-COST_NAMES = {
-    "seq_lora": "plain LoRA",
-    "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
-    "deal_without_rehearsal": "the spectral core alone",
-    "deal": "DEAL",
-}
 OURS_WITHOUT, OURS_WITH_TESTS, OURS_WITH_ROWS = (method_name(OURS, name_of_memory(each)) for each in get_args(Memory))
 CHOSEN_BY = ("joint", "seq_lora", OURS_WITH_ROWS)
 """The methods whose mean chose the training settings."""
@@ -55,9 +49,7 @@ SHOWN_AS = {
     "rehearsal.stored_share 0.1, rehearsal.rows_per_step 1": "a tenth of the rows",
     "rehearsal.stored_share 0.3333": "50 rows, four a step",
 }
-"""Settings of a method → what the page and its pictures call them."""
-NUM_SHOWN = 3
-"""Methods in a picture: ours, and the best rivals."""
+"""Settings of a method → what the page calls them."""
 LEADS = ((OURS_WITH_ROWS, OURS_WITHOUT), (OURS_WITH_TESTS, OURS_WITH_ROWS))
 """Pairs of methods whose difference cells.md shows; that to the default stands in the tables."""
 
@@ -126,8 +118,8 @@ def num_not_learned(protocol: Protocol) -> int:
     return max(counts)
 
 
-def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
-    """What the page shows of one table: its protocol, its lines, its tasks and its pictures."""
+def describe(protocol: Protocol) -> dict[str, Any]:
+    """What the page shows of one table: its protocol, its lines and its tasks."""
     rows = summarise(protocol, judged_tasks(protocol))
     settings = some_cell(protocol)["settings"]
     whole = [row for row in rows if row["orders"] == widest(rows, row)]
@@ -145,7 +137,6 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
         "widest": whole,
         "is_judged": bool(protocol.lifted()),
         "num_alone": len(protocol.per_task),
-        "pictures": draw(protocol, rows, images),
         "differences": [row for row in whole if "heaviest_task" in row],
         "num_trained": sum(row["num_cells"] for row in trained),
         "core_hours": sum(row["minutes"] * row["num_cells"] for row in trained) / 60,
@@ -252,82 +243,11 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
     )
 
 
-def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) -> list[tuple[str, str]]:
-    """Draw `deal` and its best rivals on the first order that has cells of all, their common seeds; (file, caption)."""
-    ours = [name for name in (OURS_WITH_TESTS, OURS_WITHOUT, OURS_WITH_ROWS) if name in map(name_of, rows)]
-    order, cells = side_by_side(protocol, [*ours, *best_rivals(rows)[: max(1, NUM_SHOWN - len(ours))]])
-    if not ours or not cells:
-        return []
-    some = cells[ours[0]]
-    seeds = sorted({cell["settings"]["seed"] for cell in some})
-    on = f", order {order}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
-    settings = some[0]["settings"]
-    tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}x{settings['train']['num_epochs']}"
-    kept = {shown(name): points_of(of_method) for name, of_method in cells.items()}
-    save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
-    return [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
-
-
 def shown(name: str) -> str:
-    """A method's name as the page and its pictures show it."""
+    """A method's name as the page shows it."""
     for settings, words in SHOWN_AS.items():
         name = name.replace(settings, words)
     return name
-
-
-def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
-    """One row per task: its accuracy right after it was learned (hollow) and in the end (filled), per strategy.
-
-    Args:
-        tasks: in the order in which they arrived.
-        learned_and_kept: strategy to task to both accuracies, 0 to 100; a task may be missing.
-    """
-    figure = new_figure(8.0, 1.2 + 0.42 * max(len(tasks), 1))
-    axes = figure.subplots()
-    offsets = [0.24 * (number - (len(learned_and_kept) - 1) / 2) for number in range(len(learned_and_kept))]
-    for offset, colour, pairs in zip(offsets, COLOURS, learned_and_kept.values(), strict=False):
-        for row, task in enumerate(tasks):
-            if task not in pairs:
-                continue
-            learned, kept = pairs[task]
-            axes.plot([learned, kept], [row + offset] * 2, color=colour, linewidth=1.6, alpha=0.55, zorder=1)
-            axes.plot(learned, row + offset, "o", color=colour, markerfacecolor="white", markersize=5, zorder=2)
-            axes.plot(kept, row + offset, "o", color=colour, markersize=5.5, zorder=3)
-    tidy(axes)
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy, %: hollow right after the task was learned, filled in the end", color=MUTED)
-    handles = [
-        Line2D([], [], color=colour, marker="o", linewidth=1.6, label=name)
-        for colour, name in zip(COLOURS, learned_and_kept, strict=False)
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
-    return figure
-
-
-def side_by_side(protocol: Protocol, shown: Sequence[str]) -> tuple[str, dict[str, list[CellJson]]]:
-    """The first order that has cells of all these strategies with a common seed, and its cells of common seeds."""
-    by_order: dict[str, dict[str, dict[int, CellJson]]] = {}
-    for cell in protocol.cells:
-        if (name := method_of(cell)) in shown:
-            by_order.setdefault(order_of(cell), {}).setdefault(name, {})[cell["settings"]["seed"]] = cell
-    for order, by_name in sorted(by_order.items()):
-        seeds = set.intersection(*(set(by_name.get(name, {})) for name in shown))
-        if seeds:
-            return order, {name: [by_name[name][seed] for seed in sorted(seeds)] for name in shown}
-    return "", {}
-
-
-def best_rivals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the other strategies, each in its best setting, best first."""
-    lines = [row for row in rows if row["strategy"] not in (OURS, *ALL_BOUNDS) and row["orders"] == widest(rows, row)]
-    best: dict[str, str] = {}
-    for row in sorted(lines, key=lambda row: -row["average_accuracy"]):
-        best.setdefault(row["strategy"], name_of(row))
-    return list(best.values())
 
 
 def roundings(cells: Sequence[CellJson]) -> dict[str, list[str]]:
@@ -387,9 +307,7 @@ def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
-    page: Annotated[Path, typer.Option(help="Page to write; its pictures go to img beside it.")] = Path(
-        "docs/benchmark.md"
-    ),
+    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("benchmarks/earlier.md"),
     cells_page: Annotated[Path, typer.Option(help="Page of the development cells to write.")] = Path(
         "benchmarks/cells.md"
     ),
@@ -398,11 +316,13 @@ def main(
     pages = templates()
     pages.filters |= {"points": points, "interval": interval, "name": name_of, "keeps": keeps, "shown": shown}
     pages.filters["training"] = describe_training
-    cost = read(results / "step_cost.json")  # read first: if it is missing, the message comes before the long work
+    recentring = read(
+        results / "recentring.json"
+    )  # read first: if it is missing, the message comes before the long work
     cells, development = (read_stored_cells(results / folder) for folder in ("continual", "development"))
     all_protocols = protocols(cells)
     tables = sorted(
-        (describe(protocol, page.parent / "img") for protocol in all_protocols),
+        map(describe, all_protocols),
         key=lambda table: table["suite"].zfill(3),
     )
     tried = tried_lines(development)
@@ -426,13 +346,11 @@ def main(
         "num_tried": len(tried),
         "protocol": protocol,
         "chosen": choice_of(protocol),
-        "cost": cost,
-        "cost_names": COST_NAMES,
         "lifts": lift_lines(read_stored_cells(results / "superni")),
         "roundings": roundings(cells),
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
-        "recentring": read(results / "recentring.json"),
+        "recentring": recentring,
         "ours_without": OURS_WITHOUT,
         "ours_with_tests": OURS_WITH_TESTS,
         "ours_with_rows": OURS_WITH_ROWS,
@@ -444,7 +362,7 @@ def main(
         "coverage": read(results / "paired_coverage.json"),
         "beside": seconds_beside_steps([cell for cell in todays_cells if len(cell["settings"]["tasks"]) == 15]),
     }
-    page.write_text(pages.get_template("page.md.j2").render(page_values))
+    page.write_text(pages.get_template("earlier.md.j2").render(page_values))
     cells_page.write_text(pages.get_template("cells.md.j2").render(page_values))
     typer.echo(f"{page} and {cells_page} written")
 

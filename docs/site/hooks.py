@@ -26,6 +26,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/cells.md": "cells.md",
+    "benchmarks/earlier.md": "earlier.md",
     "benchmarks/scaling.md": "scaling.md",
     "benchmarks/consolidation.md": "consolidation_figures.md",
     "LICENSE": "LICENSE.txt",

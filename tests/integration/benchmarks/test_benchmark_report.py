@@ -1,4 +1,4 @@
-"""docs/benchmark.md, benchmarks/cells.md and docs/performance.md equal the output of their commands."""
+"""The pages of benchmarks equal the output of their commands."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 from typer import BadParameter
 
-from benchmarks import performance
+from benchmarks import headline, performance
 from benchmarks.report import main
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_the_page_is_the_one_that_the_stored_cells_give(tmp_path: Path) -> None:
-    main(results=RESULTS, page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
-    assert (tmp_path / "cells.md").read_text() == (ROOT / "benchmarks" / "cells.md").read_text()
+def test_the_pages_of_the_earlier_rehearsal_are_those_that_the_stored_cells_give(tmp_path: Path) -> None:
+    main(results=RESULTS, page=tmp_path / "earlier.md", cells_page=tmp_path / "cells.md")
+    for name in ("cells.md", "earlier.md"):
+        assert (tmp_path / name).read_text() == (ROOT / "benchmarks" / name).read_text()
+
+
+def test_the_benchmarks_page_and_the_readme_say_what_the_stored_cells_give(tmp_path: Path) -> None:
+    headline.page(cells=RESULTS / "final", out=tmp_path / "benchmark.md")
     assert (tmp_path / "benchmark.md").read_text() == (ROOT / "docs" / "benchmark.md").read_text()
     shown = {
         line.split("](")[1].rstrip(")")
@@ -26,20 +31,22 @@ def test_the_page_is_the_one_that_the_stored_cells_give(tmp_path: Path) -> None:
         if line.startswith("![")
     }
     assert shown and all((tmp_path / name).is_file() and (ROOT / "docs" / name).is_file() for name in shown)
+    readme = " ".join((ROOT / "README.md").read_text().replace("**", "").split())
+    assert headline.claim(headline.read_arms(RESULTS / "final")) in readme
 
 
 @pytest.mark.nightly
 def test_a_cell_more_or_less_is_another_page(tmp_path: Path) -> None:
     shutil.copytree(RESULTS, tmp_path / "results")
     next((tmp_path / "results" / "continual").glob("seq_lora-*.json")).unlink()
-    main(results=tmp_path / "results", page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
-    assert (tmp_path / "benchmark.md").read_text() != (ROOT / "docs" / "benchmark.md").read_text()
+    main(results=tmp_path / "results", page=tmp_path / "earlier.md", cells_page=tmp_path / "cells.md")
+    assert (tmp_path / "earlier.md").read_text() != (ROOT / "benchmarks" / "earlier.md").read_text()
 
 
 def test_a_result_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "continual").mkdir()
-    with pytest.raises(BadParameter, match=r"step_cost\.json is not there"):
-        main(results=tmp_path, page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
+    with pytest.raises(BadParameter, match=r"recentring\.json is not there"):
+        main(results=tmp_path, page=tmp_path / "earlier.md", cells_page=tmp_path / "cells.md")
 
 
 def test_the_page_of_performance_is_the_one_that_the_stored_results_give(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from benchmarks import headline
 from benchmarks.headline import app, claim, difference_of, figures_of, share_of, t_interval
 from benchmarks.method import memory
 from benchmarks.tables import matched
-from deal_core.benchmark.cell import pack_answers
+from deal_core.benchmark.cell import Cell, pack_answers
 from deal_core.benchmark.summary import CellJson
+from deal_core.method_config import MethodConfig
+from tasks.references import BaseRef
 from tests.unit.deal_core.benchmark.test_summary import made
 
 LABELS = ("up", "down")
@@ -123,20 +125,51 @@ def test_the_claim_says_who_is_ahead_or_that_no_difference_was_found(gains: Sequ
     assert says in line and "\n" not in line
 
 
-def test_the_command_prints_the_claim_first_and_a_line_for_every_arm(tmp_path: Path) -> None:
-    missing = CliRunner().invoke(app, ["--cells", str(tmp_path)])
-    assert missing.exit_code == 2 and "benchmarks.headline" in missing.output
+def test_the_page_has_the_claim_a_line_for_every_arm_and_a_picture(tmp_path: Path) -> None:
+    out = tmp_path / "page.md"
+    missing = CliRunner().invoke(app, ["page", "--cells", str(tmp_path), "--out", str(out)])
+    assert missing.exit_code == 2 and "benchmarks.headline" in missing.output and not out.exists()
     ours, theirs = pairs(1)[0]
     arms = {"deal": ours, "replay": theirs, "retrain": cell("joint", "", "1" * 10, "1" * 10, seed=0)}
     for name, each in arms.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "cell-0.json").write_text(json.dumps(each))
-    done = CliRunner().invoke(app, ["--cells", str(tmp_path)])
-    lines = done.output.splitlines()
-    assert done.exit_code == 0 and lines[0] == claim({name: [each] for name, each in arms.items()})
-    assert [line.split(" | ")[0] for line in lines if "rows a task, with labels" in line] == ["| deal", "| replay"]
-    assert "| retrain | 1 | all rows | – | 100.0 | – |" in done.output
-    assert "| yahoo | 100.0 | 60.0 | 50.0 |" in done.output
+    done = CliRunner().invoke(app, ["page", "--cells", str(tmp_path), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    text = out.read_text()
+    assert claim({name: [each] for name, each in arms.items()}) in " ".join(text.split())
+    assert [line.split(" | ")[0] for line in text.splitlines() if "rows, with labels | " in line] == [
+        "| deal",
+        "| replay",
+    ]
+    assert "| retrain | 1 | all rows | – | 100.0 | – |" in text
+    assert "| yahoo | 100.0 | 60.0 | 50.0 |" in text
+    (picture,) = (tmp_path / "img").iterdir()
+    assert f"](img/{picture.name})" in text
+
+
+def test_a_run_makes_cells_of_rows_that_chose_no_setting(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_cells: list[tuple[str, Cell]] = []
+
+    def store(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, out: Path, work: Path) -> str:
+        assert out.is_dir()
+        made_cells.append((out.name, cell))
+        return "done"
+
+    monkeypatch.setattr(headline, "identify_base", lambda source: BaseRef(source=source, name="tiny", sha256="0"))
+    monkeypatch.setattr(headline, "order_of", lambda suite, order: ("dbpedia", "agnews")[:: 1 if order == "1" else -1])
+    monkeypatch.setattr(headline, "make_cell_file", store)
+    options = ["run", "--data", str(data), "--out", str(tmp_path / "final"), "--seed", "4", "--seed", "5"]
+    done = CliRunner().invoke(app, [*options, "--arm", "deal", "--arm", "retrain", "--arm", "deal-keeps-nothing"])
+    assert done.exit_code == 0, done.output
+    assert {cell.part for _, cell in made_cells} == {"reported"}
+    assert {(name, cell.seed, cell.tasks) for name, cell in made_cells if name == "deal"} == {
+        ("deal", seed, tasks) for seed in (4, 5) for tasks in (("dbpedia", "agnews"), ("agnews", "dbpedia"))
+    }
+    kept = {name: cell.method.get("rehearsal.rows") for name, cell in made_cells}
+    assert kept == {"deal": 50, "deal-keeps-nothing": 0, "retrain": None}
 
 
 def test_an_interval_needs_two_values() -> None:
