@@ -348,13 +348,13 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
         "give --force.",
     }
     message = "Nothing to do: " + messages[version.standing]
-    return _result(version, dataset, status="repeat", message=message)
+    return result_of(version, dataset, status="repeat", message=message)
 
 
 def skipped(champion: Version, dataset: DatasetRef, tested: ArrivalScore, seconds: dict[str, float]) -> AdaptResult:
     """Return the result of a run that trained nothing, because the champion answers the new rows well enough."""
     message = f"Nothing to learn: the {tested.describe()}. Version {champion.version} stays champion."
-    return _result(
+    return result_of(
         champion, dataset, status="skipped", message=message, arrival_accuracy=tested.accuracy, seconds=seconds
     )
 
@@ -372,7 +372,7 @@ def adapted(version: Version, findings: Findings, seconds: dict[str, float]) -> 
         status, verdict = "awaiting approval", _awaits_approval(version)
     elif version.outcome == "rollout":
         status, verdict = "rollout", _in_rollout(version)
-    return _result(
+    return result_of(
         version,
         findings.dataset,
         status=status,
@@ -397,7 +397,8 @@ def _in_rollout(version: Version) -> str:
     return f"is tried on live traffic: deal rollout status --lineage {version.lineage}"
 
 
-def _result(version: Version, dataset: DatasetRef, **fields: Any) -> AdaptResult:
+def result_of(version: Version, dataset: DatasetRef, **fields: Any) -> AdaptResult:
+    """Return the result of a run that made this version, or found it."""
     return AdaptResult(
         rejected=not version.accepted,
         lineage=version.lineage,

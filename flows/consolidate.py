@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from prefect import flow
 
-from deal_core.errors import RegistryError
 from deal_core.safe_text import listed
-from flows.adapt import AdaptResult, announcing_failure, failing, finish
+from flows.adapt import AdaptResult, announcing_failure, failing, finish, result_of
 from flows.lock import lock_lineage
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, champion_of
@@ -29,7 +28,7 @@ from tasks.context import current_store
 from tasks.inbox import Arrival, InboxLook, known_state, read_state, write_state
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.consolidation import ConsolidationPlan, Start, spent_by, why_due
-from tasks.lineage.history import unknown_lineage
+from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.settings import WatchedLineage, stored_lineage
 from tasks.mlflow_mirror import sync_lineage
@@ -41,7 +40,7 @@ from tasks.spec import AdaptSpec, parse
 def plan(lineage: str, start: Start | None = None) -> ConsolidationPlan:
     """Return what `consolidate` would learn; change nothing. For the arguments and errors see there."""
     store = current_store()
-    champion = _require_champion(Versions(store).champion(lineage), lineage)
+    champion = find_version(store, lineage, None)
     settings = stored_lineage(store, lineage)
     record = read_record(store, champion.adapter_uri)
     return plan_consolidation(store, champion, record, start or _start_of(settings), _spec_of(champion, settings))
@@ -77,11 +76,9 @@ async def learn_together(lineage: str, start: Start, settings: WatchedLineage | 
     """Consolidate a lineage, and announce a failure. The caller holds the lineage."""
     stages, store = Stages(), current_store()
     async with announcing_failure(lineage, None):
-        parent = await stages.run("parent", find_parent, lineage)
-        synced = await stages.run("mlflow", sync_lineage, store, lineage)
-        if synced.promoted is not None:  # somebody has moved the alias there
-            parent = Versions(store).champion(lineage)
-        champion = _require_champion(parent, lineage)
+        await stages.run("parent", find_parent, lineage)  # an interrupted move of the champion is completed
+        await stages.run("mlflow", sync_lineage, store, lineage)  # somebody may have moved the alias there
+        champion = find_version(store, lineage, None)
         spec = _spec_of(champion, settings)
         if champion.is_consolidation:  # such as one whose run was killed, and is complete now
             dataset = read_findings(champion.adapter_uri).dataset
@@ -161,12 +158,6 @@ def open_again(store: ObjectStore, lineage: str, arrivals: Sequence[Arrival]) ->
     reporter().said(f"{listed([arrival.key for arrival in arrivals])}: learned again, on the consolidation.")
 
 
-def _require_champion(champion: Version | None, lineage: str) -> Version:
-    if champion is None:
-        raise RegistryError(unknown_lineage(lineage))
-    return champion
-
-
 def _start_of(settings: WatchedLineage | None) -> Start:
     return (settings or WatchedLineage()).consolidate.start
 
@@ -178,15 +169,5 @@ def _spec_of(champion: Version, settings: WatchedLineage | None) -> AdaptSpec:
 
 
 def _repeated(version: Version, dataset: DatasetRef, why: str) -> AdaptResult:
-    return AdaptResult(
-        status="repeat",
-        rejected=not version.accepted,
-        message=f"Nothing to do: version {version.version} of {version.lineage} is a consolidation, and {why}.",
-        lineage=version.lineage,
-        task=dataset.task,
-        version=version.version,
-        parent_version=version.parent_version,
-        reasons=version.reasons,
-        dataset=dataset,
-        run_key=version.run_key,
-    )
+    message = f"Nothing to do: version {version.version} of {version.lineage} is a consolidation, and {why}."
+    return result_of(version, dataset, status="repeat", message=message)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -92,14 +92,11 @@ class WatchResult(BaseModel, frozen=True):
 
 
 @flow(name="watch", flow_run_name="watch-{spec.lineage}")
-async def watch(
-    spec: WatchedLineage, tasks: tuple[str, ...] = (), once: bool = False, poll_seconds: float = 2.0
-) -> WatchResult:
+async def watch(spec: WatchedLineage, once: bool = False, poll_seconds: float = 2.0) -> WatchResult:
     """Adapt a lineage to files that land in the inbox.
 
     Args:
         spec: The lineage and its settings. The place of each file decides its task and schema.
-        tasks: Handle only files of these tasks; empty: all files.
         once: End when all present files are handled. Some wait: by the lineage's settings `retrain`, or as
             folders without a mark, which may still be written.
         poll_seconds: Pause between two looks. A file that changes between two looks is not handled yet.
@@ -108,7 +105,7 @@ async def watch(
         Interrupted: With `once`, the user stopped the watch before all files were handled.
     """
     store = current_store()
-    worker = InboxWorker(store, spec, tasks, settle_seconds=poll_seconds, once=once, wait=True)
+    worker = InboxWorker(store, spec, settle_seconds=poll_seconds, once=once, wait=True)
     if not once:
         reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
     has_looked = False
@@ -154,7 +151,7 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
         reporter().said(f"Lineage '{lineage}' learns nothing now: {held}")
         return WatchResult(lineage=lineage, files=())
     is_rerun = (runtime.flow_run.run_count or 1) > 1
-    worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun)
+    worker = InboxWorker(store, spec, settle_seconds=settle_seconds, once=False, wait=is_rerun)
     try:
         while await worker.handle_open() or worker.num_left:
             if is_stopped() or worker.why_held():
@@ -172,8 +169,6 @@ class InboxWorker:
 
     store: ObjectStore
     spec: WatchedLineage
-    tasks: Collection[str]
-    """Only files of these tasks are handled; empty: all files."""
     settle_seconds: float
     """A file is complete if it has not changed for this time or since the previous look."""
     once: bool
@@ -204,7 +199,7 @@ class InboxWorker:
         settled, growing = settle(
             inbox,
             state,
-            self.tasks,
+            self.spec.tasks,
             self._stamps,
             settle_seconds=self.settle_seconds,
             retry_now=self._retries,

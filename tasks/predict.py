@@ -19,7 +19,7 @@ from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.readers import file_kind, read_rows
-from deal_core.evaluation.generation import GivenAnswer, answer_inputs, first_answer_logits
+from deal_core.evaluation.generation import GivenAnswer, answer_inputs, counting, first_answer_logits
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.versions import Version
@@ -211,14 +211,3 @@ def answering(asked: Asked) -> Iterator[AnswerInputs]:
     base, task = lend_base(asked.record.base), served_task(asked.known)
     with borrowed_adapter(current_store(), asked.info) as folder, adapter_on(base.model, folder) as model:
         yield lambda inputs, on_rows: answer_inputs(model, base.tokenizer, task, inputs, on_rows)
-
-
-def counting(on_progress: OnProgress, num_rows: int, num_done: int = 0) -> Callable[[int], None]:
-    """Return a callback that takes the number of rows just answered, and reports how many of `num_rows` are done."""
-
-    def on_rows(count: int) -> None:
-        nonlocal num_done
-        num_done += count
-        on_progress(num_done, num_rows)
-
-    return on_rows

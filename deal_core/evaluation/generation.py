@@ -33,9 +33,8 @@ MAX_LOGIT_BYTES = 2**30
 times as many."""
 
 
-def counting(on_progress: Callable[[int, int], None], total: int) -> OnProgress:
-    """Return an `OnProgress` that reports how many of `total` rows are done so far."""
-    done = 0
+def counting(on_progress: Callable[[int, int], None], total: int, done: int = 0) -> OnProgress:
+    """Return an `OnProgress` that reports how many of `total` rows are done so far, if `done` are at first."""
 
     def report(num_rows: int) -> None:
         nonlocal done

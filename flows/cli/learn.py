@@ -116,7 +116,7 @@ def adapt(
         def start_watch() -> Coroutine[Any, Any, WatchResult]:
             from flows.watch import watch as watch_flow
 
-            return watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll or 2.0)
+            return watch_flow(watched, once=once, poll_seconds=poll or 2.0)
 
         seen = deal.run(start_watch)
         return CommandResult(seen, show_watch(seen), failed=seen.num_refused > 0, rejected=seen.num_rejected > 0)

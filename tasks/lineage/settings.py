@@ -17,7 +17,6 @@ from pydantic import BeforeValidator, model_validator
 
 from deal_core.data.schema import is_name
 from deal_core.errors import ConfigError, RegistryError, StoreError, in_one_line
-from deal_core.judging_config import MonitorConfig
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
@@ -62,11 +61,6 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
         uri = store.uri_of(keys.settings_key(lineage))
         raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage apply SPEC.")
     return settings or WatchedLineage()
-
-
-def monitor_settings(store: ObjectStore, lineage: str) -> MonitorConfig:
-    """Return the `monitor` section of a lineage's file; without a file, the defaults. Errors as `read_lineage`."""
-    return (stored_lineage(store, lineage) or WatchedLineage()).monitor
 
 
 def stored_lineage(store: ObjectStore, lineage: str) -> WatchedLineage | None:

@@ -17,7 +17,6 @@ from deal_core.adapter.files import (
     ADAPTER_FILES,
     CONFIG_FILE,
     PEFT_FILES,
-    WEIGHTS_FILE,
     as_recorded,
     digests_of,
     require_undamaged,
@@ -31,8 +30,6 @@ from infra.versions import Version, Versions, remedy_for
 CARD_FILE = "README.md"
 """The model card next to an adapter."""
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header that safetensors reads."""
 
 
 @contextmanager
@@ -44,31 +41,6 @@ def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[
         what, remedy = _described(store, adapter_uri)
         with reading_stored(store, f"{adapter_uri}/{name}", what, remedy):
             raise error
-
-
-def require_stored(store: ObjectStore, adapter_uri: str) -> None:
-    """Require the configuration and the weights of an adapter in the store.
-
-    Of the weights, only the size and the header are fetched: a sparse file of the same size and header is opened.
-
-    Raises:
-        ObjectNotFoundError: A file is missing.
-        StoreError: A file is damaged.
-    """
-    with reading_beside(store, adapter_uri, CONFIG_FILE):
-        _check_json(CONFIG_FILE, store.get_bytes(f"{adapter_uri}/{CONFIG_FILE}"))
-    key = f"{adapter_uri}/{WEIGHTS_FILE}"
-    with reading_beside(store, adapter_uri, WEIGHTS_FILE), temporary_folder() as folder:
-        info = store.find(key)
-        if info is None:
-            raise ObjectNotFoundError(key)
-        num_bytes = 8 + int.from_bytes(store.get_bytes(key, at_most=8), "little")
-        if not 8 < num_bytes <= min(info.size, MAX_HEADER_BYTES):
-            raise ValueError(f"its {info.size} bytes have no safetensors header")
-        with (folder / WEIGHTS_FILE).open("wb") as file:
-            file.write(store.get_bytes(key, at_most=num_bytes))
-            file.truncate(info.size)
-        _open_weights(folder / WEIGHTS_FILE)
 
 
 def _check_json(name: str, content: bytes) -> None:

@@ -20,7 +20,7 @@ from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
-from tasks.lineage.settings import monitor_settings
+from tasks.lineage.settings import WatchedLineage, stored_lineage
 from tasks.mlflow_mirror import write_look
 from tasks.monitoring.rows import champion_since, read_frame, read_reference, rows_of_file, with_texts, write_frame
 from tasks.monitoring.state import OpenAlarm, next_state, read_monitor_state, write_monitor_state
@@ -84,7 +84,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
             "serve; answers of another server are compared with: deal monitor --data FILE."
         )
         return result.model_copy(update={"problem": problem})
-    limits = monitor_settings(store, lineage).limits
+    limits = (stored_lineage(store, lineage) or WatchedLineage()).monitor.limits
     if live["input"].notna().any():
         reference = with_texts(store, record, reference)
     if rebase:

@@ -23,6 +23,7 @@ from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
+from deal_core.evaluation.generation import counting
 from deal_core.monitoring.feedback import KEYS, RANDOM_SHARE, select_rows
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.regular_file import complete_file
@@ -30,7 +31,7 @@ from infra.predictions import feedback_ids, read_predictions
 from tasks.context import current_store
 from tasks.landed_inputs import task_inputs
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns, said_columns
-from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, counting
+from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering
 
 CHAMPION_ANSWER = "champion_answer"
 """The column with the champion's answer. Neither ingest nor feedback reads it."""

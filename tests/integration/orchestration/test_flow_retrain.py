@@ -287,7 +287,7 @@ async def hang(*arguments):
 
 flows.watch._adapt_to = hang
 store = current_store()
-worker = flows.watch.InboxWorker(store, read_lineage(store, "l"), (), settle_seconds=0.01, once=False, wait=True)
+worker = flows.watch.InboxWorker(store, read_lineage(store, "l"), settle_seconds=0.01, once=False, wait=True)
 asyncio.run(worker.handle_open())
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

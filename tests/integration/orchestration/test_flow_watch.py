@@ -106,7 +106,7 @@ def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> 
     assert outcomes(result) == [("clinic/c.csv", "promoted")], "the lineage knows which columns the task has"
     assert [info.version for info in Versions(current_store()).all("l")] == ["1", "2", "3"]
 
-    other, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora"), tasks=("parcels",))
+    other, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora", tasks=["parcels"]))
     assert outcomes(other) == [("parcels/a.jsonl", "promoted"), ("parcels/again.jsonl", "repeat")]
     assert [info.strategy for info in Versions(current_store()).all("m")] == ["seq_lora"]
 
@@ -116,7 +116,7 @@ def test_a_folder_is_learned_as_one_arrival_once_it_is_complete(tiny_base: Path,
     land(home, "parcels/may/part-0.jsonl", b"".join(lines[:20]))
     land(home, "parcels/may/day=2/part-0.jsonl", b"".join(lines[20:]) + b"{}\n")
     spec, said = lineage(tiny_base), Said()
-    worker = InboxWorker(current_store(), spec, (), settle_seconds=0.01, once=False, wait=True)
+    worker = InboxWorker(current_store(), spec, settle_seconds=0.01, once=False, wait=True)
     with reporting_to(said):
         assert [asyncio.run(worker.handle_open()) for _ in range(3)] == [0, 0, 0], "its writer may be between two files"
     assert worker.num_left == 0
@@ -335,7 +335,7 @@ def test_the_status_tells_of_files_that_no_watch_can_see(home: Path) -> None:
 def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Path) -> None:
     land(home, "bank/bad.jsonl", b"nonsense\n")
     land(home, "clinic/bad.jsonl", b"nonsense\n")
-    result, _ = look(lineage(tiny_base), tasks=("clinic",))
+    result, _ = look(lineage(tiny_base, tasks=["clinic"]))
     assert outcomes(result) == [("clinic/bad.jsonl", "refused")]
 
     add_lineage(current_store(), WatchedLineage(lineage="l"))

@@ -133,7 +133,7 @@ def test_a_hold_stops_the_files_that_a_run_has_not_begun(tiny_base: Path, home: 
     add_lineage(store, lineage("l", base_model=str(tiny_base), train=train, gate=NO_LIMITS))
     for name, rows in (("a", ROWS), ("b", ROWS + ROWS.splitlines(keepends=True)[0].replace(b"my", b"our"))):
         land(home, f"parcels/{name}.jsonl", rows)
-    worker = InboxWorker(store, read_lineage(store, "l"), (), settle_seconds=0, once=False, wait=True)
+    worker = InboxWorker(store, read_lineage(store, "l"), settle_seconds=0, once=False, wait=True)
     handle = worker._handle
 
     async def handle_and_hold(*arguments: Any) -> bool:
@@ -296,7 +296,7 @@ def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base
 def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path, tiny_base: Path) -> None:
     land(home, "parcels/a.jsonl")
     spec = small("shared", tiny_base)
-    worker = InboxWorker(current_store(), spec, (), settle_seconds=0.01, once=False, wait=True)
+    worker = InboxWorker(current_store(), spec, settle_seconds=0.01, once=False, wait=True)
 
     async def two() -> None:
         async with lock_lineage("shared"):

@@ -46,7 +46,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         store = open_store(str(tmp_path))
         store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
         (info,) = list_arrivals(store.list("inbox"))
-        worker = InboxWorker(store, WatchedLineage(lineage="l"), (), settle_seconds=0, once=True, wait=True)
+        worker = InboxWorker(store, WatchedLineage(lineage="l"), settle_seconds=0, once=True, wait=True)
         asyncio.run(worker._handle(Due((info,)), look(store)))
         handled = read_state(store, "l").files[info.key]
         assert worker.runs == [] and handled.outcome == "failed"
@@ -98,7 +98,7 @@ def test_one_call_tries_a_failed_file_once_while_another_file_grows(
     spec = WatchedLineage(lineage="l")
 
     def looks() -> int:
-        worker = InboxWorker(store, spec, (), settle_seconds=60, once=True, wait=True)
+        worker = InboxWorker(store, spec, settle_seconds=60, once=True, wait=True)
         for number in range(3):
             store.put_bytes("inbox/bank/growing.csv", b"text,label\n" * (number + 1))
             asyncio.run(worker.handle_open())
@@ -128,7 +128,7 @@ def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: py
     store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
 
     async def hold_and_resume() -> None:
-        watching = asyncio.create_task(watch.fn(WatchedLineage(lineage="l"), (), False, 0.01))
+        watching = asyncio.create_task(watch.fn(WatchedLineage(lineage="l"), False, 0.01))
         await asyncio.sleep(0.2)
         assert not watching.done() and not learned, "it waits"
         hold_lineage_file(store, "l", None)
@@ -139,7 +139,7 @@ def test_a_watch_waits_while_its_lineage_is_held(tmp_path: Path, monkeypatch: py
         ends.append(True)
         await watching
         ends.clear()
-        once = await watch.fn(WatchedLineage(lineage="l"), (), True, 0.01)
+        once = await watch.fn(WatchedLineage(lineage="l"), True, 0.01)
         assert once.files == () and len(learned) == 1, "held again, so this call ends"
 
     asyncio.run(hold_and_resume())
@@ -155,7 +155,7 @@ def consolidating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Inbo
     move(store, "1")
     settings = {"lineage": "l", "gate": {"max_total_drop_points": 8}, "consolidate": {"when_spent": True}}
     spec = parse(WatchedLineage, settings, "test")
-    return InboxWorker(store, spec, (), settle_seconds=0, once=False, wait=True), store
+    return InboxWorker(store, spec, settle_seconds=0, once=False, wait=True), store
 
 
 def test_a_consolidation_that_failed_is_tried_again_only_for_another_champion(
