@@ -209,9 +209,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def mlflow_database(made_once: MakeOnce) -> Path:
     """An empty MLflow database: making its tables takes seconds, copying it none."""
+    from mlflow.store.db import utils
+
     from infra.settings import TrackingSettings
     from infra.tracking.tracker import Tracker
 
+    # Every store compares its tables with the newest migration, and reads all of them to know which that is.
+    utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
     return made_once("mlflow", lambda folder: Tracker(TrackingSettings(home=folder))) / "mlflow.db"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tasks.adaptation.gate
+from benchmarks.tiny_base import build_tiny_base
 from deal_core.errors import ConfigError, RegistryError
 from flows.branch import give_up
 from flows.rebase import plan_rebase, rebase
@@ -19,7 +20,6 @@ from tasks.lineage.promotion import promote_to, roll_back
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import WatchedLineage, add_lineage, read_lineage
 from tasks.predict import predict
-from tasks.serving.export import export_version
 from tests.adapting import run
 from tests.integration.branches.conftest import champion, small_task
 
@@ -27,12 +27,10 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "learned")
 
 
 @pytest.fixture
-def new_base(tiny_base: Path, tmp_path: Path) -> str:
+def new_base(tmp_path: Path) -> str:
     """A base model of the same shape with other weights."""
-    run(tiny_base, small_task(tmp_path, "other"), lineage="other")
-    folder = tmp_path / "new-base"
-    export_version("other", "1", "merged", str(folder))
-    return str(folder)
+    build_tiny_base(tmp_path / "new-base", seed=1)
+    return str(tmp_path / "new-base")
 
 
 def test_a_lineage_changes_its_base_model_and_goes_back(new_base: str, tiny_base: Path, tmp_path: Path) -> None:

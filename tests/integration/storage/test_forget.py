@@ -237,7 +237,10 @@ def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first
     assert asyncio.run(evaluate("l")).unjudged == {}
 
 
-def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(first: AdaptResult, home: Path) -> None:
+def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(
+    first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.forget.BATCH_SECONDS", 0.0)  # no server answers; the next test has one
     test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])["text"]
     mine, _, other = logged([f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
     store = current_store()

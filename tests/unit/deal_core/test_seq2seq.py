@@ -104,7 +104,7 @@ def test_answers_and_plain_peft_agree(base, task, rows, train):
     torch.testing.assert_close(again, ours)
 
 
-OF_ANOTHER_KIND = {"deal", "seq_lora", "o_lora", "ewc", "lwf", "replay", "slao", "base"}
+OF_ANOTHER_KIND = {"deal", "seq_lora", "replay", "base"}
 
 
 @pytest.mark.parametrize(

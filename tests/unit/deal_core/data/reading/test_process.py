@@ -37,11 +37,14 @@ READS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+NUM_LINES = 10_000
+
+
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
     """A file that is much larger than what a pipe holds."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{number} " + "word " * 100}) + "\n" for number in range(40_000)))
+    path.write_text("".join(json.dumps({"text": f"{number} " + "word " * 100}) + "\n" for number in range(NUM_LINES)))
     return path
 
 
@@ -131,7 +134,7 @@ def test_a_signal_for_the_whole_terminal_stops_no_reading(lines: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(reader().pid, number)
     assert os.getpgid(reader().pid) != os.getpgrp()
-    assert num_rows + sum(map(len, batches)) == 40_000
+    assert num_rows + sum(map(len, batches)) == NUM_LINES
 
 
 def test_the_reader_ends_when_the_process_dies_that_waits_for_it(lines: Path) -> None:
@@ -152,7 +155,7 @@ def test_a_file_that_goes_away_while_it_is_read_is_read_on(lines: Path) -> None:
     batches = read_batches(lines)
     num_rows = len(next(batches))
     lines.unlink()
-    assert num_rows + sum(map(len, batches)) == 40_000
+    assert num_rows + sum(map(len, batches)) == NUM_LINES
 
 
 def test_names_of_columns_that_fill_the_memory_are_refused(tmp_path: Path) -> None:
