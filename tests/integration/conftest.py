@@ -19,6 +19,15 @@ from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 from tests.conftest import MakeOnce
 from tests.s3 import ThreadedMotoServer
 
+NO_MLFLOW = "http://127.0.0.1:9"
+"""Nothing listens there. To be without MLflow saves most of a small run's time."""
+
+
+@pytest.fixture
+def without_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let MLflow be away, where no test looks at it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NO_MLFLOW)
+
 
 @pytest.fixture(scope="session")
 def home_made_once(prefect_api: None, mlflow_database: Path, made_once: MakeOnce) -> MakeOnce:

@@ -35,7 +35,7 @@ ROWS = [
 SPLITS = ["test"] * 7 + ["train"] * 15 + ["test"]
 Deal = Callable[..., Any]
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tasks.lineage.record import read_record
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, FAIL, page_of, run
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
 
 def is_dots(answer: str, expected: str) -> float:

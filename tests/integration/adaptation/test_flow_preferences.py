@@ -12,7 +12,7 @@ from flows.cli.check import show_validation
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, PASS, page_of, run
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 THINGS = ("lost card", "late parcel", "low iron", "broken bone", "customs hold")
 
 

@@ -29,7 +29,7 @@ from tasks.planning import plan
 from tasks.spec import AdaptSpec, parse
 from tests.adapting import BANK, CLINIC, evaluation_of, run, version_of
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
 TRAIN = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
 WARDS = {**CLINIC, "name": "wards", "instruction": "Which ward?"}

@@ -19,7 +19,7 @@ from tasks.lineage.record import read_record
 from tests.adapting import PASS, page_of, run
 from tests.in_process import put_back
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
 GATE = {**PASS, "min_gain_over_champion_points": 0.0, "max_drop_points": 5.0, "min_gain_points": 10.0}
 TRAIN = {"max_steps": 60, "learning_rate": 0.03, "max_prompt_tokens": 64, "max_answer_tokens": 6, "checkpoint_steps": 0}

@@ -27,7 +27,7 @@ from tests.in_process import put_back
 ROWS = EXAMPLES / "parcels" / "messages.jsonl"
 Deal = Callable[..., Any]
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
 
 @pytest.fixture

@@ -16,17 +16,10 @@ from infra.versions import Version, Versions
 from tasks.context import current_store
 from tests.adapting import run
 from tests.conftest import MakeOnce
+from tests.integration.conftest import NO_MLFLOW
 
 LABELS = ("warm", "cold")
 TASKS = ("taps", "beds", "cars")
-NO_MLFLOW = "http://127.0.0.1:9"
-"""Nothing listens there. To be without MLflow saves most of a small run's time."""
-
-
-@pytest.fixture
-def without_mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let MLflow be away."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", NO_MLFLOW)
 
 
 def small_task(folder: Path, name: str, part: str = "") -> dict[str, Any]:

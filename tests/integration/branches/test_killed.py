@@ -17,7 +17,8 @@ from tasks.context import current_store
 from tasks.serving.export import export_version
 from tests.adapting import run
 from tests.e2e.command import command, deal, environment
-from tests.integration.branches.conftest import NO_MLFLOW, adapter, champion, small_task
+from tests.integration.branches.conftest import adapter, champion, small_task
+from tests.integration.conftest import NO_MLFLOW
 
 LONGEST_WAIT = 300.0
 

@@ -15,7 +15,8 @@ from infra.versions import Versions
 from tasks.context import current_store
 from tests.adapting import run
 from tests.conftest import MakeOnce
-from tests.integration.branches.conftest import NO_MLFLOW, adapter, champion, delete, small_task
+from tests.integration.branches.conftest import adapter, champion, delete, small_task
+from tests.integration.conftest import NO_MLFLOW
 
 pytestmark = [pytest.mark.usefixtures("prefect_api", "without_mlflow"), pytest.mark.nightly(minutes=2)]
 

@@ -31,7 +31,7 @@ from tasks.spec import parse
 from tests.in_process import put_back
 from tests.receiver import Receiver
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
 
 class Said:

@@ -32,7 +32,7 @@ from tasks.spec import parse
 
 ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
 
 def land(home: Path, name: str, content: bytes = ROWS, age: int = 100) -> None:

@@ -46,7 +46,7 @@ TASKS = {
 }
 BY = {"who": "tester", "why": "a test"}
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
 
 def learn(base: Path, task: str, *, again: bool = False, **gate: Any) -> AdaptResult:
