@@ -209,21 +209,25 @@ def share_of(pairs: Sequence[tuple[CellJson, CellJson]]) -> tuple[float, tuple[f
 
 
 def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
-    """Return the claim: the share of retraining's accuracy, and whether a difference from replay was found."""
+    """Return the claim: the share of retraining's accuracy, and the difference from replay by the rule."""
     share, (low, high) = share_of(matched(stored[OURS], stored[BOUND]))
     lead = difference_of(OURS, RIVAL, matched(stored[OURS], stored[RIVAL]))
-    if lead.is_found:
-        verdict = (
-            "It is ahead of replay of the same rows" if lead.mean > 0 else "Replay of the same rows is ahead of it"
-        )
+    num_pairs = len(lead.by_pair)
+    pairs = f"{num_pairs} pair{'s' if num_pairs > 1 else ''} of runs"
+    if num_pairs < FEWEST_PAIRS:
+        rows = "{:+.1f} to {:+.1f} over rows".format(*(100 * end for end in (lead.over_rows.low, lead.over_rows.high)))
+        place = f"{abs(lead.mean):.1f} points {'above' if lead.mean > 0 else 'below'}"
+        verdict = f"It ends {place} replay of the same rows ({rows}); {pairs} cannot decide"
     else:
-        verdict = "No difference in accuracy from replay of the same rows was found"
-    figures = f"{lead.mean:+.1f} points in {len(lead.by_pair)} pair{'s' if len(lead.by_pair) > 1 else ''} of runs"
-    if lead.over_pairs is not None:
-        figures += "; {:+.1f} to {:+.1f}".format(*lead.over_pairs)
+        assert lead.over_pairs is not None, "there are several pairs"
+        if lead.is_found:
+            verdict = "It is ahead of replay of the same rows" if lead.mean > 0 else "Replay of the same rows is ahead"
+        else:
+            verdict = "No difference in accuracy from replay of the same rows was found"
+        verdict += " ({:+.1f} points, {:+.1f} to {:+.1f} over {})".format(lead.mean, *lead.over_pairs, pairs)
     return (
         f"After {len(stored[OURS][0]['settings']['tasks'])} arrivals one adapter has {share:.1f} % of the accuracy of "
-        f"retraining on all rows ({low:.1f} to {high:.1f}). {verdict} ({figures})."
+        f"retraining on all rows ({low:.1f} to {high:.1f}). {verdict}."
     )
 
 
