@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import headline
-from benchmarks.headline import app, claim, difference_of, figures_of, share_of, t_interval
+from benchmarks.headline import app, claim, difference_of, figures_of, kept_figure, share_of, t_interval
 from benchmarks.method import memory
 from benchmarks.tables import matched
 from deal_core.benchmark.cell import Cell, pack_answers
@@ -143,6 +143,18 @@ def test_the_page_has_the_claim_a_line_for_every_arm_and_a_picture(tmp_path: Pat
     assert "| yahoo | 100.0 | 60.0 | 50.0 |" in text
     (picture,) = (tmp_path / "img").iterdir()
     assert f"](img/{picture.name})" in text
+
+
+def test_the_picture_goes_from_learned_to_kept_and_marks_retraining() -> None:
+    ours = figures_of("deal", [cell("deal", "1111", "1100", "1110")])
+    figure = kept_figure([ours], figures_of("retrain", [cell("joint", "", "1111", "1110")]))
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["yahoo", "agnews"]
+    lines = [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
+    assert lines == [[100, 50], [75, 75], [100, 100], [75, 75]], "the spans of the arm, then the bars of retraining"
+    ends = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    assert [line.get_xdata()[0] for line in ends if line.get_markerfacecolor() != "white"] == [50, 75]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "retraining on everything"]
 
 
 def test_a_run_makes_cells_of_rows_that_chose_no_setting(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import best_rivals, seconds_beside_steps, spread_of_seeds
+from benchmarks.report import seconds_beside_steps, spread_of_seeds
 from benchmarks.tables import compared_with, lost_since_learned, protocols, summarise
 from tests.unit.deal_core.benchmark.test_summary import made
 
@@ -23,23 +23,6 @@ def test_a_bound_that_the_product_had_is_told_apart_from_the_strategies():
     rows = rows_of([made("deal", bits), head])
     assert rows["frozen_head", "any"]["stores"] == "a head per task"
     assert rows["frozen_head", "any"]["forgetting"] is None
-
-
-def test_the_best_rivals_are_told_by_all_their_orders_each_in_its_best_setting():
-    def line(strategy, orders, average, changes=""):
-        return {"strategy": strategy, "changes": changes, "orders": orders, "average_accuracy": average}
-
-    rows = [
-        line("joint", ["any"], 90),
-        line("deal", ["1"], 80),
-        line("ella", ["1"], 50),
-        line("ella", ["3"], 70),
-        line("ella", ["1", "3"], 60),
-        line("seq_lora", ["1"], 65),
-        line("replay", ["1"], 55),
-        line("replay", ["1"], 75, "x 1"),
-    ]
-    assert best_rivals(rows) == ["replay (x 1)", "seq_lora", "ella"]
 
 
 def test_a_difference_is_told_by_seed_and_without_the_task_that_it_owes_most_to():

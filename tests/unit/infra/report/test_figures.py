@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from benchmarks.report import kept_figure
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.report.figures import (
     COLOURS,
@@ -172,26 +171,9 @@ def test_a_rival_has_the_right_half_and_the_title_says_the_finding() -> None:
     assert figure.get_suptitle() == "Mean accuracy after 2 arrivals: deal 77.5 %, plain LoRA 0.0 %"
 
 
-def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
-    points = {"deal": {"bank": (80, 75), "clinic": (60, 60)}, "plain": {"bank": (82, 40)}}
-    figure = kept_figure(["bank", "clinic"], points)
-    (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["bank", "clinic"]
-    spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
-    assert [list(span) for span in spans] == [[80, 75], [60, 60], [82, 40]]
-    filled = [
-        line.get_xdata()[0]
-        for line in axes.lines
-        if len(line.get_xdata()) == 1 and line.get_markerfacecolor() != "white"
-    ]
-    assert filled == [75, 60, 40]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
-
-
 @pytest.mark.parametrize(
     "figure",
     [
-        kept_figure([f"a-rather-long-task-name-{number}" for number in range(15)], {"deal": {}}),
         accuracy_over_versions(AccuracyMatrix()),
         loss_curve([]),
         loss_curve([(1, float("inf"))]),
