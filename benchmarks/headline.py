@@ -33,7 +33,7 @@ from matplotlib.lines import Line2D
 from scipy.stats import t as student_t
 
 from benchmarks.cells import benchmark_cell
-from benchmarks.method.memory import Ends, ends_of
+from benchmarks.method.memory import Ends, Pair, ends_of, pairs_of
 from benchmarks.output import RESULTS, templates
 from benchmarks.tables import JUDGED, matched
 from deal_core.base_model.sources import DEFAULT_BASE
@@ -99,29 +99,26 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What one arm has more than another, over their pairs: points of accuracy in the end, if nothing else is said."""
+    """What our arm has more than another one, in points of accuracy in the end."""
 
-    arm: str
     other: str
-    by_pair: Mapping[str, float]
-    """Name of the pair → its difference."""
+    pairs: Sequence[Pair]
     over_rows: PairedInterval
-    over_pairs: tuple[float, float] | None
-    """The 95 % t-interval; None for one pair."""
-    learned: float | None
-    recentred: float
-    nll: float
-    by_task: Mapping[str, float]
 
     @property
     def mean(self) -> float:
         """The mean over the pairs."""
-        return fmean(self.by_pair.values())
+        return fmean(pair.end for pair in self.pairs)
+
+    @property
+    def over_pairs(self) -> tuple[float, float] | None:
+        """The 95 % t-interval; None for one pair."""
+        return t_interval([pair.end for pair in self.pairs])
 
     @property
     def is_found(self) -> bool:
         """Whether the rule says that the arms differ."""
-        if self.over_pairs is None or len(self.by_pair) < FEWEST_PAIRS:
+        if self.over_pairs is None or len(self.pairs) < FEWEST_PAIRS:
             return False
         return self.over_pairs[0] > 0 or self.over_pairs[1] < 0
 
@@ -145,28 +142,13 @@ def figures_of(arm: str, cells: Sequence[CellJson]) -> Figures:
     )
 
 
-def difference_of(arm: str, other: str, pairs: Sequence[tuple[CellJson, CellJson]]) -> Difference:
-    """Return the difference of two arms over their pairs."""
-    ends = [(ends_of(cell), ends_of(partner)) for cell, partner in pairs]
-
-    def mean_of(name: str) -> float:
-        return fmean(_mean(ours, name) - _mean(theirs, name) for ours, theirs in ends)
-
-    by_pair = {
-        f"order {order_of_cell(cell)}, seed {cell['settings']['seed']}": _mean(ours, "end") - _mean(theirs, "end")
-        for (cell, _), (ours, theirs) in zip(pairs, ends, strict=True)
-    }
-    return Difference(
-        arm=arm,
-        other=other,
-        by_pair=by_pair,
-        over_rows=interval_over_rows(*map(list, zip(*pairs, strict=True)), JUDGED),
-        over_pairs=t_interval([*by_pair.values()]),
-        learned=mean_of("learned") if all(ours.learned and theirs.learned for ours, theirs in ends) else None,
-        recentred=mean_of("recentred"),
-        nll=mean_of("nll"),
-        by_task={name: fmean(ours.end[name] - theirs.end[name] for ours, theirs in ends) for name in JUDGED},
-    )
+def difference_of(other: str, cells: Sequence[CellJson], others: Sequence[CellJson]) -> Difference | None:
+    """Return the difference of our cells from those of another arm; None if no two make a pair."""
+    pairs = matched(cells, others)
+    if not pairs:
+        return None
+    sides = map(list, zip(*pairs, strict=True))
+    return Difference(other=other, pairs=[*pairs_of(cells, others)], over_rows=interval_over_rows(*sides, JUDGED))
 
 
 def _mean(ends: Ends, name: str) -> float:
@@ -181,38 +163,33 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return fmean(values) - half, fmean(values) + half
 
 
-def judged_accuracy(cell: CellJson) -> float:
-    """Mean accuracy over the judged tasks in the end, in percent."""
-    final = final_scores(cell)
-    return 100 * fmean(accuracy(final[name]) for name in JUDGED)
-
-
 def share_of(pairs: Sequence[tuple[CellJson, CellJson]]) -> tuple[float, tuple[float, float]]:
     """Accuracy of the first cells in percent of that of the second ones, and its interval over resampled test rows.
 
     A row is one unit in all cells. Rows are drawn within their task, so every task keeps its weight.
     """
     generator = np.random.default_rng(0)
-    tops, bottoms = np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
+    ours, theirs, tops, bottoms = 0.0, 0.0, np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
     for name in JUDGED:
         # for every test row, the mean score over the cells in the end
         first, second = (
             np.array([row_scores(final_scores(cell)[name]) for cell in cells]).mean(0)
             for cells in zip(*pairs, strict=True)
         )
+        ours, theirs = ours + first.mean(), theirs + second.mean()
         drawn = generator.integers(0, len(first), (NUM_RESAMPLES, len(first)))
         tops += first[drawn].mean(1)
         bottoms += second[drawn].mean(1)
     low, high = np.quantile(tops / bottoms, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    ours, theirs = (fmean(map(judged_accuracy, cells)) for cells in zip(*pairs, strict=True))
-    return 100 * ours / theirs, (100 * float(low), 100 * float(high))
+    return 100 * float(ours / theirs), (100 * float(low), 100 * float(high))
 
 
 def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
     """Return the claim: the share of retraining's accuracy, and the difference from replay by the rule."""
     share, (low, high) = share_of(matched(stored[OURS], stored[BOUND]))
-    lead = difference_of(OURS, RIVAL, matched(stored[OURS], stored[RIVAL]))
-    num_pairs = len(lead.by_pair)
+    lead = difference_of(RIVAL, stored[OURS], stored[RIVAL])
+    assert lead is not None, "the arms have a pair"
+    num_pairs = len(lead.pairs)
     pairs = f"{num_pairs} pair{'s' if num_pairs > 1 else ''} of runs"
     if num_pairs < FEWEST_PAIRS:
         rows = "{:+.1f} to {:+.1f} over rows".format(*(100 * end for end in (lead.over_rows.low, lead.over_rows.high)))
@@ -246,7 +223,8 @@ def read_arms(folder: Path = CELLS) -> dict[str, list[CellJson]]:
 
 def text(stored: Mapping[str, Sequence[CellJson]], template: str = "headline.md.j2", width: int | None = None) -> str:
     """Return the claim and the tables as Markdown. The claim is one line, or lines of at most `width` characters."""
-    pairs = {name: matched(stored[OURS], cells) for name, cells in stored.items() if name not in (OURS, BOUND)}
+    rivals = {name: cells for name, cells in stored.items() if name not in (OURS, BOUND)}
+    differences = (difference_of(name, stored[OURS], cells) for name, cells in rivals.items())
     to_bound = {name: matched(cells, stored[BOUND]) for name, cells in stored.items() if name != BOUND}
     return (
         templates()
@@ -255,7 +233,7 @@ def text(stored: Mapping[str, Sequence[CellJson]], template: str = "headline.md.
             claim=fill(claim(stored), width) if width else claim(stored),
             figures=[figures_of(name, cells) for name, cells in stored.items()],
             shares={name: share_of(of_arm) for name, of_arm in to_bound.items() if of_arm},
-            differences=[difference_of(OURS, name, of_arm) for name, of_arm in pairs.items() if of_arm],
+            differences=[difference for difference in differences if difference],
             tasks=JUDGED,
             rows=NUM_ROWS,
             kept=KEPT,

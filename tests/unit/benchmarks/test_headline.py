@@ -88,10 +88,12 @@ def test_the_figures_of_an_arm_are_of_what_was_learned_and_of_what_is_left() -> 
     [((2, 2, 3), True), ((-2, -2, -3), True), ((1, 1), False), ((1, -1, 1), False), ((0, 0, 0), False)],
 )
 def test_a_difference_is_found_by_the_rule(gains: tuple[int, ...], is_found: bool) -> None:
-    difference = difference_of("deal", "replay", pairs(*gains))
+    ours, theirs = zip(*pairs(*gains), strict=True)
+    difference = difference_of("replay", ours, theirs)
+    assert difference is not None
     assert difference.mean == pytest.approx(10 * sum(gains) / len(gains))
     assert difference.is_found is is_found
-    assert len(difference.by_pair) == len(gains), "every pair has a name of its own"
+    assert len(difference.pairs) == len(gains)
 
 
 def test_the_share_of_retraining_is_one_where_nothing_differs_and_its_interval_holds_it_elsewhere() -> None:
