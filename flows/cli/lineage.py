@@ -74,14 +74,14 @@ def list_(deal: Session) -> CommandResult[list[WatchedLineage]]:
         + (f" (paused: {lineage.held})" if lineage.held else "")
         for lineage in lineages
     ]
-    files = list_settings(deal.store)
-    if not files:
-        shown = ["No lineage has a file, so one, default, learns every task. Add another with: deal lineage apply SPEC"]
-    shown += [
-        f"{name}: has versions and no file, so it learns by deal adapt alone"
-        for name in Versions(deal.store).lineages()
-        if name not in {*files, *(lineage.lineage for lineage in lineages)}
-    ]
+    if files := list_settings(deal.store):
+        shown += [
+            f"{name}: has versions and no file, so it learns by deal adapt alone"
+            for name in Versions(deal.store).lineages()
+            if name not in files
+        ]
+    else:
+        shown += ["No lineage has a file. As soon as one has (deal lineage apply SPEC), only those with a file learn."]
     return CommandResult(lineages, [*map(escape, shown)])
 
 

@@ -51,16 +51,16 @@ class WatchedLineage(LineageSpec):
 
 
 def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
-    """Read a lineage's file. Without a file, the lineage "default" has the default settings.
+    """Read the settings of a lineage that learns from the inbox: its file, or the defaults if it needs none.
 
     Raises:
-        ConfigError: There is no file, or a setting is not valid.
+        ConfigError: It does not learn from the inbox, or a setting is not valid.
     """
     settings = stored_lineage(store, lineage)
-    if settings is None and lineage != DEFAULT:
+    if settings is None and lineage not in learning_lineages(store):
         uri = store.uri_of(keys.settings_key(lineage))
         raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage apply SPEC.")
-    return settings or WatchedLineage()
+    return settings or WatchedLineage(lineage=lineage)
 
 
 def stored_lineage(store: ObjectStore, lineage: str) -> WatchedLineage | None:
@@ -106,6 +106,14 @@ def list_settings(store: ObjectStore) -> list[str]:
     return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
 
 
+def learning_lineages(store: ObjectStore) -> list[str]:
+    """Return the names of the lineages that learn from the inbox, in alphabetical order.
+
+    They are those with a file. While no lineage has one, all that have a version learn, or "default" in an empty store.
+    """
+    return list_settings(store) or list(Versions(store).lineages()) or [DEFAULT]
+
+
 def only_lineage(store: ObjectStore) -> str:
     """Return the lineage that is meant where none is named: the store's only one, or "default" in an empty store.
 
@@ -137,9 +145,9 @@ def has_lineage(store: ObjectStore) -> bool:
 
 
 def read_lineages(store: ObjectStore) -> Lineages:
-    """Read the files of all lineages, in alphabetical order. Without any file, the lineage "default" is read."""
+    """Read the settings of all lineages that learn from the inbox, in alphabetical order."""
     lineages = Lineages([], {})
-    for name in list_settings(store) or [DEFAULT]:
+    for name in learning_lineages(store):
         try:
             lineages.good.append(read_lineage(store, name))
         except (ConfigError, StoreError) as error:
@@ -148,7 +156,7 @@ def read_lineages(store: ObjectStore) -> Lineages:
 
 
 def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
-    """Return the lineages with valid files. Each problem of another file is logged once."""
+    """Return the lineages that learn from the inbox. Each problem of a lineage's file is logged once."""
     lineages = read_lineages(store)
     for name, problem in lineages.problems.items():
         store.warn_once(f"{name} {problem}", f"Lineage {name} is left out: {problem}")
@@ -185,9 +193,10 @@ def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> Watc
         ConfigError: The lineage has no valid file, or learns nothing anyway.
     """
     settings = read_lineage(store, lineage)  # it checks the file
+    if not list_settings(store):  # with the first file only lineages with a file learn, and all others still do
+        for name in learning_lineages(store):
+            _write_values(store, name, {})
     values = _read_values(store, lineage)
-    if values is None and list_settings(store):
-        raise ConfigError(f"Lineage '{lineage}' learns nothing, since only other lineages have settings.")
     others = {name: value for name, value in (values or {}).items() if name != "held"}
     _write_values(store, lineage, others if why is None else {**others, "held": why})
     return settings.model_copy(update={"lineage": lineage, "held": why})
@@ -228,7 +237,7 @@ def remove_lineage(store: ObjectStore, lineage: str) -> str:
         raise ConfigError(f"There is no {store.uri_of(key)}; deal lineage list shows the lineages.")
     if list_settings(store) == [lineage]:
         raise ConfigError(
-            f"'{lineage}' is the only lineage with settings. Without any, the lineage '{DEFAULT}' learns everything. "
+            f"'{lineage}' is the only lineage with settings. Without any, all lineages learn everything. "
             f"To stop the learning, use: deal lineage pause {lineage}."
         )
     store.delete(key)

@@ -25,11 +25,13 @@ from tasks.lineage.settings import (
     hold_lineage_file,
     parse_settings,
     read_lineage,
+    read_lineages,
     spec_from_options,
     watched_from_options,
     why_held,
 )
 from tasks.spec import AdaptSpec, TaskSpec
+from tests.stored_versions import store_version
 
 STORED = """\
 tasks: [billing, returns]
@@ -128,6 +130,26 @@ def test_the_only_lineage_is_meant_where_none_is_named(store: ObjectStore, tmp_p
         ConfigError, match=r"several lineages \(desk, support\); give --lineage NAME, or set DEAL_LINEAGE"
     ):
         adapt(store, task="t", data="x.csv")
+
+
+def test_without_files_every_lineage_with_a_version_learns_what_lands(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "files")
+
+    def learn() -> list[str]:
+        return [spec.lineage for spec in read_lineages(store).good]
+
+    assert learn() == ["default"]
+    for lineage in ("demo", "desk"):
+        store_version(store, {}, lineage)
+    assert learn() == ["demo", "desk"] and read_lineage(store, "demo").held is None
+    hold_lineage_file(store, "demo", "holiday")
+    assert learn() == ["demo", "desk"], "a pause of one lineage must not stop the others"
+    assert [read_lineage(store, name).held for name in learn()] == ["holiday", None]
+    store.put_bytes("lineages/support.yaml", STORED.encode())
+    store.delete("lineages/demo.yaml")
+    assert learn() == ["desk", "support"]
+    with pytest.raises(ConfigError, match="There is no .*demo"):
+        read_lineage(store, "demo")
 
 
 @pytest.mark.parametrize(
