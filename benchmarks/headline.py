@@ -185,26 +185,27 @@ def share_of(pairs: Sequence[tuple[CellJson, CellJson]]) -> tuple[float, tuple[f
 
 
 def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
-    """Return the claim: the share of retraining's accuracy, and the difference from replay by the rule."""
-    share, (low, high) = share_of(matched(stored[OURS], stored[BOUND]))
+    """Return the claim: accuracy in the end of our arm, of replay and of retraining, and what the rule says."""
+    ours, rival, bound = (figures_of(name, stored[name]).end for name in (OURS, RIVAL, BOUND))
     lead = difference_of(RIVAL, stored[OURS], stored[RIVAL])
     assert lead is not None, "the arms have a pair"
     num_pairs = len(lead.pairs)
-    pairs = f"{num_pairs} pair{'s' if num_pairs > 1 else ''} of runs"
     if num_pairs < FEWEST_PAIRS:
-        rows = "{:+.1f} to {:+.1f} over rows".format(*(100 * end for end in (lead.over_rows.low, lead.over_rows.high)))
-        place = f"{abs(lead.mean):.1f} points {'above' if lead.mean > 0 else 'below'}"
-        verdict = f"It ends {place} replay of the same rows ({rows}); {pairs} cannot decide"
+        so_far = "is one pair" if num_pairs == 1 else f"are {num_pairs} pairs"
+        verdict = (
+            f"The rule asks for {FEWEST_PAIRS} pairs of runs to say which of the two is better; so far there {so_far}"
+        )
     else:
         assert lead.over_pairs is not None, "there are several pairs"
-        if lead.is_found:
-            verdict = "It is ahead of replay of the same rows" if lead.mean > 0 else "Replay of the same rows is ahead"
-        else:
-            verdict = "No difference in accuracy from replay of the same rows was found"
-        verdict += " ({:+.1f} points, {:+.1f} to {:+.1f} over {})".format(lead.mean, *lead.over_pairs, pairs)
+        low, high = sorted(lead.over_pairs if lead.mean > 0 else [-end for end in lead.over_pairs])
+        size = f"{abs(lead.mean):.1f} points, {low:.1f} to {high:.1f} over {num_pairs} pairs of runs"
+        better, worse = (f"`{OURS}`", "replay") if lead.mean > 0 else ("Replay", f"`{OURS}`")
+        verdict = f"{better} is better than {worse} ({size})"
+        if not lead.is_found:
+            verdict = f"No difference between {worse} and {better.lower()} was found ({size})"
     return (
-        f"After {len(stored[OURS][0]['settings']['tasks'])} arrivals one adapter has {share:.1f} % of the accuracy of "
-        f"retraining on all rows ({low:.1f} to {high:.1f}). {verdict}."
+        f"After {len(stored[OURS][0]['settings']['tasks'])} arrivals `{OURS}` ends at {ours:.1f} % accuracy, replay of "
+        f"the same rows at {rival:.1f} %, and retraining on all rows at {bound:.1f} %. {verdict}."
     )
 
 
