@@ -25,7 +25,6 @@ from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.digest_set import Digests, DigestSet, merge_digests
 from deal_core.data.good_rows import chosen, digests_in, good_rows
 from deal_core.data.reading.batches import RowBatch
-from deal_core.data.reading.readers import most_rows
 from deal_core.data.rows import BadRow, Problem, Reason, RowTally
 from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
@@ -184,9 +183,6 @@ class ArrivalReader:
         num_several = 0
         for file, batch, checked in self._checked_batches():
             counts = self._counts[file.split]
-            if self._is_hopeless(file.split):
-                counts.is_stopped = True
-                break
             num_several += checked.good.num_rows - checked.good.column("references").null_count
             bad = sorted([*checked.bad, *self._keep_new(checked.good, file, keep)], key=lambda found: found[0])
             raws = batch.rows([place for place, _ in bad])
@@ -204,22 +200,10 @@ class ArrivalReader:
             num_several=num_several,
         )
 
-    def _is_hopeless(self, split: Split | None) -> bool:
-        """Whether files stay above the limit of bad rows even if all rows that are left in them are good.
-
-        How many these can be is found out when the files are above the limit for the first time.
-        """
-        counts, limit = self._counts[split], self._config.max_bad_share
-        if counts.num_bad <= limit * counts.num_read:
-            return False
-        if counts.most_rows is None:
-            counts.most_rows = sum(most_rows(file.source.path) for file in self._files if file.split == split)
-        return counts.num_bad > limit * counts.most_rows
-
     def _checked_batches(self) -> Iterator[tuple[_File, RowBatch, Checked]]:
         """The batches of all files, and what was found in each."""
         for counts in self._counts.values():
-            counts.num_read = counts.num_bad = 0
+            counts.num_read = 0
         files = [FileCheck(file.source, self.task, file.columns, self._config.max_text_chars) for file in self._files]
         with closing(self._landing.check(files)) as found:
             for place, batch, checked in found:
@@ -253,11 +237,7 @@ class ArrivalReader:
         spellings: dict[str, Counter[str]] = {}
         num_good = num_test = 0
         is_drawn = self._files[0].columns.splitting == "is_random"
-        for file, _, (good, bad) in self._checked_batches():
-            # Without the column of the draw a row may be good that is bad with it.
-            if not is_drawn and self._is_hopeless(file.split):
-                return
-            self._counts[file.split].num_bad += len(bad)
+        for file, _, (good, _) in self._checked_batches():
             is_test = self._is_test(good, file)
             num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
             if self._is_split_given:

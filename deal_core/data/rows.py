@@ -124,10 +124,6 @@ class RowTally:
     problems: Counter[str] = field(default_factory=Counter)
     examples: list[BadRow] = field(default_factory=list)
     """The first MAX_EXAMPLES bad rows."""
-    most_rows: int | None = None
-    """A number of rows that the files do not exceed; None: it is not known yet."""
-    is_stopped: bool = False
-    """Whether the files were not read to their end, because good rows alone could not make up for the bad ones."""
 
     def add_bad(self, row: BadRow) -> None:
         """Count a bad row."""
@@ -142,12 +138,6 @@ class RowTally:
         if self.num_bad <= limit * self.num_read:
             return None
         reasons = ", ".join(f"{count} × {reason}" for reason, count in self.problems.most_common())
-        stop = ""
-        if self.is_stopped:
-            stop = (
-                f" Reading stopped at row {self.num_read:,}: there are at most {self.most_rows:,} rows, so the bad "
-                "rows stay above the limit."
-            )
         # A row is shown with its file if that is not the one that the message names.
         rows = [(bad.file, bad.describe(config.include_texts)) for bad in self.examples[:_SHOWN_EXAMPLES]]
         first = "; ".join(row if file == self.name else f"{file} {row}" for file, row in rows)
@@ -156,8 +146,8 @@ class RowTally:
         shown += "".join(f" {remedy}" for reason, remedy in remedies.items() if self.problems[reason])
         return (
             f"{self.name}: {self.num_bad} of {self.num_read} rows cannot be used "
-            f"({self.num_bad / self.num_read:.1%}, allowed are {limit:.1%}): {reasons}.{stop}{shown} Correct these "
-            "rows and land the file again, or raise data.max_bad_share."
+            f"({self.num_bad / self.num_read:.1%}, allowed are {limit:.1%}): {reasons}.{shown} Correct these rows "
+            "and land the file again, or raise data.max_bad_share."
         )
 
 

@@ -5,7 +5,7 @@ no Python code can hinder that. So a file is read here, within limits, and `deal
 is read. Standard output is a sequence of frames: a letter, the length of the content, and the content.
 
     "+"  nothing; the process has started and is about to open the file
-    "J"  JSON: a look at the file, a number of rows that the file does not exceed, or the sizes of its row groups
+    "J"  JSON: a look at the file, or the sizes of its row groups
     "S"  Arrow's schema of the file, or of the parts that follow
     "R"  JSON: a list of rows
     "A"  Arrow's record batch of some rows of the schema
@@ -47,7 +47,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def main(request: str) -> NoReturn:
-    """Write the frames of a task ("look", "rows", "most" or "groups"), and end the process."""
+    """Write the frames of a task ("look", "rows" or "groups"), and end the process."""
     name, kind, task, part = json.loads(request)
     path = Path(name)
     # A keyboard's and a service's signals are for the process that waits for the frames. When it ends, so does its end
@@ -67,10 +67,8 @@ def main(request: str) -> NoReturn:
             _look(path, kind, frames)
         elif task == "rows":
             _rows(path, kind, Part(*part), frames, most_bytes)
-        elif task == "groups":
-            _send_json(frames, b"J", parsing.group_sizes(path, kind))
         else:
-            _send_json(frames, b"J", parsing.most_rows(path, kind))
+            _send_json(frames, b"J", parsing.group_sizes(path, kind))
         _send(frames, b".")
     except DataValidationError as error:
         _send_json(frames, b"E", str(error))

@@ -6,7 +6,6 @@ it. Arrow is imported for Parquet alone: a process that reads a text starts in h
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deal_core.data.reading.csv_records import CsvFile
 from deal_core.data.reading.json_rows import read_json
-from deal_core.data.reading.lines import damaged_file, open_bytes
+from deal_core.data.reading.lines import damaged_file
 from deal_core.data.reading.part import WHOLE, Part
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
@@ -36,7 +35,6 @@ BATCH_ROWS = 4096
 BATCH_CHARS = 2**19
 """Most rows and characters of a batch. A single row may be larger."""
 _SURVEYED_ROWS = 1000
-_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -155,31 +153,6 @@ def batches_of(rows: Iterable[tuple[RawRow, int]]) -> Iterator[list[RawRow]]:
         raise
     if batch:
         yield batch
-
-
-def most_rows(path: Path, kind: Kind) -> int:
-    """A number of rows that the file does not exceed. Parquet knows it; a row of a text takes a line at least.
-
-    Raises:
-        DataValidationError: The file cannot be read to its end.
-    """
-    with whole_file_faults(path):
-        if kind == "parquet":
-            from deal_core.data.reading.parquet_rows import open_parquet
-
-            with open_parquet(path) as file:
-                return int(file.metadata.num_rows)
-        num_ends = 0
-        with open_bytes(path) as file:
-            # A JSON list may have its items in one line, with a comma between them.
-            is_list = kind == "jsonl" and file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"[", b"")
-            while block := file.read(_BLOCK_BYTES):
-                num_ends += block.count(b"\n")
-                if kind == "csv":
-                    num_ends += block.count(b"\r") - block.count(b"\r\n")
-                if is_list:
-                    num_ends += block.count(b",")
-        return num_ends + 1
 
 
 def group_sizes(path: Path, kind: Kind) -> list[int]:

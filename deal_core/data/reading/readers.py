@@ -78,22 +78,15 @@ def look_at(path: Path) -> FileLook:
     return FileLook(tuple(columns), examples, names, num_rows, schema)
 
 
-def most_rows(path: Path) -> int:
-    """A number of rows that the file does not exceed: of Parquet its number of rows, of a text that of its lines.
-
-    Raises:
-        DataValidationError: The file cannot be read to its end.
-    """
-    return int(from_json(dict(_read_frames(path, "most"))[b"J"]))
-
-
 def count_rows(path: Path) -> int:
     """The number of rows of `read_batches`. Of a Parquet file only the footer is read.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    return most_rows(path) if file_kind(path) == "parquet" else sum(map(len, read_batches(path)))
+    if file_kind(path) == "parquet":
+        return look_at(path).num_rows or 0
+    return sum(map(len, read_batches(path)))
 
 
 def group_sizes(path: Path) -> list[int]:
@@ -144,7 +137,7 @@ def read_batches(path: Path, columns: Collection[str] | None = None, part: Part 
 
 
 def _read_frames(
-    path: Path, task: Literal["look", "rows", "most", "groups"], part: Part = WHOLE
+    path: Path, task: Literal["look", "rows", "groups"], part: Part = WHOLE
 ) -> Generator[tuple[bytes, bytes]]:
     """The letters and contents of a file's frames. The process that reads the file ends with the iterator.
 

@@ -244,51 +244,6 @@ def test_an_arrival_is_refused_beyond_the_share_of_bad_rows_and_not_at_it(tmp_pa
     assert [path.name for path in (tmp_path / "dataset").iterdir()] == ["quarantine.jsonl"]
 
 
-def hopeless(path: Path, num_bad: int, num_good: int) -> Path:
-    """A file whose bad rows come first; as Parquet it knows its number of rows."""
-    bad = [{"text": "", "label": "cat"}] * num_bad
-    rows = [*bad, *({"text": f"text number {number}", "label": "cat"} for number in range(num_good))]
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        path.write_text("text,label\r\n" + "".join(f"{row['text']},cat\r\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        write_jsonl(path, rows)
-    return path
-
-
-@pytest.mark.parametrize("task", [TASK, TaskSchema(name="pets")], ids=["labels known", "labels of the file"])
-@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "rows.json", "rows.jsonl"])
-def test_a_hopeless_file_is_not_read_to_its_end(name: str, task: TaskSchema, tmp_path: Path) -> None:
-    """As soon as good rows alone could not bring the share of bad rows down to the limit."""
-    read: list[int] = []
-    landing = Landing(
-        sources=files_at(hopeless(tmp_path / name, 12_000, 30_000)),
-        task=task,
-        config=DataConfig(max_bad_share=0.05),
-        on_progress=read.append,
-    )
-    report = validate_file(landing)
-    num_read = report.manifest.num_read
-    assert report.refusal is not None and max(read) == num_read == report.manifest.num_rejected <= 12_000
-    most = {"rows.parquet": "42,000", "rows.csv": "42,002", "rows.json": "84,000", "rows.jsonl": "42,001"}[name]
-    assert f"Reading stopped at row {num_read:,}: there are at most {most} rows" in report.refusal
-    with pytest.raises(ArrivalRefusedError, match="Reading stopped at row"):
-        build_dataset(landing, tmp_path / "dataset")
-    assert len(quarantine_of(tmp_path)) == num_read
-
-
-@pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "rows.jsonl"])
-def test_a_file_with_hope_is_read_to_its_end(name: str, tmp_path: Path) -> None:
-    """It may be above the limit for long, and is decided as if its bad rows had come last."""
-    source = hopeless(tmp_path / name, 2_000, 38_000)
-    assert build(source, config=DataConfig(max_bad_share=0.05)).num_rejected == 2_000
-    report = validate_file(Landing(sources=files_at(source), task=TASK, config=DataConfig(max_bad_share=0.0499)))
-    assert report.refusal is not None and "2000 of" in report.refusal
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

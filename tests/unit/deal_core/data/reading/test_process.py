@@ -24,7 +24,7 @@ import pytest
 
 from deal_core.data.answer_files import survey_rows
 from deal_core.data.reading import readers
-from deal_core.data.reading.readers import look_at, most_rows, read_batches, read_rows
+from deal_core.data.reading.readers import count_rows, look_at, read_batches, read_rows
 from deal_core.errors import DataValidationError, DealError, ReaderDiedError
 from tests.hostile_parquet import ABORTS, odd_columns, repeated
 from tests.parsed import parsed_rows
@@ -33,7 +33,7 @@ READS: dict[str, Callable[[Path], Any]] = {
     "look": look_at,
     "rows": lambda path: list(read_rows(path)),
     "survey": survey_rows,
-    "count": most_rows,
+    "count": count_rows,
 }
 
 
