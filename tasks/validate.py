@@ -14,13 +14,12 @@ from pydantic import BaseModel
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import validate_file
 from deal_core.data.good_rows import rows_in
-from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning, data_warnings
+from deal_core.data.row_warnings import balance_warning, data_warnings
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.significance import what_hits_tell
 from deal_core.judging_config import GateConfig
-from deal_core.safe_text import brief
 from infra.settings import HomeSettings
 from infra.store.keys import TASK_FILE
 from infra.versions import Versions
@@ -37,6 +36,9 @@ from tasks.spec import AdaptSpec
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
+
+_MAX_KEPT_ROWS = 20_000
+"""Training rows whose labels a model may check; of more, the first ones."""
 
 
 class RefusedRow(BaseModel, frozen=True):
@@ -105,7 +107,7 @@ class ValidateResult(BaseModel, frozen=True):
     sha256: str
     """Digest of the dataset that a run would store."""
     warnings: tuple[str, ...] = ()
-    """What is odd about the rows together: contradictions, near duplicates, and labels that cannot work."""
+    """What is odd about the rows together: contradictions, and labels that cannot work."""
     label_check: str | None = None
     """What a model found about the labels, in one sentence; None: none was asked."""
     likely_wrong: tuple[LikelyWrongLabel, ...] = ()
@@ -267,17 +269,16 @@ class _TrainingRows:
 
     def add(self, rows: pa.RecordBatch) -> None:
         self.first = self.first or next(iter(rows_in(rows.slice(0, 1))), None)
-        first = rows.slice(0, MAX_COMPARED - len(self.inputs))
+        first = rows.slice(0, _MAX_KEPT_ROWS - len(self.inputs))
         self.inputs += first.column("input").to_pylist()
         self.outputs += first.column("output").to_pylist()
         if self._is_counted:
             self._counts.update(rows.column("output").to_pylist())
-            self._is_counted = len(self._counts) <= MAX_COMPARED  # free answers, of which there may be millions
+            self._is_counted = len(self._counts) <= _MAX_KEPT_ROWS  # free answers, of which there may be millions
 
     def warnings(self, task: TaskSchema) -> tuple[str, ...]:
-        copies = copies_warning(self.inputs, lambda row: brief(self.inputs[row]))
         balance = balance_warning({label: self._counts[label] for label in task.labels})
-        return tuple(filter(None, [copies, balance]))
+        return () if balance is None else (balance,)
 
 
 def _check_labels(

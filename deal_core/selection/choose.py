@@ -23,7 +23,7 @@ from torch import Tensor
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
-from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
+from deal_core.data.row_warnings import balance_warning
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation.generation import counting
 from deal_core.evaluation.likelihood import measure
@@ -150,8 +150,7 @@ class _Choosing:
             chosen, notes = self._scored([row for row in rows if row not in left_out])
         if self._config.noise != "none":
             balance = None if self._labels is None else balance_warning(self._counts(range(len(self._rows))))
-            copies = copies_warning(self._rows[:MAX_COMPARED]["input"], self._name_of)
-            notes += [self._about_labels(checked), *filter(None, [copies, balance])]
+            notes += [self._about_labels(checked), *filter(None, [balance])]
         return ChosenRows(key=key, rows=tuple(chosen), notes=tuple(notes))
 
     def _seed(self, purpose: int) -> int:
