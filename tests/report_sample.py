@@ -72,11 +72,6 @@ def sample_report(**changes: Any) -> RunReport:
             rows_per_second=3.2,
             resumed_from_step=40,
             losses=tuple((step, 3 * math.exp(-step / 30)) for step in range(1, 121)),
-            fill={
-                f"model.layers.{layer}.self_attn.{name}": (layer + 1) / 30
-                for layer in range(30)
-                for name in ("q_proj", "v_proj")
-            },
         ),
         "quality": Quality(
             source="may.csv",

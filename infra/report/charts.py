@@ -17,7 +17,6 @@ from infra.report.figures import (
     COLOURS,
     MUTED,
     accuracy_over_versions,
-    fill_bars,
     loss_curve,
     new_figure,
     say_empty,
@@ -32,7 +31,6 @@ PAGE_COLOURS = {
     "#333333": "var(--text)",
     MUTED: "var(--muted)",
     "#DDDDDD": "var(--line)",
-    "#EFEFEF": "var(--line)",
 }
 """The page's variable for each colour of a figure; `page.css` has two values for each, for light and dark screens."""
 SIDES = (("reference", "#BBBBBB"), ("live", COLOURS[0]))
@@ -47,13 +45,12 @@ BAR_HEIGHT = 0.38
 def charts_of(
     report: RunReport, evaluation: EvaluationReport, versions: Sequence[str], live: LiveLook | None
 ) -> dict[str, str]:
-    """Return the charts of a page: `tasks`, `loss`, `fill`, and `live:TASK` for each task with live traffic."""
+    """Return the charts of a page: `tasks`, `loss`, and `live:TASK` for each task with live traffic."""
     tasks = accuracy_over_versions(evaluation.matrix, versions)
-    loss, fill = loss_curve(report.training.losses), fill_bars(report.training.fill)
+    loss = loss_curve(report.training.losses)
     charts = {
         "tasks": inline_svg(tasks, "tasks", "Accuracy of every task, version by version"),
         "loss": inline_svg(loss, "loss", "Training loss over optimiser steps"),
-        "fill": inline_svg(fill, "fill", "Share of the adapter's slots in use, layer by layer"),
     }
     for number, task in enumerate(live.drift.tasks if live is not None else ()):
         if task.status == "compared":

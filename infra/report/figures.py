@@ -6,8 +6,7 @@ Colour-blind readers can tell the colours apart.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,47 +157,6 @@ def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
     axes.set_xlabel("optimiser step", color=MUTED)
     axes.set_ylabel("loss", color=MUTED)
     axes.set_title("Training loss", fontsize=11, loc="left")
-    return figure
-
-
-def fill_bars(fill: Mapping[str, float]) -> Figure:
-    """Draw how full the adapter is: one row of bars per projection, one bar per layer.
-
-    `fill` maps a module (`model.layers.3.self_attn.q_proj`) to the share of its slots in use, 0 to 1.
-    """
-    # by projection and layer; the first number in a module's name is its layer
-    by_path: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
-    for module, share in fill.items():
-        parts = module.split(".")
-        layer = next((int(part) for part in parts if part.isdigit()), 0)
-        by_path[tuple(part for part in parts if not part.isdigit())][layer] = share
-    common = set.intersection(*map(set, by_path)) if len(by_path) > 1 else set()
-    groups = {
-        ("\n".join(part for part in path if part not in common) if common else path[-1]): dict(sorted(shares.items()))
-        for path, shares in by_path.items()
-    }
-    figure = new_figure(7.5, 1.0 + 1.25 * max(len(groups), 1))
-    panels = figure.subplots(max(len(groups), 1), 1, sharex=True, squeeze=False)[:, 0]
-    if not groups:
-        say_empty(panels[0], "this strategy keeps no slots")
-        return figure
-    for panel, (name, shares) in zip(panels, groups.items(), strict=True):
-        heights = [100 * share for share in shares.values()]
-        panel.bar(list(shares), [100] * len(heights), color="#EFEFEF", width=0.82)
-        panel.bar(list(shares), heights, color=COLOURS[0], width=0.82)
-        mean = sum(heights) / len(heights)
-        panel.axhline(mean, color=COLOURS[1], linewidth=1.4)
-        told = f"mean\n{mean:.0f} %"
-        panel.text(1.008, mean / 100, told, transform=panel.transAxes, va="center", fontsize=9, color=COLOURS[1])
-        tidy(panel)
-        panel.set_ylim(0, 100)
-        panel.set_yticks([0, 50, 100])
-        panel.set_ylabel(name, color="#333333", fontsize=9)
-    layers = {layer for shares in groups.values() for layer in shares}
-    panels[-1].set_xlim(min(layers) - 0.7, max(layers) + 0.7)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=15))
-    panels[-1].set_xlabel("layer", color=MUTED)
-    panels[0].set_title("Slots of the adapter in use, %", fontsize=11, loc="left")
     return figure
 
 

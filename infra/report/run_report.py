@@ -99,8 +99,6 @@ class Training(ReportPart):
     resumed_from_step: int | None
     losses: tuple[tuple[int, float], ...]
     """Step and loss; long series are thinned out."""
-    fill: dict[str, float]
-    """Module to the share of its slots in use."""
 
 
 class Link(ReportPart):

@@ -75,7 +75,7 @@ def gather_report(
         parent = versions.get(version.parent_version or "")
         parent_answers = read_answers(store, parent.adapter_uri).now if parent else {}
     losses = [(step, loss) for step, loss in summary.losses if math.isfinite(loss)]
-    of_training = ("num_rows", "num_steps", "seconds", "rows_per_second", "resumed_from_step", "fill")
+    of_training = ("num_rows", "num_steps", "seconds", "rows_per_second", "resumed_from_step")
     libraries = {"Python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):  # the checkout is not installed

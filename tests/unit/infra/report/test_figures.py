@@ -18,7 +18,6 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.report.figures import (
     COLOURS,
     accuracy_over_versions,
-    fill_bars,
     loss_curve,
     result_figure,
     save_png,
@@ -121,36 +120,6 @@ def test_the_loss_curve_shows_every_finite_point_and_smooths_long_ones() -> None
     assert numpy.ptp(smooth.get_ydata()) < 0.06
 
 
-def test_fill_is_drawn_by_layer_for_each_projection() -> None:
-    fill = {
-        f"base_model.model.model.layers.{layer}.self_attn.{name}": share
-        for layer, (q, v) in {10: (1.0, 0.0), 2: (0.25, 0.5)}.items()
-        for name, share in (("q_proj", q), ("v_proj", v))
-    }
-    panels = fill_bars(fill).axes
-    assert [panel.get_ylabel() for panel in panels] == ["q_proj", "v_proj"]
-    drawn = [
-        {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in panel.containers[1]} for panel in panels
-    ]
-    assert drawn == [{2: 25.0, 10: 100.0}, {2: 50.0, 10: 0.0}]
-
-
-def test_the_fill_of_an_encoder_and_of_a_decoder_are_told_apart() -> None:
-    fill = {
-        f"{stack}.block.{layer}.layer.{place}.{kind}.{name}": 0.5
-        for stack, place, kind in (
-            ("encoder", 0, "SelfAttention"),
-            ("decoder", 0, "SelfAttention"),
-            ("decoder", 1, "EncDecAttention"),
-        )
-        for layer in range(3)
-        for name in "qv"
-    }
-    panels = fill_bars(fill).axes
-    assert len({panel.get_ylabel() for panel in panels}) == 6
-    assert all(len(panel.containers[1]) == 3 for panel in panels)
-
-
 def test_the_result_is_a_matrix_and_what_is_left_of_each_task() -> None:
     figure = result_figure(make_matrix("bank", "clinic"), name="mine")
     assert [axes.get_title(loc="left").strip() for axes in figure.axes] == ["mine", "at the end, all tasks"]
@@ -177,9 +146,7 @@ def test_a_rival_has_the_right_half_and_the_title_says_the_finding() -> None:
         accuracy_over_versions(AccuracyMatrix()),
         loss_curve([]),
         loss_curve([(1, float("inf"))]),
-        fill_bars({}),
         loss_curve([(5, 0.0)]),
-        fill_bars({"model.layers.0.self_attn.q_proj": 1.0}),
         result_figure(make_matrix(*(f"a-rather-long-task-name-{number}" for number in range(12)))),
         accuracy_over_versions(make_matrix("one")),
     ],

@@ -21,7 +21,7 @@ from deal_core.judging_config import DriftLimits
 from deal_core.monitoring.drift import compare
 from deal_core.monitoring.report import LiveLook
 from infra.report.charts import MAX_CHARS, MAX_LABELS, PAGE_COLOURS, inline_svg, shown_labels
-from infra.report.figures import accuracy_over_versions, fill_bars, loss_curve
+from infra.report.figures import accuracy_over_versions, loss_curve
 from infra.report.page import (
     NUM_SHADES,
     count,
@@ -95,7 +95,6 @@ def test_the_page_tells_the_whole_run() -> None:
         "evaluate2 min",
         "deal version show 4 --report --lineage support",
         DIGEST,
-        "q_proj",
         "2026-05-04 12:30 UTC",
     ):
         assert said in text, said
@@ -191,13 +190,12 @@ def test_rows_of_the_matrix_have_the_numbers_of_their_versions() -> None:
 
 
 def test_what_is_not_known_is_said() -> None:
-    training = sample_report().training.model_copy(update={"losses": (), "fill": {}})
+    training = sample_report().training.model_copy(update={"losses": ()})
     text = " ".join(Tags(render(changed=(), seconds={}, training=training)).text.split())
     for said in (
         "the answers of version 2 were not kept",
         "the run was completed after a crash",
         "No loss was logged",
-        "This strategy keeps no slots",
     ):
         assert said in text
 
@@ -255,11 +253,10 @@ def figures() -> dict[str, Figure]:
     return {
         "tasks": accuracy_over_versions(sample_evaluation().matrix),
         "loss": loss_curve(training.losses),
-        "fill": fill_bars(training.fill),
     }
 
 
-@pytest.mark.parametrize("name", ["tasks", "loss", "fill"])
+@pytest.mark.parametrize("name", ["tasks", "loss"])
 def test_a_figure_gives_the_same_text_each_time(name: str) -> None:
     assert inline_svg(figures()[name], name, "A title") == inline_svg(figures()[name], name, "A title")
 

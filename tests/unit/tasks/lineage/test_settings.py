@@ -148,7 +148,7 @@ def test_without_files_every_lineage_with_a_version_learns_what_lands(tmp_path: 
     store.put_bytes("lineages/support.yaml", STORED.encode())
     store.delete("lineages/demo.yaml")
     assert learn() == ["desk", "support"]
-    with pytest.raises(ConfigError, match="There is no .*demo"):
+    with pytest.raises(ConfigError, match=r"There is no .*demo"):
         read_lineage(store, "demo")
 
 
