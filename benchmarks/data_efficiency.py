@@ -1,4 +1,4 @@
-"""Write docs/data_efficiency.md: every option against random rows and against all rows.
+"""Write benchmarks/data_efficiency.md: every option against random rows and against all rows.
 
     python -m benchmarks.data_efficiency
 
@@ -170,7 +170,7 @@ def main(
     noisy: Annotated[Path, typer.Option(help="Folder of cells whose training rows have wrong labels.")] = RESULTS
     / "noisy",
     trials: Annotated[Path, typer.Option(help="Result of benchmarks.method.arms.")] = RESULTS / "arms.json",
-    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/data_efficiency.md"),
+    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("benchmarks/data_efficiency.md"),
 ) -> None:
     """Fill the page."""
     measured = read(RESULTS / "option_seconds.json")

@@ -29,6 +29,7 @@ PAGES = {
     "benchmarks/earlier.md": "earlier.md",
     "benchmarks/scaling.md": "scaling.md",
     "benchmarks/consolidation.md": "consolidation_figures.md",
+    "benchmarks/data_efficiency.md": "data_efficiency_figures.md",
     "LICENSE": "LICENSE.txt",
     "CITATION.cff": "CITATION.cff",
 }

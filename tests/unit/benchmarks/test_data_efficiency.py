@@ -77,4 +77,4 @@ def test_the_page_is_the_one_that_the_stored_results_give(tmp_path: Path):
     main(
         cells=results / "development", noisy=results / "noisy", trials=results / "arms.json", page=tmp_path / "page.md"
     )
-    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "data_efficiency.md").read_text()
+    assert (tmp_path / "page.md").read_text() == (ROOT / "benchmarks" / "data_efficiency.md").read_text()
