@@ -21,13 +21,16 @@ from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
 from infra.logs import MAX_BYTES
 from infra.serving.champion import Champion, Say
-from infra.serving.connections import IDLE_SECONDS, Connections
 from infra.serving.engines import Engines
 from infra.serving.prediction_log import LOG, open_prediction_log
 from infra.serving.server import LOOPBACK_NAMES, make_app
 from infra.settings import EngineSettings, ServingSettings
 from infra.store.base import ObjectStore
 
+MAX_CONNECTIONS = 512
+"""At this number of open connections uvicorn answers every request with 503, also one to /health."""
+IDLE_SECONDS = 30
+"""Time from an answer to the next request of a connection."""
 GRACE_SECONDS = 10
 """Time for open requests when the server ends."""
 JOIN_SECONDS = 1.0
@@ -112,18 +115,18 @@ def _api_key(host: str, say: Say) -> str | None:
 
 def make_server(app: ASGIApp, on_end: Callable[[], object] = lambda: None) -> uvicorn.Server:
     """Return a server of the web application with this module's limits. `on_end` is called when it begins to end."""
-    connections = Connections(app)
     config = uvicorn.Config(
-        connections,
+        app,
         loop="asyncio",
-        http=connections.protocol,  # type: ignore[arg-type]  # what makes a protocol
+        http="h11",
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
-        proxy_headers=False,  # any client could write them, and limits hold for addresses
+        proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=IDLE_SECONDS,  # type: ignore[arg-type]  # call_later takes it
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     return _Server(config, on_end)

@@ -19,7 +19,6 @@ import hmac
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,11 +44,6 @@ from infra.serving.formats import RETRY, Caller, HttpAnswer, RefusalError, compl
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""
 MAX_BODY_BYTES = 16 << 20
-MAX_BYTES = 256 << 20
-"""Bytes of all bodies that are being sent, and half of them from one address."""
-MAX_BYTES_OF_ADDRESS = MAX_BYTES // 2
-SMALL_BYTES = 64 << 10
-"""A body of at most so many bytes is always read; the number of connections bounds them."""
 MAX_IN_FLIGHT = 64
 """Number of requests that are being answered; further requests get 503."""
 BODY_SECONDS = 30.0
@@ -72,7 +66,6 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
     """
     pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
     places = asyncio.Semaphore(MAX_IN_FLIGHT)
-    bodies = Bodies()
     meter = Meter(serving)
 
     def answering(path: str, work: Work) -> Route:
@@ -81,7 +74,7 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
                 _require_key(request, api_key)
                 _require_json(request)
                 _require_place(places)
-                body = await bodies.read(request)  # without a place: a slow client takes none from others
+                body = await _read_body(request)  # without a place: a slow client takes none from others
                 _require_place(places)
                 async with places:
                     await _answer(serving, pool, request, send, body, work, labels)
@@ -177,40 +170,18 @@ def _require_place(places: asyncio.Semaphore) -> None:
         raise RefusalError(503, message, {**RETRY, **CLOSE})
 
 
-class Bodies:
-    """The bodies that clients are sending. They have a bound for each address and in all, except small ones."""
-
-    def __init__(self) -> None:
-        self._num_bytes: Counter[str] = Counter()
-        """Address of a client → bytes of its unfinished bodies."""
-
-    async def read(self, request: Request) -> bytes:
-        """Return the body of a request.
-
-        Raises:
-            RefusalError: The body is too large, takes too long, or there are too many large ones.
-            ClientDisconnect: The client has gone.
-        """
-        address = request.client.host if request.client else ""
-        body = bytearray()
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    body += part
-                    self._num_bytes[address] += len(part)
-                    if len(body) > MAX_BODY_BYTES:
-                        raise _too_large()
-                    is_full = self._num_bytes[address] > MAX_BYTES_OF_ADDRESS or self._num_bytes.total() > MAX_BYTES
-                    if is_full and len(body) > SMALL_BYTES:
-                        message = "Too many large requests are being sent; send fewer rows at once, or send them later."
-                        raise RefusalError(503, message, {**RETRY, **CLOSE})
-        except TimeoutError:
-            raise RefusalError(408, f"The request was not sent within {BODY_SECONDS:.0f} s.", CLOSE) from None
-        finally:
-            self._num_bytes[address] -= len(body)
-            if not self._num_bytes[address]:
-                del self._num_bytes[address]
-        return bytes(body)
+async def _read_body(request: Request) -> bytes:
+    """Return the body of a request, if it is small enough and comes in time."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise _too_large()
+    except TimeoutError:
+        raise RefusalError(408, f"The request was not sent within {BODY_SECONDS:.0f} s.", CLOSE) from None
+    return bytes(body)
 
 
 class _Endpoint:
