@@ -17,7 +17,7 @@ from infra.store.keys import parse_dataset_file, top_of
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
-from tasks.housekeeping.garbage import has_logging_servers
+from tasks.housekeeping.garbage import list_logged_lineages
 from tasks.lineage.tombstones import Tombstone, put_tombstone
 from tasks.mlflow_mirror import sync_lineage
 from tasks.progress import to_the_end
@@ -70,7 +70,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
         async with AsyncExitStack() as stack:
             for lineage in held:
                 await stack.enter_async_context(lock_lineage(lineage))
-            if has_logging_servers(store):
+            if list_logged_lineages(store):  # a server may hold rows that wait
                 await asyncio.sleep(2 * BATCH_SECONDS)  # until they have stored the answers that they gave before
             plan = plan_forgetting(store, arrival)  # a run that has ended may have added data
             if set(_affected(plan)) <= set(held):

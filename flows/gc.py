@@ -72,7 +72,6 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
                 if name in known:
                     inventory = garbage.look_at_lineage(store, name)
                     apply(garbage.plan_removals(inventory, now=now, older_than=limit))
-                apply(garbage.lonely_feedback(store, name, now=now))
                 if not dry_run:
                     garbage.merge_logs(store, name)
         except LineageBusyError as error:

@@ -149,28 +149,10 @@ def answers_to(store: ObjectStore, lineage: str, inputs: Collection[str]) -> set
     return set(answers.loc[answers["input_sha256"].isin(inputs), "id"])
 
 
-def feedback_without_answer(store: ObjectStore, lineage: str, before: float) -> set[str]:
-    """Return the ids of answers that are not in the log, although there is feedback on them.
-
-    `before` leaves out newer feedback, in seconds since 1970: a server stores feedback at once, and answers later.
-    """
-    newest = _frame(read_log(store, feedback_log(lineage), columns=["id", "time"])).groupby("id")["time"].max()
-    old = set(newest[newest < before].index)
-    if not old:
-        return set()
-    answers = read_log(store, prediction_log(lineage), columns=["id"])
-    return old - set(answers.column("id").to_pylist())
-
-
-def remove_feedback(store: ObjectStore, lineage: str, ids: Collection[str]) -> None:
-    """Remove the feedback on these answers."""
-    remove_rows(store, feedback_log(lineage), ids)
-
-
 def forget_answers(store: ObjectStore, lineage: str, inputs: Collection[str]) -> None:
     """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated."""
     ids = answers_to(store, lineage, inputs)
-    remove_feedback(store, lineage, ids)  # first, because only the answers tell the ids
+    remove_rows(store, feedback_log(lineage), ids)  # first, because only the answers tell the ids
     remove_rows(store, prediction_log(lineage), ids)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -65,12 +65,12 @@ def predictions_of(
     rows: Sequence[InputRow],
     answered: Answered,
     *,
-    new_id: Callable[[], str],
     seconds: float,
     keeps_texts: bool,
     shadow_of: Sequence[str] = (),
+    ids: Sequence[str] = (),
 ) -> list[Prediction]:
-    """Return the log's rows of one request, which took so many seconds. Each gets an id from `new_id`.
+    """Return the log's rows of one request, which took so many seconds. `ids` are theirs; empty: they get new ones.
 
     With `keeps_texts` the rows get `input` and `output`. `shadow_of` has the ids of the answers that were returned
     instead; it is empty if these answers were returned.
@@ -78,7 +78,7 @@ def predictions_of(
     asked = _asked(rows, answered.served, answered.version, seconds, shadow_of)
     return [
         Prediction(
-            id=new_id(),
+            id=own_id,
             **common,
             **answer_facts(task.schema, text, answer),
             confidence=confidence,
@@ -86,8 +86,8 @@ def predictions_of(
             input=text if keeps_texts else None,
             output=answer if keeps_texts else None,
         )
-        for (task, text, common), answer, (confidence, label_mass) in zip(
-            asked, answered.answers, answered.confidences, strict=True
+        for (task, text, common), answer, (confidence, label_mass), own_id in zip(
+            asked, answered.answers, answered.confidences, ids or [uuid.uuid4().hex for _ in rows], strict=True
         )
     ]
 

@@ -224,8 +224,6 @@ def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
             checked.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
     except ConfigError as error:
         raise RefusalError(400, str(error)) from None
-    if refusal := log.refusal_of([feedback.id for feedback in checked]):
-        raise RefusalError(400, f"Entry {refusal[0]} {refusal[1]}; leave it out.")
     if not log.take_feedback(checked):
         raise RefusalError(503, "The feedback was not stored; send it again in a moment.", RETRY)
     return HttpAnswer(json.dumps({"taken": len(checked)}), serving.version or "", status=202)

@@ -7,15 +7,12 @@ and counted. Feedback does not wait: it is stored before its request is answered
 
 from __future__ import annotations
 
-import hmac
 import logging
-import secrets
 import threading
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,20 +25,14 @@ from infra.log_batches import BATCH_SECONDS, beyond_retention, put_rows
 from infra.predictions import feedback_log, prediction_log
 from infra.settings import ServingSettings
 from infra.store.base import ObjectStore
-from infra.store.keys import answer_ids_key
 
 MAX_WAITING = 10_000
-"""Rows that wait for the store; further rows are dropped. The tasks of as many answers are remembered for feedback, and
-of as many answers, how many entries of feedback they got."""
-MAX_ENTRIES_OF_ANSWER = 20
-"""Entries of feedback on one answer that a server takes."""
+"""Rows that wait for the store; further rows are dropped. The tasks of as many answers are remembered for feedback."""
 MAX_STORING = 8
 """Requests with feedback that are stored at once. If the store hangs, they must not take all places from the others."""
 CLEAN_SECONDS = 3600.0
 """Time between two looks for batches that are older than the retention."""
 JOIN_SECONDS = 5.0
-NUM_RANDOM = 18
-"""Digits of an id that are drawn at random."""
 
 LOG = logging.getLogger("deal.serving")
 
@@ -54,10 +45,7 @@ class PredictionLog:
         self._retention_days = retention_days
         self._store = store
         self._predictions, self._feedback = prediction_log(lineage), feedback_log(lineage)
-        self._ids = AnswerIds(store, lineage)
         self._tasks: OrderedDict[str, str] = OrderedDict()
-        self._num_entries: OrderedDict[str, int] = OrderedDict()
-        """Answer → its entries of feedback."""
         self._waiting: list[dict[str, Any]] = []
         self._changing = threading.Lock()
         self._storing = threading.BoundedSemaphore(MAX_STORING)
@@ -71,8 +59,6 @@ class PredictionLog:
 
     def start(self) -> None:
         """Start to store rows, and to remove what is older than the retention."""
-        with suppress(StoreError):  # a server can start while the store is away; the thread tries again
-            self._ids.share()
         self._thread.start()
 
     def close(self) -> None:
@@ -98,10 +84,9 @@ class PredictionLog:
         `shadow_of` are the ids of the answers that were returned instead of these. `ids` are those that the client has
         got already, with the first piece of a stream; empty: the rows get new ones.
         """
-        new_id, keeps_texts = iter(ids).__next__ if ids else self._ids.new, self.keeps_texts
         try:
             made = predictions_of(
-                rows, answered, new_id=new_id, seconds=seconds, keeps_texts=keeps_texts, shadow_of=shadow_of
+                rows, answered, seconds=seconds, keeps_texts=self.keeps_texts, shadow_of=shadow_of, ids=ids
             )
         except Exception:
             LOG.exception("Answers were not logged")
@@ -111,13 +96,10 @@ class PredictionLog:
         if not shadow_of:  # no client knows the ids of the others
             with self._changing:
                 self._tasks.update((row.id, row.task) for row in made)
-                _forget_oldest(self._tasks)
+                while len(self._tasks) > MAX_WAITING:
+                    self._tasks.popitem(last=False)
         self._keep(made)
         return answered._replace(ids=[row.id for row in made])
-
-    def new_id(self) -> str:
-        """Return an id for an answer that is still to come."""
-        return self._ids.new()
 
     def note_failure(
         self,
@@ -153,26 +135,7 @@ class PredictionLog:
             return False
         finally:
             self._storing.release()
-        with self._changing:
-            for answer_id, number in Counter(entry.id for entry in entries).items():
-                self._num_entries[answer_id] = self._num_entries.pop(answer_id, 0) + number
-            _forget_oldest(self._num_entries)
         return True
-
-    def refusal_of(self, answer_ids: Sequence[str]) -> tuple[int, str] | None:
-        """Return why feedback on these answers is not taken: the number of the entry, and a clause; None: it is.
-
-        Without this, feedback would have no bound: each entry is kept, and ids cost a client nothing.
-        """
-        with self._changing:
-            numbers = {answer_id: self._num_entries.get(answer_id, 0) for answer_id in answer_ids}
-        for entry, answer_id in enumerate(answer_ids, 1):
-            if not self._ids.is_given(answer_id):
-                return entry, "names an id that no server of this lineage has given"
-            numbers[answer_id] += 1
-            if numbers[answer_id] > MAX_ENTRIES_OF_ANSWER:
-                return entry, f"is about an answer that has {MAX_ENTRIES_OF_ANSWER} entries already"
-        return None
 
     def task_of(self, answer_id: str) -> str | None:
         """Return the task of an answer; None: it was given by another server, or long ago."""
@@ -188,7 +151,7 @@ class PredictionLog:
             self._due.clear()
             is_last = self._ended.is_set()
             failed = set[str]()
-            for step in (self._ids.share, self._store_rows, self._remove_old):
+            for step in (self._store_rows, self._remove_old):
                 try:
                     step()
                 except Exception as error:  # the thread must not end
@@ -227,11 +190,6 @@ class PredictionLog:
         self._cleaned = time.monotonic()
 
 
-def _forget_oldest(by_answer: OrderedDict[str, Any]) -> None:
-    while len(by_answer) > MAX_WAITING:
-        by_answer.popitem(last=False)
-
-
 def open_prediction_log(store: ObjectStore, lineage: str) -> PredictionLog | None:
     """Return the log that the settings ask for, not started yet; None: DEAL_LOG_PREDICTIONS is off."""
     serving = ServingSettings()
@@ -239,42 +197,3 @@ def open_prediction_log(store: ObjectStore, lineage: str) -> PredictionLog | Non
         return None
     texts, days = serving.log_predictions == "texts", serving.log_retention_days
     return PredictionLog(store, lineage, keeps_texts=texts, retention_days=days)
-
-
-class AnswerIds:
-    """Makes ids for one server of a lineage. Until `share` has succeeded, only this server knows them.
-
-    Any server of a lineage knows an id that one of them gave, without looking it up. An id is 32 hexadecimal digits: 18
-    are drawn at random, and 14 are a keyed digest of these (HMAC-SHA256, shortened). The servers share the key, which
-    lies in the object store. So feedback for ids that nobody gave is refused, and no list of ids has to be kept.
-    """
-
-    def __init__(self, store: ObjectStore, lineage: str) -> None:
-        self._store, self._place = store, answer_ids_key(lineage)
-        self._keys = [secrets.token_bytes(32)]
-        """The key of new ids comes first. Those of earlier ids follow."""
-        self._is_shared = False
-
-    def share(self) -> None:
-        """Take the key that the lineage's servers share; the first server makes it. Later calls do nothing."""
-        if self._is_shared:
-            return
-        self._store.put_bytes(self._place, secrets.token_hex(32).encode(), if_absent=True)
-        shared = self._store.get_bytes(self._place, at_most=1024).strip()
-        if not shared:
-            raise StoreError(f"{self._store.uri_of(self._place)} is empty; delete it.")
-        self._keys, self._is_shared = [shared, *self._keys], True
-
-    def new(self) -> str:
-        """Return an id that no other answer has."""
-        drawn = secrets.token_hex(NUM_RANDOM // 2)
-        return drawn + _digest(self._keys[0], drawn)
-
-    def is_given(self, answer_id: str) -> bool:
-        """Return whether a server of the lineage has made this id."""
-        drawn, digest = answer_id[:NUM_RANDOM], answer_id[NUM_RANDOM:]
-        return any(hmac.compare_digest(digest.encode(), _digest(key, drawn).encode()) for key in self._keys)
-
-
-def _digest(key: bytes, drawn: str) -> str:
-    return hmac.digest(key, drawn.encode(), "sha256").hex()[: 32 - NUM_RANDOM]

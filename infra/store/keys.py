@@ -27,7 +27,6 @@
     batches/LINEAGE/TASK.json                 the files that are learned together now
     counts/TASK.json                          the numbers of rows of files that wait in the inbox
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
-    serving/LINEAGE.key                       what tells the ids of a lineage's answers from any other
     predictions/LINEAGE/DAY/BATCH.parquet     the prediction log
     feedback/LINEAGE/DAY/BATCH.parquet        right answers to rows of the prediction log, or whether they were right
     harvests/LINEAGE/TASK.json                the feedback that has become rows of an arrival
@@ -56,7 +55,6 @@ PROMOTIONS = "promotions"
 LINEAGES = "lineages"
 WATCH = "watch"
 FORGOTTEN = "forgotten"
-SERVING = "serving"
 PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
@@ -141,7 +139,6 @@ base_scores_key: Callable[[str], str] = "base_models/{}.general.json".format
 """A base model's scores on suites of general ability, from its digest."""
 adapter_scores_key: Callable[[str], str] = "{}/general.json".format
 """A version's, from the folder of its adapter."""
-answer_ids_key: OfLineage = "serving/{}.key".format
 log_folder: Callable[[str, str], str] = "{}/{}".format
 """From the log, PREDICTIONS or FEEDBACK, and the lineage."""
 log_day_folder: Callable[[str, str, date], str] = "{}/{}/{}".format
@@ -302,11 +299,6 @@ def version_number(key: str) -> str:
 def lineage_of_watch(key: str) -> str:
     """Return the lineage of a key in `watch/`."""
     return file_name(key).removesuffix(".json")
-
-
-def is_answer_ids_key(key: str) -> bool:
-    """Return whether a key in `serving/` is one of `answer_ids_key`."""
-    return key.endswith(".key")
 
 
 def log_key(log: str, lineage: str, written: datetime) -> str:

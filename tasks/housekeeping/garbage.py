@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from deal_core.data.schema import is_name
 from infra.branches import Branch, Branches, tip_of
 from infra.log_batches import Log, beyond_retention, merge_batches
-from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
+from infra.predictions import feedback_log, prediction_log
 from infra.run_journal import Run, RunJournal
 from infra.settings import HomeSettings
 from infra.store import keys
@@ -33,16 +33,12 @@ from tasks.lineage.datasets import retains_training_rows
 
 AGE = timedelta(days=1)
 """Age at which a temporary file without a lock counts as left by a killed process."""
-FEEDBACK_AGE = timedelta(days=7)
-"""Age at which feedback is expected to have its answer in the store. Servers store answers within seconds, or when the
-store answers again."""
 Kind = Literal[
     "work folder",
     "adapter",
     "training rows",
     "prediction log",
     "feedback",
-    "feedback without an answer",
     "temporary files",
 ]
 
@@ -183,11 +179,6 @@ def list_logged_lineages(store: ObjectStore) -> tuple[str, ...]:
     return tuple(sorted(filter(is_name, names)))
 
 
-def has_logging_servers(store: ObjectStore) -> bool:
-    """Return whether a server with a prediction log has ever used the store. It may hold rows that wait."""
-    return any(keys.is_answer_ids_key(info.key) for info in store.list(keys.SERVING))
-
-
 def merge_logs(store: ObjectStore, lineage: str) -> None:
     """Join the small batches of a lineage's logs. The caller holds the lineage."""
     for log in (prediction_log(lineage), feedback_log(lineage)):
@@ -205,23 +196,6 @@ def old_logs(store: ObjectStore, lineage: str, *, now: datetime, days: int) -> t
             beyond_retention(store, log, now=now, days=days), key=lambda info: keys.batch_day(info.key)
         )
     )
-
-
-def lonely_feedback(store: ObjectStore, lineage: str, *, now: datetime) -> tuple[Removal, ...]:
-    """Return the feedback on answers that the log does not have any more. Without the answer, nobody can find it."""
-    ids = _without_answer(store, lineage, now)
-    removal = Removal(
-        lineage=lineage,
-        kind="feedback without an answer",
-        address=f"{len(ids)} answers of {keys.log_folder(FEEDBACK, lineage)}",
-        num_bytes=0,
-        reason="the log does not have the answers any more",
-    )
-    return (removal,) if ids else ()
-
-
-def _without_answer(store: ObjectStore, lineage: str, now: datetime) -> set[str]:
-    return feedback_without_answer(store, lineage, (now - FEEDBACK_AGE).timestamp())
 
 
 def look_at_lineage(store: ObjectStore, lineage: str) -> Inventory:
@@ -262,9 +236,6 @@ def remove(store: ObjectStore, removal: Removal, now: datetime) -> None:
     """
     if Path(removal.address).is_absolute():
         remove_local(removal.address)
-        return
-    if removal.kind == "feedback without an answer":
-        remove_feedback(store, removal.lineage, _without_answer(store, removal.lineage, now))
         return
     if removal.version:
         Versions(store).note_removed(removal.lineage, removal.version, f"{now:%Y-%m-%d}")

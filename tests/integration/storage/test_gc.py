@@ -186,11 +186,6 @@ def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(monkeypatch: p
     assert collect("l").removals == planned
     assert len(keys("predictions")) == len(keys("feedback")) == 2
     assert young in keys("predictions") and not collect("l").removals
-    store.delete("predictions")
-    (planned_feedback,) = planned = collect("l", dry_run=True).removals
-    assert planned_feedback.kind == "feedback without an answer" and len(read_feedback(store, "l")) == 1
-    assert collect("l").removals == planned and not collect("l").removals
-    assert read_feedback(store, "l").empty
 
 
 @pytest.mark.usefixtures("first")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,14 +30,12 @@ from infra.log_batches import Log, put_rows, read_log
 from infra.predictions import (
     PREDICTION_SCHEMA,
     feedback_log,
-    feedback_without_answer,
     forget_answers,
     read_feedback,
     read_predictions,
-    remove_feedback,
 )
 from infra.serving import prediction_log as logging_module
-from infra.serving.prediction_log import AnswerIds, PredictionLog, open_prediction_log
+from infra.serving.prediction_log import PredictionLog, open_prediction_log
 from infra.store.keys import batch_day, log_key
 from infra.store.local import FileStore
 from tests.served import WAIT_SECONDS, Champion, running
@@ -327,22 +324,9 @@ def test_answers_are_forgotten_with_their_feedback(store: FileStore) -> None:
     assert not [*store.list("predictions"), *store.list("feedback")], "no empty batch stays"
 
 
-def test_feedback_goes_when_its_answer_is_gone(store: FileStore) -> None:
-    with logging_to(store) as log:
-        (kept,) = ask(log, "a")
-        for number, each in enumerate((kept, "e" * 32, "f" * 32)):
-            say(log, float(number), id=each, label="a")
-    found = feedback_without_answer(store, "l", before=1.5)
-    assert found == {"e" * 32}, "newer feedback may have its answer on another machine"
-    remove_feedback(store, "l", found)
-    assert {*read_feedback(store, "l")["id"]} == {kept, "f" * 32}
-
-
 def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStore) -> None:
     bank = {"input": "a", "task": "bank"}
-    with logging_to(store) as other:
-        other._ids.share()
-        of_another_server = other._ids.new()
+    unknown = "f" * 32
     with logging_to(store, keeps_texts=True) as log, running(Champion(log), tmp_path / "log") as port:
         url = f"http://127.0.0.1:{port}"
         chat = {"input": json.dumps([{"role": "user", "content": "Hi"}]), "task": "talk"}
@@ -373,10 +357,6 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
             "Entry 2 gives an answer as free text, and the task has labels; send label.": {"id": right, "answer": "a"},
             "Entry 2: is_right is neither true nor false.": {"id": right, "is_right": "maybe"},
             'Entry 2 is no object; send {"id": ID, "label": LABEL}.': 3,
-            "Entry 2 names an id that no server of this lineage has given; leave it out.": {
-                "id": "f" * 32,
-                "label": "a",
-            },
         }.items():
             refused = send(good, entry)
             assert (refused.status_code, refused.json()) == (400, {"error": sentence})
@@ -385,7 +365,7 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
             {"id": wrong, "label": "b", "reviewer": "Jo"},
             {"id": wrong, "is_right": True},
             good,
-            {"id": of_another_server, "label": "b"},
+            {"id": unknown, "label": "b"},
             {"id": talk, "answer": "Hello"},
         )
         assert (taken.status_code, taken.json()) == (202, {"taken": 6})
@@ -396,7 +376,7 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
         right: ("a", True, True, None),
         wrong: ("b", False, False, "Jo"),
         thumb: (None, False, False, None),
-        of_another_server: ("b", None, False, None),
+        unknown: ("b", None, False, None),
         talk: ("Hello", False, False, None),
     }
     assert set(found["source"]) == {"api"}
@@ -415,32 +395,7 @@ def test_a_correction_keeps_a_row_in_the_random_sample(store: FileStore) -> None
     assert (found[wrong].label, found["f" * 32].label) == ("b", "Hello"), "the correction counts"
 
 
-def test_feedback_has_a_bound(tmp_path: Path, store: FileStore) -> None:
-    """Of ids that nobody gave nothing is kept, and of an answer some entries, however often a client sends them."""
-    with logging_to(store) as log, running(Champion(log), tmp_path / "log") as port:
-        (answer,) = ask(log, "a text")
-        url, most = f"http://127.0.0.1:{port}/feedback", logging_module.MAX_ENTRIES_OF_ANSWER
-        forged = answer[:-1] + ("0" if answer[-1] != "0" else "1")
-        for entries in ([forged], [uuid.uuid4().hex] * 1000, [answer] * (most + 1)):
-            refused = httpx.post(url, json=[{"id": each, "is_right": True} for each in entries])
-            assert refused.status_code == 400 and "leave it out" in refused.text
-        statuses = [httpx.post(url, json=[{"id": answer, "is_right": True}]).status_code for _ in range(most + 5)]
-        assert statuses == [202] * most + [400] * 5
-    assert len(read_log(store, feedback_log("l"))) == most
-
-
-def test_ids_of_earlier_servers_are_known_and_those_of_other_lineages_are_not(store: FileStore) -> None:
-    with logging_to(store) as log:
-        (earlier,) = ask(log, "a text")
-    with logging_to(store) as log:
-        assert log.refusal_of([earlier]) is None
-    stranger = AnswerIds(store, "m")
-    stranger.share()
-    assert not stranger.is_given(earlier) and not log._ids.is_given(stranger.new())
-    assert {store.get_bytes(f"serving/{name}.key") for name in "lm"} != {store.get_bytes("serving/l.key")}
-
-
-def test_a_server_that_starts_without_the_store_knows_its_own_ids(
+def test_a_server_that_starts_without_the_store_says_so_once_and_stores_later(
     store: FileStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     num_tries: list[int] = []
@@ -455,19 +410,11 @@ def test_a_server_that_starts_without_the_store_knows_its_own_ids(
     monkeypatch.setattr(logging_module, "BATCH_SECONDS", 0.05)
     monkeypatch.setattr(store, "put_bytes", fail)
     with logging_to(store) as log:
-        (before,) = ask(log, "a text")
-        assert log.refusal_of([before]) is None and log.refusal_of(["0" * 32]) is not None
-        wait_until(lambda: len(num_tries) > 5)
-        assert caplog.messages.count("The prediction log: the store is away") == 2, (
-            "of the ids and of the rows, once each"
-        )
+        ids = ask(log, "a text")
+        wait_until(lambda: len(num_tries) > 2)
+        assert caplog.messages == ["The prediction log: the store is away"]
         monkeypatch.delattr(store, "put_bytes")
-        wait_until(lambda: store.exists("serving/l.key") and log._ids._is_shared)
-        (after,) = ask(log, "a text")
-        assert log.refusal_of([before, after]) is None
-    known = AnswerIds(store, "l")
-    known.share()
-    assert known.is_given(after) and not known.is_given(before)
+    assert [*read_predictions(store, "l")["id"]] == ids
 
 
 def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileStore) -> None:
