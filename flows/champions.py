@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from prefect import flow
-from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
 from flows.mlflow import mirror
@@ -19,7 +18,7 @@ from tasks.lineage.history import find_version, known_lineages
 from tasks.lineage.promotion import Decision, promote_to, reject_version
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
-from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
+from tasks.monitoring.rollout import RolloutLook, look_at_rollout, require_open
 from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import VersionScores
 
@@ -130,20 +129,12 @@ async def monitor_lineages(lineages: tuple[str, ...] = ()) -> list[MonitorResult
     return await for_each(lineages, lambda name: monitor(name), "could not be looked at")
 
 
-class RolloutResult(BaseModel, frozen=True):
-    """A look at a rollout, and what was done."""
-
-    status: RolloutStatus
-    decision: Decision | None = None
-    """The version's promotion or rejection; None: the rollout goes on, or there is none."""
-
-
 @flow(name="rollouts")
-async def rollouts() -> list[RolloutResult]:
+async def rollouts() -> list[RolloutLook]:
     """Look at all open rollouts, one after another, and end those that are decided."""
     log = PromotionLog(current_store())
 
-    async def check(name: str) -> RolloutResult:
+    async def check(name: str) -> RolloutLook:
         result = check_rollout(name)
         if result.decision is not None:
             await mirror(name)
@@ -152,7 +143,7 @@ async def rollouts() -> list[RolloutResult]:
     return await for_each((), check, "could not be looked at", lambda name: log.open_rollout(name) is not None)
 
 
-def check_rollout(lineage: str) -> RolloutResult:
+def check_rollout(lineage: str) -> RolloutLook:
     """Make the version that is tried the champion, reject it, or let its rollout go on.
 
     Raises:
@@ -160,14 +151,14 @@ def check_rollout(lineage: str) -> RolloutResult:
     """
     status = look_at_rollout(lineage)
     if status.version is None or status.report is None or status.report.verdict == "goes on":
-        return RolloutResult(status=status)
+        return RolloutLook(status=status)
     why = f"{status.report.kind}: {'; '.join(status.report.reasons)}"
     if status.report.verdict == "abort":
         decision = reject_version(lineage, status.version, who=ROLLOUT, why=why)
     else:
         run = find_version(current_store(), lineage, status.version).run_key
         decision = promote_to(lineage, status.version, who=ROLLOUT, why=why, run=run)
-    return RolloutResult(status=status, decision=decision)
+    return RolloutLook(status=status, decision=decision)
 
 
 def finish_rollout(lineage: str, *, who: str, why: str) -> Decision:

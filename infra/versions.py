@@ -76,39 +76,63 @@ class Since(BaseModel):
     standing: Standing = "left behind"
 
 
-class Version(Stored):
-    """A version of a lineage: an adapter, its origin, its scores and the decision of the gate.
+class VersionFacts(BaseModel, frozen=True):
+    """What is stored of a version, and shown in the history of its lineage.
 
     `version` and `parent_version` are numbers as text, as commands name them. Scores and accuracies are 0 to 1 (points
     of forgetting and transfer divided by 100), None where a lineage has too few tasks for them.
     """
 
-    lineage: str
     version: str = UNREGISTERED
-    created: datetime = Field(default_factory=lambda: datetime.now(UTC))
     kind: Literal["adaptation", "consolidation"] = "adaptation"
     """An adaptation has learned one arrival. A consolidation has learned all that is left of all arrivals together."""
     task: str
     """The task that it learned; of a consolidation the task that its parent learned last."""
+    strategy: str
     parent_version: str | None
     """The version that it continues; None: it starts from the base model. A consolidation is judged against it."""
+    branch: int | None = None
+    """The branch that made it (deal lineage branch); None: it was made to continue the champion."""
+    average_accuracy: float | None
+    """Mean accuracy on all tasks that it knows."""
+    forgetting: float | None
+    """Mean of what the earlier tasks have lost since their best version; below 0: a gain."""
+    backward_transfer: float | None
+    """Mean of what the earlier tasks have gained since they were learned."""
+    forward_transfer: float | None
+    """Mean of what a task had gained over the base model before it was learned."""
+    arrival_accuracy: float | None = None
+    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
+    general: Mapping[str, float] = {}
+    """Its score on each suite of general ability that is on, 0 to 1."""
+    debts: Mapping[str, float] = {}
+    """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
+    accepted: bool
+    """Whether its gate accepted it."""
+    reasons: tuple[str, ...] = ()
+    """Why the gate rejected it."""
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    dataset_sha256: str
+    """Digest of the dataset that it learned."""
+    run_key: str
+    """Key of its adaptation. At most one version has it."""
+
+
+class Version(VersionFacts, Stored):
+    """A version of a lineage: an adapter, its origin, its scores and the decision of the gate."""
+
+    lineage: str
     starts_from_base: bool = False
     """Whether it is a consolidation whose weights start from the base model, not from its parent's."""
     arrivals: tuple[LearnedArrival, ...] = ()
     """The arrivals that a consolidation learned, oldest first; empty for an adaptation."""
-    run_key: str
-    """Key of its adaptation. At most one version has it."""
     flow_run: str | None = None
     """Id of the flow run that trained it. A restarted run keeps its id."""
-    strategy: str
     base_sha256: str
-    dataset_sha256: str
     landed_sha256: str
     """Digest of the arrival's rows, independent of the lineage's test rows."""
     requeued_sha256: str | None = None
     """Digest of the dataset of the version that a requeue replaced by this version."""
-    branch: int | None = None
-    """The branch that made it; None: it was made to continue the champion."""
     remakes: str | None = None
     """The version whose arrival it learned again, if a branch made it."""
     config_sha256: str
@@ -117,32 +141,19 @@ class Version(Stored):
     """Digest of all files of the trained adapter together; see `sha256_together`."""
     files_sha256: Recorded
     """The digests that each file of the adapter may have, by name."""
-    accepted: bool
-    """Whether its gate accepted it."""
-    reasons: tuple[str, ...] = ()
     failed_checks: tuple[Mapping[str, Any], ...] = ()
     """The reasons for programs: kind, task, value and limit of each."""
     needs_approval: bool = False
     """Whether a person has to approve it before it becomes champion."""
     rollout: RolloutTerms | None = None
     """How it is tried on live traffic before it becomes champion; None: it is not."""
-    arrival_accuracy: float | None = None
-    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
     train_seconds: float
     launch: str = "local"
     """What started the processes of its training, as DEAL_LAUNCH."""
     shard: str = "none"
     """What they shared of the base model, as DEAL_SHARD."""
-    average_accuracy: float | None
-    forgetting: float | None
-    backward_transfer: float | None
-    forward_transfer: float | None
     accuracies: Mapping[str, float]
     """Its row of the accuracy matrix, by task. The whole matrix is in its record."""
-    general: Mapping[str, float] = {}
-    """Its score on each suite of general ability that is on, 0 to 1."""
-    debts: Mapping[str, float] = Field(default_factory=dict)
-    """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
     since: Since = Field(default=Since(), exclude=True)
     """Not stored with it."""
 

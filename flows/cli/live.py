@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.monitoring.feedback import FeedbackResult
     from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult
-    from tasks.monitoring.rollout import RolloutStatus
+    from tasks.monitoring.rollout import RolloutLook, RolloutStatus
     from tasks.monitoring.select import SelectResult
 
 rollout_app = typer.Typer(help="Watch, finish or abort a version tried on live traffic.", no_args_is_help=True)
@@ -101,16 +100,6 @@ def _tests(tasks: Sequence[TaskDrift]) -> RenderableType:
     return table
 
 
-@dataclass(frozen=True, kw_only=True)
-class RolloutLook:
-    """A look at a rollout, and what followed from it."""
-
-    status: RolloutStatus
-    """The rollout and its figures."""
-    decision: Decision | None
-    """The promotion or rejection that --apply has made; None: it made none."""
-
-
 @command(rollout_app, "looking", "deal rollout status", "deal rollout status --apply", works_without_home=True)
 def status(
     deal: Session,
@@ -125,18 +114,18 @@ def status(
 ) -> CommandResult[RolloutLook]:
     """Compare the version that is tried on live traffic with the champion."""
     if not apply:
-        from tasks.monitoring.rollout import look_at_rollout
+        from tasks.monitoring.rollout import RolloutLook, look_at_rollout
 
         rollout = look_at_rollout(lineage)
-        return CommandResult(RolloutLook(status=rollout, decision=None), _show_rollout(rollout))
+        return CommandResult(RolloutLook(status=rollout), _show_rollout(rollout))
     from flows.champions import check_rollout
 
-    checked = check_rollout(lineage)
-    look, shown = RolloutLook(status=checked.status, decision=checked.decision), _show_rollout(checked.status)
-    if checked.decision is None:
+    look = check_rollout(lineage)
+    shown = _show_rollout(look.status)
+    if look.decision is None:
         return CommandResult(look, shown)
-    decided = [*show_decision(checked.decision), *show_mirrored(lineage)]
-    return CommandResult(look, [*shown, *decided], rejected=checked.decision.action == "rejected")
+    decided = [*show_decision(look.decision), *show_mirrored(lineage)]
+    return CommandResult(look, [*shown, *decided], rejected=look.decision.action == "rejected")
 
 
 @command(rollout_app, "promoting", "deal rollout finish", 'deal rollout finish --reason "enough was seen"')

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
-
-from pydantic import BaseModel
 
 from deal_core.errors import RegistryError
 from deal_core.safe_text import listed
 from infra.branches import Branches
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.versions import ROLLOUT, Version, Versions, descent, require_adapter
+from infra.versions import ROLLOUT, Alias, ApprovalState, Version, VersionFacts, Versions, descent, require_adapter
 from tasks.context import current_store
 
 
@@ -20,49 +17,16 @@ class NoVersionError(RegistryError):
     """A lineage has no version, and never had one."""
 
 
-class HistoryEntry(BaseModel, frozen=True):
+class HistoryEntry(VersionFacts, frozen=True):
     """One version of a lineage. Scores are None where the lineage has too few tasks for them."""
 
-    version: str
-    kind: str
-    """adaptation: it learned one arrival. consolidation: it learned all that is left of all arrivals together."""
     lesson: str
     """What it learned, in a few words."""
-    task: str
-    """The task that it learned; of a consolidation the task that its parent learned last."""
-    strategy: str
-    parent_version: str | None
-    """The version that it continues; None: it starts from the base model."""
-    branch: int | None
-    """The branch that made it (deal lineage branch); None: it was made to continue the champion."""
-    average_accuracy: float | None
-    """Mean accuracy on all tasks that it knows."""
-    forgetting: float | None
-    """Mean of what the earlier tasks have lost since their best version; below 0: a gain."""
-    backward_transfer: float | None
-    """Mean of what the earlier tasks have gained since they were learned."""
-    forward_transfer: float | None
-    """Mean of what a task had gained over the base model before it was learned."""
-    arrival_accuracy: float | None
-    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
-    general: dict[str, float]
-    """Its score on each suite of general ability that is on, 0 to 1."""
-    debts: dict[str, float]
-    """Points that each task has lost since it was learned, over all versions together; below 0: gained."""
-    accepted: bool
-    """Whether its gate accepted it."""
-    reasons: tuple[str, ...]
-    """Why the gate rejected it."""
-    approval: str | None
+    approval: ApprovalState | None
     """State of a person's approval; None: no approval is needed."""
-    aliases: tuple[str, ...]
+    aliases: tuple[Alias, ...]
     """champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is
     tried on live traffic."""
-    created: datetime
-    dataset_sha256: str
-    """Digest of the dataset that it learned."""
-    run_key: str
-    """Key of its adaptation."""
     adapter: str
     """Full address of its PEFT folder."""
 

@@ -14,6 +14,7 @@ from infra.promotions import Move, PromotionLog
 from infra.store.base import ObjectStore
 from tasks.context import current_store
 from tasks.lineage.history import find_version
+from tasks.lineage.promotion import Decision
 
 
 class RolloutStatus(BaseModel, frozen=True):
@@ -28,6 +29,15 @@ class RolloutStatus(BaseModel, frozen=True):
     """When the rollout began."""
     terms: RolloutTerms | None = None
     report: RolloutReport | None = None
+
+
+class RolloutLook(BaseModel, frozen=True):
+    """A look at a rollout, and what followed from it."""
+
+    status: RolloutStatus
+    """The rollout and its figures."""
+    decision: Decision | None = None
+    """The promotion or rejection that it has made; None: it made none."""
 
 
 def look_at_rollout(lineage: str) -> RolloutStatus:

@@ -13,12 +13,12 @@ import httpx
 import pytest
 
 from benchmarks.speed.serving import Expected, answers_of, served, texts_to_ask
-from flows.champions import RolloutResult, rollouts
+from flows.champions import rollouts
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import PromotionLog
 from infra.versions import Versions
 from tasks.context import current_store
-from tasks.monitoring.rollout import look_at_rollout
+from tasks.monitoring.rollout import RolloutLook, look_at_rollout
 from tests.adapting import BANK, CLINIC, PASS, run
 
 WAIT_SECONDS = 300.0
@@ -100,7 +100,7 @@ def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
     return answered
 
 
-def look() -> RolloutResult:
+def look() -> RolloutLook:
     (found,) = asyncio.run(rollouts())
     return found
 

@@ -11,9 +11,8 @@ import pytest
 
 import flows.champions
 from deal_core.errors import DealError, RegistryError
-from flows.champions import RolloutResult
 from tasks.context import current_store
-from tasks.monitoring.rollout import RolloutStatus
+from tasks.monitoring.rollout import RolloutLook, RolloutStatus
 from tasks.progress import Interrupted, LogReporter, reporting_to
 from tests.stored_versions import move, store_version
 
@@ -64,9 +63,9 @@ def test_a_lineage_whose_log_is_damaged_keeps_no_other_rollout_open(monkeypatch:
     current_store().put_bytes("promotions/a/00000001.json", b"{")
     checked: list[str] = []
 
-    def check(name: str) -> RolloutResult:
+    def check(name: str) -> RolloutLook:
         checked.append(name)
-        return RolloutResult(status=RolloutStatus(lineage=name))
+        return RolloutLook(status=RolloutStatus(lineage=name))
 
     monkeypatch.setattr(flows.champions, "check_rollout", check)
     with pytest.raises(DealError, match=r"Of 3 lineages 1 could not be looked at\. a: .*promotions/a/00000001"):
