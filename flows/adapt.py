@@ -21,6 +21,7 @@ from infra.versions import Version, Versions
 from tasks.adaptation import run as runs
 from tasks.adaptation.evaluate import evaluate_version, score_arrival
 from tasks.adaptation.gate import judge_version
+from tasks.adaptation.general import require_suites
 from tasks.adaptation.ingest import ingest_arrival
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
@@ -29,7 +30,6 @@ from tasks.adaptation.resume import changed_since, find_parent, keep_findings
 from tasks.adaptation.run import AdaptationRun, Remake, RunInputs, prepare
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
-from tasks.base_ability import require_suites
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.datasets import drop_training_rows

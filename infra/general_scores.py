@@ -13,8 +13,6 @@ from deal_core.evaluation.report import Scores
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, read_stored, write_stored
 
-_OWN = "quantize "
-
 
 class SuiteScores(Stored):
     """The scores of one model on suites."""
@@ -27,12 +25,7 @@ class SuiteScores(Stored):
 
 def answerer_of(engine: str | None, quantize: Quantize) -> str:
     """Return what computes answers: an engine such as "vllm 0.32.0", or this project with its quantization."""
-    return engine or f"{_OWN}{quantize}"
-
-
-def is_engine(answerer: str) -> bool:
-    """Return whether an answerer is an engine."""
-    return not answerer.startswith(_OWN)
+    return engine or f"quantize {quantize}"
 
 
 def read_scores(store: ObjectStore, key: str, model_sha256: str) -> Mapping[str, Mapping[str, Scores]]:

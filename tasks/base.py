@@ -105,17 +105,6 @@ def local_tokenizer(source: str) -> Any:
         raise ConfigError(f"The tokenizer of {source!r} is not on this machine, or cannot be read.") from error
 
 
-def local_sha256(source: str) -> str | None:
-    """Return the digest of a base model whose folder is on this machine; None: it is not here, or is on a Hub."""
-    from deal_core.base_model.sources import sha256_of_model, stated_identity
-
-    place, cache = _local_place(source), HomeSettings().cache_dir
-    if not os.path.isfile(place / "config.json"):
-        return None
-    stated = stated_identity(place, cache)
-    return sha256_of_model(place, cache / "digests") if stated is None else stated[1]
-
-
 def _local_place(source: str) -> Path:
     """The folder of a base model that is converted or a folder already; another source as a path."""
     from deal_core.base_model.sources import BUILT_IN, cache_entry

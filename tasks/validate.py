@@ -24,7 +24,6 @@ from infra.settings import HomeSettings
 from infra.store.keys import TASK_FILE
 from infra.versions import Versions
 from tasks.base import local_tokenizer
-from tasks.base_ability import BaseAbility, base_ability
 from tasks.context import current_store
 from tasks.inbox import task_from_file
 from tasks.landing import choose_schema, landing_of
@@ -112,8 +111,6 @@ class ValidateResult(BaseModel, frozen=True):
     """What a model found about the labels, in one sentence; None: none was asked."""
     likely_wrong: tuple[LikelyWrongLabel, ...] = ()
     """Rows whose label is probably wrong, the worst first."""
-    general: tuple[BaseAbility, ...] = ()
-    """What the base model can do of the suites that `evaluate.general` names."""
 
 
 def spec_to_check(
@@ -167,11 +164,9 @@ def validate(
     Args:
         spec: See `spec_to_check`, also for `task_file`.
         task_file: For the result.
-        with_model: Check the labels with the base model, which is fetched if it is not on this machine, and ask it the
-            suites of general ability that nobody has asked it.
+        with_model: Check the labels with the base model, which is fetched if it is not on this machine.
         on_progress: Called now and then with the number of rows read.
-        on_model: Called with the number of rows that the model has read, and that of all that it reads; for labels and
-            for suites apart.
+        on_model: Called with the number of rows that the model has read, and that of all that it reads.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
@@ -197,7 +192,6 @@ def validate(
     checked = None
     if with_model and schema.labels and kept.inputs:
         checked = _check_labels(schema, kept, base, spec.train, on_model)
-    general = base_ability(store, spec, base, record, with_model, on_model) if spec.evaluate.general else ()
     warnings = (*data_warnings(schema, manifest.contradictions, include_texts=True), *kept.warnings(schema))
     choose_strategy(spec, record)  # refuses options that it does not take
     if landing.renews_tests or not landing.frozen_test_inputs:  # the file brings the test rows
@@ -239,7 +233,6 @@ def validate(
             )
             for suspect in (checked.suspects if checked else ())
         ),
-        general=general,
     )
 
 

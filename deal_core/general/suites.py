@@ -70,14 +70,6 @@ def suite_of(name: str) -> Suite:
     return read_suite(name)
 
 
-def off_because(name: str, accuracy: float, limit: float) -> str:
-    """Say why a suite is off: the base model's accuracy on it is below the limit."""
-    return (
-        f"{name} is off, since the base model scores {100 * accuracy:.1f} % on it; it is judged from "
-        f"{100 * limit:.1f} % on (evaluate.min_general_accuracy)"
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class CheckedSuite:
     """A suite that ships with the project."""

@@ -133,11 +133,7 @@ def check(
     lineage: SpecLineage = None,
     settings: Settings = None,
     with_model: Annotated[
-        bool,
-        Option(
-            "--with-model",
-            help="Also let the base model look for wrong labels, and answer evaluate.general; takes time.",
-        ),
+        bool, Option("--with-model", help="Also let the base model look for wrong labels; takes time.")
     ] = False,
     plan: Annotated[
         bool, Option("--plan", help="Also say what a run takes (memory, steps, time) and whether it fits.")
@@ -308,7 +304,6 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
         for row in result.likely_wrong[:_SHOWN_LABELS]:
             table.add_row(*(escape(shorten(text)) for text in (row.text, row.label, row.likelier)))
         shown += [heading(f"Labels to look at (the first {table.row_count}; --json has all)"), table]
-    shown += [escape(f"general ability: {each.describe()}") for each in result.general]
     shown += [f"[yellow]{escape(warning)}[/]" for warning in result.warnings]
     if result.refusal:
         shown.append(f"[red]{escape(result.refusal)}[/]")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deal_core.config import EvaluateConfig
 from deal_core.evaluation.report import GeneralScores, Scores, mean_score
-from deal_core.general.suites import Suite, off_because, suite_of
+from deal_core.general.suites import Suite, suite_of
 from infra.general_scores import answerer_of, keep_scores, read_scores
 from infra.store.keys import adapter_scores_key, base_scores_key
 from tasks.adaptation.run import AdaptationRun
@@ -26,6 +27,16 @@ class MeasuredAbility:
     scores: Mapping[str, GeneralScores]
     """Those of the suites that are on."""
     notes: tuple[str, ...]
+
+
+def require_suites(config: EvaluateConfig) -> None:
+    """Require that every suite can be asked.
+
+    Raises:
+        ConfigError: lm-evaluation-harness is not installed or does not know a task.
+    """
+    for name in config.general:
+        suite_of(name)
 
 
 def measure_general(scorer: Scorer, adaptation: AdaptationRun, trained: TrainedAdapter) -> MeasuredAbility:
@@ -78,4 +89,7 @@ def _notes(scores: Mapping[str, GeneralScores], off: Mapping[str, float], limit:
         of_base = f"base model {100 * mean_score(each.base):.1f} %"
         yield f"general ability: {name} {100 * mean_score(each.now):.1f} % ({of_base}{of_parent})"
     for name, accuracy in off.items():
-        yield f"general ability: {off_because(name, accuracy, limit)}"
+        yield (
+            f"general ability: {name} is off, since the base model scores {100 * accuracy:.1f} % on it; it is judged "
+            f"from {100 * limit:.1f} % on (evaluate.min_general_accuracy)"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from infra.store.keys import adapter_scores_key, base_scores_key
 from infra.tracking.client import open_client
 from tasks.context import current_store
 from tasks.lineage.history import read_history
-from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, CLINIC, PASS, evaluation_of, page_of, run, version_of
 
 ROWS = len(read_suite("json"))
@@ -58,13 +56,6 @@ def test_suites_are_asked_once_judged_and_shown(
     abilities.of_base = {"json": 0.8, "tools": 0.15}
     abilities.of_adapters = {"json": 0.75}
 
-    asked, _ = spec_to_check(BANK["data"], task="bank", settings=["evaluate.general=[json]", f"base_model={tiny_base}"])
-    (unknown,) = validate(asked).general
-    assert (unknown.accuracy, unknown.is_on) == (None, None) and "not known yet" in unknown.describe()
-    assert abilities.take() == []
-    (known,) = validate(asked, with_model=True).general
-    assert known.accuracy == pytest.approx(0.8) and abilities.take() == ["base: json"]
-
     first = run(tiny_base, BANK, **suites)
     assert abilities.take() == ["base: json", "base: tools", "adapter: json"], "tools is off"
     version = version_of(first)
@@ -81,22 +72,9 @@ def test_suites_are_asked_once_judged_and_shown(
     kept = read_scores(store, adapter_scores_key(version.adapter_uri), version.adapter_sha256)
     assert kept.keys() == {"quantize none"}
 
-    # what the base model can do is known now, to every lineage
-    asked, _ = spec_to_check(
-        BANK["data"],
-        task="other",
-        lineage="l2",
-        settings=["evaluate.general=[tools, json]", f"base_model={tiny_base}"],
-    )
-    tools, json = validate(asked).general
-    assert (tools.is_on, json.is_on) == (False, True) and "tools is off" in tools.describe()
-
-    # nor do the scores of another answerer displace them, or count for this one
+    # the scores of another answerer neither displace these nor count for this one
     none, sha256 = (0.0,) * ROWS, version.base_sha256
     keep_scores(store, base_scores_key(sha256), sha256, "vllm 0.32.0", {read_suite("json").sha256: none})
-    assert validate(asked).general == (tools, json)
-    quantized = asked.model_copy(update={"train": replace(asked.train, quantize="4bit")})
-    assert [each.accuracy for each in validate(quantized).general] == [None, 0.0], "those of the engine"
 
     # a small loss passes, a large one does not; base model and champion are not asked again
     abilities.of_adapters = {"json": 0.5}
