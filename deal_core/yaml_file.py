@@ -1,4 +1,4 @@
-"""Read YAML strictly: no key twice, YAML 1.2 numbers, and bounds on size, depth and number of values."""
+"""Read YAML strictly: no key twice, no tag, anchor or alias, YAML 1.2 numbers, and bounds on size and depth."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from deal_core.safe_text import printable, shorten
 
 MAX_BYTES = 2**18
 """Largest file. Thousands of labels need less."""
-MAX_VALUES = 10_000
-"""Most keys and values; a value that aliases repeat is counted each time."""
 MAX_DEPTH = 32
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file."
 MAX_DIGITS = 400
 """Most digits of a whole number."""
 
 _PREFIX = "tag:yaml.org,2002:"
-_MERGE, _TEXT = _PREFIX + "merge", _PREFIX + "str"
+_TEXT = _PREFIX + "str"
 _WHOLE = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 _FRACTION = re.compile(
     r"^(?:[-+]?(?:0|[1-9][0-9_]*)(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)"
@@ -34,51 +33,24 @@ class _RefusedError(Exception):
     """Valid YAML that this project does not accept."""
 
 
-def _require_bounds(num_values: int, depth: int) -> None:
-    if num_values > MAX_VALUES:
-        raise _RefusedError(
-            f"holds more than {MAX_VALUES:,} values, aliases counted, too many for settings; check the file."
-        )
-    if depth > MAX_DEPTH:
-        raise _RefusedError(f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file.")
-
-
 class _Loader(yaml.SafeLoader):
     """Reads numbers as in YAML 1.2: 1e-3 is a number; 010, 0x1F, 1:30 and 2026-11-01 are texts."""
-
-    num_values = depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Read the next value, unless there are too many already or it lies too deep."""
-        self.num_values += 1
-        self.depth += 1
-        _require_bounds(self.num_values, self.depth)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
 
     def fetch_tag(self) -> None:
         """Refuse a tag."""
         raise _RefusedError(f"has a tag in line {self.line + 1}; leave tags out.")
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Resolve merge keys: a mapping's own keys win, then the keys of the mapping that is named first.
+    def fetch_anchor(self) -> None:
+        """Refuse an anchor: aliases repeat values, so a small file could hold any number of them."""
+        raise _RefusedError(f"has an anchor (&) in line {self.line + 1}; write the value out wherever it is needed.")
 
-        PyYAML 6.0.4 lets the one that is named last win.
-        """
-        pairs = {key.value: (key, value) for key, value in node.value if key.tag != _MERGE}
-        for key, value in [pair for pair in node.value if pair[0].tag == _MERGE]:
-            for mapping in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if not isinstance(mapping, yaml.MappingNode):
-                    raise _RefusedError(f"merges a value that is not a mapping{_place(key)}; name a mapping there.")
-                self.flatten_mapping(mapping)
-                for pair in mapping.value:
-                    pairs.setdefault(pair[0].value, pair)
-        node.value = list(pairs.values())
+    def fetch_alias(self) -> None:
+        """Refuse an alias."""
+        raise _RefusedError(f"has an alias (*) in line {self.line + 1}; put a text that begins with * in quotes.")
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_PREFIX) in ("bool", "null", "merge")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_PREFIX) in ("bool", "null")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_PREFIX + "int", _WHOLE, list("-+0123456789"))
@@ -121,6 +93,8 @@ def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
             return {}
         _check(root)
         loaded = loader.construct_document(root)
+    except RecursionError:
+        raise ConfigError(f"{origin} {_TOO_DEEP}") from None
     except (ValueError, OverflowError, yaml.YAMLError) as error:
         raise ConfigError(f"{origin} is not valid YAML: {printable(' '.join(str(error).split()))}.") from None
     except _RefusedError as error:
@@ -131,13 +105,12 @@ def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
 
 
 def _check(root: yaml.Node) -> None:
-    """Check all nodes before any value is constructed; a repeated alias counts each time, which bounds the work."""
+    """Check all nodes before any value is constructed."""
     waiting = [(root, 1)]
-    num_values = 0
     while waiting:
         node, depth = waiting.pop()
-        num_values += 1
-        _require_bounds(num_values, depth)  # an alias may lead deeper than the text
+        if depth > MAX_DEPTH:
+            raise _RefusedError(_TOO_DEEP)
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
             waiting += [(child, depth + 1) for pair in node.value for child in pair]
@@ -152,7 +125,7 @@ def _check(root: yaml.Node) -> None:
 def _check_keys(node: yaml.MappingNode) -> None:
     seen: set[str] = set()
     for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
+        if not isinstance(key, yaml.ScalarNode) or key.tag != _TEXT:
             shown = f" {shorten(key.value)}" if isinstance(key, yaml.ScalarNode) else ""
             raise _RefusedError(f"has a key{shown}{_place(key)} that is not a text; write it in quotes.")
         if key.value in seen:

@@ -213,7 +213,6 @@ TRAPS: dict[str, bytes] = {
     "deep mapping": b"columns: " + b"{a: " * 50_000,
     "deep block": b"- " * 100_000,
     "deep keys": b"? " * 100_000,
-    "many values": b"labels: [" + b"a," * 120_000 + b"]\n",
     "many keys": b"".join(b"key%d: 1\n" % n for n in range(6000)),
     "many anchors": b"".join(b"k%d: &a%d x\n" % (n, n) for n in range(6000)),
     "long text": b"instruction: " + b"x" * 2**19,
