@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 from prefect import flow
 from pydantic import BaseModel
@@ -13,7 +14,19 @@ from flows.adapt import learn_arrival
 from flows.lock import lock_lineage
 from flows.mlflow import mirror
 from flows.requeue import spec_to_relearn
-from infra.branches import Branch, BranchEnd, Branches, KnownBranch, Lost, Remade, Step, is_swapped, made_by, tip_of
+from infra.branches import (
+    Attestation,
+    Branch,
+    BranchEnd,
+    Branches,
+    KnownBranch,
+    Lost,
+    Remade,
+    Step,
+    is_swapped,
+    made_by,
+    tip_of,
+)
 from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
@@ -38,6 +51,25 @@ class BranchPlan(BaseModel, frozen=True):
     branch: Branch
     seconds: float
     """Sum of the times of the runs that are repeated."""
+
+
+class BranchResult(BaseModel, frozen=True):
+    """How far a branch has come."""
+
+    lineage: str
+    status: Literal["swapped", "stopped"]
+    """swapped: the versions made again serve. stopped: nothing was swapped, and the same command goes on."""
+    message: str
+    """The outcome in one sentence."""
+    branch: Branch
+    made: tuple[Remade, ...]
+    champion: str | None
+    attestation: Attestation | None = None
+    """None: no rows were deleted, or it is not over."""
+    before: dict[str, float] = {}
+    """With a new base model: accuracy of the champion before, by task; empty: it was not compared."""
+    accuracies: dict[str, float] = {}
+    """Accuracy on the new base model, by task, on the same test rows."""
 
 
 def plan_steps(
@@ -122,35 +154,36 @@ def require_quiet(store: ObjectStore, lineage: str) -> Version:
     return champion
 
 
-def require_nothing_lost(branch: Branch, *, accepted: bool) -> None:
-    """Raise ConfigError if arrivals cannot be learned again, and nobody has accepted that."""
-    if branch.lost and not accepted:
+def begin(branch: Branch, *, accept_lost: bool) -> None:
+    """Store a branch, if it is not open already.
+
+    Raises:
+        ConfigError: Arrivals cannot be learned again, and nobody has accepted that.
+        RegistryError: Another process was faster.
+    """
+    branches = Branches(current_store())
+    if branch.lost and not accept_lost and branches.open(branch.lineage) != branch:
         what = "; ".join(f"{each.task} of version {each.version}: {each.why}" for each in branch.lost)
         raise ConfigError(
             f"{len(branch.lost)} arrivals of '{branch.lineage}' cannot be learned again, and what they taught would be "
             f"lost: {what} Bring their files back, or give --accept-lost."
         )
+    if not branches.begin(branch) and branches.open(branch.lineage) != branch:
+        raise RegistryError(f"Another process has just begun a branch of '{branch.lineage}'; look: deal status.")
 
 
-class Grown(BaseModel, frozen=True):
-    """How far a branch has grown."""
+async def grow(branch: Branch, *, skip_rejected: bool) -> Version | str:
+    """Learn the steps of a branch that are not done yet; return its tip, or why it stopped.
 
-    made: tuple[Remade, ...]
-    stopped: str | None = None
-    """Why it stopped before its end; None: every step is done."""
-
-
-async def grow(branch: Branch, *, skip_rejected: bool) -> Grown:
-    """Learn the steps of a branch that are not done yet. The caller holds the lineage.
-
-    A step whose version its gate rejects, or whose file is refused, stops the branch; with `skip_rejected` the next
-    step continues the version before.
+    The caller holds the lineage. A step whose version its gate rejects, or whose file is refused, stops the branch;
+    with `skip_rejected` the next step continues the version before.
     """
     store, lineage, num_steps = current_store(), branch.lineage, len(branch.steps)
     await to_the_end(finish_newest, store, lineage)
-    if is_swapped(branch, Versions(store).all(lineage)):  # a killed process wrote no end; nothing is learned any more
-        return Grown(made=remade_by(branch))
-    for number, step in enumerate(branch.steps, 1):
+    go_on = f"Go on without it: {branch.command} --skip-rejected"
+    # A killed process may have written no end after the swap; nothing is learned any more.
+    steps = () if is_swapped(branch, Versions(store).all(lineage)) else branch.steps
+    for number, step in enumerate(steps, 1):
         versions = Versions(store).all(lineage)
         if (made := made_by(branch, versions).get(step.version)) is None:
             reporter().said(f"Branch {branch.number} of {lineage}, arrival {number} of {num_steps}: {step.task}")
@@ -168,16 +201,15 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Grown:
                 run = await learn_arrival(spec, False, requeued_sha256=before.dataset_sha256, remake=remake)
             except DataValidationError as error:
                 if not skip_rejected:
-                    why = f"the arrival of version {step.version} ({step.task}) is refused: {in_one_line(error)}"
-                    return Grown(made=remade_by(branch), stopped=why)
+                    refused = f"the arrival of version {step.version} ({step.task}) is refused"
+                    return f"{refused}: {in_one_line(error)} {go_on}"
                 reporter().said(f"Left out: {in_one_line(error)}")
                 continue
             made = find_version(store, lineage, run.version)
         if not made.accepted and not skip_rejected:
             reasons = " ".join(made.reasons)
-            why = f"version {made.version} ({made.task}) did not pass its gate: {reasons}"
-            return Grown(made=remade_by(branch), stopped=why)
-    return Grown(made=remade_by(branch))
+            return f"version {made.version} ({made.task}) did not pass its gate: {reasons} {go_on}"
+    return tip_of(branch, Versions(store).all(lineage)) or "no arrival passed its gate, so nothing could serve"
 
 
 def _kept_dataset(store: ObjectStore, step: Step, version: Version, parent: Version | None) -> DatasetRef:
@@ -217,6 +249,27 @@ def remade_by(branch: Branch) -> tuple[Remade, ...]:
         for step in branch.steps
         if (version := made.get(step.version)) is not None
     )
+
+
+def stopped(branch: Branch, why: str, **compared: Any) -> BranchResult:
+    """Return that a branch was not swapped in, why, and what to do."""
+    message = f"Nothing was swapped: {why.rstrip('.')}. Give up with: deal lineage branch {branch.lineage} --give-up."
+    champion = None if branch.stops_serving else branch.champion
+    return _result(branch, status="stopped", message=message, champion=champion, **compared)
+
+
+def swapped(
+    branch: Branch, tip: Version, who: str, message: str, attestation: Attestation | None = None, **compared: Any
+) -> BranchResult:
+    """Store that a branch was swapped in, and return it."""
+    end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=remade_by(branch), attestation=attestation)
+    Branches(current_store()).end(branch, end)
+    champion = tip.version
+    return _result(branch, status="swapped", message=message, champion=champion, attestation=attestation, **compared)
+
+
+def _result(branch: Branch, **facts: Any) -> BranchResult:
+    return BranchResult(lineage=branch.lineage, branch=branch, made=remade_by(branch), **facts)
 
 
 @flow(name="give-up-branch", flow_run_name="give-up-branch-{lineage}")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Literal
 
 from prefect import flow
-from pydantic import BaseModel
 
-from deal_core.errors import ConfigError, DealError, RegistryError, in_one_line
+from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.safe_text import listed
-from flows.branch import BranchPlan, grow, plan_steps, remade_by, require_nothing_lost, require_quiet
+from flows.branch import BranchPlan, BranchResult, begin, grow, plan_steps, require_quiet, stopped, swapped
 from flows.lock import lock_lineage
-from infra.branches import Branch, BranchEnd, Branches, Remade, tip_of
+from infra.branches import Branch, Branches
 from infra.fingerprints import read_fingerprint
 from infra.settings import EngineSettings
 from infra.store.base import ObjectStore
@@ -30,23 +28,6 @@ from tasks.progress import raise_if_stopped, reporter, to_the_end
 
 ENGINE_SECONDS = 5.0
 """Pause between two looks whether an engine has the new base model."""
-
-
-class RebaseResult(BaseModel, frozen=True):
-    """How far a change of the base model has come."""
-
-    lineage: str
-    status: Literal["swapped", "stopped"]
-    """swapped: the versions on the new base model serve. stopped: nothing was swapped."""
-    message: str
-    """The outcome in one sentence."""
-    branch: Branch
-    made: tuple[Remade, ...]
-    champion: str | None
-    before: dict[str, float] = {}
-    """Accuracy of the champion before, by task; empty: it was not compared."""
-    accuracies: dict[str, float] = {}
-    """Accuracy on the new base model, by task, on the same test rows."""
 
 
 def plan_rebase(lineage: str, base: str, *, who: str = "") -> BranchPlan:
@@ -93,7 +74,7 @@ async def rebase(
     accept_lost: bool = False,
     engines: tuple[str, ...] = (),
     who: str = "a deployment",
-) -> RebaseResult:
+) -> BranchResult:
     """Learn a lineage's arrivals on another base model, task by task, and swap by one move. A killed call is repeated.
 
     The last version is judged against the champion of before, on the same test rows, by the limits of its gate for old
@@ -114,56 +95,30 @@ async def rebase(
     store = current_store()
     async with lock_lineage(lineage):
         branch = plan_rebase(lineage, base, who=who).branch
-        if Branches(store).open(lineage) != branch:
-            require_nothing_lost(branch, accepted=accept_lost)
         old = find_version(store, lineage, branch.champion)
         await _require_other_base(store, old, base)
-        if not Branches(store).begin(branch) and Branches(store).open(lineage) != branch:
-            raise RegistryError(f"Another process has just begun a branch of '{lineage}'; look: deal status.")
-        grown = await grow(branch, skip_rejected=skip_rejected)
-        tip = tip_of(branch, Versions(store).all(lineage))
-        if grown.stopped is not None or tip is None:
-            why = grown.stopped or "no arrival passed its gate."
-            return _stopped(branch, f"{why} Go on without it: {branch.command} --skip-rejected")
+        begin(branch, accept_lost=accept_lost)
+        tip = await grow(branch, skip_rejected=skip_rejected)
+        if isinstance(tip, str):
+            return stopped(branch, tip)
         judged = await to_the_end(judge_against, store, tip, old)
         reasons = [*judged.decision.reasons]
         if judged.missing and not accept_lost:
             reasons.append(f"It knows {listed(judged.missing)} no longer (--accept-lost).")
         figures = {"before": judged.before, "accuracies": judged.accuracies}
         if reasons:
-            return _stopped(
-                branch, f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}", **figures
-            )
+            worse = f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}"
+            return stopped(branch, worse, **figures)
         if (champion := Versions(store).champion(lineage)) is not None and champion.version == old.version:
             await _wait_for_engine(store, tip, engines)
         swap_in(store, branch, tip, who)
         if leave_base_open(store, lineage):
             reporter().said("base_model was removed from the lineage's file: its champion says it from now on.")
-        end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=remade_by(branch))
-        Branches(store).end(branch, end)
+        back = f"deal version rollback {old.version} --lineage {lineage}"
+        message = f"Version {tip.version} of {lineage} is champion, on {base}. Back: {back}."
+        result = swapped(branch, tip, who, message, attestation=None, **figures)
         await to_the_end(sync_lineage, store, lineage)
-    return RebaseResult(
-        lineage=lineage,
-        status="swapped",
-        message=f"Version {tip.version} of {lineage} is champion, on {base}. Back: deal version rollback {old.version} "
-        f"--lineage {lineage}.",
-        branch=branch,
-        made=end.made,
-        champion=tip.version,
-        **figures,
-    )
-
-
-def _stopped(branch: Branch, why: str, **figures: dict[str, float]) -> RebaseResult:
-    return RebaseResult(
-        lineage=branch.lineage,
-        status="stopped",
-        message=f"Nothing was swapped: {why.rstrip('.')}; or give up: deal lineage branch {branch.lineage} --give-up.",
-        branch=branch,
-        made=remade_by(branch),
-        champion=branch.champion,
-        **figures,
-    )
+    return result
 
 
 async def _require_other_base(store: ObjectStore, old: Version, base: str) -> None:

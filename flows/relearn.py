@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Literal, get_args
+from typing import get_args
 
 from prefect import flow
-from pydantic import BaseModel
 
-from deal_core.errors import ConfigError, RegistryError
-from flows.branch import BranchPlan, grow, plan_steps, remade_by, require_nothing_lost, require_quiet
+from deal_core.errors import ConfigError
+from flows.branch import BranchPlan, BranchResult, begin, grow, plan_steps, require_quiet, stopped, swapped
 from flows.forget import forget
 from flows.lock import lock_lineage
-from infra.branches import Attestation, Branch, BranchEnd, Branches, DeletedRows, Remade, tip_of
+from infra.branches import Attestation, Branch, Branches, DeletedRows
 from infra.store.base import ObjectStore
 from infra.versions import Versions, descent
 from tasks.context import current_store
@@ -28,21 +27,6 @@ class RelearnPlan(BranchPlan, frozen=True):
     """What `deal data delete --relearn` removes, makes again, and loses."""
 
     forget: ForgetPlan
-
-
-class RelearnResult(BaseModel, frozen=True):
-    """How far a relearning has come."""
-
-    lineage: str
-    status: Literal["swapped", "stopped"]
-    """swapped: the versions made again serve. stopped: nothing was swapped, and the same command goes on."""
-    message: str
-    """The outcome in one sentence."""
-    branch: Branch
-    made: tuple[Remade, ...]
-    champion: str | None
-    attestation: Attestation | None = None
-    """None: it is not over."""
 
 
 def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: str = "") -> RelearnPlan:
@@ -110,7 +94,7 @@ async def relearn(
     stops_serving: bool = False,
     accept_lost: bool = False,
     who: str = "a deployment",
-) -> RelearnResult:
+) -> BranchResult:
     """Delete an arrival, and make every version that learned from it again. A call that was killed is repeated.
 
     The order: the branch is stored, so that new arrivals wait. The rows are removed everywhere. The later arrivals are
@@ -133,32 +117,15 @@ async def relearn(
     store = current_store()
     async with lock_lineage(lineage):  # no run works on the lineage, and later ones see the branch
         branch = plan_relearn(lineage, named, stops_serving=stops_serving, who=who).branch
-        if Branches(store).open(lineage) != branch:
-            require_nothing_lost(branch, accepted=accept_lost)
-        if not Branches(store).begin(branch) and Branches(store).open(lineage) != branch:
-            raise RegistryError(f"Another process has just begun a branch of '{lineage}'; look: deal status.")
+        begin(branch, accept_lost=accept_lost)
         if branch.stops_serving:
             stop_serving(store, branch)
     assert branch.deleted is not None, "it is one of a relearning"
     await forget(branch.deleted.sha256, reason)
     async with lock_lineage(lineage):
-        grown = await grow(branch, skip_rejected=skip_rejected)
-        if grown.stopped is not None:
-            return RelearnResult(
-                lineage=lineage,
-                status="stopped",
-                message=f"Nothing was swapped, since {grown.stopped} Go on without it: {branch.command} "
-                f"--skip-rejected; or give up: deal lineage branch {lineage} --give-up.",
-                branch=branch,
-                made=grown.made,
-                champion=None if branch.stops_serving else branch.champion,
-            )
-        tip = tip_of(branch, Versions(store).all(lineage))
-        if tip is None:
-            raise RegistryError(
-                f"No arrival of branch {branch.number} passed its gate, so nothing could serve. Nothing was swapped. "
-                f"Give up with: deal lineage branch {lineage} --give-up."
-            )
+        tip = await grow(branch, skip_rejected=skip_rejected)
+        if isinstance(tip, str):
+            return stopped(branch, tip)
         swap_in(store, branch, tip, who)
         reporter().said(f"Version {tip.version} is champion; the versions that saw the rows lose their adapters.")
         _remove_adapters(store, branch)
@@ -172,18 +139,8 @@ async def relearn(
         exports_left=exports.left,
         waits_for_mlflow=synced.problem is not None or lineage in again.waits_for_mlflow,
     )
-    end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=remade_by(branch), attestation=attestation)
-    Branches(store).end(branch, end)
-    return RelearnResult(
-        lineage=lineage,
-        status="swapped",
-        message=f"Version {tip.version} of {lineage} is champion. It never saw arrival {branch.deleted.sha256[:12]} of "
-        f"{branch.deleted.task}.",
-        branch=branch,
-        made=end.made,
-        champion=tip.version,
-        attestation=attestation,
-    )
+    never = f"It never saw arrival {branch.deleted.sha256[:12]} of {branch.deleted.task}."
+    return swapped(branch, tip, who, f"Version {tip.version} of {lineage} is champion. {never}", attestation)
 
 
 def _open_branch(store: ObjectStore, lineage: str, arrival: KnownArrival) -> Branch | None:

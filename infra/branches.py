@@ -137,7 +137,7 @@ class Attestation(_Part):
     removed: tuple[str, ...]
     """The versions whose adapters are gone, from the store and from MLflow."""
     searched: tuple[str, ...]
-    """The kinds of places that were searched for the rows again, at the end. None of them held a row."""
+    """The kinds of places that were searched for the rows again, at the end. No row was left."""
     exports_removed: tuple[str, ...]
     """Addresses of exports that were removed."""
     exports_left: tuple[str, ...]

@@ -19,9 +19,10 @@ from flows.cli.console import heading, new_table
 from flows.cli.session import CommandResult, Lineage, Session, SpecLineage, command
 
 if TYPE_CHECKING:
+    from flows.branch import BranchResult
     from flows.forget import ForgetResult
     from flows.gc import GcResult
-    from flows.relearn import RelearnPlan, RelearnResult
+    from flows.relearn import RelearnPlan
     from tasks.housekeeping.arrivals import ListedArrival
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
@@ -128,7 +129,7 @@ def delete(
 ) -> CommandResult[
     Annotated[ForgetPlan, "with --dry-run"]
     | Annotated[RelearnPlan, "with --relearn and --dry-run"]
-    | Annotated[RelearnResult, "with --relearn"]
+    | Annotated[BranchResult, "with --relearn"]
     | ForgetResult
 ]:
     """Remove an arrival's rows from everything that is stored, and list every version that learned from it."""
@@ -190,7 +191,7 @@ def _relearn(
     )
 
 
-def _attested(done: RelearnResult) -> Iterable[RenderableType]:
+def _attested(done: BranchResult) -> Iterable[RenderableType]:
     attestation, rows = done.attestation, done.branch.deleted
     if attestation is None or rows is None:
         return

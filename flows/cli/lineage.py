@@ -20,8 +20,7 @@ from flows.cli.session import CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult
-    from flows.branch import BranchPlan
-    from flows.rebase import RebaseResult
+    from flows.branch import BranchPlan, BranchResult
     from infra.branches import KnownBranch
     from tasks.lineage.consolidation import ConsolidationPlan
     from tasks.lineage.requests import LabelsResult, RenewalResult
@@ -132,7 +131,7 @@ def rebase(
         list[str] | None,
         Option(help="Address of a vLLM server: wait with the swap until one of them has the new base model."),
     ] = None,
-) -> CommandResult[Annotated[BranchPlan, "with --dry-run"] | RebaseResult]:
+) -> CommandResult[Annotated[BranchPlan, "with --dry-run"] | BranchResult]:
     """Learn a lineage's arrivals again on another base model, and make the result champion if no task is worse."""
     with deal.screen.working("looking"):
         from flows.rebase import plan_rebase
@@ -162,7 +161,7 @@ def rebase(
     return CommandResult(done, lines, rejected=done.status == "stopped")
 
 
-def _compared(done: RebaseResult) -> Iterable[RenderableType]:
+def _compared(done: BranchResult) -> Iterable[RenderableType]:
     if not done.accuracies:
         return
     table = new_table("task", "before", "now", right=["before", "now"])

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from deal_core.adapter.files import ADAPTER_FILES
-from flows.relearn import RelearnResult, relearn
+from flows.branch import BranchResult
+from flows.relearn import relearn
 from infra.versions import Version, Versions
 from tasks.context import current_store
 from tests.adapting import run
@@ -53,7 +54,7 @@ def adapter(version: Version) -> dict[str, bytes]:
     return found
 
 
-def delete(task: str, **options: Any) -> RelearnResult:
+def delete(task: str, **options: Any) -> BranchResult:
     """Delete the only arrival of a task, and relearn."""
     arrival = next(version for version in Versions(current_store()).all("l") if version.task == task)
     return asyncio.run(relearn("l", arrival.dataset_sha256, who="tester", **options))
