@@ -5,12 +5,14 @@ A `uri` is relative to the root of the object store, so a store can be moved.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from deal_core.config import Quantize
 from deal_core.data.schema import TaskSchema
+from infra.report.run_report import Training
 
 
 class Reference(BaseModel, frozen=True, extra="forbid"):
@@ -70,18 +72,11 @@ class ArrivalScore(Reference):
         return f"champion scored {100 * self.accuracy:.1f} % on {asked} new rows"
 
 
-class TrainSummary(Reference):
+class TrainSummary(Training):
     """Figures of a training, kept in the work folder until the run is registered."""
 
     adapter_sha256: str
-    num_rows: int
-    """Training rows that were learned from, after `selection` has chosen."""
-    num_steps: int
-    seconds: float
-    rows_per_second: float
-    losses: tuple[tuple[int, float], ...]
-    resumed_from_step: int | None = None
-    fill: dict[str, float] = {}
+    fill: Mapping[str, float] = {}
     notes: tuple[str, ...] = ()
     launch: str = "local"
     """What started its processes, as DEAL_LAUNCH."""

@@ -10,6 +10,7 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import LabelFigures
 from deal_core.evaluation.report import EvaluationReport
 from infra.report.run_report import Changed, Example, Link, Origin, Quality, QuarantinedRow, RunReport, Training
+from infra.versions import SCORES
 
 TASKS = ("bank", "clinic", "a-task-with-quite-a-long-name.v2")
 REASONS = (
@@ -59,13 +60,18 @@ def sample_report(**changes: Any) -> RunReport:
         "lineage": "support",
         "version": "4",
         "task": TASKS[2],
+        "lesson": TASKS[2],
+        "strategy": "deal",
+        "accepted": False,
+        "dataset_sha256": DIGEST,
+        "run_key": "23" * 32,
+        **dict.fromkeys(SCORES),
         "parent_version": "2",
         "verdict": "rejected",
         "reasons": REASONS,
         "created": datetime(2026, 5, 4, 12, 30, tzinfo=UTC),
         "include_texts": True,
         "training": Training(
-            strategy="deal",
             num_rows=96,
             num_steps=120,
             seconds=812.2,
@@ -97,7 +103,7 @@ def sample_report(**changes: Any) -> RunReport:
         "lineage_so_far": tuple(
             Link(
                 version=version,
-                task=task,
+                lesson=task,
                 strategy="deal",
                 parent_version=parent,
                 accepted=version in "12",
@@ -117,7 +123,6 @@ def sample_report(**changes: Any) -> RunReport:
             dataset_sha256=DIGEST,
             adapter_sha256="ef" * 32,
             config_sha256="01" * 32,
-            run_key="23" * 32,
             libraries={"Python": "3.12.1"},
         ),
     }

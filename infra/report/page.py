@@ -140,14 +140,14 @@ def verdict_of(report: RunReport) -> str:
         stays = f"{origin_of(report)} stays champion" if report.parent_version else "there is no champion yet"
         if report.branch is not None:
             stays = f"branch {report.branch} stays at {origin_of(report)}"
-        return f"{version}, trained on {report.together or report.task}, was rejected by the gate; {stays}."
+        return f"{version}, trained on {report.lesson}, was rejected by the gate; {stays}."
     became = {
         "promoted": "was promoted",
         "awaiting-approval": "waits for a person's approval",
         "rollout": "is tried on live traffic",
         "remade": f"was put on branch {report.branch}, whose newest version becomes champion in one swap",
     }
-    return f"{version} has learned {report.together or report.task}, passed the gate and {became[report.verdict]}."
+    return f"{version} has learned {report.lesson}, passed the gate and {became[report.verdict]}."
 
 
 def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import RegistryError
 from deal_core.schema_version import require_schema_version
+from infra.versions import VersionFacts
 
 REPORT_FILE = "report.json"
 EVALUATION_FILE = "evaluation.json"
@@ -88,26 +88,24 @@ class Quality(ReportPart):
 
 
 class Training(ReportPart):
-    """The result of the training."""
+    """Figures of a training."""
 
-    strategy: str
     num_rows: int
     """Training rows that were learned from, after `selection` has chosen."""
     num_steps: int
     seconds: float
     rows_per_second: float
-    resumed_from_step: int | None
+    resumed_from_step: int | None = None
     losses: tuple[tuple[int, float], ...]
-    """Step and loss; long series are thinned out."""
+    """Step and loss; on a page long series are thinned out."""
 
 
 class Link(ReportPart):
     """A version of the lineage."""
 
     version: str
-    task: str
-    lesson: str | None = None
-    """What it learned, in a few words; None: an earlier release wrote this, and it learned the task."""
+    lesson: str
+    """What it learned, in a few words."""
     strategy: str
     parent_version: str | None
     accepted: bool
@@ -123,26 +121,17 @@ class Origin(ReportPart):
     dataset_sha256: str
     adapter_sha256: str
     config_sha256: str
-    run_key: str
     libraries: dict[str, str]
 
 
-class RunReport(ReportPart):
+class RunReport(VersionFacts, frozen=True, extra="forbid"):
     """The values of a run's page that `evaluation.json` does not have."""
 
     schema_version: Literal[1] = 1
     lineage: str
-    version: str
-    task: str
-    together: str | None = None
-    """What a consolidation learned, in a few words; None: the version learned the task."""
-    parent_version: str | None
-    branch: int | None = None
-    """The branch that made it; None: it was made to continue the champion."""
+    lesson: str
+    """What the version learned, in a few words."""
     verdict: Verdict
-    reasons: tuple[str, ...]
-    created: datetime
-    """When the version was registered."""
     include_texts: bool
     training: Training
     quality: Quality
@@ -151,8 +140,6 @@ class RunReport(ReportPart):
     """Wall time of each stage; after a crash, only of the known stages."""
     lineage_so_far: tuple[Link, ...]
     origin: Origin
-    arrival_accuracy: float | None = None
-    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
 
     @classmethod
     def from_json(cls, values: Any) -> RunReport:

@@ -34,7 +34,7 @@ from infra.report.run_report import (
 )
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.tracking.client import installed_version
-from infra.versions import Version, Versions
+from infra.versions import Version, VersionFacts, Versions
 from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.data_files import local_files
@@ -74,28 +74,19 @@ def gather_report(
     if parent_answers is None:
         parent = versions.get(version.parent_version or "")
         parent_answers = read_answers(store, parent.adapter_uri).now if parent else {}
+    facts_of_training = summary.model_dump(include=set(Training.model_fields))
     losses = [(step, loss) for step, loss in summary.losses if math.isfinite(loss)]
-    of_training = ("num_rows", "num_steps", "seconds", "rows_per_second", "resumed_from_step")
     libraries = {"Python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):  # the checkout is not installed
             libraries[name] = installed_version(name)
     return RunReport(
+        **version.model_dump(include=set(VersionFacts.model_fields)),
         lineage=version.lineage,
-        version=version.version,
-        task=dataset.task,
-        together=version.lesson if version.is_consolidation else None,
-        parent_version=version.parent_version,
-        branch=version.branch,
+        lesson=version.lesson,
         verdict=_ended_as(version),
-        reasons=version.reasons,
-        created=version.created,
         include_texts=include_texts,
-        training=Training(
-            strategy=version.strategy,
-            losses=tuple(thin(losses, MAX_LOSSES)),
-            **{name: getattr(summary, name) for name in of_training},
-        ),
+        training=Training(**facts_of_training | {"losses": thin(losses, MAX_LOSSES)}),
         quality=_quality(store, dataset, include_texts),
         changed=compare_answers(store, version.adapter_uri, parent_answers, include_texts=include_texts),
         seconds=dict(seconds),
@@ -107,13 +98,8 @@ def gather_report(
         origin=Origin(
             base=base_name,
             libraries=libraries,
-            run_key=version.run_key,
-            base_sha256=version.base_sha256,
-            dataset_sha256=version.dataset_sha256,
-            adapter_sha256=version.adapter_sha256,
-            config_sha256=version.config_sha256,
+            **version.model_dump(include={"base_sha256", "dataset_sha256", "adapter_sha256", "config_sha256"}),
         ),
-        arrival_accuracy=version.arrival_accuracy,
     )
 
 
