@@ -61,11 +61,7 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
             "no version would serve. Delete the rows without --relearn, and start a new lineage."
         )
     deleted = DeletedRows(
-        task=plan.task,
-        sha256=plan.sha256,
-        splits=plan.splits,
-        landed=plan.landed,
-        files=plan.files,
+        **plan.model_dump(include={"task", "sha256", "files", "splits", "landed"}),
         inputs=tuple(sorted(plan.inputs)),
         versions=tuple(version.version for version in versions if version.version in affected),
         others=tuple(f"{each.lineage}/{each.version}" for each in plan.learned if each.lineage != lineage),

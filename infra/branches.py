@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
-from infra.versions import Version, champion_of
+from infra.versions import ArrivalDigests, Version, champion_of
 
 _END = ".end.json"
 _REMEDY = "Restore it from a backup of the store. Until then nothing is learned; a server that runs serves on."
@@ -52,18 +52,9 @@ class Lost(_Part):
     why: str
 
 
-class DeletedRows(_Part):
+class DeletedRows(ArrivalDigests, _Part):
     """The rows without which a branch learns, and every place where they were."""
 
-    task: str
-    sha256: str
-    """Digest of the arrival's dataset."""
-    splits: tuple[str, ...]
-    """Digests of other datasets with the same landed rows."""
-    landed: tuple[str, ...]
-    """Digests of the landed rows together."""
-    files: tuple[str, ...]
-    """Digests of the files that landed."""
     inputs: tuple[str, ...]
     """Digests of the single rows' inputs, as far as they are known."""
     versions: tuple[str, ...]

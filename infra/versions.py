@@ -60,6 +60,20 @@ class LearnedArrival(BaseModel):
     """kept: only those that the method had kept of its task."""
 
 
+class ArrivalDigests(BaseModel, frozen=True):
+    """What names an arrival, wherever its rows are."""
+
+    task: str
+    sha256: str
+    """Digest of the dataset, or of the file if it gave no dataset."""
+    files: tuple[str, ...] = ()
+    """Digests of the files that landed, including a test file."""
+    splits: tuple[str, ...] = ()
+    """Digests of other datasets with the same landed rows but another split."""
+    landed: tuple[str, ...] = ()
+    """Digests of the landed rows, without the split."""
+
+
 class Since(BaseModel):
     """What became of a version after it was registered."""
 

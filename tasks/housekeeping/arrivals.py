@@ -9,7 +9,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -19,7 +18,7 @@ from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
-from infra.versions import Versions
+from infra.versions import ArrivalDigests, Versions
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
 from tasks.inbox import find_held, find_landed, list_arrivals, read_state
@@ -31,21 +30,11 @@ MIN_PREFIX = 6
 """Fewest characters of a digest that name an arrival."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnownArrival:
-    """The known facts about an arrival."""
+class KnownArrival(ArrivalDigests, frozen=True):
+    """The known facts about an arrival; `with_every_split` sets `splits` and `landed`."""
 
-    task: str
-    sha256: str
-    """Digest of the dataset, or of the file if it gave no dataset."""
-    files: tuple[str, ...]
-    """Digests of the files that landed, including a test file."""
     key: str | None = None
     """Key in the inbox, if the user named the arrival by its key."""
-    splits: tuple[str, ...] = ()
-    """Digests of other datasets with the same landed rows but another split; set by `with_every_split`."""
-    landed: tuple[str, ...] = ()
-    """Digests of the landed rows, without the split; set by `with_every_split`."""
 
     @property
     def sha256s(self) -> tuple[str, ...]:
@@ -115,9 +104,8 @@ def with_every_split(store: ObjectStore, arrival: KnownArrival) -> KnownArrival:
     same = [(sha256, files) for sha256, rows, files in datasets if rows in landed]
     splits = {sha256 for sha256, _ in same} | set(tombstone.splits if tombstone else ())
     files = dict.fromkeys((*arrival.files, *(digest for _, files in same for digest in files)))
-    return replace(
-        arrival, files=tuple(files), splits=tuple(sorted(splits - {arrival.sha256})), landed=tuple(sorted(landed))
-    )
+    others = tuple(sorted(splits - {arrival.sha256}))
+    return arrival.model_copy(update={"files": tuple(files), "splits": others, "landed": tuple(sorted(landed))})
 
 
 def quarantine_of(store: ObjectStore, arrival: KnownArrival) -> Iterator[ObjectInfo]:
@@ -159,7 +147,7 @@ def _by_key(store: ObjectStore, key: str) -> KnownArrival:
             f"{key} has another content than the arrival {known.sha256}, which landed there before. Give this "
             "digest to forget that arrival. The present file was not learned: delete it, if it must go."
         )
-    return replace(known, key=arrival, files=tuple(dict.fromkeys((*known.files, *whole))))
+    return known.model_copy(update={"key": arrival, "files": tuple(dict.fromkeys((*known.files, *whole)))})
 
 
 def _by_digest(store: ObjectStore, task: str, sha256: str) -> KnownArrival:

@@ -16,7 +16,7 @@ from infra.run_journal import RunJournal
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256
-from infra.versions import Version, Versions
+from infra.versions import ArrivalDigests, Version, Versions
 from tasks.context import work_folder
 from tasks.housekeeping.arrivals import (
     KnownArrival,
@@ -86,17 +86,9 @@ class AffectedVersion(BaseModel, frozen=True):
     aliases: tuple[str, ...]
 
 
-class ForgetPlan(BaseModel, frozen=True):
-    """What `deal data delete` removes, and which versions stay affected."""
+class ForgetPlan(ArrivalDigests, frozen=True):
+    """What `deal data delete` removes, and which versions stay affected. Datasets of other splits are removed too."""
 
-    task: str
-    sha256: str
-    """Digest of the arrival's dataset."""
-    splits: tuple[str, ...] = ()
-    """Digests of other datasets with the same landed rows but another split. They are removed too."""
-    landed: tuple[str, ...] = ()
-    """Digests of the landed rows, without the split."""
-    files: tuple[str, ...]
     held: tuple[RowsPlace, ...]
     """The places with its rows."""
     learned: tuple[AffectedVersion, ...]
@@ -171,11 +163,7 @@ def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
         if sha256 not in arrival.sha256s and set(manifest.files) & set(arrival.files)
     }
     return ForgetPlan(
-        task=arrival.task,
-        sha256=arrival.sha256,
-        splits=arrival.splits,
-        landed=arrival.landed,
-        files=arrival.files,
+        **arrival.model_dump(exclude={"key"}),
         held=tuple(held),
         learned=tuple(learned),
         unjudged=tuple(unjudged),

@@ -14,6 +14,7 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.store.stored import Stored, read_stored, write_stored
+from infra.versions import ArrivalDigests
 
 
 class ForgottenRowsError(DataValidationError):
@@ -26,18 +27,9 @@ class TestRowsForgottenError(StoreError):
     __test__ = False
 
 
-class Tombstone(Stored):
+class Tombstone(ArrivalDigests, Stored):
     """The facts about a forgotten arrival, without its rows."""
 
-    task: str
-    sha256: str
-    """Digest of the dataset, or of the file if it gave no dataset."""
-    files: tuple[str, ...] = ()
-    """Digests of the files that landed."""
-    splits: tuple[str, ...] = ()
-    """Digests of other datasets with the same landed rows but another split."""
-    landed: tuple[str, ...] = ()
-    """Digests of the landed rows, without the split."""
     reason: str
     at: datetime
     """When it was forgotten."""
