@@ -11,6 +11,7 @@ import pytest
 from deal_core.errors import ConfigError
 from deal_core.yaml_file import MAX_BYTES, read_yaml, yaml_mapping
 
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
