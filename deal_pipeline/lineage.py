@@ -121,7 +121,7 @@ class Lineage:
         base: str | None = None,
         strategy: str | None = None,
         settings: Mapping[str, Any] | None = None,
-        again: bool = False,
+        force: bool = False,
     ) -> Adaptation:
         """Learn one arrival, judge it, and promote it if it passes the gate. A stopped call goes on when repeated.
 
@@ -133,7 +133,7 @@ class Lineage:
             base: The base model of a new lineage.
             strategy: How to learn; None: the lineage's own, else deal.
             settings: Other sections of a spec, such as {"train": {"num_epochs": 3}, "gate": {"max_drop_points": 5}}.
-            again: Learn the rows even if the lineage has learned them.
+            force: Learn the rows even if the lineage has learned them.
 
         Raises:
             CommandError: The data, a setting or the home cannot be used. Nothing is lost.
@@ -162,7 +162,7 @@ class Lineage:
                 spec.write_text(text, encoding="utf-8")
                 named = {"base_model": base, "strategy": strategy}
                 changes = [f"--set={name}={json.dumps(value)}" for name, value in named.items() if value is not None]
-                values = self._run("adapt", str(spec), *changes, "--force" if again else None, stages=stages)
+                values = self._run("adapt", str(spec), *changes, "--force" if force else None, stages=stages)
             is_needed = values["status"] != "repeat"
         finally:
             # A requeue reads the tables of a version again. A run that has died after its training may still become a

@@ -102,16 +102,16 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
 
 
 @flow(name="monitor", flow_run_name="monitor-{lineage}")
-async def monitor(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
+async def monitor(lineage: str, data: str | None = None, new_reference: bool = False) -> MonitorResult:
     """Compare the live traffic of a lineage's champion with its reference. No model is needed.
 
     Args:
         lineage: The lineage.
         data: File of answers that another server gave, instead of the prediction log. Nothing is announced then.
-        rebase: Compare with the present live rows from now on, until another version is champion.
+        new_reference: Compare with the present live rows from now on, until another version is champion.
     """
     stages = Stages()
-    result = await stages.run("compare", look_at, lineage, data, rebase)
+    result = await stages.run("compare", look_at, lineage, data, new_reference)
     left_out = f"; {result.num_faulty} rows cannot be read and were left out" if result.num_faulty else ""
     stages.done("compare", (result.problem or f"{result.num_rows} rows of version {result.version}") + left_out)
     for alarm in result.new_alarms:

@@ -105,7 +105,7 @@ def _test_task(
         num_logged=len(logged),
         num_live=len(live),
         num_reference=len(compared),
-        is_rebased=compared is not reference,
+        is_of_live_rows=compared is not reference,
         measured=measured,
     )
     if reference.empty or len(live) < limits.min_rows:

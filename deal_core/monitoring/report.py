@@ -99,7 +99,7 @@ class TaskDrift:
     """The newest live rows that are compared, without repeated requests."""
     num_reference: int
     """Rows that they are compared with."""
-    is_rebased: bool = False
+    is_of_live_rows: bool = False
     """Whether these rows are earlier live rows instead of test rows."""
     tests: tuple[DriftTest, ...] = ()
     estimated: LiveAccuracy | None = None

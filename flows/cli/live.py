@@ -43,15 +43,15 @@ def monitor(
             show_default=False,
         ),
     ] = None,
-    rebase: Annotated[
-        bool, Option("--rebase", help="Compare with the present live rows from now on, not with the test rows.")
+    new_reference: Annotated[
+        bool, Option("--new-reference", help="Compare with the present live rows from now on, not with the test rows.")
     ] = False,
 ) -> CommandResult[MonitorResult]:
     """Compare live traffic with the test rows: drift, accuracy."""
     from flows.champions import monitor as monitor_flow
 
     file = None if data is None else str(data.absolute())
-    outcome = deal.run(lambda: monitor_flow(lineage, file, rebase))
+    outcome = deal.run(lambda: monitor_flow(lineage, file, new_reference))
     return CommandResult(outcome, _show_monitor(outcome))
 
 
@@ -68,7 +68,8 @@ def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
     shown += [
         escape(
             f"Have some of {each.task}'s texts labelled and learn them: deal feedback sample {each.task} --lineage "
-            f"{result.lineage}. If the traffic has changed for good and the answers are right: deal monitor --rebase"
+            f"{result.lineage}. If the traffic has changed for good and the answers are right: deal monitor "
+            "--new-reference"
         )
         for each in drift.tasks
         if each.alarms

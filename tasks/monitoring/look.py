@@ -49,21 +49,22 @@ class MonitorResult(BaseModel, frozen=True):
     """Those that this look has announced."""
 
 
-def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
+def look_at(lineage: str, data: str | None = None, new_reference: bool = False) -> MonitorResult:
     """Compare the live traffic of a lineage's champion with its reference.
 
     `data` is a file of answers instead of the prediction log; see `rows_of_file`. Then nothing is announced, and the
-    state stays as it was. With `rebase`, the present live rows take the reference's place in the tests of drift, until
-    another version is champion. Accuracies are still compared with the reference.
+    state stays as it was. With `new_reference`, the present live rows take the reference's place in the tests of drift,
+    until another version is champion. Accuracies are still compared with the reference.
 
     Raises:
         RegistryError: The lineage has no champion.
-        ConfigError: The file cannot be used, there are too few rows for a rebase, or `data` comes with `rebase`.
+        ConfigError: The file cannot be used, there are too few rows for a new reference, or `data` comes with
+            `new_reference`.
     """
-    if rebase and data is not None:
+    if new_reference and data is not None:
         raise ConfigError(
-            "--rebase keeps rows of the prediction log for later looks, and --data compares a file once; give one of "
-            "them."
+            "--new-reference keeps rows of the prediction log for later looks, and --data compares a file once; give "
+            "one of them."
         )
     store = current_store()
     info = find_version(store, lineage, None)
@@ -87,8 +88,8 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     limits = (stored_lineage(store, lineage) or WatchedLineage()).monitor.limits
     if live["input"].notna().any():
         reference = with_texts(store, record, reference)
-    if rebase:
-        _rebase(store, info, live, limits)
+    if new_reference:
+        _take_reference(store, info, live, limits)
     feedback = read_feedback(store, lineage, answers=live) if data is None else None
     report = compare(
         reference, live, limits, feedback=feedback, before=record.accuracies(1), baseline=_baseline(store, info)
@@ -110,7 +111,7 @@ def _note(store: ObjectStore, info: Version, result: MonitorResult, report: Drif
         notice = Notice.of(info, task=alarm.task, reasons=alarm.reasons, accuracies=accuracies)
         announce(alarm.kind, notice, once=alarm.identity(info.version))
     write_monitor_state(store, state)
-    # rows that a rebase has kept for earlier versions
+    # rows that a new reference has kept for earlier versions
     own = baseline_key(info.lineage, info.version)
     for key in [info.key for info in store.list(baseline_folder(info.lineage)) if info.key != own]:
         store.delete(key)
@@ -135,7 +136,7 @@ def _metrics(report: DriftReport) -> dict[str, float | None]:
     return metrics
 
 
-def _rebase(store: ObjectStore, info: Version, live: pd.DataFrame, limits: DriftLimits) -> None:
+def _take_reference(store: ObjectStore, info: Version, live: pd.DataFrame, limits: DriftLimits) -> None:
     """Keep the window of each task that has enough rows, as a look counts them. Other tasks keep their earlier rows."""
     windows = [window(rows, limits.window_rows) for _, rows in live.groupby("task")]
     enough = [rows for rows in windows if len(rows) >= limits.min_rows]
@@ -155,5 +156,5 @@ def _baseline(store: ObjectStore, info: Version) -> pd.DataFrame | None:
     key = baseline_key(info.lineage, info.version)
     if not store.exists(key):
         return None
-    remedy = "Delete it: the test rows take its place, until the next deal monitor --rebase."
+    remedy = "Delete it: the test rows take its place, until the next deal monitor --new-reference."
     return read_frame(store, key, "the live rows to compare with", remedy)

@@ -228,7 +228,7 @@ def test_answers_of_another_server_are_compared_from_a_file(lineage: Path, tmp_p
     live(1).to_parquet(logged)
     assert look(data=str(logged)).drift is not None
     with pytest.raises(ConfigError, match="give one of them"):
-        look(data=str(logged), rebase=True)
+        look(data=str(logged), new_reference=True)
     assert not store_has_baseline()
     frame = live(1)
     blank = tmp_path / "log.jsonl"
@@ -250,17 +250,17 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
     store = current_store()
     put_predictions(store, "l", live(1, chars=5000).iloc[:50], "a")
     with pytest.raises(ConfigError, match="No task has 100 live rows"):
-        look(rebase=True)
+        look(new_reference=True)
     few = live(1, chars=5000).iloc[:50]
     repeats = [few.assign(id=[f"{number}-{name}" for name in few["id"]]) for number in range(3)]
     put_predictions(store, "l", pd.concat(repeats), "repeats")
     with pytest.raises(ConfigError, match="No task has 100 live rows"):  # a look counts a repeat once too
-        look(rebase=True)
+        look(new_reference=True)
     put_predictions(store, "l", pd.concat([live(seed, chars=5000) for seed in (2, 3, 4)]), "b")
     assert [each.kind for each in look().alarms] == ["drift"]
     store.put_bytes(baseline_key("l", "1"), b"of a version before")
-    found = look(rebase=True)
-    assert not found.alarms and found.drift is not None and found.drift.task("bank").is_rebased
+    found = look(new_reference=True)
+    assert not found.alarms and found.drift is not None and found.drift.task("bank").is_of_live_rows
     (kept,) = (lineage / "store" / "monitor" / "l").iterdir()  # what was kept for another version is gone
     rows = pd.read_parquet(kept)
     assert not {"id", "input_sha256", "time", "input"} & {*rows.columns}

@@ -258,8 +258,8 @@ def test_a_baseline_takes_the_references_place_for_drift_and_not_for_accuracy() 
     live = logged_rows(300, 1, **shifted)  # type: ignore[arg-type]
     assert {"drift", "quality"} <= set(kinds(look(live)))
     found = look(live, baseline=logged_rows(300, 2, **shifted))  # type: ignore[arg-type]
-    assert set(kinds(found)) == {"quality"} and found.is_rebased
-    assert not look(live, baseline=logged_rows(300, 2, task="clinic")).is_rebased
+    assert set(kinds(found)) == {"quality"} and found.is_of_live_rows
+    assert not look(live, baseline=logged_rows(300, 2, task="clinic")).is_of_live_rows
 
 
 def test_a_report_is_read_back() -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from deal_core.judging_config import DriftLimits
 from infra.store.keys import baseline_key
 from infra.store.local import FileStore
-from tasks.monitoring.look import BASELINE_COLUMNS, _baseline, _rebase
+from tasks.monitoring.look import BASELINE_COLUMNS, _baseline, _take_reference
 
 
 def test_a_rebase_keeps_the_rows_of_a_task_that_is_quiet_now(tmp_path: Path) -> None:
@@ -34,10 +34,10 @@ def test_a_rebase_keeps_the_rows_of_a_task_that_is_quiet_now(tmp_path: Path) -> 
         ]
         return pd.DataFrame(rows)
 
-    _rebase(store, info, live("bank", "clinic"), config)
-    _rebase(store, info, live("bank"), config)
+    _take_reference(store, info, live("bank", "clinic"), config)
+    _take_reference(store, info, live("bank"), config)
     found = _baseline(store, info)
     assert found is not None and found["task"].value_counts().to_dict() == {"bank": 12, "clinic": 12}
     store.put_bytes(baseline_key("l", "3"), b"damaged")
-    _rebase(store, info, live("bank"), config)
+    _take_reference(store, info, live("bank"), config)
     assert set(_baseline(store, info)["task"]) == {"bank"}  # type: ignore[index]
