@@ -126,8 +126,9 @@ class TaskFields(BaseModel, frozen=True, extra="forbid"):
     """Form of a prompt. chat: the text under the instruction is a user's message in the base model's chat template.
     None: the lineage's form; plain for a new task."""
     metric: Annotated[str, AfterValidator(check_metric)] | None = None
-    """How an answer is scored: exact, contains, rouge_l, json_fields, loss, or module:function. None: the lineage's
-    metric; for a new task exact if it has labels, else rouge_l."""
+    """How an answer is scored: exact, contains, rouge_l, json_fields, loss, preference, or module:function. None: the
+    lineage's metric; for a new task exact if it has labels, preference if it has chosen and rejected answers, else
+    rouge_l."""
     columns: dict[str, str] = {}
     """Canonical column name to the name in the file, for columns with unusual names."""
     assistant_turns: AssistantTurns | None = None
@@ -144,6 +145,7 @@ class TaskSpec(TaskFields):
     """One arrival: its task and its files."""
 
     name: Name
+    """Name of the task."""
     data: FileAddresses
     """Path or store uri of the training rows, and of the test rows unless test_data is given: a file, a folder, or a
     pattern such as may/*.csv; or a list of them. All files have one format and are one arrival."""
@@ -155,6 +157,7 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     """The settings of a run without its arrival."""
 
     schema_version: SchemaVersion = 1
+    """Version of the file's format."""
     lineage: Name = "default"
     """Name of the lineage. A command without it takes DEAL_LINEAGE, or else the only lineage of the home."""
     base_model: Address | None = None

@@ -58,6 +58,7 @@ def settings_page() -> str:
     schema["$defs"] |= of_file["$defs"]
     for name, kind in {"retrain": RetrainPolicy, "consolidate": ConsolidatePolicy}.items():
         schema["properties"][name], sections[name] = of_file["properties"][name], kind
+    tasks = {"tasks": of_file["properties"]["tasks"]}
     lines = [
         "# Settings of a spec",
         "",
@@ -67,6 +68,10 @@ def settings_page() -> str:
         "## At the top",
         "",
         *_table(AdaptSpec, top),
+        "",
+        "## Only in a lineage's file",
+        "",
+        *_table(WatchedLineage, tasks),
     ]
     for section, kind in sections.items():
         part = schema["$defs"][_reference(schema["properties"][section])]
