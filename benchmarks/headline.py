@@ -210,12 +210,19 @@ def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
 
 
 def read_arms(folder: Path = CELLS) -> dict[str, list[CellJson]]:
-    """Return the stored cells of every arm that has some.
+    """Return the stored cells of every arm that has some: ours, and those of the others that make a pair with ours.
+
+    So all means of a table are over the same seeds and orders.
 
     Raises:
         typer.BadParameter: An arm that the claim compares has none.
     """
-    stored = {name: cells for name in ARMS if (cells := read_cells(folder / name))}
+    ours = read_cells(folder / OURS)
+    stored = {}
+    for name in ARMS:
+        paired = [cell for _, cell in matched(ours, read_cells(folder / name))]
+        if cells := [cell for number, cell in enumerate(paired) if cell not in paired[:number]]:
+            stored[name] = cells
     for name in (BOUND, OURS, RIVAL):
         if name not in stored:
             raise typer.BadParameter(f"{folder / name} has no cell; run `python -m benchmarks.headline run` first.")

@@ -135,6 +135,8 @@ def test_the_page_has_the_claim_a_line_for_every_arm_and_a_picture(tmp_path: Pat
     for name, each in arms.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "cell-0.json").write_text(json.dumps(each))
+    unpaired = cell("replay", "1" * 10, "1" * 10, "1" * 10, seed=9)
+    (tmp_path / "replay" / "cell-9.json").write_text(json.dumps(unpaired))
     done = CliRunner().invoke(app, ["page", "--cells", str(tmp_path), "--out", str(out)])
     assert done.exit_code == 0, done.output
     text = out.read_text()
