@@ -168,9 +168,9 @@ def note(**changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def front(*engines: FakeVllm, **settings: Any) -> Iterator[Front]:
-    """`deal serve` before engines, with a prediction log."""
-    store, said = current_store(), list[str]()
+def front(*engines: FakeVllm, said: list[str] | None = None, **settings: Any) -> Iterator[Front]:
+    """`deal serve` before engines, with a prediction log. `said` gets its messages."""
+    store, said = current_store(), [] if said is None else said
     log = PredictionLog(store, "l", keeps_texts=True, retention_days=30)
     known = EngineSettings(**{"grace_seconds": GRACE_SECONDS, **settings})
     on_engines = Engines(store, "l", [each.url for each in engines], known, said.append)
@@ -485,13 +485,17 @@ def test_what_is_about_to_answer_is_not_unloaded(tiny_base: Path, engine: FakeVl
 
 def test_the_start_waits_for_an_engine(tiny_base: Path, register: Callable[..., None]) -> None:
     register()
-    engine = FakeVllm(tiny_base)
-    later = threading.Timer(0.3, engine.start)
+    engine, said = FakeVllm(tiny_base), list[str]()
+
+    def start_when_missed() -> None:
+        wait_for(lambda: any("does not load" in line and f"{engine.url} does not answer" in line for line in said))
+        engine.start()
+
+    later = threading.Thread(target=start_when_missed)
     later.start()
     try:
-        with front(engine) as found:
+        with front(engine, said=said) as found:
             assert found.ask().is_success
-            assert any("does not load" in said and f"{engine.url} does not answer" in said for said in found.said)
     finally:
         later.join()
         engine.stop()
