@@ -112,6 +112,7 @@ def test_without_ray_the_message_says_what_to_install(landing: Landing, monkeypa
         next(checked_on_ray([]))
 
 
+@pytest.mark.nightly
 def test_a_cluster_gives_the_same_dataset(landing: Landing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     monkeypatch.setattr(on_ray, "PART_ROWS", 30)
