@@ -10,12 +10,12 @@ from prefect import flow
 
 from deal_core.errors import DealError, in_one_line
 from flows.mlflow import mirror
-from infra.promotions import PromotionLog
+from infra.promotions import Decision, PromotionLog
 from infra.versions import ROLLOUT, Versions
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
 from tasks.lineage.history import find_version, known_lineages
-from tasks.lineage.promotion import Decision, promote_to, reject_version
+from tasks.lineage.promotion import promote_to, reject_version
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.monitoring.rollout import RolloutLook, look_at_rollout, require_open

@@ -8,7 +8,8 @@ from prefect import flow
 from pydantic import StringConstraints
 
 from flows.mlflow import mirror
-from tasks.lineage.promotion import Decision, Verdict, decide_on, promote_to, reject_version, roll_back
+from infra.promotions import Decision
+from tasks.lineage.promotion import Verdict, decide_on, promote_to, reject_version, roll_back
 
 Stated = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=1000)]
 """A text that a person must give."""

@@ -56,6 +56,30 @@ class Move(Change):
     when: datetime
 
 
+class LeftBehind(BaseModel, frozen=True, from_attributes=True):
+    """A version that the champion does not continue, and the arrival that the version learned."""
+
+    version: str
+    task: str
+    dataset_sha256: str
+    """Digest of the arrival's dataset."""
+
+
+class Decision(BaseModel, frozen=True):
+    """A move of the champion or a rejection, and what it leaves behind."""
+
+    action: Action
+    lineage: str
+    version: str
+    """The version that was decided about."""
+    before: str | None
+    """The earlier champion."""
+    champion: str | None
+    """The new champion."""
+    left_behind: tuple[LeftBehind, ...] = ()
+    """Arrivals that only the earlier champion had learned; `deal version requeue` learns them again."""
+
+
 class PromotionLog:
     """The promotion logs of a store's lineages."""
 

@@ -19,7 +19,7 @@ from flows.cli.version import show_decision, show_mirrored
 if TYPE_CHECKING:
     from deal_core.monitoring.report import TaskDrift
     from deal_core.monitoring.rollout import Arm, RolloutReport
-    from tasks.lineage.promotion import Decision
+    from infra.promotions import Decision
     from tasks.monitoring.feedback import FeedbackResult
     from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult

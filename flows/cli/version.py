@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from deal_core.evaluation.accuracy_matrix import MatrixJson
     from flows.adapt import AdaptResult
     from flows.champions import EvaluateResult
-    from infra.promotions import Move
+    from infra.promotions import Decision, LeftBehind, Move
     from tasks.lineage.history import HistoryEntry
-    from tasks.lineage.promotion import Decision, LeftBehind
     from tasks.lineage.reports import WrittenReport
     from tasks.serving.export import Exported
     from tasks.serving.publish import Published

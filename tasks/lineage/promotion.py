@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
-from pydantic import BaseModel
-
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from infra.branches import Branches
-from infra.promotions import Action, Change, PromotionLog
+from infra.promotions import Action, Change, Decision, LeftBehind, PromotionLog
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, descent
 from tasks.context import current_store
@@ -32,30 +30,6 @@ from tasks.notices import Notice, announce
 GATE = "gate"
 """The name in the log for a move without a person."""
 Verdict = Literal["approve", "reject"]
-
-
-class LeftBehind(BaseModel, frozen=True, from_attributes=True):
-    """A version that the champion does not continue, and the arrival that the version learned."""
-
-    version: str
-    task: str
-    dataset_sha256: str
-    """Digest of the arrival's dataset."""
-
-
-class Decision(BaseModel, frozen=True):
-    """A person's decision."""
-
-    action: Action
-    lineage: str
-    version: str
-    """The version that was decided about."""
-    before: str | None
-    """The earlier champion."""
-    champion: str | None
-    """The new champion."""
-    left_behind: tuple[LeftBehind, ...] = ()
-    """Arrivals that only the earlier champion had learned; `deal version requeue` learns them again."""
 
 
 def promote_accepted(store: ObjectStore, version: Version) -> None:

@@ -10,11 +10,10 @@ from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
 from deal_core.monitoring.rollout import RolloutReport, judge
 from infra.predictions import read_feedback, read_predictions
-from infra.promotions import Move, PromotionLog
+from infra.promotions import Decision, Move, PromotionLog
 from infra.store.base import ObjectStore
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import Decision
 
 
 class RolloutStatus(BaseModel, frozen=True):

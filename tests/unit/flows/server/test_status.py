@@ -96,7 +96,7 @@ def test_what_mlflow_lacks_is_said_in_one_line_and_by_name(home: Path) -> None:
     store_version(store, {})
     move(store, "1")
     waiting = {lineage.lineage: lineage.mlflow_waiting for lineage in asyncio.run(read_status(home)).lineages}
-    assert waiting == {"default": (), "l": ("version 1", "report 1", "move 1")}
+    assert waiting == {"l": ("version 1", "report 1", "move 1")}
     with put_back():
         said = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
     assert "l: MLflow lacks 3 entries; the next run or deal server sync writes what is missing" in " ".join(
