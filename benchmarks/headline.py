@@ -220,8 +220,7 @@ def read_arms(folder: Path = CELLS) -> dict[str, list[CellJson]]:
     ours = read_cells(folder / OURS)
     stored = {}
     for name in ARMS:
-        paired = [cell for _, cell in matched(ours, read_cells(folder / name))]
-        if cells := [cell for number, cell in enumerate(paired) if cell not in paired[:number]]:
+        if cells := [cell for cell in read_cells(folder / name) if matched(ours, [cell])]:
             stored[name] = cells
     for name in (BOUND, OURS, RIVAL):
         if name not in stored:

@@ -149,8 +149,9 @@ class _Choosing:
         else:
             chosen, notes = self._scored([row for row in rows if row not in left_out])
         if self._config.noise != "none":
-            balance = None if self._labels is None else balance_warning(self._counts(range(len(self._rows))))
-            notes += [self._about_labels(checked), *filter(None, [balance])]
+            notes.append(self._about_labels(checked))
+            if self._labels is not None and (rare := balance_warning(self._counts(range(len(self._rows))))):
+                notes.append(rare)
         return ChosenRows(key=key, rows=tuple(chosen), notes=tuple(notes))
 
     def _seed(self, purpose: int) -> int:
