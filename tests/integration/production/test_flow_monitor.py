@@ -259,7 +259,8 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
     put_predictions(store, "l", pd.concat([live(seed, chars=5000) for seed in (2, 3, 4)]), "b")
     assert [each.kind for each in look().alarms] == ["drift"]
     store.put_bytes(baseline_key("l", "1"), b"of a version before")
-    found = look(new_reference=True)
+    deal("monitor", "--new-reference", "--lineage", "l", "--home", str(lineage))
+    found = look()
     assert not found.alarms and found.drift is not None and found.drift.task("bank").is_of_live_rows
     (kept,) = (lineage / "store" / "monitor" / "l").iterdir()  # what was kept for another version is gone
     rows = pd.read_parquet(kept)
