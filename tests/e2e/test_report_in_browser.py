@@ -68,7 +68,7 @@ def test_the_page_fits_the_screen_and_says_the_verdict_first(
 def test_charts_have_a_size_and_text_can_be_read_on_a_phone(browser: Browser, file: Path) -> None:
     page, _, _ = open_page(browser, file, 360, "light")
     sizes = page.locator("svg").evaluate_all("all => all.map(one => [one.clientWidth, one.clientHeight])")
-    assert len(sizes) == 3, "the tasks, the loss, the adapter"
+    assert len(sizes) == 2, "the tasks, the loss"
     assert all(width >= 200 and height >= 60 for width, height in sizes)
     assert page.locator("svg path").evaluate_all("all => all.filter(one => !one.getAttribute('d')).length") == 0
     fonts = page.evaluate(
