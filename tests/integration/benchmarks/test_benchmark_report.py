@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+@pytest.mark.nightly
 def test_the_pages_of_the_earlier_rehearsal_are_those_that_the_stored_cells_give(tmp_path: Path) -> None:
     main(results=RESULTS, page=tmp_path / "earlier.md", cells_page=tmp_path / "cells.md")
     for name in ("cells.md", "earlier.md"):

@@ -56,6 +56,7 @@ def schedules_of(name: str) -> list[dict[str, Any]]:
     return asyncio.run(read())
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("deployed")
 def test_what_stands_on_the_server(receiver: Receiver) -> None:
     """One test, as the deploy that its steps share takes long."""
