@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import click
@@ -22,6 +23,8 @@ from flows.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND_BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+NAMED_COMMAND = re.compile(r"""\bdeal ([a-z]+)(?: ([a-z][a-z-]+))?([^"'<;,)`\n]*?--[^"'<;,)`\n]*)""")
+"""A command with an option, in a sentence of a message or of a page that the product writes."""
 
 
 class Html(HTMLParser):
@@ -109,3 +112,20 @@ def test_the_program_takes_every_command_that_a_page_shows(page: str, arguments:
         command = subcommands[left.pop(0)]
         context = click.Context(command, parent=context)
     command.make_parser(context).parse_args(left)
+
+
+def test_the_program_takes_every_option_that_its_messages_name() -> None:
+    tree: Any = typer.main.get_command(app)
+    folders = ("flows", "tasks", "infra", "deal_core", "deal_pipeline")
+    sources = [path for name in folders for kind in ("*.py", "*.j2") for path in (ROOT / name).rglob(kind)]
+    num_options = 0
+    for source in sources:
+        text = re.sub(r'"\s*\n\s*f?"', "", source.read_text(encoding="utf-8"))  # a string in several parts
+        for first, second, rest in NAMED_COMMAND.findall(text):
+            command = tree.commands[first]
+            command = command.commands[second] if hasattr(command, "commands") else command
+            taken = {option for parameter in command.params for option in parameter.opts}
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest.partition(" deal ")[0]):
+                num_options += 1
+                assert option in taken, f"{source}: deal {first} {second} has no {option}"
+    assert num_options > 100, "the expression finds them"
