@@ -26,8 +26,9 @@ os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "data" / "authority.pe
 
 import pytest
 from filelock import FileLock
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
+from tests.hypothesis_settings import BUSY
 from tests.loopback import free_port
 from tests.printed import check_commands_of_this_process
 from tests.receiver import Receiver
@@ -35,8 +36,7 @@ from tests.receiver import Receiver
 # A shell starts what runs in its background with Ctrl-C ignored, and every process of a test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# On a busy machine an example may take any time.
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("busy", BUSY)
 settings.load_profile("busy")
 
 pytest_plugins = ["tests.time_budget"]

@@ -6,10 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import click
@@ -99,31 +100,40 @@ def shown_commands() -> list[tuple[str, list[str]]]:
     return found
 
 
+@cache
+def all_commands() -> click.Command:
+    """The tree of the program's commands."""
+    return typer.main.get_command(app)
+
+
+def find_command(where: object, words: Sequence[str]) -> tuple[click.Command, list[str]]:
+    """The command whose name the words begin with, and the words after its name. They stand in `where`."""
+    command = all_commands()
+    left = list(words)
+    while (subcommands := getattr(command, "commands", None)) and not left[0].startswith("-"):
+        assert left[0] in subcommands, f"{where}: there is no command {left[0]}"
+        command = subcommands[left.pop(0)]
+    return command, left
+
+
 @pytest.mark.parametrize(("page", "arguments"), shown_commands(), ids=lambda value: " ".join(value)[:60])
 def test_the_program_takes_every_command_that_a_page_shows(page: str, arguments: list[str]) -> None:
     """The names of commands and options; README's commands are run by test_readme.py."""
-    command: click.Command = typer.main.get_command(app)
-    context = click.Context(command)
-    left = list(arguments)
-    while subcommands := getattr(command, "commands", None):
-        if left[0] in ("-h", "--help", "--version", "--install-completion"):
-            return
-        assert left[0] in subcommands, f"{page}: there is no command {left[0]}"
-        command = subcommands[left.pop(0)]
-        context = click.Context(command, parent=context)
-    command.make_parser(context).parse_args(left)
+    command, left = find_command(page, arguments)
+    if hasattr(command, "commands"):
+        assert left[0] in ("-h", "--help", "--version", "--install-completion"), f"{page}: {left[0]}"
+    else:
+        command.make_parser(click.Context(command)).parse_args(left)
 
 
 def test_the_program_takes_every_option_that_its_messages_name() -> None:
-    tree: Any = typer.main.get_command(app)
     folders = ("flows", "tasks", "infra", "deal_core", "deal_pipeline")
     sources = [path for name in folders for kind in ("*.py", "*.j2") for path in (ROOT / name).rglob(kind)]
     num_options = 0
     for source in sources:
         text = re.sub(r'"\s*\n\s*f?"', "", source.read_text(encoding="utf-8"))  # a string in several parts
         for first, second, rest in NAMED_COMMAND.findall(text):
-            command = tree.commands[first]
-            command = command.commands[second] if hasattr(command, "commands") else command
+            command, _ = find_command(source, (first, second))
             taken = {option for parameter in command.params for option in parameter.opts}
             for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest.partition(" deal ")[0]):
                 num_options += 1

@@ -82,7 +82,7 @@ def assert_checked_alike(batch: RowBatch, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TASKS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=ROWS)
 @example(rows=[{"a": " late\n", "b": "cat", "c": "", "s": "test"}, {"a": "a  \n\tb\\", "b": "Dog", "c": '"c"\n'}])
 def test_a_batch_of_a_text_file_is_checked_as_its_rows_are(kind: str, rows: list[dict[str, Any]]) -> None:
@@ -90,7 +90,7 @@ def test_a_batch_of_a_text_file_is_checked_as_its_rows_are(kind: str, rows: list
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TASKS if kind not in ("chat", "preferences")])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.lists(
         st.tuples(TEXTS | SPACED | st.none() | st.just(b"caf\xe9"), LABELS | TEXTS | st.just(b"caf\xe9"), SPLITS, TEXTS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
@@ -82,7 +82,6 @@ LABELS = ("a", "b", "c")
 LABELLED = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(LABELS)), max_size=60)
 
 
-@settings(deadline=None)
 @given(LABELLED, st.integers(1, 9))
 def test_labels_are_counted_as_a_dict_would_count_them(pairs: list[tuple[int, str]], batch: int) -> None:
     """Whatever the order of the rows and the bounds of the batches."""

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
@@ -25,6 +25,7 @@ from deal_core.data.rows import MAX_EXAMPLES, row_digest, stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
 from deal_core.data.source_files import files_at
 from deal_core.errors import DataValidationError
+from tests.hypothesis_settings import SHARED_FIXTURES
 
 TASK = TaskSchema(name="pets", labels=("Dog", "cat"))
 LENIENT = DataConfig(max_bad_share=1.0)
@@ -593,7 +594,7 @@ LINES = st.one_of(
 )
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(SHARED_FIXTURES, max_examples=15)
 @given(lines=st.lists(LINES, max_size=25))
 def test_every_row_is_either_kept_or_in_quarantine(tmp_path: Path, lines: list[Any]) -> None:
     """For any file, the kept rows are exactly the distinct good rows."""

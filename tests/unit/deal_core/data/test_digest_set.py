@@ -15,7 +15,7 @@ COLLIDING = st.tuples(st.binary(min_size=1, max_size=1), st.binary(min_size=2, m
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batches=st.lists(st.lists(DIGESTS | COLLIDING, max_size=30), max_size=6))
 def test_a_set_of_digests_is_a_set(batches: list[list[bytes]]) -> None:
     ours, python = DigestSet(), set()

@@ -154,7 +154,7 @@ def test_format_auto_cannot_be_rendered(tokenizer: PreTrainedTokenizerFast) -> N
 _shared_tokenizer = functools.cache(make_tokenizer)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=120), max_tokens=st.integers(40, 90))
 def test_a_prompt_loses_the_end_of_its_text_and_no_more_than_it_must(text: str, max_tokens: int) -> None:
     tokenizer = _shared_tokenizer()
@@ -235,7 +235,7 @@ def cut_turn_by_turn(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     system=st.sampled_from([None, "Be kind."]),
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=21).filter(lambda sizes: len(sizes) % 2),

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deal_core.data.reading import csv_records
 from deal_core.data.reading.csv_records import CsvFile
+from tests.hypothesis_settings import SHARED_FIXTURES
 
 LINE_PARTS = st.sampled_from(["a", '"', ",", '""', '","', ' "', "x" * 7, "\r", "é"])
 LINES = st.lists(st.lists(LINE_PARTS, max_size=4).map("".join), max_size=14)
@@ -53,7 +54,7 @@ def expected_rows(content: str, max_chars: int, drops_blanks: bool) -> Iterator[
         place += num_lines
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(SHARED_FIXTURES, max_examples=600)
 @given(lines=LINES, header=HEADERS, ends_in_line_end=st.booleans(), max_chars=st.integers(18, 40))
 def test_rows_are_those_of_the_rule(
     lines: list[str],

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
@@ -17,6 +17,7 @@ from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.data.source_files import files_at
 from tasks.monitoring.select import _write_new
+from tests.hypothesis_settings import SHARED_FIXTURES
 
 ATTACKS = (
     "=1+1",
@@ -50,7 +51,7 @@ def write_and_read(path: Path, texts: list[str]) -> list[str]:
     return [row.values["text"] for row in read_rows(path)]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(SHARED_FIXTURES, max_examples=30)
 @given(st.lists(CHARACTERS | st.text(st.characters(exclude_categories=["Cs"]), max_size=5), min_size=1, max_size=6))
 def test_every_text_comes_back_as_it_was_and_none_is_a_formula(tmp_path: Path, texts: list[str]) -> None:
     assert write_and_read(tmp_path / "to-label.csv", texts) == texts

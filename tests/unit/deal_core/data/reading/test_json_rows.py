@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deal_core.data.reading import json_rows, lines
 from deal_core.data.reading.parsing import look
 from deal_core.errors import DataValidationError
+from tests.hypothesis_settings import SHARED_FIXTURES
 from tests.parsed import parsed_rows
 
 ROWS = [{"text": f'no. {number}, "[{{', "label": [number, {"a": None}]} for number in range(50)]
@@ -74,7 +75,7 @@ def test_a_line_that_is_only_a_brace_among_json_lines_is_one_bad_row(tmp_path: P
 
 
 @pytest.mark.parametrize("piece", [1, 2, 7])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(SHARED_FIXTURES, max_examples=40)
 @given(content=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), min_size=1, max_size=5))
 def test_a_list_is_the_same_in_pieces_of_any_size(
     piece: int, content: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

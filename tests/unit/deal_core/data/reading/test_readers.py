@@ -14,13 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deal_core.data.reading import child
 from deal_core.data.reading.part import WHOLE
 from deal_core.data.reading.readers import count_rows, look_at, read_rows
 from deal_core.errors import DataValidationError
+from tests.hypothesis_settings import SHARED_FIXTURES
 from tests.parsed import parsed_rows
 
 ROWS = [
@@ -337,7 +338,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\x00"), max_size=30)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(SHARED_FIXTURES, max_examples=60)
 @given(rows=st.lists(st.fixed_dictionaries({"text": TEXTS, "label": TEXTS}), min_size=1, max_size=8))
 @example(rows=[{"text": "", "label": " "}])
 @example(rows=[{"text": "    return 1", "label": "\t\tpass"}])
@@ -347,7 +348,7 @@ def test_any_text_comes_back_as_it_was_written(tmp_path: Path, kind: str, rows: 
     assert parsed(path) == rows
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(SHARED_FIXTURES, max_examples=150)
 @given(content=st.binary(max_size=200) | st.text('a,"\n\r;', max_size=60).map(str.encode))
 def test_no_bytes_at_all_make_a_text_reader_fail_otherwise_than_by_a_message(tmp_path: Path, content: bytes) -> None:
     for name in ("rows.csv", "rows.jsonl"):
