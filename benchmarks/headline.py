@@ -193,7 +193,8 @@ def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
     if num_pairs < FEWEST_PAIRS:
         so_far = "is one pair" if num_pairs == 1 else f"are {num_pairs} pairs"
         verdict = (
-            f"The rule asks for {FEWEST_PAIRS} pairs of runs to say which of the two is better; so far there {so_far}"
+            f"The rule asks for {FEWEST_PAIRS} pairs of runs to say whether `{OURS}` or replay is better; so far there "
+            f"{so_far}"
         )
     else:
         assert lead.over_pairs is not None, "there are several pairs"
@@ -215,7 +216,7 @@ def read_arms(folder: Path = CELLS) -> dict[str, list[CellJson]]:
     So all means of a table are over the same seeds and orders.
 
     Raises:
-        typer.BadParameter: An arm that the claim compares has none.
+        typer.BadParameter: An arm that the claim compares has none, or the cells are of different rows.
     """
     ours = read_cells(folder / OURS)
     stored = {}
@@ -225,6 +226,8 @@ def read_arms(folder: Path = CELLS) -> dict[str, list[CellJson]]:
     for name in (BOUND, OURS, RIVAL):
         if name not in stored:
             raise typer.BadParameter(f"{folder / name} has no cell; run `python -m benchmarks.headline run` first.")
+    if len({cell["settings"]["data"] for cells in stored.values() for cell in cells}) > 1:
+        raise typer.BadParameter(f"{folder} has runs of different rows (their field `data`); give --out a new folder.")
     return stored
 
 

@@ -101,7 +101,7 @@ def resolve_columns(
         missing = [name for one in formats for name in COLUMNS_OF_FORMAT[one] if not matches[name]]
         raise DataValidationError(
             f"{source} has {overview}, and {wanted_columns}; no column is named like {', '.join(missing)}. "
-            f"Rename the columns, or name them in task.columns, for example {{{missing[0]}: NAME IN THE FILE}}."
+            f"Rename the columns, or name them, for example with --set task.columns.{missing[0]}=NAME_IN_THE_FILE."
         )
     if len(fitting) > 1:
         raise DataValidationError(

@@ -44,7 +44,12 @@ TYPES = {
     "object": "mapping",
 }
 
-
+COMMON = ("--home DIR", "--json", "--debug", "-h, --help")
+COMMON_TEXT = (
+    "Every command takes `--home DIR` (the folder that holds everything: DEAL_HOME, else ./deal-home), `--json`\n"
+    "(print JSON and nothing else), `--debug` (show tracebacks) and `-h`. They are left out below."
+)
+"""Options of every command."""
 OWN_CODE = {metrics: "MODULES_VARIABLE", harness: "FOLDER_VARIABLE"}
 """Constants with the names of variables that let a worker run code of one's own. `infra.settings` has no such."""
 
@@ -128,10 +133,14 @@ def _plain(default: Any) -> str:
 
 
 def commands_page() -> str:
-    """Return the page of all commands with their options, as Typer writes it."""
+    """Return the page of all commands, as Typer writes it, with their options but those that every command takes."""
     command = typer.main.get_command(app)
     with command.make_context("deal", [], resilient_parsing=True) as context:
         page = get_docs_for_click(obj=command, ctx=context, name="deal", title="Commands")
+    top, *commands = re.split(r"(?=^## )", page, flags=re.MULTILINE)
+    commands = [re.sub(rf"^\* `(?:{'|'.join(COMMON)})`.*\n", "", each, flags=re.MULTILINE) for each in commands]
+    commands = [each.replace("**Options**:\n\n\n", "") for each in commands]  # no other options
+    page = "".join([top.rstrip(), f"\n\n{COMMON_TEXT}\n\n", *commands])
     return re.sub(r"[ \t]+$", "", page, flags=re.MULTILINE).rstrip() + "\n"
 
 

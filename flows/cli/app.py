@@ -48,7 +48,8 @@ app = typer.Typer(
     name="deal",
     cls=_ByTopic,
     help="Fine-tune one LoRA adapter again whenever new labelled data arrives; each version passes a gate first.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate, 130 stopped by Ctrl-C.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate or stopped before the end, "
+    "130 stopped by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -110,7 +110,7 @@ def test_the_share_of_retraining_is_one_where_nothing_differs_and_its_interval_h
         ((-2, -2, -3), "Replay is better than `deal` (23.3 points, 9.0 to 37.7 over 3 pairs of runs)."),
         ((1, -1, 1), "No difference between replay and `deal` was found (3.3 points, -25.4 to 32.0 over 3 pairs"),
         ((-1, 1, -1), "No difference between `deal` and replay was found (3.3 points, -25.4 to 32.0 over 3 pairs"),
-        ((1,), "The rule asks for 3 pairs of runs to say which of the two is better; so far there is one pair."),
+        ((1,), "to say whether `deal` or replay is better; so far there is one pair."),
         ((1, 1), "so far there are 2 pairs."),
     ],
 )
@@ -149,6 +149,11 @@ def test_the_page_has_the_claim_a_line_for_every_arm_and_a_picture(tmp_path: Pat
     assert "| yahoo | 100.0 | 60.0 | 50.0 |" in text
     (picture,) = (tmp_path / "img").iterdir()
     assert f"](img/{picture.name})" in text
+
+    other = {**ours, "settings": {**ours["settings"], "data": "another cut of the tasks"}}
+    (tmp_path / "deal" / "cell-1.json").write_text(json.dumps(other))
+    mixed = CliRunner().invoke(app, ["page", "--cells", str(tmp_path), "--out", str(out)])
+    assert mixed.exit_code == 2 and "different rows" in mixed.output and out.read_text() == text
 
 
 def test_the_picture_goes_from_learned_to_kept_and_marks_retraining() -> None:

@@ -233,7 +233,7 @@ SHAPES = {
         lambda i: {"id": i, "url": "x", "text": f"Some long text {i}"},
         datasets_lines,
         "rows.jsonl",
-        r"name them in task.columns.*continued pre-training.* cannot be learned",
+        r"name them, for example with --set task.columns.*continued pre-training.* cannot be learned",
     ),
     "Dolly": Shape(
         lambda i: {
