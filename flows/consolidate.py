@@ -20,6 +20,7 @@ from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, champion_of
 from tasks.adaptation import run as runs
 from tasks.adaptation.consolidate import plan_consolidation
+from tasks.adaptation.general import require_suites
 from tasks.adaptation.resume import find_parent, read_findings
 from tasks.adaptation.run import RunInputs, prepare
 from tasks.adaptation.train import PLAIN
@@ -85,6 +86,7 @@ async def learn_together(lineage: str, start: Start, settings: WatchedLineage | 
             return _repeated(champion, dataset, "no arrival was learned since")
         record = read_record(store, champion.adapter_uri)
         adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
+        await asyncio.to_thread(require_suites, spec.evaluate)  # rather now than after the training
         planned = await stages.run("rows", plan_consolidation, store, champion, record, start, spec)
         stages.done("rows", f"{planned.num_rows} rows of {len(planned.arrivals)} arrivals")
         source, num_versions = choose_base(spec, record), len(record.matrix.trained)

@@ -13,6 +13,7 @@ from flows.branch import BranchPlan, BranchResult, begin, grow, plan_steps, requ
 from flows.lock import lock_lineage
 from infra.branches import Branch, Branches
 from infra.fingerprints import read_fingerprint
+from infra.serving.vllm import EngineClient
 from infra.settings import EngineSettings
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions, descent
@@ -97,6 +98,7 @@ async def rebase(
         branch = plan_rebase(lineage, base, who=who).branch
         old = find_version(store, lineage, branch.champion)
         await _require_other_base(store, old, base)
+        clients = [EngineClient(url, EngineSettings()) for url in engines]  # a wrong address shows before the training
         begin(branch, accept_lost=accept_lost)
         tip = await grow(branch, skip_rejected=skip_rejected)
         if isinstance(tip, str):
@@ -110,7 +112,7 @@ async def rebase(
             worse = f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}"
             return stopped(branch, worse, **figures)
         if (champion := Versions(store).champion(lineage)) is not None and champion.version == old.version:
-            await _wait_for_engine(store, tip, engines)
+            await _wait_for_engine(store, tip, clients)
         swap_in(store, branch, tip, who)
         if leave_base_open(store, lineage):
             reporter().said("base_model was removed from the lineage's file: its champion says it from now on.")
@@ -129,15 +131,13 @@ async def _require_other_base(store: ObjectStore, old: Version, base: str) -> No
         raise ConfigError(f"{base} is the base model of '{old.lineage}' already, by its digest; name another.")
 
 
-async def _wait_for_engine(store: ObjectStore, tip: Version, urls: Sequence[str]) -> None:
+async def _wait_for_engine(store: ObjectStore, tip: Version, clients: Sequence[EngineClient]) -> None:
     """Wait until one of the engines has the base model of a version."""
     from infra.serving.engines import require_base
-    from infra.serving.vllm import EngineClient
 
     fingerprint, name = read_fingerprint(store, tip.base_sha256), read_record(store, tip.adapter_uri).base.name
-    if urls and fingerprint is None:
+    if clients and fingerprint is None:
         raise ConfigError(f"vLLM serves no adapters on {name}; leave --engine out, or serve without an engine.")
-    clients = [EngineClient(url, EngineSettings()) for url in urls]
     told = ""
     while clients and fingerprint is not None:
         problems = []

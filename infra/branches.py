@@ -10,6 +10,7 @@ taken with a conditional put.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal
@@ -107,7 +108,7 @@ class Branch(Stored):
         """The command that goes on with it."""
         if self.deleted is not None:
             return f"deal data delete {self.deleted.sha256[:12]} --relearn --lineage {self.lineage}"
-        return f"deal lineage rebase {self.lineage} --base {self.base_model}"
+        return f"deal lineage rebase {self.lineage} --base {shlex.quote(self.base_model or '')}"
 
 
 class Remade(_Part):

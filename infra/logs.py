@@ -17,6 +17,9 @@ MAX_BYTES = 10 << 20
 class PlainFormatter(logging.Formatter):
     """Writes lines without terminal control characters, because people read logs with `cat`."""
 
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""
         return printable(super().format(record))

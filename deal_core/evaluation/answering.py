@@ -118,8 +118,8 @@ def read_served(folder: Path) -> ServedVersion:
     path = folder / SERVED_FILE
     if not path.is_file():
         raise AdapterStateError(
-            f"{folder} has no {SERVED_FILE}: the version was registered before versions could be served. Its adapter "
-            "is a plain PEFT folder. To serve it, learn a file again, which registers a new version."
+            f"{folder} has no {SERVED_FILE}, so it is not the whole folder of a version; give one that deal version "
+            "export wrote."
         )
     return ServedVersion.from_json(json.loads(path.read_text(encoding="utf-8")))
 

@@ -191,6 +191,18 @@ class Generated(NamedTuple):
     """The logits of each new token, if they were requested."""
 
 
+def rows_with_logits(model: LanguageModel, num_tokens: int, *, num_bytes: int) -> int:
+    """How many rows a batch may have whose logits are kept: at least one, and at most MAX_LOGIT_BYTES.
+
+    Args:
+        model: For the size of its vocabulary.
+        num_tokens: Most tokens of a row that have logits.
+        num_bytes: Bytes for each logit, of all copies.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return max(1, MAX_LOGIT_BYTES // (num_bytes * num_tokens * vocabulary))
+
+
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -211,8 +223,8 @@ def generate(
     prefix = read_prefix(model, prompts)
     is_seq2seq, device = model.config.is_encoder_decoder, device_of(model)
     pad, side = int(tokenizer.pad_token_id or 0), "right" if is_seq2seq else "left"
-    max_rows = MAX_LOGIT_BYTES // (8 * max_new_tokens * model.config.vocab_size) if with_logits else len(prompts)
-    for batch in batches_by_length([len(p) for p in prompts], max(1, max_rows)):
+    max_rows = rows_with_logits(model, max_new_tokens, num_bytes=8) if with_logits else max(1, len(prompts))
+    for batch in batches_by_length([len(p) for p in prompts], max_rows):
         if recorder is not None:
             recorder.begin()
         input_ids, mask = pad_batch([prompts[i][prefix.length :] for i in batch], pad, side=side)

@@ -25,11 +25,11 @@ from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import (
-    MAX_LOGIT_BYTES,
     Prefix,
     batches_by_length,
     device_of,
     read_prefix,
+    rows_with_logits,
 )
 from deal_core.evaluation.metrics import number_labels, plain_answer
 
@@ -74,8 +74,8 @@ def score_labels(
     model.eval()
     log_probs_NL = torch.zeros(len(prompts), len(labels))
     prefix = read_prefix(model, prompts)
-    max_rows = MAX_LOGIT_BYTES // (8 * max(map(len, labels)) * model.config.vocab_size)
-    for batch in batches_by_length([len(prompt) for prompt in prompts], max(1, max_rows)):
+    max_rows = rows_with_logits(model, max(map(len, labels)), num_bytes=8)
+    for batch in batches_by_length([len(prompt) for prompt in prompts], max_rows):
         chosen, pad = [prompts[i] for i in batch], int(tokenizer.pad_token_id or 0)
         if model.config.is_encoder_decoder:
             log_probs_NL[batch] = _score_seq2seq(model, chosen, labels, pad)

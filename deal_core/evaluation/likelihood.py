@@ -19,7 +19,7 @@ from deal_core.base_model.language_model import LanguageModel
 from deal_core.data.collate import IGNORED, answer_collator, answer_logits, encode_row
 from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.evaluation.answering import ServedTask
-from deal_core.evaluation.generation import MAX_LOGIT_BYTES, OnProgress, batches_by_length, device_of
+from deal_core.evaluation.generation import OnProgress, batches_by_length, device_of, rows_with_logits
 
 CHUNK_ROWS = 512
 """Rows whose tokens are in memory at once. Batches of similar length are made within a chunk."""
@@ -78,7 +78,7 @@ def measure(
             for text, answer in zip(chunk["input"], chunk["output"], strict=True)
         ]
         longest = max(len(row["answer_ids"]) for row in encoded)
-        max_rows = max(1, MAX_LOGIT_BYTES // (12 * longest * model.config.vocab_size))
+        max_rows = rows_with_logits(model, longest, num_bytes=12)
         for batch in batches_by_length([row["length"] for row in encoded], max_rows):
             collated = collate([encoded[i] for i in batch])
             features = {name: value.to(device_of(model)) for name, value in collated.items()}

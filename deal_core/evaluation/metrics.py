@@ -104,7 +104,7 @@ def json_fields(answer: str, expected: str) -> float:
     if fields is None:
         return 0.0
     names = wanted.keys() | fields.keys()
-    right = sum(_same(wanted[name], fields[name]) for name in wanted.keys() & fields.keys())
+    right = sum(same_json(wanted[name], fields[name]) for name in wanted.keys() & fields.keys())
     return right / len(names) if names else 1.0
 
 
@@ -212,10 +212,15 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _same(first: Any, second: Any) -> bool:
+def same_json(first: Any, second: Any) -> bool:
+    """Equality of JSON values in which true is not 1, and texts are equal without regard to case and outer blanks."""
     if isinstance(first, str) and isinstance(second, str):
         return exact_match(first, second)
-    return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same_json(first[name], second[name]) for name in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(same_json, first, second))
+    return bool(first == second) and isinstance(first, bool) is isinstance(second, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

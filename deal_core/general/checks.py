@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deal_core.evaluation.metrics import contains, exact_match
+from deal_core.evaluation.metrics import contains, same_json
 
 _NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\d[\d,]*(?:\.\d+)?")
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
@@ -100,7 +100,7 @@ def _fits(answer: str, schema: Mapping[str, Any]) -> bool:
 def _calls(answer: str, wanted: Mapping[str, Any]) -> bool:
     """The answer calls the function with exactly these arguments."""
     call = _read_json(answer)
-    return isinstance(call, dict) and call.keys() == wanted.keys() and _same(call, wanted)
+    return isinstance(call, dict) and call.keys() == wanted.keys() and same_json(call, wanted)
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -122,9 +122,9 @@ def fits_schema(value: Any, schema: Mapping[str, Any]) -> bool:
     """
     if "type" in schema and not _is_type(value, schema["type"]):
         return False
-    if "const" in schema and not _same(value, schema["const"]):
+    if "const" in schema and not same_json(value, schema["const"]):
         return False
-    if "enum" in schema and not any(_same(value, allowed) for allowed in schema["enum"]):
+    if "enum" in schema and not any(same_json(value, allowed) for allowed in schema["enum"]):
         return False
     if isinstance(value, dict):
         properties = schema.get("properties", {})
@@ -143,17 +143,6 @@ def fits_schema(value: Any, schema: Mapping[str, Any]) -> bool:
 
 def _is_type(value: Any, name: str) -> bool:
     return isinstance(value, _TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Equality of JSON values in which true is not 1, and texts are equal without regard to case and outer blanks."""
-    if isinstance(first, str) and isinstance(second, str):
-        return exact_match(first, second)
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_same(first[name], second[name]) for name in first)
-    if isinstance(first, list) and isinstance(second, list):
-        return len(first) == len(second) and all(map(_same, first, second))
-    return bool(first == second) and isinstance(first, bool) is isinstance(second, bool)
 
 
 CHECKS: dict[str, Callable[[str, Any], bool]] = {

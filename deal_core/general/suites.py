@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from deal_core.config import HARNESS
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation import metrics
 from deal_core.evaluation.answering import ServedTask
 from deal_core.general import checks
 
@@ -127,5 +128,7 @@ def read_suite(name: str) -> CheckedSuite:
         checks=tuple(row["checks"] for row in rows),
         examples=tuple(row["answer"] for row in rows),
         # a release with other checks compares no scores of its own with those of another one
-        sha256=hashlib.sha256(content + Path(checks.__file__).read_bytes() + length).hexdigest(),
+        sha256=hashlib.sha256(
+            content + Path(checks.__file__).read_bytes() + Path(metrics.__file__).read_bytes() + length
+        ).hexdigest(),
     )

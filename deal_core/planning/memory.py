@@ -55,7 +55,7 @@ class ModelSize:
     intermediate_size: int
     """Size of the MLP's hidden layer."""
     num_heads: int
-    """Query heads."""
+    """Query heads; 0 if it has no attention."""
     vocab_size: int
     modules: tuple[tuple[int, int], ...]
     """(out features, in features) of every module that carries the adapter."""

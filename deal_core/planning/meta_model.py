@@ -38,27 +38,36 @@ def measure_model(config: Any, adapter: AdapterConfig) -> ModelSize:
         ConfigError: transformers cannot build the model, or the adapter does not fit it.
     """
     model = _empty_model(config, "fp32")
+    text = config.get_text_config()  # a model that also sees pictures has a config of its own for its texts
     parameters = _count_by_kind(model)
     with torch.device("meta"):
         stacks = collect_stacks(attach_adapter(model, adapter, seed=0))
     modules = tuple(
         (b.shape[0], a.shape[1]) for stack in stacks for a, b in zip(stack.a_params, stack.b_params, strict=True)
     )
-    num_heads = int(config.num_attention_heads)
-    head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // num_heads
+    hidden_size = _size(text, "hidden_size")
+    num_heads = _size(text, "num_attention_heads", otherwise=0)  # a state space model has none
     return ModelSize(
         model_type=str(config.model_type),
         parameters=parameters,
-        num_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
-        attention_size=num_heads * int(head_size),
-        intermediate_size=int(
-            getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 0) or 4 * config.hidden_size
-        ),
+        num_layers=_size(text, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        attention_size=num_heads * _size(text, "head_dim", "d_kv", otherwise=hidden_size // max(1, num_heads)),
+        intermediate_size=_size(text, "intermediate_size", "d_ff", otherwise=4 * hidden_size),
         num_heads=num_heads,
-        vocab_size=int(config.vocab_size),
+        vocab_size=_size(text, "vocab_size"),
         modules=modules,
     )
+
+
+def _size(config: Any, *names: str, otherwise: int | None = None) -> int:
+    """The first of these numbers that a config states as one number for all layers."""
+    for name in names:
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    if otherwise is None:
+        raise ConfigError(f"The config of a {config.model_type} has no number {names[0]}, so it cannot be measured.")
+    return otherwise
 
 
 def measure_activations(
@@ -78,7 +87,7 @@ def measure_activations(
     name = PRODUCTS if on_cpu and config.model_type in attention.MODEL_TYPES else FUSED
     two, three = (_kept_bytes(_with_layers(config, count), adapter, batch, precision, name) for count in (2, 3))
     layer = three - two
-    width = DTYPES[precision].itemsize * int(config.hidden_size)
+    width = DTYPES[precision].itemsize * _size(config.get_text_config(), "hidden_size")
     num_stacks = 2 if getattr(config, "is_encoder_decoder", False) else 1
     return ActivationSize(
         layer=layer, rest=max(0, two - 2 * layer), boundary=num_stacks * batch.num_rows * batch.num_tokens * width

@@ -36,9 +36,8 @@ class Deal(KeepsRows):
 
     @classmethod
     def rehearsed_per_step(cls, config: MethodConfig, arrival: PlannedArrival) -> int:
-        """Return how many rows of old tasks a step has. A task that returns is rehearsed only by its kept rows."""
-        is_rehearsed = arrival.kept or any(old.name != arrival.task.name for old in arrival.old_tasks)
-        return config.rehearsal.per_step if is_rehearsed else 0
+        """Return how many rows of old tasks a step has."""
+        return config.rehearsal.per_step if cls.num_answered(config, arrival) else 0
 
     @classmethod
     def num_answered(cls, config: MethodConfig, arrival: PlannedArrival) -> int:

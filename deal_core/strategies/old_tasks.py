@@ -134,8 +134,7 @@ def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema
 
 def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
     """All parts of a prompt except its text; the order of the options does not count."""
-    shows_labels = task.template is None or "{options}" in task.template
-    return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template, task.prompt
+    return task.instruction.strip(), frozenset(task.labels if task.shows_options else ()), task.template, task.prompt
 
 
 def longest_answer(train: TrainConfig, old: TaskSchema) -> int:

@@ -122,7 +122,7 @@ class Strategy:
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
-    """Parts ("deal") or single settings ("rehearsal.weight") of MethodConfig that the strategy uses."""
+    """Parts ("deal") or single settings ("rehearsal.rows") of MethodConfig that the strategy uses."""
     Options: ClassVar[type[Any] | None] = None
     """The class of the strategy's own settings, `strategy_options` in a spec. It is made by
     `deal_core.limits.settings("strategy_options")`, so it checks them; None: there are none."""

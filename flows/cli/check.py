@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +101,12 @@ def init(
             spec.write(text)
     except FileExistsError:
         raise ConfigError(f"{out} is there already; give another file with --out.") from None
-    option = home_option(deal.home)
+    option, spec_file = home_option(deal.home), shlex.quote(str(out))
     return CommandResult(
         NewSpec(spec=str(out), data=data),
         [
             escape(f"{out}: task {name}, {data.num_train} training rows, {data.num_test} test rows, {data.shape}."),
-            escape(f"Look at it, then: deal check {out} --plan{option}, and: deal adapt {out}{option}"),
+            escape(f"Look at it, then: deal check {spec_file} --plan{option}, and: deal adapt {spec_file}{option}"),
         ],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typer import Argument, Option
 from deal_core.errors import ConfigError
 from flows.cli.branch import AcceptLost, SkipRejected, show_branch_plan, show_made
 from flows.cli.console import heading, new_table
-from flows.cli.session import CommandResult, Lineage, Session, SpecLineage, command
+from flows.cli.session import CommandResult, Lineage, Session, command, reason_option
 
 if TYPE_CHECKING:
     from flows.branch import BranchResult
@@ -114,13 +115,21 @@ def _show_gc(result: GcResult) -> Sequence[RenderableType]:
 def delete(
     deal: Session,
     arrival: Annotated[str, Argument(help="Digest of the dataset, its first characters, or its key inbox/TASK/FILE.")],
-    reason: Annotated[str, Option(help="Reason, for the history. Quote no rows.")] = "",
+    reason: Annotated[str, reason_option("the history. Quote no rows")] = "",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     relearn: Annotated[
         bool, Option("--relearn", help="Also make every version that learned from it again, as if it had never landed.")
     ] = False,
-    lineage: SpecLineage = None,
+    lineage: Annotated[
+        str | None,
+        Option(
+            "--lineage",
+            "-l",
+            help="With --relearn: lineage whose versions are made again. Rows are deleted in all lineages.",
+            show_default="DEAL_LINEAGE, else the only lineage",
+        ),
+    ] = None,
     skip_rejected: SkipRejected = False,
     stop_serving: Annotated[
         bool, Option("--stop-serving", help="With --relearn: let no version serve until the new ones do.")
@@ -145,8 +154,8 @@ def delete(
             stops_serving=stop_serving,
             accept_lost=accept_lost,
         )
-    if skip_rejected or stop_serving or accept_lost:
-        raise ConfigError("--skip-rejected, --stop-serving and --accept-lost go with --relearn.")
+    if lineage or skip_rejected or stop_serving or accept_lost:
+        raise ConfigError("--lineage, --skip-rejected, --stop-serving and --accept-lost go with --relearn.")
     with deal.screen.working("looking"):
         from flows.forget import forget as forget_flow
         from flows.forget import plan_forget
@@ -176,7 +185,7 @@ def _relearn(
         from flows.relearn import relearn as relearn_flow
         from tasks.lineage.settings import only_lineage
 
-        name = lineage or only_lineage(deal.store)
+        name = lineage or os.environ.get("DEAL_LINEAGE") or only_lineage(deal.store)
         plan = plan_relearn(name, arrival, stops_serving=options["stops_serving"], who=deal.account)
     shown = [*show_forget_plan(plan.forget, "Would be removed", relearns=True), *show_branch_plan(plan)]
     if dry_run:

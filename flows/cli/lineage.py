@@ -16,7 +16,7 @@ from deal_core.safe_text import listed
 from flows.cli.branch import AcceptLost, SkipRejected, show_branch, show_branch_plan, show_made
 from flows.cli.console import heading, new_table, percent, show_adaptation
 from flows.cli.data import confirm
-from flows.cli.session import CommandResult, Lineage, Session, command
+from flows.cli.session import CommandResult, Lineage, Session, command, reason_option
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult
@@ -94,7 +94,7 @@ def list_(deal: Session) -> CommandResult[list[WatchedLineage]]:
 def pause(
     deal: Session,
     lineage: LineageName,
-    reason: Annotated[str, Option("--reason", help="Reason, for people who look at the lineage.")] = "by command",
+    reason: Annotated[str, reason_option("people who look at the lineage")] = "by command",
 ) -> CommandResult[WatchedLineage]:
     """Pause a lineage. A running training finishes; new files wait until `resume`."""
     from tasks.lineage.settings import hold_lineage_file
@@ -136,8 +136,10 @@ def rebase(
     with deal.screen.working("looking"):
         from flows.rebase import plan_rebase
         from flows.rebase import rebase as rebase_flow
-        from tasks.spec import resolve_base
+        from tasks.spec import refuse_secrets, resolve_base
 
+        for url in engine or ():
+            refuse_secrets(url)
         source = resolve_base(base, Path.cwd())
         plan = plan_rebase(lineage, source, who=deal.account)
     shown = show_branch_plan(plan)

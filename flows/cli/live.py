@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -277,15 +278,15 @@ def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
         shown.append(f"{done.num_known} texts have feedback or have landed already.")
     if done.num_unusable:
         shown.append(f"{done.num_unusable} rows have no text that can be labelled.")
-    fill_in = f"Fill in the column {done.column}"
+    fill_in, file = f"Fill in the column {done.column}", shlex.quote(done.out)
     if done.data is None:
         shown.append(
-            f"{fill_in}, then give: deal feedback add {done.out} --lineage {done.lineage}, and: deal feedback "
+            f"{fill_in}, then give: deal feedback add {file} --lineage {done.lineage}, and: deal feedback "
             f"export {done.task} --lineage {done.lineage}"
         )
     else:
         shown.append(
             f"{fill_in} and delete the rows that are left empty, then give: deal adapt --task {done.task} "
-            f"--data {done.out} --lineage {done.lineage}"
+            f"--data {file} --lineage {done.lineage}"
         )
     return [escape(each) for each in shown]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,8 +38,8 @@ server_app = typer.Typer(help="Start, stop or sync the servers around the store.
 @command(server_app, "starting", "deal server up", "deal server up --trainings 2")
 def up(
     deal: Session,
-    prefect_port: Annotated[int, Option(help="Prefect's port on loopback.")] = 4200,
-    mlflow_port: Annotated[int, Option(help="MLflow's port on loopback.")] = 5000,
+    prefect_port: Annotated[int, Option(min=1, max=65535, help="Prefect's port on loopback.")] = 4200,
+    mlflow_port: Annotated[int, Option(min=1, max=65535, help="MLflow's port on loopback.")] = 5000,
     trainings: Annotated[
         int, Option(min=1, help="Lineages that may train at the same time; with several GPUs, each on its own.")
     ] = 1,
@@ -146,7 +147,7 @@ def manifest(
     made = make_manifests(cast("ManifestKind", kind), {} if values is None else read_yaml(values))
     out.write_text(yaml.safe_dump_all(made, sort_keys=False, allow_unicode=True), encoding="utf-8")
     names = [f"{each['kind']} {each['metadata']['name']}" for each in made]
-    told = [f"{out} has {listed(names)}. Next: kubectl apply --filename {out}"]
+    told = [f"{out} has {listed(names)}. Next: kubectl apply --filename {shlex.quote(str(out))}"]
     return CommandResult(Manifest(file=str(out), objects=names), [escape(line) for line in told])
 
 
@@ -244,7 +245,7 @@ def _ago(seconds: float) -> str:
 def ui(
     deal: Session,
     open_: Annotated[bool, Option("--open", help="Start MLflow's own server here and open it.")] = False,
-    port: Annotated[int, Option(help="Port on the loopback address.")] = 5000,
+    port: Annotated[int, Option(min=1, max=65535, help="Port on the loopback address.")] = 5000,
 ) -> CommandResult[UiAddress]:
     """Show where MLflow lists the runs, or open it."""
     from flows.server.embedded import open_ui, ui_address

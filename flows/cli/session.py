@@ -79,7 +79,23 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
-Reason = Annotated[str, Option("--reason", help="Reason, for the promotion log.")]
+
+
+def _utf8(text: str) -> str:
+    """Refuse a text that cannot be stored. A terminal that does not write UTF-8 gives such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter(f"{text!r} is no UTF-8 text; let the terminal write UTF-8.") from None
+    return text
+
+
+def reason_option(purpose: str, **more: Any) -> Any:
+    """The option of a command that stores why it was given."""
+    return Option("--reason", help=f"Reason, for {purpose}.", callback=_utf8, **more)
+
+
+Reason = Annotated[str, reason_option("the promotion log")]
 Column = Annotated[
     str | None,
     Option("--column", help="With --data: the column that holds the texts.", show_default="found by its name"),

@@ -17,7 +17,7 @@ from typer import Argument, Option
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.safe_text import brief, listed
 from flows.cli.console import heading, matrix_table, new_table, percent, points, show_adaptation, show_held
-from flows.cli.session import CommandResult, Lineage, Reason, Session, command
+from flows.cli.session import CommandResult, Lineage, Reason, Session, command, reason_option
 
 if TYPE_CHECKING:
     from deal_core.evaluation.accuracy_matrix import MatrixJson
@@ -283,7 +283,7 @@ def rollback(
 def reject(
     deal: Session,
     version: Number,
-    reason: Annotated[str, Option("--reason", help="Reason, for the promotion log.", show_default=False)],
+    reason: Annotated[str, reason_option("the promotion log", show_default=False)],
     lineage: Lineage = "",
 ) -> CommandResult[Decision]:
     """Reject a version. It can never become champion."""

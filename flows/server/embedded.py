@@ -16,6 +16,7 @@ import time
 import urllib.request
 import warnings
 import webbrowser
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import copy_context
@@ -33,7 +34,7 @@ LOGGING_YAML = """\
 version: 1
 disable_existing_loggers: false
 formatters:
-  plain: {{class: infra.logs.PlainFormatter, format: "%(asctime)s %(levelname)s %(name)s: %(message)s"}}
+  plain: {{(): infra.logs.PlainFormatter}}
 handlers:
   file: {{class: logging.handlers.WatchedFileHandler, filename: {filename}, formatter: plain, delay: true}}
   api: {{class: prefect.logging.handlers.APILogHandler}}
@@ -99,11 +100,7 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
     except (DealError, ValueError, RuntimeError):  # the command says so, if it needs the store
         pass
     if not makes_home and not folder.exists() and "DEAL_STORE_URI" not in os.environ:
-        for name, value in {**SETTINGS, **embedded_environment(folder)}.items():
-            os.environ.setdefault(name, value)
-        logging.captureWarnings(True)
-        warnings.simplefilter("ignore")
-        FAILURES.handlers, FAILURES.propagate = [logging.NullHandler()], False
+        _settle({**SETTINGS, **embedded_environment(folder)}, logging.NullHandler())
         return folder
     log_file = folder / "logs" / "deal.log"
     logging_file = log_file.with_name("logging.yml")
@@ -119,16 +116,21 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
         raise ConfigError(problem) from None
     servers = _servers(folder)
     settings = embedded_environment(folder, {**servers, **os.environ})
-    for name, value in {**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **servers, **settings}.items():
-        os.environ.setdefault(name, value)
-    logging.captureWarnings(True)
     logging.raiseExceptions = False  # if the disk is full and a log cannot be written, print nothing
-    warnings.simplefilter("ignore")
     # a command without Prefect has no other handler, and Python's default handler prints to the screen
     handler = WatchedFileHandler(log_file, delay=True)  # goes on in the new file after another command has renamed it
-    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    FAILURES.handlers, FAILURES.propagate = [handler], False
+    handler.setFormatter(PlainFormatter())
+    _settle({**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **servers, **settings}, handler)
     return folder
+
+
+def _settle(variables: Mapping[str, str], handler: logging.Handler) -> None:
+    """Set the variables that the user has not set, and send unexpected errors and warnings away from the screen."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+    logging.captureWarnings(True)
+    warnings.simplefilter("ignore")
+    FAILURES.handlers, FAILURES.propagate = [handler], False
 
 
 def _servers(home: Path) -> dict[str, str]:

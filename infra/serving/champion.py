@@ -170,16 +170,16 @@ class Champion:
             ServingError: The champion does not load.
             StoreError: The store does not answer, or an entry or a version is missing or damaged.
         """
-        self._read_log()
-        if self._champion is None:
-            raise NoChampionError(f"Lineage '{self.lineage}' has no champion.")
-        self._try(self._champion)
-        while self._answerer is None:
+        while True:
+            self._read_log()
+            if self._champion is None:
+                raise NoChampionError(f"Lineage '{self.lineage}' has no champion.")
+            self._try(self._champion)
+            if self._answerer is not None:
+                break
             if self._engines is None or not self._engines.is_away:
                 raise ServingError(self._problem or "")
             time.sleep(self._engines.retry_seconds)  # an engine takes minutes to start
-            self._read_log()
-            self._try(self._champion)
         self.rollout = Rollout(self._store, self._answerer, self.log, self._say)
 
     def follow(self, stopped: threading.Event) -> None:

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
-from infra.logs import MAX_BYTES
+from infra.logs import MAX_BYTES, PlainFormatter
 from infra.serving.champion import Champion, Say
 from infra.serving.engines import Engines
 from infra.serving.prediction_log import LOG, open_prediction_log
@@ -156,7 +156,7 @@ def _logged_to(path: Path) -> Iterator[None]:
     """Send what the server says, and warnings of its libraries, to a file of limited size, not to the screen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=1, delay=True, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PlainFormatter())
     loggers = (LOG, *map(logging.getLogger, ("uvicorn.error", "asyncio")))
     for logger in loggers:
         logger.addHandler(handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,6 +172,10 @@ def test_a_lineage_is_held_shown_resumed_and_removed_by_command(
     land("parcels/a.jsonl")
     assert deal("adapt", "--watch", "--once", "--lineage", "support")["files"] == []
     assert deal("lineage", "resume", "support")["held"] is None
+    other_terminal = os.fsdecode("für Mai".encode("latin-1"))
+    result = CliRunner().invoke(app, ["lineage", "pause", "support", "--home", str(home), "--reason", other_terminal])
+    assert result.exit_code == WRONG_USE and "UTF-8" in result.output
+    assert deal("lineage", "show", "support")["held"] is None
     assert deal("lineage", "show", "support")["train"]["max_steps"] == 2
     result = CliRunner().invoke(app, ["lineage", "delete", "support", "--home", str(home)])
     assert result.exit_code == WRONG_USE and "the only lineage with settings" in " ".join(result.output.split())

@@ -175,6 +175,8 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     store.put_bytes(findings, store.get_bytes(findings).replace(cars.encode(), gone.encode()))
     arrival = find_version(store, "l", "2").dataset_sha256
     before = [info.key for info in store.list()]
+    everywhere = CliRunner().invoke(app, ["data", "delete", arrival, "--yes", "-l", "l"])
+    assert everywhere.exit_code == 2 and "go with --relearn" in everywhere.output, "it deletes in all lineages"
     dry = CliRunner().invoke(app, ["data", "delete", arrival, "--relearn", "--dry-run", "--json", "-l", "l"])
     assert dry.exit_code == 0, dry.output
     (lost,) = json.loads(dry.stdout)["branch"]["lost"]

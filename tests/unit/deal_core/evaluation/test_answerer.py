@@ -62,8 +62,8 @@ def answers_alone(folder: Path, tmp_path: Path) -> list[str]:
     return [alone.answer([InputRow(text)])[0] for text in TEXTS]
 
 
-def test_a_folder_from_before_versions_could_be_served_is_told_apart(parent: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterStateError, match=r"no deal\.json.*registered before"):
+def test_a_folder_that_is_not_a_whole_version_is_refused(parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterStateError, match=r"no deal\.json, so it is not the whole folder"):
         load_answerer(parent, tmp_path / "cache")
 
 

@@ -119,6 +119,12 @@ def test_json_fields_counts_equal_fields_of_both_objects(answer: str, score: flo
     assert json_fields(answer, '{"name": "Ada", "age": 36}') == pytest.approx(score)
 
 
+def test_json_fields_looks_into_lists_and_objects_and_tells_true_from_one() -> None:
+    expected = '{"tags": ["A", {"n": 1}], "who": {"name": "Ada"}}'
+    assert json_fields('{"tags": ["a", {"n": 1}], "who": {"name": " ada"}}', expected) == 1.0
+    assert json_fields('{"tags": ["a", {"n": true}], "who": {"name": "Ada"}}', expected) == 0.5
+
+
 def test_an_answer_with_several_references_has_the_score_of_the_best() -> None:
     assert score_answers("rouge_l", ["one cat", "a dog"], [["a cat", "one cat"], ["a cat", "one cat"]]) == (1.0, 0.5)
     assert score_answers("exact", ["b", "c"], [["a", "b"], "d"]) == (1.0, 0.0)

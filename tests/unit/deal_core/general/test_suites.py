@@ -12,6 +12,7 @@ from benchmarks.general_suites import GENERATED, content
 from deal_core.base_model.load import load_base
 from deal_core.config import SUITES, EvaluateConfig
 from deal_core.errors import ConfigError
+from deal_core.evaluation import metrics
 from deal_core.evaluation.generation import Confidence, GivenAnswer
 from deal_core.general.suites import MAX_NEW_TOKENS, ROWS_FOLDER, read_suite, suite_of
 
@@ -45,11 +46,12 @@ def test_there_is_a_file_for_each_name() -> None:
     assert {path.stem for path in ROWS_FOLDER.iterdir()} == {*SUITES} == MAX_NEW_TOKENS.keys()
 
 
-def test_the_digest_is_that_of_the_rows_and_of_the_checks() -> None:
+def test_the_digest_is_that_of_the_rows_the_checks_and_the_metrics_that_these_call() -> None:
     suite = read_suite("json")
     rows = (ROWS_FOLDER / "json.jsonl").read_bytes()
     checks = ROWS_FOLDER.with_name("checks.py").read_bytes()
-    assert suite.sha256 == hashlib.sha256(rows + checks + b"128").hexdigest()
+    called = Path(metrics.__file__).read_bytes()
+    assert suite.sha256 == hashlib.sha256(rows + checks + called + b"128").hexdigest()
     assert len({read_suite(name).sha256 for name in SUITES}) == len(SUITES)
 
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
+from transformers import Gemma3Config, LlamaConfig, LlamaForCausalLM, MambaConfig, MixtralConfig, T5Config
 
 from benchmarks.speed.scaling import Hardware, row_flops, step_cost, step_time
 from deal_core.adapter.reparametrize import Reparametrization
@@ -194,6 +194,21 @@ def test_of_a_sharded_model_a_device_holds_its_part_two_layers_and_what_is_whole
     assert planned(size, train=quantized, num_shards=8) == planned(size, train=quantized), "it cannot be sharded"
 
 
+def test_a_model_with_a_config_for_its_texts_is_measured_by_it() -> None:
+    text = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 16}
+    both = Gemma3Config(
+        text_config={**text, "num_attention_heads": 4, "num_key_value_heads": 2},
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    size = measure_model(both, AdapterConfig(target_modules=("q_proj", "v_proj")))
+    assert (size.num_layers, size.hidden_size, size.num_heads, size.vocab_size) == (3, 64, 4, 300)
+
+
+def test_a_model_without_attention_has_no_heads() -> None:
+    mamba = MambaConfig(vocab_size=300, hidden_size=64, num_hidden_layers=2, state_size=8)
+    assert measure_model(mamba, AdapterConfig(target_modules=("in_proj",))).num_heads == 0
+
+
 def test_experts_that_are_no_linear_layers_are_not_quantized() -> None:
     mixture = MixtralConfig(
         vocab_size=512,
@@ -243,7 +258,7 @@ def test_the_longest_kept_row_counts_and_then_the_new_texts_of_its_task_do_not(b
 
 
 def test_rehearsed_rows_of_a_step_count_where_there_are_any() -> None:
-    new, old = (TaskSchema(name=name, labels=("a", "b")) for name in ("new", "old"))
+    new, old = (TaskSchema(name=name, labels=("a", "b"), instruction=f"The {name} one?") for name in ("new", "old"))
 
     def rows_of(strategy: str, *old_tasks: TaskSchema, kept: tuple[str, ...] = (), **rehearsal: Any) -> int:
         sizes = dict.fromkeys(kept, KeptRows(num_rows=5, longest_prompt=9, longest_answer=2))

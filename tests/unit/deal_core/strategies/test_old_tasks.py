@@ -24,6 +24,7 @@ from tests.unit.deal_core.strategies.conftest import EIGHT_STEPS, NEW
 
 SIZES = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 SHAPES = TaskSchema(name="shapes", labels=("round", "flat"), instruction="Which shape is it?")
+CHAT = TaskSchema(name="chats", format="chat")
 STORY = TaskSchema(name="story", format="completion", instruction="Go on.")
 
 
@@ -63,10 +64,11 @@ def test_a_task_that_returns_is_rehearsed_by_its_kept_rows_alone(base, arrive):
     assert arrive([before], new=SIZES) is None
 
 
-@pytest.mark.parametrize("olds", [[SIZES, SHAPES, STORY], [SIZES, replace(SHAPES, name="new"), NEW], []])
+@pytest.mark.parametrize("olds", [[SIZES, SHAPES, STORY], [SIZES, replace(SHAPES, name="new"), NEW], [CHAT], []])
 @pytest.mark.parametrize("has_kept", [False, True])
 def test_a_plan_knows_how_many_rows_the_parent_answers(base, arrive, olds, has_kept):
-    kept = {rows_name("sizes"): pack(kept_rows(base, SIZES, ["large", "small"] * 5))} if has_kept and olds else {}
+    has_kept = has_kept and SIZES in olds
+    kept = {rows_name("sizes"): pack(kept_rows(base, SIZES, ["large", "small"] * 5))} if has_kept else {}
     made = arrive(olds, kept)
     arrival = PlannedArrival(
         task=NEW,
