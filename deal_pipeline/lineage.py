@@ -250,8 +250,9 @@ class Lineage:
         with self._starting:
             if self._server is None or not self._server.is_alive:
                 self._server = _Server(self.name, self._environment)
+            server = self._server  # another thread may close it, which ends the answers with an error of their own
         parts = [rows[start : start + NUM_ROWS] for start in range(0, len(rows), NUM_ROWS)]
-        return [answer for part in parts for answer in self._server.answers(part)]
+        return [answer for part in parts for answer in server.answers(part)]
 
     def close(self) -> None:
         """End the server that `predict` has started. The next `predict` starts it again."""

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
+from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
 from infra.versions import ArrivalDigests, Version, champion_of
 
 _END = ".end.json"
@@ -196,15 +196,11 @@ class Branches:
 
     def begin(self, branch: Branch) -> bool:
         """Store a branch with the lineage's next number; False: another writer was faster, and nothing was stored."""
-        return self._put(keys.branch_key(branch.lineage, branch.number), branch)
+        return write_stored(self.store, keys.branch_key(branch.lineage, branch.number), branch, if_absent=True)
 
     def end(self, branch: Branch, end: BranchEnd) -> bool:
         """Store how a branch ended; False: it had ended before."""
-        return self._put(keys.branch_end_key(branch.lineage, branch.number), end)
-
-    def _put(self, key: str, stored: Stored) -> bool:
-        content = (stored.model_dump_json(indent=2) + "\n").encode("utf-8", "replace")
-        return self.store.put_bytes(key, content, if_absent=True)
+        return write_stored(self.store, keys.branch_end_key(branch.lineage, branch.number), end, if_absent=True)
 
 
 def made_by(branch: Branch, versions: Sequence[Version]) -> dict[str, Version]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deal_core.judging_config import RolloutKind
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.stored import read_folder, reading_stored
+from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
 
 Action = Literal["promoted", "rolled back", "rejected", "rollout", "stopped"]
 """rollout: the version is tried on live traffic; its promotion or rejection ends that. stopped: no version is champion
@@ -47,10 +47,9 @@ class Change(BaseModel):
     """How the version is tried on live traffic; only of the action `rollout`."""
 
 
-class Move(Change):
+class Move(Change, Stored):
     """An entry of the promotion log."""
 
-    schema_version: Literal[1] = 1
     number: int = Field(ge=1)
     """Counts from 1 within the lineage."""
     when: datetime
@@ -109,7 +108,7 @@ class PromotionLog:
         """Write the move that follows `after`; None: another writer was faster, and nothing was written."""
         move = Move(number=after.number + 1 if after else 1, when=datetime.now(UTC), **change.model_dump())
         key = keys.promotion_key(move.lineage, move.number)
-        return move if self.store.put_bytes(key, move.model_dump_json(indent=2).encode(), if_absent=True) else None
+        return move if write_stored(self.store, key, move, if_absent=True) else None
 
     def parse(self, key: str, content: bytes) -> Move:
         """Return the entry with a key; raise StoreError if it is damaged, or another release wrote it."""
@@ -118,7 +117,7 @@ class PromotionLog:
             "which version is champion, and nothing is learned; a server that runs serves on."
         )
         with reading_stored(self.store, key, "an entry of the promotion log", remedy):
-            return Move.model_validate_json(content)
+            return parse_stored(content, Move)
 
 
 def rollout_of(moves: Sequence[Move]) -> Move | None:

@@ -23,7 +23,7 @@ from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.stored import Stored, parse_stored, read_folder, reading_stored
+from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
 
 Alias = Literal["champion", "challenger", "previous", "rollout"]
 """champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is tried
@@ -325,20 +325,18 @@ class Versions:
                     return registered
             number = int(versions[-1].version) + 1 if versions else 1
             numbered = version.model_copy(update={"version": str(number), "created": datetime.now(UTC)})
-            key = keys.version_key(version.lineage, number)
-            content = (numbered.model_dump_json(indent=1) + "\n").encode("utf-8", "replace")
-            if self.store.put_bytes(key, content, if_absent=True):
+            if write_stored(self.store, keys.version_key(version.lineage, number), numbered, if_absent=True):
                 return next(stored for stored in self.all(version.lineage) if stored.version == numbered.version)
 
     def note_files(self, version: Version, files_sha256: Recorded) -> None:
         """Write down which digests the files of a version's adapter may have from now on."""
         key = keys.version_note_key(version.lineage, int(version.version), "files")
-        self.store.put_bytes(key, _Files(files_sha256=files_sha256).model_dump_json().encode())
+        write_stored(self.store, key, _Files(files_sha256=files_sha256))
 
     def note_removed(self, lineage: str, version: str, day: str) -> None:
         """Write down that a version's adapter was removed. The version stays in the history."""
         key = keys.version_note_key(lineage, int(version), "removed")
-        self.store.put_bytes(key, _Removed(day=day).model_dump_json().encode(), if_absent=True)
+        write_stored(self.store, key, _Removed(day=day), if_absent=True)
 
 
 def champion_of(versions: Sequence[Version]) -> Version | None:

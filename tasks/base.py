@@ -95,12 +95,11 @@ def local_tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from deal_core.base_model.sources import BUILT_IN
+    from deal_core.base_model.sources import HubAddress, hub_address
 
-    place = _local_place(source)
-    name = place if os.path.isdir(place) or source in BUILT_IN else source
+    place, revision = hub_address(source) or HubAddress(str(_local_place(source)), None)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # damaged files break their readers in many ways
         raise ConfigError(f"The tokenizer of {source!r} is not on this machine, or cannot be read.") from error
 

@@ -91,11 +91,10 @@ def read_batches(store: ObjectStore, lineage: str) -> list[Batch]:
 def freeze_batch(store: ObjectStore, lineage: str, task: str, arrivals: Sequence[Arrival], now: datetime) -> Batch:
     """Fix the arrivals of a task that are learned together; return its batch, which another run may have made."""
     batch = Batch(lineage=lineage, task=task, files=_files_of(arrivals), at=now)
-    if store.put_bytes(batch.key, (batch.model_dump_json(indent=2) + "\n").encode(), if_absent=True):
+    if write_stored(store, batch.key, batch, if_absent=True):
         return batch
-    return _read_batch(store, batch.key) or freeze_batch(
-        store, lineage, task, arrivals, now
-    )  # another run has just ended it
+    # None: another run has just ended it
+    return _read_batch(store, batch.key) or freeze_batch(store, lineage, task, arrivals, now)
 
 
 def split_batch(store: ObjectStore, batch: Batch) -> None:

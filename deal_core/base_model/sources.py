@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 
@@ -92,6 +92,19 @@ def fetch_snapshot(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"The {kind} {repository!r} could not be fetched from the Hub ({reason}).") from error
     return Path(folder)
+
+
+class HubAddress(NamedTuple):
+    """Where a model of the Hub is."""
+
+    repository: str
+    revision: str | None
+
+
+def hub_address(source: str) -> HubAddress | None:
+    """Return where a base model's source is on the Hub; None: it is the built-in model, a folder or a GGUF file."""
+    match = None if source in BUILT_IN or os.path.exists(os.path.expanduser(source)) else HUB_ID.fullmatch(source)
+    return HubAddress(match["repository"], match["revision"]) if match else None
 
 
 def fetch_model(source: str, patterns: Sequence[str], *, ignored: Sequence[str] = ()) -> Path:

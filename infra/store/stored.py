@@ -65,9 +65,9 @@ def parse_stored(content: bytes, model: type[Model]) -> Model:
     return model.model_validate(values)
 
 
-def write_stored(store: ObjectStore, key: str, stored: Stored) -> None:
-    """Write a file, in place of a present one."""
-    store.put_bytes(key, (stored.model_dump_json(indent=2) + "\n").encode())
+def write_stored(store: ObjectStore, key: str, stored: Stored, *, if_absent: bool = False) -> bool:
+    """Write a file, in place of a present one. With `if_absent` a present one stays, and the answer is False."""
+    return store.put_bytes(key, (stored.model_dump_json(indent=2) + "\n").encode(), if_absent=if_absent)
 
 
 @contextmanager

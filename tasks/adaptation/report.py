@@ -199,7 +199,7 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         *(f"- {reason}" for reason in report.reasons),
         "",
         "; ".join(f"{name}: **{value}**" for name, value in words.scores_of(report, evaluation)) + ".",
-        f"Continues {words.origin_of(report)}.",
+        f"{'Judged against' if evaluation.is_consolidation else 'Continues'} {words.origin_of(report)}.",
         f"{quality.num_train} training rows, {quality.num_test} test rows, {quality.num_rejected} in quarantine.",
         *(f"Test rows of {task.task}: {task.num_gained} gained, {task.num_lost} lost." for task in report.changed),
         f"{', '.join(f'{name} {words.duration(value)}' for name, value in report.seconds.items())}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from deal_core.base_model.sources import hub_address
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from deal_core.evaluation.metrics import scored_otherwise
 from infra.report import page as words
@@ -50,9 +51,12 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
     configuration.
     """
     base, matrix = record.base, record.matrix
-    is_on_hub = "/" in base.name  # a hub shows other names as dead links
-    front = [f"base_model: {json.dumps(base.name)}"] if is_on_hub else []
+    address = hub_address(base.source)
+    front = [f"base_model: {json.dumps(address.repository)}"] if address else []  # a hub shows others as dead links
     front += [f"license: {json.dumps(licence)}"] if licence else []
+    place = f'"FOLDER OF {base.name}"'
+    if address:
+        place = f'"{address.repository}"' + (f', revision="{address.revision}"' if address.revision else "")
     loader = f"AutoModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     verdict = "accepted" if version.accepted else "rejected: " + " ".join(version.reasons)
     metrics = scored_otherwise({task.schema.name: task.schema.metric for task in record.tasks})
@@ -85,7 +89,7 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         f'mlflow.pyfunc.load_model("models:/{record.lineage}@champion").predict([{{"input": "...", "task": "..."}}])',
         "",
         "# With PEFT alone; deal.json says how each task is asked:",
-        f'base = transformers.{loader}.from_pretrained("{base.name if is_on_hub else f"FOLDER OF {base.name}"}")',
+        f"base = transformers.{loader}.from_pretrained({place})",
         'model = peft.PeftModel.from_pretrained(base, "THIS FOLDER")',
         "```",
         "",

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of
-from deal_core.base_model.sources import resolve_base
+from deal_core.base_model.sources import hub_address, resolve_base
 from deal_core.errors import ConfigError
 from infra.serving.version_files import write_peft_folder
 from infra.settings import EngineSettings, HomeSettings
@@ -70,8 +70,8 @@ def publish(
     base = model
     if not base:  # what such a server is given: the base model's Hub id, or its folder on this machine
         recorded = read_record(store, info.adapter_uri).base
-        is_on_hub = "/" in recorded.name and not Path(recorded.source).expanduser().exists()
-        base = recorded.name if is_on_hub else str(resolve_base(recorded.source, HomeSettings().cache_dir))
+        address = hub_address(recorded.source)
+        base = address.repository if address else str(resolve_base(recorded.source, HomeSettings().cache_dir))
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / f"{lineage}-v{info.version}"  # never another adapter, since servers cache by name
     with borrowed_adapter(store, info) as adapter:

@@ -13,6 +13,7 @@ from benchmarks.tiny_base import build_tiny_base
 from deal_core.errors import ConfigError, RegistryError
 from flows.branch import give_up
 from flows.rebase import plan_rebase, rebase
+from infra.branches import Branches
 from infra.promotions import PromotionLog
 from tasks.context import current_store
 from tasks.lineage.history import find_version
@@ -38,6 +39,9 @@ def test_a_lineage_changes_its_base_model_and_goes_back(new_base: str, tiny_base
     add_lineage(store, WatchedLineage(lineage="l", base_model=str(tiny_base)))
     with pytest.raises(ConfigError, match="already"):
         plan_rebase("l", str(tiny_base))
+    with pytest.raises(ConfigError, match="no address with a host"):
+        asyncio.run(rebase("l", new_base, engines=("localhost:8000",), who="tester"))
+    assert Branches(store).open("l") is None, "a wrong address shows before anything is learned"
     result = asyncio.run(rebase("l", new_base, who="tester"))
     assert result.status == "swapped", result.message
     assert [made.remakes for made in result.made] == ["1", "2", "3"]

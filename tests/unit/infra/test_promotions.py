@@ -80,7 +80,10 @@ def test_a_rollout_is_open_until_the_champion_moves_or_its_version_is_rejected(l
     assert log.open_rollout("l") is None
 
 
-def test_a_damaged_move_is_named(log: PromotionLog) -> None:
-    log.store.put_bytes("promotions/l/00000001.json", b"{}")
-    with pytest.raises(StoreError, match=r"00000001\.json, an entry of the promotion log, is damaged"):
+@pytest.mark.parametrize(
+    ("content", "says"), [(b'{"schema_version": 1}', "is damaged"), (b'{"schema_version": 2}', "schema version 2")]
+)
+def test_a_move_that_is_damaged_or_of_another_release_is_named(log: PromotionLog, content: bytes, says: str) -> None:
+    log.store.put_bytes("promotions/l/00000001.json", content)
+    with pytest.raises(StoreError, match=rf"00000001\.json, an entry of the promotion log, .*{says}"):
         log.last("l")

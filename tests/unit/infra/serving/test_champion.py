@@ -300,6 +300,23 @@ def test_nothing_is_served_where_there_is_no_champion_or_it_does_not_load(store:
         a_champion(store).begin()
 
 
+def test_a_server_that_waits_for_an_engine_ends_when_the_champion_is_stopped(store: Store) -> None:
+    champion = a_champion(store)
+    Answerer.broken.add("1")
+
+    class Engines:
+        is_away = True
+
+        @property
+        def retry_seconds(self) -> float:
+            move(store, "1", "stopped", champion=None)
+            return 0.0
+
+    champion._engines = Engines()  # type: ignore[assignment]
+    with pytest.raises(NoChampionError):
+        champion.begin()
+
+
 @pytest.mark.parametrize("name", SERVED_FILES)
 @pytest.mark.parametrize("is_missing", [False, True])
 def test_a_damaged_file_of_a_version_is_refused_by_name_and_the_old_version_serves_on(
