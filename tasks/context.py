@@ -43,12 +43,9 @@ def work_folder(lineage: str, short_key: str) -> Path:
 def only_process(lock: Path, busy: str) -> Iterator[None]:
     """Raise ConfigError with the message `busy` if another process is in a block with this lock file."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    file = FileLock(lock)
     try:
-        file.acquire(timeout=0)
+        held = FileLock(lock).acquire(timeout=0)
     except Timeout:
         raise ConfigError(busy) from None
-    try:
+    with held:
         yield
-    finally:
-        file.release()

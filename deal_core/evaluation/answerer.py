@@ -132,8 +132,6 @@ class Answerer:
 
     retry_seconds = 60.0
     """Pause before a version that did not load is tried again."""
-    streams = False
-    """Whether answers come in pieces, and with the client's sampling."""
 
     def __init__(self, served: ServedVersion, base: BaseModel, folder: Path, version: str = UNKNOWN_VERSION) -> None:
         self._first = _Version(served, version, base.tokenizer)

@@ -122,7 +122,6 @@ class _Drop:
     task: str
     """The task or the suite."""
     points: float
-    num_rows: int
     paired: PairedDrop | None
     is_clear: bool
     """The loss is more than noise explains. Without the parent's outcomes, every loss counts."""
@@ -137,7 +136,6 @@ def _drop_of(report: EvaluationReport, task: str, confidence: float) -> _Drop:
     return _Drop(
         task=task,
         points=points,
-        num_rows=report.num_rows.get(task, 0),
         paired=paired,
         is_clear=paired is None or paired.lower_bound(confidence) > 0,
         sentence=f"{fell}, from {_percent(before)} to {_percent(after)}",
@@ -153,7 +151,6 @@ def _drops_of_suites(report: EvaluationReport, confidence: float) -> Iterator[_D
         return _Drop(
             task=suite,
             points=paired.points,
-            num_rows=paired.num_rows,
             paired=paired,
             is_clear=paired.lower_bound(confidence) > 0,
             sentence=f"General ability: {suite} fell by {paired.points:.1f} points against the {whose}, {after}",
@@ -253,7 +250,7 @@ def _notes(drops: list[_Drop], max_points: float | None, confidence: float) -> I
         if drop.paired is None:
             yield f"{drop.task}: the champion's answers were not kept; its drop is judged without allowing for noise."
             continue
-        limit = max(max_points, 100 / drop.num_rows) + 100 * _SLACK
+        limit = max(max_points, 100 / drop.paired.num_rows) + 100 * _SLACK
         if drop.paired.are_hits:
             told = what_hits_tell(drop.paired.num_rows, limit, confidence)
         else:  # what graded scores can distinguish depends on the scores that changed
@@ -261,11 +258,11 @@ def _notes(drops: list[_Drop], max_points: float | None, confidence: float) -> I
             told = f"a drop only from about {noise:.1f} points on" if noise > limit else None
         if told:
             yield (
-                f"{drop.task}: too few test rows to judge: {drop.num_rows} can tell {told}; the limit is "
+                f"{drop.task}: too few test rows to judge: {drop.paired.num_rows} can tell {told}; the limit is "
                 f"{max_points:.1f}."
             )
         if drop.points > max_points + 100 * _SLACK and not drop.is_clear:
-            yield f"{drop.sentence}: over the limit, but within the noise of {drop.num_rows} test rows."
+            yield f"{drop.sentence}: over the limit, but within the noise of {drop.paired.num_rows} test rows."
 
 
 def _budget_notes(report: EvaluationReport, config: GateConfig) -> Iterator[str]:

@@ -238,7 +238,7 @@ def matrix_table(matrix: Mapping[str, Any]) -> Table:
     table = new_table("after learning", *matrix["tasks"], right=matrix["tasks"])
     table.add_row("(base model)", *(percent(value) for value in matrix["base"]), style="dim")
     for number, (trained, row) in enumerate(zip(matrix["trained"], matrix["rows"], strict=True)):
-        if number in matrix.get("consolidated", ()):  # figures of an earlier release have none
+        if number in matrix["consolidated"]:
             table.add_row(CONSOLIDATED, *map(percent, row))
             continue
         cells = [

@@ -77,7 +77,6 @@ def list_versions(
     | Annotated[tuple[Move, ...], "with --moves"]
     | Annotated[ChampionAt, "with --at"]
     | Annotated[MatrixJson, "with --matrix"]
-    | Annotated[None, "with --matrix, if no task of the champion has test rows"]
 ]:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
     from infra.promotions import PromotionLog
@@ -87,8 +86,7 @@ def list_versions(
 
     if matrix:
         scores = read_record(deal.store, find_version(deal.store, lineage, None).adapter_uri).matrix
-        shown = [matrix_table(scores.to_json())] if scores else ["No task of the champion has test rows."]
-        return CommandResult(scores.to_json() if scores else None, [heading(f"Scores of {lineage}, %"), *shown])
+        return CommandResult(scores.to_json(), [heading(f"Scores of {lineage}, %"), matrix_table(scores.to_json())])
     if at is not None:
         when, zone = _time(at)
         champion = PromotionLog(deal.store).champion_at(lineage, when)

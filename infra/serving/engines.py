@@ -103,7 +103,6 @@ class Engines:
 
     retry_seconds = 5.0
     """Pause before a version that did not load is tried again."""
-    streams = True
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ from deal_core.monitoring.feedback import read_entry
 from deal_core.safe_text import brief
 from infra.served_model import SIGNATURE, VERSION, ServedModel
 from infra.serving.champion import Champion
-from infra.serving.engines import PASSED_ON
+from infra.serving.engines import MAX_TOPS, PASSED_ON
 from infra.serving.prediction_log import LOG
 
 MAX_ENTRIES = 1000
@@ -42,10 +42,10 @@ OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the 
 FEEDBACK_BODY = '[{"id": ID, "label": LABEL}]'
 RETRY = {"Retry-After": "2"}
 DONE = "data: [DONE]\n\n"
-REFUSED = {"tools": "tools", "functions": "functions", "audio": "audio"}
+REFUSED = ("tools", "functions", "audio")
 """Keys of a request that ask for something that the server does not have."""
-MAX_ANSWERS, MAX_TOPS = 128, 20
-"""Most answers to a row, and most log-probabilities for a token."""
+MAX_ANSWERS = 128
+"""Most answers to a row."""
 
 
 class RefusalError(Exception):
@@ -117,9 +117,9 @@ def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -
     lineage, _, version = name.partition("@")
     if lineage != served.lineage:
         raise _not_found(f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.")
-    for key, what in REFUSED.items():
+    for key in REFUSED:
         if values.get(key):
-            raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
+            raise _wrong(f"{key}: the server has no {key}; leave {key} out.")
     sampling = _sampling(values, is_chat) if serving.streams else _without_sampling(values)
     task = served.task(task_name or None)
     if task is None:
