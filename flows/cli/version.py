@@ -191,7 +191,7 @@ def show(
         raise ConfigError("--out is the file of the page; give --report too.")
     entry = next((entry for entry in read_history(lineage) if entry.version == version), None)
     if entry is None:
-        raise RegistryError(f"Lineage {lineage} has no version {version}; deal version list shows its versions.")
+        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal version list --lineage {lineage}")
     if not report:
         return CommandResult(ShownVersion(version=entry, page=None), _show_version(lineage, entry))
     page = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
