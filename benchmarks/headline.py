@@ -203,7 +203,8 @@ def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
         better, worse = (f"`{OURS}`", "replay") if lead.mean > 0 else ("Replay", f"`{OURS}`")
         verdict = f"{better} is better than {worse} ({size})"
         if not lead.is_found:
-            verdict = f"No difference between {worse} and {better.lower()} was found ({size})"
+            ahead = f"{better} ended {abs(lead.mean):.1f} points higher"
+            verdict = f"{ahead}; over {num_pairs} pairs of runs ({low:.1f} to {high:.1f}) that is no difference"
     return (
         f"After {len(stored[OURS][0]['settings']['tasks'])} arrivals `{OURS}` ends at {ours:.1f} % accuracy, replay of "
         f"the same rows at {rival:.1f} %, and retraining on all rows at {bound:.1f} %. {verdict}."
