@@ -199,12 +199,11 @@ def claim(stored: Mapping[str, Sequence[CellJson]]) -> str:
     else:
         assert lead.over_pairs is not None, "there are several pairs"
         low, high = sorted(lead.over_pairs if lead.mean > 0 else [-end for end in lead.over_pairs])
-        size = f"{abs(lead.mean):.1f} points, {low:.1f} to {high:.1f} over {num_pairs} pairs of runs"
+        between = f"{low:.1f} to {high:.1f} over {num_pairs} pairs of runs"
         better, worse = (f"`{OURS}`", "replay") if lead.mean > 0 else ("Replay", f"`{OURS}`")
-        verdict = f"{better} is better than {worse} ({size})"
+        verdict = f"{better} is better than {worse} ({abs(lead.mean):.1f} points, {between})"
         if not lead.is_found:
-            ahead = f"{better} ended {abs(lead.mean):.1f} points higher"
-            verdict = f"{ahead}; over {num_pairs} pairs of runs ({low:.1f} to {high:.1f}) that is no difference"
+            verdict = f"{better} ended {abs(lead.mean):.1f} points higher ({between}). The rule finds no difference"
     return (
         f"After {len(stored[OURS][0]['settings']['tasks'])} arrivals `{OURS}` ends at {ours:.1f} % accuracy, replay of "
         f"the same rows at {rival:.1f} %, and retraining on all rows at {bound:.1f} %. {verdict}."

@@ -17,8 +17,8 @@ MAX_BYTES = 10 << 20
 class PlainFormatter(logging.Formatter):
     """Writes lines without terminal control characters, because people read logs with `cat`."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    def __init__(self, format: str = "%(asctime)s %(levelname)s %(name)s: %(message)s") -> None:
+        super().__init__(format)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""

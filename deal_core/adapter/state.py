@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from deal_core.adapter.files import CONFIG_FILE, KEPT_ROWS, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE, MethodState
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks, count_core_slots, decompose
-from deal_core.base_model.sources import HUB_ID
+from deal_core.base_model.sources import hub_address
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.schema_version import require_schema_version
@@ -183,9 +183,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_name: str) -> None:
     """Write the adapter as a plain PEFT folder that names its base model, and the method's state in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    hub_id, config = HUB_ID.fullmatch(base_name), model.peft_config[ADAPTER_NAME]
-    config.base_model_name_or_path = hub_id["repository"] if hub_id else base_name
-    config.revision = hub_id["revision"] if hub_id else None
+    config = model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path, config.revision = hub_address(base_name) or (base_name, None)
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     # equal adapters have equal bytes: PEFT writes the module names in a random order

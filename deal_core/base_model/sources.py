@@ -109,9 +109,9 @@ def hub_address(source: str) -> HubAddress | None:
 
 def fetch_model(source: str, patterns: Sequence[str], *, ignored: Sequence[str] = ()) -> Path:
     """Fetch files of a model by its Hub id; the errors are those of `fetch_snapshot`."""
-    address = HUB_ID.fullmatch(source)
+    address = hub_address(source)
     assert address is not None, "the caller has checked it"
-    return fetch_snapshot(address["repository"], "model", patterns, revision=address["revision"], ignored=ignored)
+    return fetch_snapshot(address.repository, "model", patterns, revision=address.revision, ignored=ignored)
 
 
 def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None = None) -> Path:

@@ -128,11 +128,12 @@ def _count_by_kind(model: nn.Module) -> dict[str, int]:
 
 def _with_layers(config: Any, count: int) -> Any:
     shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
     for name in _LAYER_COUNTS:
-        if getattr(shallow, name, None) is not None:
-            setattr(shallow, name, count)
-    if getattr(shallow, "layer_types", None):
-        shallow.layer_types = shallow.layer_types[:count]
+        if getattr(text, name, None) is not None:
+            setattr(text, name, count)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
     return shallow
 
 

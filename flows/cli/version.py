@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
-from deal_core.errors import ConfigError, RegistryError
+from deal_core.errors import ConfigError
 from deal_core.safe_text import brief, listed
 from flows.cli.console import heading, matrix_table, new_table, percent, points, show_adaptation, show_held
 from flows.cli.session import CommandResult, Lineage, Reason, Session, command, reason_option
@@ -184,14 +184,14 @@ def show(
     ] = None,
 ) -> CommandResult[ShownVersion]:
     """Show what a version learned and what the gate decided."""
-    from tasks.lineage.history import read_history
+    from tasks.lineage.history import no_version, read_history
     from tasks.lineage.reports import save_report
 
     if out is not None and not report:
         raise ConfigError("--out is the file of the page; give --report too.")
     entry = next((entry for entry in read_history(lineage) if entry.version == version), None)
     if entry is None:
-        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal version list --lineage {lineage}")
+        raise no_version(lineage, version)
     if not report:
         return CommandResult(ShownVersion(version=entry, page=None), _show_version(lineage, entry))
     page = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")

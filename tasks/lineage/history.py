@@ -17,6 +17,11 @@ class NoVersionError(RegistryError):
     """A lineage has no version, and never had one."""
 
 
+def no_version(lineage: str, version: str) -> RegistryError:
+    """Return the error that a lineage has no version with this number."""
+    return RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal version list --lineage {lineage}")
+
+
 class HistoryEntry(VersionFacts, frozen=True):
     """One version of a lineage. Scores are None where the lineage has too few tasks for them."""
 
@@ -62,7 +67,7 @@ def find_version(store: ObjectStore, lineage: str, version: str | None) -> Versi
         return champion
     named = Versions(store).find(lineage, version)
     if named is None:
-        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal version list --lineage {lineage}")
+        raise no_version(lineage, version)
     require_adapter(named)
     return named
 

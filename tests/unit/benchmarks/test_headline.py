@@ -108,8 +108,14 @@ def test_the_share_of_retraining_is_one_where_nothing_differs_and_its_interval_h
     [
         ((2, 2, 3), "`deal` is better than replay (23.3 points, 9.0 to 37.7 over 3 pairs of runs)."),
         ((-2, -2, -3), "Replay is better than `deal` (23.3 points, 9.0 to 37.7 over 3 pairs of runs)."),
-        ((1, -1, 1), "`deal` ended 3.3 points higher; over 3 pairs of runs (-25.4 to 32.0) that is no difference."),
-        ((-1, 1, -1), "Replay ended 3.3 points higher; over 3 pairs of runs (-25.4 to 32.0) that is no difference."),
+        (
+            (1, -1, 1),
+            "`deal` ended 3.3 points higher (-25.4 to 32.0 over 3 pairs of runs). The rule finds no difference.",
+        ),
+        (
+            (-1, 1, -1),
+            "Replay ended 3.3 points higher (-25.4 to 32.0 over 3 pairs of runs). The rule finds no difference.",
+        ),
         ((1,), "to say whether `deal` or replay is better; so far there is one pair."),
         ((1, 1), "so far there are 2 pairs."),
     ],

@@ -81,7 +81,13 @@ def test_a_rollout_is_open_until_the_champion_moves_or_its_version_is_rejected(l
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b'{"schema_version": 1}', "is damaged"), (b'{"schema_version": 2}', "schema version 2")]
+    ("content", "says"),
+    [
+        (b"{}", "schema version None"),
+        (b"[", "is damaged"),
+        (b'{"schema_version": 1}', "is damaged"),
+        (b'{"schema_version": 2}', "schema version 2"),
+    ],
 )
 def test_a_move_that_is_damaged_or_of_another_release_is_named(log: PromotionLog, content: bytes, says: str) -> None:
     log.store.put_bytes("promotions/l/00000001.json", content)

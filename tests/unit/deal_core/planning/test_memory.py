@@ -200,8 +200,11 @@ def test_a_model_with_a_config_for_its_texts_is_measured_by_it() -> None:
         text_config={**text, "num_attention_heads": 4, "num_key_value_heads": 2},
         vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     )
-    size = measure_model(both, AdapterConfig(target_modules=("q_proj", "v_proj")))
+    adapter = AdapterConfig(target_modules=("q_proj", "v_proj"))
+    size = measure_model(both, adapter)
     assert (size.num_layers, size.hidden_size, size.num_heads, size.vocab_size) == (3, 64, 4, 300)
+    whole, alone = (measure_activations(c, adapter, BATCH, "fp32", on_cpu=True) for c in (both, both.text_config))
+    assert whole.layer == alone.layer > 0 and whole.boundary == alone.boundary
 
 
 def test_a_model_without_attention_has_no_heads() -> None:
