@@ -12,50 +12,79 @@ _LONG_WORD = re.compile(r"(\S{150})\S{150,}(\S{50})")
 
 
 class DealError(Exception):
-    """Base of every error that this project raises on purpose. Secrets in its text are masked."""
+    """Base of every error that this project raises on purpose. Secrets in its text are masked.
 
-    def __init__(self, *args: object) -> None:
+    Attributes:
+        code: What is wrong, in a word that stays when the message is written anew. Programs and tests compare it. Each
+            class has a code. An error that a caller has to tell apart from others of its class is raised with its own.
+    """
+
+    code = "error"
+
+    def __init__(self, *args: object, code: str | None = None) -> None:
         super().__init__(*(without_secrets(arg) if isinstance(arg, str) else arg for arg in args))
+        if code is not None:
+            self.code = code
 
 
 class ConfigError(DealError, ValueError):
     """A setting or an argument is not valid."""
 
+    code = "setting"
+
 
 class DataValidationError(DealError, ValueError):
     """A data file cannot be used as it is."""
+
+    code = "data"
 
 
 class ReaderDiedError(DataValidationError):
     """A file ended the process that read it. Want of memory can do that too, so one more try is worth while."""
 
+    code = "reader-died"
+
 
 class AdapterStateError(DealError):
     """Saved adapter or method state does not fit the model it is loaded into."""
+
+    code = "adapter-state"
 
 
 class IntegrityError(DealError):
     """Stored bytes differ from their recorded digest."""
 
+    code = "digest"
+
 
 class TrainingDivergedError(DealError):
     """A loss or gradient is not finite, so the training cannot continue."""
+
+    code = "diverged"
 
 
 class RankError(DealError):
     """One of several training processes died."""
 
+    code = "rank-died"
+
 
 class RegistryError(DealError):
     """A lineage lacks a version, or has one that cannot do what is asked."""
+
+    code = "version"
 
 
 class StoreError(DealError):
     """A request to the object store failed."""
 
+    code = "store"
+
 
 class DiskFullError(DealError):
     """A disk that a run writes to is full."""
+
+    code = "disk-full"
 
 
 def in_one_line(error: Exception) -> str:

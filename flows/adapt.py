@@ -127,6 +127,8 @@ async def adapt_locked(spec: AdaptSpec, retrain: RetrainPolicy = AT_ONCE) -> Ada
 class NothingToLearnError(DealError):
     """An arrival needs no training: a version has learned it, or the champion answers it well enough."""
 
+    code = "nothing-to-learn"
+
     def __init__(self, result: AdaptResult) -> None:
         super().__init__(result.message)
         self.result = result

@@ -24,6 +24,8 @@ LOCKED = 423
 class LineageBusyError(DealError):
     """Another run works on the lineage, and the caller does not wait."""
 
+    code = "lineage-busy"
+
 
 @asynccontextmanager
 async def lock_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None]:

@@ -264,6 +264,8 @@ def _from(folder: Path, path: str) -> Path:
 class TaskFieldsError(ConfigError, DataValidationError):
     """A setting of an arrival's task is not valid, or contradicts the lineage."""
 
+    code = "task-fields"
+
 
 @contextmanager
 def reading_the_task() -> Iterator[None]:

@@ -58,6 +58,8 @@ class ValidationReport:
 class ArrivalRefusedError(DataValidationError):
     """The arrival was read to its end and cannot be used."""
 
+    code = "arrival-refused"
+
     def __init__(self, message: str, report: ValidationReport) -> None:
         super().__init__(message)
         self.report = report

@@ -35,6 +35,8 @@ MAX_ROWS_CPU = 6
 class GivenUpError(DealError):
     """Rows were not answered, because the caller has gone, the server is stopping, or the candidate was removed."""
 
+    code = "given-up"
+
 
 class Answered(NamedTuple):
     """Answers to rows, and the version that gave them."""

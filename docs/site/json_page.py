@@ -38,8 +38,9 @@ command, such as `deal adapt`, leads to its schema. `python -m docs.site.referen
 - A time is ISO 8601 with its zone. A share or an accuracy is a number from 0 to 1, unless the table says otherwise.
 - A mapping is a JSON object with names that depend on the data. Its values are of one type.
 - Later releases may add fields, so a program should ignore fields that it does not know.
-- An error is a line of JSON on stderr, `{"error": "…"}`, and stdout is empty. A result that is a failure, such as a
-  refused file, is printed on stdout like any other. The [exit code](guide.md#look) tells them apart.
+- An error is a line of JSON on stderr, `{"error": "…", "code": "…"}`, and stdout is empty. The code stays when the
+  message changes. A result that is a failure, such as a refused file, is printed on stdout like any other. The
+  [exit code](guide.md#look) tells them apart.
 """
 OBJECTS = """\
 ## Objects

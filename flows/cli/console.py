@@ -159,11 +159,11 @@ class Screen:
         for renderable in shown:
             self.out.print(renderable, soft_wrap=isinstance(renderable, str))
 
-    def error(self, message: str) -> None:
-        """One line on stderr that says what went wrong and what to do."""
+    def error(self, message: str, code: str) -> None:
+        """One line on stderr that says what went wrong and what to do; with --json also the error's code."""
         message = without_secrets(message)
         if self.as_json:
-            _write_event({"error": message})
+            _write_event({"error": message, "code": code})
         else:
             self.err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
 

@@ -304,7 +304,7 @@ def session(home: Path | None, as_json: bool, debug: bool, *, makes_home: bool =
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        screen.error("Stopped; the same command goes on from the last checkpoint.")
+        screen.error("Stopped; the same command goes on from the last checkpoint.", "stopped")
         raise typer.Exit(STOPPED) from None
     except Exception as error:
         if debug:
@@ -317,7 +317,7 @@ def session(home: Path | None, as_json: bool, debug: bool, *, makes_home: bool =
         if not is_ours:
             FAILURES.exception("The command failed")
             error = _wrong_path(error) or error
-        screen.error(_explain(error, folder))
+        screen.error(_explain(error, folder), error.code if isinstance(error, DealError) else "unexpected")
         raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else FAILED) from None
 
 

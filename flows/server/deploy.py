@@ -45,6 +45,8 @@ PREFECTS_POOLS = "server/api/collections_data/views/aggregate-worker-metadata.js
 class DeployError(DealError):
     """The server refuses the deployments."""
 
+    code = "deploy"
+
 
 async def deploy_all(
     home: Path,

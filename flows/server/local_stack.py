@@ -37,6 +37,8 @@ Say = Callable[[str], None]
 class StartError(DealError):
     """A server or worker did not start."""
 
+    code = "server-start"
+
 
 async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> LocalStack:
     """Start everything; return when everything works. What is left of an earlier start is ended first.

@@ -48,9 +48,13 @@ Say = Callable[[str], None]
 class NoChampionError(RegistryError):
     """The lineage has no champion. The caller adds the reason."""
 
+    code = "no-champion"
+
 
 class ServingError(DealError):
     """The champion does not load."""
+
+    code = "serving"
 
 
 class Champion:

@@ -59,6 +59,8 @@ LOG = logging.getLogger("deal.serving")
 class NoEngineError(GivenUpError):
     """No engine answers now."""
 
+    code = "no-engine"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnEngine:

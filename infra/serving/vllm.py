@@ -41,6 +41,8 @@ TOKEN = "token_id:"
 class EngineError(DealError):
     """The engine refused a request. `status` is the HTTP status of its answer; 0: it gave something else."""
 
+    code = "engine"
+
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
@@ -48,6 +50,8 @@ class EngineError(DealError):
 
 class EngineAwayError(EngineError):
     """The engine does not answer, or is too busy to."""
+
+    code = "engine-away"
 
 
 class Piece(NamedTuple):

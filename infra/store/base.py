@@ -37,9 +37,13 @@ _warned: set[tuple[str, str]] = set()
 class ObjectNotFoundError(StoreError):
     """Nothing is stored under the key or prefix."""
 
+    code = "object-missing"
+
 
 class UnusableObjectError(StoreError):
     """The key names no regular file, or a link that leads elsewhere. The store does not read such objects."""
+
+    code = "object-unusable"
 
 
 @dataclass(frozen=True, kw_only=True)

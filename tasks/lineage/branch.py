@@ -20,6 +20,8 @@ from tasks.notices import Notice, announce
 class BranchOpenError(RegistryError):
     """Versions of the lineage are being made again, and new arrivals wait."""
 
+    code = "branch-open"
+
 
 def require_no_branch(store: ObjectStore, lineage: str) -> None:
     """Raise BranchOpenError if the lineage has an open branch."""

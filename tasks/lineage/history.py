@@ -16,6 +16,8 @@ from tasks.context import current_store
 class NoVersionError(RegistryError):
     """A lineage has no version, and never had one."""
 
+    code = "no-version"
+
 
 def no_version(lineage: str, version: str) -> RegistryError:
     """Return the error that a lineage has no version with this number."""

@@ -20,9 +20,13 @@ from infra.versions import ArrivalDigests
 class ForgottenRowsError(DataValidationError):
     """Forgotten rows have landed again."""
 
+    code = "forgotten-rows"
+
 
 class TestRowsForgottenError(StoreError):
     """The test rows of a task were forgotten."""
+
+    code = "forgotten-test-rows"
 
     __test__ = False
 

@@ -74,7 +74,7 @@ def test_an_overlay_changes_images_and_sizes_and_nothing_else() -> None:
         kubernetes_validate.validate(document, "1.32", strict=True)
         if "template" in document.get("spec", {}):
             (theirs,), (ours,) = (pod["spec"]["template"]["spec"]["containers"] for pod in (document, expected[name]))
-            assert theirs["image"] == "registry.example.com/deal-worker:cpu-0.3.0"
+            assert theirs["image"] == "registry.example.com/deal-worker:cpu-0.4.0"
             theirs["image"] = ours["image"]
     claim = made["PersistentVolumeClaim", "deal-home"]["spec"]
     assert (claim.pop("storageClassName"), claim["resources"]["requests"]["storage"]) == ("shared-files", "1Ti")
@@ -439,7 +439,7 @@ def test_the_lines_of_the_overlay_add_front_and_engines(tmp_path: Path) -> None:
         kubernetes_validate.validate(document, "1.32", strict=True)
     assert made.keys() == named("base/deal.yaml").keys() | named("serve/serve.yaml").keys()
     (front,) = made["Deployment", "front"]["spec"]["template"]["spec"]["containers"]
-    assert front["image"] == "registry.example.com/deal-worker:cpu-0.3.0"
+    assert front["image"] == "registry.example.com/deal-worker:cpu-0.4.0"
     replicas = made["StatefulSet", "engine"]["spec"]["replicas"]
     addresses = [f"http://engine-{number}.engine:8000" for number in range(replicas)]
     assert replicas == 2 and made["ConfigMap", "deal-serve"]["data"]["DEAL_ENGINE_URL"].split() == addresses

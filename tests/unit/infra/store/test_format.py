@@ -39,8 +39,8 @@ def test_a_store_with_versions_and_without_a_format_is_of_an_older_release(store
         with pytest.raises(FormatError) as caught:
             current_store()
     message = str(caught.value)
-    assert message.startswith(f"{store.uri} was made by release 0.2") and message.count(". ") == 0
-    assert "deal-pipeline==0.2.0" in message and "--home" in message and "docs/upgrade.md" in message
+    assert caught.value.code == "store-format" and message.count(". ") == 0
+    assert message.startswith(f"{store.uri} was made by release 0.2") and "--home" in message
 
 
 def test_a_marked_store_is_opened_whatever_it_holds(store: FileStore) -> None:
@@ -51,15 +51,15 @@ def test_a_marked_store_is_opened_whatever_it_holds(store: FileStore) -> None:
     assert json.loads(store.get_bytes("format.json")) == {"format": FORMAT}
 
 
-@pytest.mark.parametrize(("number", "remedy"), [(FORMAT + 1, "use a newer release"), (1, "use an older release")])
-def test_another_format_is_refused_also_where_it_was_written_meanwhile(
-    store: FileStore, number: int, remedy: str
-) -> None:
-    store.put_bytes("format.json", json.dumps({"format": number, "of a later release": True}).encode())
+@pytest.mark.parametrize("number", [FORMAT + 1, FORMAT - 1, 1])
+def test_another_format_is_refused_also_where_it_was_written_meanwhile(store: FileStore, number: int) -> None:
+    content = json.dumps({"format": number, "of a later release": True}).encode()
+    store.put_bytes("format.json", content)
     for use in (require_format, write_format):
-        with pytest.raises(FormatError, match=f"has format {number}, and this release opens format 3; {remedy}"):
+        with pytest.raises(FormatError) as caught:
             use(store)
-    assert json.loads(store.get_bytes("format.json"))["format"] == number
+        assert caught.value.code == "store-format"
+    assert store.get_bytes("format.json") == content
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": "three"}'])
