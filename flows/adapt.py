@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from prefect import flow
 from pydantic import BaseModel
 
-from deal_core.errors import DealError
+from deal_core.errors import DealError, in_one_line
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage
@@ -42,6 +43,7 @@ from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import ArrivalScore, DatasetRef, TrainSummary
 from tasks.spec import AdaptSpec
 
+logger = logging.getLogger(__name__)
 Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "remade"]
 
 
@@ -245,17 +247,23 @@ async def begin(
 
 
 async def finish(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
-    """Run the stages from training to report, and what follows them."""
+    """Run the stages from training to report, and what follows them.
+
+    A report that fails does not fail the run: the version is registered, and may serve already.
+    """
     store, run = current_store(), adaptation.run
     async with failing(run):
-        result = await _train_to_report(adaptation, stages)
+        version, findings = await _train_to_promotion(adaptation, stages)
+    is_reported = await _report(adaptation, version, findings, stages)
+    await asyncio.to_thread(announce_version, version, evaluation=findings.evaluation)
     runs.remove_work(run)
     drop_training_rows(store, adaptation.dataset.uri)
-    RunJournal(store).end(run, "finished")  # last: a run that has not ended is completed by the lineage's next run
+    if is_reported:  # last: a run that has not ended is completed by the lineage's next run
+        RunJournal(store).end(run, "finished")
     synced = await stages.run("mlflow", sync_lineage, store, run.lineage)
     if synced.problem is not None:
         _say([f"MLflow lacks {listed(synced.missing)}; the next run or deal server sync writes it"])
-    return result
+    return adapted(version, findings, stages.seconds)
 
 
 @asynccontextmanager
@@ -269,8 +277,8 @@ async def failing(run: Run) -> AsyncIterator[None]:
         raise
 
 
-async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
-    """Run the stages from training to report."""
+async def _train_to_promotion(adaptation: AdaptationRun, stages: Stages) -> tuple[Version, Findings]:
+    """Run the stages from training to promotion."""
     notes = changed_since(adaptation.parent, adaptation.spec) if adaptation.parent else ()
     if adaptation.tested is not None:
         notes += (f"before the training the {adaptation.tested.describe()}",)
@@ -298,18 +306,22 @@ async def _train_to_report(adaptation: AdaptationRun, stages: Stages) -> AdaptRe
     if version.accepted and adaptation.remake is None:
         version = await stages.run("promote", promote_version, version)
         stages.done("promote", f"version {version.version} {_PROMOTED[version.outcome]}")
-    await stages.run(
-        "report",
-        report_version,
-        version,
-        adaptation.base.name,
-        findings,
-        dict(stages.seconds),
-        adaptation.parent_answers.now,
-    )
+    return version, findings
+
+
+async def _report(adaptation: AdaptationRun, version: Version, findings: Findings, stages: Stages) -> bool:
+    """Write the report of a version; return whether it was written. The version stands without it."""
+    name, answers, seconds = adaptation.base.name, adaptation.parent_answers.now, dict(stages.seconds)
+    try:
+        await stages.run("report", report_version, version, name, findings, seconds, answers)
+    except Interrupted:
+        raise
+    except Exception as error:
+        logger.exception("The report of version %s of %s was not written", version.version, version.lineage)
+        _say([f"The report was not written, and the lineage's next run tries it again: {in_one_line(error)}"])
+        return False
     stages.done("report", f"deal version show {version.version} --report --lineage {version.lineage}")
-    await asyncio.to_thread(announce_version, version, evaluation=report)
-    return adapted(version, findings, stages.seconds)
+    return True
 
 
 def _say(notes: Iterable[str]) -> None:

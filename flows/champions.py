@@ -9,7 +9,7 @@ from typing import TypeVar
 from prefect import flow
 
 from deal_core.errors import DealError, in_one_line
-from flows.mlflow import mirror
+from flows.promote import tell
 from infra.promotions import Decision, PromotionLog
 from infra.versions import ROLLOUT, Versions
 from tasks.adaptation.evaluate import score_version
@@ -137,7 +137,7 @@ async def rollouts() -> list[RolloutLook]:
     async def check(name: str) -> RolloutLook:
         result = check_rollout(name)
         if result.decision is not None:
-            await mirror(name)
+            await tell(result.decision)
         return result
 
     return await for_each((), check, "could not be looked at", lambda name: log.open_rollout(name) is not None)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 from prefect import flow
 from pydantic import StringConstraints
 
+from deal_core.errors import in_one_line
+from deal_core.safe_text import listed
 from flows.mlflow import mirror
 from infra.promotions import Decision
-from tasks.lineage.promotion import Verdict, decide_on, promote_to, reject_version, roll_back
+from tasks.lineage.promotion import (
+    Verdict,
+    announce_decision,
+    decide_on,
+    promote_to,
+    reject_version,
+    roll_back,
+)
+from tasks.notices import why_server_is_away
 
 Stated = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=1000)]
 """A text that a person must give."""
@@ -19,7 +30,7 @@ Stated = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, m
 async def promote(lineage: str, version: str, who: str = "a deployment", why: str = "asked for") -> Decision:
     """Make the next version of a lineage its champion; see `promote_to`."""
     done = promote_to(lineage, version, who=who, why=why)
-    await mirror(lineage)
+    await tell(done)
     return done
 
 
@@ -27,7 +38,7 @@ async def promote(lineage: str, version: str, who: str = "a deployment", why: st
 async def rollback(lineage: str, to: str | None = None, who: str = "a deployment", why: str = "asked for") -> Decision:
     """Make an earlier version of a lineage its champion; see `roll_back`."""
     done = roll_back(lineage, to, who=who, why=why)
-    await mirror(lineage)
+    await tell(done)
     return done
 
 
@@ -35,7 +46,7 @@ async def rollback(lineage: str, to: str | None = None, who: str = "a deployment
 async def reject(lineage: str, version: str, why: str, who: str = "a deployment") -> Decision:
     """Reject a version, so that it can never become champion; see `reject_version`."""
     done = reject_version(lineage, version, who=who, why=why)
-    await mirror(lineage)
+    await tell(done)
     return done
 
 
@@ -54,5 +65,36 @@ async def decide(lineage: str, version: str, verdict: Verdict, why: Stated, who:
         RegistryError: The version does not wait for a person any more, or cannot become champion.
     """
     done = decide_on(lineage, version, verdict, who=who, why=why)
-    await mirror(lineage)
+    await tell(done)
     return done
+
+
+async def tell(done: Decision) -> None:
+    """Announce what was decided, and bring MLflow in step. Nothing that fails here undoes the decision."""
+    announce_decision(done)
+    await mirror(done.lineage)
+
+
+def tell_once(done: Decision) -> str:
+    """Do the same for a command, which does not wait for a server that is away.
+
+    Return what could not be told, in one line; empty if all was told.
+    """
+    away = why_server_is_away()
+    remarks = []
+    try:
+        untold = announce_decision(done, to_server=away is None)
+        if "webhook" in untold:
+            remarks.append("The webhook did not take the notice.")
+        if away is not None:  # without the server, nobody knows whether a run works on the lineage
+            follows = "MLflow follows with the next run or deal server sync."
+            return " ".join([away, "It was not told of this, which holds all the same.", follows, *remarks])
+        synced = asyncio.run(mirror(done.lineage))
+    except Exception as error:  # the decision stands, and its command has said so
+        return " ".join([*remarks, f"Not all were told: {in_one_line(error)}"])
+    if synced is None:
+        remarks.append("MLflow follows when the run that works on the lineage ends.")
+    elif synced.problem is not None:
+        missing = f"MLflow lacks {listed(synced.missing)}; the next run or deal server sync writes it."
+        remarks += [missing, synced.problem]
+    return " ".join(remarks)

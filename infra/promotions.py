@@ -75,6 +75,9 @@ class Decision(BaseModel, frozen=True):
     """The earlier champion."""
     champion: str | None
     """The new champion."""
+    who: str
+    """A person's account, or the part of the pipeline that decided."""
+    why: str
     left_behind: tuple[LeftBehind, ...] = ()
     """Arrivals that only the earlier champion had learned; `deal version requeue` learns them again."""
 

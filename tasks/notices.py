@@ -17,7 +17,7 @@ from urllib.parse import quote
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 from prefect.utilities.urls import url_for
 from pydantic import BaseModel
 
@@ -55,6 +55,8 @@ EVENTS: dict[Kind, str] = {
     "decayed": "deal.champion.decayed",
 }
 MAX_MESSAGE_CHARS = 2000
+LOOK_SECONDS = 5.0
+"""Patience of one look at the Prefect server."""
 DECIDE = "decide/decide"
 """Flow and deployment with which a person decides about a version that waits."""
 
@@ -95,25 +97,50 @@ class Notice(BaseModel, frozen=True, extra="forbid"):
         return cls(**(own | lesson | more))
 
 
-def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
-    """Send a notice to the Prefect server and to the webhook, where they are configured.
+def announce(kind: Kind, notice: Notice, *, once: str | None = None, to_server: bool = True) -> tuple[str, ...]:
+    """Send a notice to the Prefect server and to the webhook, where they are configured; return who was not told.
 
     The call waits up to minutes for a server that is away. An error is logged, never raised. `once` is the identity of
-    the event, by which receivers recognise a repeated event; None: every call is a new event.
+    the event, by which receivers recognise a repeated event; None: every call is a new event. Without `to_server`, the
+    webhook alone is told: the caller knows that the server is away.
     """
     event = EVENTS[kind]
     identity = uuid.uuid4() if once is None else uuid.uuid5(uuid.NAMESPACE_URL, f"{event} {notice.lineage} {once}")
     occurred = datetime.now(UTC)
-    if kind == "awaiting-approval":
+    if kind == "awaiting-approval" and to_server:
         notice = notice.model_copy(update={"decide_url": _decide_url(notice)})
     payload = notice.model_dump(mode="json")
     message = {"id": str(identity), "event": event, "occurred": occurred.isoformat(), "payload": payload}
+    untold = [] if to_server else ["Prefect server"]
     for receiver, send in (("Prefect server", _tell_server), ("webhook", _tell_webhook)):
         try:
-            send(message)
+            is_told = receiver in untold or send(message)
         except Exception as error:  # a failed notice must not undo a promotion
             reason = without_secrets(str(error).split("\n")[0])
             logger.error("The %s did not receive %s: %s: %s", receiver, event, type(error).__name__, reason)
+            is_told = False
+        if not is_told:
+            untold.append(receiver)
+    return tuple(untold)
+
+
+def why_server_is_away() -> str | None:
+    """Look once whether the Prefect server answers; return in a sentence that it does not. None: it does, or is none.
+
+    A command asks before it tells the server something: what waits for the server waits for minutes.
+    """
+    url = get_current_settings().api.url
+    if not url:
+        return None
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(sync_client=True, httpx_settings={"timeout": LOOK_SECONDS}) as client,
+        ):
+            client.request("GET", "/health").raise_for_status()
+    except Exception as error:  # whatever it is: nothing can be told
+        return f"The Prefect server at {without_secrets(url)} does not answer ({type(error).__name__})."
+    return None
 
 
 def announce_version(version: Version, *, evaluation: EvaluationReport) -> None:
@@ -141,23 +168,23 @@ def announce_failure(lineage: str, task: str | None, error: Exception) -> None:
 
 
 @patient
-def _tell_server(message: dict[str, Any]) -> None:
+def _tell_server(message: dict[str, Any]) -> bool:
     """Post an event and wait for the answer. `emit_event` would use a thread that ends with the process."""
     if not get_current_settings().api.url:  # the embedded server has no listeners
-        return
+        return True
     lineage, run_id = message["payload"]["lineage"], runtime.flow_run.id
     run = {"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.role": "flow-run"}
     resource = {"prefect.resource.id": f"deal.lineage.{lineage}", "prefect.resource.name": lineage}
     event = {**message, "related": [run] if run_id else [], "resource": resource}
     with get_client(sync_client=True) as client:
         client.request("POST", "/events", json=[event]).raise_for_status()
+    return True
 
 
-def _tell_webhook(message: dict[str, Any]) -> None:
+def _tell_webhook(message: dict[str, Any]) -> bool:
     webhook = open_webhook()
-    if webhook is not None:
-        body = json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
-        webhook.send(message["event"], body, uuid.UUID(message["id"]))
+    body = json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
+    return webhook is None or webhook.send(message["event"], body, uuid.UUID(message["id"]))
 
 
 def _decide_url(notice: Notice) -> str | None:

@@ -155,6 +155,7 @@ class Screen:
         if self.as_json:
             text = json.dumps(without_known_secrets_inside(value), ensure_ascii=False, indent=2, allow_nan=False)
             sys.stdout.write(printable_json(text) + "\n")
+            sys.stdout.flush()  # the command may not have ended yet
             return
         for renderable in shown:
             self.out.print(renderable, soft_wrap=isinstance(renderable, str))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from typer import Argument, Option
 from deal_core.errors import ConfigError
 from flows.cli.console import heading, new_table, percent
 from flows.cli.session import Column, CommandResult, Lineage, Reason, Session, command, main_app
-from flows.cli.version import show_decision, show_mirrored
+from flows.cli.version import decided, show_decision
 
 if TYPE_CHECKING:
     from deal_core.monitoring.report import TaskDrift
@@ -121,13 +122,18 @@ def status(
         rollout = look_at_rollout(lineage)
         return CommandResult(RolloutLook(status=rollout), _show_rollout(rollout))
     from flows.champions import check_rollout
+    from flows.promote import tell_once
 
     look = check_rollout(lineage)
     shown = _show_rollout(look.status)
     if look.decision is None:
         return CommandResult(look, shown)
-    decided = [*show_decision(look.decision), *show_mirrored(lineage)]
-    return CommandResult(look, [*shown, *decided], rejected=look.decision.action == "rejected")
+    return CommandResult(
+        look,
+        [*shown, *show_decision(look.decision)],
+        rejected=look.decision.action == "rejected",
+        afterwards=partial(tell_once, look.decision),
+    )
 
 
 @command(rollout_app, "promoting", "deal rollout finish", 'deal rollout finish --reason "enough was seen"')
@@ -137,8 +143,7 @@ def finish(
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
     from flows.champions import finish_rollout
 
-    done = finish_rollout(lineage, who=deal.account, why=reason)
-    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+    return decided(finish_rollout(lineage, who=deal.account, why=reason))
 
 
 @command(rollout_app, "rejecting", "deal rollout abort", 'deal rollout abort --reason "complaints"')
@@ -146,8 +151,7 @@ def abort(deal: Session, lineage: Lineage = "", reason: Reason = "rollout aborte
     """Reject the version that is tried on live traffic. It can never become champion."""
     from flows.champions import abort_rollout
 
-    done = abort_rollout(lineage, who=deal.account, why=reason)
-    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+    return decided(abort_rollout(lineage, who=deal.account, why=reason))
 
 
 def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:

@@ -123,6 +123,8 @@ class CommandResult(Generic[Value]):
     failed: bool = False
     rejected: bool = False
     """The gate has rejected a version; only looked at where nothing failed."""
+    afterwards: Callable[[], str] | None = None
+    """What is done when the result is printed, because it may take a while. It returns a remark, which may be empty."""
 
     @property
     def exit_code(self) -> int:
@@ -271,6 +273,8 @@ def command(
                     result = function(deal, **options)
                 if isinstance(result, CommandResult):
                     deal.show(result)
+                    if result.afterwards is not None and (remark := result.afterwards()):
+                        deal.screen.said(remark)
                     if result.exit_code:
                         raise typer.Exit(result.exit_code)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -15,7 +15,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from deal_core.safe_text import brief, listed
+from deal_core.safe_text import brief
 from flows.cli.console import heading, matrix_table, new_table, percent, points, show_adaptation, show_held
 from flows.cli.session import CommandResult, Lineage, Reason, Session, command, reason_option
 
@@ -252,8 +252,7 @@ def promote(
     """Make a version champion. Its parent must be the present champion."""
     from tasks.lineage.promotion import promote_to
 
-    done = promote_to(lineage, version, who=deal.account, why=reason)
-    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+    return decided(promote_to(lineage, version, who=deal.account, why=reason))
 
 
 @command(version_app, "rolling back", "deal version rollback", 'deal version rollback 2 --reason "wrong labels in May"')
@@ -268,8 +267,7 @@ def rollback(
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
     from tasks.lineage.promotion import roll_back
 
-    done = roll_back(lineage, version, who=deal.account, why=reason)
-    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+    return decided(roll_back(lineage, version, who=deal.account, why=reason))
 
 
 @command(
@@ -287,22 +285,14 @@ def reject(
     """Reject a version. It can never become champion."""
     from tasks.lineage.promotion import reject_version
 
-    done = reject_version(lineage, version, who=deal.account, why=reason)
-    return CommandResult(done, [*show_decision(done), *show_mirrored(lineage)])
+    return decided(reject_version(lineage, version, who=deal.account, why=reason))
 
 
-def show_mirrored(lineage: str) -> Sequence[RenderableType]:
-    """Bring MLflow in step with a decision; return what it lacks, in one line."""
-    from flows.mlflow import mirror
+def decided(done: Decision) -> CommandResult[Decision]:
+    """A decision of a person. It is logged and printed before Prefect, the webhook and MLflow are told."""
+    from flows.promote import tell_once
 
-    synced = asyncio.run(mirror(lineage))
-    if synced is None:
-        return ["MLflow follows when the run that works on the lineage ends."]
-    if synced.problem is None:
-        return []
-    return [
-        escape(f"MLflow lacks {listed(synced.missing)}; the next run or deal server sync writes it. {synced.problem}")
-    ]
+    return CommandResult(done, show_decision(done), afterwards=partial(tell_once, done))
 
 
 def show_decision(done: Decision) -> Sequence[RenderableType]:

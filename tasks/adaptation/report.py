@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import platform
 import re
@@ -43,6 +44,8 @@ from tasks.lineage.frozen_rows import MAX_EXAMPLES, Answers, compare_answers, cu
 from tasks.lineage.reports import write_report
 from tasks.progress import patient
 from tasks.references import DatasetRef, TrainSummary
+
+logger = logging.getLogger(__name__)
 
 MAX_LOSSES = 1000
 """Losses in the report. MLflow has every loss as a metric."""
@@ -178,11 +181,14 @@ def report_version(
     collected = gather_report(store, version, base_name, findings, seconds, parent_answers)
     write_report(store, version, EVALUATION_FILE, report.to_json())
     write_report(store, version, REPORT_FILE, collected.model_dump(mode="json"))
-    patient(create_markdown_artifact)(
-        key=artifact_key(version.lineage),
-        markdown=markdown_of(collected, report),
-        description=f"Version {version.version} of {version.lineage}: {report.task}",
-    )
+    try:
+        patient(create_markdown_artifact)(
+            key=artifact_key(version.lineage),
+            markdown=markdown_of(collected, report),
+            description=f"Version {version.version} of {version.lineage}: {report.task}",
+        )
+    except Exception as error:  # the store has the whole report
+        logger.warning("Prefect has no page of version %s of %s: %s", version.version, version.lineage, error)
 
 
 def artifact_key(lineage: str) -> str:

@@ -25,7 +25,7 @@ from tasks.lineage.history import (
     rejected_by_person,
     unknown_lineage,
 )
-from tasks.notices import Notice, announce
+from tasks.notices import Kind, Notice, announce
 
 GATE = "gate"
 """The name in the log for a move without a person."""
@@ -166,13 +166,14 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
     begins_rollout = chosen.approval == "awaiting" and chosen.rollout is not None
     action: Literal["promoted", "rollout"] = "rollout" if begins_rollout else "promoted"
     move_champion(store, chosen, expected=before, action=action, who=who, why=why, run=run)
-    announce(action, Notice.of(chosen, reasons=(why,), who=who))
     return Decision(
         action=action,
         lineage=lineage,
         version=version,
         before=before,
         champion=before if begins_rollout else version,
+        who=who,
+        why=why,
     )
 
 
@@ -218,7 +219,6 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     store = current_store()
     champion, chosen = _to_roll_back(store, lineage, to)
     move_champion(store, chosen, expected=champion.version, action="rolled back", who=who, why=why)
-    announce("rolled-back", Notice.of(chosen, reasons=(why,), who=who))
     versions = Versions(store).all(lineage)
     return Decision(
         action="rolled back",
@@ -226,6 +226,8 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
         version=chosen.version,
         before=champion.version,
         champion=chosen.version,
+        who=who,
+        why=why,
         left_behind=left_behind(descent(versions, champion), descent(versions, chosen)),
     )
 
@@ -294,8 +296,15 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
         raise RegistryError(
             f"The champion of '{lineage}' has just changed. See: deal version list --lineage {lineage}; then try again."
         )
-    announce("rejected", Notice.of(chosen, reasons=(why,), who=who))
     return Decision.model_validate(change, from_attributes=True)
+
+
+def announce_decision(done: Decision, *, to_server: bool = True) -> tuple[str, ...]:
+    """Announce a move or a rejection that the promotion log has; return who was not told. For errors see `announce`."""
+    kinds: dict[Action, Kind] = {"rolled back": "rolled-back", "rejected": "rejected", "rollout": "rollout"}
+    version = find_version(current_store(), done.lineage, done.version)
+    notice = Notice.of(version, reasons=(done.why,), who=done.who)
+    return announce(kinds.get(done.action, "promoted"), notice, to_server=to_server)
 
 
 def left_behind(before: Sequence[Version], now: Sequence[Version]) -> tuple[LeftBehind, ...]:

@@ -40,6 +40,7 @@ from tasks.predict import predict
 from tasks.spec import AdaptSpec
 from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, page_of, run, version_of
 from tests.conftest import MakeOnce
+from tests.receiver import Receiver
 from tests.registering import in_mlflow, mlflow_run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -148,7 +149,7 @@ def test_a_lineage_supplies_what_the_next_spec_leaves_open(tiny_base: Path, monk
         asked.append(adaptation.spec)
         raise Killed
 
-    monkeypatch.setattr("flows.adapt._train_to_report", stop)
+    monkeypatch.setattr("flows.adapt._train_to_promotion", stop)
     with pytest.raises(Killed):
         run(tiny_base, CLINIC, again=True, strategy="deal")
     assert asked[0].strategy == "deal"
@@ -500,6 +501,24 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
     assert "A file that was forgotten since" in page
 
 
+def test_a_report_that_fails_after_a_promotion_fails_no_run_and_the_next_run_writes_it(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, receiver: Receiver
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise StoreError("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.adaptation.report.gather_report", refuse)
+        learned = run(tiny_base, BANK)
+    assert (learned.status, journal_of(learned).state) == ("promoted", "running")
+    assert [notice["event"] for notice in receiver.told()] == ["deal.version.promoted"], "no failure"
+    with pytest.raises(RegistryError):
+        page_of(learned)
+
+    assert find_parent("l") == version_of(learned)
+    assert journal_of(learned).state == "finished" and page_of(learned)[0].version == learned.version
+
+
 def test_a_journal_that_cannot_be_written_does_not_hide_why_a_run_failed(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,7 +528,7 @@ def test_a_journal_that_cannot_be_written_does_not_hide_why_a_run_failed(
     def refuse(*args: Any) -> None:
         raise StoreError("the store is away")
 
-    monkeypatch.setattr("flows.adapt._train_to_report", break_down)
+    monkeypatch.setattr("flows.adapt._train_to_promotion", break_down)
     monkeypatch.setattr(RunJournal, "end", refuse)
     with pytest.raises(DataValidationError, match="the cause"):
         run(tiny_base, BANK)

@@ -33,7 +33,7 @@ from tasks.lineage.promotion import find_left_behind, promote_to, roll_back
 from tasks.lineage.settings import WatchedLineage
 from tasks.serving.publish import publish
 from tests.adapting import run
-from tests.in_process import put_back
+from tests.in_process import KilledError, put_back
 from tests.integration.branches.conftest import champion, delete, small_task
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "learned")
@@ -58,11 +58,11 @@ def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: Callable
     """Run `call`, in which the process dies where `owner.name` is called."""
 
     def die(*_: object, **__: object) -> None:
-        raise RuntimeError(name)
+        raise KilledError(name)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, die)
-        with pytest.raises(RuntimeError, match=name):
+        with pytest.raises(KilledError, match=name):
             call()
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
@@ -24,11 +27,21 @@ from infra.versions import Since, Version, Versions
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.history import find_version, read_history
-from tasks.lineage.promotion import find_left_behind, move_champion, promote_to, reject_version, roll_back
+from tasks.lineage.promotion import (
+    announce_decision,
+    find_left_behind,
+    move_champion,
+    promote_to,
+    reject_version,
+    roll_back,
+)
 from tasks.spec import AdaptSpec, parse
 from tests.conftest import MakeOnce
+from tests.e2e.command import DEAL, environment
 from tests.in_process import KilledError
 from tests.integration.conftest import copy_home
+from tests.loopback import Loopback, free_port
+from tests.receiver import Receiver
 
 TASKS = {
     "bank": {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")},
@@ -107,9 +120,10 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(m
     between = datetime.now(UTC)
     told: list[tuple[str, str | None, str | None]] = []
     monkeypatch.setattr(
-        "tasks.lineage.promotion.announce", lambda kind, notice: told.append((kind, notice.version, notice.who))
+        "tasks.lineage.promotion.announce", lambda kind, notice, **_: told.append((kind, notice.version, notice.who))
     )
     done = roll_back("l", None, **BY)
+    announce_decision(done)
     assert told == [("rolled-back", "1", "tester")]
     assert (done.before, done.champion) == ("2", "1")
     assert [(left.version, left.task) for left in done.left_behind] == [("2", "parcels")]
@@ -311,6 +325,40 @@ def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: p
     with pytest.raises(RegistryError, match="try again"):
         reject_version("l", "3", **BY)
     assert (aliases()["champion"], PromotionLog(current_store()).moves("l")[-1].champion) == ("1", "1")
+
+
+@pytest.mark.usefixtures("lineage")
+def test_a_move_is_logged_and_printed_before_a_prefect_server_that_is_away_is_asked(home: Path, tmp_path: Path) -> None:
+    printed, first_look = tmp_path / "printed", list[tuple[str, str | None]]()
+
+    class Away(BaseHTTPRequestHandler):
+        """Refuses every request, and looks at the first one what the command has done so far."""
+
+        def do_GET(self) -> None:
+            first_look.append((printed.read_text(), PromotionLog(current_store()).moves("l")[-1].champion))
+            self.send_error(503)
+
+        do_POST = do_GET
+
+    with Loopback(Away) as server, printed.open("w") as output:
+        variables = environment(PREFECT_API_URL=f"{server.address}/api", DEAL_HOME=str(home))
+        command = [*DEAL, "version", "rollback", "--lineage", "l"]
+        done = subprocess.run(command, env=variables, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Champion of l: version 1" in first_look[0][0] and first_look[0][1] == "1"
+    assert done.returncode == 0 and f"The Prefect server at {server.address}/api does not answer" in done.stderr
+
+
+@pytest.mark.usefixtures("lineage")
+def test_each_decision_stands_and_ends_well_without_its_prefect_server(home: Path, receiver: Receiver) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: nowhere}):
+        for words in (["rollback"], ["promote", "2"], ["rollback"], ["reject", "2", "--reason", "wrong labels"]):
+            done = CliRunner().invoke(app, ["version", *words, "--lineage", "l", "--home", str(home)])
+            assert done.exit_code == 0 and f"The Prefect server at {nowhere} does not answer" in done.stderr
+    moves = [(move.action, move.champion) for move in PromotionLog(current_store()).moves("l")]
+    assert moves[2:] == [("rolled back", "1"), ("promoted", "2"), ("rolled back", "1"), ("rejected", "1")]
+    kinds = [notice["event"].rpartition(".")[2] for notice in receiver.told()]
+    assert kinds == ["rolled-back", "promoted", "rolled-back", "rejected"], "the webhook is told all the same"
 
 
 @pytest.mark.usefixtures("lineage")
