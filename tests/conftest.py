@@ -116,7 +116,7 @@ def one_command_tree() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def json_as_the_reference_says() -> None:
-    """Fail a test whose command prints other JSON than docs/json_schemas.json says."""
+    """Fail a test whose command prints other JSON than its schema says."""
     check_commands_of_this_process()
 
 

@@ -1,29 +1,28 @@
-"""Whether what commands print with --json is what docs/json_schemas.json says."""
+"""Whether what commands print with --json is what the schemas of the site say."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-FILE = Path(__file__).parents[1] / "docs" / "json_schemas.json"
+from docs.site.printed import Printed, printed_by_command, schema_of
 
 
 @functools.cache
-def schemas() -> dict[str, Any]:
-    """The committed schemas, by the command's name."""
-    return dict(json.loads(FILE.read_text(encoding="utf-8")))
+def commands() -> dict[str, Printed]:
+    """What each command prints, by its name."""
+    return printed_by_command()
 
 
 def command_of(words: Sequence[str]) -> str:
     """The name of the command that words call."""
-    (name,) = (name for name in schemas() if name.split()[1:] == list(words[: len(name.split()) - 1]))
+    (name,) = (name for name in commands() if name.split()[1:] == list(words[: len(name.split()) - 1]))
     return name
 
 
@@ -32,13 +31,13 @@ def require_described(command: str, printed: Any) -> None:
     problem = best_match(validator_of(command).iter_errors(printed))
     if problem is not None:  # commands turn exceptions into messages, but not this one
         where, why = problem.json_path, problem.message[:1000]
-        pytest.fail(f"{FILE.name} does not describe what {command} --json prints: at {where}, {why}")
+        pytest.fail(f"no schema describes what {command} --json prints: at {where}, {why}")
 
 
 @functools.cache
 def validator_of(command: str) -> Draft202012Validator:
     """The validator of what a command prints. Unlike the schema's readers, it takes no field that the schema lacks."""
-    return Draft202012Validator(closed(schemas()[command]))
+    return Draft202012Validator(closed(schema_of(commands()[command])))
 
 
 def closed(schema: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What MkDocs needs to know of the repository: pages that lie outside docs/, and where links between files lead.
+"""What MkDocs needs to know of the repository: pages outside docs/, pages made from the code, and where links lead.
 
 The files are written for the repository's own page. A link goes from file to file there, and is changed to go from page
 to page here.
@@ -17,6 +17,8 @@ from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
+
+from docs.site.reference import SITE_PAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -45,7 +47,7 @@ logger = get_plugin_logger(__name__)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside docs/."""
+    """Add the pages that are outside docs/, and those that are made from the code."""
     for file, page in PAGES.items():
         if file.endswith(".ipynb"):
             content = MarkdownExporter().from_notebook_node(nbformat.read(ROOT / file, as_version=4))[0]
@@ -53,6 +55,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             content = (ROOT / file).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=content))
+    for page, content_of in SITE_PAGES.items():
+        files.append(File.generated(config, page, content=content_of()))
     return files
 
 

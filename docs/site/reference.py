@@ -1,6 +1,6 @@
 """Pages that are generated from the code: settings, environment variables, commands, and what --json prints of them.
 
-python -m docs.site.reference    # writes settings.md, environment.md, commands.md, json.md and json_schemas.json
+python -m docs.site.reference    # writes settings.md and environment.md; the site's build makes the others
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typer.cli import get_docs_for_click
 from deal_core.evaluation import metrics
 from deal_core.general import harness
 from docs.site.docstrings import docstring_of, docstring_of_constant
-from docs.site.json_page import json_page, json_schemas
+from docs.site.printed import json_schemas
 from flows.cli.app import app
 from infra import settings as environment
 from tasks.lineage.consolidation import ConsolidatePolicy
@@ -144,14 +144,10 @@ def commands_page() -> str:
     return re.sub(r"[ \t]+$", "", page, flags=re.MULTILINE).rstrip() + "\n"
 
 
-PAGES = {
-    "settings.md": settings_page,
-    "environment.md": environment_page,
-    "commands.md": commands_page,
-    "json.md": json_page,
-    "json_schemas.json": json_schemas,
-}
+PAGES = {"settings.md": settings_page, "environment.md": environment_page}
 """The generated files of docs/."""
+SITE_PAGES = {"commands.md": commands_page, "json_schemas.json": json_schemas}
+"""What is on the site alone."""
 
 
 def _table(kind: type, properties: Mapping[str, Any]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 `@command` gives a function the options --home, --json and --debug and makes it a command of `deal`. The function's
 return type says what --json prints: `CommandResult[AdaptResult]` prints the fields of `AdaptResult`. Of several types,
-`Annotated[WatchResult, "with --watch"]` says when it is this one. docs/json.md and docs/json_schemas.json are made from
+`Annotated[WatchResult, "with --watch"]` says when it is this one. The JSON schemas of the site are made from
 the return types.
 """
 
