@@ -92,6 +92,12 @@ def unpack(packed: Tensor) -> list[RehearsedRow]:
     return rows
 
 
+def right_rows(kept: Mapping[str, Tensor], task: TaskSchema) -> list[RehearsedRow]:
+    """Return the kept rows of a task whose answers are right ones; of a preference, those of the better answers."""
+    rows = unpack(kept[name]) if (name := rows_name(task.name)) in kept else []
+    return rows[::2] if task.learns_preferences else rows
+
+
 def sizes_of(kept: Mapping[str, Tensor], tasks: Iterable[str]) -> dict[str, KeptRows]:
     """Return the size of each task's kept rows; tasks without rows are left out."""
     sizes = {}

@@ -28,12 +28,11 @@ class Replay(KeepsRows):
 
     def make_rehearsal(self) -> Rehearsal | None:
         """Return the kept rows; None if there are none."""
-        from deal_core.strategies.kept_rows import rows_name, unpack
+        from deal_core.strategies.kept_rows import right_rows
         from deal_core.strategies.rehearsal import Rehearsal
 
-        names = [rows_name(old.name) for old in self.context.old_tasks]
-        sets = [unpack(self._kept[name]) for name in names if name in self._kept]
-        if not any(sets):
+        sets = [rows for old in self.context.old_tasks if (rows := right_rows(self._kept, old))]
+        if not sets:
             return None
         return Rehearsal(
             sets,

@@ -267,11 +267,10 @@ def _kept_rows(kept: KeptSource | None) -> tuple[MethodState | None, list[Rehear
     """The state with the kept rows that are handed on, and those of them that are learned."""
     if kept is None:
         return None, []
-    from deal_core.strategies.kept_rows import rows_name, unpack
+    from deal_core.strategies.kept_rows import right_rows
 
     state = load_method_state(kept.folder)
-    tensors = [state.kept_rows.get(rows_name(task.name)) for task in kept.learned]
-    return state, [row for tensor in tensors if tensor is not None for row in unpack(tensor)]
+    return state, [row for task in kept.learned for row in right_rows(state.kept_rows, task)]
 
 
 def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.config import TrainConfig
+from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import make_strategy
@@ -46,6 +47,19 @@ def test_the_kept_rows_of_the_old_tasks_are_rehearsed_with_their_labels_alone(ba
     (rows,) = strategy.rehearsal().sets
     assert sorted(rows, key=str) == sorted(unpack(state.tensors[rows_name("colours")]), key=str)
     assert len(rows) == 6 and all(row.tokens_KN is None for row in rows)
+
+
+def test_of_kept_preferences_the_better_answers_alone_are_learned(base, train, make_context):
+    tone = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
+    pairs = [{"input": f"tap {i} drips", "output": f"red rose {i}", "rejected": f"blue moss {i}"} for i in range(8)]
+    folder = train("replay", task=tone, rows=Dataset.from_list(pairs), train=LONG).folder
+    state, strategy = load_method_state(folder), make_strategy("replay", MethodConfig(), 0)
+    assert len(unpack(state.tensors[rows_name("tone")])) == 4, "both answers of two pairs are handed on"
+    with adapter_on(base.model, folder) as model:
+        strategy.prepare(model, state, make_context([tone, OTHER]))
+    (rows,) = strategy.rehearsal().sets
+    better = [tuple(encode_answer(base.tokenizer, tone, pair["output"], 256)) for pair in pairs]
+    assert len(rows) == 2 and {tuple(row.answer_ids) for row in rows} <= {*better}
 
 
 def test_without_kept_rows_replay_is_plain_lora(task, train):
