@@ -12,7 +12,8 @@ from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
 
 MAX_COUNT = 2**31 - 1
-MAX_SEED = 2**53
+MAX_SEED = 2**32 - 1
+"""Largest seed: NumPy takes no larger one, and none below 0."""
 MAX_ASKED_CHARS = 1_000_000
 """Characters of one input that a version is asked, a whole chat included. Training takes `data.max_text_chars`."""
 MAX_ASKED_MESSAGES = 10_000
@@ -21,7 +22,7 @@ MAX_ASKED_MESSAGES = 10_000
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
-Seed = Annotated[int, Field(strict=True, ge=-MAX_SEED, le=MAX_SEED)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 AtLeastZero = Annotated[Number, Field(ge=0)]

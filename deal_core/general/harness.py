@@ -48,7 +48,7 @@ class HarnessTask:
         _load(self.name, _folder())
 
     @property
-    def sha256(self) -> str:
+    def identity(self) -> str:
         """Digest of the harness's version, the task's name and the files of the folder of own tasks."""
         folder = _folder()
         files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".yaml", ".py")) if folder else []

@@ -6,7 +6,6 @@ Each suite is a file in `rows/`: a request, its checks and an answer that passes
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from deal_core.config import HARNESS
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation import metrics
 from deal_core.evaluation.answering import ServedTask
 from deal_core.general import checks
 
@@ -32,6 +30,9 @@ MAX_PROMPT_TOKENS = 1024
 """No request of a suite is as long, with any tokenizer."""
 MAX_NEW_TOKENS = {"arithmetic": 32, "instructions": 96, "json": 128, "refusal": 48, "tools": 96}
 """Longest answers. Those that pass are at most half as long."""
+VERSIONS = {"arithmetic": 1, "instructions": 1, "json": 1, "refusal": 1, "tools": 1}
+"""Raise the number of a suite when its rows, its checks, its longest answer or its prompt change: then no score of
+before is compared with a new one."""
 
 
 class Suite(Protocol):
@@ -42,8 +43,8 @@ class Suite(Protocol):
         """Its name in `evaluate.general`."""
 
     @property
-    def sha256(self) -> str:
-        """Digest of everything that decides the scores, apart from the model. Scores of one digest are compared."""
+    def identity(self) -> str:
+        """What stands for all that decides the scores, apart from the model. Scores of one identity are compared."""
 
     def __len__(self) -> int:
         """Number of its rows."""
@@ -81,7 +82,11 @@ class CheckedSuite:
     """What an answer to each prompt has to pass; see `deal_core.general.checks`."""
     examples: tuple[str, ...]
     """An answer to each prompt that passes."""
-    sha256: str
+
+    @property
+    def identity(self) -> str:
+        """Its name and its version."""
+        return f"{self.name} {VERSIONS[self.name]}"
 
     def __len__(self) -> int:
         """Number of its rows."""
@@ -119,16 +124,10 @@ class CheckedSuite:
 @cache
 def read_suite(name: str) -> CheckedSuite:
     """Read a suite that ships with the project."""
-    content = (ROWS_FOLDER / f"{name}.jsonl").read_bytes()
-    rows = [json.loads(line) for line in content.splitlines()]
-    length = str(MAX_NEW_TOKENS[name]).encode()
+    rows = [json.loads(line) for line in (ROWS_FOLDER / f"{name}.jsonl").read_bytes().splitlines()]
     return CheckedSuite(
         name=name,
         prompts=tuple(row["prompt"] for row in rows),
         checks=tuple(row["checks"] for row in rows),
         examples=tuple(row["answer"] for row in rows),
-        # a release with other checks compares no scores of its own with those of another one
-        sha256=hashlib.sha256(
-            content + Path(checks.__file__).read_bytes() + Path(metrics.__file__).read_bytes() + length
-        ).hexdigest(),
     )

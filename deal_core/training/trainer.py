@@ -63,7 +63,7 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
         save_steps=max(save_steps, 1),
         save_total_limit=None,  # `_save_checkpoint` removes old ones
-        seed=train.seed % 2**32,  # NumPy takes no others
+        seed=train.seed,
         gradient_checkpointing=train.gradient_checkpointing,
         report_to=[],
         disable_tqdm=True,

@@ -34,7 +34,7 @@ LIMITS = {
     "maximum": "at most {}",
     "exclusiveMaximum": "less than {}",
 }
-NO_LIMITS = (2**31 - 1, 2**53, -(2**53))
+NO_LIMITS = (2**31 - 1, 2**32 - 1)
 TYPES = {
     "integer": "whole number",
     "number": "number",

@@ -75,12 +75,12 @@ class _Asked:
         """Return the scores of a model on suites, by name. `key` is their place in the store."""
         store = current_store()
         known = dict(read_scores(store, key, sha256).get(self.answerer, {}))
-        unknown = [suite for suite in suites if suite.sha256 not in known]
+        unknown = [suite for suite in suites if suite.identity not in known]
         if unknown:
             found = self.scorer.score_suites(adapter_folder, unknown)
-            known |= {suite.sha256: found[suite.name] for suite in unknown}
+            known |= {suite.identity: found[suite.name] for suite in unknown}
             keep_scores(store, key, sha256, self.answerer, known)
-        return {suite.name: known[suite.sha256] for suite in suites}
+        return {suite.name: known[suite.identity] for suite in suites}
 
 
 def _notes(scores: Mapping[str, GeneralScores], off: Mapping[str, float], limit: float) -> Iterator[str]:

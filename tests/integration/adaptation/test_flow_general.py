@@ -74,7 +74,7 @@ def test_suites_are_asked_once_judged_and_shown(
 
     # the scores of another answerer neither displace these nor count for this one
     none, sha256 = (0.0,) * ROWS, version.base_sha256
-    keep_scores(store, base_scores_key(sha256), sha256, "vllm 0.32.0", {read_suite("json").sha256: none})
+    keep_scores(store, base_scores_key(sha256), sha256, "vllm 0.32.0", {read_suite("json").identity: none})
 
     # a small loss passes, a large one does not; base model and champion are not asked again
     abilities.of_adapters = {"json": 0.5}

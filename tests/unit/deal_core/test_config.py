@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig
+from deal_core.data.order import BucketSampler
 from deal_core.errors import ConfigError
 from deal_core.judging_config import GateConfig
+from deal_core.limits import MAX_SEED
 from deal_core.method_config import DealConfig, RehearsalConfig
 from flows.benchmark import BenchmarkSpec
 from tasks.spec import AdaptSpec, parse
@@ -115,6 +117,20 @@ def test_every_field_that_does_not_fit_is_named() -> None:
 def test_a_benchmarks_numbers_are_numbers(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(BenchmarkSpec, {"data": "x", **values}, "options")
+
+
+@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
+def test_every_seed_has_one_bound(seed: int) -> None:
+    for make in (lambda: TrainConfig(seed=seed), lambda: parse(BenchmarkSpec, {"data": "x", "seeds": [seed]}, "b")):
+        with pytest.raises(ConfigError, match=f"is {seed}; give at"):
+            make()
+    assert TrainConfig(seed=MAX_SEED).seed == MAX_SEED
+
+
+def test_the_largest_seed_orders_rows() -> None:
+    sampler = BucketSampler([3] * 9, 2, MAX_SEED)
+    sampler.set_epoch(1000)
+    assert sorted(sampler) == [*range(9)]
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", 2])
