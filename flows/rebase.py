@@ -135,7 +135,8 @@ async def _wait_for_engine(store: ObjectStore, tip: Version, clients: Sequence[E
     """Wait until one of the engines has the base model of a version."""
     from infra.serving.engines import require_base
 
-    fingerprint, name = read_fingerprint(store, tip.base_sha256), read_record(store, tip.adapter_uri).base.name
+    base = read_record(store, tip.adapter_uri).base
+    fingerprint, name = read_fingerprint(store, base.sha256, base.quantize), base.name
     if clients and fingerprint is None:
         raise ConfigError(f"vLLM serves no adapters on {name}; leave --engine out, or serve without an engine.")
     told = ""

@@ -6,7 +6,7 @@ one answerer are compared, so a model has those of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from deal_core.config import Quantize
 from deal_core.evaluation.report import Scores
@@ -20,12 +20,16 @@ class SuiteScores(Stored):
     model_sha256: str
     """Digest of the adapter, or of the base model."""
     answered_by: Mapping[str, Mapping[str, Scores]]
-    """What computed the answers, see `answerer_of` → digest of a suite → the score of each of its rows."""
+    """What computed the answers, see `answerer_of` → identity of a suite → the score of each of its rows."""
 
 
-def answerer_of(engine: str | None, quantize: Quantize) -> str:
-    """Return what computes answers: an engine such as "vllm 0.32.0", or this project with its quantization."""
-    return engine or f"quantize {quantize}"
+def answerer_of(engine: str | None, quantize: Quantize, stop_ids: Sequence[int]) -> str:
+    """Return what computes answers, in words that are compared.
+
+    It is an engine such as "vllm 0.32.0", or else this project; the quantization of the base model; and the ids of the
+    tokens at which an answer ends.
+    """
+    return f"{engine or 'this project'}, quantize {quantize}, stops {' '.join(map(str, stop_ids))}"
 
 
 def read_scores(store: ObjectStore, key: str, model_sha256: str) -> Mapping[str, Mapping[str, Scores]]:

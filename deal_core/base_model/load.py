@@ -15,6 +15,7 @@ from accelerate import PartialState
 from deal_core.base_model import cpu_attention as attention
 from deal_core.base_model import sources
 from deal_core.base_model.device import bf16_instructions
+from deal_core.base_model.turn_ends import advise_stop_ids
 from deal_core.base_model.wheel import Progress
 from deal_core.config import Quantize
 from deal_core.errors import ConfigError
@@ -52,6 +53,8 @@ class BaseModel:
     """Digest of the content. For a converted model, it is computed from the GGUF file's bytes, so it does not depend on
     the converting library's version. Two names with the same digest are the same base."""
     kind: Literal["causal", "seq2seq"]
+    quantize: Quantize = "none"
+    """How the linear layers were quantized when the model was loaded. The digest does not depend on it."""
 
     @property
     def is_quantized(self) -> bool:
@@ -122,16 +125,24 @@ def load_base(
         stated = name, sources.sha256_of_model(folder, cache_folder / "digests")
     name, sha256 = stated
     kind: Literal["causal", "seq2seq"] = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
-    return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind)
+    return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind, quantize=quantize)
 
 
 def read_tokenizer(folder: Path, source: str) -> Any:
     """Read the tokenizer of a base model's folder; pad_token is set. `source` is its name for messages.
 
+    It carries the end tokens of the model's generation config (`deal_core.base_model.turn_ends`).
+
     Raises:
         ConfigError: The tokenizer has no padding, end or unknown token.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        advised = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # as transformers does, when it loads a model without such a file
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        advised = transformers.GenerationConfig.from_model_config(config)
+    advise_stop_ids(tokenizer, advised.eos_token_id)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -176,12 +187,14 @@ def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise ConfigError(
             f"train.quantize is {quantize}, which needs a CUDA device, and this machine has none; use a machine with "
-            "one, or set train.quantize to none."
+            "one, or set train.quantize to none.",
+            code="quantize",
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"train.quantize is {quantize}, which needs bitsandbytes; install it, in the project's checkout: "
-            "pip install '.[gpu]'"
+            "pip install '.[gpu]'",
+            code="quantize",
         )
     settings: dict[str, Any] = {"load_in_8bit": True}
     if quantize == "4bit":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from deal_core.base_model.turn_ends import end_id
 from deal_core.data.chats import Message
 from deal_core.data.schema import DEFAULT_TEMPLATE, OPTIONS_SEPARATOR, TaskSchema
 from deal_core.errors import ConfigError
@@ -127,7 +128,7 @@ def answer_text(task: TaskSchema, output: str) -> str:
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, output: str, max_answer_tokens: int
 ) -> list[int]:
-    """Token ids of a row's answer (see `answer_text`), and the end token.
+    """Token ids of a row's answer (see `answer_text`), and its end token (see `turn_ends.end_id`).
 
     The answer is tokenised apart from the prompt, so the prompt's ids are the same in training and in generation. A
     longer answer is cut but keeps the end token, because generation must learn to stop.
@@ -135,10 +136,8 @@ def encode_answer(
     Raises:
         ConfigError: The tokenizer has no end token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("The base model's tokenizer has no end token (eos_token); use a base model that has one.")
     ids = tokenizer(answer_text(task, output), add_special_tokens=False, verbose=False)["input_ids"]
-    return [*ids[: max_answer_tokens - 1], int(tokenizer.eos_token_id)]
+    return [*ids[: max_answer_tokens - 1], end_id(tokenizer, in_chat=task.uses_chat_template)]
 
 
 def _default_template(task: TaskSchema) -> str:

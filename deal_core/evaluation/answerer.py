@@ -16,6 +16,7 @@ from peft import PeftModel
 from deal_core.adapter import state as adapters
 from deal_core.adapter.state import CANDIDATE_NAME, SavedAdapter, activate, load_adapter, read_adapter, swap_adapter
 from deal_core.base_model.load import BaseModel, Precision, load_base
+from deal_core.config import Quantize
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation import generation
@@ -94,13 +95,15 @@ def load_answerer(
 ) -> Answerer:
     """Load a version for answering: its base model, found by name and checked by digest, and the adapter.
 
+    The base model is quantized as it was when the version was judged.
+
     `folder` has the PEFT files and `deal.json`. `base_source` is the base model's place on this machine; None: the
     place that the version names. With `precision` fp32, an answer does not depend on other rows of its batch. Answers
     carry `version`, the version's number.
 
     Raises:
         AdapterStateError: the folder cannot be served.
-        ConfigError: the base model is not found, or is a different one.
+        ConfigError: the base model is not found, is a different one, or cannot be quantized on this machine.
     """
     served = read_served(folder)
     return Answerer(served, load_base_of(served, cache_folder, base_source, precision=precision), folder, version)
@@ -111,7 +114,7 @@ def load_base_of(
 ) -> BaseModel:
     """Load the base model of a version; arguments and errors are those of `load_answerer`."""
     source = base_source or served.base_source
-    base = load_base(source, cache_folder, precision=precision)
+    base = load_base(source, cache_folder, precision=precision, quantize=served.quantize)
     if base.sha256 != served.base_sha256:
         raise ConfigError(
             f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but {source} is another "
@@ -138,8 +141,8 @@ class Answerer:
     def __init__(self, served: ServedVersion, base: BaseModel, folder: Path, version: str = UNKNOWN_VERSION) -> None:
         self._first = _Version(served, version, base.tokenizer)
         """The version that answers now."""
-        self.base_sha256 = base.sha256
-        """Digest of the base model that is loaded."""
+        self.held_base = base.sha256, base.quantize
+        """The base model that is loaded, as `ServedVersion.held_base`."""
         self._changed = threading.Condition()
         self._holder: int | None = None
         """The thread that computes with the model or swaps the version."""
@@ -222,8 +225,8 @@ class Answerer:
             AdapterStateError: the folder cannot be served, or does not fit the base; the previous version stays.
             ConfigError: the version needs another base model than the given or loaded one.
         """
-        base_sha256 = self.base_sha256 if base is None else base.sha256
-        served, saved = _read(folder, base_sha256)
+        held_base = self.held_base if base is None else (base.sha256, base.quantize)
+        served, saved = _read(folder, held_base)
         model = None if base is None else load_adapter(base.model, folder)
         with self._alone():
             if base is None or model is None:
@@ -234,7 +237,7 @@ class Answerer:
                 self._put_on(base, model)
                 self._candidate = None
             tokenizer = self._first.tokenizer if base is None else base.tokenizer
-            self._first, self.base_sha256 = _Version(served, version, tokenizer), base_sha256
+            self._first, self.held_base = _Version(served, version, tokenizer), held_base
             for request in self._waiting:
                 request.begin_again()
 
@@ -245,7 +248,7 @@ class Answerer:
             AdapterStateError: the folder cannot be served, or does not fit the base; then there is no candidate.
             ConfigError: the version needs another base model.
         """
-        served, saved = _read(folder, self.base_sha256)
+        served, saved = _read(folder, self.held_base)
         with self._without_candidate():
             adapters.add_candidate(self._model, saved)
             self._candidate = _Version(served, version, self._first.tokenizer)
@@ -419,13 +422,14 @@ class Answerer:
                 request.take(list(islice(in_order, len(part))))
 
 
-def _read(folder: Path, base_sha256: str) -> tuple[ServedVersion, SavedAdapter]:
+def _read(folder: Path, held_base: tuple[str, Quantize]) -> tuple[ServedVersion, SavedAdapter]:
     """Read a version's folder for the base model that is loaded."""
-    served = read_served(folder)
-    if served.base_sha256 != base_sha256:
+    served, (sha256, quantize) = read_served(folder), held_base
+    if served.held_base != held_base:
         raise ConfigError(
-            f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but another one is "
-            f"loaded ({base_sha256[:12]})."
+            f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}, train.quantize "
+            f"{served.quantize}), but another one is loaded ({sha256[:12]}, train.quantize {quantize}).",
+            code="other-base",
         )
     return served, read_adapter(folder)
 

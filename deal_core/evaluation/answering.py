@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from deal_core.config import Quantize
 from deal_core.data.chats import ROLES, as_messages, normal_calls, role_of
 from deal_core.data.check import normal_input
 from deal_core.data.schema import TaskSchema
@@ -85,6 +86,13 @@ class ServedVersion(VersionedJson):
     base_sha256: str
     tasks: tuple[ServedTask, ...]
     newest_task: str
+    quantize: Quantize = "none"
+    """How the base model's linear layers were quantized when the version was trained and judged."""
+
+    @property
+    def held_base(self) -> tuple[str, Quantize]:
+        """What tells the base model in memory from others: its digest, and its quantization."""
+        return self.base_sha256, self.quantize
 
     def task(self, name: str | None) -> ServedTask | None:
         """The task of that name; None: the newest."""

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from deal_core.base_model.language_model import LanguageModel
+from deal_core.base_model.turn_ends import stop_ids, tokens_before_end
 from deal_core.data.collate import can_be_continued, common_prefix, counts_padding, pad_batch, read_cache
 from deal_core.data.prompts import answer_text, encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema, label_key
@@ -65,7 +66,7 @@ class ConfidenceRecorder(LogitsProcessor):
         first = first_tokens(tokenizer, task)
         self._tokens = sorted(set(first.values()))
         self._place = {label: self._tokens.index(token) for label, token in first.items()}
-        self._end = tokenizer.eos_token_id
+        self._stops = stop_ids(tokenizer)
         self.begin()
 
     def begin(self) -> None:
@@ -99,8 +100,8 @@ class ConfidenceRecorder(LogitsProcessor):
         ]
 
     def _of_text(self, shares: Sequence[float], new: Sequence[int]) -> Confidence:
-        ends = [place for place, token in enumerate(new) if token == self._end]
-        own = shares[: ends[0] + 1] if ends else shares[: len(new)]
+        num_tokens = tokens_before_end(new, self._stops)
+        own = shares[: len(new) if num_tokens is None else num_tokens + 1]
         return Confidence(_share(math.fsum(own) / len(own)), None)
 
 
@@ -169,10 +170,12 @@ def answer_prompts(
     """Generate one greedy answer per prompt (token ids) with its confidence, in the prompts' order."""
     answers: dict[int, GivenAnswer] = {}
     limit = answer_limit(tokenizer, task.schema, task.max_new_tokens)
-    recorder = ConfidenceRecorder(tokenizer, task.schema)
+    recorder, stops = ConfidenceRecorder(tokenizer, task.schema), stop_ids(tokenizer)
     for batch, tokens, _ in generate(model, tokenizer, prompts, limit, recorder=recorder):
-        texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-        is_cut = [tokenizer.eos_token_id not in new for new in tokens]
+        lengths = [tokens_before_end(new, stops) for new in tokens]
+        own = [new[:length] for new, length in zip(tokens, lengths, strict=True)]
+        texts = [text.strip() for text in tokenizer.batch_decode(own, skip_special_tokens=True)]
+        is_cut = [length is None for length in lengths]
         of_batch = map(GivenAnswer, texts, recorder.confidences(tokens, texts), is_cut)
         answers.update(zip(batch, of_batch, strict=True))
         if on_progress is not None:
@@ -240,7 +243,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stop_ids(tokenizer) or None,
             pad_token_id=tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
             output_logits=with_logits,

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from peft import PeftModel
 from torch import Tensor
 
+from deal_core.base_model.turn_ends import stop_ids, tokens_before_end
 from deal_core.config import TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -108,13 +109,13 @@ def answered(
         prompts += [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in texts]
         limits += [answer_limit(tokenizer, task, max_new_tokens)] * len(texts)
     rows: dict[int, RehearsedRow] = {}
-    end = tokenizer.eos_token_id
+    stops = stop_ids(tokenizer)
     for batch, answers, logits_BKV in generate(model, tokenizer, prompts, max(limits, default=1), with_logits=True):
         assert logits_BKV is not None
         for i, answer, logits_KV in zip(batch, answers, logits_BKV, strict=True):
             ids = answer[: limits[i]]
-            if end in ids:  # what stands behind the end token is padding
-                ids = ids[: ids.index(end) + 1]
+            if (length := tokens_before_end(ids, stops)) is not None:  # what stands behind the end token is padding
+                ids = ids[: length + 1]
             shares_KV = logits_KV[: len(ids)].float().softmax(-1)
             rows[i] = RehearsedRow(prompts[i], ids).with_target(shares_KV)
     return [rows[i] for i in range(len(prompts))]

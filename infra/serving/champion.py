@@ -262,7 +262,7 @@ class Champion:
         base_source, precision = settings.base_model, settings.serving_precision
         if not isinstance(self._answerer, Answerer):
             self._answerer = load_answerer(folder, cache, base_source, precision=precision, version=number)
-        elif (served := read_served(folder)).base_sha256 == self._answerer.base_sha256:
+        elif (served := read_served(folder)).held_base == self._answerer.held_base:
             self._answerer.swap(folder, number)
         else:
             self._answerer.swap(folder, number, load_base_of(served, cache, base_source, precision=precision))

@@ -25,6 +25,7 @@ from deal_core.adapter.files import PEFT_FILES, digests_of, sha256_together
 from deal_core.base_model.fingerprint import MOST_APART, TEXT, apart
 from deal_core.base_model.load import read_tokenizer
 from deal_core.base_model.sources import tokenizer_folder
+from deal_core.base_model.turn_ends import stop_ids, tokens_before_end
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling, given_up, load_base_of
@@ -277,7 +278,7 @@ class Engines:
         served = read_served(folder)
         with self._changing:
             known = self._first
-        if known is not None and known.served.base_sha256 == served.base_sha256:
+        if known is not None and known.served.held_base == served.held_base:
             tokenizer, fingerprint = known.tokenizer, known.fingerprint
         else:
             tokenizer, fingerprint = self._base_of(served)
@@ -320,7 +321,7 @@ class Engines:
         Only the first server of a base model loads it, if no evaluation has stored its fingerprint.
         """
         source, cache = ServingSettings().base_model or served.base_source, HomeSettings().cache_dir
-        fingerprint = keep_fingerprint(self._store, served.base_sha256, lambda: load_base_of(served, cache, source))
+        fingerprint = keep_fingerprint(self._store, *served.held_base, lambda: load_base_of(served, cache, source))
         if fingerprint is None:
             raise ConfigError(f"{served.base_name} is an encoder-decoder, which vLLM serves no adapters on.")
         tokenizer = read_tokenizer(tokenizer_folder(source, cache), source)
@@ -396,8 +397,9 @@ class _Engine:
     num_in_flight: int = 0
     base: str = ""
     """The name of its base model."""
-    proved: frozenset[str] = frozenset()
-    """Digests of the base models that its base model has been compared with. Empty after it was away."""
+    proved: frozenset[tuple[str, str]] = frozenset()
+    """The base models (`ServedVersion.held_base`) that its base model has been compared with. Empty after it was
+    away."""
 
     @property
     def shown(self) -> str:
@@ -411,7 +413,7 @@ class _Engine:
 
     def has(self, version: OnEngine) -> bool:
         """Whether it can answer for a version: it is there, has its base model, and has loaded its adapter."""
-        return self.is_there and version.name in self.loaded and version.fingerprint.base_sha256 in self.proved
+        return self.is_there and version.name in self.loaded and version.served.held_base in self.proved
 
     def look(self) -> None:
         """Ask whether it answers, and what it has loaded."""
@@ -443,9 +445,9 @@ class _Engine:
 
     def _require_base(self, version: OnEngine) -> None:
         """Compare the engine's base model with the version's, once."""
-        if version.fingerprint.base_sha256 not in self.proved:
+        if version.served.held_base not in self.proved:
             require_base(self.client, self.base, version.fingerprint, version.served.base_name)
-            self.proved |= {version.fingerprint.base_sha256}
+            self.proved |= {version.served.held_base}
 
 
 def require_base(client: EngineClient, model: str, fingerprint: Fingerprint, wanted: str) -> None:
@@ -458,9 +460,12 @@ def require_base(client: EngineClient, model: str, fingerprint: Fingerprint, wan
             raise
         distance, how = math.inf, str(error).rstrip(".")
     if not distance <= MOST_APART:  # NaN is no proof
+        quantize = fingerprint.quantize
+        held = "" if quantize == "none" else f", quantized as train.quantize: {quantize} says"
         raise ConfigError(
-            f"The engine at {client.shown} has the base model {model}, and the version needs {wanted}: {how}. Start "
-            "the engine with the lineage's base model."
+            f"The engine at {client.shown} has the base model {model}, and the version needs {wanted}{held}: {how}. "
+            f"Start the engine with the lineage's base model{held}.",
+            code="other-base",
         )
 
 
@@ -537,10 +542,8 @@ class Completion:
         """Return the answers. The first one of each row is the one that the prediction log gets."""
         choices = [self._choice(index, parts) for index, parts in enumerate(self._parts)]
         if "stop" not in self._sampling.passed_on:  # the engine holds back the half of a character at the end
-            decode = self.version.tokenizer.decode
             choices = [
-                choice._replace(text=str(decode([*_tokens(parts)], skip_special_tokens=True)))
-                for choice, parts in zip(choices, self._parts, strict=True)
+                choice._replace(text=self._text(parts)) for choice, parts in zip(choices, self._parts, strict=True)
             ]
         firsts = choices[:: self._num]
         texts = [choice.text.strip() for choice in firsts]
@@ -561,6 +564,11 @@ class Completion:
             usage=dict(self._tokens),
         )
 
+    def _text(self, parts: Sequence[Piece]) -> str:
+        tokenizer, tokens = self.version.tokenizer, [*_tokens(parts)]
+        own = tokens[: tokens_before_end(tokens, stop_ids(tokenizer))]
+        return str(tokenizer.decode(own, skip_special_tokens=True))
+
     def _body(self, task: ServedTask, places: Sequence[int]) -> dict[str, Any]:
         """Return the request to the engine. By default an answer is the most likely one."""
         tokenizer, form, wanted = self.version.tokenizer, self.version.answers[task.schema.name], self._sampling
@@ -573,9 +581,8 @@ class Completion:
             "max_tokens": form.max_tokens if wanted.max_tokens is None else wanted.max_tokens,
             "temperature": 0,
             **{name: value for name, value in wanted.passed_on.items() if value is not None},
-            # as `generate` ends an answer: at the tokenizer's end token, whatever the engine's config says
-            "ignore_eos": True,
-            "stop_token_ids": [tokenizer.eos_token_id],
+            "ignore_eos": True,  # answers end as those of `generate`, whatever the engine's config says
+            "stop_token_ids": stop_ids(tokenizer),
             "logprobs": wanted.num_tops or 0,
         }
         if self._num > 1:

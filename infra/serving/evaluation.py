@@ -38,7 +38,7 @@ class EvaluationEngine:
     def __init__(self, client: EngineClient, store: ObjectStore, base: BaseModel) -> None:
         self.name = f"vllm {client.version()}"
         """What answers, as stored answers name it."""
-        fingerprint = keep_fingerprint(store, base.sha256, lambda: base)
+        fingerprint = keep_fingerprint(store, base.sha256, base.quantize, lambda: base)
         if fingerprint is None:
             reason = f"{base.name} is an encoder-decoder, which vLLM serves no adapters on"
             raise ConfigError(f"DEAL_EVALUATE_ENGINE: {reason}; unset it.")
@@ -80,6 +80,7 @@ class EvaluationEngine:
                 base_sha256=base.sha256,
                 tasks=(task,),
                 newest_task=task.schema.name,
+                quantize=base.quantize,
             )
             version = OnEngine(
                 served=served,

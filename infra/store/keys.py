@@ -15,7 +15,7 @@
     branches/LINEAGE/NUMBER.json              what is made anew; NUMBER.end.json says how that ended
     exports/LINEAGE/NUMBER/DIGEST.json        an export of a version
     index/FOLDER.json                         the content of a folder's objects, which saves requests
-    base_models/SHA256.json                   what the base model answers to a few texts, see `infra.fingerprints`
+    base_models/SHA256.QUANTIZE.json          what the base model answers to a few texts, see `infra.fingerprints`
     base_models/SHA256.general.json           the scores of a base model on suites of general ability
     mlflow/LINEAGE.json                       what MLflow has of the lineage
     mlflow/LINEAGE/RUN.forget                 a run whose rows are still to be removed from MLflow
@@ -133,8 +133,8 @@ landed_key: Callable[[str, str], str] = "landed/{}/{:.32}.json".format
 batch_folder: OfLineage = "batches/{}".format
 batch_key: OfLineageAndTask = "batches/{}/{}.json".format
 
-fingerprint_key: Callable[[str], str] = "base_models/{}.json".format
-"""From the digest of a base model."""
+fingerprint_key: Callable[[str, str], str] = "base_models/{}.{}.json".format
+"""From the digest of a base model, and its quantization."""
 base_scores_key: Callable[[str], str] = "base_models/{}.general.json".format
 """A base model's scores on suites of general ability, from its digest."""
 adapter_scores_key: Callable[[str], str] = "{}/general.json".format

@@ -69,19 +69,19 @@ def evaluate_version(
     store = current_store()
     processes = Processes(adaptation.spec.train.num_processes, jobs_of(adaptation), adaptation.folder / "answers")
     scorer = Scorer(adaptation.base, processes=processes)
-    asked = _rows_to_ask(store, adaptation, scorer.engine)
+    asked = _rows_to_ask(store, adaptation, scorer)
     scores = _score(scorer, asked, adaptation, trained)
     # Store the answers for the next version's comparison, and the reference for live traffic.
     before = scores.on_parent.answers if adaptation.record else scores.on_base.answers
     completed = {test_set.schema.name: scores.answered[test_set.schema.name] for test_set in asked.unanswered}
-    answers = KeptAnswers(now=scores.now.answers, before=before | completed, engine=scorer.engine)
+    answers = KeptAnswers(now=scores.now.answers, before=before | completed, answerer=scorer.answerer)
     keep_answers(store, trained.uri, answers)
     judging = [test_set for test_set in asked.all if test_set.schema.name not in asked.slices]
     write_reference(store, trained.uri, adaptation.lineage, judging, scores.now.evaluations)
     general = measure_general(scorer, adaptation, trained)
     of_rows = (*asked.notes, *_length_notes(scorer, asked, adaptation.dataset), *collapse_notes(scores.now))
     notes = (*notes, *of_rows, *general.notes)
-    return replace(_report(adaptation, asked, scores, scorer.num_rows, notes, scorer.engine), general=general.scores)
+    return replace(_report(adaptation, asked, scores, scorer.num_rows, notes, scorer.answerer), general=general.scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class _Asked:
     notes: tuple[str, ...]
 
 
-def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, engine: str | None) -> _Asked:
+def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, scorer: Scorer) -> _Asked:
     record, renewal, dataset = adaptation.record, adaptation.renewal, adaptation.dataset
     slices = {part.name: part.of for part in renewal.slices}
     notes: list[str] = []
@@ -142,10 +142,10 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, engine: str | No
     ]
     old = within_budget(old, dataset.task, adaptation.spec.evaluate.max_old_rows)
 
-    # Only answers of one engine are compared, so that no difference comes from its arithmetic.
-    answered = adaptation.parent_answers.now if adaptation.parent_answers.engine == engine else {}
-    if engine is not None:
-        notes.append(f"the test rows were answered by {engine}")
+    # Only answers of one answerer are compared, so that no difference comes from its arithmetic or its stop tokens.
+    answered = adaptation.parent_answers.now if adaptation.parent_answers.answerer == scorer.answerer else {}
+    if scorer.engine is not None:
+        notes.append(f"the test rows were answered by {scorer.engine}")
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     unanswered = []
@@ -246,7 +246,7 @@ def _report(
     scores: _Scores,
     num_rows: dict[str, int],
     notes: tuple[str, ...],
-    engine: str | None,
+    answerer: str,
 ) -> EvaluationReport:
     learned, record, renewal = adaptation.dataset.task, adaptation.record, adaptation.renewal
     now, on_parent = scores.now, scores.on_parent
@@ -290,7 +290,7 @@ def _report(
         base_perplexity=scores.on_base.perplexity,
         parent_accuracy_new_task=parent_accuracy,
         matrix=matrix,
-        debts=_debts(adaptation, asked, now.answers, matrix, engine),
+        debts=_debts(adaptation, asked, now.answers, matrix, answerer),
         is_consolidation=adaptation.consolidation is not None,
         adapter=scores.facts,
         majority_rate=now.evaluations[learned].majority_rate,
@@ -301,7 +301,7 @@ def _report(
 
 
 def _debts(
-    adaptation: AdaptationRun, asked: _Asked, now: Answers, matrix: AccuracyMatrix, engine: str | None
+    adaptation: AdaptationRun, asked: _Asked, now: Answers, matrix: AccuracyMatrix, answerer: str
 ) -> dict[str, Debt]:
     """What each task has lost since it was learned, by the answers to the rows that both versions were asked."""
     store, debts = current_store(), {}
@@ -316,7 +316,7 @@ def _debts(
         if since.version not in kept_of:
             kept_of[since.version] = read_answers(store, since.adapter_uri)
         kept = kept_of[since.version]
-        then = kept.now.get(name, {}) if kept.engine == engine else {}
+        then = kept.now.get(name, {}) if kept.answerer == answerer else {}
         places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in then]
         if places:
             rows = test_set.rows.select(places)

@@ -46,6 +46,8 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
     findings = read_findings(version.adapter_uri)
     new, old = read_record(store, version.adapter_uri), read_record(store, other.adapter_uri)
     now, then = read_answers(store, version.adapter_uri), read_answers(store, other.adapter_uri)
+    # Two base models end their turns at tokens of their own. Answers of one base model end at the same tokens.
+    is_comparable = version.base_sha256 != other.base_sha256 or now.answerer == then.answerer
     report = findings.evaluation
     before: dict[str, float] = {}
     accuracies, outcomes, parent_outcomes = dict(report.accuracies), dict(report.outcomes), dict[str, Scores]()
@@ -54,7 +56,7 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
         name = known.schema.name
         if (learned := new.task(name)) is None:
             continue
-        if now.engine == then.engine and forgotten_tests(store, name, learned.dataset_uri) is None:
+        if is_comparable and forgotten_tests(store, name, learned.dataset_uri) is None:
             rows = load_test_set(store, learned).rows
             both = now.now.get(name, {}).keys() & then.now.get(name, {}).keys()
             rows = rows.select([place for place, digest in enumerate(rows["sha256"]) if digest in both])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.report import GeneralScores, Scores, mean_score
 from deal_core.general.suites import Suite, suite_of
-from infra.general_scores import answerer_of, keep_scores, read_scores
+from infra.general_scores import keep_scores, read_scores
 from infra.store.keys import adapter_scores_key, base_scores_key
 from tasks.adaptation.run import AdaptationRun
 from tasks.context import current_store
@@ -50,7 +50,7 @@ def measure_general(scorer: Scorer, adaptation: AdaptationRun, trained: TrainedA
         return MeasuredAbility(scores={}, notes=())
 
     suites = [suite_of(name) for name in config.general]
-    asked = _Asked(scorer, answerer_of(scorer.engine, adaptation.base.quantize))
+    asked = _Asked(scorer, scorer.answerer)
     sha256 = adaptation.base.sha256
     base = asked.scores(base_scores_key(sha256), sha256, None, suites)
     on = [suite for suite in suites if mean_score(base[suite.name]) >= config.min_general_accuracy]

@@ -231,7 +231,8 @@ def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
     from infra.fingerprints import keep_fingerprint
 
     store, dataset, parent, record = current_store(), inputs.dataset, inputs.parent, inputs.record
-    keep_fingerprint(store, inputs.base.sha256, partial(lend_base, inputs.base))  # for deal serve --engine
+    base = inputs.base
+    keep_fingerprint(store, base.sha256, base.quantize, partial(lend_base, base))  # for deal serve --engine
     if record is not None and inputs.consolidation is not None:  # test rows stay as they are
         schema, renewal = choose_task(record, dataset.task).schema, Renewal(None, record.slices, None)
     else:

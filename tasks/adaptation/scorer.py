@@ -15,6 +15,7 @@ from typing import Any
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.language_model import LanguageModel
+from deal_core.base_model.turn_ends import stop_ids
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.label_scores import label_scores, recentred_accuracy
 from deal_core.evaluation.metrics import collapsed
@@ -23,6 +24,7 @@ from deal_core.evaluation.score import TaskEvaluation, confidences_of, count_too
 from deal_core.general.suites import Suite
 from deal_core.safe_text import brief
 from deal_core.training.jobs import AnswerJob, AnswerResult
+from infra.general_scores import answerer_of
 from infra.launch import is_in_this_process, launch_job
 from infra.serving.evaluation import evaluation_engine
 from infra.settings import HomeSettings, LaunchSettings
@@ -98,6 +100,11 @@ class Scorer:
     def engine(self) -> str | None:
         """What answers the rows, such as "vllm 0.32.0"; None: this process does."""
         return None if self._engine is None else self._engine.name
+
+    @cached_property
+    def answerer(self) -> str:
+        """What computes the answers, see `answerer_of`. Only answers of one are compared."""
+        return answerer_of(self.engine, self._base.quantize, stop_ids(self._tokenizer))
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,15 +181,13 @@ class KeptAnswers:
     before: Answers
     """Answers to compare with. For a new task: the parent's, or the base model's for a first version. For other tasks:
     the parent's, if the parent's own evaluation did not ask all of the rows."""
-    engine: str | None = None
-    """What computed them, such as "vllm 0.32.0"; None: the process that evaluated."""
+    answerer: str = ""
+    """What computed them, see `infra.general_scores.answerer_of`; empty: there are none."""
 
 
 def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> None:
     """Store the answers next to the adapter."""
-    values = {"schema_version": SCHEMA_VERSION, "now": answers.now, "before": answers.before}
-    if answers.engine is not None:
-        values["engine"] = answers.engine
+    values = {"schema_version": SCHEMA_VERSION, **asdict(answers)}
     store.put_bytes(f"{adapter_uri}/{ANSWERS_FILE}", json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
 
 
@@ -202,7 +200,7 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers:
     with reading_stored(store, key, "the kept answers of a version", remedy):
         values = json.loads(store.get_bytes(key))
         require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
-        return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]), engine=values.get("engine"))
+        return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]), answerer=values["answerer"])
 
 
 def compare_answers(

@@ -25,6 +25,7 @@ def served_version(record: LineageRecord) -> ServedVersion:
         base_sha256=base.sha256,
         tasks=tuple(map(served_task, record.tasks)),
         newest_task=record.matrix.trained[-1],
+        quantize=base.quantize,
     )
 
 

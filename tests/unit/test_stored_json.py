@@ -21,6 +21,7 @@ from infra.run_journal import Run
 from infra.store.local import FileStore
 from infra.store.stored import Stored, read_stored, write_stored
 from infra.versions import Version
+from tasks.lineage.model_card import served_version
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.references import BaseRef
 
@@ -90,6 +91,7 @@ SERVED = ServedVersion(
     base_sha256="01" * 32,
     tasks=tuple(ServedTask(schema=task, max_prompt_tokens=256, max_new_tokens=7) for task in TASKS),
     newest_task="talk",
+    quantize="4bit",
 )
 STORED: dict[str, tuple[Any, type[Exception]]] = {
     "evaluation": (REPORT, ValueError),
@@ -212,6 +214,10 @@ def test_an_unknown_field_inside_is_refused(name: str, path: tuple[Any, ...]) ->
     inner["surprise"] = 1
     with pytest.raises((TypeError, ValueError), match="surprise"):
         type(STORED[name][0]).from_json(values)
+
+
+def test_a_version_is_served_as_its_record_says() -> None:
+    assert (served_version(RECORD).quantize, served_version(RECORD).base_sha256) == ("4bit", RECORD.base.sha256)
 
 
 def test_a_record_of_before_kept_rows_is_read_without_what_it_says_of_memory() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from deal_core.evaluation.answering import InputRow
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.store.keys import fingerprint_key
+from tasks.base import release_base
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import read_record
@@ -32,11 +35,11 @@ def test_the_engine_answers_the_test_rows_and_only_answers_of_one_engine_are_com
         loaded = [name for call, name in engine.calls if call == "load"]
         assert len(loaded) == 1 and loaded[0].startswith("evaluate-"), "the base model is asked without an adapter"
         assert engine.adapters == {} and list((home / "engine-adapters").iterdir()) == []
-        assert store.exists(fingerprint_key(first.base_sha256))
+        assert store.exists(fingerprint_key(first.base_sha256, "none"))
 
         # the answers are those of the version, computed here
         kept = read_answers(store, first.adapter_uri)
-        assert kept.engine == NAME
+        assert kept.answerer == f"{NAME}, quantize none, stops 2"
         assert f"the test rows were answered by {NAME}" in evaluation_of(learned)["notes"]
         (task,) = read_record(store, first.adapter_uri).tasks
         rows = load_test_set(store, task).rows
@@ -53,5 +56,21 @@ def test_the_engine_answers_the_test_rows_and_only_answers_of_one_engine_are_com
     monkeypatch.delenv("DEAL_EVALUATE_ENGINE")
     third = version_of(run(tiny_base, BANK, again=True))
     kept = read_answers(store, third.adapter_uri)
-    assert kept.engine is None
+    assert kept.answerer == "this project, quantize none, stops 2"
     assert kept.before.keys() >= {"bank", "clinic"}, "the parent was asked again, by the process"
+
+
+def test_answers_that_ended_at_other_tokens_are_not_compared(
+    prefect_api: None, home: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    del prefect_api, home
+    store, base = current_store(), shutil.copytree(tiny_base, tmp_path / "base")
+    first = version_of(run(base, BANK))
+    file = base / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [1, 2]}))
+    release_base()  # as another process would read the model
+    second = version_of(run(base, CLINIC))
+    assert second.base_sha256 == first.base_sha256
+    kept = read_answers(store, second.adapter_uri)
+    assert kept.answerer == "this project, quantize none, stops 1 2"
+    assert kept.before.keys() == {"bank", "clinic"}, "the parent was asked again"

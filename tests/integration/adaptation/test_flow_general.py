@@ -70,7 +70,7 @@ def test_suites_are_asked_once_judged_and_shown(
     (logged,) = client.search_runs([client.get_experiment_by_name("deal/l").experiment_id])
     assert logged.data.metrics["general/json"] == 0.75
     kept = read_scores(store, adapter_scores_key(version.adapter_uri), version.adapter_sha256)
-    assert kept.keys() == {"quantize none"}
+    assert kept.keys() == {"this project, quantize none, stops 2"}
 
     # the scores of another answerer neither displace these nor count for this one
     none, sha256 = (0.0,) * ROWS, version.base_sha256

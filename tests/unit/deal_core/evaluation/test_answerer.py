@@ -80,6 +80,21 @@ def test_another_base_model_is_refused(
         load_answerer(served_folder, tmp_path / "cache", str(tiny_base))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can quantize")
+def test_a_version_that_was_judged_in_4_bits_is_served_in_4_bits_or_not_at_all(
+    answerer: Answerer, served_folder: Path, served_version: ServedVersion, tmp_path: Path
+) -> None:
+    (served_folder / SERVED_FILE).write_text(json.dumps(replace(served_version, quantize="4bit").to_json()))
+    with pytest.raises(ConfigError, match=r"train\.quantize is 4bit") as refused:
+        load_answerer(served_folder, tmp_path / "cache")
+    assert refused.value.code == "quantize"
+    for let_in in (answerer.swap, answerer.add_candidate):
+        with pytest.raises(ConfigError) as refused:
+            let_in(served_folder, "2")
+        assert refused.value.code == "other-base"
+    assert answerer.answer([InputRow("the sea")]) and answerer.version == "1"
+
+
 def test_answers_are_those_of_the_task_that_a_row_names(
     answerer: Answerer, base: BaseModel, served_version: ServedVersion
 ) -> None:
@@ -299,7 +314,7 @@ def test_another_base_model_takes_over_with_its_version(
     before = answerer.answer([InputRow(text) for text in TEXTS])
     answerer.swap(served_folder, "2", other)
     assert answerer.answer([InputRow(text) for text in TEXTS]) != before
-    assert (answerer.base_sha256, answerer.version) == ("e" * 64, "2")
+    assert (answerer.held_base, answerer.version) == (("e" * 64, "none"), "2")
     assert not any(each is base.model for each in answerer._model.modules())
 
 

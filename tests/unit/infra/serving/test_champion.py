@@ -73,14 +73,14 @@ class Answerer:
     retry_seconds = 60.0
 
     def __init__(self, folder: Path, *_: Any, version: str, **__: Any) -> None:
-        self.version, self.base_sha256, self.swaps = version, "the base", list[tuple[str, Any]]()
+        self.version, self.held_base, self.swaps = version, ("the base", "none"), list[tuple[str, Any]]()
         self.candidate: str | None = None
         self._check(version)
 
     def swap(self, folder: Path, version: str, base: Any = None) -> None:
         assert {path.name for path in folder.iterdir()} == {*SERVED_FILES}
         self._check(version)
-        self.version, self.base_sha256 = version, base or self.base_sha256
+        self.version, self.held_base = version, base or self.held_base
         self.swaps.append((version, base))
 
     def add_candidate(self, folder: Path, version: str) -> None:
@@ -117,7 +117,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
     monkeypatch.setenv("DEAL_HOME", str(tmp_path))
     monkeypatch.setattr(serving, "load_answerer", Answerer)
     monkeypatch.setattr(serving, "Answerer", Answerer)
-    monkeypatch.setattr(serving, "load_base_of", lambda served, *_, **__: served.base_sha256)
+    monkeypatch.setattr(serving, "load_base_of", lambda served, *_, **__: served.held_base)
     monkeypatch.setattr(serving, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(serving, "MAX_POLL_SECONDS", 0.02)
     monkeypatch.setattr(Answerer, "broken", set())
@@ -200,7 +200,11 @@ def test_another_base_model_is_loaded_only_where_the_version_has_one(store: Stor
     for version in ("2", "3", "4"):
         move(store, version)
         following.wait_for(f"Version {version} serves")
-    assert following.champion._answerer.swaps == [("2", "another base"), ("3", "the base"), ("4", None)]  # type: ignore[union-attr]
+    assert following.champion._answerer.swaps == [  # type: ignore[union-attr]
+        ("2", ("another base", "none")),
+        ("3", ("the base", "none")),
+        ("4", None),
+    ]
 
 
 def test_a_look_takes_two_small_requests_while_nothing_moves(store: Store) -> None:

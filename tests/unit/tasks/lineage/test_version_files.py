@@ -60,7 +60,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
     f"runs/l/{run_key(1)[:16]}.json": lambda store: RunJournal(store).find("l", run_key(1)),
     "watch/l.json": lambda store: read_state(store, "l"),
     "labels/l/bank.json": lambda store: added_labels(store, "l", "bank"),
-    f"base_models/{'b' * 64}.json": lambda store: read_fingerprint(store, "b" * 64),
+    f"base_models/{'b' * 64}.4bit.json": lambda store: read_fingerprint(store, "b" * 64, "4bit"),
     f"{ADAPTER}/general.json": lambda store: read_scores(store, adapter_scores_key(ADAPTER), ""),
     "versions/l/00000007.json": lambda store: Versions(store).find("l", "7"),
     "lineages/l.yaml": lambda store: read_lineage(store, "l"),
