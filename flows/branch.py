@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError, in_one_line
 from flows.adapt import learn_arrival
+from flows.forget import forget
 from flows.lock import lock_lineage
 from flows.mlflow import mirror
 from flows.requeue import spec_to_relearn
@@ -35,11 +36,12 @@ from infra.versions import Version, Versions
 from tasks.adaptation.resume import finish_newest, read_findings
 from tasks.adaptation.run import Remake
 from tasks.context import current_store
-from tasks.lineage.branch import require_no_branch, serve_again
+from tasks.lineage.branch import require_no_branch, require_unmoved, serve_again
 from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.requests import AskedFor
+from tasks.lineage.tombstones import find_tombstone
 from tasks.progress import reporter, to_the_end
 from tasks.references import DatasetRef
 from tasks.spec import AdaptSpec, parse
@@ -177,15 +179,19 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Version | str:
 
     The caller holds the lineage. A step whose version its gate rejects, or whose file is refused, stops the branch;
     with `skip_rejected` the next step continues the version before.
+
+    Raises:
+        ChampionMovedError: A person has moved the champion since the branch began.
     """
     store, lineage, num_steps = current_store(), branch.lineage, len(branch.steps)
     await to_the_end(finish_newest, store, lineage)
     go_on = f"Go on without it: {branch.command} --skip-rejected"
     # A killed process may have written no end after the swap; nothing is learned any more.
-    steps = () if is_swapped(branch, Versions(store).all(lineage)) else branch.steps
+    steps = () if is_swapped(branch, PromotionLog(store).moves(lineage)) else branch.steps
     for number, step in enumerate(steps, 1):
         versions = Versions(store).all(lineage)
         if (made := made_by(branch, versions).get(step.version)) is None:
+            require_unmoved(store, branch)  # what is trained now could not be swapped in
             reporter().said(f"Branch {branch.number} of {lineage}, arrival {number} of {num_steps}: {step.task}")
             before = find_version(store, lineage, step.version)
             parent = tip_of(branch, versions)
@@ -264,8 +270,9 @@ def swapped(
     """Store that a branch was swapped in, and return it."""
     end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=remade_by(branch), attestation=attestation)
     Branches(current_store()).end(branch, end)
-    champion = tip.version
-    return _result(branch, status="swapped", message=message, champion=champion, attestation=attestation, **compared)
+    champion = Versions(current_store()).champion(branch.lineage)  # a person may have gone back since
+    number = champion.version if champion else None
+    return _result(branch, status="swapped", message=message, champion=number, attestation=attestation, **compared)
 
 
 def _result(branch: Branch, **facts: Any) -> BranchResult:
@@ -276,6 +283,8 @@ def _result(branch: Branch, **facts: Any) -> BranchResult:
 async def give_up(lineage: str, who: str = "a deployment") -> KnownBranch:
     """End a lineage's branch without a swap: its champion stays or serves again, and new arrivals are learned.
 
+    Rows that the branch has deleted stay deleted, and are searched for once more.
+
     Raises:
         RegistryError: The lineage has no open branch.
     """
@@ -284,10 +293,12 @@ async def give_up(lineage: str, who: str = "a deployment") -> KnownBranch:
         branch = Branches(store).open(lineage)
         if branch is None:
             raise RegistryError(f"Lineage '{lineage}' has no open branch; there is nothing to give up.")
-        if is_swapped(branch, Versions(store).all(lineage)):
+        if is_swapped(branch, PromotionLog(store).moves(lineage)):
             raise RegistryError(f"The branch was swapped in, and only its end is missing. Go on with: {branch.command}")
         serve_again(store, branch, who)
         end = BranchEnd(outcome="given up", who=who, made=remade_by(branch))
         Branches(store).end(branch, end)
+    if (rows := branch.deleted) is not None and find_tombstone(store, rows.task, [rows.sha256]) is not None:
+        await forget(rows.sha256)  # what was logged of the rows while the branch was open goes too
     await mirror(lineage)
     return KnownBranch(branch=branch, end=end)

@@ -11,11 +11,13 @@ from prefect import flow
 from pydantic import BaseModel
 
 from flows.lock import lock_lineage
+from infra.deleted_inputs import keep_deleted
 from infra.log_batches import BATCH_SECONDS
 from infra.store import keys
+from infra.store.base import ObjectStore
 from infra.store.keys import parse_dataset_file, top_of
 from tasks.context import current_store
-from tasks.housekeeping.arrivals import find_arrival
+from tasks.housekeeping.arrivals import KnownArrival, find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
 from tasks.housekeeping.garbage import list_logged_lineages
 from tasks.lineage.tombstones import Tombstone, put_tombstone
@@ -46,10 +48,11 @@ def plan_forget(named: str) -> ForgetPlan:
 async def forget(named: str, reason: str = "") -> ForgetResult:
     """Remove an arrival's rows from all places and splits.
 
-    A first look at all places changes nothing, so a refusal leaves the store as it was. Then the tombstone is written:
-    a run that begins now refuses the rows. Then the affected lineages are held; a run that works on one of them is
-    waited for. What is removed is looked for only now. If such a run has spread the rows to another lineage, that
-    lineage is held too. If this call is interrupted, repeat it with the same argument.
+    A first look at all places changes nothing, so a refusal leaves the store as it was. Then the digests of the inputs
+    and the tombstone are written: a run that begins now refuses the rows, and no server logs their texts. Then the
+    affected lineages are held; a run that works on one of them is waited for. What is removed is looked for only now.
+    If such a run has spread the rows to another lineage, that lineage is held too. If this call is interrupted, repeat
+    it with the same argument.
 
     MLflow's copies of reports are removed last. If MLflow is away, the next run or `deal server sync` removes them.
 
@@ -64,7 +67,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
     store = current_store()
     arrival = find_arrival(store, named)
     plan = plan_forgetting(store, arrival)
-    put_tombstone(store, _tombstone(plan, reason))
+    _note(store, arrival, plan, reason)
     while True:
         held = _affected(plan)
         async with AsyncExitStack() as stack:
@@ -75,9 +78,8 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
             plan = plan_forgetting(store, arrival)  # a run that has ended may have added data
             if set(_affected(plan)) <= set(held):
                 versions = [f"{version.lineage}/{version.version}" for version in plan.learned]
-                put_tombstone(store, tombstone := _tombstone(plan, reason, versions))
-                landed = {top_of(file.address) for file in plan.held if file.kind == "inbox file"} | {arrival.key}
-                silence_watches(store, {key for key in landed if key}, f"Its rows were {tombstone.said}.")
+                tombstone = _note(store, arrival, plan, reason, versions)
+                silence_watches(store, _inbox_keys(arrival, plan), f"Its rows were {tombstone.said}.")
                 forget_held(store, plan)
                 for lineage in held:
                     await to_the_end(sync_lineage, store, lineage)
@@ -85,9 +87,24 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
                 return ForgetResult(plan=plan, tombstone=tombstone, waits_for_mlflow=waiting)
 
 
-def _tombstone(plan: ForgetPlan, reason: str, versions: Sequence[str] = ()) -> Tombstone:
-    facts = plan.model_dump(include={"task", "sha256", "files", "splits", "landed"})
-    return Tombstone(**facts, reason=reason, at=datetime.now(UTC), versions=tuple(versions))
+def _note(
+    store: ObjectStore, arrival: KnownArrival, plan: ForgetPlan, reason: str, versions: Sequence[str] = ()
+) -> Tombstone:
+    """Write down what is deleted. From now on servers log no text of the rows, and runs refuse them."""
+    keep_deleted(store, plan.task, plan.sha256, plan.inputs)
+    tombstone = Tombstone(
+        **plan.model_dump(include={"task", "sha256", "files", "splits", "landed", "unknown"}),
+        reason=reason,
+        at=datetime.now(UTC),
+        versions=tuple(versions),
+        inbox_keys=_inbox_keys(arrival, plan),
+    )
+    return put_tombstone(store, tombstone)
+
+
+def _inbox_keys(arrival: KnownArrival, plan: ForgetPlan) -> tuple[str, ...]:
+    landed = {top_of(place.address) for place in plan.held if place.kind == "inbox file"} | {arrival.key}
+    return tuple(sorted(filter(None, landed)))
 
 
 def _affected(plan: ForgetPlan) -> list[str]:

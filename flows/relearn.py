@@ -13,11 +13,12 @@ from flows.forget import forget
 from flows.lock import lock_lineage
 from infra.branches import Attestation, Branch, Branches, DeletedRows
 from infra.store.base import ObjectStore
-from infra.versions import Versions, descent
+from infra.versions import Versions, champion_of, descent
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import KnownArrival, find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, Kind, affected_versions, plan_forgetting
-from tasks.lineage.branch import stop_serving, swap_in
+from tasks.lineage.branch import ChampionMovedError, stop_serving, swap_in
+from tasks.lineage.history import find_version
 from tasks.mlflow_mirror import sync_lineage
 from tasks.progress import reporter, to_the_end
 from tasks.serving.exports import remove_exports
@@ -62,7 +63,6 @@ def plan_relearn(lineage: str, named: str, *, stops_serving: bool = False, who: 
         )
     deleted = DeletedRows(
         **plan.model_dump(include={"task", "sha256", "files", "splits", "landed"}),
-        inputs=tuple(sorted(plan.inputs)),
         versions=tuple(version.version for version in versions if version.version in affected),
         others=tuple(f"{each.lineage}/{each.version}" for each in plan.learned if each.lineage != lineage),
         places=tuple(f"{place.kind}: {place.address}" for place in plan.held),
@@ -108,7 +108,8 @@ async def relearn(
 
     Raises:
         ConfigError: There is no such arrival, or arrivals would be lost.
-        RegistryError: The lineage cannot begin a branch now, or a person has moved its champion since.
+        RegistryError: The lineage cannot begin a branch now.
+        ChampionMovedError: A person has moved its champion since.
     """
     store = current_store()
     async with lock_lineage(lineage):  # no run works on the lineage, and later ones see the branch
@@ -127,16 +128,21 @@ async def relearn(
         _remove_adapters(store, branch)
         exports = remove_exports(store, lineage, branch.deleted.versions)
         synced = await to_the_end(sync_lineage, store, lineage)
-    again = await forget(branch.deleted.sha256, reason)  # it searches every place once more, after the last adapter
+    # Every place is searched once more, after the swap and the last adapter. The digests of the inputs are those that
+    # the first search stored.
+    again = await forget(branch.deleted.sha256, reason)
     attestation = Attestation(
         removed=branch.deleted.versions,
         searched=get_args(Kind),
         exports_removed=exports.removed,
         exports_left=exports.left,
+        num_inputs=len(again.plan.inputs),
+        unknown=again.plan.unknown,
         waits_for_mlflow=synced.problem is not None or lineage in again.waits_for_mlflow,
     )
+    champion = find_version(store, lineage, None)  # a person may have gone back to the root since
     never = f"It never saw arrival {branch.deleted.sha256[:12]} of {branch.deleted.task}."
-    return swapped(branch, tip, who, f"Version {tip.version} of {lineage} is champion. {never}", attestation)
+    return swapped(branch, tip, who, f"Version {champion.version} of {lineage} is champion. {never}", attestation)
 
 
 def _open_branch(store: ObjectStore, lineage: str, arrival: KnownArrival) -> Branch | None:
@@ -149,10 +155,17 @@ def _open_branch(store: ObjectStore, lineage: str, arrival: KnownArrival) -> Bra
 
 
 def _remove_adapters(store: ObjectStore, branch: Branch) -> None:
-    """Remove the adapters of the versions that saw the rows. The note is written first, and the files go last."""
+    """Remove the adapters of the versions that saw the rows. The notes are written first: then nobody goes back to one.
+
+    Raises:
+        ChampionMovedError: A person has gone back to such a version since the swap.
+    """
     assert branch.deleted is not None
     versions, day = Versions(store), f"{datetime.now(UTC):%Y-%m-%d}"
-    for version in versions.all(branch.lineage):
-        if version.version in branch.deleted.versions:
-            versions.note_removed(branch.lineage, version.version, day)
-            store.delete(version.adapter_uri)
+    affected = [version for version in versions.all(branch.lineage) if version.version in branch.deleted.versions]
+    if (champion := champion_of(affected)) is not None:
+        raise ChampionMovedError(branch, champion.version)
+    for version in affected:
+        versions.note_removed(branch.lineage, version.version, day)
+    for version in affected:
+        store.delete(version.adapter_uri)

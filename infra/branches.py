@@ -17,10 +17,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from infra.deleted_inputs import UnknownRows
+from infra.promotions import Move
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
-from infra.versions import ArrivalDigests, Version, champion_of
+from infra.versions import ArrivalDigests, Version
 
 _END = ".end.json"
 _REMEDY = "Restore it from a backup of the store. Until then nothing is learned; a server that runs serves on."
@@ -56,8 +58,6 @@ class Lost(_Part):
 class DeletedRows(ArrivalDigests, _Part):
     """The rows without which a branch learns, and every place where they were."""
 
-    inputs: tuple[str, ...]
-    """Digests of the single rows' inputs, as far as they are known."""
     versions: tuple[str, ...]
     """Numbers of the lineage's versions that saw the rows. Their adapters are removed after the swap."""
     others: tuple[str, ...]
@@ -134,6 +134,10 @@ class Attestation(_Part):
     """Addresses of exports that were removed."""
     exports_left: tuple[str, ...]
     """Addresses of exports that this machine cannot remove. A person has to."""
+    num_inputs: int
+    """Inputs of the rows that are known, as digests. The prediction logs were searched for answers to them."""
+    unknown: tuple[UnknownRows, ...]
+    """The rows whose inputs could not be known. Logged answers to them may be left."""
     waits_for_mlflow: bool
     """Whether MLflow did not answer. Then its copies are removed by the next run or `deal server sync`."""
 
@@ -208,12 +212,13 @@ def made_by(branch: Branch, versions: Sequence[Version]) -> dict[str, Version]:
     return {version.remakes: version for version in versions if version.branch == branch.number and version.remakes}
 
 
-def is_swapped(branch: Branch, versions: Sequence[Version]) -> bool:
-    """Return whether a branch has been swapped in. Then only its end may be missing."""
-    champion = champion_of(versions)
-    if champion is None:
-        return False
-    return champion.branch == branch.number or (champion.version == branch.root != branch.champion)
+def is_swapped(branch: Branch, moves: Sequence[Move]) -> bool:
+    """Return whether a branch's own move was the last one of its lineage's champion. Then only its end may be missing.
+
+    A person may make the same version champion, for example the branch's root. That is no swap: nothing was made.
+    """
+    changes = [move for move in moves if move.before != move.champion]
+    return bool(changes) and changes[-1].branch == branch.number
 
 
 def tip_of(branch: Branch, versions: Sequence[Version]) -> Version | None:

@@ -136,5 +136,5 @@ def _get(store: ObjectStore, key: str, log: Log, columns: Sequence[str]) -> pa.T
         if {*log.schema.names} - {*pq.read_schema(io.BytesIO(content)).names}:
             raise pa.ArrowInvalid("columns are missing")
         return pq.read_table(io.BytesIO(content), columns=columns, schema=log.schema, use_threads=False)
-    except pa.ArrowException:
+    except (pa.ArrowException, OSError, ValueError):
         raise StoreError(f"{store.uri_of(key)} is no batch of a log; move it elsewhere.") from None

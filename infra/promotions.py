@@ -45,6 +45,8 @@ class Change(BaseModel):
     """Key of the adaptation run, if a run made the change."""
     rollout: RolloutKind | None = None
     """How the version is tried on live traffic; only of the action `rollout`."""
+    branch: int | None = None
+    """Number of the branch that this move swapped in."""
 
 
 class Move(Change, Stored):

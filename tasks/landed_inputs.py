@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deal_core.data.chats import earlier_turns
@@ -35,20 +35,26 @@ def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
             inputs |= inputs_of_file(store, info.key, schema)[0]
     listing = store.list(f"{keys.DATASETS}/{schema.name}")
     for sha256 in {keys.dataset_sha256(info.key) for info in listing if keys.file_name(info.key) == keys.MANIFEST_FILE}:
-        for _, digests in inputs_of_dataset(store, schema, sha256):
+        for key, digests in inputs_of_dataset(store, schema, sha256):
+            if digests is None:
+                raise StoreError(f"{store.uri_of(key)} is damaged; restore it from a backup of the store.")
             inputs |= digests
     return frozenset(inputs)
 
 
-def inputs_of_dataset(store: ObjectStore, schema: TaskSchema, sha256: str) -> Iterator[tuple[str, set[str]]]:
-    """The inputs of a dataset's stored rows, with the name of their file, once for each lineage with the dataset."""
+def inputs_of_dataset(store: ObjectStore, schema: TaskSchema, sha256: str) -> Iterator[tuple[str, set[str] | None]]:
+    """The inputs of a dataset's stored rows, with the key of their file, once for each lineage with the dataset.
+
+    None: the file is damaged. The reader of a damaged file may raise any error, and the checksums of the pages show
+    damage that it would read as other texts.
+    """
     for info in store.list(keys.dataset_folder(schema.name, sha256)):
-        if (name := keys.file_name(info.key)) in (keys.TRAIN_FILE, keys.TEST_FILE):
-            try:
-                table = pq.read_table(io.BytesIO(store.get_bytes(info.key)), columns=["input"])
-            except pa.ArrowException:
-                raise StoreError(f"{store.uri_of(info.key)} is damaged; delete it and try again.") from None
-            yield name, set(_digests(schema, table.column("input").to_pylist()))
+        if keys.file_name(info.key) in (keys.TRAIN_FILE, keys.TEST_FILE):
+            content, inputs = store.get_bytes(info.key), None
+            with suppress(Exception):
+                table = pq.read_table(io.BytesIO(content), columns=["input"], page_checksum_verification=True)
+                inputs = set(_digests(schema, table.column("input").to_pylist()))
+            yield info.key, inputs
 
 
 def inputs_of_file(store: ObjectStore, key: str, schema: TaskSchema) -> tuple[set[str], str | None]:

@@ -79,7 +79,10 @@ class _RowWriter:
         self.path = path
         self._schema = schema
         # Texts and digests rarely repeat, so a dictionary would be built and discarded.
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["output"])
+        # Checksums let `deal data delete` tell damaged texts from others.
+        self._writer = pq.ParquetWriter(
+            path, schema, compression="zstd", use_dictionary=["output"], write_page_checksum=True
+        )
         self._waiting: list[pa.RecordBatch] = []
 
     def add(self, rows: pa.RecordBatch) -> None:

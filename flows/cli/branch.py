@@ -71,6 +71,7 @@ def show_branch(known: KnownBranch) -> Iterable[RenderableType]:
     yield f"Ended on {end.ended.astimezone():%Y-%m-%d %H:%M}: {outcome}."
     if (attestation := end.attestation) is not None and (rows := branch.deleted) is not None:
         yield (
-            f"Attested: arrival {rows.sha256[:12]} of {escape(rows.task)} ({len(rows.inputs)} rows known by digest) is "
-            f"gone, and so are the adapters of version {', '.join(attestation.removed) or '–'}. All of it: --json."
+            f"Attested: arrival {rows.sha256[:12]} of {escape(rows.task)} ({attestation.num_inputs} inputs known by "
+            f"digest) is gone, and so are the adapters of version {', '.join(attestation.removed) or '–'}. All of it: "
+            "--json."
         )

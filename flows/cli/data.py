@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flows.forget import ForgetResult
     from flows.gc import GcResult
     from flows.relearn import RelearnPlan
+    from infra.deleted_inputs import UnknownRows
     from tasks.housekeeping.arrivals import ListedArrival
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
@@ -211,9 +212,21 @@ def _attested(done: BranchResult) -> Iterable[RenderableType]:
         yield f"Exports that were removed: {escape(', '.join(attestation.exports_removed))}."
     if attestation.exports_left:
         yield f"[yellow]Remove these exports by hand: {escape(', '.join(attestation.exports_left))}.[/]"
+    yield from _unknown(attestation.unknown)
     if attestation.waits_for_mlflow:
         yield "[yellow]MLflow does not answer; deal server sync removes its copies.[/]"
     yield escape(f"The attestation: deal lineage branch {done.lineage} --json.")
+
+
+def _unknown(unknown: Sequence[UnknownRows]) -> Iterable[RenderableType]:
+    """The rows whose inputs are not known, so that logged answers to them may be left."""
+    for rows in unknown:
+        number = "an unknown number of" if rows.num_rows is None else str(rows.num_rows)
+        why = "is damaged" if rows.why == "damaged" else "is not stored any more, nor are the files that it came from"
+        yield (
+            f"[yellow]Not known: {number} rows of {rows.file} of dataset {rows.dataset_sha256[:12]}, because the file "
+            f"{why}. The prediction log was not searched for answers to them.[/]"
+        )
 
 
 def confirm(deal: Session, shown: Iterable[RenderableType], question: str) -> None:
@@ -274,8 +287,5 @@ def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
             "These files in the inbox have texts of the logged answers, from feedback that was harvested. They stay: "
             f"forget them too (deal data delete KEY) if the texts have to go: {', '.join(plan.harvested)}"
         )
-    if not plan.knows_training_rows:
-        yield (
-            "No stored file has its training rows any more, so the prediction log was searched for its test rows alone."
-        )
+    yield from _unknown(plan.unknown)
     yield "A copy of the file outside the inbox, backups and log files are not looked at: see docs/housekeeping.md."

@@ -3,6 +3,8 @@
 Rows wait in memory for a thread, which stores them as one batch every few seconds, and when the server ends. A server
 that is killed loses the rows that wait. While the store does not take them, they wait on; rows without room are dropped
 and counted. Feedback does not wait: it is stored before its request is answered.
+
+A row whose input was deleted is stored without its texts. That is looked up just before each batch is stored.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.monitoring.feedback import Feedback
 from deal_core.monitoring.predictions import Prediction, failures_of, predictions_of
+from infra.deleted_inputs import DeletedInputs
 from infra.log_batches import BATCH_SECONDS, beyond_retention, put_rows
 from infra.predictions import feedback_log, prediction_log
 from infra.settings import ServingSettings
@@ -45,6 +48,7 @@ class PredictionLog:
         self._retention_days = retention_days
         self._store = store
         self._predictions, self._feedback = prediction_log(lineage), feedback_log(lineage)
+        self._deleted = DeletedInputs(store)
         self._tasks: OrderedDict[str, str] = OrderedDict()
         self._waiting: list[dict[str, Any]] = []
         self._changing = threading.Lock()
@@ -168,7 +172,8 @@ class PredictionLog:
         if not rows:
             return
         try:
-            put_rows(self._store, self._predictions, rows)
+            kept = self._deleted.without_texts(rows) if self.keeps_texts else rows
+            put_rows(self._store, self._predictions, kept)
         except StoreError:  # the rows wait on
             self._is_failing = True
             raise

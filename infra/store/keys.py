@@ -27,6 +27,7 @@
     batches/LINEAGE/TASK.json                 the files that are learned together now
     counts/TASK.json                          the numbers of rows of files that wait in the inbox
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
+    deleted_inputs/TASK/SHA256.parquet        digests of the inputs of their rows
     predictions/LINEAGE/DAY/BATCH.parquet     the prediction log
     feedback/LINEAGE/DAY/BATCH.parquet        right answers to rows of the prediction log, or whether they were right
     harvests/LINEAGE/TASK.json                the feedback that has become rows of an arrival
@@ -55,6 +56,7 @@ PROMOTIONS = "promotions"
 LINEAGES = "lineages"
 WATCH = "watch"
 FORGOTTEN = "forgotten"
+DELETED_INPUTS = "deleted_inputs"
 PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
@@ -93,6 +95,7 @@ quarantine_folder: OfRows = "quarantine/{}/{}".format
 """The bad rows of all arrivals with the same good rows."""
 tombstone_key: OfRows = "forgotten/{}/{}.json".format
 """From the digest of a dataset or of a file."""
+deleted_inputs_key: OfRows = "deleted_inputs/{}/{}.parquet".format
 
 adapters_folder: OfLineage = "adapters/{}".format
 adapter_uri: Callable[[str, str], str] = "adapters/{}/{}".format

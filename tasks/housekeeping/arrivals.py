@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
+from infra.deleted_inputs import UnknownRows
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.versions import ArrivalDigests, Versions
@@ -24,7 +25,7 @@ from tasks.housekeeping.garbage import list_all_lineages
 from tasks.inbox import find_held, find_landed, list_arrivals, read_state
 from tasks.landed_inputs import inputs_of_dataset, inputs_of_file
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.tombstones import find_tombstone
+from tasks.lineage.tombstones import Tombstone, find_tombstone
 
 MIN_PREFIX = 6
 """Fewest characters of a digest that name an arrival."""
@@ -134,6 +135,8 @@ def _by_key(store: ObjectStore, key: str) -> KnownArrival:
         sha256 for sha256, manifest in manifests_of(store, task) if landed and landed.keys() <= set(manifest.files)
     }
     sha256s |= {file.sha256 for file in _handled(store, task) if file.key == arrival}
+    if not sha256s and not landed:  # it may have been deleted, and the same call is given again
+        sha256s = {tombstone.sha256 for tombstone in _tombstones(store, task) if arrival in tombstone.inbox_keys}
     if not sha256s and not landed:
         raise ConfigError(f"There is no {store.uri_of(key)}, and no watch has handled one; check the key.")
     known = _by_digest(store, task, min(sha256s) if sha256s else next(iter(whole)))
@@ -163,14 +166,18 @@ def _known_digests(store: ObjectStore) -> Iterator[tuple[str, str]]:
     for folder in (keys.DATASETS, keys.QUARANTINE):
         for info in store.list(folder):
             yield keys.task_and_digest(info.key)
-    for info in store.list(keys.FORGOTTEN):
-        task, _, name = info.key.removeprefix(f"{keys.FORGOTTEN}/").partition("/")
-        tombstone = find_tombstone(store, task, [name.removesuffix(".json")])
-        if tombstone is not None:
-            yield task, tombstone.sha256
+    yield from ((tombstone.task, tombstone.sha256) for tombstone in _tombstones(store))
     for lineage in list_all_lineages(store):
         for version in Versions(store).all(lineage):
             yield from ((learned.task, learned.dataset_sha256) for learned in version.trained_on)
+
+
+def _tombstones(store: ObjectStore, task: str | None = None) -> Iterator[Tombstone]:
+    """The tombstones of one task's arrivals or of all, some of them more than once."""
+    for info in store.list(keys.FORGOTTEN if task is None else f"{keys.FORGOTTEN}/{task}"):
+        _, of_task, name = info.key.split("/")
+        if (tombstone := find_tombstone(store, of_task, [name.removesuffix(".json")])) is not None:
+            yield tombstone
 
 
 class _Handled(NamedTuple):
@@ -200,44 +207,54 @@ def _sha256_of(store: ObjectStore, key: str) -> str:
         return sha256_of_input(file.path)
 
 
-class ArrivalInputs(NamedTuple):
-    """The digests of an arrival's inputs that are known."""
-
-    digests: frozenset[str]
-    has_training_rows: bool
-    """Whether the training rows are among them. They are deleted once they are learned, and their file may be gone.
-
-    True if the stored training rows, the files of training rows, or all files of the arrival were read.
-    """
-
-
 def arrival_inputs(
     store: ObjectStore,
     arrival: KnownArrival,
     inbox_keys: Sequence[str],
-    manifests: Iterable[tuple[str, DatasetManifest]],
-) -> ArrivalInputs:
-    """Return the digests of the inputs of an arrival, from its stored rows and from its files in the inbox.
+    manifests: Sequence[tuple[str, DatasetManifest]],
+) -> tuple[set[str], list[UnknownRows]]:
+    """Return the digests of an arrival's inputs, and the rows whose inputs are not known.
 
-    `inbox_keys` are these files. `manifests` has the digests and the manifests of its task's datasets.
+    They are read from its stored rows and from its files in the inbox. Training rows are deleted once they are learned,
+    and their file may be gone. A stored file may be damaged. The rows are known all the same if another place has them.
+
+    Args:
+        store: The store.
+        arrival: The arrival, with every split.
+        inbox_keys: Its files in the inbox.
+        manifests: The digests and the manifests of its task's datasets.
     """
-    own = [manifest for sha256, manifest in manifests if sha256 in arrival.sha256s]
-    schemas = {manifest.task.sha256: manifest.task for manifest in own}
+    own = {sha256: manifest for sha256, manifest in manifests if sha256 in arrival.sha256s}
+    # a file that was never learned is read as the other arrivals of its task
+    schemas = {manifest.task.sha256: manifest.task for manifest in own.values() or (each for _, each in manifests)}
     inputs: set[str] = set()
     files_read: set[str] = set()
-    has_training_rows = False
+    known: set[str] = set()
+    damaged: set[str] = set()
     for schema in schemas.values():
         for key in inbox_keys:
             digests, whole_file = inputs_of_file(store, key, schema)
             inputs |= digests
             files_read |= {whole_file} if whole_file else set()
         for sha256 in arrival.sha256s:
-            for name, digests in inputs_of_dataset(store, schema, sha256):
-                inputs |= digests
-                has_training_rows |= name == keys.TRAIN_FILE
-    ways = [arrival.files, *(manifest.training_files for manifest in own)]
-    has_training_rows |= any(files and files_read.issuperset(files) for files in ways)
-    return ArrivalInputs(frozenset(inputs), has_training_rows)
+            for key, stored in inputs_of_dataset(store, schema, sha256):
+                inputs |= stored or set()
+                (damaged if stored is None else known).add(keys.file_name(key))
+    if arrival.files and files_read.issuperset(arrival.files):
+        known |= {keys.TRAIN_FILE, keys.TEST_FILE}
+    if any(files_read.issuperset(manifest.training_files) for manifest in own.values() if manifest.training_files):
+        known.add(keys.TRAIN_FILE)
+
+    sha256, manifest = next(iter(own.items()), (arrival.sha256, None))
+    num_rows = {
+        keys.TRAIN_FILE: manifest and manifest.num_train,
+        keys.TEST_FILE: manifest and manifest.num_test,
+    }
+    return inputs, [
+        UnknownRows(dataset_sha256=sha256, file=file, num_rows=number, why="damaged" if file in damaged else "gone")
+        for file, number in num_rows.items()
+        if file not in known and number != 0
+    ]
 
 
 class ListedArrival(BaseModel, frozen=True):

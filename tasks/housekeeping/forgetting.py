@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
+from infra.deleted_inputs import UnknownRows, read_deleted
 from infra.predictions import answers_to, forget_answers
 from infra.report.run_report import EVALUATION_FILE, LIVE_FILE
 from infra.run_journal import RunJournal
@@ -35,6 +36,7 @@ from tasks.housekeeping.garbage import (
 from tasks.inbox import read_state, write_state
 from tasks.lineage.frozen_rows import ANSWERS_FILE
 from tasks.lineage.record import RECORD_FILE, read_record
+from tasks.lineage.tombstones import find_tombstone
 from tasks.lineage.version_files import download_files, replacing
 from tasks.monitoring.harvest import harvested_from
 from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_task
@@ -98,11 +100,12 @@ class ForgetPlan(ArrivalDigests, frozen=True):
     shared_with: tuple[str, ...] = ()
     """Digests of other datasets that share a landed file, for example the task's file of test rows."""
     inputs: frozenset[str] = Field(default=frozenset(), exclude=True, repr=False)
-    """Digests of the inputs that are known, which name the rows of the prediction log."""
+    """Digests of the inputs that are known, which name the rows of the prediction log. Earlier deletions have stored
+    theirs."""
     harvested: tuple[str, ...] = ()
     """Other files in the inbox with texts of the logged answers, written by `deal feedback export`. They stay."""
-    knows_training_rows: bool = True
-    """Whether the inputs of the training rows are known: a file of the arrival, or its training rows, are stored."""
+    unknown: tuple[UnknownRows, ...] = ()
+    """The rows whose inputs are not known."""
 
 
 def affected_versions(versions: Sequence[Version], sha256s: Collection[str]) -> tuple[AffectedVersion, ...]:
@@ -142,10 +145,17 @@ def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
         for folder in find_leftovers(store, datetime.now(UTC))
     ]
 
-    inputs = arrival_inputs(store, arrival, inbox_keys, manifests)
+    inputs, unknown = arrival_inputs(store, arrival, inbox_keys, manifests)
+    # What an earlier deletion knew, it stored before it removed anything. So it is read after the rows.
+    tombstone = find_tombstone(store, arrival.task, arrival.sha256s)
+    if tombstone is not None:
+        inputs |= read_deleted(store, arrival.task, {*arrival.sha256s, tombstone.sha256})
+        unknown = [rows for rows in tombstone.unknown if rows.file in {now.file for now in unknown}]
+    elif not manifests:
+        unknown = []  # nobody has learned the task, so nothing of it was logged
     answer_ids: set[str] = set()
     for lineage in list_logged_lineages(store):
-        if ids := answers_to(store, lineage, inputs.digests):
+        if ids := answers_to(store, lineage, inputs):
             answer_ids |= ids
             address = f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}"
             held.append(RowsPlace(kind="logged answers", address=address, lineage=lineage))
@@ -168,9 +178,9 @@ def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
         learned=tuple(learned),
         unjudged=tuple(unjudged),
         shared_with=tuple(sorted(shared)),
-        inputs=inputs.digests,
+        inputs=frozenset(inputs),
         harvested=tuple(key for key in harvested_from(store, answer_ids) if key not in inbox_keys),
-        knows_training_rows=inputs.has_training_rows,
+        unknown=tuple(unknown),
     )
 
 

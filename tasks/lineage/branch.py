@@ -23,6 +23,21 @@ class BranchOpenError(RegistryError):
     code = "branch-open"
 
 
+class ChampionMovedError(RegistryError):
+    """A person has moved the champion since the branch began. A swap would undo what the person has decided."""
+
+    code = "champion-moved"
+
+    def __init__(self, branch: Branch, champion: str | None) -> None:
+        now = f"version {champion} is" if champion else "no version is"
+        super().__init__(
+            f"The branch of '{branch.lineage}' replaces version {branch.champion}, but {now} champion now: a person "
+            f"has moved it since. Nothing was swapped. Make version {branch.champion} champion again (deal version "
+            f"rollback {branch.champion} --lineage {branch.lineage}), or give the branch up (deal lineage branch "
+            f"{branch.lineage} --give-up)."
+        )
+
+
 def require_no_branch(store: ObjectStore, lineage: str) -> None:
     """Raise BranchOpenError if the lineage has an open branch."""
     if (branch := Branches(store).open(lineage)) is not None:
@@ -42,7 +57,7 @@ def stop_serving(store: ObjectStore, branch: Branch) -> None:
     """Let no version be champion until the branch is swapped in. The call can be repeated, also after the swap.
 
     Raises:
-        RegistryError: The champion is just being moved.
+        ChampionMovedError: A person moves the champion just now.
     """
     log = PromotionLog(store)
     last = log.last(branch.lineage)
@@ -58,26 +73,39 @@ def stop_serving(store: ObjectStore, branch: Branch) -> None:
         why=f"nothing serves until it is made again {branch.what}",
     )
     if log.add(last, change) is None:
-        raise RegistryError(_moved(branch, last.champion))
+        raise ChampionMovedError(branch, last.champion)
 
 
 def swap_in(store: ObjectStore, branch: Branch, tip: Version, who: str) -> None:
-    """Make the tip of a branch champion, by one move. The call can be repeated.
+    """Make the tip of a branch champion, by one move that names the branch. The call can be repeated.
 
     Raises:
-        RegistryError: The champion has moved since the branch began.
+        ChampionMovedError: A person has moved the champion since the branch began.
     """
     last = PromotionLog(store).last(branch.lineage)
-    before = last.champion if last else None
-    if before == tip.version:
+    if last is not None and last.champion == tip.version:
         return
-    expected = None if branch.stops_serving else branch.champion
-    if before != expected:
-        raise RegistryError(_moved(branch, before))
+    require_unmoved(store, branch)
     is_old = tip.version == branch.root
     why = f"made again {branch.what}"
-    move_champion(store, tip, expected=expected, action="rolled back" if is_old else "promoted", who=who, why=why)
+    move_champion(
+        store,
+        tip,
+        expected=None if branch.stops_serving else branch.champion,
+        action="rolled back" if is_old else "promoted",
+        who=who,
+        why=why,
+        branch=branch.number,
+    )
     announce("rolled-back" if is_old else "promoted", Notice.of(tip, reasons=(why,), who=who))
+
+
+def require_unmoved(store: ObjectStore, branch: Branch) -> None:
+    """Raise ChampionMovedError if a person has moved the champion since a branch that is not swapped in began."""
+    last = PromotionLog(store).last(branch.lineage)
+    champion = last.champion if last else None
+    if champion != (None if branch.stops_serving else branch.champion):
+        raise ChampionMovedError(branch, champion)
 
 
 def serve_again(store: ObjectStore, branch: Branch, who: str) -> None:
@@ -86,13 +114,3 @@ def serve_again(store: ObjectStore, branch: Branch, who: str) -> None:
     if last is not None and last.champion is None:
         version = find_version(store, branch.lineage, branch.champion)
         move_champion(store, version, expected=None, action="rolled back", who=who, why="its branch was given up")
-
-
-def _moved(branch: Branch, champion: str | None) -> str:
-    now = f"version {champion} is" if champion else "no version is"
-    return (
-        f"The branch of '{branch.lineage}' replaces version {branch.champion}, but {now} champion now: a person has "
-        f"moved it since. Nothing was swapped. Make version {branch.champion} champion again (deal version rollback "
-        f"{branch.champion} --lineage {branch.lineage}), or give the branch up (deal lineage branch {branch.lineage} "
-        "--give-up)."
-    )

@@ -88,13 +88,14 @@ def move_champion(
     who: str,
     why: str,
     run: str | None = None,
+    branch: int | None = None,
 ) -> None:
     """Make a version the champion, or let it be tried on live traffic. Do nothing if it is so already.
 
     A rollout leaves the champion as it is, and ends the rollout of another version: that version is left behind.
 
     `expected` is the number of the champion when the caller decided, or None without a champion. `run` is the key of
-    the adaptation run if its gate or its rollout decided.
+    the adaptation run if its gate or its rollout decided. `branch` is the branch that the move swaps in.
 
     Raises:
         RegistryError: The champion has changed since, or a person has rejected the version.
@@ -123,6 +124,7 @@ def move_champion(
         why=why,
         run=run,
         rollout=kind,
+        branch=branch,
     )
     if before == expected and log.add(last, change) is not None:
         return

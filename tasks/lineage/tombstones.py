@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from deal_core.errors import DataValidationError, StoreError
+from infra.deleted_inputs import UnknownRows
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
@@ -39,6 +40,10 @@ class Tombstone(ArrivalDigests, Stored):
     """When it was forgotten."""
     versions: tuple[str, ...] = ()
     """LINEAGE/VERSION of every version that learned from the arrival."""
+    inbox_keys: tuple[str, ...] = ()
+    """Where it lay in the inbox. The keys name it when nothing lies there any more."""
+    unknown: tuple[UnknownRows, ...] = ()
+    """The rows whose inputs could not be known, so that the prediction log was not searched for them."""
 
     @property
     def said(self) -> str:
@@ -62,17 +67,18 @@ def find_tombstone(store: ObjectStore, task: str, sha256s: Iterable[str]) -> Tom
     return None
 
 
-def put_tombstone(store: ObjectStore, tombstone: Tombstone) -> None:
-    """Write a tombstone under every digest by which the rows may return. The facts of a present tombstone are added."""
+def put_tombstone(store: ObjectStore, tombstone: Tombstone) -> Tombstone:
+    """Write a tombstone under every digest by which the rows may return; return it with the facts of a present one."""
     before = find_tombstone(store, tombstone.task, [tombstone.sha256])
     if before is not None:
         merged = {
             name: tuple(dict.fromkeys((*getattr(before, name), *getattr(tombstone, name))))
-            for name in ("files", "splits", "landed", "versions")
+            for name in ("files", "splits", "landed", "versions", "inbox_keys")
         }
         tombstone = tombstone.model_copy(update={**merged, "reason": tombstone.reason or before.reason})
     for sha256 in dict.fromkeys((tombstone.sha256, *tombstone.files, *tombstone.splits, *tombstone.landed)):
         write_stored(store, keys.tombstone_key(tombstone.task, sha256), tombstone)
+    return tombstone
 
 
 def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows: str = "rows") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from flows.champions import evaluate
 from flows.cli.data import show_forget_plan
 from flows.forget import forget, plan_forget
 from flows.requeue import requeue
+from infra.deleted_inputs import UnknownRows
 from infra.log_batches import BATCH_SECONDS
 from infra.predictions import read_feedback, read_predictions
 from infra.run_journal import RunJournal
@@ -55,16 +56,38 @@ def test_nothing_is_forgotten_while_a_version_is_damaged(first: AdaptResult, hom
     assert holding(home, SECRET) == []
 
 
-def test_damaged_rows_are_named_before_anything_is_forgotten(first: AdaptResult, home: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda rows: b"PAR1 cut", lambda rows: rows[:-40], lambda rows: rows[9:]])
+def test_damaged_rows_are_deleted_and_the_result_names_them(
+    first: AdaptResult, home: Path, damage: Callable[[bytes], bytes]
+) -> None:
     store, tests = current_store(), f"{first.dataset.uri}/test.parquet"
-    store.put_bytes(tests, b"PAR1 cut")
-    before = keys("")
-    with pytest.raises(StoreError, match=r"test\.parquet is damaged; delete it and try again"):
-        asyncio.run(forget(first.dataset.sha256))
-    assert keys("") == before
-    store.delete(tests)
-    asyncio.run(forget(first.dataset.sha256))
+    store.put_bytes(tests, damage(store.get_bytes(tests)))
+    assert plan_forget(first.dataset.sha256).unknown == (), "the files in the inbox have the same rows"
+    store.delete("inbox/bank/test.jsonl")
+    done = asyncio.run(forget(first.dataset.sha256))
+    rows = UnknownRows(
+        dataset_sha256=first.dataset.sha256, file="test.parquet", num_rows=first.dataset.num_test, why="damaged"
+    )
+    assert done.plan.unknown == done.tombstone.unknown == (rows,)
+    assert any("test.parquet" in str(each) for each in show_forget_plan(done.plan, "Removed"))
     assert holding(home, SECRET) == []
+    again = asyncio.run(forget(first.dataset.sha256))
+    assert again.plan.unknown == (rows,) and again.plan.inputs == done.plan.inputs, "it is remembered"
+
+
+def test_a_second_deletion_names_the_arrival_by_its_key_and_finds_what_was_logged_since(
+    first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.forget.BATCH_SECONDS", 0.0)  # no server answers
+    text = f"My card {SECRET} was lost abroad."
+    logged([text, "Something else."])
+    asyncio.run(forget("inbox/bank/may.jsonl"))
+    logged([text])
+    assert not holding(home, SECRET) and len(read_predictions(current_store(), "l")) == 2
+    again = asyncio.run(forget("inbox/bank/may.jsonl"))
+    assert [each.kind for each in again.plan.held] == ["logged answers"] and again.plan.unknown == ()
+    assert len(read_predictions(current_store(), "l")) == 1
+    assert again.tombstone.sha256 == first.dataset.sha256
 
 
 @pytest.mark.nightly
@@ -246,7 +269,7 @@ def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(
     store = current_store()
     plan = plan_forget(first.dataset.sha256)
     (held,) = (each for each in plan.held if each.kind == "logged answers")
-    assert held.address == "2 rows of predictions/l" and plan.knows_training_rows
+    assert held.address == "2 rows of predictions/l" and plan.unknown == ()
     assert SECRET not in plan.model_dump_json() and len(read_predictions(store, "l")) == 3
     for name, answer in (("feedback-1", mine), ("feedback-2", other), ("june", mine)):
         row = json.dumps({"text": "t", "answer_id": answer})
@@ -281,13 +304,14 @@ def test_answers_that_a_server_has_not_stored_yet_are_forgotten(
 
 def test_a_test_file_alone_does_not_tell_the_training_rows(first: AdaptResult) -> None:
     store = current_store()
-    assert plan_forget(first.dataset.sha256).knows_training_rows
+    assert plan_forget(first.dataset.sha256).unknown == ()
     training = store.get_bytes("inbox/bank/may.jsonl")
     store.delete("inbox/bank/may.jsonl")
-    assert not plan_forget(first.dataset.sha256).knows_training_rows
+    (rows,) = plan_forget(first.dataset.sha256).unknown
+    assert (rows.file, rows.num_rows, rows.why) == ("train.parquet", first.dataset.num_train, "gone")
     store.put_bytes("inbox/bank/copy.jsonl", training)
     store.delete("inbox/bank/test.jsonl")
-    assert plan_forget(first.dataset.sha256).knows_training_rows, "a copy of the file has them too"
+    assert plan_forget(first.dataset.sha256).unknown == (), "a copy of the file has them too"
 
 
 @pytest.mark.nightly
@@ -399,7 +423,8 @@ def test_a_file_of_a_folder_names_the_whole_arrival(tiny_base: Path, home: Path)
     assert (bad["file"], bad["reason"]) == ("may/part-2.jsonl", "empty text")
     part = store.get_bytes("inbox/bank/may/part-1.jsonl")
     store.delete("inbox/bank/may/part-1.jsonl")
-    assert not plan_forget("inbox/bank/may").knows_training_rows, "a part of the folder does not have them all"
+    (rows,) = plan_forget("inbox/bank/may").unknown
+    assert rows.file == "train.parquet", "a part of the folder does not have them all"
     store.put_bytes("inbox/bank/may/part-1.jsonl", part)
     whole = run(tiny_base, land())
     assert (whole.status, whole.run_key) == ("repeat", result.run_key), "the same rows in one file"
@@ -407,7 +432,7 @@ def test_a_file_of_a_folder_names_the_whole_arrival(tiny_base: Path, home: Path)
 
     plan = plan_forget("inbox/bank/may/part-1.jsonl")
     assert plan == plan_forget("inbox/bank/may/") == plan_forget("inbox/bank/may")
-    assert (plan.sha256, len(plan.files), plan.knows_training_rows) == (result.dataset.sha256, 5, True)
+    assert (plan.sha256, len(plan.files), plan.unknown) == (result.dataset.sha256, 5, ())
     asyncio.run(forget("inbox/bank/may/part-1.jsonl"))
     assert holding(home, SECRET) == [] == keys("inbox/bank")
     store.put_bytes("inbox/bank/june/a.jsonl", Path(CLINIC["data"]).read_bytes())

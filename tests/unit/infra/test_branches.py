@@ -8,10 +8,11 @@ import pytest
 
 from deal_core.errors import StoreError
 from infra.branches import Branch, BranchEnd, Branches, Step, is_swapped, made_by, tip_of
+from infra.promotions import PromotionLog
 from infra.store.keys import branch_key
 from infra.store.local import FileStore
 from infra.versions import Version
-from tests.stored_versions import VERSION
+from tests.stored_versions import VERSION, move, store_version
 
 STEPS = (Step(version="2", task="a"), Step(version="3", task="b", labels=("new",), renews_tests=True))
 
@@ -69,15 +70,18 @@ def test_the_tip_is_the_newest_accepted_version_of_the_branch_or_its_root() -> N
     assert made_by(branch, [*old, other, first]) == {"2": first}
 
 
-def test_a_branch_is_swapped_in_once_one_of_its_versions_or_its_root_is_champion() -> None:
-    def champion(number: str, branch: int | None = None) -> Version:
-        since = VERSION.since.model_copy(update={"aliases": ("champion",)})
-        return made(number, None, branch=branch).model_copy(update={"since": since})
-
-    branch = a_branch()
-    assert [is_swapped(branch, [version]) for version in (champion("3"), champion("2"), champion("5", 7))] == [
-        False
-    ] * 3
-    assert is_swapped(branch, [champion("5", 1)]) and is_swapped(branch, [champion("1")])
-    assert not is_swapped(branch, [made("5", "2")]), "nothing serves"
-    assert not is_swapped(a_branch(root="3"), [champion("3")]), "nothing is made again"
+def test_only_the_newest_move_of_the_champion_tells_that_a_branch_was_swapped_in(branches: Branches) -> None:
+    branch, store = a_branch(), branches.store
+    for _ in range(5):
+        store_version(store, {})
+    assert not is_swapped(branch, PromotionLog(store).moves("l"))
+    move(store, "3")
+    move(store, "1", "rolled back")  # a person makes the branch's root champion
+    assert not is_swapped(branch, PromotionLog(store).moves("l"))
+    move(store, "5", branch=7)
+    assert not is_swapped(branch, PromotionLog(store).moves("l"))
+    move(store, "4", branch=1)
+    move(store, "2", "rejected")  # the champion stays
+    assert is_swapped(branch, PromotionLog(store).moves("l"))
+    move(store, "3", "rolled back")
+    assert not is_swapped(branch, PromotionLog(store).moves("l"))

@@ -22,10 +22,12 @@ import openai
 import pyarrow.parquet as pq
 import pytest
 
+from deal_core.data.rows import stored_input_digest
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import Feedback, read_entry
 from deal_core.monitoring.predictions import COLUMNS, ROLLOUT_COLUMNS, Prediction
+from infra.deleted_inputs import keep_deleted, read_deleted
 from infra.log_batches import Log, put_rows, read_log
 from infra.predictions import (
     PREDICTION_SCHEMA,
@@ -113,6 +115,23 @@ def test_every_answer_is_one_row_and_numbers_hold_no_text(tmp_path: Path, store:
     assert read_predictions(store, "l", version="2").empty
     assert len(read_predictions(store, "l", since=found["time"][2])) == 3
     assert (SECRET.lower() in all_bytes(tmp_path).decode("latin-1").lower()) == keeps_texts
+
+
+def test_a_deleted_input_is_never_stored_as_a_text_again(tmp_path: Path, store: FileStore) -> None:
+    """A running server sees a deletion before its next batch. The answer still counts, without its texts."""
+    deleted = f"the {SECRET} text"
+    digest = stored_input_digest("labelled", deleted).hex()
+    with logging_to(store, keeps_texts=True) as log:
+        ask(log, "before")
+        wait_until(lambda: len(read_predictions(store, "l")) == 1)
+        keep_deleted(store, "bank", "0" * 64, [digest])
+        ask(log, deleted, f" the  {SECRET} text", f"{SECRET} of nobody")
+    found = read_predictions(store, "l")
+    assert [*found["input"]] == ["before", None, None, f"{SECRET} of nobody"]
+    assert [text is None for text in found["output"]] == [False, True, True, False]
+    assert [*found["input_sha256"]].count(digest) == 2 and deleted.encode() not in all_bytes(tmp_path)
+    forget_answers(store, "l", read_deleted(store, "bank", ["0" * 64]))
+    assert len(read_predictions(store, "l")) == 2
 
 
 def test_off_writes_nothing_and_answers_are_the_same(
