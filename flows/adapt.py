@@ -197,7 +197,7 @@ async def begin(
     synced = await stages.run("mlflow", sync_lineage, store, spec.lineage)  # after an interrupted run has its report
     if synced.promoted is not None and remake is None:  # somebody has moved the alias there
         parent = Versions(store).champion(spec.lineage)
-    record = read_record(store, parent.adapter_uri) if parent else None
+    record = read_record(store, parent) if parent else None
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
     await asyncio.to_thread(require_suites, spec.evaluate)  # rather now than after the training
     dataset = remake.dataset if remake else None

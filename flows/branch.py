@@ -221,14 +221,14 @@ async def grow(branch: Branch, *, skip_rejected: bool) -> Version | str:
 def _kept_dataset(store: ObjectStore, step: Step, version: Version, parent: Version | None) -> DatasetRef:
     """Return a version's dataset, with the labels that its task lacks in the new parent."""
     dataset = read_findings(version.adapter_uri).dataset
-    known = read_record(store, parent.adapter_uri).task(step.task) if parent else None
+    known = read_record(store, parent).task(step.task) if parent else None
     new = [label for label in step.labels if known is not None and label not in known.schema.labels]
     return dataset.model_copy(update={"new_labels": tuple(new)})
 
 
 def _spec_of(store: ObjectStore, branch: Branch, step: Step, version: Version) -> AdaptSpec:
     """Return the spec that learns a version's arrival again. What it left to the lineage is as it was."""
-    record = read_record(store, version.adapter_uri)
+    record = read_record(store, version)
     settled = {
         "base_model": branch.base_model or record.base.source,
         "strategy": record.strategy,

@@ -43,7 +43,7 @@ def plan(lineage: str, start: Start | None = None) -> ConsolidationPlan:
     store = current_store()
     champion = find_version(store, lineage, None)
     settings = stored_lineage(store, lineage)
-    record = read_record(store, champion.adapter_uri)
+    record = read_record(store, champion)
     return plan_consolidation(store, champion, record, start or _start_of(settings), _spec_of(champion, settings))
 
 
@@ -84,7 +84,7 @@ async def learn_together(lineage: str, start: Start, settings: WatchedLineage | 
         if champion.is_consolidation:  # such as one whose run was killed, and is complete now
             dataset = read_findings(champion.adapter_uri).dataset
             return _repeated(champion, dataset, "no arrival was learned since")
-        record = read_record(store, champion.adapter_uri)
+        record = read_record(store, champion)
         adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
         await asyncio.to_thread(require_suites, spec.evaluate)  # rather now than after the training
         planned = await stages.run("rows", plan_consolidation, store, champion, record, start, spec)

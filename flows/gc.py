@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, lock_lineage
+from infra.disk import disk_full
 from infra.settings import ServingSettings
 from tasks.context import current_store
 from tasks.housekeeping import garbage
@@ -65,6 +66,8 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
                 garbage.remove(store, removal, now)
             removals.append(removal)
 
+    if lineage is None:  # first, since removing them writes nothing
+        apply(garbage.old_temporaries(store, now=now))
     for name in sorted({*known, *logged}) if lineage is None else [lineage]:
         try:
             apply(garbage.old_logs(store, name, now=now, days=ServingSettings().log_retention_days))
@@ -73,15 +76,17 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
                     inventory = garbage.look_at_lineage(store, name)
                     apply(garbage.plan_removals(inventory, now=now, older_than=limit))
                 if not dry_run:
-                    garbage.merge_logs(store, name)
+                    try:
+                        garbage.merge_logs(store, name)
+                    except (DealError, OSError) as error:  # without room for the joined ones, the small ones stay
+                        if disk_full(error) is None:
+                            raise
         except LineageBusyError as error:
             reporter().said(f"{error} The lineage was skipped.")
             busy.append(name)
         except (DealError, OSError) as error:
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
-    if lineage is None:
-        apply(garbage.old_temporaries(store, now=now))
     if problems and runtime.deployment.id:  # the run is to be red, so that people see it; the command has an exit code
         raise DealError(" ".join(f"Lineage '{name}': {problem}" for name, problem in problems.items()))
     num_bytes = sum(removal.num_bytes for removal in removals)

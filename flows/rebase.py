@@ -48,7 +48,7 @@ def plan_rebase(lineage: str, base: str, *, who: str = "") -> BranchPlan:
     if opened is not None and opened.base_model == base:
         return BranchPlan(branch=opened, seconds=0.0)
     champion = require_quiet(store, lineage)
-    if read_record(store, champion.adapter_uri).base.source == base:
+    if read_record(store, champion).base.source == base:
         raise ConfigError(f"Lineage '{lineage}' adapts {base} already; name another base model.")
     steps, lost, seconds = plan_steps(store, descent(Versions(store).all(lineage), champion)[::-1])
     branch = Branch(
@@ -125,7 +125,7 @@ async def rebase(
 
 async def _require_other_base(store: ObjectStore, old: Version, base: str) -> None:
     """Raise ConfigError if a source has the base model of a version."""
-    quantize = read_record(store, old.adapter_uri).base.quantize
+    quantize = read_record(store, old).base.quantize
     found = await asyncio.to_thread(identify_base, base, quantize)
     if found.sha256 == old.base_sha256:
         raise ConfigError(f"{base} is the base model of '{old.lineage}' already, by its digest; name another.")
@@ -135,7 +135,7 @@ async def _wait_for_engine(store: ObjectStore, tip: Version, clients: Sequence[E
     """Wait until one of the engines has the base model of a version."""
     from infra.serving.engines import require_base
 
-    base = read_record(store, tip.adapter_uri).base
+    base = read_record(store, tip).base
     fingerprint, name = read_fingerprint(store, base.sha256, base.quantize), base.name
     if clients and fingerprint is None:
         raise ConfigError(f"vLLM serves no adapters on {name}; leave --engine out, or serve without an engine.")

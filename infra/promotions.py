@@ -25,6 +25,10 @@ ENDING = frozenset({"promoted", "rolled back"})
 """Actions that move the champion. A rollout compares with the champion, so each of them ends it."""
 
 
+UNTIL_THEN = "Until then nobody knows which version is champion, and nothing is learned; a server that runs serves on."
+"""What follows from a promotion log that cannot be read."""
+
+
 class Change(BaseModel):
     """A change of the champion, and its author."""
 
@@ -117,10 +121,7 @@ class PromotionLog:
 
     def parse(self, key: str, content: bytes) -> Move:
         """Return the entry with a key; raise StoreError if it is damaged, or another release wrote it."""
-        remedy = (
-            "Restore it from a backup of the store, or use the program version that wrote it. Until then nobody knows "
-            "which version is champion, and nothing is learned; a server that runs serves on."
-        )
+        remedy = f"Restore it from a backup of the store, or use the program version that wrote it. {UNTIL_THEN}"
         with reading_stored(self.store, key, "an entry of the promotion log", remedy):
             return parse_stored(content, Move)
 

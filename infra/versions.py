@@ -20,7 +20,7 @@ from deal_core.adapter.files import Recorded
 from deal_core.errors import RegistryError, StoreError
 from deal_core.judging_config import RolloutTerms
 from deal_core.safe_text import without_secrets
-from infra.promotions import Move, PromotionLog, rollout_of
+from infra.promotions import UNTIL_THEN, Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
@@ -140,6 +140,8 @@ class Version(VersionFacts, Stored):
     """Whether it is a consolidation whose weights start from the base model, not from its parent's."""
     arrivals: tuple[LearnedArrival, ...] = ()
     """The arrivals that a consolidation learned, oldest first; empty for an adaptation."""
+    moves_before: int = 0
+    """Number of the newest entry of the promotion log when it was registered; 0: the log had none."""
     flow_run: str | None = None
     """Id of the flow run that trained it. A restarted run keeps its id."""
     base_sha256: str
@@ -253,10 +255,12 @@ class Versions:
         """Return the versions of a lineage, oldest first; empty if the lineage is unknown.
 
         Raises:
-            StoreError: A version or an entry of the promotion log is damaged, or another release wrote it; or the log
-                names a version that is missing. Without its champion, a lineage would learn from the base model again.
+            StoreError: A version or an entry of the promotion log is damaged, or another release wrote it; the log
+                names a version that is missing; or a version names an entry of the log that is missing. Without its
+                champion, a lineage would learn from the base model again.
         """
-        moves = PromotionLog(self.store).moves(lineage)  # before the versions: a move names a version that is stored
+        log = PromotionLog(self.store)
+        moves = log.moves(lineage)  # before the versions: a move names a version that is stored
         versions: dict[str, Version] = {}
         replaced: dict[str, Recorded] = {}
         removed: dict[str, str] = {}
@@ -273,6 +277,16 @@ class Versions:
                 folder = without_secrets(self.store.uri_of(keys.version_folder(lineage)))
                 what, remedy = _named(lineage, move.version)
                 raise StoreError(f"{folder} lacks {what}, which the promotion log names. {remedy}")
+        last = max([move.number for move in moves] + [version.moves_before for version in versions.values()], default=0)
+        if last > len(moves):
+            if last <= len(log.moves(lineage)):  # entries were written while these files were read
+                return self.all(lineage)
+            folder = without_secrets(self.store.uri_of(keys.promotion_folder(lineage)))
+            raise StoreError(
+                f"{folder}, the promotion log of '{lineage}', has {len(moves)} of at least {last} entries. Restore the "
+                f"folder from a backup of the store. {UNTIL_THEN}",
+                code="moves-lost",
+            )
         since = _since(tuple(versions.values()), moves, removed)
         return tuple(
             version.model_copy(
@@ -324,7 +338,14 @@ class Versions:
                 if registered.run_key == version.run_key:
                     return registered
             number = int(versions[-1].version) + 1 if versions else 1
-            numbered = version.model_copy(update={"version": str(number), "created": datetime.now(UTC)})
+            last = PromotionLog(self.store).last(version.lineage)
+            numbered = version.model_copy(
+                update={
+                    "version": str(number),
+                    "created": datetime.now(UTC),
+                    "moves_before": last.number if last else 0,
+                }
+            )
             if write_stored(self.store, keys.version_key(version.lineage, number), numbered, if_absent=True):
                 return next(stored for stored in self.all(version.lineage) if stored.version == numbered.version)
 

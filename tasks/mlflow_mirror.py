@@ -266,7 +266,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
         model_id = tracked.log_adapter(None, **described)
     else:
         # the folder that MLflow serves: the plain PEFT folder with its card, and MLflow's files
-        record = read_record(store, version.adapter_uri)
+        record = read_record(store, version)
         with temporary_folder() as temporary, borrowed_adapter(store, version) as adapter:
             write_served_folder(
                 adapter,

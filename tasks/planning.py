@@ -164,7 +164,7 @@ def plan(
     """
     store = current_store()
     champion = Versions(store).champion(spec.lineage)
-    record = read_record(store, champion.adapter_uri) if champion else None
+    record = read_record(store, champion) if champion else None
     on_progress("reading the base model's config")
     source = choose_base(spec, record)
     base = find_config(source, HomeSettings().cache_dir)

@@ -121,7 +121,7 @@ class Asked(NamedTuple):
     def find(cls, store: ObjectStore, lineage: str, task: str | None, version: str | None) -> Asked:
         """Find them. Without a task, it is the task learned last; without a version, the champion."""
         info = find_version(store, lineage, version)
-        record = read_record(store, info.adapter_uri)
+        record = read_record(store, info)
         return cls(info, record, choose_task(record, task))
 
 

@@ -174,7 +174,7 @@ def validate(
     """
     store, arrival = current_store(), spec.task
     champion = Versions(store).champion(spec.lineage)
-    record = read_record(store, champion.adapter_uri) if champion else None
+    record = read_record(store, champion) if champion else None
     base = choose_base(spec, record)
     schema, config = choose_schema(store, arrival, record), replace(spec.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:

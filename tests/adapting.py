@@ -12,6 +12,7 @@ from infra.report.run_report import EVALUATION_FILE, RunReport
 from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
+from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.reports import read_page, read_report
 from tasks.spec import AdaptSpec, parse
 
@@ -47,6 +48,11 @@ def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: An
 def version_of(result: AdaptResult) -> Version:
     """The version that a run made or repeated."""
     return find_version(current_store(), result.lineage, result.version)
+
+
+def record_of(result: AdaptResult) -> LineageRecord:
+    """The record of a run's version."""
+    return read_record(current_store(), version_of(result))
 
 
 def page_of(result: AdaptResult) -> tuple[RunReport, str]:

@@ -116,7 +116,7 @@ def evaluate_both(base_source: str, rounds: int) -> dict[str, Any]:
     """Score the newest version's test rows here and over the engine: the ratio of the seconds."""
     store = current_store()
     version = Versions(store).all(LINEAGE)[-1]
-    sets = [load_test_set(store, task) for task in read_record(store, version.adapter_uri).tasks]
+    sets = [load_test_set(store, task) for task in read_record(store, version).tasks]
     base = load_base(base_source, HomeSettings().cache_dir, precision="fp32")
     from deal_core.adapter.state import adapter_on
 

@@ -48,7 +48,7 @@ def as_recorded(digests: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def require_undamaged(
-    folder: Path,
+    digests: Mapping[str, str],
     recorded: Recorded,
     names: Collection[str] = ADAPTER_FILES,
     *,
@@ -56,7 +56,7 @@ def require_undamaged(
     where: str,
     remedy: str,
 ) -> None:
-    """Refuse a folder if the bytes of a named file differ from the recorded ones.
+    """Refuse files if the digest of a named one is not the recorded one. `digests` are those of the files as they are.
 
     The message names the owner of the files (`what`, such as "Version 2 of 'support'"), the address of their folder
     (`where`) and what to do (`remedy`, whole sentences).
@@ -64,7 +64,7 @@ def require_undamaged(
     Raises:
         IntegrityError: A file differs, is missing, or was not recorded. The message has both digests.
     """
-    digests, damage = digests_of(folder, names), []
+    damage = []
     for name in sorted(names):
         digest, expected = digests.get(name), recorded.get(name, ())
         if digest is None and expected:
@@ -73,7 +73,7 @@ def require_undamaged(
             but = f"recorded is {' or '.join(expected)}" if expected else "and no such file is recorded"
             damage.append(f"{name} has sha256 {digest}, {but}")
     if damage:
-        raise IntegrityError(f"{what} is damaged and was not loaded: in {where} {'; '.join(damage)}. {remedy}")
+        raise IntegrityError(f"{what} is damaged and was not used: in {where} {'; '.join(damage)}. {remedy}")
 
 
 Stores = Literal["nothing", "data"]

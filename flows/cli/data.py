@@ -88,7 +88,7 @@ def gc(
     """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs."""
     from flows.gc import gc as gc_flow
 
-    outcome = deal.run(lambda: gc_flow(lineage, older_than, dry_run), "looking", makes_room=True)
+    outcome = deal.run(lambda: gc_flow.fn(lineage, older_than, dry_run), "looking", in_prefect=False)
     return CommandResult(outcome, _show_gc(outcome), failed=bool(outcome.problems))
 
 

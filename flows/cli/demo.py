@@ -108,7 +108,7 @@ def _outcome(lineage: LineageSpec, runs: Sequence[AdaptResult]) -> LineageOutcom
     versions = Versions(store).all(lineage.lineage)
     champion = champion_of(versions)
     newest = versions[-1:]  # even if rejected: lineages are compared on the same arrivals
-    matrix = read_record(store, newest[0].adapter_uri).matrix if newest else None
+    matrix = read_record(store, newest[0]).matrix if newest else None
     return LineageOutcome(
         lineage=lineage.lineage,
         strategy=str(lineage.strategy),

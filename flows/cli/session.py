@@ -176,6 +176,7 @@ class Session:
         *,
         makes_room: bool = False,
         trains: bool = False,
+        in_prefect: bool = True,
     ) -> Result:
         """Run a flow and show its stages. Ctrl-C stops it at its next step, a second Ctrl-C at once.
 
@@ -184,8 +185,11 @@ class Session:
             doing: shown until the first stage begins.
             makes_room: the flow removes more than it writes, so it may begin on a nearly full disk.
             trains: the flow needs torch, Transformers and PEFT. They are imported while the API starts.
+            in_prefect: without it, `start` gives the coroutine of a flow's plain function. It needs no API, and so no
+                room for the API's database.
 
         Raises:
+            DatabaseError: Prefect's database is damaged.
             DiskFullError: the disk of the home folder is too full to begin.
             DealError: Prefect's API has not started.
         """
@@ -193,22 +197,24 @@ class Session:
         from infra.disk import ROOM_BYTES, ROOM_TO_REMOVE_BYTES, require_room
         from tasks.progress import Interrupted, reporting_to
 
-        require_room(self.home, ROOM_TO_REMOVE_BYTES if makes_room else ROOM_BYTES)
-        end_orphans(self.home)
+        if in_prefect:
+            require_room(self.home, ROOM_TO_REMOVE_BYTES if makes_room else ROOM_BYTES)
+            end_orphans(self.home)
         with self.screen.working(doing), reporting_to(self.screen) as stop:
             gc.disable()  # modules stay, and collections that look at them are an eighth of the time of the imports
             try:
                 from prefect.exceptions import TerminationSignal
 
-                api = start_api()
-                if trains and not api.done():
+                api = start_api() if in_prefect else None
+                if trains and api is not None and not api.done():
                     import deal_core.training.train  # noqa: F401
                 coroutine = start()
             finally:
                 gc.enable()
             calm_libraries()
             try:
-                api.result(timeout=API_SECONDS)
+                if api is not None:
+                    api.result(timeout=API_SECONDS)
             except TimeoutError:  # Prefect starts an API that ends at once again and again, without end
                 coroutine.close()
                 log = self.home / "logs" / "deal.log"

@@ -85,7 +85,7 @@ def list_versions(
     from tasks.lineage.record import read_record
 
     if matrix:
-        scores = read_record(deal.store, find_version(deal.store, lineage, None).adapter_uri).matrix
+        scores = read_record(deal.store, find_version(deal.store, lineage, None)).matrix
         return CommandResult(scores.to_json(), [heading(f"Scores of {lineage}, %"), matrix_table(scores.to_json())])
     if at is not None:
         when, zone = _time(at)

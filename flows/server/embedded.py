@@ -18,7 +18,7 @@ import warnings
 import webbrowser
 from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from contextvars import copy_context
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -68,6 +68,16 @@ API_MARK = "prefect.server.api.server:create_app"
 """Part of the command line of an API's process."""
 PAGES_SECONDS = 60
 """Longest wait for MLflow's pages."""
+CHECK_SECONDS = 1.0
+"""Longest check of Prefect's database."""
+STEPS_OF_CHECK = 1000
+"""Steps of SQLite's machine between two looks at the clock."""
+
+
+class DatabaseError(DealError):
+    """Prefect's database is damaged."""
+
+    code = "prefect-database"
 
 
 def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
@@ -80,7 +90,6 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
 
     Raises:
         ConfigError: The folder cannot be used, or another release made the store (`FormatError`); nothing is written.
-        DiskFullError: The disk is full.
     """
     from infra.disk import disk_full
     from infra.logs import PlainFormatter, ready_log
@@ -110,16 +119,17 @@ def enter_home(home: Path | None, *, makes_home: bool = True) -> Path:
         with complete_file(logging_file) as part:  # another command may read it just now
             part.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
     except OSError as error:
-        if full := disk_full(error):
-            raise full from None
-        problem = f"The home folder {folder} cannot be used ({error.strerror}); give one with --home."
-        raise ConfigError(problem) from None
+        if disk_full(error) is None:  # on a full disk commands that read or remove work, without a log
+            problem = f"The home folder {folder} cannot be used ({error.strerror}); give one with --home."
+            raise ConfigError(problem) from None
     servers = _servers(folder)
     settings = embedded_environment(folder, {**servers, **os.environ})
     logging.raiseExceptions = False  # if the disk is full and a log cannot be written, print nothing
     # a command without Prefect has no other handler, and Python's default handler prints to the screen
-    handler = WatchedFileHandler(log_file, delay=True)  # goes on in the new file after another command has renamed it
-    handler.setFormatter(PlainFormatter())
+    handler: logging.Handler = logging.NullHandler()
+    if log_file.parent.is_dir():
+        handler = WatchedFileHandler(log_file, delay=True)  # goes on in the new file if another command renames it
+        handler.setFormatter(PlainFormatter())
     _settle({**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **servers, **settings}, handler)
     return folder
 
@@ -163,6 +173,35 @@ def calm_libraries() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+def require_database() -> None:
+    """Raise DatabaseError if the file of Prefect's database is damaged: Prefect would try it again and again.
+
+    A damage that is not found in CHECK_SECONDS is left to Prefect. A server elsewhere has its own database.
+    """
+    import sqlite3
+
+    url = os.environ.get("PREFECT_API_DATABASE_CONNECTION_URL", "")
+    file = Path(url.partition(":///")[2])
+    if not url.startswith("sqlite") or not file.is_file():
+        return
+    problem, end = "ok", time.monotonic() + CHECK_SECONDS
+    try:
+        with closing(
+            sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=CHECK_SECONDS)
+        ) as database:
+            database.set_progress_handler(lambda: time.monotonic() > end, STEPS_OF_CHECK)
+            (problem,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            problem = str(error)
+    if problem != "ok":
+        raise DatabaseError(
+            f"Prefect's database {file} is damaged ({' '.join(problem.split())}). Move it away with {file.name}-wal "
+            f"and {file.name}-shm, and run the same command again: it makes a new one. Only the history of Prefect's "
+            "runs is lost."
+        )
+
+
 def start_api() -> Future[None]:
     """Start Prefect's API in the background, unless PREFECT_API_URL names a server. The API ends with this process.
 
@@ -171,11 +210,16 @@ def start_api() -> Future[None]:
 
     Returns:
         Its result is there once the API answers, or has not started.
+
+    Raises:
+        DatabaseError: The API's database is damaged.
     """
     from prefect.client.orchestration import get_client
     from prefect.settings import get_current_settings
 
-    if not get_current_settings().api.url:  # imported here: two threads that import one package may see half of it
+    if not get_current_settings().api.url:
+        require_database()
+        # imported here: two threads that import one package may see half of it
         from prefect.server.api import server  # noqa: F401
 
     os.environ[COMMAND_PID] = str(os.getpid())

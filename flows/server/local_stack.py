@@ -25,6 +25,7 @@ from prefect.states import AwaitingRetry, Crashed
 from deal_core.errors import ConfigError, DealError
 from flows.server.automations import RETURNING
 from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
+from flows.server.embedded import require_database
 from flows.server.local_processes import SUPERVISOR, LocalStack, hold_stack, read_stack, start_part, stop
 from flows.server.status import read_runs
 from infra.settings import TrackingSettings
@@ -82,6 +83,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
 
     Raises:
         ConfigError: MLFLOW_TRACKING_URI names a server, a port is taken, or MLflow's server is not installed.
+        DatabaseError: Prefect's database is damaged.
         StartError: A server ended, or does not answer in time. The caller must then call `stop`.
     """
     settings = TrackingSettings()
@@ -94,6 +96,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
             probe.settimeout(1)
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 raise ConfigError(f"Something listens on port {port} already; give another with --{name}-port.")
+    require_database()
     stack = LocalStack(
         prefect_url=f"http://127.0.0.1:{prefect_port}",
         mlflow_url=f"http://127.0.0.1:{mlflow_port}",

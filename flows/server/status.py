@@ -34,7 +34,7 @@ from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.retrain import Waiting
 from tasks.lineage.settings import WatchedLineage, read_lineages
-from tasks.lineage.version_files import borrowed_adapter
+from tasks.lineage.version_files import require_undamaged_adapter
 from tasks.monitoring.state import read_monitor_state
 from tasks.waiting import plan
 
@@ -199,9 +199,9 @@ def _lineage(
     if champion is not None:
         status.debts = dict(champion.debts)
         with noting_damage():
-            record = read_record(store, champion.adapter_uri)
-        with noting_damage(), borrowed_adapter(store, champion, with_method=True):
-            pass  # its files were compared with their digests
+            record = read_record(store, champion)
+        with noting_damage():
+            require_undamaged_adapter(store, champion)
     with noting_damage():
         problems += find_damage(store, name, record)
     with noting_damage():

@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, require_undamaged
+from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
 from deal_core.evaluation.answering import SERVED_FILE
 from deal_core.safe_text import without_secrets
 from infra.store.base import ObjectNotFoundError, ObjectStore
@@ -30,7 +30,7 @@ def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
         with suppress(ObjectNotFoundError):  # the comparison below names the file
             store.download_file(f"{version.adapter_uri}/{name}", folder / name)
     require_undamaged(
-        folder,
+        digests_of(folder, SERVED_FILES),
         version.files_sha256,
         SERVED_FILES,
         what=f"Version {version.version} of '{version.lineage}'",

@@ -120,6 +120,10 @@ class ObjectStore(ABC):
         """Return the object's content, or its first `at_most` bytes."""
 
     @abstractmethod
+    def sha256_of(self, key: str) -> str:
+        """Return the SHA-256 of the object's content, read in pieces that fit into memory."""
+
+    @abstractmethod
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Store all of `data`, or nothing; return whether it was stored.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import io
 import os
 import shutil
 import stat
@@ -14,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from deal_core.errors import ConfigError, StoreError
-from deal_core.regular_file import IrregularFileError, complete_file, flush_to_disk, irregularity, open_regular
+from deal_core.regular_file import IrregularFileError, complete_file, irregularity, open_regular, sha256_of_file
 from deal_core.safe_text import without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import (
@@ -72,11 +74,16 @@ class FileStore(ObjectStore):
         with self._report_errors("read", key), open_regular(self.path_of(key)) as file:
             return file.read(at_most)
 
+    def sha256_of(self, key: str) -> str:
+        """Read the file."""
+        with self._report_errors("read", key):
+            return sha256_of_file(self.path_of(key))
+
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write the file. Of several concurrent writers with `if_absent`, the first hard link wins."""
         target = self._path(key)
         with self._report_errors("write", key), self._incoming() as part:
-            part.write_bytes(data)
+            part.write(data)
             return _place(part, target, if_absent=if_absent)
 
     def find(self, key: str) -> ObjectInfo | None:
@@ -108,8 +115,8 @@ class FileStore(ObjectStore):
         """Copy a file in."""
         target = self._path(key)
         with self._report_errors("write", key), self._incoming() as part:
-            with open_regular(check_source(local, key)) as source, part.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
+            with open_regular(check_source(local, key)) as source:
+                shutil.copyfileobj(source, part)
             _place(part, target, if_absent=False)
 
     def download_file(self, key: str, local: Path) -> None:
@@ -167,14 +174,18 @@ class FileStore(ObjectStore):
         return _info_of(key, status, kind and f"it is {kind}, and only regular files are read; remove it")
 
     @contextmanager
-    def _incoming(self) -> Iterator[Path]:
+    def _incoming(self) -> Iterator[io.BufferedWriter]:
+        """Yield a new file in `.incoming`. Its writer holds a lock on it before it has content: see `is_deserted`."""
         folder = self.root / RESERVED
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / uuid.uuid4().hex
+        path = folder / uuid.uuid4().hex
         try:
-            yield part
+            with path.open("xb") as part:
+                with suppress(OSError):  # a file system without locks: the age of the file tells
+                    fcntl.flock(part, fcntl.LOCK_EX)
+                yield part
         finally:
-            part.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def _report_errors(self, action: str, key: str) -> Iterator[None]:
@@ -199,16 +210,29 @@ def _raise_unless_gone(error: OSError) -> None:
         raise error
 
 
-def _place(part: Path, target: Path, *, if_absent: bool) -> bool:
+def is_deserted(part: Path) -> bool:
+    """Return whether the writer of an unfinished file has died: the file has content, and nobody holds its lock.
+
+    The system ends a lock together with its process, also in another container.
+    """
+    with suppress(OSError), part.open("r+b") as file:  # complete meanwhile, or another user's
+        if os.fstat(file.fileno()).st_size:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
+
+
+def _place(part: io.BufferedWriter, target: Path, *, if_absent: bool) -> bool:
     """Give a complete file its name; return False if `if_absent` is set and the name exists."""
-    flush_to_disk(part)  # else a power cut may leave an empty file under the name
+    part.flush()
+    os.fsync(part.fileno())  # else a power cut may leave an empty file under the name
     for remaining in reversed(range(NUM_TRIES)):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if if_absent:
-                os.link(part, target)
+                os.link(part.name, target)
             else:
-                os.replace(part, target)
+                os.replace(part.name, target)
             return True
         except (FileExistsError, FileNotFoundError):
             if if_absent and target.is_file():

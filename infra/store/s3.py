@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 import uuid
@@ -34,6 +35,7 @@ NUM_RACERS = 16
 """Concurrent conditional puts of a test object."""
 NUM_TRIES = 20
 """How often a conditional put is sent again while the server reports a conflict with another put."""
+PIECE_BYTES = 1 << 20
 MAX_WAIT_SECONDS = 20
 MAX_MESSAGES = 10
 _probed: set[tuple[str, str]] = set()
@@ -101,6 +103,16 @@ class S3Store(ObjectStore):
             answer = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
             with closing(answer["Body"]) as body:  # so the rest is not fetched
                 return bytes(body.read(at_most))
+
+    def sha256_of(self, key: str) -> str:
+        """Read the object."""
+        digest = hashlib.sha256()
+        with self._report_errors("read", key):
+            answer = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
+            with closing(answer["Body"]) as body:
+                for piece in body.iter_chunks(PIECE_BYTES):
+                    digest.update(piece)
+        return digest.hexdigest()
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write the object. With `If-None-Match: *` exactly one of several concurrent writers wins."""

@@ -365,7 +365,7 @@ def score_version(version: Version) -> VersionScores:
     from tasks.adaptation.scorer import Scorer
 
     store = current_store()
-    record, answered = read_record(store, version.adapter_uri), read_answers(store, version.adapter_uri).now
+    record, answered = read_record(store, version), read_answers(store, version.adapter_uri).now
     sets, unjudged = [], {}
     for known in record.tasks:
         try:

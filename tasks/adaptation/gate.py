@@ -44,7 +44,7 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
     Without stored answers of the same rows, the recorded accuracies are compared, and every loss counts.
     """
     findings = read_findings(version.adapter_uri)
-    new, old = read_record(store, version.adapter_uri), read_record(store, other.adapter_uri)
+    new, old = read_record(store, version), read_record(store, other)
     now, then = read_answers(store, version.adapter_uri), read_answers(store, other.adapter_uri)
     # Two base models end their turns at tokens of their own. Answers of one base model end at the same tokens.
     is_comparable = version.base_sha256 != other.base_sha256 or now.answerer == then.answerer

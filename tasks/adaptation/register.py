@@ -16,7 +16,7 @@ from infra.store import keys
 from infra.versions import SCORES, Version, Versions
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.context import current_store
-from tasks.lineage.record import LineageRecord, write_record
+from tasks.lineage.record import RECORD_FILE, LineageRecord, write_record
 from tasks.lineage.version_files import CARD_FILE
 from tasks.references import TrainedAdapter
 
@@ -43,7 +43,7 @@ def register_version(
         slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
     )
     store.delete(keys.jobs_folder(trained.uri))  # of a try on Ray that was killed; this one may be local
-    write_record(store, trained.uri, record)
+    record_sha256 = write_record(store, trained.uri, record)
     served = json.dumps(served_version(record).to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     (trained.folder / SERVED_FILE).write_text(served, encoding="utf-8")
     files = digests_of(trained.folder) | digests_of(trained.folder, [SERVED_FILE])
@@ -67,7 +67,7 @@ def register_version(
         config_sha256=adaptation.config_sha256,
         adapter_uri=trained.uri,
         adapter_sha256=trained.sha256,
-        files_sha256=as_recorded(files),
+        files_sha256=as_recorded({**files, RECORD_FILE: record_sha256}),
         accepted=decision.accepted,
         reasons=decision.reasons,
         failed_checks=tuple(

@@ -91,7 +91,7 @@ def gather_report(
         include_texts=include_texts,
         training=Training(**facts_of_training | {"losses": thin(losses, MAX_LOSSES)}),
         quality=_quality(store, dataset, include_texts),
-        changed=compare_answers(store, version.adapter_uri, parent_answers, include_texts=include_texts),
+        changed=compare_answers(store, version, parent_answers, include_texts=include_texts),
         seconds=dict(seconds),
         lineage_so_far=tuple(
             Link(**{name: getattr(entry, name) for name in Link.model_fields})

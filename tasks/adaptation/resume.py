@@ -132,7 +132,7 @@ def _finish_run(store: ObjectStore, version: Version) -> None:
     findings = None
     with _logging(version, "write its report"):
         findings = read_findings(version.adapter_uri)
-        report_version(version, read_record(store, version.adapter_uri).base.name, findings, {})
+        report_version(version, read_record(store, version).base.name, findings, {})
         state = "finished"
     with _logging(version, "remove its work folder"):
         remove_work(run)

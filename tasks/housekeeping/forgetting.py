@@ -199,7 +199,7 @@ def _look_at(
     for version in versions:
         if not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
             continue
-        record = read_record(store, version.adapter_uri)
+        record = read_record(store, version)
         known = record.task(arrival.task)
         slices = [part.dataset_uri for part in record.slices if part.of == arrival.task]
         is_judged = known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s

@@ -8,9 +8,10 @@ from __future__ import annotations
 import shutil
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,8 +19,11 @@ from typing import Literal, NamedTuple
 from filelock import FileLock
 from pydantic import BaseModel
 
+from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.data.schema import is_name
+from deal_core.errors import StoreError
 from infra.branches import Branch, Branches, tip_of
+from infra.disk import disk_full
 from infra.log_batches import Log, beyond_retention, merge_batches
 from infra.predictions import feedback_log, prediction_log
 from infra.run_journal import Run, RunJournal
@@ -27,7 +31,7 @@ from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import LOCK, RESERVED, TEMPORARY, ObjectInfo, ObjectStore
 from infra.store.keys import ADAPTERS, DATASETS, FEEDBACK, PREDICTIONS, TRAIN_FILE
-from infra.store.local import FileStore
+from infra.store.local import FileStore, is_deserted
 from infra.versions import Version, Versions, champion_of
 from tasks.lineage.datasets import retains_training_rows
 
@@ -238,7 +242,14 @@ def remove(store: ObjectStore, removal: Removal, now: datetime) -> None:
         remove_local(removal.address)
         return
     if removal.version:
-        Versions(store).note_removed(removal.lineage, removal.version, f"{now:%Y-%m-%d}")
+        note = partial(Versions(store).note_removed, removal.lineage, removal.version, f"{now:%Y-%m-%d}")
+        try:
+            note()
+        except StoreError as error:
+            if disk_full(error) is None:
+                raise
+            store.delete(f"{removal.address}/{WEIGHTS_FILE}")  # makes room for the note
+            note()
     store.delete(removal.address)
 
 
@@ -247,16 +258,17 @@ def _folder(address: str, infos: list[ObjectInfo]) -> Folder:
 
 
 def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
-    """Return the temporary folders of dead processes, and the old unfinished files of a folder store."""
-    places = [HomeSettings().home / TEMPORARY]
+    """Return the temporary folders of dead processes, and the unfinished files of a folder store whose writer died."""
+    places: dict[Path, Callable[[Path], bool]] = {HomeSettings().home / TEMPORARY: _is_deserted}
     if isinstance(store, FileStore):
-        places.append(store.root / RESERVED)
+        places[store.root / RESERVED] = is_deserted
     leftovers = []
-    for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
-        with suppress(FileNotFoundError):  # its process has just removed it
-            folder = local_folder(path)
-            if folder.modified < now - AGE or _is_deserted(path):
-                leftovers.append(folder)
+    for place, is_left in places.items():
+        for path in sorted(place.iterdir() if place.is_dir() else ()):
+            with suppress(FileNotFoundError):  # its process has just removed it
+                folder = local_folder(path)
+                if folder.modified < now - AGE or is_left(path):
+                    leftovers.append(folder)
     return leftovers
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
+from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, DatasetManifest, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.metrics import score_answers
@@ -25,6 +25,7 @@ from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, task_and_digest
 from infra.store.stored import reading_stored
+from infra.versions import Version
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.tombstones import require_test_rows
@@ -106,8 +107,9 @@ def require_unaltered(store: ObjectStore, dataset_uri: str) -> None:
         ObjectNotFoundError: The file is missing.
         StoreError: The file was altered.
     """
-    with _unaltered_file(store, dataset_uri):
-        pass
+    manifest = read_manifest(store, dataset_uri)
+    with _reading_rows(store, dataset_uri, TEST_FILE):
+        _require_digest(manifest, store.sha256_of(f"{dataset_uri}/{TEST_FILE}"))
 
 
 @contextmanager
@@ -116,20 +118,28 @@ def _unaltered_file(store: ObjectStore, dataset_uri: str, file: str = TEST_FILE)
 
     Test rows judge every later version, so no score may come from rows or right answers that somebody has altered.
     """
-    manifest, (task, _) = read_manifest(store, dataset_uri), task_and_digest(dataset_uri)
+    manifest = read_manifest(store, dataset_uri)
+    with temporary_folder() as temporary, _reading_rows(store, dataset_uri, file):
+        path = temporary / file
+        store.download_file(f"{dataset_uri}/{file}", path)
+        if file == TEST_FILE:
+            _require_digest(manifest, sha256_of_file(path))
+        yield path
+
+
+def _reading_rows(store: ObjectStore, dataset_uri: str, file: str) -> AbstractContextManager[None]:
+    """`reading_stored` for a dataset's rows."""
+    task, _ = task_and_digest(dataset_uri)
     remedy = (
         f"Restore it from a backup of the store: without it no version can be judged on '{task}'. Versions that know "
         "the task still predict and serve."
     )
-    with (
-        temporary_folder() as temporary,
-        reading_stored(store, f"{dataset_uri}/{file}", f"the {file.partition('.')[0]} rows of task '{task}'", remedy),
-    ):
-        path = temporary / file
-        store.download_file(f"{dataset_uri}/{file}", path)
-        if file == TEST_FILE and (sha256 := sha256_of_file(path)) != manifest.test_sha256:
-            raise ValueError(f"it was altered: its sha256 is {sha256}, recorded is {manifest.test_sha256}")
-        yield path
+    return reading_stored(store, f"{dataset_uri}/{file}", f"the {file.partition('.')[0]} rows of task '{task}'", remedy)
+
+
+def _require_digest(manifest: DatasetManifest, sha256: str) -> None:
+    if sha256 != manifest.test_sha256:
+        raise ValueError(f"it was altered: its sha256 is {sha256}, recorded is {manifest.test_sha256}")
 
 
 def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[TestSet]:
@@ -204,16 +214,16 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers:
 
 
 def compare_answers(
-    store: ObjectStore, adapter_uri: str, of_parent: Answers, *, include_texts: bool
+    store: ObjectStore, version: Version, of_parent: Answers, *, include_texts: bool
 ) -> tuple[Changed, ...]:
     """Compare a version's answers to each task's frozen test rows with its parent's, or else with the base model's.
 
     `of_parent` are the parent's answers; empty without a parent. A task without stored answers to compare with is left
     out. The examples have texts and answers only with `include_texts`; otherwise only the digests of the rows.
     """
-    kept = read_answers(store, adapter_uri)
+    kept = read_answers(store, version.adapter_uri)
     compared = []
-    for known in read_record(store, adapter_uri).tasks:
+    for known in read_record(store, version).tasks:
         name = known.schema.name
         before, now = kept.before.get(name) or of_parent.get(name), kept.now.get(name)
         if before and now is not None:

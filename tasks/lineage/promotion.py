@@ -276,7 +276,7 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     """Reject a version, so that it can never become champion.
 
     Raises:
-        RegistryError: The version is champion or was rejected already.
+        RegistryError: The version is champion, was rejected already, or is one of an open branch.
     """
     store = current_store()
     log = PromotionLog(store)
@@ -291,6 +291,9 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     if chosen.approval == "refused":
         move = [move for move in log.moves(lineage) if (move.action, move.version) == ("rejected", version)][-1]
         raise RegistryError(f"{name} is rejected already, by {move.who}: {move.why}")
+    branch = Branches(store).open(lineage)
+    if branch is not None and chosen.branch == branch.number:
+        raise RegistryError(f"{name} is one of a branch that is not ended: {branch.why_waiting}", code="branch-open")
     change = Change(
         action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
     )

@@ -6,6 +6,7 @@ from the object store alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.accuracy_matrix import KeptMatrix
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
-from tasks.lineage.version_files import reading_beside
+from infra.versions import Version
+from tasks.lineage.version_files import reading_beside, require_recorded
 from tasks.references import BaseRef, DatasetRef
 
 RECORD_FILE = "record.json"
@@ -89,21 +91,26 @@ class LineageRecord(VersionedJson):
         return {name: value for name, value in zip(self.matrix.tasks, values, strict=True) if value is not None}
 
 
-def read_record(store: ObjectStore, adapter_uri: str) -> LineageRecord:
-    """Read the record of an adapter.
+def read_record(store: ObjectStore, version: Version) -> LineageRecord:
+    """Read the record of a version, and compare it with its digest.
 
     Raises:
+        IntegrityError: The digest of the record is not the recorded digest.
         ObjectNotFoundError: The record is missing.
         StoreError: The record is damaged or has another schema version.
     """
-    with reading_beside(store, adapter_uri, RECORD_FILE):
-        return LineageRecord.from_json(json.loads(store.get_bytes(f"{adapter_uri}/{RECORD_FILE}")))
+    with reading_beside(store, version.adapter_uri, RECORD_FILE):
+        content = store.get_bytes(f"{version.adapter_uri}/{RECORD_FILE}")
+        record = LineageRecord.from_json(json.loads(content))
+    require_recorded(store, version, {RECORD_FILE: hashlib.sha256(content).hexdigest()}, [RECORD_FILE])
+    return record
 
 
-def write_record(store: ObjectStore, adapter_uri: str, record: LineageRecord) -> None:
-    """Write the record of an adapter."""
-    text = json.dumps(record.to_json(), ensure_ascii=False, indent=2, allow_nan=False)
-    store.put_bytes(f"{adapter_uri}/{RECORD_FILE}", text.encode())
+def write_record(store: ObjectStore, adapter_uri: str, record: LineageRecord) -> str:
+    """Write the record of an adapter; return its SHA-256, which the version keeps."""
+    content = json.dumps(record.to_json(), ensure_ascii=False, indent=2, allow_nan=False).encode()
+    store.put_bytes(f"{adapter_uri}/{RECORD_FILE}", content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def require_same_base(record: LineageRecord, base: BaseRef) -> None:

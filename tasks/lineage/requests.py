@@ -84,7 +84,7 @@ def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
         ConfigError: The lineage does not know the task, the task has no labels, or a new label is not valid.
     """
     store = current_store()
-    learned = choose_task(read_record(store, find_version(store, lineage, None).adapter_uri), task).schema
+    learned = choose_task(read_record(store, find_version(store, lineage, None)), task).schema
     before = added_labels(store, lineage, task)
     had = learned.with_labels(before)
     has = had.with_labels(labels)
@@ -123,7 +123,7 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
         ConfigError: The lineage does not know the task, or its name is too long for a slice's.
     """
     store = current_store()
-    record = read_record(store, find_version(store, lineage, None).adapter_uri)
+    record = read_record(store, find_version(store, lineage, None))
     known = choose_task(record, task)
     _next_slice(record, task)  # it raises now rather than after a training
     was_asked = is_renewal_asked(store, lineage, known)

@@ -7,7 +7,7 @@ An error names the damaged file, its version, and what still works. A version ha
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -109,7 +109,20 @@ def fetch_adapter(store: ObjectStore, version: Version, folder: Path, names: Col
                 _check_json(name, path.read_bytes()) if path.suffix == ".json" else _open_weights(path)
             elif name in PEFT_FILES:
                 raise ObjectNotFoundError(name)
-    require_recorded(store, version, folder, names)
+    require_recorded(store, version, digests_of(folder, names), names)
+
+
+def require_undamaged_adapter(store: ObjectStore, version: Version) -> None:
+    """Compare the files of a version's adapter in the store with their digests. Nothing is written.
+
+    Raises:
+        IntegrityError: The digest of a file is not the recorded digest, or a file is missing.
+    """
+    digests = {}
+    for name in ADAPTER_FILES:
+        with suppress(ObjectNotFoundError):
+            digests[name] = store.sha256_of(f"{version.adapter_uri}/{name}")
+    require_recorded(store, version, digests, ADAPTER_FILES)
 
 
 @contextmanager
@@ -125,13 +138,13 @@ def borrowed_adapter(store: ObjectStore, version: Version, *, with_method: bool 
         yield folder
 
 
-def require_recorded(store: ObjectStore, version: Version, folder: Path, names: Collection[str] = PEFT_FILES) -> None:
-    """Raise IntegrityError if the digest of one of the named files is not the recorded one.
+def require_recorded(store: ObjectStore, version: Version, digests: Mapping[str, str], names: Collection[str]) -> None:
+    """Raise IntegrityError if the digest of one of the named files of a version is not the recorded one.
 
-    `folder` is a copy of the adapter's folder.
+    `digests` are those of the files in the store, or of copies of them.
     """
     require_undamaged(
-        folder,
+        digests,
         version.files_sha256,
         names,
         what=f"Version {version.version} of '{version.lineage}'",

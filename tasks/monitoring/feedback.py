@@ -160,7 +160,7 @@ def _in_names_of_feedback(values: Mapping[str, Any], own: Iterable[tuple[str, Ta
 
 def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
     """Return the tasks of a lineage's champion by name, with the labels that were added by command."""
-    record = read_record(store, find_version(store, lineage, None).adapter_uri)
+    record = read_record(store, find_version(store, lineage, None))
     schemas = [task.schema for task in record.tasks]
     return {
         schema.name: schema.with_labels(added_labels(store, lineage, schema.name)) if schema.labels else schema

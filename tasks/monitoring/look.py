@@ -68,7 +68,7 @@ def look_at(lineage: str, data: str | None = None, new_reference: bool = False) 
         )
     store = current_store()
     info = find_version(store, lineage, None)
-    record = read_record(store, info.adapter_uri)
+    record = read_record(store, info)
     if data is None:
         since = champion_since(store, lineage, info.version)
         live, num_faulty = read_predictions(store, lineage, version=info.version, since=since), 0

@@ -85,7 +85,7 @@ def export_version(lineage: str, version: str, to: Target, target: str) -> Expor
     store = current_store()
     info = find_version(store, lineage, version)
     require_exportable(store, info)
-    record = read_record(store, info.adapter_uri)
+    record = read_record(store, info)
     export = _export_merged if to == "merged" else _export_to_hub
     return export(store, info, record, _prompts(store, record), target)
 

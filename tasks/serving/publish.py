@@ -69,7 +69,7 @@ def publish(
     require_servable(config, settings)
     base = model
     if not base:  # what such a server is given: the base model's Hub id, or its folder on this machine
-        recorded = read_record(store, info.adapter_uri).base
+        recorded = read_record(store, info).base
         address = hub_address(recorded.source)
         base = address.repository if address else str(resolve_base(recorded.source, HomeSettings().cache_dir))
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"

@@ -127,7 +127,7 @@ def version_of(number: str) -> Version:
 
 def base_of(number: str) -> str:
     """The source of a version's base model."""
-    return read_record(current_store(), version_of(number).adapter_uri).base.source
+    return read_record(current_store(), version_of(number)).base.source
 
 
 def test_what_is_served_is_right_at_every_point_of_a_long_life(home: Path, story: Path) -> None:

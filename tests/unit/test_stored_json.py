@@ -110,6 +110,7 @@ WRITTEN: dict[str, Stored] = {
         created=CREATED,
         task="talk",
         parent_version="1",
+        moves_before=1,
         run_key="01" * 32,
         strategy="deal",
         base_sha256="02" * 32,

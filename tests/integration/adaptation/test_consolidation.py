@@ -151,7 +151,7 @@ def test_a_consolidation_learns_all_arrivals_and_is_judged_against_the_champion(
     assert not tests & set(rows["bank"]), "test rows are never learned"
     assert kept_by("3") == kept_by("2") == {"bank": NUM_KEPT, "clinic": NUM_KEPT}, "the kept rows are handed on"
 
-    matrix = read_record(current_store(), version.adapter_uri).matrix
+    matrix = read_record(current_store(), version).matrix
     assert matrix.learned == ("bank", "clinic", "(consolidation)")
     assert matrix.trained == ("bank", "clinic", "clinic") and matrix.consolidated == (2,)
     report = evaluation_of(result)

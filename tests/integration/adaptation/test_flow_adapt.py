@@ -38,7 +38,7 @@ from tasks.lineage.reports import read_page
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.predict import predict
 from tasks.spec import AdaptSpec
-from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, page_of, run, version_of
+from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, page_of, record_of, run, version_of
 from tests.conftest import MakeOnce
 from tests.receiver import Receiver
 from tests.registering import in_mlflow, mlflow_run
@@ -124,7 +124,7 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "method.json", "record.json"}
     assert names >= {"findings.json", "answers.json", "README.md", "deal.json"}
 
-    record = read_record(store, adapter)
+    record = record_of(result)
     assert [known.schema.name for known in record.tasks] == ["bank"]
     assert len(record.tasks[0].schema.labels) == 6
     assert record.matrix.to_json() == result.matrix
@@ -138,7 +138,7 @@ def test_a_lineage_supplies_what_the_next_spec_leaves_open(tiny_base: Path, monk
     run(tiny_base, BANK, strategy="replay", adapter={"rank": 4})
     second = run(tiny_base, CLINIC, base_model=None)
     store, versions = current_store(), Versions(current_store()).all("l")
-    records = [read_record(store, info.adapter_uri) for info in versions]
+    records = [read_record(store, info) for info in versions]
     assert [info.strategy for info in versions] == ["replay", "replay"]
     assert (second.version, records[1].adapter.rank, records[1].base.source) == ("2", 4, str(tiny_base))
     with borrowed_adapter(store, versions[-1], with_method=True) as folder:
@@ -190,7 +190,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     assert (second.status, second.version, second.parent_version) == ("promoted", "2", "1")
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
     assert set(second.accuracies) == {"bank", "clinic"}
-    record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
+    record = record_of(second)
     matrix = record.matrix
     assert (matrix.tasks, matrix.trained) == (("bank", "clinic"), ("bank", "clinic"))
     assert matrix.rows[0][0] == first.accuracies["bank"]
@@ -348,7 +348,7 @@ def test_a_task_that_arrives_again_is_judged_on_its_first_test_rows(
 
     assert (second.status, second.dataset.num_rejected) == ("promoted", 3)
     assert [bad["reason"] for bad in quarantined(second)].count("empty text") == 1
-    record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
+    record = record_of(second)
     assert [known.dataset_uri for known in record.tasks] == [first.dataset.uri]
     assert record.tasks[0].schema.instruction == BANK["instruction"]
     assert record.matrix.trained == ("bank", "bank") and record.matrix.tasks == ("bank",)
@@ -361,7 +361,7 @@ def test_a_task_is_asked_for_answers_as_long_as_when_it_was_learned(tiny_base: P
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(tiny_base, {"name": "counts", "data": str(file)}, train={"max_steps": 3, "max_answer_tokens": 2})
     later = run(tiny_base, CLINIC)  # with the default, which has more steps
-    known = read_record(current_store(), f"adapters/l/{later.run_key[:16]}").tasks
+    known = record_of(later).tasks
     assert [task.max_new_tokens for task in known] == [2, 12]
     answer = predict("Count to 3.", lineage="l", task="counts", version=None).answer
     assert 0 < len(answer.split()) <= 2

@@ -41,7 +41,7 @@ def test_the_engine_answers_the_test_rows_and_only_answers_of_one_engine_are_com
         kept = read_answers(store, first.adapter_uri)
         assert kept.answerer == f"{NAME}, quantize none, stops 2"
         assert f"the test rows were answered by {NAME}" in evaluation_of(learned)["notes"]
-        (task,) = read_record(store, first.adapter_uri).tasks
+        (task,) = read_record(store, first).tasks
         rows = load_test_set(store, task).rows
         fetch_version(store, first, tmp_path / "first")
         here = load_answerer(tmp_path / "first", HomeSettings().cache_dir, precision="fp32")

@@ -20,6 +20,7 @@ from infra.versions import Versions
 from tasks.adaptation import scorer
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
+from tasks.lineage.history import find_version
 from tasks.lineage.promotion import find_left_behind, roll_back
 from tasks.lineage.record import read_record
 from tasks.predict import predict
@@ -72,8 +73,7 @@ def keep_what_is_asked(patch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]
 
 
 def labels_of(version: int) -> list[str]:
-    adapter = Versions(current_store()).all("l")[version - 1].adapter_uri
-    known = read_record(current_store(), adapter).task("bank")
+    known = read_record(current_store(), find_version(current_store(), "l", str(version))).task("bank")
     assert known is not None
     return list(known.schema.labels)
 

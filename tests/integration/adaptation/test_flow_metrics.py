@@ -13,9 +13,8 @@ from flows.cli.check import show_validation
 from flows.cli.console import show_adaptation
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import read_answers
-from tasks.lineage.record import read_record
 from tasks.validate import spec_to_check, validate
-from tests.adapting import BANK, FAIL, page_of, run
+from tests.adapting import BANK, FAIL, page_of, record_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
@@ -46,7 +45,7 @@ def notes(tmp_path: Path) -> dict[str, str]:
 def test_free_answers_are_judged_by_rouge_l_and_labels_by_exact_match(notes: dict[str, str], tiny_base: Path) -> None:
     first, second = run(tiny_base, notes), run(tiny_base, BANK)
     assert first.metrics == {"notes": "rouge_l"} and second.metrics == {"notes": "rouge_l", "bank": "exact"}
-    record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
+    record = record_of(second)
     assert [known.schema.metric for known in record.tasks] == ["rouge_l", "exact"]
     report, page = page_of(second)
     assert "Scored otherwise than by exact match: notes by ROUGE-L." in page

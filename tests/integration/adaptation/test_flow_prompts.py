@@ -19,11 +19,10 @@ from flows.benchmark import benchmark, spec_from_options
 from tasks.context import current_store
 from tasks.landing import choose_schema
 from tasks.lineage.model_card import served_version
-from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tasks.spec import TaskSpec
 from tasks.validate import spec_to_check, validate
-from tests.adapting import BANK, CLINIC, run
+from tests.adapting import BANK, CLINIC, record_of, run
 
 SCRIPT = Path(__file__).parents[3] / "docs" / "plain_peft.py"
 TEXT = "I lost my card."
@@ -36,7 +35,7 @@ def test_chat_prompts_are_learned_asked_and_kept(tiny_base: Path, tmp_path: Path
     first = run(tiny_base, {**BANK, "prompt": "chat"})
     second = run(tiny_base, CLINIC)
     store = current_store()
-    record = read_record(store, f"adapters/l/{second.run_key[:16]}")
+    record = record_of(second)
     assert [known.schema.prompt for known in record.tasks] == ["chat", "plain"]
     asked = TaskSpec(name="bank", data=BANK["data"])
     assert choose_schema(store, asked, record).prompt == "chat", "what nobody says stays as it was learned"
@@ -66,7 +65,7 @@ def test_chat_prompts_are_learned_asked_and_kept(tiny_base: Path, tmp_path: Path
     assert [float(line.split("\t")[0]) for line in shown] == pytest.approx(likeliest, abs=2e-2)
 
     folder = Path(shutil.copytree(answer.adapter.removeprefix("file://"), tmp_path / "version"))
-    served = served_version(read_record(store, f"adapters/l/{first.run_key[:16]}"))
+    served = served_version(record_of(first))
     (folder / SERVED_FILE).write_text(json.dumps(served.to_json()))
     assert [task.schema.prompt for task in read_served(folder).tasks] == ["chat"]
     answerer = load_answerer(folder, tmp_path / "cache", str(tiny_base))

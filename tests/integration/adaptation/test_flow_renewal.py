@@ -15,8 +15,7 @@ from flows.adapt import AdaptResult
 from flows.cli.app import app
 from flows.forget import forget
 from tasks.context import current_store
-from tasks.lineage.record import read_record
-from tests.adapting import PASS, page_of, run
+from tests.adapting import PASS, page_of, record_of, run
 from tests.in_process import put_back
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
@@ -63,7 +62,7 @@ def test_a_shifted_task_is_rejected_by_its_old_rows_and_promoted_by_renewed_ones
     assert "deal task renew-tests asked for them; the 10 rows before stay as colours.old-1" in page
     assert report.version == now.version
 
-    record = read_record(current_store(), f"adapters/l/{now.run_key[:16]}")
+    record = record_of(now)
     assert [(each.name, each.of, each.num_test) for each in record.slices] == [("colours.old-1", "colours", 10)]
     assert record.matrix.average_accuracy == now.accuracies["colours"], "the task alone counts"
     assert record.matrix.forgetting is None
@@ -71,7 +70,7 @@ def test_a_shifted_task_is_rejected_by_its_old_rows_and_promoted_by_renewed_ones
     # The request has ended: the next arrival is judged on July's rows, and both slices are measured again.
     later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"))
     assert later.status == "promoted" and set(later.accuracies) == {"colours", "colours.old-1"}
-    assert read_record(current_store(), f"adapters/l/{later.run_key[:16]}").slices == record.slices
+    assert record_of(later).slices == record.slices
 
 
 @pytest.mark.nightly
@@ -119,5 +118,5 @@ def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(home: Path, tin
     assert not current_store().exists(answers), "it had answers to the slice's rows"
     third = learn(tiny_base, file_of(tmp_path, "july", "warm", "cold"), min_gain_points=-100.0)
     assert set(third.accuracies) == {"colours"} and third.status == "promoted"
-    record = read_record(current_store(), f"adapters/l/{third.run_key[:16]}")
+    record = record_of(third)
     assert record.matrix.tasks == ("colours", "colours.old-1") and record.matrix.rows[-1][1] is None

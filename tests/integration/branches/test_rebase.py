@@ -49,7 +49,7 @@ def test_a_lineage_changes_its_base_model_and_goes_back(new_base: str, tiny_base
     assert new.version == "6" and new.base_sha256 != old.base_sha256
     assert [move.champion for move in PromotionLog(store).moves("l")] == ["1", "2", "3", "6"]
     assert result.before.keys() == result.accuracies.keys() == {"taps", "beds", "cars"}
-    assert result.before == pytest.approx(read_record(store, old.adapter_uri).accuracies())
+    assert result.before == pytest.approx(read_record(store, old).accuracies())
     assert read_lineage(store, "l").base_model is None, "its champion says the base model"
     assert predict("the red one", lineage="l", task="taps", version=None).base_model == new_base
 

@@ -85,7 +85,7 @@ def test_labels_renewals_and_kept_rows_are_those_of_their_time(
         ("5", ("hot", "icy", "late"), True, False),
     ]
     assert result.status == "swapped" and champion().parent_version == "6"
-    relearned, record = adapter(champion()), read_record(current_store(), champion().adapter_uri)
+    relearned, record = adapter(champion()), read_record(current_store(), champion())
     assert record.task("taps") and [part.name for part in record.slices] == ["taps.old-1"]
 
     other = home.with_name("other")
@@ -93,4 +93,4 @@ def test_labels_renewals_and_kept_rows_are_those_of_their_time(
     monkeypatch.setenv("DEAL_HOME", str(other))
     learn(cars=False)
     assert relearned == adapter(champion())
-    assert record == read_record(current_store(), champion().adapter_uri)
+    assert record == read_record(current_store(), champion())

@@ -156,7 +156,7 @@ def test_a_licence_with_a_colon_makes_a_valid_card() -> None:
         tolerance=0.001,
         precision="fp32",
     )
-    record = read_record(current_store(), info.adapter_uri)
+    record = read_record(current_store(), info)
     head = _merged_card(record, info, "other: see LICENSE", found).split("---")[1]
     assert yaml.safe_load(head)["license"] == "other: see LICENSE"
 

@@ -79,7 +79,7 @@ def store_has_baseline() -> bool:
 
 def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
     store, info = current_store(), find_version(current_store(), "l", "3")
-    record, found = read_record(store, info.adapter_uri), reference_of()
+    record, found = read_record(store, info), reference_of()
     assert {*found["task"]} == {"bank", "clinic"}
     for known in record.tasks:
         rows = found[found["task"] == known.schema.name]
@@ -202,7 +202,7 @@ def test_feedback_that_says_wrong_is_a_drop(lineage: Path, receiver: Receiver) -
     measured = found.drift.task("bank").measured
     assert measured is not None and measured.accuracy == 0.2 and measured.num_rows == 100
     before = found.drift.task("bank").before
-    assert before == read_record(store, find_version(current_store(), "l", "1").adapter_uri).accuracies()["bank"]
+    assert before == read_record(store, find_version(current_store(), "l", "1")).accuracies()["bank"]
     told = {each["event"]: each["payload"] for each in receiver.told()}
     assert "measured at 20.0 %" in told["deal.quality.dropped"]["reasons"][0]
     assert told["deal.quality.dropped"]["accuracies"] == {"bank": 0.2}
@@ -270,7 +270,7 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
 
 def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
     store = current_store()
-    bank = read_record(store, find_version(current_store(), "l", "3").adapter_uri).task("bank")
+    bank = read_record(store, find_version(current_store(), "l", "3")).task("bank")
     assert bank is not None
     done = asyncio.run(forget(bank.dataset_uri.split("/")[2]))
     assert {each.version for each in done.plan.held if each.kind == "reference rows"} == {"1", "2", "3"}

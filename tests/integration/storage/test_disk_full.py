@@ -74,8 +74,8 @@ def test_rows_that_find_no_room_leave_one_message_and_the_next_run_learns_them(
     assert [version.accepted for version in Versions(current_store()).all("default")] == [True]
 
 
-IN_NAMESPACE = """
-import io, json, os, subprocess, sys
+COMMANDS = """
+import io, json, os, shutil, subprocess, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -94,6 +94,10 @@ def deal(*words):
     return {"code": code or 0, "out": out.getvalue(), "err": err.getvalue()}
 
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], check=True)
+"""
+FILL = (
+    COMMANDS
+    + """
 for name, (variables, kilobytes) in given["cases"].items():
     os.environ.update(variables)
     lineage = ["--lineage", name]
@@ -109,6 +113,7 @@ for name, (variables, kilobytes) in given["cases"].items():
     for path in place.iterdir():
         subprocess.run(["rm", "-rf", str(path)], check=True)
 """
+)
 
 
 def namespace() -> list[str]:
@@ -119,6 +124,59 @@ def namespace() -> list[str]:
             if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
                 return words
     pytest.skip("this machine allows no mounts of one's own")
+
+
+def on_small_disk(script: str, given: dict[str, Any]) -> list[Any]:
+    """Run a script with mounts of its own; return what it prints, a JSON value a line."""
+    done = subprocess.run(
+        [*namespace(), sys.executable, "-c", script],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ},
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+AT_ZERO = (
+    COMMANDS
+    + """
+home = place / "home"
+shutil.copytree(given["home"], home)
+shutil.rmtree(home / "logs", ignore_errors=True)
+(home / "tmp" / "dead").mkdir(parents=True)
+(home / "tmp" / "dead" / ".lock").touch()
+
+def fill():
+    with (place / "filler").open("ab", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(bytes(4096))
+        except OSError:
+            pass
+    return shutil.disk_usage(place).free
+
+for words in given["commands"]:
+    print(json.dumps([fill(), deal(*words, "--home", str(home))]), flush=True)
+"""
+)
+
+
+def test_on_a_disk_without_a_free_byte_the_status_is_shown_and_gc_makes_room(
+    home: Path, copied_home: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    commands = [["status"], ["data", "gc", "--older-than", "0h", "--lineage", "l"], ["data", "gc"], ["status"]]
+    done = on_small_disk(AT_ZERO, {"place": str(place), "home": str(home), "commands": commands})
+    assert [free for free, _ in done] == [0] * len(commands)
+    assert [(each["code"], each["err"]) for _, each in done] == [(0, "")] * len(commands), done
+    status, of_lineage, of_all, after = (json.loads(each["out"]) for _, each in done)
+    assert status["damaged"] == after["damaged"] == [] and [each["champion"] for each in after["lineages"]] == ["3"]
+    assert "2" in [each["version"] for each in of_lineage["removals"]] and of_lineage["problems"] == {}
+    assert [Path(each["address"]).name for each in of_all["removals"]] == ["dead"] and of_all["problems"] == {}
 
 
 @pytest.mark.nightly
@@ -137,16 +195,7 @@ def test_a_disk_that_fills_up_at_any_stage_ends_the_run_with_one_message(
         "database": (database, 400),
     }
     given = {"place": str(place), "spec": str(spec_of(tmp_path, tiny_base)), "cases": cases}
-    done = subprocess.run(
-        [*namespace(), sys.executable, "-c", IN_NAMESPACE],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ},
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = on_small_disk(FILL, given)
     assert [each[0] for each in found] == list(cases)
     for name, full, before, again, after, report in found:
         for command, done in {"adapt": again, "version list": after, "version show": report}.items():

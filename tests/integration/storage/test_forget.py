@@ -31,12 +31,11 @@ from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import roll_back
-from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.mlflow_mirror import sync_lineage
 from tasks.validate import spec_to_check, validate
-from tests.adapting import BANK, CLINIC, run
+from tests.adapting import BANK, CLINIC, record_of, run
 from tests.integration.storage.conftest import SECRET, holding, holding_row, keys, land, logged, logging
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -208,7 +207,7 @@ def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult, unjudged:
     arrival.write_text("".join(json.dumps(row) + "\n" for row in rows))
     third = run(tiny_base, {"name": "bank", "data": str(arrival)})
     assert (third.status, third.parent_version, third.dataset.num_test) == ("promoted", "2", 4)
-    record = read_record(current_store(), f"adapters/l/{third.run_key[:16]}")
+    record = record_of(third)
     assert (record.tasks[0].dataset_uri, record.tasks[0].num_test) == (third.dataset.uri, 4)
     assert before.matrix is not None
     assert record.matrix.rows[0] == tuple(before.matrix["rows"][0]), "figures of before the parent stay"

@@ -23,9 +23,8 @@ from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import find_version
-from tasks.lineage.record import read_record
 from tasks.predict import predict
-from tests.adapting import CLINIC, FAIL, run
+from tests.adapting import CLINIC, FAIL, record_of, run
 from tests.integration.storage.conftest import collect, keys, land, logged
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -54,10 +53,7 @@ def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_ba
     store = current_store()
     asked = [read_manifest(store, result.dataset.uri).task.instruction for result in (first, other)]
     assert asked == ["What is it about?", "Which one?"]
-    uris = [
-        read_record(store, f"adapters/{lineage}/{result.run_key[:16]}").tasks[0].dataset_uri
-        for lineage, result in (("l", first), ("m", other))
-    ]
+    uris = [record_of(result).tasks[0].dataset_uri for result in (first, other)]
     assert uris == [first.dataset.uri, other.dataset.uri]
 
 
@@ -79,11 +75,11 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
     assert {path for path in home.joinpath("store").rglob("*") if path.is_file()} == before and work.is_dir()
     adapters = sorted(["0123456789abcdef", rejected.run_key[:16]])
     assert [(each.kind, each.address.rsplit("/", 1)[1]) for each in planned.removals] == [
+        ("temporary files", "x"),
+        ("temporary files", "y"),
         ("work folder", "fedcba9876543210"),
         *(("adapter", key) for key in adapters),
         ("training rows", "train.parquet"),
-        ("temporary files", "y"),
-        ("temporary files", "x"),
     ]
     done = collect(older_than="0h")
     assert (done.removals, done.num_bytes) == (planned.removals, planned.num_bytes)

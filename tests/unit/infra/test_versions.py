@@ -13,6 +13,7 @@ import pytest
 
 from deal_core.errors import RegistryError, StoreError
 from deal_core.judging_config import RolloutTerms
+from infra.promotions import Move, PromotionLog
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
@@ -144,6 +145,42 @@ def test_later_notes_are_read_with_the_version_and_do_not_change_it(store: FileS
         RegistryError, match=r"adapter of version 2 of 'l' was removed on 2030-02-01 \(deal data gc, or "
     ):
         require_adapter(removed)
+
+
+def test_a_promotion_log_that_lacks_entries_is_noticed(store: FileStore) -> None:
+    versions = Versions(store)
+    for number in (1, 2, 3):
+        versions.register(unregistered(number, number - 1 or None, accepted=True))
+        move(store, str(number))
+    assert [each.moves_before for each in versions.all("l")] == [0, 1, 2]
+    entries = {number: store.get_bytes(keys.promotion_key("l", number)) for number in (1, 2, 3)}
+    for lost in ({1}, {2}, {2, 3}, {1, 2, 3}):
+        for number in lost:
+            store.delete(keys.promotion_key("l", number))
+        for read in (lambda: versions.champion("l"), lambda: versions.register(unregistered(9, 3))):
+            with pytest.raises(StoreError) as refused:
+                read()
+            assert refused.value.code == "moves-lost", lost
+        for number in lost:
+            store.put_bytes(keys.promotion_key("l", number), entries[number])
+    assert names(store)["3"] == ("challenger", "champion")
+
+
+def test_a_reader_waits_for_the_entry_that_a_version_of_the_same_moment_names(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_version(store, version(1, accepted=True))
+    read = PromotionLog.moves
+
+    def moves(log: PromotionLog, lineage: str) -> tuple[Move, ...]:
+        before = read(log, lineage)
+        if not before:  # another process promotes version 1 and registers version 2 before the versions are read
+            move(store, "1")
+            put_version(store, version(2, 1, accepted=True, moves_before=1))
+        return before
+
+    monkeypatch.setattr(PromotionLog, "moves", moves)
+    assert [each.aliases for each in Versions(store).all("l")] == [("champion",), ("challenger",)]
 
 
 def names(store: ObjectStore) -> dict[str, tuple[str, ...]]:

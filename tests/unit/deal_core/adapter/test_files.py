@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.adapter.files import (
+    ADAPTER_FILES,
     PEFT_FILES,
     Recorded,
     as_recorded,
@@ -34,9 +35,11 @@ def test_the_digest_of_all_files_together_is_the_one_that_versions_have_always_h
     assert sha256_together(digests_of(folder)) == hashlib.sha256(lines.encode()).hexdigest()
 
 
-def refusal(folder: Path, recorded: Recorded, *names: Collection[str]) -> str:
+def refusal(folder: Path, recorded: Recorded, names: Collection[str] = ADAPTER_FILES) -> str:
     with pytest.raises(IntegrityError) as caught:
-        require_undamaged(folder, recorded, *names, what="Version 2 of 'l'", where="file:///x", remedy="Do this.")
+        require_undamaged(
+            digests_of(folder, names), recorded, names, what="Version 2 of 'l'", where="file:///x", remedy="Do this."
+        )
     return str(caught.value)
 
 
@@ -44,7 +47,7 @@ def test_whole_files_pass(folder: Path) -> None:
     digests = digests_of(folder)
     both = {**as_recorded(digests), "method.json": ("of before", digests["method.json"])}
     for recorded in (as_recorded(digests), both):  # either of two digests is good while a file is replaced
-        require_undamaged(folder, recorded, what="It", where="there", remedy="")
+        require_undamaged(digests, recorded, what="It", where="there", remedy="")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -52,7 +55,7 @@ def test_a_changed_byte_is_refused_with_both_digests(folder: Path, name: str) ->
     before = digests_of(folder)
     (folder / name).write_bytes(b"x" + FILES[name][1:])
     assert refusal(folder, as_recorded(before)) == (
-        f"Version 2 of 'l' is damaged and was not loaded: in file:///x {name} has sha256 {digests_of(folder)[name]}, "
+        f"Version 2 of 'l' is damaged and was not used: in file:///x {name} has sha256 {digests_of(folder)[name]}, "
         f"recorded is {before[name]}. Do this."
     )
 
@@ -70,5 +73,5 @@ def test_a_missing_file_and_one_that_was_not_recorded_are_damage(folder: Path) -
 def test_files_that_the_caller_does_not_read_do_not_count(folder: Path) -> None:
     recorded = as_recorded(digests_of(folder))
     (folder / "method.json").write_bytes(b"damaged")
-    require_undamaged(folder, recorded, PEFT_FILES, what="It", where="there", remedy="")
+    require_undamaged(digests_of(folder, PEFT_FILES), recorded, PEFT_FILES, what="It", where="there", remedy="")
     assert "method.json has sha256" in refusal(folder, recorded)

@@ -201,17 +201,39 @@ def test_what_a_killed_process_left_is_found_at_once(store: FileStore, tmp_path:
     assert find_leftovers(store, later(0)) == []
 
 
+@pytest.mark.parametrize("write", ["put_bytes('inbox/b', b'rows')", "upload_file(Path(sys.argv[1]), 'inbox/b')"])
+def test_an_unfinished_file_of_the_store_is_left_once_its_writer_is_dead(
+    store: FileStore, tmp_path: Path, write: str
+) -> None:
+    rows = tmp_path / "rows"
+    rows.write_bytes(b"rows")
+    script = (
+        "import os, sys; from pathlib import Path; from infra.store.local import FileStore\n"
+        "os.fsync = lambda _: (print('written', flush=True), sys.stdin.read())\n"
+        f"FileStore(Path({str(store.root)!r})).{write}"
+    )
+    command = [sys.executable, "-c", script, str(rows)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "written\n"
+        assert find_leftovers(store, later(0)) == []
+        writer.kill()
+    (left,) = find_leftovers(store, later(0))
+    assert Path(left.address).read_bytes() == b"rows"
+    remove_local(left.address)
+    assert find_leftovers(store, later(0)) == [] and [*store.list()] == []
+
+
 def test_what_was_left_for_a_day_is_found_and_removed_and_the_store_is_whole(store: FileStore, tmp_path: Path) -> None:
     assert find_leftovers(store, later()) == []
     store.put_bytes("inbox/a", b"rows")
     part = store.root / ".incoming" / "0123"
-    part.write_bytes(b"ro")
+    part.touch()  # its writer holds no lock yet
     temporary = tmp_path / "home" / "tmp" / "x"
     (temporary / "folder").mkdir(parents=True)
     (temporary / "folder" / "rows").write_bytes(b"rows")
     assert find_leftovers(store, later(23)) == []
     found = find_leftovers(store, later())
-    assert [(each.address, each.num_bytes) for each in found] == [(str(temporary), 4), (str(part), 2)]
+    assert [(each.address, each.num_bytes) for each in found] == [(str(temporary), 4), (str(part), 0)]
     for each in found * 2:
         remove_local(each.address)
     assert find_leftovers(store, later()) == [] and store.get_bytes("inbox/a") == b"rows"

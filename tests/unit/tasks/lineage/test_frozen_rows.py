@@ -21,6 +21,7 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.metrics import right_answers
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
+from infra.versions import Version
 from tasks.lineage.frozen_rows import (
     ANSWERS_FILE,
     MAX_CHARS,
@@ -36,8 +37,9 @@ from tasks.lineage.frozen_rows import (
     share_rows,
     within_budget,
 )
-from tasks.lineage.record import KnownTask, LineageRecord, write_record
+from tasks.lineage.record import RECORD_FILE, KnownTask, LineageRecord, write_record
 from tasks.references import BaseRef
+from tests.stored_versions import version
 
 NUM_ROWS = 30
 SIZES = st.dictionaries(st.text(max_size=3), st.integers(1, 600), min_size=1, max_size=60)
@@ -104,6 +106,12 @@ def store(tmp_path: Path) -> ObjectStore:
     return found
 
 
+def child(store: ObjectStore) -> Version:
+    """The version with the record."""
+    digest = hashlib.sha256(store.get_bytes(f"adapters/child/{RECORD_FILE}")).hexdigest()
+    return version(2, 1, adapter_uri="adapters/child", files_sha256={RECORD_FILE: (digest,)})
+
+
 def keep(store: ObjectStore, uri: str, now: Mapping[str, range], before: Mapping[str, range]) -> None:
     kept = ({task: answers(right) for task, right in each.items()} for each in (now, before))
     keep_answers(store, uri, KeptAnswers(*kept))
@@ -112,7 +120,7 @@ def keep(store: ObjectStore, uri: str, now: Mapping[str, range], before: Mapping
 def test_rows_that_changed_sides_are_counted_and_the_first_are_shown(store: ObjectStore) -> None:
     keep(store, "adapters/parent", {"old": range(10, 30)}, {"old": range(0)})
     keep(store, "adapters/child", {"old": range(15), "new": range(5)}, {"new": range(4, 6)})
-    old, new = compare_answers(store, "adapters/child", read_answers(store, "adapters/parent").now, include_texts=True)
+    old, new = compare_answers(store, child(store), read_answers(store, "adapters/parent").now, include_texts=True)
     assert (old.task, old.num_rows, old.num_gained, old.num_lost) == ("old", NUM_ROWS, 10, 15)
     assert (new.task, new.num_gained, new.num_lost) == ("new", 4, 1), "against the parent before training"
     assert [row.row for row in new.gained] == [digest(number) for number in range(4)]
@@ -132,7 +140,7 @@ def test_a_row_with_several_right_answers_is_compared_by_the_best(store: ObjectS
     pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA.append(REFERENCES)), tmp_path / "several.parquet")
     land(store, tmp_path / "several.parquet", "new")
     keep(store, "adapters/child", {"old": range(0), "new": range(0)}, {"new": range(NUM_ROWS)})
-    (new,) = compare_answers(store, "adapters/child", {}, include_texts=True)
+    (new,) = compare_answers(store, child(store), {}, include_texts=True)
     assert (new.num_lost, new.lost[0].row, new.lost[0].expected) == (1, digest(0), "yes")
     known = KnownTask(
         schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
@@ -165,7 +173,7 @@ def test_test_rows_that_were_altered_are_refused_by_every_reader(store: ObjectSt
         lambda: load_test_set(store, known),
         lambda: read_test_rows(store, known.dataset_uri, ["input"]),
         lambda: require_unaltered(store, known.dataset_uri),
-        lambda: compare_answers(store, "adapters/child", {}, include_texts=True),
+        lambda: compare_answers(store, child(store), {}, include_texts=True),
     ):
         with pytest.raises(
             StoreError, match=r"test\.parquet, the test rows of task 'new', is damaged .*altered"
@@ -176,7 +184,7 @@ def test_test_rows_that_were_altered_are_refused_by_every_reader(store: ObjectSt
 
 def test_without_texts_only_digests_are_left(store: ObjectStore) -> None:
     keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})
-    (new,) = compare_answers(store, "adapters/child", {}, include_texts=False)
+    (new,) = compare_answers(store, child(store), {}, include_texts=False)
     assert new.num_gained == 5
     assert [row.model_dump(exclude_none=True) for row in new.gained] == [
         {"row": digest(number), "scores": (0.0, 1.0)} for number in range(5)
@@ -184,10 +192,10 @@ def test_without_texts_only_digests_are_left(store: ObjectStore) -> None:
 
 
 def test_what_was_not_kept_is_not_compared(store: ObjectStore) -> None:
-    assert compare_answers(store, "adapters/child", {}, include_texts=True) == ()
+    assert compare_answers(store, child(store), {}, include_texts=True) == ()
     keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})
     of_parent = read_answers(store, "adapters/of-an-earlier-release").now
-    compared = compare_answers(store, "adapters/child", of_parent, include_texts=True)
+    compared = compare_answers(store, child(store), of_parent, include_texts=True)
     assert [each.task for each in compared] == ["new"]
     store.put_bytes(f"adapters/child/{ANSWERS_FILE}", b'{"schema_version": 2}')
     with pytest.raises(StoreError, match="schema version 2, this release reads 1"):

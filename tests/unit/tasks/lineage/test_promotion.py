@@ -12,6 +12,8 @@ from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt import adapted, repeated
+from infra.branches import Branch, BranchEnd, Branches
+from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.adaptation.report import Findings
 from tasks.context import current_store
@@ -65,6 +67,21 @@ def test_a_version_that_was_rejected_before_tells_by_whom_and_why() -> None:
     for number, told in (("4", "by its gate: It forgot bank."), ("3", "by anna: labels look wrong")):
         with pytest.raises(RegistryError, match=f"rejected already, {told}"):
             reject_version("l", number, who="tester", why="a test")
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_version_of_an_open_branch_is_not_rejected() -> None:
+    store = current_store()
+    write_format(store)
+    branches = Branches(store)
+    branch = Branch(lineage="l", number=1, who="Ada", root="1", champion="2", steps=(), base_model="b")
+    branches.begin(branch)
+    put(4, 1, branch=1, remakes="2")
+    with pytest.raises(RegistryError) as refused:
+        reject_version("l", "4", who="tester", why="a test")
+    assert refused.value.code == "branch-open" and "deal lineage branch l --give-up" in str(refused.value)
+    branches.end(branch, BranchEnd(outcome="given up", who="Ada"))
+    assert reject_version("l", "4", who="tester", why="a test").action == "rejected"
 
 
 def test_a_version_that_waits_names_the_commands_that_decide() -> None:

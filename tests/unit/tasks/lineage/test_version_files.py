@@ -35,6 +35,7 @@ from tests.stored_versions import move, put_version, run_key, version
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
+THIRD = version(3, adapter_uri=ADAPTER)
 BANK = KnownTask(
     schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
 )
@@ -51,7 +52,7 @@ MANIFEST = DatasetManifest(
     landed_sha256="88",
 )
 READERS: dict[str, Callable[[ObjectStore], Any]] = {
-    f"{ADAPTER}/record.json": lambda store: read_record(store, ADAPTER),
+    f"{ADAPTER}/record.json": lambda store: read_record(store, THIRD),
     f"{ADAPTER}/findings.json": lambda store: read_findings(ADAPTER),
     f"{ADAPTER}/answers.json": lambda store: read_answers(store, ADAPTER),
     "datasets/bank/77/manifest.json": lambda store: read_manifest(store, "datasets/bank/77"),
@@ -75,7 +76,7 @@ def store(home: Path) -> ObjectStore:
     found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
     save_file({"a": numpy.ones((64, 8), numpy.float32)}, weights_of(home))
     files_sha256 = as_recorded(digests_of(weights_of(home).parent))
-    put_version(found, version(3, adapter_uri=ADAPTER, files_sha256=files_sha256))
+    put_version(found, THIRD.model_copy(update={"files_sha256": files_sha256}))
     found.put_bytes("datasets/bank/77/manifest.json", json.dumps(MANIFEST.to_json()).encode())
     return found
 
@@ -123,7 +124,7 @@ def test_of_the_champion_it_is_said_what_still_works(store: ObjectStore) -> None
         match=r"record\.json, a file of version 3, champion of 'l', is missing"
         r".*deal version rollback N --lineage l.*deal predict --version N",
     ):
-        read_record(store, ADAPTER)
+        read_record(store, THIRD)
 
 
 def test_weights_are_judged_by_header_and_size(store: ObjectStore, home: Path) -> None:

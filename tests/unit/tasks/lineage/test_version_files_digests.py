@@ -11,10 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from deal_core.adapter.files import KEPT_ROWS, as_recorded, digests_of, sha256_together
+from deal_core.config import AdapterConfig
 from deal_core.errors import IntegrityError
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.store.local import FileStore
 from infra.versions import Version, Versions
+from tasks.lineage.record import RECORD_FILE, LineageRecord, read_record, write_record
 from tasks.lineage.version_files import borrowed_adapter, replacing
+from tasks.references import BaseRef
 from tests.stored_versions import put_version, version
 
 CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
@@ -40,7 +44,6 @@ def info(store: FileStore, tmp_path: Path) -> Version:
     found = digests_of(folder)
     known = version(2, 1, adapter_sha256=sha256_together(found), files_sha256=as_recorded(found))
     store.upload_folder(folder, known.adapter_uri)
-    store.put_bytes(f"{known.adapter_uri}/record.json", b"{}")
     put_version(store, known)
     return known
 
@@ -95,6 +98,25 @@ def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileSt
     assert "deal version rollback 1 --lineage l" in message
     with pytest.raises(IntegrityError), borrowed_adapter(store, info, with_method=True):
         pytest.fail("it was lent")
+
+
+def test_one_changed_letter_of_a_record_is_refused(store: FileStore, info: Version) -> None:
+    record = LineageRecord(
+        lineage="l",
+        base=BaseRef(source="b", name="b", sha256="0"),
+        strategy="deal",
+        adapter=AdapterConfig(),
+        tasks=(),
+        matrix=AccuracyMatrix(),
+    )
+    recorded = {**info.files_sha256, RECORD_FILE: (write_record(store, info.adapter_uri, record),)}
+    put_version(store, info.model_copy(update={"files_sha256": recorded}))
+    assert read_record(store, now(store)) == record
+    key = f"{info.adapter_uri}/{RECORD_FILE}"
+    store.put_bytes(key, store.get_bytes(key).replace(b'"deal"', b'"dead"'))
+    with pytest.raises(IntegrityError) as refused:
+        read_record(store, now(store))
+    assert RECORD_FILE in str(refused.value) and "deal version rollback 1 --lineage l" in str(refused.value)
 
 
 def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info: Version) -> None:
