@@ -36,7 +36,7 @@ class GcResult(BaseModel, frozen=True):
 
 @flow(name="gc")
 async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool = False) -> GcResult:
-    """Remove old work folders, rejected adapters, training rows, logs and temporary files of crashed processes.
+    """Remove old work folders, rejected adapters, training rows, logs, and temporary files of killed processes.
 
     Logs are removed after DEAL_LOG_RETENTION_DAYS of this machine, and the small batches of younger logs are joined.
     Each lineage is locked while its other files are removed. A problem with one lineage does not stop the others.

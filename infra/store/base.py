@@ -173,6 +173,17 @@ class ObjectStore(ABC):
     def upload_file(self, local: Path, key: str) -> None:
         """Store a file in pieces that fit into memory. A reader sees the complete object or none."""
 
+    def uploads(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Yield the uploads below `prefix` that have begun and not ended: no listing shows what they hold.
+
+        `etag` names the upload, and `modified` is its begin. A folder store has none.
+        """
+        yield from ()
+
+    def abort_upload(self, upload: ObjectInfo) -> None:
+        """End an upload, and delete what it holds."""
+        raise NotImplementedError(f"{self.uri} has no uploads")
+
     @abstractmethod
     def download_file(self, key: str, local: Path) -> None:
         """Write the object to `local` in pieces that fit into memory. A reader sees the complete file or none."""

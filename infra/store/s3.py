@@ -184,6 +184,40 @@ class S3Store(ObjectStore):
             source = str(check_source(local, key))
             self.client.upload_file(source, self.bucket, self._name(key), ExtraArgs=self._encryption)
 
+    def uploads(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Yield what boto3's transfer manager has begun. Without the right to list that, nothing, which is logged."""
+        folder = self.root + folder_of(prefix)
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=folder)
+        try:
+            items = [item for page in pages for item in page.get("Uploads", ())]
+        except ClientError as error:
+            needed = "s3:ListBucketMultipartUploads, s3:ListMultipartUploadParts and s3:AbortMultipartUpload"
+            self.warn_once("?uploads", f"Unfinished uploads are not looked for: {_explain(error)}; allow {needed}.")
+            return
+        for item in items:
+            with self._report_errors("look up", item["Key"].removeprefix(self.root)), suppress(self._gone):
+                parts = self.client.get_paginator("list_parts").paginate(**self._named(item["Key"], item["UploadId"]))
+                yield ObjectInfo(
+                    key=item["Key"].removeprefix(self.root),
+                    size=sum(part["Size"] for page in parts for part in page.get("Parts", ())),
+                    etag=item["UploadId"],
+                    modified=item["Initiated"],
+                )
+
+    def abort_upload(self, upload: ObjectInfo) -> None:
+        """Abort it, unless it has ended."""
+        with self._report_errors("delete", upload.key), suppress(self._gone):
+            self.client.abort_multipart_upload(**self._named(self._name(upload.key), upload.etag))
+
+    @property
+    def _gone(self) -> type[ClientError]:
+        """The error of an upload that has ended."""
+        error: type[ClientError] = self.client.exceptions.NoSuchUpload
+        return error
+
+    def _named(self, name: str, upload: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": name, "UploadId": upload}
+
     def download_file(self, key: str, local: Path) -> None:
         """Download in parts, as boto3's transfer manager does."""
         with self._report_errors("read", key), complete_file(local) as part:

@@ -52,6 +52,7 @@ Kind = Literal[
     "logged answers",
     "reference rows",
     "quarantine",
+    "unfinished upload",
     "training rows",
     "test rows",
     "inbox file",
@@ -137,6 +138,11 @@ def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
         for sha256 in arrival.sha256s
         for info in store.list(keys.dataset_folder(arrival.task, sha256))
         if (name := keys.file_name(info.key)) in row_files
+    ]
+    held += [  # of a killed process: no run that works on the arrival's lineages goes on when they are removed
+        _file("unfinished upload", upload)
+        for sha256 in arrival.sha256s
+        for upload in store.uploads(keys.dataset_folder(arrival.task, sha256))
     ]
     held += [_file("quarantine", info) for info in quarantine_of(store, arrival)]
     held += [_file("inbox file", info) for info in inbox_files]
@@ -290,6 +296,9 @@ def forget_held(store: ObjectStore, plan: ForgetPlan) -> None:
                     emptied.add(place.lineage)
             case "work folder" | "temporary files":
                 remove_local(place.address)
+            case "unfinished upload":
+                for upload in store.uploads(place.address.rpartition("/")[0]):
+                    store.abort_upload(upload)
             case "reference rows":
                 forget_reference(store, place.address, plan.task)
             case "logged answers":

@@ -44,6 +44,7 @@ Kind = Literal[
     "prediction log",
     "feedback",
     "temporary files",
+    "unfinished upload",
 ]
 
 
@@ -228,9 +229,22 @@ def look_at_lineage(store: ObjectStore, lineage: str) -> Inventory:
 
 
 def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]:
-    """Return the files that killed processes left on this machine. They belong to no lineage."""
+    """Return what killed processes left on this machine, and their uploads to the store. It belongs to no lineage."""
     reason = "left by a process that was killed"
-    return tuple(_removal("", "temporary files", folder, reason) for folder in find_leftovers(store, now))
+    uploads = [_folder(upload.key, [upload]) for upload in _old_uploads(store, now)]
+    return (
+        *(_removal("", "temporary files", folder, reason) for folder in find_leftovers(store, now)),
+        *(_removal("", "unfinished upload", folder, reason) for folder in uploads),
+    )
+
+
+def _old_uploads(store: ObjectStore, now: datetime) -> list[ObjectInfo]:
+    """Return the uploads that began a day ago and have not ended. Those to the inbox are other people's."""
+    return [
+        upload
+        for upload in store.uploads()
+        if upload.modified < now - AGE and not upload.key.startswith(f"{keys.INBOX}/")
+    ]
 
 
 def remove(store: ObjectStore, removal: Removal, now: datetime) -> None:
@@ -240,6 +254,11 @@ def remove(store: ObjectStore, removal: Removal, now: datetime) -> None:
     """
     if Path(removal.address).is_absolute():
         remove_local(removal.address)
+        return
+    if removal.kind == "unfinished upload":
+        for upload in _old_uploads(store, now):
+            if upload.key == removal.address:
+                store.abort_upload(upload)
         return
     if removal.version:
         note = partial(Versions(store).note_removed, removal.lineage, removal.version, f"{now:%Y-%m-%d}")

@@ -82,9 +82,18 @@ def test_what_goes_is_gone_from_both_servers(tiny_base: Path, bucket: S3Store, a
     sync_lineage(bucket, "l")
     assert len(list(artifacts.rglob("adapter_model.safetensors"))) == num_weights - 1
 
+    left = {"Bucket": bucket.bucket, "Key": f"{bucket.root}{first.dataset.uri}/train.parquet"}
+    left["UploadId"] = bucket.client.create_multipart_upload(**left)["UploadId"]
+    bucket.client.upload_part(**left, PartNumber=1, Body=SECRET.encode())
     plan = asyncio.run(forget("inbox/bank/may.jsonl", "the customer asked")).plan
-    assert {"training rows", "test rows", "quarantine", "inbox file", "rows kept by the method"} <= {
-        each.kind for each in plan.held
-    }
+    assert [*bucket.uploads()] == []
+    assert {
+        "unfinished upload",
+        "training rows",
+        "test rows",
+        "quarantine",
+        "inbox file",
+        "rows kept by the method",
+    } <= {each.kind for each in plan.held}
     assert holding(bucket, artifacts, SECRET) == []
     assert not [info.key for info in bucket.list("datasets/bank") if info.key.endswith(".parquet")]

@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from threading import Barrier, Event
 from typing import Any
@@ -27,6 +28,7 @@ from infra.settings import StoreSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
 from infra.store.s3 import PROBE, S3Store, make_client
+from tasks.housekeeping.garbage import old_temporaries, remove
 from tests.s3 import ThreadedMotoServer, put_in_two_steps
 
 SECONDS_TO_ARRIVE = 60
@@ -390,6 +392,27 @@ def test_writes_are_encrypted_as_asked(s3_store: S3Store, s3_settings: StoreSett
 def test_a_key_without_its_encryption_is_refused(s3_settings: StoreSettings) -> None:
     with pytest.raises(ConfigError, match="DEAL_S3_ENCRYPTION is not aws:kms"):
         S3Store("bucket", "", s3_settings.model_copy(update={"s3_kms_key_id": "alias/ours"}))
+
+
+def test_gc_ends_old_uploads_and_leaves_young_ones_those_to_the_inbox_and_objects(
+    s3_store: S3Store, home: Path
+) -> None:
+    kept = "datasets/bank/77/train.parquet"
+    s3_store.put_bytes(kept, b"complete")
+    for key in (kept, "inbox/bank/may.csv"):
+        named = {"Bucket": s3_store.bucket, "Key": s3_store.root + key}
+        named["UploadId"] = s3_store.client.create_multipart_upload(**named)["UploadId"]
+        s3_store.client.upload_part(**named, PartNumber=1, Body=b"rows")
+    (upload,) = s3_store.uploads("datasets")
+    assert (upload.key, upload.size) == (kept, 4)
+    assert old_temporaries(s3_store, now=upload.modified + timedelta(hours=23)) == ()
+    later = upload.modified + timedelta(hours=25)
+    (removal,) = old_temporaries(s3_store, now=later)
+    assert (removal.kind, removal.address, removal.num_bytes) == ("unfinished upload", kept, 4)
+    for _ in range(2):  # the second time it has ended
+        remove(s3_store, removal, later)
+    assert [each.key for each in s3_store.uploads()] == ["inbox/bank/may.csv"]
+    assert s3_store.get_bytes(kept) == b"complete"
 
 
 def test_a_server_that_is_away_for_a_moment_is_waited_for(free_port: int) -> None:
