@@ -30,6 +30,10 @@ AtLeastOne = Annotated[Number, Field(ge=1)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 ShareAboveZero = Annotated[Number, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[Number, Field(ge=0, lt=1)]
+Days = Annotated[Positive, Field(le=3650)]
+"""A longer time ends after the last date that Python knows."""
+HoursOfMonth = Annotated[Positive, Field(le=744)]
+"""A month has no more hours."""
 
 Settings = TypeVar("Settings", bound=type)
 

@@ -16,7 +16,7 @@ from infra.store.base import ObjectStore
 from infra.store.s3 import open_landing_queue
 from tasks import arrival_runs
 from tasks.context import current_store
-from tasks.inbox import InboxLook, InboxState, known_state, look, settle
+from tasks.inbox import InboxLook, InboxState, known_state, look, recognise, settle
 from tasks.lineage.settings import WatchedLineage, list_lineages
 from tasks.progress import is_stopped, reporter
 from tasks.waiting import plan
@@ -90,7 +90,7 @@ async def announce_all(
     for lineage in lineages:
         seen = stamps.setdefault(lineage.lineage, {})
         try:
-            state = known_state(store, lineage.lineage)
+            state = recognise(store, lineage.lineage, inbox, known_state(store, lineage.lineage))
             announced = await announce_open(store, inbox, lineage, state, seen, settle_seconds)
         except DealError as error:  # continue with the other lineages
             logger.error("The inbox could not be read for lineage %s: %s", lineage.lineage, error)

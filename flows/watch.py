@@ -43,6 +43,7 @@ from tasks.inbox import (
     known_state,
     look,
     read_state,
+    recognise,
     settle,
     task_spec,
     write_state,
@@ -196,6 +197,7 @@ class InboxWorker:
             LineageBusyError: Without `wait`, another run holds the lineage.
         """
         inbox, state = look(self.store), known_state(self.store, self.spec.lineage)
+        state = recognise(self.store, self.spec.lineage, inbox, state)
         settled, growing = settle(
             inbox,
             state,

@@ -11,7 +11,8 @@ import hashlib
 import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ from tasks.spec import TaskFields, TaskSpec, parse, reading_the_task
 PAUSE = timedelta(seconds=60)
 """Pause before the second try after a failure that may pass; see `growing_pause`."""
 MAX_DOUBLINGS = 6
+AHEAD = timedelta(minutes=1)
+"""Time by which a clock may run ahead without harm: what it dates is complete as much later."""
 MAX_READER_DEATHS = 2
 """Tries of a file that ends the process that reads it. The first may have been for want of memory."""
 
@@ -79,6 +82,19 @@ class Arrival:
         lines = "".join(f"{info.key}\n{info.etag}\n" for info in self.files)
         return hashlib.sha256(lines.encode()).hexdigest()[:32]
 
+    @cached_property
+    def written(self) -> str:
+        """A digest of its files' keys, sizes and times, all of which a copy that keeps times has too."""
+        lines = "".join(f"{info.key}\n{info.size}\n{info.modified.isoformat()}\n" for info in self.files)
+        return hashlib.sha256(lines.encode()).hexdigest()[:32]
+
+    @cached_property
+    def content(self) -> str | None:
+        """A digest of its files' contents. None: a copy keeps its ETag, so the ETag says it, or a file has changed."""
+        read = [info.read_sha256() if info.read_sha256 else None for info in self.files]
+        digests = [sha256 for sha256 in read if sha256 is not None]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:32] if len(digests) == len(read) else None
+
     @property
     def stamp(self) -> str:
         """What changes with the contents of the companions."""
@@ -99,6 +115,9 @@ class Handled(BaseModel, extra="forbid"):
     """The result for one arrival. It is valid until the arrival changes or a failed one is tried again."""
 
     etag: str
+    written: str = ""
+    content: str | None = None
+    """See `Arrival` for these."""
     outcome: Outcome
     message: str
     version: str | None = None
@@ -112,6 +131,12 @@ class Handled(BaseModel, extra="forbid"):
     at: datetime
     cancelled_run: str | None = None
     """Id of the cancelled run that held the file; see `tasks.arrival_runs`."""
+
+    def is_of(self, arrival: Arrival) -> bool:
+        """Return whether the note is about this content. A restored backup has the same contents with other ETags."""
+        if self.etag == arrival.etag:
+            return True
+        return self.content is not None and self.written == arrival.written and self.content == arrival.content
 
     def due(self) -> datetime | None:
         """Return the time of the next try; None: a watch does not try the file again."""
@@ -131,7 +156,7 @@ class InboxState(Stored):
         `retry_now`, a failed one is tried again without a pause.
         """
         handled = self.files.get(arrival.key)
-        if handled is None or handled.etag != arrival.etag or handled.outcome == "requeued":
+        if handled is None or not handled.is_of(arrival) or handled.outcome == "requeued":
             return True
         if handled.outcome in ("refused", "failed") and handled.beside != arrival.stamp:
             return True
@@ -154,7 +179,7 @@ class InboxState(Stored):
     ) -> Handled:
         """Note the result for an arrival. One that has killed its reader MAX_READER_DEATHS times is refused."""
         before = self.files.get(arrival.key)
-        if before and (before.etag, before.beside, before.outcome) != (arrival.etag, arrival.stamp, "failed"):
+        if before and not (before.is_of(arrival) and (before.beside, before.outcome) == (arrival.stamp, "failed")):
             before = None
         num_deaths = (before.num_reader_deaths if before else 0) + has_killed_reader
         if has_killed_reader and num_deaths >= MAX_READER_DEATHS:
@@ -162,6 +187,8 @@ class InboxState(Stored):
             message = f"{message} It did so in {num_deaths} tries, so it is set aside until it changes."
         handled = Handled(
             etag=arrival.etag,
+            written=arrival.written,
+            content=arrival.content,
             outcome=outcome,
             message=message,
             version=version,
@@ -178,7 +205,7 @@ class InboxState(Stored):
     def noted_as(self, arrival: Arrival, outcome: Outcome) -> Handled | None:
         """Return the note of an arrival if its content has this outcome, such as "held" or "requeued"."""
         handled = self.files.get(arrival.key)
-        return handled if handled and (handled.outcome, handled.etag) == (outcome, arrival.etag) else None
+        return handled if handled and handled.outcome == outcome and handled.is_of(arrival) else None
 
     def gone(self, store: ObjectStore) -> list[str]:
         """Return the keys of arrivals that are gone and whose notes have no version. Others name the arrival."""
@@ -207,6 +234,23 @@ def known_state(store: ObjectStore, lineage: str) -> InboxState:
     if etag != info.etag:
         state = read_state(store, lineage)
         _states[store.uri, lineage] = info.etag, state  # a state written after `find` is read again at the next call
+    return state
+
+
+def recognise(store: ObjectStore, lineage: str, inbox: InboxLook, state: InboxState) -> InboxState:
+    """Return the state with the present ETags of arrivals that were copied, and note them: no copy is read twice."""
+    copied = [
+        (arrival, note)
+        for arrival in inbox.arrivals
+        if (note := state.files.get(arrival.key)) and note.etag != arrival.etag and note.is_of(arrival)
+    ]
+    if not copied:
+        return state
+    state = read_state(store, lineage)  # a command may have written the state meanwhile
+    for arrival, note in copied:
+        if state.files.get(arrival.key) == note:
+            state.files[arrival.key] = note.model_copy(update={"etag": arrival.etag})
+    write_state(store, lineage, state)
     return state
 
 
@@ -295,9 +339,43 @@ class InboxLook:
         return [arrival for arrival in self.of(tasks) if state.is_open(arrival, now, retry_now=retry_now)]
 
 
+class FirstLooks(Stored):
+    """When files of the inbox were seen first whose own time lies in the future, because a clock ran ahead."""
+
+    files: dict[str, tuple[str, datetime]] = Field(default_factory=dict)
+    """ETag and time of the first look, by key."""
+
+
+def _in_time(store: ObjectStore, listing: list[ObjectInfo]) -> list[ObjectInfo]:
+    """Return the files, with the time of the first look in place of a time that lies in the future.
+
+    Otherwise such a file would not be complete, and no waiting time would end, before its time has come.
+    """
+    now = datetime.now(UTC)
+    ahead = [info for info in listing if max(info.modified, info.landed or info.modified) > now + AHEAD]
+    if not ahead:
+        return listing
+    remedy = "Delete it: the present look is then the first one."
+    noted = read_stored(store, keys.FIRST_LOOKS_FILE, FirstLooks, what="the first looks at files", remedy=remedy)
+    before, looks = noted.files if noted else {}, dict[str, tuple[str, datetime]]()
+    for info in ahead:
+        etag, at = before.get(info.key, ("", now))
+        looks[info.key] = (info.etag, at if etag == info.etag and at <= now else now)
+    if looks != before:
+        with suppress(StoreError):  # `deal status` may have no right to write
+            write_stored(store, keys.FIRST_LOOKS_FILE, FirstLooks(files=looks))
+
+    def in_time(info: ObjectInfo) -> ObjectInfo:
+        _, at = looks[info.key]
+        landed = info.landed and min(info.landed, at)
+        return replace(info, modified=min(info.modified, at), landed=landed)
+
+    return [in_time(info) if info.key in looks else info for info in listing]
+
+
 def look(store: ObjectStore) -> InboxLook:
     """List the inbox once for all lineages. Each misplaced file is logged once."""
-    listing = list(store.list(INBOX))
+    listing = _in_time(store, list(store.list(INBOX)))
     test_data = set()
     for info in [info for info in listing if info.key == task_file_of(info.key)]:
         place, task = (store.uri, info.key, info.etag), task_of(info.key)

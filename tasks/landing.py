@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from deal_core.config import DataConfig
 from deal_core.data.batch_check import checked_here
 from deal_core.data.dataset import Landing
+from deal_core.data.doubts import likeness
 from deal_core.data.on_ray import checked_on_ray
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema, label_key
@@ -49,13 +50,15 @@ def landing_of(
         StoreError: The lineage's test rows are damaged.
     """
     known = record.task(task.name) if record else None
+    frozen = frozen_tests(store, record, known) if record and known else FrozenTests()
     with local_files(store, task.data) as sources, local_files(store, task.test_data or ()) as test_sources:
         yield Landing(
             sources=sources,
             task=schema,
             config=config,
             test_sources=test_sources,
-            frozen_test_inputs=frozen_test_inputs(store, record, known) if record and known else (),
+            frozen_test_inputs=frozen.inputs,
+            frozen_likeness=frozen.likeness,
             renews_tests=bool(
                 record and known and (asked.renews_tests if asked else is_renewal_asked(store, record.lineage, known))
             ),
@@ -120,19 +123,29 @@ def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
     return {**given, "labels": labels, "label_names": dict(names)}
 
 
-def frozen_test_inputs(store: ObjectStore, record: LineageRecord, known: KnownTask) -> Collection[bytes]:
-    """Return the digests of the task's frozen test texts, and of its test texts from before a renewal.
+class FrozenTests(NamedTuple):
+    """What an arrival's rows are compared with, of the test texts that its lineage has of the task."""
+
+    inputs: frozenset[bytes] = frozenset()
+    """Their digests (`stored_input_digest`)."""
+    likeness: frozenset[int] = frozenset()
+    """See `deal_core.data.doubts.likeness`."""
+
+
+def frozen_tests(store: ObjectStore, record: LineageRecord, known: KnownTask) -> FrozenTests:
+    """Return the task's frozen test texts, and its test texts from before a renewal.
 
     The result is empty for a task whose test rows were forgotten: the arrival brings the test rows.
     """
     name, kind = known.schema.name, known.schema.format
     if forgotten_tests(store, name, known.dataset_uri):
-        return ()
+        return FrozenTests()
     assert kind != "auto", "a task that was learned has a format"
     datasets = [known.dataset_uri, *(earlier.dataset_uri for earlier in record.slices if earlier.of == name)]
-    return frozenset(
-        stored_input_digest(kind, text)
-        for uri in datasets
-        if not forgotten_tests(store, name, uri)
-        for text in read_test_rows(store, uri, ["input"]).column("input").to_pylist()
-    )
+    inputs, alike = set[bytes](), set[int]()
+    for uri in datasets:
+        if not forgotten_tests(store, name, uri):
+            texts = read_test_rows(store, uri, ["input"]).column("input").combine_chunks()
+            inputs.update(stored_input_digest(kind, text) for text in texts.to_pylist())
+            alike.update(likeness(kind, texts))
+    return FrozenTests(frozenset(inputs), frozenset(alike))

@@ -19,9 +19,12 @@ from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.readers import file_kind, read_rows
+from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import GivenAnswer, answer_inputs, counting, first_answer_logits
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
+from infra.store.keys import INBOX
+from infra.store.local import FileStore
 from infra.versions import Version
 from tasks.base import lend_base
 from tasks.context import current_store, only_process
@@ -150,7 +153,7 @@ def predict_file(
         on_progress: Called with the number of answered rows and of all rows.
 
     Raises:
-        ConfigError: The lineage does not know the task, or the output exists already.
+        ConfigError: The lineage does not know the task, or the output exists already or lies in the inbox.
         DataValidationError: The file cannot be read.
         IntegrityError: The version's adapter is damaged.
         RegistryError: The lineage has no such version, or no champion.
@@ -161,8 +164,15 @@ def predict_file(
         out = unpacked.with_suffix(".answers.parquet" if file_kind(data) == "parquet" else ".answers.jsonl")
     output = Path(os.path.realpath(out))
     output_kind(output)
+    store = current_store()
+    if isinstance(store, FileStore) and output.is_relative_to(os.path.realpath(store.root / INBOX)):
+        raise ConfigError(
+            f"The answers would go to {output}, into the inbox, and be learned as an arrival; give a file elsewhere "
+            "with --out.",
+            code="answers-in-inbox",
+        )
     survey = survey_rows(data)
-    asked = Asked.find(current_store(), lineage, task, version)
+    asked = Asked.find(store, lineage, task, version)
     who = {"task": asked.known.schema.name, "lineage": lineage, "version": asked.info.version}
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
     names = own_names(survey.types)

@@ -308,9 +308,10 @@ def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
         return model.model_validate(dict(values))
     except ValidationError as error:
         problems = error.errors()
+        codes = {getattr(problem.get("ctx", {}).get("error"), "code", ConfigError.code) for problem in problems}
         shown = "; ".join(dict.fromkeys(_describe(problem, model) for problem in problems[:MAX_PROBLEMS]))
         more = f"; and {len(problems) - MAX_PROBLEMS} more problems" if len(problems) > MAX_PROBLEMS else ""
-        raise ConfigError(f"{origin}: {shown}{more}") from None
+        raise ConfigError(f"{origin}: {shown}{more}", code=codes.pop() if len(codes) == 1 else None) from None
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:

@@ -192,7 +192,7 @@ def validate(
     checked = None
     if with_model and schema.labels and kept.inputs:
         checked = _check_labels(schema, kept, base, spec.train, on_model)
-    warnings = (*data_warnings(schema, manifest.contradictions, include_texts=True), *kept.warnings(schema))
+    warnings = (*data_warnings(manifest, include_texts=True), *kept.warnings(schema))
     choose_strategy(spec, record)  # refuses options that it does not take
     if landing.renews_tests or not landing.frozen_test_inputs:  # the file brings the test rows
         warnings += _few_tests_warning(manifest, spec.gate)

@@ -185,7 +185,7 @@ def naming(file: SourceFile) -> Iterator[None]:
     except DataValidationError as error:
         if file.name in str(error) or file.name.rpartition("/")[2] == file.name:
             raise
-        raise DataValidationError(f"{file.name}: {error}") from error
+        raise DataValidationError(f"{file.name}: {error}", code=error.code) from error
 
 
 def _normal_parts(texts: pa.Array) -> pa.Array:

@@ -21,7 +21,7 @@ from deal_core.data.rows import (
     preference_digest,
     row_digests,
 )
-from deal_core.data.schema import Format, Split, TaskSchema, label_key
+from deal_core.data.schema import Format, Split, TaskSchema, label_key, seen_key
 from deal_core.safe_text import shorten
 
 _SPLITS: dict[str, dict[str, Split]] = {
@@ -179,7 +179,11 @@ class RowChecker:
             self._of_right_length(label, self._columns.names["label"], problems)
         elif label_key(label) not in self._label_of_key:
             why = _NAME_IT if is_whole_number(label) else ""
-            problems.append(Problem("label outside the task's set", shorten(label), why))
+            shown = shorten(label)
+            if seen_key(label) in map(seen_key, self._label_of_key.values()):
+                why = "it differs from a label of the task by invisible characters"
+                shown = f"{shown}: {why}"
+            problems.append(Problem("label outside the task's set", shown, why))
         return self._label_of_key.get(label_key(label), label), problems
 
     def _name_of(self, cell: str) -> str | None:

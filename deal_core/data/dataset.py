@@ -23,6 +23,7 @@ from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.contradictions import ContradictionFinder
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.digest_set import Digests, DigestSet, merge_digests
+from deal_core.data.doubts import DoubtFinder
 from deal_core.data.good_rows import chosen, digests_in, good_rows
 from deal_core.data.reading.batches import RowBatch
 from deal_core.data.rows import BadRow, Problem, Reason, RowTally
@@ -79,6 +80,8 @@ class Landing:
     frozen_test_inputs: Collection[bytes] = ()
     """Digests (`stored_input_digest`) of the texts of the task's permanent test rows. Training rows with such a text
     are bad rows. If the file names no split, only rows with these texts are test rows."""
+    frozen_likeness: Collection[int] = ()
+    """The `likeness` of these texts. Training rows that are like them are named."""
     renews_tests: bool = False
     """Whether the file brings new test rows in place of the permanent ones: they are decided as for a new task."""
     new_label_remedy: str = "A label that is new is added to the task's labels: task.labels."
@@ -182,11 +185,14 @@ class ArrivalReader:
         if infers_labels or self._names_split:
             self._survey(infers_labels)
         self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
+        brings_tests = not self._frozen or self._landing.renews_tests
+        self._doubts = DoubtFinder(self.task, self._landing.frozen_likeness, brings_tests=brings_tests)
         num_several = 0
         for file, batch, checked in self._checked_batches():
             counts = self._counts[file.split]
+            self._doubts.read(file.source.name, batch, checked.good)
             num_several += checked.good.num_rows - checked.good.column("references").null_count
-            bad = sorted([*checked.bad, *self._keep_new(checked.good, file, keep)], key=lambda found: found[0])
+            bad = sorted([*checked.bad, *self._keep_new(checked.good, file, batch, keep)], key=lambda found: found[0])
             raws = batch.rows([place for place, _ in bad])
             for raw, (_, problems) in zip(raws, bad, strict=True):
                 row = BadRow(file=file.source.name, row=raw.number, line=raw.line, problems=tuple(problems))
@@ -264,7 +270,7 @@ class ArrivalReader:
                 raise DataValidationError(numbers_for_labels(self._landing.name))
             self.task = replace(self.task, labels=labels)
 
-    def _keep_new(self, good: pa.RecordBatch, file: _File, keep: Keep) -> BadRows:
+    def _keep_new(self, good: pa.RecordBatch, file: _File, batch: RowBatch, keep: Keep) -> BadRows:
         """Keep new rows; return duplicates and training rows with the text of a test row."""
         is_test = self._is_test(good, file)
         test, train = chosen(good, is_test), chosen(good, ~is_test)
@@ -272,16 +278,17 @@ class ArrivalReader:
         is_leak = self._test_inputs.contains(digests_in(train, "input_digest"))
         leaks, train = chosen(train, is_leak), chosen(train, ~is_leak)
         self._leaks.add(digests_in(leaks, "digest"))
-        repeated = [self._keep_first("test", test, keep)]
-        repeated += self._without_beginnings(self._keep_first("train", train, keep))
+        repeated = [self._keep_first("test", test, batch, keep)]
+        repeated += self._without_beginnings(self._keep_first("train", train, batch, keep))
         return [*_as_bad([leaks], "text of a test row"), *_as_bad(repeated, "duplicate row")]
 
-    def _keep_first(self, split: Split, rows: pa.RecordBatch, keep: Keep) -> pa.RecordBatch:
+    def _keep_first(self, split: Split, rows: pa.RecordBatch, batch: RowBatch, keep: Keep) -> pa.RecordBatch:
         """Keep rows of a split, and the earlier turns of training chats; return the rows that were there before."""
         is_new = self._kept[split].add(digests_in(rows, "digest"))
         new = chosen(rows, is_new)
         keep(new, split)
         self._contradictions.add(new, split)
+        self._doubts.keep(batch, new, split)
         if self._learns_every_turn and split == "train":
             self._keep_turns(new, keep)
         return chosen(rows, ~is_new)
@@ -334,6 +341,7 @@ class ArrivalReader:
             num_training_files=len(training_files),
             landed_sha256=self._digest(landed),
             contradictions=contradictions,
+            doubts=self._doubts.found(),
         )
 
     def _digest(self, parts: Mapping[str, Sequence[memoryview]]) -> str:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deal_core.data.schema import OPTIONS_SEPARATOR, Contradictions, TaskSchema
+from deal_core.data.doubts import labels_alike
+from deal_core.data.schema import (
+    OPTIONS_SEPARATOR,
+    Contradictions,
+    DatasetManifest,
+    Doubt,
+    RowsInDoubt,
+    TaskSchema,
+)
 from deal_core.safe_text import listed, shorten
 
 MAX_SHOWN = 5
@@ -25,13 +33,53 @@ def balance_warning(counts: Mapping[str, int]) -> str | None:
     )
 
 
-def data_warnings(task: TaskSchema, found: Contradictions | None, *, include_texts: bool) -> tuple[str, ...]:
-    """Return the warnings about a dataset that its manifest tells: contradictions, and labels that cannot work.
+_DOUBTS: dict[Doubt, tuple[str, str]] = {
+    "swallowed rows": (
+        "Quoted cells whose lines read like rows of their own",
+        "A quote probably stands where none belongs, and its cell has swallowed the rows after it. Close or remove it.",
+    ),
+    "repeated header": (
+        "Lines with the names of the columns inside a file",
+        "They are bad rows, and nothing learns them. Files that were put together each bring such a line; remove it.",
+    ),
+    "labels alike": (
+        "Labels that differ from another one only by invisible characters",
+        "The model learns them as different answers. Write them alike, or give task.labels {CELL: NAME}.",
+    ),
+    "tests alike": (
+        "Texts that are among the training rows and the test rows, but for case, spaces or a final dot",
+        "The model may answer such test rows by heart, and the accuracy looks better than it is. Keep each text on one "
+        "side: remove it from the others, or give a column split.",
+    ),
+}
+"""Doubt → what its rows are, and what that means."""
+
+
+def data_warnings(manifest: DatasetManifest, *, include_texts: bool) -> tuple[str, ...]:
+    """Return the warnings that a dataset's manifest tells: contradictions, rows in doubt, and labels that cannot work.
 
     Each warning says what training does with such rows. Without `include_texts` it has no text and no label.
     """
+    task, found = manifest.task, manifest.contradictions
     contradictions = [_contradictions_warning(task, found, include_texts)] if found else []
-    return (*contradictions, *label_warnings(task, include_texts=include_texts))
+    doubts = [_doubt_warning(task, rows, include_texts) for rows in manifest.doubts]
+    return (*contradictions, *doubts, *label_warnings(task, include_texts=include_texts))
+
+
+def _doubt_warning(task: TaskSchema, found: RowsInDoubt, include_texts: bool) -> str:
+    what, then = _DOUBTS[found.kind]
+    files = {file: [str(row) for name, row in found.rows if name == file] for file, _ in found.rows}
+    named = [
+        f"{f'{shorten(file)} ' if len(files) > 1 else ''}{'row' if len(rows) == 1 else 'rows'} {', '.join(rows)}"
+        for file, rows in files.items()
+    ]
+    more = found.num_rows - len(found.rows)
+    where = "; ".join(named) + (f" and {more:,} more" if more else "")
+    shown = ""
+    if include_texts and found.kind == "labels alike":
+        groups = [" and ".join(map(ascii, group)) for group in labels_alike(task.labels)]
+        shown = f" For example {listed(groups, most=MAX_SHOWN, width=80)}."
+    return f"{what}: {found.num_rows:,} ({where}). {then}{shown}"
 
 
 def _contradictions_warning(task: TaskSchema, found: Contradictions, include_texts: bool) -> str:

@@ -15,7 +15,7 @@ from deal_core.safe_text import shorten
 
 if TYPE_CHECKING:  # a process that only reads a file starts sooner without the settings
     from deal_core.config import DataConfig
-    from deal_core.data.schema import Format, Split
+    from deal_core.data.schema import Doubt, Format, Split
 
 Reason = Literal[
     "malformed line",
@@ -64,6 +64,8 @@ class RawRow(NamedTuple):
     """Why the row could not be read."""
     whole: Callable[[], Any] | None = None
     """Returns the row for quarantine, if quarantine does not keep `values`."""
+    doubt: Doubt | None = None
+    """What looks wrong about the row even if it can be read."""
 
     def raw(self) -> Any:
         """The row for quarantine: its columns, or the text that could not be read."""

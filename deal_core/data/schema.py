@@ -20,6 +20,9 @@ from deal_core.schema_version import Kept, VersionedJson
 
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]
+Doubt = Literal["swallowed rows", "repeated header", "labels alike", "tests alike"]
+"""What looks wrong about rows: a quoted cell of a CSV whose lines read like rows, a line with the names of the columns,
+a label that looks like another one, and a text that is like one on the other side of the split."""
 AssistantTurns = Literal["all", "last"]
 PromptForm = Literal["plain", "chat"]
 
@@ -54,6 +57,8 @@ OPTIONS_SEPARATOR = ", "
 DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""Invisible characters that Unicode does not call formats or controls."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 """What a byte that is not UTF-8 becomes in a text."""
 
@@ -66,6 +71,17 @@ def is_name(text: str) -> bool:
 def label_key(label: str) -> str:
     """Key of a label. Labels that differ only in case, white space or Unicode form have the same key."""
     return unicodedata.normalize("NFC", " ".join(label.split()).casefold())
+
+
+def seen_key(label: str) -> str:
+    """Key of a label as people see it: `label_key` without invisible characters.
+
+    Example:
+        >>> seen_key("lost\u200b card") == seen_key("Lost card")
+        True
+    """
+    shown = _UNSEEN.sub("", label_key(label))
+    return label_key("".join(char for char in shown if unicodedata.category(char) not in ("Cf", "Cc")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +251,16 @@ class Contradictions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowsInDoubt:
+    """Rows of an arrival that look wrong for one reason."""
+
+    kind: Doubt
+    num_rows: int
+    rows: tuple[tuple[str, int], ...]
+    """The first of them, each with its file and its number there (`RawRow.number`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetManifest(VersionedJson):
     """The record of one dataset: its source, its rows and its bad rows."""
 
@@ -273,6 +299,8 @@ class DatasetManifest(VersionedJson):
     """Training rows that are earlier turns of chats. num_read counts a chat once."""
     contradictions: Contradictions | None = None
     """None: no row contradicts another."""
+    doubts: tuple[RowsInDoubt, ...] = ()
+    """Rows that look wrong, by kind."""
     test_sha256: str | None = None
     """SHA-256 of the bytes of the file of test rows, which never changes. None if no file was written."""
     schema_version: int = SCHEMA_VERSION

@@ -184,7 +184,7 @@ def _lineage(
     def noting_damage() -> Iterator[None]:
         try:
             yield
-        except DealError as error:
+        except Exception as error:  # whatever it is, the other parts and the other lineages are shown
             problems.append(in_one_line(error))
 
     with noting_damage():
@@ -195,7 +195,8 @@ def _lineage(
     )
     if watched is not None:
         status.budget_points = watched.gate.max_total_drop_points
-        status.consolidation = why_due(watched.consolidate, versions, status.budget_points)
+        with noting_damage():
+            status.consolidation = why_due(watched.consolidate, versions, status.budget_points)
     if champion is not None:
         status.debts = dict(champion.debts)
         with noting_damage():
@@ -233,7 +234,8 @@ def _lineage(
                 if (handled := state.files.get(info.key))
                 and handled.outcome in ("refused", "failed")
                 # otherwise another file is there, or this one is to be tried with other test rows
-                and (handled.etag, handled.beside) == (info.etag, info.stamp)
+                and handled.is_of(info)
+                and handled.beside == info.stamp
             )
             status.held_arrivals = held_arrivals(inbox, state, watched.tasks)
             if watched.held is None:

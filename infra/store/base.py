@@ -10,9 +10,9 @@ import logging
 import tempfile
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -59,6 +59,9 @@ class ObjectInfo:
     """
     problem: str | None = None
     """Why the store does not read the object; None: it can be read."""
+    read_sha256: Callable[[], str | None] | None = field(default=None, compare=False, repr=False)
+    """Reads the content of a file in a folder store, and returns its digest; None if the file has changed since. A copy
+    of a store has other ETags, and the same digests. None: the ETag is of the content, which a copy keeps."""
 
 
 def check_key(key: str) -> str:

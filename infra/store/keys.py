@@ -26,6 +26,7 @@
     landed/LINEAGE/DIGEST.json                announcements of an arrival to the lineage
     batches/LINEAGE/TASK.json                 the files that are learned together now
     counts/TASK.json                          the numbers of rows of files that wait in the inbox
+    first_looks.json                          when files were seen first whose own time lies in the future
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     deleted_inputs/TASK/SHA256.parquet        digests of the inputs of their rows
     predictions/LINEAGE/DAY/BATCH.parquet     the prediction log
@@ -61,6 +62,7 @@ PREDICTIONS = "predictions"
 FEEDBACK = "feedback"
 
 FORMAT_FILE = "format.json"
+FIRST_LOOKS_FILE = "first_looks.json"
 TASK_FILE = "task.yaml"
 REFUSED_FILES = ".files.json"
 """End of the key of `refused_files_key`."""

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -30,6 +31,8 @@ from infra.store.base import (
     folder_of,
 )
 
+_FIRST_TIME, _LAST_TIME = (datetime(year, 1, 2, tzinfo=UTC).timestamp() for year in (1, 9999))
+"""A file system has times that no datetime holds."""
 NUM_TRIES = 20
 """How often a writer creates its folder again. A concurrent delete removes empty folders."""
 
@@ -90,7 +93,7 @@ class FileStore(ObjectStore):
         """Look at the file."""
         with self._report_errors("look up", key), suppress(FileNotFoundError):
             path = self._path(key)
-            return _info_of(key, path.stat()) if path.is_file() else None
+            return self._info_of(key, path.stat()) if path.is_file() else None
         return None
 
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -161,17 +164,39 @@ class FileStore(ObjectStore):
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
             if path.is_dir():
-                return _info_of(key, status, "it is a link to a folder, which is not read; put the folder there")
+                return self._info_of(key, status, "it is a link to a folder, which is not read; put the folder there")
             if self._leads_out(key):
-                return _info_of(key, status, f"it is a link that leads out of {key.split('/')[0]}/; put the file there")
+                return self._info_of(
+                    key, status, f"it is a link that leads out of {key.split('/')[0]}/; put the file there"
+                )
             try:
                 status = path.stat()
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-                return _info_of(key, status, "it is a link that leads to itself; remove it")
+                return self._info_of(key, status, "it is a link that leads to itself; remove it")
         kind = irregularity(status.st_mode)
-        return _info_of(key, status, kind and f"it is {kind}, and only regular files are read; remove it")
+        return self._info_of(key, status, kind and f"it is {kind}, and only regular files are read; remove it")
+
+    def _info_of(self, key: str, status: os.stat_result, problem: str | None = None) -> ObjectInfo:
+        etag = _etag_of(status)
+        return ObjectInfo(
+            key=key,
+            size=status.st_size,
+            etag=etag,
+            modified=_time_of(status.st_mtime),
+            landed=_time_of(status.st_ctime),
+            problem=problem,
+            read_sha256=partial(self._sha256_of, key, etag),
+        )
+
+    def _sha256_of(self, key: str, etag: str) -> str | None:
+        """Return the digest of the content that has an ETag; None: the file is another one now, or cannot be read."""
+        with suppress(OSError, StoreError):
+            path = self.path_of(key)
+            sha256 = sha256_of_file(path)
+            return sha256 if _etag_of(path.stat()) == etag else None
+        return None
 
     @contextmanager
     def _incoming(self) -> Iterator[io.BufferedWriter]:
@@ -242,8 +267,11 @@ def _place(part: io.BufferedWriter, target: Path, *, if_absent: bool) -> bool:
     raise AssertionError("unreachable")
 
 
-def _info_of(key: str, status: os.stat_result, problem: str | None = None) -> ObjectInfo:
-    modified = datetime.fromtimestamp(status.st_mtime, UTC)
-    etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"  # no inode: a copy of a home is the same home
-    landed = datetime.fromtimestamp(status.st_ctime, UTC)
-    return ObjectInfo(key=key, size=status.st_size, etag=etag, modified=modified, landed=landed, problem=problem)
+def _etag_of(status: os.stat_result) -> str:
+    # A correction may have the size and the time of what it replaces (`rsync -t`); st_ctime nobody can set.
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ctime_ns:x}"
+
+
+def _time_of(seconds: float) -> datetime:
+    """A file's time; the first or the last that a datetime holds, if the file's is beyond it."""
+    return datetime.fromtimestamp(min(max(seconds, _FIRST_TIME), _LAST_TIME), UTC)

@@ -24,7 +24,7 @@ from infra.store.keys import TRAIN_FILE
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.resume import read_findings, require_same_files
 from tasks.context import current_store
-from tasks.landing import choose_schema, frozen_test_inputs, landing_of
+from tasks.landing import choose_schema, frozen_tests, landing_of
 from tasks.lineage.consolidation import ConsolidationPlan, LearnedRows, Source, Start
 from tasks.lineage.datasets import retains_training_rows
 from tasks.lineage.frozen_rows import read_test_rows, require_unaltered
@@ -159,7 +159,7 @@ def gather_rows(plan: ConsolidationPlan, record: LineageRecord, folder: Path) ->
         parts = [part for part in plan.parts if part.task == name and part.source in ("retained", "files")]
         report(number, len(record.tasks), f"reading {name}")
         if parts:
-            test_inputs = frozen_test_inputs(store, record, known)
+            test_inputs = frozen_tests(store, record, known).inputs
             tables = [
                 table for part in parts for table in _rows_of(store, versions[part.version], part, record, test_inputs)
             ]

@@ -126,7 +126,7 @@ def _publish(
         quarantine=quarantine,
         landed_sha256=manifest.landed_sha256,
         new_labels=new_labels,
-        warnings=data_warnings(manifest.task, manifest.contradictions, include_texts=False),
+        warnings=data_warnings(manifest, include_texts=False),
     )
 
 

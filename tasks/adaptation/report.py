@@ -155,7 +155,7 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
             )
             for entry in entries
         ),
-        warnings=data_warnings(manifest.task, manifest.contradictions, include_texts=include_texts),
+        warnings=data_warnings(manifest, include_texts=include_texts),
     )
 
 

@@ -22,7 +22,7 @@ from infra.store.base import ObjectInfo, ObjectStore
 from infra.versions import ArrivalDigests, Versions
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
-from tasks.inbox import find_held, find_landed, list_arrivals, read_state
+from tasks.inbox import Handled, find_held, find_landed, list_arrivals, read_state
 from tasks.landed_inputs import inputs_of_dataset, inputs_of_file
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.tombstones import Tombstone, find_tombstone
@@ -47,9 +47,13 @@ class KnownArrival(ArrivalDigests, frozen=True):
 
         Of a folder that is the arrival they are all files, also those that are not read: engines keep rows in some.
         """
-        handled = {(file.key, file.etag) for file in _handled(store, self.task) if file.sha256 in self.sha256s}
+        handled = [file for file in _handled(store, self.task) if file.sha256 in self.sha256s]
         listing = list(store.list(keys.inbox_folder(self.task)))
-        own = {info.key for info in list_arrivals(listing) if info.key == self.key or (info.key, info.etag) in handled}
+        own = {
+            info.key
+            for info in list_arrivals(listing)
+            if info.key == self.key or any(file.key == info.key and file.note.is_of(info) for file in handled)
+        }
         return [
             info
             for info in listing
@@ -182,7 +186,7 @@ def _tombstones(store: ObjectStore, task: str | None = None) -> Iterator[Tombsto
 
 class _Handled(NamedTuple):
     key: str
-    etag: str
+    note: Handled
     sha256: str
 
 
@@ -193,7 +197,7 @@ def _handled(store: ObjectStore, task: str) -> Iterator[_Handled]:
         sha256_of = {version.version: version.dataset_sha256 for version in Versions(store).all(lineage)}
         for key, handled in read_state(store, lineage).files.items():
             if keys.task_of(key) == task and handled.version in sha256_of:
-                yield _Handled(key, handled.etag, sha256_of[handled.version])
+                yield _Handled(key, handled, sha256_of[handled.version])
 
 
 def _digests_below(store: ObjectStore, key: str) -> dict[str, None]:

@@ -13,7 +13,8 @@ from zoneinfo import ZoneInfo
 from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, BaseModel, model_validator
 
-from deal_core.limits import Count, Flag, Positive, ShareAboveZero
+from deal_core.errors import ConfigError
+from deal_core.limits import Count, Days, Flag, HoursOfMonth, ShareAboveZero
 
 
 def _require_zone(name: str) -> str:
@@ -25,6 +26,12 @@ def _require_zone(name: str) -> str:
 
 
 def _require_cron(text: str) -> str:
+    if len(text.split()) == 6:  # CronSim would read the first one as seconds
+        raise ConfigError(
+            "retrain.cron has six fields; give five: minute, hour, day, month and day of the week, such as "
+            "'0 2 * * 0' for Sundays at two.",
+            code="cron-fields",
+        )
     try:
         next(CronSim(text, datetime.now(UTC)))
     except CronSimError as error:
@@ -52,14 +59,14 @@ class RetrainPolicy(BaseModel, frozen=True, extra="forbid"):
     """Time zone of `cron`, of the month of `budget_hours`, and of the times in `deal status`."""
     min_rows: Count | None = None
     """Rows of a task that must have landed. With a schedule they are counted at each of its times."""
-    max_wait_days: Positive | None = None
+    max_wait_days: Days | None = None
     """Days after which a task is trained anyway: with fewer rows, and between the times of a schedule."""
     test_first: Flag = False
     """Score the champion on the new rows before anything is trained. A new task has no such score."""
     skip_if_accuracy: ShareAboveZero | None = None
     """The champion's accuracy on the new rows, 0 to 1, from which on there is nothing to learn. The arrival is then
     `skipped`: nothing is trained, and test rows stay as they are. An arrival with new labels is trained."""
-    budget_hours: Positive | None = None
+    budget_hours: HoursOfMonth | None = None
     """Hours of finished trainings of the lineage in a calendar month. When they are used up, what lands waits for the
     next month. The training that exceeds them ends."""
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator, model_validator
 
 from deal_core.data.schema import is_name
-from deal_core.errors import ConfigError, RegistryError, StoreError, in_one_line
+from deal_core.errors import ConfigError, RegistryError, in_one_line
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
@@ -150,7 +150,7 @@ def read_lineages(store: ObjectStore) -> Lineages:
     for name in learning_lineages(store):
         try:
             lineages.good.append(read_lineage(store, name))
-        except (ConfigError, StoreError) as error:
+        except Exception as error:  # whatever it is, it holds up no other lineage
             lineages.problems[name] = in_one_line(error)
     return lineages
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import httpx
 import pytest
 import tenacity
-import yaml
 
 from benchmarks.long_life import LINEAGE, WORDS_OF, texts_of, write_story
 from benchmarks.output import DEAL
@@ -35,18 +34,14 @@ MOSTLY = 0.8
 ACME = "tempers"
 """The task that only the arrival to unlearn has taught."""
 
-pytestmark = [pytest.mark.e2e, pytest.mark.nightly(minutes=8)]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly(minutes=11)]
 
 
 @pytest.fixture
 def story(tmp_path: Path) -> Path:
-    """The folder with the files, the settings and the base models. Its schedule is due every five seconds."""
+    """The folder with the files, the settings and the base models. Its schedule is due every minute."""
     folder = tmp_path / "long-life"
     write_story(folder)
-    file = folder / "support.yaml"
-    settings = yaml.safe_load(file.read_text())
-    settings["retrain"]["cron"] = "*/5 * * * * *"  # the first of six fields is the second
-    file.write_text(yaml.safe_dump(settings))
     return folder
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from deal_core.data.reading.parquet_rows import rows_of
 from deal_core.data.rows import Problem, RawRow
+from deal_core.data.schema import Doubt
 
 _FEW = 16
 """Rows of Parquet are taken one by one if they are fewer than this part of their batch."""
@@ -19,10 +20,17 @@ _FEW = 16
 class RowBatch(Protocol):
     """Consecutive rows of a file."""
 
+    @property
+    def doubts(self) -> dict[int, Doubt]:
+        """What looks wrong about rows of the file, by their places."""
+
     def __len__(self) -> int: ...
 
     def rows(self, places: Sequence[int] | None = None) -> list[RawRow]:
         """The rows at these places, counted from 0; None: all."""
+
+    def numbers(self, places: Sequence[int]) -> list[int]:
+        """The numbers of the rows at these places, see `RawRow.number`."""
 
     def texts(self, column: str) -> pa.Array:
         """The column's texts, and whole numbers as texts; null for any other cell, and where there is none."""
@@ -33,6 +41,7 @@ class ParquetRows:
 
     def __init__(self, cells: pa.RecordBatch, number: int, columns: Collection[str] | None) -> None:
         self.cells, self.number = cells, number
+        self.doubts: dict[int, Doubt] = {}
         self._columns = columns
 
     def __len__(self) -> int:
@@ -46,6 +55,10 @@ class ParquetRows:
             return [self._rows[place] for place in places]
         slices = ((self.cells.slice(place, 1), self.number + place) for place in places)
         return [row for piece, number in slices for row in rows_of(piece, number, self._columns)]
+
+    def numbers(self, places: Sequence[int]) -> list[int]:
+        """See `RowBatch.numbers`."""
+        return [self.number + place for place in places]
 
     def texts(self, column: str) -> pa.Array:
         """See `RowBatch.texts`. Bytes that are not UTF-8 stay in a text."""
@@ -75,6 +88,15 @@ class JsonRows:
         """See `RowBatch.rows`."""
         return self._rows if places is None else [self._rows[place] for place in places]
 
+    def numbers(self, places: Sequence[int]) -> list[int]:
+        """See `RowBatch.numbers`."""
+        return [self._rows[place].number for place in places]
+
+    @cached_property
+    def doubts(self) -> dict[int, Doubt]:
+        """See `RowBatch.doubts`."""
+        return {place: row.doubt for place, row in enumerate(self._rows) if row.doubt is not None}
+
     def texts(self, column: str) -> pa.Array:
         """See `RowBatch.texts`. A text with a lone surrogate is null too, for Arrow has only UTF-8."""
         cells = [row.values.get(column) for row in self._rows]
@@ -94,10 +116,12 @@ def from_json(content: bytes) -> Any:
     return json.loads(content.decode("utf-8", "surrogatepass"))
 
 
-def _row(number: int, values: dict[str, Any], line: int | None, fault: list[Any] | None, raw: Any) -> RawRow:
+def _row(
+    number: int, values: dict[str, Any], line: int | None, fault: list[Any] | None, raw: Any, doubt: Doubt | None
+) -> RawRow:
     if fault is None:
-        return RawRow(number, values, line)
-    return RawRow(number, values, line, Problem(*fault), whole=lambda: raw)
+        return RawRow(number, values, line, doubt=doubt)
+    return RawRow(number, values, line, Problem(*fault), whole=lambda: raw, doubt=doubt)
 
 
 def _is_utf8(text: str) -> bool:

@@ -9,7 +9,7 @@ is read. Standard output is a sequence of frames: a letter, the length of the co
     "S"  Arrow's schema of the file, or of the parts that follow
     "R"  JSON: a list of rows
     "A"  Arrow's record batch of some rows of the schema
-    "E"  JSON: the sentence that refuses the file; it is the last frame
+    "E"  JSON: the sentence that refuses the file, and its code; it is the last frame
     "."  nothing; it is the last frame of a file that was read to its end
 """
 
@@ -71,7 +71,7 @@ def main(request: str) -> NoReturn:
             _send_json(frames, b"J", parsing.group_sizes(path, kind))
         _send(frames, b".")
     except DataValidationError as error:
-        _send_json(frames, b"E", str(error))
+        _send_json(frames, b"E", [str(error), error.code])
     except MemoryError:
         status = OUT_OF_MEMORY
     except BrokenPipeError:  # nobody reads the frames any more
@@ -130,7 +130,10 @@ def _rows(path: Path, kind: parsing.Kind, part: Part, frames: BinaryIO, most_byt
     has_schema, num_bytes = False, 0
     for batch in parsing.parse(path, kind, part):
         if isinstance(batch, list):
-            rows = [[row.number, row.values, row.line, row.fault, row.raw() if row.fault else None] for row in batch]
+            rows = [
+                [row.number, row.values, row.line, row.fault, row.raw() if row.fault else None, row.doubt]
+                for row in batch
+            ]
             letter, content = b"R", memoryview(_as_json(rows))
         else:
             if not has_schema:

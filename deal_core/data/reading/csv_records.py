@@ -12,13 +12,20 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
 from deal_core.data.rows import RawRow, Reason, unreadable_row
 from deal_core.errors import DataValidationError
 
+if TYPE_CHECKING:  # a process that only reads a file starts sooner without the settings
+    from deal_core.data.schema import Doubt
+
 _DELIMITERS = ",;\t"
+_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+"""A first line that tells a spreadsheet the delimiter."""
+MIN_SWALLOWED = 3
+"""Lines of a quoted cell that read like rows, from which on a quote is probably missing."""
 GUARD_COLUMN = "deal_guarded"
 """The column that says whether cells of the row are guarded. It is written only if any row has guarded cells."""
 _LIKE_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -39,9 +46,19 @@ class CsvFile:
         self._stream = open_text(path, newline="")
         self._feed = _Feed(numbered_lines(self._stream))
         try:
-            first = self._feed.peek()
+            first, delimiters = self._feed.peek(), _DELIMITERS
+            if (separator := _SEPARATOR.fullmatch(first)) is not None:
+                if separator[1] not in _DELIMITERS:
+                    raise DataValidationError(
+                        f"{path.name} begins with the line {separator[0].strip()!r}, and only commas, semicolons and "
+                        "tabs separate cells; save it with one of these.",
+                        code="csv-separator",
+                    )
+                self._feed.drop()
+                first, delimiters = self._feed.peek(), separator[1]
             # The delimiter is the one that gives the header the most columns.
-            delimiter = max(_DELIMITERS, key=lambda mark: len(_fields(first, mark, drops_blanks=False)))
+            delimiter = max(delimiters, key=lambda mark: len(_fields(first, mark, drops_blanks=False)))
+            self._delimiter = delimiter
             fields, without_blanks = (_fields(first, delimiter, drops_blanks=drops) for drops in (False, True))
             # If a blank follows a delimiter of the header, the blanks are no part of the cells in the whole file.
             drops_blanks = fields[1:] != without_blanks[1:]
@@ -53,6 +70,7 @@ class CsvFile:
                     f"{path.name} does not begin with a line that names its columns ({where}{header}); give it one."
                 )
             self.header = tuple(name.strip() for name in header)
+            self._first = header
         except BaseException:
             self._stream.close()
             raise
@@ -68,13 +86,32 @@ class CsvFile:
         names = _distinct(self.header)
         for number, (lines, record) in enumerate(self._records(), start=1):
             first, size = lines[0], sum([len(line.text) for line in lines])
-            if isinstance(record, list) and len(record) == len(names):
-                yield RawRow(number, unguarded(dict(zip(names, record, strict=True))), first.number), size
+            is_header = self._is_header(record)
+            doubt: Doubt | None = "repeated header" if is_header else None
+            if len(lines) >= MIN_SWALLOWED and self._reads_like_rows(lines):
+                doubt = "swallowed rows"
+            if isinstance(record, list) and len(record) == len(names) and not is_header:
+                values = unguarded(dict(zip(names, record, strict=True)))
+                yield RawRow(number, values, first.number, doubt=doubt), size
                 continue
             fault = f"{len(record)} fields under {len(names)} columns" if isinstance(record, list) else str(record)
+            fault = "the names of the columns once more" if is_header else fault
             reason: Reason = "malformed line" if first.is_whole else "over-long text"
             text = "".join([line.text for line in lines]).rstrip("\r\n")
-            yield unreadable_row(number, first.number, text, fault, reason=reason), size
+            yield unreadable_row(number, first.number, text, fault, reason=reason)._replace(doubt=doubt), size
+
+    def _is_header(self, record: list[str] | csv.Error) -> bool:
+        """Whether a record is the header once more, which may have a mark of UTF-8 before it, as each file has."""
+        if isinstance(record, csv.Error) or len(record) < 2 or record[-1] != self._first[-1]:
+            return False
+        return [record[0].removeprefix("\ufeff"), *record[1:]] == self._first
+
+    def _reads_like_rows(self, lines: Sequence[Line]) -> bool:
+        """Whether each line of a record has the delimiters of a row: then a stray quote may have swallowed rows."""
+        num_delimiters = len(self.header) - 1
+        return num_delimiters > 0 and all(
+            line.text.count(self._delimiter) == num_delimiters for line in lines if line.text.strip()
+        )
 
     def _records(self) -> Iterator[tuple[list[Line], list[str] | csv.Error]]:
         """Each record, or the error of reading it, with its lines."""
@@ -119,6 +156,10 @@ class _Feed:
         """Keep only the first line of the record."""
         self._given_back.extendleft(reversed(self.taken[1:]))
         del self.taken[1:]
+
+    def drop(self) -> None:
+        """Drop the line that `peek` has returned."""
+        self._given_back.popleft()
 
     def peek(self) -> str:
         """The first line that is not blank; blank lines before it are dropped."""

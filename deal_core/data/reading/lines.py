@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -14,6 +15,18 @@ from deal_core.safe_text import shorten
 
 MAX_LINE_CHARS = 4 * 2**20
 """Longest line; the rest of a longer line is skipped."""
+
+
+_WIDE = {
+    "UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff",
+    "UTF-16": rb"\xff\xfe|\xfe\xff",
+    "UTF-32LE": rb"[^\0]\0\0\0",
+    "UTF-32BE": rb"\0\0\0[^\0]",
+    "UTF-16LE": rb"[^\0]\0[^\0]\0",
+    "UTF-16BE": rb"\0[^\0]\0[^\0]",
+}
+"""Encodings with two or four bytes a character, as iconv calls them, and how their files begin: with a mark of their
+own, or with an ASCII character."""
 
 
 class Line(NamedTuple):
@@ -58,12 +71,16 @@ def open_text(path: Path, *, newline: str) -> TextIO:
     With newline "", LF, CR and CR LF end a line; with "\n" only LF does. Line ends are kept in both cases.
 
     Raises:
-        DataValidationError: The file is UTF-16.
+        DataValidationError: The file is UTF-16 or UTF-32.
     """
     file = open_bytes(path)
-    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    beginning = file.peek(4)[:4]
+    encoding = next((name for name, pattern in _WIDE.items() if re.match(pattern, beginning, re.DOTALL)), None)
+    if encoding is not None:
         file.close()
-        raise DataValidationError(f"{path.name} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8).")
+        raise DataValidationError(
+            f"{path.name} is {encoding}; save it as UTF-8 (iconv -f {encoding} -t UTF-8).", code="encoding"
+        )
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 

@@ -181,7 +181,8 @@ def _frames_of(process: subprocess.Popen[bytes], path: Path, words: IO[bytes]) -
             process.stdout.close()
             raise _death(process.wait(), path, words, has_started)
         if letter == b"E":
-            raise DataValidationError(from_json(content))
+            message, code = from_json(content)
+            raise DataValidationError(message, code=code)
         if letter == b".":
             return
         if letter == b"+":

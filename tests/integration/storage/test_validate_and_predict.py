@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: P
     file = tmp_path / "june.jsonl"
     test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])
     rows = [test_row, {"text": "Something else.", "label": "a new label"}]
+    rows += [{**test_row, "text": f" {test_row['text'].upper().rstrip('.')}."}]
     rows += [{"text": f"Message {number}", "label": "lost card"} for number in range(20)]
     file.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
     found = validate(*spec_to_check(file, task="bank", lineage="l"))
     assert found.accepted and found.problems == {"text of a test row": 1, "label outside the task's set": 1}
+    assert any("(row 3)" in warning for warning in found.warnings), "it is a test row but for case and a final dot"
     assert set(validate(*spec_to_check(file, task="bank", lineage="unknown")).problems) == set()
 
     spec = tmp_path / "spec.yaml"
@@ -82,6 +85,19 @@ def test_a_file_is_answered_and_a_call_that_was_cut_short_leaves_none(
 
     with pytest.raises(ConfigError, match=r"whole\.jsonl exists already"):
         answer(questions, tmp_path / "whole.jsonl")
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_answers_do_not_land_in_the_inbox(home: Path, tmp_path: Path, questions: Path, is_named: bool) -> None:
+    inbox = home / "store" / "inbox" / "bank"
+    inbox.mkdir(parents=True)
+    data = questions if is_named else Path(shutil.copy(questions, inbox))
+    (tmp_path / "link").symlink_to(inbox)
+    out = tmp_path / "link" / "answers.jsonl" if is_named else None
+    before = sorted(inbox.iterdir())
+    with pytest.raises(ConfigError) as refused:
+        predict_file(data, out=out, lineage="l", task=None, version=None, column=None)
+    assert refused.value.code == "answers-in-inbox" and sorted(inbox.iterdir()) == before
 
 
 def test_the_commands_do_what_their_functions_do(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from tasks.inbox import (
     list_arrivals,
     look,
     read_state,
+    recognise,
     settle,
     task_spec,
     write_state,
@@ -109,6 +111,15 @@ def test_a_copied_home_knows_what_was_handled(tmp_path: Path) -> None:
     copy = open_store(str(shutil.copytree(tmp_path / "store", tmp_path / "copy")))
     (copied,) = list_arrivals(copy.list(INBOX))
     assert not read_state(copy, "l").is_open(copied, NOW, retry_now=False)
+    state = recognise(copy, "l", look(copy), read_state(copy, "l"))
+    assert state == read_state(copy, "l") and state.files[copied.key].etag == copied.etag, "no copy is read twice"
+    path = tmp_path / "copy" / "inbox" / "bank" / "a.csv"
+    status = path.stat()
+    path.write_bytes(b"y")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    (corrected,) = list_arrivals(copy.list(INBOX))
+    assert state.is_open(corrected, NOW, retry_now=False), "rsync -t corrects a file like this"
+    assert recognise(copy, "l", look(copy), state) == state
 
 
 def test_a_failed_run_is_tried_again_for_ever_ever_more_seldom() -> None:
@@ -397,6 +408,50 @@ def test_a_folder_without_a_mark_is_complete_when_nothing_has_changed_for_the_se
         assert looked(store, stamps) == ([], ["inbox/bank/may"]), "looking again is no reason to learn it"
     monkeypatch.setenv("DEAL_INBOX_SETTLE_SECONDS", "0")
     assert looked(store) == (["inbox/bank/may"], [])
+
+
+class Ahead(FileStore):
+    """A store whose clock runs a year ahead."""
+
+    def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
+        year = timedelta(days=365)
+        for info in super()._list_all(prefix):
+            yield replace(info, modified=info.modified + year, landed=info.landed and info.landed + year)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "task.yaml"])
+def test_a_file_from_a_clock_that_runs_ahead_becomes_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Each look is of a process of its own, which knows no other look's stamps."""
+    store = folder_in(tmp_path, "bank/a.jsonl", "bank/may/a.jsonl")
+    store.put_bytes("inbox/bank/task.yaml", b"{}")
+    year = datetime.now(UTC).timestamp() + 365 * 86400
+    os.utime(tmp_path / "inbox" / "bank" / name, (year, year))
+    monkeypatch.setenv("DEAL_INBOX_SETTLE_SECONDS", "0")
+    settle_at_once = [settle(look(store), InboxState(), (), {}, settle_seconds=0, retry_now=False) for _ in range(2)]
+    assert {info.key for info in settle_at_once[1].complete} == {"inbox/bank/a.jsonl", "inbox/bank/may"}
+
+
+def test_the_time_of_the_first_look_at_a_file_from_the_future_stays(tmp_path: Path) -> None:
+    store = Ahead(tmp_path)
+    store.put_bytes("inbox/bank/a.jsonl", b"x")
+    start = datetime.now(UTC)
+    (first,), (second,) = look(store).arrivals, look(store).arrivals
+    assert start <= first.landed == second.landed <= datetime.now(UTC)
+    assert first.modified == first.landed
+    store.put_bytes("inbox/bank/a.jsonl", b"y")
+    (changed,) = look(store).arrivals
+    assert changed.landed > first.landed, "it is another file"
+    store.delete("first_looks.json")
+    (again,) = look(store).arrivals
+    assert again.landed > changed.landed
+
+
+def test_a_file_of_the_present_is_noted_nowhere(tmp_path: Path) -> None:
+    store = folder_in(tmp_path, "bank/a.jsonl")
+    store.put_bytes("inbox/bank/b.jsonl", b"x")
+    assert len(look(store).arrivals) == 2 and not store.exists("first_looks.json")
 
 
 def test_a_folder_of_test_rows_is_a_companion(tmp_path: Path) -> None:

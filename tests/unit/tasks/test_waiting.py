@@ -80,6 +80,15 @@ def test_the_files_of_a_task_are_one_arrival_and_the_task_with_the_oldest_file_i
     assert {each.task: each.is_due for each in found.waiting} == {"a": True, "b": True, "c": False}
 
 
+def test_what_lands_with_a_time_in_the_future_waits_from_the_first_look_on(store: FileStore) -> None:
+    land(store, "b/1.jsonl", 2)
+    future = (NOW + timedelta(days=365)).timestamp()
+    os.utime(store.path_of("inbox/b/1.jsonl"), (future, future))
+    (waiting,) = decide(store, min_rows=9, max_wait_days=1.0).waiting
+    assert waiting.since <= datetime.now(UTC)
+    assert waiting.until is not None and waiting.until <= datetime.now(UTC) + timedelta(days=1)
+
+
 def test_an_open_batch_comes_first_and_takes_nothing_that_landed_since(store: FileStore) -> None:
     land(store, "b/1.jsonl", 2)
     _, files = arrivals(store)

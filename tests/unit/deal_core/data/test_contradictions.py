@@ -57,17 +57,17 @@ def test_a_text_with_two_labels_is_counted_shown_and_kept(tmp_path: Path) -> Non
     ]
     assert sorted(row["output"] for row in stored if row["input"] == "lost  card") == ["a", "b"], "both are learned"
     assert DatasetManifest.from_json(json.loads((tmp_path / "dataset" / "manifest.json").read_text())) == manifest
-    (warning,) = data_warnings(manifest.task, found, include_texts=True)
+    (warning,) = data_warnings(manifest, include_texts=True)
     assert warning.startswith("Texts with several labels: 1 (") and "'lost  card': 'a' and 'b'" in warning
     assert "Each of these rows is learned, so the model learns to guess" in warning
-    (numbers,) = data_warnings(manifest.task, found, include_texts=False)
+    (numbers,) = data_warnings(manifest, include_texts=False)
     assert "lost" not in numbers and "labels: 1 (" in numbers
 
 
 def test_rows_that_agree_are_no_contradictions(tmp_path: Path) -> None:
     manifest = manifest_of(landing(tmp_path, [*even(), *even()]))
     assert manifest.contradictions is None and manifest.to_json()["contradictions"] is None
-    assert data_warnings(manifest.task, None, include_texts=True) == ()
+    assert data_warnings(manifest, include_texts=True) == ()
 
 
 def test_without_texts_the_manifest_has_numbers_alone(tmp_path: Path) -> None:
@@ -135,10 +135,10 @@ def test_preferences_in_both_directions_are_counted_shown_and_kept(tmp_path: Pat
     found = manifest.contradictions
     assert manifest.task.learns_preferences and manifest.num_rejected == 0
     assert found is not None and (found.num_texts, found.num_train + found.num_test) == (3, 6)
-    (warning,) = data_warnings(manifest.task, found, include_texts=True)
+    (warning,) = data_warnings(manifest, include_texts=True)
     assert warning.startswith("Pairs of answers that are preferred in both directions: 3 (")
     assert "question 5" in warning and "'good' over 'bad'" in warning and "cancel each other" in warning
-    (numbers,) = data_warnings(manifest.task, found, include_texts=False)
+    (numbers,) = data_warnings(manifest, include_texts=False)
     assert "question" not in numbers and "good" not in numbers
 
 
@@ -154,7 +154,7 @@ def test_several_answers_in_one_row_are_none_and_in_rows_of_their_own_are_named(
     manifest = manifest_of(landing(tmp_path, [*rows, row("capital?", "Paris"), row("capital?", "Paris, France")]))
     found = manifest.contradictions
     assert found is not None and (found.num_texts, found.examples) == (1, (("capital?",),))
-    (warning,) = data_warnings(manifest.task, found, include_texts=True)
+    (warning,) = data_warnings(manifest, include_texts=True)
     assert "Inputs with several answers in rows of their own: 1 (" in warning and "list them in one row" in warning
     assert "'capital?'" in warning
 
@@ -174,9 +174,9 @@ def test_chats_that_begin_alike_are_no_contradictions(tmp_path: Path) -> None:
 
 def test_a_task_with_one_label_is_warned_of(tmp_path: Path) -> None:
     manifest = manifest_of(landing(tmp_path, [{"text": f"text {number}", "label": "spam"} for number in range(60)]))
-    (warning,) = data_warnings(manifest.task, manifest.contradictions, include_texts=True)
+    (warning,) = data_warnings(manifest, include_texts=True)
     assert "The task has one label, 'spam'" in warning and "tell no good version from a bad one" in warning
-    (numbers,) = data_warnings(manifest.task, manifest.contradictions, include_texts=False)
+    (numbers,) = data_warnings(manifest, include_texts=False)
     assert "spam" not in numbers and "The task has one label" in numbers
 
 
@@ -198,9 +198,22 @@ def test_labels_with_the_separator_of_the_options_are_warned_of() -> None:
 def test_the_warnings_are_plain_sentences() -> None:
     found = Contradictions(num_texts=1200, num_train=2400, num_test=3)
     for task in (TaskSchema(name="t", labels=("a, b",)), TaskSchema(name="t", format="completion")):
-        for warning in data_warnings(task, found, include_texts=False):
+        manifest = DatasetManifest(
+            task=task,
+            sha256="",
+            source="may.csv",
+            num_read=2403,
+            num_train=2400,
+            num_test=3,
+            num_rejected=0,
+            problems={},
+            split="hash",
+            landed_sha256="",
+            contradictions=found,
+        )
+        for warning in data_warnings(manifest, include_texts=False):
             assert all(len(sentence.split()) <= 35 for sentence in warning.split(". ")), warning
-    assert "2,400 training rows, 3 test rows" in data_warnings(task, found, include_texts=False)[0]
+    assert "2,400 training rows, 3 test rows" in data_warnings(manifest, include_texts=False)[0]
 
 
 def test_memory_grows_by_a_digest_a_row() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import flows.server.status
 from flows.cli.app import app
 from flows.server.status import _reason, _unusable_files, may_name_a_server, read_status
-from infra.store.base import ObjectInfo
+from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.local import open_store
 from tasks.context import current_store
 from tasks.inbox import Arrival, InboxState, look
@@ -89,6 +90,26 @@ def test_prefects_own_home_is_not_looked_into(bare: dict[str, str]) -> None:
 def test_prefect_is_asked_where_it_is_imported_anyway(bare: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prefect", sys)
     assert may_name_a_server(bare)
+
+
+def test_a_fault_of_one_lineage_is_shown_and_the_others_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = current_store()
+    for name, text in (("good", "{}"), ("odd", "{}"), ("wait", "retrain: {min_rows: 9, max_wait_days: 3000000}")):
+        store.put_bytes(f"lineages/{name}.yaml", text.encode())
+    store.put_bytes("inbox/bank/a.jsonl", b'{"text": "a", "label": "b"}\n')
+    read_state = flows.server.status.read_state
+
+    def fail(store: ObjectStore, lineage: str) -> InboxState:
+        if lineage == "odd":
+            raise OverflowError("date value out of range")
+        return read_state(store, lineage)
+
+    monkeypatch.setattr(flows.server.status, "read_state", fail)
+    status = asyncio.run(read_status(home))
+    assert {each.lineage: each.num_open for each in status.lineages} == {"good": 1, "odd": None}
+    assert status.damaged == ("Lineage odd: OverflowError: date value out of range",)
+    (problem,) = status.problems
+    assert problem.startswith("Lineage wait is left out") and "max_wait_days is 3000000" in problem
 
 
 def test_what_mlflow_lacks_is_said_in_one_line_and_by_name(home: Path) -> None:

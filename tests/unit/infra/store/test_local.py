@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -31,6 +33,32 @@ def test_uris_and_paths_name_the_same_folder(tmp_path: Path, monkeypatch: pytest
     store = open_store(f"file://{tmp_path}/my%20store")
     assert store.get_bytes("a/b") == b"x"
     assert store.uri_of("a/b") == (tmp_path / "my store" / "a" / "b").as_uri()
+
+
+def test_a_correction_with_the_size_and_the_time_of_what_it_replaces_has_another_etag(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    (tmp_path / "a").write_bytes(b"first")
+    os.utime(tmp_path / "a", (1, 1))
+    before = store.find("a")
+    (tmp_path / "part").write_bytes(b"other")
+    os.utime(tmp_path / "part", (1, 1))
+    os.replace(tmp_path / "part", tmp_path / "a")  # as rsync -t does
+    after = store.find("a")
+    assert before is not None and after is not None and before.read_sha256 is not None and after.read_sha256 is not None
+    assert (before.size, before.modified) == (after.size, after.modified) and before.etag != after.etag
+    assert (before.read_sha256(), after.read_sha256()) == (None, hashlib.sha256(b"other").hexdigest())
+
+
+@pytest.mark.parametrize("seconds", [-(10**11), 3 * 10**11])
+def test_a_time_that_no_calendar_has_breaks_no_listing(seconds: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        path = Path(folder, "a")
+        path.write_bytes(b"x")
+        os.utime(path, (seconds, seconds))
+        if os.stat(path).st_mtime != seconds:
+            pytest.skip("the file system has no such time")
+        (info,) = FileStore(Path(folder)).list()
+    assert info.modified.year == (1 if seconds < 0 else 9999)
 
 
 def test_a_reader_never_sees_half_an_object(tmp_path: Path) -> None:

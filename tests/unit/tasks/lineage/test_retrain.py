@@ -128,12 +128,28 @@ def test_what_a_person_asks_for_waits_for_nothing() -> None:
         ({"test_first": True, "skip_if_accuracy": 1.5}, "skip_if_accuracy.*at most 1"),
         ({"min_rows": 0}, "min_rows.*at least 1"),
         ({"budget_hours": 0}, "budget_hours.*more than 0"),
+        ({"budget_hours": 745}, "budget_hours.*at most 744"),
+        ({"max_wait_days": 3_000_000, "min_rows": 2}, "max_wait_days.*at most 3650"),
+        ({"max_wait_days": 1e308, "min_rows": 2}, "max_wait_days.*at most 3650"),
+        ({"min_rows": 2**31}, "min_rows.*at most 2147483647"),
         ({"min_row": 5}, "unknown key 'retrain.min_row'; remove it, or give one of when, cron"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(WatchedLineage, {"retrain": settings}, "test")
+
+
+def test_a_cron_expression_with_seconds_is_refused() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(WatchedLineage, {"retrain": {"when": "schedule", "cron": "*/5 * * * * *"}}, "test")
+    assert refused.value.code == "cron-fields"
+
+
+def test_the_longest_settings_decide_for_what_landed_just_now() -> None:
+    settings = {"when": "schedule", "cron": "0 2 29 2 *", "min_rows": 2**31 - 1, "max_wait_days": 3650}
+    waiting = decide(settings, SUNDAY, (SUNDAY, 1), spent=0.0)
+    assert not waiting.is_due and waiting.until == SUNDAY + 3650 * DAY and "2036" in waiting.line()
 
 
 def test_when_to_train_belongs_to_the_lineage_and_to_no_versions_digest() -> None:

@@ -212,14 +212,35 @@ def test_parquet_text_that_is_not_utf8_keeps_its_bytes(tmp_path: Path) -> None:
     assert rows[1]["nested"] == ["fine"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
-def test_utf16_never_passes_as_text(tmp_path: Path, encoding: str) -> None:
-    path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": "x"}\n'.encode(encoding))
-    if encoding == "utf-16":  # with a byte order mark
-        with pytest.raises(DataValidationError, match=r"UTF-16.*UTF-8"):
-            list(read_rows(path))
-    else:
-        assert set(faults(path).values()) == {"malformed line"}
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("mark", [True, False], ids=["mark", "bare"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_file_of_wide_characters_is_refused_by_the_name_of_its_encoding(
+    tmp_path: Path, encoding: str, mark: bool, kind: str
+) -> None:
+    text = "\ufeff" * mark + to_bytes(kind, ROWS).decode()
+    path = write(tmp_path / f"rows.{kind}", text.encode(encoding))
+    for read_file in (look_at, lambda path: list(read_rows(path))):
+        with pytest.raises(DataValidationError, match=encoding[:6].upper()) as refused:
+            read_file(path)
+        assert refused.value.code == "encoding"
+
+
+@pytest.mark.parametrize("line", ["sep=;", "SEP=;\r", '"sep=;"', "\ufeffsep=;"])
+def test_a_first_line_with_the_separator_is_understood(tmp_path: Path, line: str) -> None:
+    path = write(tmp_path / "rows.csv", f"{line}\ntext, or;label\na, b;x\nc;y\n".encode())
+    assert look_at(path).columns == ("text, or", "label")
+    assert [(row.line, dict(row.values)) for row in read_rows(path)] == [
+        (3, {"text, or": "a, b", "label": "x"}),
+        (4, {"text, or": "c", "label": "y"}),
+    ]
+
+
+def test_a_separator_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", b"sep=|\ntext|label\na|x\n")
+    with pytest.raises(DataValidationError, match=r"sep=\|") as refused:
+        list(read_rows(path))
+    assert refused.value.code == "csv-separator"
 
 
 @pytest.mark.parametrize("name", ["rows.csv.gz", "rows.jsonl.gz", "rows.parquet", "rows.parquet.gz"])
