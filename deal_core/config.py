@@ -50,7 +50,7 @@ class AdapterConfig:
     """Whether the scale is α/√r in place of α/r (rsLoRA, arXiv 2312.03732): a larger rank then learns as fast."""
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None
     """Names of the linear layers that carry the adapter, or all-linear for all but the output layer; None means the
-    model type's query and value projections."""
+    model type's query and value projections where they are known, else all-linear."""
     dropout: ShareBelowOne = 0.0
     """Share of the adapter's inputs that are set to zero in training."""
 

@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -36,8 +37,10 @@ _DECODERS = "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text smollm3 
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
     **dict.fromkeys(_DECODERS.split(), ("q_proj", "v_proj")),
+    "phi3": ("qkv_proj",),  # one layer makes queries, keys and values
 }
-"""Model type → names of its query and value projections, which carry the adapter by default (arXiv 2509.18942)."""
+"""Model type → names of its query and value projections, which carry the adapter by default (arXiv 2509.18942). PEFT
+knows those of further types."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -60,12 +63,7 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
     Raises:
         ConfigError: The target modules are unknown for this model type, not in the model, or smaller than the rank.
     """
-    targets = adapter.target_modules or TARGET_MODULES.get(model.config.model_type)
-    if targets is None:
-        raise ConfigError(
-            f"No default target modules are known for model type {model.config.model_type!r}; "
-            "name the linear layers that shall carry the adapter in adapter.target_modules."
-        )
+    targets = adapter.target_modules or _default_targets(model)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.scale_alpha,  # type: ignore[arg-type]  # PEFT takes any number
@@ -87,6 +85,23 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
         peft_model.unload()
         raise
     return peft_model
+
+
+def _default_targets(model: PreTrainedModel) -> Collection[str] | str:
+    """Return the layers that carry the adapter if none are named: a type's own, or else all linear layers.
+
+    Raises:
+        ConfigError: All linear layers would be those of a part that sees pictures too.
+    """
+    model_type = model.config.model_type
+    targets = TARGET_MODULES.get(model_type) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    if targets is None and model.config.get_text_config() is not model.config:
+        raise ConfigError(
+            f"No default target modules are known for model type {model_type!r}, which does not only read texts; name "
+            "the linear layers that shall carry the adapter in adapter.target_modules.",
+            code="target-modules",
+        )
+    return targets or "all-linear"
 
 
 def load_adapter(

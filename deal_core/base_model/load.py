@@ -15,7 +15,7 @@ from accelerate import PartialState
 from deal_core.base_model import cpu_attention as attention
 from deal_core.base_model import sources
 from deal_core.base_model.device import bf16_instructions
-from deal_core.base_model.turn_ends import advise_stop_ids
+from deal_core.base_model.turn_ends import advise_stop_ids, stop_ids
 from deal_core.base_model.wheel import Progress
 from deal_core.config import Quantize
 from deal_core.errors import ConfigError
@@ -109,11 +109,11 @@ def load_base(
             "causal or sequence-to-sequence language model of an architecture that transformers itself knows."
         ) from error
     # The special tokens alone are taken over: a repetition penalty, for example, would act on greedy answers, and
-    # against every label in the instruction.
-    advised = model.generation_config
+    # against every label in the instruction. A merged model that is exported ends its answers as it does here.
+    advised, ends = model.generation_config, stop_ids(tokenizer)
     model.generation_config = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=advised.bos_token_id,
-        eos_token_id=advised.eos_token_id,
+        eos_token_id=ends if len(ends) > 1 else advised.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=advised.decoder_start_token_id,
     )

@@ -61,7 +61,10 @@ def test_without_a_generation_config_the_config_and_the_template_say_where_a_tur
     for file in folder.iterdir():
         if file.name != "generation_config.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert stop_ids(read_tokenizer(tmp_path, "turns")) == ids_of(base, kind.eos, kind.turn_end)
+    wanted = ids_of(base, kind.eos, kind.turn_end)
+    assert stop_ids(read_tokenizer(tmp_path, "turns")) == wanted
+    loaded = load_base(str(tmp_path), tmp_path / "cache", precision="fp32")
+    assert loaded.model.generation_config.eos_token_id == wanted, "what is exported ends as it did here"
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
