@@ -20,14 +20,14 @@ from deal_core.adapter.files import Recorded
 from deal_core.errors import RegistryError, StoreError
 from deal_core.judging_config import RolloutTerms
 from deal_core.safe_text import without_secrets
-from infra.promotions import UNTIL_THEN, Move, PromotionLog, rollout_of
+from infra.promotions import ENDING, UNTIL_THEN, Move, PromotionLog, rollout_of
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
 
 Alias = Literal["champion", "challenger", "previous", "rollout"]
-"""champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is tried
-on live traffic."""
+"""champion serves, previous served before it, and challenger is the newest version that was accepted and not rolled
+back. rollout is tried on live traffic."""
 ApprovalState = Literal["awaiting", "given", "refused"]
 Standing = Literal[
     "learned",
@@ -74,6 +74,21 @@ class ArrivalDigests(BaseModel, frozen=True):
     """Digests of the landed rows, without the split."""
 
 
+class Rollback(BaseModel, frozen=True, from_attributes=True):
+    """The rollback that took a version out of the champion's line."""
+
+    champion: str | None
+    """The version that became champion again."""
+    when: datetime
+    who: str
+    why: str
+
+    def describe(self) -> str:
+        """Return it in one line."""
+        to = "" if self.champion is None else f" to version {self.champion}"
+        return f"rolled back{to} on {self.when:%Y-%m-%d} by {self.who}: {self.why}"
+
+
 class Since(BaseModel):
     """What became of a version after it was registered."""
 
@@ -86,6 +101,8 @@ class Since(BaseModel):
     rolled_out: int | None = None
     """Number of the entry that began its rollout; None: none began."""
     refused_by: str | None = None
+    rolled_back: Rollback | None = None
+    """None: it was never rolled back, or serves again since, itself or in a version that continues it."""
     adapter_removed: str | None = None
     standing: Standing = "left behind"
 
@@ -405,6 +422,8 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
     promoted: dict[str, int] = {}
     rolled_out: dict[str, int] = {}
     refused_by: dict[str, str] = {}
+    rolled_back: dict[str, Rollback] = {}
+    by_number = {version.version: version for version in versions}
     approval: dict[str, ApprovalState | None] = {
         version.version: "awaiting" if version.accepted and version.needs_approval else None for version in versions
     }
@@ -415,7 +434,17 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
             (promoted if move.action == "promoted" else rolled_out)[move.version] = move.number
             if move.run is None:  # a person decided
                 approval[move.version] = "given"
-    good = [version.version for version in versions if version.accepted and approval[version.version] != "refused"]
+        if move.action in ENDING:
+            line = {version.version for version in descent(versions, by_number.get(move.champion or ""))}
+            if move.action == "rolled back":
+                before = {version.version for version in descent(versions, by_number.get(move.before or ""))}
+                rolled_back |= dict.fromkeys(before, Rollback.model_validate(move))
+            rolled_back = {number: rollback for number, rollback in rolled_back.items() if number not in line}
+    good = [
+        number
+        for number, version in by_number.items()
+        if version.accepted and approval[number] != "refused" and number not in rolled_back
+    ]
     changes = [move.before for move in moves if move.before is not None and move.before != move.champion]
     tried = rollout_of(moves)
     aliases: dict[Alias, str | None] = {
@@ -424,7 +453,7 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
         "previous": changes[-1] if changes else None,
         "rollout": tried.version if tried else None,
     }
-    champion = next((version for version in versions if version.version == aliases["champion"]), None)
+    champion = by_number.get(aliases["champion"] or "")
     learned = {version.version for version in descent(versions, champion)}
     since = {}
     for version in versions:
@@ -448,6 +477,7 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
             promoted=promoted.get(number),
             rolled_out=rolled_out.get(number),
             refused_by=refused_by.get(number),
+            rolled_back=rolled_back.get(number),
             adapter_removed=removed.get(number),
             standing=standing,
         )

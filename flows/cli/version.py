@@ -139,6 +139,8 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
             gate += ", in rollout"
         if entry.branch is not None:
             gate += f", branch {entry.branch}"
+        if entry.rolled_back is not None:
+            gate += ", [yellow]rolled back[/]"
         table.add_row(
             entry.version,
             entry.parent_version or "base",
@@ -152,7 +154,11 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
             " ".join(entry.aliases),
             f"{entry.created.astimezone():%m-%d %H:%M}",
         )
-    reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
+    reasons = [
+        f"Version {entry.version}: {escape(reason)}"
+        for entry in entries
+        for reason in (*entry.reasons, *([entry.rolled_back.describe()] if entry.rolled_back else []))
+    ]
     return [heading(f"Lineage {lineage}"), table, *reasons]
 
 
@@ -206,6 +212,7 @@ def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]
         "task": escape(entry.lesson),
         "parent": f"version {entry.parent_version}" if entry.parent_version else "the base model",
         "gate": verdict,
+        **({"rollback": f"[yellow]{escape(entry.rolled_back.describe())}[/]"} if entry.rolled_back else {}),
         "aliases": " ".join(entry.aliases) or "–",
         "average accuracy, %": percent(entry.average_accuracy),
         "forgetting, points": percent(entry.forgetting),

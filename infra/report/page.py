@@ -13,6 +13,7 @@ from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.evaluation.report import Debt, EvaluationReport, mean_score
 from deal_core.monitoring.report import LiveLook
 from infra.report.run_report import Changed, RunReport
+from infra.versions import Rollback
 
 NUM_SHADES = 11
 """Shades of the heat map from 0 to 100 %; `page.css` has their colours, for light and for dark screens."""
@@ -35,11 +36,17 @@ class MatrixRow(NamedTuple):
     cells: tuple[MatrixCell, ...]
 
 
-def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook | None = None) -> str:
+def render_page(
+    report: RunReport,
+    evaluation: EvaluationReport,
+    live: LiveLook | None = None,
+    rolled_back: Rollback | None = None,
+) -> str:
     """Return the page of a run, from its `report.json` and its `evaluation.json`.
 
-    `live` is the last look at the version's live traffic; without it, the page has no section about it. Where
-    matplotlib is not installed, as on a worker, the page says so in place of its charts.
+    `live` is the last look at the version's live traffic; without it, the page has no section about it. `rolled_back`
+    is the rollback of the version, if there was one. Where matplotlib is not installed, as on a worker, the page says
+    so in place of its charts.
     """
     versions = versions_of(report, evaluation)
     try:
@@ -67,6 +74,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
         "totals": totals(report.changed),
         "otherwise": scored_otherwise(evaluation.metrics),
         "live": live,
+        "rolled_back": rolled_back and rolled_back.describe(),
     }
     return _environment().get_template("page.html.j2").render(context)
 

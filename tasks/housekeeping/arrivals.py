@@ -19,7 +19,7 @@ from deal_core.errors import ConfigError
 from infra.deleted_inputs import UnknownRows
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
-from infra.versions import ArrivalDigests, Versions
+from infra.versions import ArrivalDigests, Version, Versions
 from tasks.data_files import local_files
 from tasks.housekeeping.garbage import list_all_lineages
 from tasks.inbox import Handled, find_held, find_landed, list_arrivals, read_state
@@ -274,22 +274,27 @@ class ListedArrival(BaseModel, frozen=True):
     learned_by: tuple[str, ...] = ()
     """LINEAGE/VERSION of every version that was trained on it."""
     state: str
-    """stored, learned, held (and why), or forgotten (when, and why)."""
+    """stored, learned, held (and why), rolled back (to which version, when, by whom and why), or forgotten (when, and
+    why)."""
 
 
 def list_data(store: ObjectStore) -> list[ListedArrival]:
     """Return all arrivals by task, each once, also if several lineages learned it."""
-    learned_by: dict[tuple[str, str], list[str]] = defaultdict(list)
+    learned_by: dict[tuple[str, str], list[Version]] = defaultdict(list)
     for lineage in Versions(store).lineages():
         for version in Versions(store).all(lineage):
             for learned in version.trained_on:
-                learned_by[learned.task, learned.dataset_sha256].append(f"{lineage}/{version.version}")
+                learned_by[learned.task, learned.dataset_sha256].append(version)
     manifests = {(manifest.task.name, sha256): manifest for sha256, manifest in manifests_of(store)}
     forgotten = {info.key for info in store.list(keys.FORGOTTEN)}  # one listing instead of a request for each arrival
     arrivals = []
     for task, sha256 in sorted({*learned_by, *manifests}):
         manifest, versions = manifests.get((task, sha256)), learned_by.get((task, sha256), [])
         tombstone = find_tombstone(store, task, [sha256]) if keys.tombstone_key(task, sha256) in forgotten else None
+        rollbacks = [version.since.rolled_back for version in versions if version.since.rolled_back]
+        state = "learned" if versions else "stored"
+        if rollbacks and not any(version.accepted and not version.since.rolled_back for version in versions):
+            state = rollbacks[-1].describe()
         arrivals.append(
             ListedArrival(
                 name=sha256[:12],
@@ -297,8 +302,8 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
                 dataset_sha256=sha256,
                 num_train=manifest and manifest.num_train,
                 num_test=manifest and manifest.num_test,
-                learned_by=tuple(versions),
-                state=tombstone.said if tombstone else "learned" if versions else "stored",
+                learned_by=tuple(f"{version.lineage}/{version.version}" for version in versions),
+                state=tombstone.said if tombstone else state,
             )
         )
     watched = {keys.lineage_of_watch(info.key) for info in store.list(keys.WATCH)}

@@ -9,7 +9,17 @@ from deal_core.safe_text import listed
 from infra.branches import Branches
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.versions import ROLLOUT, Alias, ApprovalState, Version, VersionFacts, Versions, descent, require_adapter
+from infra.versions import (
+    ROLLOUT,
+    Alias,
+    ApprovalState,
+    Rollback,
+    Version,
+    VersionFacts,
+    Versions,
+    descent,
+    require_adapter,
+)
 from tasks.context import current_store
 
 
@@ -32,8 +42,10 @@ class HistoryEntry(VersionFacts, frozen=True):
     approval: ApprovalState | None
     """State of a person's approval; None: no approval is needed."""
     aliases: tuple[Alias, ...]
-    """champion serves, previous served before it, and challenger is the newest version that was accepted. rollout is
-    tried on live traffic."""
+    """champion serves, previous served before it, and challenger is the newest version that was accepted and not rolled
+    back. rollout is tried on live traffic."""
+    rolled_back: Rollback | None
+    """None: it was never rolled back, or serves again since, itself or in a version that continues it."""
     adapter: str
     """Full address of its PEFT folder."""
 
@@ -49,9 +61,13 @@ def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
     versions = Versions(store).all(lineage)
     if not versions:
         raise NoVersionError(unknown_lineage(lineage))
-    shared = HistoryEntry.model_fields.keys() - {"adapter"}
+    shared = HistoryEntry.model_fields.keys() - {"adapter", "rolled_back"}
     return [
-        HistoryEntry(**{name: getattr(version, name) for name in shared}, adapter=store.uri_of(version.adapter_uri))
+        HistoryEntry(
+            **{name: getattr(version, name) for name in shared},
+            adapter=store.uri_of(version.adapter_uri),
+            rolled_back=version.since.rolled_back,
+        )
         for version in versions[-newest if newest else 0 :]
     ]
 

@@ -61,7 +61,7 @@ def read_page(store: ObjectStore, version: Version) -> tuple[RunReport, str]:
         ) from None
     has_live = store.exists(report_key(version.lineage, version.run_key, LIVE_FILE))
     live = LiveLook.from_json(read_report(store, version, LIVE_FILE)) if has_live else None
-    return report, render_page(report, evaluation, live)
+    return report, render_page(report, evaluation, live, version.since.rolled_back)
 
 
 class WrittenReport(BaseModel, frozen=True):

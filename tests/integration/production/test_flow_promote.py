@@ -26,6 +26,7 @@ from infra.store.base import ObjectStore
 from infra.versions import Since, Version, Versions
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
+from tasks.housekeeping.arrivals import list_data
 from tasks.lineage.history import find_version, read_history
 from tasks.lineage.promotion import (
     announce_decision,
@@ -127,7 +128,7 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(m
     assert told == [("rolled-back", "1", "tester")]
     assert (done.before, done.champion) == ("2", "1")
     assert [(left.version, left.task) for left in done.left_behind] == [("2", "parcels")]
-    assert (aliases()["champion"], aliases()["previous"]) == ("1", "2")
+    assert (aliases()["champion"], aliases()["previous"], aliases()["challenger"]) == ("1", "2", "1")
     log = PromotionLog(current_store())
     moves = [(move.action, move.before, move.champion, move.who) for move in log.moves("l")]
     assert moves == [
@@ -136,6 +137,29 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(m
         ("rolled back", "2", "1", "tester"),
     ]
     assert log.champion_at("l", between) == "2" and log.champion_at("l", datetime.now(UTC)) == "1"
+
+
+@pytest.mark.usefixtures("lineage")
+def test_page_and_lists_say_that_a_version_was_rolled_back_and_why(home: Path) -> None:
+    def shown(*words: str) -> str:
+        return CliRunner().invoke(app, [*words, "--home", str(home)]).stdout
+
+    page = home / "page.html"
+    commands = {
+        "list": ["version", "list", "--lineage", "l"],
+        "show": ["version", "show", "2", "--lineage", "l", "--report", "--out", str(page)],
+        "data": ["data", "list"],
+    }
+    before = {name: shown(*words) for name, words in commands.items()} | {"page": page.read_text()}
+    assert not any("rolled back" in text for text in before.values())
+    roll_back("l", None, who="tester", why="wrong <labels>")
+    after = {name: shown(*words) for name, words in commands.items()} | {"page": page.read_text()}
+    said = "rolled back to version 1 on "
+    assert all(said in " ".join(text.split()) for text in after.values())
+    assert all("wrong <labels>" in " ".join(after[name].split()) for name in commands)
+    assert "wrong &lt;labels&gt;" in after["page"]
+    of_first = next(arrival for arrival in list_data(current_store()) if arrival.task == "bank")
+    assert of_first.state == "learned"
 
 
 @pytest.mark.nightly

@@ -200,12 +200,33 @@ def test_aliases_follow_the_promotion_log(store: FileStore) -> None:
     move(store, "2")
     assert names(store) == {"1": ("previous",), "2": ("challenger", "champion")}
     move(store, "1", "rolled back")
-    assert names(store) == {"1": ("champion",), "2": ("challenger", "previous")}
+    assert names(store) == {"1": ("challenger", "champion"), "2": ("previous",)}, (
+        "what was rolled back challenges nobody"
+    )
     found = Versions(store)
     assert found.champion("l") == found.find("l", "1")
     assert [each.since.promoted for each in found.all("l")] == [1, 2, None]
     move(store, "2", "rejected", run=None, who="anna")
     assert names(store) == {"1": ("challenger", "champion"), "2": ("previous",)}, "nobody's challenger was rejected"
+
+
+def test_a_version_says_that_it_was_rolled_back_until_it_serves_again(store: FileStore) -> None:
+    for number, parent in ((1, None), (2, 1), (3, 2), (4, 1)):
+        put_version(store, version(number, parent, accepted=True))
+        move(store, str(number)) if number != 4 else move(store, "1", "rolled back", who="Ada", why="complaints")
+
+    def rolled_back() -> dict[str, str]:
+        found = {each.version: each.since.rolled_back for each in Versions(store).all("l")}
+        return {number: rollback.why for number, rollback in found.items() if rollback}
+
+    assert rolled_back() == {"2": "complaints", "3": "complaints"}, "and neither the champion nor what came later"
+    said = Versions(store).all("l")[2].since.rolled_back
+    assert said is not None and (said.champion, said.who) == ("1", "Ada")
+    assert names(store)["4"] == ("challenger",)
+    move(store, "2", "rolled back", why="a mistake")
+    assert rolled_back() == {"3": "complaints"}, "version 2 serves again"
+    move(store, "2", "stopped", champion=None)
+    assert rolled_back() == {"3": "complaints"}
 
 
 def test_a_version_stands_as_the_log_and_the_gate_say(store: FileStore) -> None:
