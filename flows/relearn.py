@@ -12,8 +12,10 @@ from flows.branch import BranchPlan, BranchResult, begin, grow, plan_steps, requ
 from flows.forget import forget
 from flows.lock import lock_lineage
 from infra.branches import Attestation, Branch, Branches, DeletedRows
+from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.versions import Versions, champion_of, descent
+from tasks.adaptation.resume import FINDINGS_FILE
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import KnownArrival, find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, Kind, affected_versions, plan_forgetting
@@ -157,6 +159,8 @@ def _open_branch(store: ObjectStore, lineage: str, arrival: KnownArrival) -> Bra
 def _remove_adapters(store: ObjectStore, branch: Branch) -> None:
     """Remove the adapters of the versions that saw the rows. The notes are written first: then nobody goes back to one.
 
+    Findings have figures and settings, and no rows. Those of another arrival stay, so that it can be requeued.
+
     Raises:
         ChampionMovedError: A person has gone back to such a version since the swap.
     """
@@ -167,5 +171,8 @@ def _remove_adapters(store: ObjectStore, branch: Branch) -> None:
         raise ChampionMovedError(branch, champion.version)
     for version in affected:
         versions.note_removed(branch.lineage, version.version, day)
+    deleted = {branch.deleted.sha256, *branch.deleted.splits}
     for version in affected:
-        store.delete(version.adapter_uri)
+        for info in list(store.list(version.adapter_uri)):
+            if keys.file_name(info.key) != FINDINGS_FILE or version.dataset_sha256 in deleted:
+                store.delete(info.key)

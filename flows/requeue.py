@@ -9,11 +9,12 @@ from prefect import flow
 from deal_core.errors import ConfigError
 from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import lock_lineage
-from infra.versions import Version, Versions
-from tasks.adaptation.resume import read_findings, require_same_files
+from infra.store.base import ObjectStore
+from infra.versions import Version, Versions, require_adapter
+from tasks.adaptation.resume import FINDINGS_FILE, read_findings, require_same_files
 from tasks.arrival_runs import release
 from tasks.context import current_store
-from tasks.lineage.history import arrival_digests, find_version
+from tasks.lineage.history import arrival_digests, no_version
 from tasks.lineage.promotion import find_left_behind
 from tasks.lineage.tombstones import refuse_forgotten
 from tasks.spec import AdaptSpec, parse
@@ -44,7 +45,7 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
         return []
     async with lock_lineage(lineage):
         numbers = versions or [version.version for version in find_left_behind(lineage)]
-        wanted = [find_version(store, lineage, number) for number in numbers]
+        wanted = [_known_version(store, lineage, number) for number in numbers]
         # All are checked before one is learned. The lineage's base model may be another one now.
         settled = {"base_model": None} if Versions(store).champion(lineage) else {}
         specs = [spec_to_relearn(version)[0].model_copy(update=settled) for version in wanted]
@@ -54,12 +55,21 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
         ]
 
 
+def _known_version(store: ObjectStore, lineage: str, number: str) -> Version:
+    """Return a version by its number, also if its adapter is gone: what its run was asked may be left."""
+    version = Versions(store).find(lineage, number)
+    if version is None:
+        raise no_version(lineage, number)
+    return version
+
+
 def spec_to_relearn(version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
     """Return the spec of a version's run and the digests of its files, after checking that they can be learned again.
 
     Raises:
         DataValidationError: A file was replaced by another.
         ForgottenRowsError: Rows of the arrival were forgotten.
+        RegistryError: Nothing is left of the version but its entry.
         StoreError: A file is gone.
     """
     store = current_store()
@@ -69,6 +79,8 @@ def spec_to_relearn(version: Version) -> tuple[AdaptSpec, tuple[str, ...]]:
             f"consolidate again with: deal lineage consolidate {version.lineage}"
         )
     refuse_forgotten(store, version.task, [version.dataset_sha256])
+    if not store.exists(f"{version.adapter_uri}/{FINDINGS_FILE}"):
+        require_adapter(version)
     spec = parse(AdaptSpec, read_findings(version.adapter_uri).spec, f"version {version.version}")
     files = require_same_files(store, spec.task, version)
     refuse_forgotten(store, version.task, files)

@@ -41,7 +41,7 @@ Standing = Literal[
 ]
 """left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.
 
-in a branch: accepted, but made again by a branch, and not an ancestor of the champion; see `infra.branches`.
+in a branch: accepted, but made again by a branch that was not swapped in; see `infra.branches`.
 A version awaits approval only while its parent is champion."""
 SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 ROLLOUT = "rollout"
@@ -432,7 +432,7 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
             approval[move.version], refused_by[move.version] = "refused", move.who
         elif move.action in ("promoted", "rollout"):
             (promoted if move.action == "promoted" else rolled_out)[move.version] = move.number
-            if move.run is None:  # a person decided
+            if move.run is None and move.branch is None:  # a person decided
                 approval[move.version] = "given"
         if move.action in ENDING:
             line = {version.version for version in descent(versions, by_number.get(move.champion or ""))}
@@ -445,6 +445,7 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
         for number, version in by_number.items()
         if version.accepted and approval[number] != "refused" and number not in rolled_back
     ]
+    swapped = {move.branch for move in moves}
     changes = [move.before for move in moves if move.before is not None and move.before != move.champion]
     tried = rollout_of(moves)
     aliases: dict[Alias, str | None] = {
@@ -467,7 +468,7 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
             standing = "learned"
         elif number == aliases["rollout"]:
             standing = "in rollout"
-        elif version.branch is not None:
+        elif version.branch is not None and version.branch not in swapped:
             standing = "in a branch"
         elif approval[number] == "awaiting" and version.parent_version == aliases["champion"]:
             standing = "awaiting approval"

@@ -25,6 +25,7 @@ from tasks.lineage.history import (
     rejected_by_person,
     unknown_lineage,
 )
+from tasks.lineage.tombstones import find_tombstone
 from tasks.notices import Kind, Notice, announce
 
 GATE = "gate"
@@ -188,11 +189,6 @@ def _to_promote(store: ObjectStore, lineage: str, version: str) -> Version:
         raise RegistryError(f"No version of '{lineage}' can be promoted now: {branch.why_waiting}")
     if number == version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
-    if chosen.standing == "in a branch" and chosen.since.promoted is not None:
-        raise RegistryError(
-            f"Version {version} of '{lineage}' has been champion; go back to it with: deal version rollback {version} "
-            f"--lineage {lineage}"
-        )
     if chosen.standing == "in a branch":
         raise RegistryError(
             f"Version {version} of '{lineage}' was made again by a branch, and becomes champion only with the whole "
@@ -339,21 +335,25 @@ def _require_usable(store: ObjectStore, version: Version) -> None:
 def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     """Return the accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
 
-    An arrival is left out if another version that learned it awaits approval or is in rollout.
+    An arrival is left out if another version that learned it awaits approval or is in rollout, or if its rows were
+    deleted. A version whose adapter is gone counts too: its spec and its dataset are enough to learn the arrival again.
 
     Raises:
         NoVersionError: The lineage has no version.
     """
-    versions = Versions(current_store()).all(lineage)
+    store = current_store()
+    versions = Versions(store).all(lineage)
     if not versions:
         raise NoVersionError(unknown_lineage(lineage))
     standings = ("learned", "awaiting approval", "in rollout")
     learned = {digest for version in versions if version.standing in standings for digest in version.digests}
     newest_first: list[LeftBehind] = []
     for version in reversed(versions):
-        if version.is_consolidation or version.since.adapter_removed:
-            continue  # its arrivals are those of the versions before it; or its rows were deleted
-        if version.standing == "left behind" and not arrival_digests(version, versions) & learned:
+        if version.is_consolidation or version.standing != "left behind":
+            continue  # the arrivals of a consolidation are those of the versions before it
+        if not arrival_digests(version, versions) & learned:
             learned |= version.digests
+            if find_tombstone(store, version.task, sorted(version.digests)) is not None:
+                continue
             newest_first.append(LeftBehind.model_validate(version))
     return tuple(reversed(newest_first))

@@ -21,6 +21,7 @@ from deal_core.evaluation.gate import FailedCheck, GateDecision
 from flows.branch import give_up
 from flows.cli.app import app
 from flows.relearn import plan_relearn
+from flows.requeue import requeue
 from flows.watch import watch
 from infra.branches import Branches
 from infra.log_batches import put_rows
@@ -240,7 +241,9 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     assert [info.key for info in store.list()] == before
     result = delete("beds", accept_lost=True)
     assert champion().version == "1" and moves()[3:] == [("rolled back", "1")]
-    assert find_left_behind("l") == (), "what learned from deleted rows cannot be learned again"
+    assert [each.version for each in find_left_behind("l")] == ["3"], "its own rows were not deleted"
+    kept = {info.key.split("/")[2]: info.key for info in store.list("adapters/l")}
+    assert kept[find_uri("3").split("/")[2]].endswith("findings.json") and find_uri("2").split("/")[2] not in kept
     assert result.attestation is not None and result.attestation.num_inputs == 7, "its test rows"
     assert [(rows.file, rows.num_rows, rows.why) for rows in result.attestation.unknown] == [
         ("train.parquet", 25, "gone")
@@ -250,6 +253,9 @@ def test_what_cannot_be_learned_again_is_named_before_anything_starts(three_task
     shown = CliRunner().invoke(app, ["lineage", "branch", "l", "--json"])
     (known,) = json.loads(shown.stdout)
     assert known["end"]["attestation"] and known["branch"]["deleted"]["sha256"] == arrival
+    Path(gone).write_bytes((three_tasks / "cars.jsonl").read_bytes())  # it is found again
+    (learned,) = asyncio.run(requeue("l"))
+    assert (learned.status, learned.parent_version) == ("promoted", "1") and find_left_behind("l") == ()
 
 
 def test_a_lineage_that_would_have_nothing_left_is_refused(three_tasks: Path) -> None:

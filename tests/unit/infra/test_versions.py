@@ -281,6 +281,16 @@ def test_a_rollout_has_its_alias_while_it_runs(store: FileStore) -> None:
     assert "2" not in names(store) and standings(store)[1] == "rejected by its rollout"
 
 
+def test_a_version_is_approved_only_if_a_person_did_it(store: FileStore) -> None:
+    """Gates name their run, and a branch its number."""
+    for number in (1, 2, 3):
+        put_version(store, version(number, accepted=True))
+    move(store, "1", run=run_key(1))
+    move(store, "2", branch=1)
+    move(store, "3")
+    assert [each.approval for each in Versions(store).all("l")] == [None, None, "given"]
+
+
 def test_a_version_descends_from_its_parents() -> None:
     line = (version(1), version(2, 1), version(3, 1), version(4, 3))
     assert [each.version for each in descent(line, line[3])] == ["4", "3", "1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from tasks.context import current_store
 from tasks.lineage.history import rejected_by_person
 from tasks.lineage.promotion import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.promotion import left_behind as left_behind_by
+from tasks.lineage.tombstones import Tombstone, put_tombstone
 from tasks.references import DatasetRef
 from tests.stored_versions import move, put_version, version
 
@@ -124,6 +126,25 @@ def test_a_version_that_awaited_approval_while_the_champion_moved_is_left_behind
     assert left_behind() == ["2"]
     put(4, 3, needs_approval=True, dataset_sha256=second.dataset_sha256)
     assert left_behind() == [], "it can be promoted"
+
+
+def test_an_arrival_stays_left_behind_when_its_adapter_is_gone_and_drops_out_when_its_rows_were_deleted(
+    home: Path,
+) -> None:
+    store = current_store()
+    for number in (1, 2, 3):
+        put(number, number - 1 or None)
+        move(store, str(number))
+    remade = put(4, 1, branch=1, remakes="3", dataset_sha256=f"{3:064d}")
+    assert remade.standing == "in a branch"
+    move(store, "4", branch=1)
+    for number in ("2", "3"):
+        Versions(store).note_removed("l", number, "2030-01-01")
+    assert left_behind() == ["2"], "nobody has deleted its rows"
+    put_tombstone(store, Tombstone(task="bank", sha256=f"{2:064d}", reason="", at=datetime.now(UTC)))
+    assert left_behind() == []
+    move(store, "1", "rolled back")
+    assert left_behind() == ["4"], "it has been swapped in, so it may come back"
 
 
 def test_an_arrival_whose_version_is_tried_on_live_traffic_is_not_left_behind(home: Path) -> None:
