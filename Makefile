@@ -89,8 +89,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "The venv module is missing; on Debian and Ubuntu install python3-venv." >&2; exit 1; }
 	$(BIN)/python -m pip install --upgrade pip
 
-$(VENV)/.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable .
+$(VENV)/.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python

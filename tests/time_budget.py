@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-STACKS = ("test_up.py", "test_up_at_length.py", "test_closed_loop.py")
+STACKS = ("test_up.py", "test_up_at_length.py", "test_closed_loop.py", "test_containers.py")
 """Files whose tests start a whole stack of servers."""
 SHARING = "test_real_engine.py"
 """A file whose tests share a server that takes a minute to start: one process takes them all."""

@@ -1,7 +1,8 @@
 # MLflow's server with PostgreSQL, S3 and basic auth, which MLflow's own image does not have.
 FROM python:3.11.17-slim-trixie
 ENV PIP_NO_CACHE_DIR=1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
-RUN pip install "mlflow[auth]>=3.17,<3.18" "psycopg2-binary>=2.9,<3" "boto3>=1.36" \
+COPY constraints.txt /tmp/
+RUN pip install --constraint /tmp/constraints.txt "mlflow[auth]" psycopg2-binary boto3 \
     && groupadd --gid 10001 mlflow && useradd --uid 10001 --gid mlflow --create-home mlflow
 USER mlflow
 WORKDIR /home/mlflow

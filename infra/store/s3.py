@@ -1,13 +1,9 @@
-"""S3, of Amazon or another server: the object store in a bucket, and the queue of the bucket's events.
-
-`python -m infra.store.s3 NAME ...` makes buckets on the server that DEAL_S3_* names; compose.yaml begins with it.
-"""
+"""S3, of Amazon or another server: the object store in a bucket, and the queue of the bucket's events."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -337,9 +333,3 @@ def open_landing_queue(settings: LandingSettings | None = None) -> LandingQueue 
     except ConfigError as error:  # for example without a region
         logger.error("The queue cannot be used: %s; check DEAL_S3_REGION. The inbox is read without it.", error)
         return None
-
-
-if __name__ == "__main__":
-    client = make_client(StoreSettings())
-    for name in {*sys.argv[1:]} - {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
-        client.create_bucket(Bucket=name)

@@ -72,7 +72,8 @@ class ModelRegistry:
             try:
                 model = self._client.get_registered_model(lineage)
             except MlflowException as absent:
-                if absent.error_code != "RESOURCE_DOES_NOT_EXIST":
+                # MLflow's basic auth does not tell a user without rights whether there is such a model
+                if absent.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
                     raise
                 model = self._client.create_registered_model(lineage, tags=OWNER, description=DESCRIPTION)
             if not OWNER.items() <= model.tags.items():

@@ -22,14 +22,22 @@ from typer.main import get_command
 
 from flows.cli.app import app
 from flows.server.deploy import require_values, variables_of
-from infra.settings import StoreSettings
-from infra.store.s3 import make_client
-from tests.s3 import ThreadedMotoServer
 
 INFRA = Path(__file__).parents[3] / "infra"
 COMPOSE = INFRA / "docker" / "compose.yaml"
-MANIFESTS = ("base/deal.yaml", "serve/serve.yaml", "prefect-home.yaml", "secrets.example.yaml")
-KINDS_OF_PODS = ("Deployment", "StatefulSet", "Job")
+COMPOSE_GPU = INFRA / "docker" / "compose.gpu.yaml"
+PARTS = ("base/deal.yaml", "front/front.yaml", "engine/engine.yaml")
+MANIFESTS = (*PARTS, "prefect-home.yaml", "secrets.example.yaml")
+KINDS_OF_PODS = ("Deployment", "StatefulSet")
+SECRET = re.compile(r"<(\w+)>")
+"""A value by which the tests see where a secret goes."""
+NO_SECRETS = {"DEAL_SERVE_BASE", "MLFLOW_ADMIN_USERNAME", "MLFLOW_WORKER_USERNAME"}
+needs_compose = pytest.mark.skipif(
+    shutil.which("docker") is None
+    or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode != 0,
+    reason="Docker Compose is not installed (apt-get install docker-cli docker-compose)",
+)
+needs_kustomize = pytest.mark.skipif(shutil.which("kustomize") is None, reason="kustomize is not installed")
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -41,8 +49,28 @@ def named(name: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def pods() -> list[dict[str, Any]]:
-    both = [*documents("base/deal.yaml"), *documents("serve/serve.yaml")]
-    return [each["spec"]["template"]["spec"] for each in both if each["kind"] in KINDS_OF_PODS]
+    parts = [document for name in PARTS for document in documents(name)]
+    return [each["spec"]["template"]["spec"] for each in parts if each["kind"] in KINDS_OF_PODS]
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod.get("initContainers", ()), *pod["containers"]]
+
+
+def built(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What kustomize makes of a folder."""
+    done = subprocess.run(["kustomize", "build", str(folder)], capture_output=True, text=True, check=True)
+    return {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(done.stdout)}
+
+
+def overlay(tmp_path: Path, *components: str) -> Path:
+    """An overlay of the base with these components."""
+    shutil.copytree(INFRA / "kubernetes", tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "overlay"
+    folder.mkdir()
+    content = {"resources": ["../base"], "components": [f"../{name}" for name in components]}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    return folder
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -52,11 +80,11 @@ def test_kubernetes_takes_the_manifests(name: str) -> None:
 
 
 def test_every_container_is_given_a_command_that_there_is() -> None:
-    given = [container["args"] for pod in pods() for container in pod["containers"]]
-    services = yaml.safe_load(COMPOSE.read_text())["services"].values()
+    given = [container["args"] for pod in pods() for container in containers(pod)]
+    services = [service for file in (COMPOSE, COMPOSE_GPU) for service in services_of(file).values()]
     given += [shlex.split(service["command"]) for service in services if isinstance(service.get("command"), str)]
     commands = [words[1:] for words in given if words[0] == "deal"]
-    assert sorted(words[0] for words in commands) == ["serve", "serve", "server", "server"]
+    assert sorted(words[0] for words in commands) == ["serve", "serve", "serve", "server", "server"]
     for words in commands:
         command = get_command(app)
         while hasattr(command, "commands"):
@@ -64,18 +92,16 @@ def test_every_container_is_given_a_command_that_there_is() -> None:
         command.make_context("deal", words)  # raises UsageError
 
 
-@pytest.mark.skipif(shutil.which("kustomize") is None, reason="kustomize is not installed")
+@needs_kustomize
 def test_an_overlay_changes_images_and_sizes_and_nothing_else() -> None:
-    folder = INFRA / "kubernetes" / "overlay.example"
-    done = subprocess.run(["kustomize", "build", str(folder)], capture_output=True, text=True, check=True)
-    made = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(done.stdout)}
-    expected = {(each["kind"], each["metadata"]["name"]): each for each in documents("base/deal.yaml")}
+    made, expected = built(INFRA / "kubernetes" / "overlay.example"), named("base/deal.yaml")
     for name, document in made.items():
         kubernetes_validate.validate(document, "1.32", strict=True)
         if "template" in document.get("spec", {}):
-            (theirs,), (ours,) = (pod["spec"]["template"]["spec"]["containers"] for pod in (document, expected[name]))
-            assert theirs["image"] == "registry.example.com/deal-worker:cpu-0.4.0"
-            theirs["image"] = ours["image"]
+            both = (containers(pod["spec"]["template"]["spec"]) for pod in (document, expected[name]))
+            for theirs, ours in zip(*both, strict=True):
+                assert theirs["image"] == "registry.example.com/deal-worker:cpu-0.4.0"
+                theirs["image"] = ours["image"]
     claim = made["PersistentVolumeClaim", "deal-home"]["spec"]
     assert (claim.pop("storageClassName"), claim["resources"]["requests"]["storage"]) == ("shared-files", "1Ti")
     claim["resources"]["requests"]["storage"] = "200Gi"
@@ -91,19 +117,20 @@ def test_an_overlay_changes_images_and_sizes_and_nothing_else() -> None:
 
 
 def test_pods_have_no_more_rights_than_the_namespace_allows() -> None:
-    assert len(pods()) == 5
+    assert len(pods()) == 4
     for pod in pods():
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in pod["containers"]:
+        for container in containers(pod):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
             assert {"requests", "limits"} <= container["resources"].keys()
 
 
-def test_compose_fits_its_schema() -> None:
+@pytest.mark.parametrize("file", [COMPOSE, COMPOSE_GPU], ids=lambda file: file.name)
+def test_compose_fits_its_schema(file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE)],
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)],
         capture_output=True,
         text=True,
         check=False,
@@ -112,17 +139,18 @@ def test_compose_fits_its_schema() -> None:
 
 
 def test_no_service_of_compose_logs_without_end() -> None:
-    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    services = services_of(COMPOSE) | {"engine": services_of(COMPOSE_GPU)["engine"]}
     assert [name for name, service in services.items() if "max-size" not in service["logging"]["options"]] == []
 
 
 def test_compose_publishes_on_loopback_and_names_every_secret() -> None:
-    text = COMPOSE.read_text()
-    services = yaml.safe_load(text)["services"]
-    ports = [port for service in services.values() for port in service.get("ports", [])]
+    text = COMPOSE.read_text() + COMPOSE_GPU.read_text()
+    services = [*services_of(COMPOSE).values(), *services_of(COMPOSE_GPU).values()]
+    ports = [port for service in services for port in service.get("ports", [])]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
     optional = {"DEAL_POOL_TYPE", "PREFECT_UI_API_URL", "PREFECT_UI_URL", "TORCH_INDEX", "DEAL_LINEAGE", "HF_TOKEN"}
-    optional |= {"DEAL_LOG_PREDICTIONS", "DEAL_SERVE_GPU", "DEAL_SERVE_MAX_LORA_RANK"}
+    optional |= {"DEAL_LOG_PREDICTIONS", "DEAL_SERVE_GPU", "DEAL_TRAIN_GPU", "DEAL_SERVE_MAX_LORA_RANK"}
+    optional |= {"DEAL_WEBHOOK_URL", "DEAL_WEBHOOK_SECRET"}
     wanted = set(re.findall(r"(?<!\$)\$\{(\w+)", text)) - optional
     example = (INFRA / "docker" / "env.example").read_text()
     assert wanted == {line.split("=")[0] for line in example.splitlines() if "=" in line and not line.startswith("#")}
@@ -148,7 +176,7 @@ def test_images_get_what_they_copy_and_no_secret(tmp_path: Path) -> None:
 
 
 def test_prefects_server_removes_old_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    compose = yaml.safe_load(COMPOSE.read_text())["services"]["prefect"]["environment"]
+    compose = services_of(COMPOSE)["prefect"]["environment"]
     (values,) = documents("prefect-server-values.yaml")
     for environment in (compose, {each["name"]: each["value"] for each in values["server"]["env"]}):
         with monkeypatch.context() as patch:
@@ -182,8 +210,7 @@ def test_the_secrets_of_prefects_server_are_shown_with_the_keys_that_its_chart_r
 def test_no_secret_of_the_example_looks_as_if_it_could_stay() -> None:
     lines = (INFRA / "docker" / "env.example").read_text().splitlines()
     values = dict(line.split("=") for line in lines if line and not line.startswith("#"))
-    no_secrets = {"MLFLOW_ADMIN_USERNAME", "DEAL_SERVE_BASE"}
-    assert {name for name, value in values.items() if "change-me" not in value} == no_secrets
+    assert {name for name, value in values.items() if "change-me" not in value} == NO_SECRETS
     assert len(set(values.values())) == len(values)
 
 
@@ -194,8 +221,10 @@ def test_workers_wait_for_the_pool_that_the_deploy_makes() -> None:
         if each["kind"] == "Deployment"
         for container in each["spec"]["template"]["spec"]["containers"]
     ]
-    commands.append((INFRA / "docker" / "Dockerfile").read_text().partition("CMD")[2].split())
-    assert len(commands) == 3 and all("--no-create-pool-if-not-found" in command for command in commands)
+    commands.append(json.loads((INFRA / "docker" / "Dockerfile").read_text().partition("CMD")[2]))
+    commands.append(services_of(COMPOSE)["worker-cpu"]["command"].split())
+    assert [words[words.index("--pool") + 1] for words in commands] == ["deal-gpu", "deal-cpu"] * 2
+    assert all("--no-create-pool-if-not-found" in command for command in commands)
 
 
 def test_images_are_pinned_and_run_as_nobody_special() -> None:
@@ -203,7 +232,7 @@ def test_images_are_pinned_and_run_as_nobody_special() -> None:
         text = path.read_text()
         assert re.search(r"^FROM \S+:\d+\.\d+\.\d+\S*", text, re.MULTILINE), path
         assert re.search(r"^USER (?!root)\w+", text, re.MULTILINE), path
-    images = [service["image"] for service in yaml.safe_load(COMPOSE.read_text())["services"].values()]
+    images = [service["image"] for service in compose_services().values()]
     assert all(":" in image and not image.endswith(":latest") for image in images)
 
 
@@ -211,6 +240,9 @@ def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) 
     stand_in = tmp_path / "mlflow"
     stand_in.write_text('#!/bin/sh\necho "$@"\n')
     stand_in.chmod(0o755)
+    python = tmp_path / "python"  # the workers' user is made in the test of the containers
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
     names = ("BACKEND_STORE_URI", "AUTH_DATABASE_URI", "ADMIN_USERNAME", "ADMIN_PASSWORD", "ARTIFACTS_DESTINATION")
     environment = {f"MLFLOW_{name}": "secret-50%" for name in names}
     environment |= {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
@@ -232,35 +264,9 @@ def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) 
     assert start(environment).returncode != 0, "MLflow would take a file of its own"
 
 
-def test_the_buckets_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one-shot container runs at every start of the stack."""
-    service = yaml.safe_load(COMPOSE.read_text())["services"]["buckets"]
-    program, *arguments = service["command"].split()
-    assert program == "python" and arguments[-2:] == ["deal", "mlflow"] and service["restart"] == "no"
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"DEAL_S3_ACCESS_KEY_ID": "somebody", "DEAL_S3_SECRET_ACCESS_KEY": "secret"}
-    ours = {"DEAL_S3_ENDPOINT_URL": f"http://{host}:{port}", "DEAL_S3_REGION": "us-east-1", **keys}
-    assert ours.keys() <= service["environment"].keys()
-    for name, value in ours.items():
-        monkeypatch.setenv(name, value)
-    try:
-        client = make_client(StoreSettings())
-        client.create_bucket(Bucket="mlflow")
-        client.put_object(Bucket="mlflow", Key="model", Body=b"kept")
-        before = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}  # all moto servers share their buckets
-        for _ in range(2):
-            subprocess.run([sys.executable, *arguments], cwd=INFRA.parent, check=True)
-        assert {bucket["Name"] for bucket in client.list_buckets()["Buckets"]} == {*before, "deal"}
-        assert client.get_object(Bucket="mlflow", Key="model")["Body"].read() == b"kept"
-    finally:
-        server.stop()
-
-
 def test_no_image_of_compose_is_one_that_is_gone() -> None:
-    compose = yaml.safe_load(COMPOSE.read_text())
-    pulled = {service["image"] for service in compose["services"].values() if "build" not in service}
+    services = compose_services().values()
+    pulled = {service["image"] for service in services} - {each["image"] for each in services if "build" in each}
     for path in (INFRA / "docker").glob("*ockerfile"):
         pulled |= set(re.findall(r"^FROM (\S+)", path.read_text(), re.MULTILINE))
     assert not [image for image in pulled if image.startswith("minio/")]
@@ -276,13 +282,113 @@ def test_the_store_has_no_key_that_all_know_and_keeps_its_rows() -> None:
     }
     (mount,) = store["volumes"]
     assert mount.split(":") == ["store", store["environment"]["RUSTFS_VOLUMES"]] and "store" in volumes
-    for name in ("buckets", "mlflow", "worker-cpu"):
-        text = json.dumps(compose["services"][name]["environment"])
-        assert "http://store:9000" in text and "STORE_SECRET_KEY" in text
+
+
+def services_of(file: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(file.read_text())["services"])
 
 
 def compose_services() -> dict[str, Any]:
-    return dict(yaml.safe_load(COMPOSE.read_text())["services"])
+    """The services of both files. Of one that stands in both, environments are merged, and other values replaced."""
+    services = services_of(COMPOSE)
+    for name, added in services_of(COMPOSE_GPU).items():
+        before = services.get(name, {})
+        merged = {"environment": {**before.get("environment", {}), **added.get("environment", {})}}
+        services[name] = {**before, **added, **merged}
+    return services
+
+
+STORE = {"STORE_WORKER_ACCESS_KEY", "STORE_WORKER_SECRET_KEY"}
+FRONT = {"STORE_FRONT_ACCESS_KEY", "STORE_FRONT_SECRET_KEY", "DEAL_SERVE_API_KEY", "HF_TOKEN"}
+WORKER = {*STORE, "PREFECT_AUTH", "MLFLOW_WORKER_PASSWORD", "HF_TOKEN", "DEAL_WEBHOOK_URL", "DEAL_WEBHOOK_SECRET"}
+SECRETS_OF_SERVICES = {
+    "postgres": {"POSTGRES_PASSWORD"},
+    "store": {"STORE_ACCESS_KEY", "STORE_SECRET_KEY"},
+    "buckets": {
+        f"STORE_{user}{key}" for user in ("", "WORKER_", "FRONT_", "MLFLOW_") for key in ("ACCESS_KEY", "SECRET_KEY")
+    },
+    "prefect": {"POSTGRES_PASSWORD", "PREFECT_AUTH"},
+    "mlflow": {
+        "POSTGRES_PASSWORD",
+        "STORE_MLFLOW_ACCESS_KEY",
+        "STORE_MLFLOW_SECRET_KEY",
+        "MLFLOW_ADMIN_PASSWORD",
+        "MLFLOW_WORKER_PASSWORD",
+        "MLFLOW_SECRET_KEY",
+    },
+    "deploy": {*STORE, "PREFECT_AUTH"},
+    "worker-cpu": WORKER,
+    "worker-gpu": WORKER,
+    "front": FRONT,
+}
+
+
+@needs_compose
+@pytest.mark.parametrize("files", [(COMPOSE,), (COMPOSE, COMPOSE_GPU)], ids=["cpu", "gpu"])
+def test_each_service_of_compose_has_the_secrets_that_it_needs_alone(files: tuple[Path, ...], tmp_path: Path) -> None:
+    example = (INFRA / "docker" / "env.example").read_text()
+    names = {*re.findall(r"^(\w+)=", example, re.MULTILINE)} - NO_SECRETS
+    names |= {"HF_TOKEN", "DEAL_WEBHOOK_URL", "DEAL_WEBHOOK_SECRET"}
+    environment = tmp_path / "env"
+    environment.write_text(
+        "".join([*(f"{name}=<{name}>\n" for name in names), *(f"{name}=x\n" for name in NO_SECRETS)])
+    )
+    arguments = [word for file in files for word in ("--file", str(file))]
+    command = ["docker", "compose", "--env-file", str(environment), *arguments, "--profile", "serve", "config"]
+    done = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, check=True)
+    text = {name: json.dumps(each, ensure_ascii=False) for name, each in json.loads(done.stdout)["services"].items()}
+    expected = dict(SECRETS_OF_SERVICES)
+    if COMPOSE_GPU in files:
+        expected |= {"front": {*FRONT, "DEAL_ENGINE_API_KEY"}, "engine": {"DEAL_ENGINE_API_KEY", "HF_TOKEN"}}
+    assert {name: {*SECRET.findall(each)} for name, each in text.items()} == expected
+
+
+@needs_kustomize
+def test_each_container_of_kubernetes_has_the_secrets_that_it_needs_alone(tmp_path: Path) -> None:
+    shown = {each["metadata"]["name"]: {*each["stringData"]} for each in documents("secrets.example.yaml")}
+
+    def secrets_of(container: dict[str, Any]) -> set[tuple[str, str]]:
+        whole = [each["secretRef"]["name"] for each in container.get("envFrom", ()) if "secretRef" in each]
+        pairs = [(name, key) for name in whole for key in shown[name]]
+        parts = [each.get("valueFrom", {}).get("secretKeyRef") for each in container.get("env", ())]
+        return {*pairs, *((part["name"], part["key"]) for part in parts if part)}
+
+    def listed(secret: str, keys: set[str]) -> set[tuple[str, str]]:
+        return {(secret, key) for key in keys}
+
+    store = {"DEAL_STORE_URI", "DEAL_S3_REGION", "DEAL_S3_ACCESS_KEY_ID", "DEAL_S3_SECRET_ACCESS_KEY"}
+    launcher = {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"}
+    tracking = {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}
+    others = {"PREFECT_UI_URL", "DEAL_LANDING_QUEUE_URL", "HF_TOKEN", "DEAL_WEBHOOK_URL", "DEAL_WEBHOOK_SECRET"}
+    worker = listed("deal-secrets", {*store, *launcher, *tracking, *others})
+    front = listed("deal-front", {*store, "DEAL_SERVE_API_KEY", "HF_TOKEN"})
+    engine_key = listed("deal-engine", {"DEAL_ENGINE_API_KEY"})
+    expected = {
+        ("worker-gpu", "worker"): listed("deal-secrets", launcher),
+        ("worker-cpu", "register"): worker,
+        ("worker-cpu", "worker"): worker,
+        ("front", "front"): front,
+    }
+    for components in (("front",), ("front", "engine")):
+        made = built(overlay(tmp_path / "-".join(components), *components))
+        found = {
+            (name, container["name"]): secrets_of(container)
+            for (kind, name), document in made.items()
+            if kind in KINDS_OF_PODS
+            for container in containers(document["spec"]["template"]["spec"])
+        }
+        if "engine" in components:
+            expected["front", "front"] = front | engine_key
+            expected["engine", "engine"] = engine_key | listed("deal-engine", {"HF_TOKEN"})
+        assert found == expected
+
+
+def test_a_front_without_an_engine_answers_itself() -> None:
+    made = named("front/front.yaml")
+    (front,) = made["Deployment", "front"]["spec"]["template"]["spec"]["containers"]
+    text = json.dumps([front, *made.values()])
+    assert "ENGINE" not in text and "engine-adapters" not in text
+    assert "--engine" not in services_of(COMPOSE)["front"]["command"] and "engine" not in services_of(COMPOSE)
 
 
 def test_a_stack_without_the_profile_starts_as_before() -> None:
@@ -304,31 +410,34 @@ def test_only_the_front_reaches_the_engine_of_compose() -> None:
     services = compose_services()
     engine, front = services["engine"], services["front"]
     assert "ports" not in engine and engine["networks"] == ["engine"]
-    assert [name for name, service in services.items() if "engine" in service.get("networks", [])] == [
-        "front",
-        "engine",
-    ]
+    reaching = [name for name, service in services.items() if "engine" in service.get("networks", [])]
+    assert reaching == ["front", "engine"]
     assert engine["environment"]["VLLM_API_KEY"] == front["environment"]["DEAL_ENGINE_API_KEY"]
     assert "--engine http://engine:8000" in front["command"] and "--port=8000" in engine["command"]
     for service in (engine, front):
         assert service["restart"] == "unless-stopped" and "test" in service["healthcheck"]
         assert "memory" in service["deploy"]["resources"]["limits"]
-    secrets = {name for name in front["environment"] if "MLFLOW" in name or "PREFECT" in name}
-    assert secrets == set(), "the front needs the store alone"
+    others = {"serve", "engine"}
+    assert {name for name, service in services.items() if others & {*service.get("networks", ())}} == {
+        "front",
+        "engine",
+        "store",
+    }, "the front reaches the store and the engine alone"
 
 
 def test_the_engine_of_compose_reads_adapters_where_the_front_writes_them() -> None:
     services = compose_services()
-    (home,) = services["front"]["volumes"]
+    (home,) = services["worker-gpu"]["volumes"]
     source, _, target = home.partition(":")
     dockerfile = (INFRA / "docker" / "Dockerfile").read_text()
     assert f"DEAL_HOME={target} DEAL_CACHE_DIR={target}/cache" in dockerfile
     made = re.findall(r"^.*install --directory.*$", dockerfile, re.MULTILINE)[0].split()
-    mounts = {mount["target"]: mount for mount in services["engine"]["volumes"] if isinstance(mount, dict)}
-    assert set(mounts) == {f"{target}/engine-adapters", f"{target}/cache"}, "the default of DEAL_ENGINE_ADAPTER_DIR"
-    for path, mount in mounts.items():
-        assert (mount["source"], mount["read_only"]) == (source, True)
-        assert f"{target}/{mount['volume']['subpath']}" == path and path in made, "a part that is missing is no mount"
+    for name in ("front", "engine"):
+        mounts = {mount["target"]: mount for mount in services[name]["volumes"] if isinstance(mount, dict)}
+        assert set(mounts) == {f"{target}/engine-adapters", f"{target}/cache"}, "the default of DEAL_ENGINE_ADAPTER_DIR"
+        for path, mount in mounts.items():
+            assert (mount["source"], mount.get("read_only", False)) == (source, name == "engine")
+            assert f"{target}/{mount['volume']['subpath']}" == path and path in made, "a missing part is no mount"
     assert "front" in services["engine"]["depends_on"], "the image of the front makes these folders"
 
 
@@ -370,9 +479,9 @@ def test_the_engine_of_compose_starts_with_a_key_and_a_base_model_alone(tmp_path
 
 
 def test_the_front_of_kubernetes_reaches_every_engine_and_nobody_else_does() -> None:
-    made = named("serve/serve.yaml")
+    made = named("engine/engine.yaml") | named("front/front.yaml")
     engine, front = made["StatefulSet", "engine"]["spec"], made["Deployment", "front"]["spec"]
-    values = made["ConfigMap", "deal-serve"]["data"]
+    values = made["ConfigMap", "deal-engine"]["data"]
     service = made["Service", "engine"]
     port = service["spec"]["ports"][0]["port"]
     name = service["metadata"]["name"]
@@ -388,8 +497,9 @@ def test_the_front_of_kubernetes_reaches_every_engine_and_nobody_else_does() -> 
     assert f"--port={port}" in engine["template"]["spec"]["containers"][0]["args"]
 
 
-def test_the_engines_of_kubernetes_read_adapters_where_the_front_writes_them() -> None:
-    made = named("serve/serve.yaml")
+@needs_kustomize
+def test_the_engines_of_kubernetes_read_adapters_where_the_front_writes_them(tmp_path: Path) -> None:
+    made = built(overlay(tmp_path, "front", "engine"))
     mounted = {}
     for kind, name in (("StatefulSet", "engine"), ("Deployment", "front")):
         pod = made[kind, name]["spec"]["template"]["spec"]
@@ -407,25 +517,16 @@ def test_the_engines_of_kubernetes_read_adapters_where_the_front_writes_them() -
     assert made["PersistentVolumeClaim", "engine-adapters"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-def test_the_front_of_kubernetes_has_its_secrets_and_answers_its_probes() -> None:
-    made, secret = named("serve/serve.yaml"), named("secrets.example.yaml")["Secret", "deal-serve"]["stringData"]
-    (engine,) = made["StatefulSet", "engine"]["spec"]["template"]["spec"]["containers"]
-    (front,) = made["Deployment", "front"]["spec"]["template"]["spec"]["containers"]
-    keys = {}
-    for container in (engine, front):
-        for each in container["env"]:
-            if "secretKeyRef" in each.get("valueFrom", {}):
-                assert each["valueFrom"]["secretKeyRef"]["name"] == "deal-serve"
-                keys[each["name"]] = each["valueFrom"]["secretKeyRef"]["key"]
-    assert keys["VLLM_API_KEY"] == keys["DEAL_ENGINE_API_KEY"] == "DEAL_ENGINE_API_KEY"
-    assert set(keys.values()) == secret.keys()
+def test_front_and_engine_of_kubernetes_answer_their_probes() -> None:
+    (engine,) = named("engine/engine.yaml")["StatefulSet", "engine"]["spec"]["template"]["spec"]["containers"]
+    (front,) = named("front/front.yaml")["Deployment", "front"]["spec"]["template"]["spec"]["containers"]
     for name in ("startupProbe", "livenessProbe", "readinessProbe"):
         asked = front[name]["httpGet"]
         assert asked["path"] == "/health" and asked["httpHeaders"] == [{"name": "Host", "value": "localhost"}]
         assert engine[name]["httpGet"]["path"] == "/health"
 
 
-@pytest.mark.skipif(shutil.which("kustomize") is None, reason="kustomize is not installed")
+@needs_kustomize
 def test_the_lines_of_the_overlay_add_front_and_engines(tmp_path: Path) -> None:
     folder = tmp_path / "kubernetes"
     shutil.copytree(INFRA / "kubernetes", folder)
@@ -433,21 +534,20 @@ def test_the_lines_of_the_overlay_add_front_and_engines(tmp_path: Path) -> None:
     text, _, added = file.read_text().partition("# For deal serve")
     _, component, *patches = [line.removeprefix("# ") for line in added.splitlines()]
     file.write_text("\n".join([text + "\n".join(patches), component, ""]))
-    done = subprocess.run(["kustomize", "build", str(file.parent)], capture_output=True, text=True, check=True)
-    made = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(done.stdout)}
+    made = built(file.parent)
     for document in made.values():
         kubernetes_validate.validate(document, "1.32", strict=True)
-    assert made.keys() == named("base/deal.yaml").keys() | named("serve/serve.yaml").keys()
+    assert made.keys() == {key for name in PARTS for key in named(name)}
     (front,) = made["Deployment", "front"]["spec"]["template"]["spec"]["containers"]
     assert front["image"] == "registry.example.com/deal-worker:cpu-0.4.0"
     replicas = made["StatefulSet", "engine"]["spec"]["replicas"]
     addresses = [f"http://engine-{number}.engine:8000" for number in range(replicas)]
-    assert replicas == 2 and made["ConfigMap", "deal-serve"]["data"]["DEAL_ENGINE_URL"].split() == addresses
+    assert replicas == 2 and made["ConfigMap", "deal-engine"]["data"]["DEAL_ENGINE_URL"].split() == addresses
 
 
 def test_docker_and_kubernetes_start_one_release_of_vllm_with_the_same_options() -> None:
     ours = compose_services()["engine"]
-    (theirs,) = named("serve/serve.yaml")["StatefulSet", "engine"]["spec"]["template"]["spec"]["containers"]
+    (theirs,) = named("engine/engine.yaml")["StatefulSet", "engine"]["spec"]["template"]["spec"]["containers"]
     assert ours["image"] == theirs["image"]
     assert ours["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
     assert {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "True"} in theirs["env"]

@@ -98,4 +98,4 @@ def test_docker_gets_its_gpus_and_shared_memory() -> None:
     made = configuration("docker", device_requests=[{**one, "Count": -1}], shm_size="8g")
     assert made.container_create_kwargs["device_requests"] == [{**one, "Count": -1}]
     assert made.container_create_kwargs["shm_size"] == "8g"
-    assert made.image == "deal-worker:gpu"
+    assert made.image == "deal-worker:local"
