@@ -114,12 +114,10 @@ def _ask(settings: StoreSettings, path: str, content: bytes) -> int:
     request = AWSRequest("PUT", client.meta.endpoint_url + path, data=content)
     key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
     credentials = (
-        Credentials(key.get_secret_value(), secret.get_secret_value())  # type: ignore[no-untyped-call]
-        if key and secret
-        else client._get_credentials()
+        Credentials(key.get_secret_value(), secret.get_secret_value()) if key and secret else client._get_credentials()
     )
-    S3SigV4Auth(credentials, "s3", client.meta.region_name).add_auth(request)  # type: ignore[no-untyped-call]
-    return int(URLLib3Session().send(request.prepare()).status_code)  # type: ignore[no-untyped-call]
+    S3SigV4Auth(credentials, "s3", client.meta.region_name).add_auth(request)
+    return int(URLLib3Session().send(request.prepare()).status_code)
 
 
 def main() -> None:
