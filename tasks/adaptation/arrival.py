@@ -36,7 +36,7 @@ from infra.versions import Version, Versions, descent
 from tasks.adaptation.run import RunInputs, jobs_of
 from tasks.context import current_store
 from tasks.data_files import local_files
-from tasks.landing import choose_schema, frozen_test_inputs
+from tasks.landing import choose_schema, frozen_tests
 from tasks.lineage.datasets import learned_inputs, read_manifest
 from tasks.lineage.frozen_rows import TestSet, first_rows, load_test_set, read_answers, read_test_rows
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
@@ -117,7 +117,7 @@ def _score(
         return None
     kind, labels = known.schema.format, {label_key(label) for label in known.schema.labels}
     assert kind != "auto", "a task that was learned has a format"
-    learned, tests = learned_inputs(store, line, name), frozen_test_inputs(store, record, known)
+    learned, tests = learned_inputs(store, line, name), frozen_tests(store, record, known).inputs
     digests = [stored_input_digest(kind, text) for text in table["input"].to_pylist()]
     is_asked = [
         digest not in learned and digest not in tests and (not labels or label_key(output) in labels)
