@@ -1,265 +1,550 @@
-"""Which memory of old tasks is best: run an arm of the comparison, or compare arms.
+"""Does `deal` beat replay of the same rows where few rows are kept, and what should it be made of?
 
-    python -m benchmarks.method.memory run --data TASKS --arm answers --arm both --order 1 --seed 100
-    python -m benchmarks.method.memory compare
+    python -m benchmarks.method.memory chain --data TASKS --order 1 --seed 102 --arm deal --kept 10
+    python -m benchmarks.method.memory fork --data TASKS --chain chain-1-102-deal-10 --arm replay --kept 5
+    python -m benchmarks.method.memory score
 
-Protocol: suite 9, its two orders, seeds 100 and 101, 150 training rows a task, development rows, the likeliest label as
-the answer. With --unused the last version also answers training rows 200 to 999, which no arm uses: less noise, and
-half an hour more. Every arm has the same rows, steps and rank. Versions are kept, so that what changes only the end of
-a chain needs no new chain.
+A chain learns the nine tasks of suite 9 one after another. It keeps every version in a folder, and a second call goes
+on where the first one stopped. A fork learns the last task again from the second last version of a chain, with another
+arm, another seed or another number of kept rows. Both score their versions and write one JSON file, a cell, of right
+and wrong answers and of the labels' log-probabilities. `score` makes the table from the cells; with --work it first
+scores what is trained and not yet scored.
 
-The rule, written before the first cell: an arm is adopted if its mean gain over the judged tasks is at least LEAST_GAIN
-points and the 80 % t-interval over at least FEWEST_PAIRS pairs of cells lies above 0, what is learned is not lower by
-more than MOST_UNLEARNED points, and no task ends lower by more than MOST_LOST points. After one pair that is worse in
-accuracy and in negative log-likelihood, an arm is given up. Both cells of a pair run on one kind of processor.
+Protocol: 150 training rows a task, three passes, rank 16. The answer is the likeliest label. The mean is over the seven
+tasks that this small model can learn (JUDGED). Kept rows of a task are nested: the ten that a chain keeps are the first
+ten of its 38, so a fork is given the rows that its chain would have kept. Nothing is ever scored on the reported rows.
+
+| part | rows of a task | scored | used by |
+|---|---|---|---|
+| dev | the first 200 test rows | the new task right after it was learned; all judged tasks in the end | E, A, C |
+| unused | training rows 200 to 699 | judged tasks in the end | E, A, C |
+| fresh | training rows 700 to 999 | judged tasks in the end | B, so that B's rows have chosen nothing |
+
+Primary figure: accuracy in the end. Further ones: re-centred accuracy (every label answered as often as it occurs), TB
+(negative log-likelihood of the right label after a temperature and a bias per label, fitted on the other half of a
+task's rows), accuracy right after a task was learned, the newest task, and the perplexity of other English as a
+multiple of the base model's. Two cells are compared only if they ran on one kind of processor.
+
+Stages and rules, written before the first run. Seeds begin with 102.
+
+E, first: `deal` and `replay` with 10 kept rows, full chains of orders 1 and 2. Replay with no kept rows is plain LoRA.
+    The other numbers, 0, 5, 20 and 38, are forks of the last task, with the arms `deal`, `deal-labels`, `free`,
+    `free-labels` and `replay`. A fork starts from the chain of its own method and, for a pair on one parent, from the
+    other's. Rule: the default is the fewest rows at which `deal` is within 1.0 points of itself with 38 rows and ahead
+    of replay of the same rows.
+F, second: three tasks of SuperNI with free answers: `deal`, `free`, replay of the parent's own answers that pass the
+    metric, and `replay`. Rule: the best in the end is the default for free text, if its perplexity stays below 1.5.
+A: replay chains of both orders with their versions kept, for slow published weights at 0.9 alone. Rule: they go on only
+    if they gain 0.5 points and 0.007 nats of TB on both orders.
+C: forks of the last task from both parents: the same arm with two other seeds (A/A), then one fork a parent of `free`,
+    `free-labels`, `replay-slow`, closing steps, labels in turn, the new task's loss over its own labels, stopping
+    early, one task a step, and two rehearsed rows a step. Rules: with a standard deviation of A/A above 1.2 points,
+    forks say nothing. If `deal` and `replay-slow` learn alike, with alike likelihood and perplexity, the core is a step
+    size. The best of the others goes on if its TB is better by 0.007 on both parents.
+B: five pairs of chains, order and seed (2, 5), (1, 6), (2, 6), (1, 7) and (2, 7), of the winner and replay at the
+    default's number of rows, and retraining for seeds 6 and 7. Adopted: mean gain at least 1.0, the 80 % t-interval
+    above 0, the newest judged task not lower by more than 2, no task lower by more than 4, perplexity not above
+    replay's. "Ahead": the 95 % t-interval over all five pairs lies above 0. Given up after two pairs if accuracy and TB
+    are both worse.
+D: the same orders through the gate: ours, replay, and retraining on the tasks that were let in.
+
+Shapes: N rows, L labels.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import shutil
+import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
+from scipy.optimize import minimize
+from scipy.special import log_softmax
 
-from benchmarks.cells import benchmark_cell
-from benchmarks.method import one_memory
-from benchmarks.method.pairs import LEAST_GAIN, over_cells
+import benchmarks
 from benchmarks.output import RESULTS
-from benchmarks.stored_cells import read_stored_cells, unpack_answers
-from benchmarks.tables import JUDGED, matched
+from benchmarks.tables import JUDGED
+from deal_core.adapter.files import ADAPTER_FILES, METHOD_TENSORS_FILE
+from deal_core.adapter.state import adapter_on, load_method_state
+from deal_core.base_model.device import describe_machine
+from deal_core.base_model.load import BaseModel
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.suites import name_of, order_of
-from deal_core.benchmark.summary import CellJson, final_scores, row_scores
-from deal_core.evaluation.label_scores import recentred_hits
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.data.collate import encode_rows
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.general_ability import perplexity
+from deal_core.evaluation.label_scores import Floats, label_scores, recentred_hits
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
+from deal_core.regular_file import complete_file
+from deal_core.strategies.kept_rows import choose_rows, pack, rows_name
+from deal_core.strategies.rehearsal import RehearsedRow
+from deal_core.training.train import TrainingSetup, train_adapter
 from tasks.adaptation.run import identify_base
-from tasks.benchmark import make_cell_file
+from tasks.base import lend_base
 
 CELLS = RESULTS / "memory"
-SUITE, NUM_ROWS = "9", 150
-FEWEST_PAIRS, MOST_UNLEARNED, MOST_LOST = 3, 0.5, 4.0
-OPTIONS: dict[str, dict[str, Any]] = {
-    # Experiment 1: labels and answers on the same 50 rows, which the task was not trained on.
-    "answers": {},
-    "both": {"beta": 0.5},
-    "labels": {"beta": 1.0},
-    # The same with rows that the task was trained on: a quarter of 150.
-    "learned-answers": {},
-    "learned-both": {"beta": 0.5},
-    "learned-labels": {"beta": 1.0},
-    # Experiment 2: closing steps after the training, on new and old rows alike; all layers, or the last four.
-    "both-closing-25": {"beta": 0.5, "closing_steps": 25},
-    "both-closing-50": {"beta": 0.5, "closing_steps": 50},
-    "both-closing-25-top": {"beta": 0.5, "closing_steps": 25, "closing_layers": 4},
-    "learned-both-closing-25": {"beta": 0.5, "closing_steps": 25},
-    # Experiment 3: few rehearsed rows while the new task is learned, more at the end; old tasks weigh more when many.
-    "both-ramp": {"beta": 0.5, "ramp": True},
-    "both-root": {"beta": 0.5, "root_weight": True},
-    "both-ramp-root": {"beta": 0.5, "ramp": True, "root_weight": True},
-    "learned-both-ramp": {"beta": 0.5, "ramp": True},
-    # Experiment 4: more rehearsed rows when there are many old tasks.
-    "both-late-8": {"beta": 0.5, "late_per_step": 8},
-    "both-8": {"beta": 0.5, "per_step": 8},
-    "learned-both-8": {"beta": 0.5, "per_step": 8},
+ORDERS = {
+    "1": ("yelp", "amazon", "MNLI", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo", "BoolQA"),
+    "2": ("BoolQA", "yahoo", "agnews", "dbpedia", "SST-2", "IMDB", "MNLI", "amazon", "yelp"),
 }
-"""Arm → the options of the strategy `one_memory`, if its name begins with learned, else of `one_memory_unused`."""
-STRATEGIES: dict[str, tuple[str, MethodConfig]] = {
-    # Today's default, which learned-both has become.
-    "deal": ("deal", MethodConfig()),
-    # Experiment 9, written after the first pair: whether it is the core that costs 1.7 points of what is learned.
-    "deal-free": ("deal", MethodConfig(deal=DealConfig(core="free"))),
-    "plain": ("seq_lora", MethodConfig()),
-    "joint": ("joint", MethodConfig()),
-    # Experiment 5: replay, tuned as hard. Its rows are a quarter of the 150, every label in its share.
-    "replay-4": ("replay", MethodConfig()),
-    "replay-4-half": ("weighted_replay", MethodConfig(strategy_options={"weight": 0.5})),
-    "replay-8": ("replay", MethodConfig(rehearsal=RehearsalConfig(per_step=8))),
-}
-"""Arm → its strategy and settings."""
-ARMS = {
-    **{
-        name: (
-            one_memory.OneMemory.name if name.startswith("learned") else one_memory.OneMemoryUnused.name,
-            MethodConfig(strategy_options=options),
-        )
-        for name, options in OPTIONS.items()
-    },
-    **STRATEGIES,
-}
+"""The two orders of suite 9."""
+NUM_ROWS = 150
+PARTS = {"dev": ("test", 0, 200), "unused": ("train", 200, 700), "fresh": ("train", 700, 1000)}
+"""Part of the scored rows → the file it is from, its first row, and the row after its last one."""
+VERSION_FILE = "version.json"
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ends:
-    """The figures of one cell, in percent, by judged task.
+class Arm:
+    """A way of learning: a strategy, its core, and the learning rate if it is not the default."""
 
-    Attributes:
-        learned: Accuracy right after the task was learned, on its test rows.
-        end: Accuracy of the last version, on test rows and unused rows.
-        recentred: The same after subtracting a bias per label.
-        nll: Negative log-likelihood of the right label, in nats, of the last version.
-        hits: 0 or 1 for each row of `end`.
-    """
-
-    learned: Mapping[str, float]
-    end: Mapping[str, float]
-    recentred: Mapping[str, float]
-    nll: Mapping[str, float]
-    hits: Mapping[str, Sequence[float]]
+    strategy: str
+    core: DealConfig = field(default_factory=DealConfig)
+    learning_rate: float | None = None
 
 
-def ends_of(cell: CellJson) -> Ends:
-    """Return the figures of a cell over the judged tasks."""
-    learned = {
-        version["task"]: 100 * fmean(row_scores(version["scores"][version["task"]]))
-        for version in cell["versions"]
-        if version["task"] in JUDGED
-    }
-    hits, recentred, nll = {}, {}, {}
-    for name in JUDGED:
-        parts = [scores[name] for scores in (final_scores(cell), cell.get("unused", {})) if name in scores]
-        answers = [each for part in parts if (each := unpack_answers(part)) is not None]
-        log_probs_NL = np.concatenate([each.log_probs_NL for each in answers])
-        targets_N = np.concatenate([each.targets_N for each in answers])
-        hits[name] = [score for part in parts for score in row_scores(part)]
-        recentred[name] = 100 * float(np.mean(recentred_hits(log_probs_NL, targets_N)))
-        nll[name] = float(-log_probs_NL[np.arange(len(targets_N)), targets_N].mean())
-    return Ends(
-        learned=learned,
-        end={name: 100 * fmean(each) for name, each in hits.items()},
-        recentred=recentred,
-        nll=nll,
-        hits=hits,
-    )
+ARMS = {
+    "replay": Arm(strategy="replay"),
+    "deal": Arm(strategy="deal"),
+    "deal-labels": Arm(strategy="deal_labels"),  # β 1: the right labels alone, in place of halves
+    "free": Arm(strategy="deal", core=DealConfig(core="free")),
+    "free-labels": Arm(strategy="deal_labels", core=DealConfig(core="free")),
+    "replay-slow": Arm(strategy="replay", learning_rate=6e-4),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two cells of one order, seed and kind of processor, and the differences of their figures: arm minus base."""
+class Task:
+    """A task of the benchmark with its rows, columns input and output."""
 
-    order: str
+    schema: TaskSchema
+    rows: Mapping[str, Sequence[Mapping[str, str]]]
+    """File, train or test → its rows in order."""
+
+    def part(self, part: str) -> Dataset:
+        """The rows of one of PARTS."""
+        file, first, last = PARTS[part]
+        return Dataset.from_list([dict(row) for row in self.rows[file][first:last]])
+
+    def training(self) -> Dataset:
+        """The rows that every arm is trained on."""
+        return Dataset.from_list([dict(row) for row in self.rows["train"][:NUM_ROWS]])
+
+
+def read_tasks(data: Path) -> dict[str, Task]:
+    """Read the tasks of ORDERS from a folder with tasks.json, and TASK.train.jsonl and TASK.test.jsonl."""
+    described, tasks = json.loads((data / "tasks.json").read_text()), {}
+    for name in ORDERS["1"]:
+        schema = TaskSchema(
+            name=name, labels=tuple(described[name]["labels"]), instruction=described[name]["instruction"]
+        )
+        rows = {
+            file: [
+                {"input": row["text"].strip(), "output": row["label"].strip()}
+                for row in map(json.loads, (data / f"{name}.{file}.jsonl").read_text(encoding="utf-8").splitlines())
+            ]
+            for file in ("train", "test")
+        }
+        tasks[name] = Task(schema=schema, rows=rows)
+    return tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One version: the tasks up to its own, and how it learned the last of them.
+
+    Attributes:
+        tasks: Tasks in order of arrival; the last one is the version's own.
+        arm: Name in ARMS.
+        kept: Rows that are kept of a task.
+        seed: Seed of the adapter's start and of the order of rows.
+    """
+
+    tasks: tuple[str, ...]
+    arm: str
+    kept: int
     seed: int
-    learned: float
+
+    def train_config(self) -> TrainConfig:
+        """Return the settings of the training."""
+        return TrainConfig(
+            max_prompt_tokens=160, checkpoint_steps=20, seed=self.seed, learning_rate=ARMS[self.arm].learning_rate
+        )
+
+
+def learn(base: BaseModel, tasks: Mapping[str, Task], version: Version, parent: Path | None, folder: Path) -> None:
+    """Train a version into a folder, unless it is there. VERSION_FILE is written last and marks it as complete."""
+    if (folder / VERSION_FILE).is_file():
+        return
+    *olds, new = version.tasks
+    arm, checkpoints = ARMS[version.arm], folder.with_name(f"{folder.name}-checkpoints")
+    method = MethodConfig(deal=arm.core, rehearsal=RehearsalConfig(rows=version.kept))
+    setup = TrainingSetup(
+        task=tasks[new].schema,
+        old_tasks=tuple(tasks[name].schema for name in olds),
+        strategy=arm.strategy,
+        adapter=AdapterConfig(),
+        method=method,
+        train=version.train_config(),
+    )
+    started = time.perf_counter()
+    result = train_adapter(
+        base,
+        tasks[new].training(),
+        setup,
+        parent_folder=parent,
+        output_folder=folder,
+        checkpoint_folder=checkpoints,
+    )
+    facts = {
+        "task": new,
+        "arm": version.arm,
+        "kept": version.kept,
+        "seed": version.seed,
+        "num_steps": result.num_steps,
+        "seconds": time.perf_counter() - started,
+        "rows_per_second": result.rows_per_second,
+        "resumed_from_step": result.resumed_from_step,
+        "notes": list(result.notes),
+        "rows": digest_of([*tasks[new].training()]),
+        "commit": commit(),
+        "machine": describe_machine(),
+    }
+    write_json(folder / VERSION_FILE, facts)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def give_kept_rows(
+    base: BaseModel, tasks: Mapping[str, Task], parent: Path, olds: Sequence[str], kept: int, seed: int, folder: Path
+) -> None:
+    """Copy a version, with the rows that its chain would have kept of each task if it kept `kept` of them.
+
+    The rows depend on the task's training rows and the chain's seed alone, and fewer rows are the first ones of more.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        if name != METHOD_TENSORS_FILE and (parent / name).is_file():
+            shutil.copyfile(parent / name, folder / name)
+    train = TrainConfig(max_prompt_tokens=160)
+    tensors = {}
+    for task in [tasks[name] for name in olds] if kept else []:
+        encoded = encode_rows(
+            task.training(),
+            base.tokenizer,
+            task.schema,
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_answer_tokens=train.answer_tokens(task.schema.labels),
+        )
+        rows = [RehearsedRow(row["prompt_ids"], row["answer_ids"]) for row in encoded]
+        num_kept = RehearsalConfig(rows=kept).num_kept(len(rows))
+        places = choose_rows([tuple(row.answer_ids) for row in rows], num_kept, seed)
+        tensors[rows_name(task.schema.name)] = pack([rows[place] for place in places])
+    if tensors:
+        save_file(tensors, folder / METHOD_TENSORS_FILE)
+
+
+def score(base: BaseModel, tasks: Mapping[str, Task], folder: Path, wanted: Sequence[tuple[str, str]]) -> None:
+    """Let a version answer the wanted tasks and parts that it has not answered. Each is stored when it is done."""
+    missing = [(name, part) for name, part in wanted if not (folder / "scores" / f"{name}-{part}.json").is_file()]
+    if not missing:
+        return
+    with adapter_on(base.model, folder) as model:
+        for name, part in missing:
+            task, started = tasks[name], time.perf_counter()
+            rows = task.part(part)
+            log_probs_NL, targets_N = label_scores(
+                model,
+                base.tokenizer,
+                task.schema,
+                rows,
+                max_prompt_tokens=TrainConfig(max_prompt_tokens=160).max_prompt_tokens,
+            )
+            half_NL = log_probs_NL.clip(min=-6e4).astype("<f2")
+            write_json(
+                folder / "scores" / f"{name}-{part}.json",
+                {
+                    "rows": digest_of([*rows]),
+                    "hits": "".join(map(str, (log_probs_NL.argmax(1) == targets_N).astype(int))),
+                    "targets": targets_N.tolist(),
+                    "log_probs": base64.b64encode(half_NL.tobytes()).decode(),
+                    "seconds": time.perf_counter() - started,
+                },
+            )
+
+
+def wanted_in_the_end(last: str) -> list[tuple[str, str]]:
+    """Tasks and parts that the last version answers: the rows of all judged tasks, and development rows of its own."""
+    names = [*JUDGED, *([] if last in JUDGED else [last])]
+    return [*((name, "dev") for name in names), *((name, "unused") for name in JUDGED)]
+
+
+def finish(base: BaseModel, tasks: Mapping[str, Task], folder: Path, settings: Mapping[str, Any], out: Path) -> None:
+    """Score the last version of a chain or a fork, and write the cell."""
+    versions = versions_of(folder)
+    last = json.loads((versions[-1] / VERSION_FILE).read_text())["task"]
+    for name, part in wanted_in_the_end(last):
+        score(base, tasks, versions[-1], [(name, part)])
+    if not (perplexities := versions[-1] / "perplexity.json").is_file():
+        with adapter_on(base.model, versions[-1]) as model:
+            adapted = perplexity(model, base.tokenizer)
+        write_json(perplexities, {"base": perplexity(base.model, base.tokenizer), "adapted": adapted})
+    write_cell(folder, settings, out)
+
+
+def write_cell(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
+    """Write what is known of a chain or a fork as one file."""
+    versions = []
+    for version in versions_of(folder):
+        facts = json.loads((version / VERSION_FILE).read_text())
+        scores = {path.stem: json.loads(path.read_text()) for path in sorted((version / "scores").glob("*.json"))}
+        versions.append({**facts, "stores": load_method_state(version).stores, "scores": scores})
+    perplexities = versions_of(folder)[-1] / "perplexity.json"
+    cell = {
+        "settings": settings,
+        "versions": versions,
+        "perplexity": json.loads(perplexities.read_text()) if perplexities.is_file() else None,
+    }
+    write_json(out / f"{folder.name}.json", cell)
+
+
+def versions_of(folder: Path) -> list[Path]:
+    """The folders of the complete versions of a chain or a fork, first to last."""
+    return sorted(path.parent for path in folder.glob(f"*/{VERSION_FILE}"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step."""
+    with complete_file(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def digest_of(value: Any) -> str:
+    """Sixteen hexadecimal digits over JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def commit() -> str:
+    """The commit of the code that runs."""
+    here = Path(benchmarks.__file__).parent
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+
+
+Data = Annotated[Path, typer.Option(help="Folder of the tasks.")]
+Work = Annotated[Path, typer.Option(help="Folder of the versions; a second call goes on with them.")]
+Cells = Annotated[Path, typer.Option(help="Folder of the cells.")]
+ArmName = Annotated[str, typer.Option(help=f"One of {', '.join(ARMS)}.")]
+Kept = Annotated[int, typer.Option(help="Kept rows of a task; 0: none.")]
+WORK = Path("memory-work")
+
+
+@app.command()
+def chain(
+    data: Data,
+    arm: ArmName,
+    kept: Kept,
+    order: Annotated[str, typer.Option(help="Order of the tasks, 1 or 2.")] = "1",
+    seed: Annotated[int, typer.Option(help="Seed of the chain.")] = 102,
+    work: Work = WORK,
+    out: Cells = CELLS,
+) -> None:
+    """Learn the nine tasks one after another, and keep and score every version."""
+    disable_progress_bars()
+    tasks, base, names = read_tasks(data), lend_base(identify_base(DEFAULT_BASE)), ORDERS[order]
+    folder = work / f"chain-{order}-{seed}-{arm}-{kept}"
+    settings = {"design": "chain", "order": order, "seed": seed, "arm": arm, "kept": kept, "parent": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock", timeout=0):
+        write_json(folder / "settings.json", settings)
+        for number, name in enumerate(names):
+            version = Version(tasks=names[: number + 1], arm=arm, kept=kept, seed=seed)
+            learn(base, tasks, version, folder / str(number - 1) if number else None, folder / str(number))
+            score(base, tasks, folder / str(number), [(name, "dev")])
+            typer.echo(f"{folder.name}: {name} is learned")
+            write_cell(folder, settings, out)
+        finish(base, tasks, folder, settings, out)
+
+
+@app.command()
+def fork(
+    data: Data,
+    chain: Annotated[str, typer.Option(help="Name of the chain, such as chain-1-102-deal-10.")],
+    arm: ArmName,
+    kept: Kept,
+    seed: Annotated[int | None, typer.Option(help="Seed of the last training.", show_default="the chain's")] = None,
+    work: Work = WORK,
+    out: Cells = CELLS,
+) -> None:
+    """Learn the last task of a chain again, from the version before it."""
+    disable_progress_bars()
+    parent = json.loads((work / chain / "settings.json").read_text())
+    tasks, base, names = read_tasks(data), lend_base(identify_base(DEFAULT_BASE)), ORDERS[parent["order"]]
+    seed = parent["seed"] if seed is None else seed
+    folder = work / f"fork-{parent['order']}-{seed}-{arm}-{kept}-of-{parent['seed']}-{parent['arm']}-{parent['kept']}"
+    settings = {**parent, "design": "fork", "seed": seed, "arm": arm, "kept": kept, "parent": parent}
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock", timeout=0):
+        write_json(folder / "settings.json", settings)
+        last, start = len(names) - 1, folder / "parent"
+        give_kept_rows(base, tasks, work / chain / str(last - 1), names[:-1], kept, parent["seed"], start)
+        learn(base, tasks, Version(tasks=names, arm=arm, kept=kept, seed=seed), start, folder / str(last))
+        typer.echo(f"{folder.name}: {names[-1]} is learned")
+        finish(base, tasks, folder, settings, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """The figures of one cell, means over the judged tasks, in percent where nothing else is said.
+
+    Attributes:
+        num_rows: Scored rows.
+        learned: Accuracy on development rows right after a task was learned; None for a fork.
+        newest: Accuracy in the end on the judged task that was learned last.
+        tb: In nats.
+    """
+
+    num_rows: int
+    learned: float | None
     end: float
     recentred: float
-    nll: float
+    tb: float
+    newest: float
+    perplexity: float | None
     by_task: Mapping[str, float]
 
 
-def pairs_of(arm: Sequence[CellJson], base: Sequence[CellJson]) -> Iterator[Pair]:
-    """Yield the pairs of two arms; cells of different kinds of processors make none."""
-    for cell, other in matched(arm, base):
-        ours, theirs = ends_of(cell), ends_of(other)
-
-        def difference(name: str, ours: Ends = ours, theirs: Ends = theirs) -> float:
-            return fmean(getattr(ours, name).values()) - fmean(getattr(theirs, name).values())
-
-        yield Pair(
-            order=name_of(tuple(cell["settings"]["tasks"]))[1],
-            seed=cell["settings"]["seed"],
-            learned=difference("learned"),
-            end=difference("end"),
-            recentred=difference("recentred"),
-            nll=difference("nll"),
-            by_task={name: ours.end[name] - theirs.end[name] for name in ours.end},
-        )
-
-
-def verdict(pairs: Sequence[Pair]) -> str:
-    """Return what the rule says of an arm: adopt, give up, or go on."""
-    gains = [pair.end for pair in pairs]
-    if len(pairs) == 1 and gains[0] < 0 and pairs[0].nll > 0:
-        return "give up: accuracy and likelihood are both worse in one pair"
-    if len(pairs) < FEWEST_PAIRS:
-        return f"go on: {len(pairs)} of {FEWEST_PAIRS} pairs"
-    low = over_cells(gains)["low"]
-    if fmean(gains) < LEAST_GAIN or low <= 0:
-        return f"not adopted: gain {fmean(gains):+.1f}, 80 % interval from {low:+.1f}"
-    if (learned := fmean(pair.learned for pair in pairs)) < -MOST_UNLEARNED:
-        return f"not adopted: it learns {learned:+.1f} points"
-    worst = min((fmean(pair.by_task[name] for pair in pairs), name) for name in pairs[0].by_task)
-    if worst[0] < -MOST_LOST:
-        return f"not adopted: {worst[1]} ends {worst[0]:+.1f} points"
-    return f"adopt: gain {fmean(gains):+.1f}, 80 % interval from {low:+.1f}"
+def figures_of(cell: Mapping[str, Any], parts: Sequence[str] = ("dev", "unused")) -> Figures | None:
+    """Return the figures of a cell on some parts of the rows; None if its last version has not answered them all."""
+    last, order = cell["versions"][-1], ORDERS[cell["settings"]["order"]]
+    if last["task"] != order[-1] or not all(f"{name}-{part}" in last["scores"] for name in JUDGED for part in parts):
+        return None
+    answers = {name: [unpack(last["scores"][f"{name}-{part}"]) for part in parts] for name in JUDGED}
+    by_task, recentred, tb, num_rows = {}, [], [], 0
+    for name, of_task in answers.items():
+        log_probs_NL, targets_N = (np.concatenate(side) for side in zip(*of_task, strict=True))
+        hits = "".join(last["scores"][f"{name}-{part}"]["hits"] for part in parts)
+        by_task[name], num_rows = 100 * hits.count("1") / len(hits), num_rows + len(hits)
+        recentred.append(100 * float(recentred_hits(log_probs_NL, targets_N).mean()))
+        tb.append(tempered_nll(log_probs_NL, targets_N))
+    learned = [
+        100 * fmean(map(int, version["scores"][f"{version['task']}-dev"]["hits"]))
+        for version in cell["versions"]
+        if version["task"] in JUDGED
+    ]
+    perplexities = cell["perplexity"]
+    return Figures(
+        num_rows=num_rows,
+        learned=fmean(learned) if len(learned) == len(JUDGED) else None,
+        end=fmean(by_task.values()),
+        recentred=fmean(recentred),
+        tb=fmean(tb),
+        newest=by_task[next(name for name in reversed(order) if name in JUDGED)],
+        perplexity=perplexities and perplexities["adapted"] / perplexities["base"],
+        by_task=by_task,
+    )
 
 
-@app.command()
-def run(
-    data: Annotated[Path, typer.Option(help="Folder of the tasks.")],
-    arm: Annotated[list[str], typer.Option(help=f"Arms: {', '.join(ARMS)}.")],
-    order: Annotated[list[str] | None, typer.Option(help="Orders of suite 9.", show_default="1")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seeds.", show_default="100")] = None,
-    work: Annotated[Path, typer.Option(help="Unfinished cells; a second call goes on with them.")] = Path(
-        "memory-work"
-    ),
-    keep: Annotated[Path, typer.Option(help="Versions of finished cells.")] = Path("memory-versions"),
-    out: Annotated[Path, typer.Option(help="Folder of the cells; each arm has a folder in it.")] = CELLS,
-    unused: Annotated[bool, typer.Option(help="Also let the last version answer the unused rows.")] = False,
+def unpack(score: Mapping[str, Any]) -> tuple[Floats, Any]:
+    """The log-probabilities of the labels (N, L), and the number of each row's right label (N)."""
+    flat = np.frombuffer(base64.b64decode(score["log_probs"]), "<f2").astype(np.float64)
+    return flat.reshape(len(score["targets"]), -1), np.array(score["targets"])
+
+
+def tempered_nll(log_probs_NL: Floats, targets_N: Any) -> float:
+    """The negative log-likelihood of the right labels after a temperature and a bias per label, in nats.
+
+    Both are fitted on the other half of the rows. A small pull of the biases to 0 keeps a label finite that the half
+    lacks.
+    """
+    halves_N, losses = np.arange(len(targets_N)) % 2, []
+    num_labels = log_probs_NL.shape[1]
+
+    def mean_loss(values: Floats, half: int) -> float:
+        scores_nL = log_probs_NL[halves_N == half] * np.exp(values[0]) + values[1:]
+        return -float(log_softmax(scores_nL, axis=1)[np.arange(len(scores_nL)), targets_N[halves_N == half]].mean())
+
+    for half in (0, 1):
+        size = int((halves_N != half).sum())
+
+        def goal(values: Floats, half: int = half, size: int = size) -> float:
+            return mean_loss(values, 1 - half) + float((values[1:] ** 2).sum()) / (2 * size)
+
+        fitted = minimize(goal, np.zeros(1 + num_labels), method="L-BFGS-B").x
+        losses.append(mean_loss(fitted, half))
+    return fmean(losses)
+
+
+def kind_of_processor(cell: Mapping[str, Any]) -> str:
+    """What decides the rounding of a cell."""
+    machine = cell["versions"][-1]["machine"]
+    return f"{machine['cpu']} {' '.join(machine['bf16_instructions'])}".strip()
+
+
+def read_cells(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the names and the contents of the cells that `chain` and `fork` wrote."""
+    for path in sorted([*folder.glob("chain-*.json"), *folder.glob("fork-*.json")]):
+        yield path.stem, json.loads(path.read_text())
+
+
+@app.command(name="score")
+def score_command(
+    data: Annotated[Path | None, typer.Option(help="Folder of the tasks, to score what is not scored.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of the versions, to score what is not scored.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="Parts of the rows.", show_default="dev, unused")] = None,
+    out: Cells = CELLS,
 ) -> None:
-    """Run the missing cells of some arms. Several processes share the work."""
-    disable_progress_bars()
-    base = identify_base(DEFAULT_BASE)
-    for name, number, chain in ((a, s, o) for s in seed or [100] for o in order or ["1"] for a in arm):
-        strategy, method = ARMS[name]
-        tasks = order_of(SUITE, chain)
-        cell = benchmark_cell(
-            strategy, method, tasks, base=base, data=data, seed=number, rows=NUM_ROWS, scores_unused=unused
-        )
-        (out / name).mkdir(parents=True, exist_ok=True)
-        status = make_cell_file(base, cell, method, data, out / name, work, keep / name)
-        typer.echo(f"{name}, order {chain}, seed {number}: {status}")
-
-
-@app.command()
-def compare(
-    base: Annotated[str, typer.Option(help="The arm that the others are compared with.")] = "answers",
-    cells: Annotated[Path, typer.Option(help="Folder of the arms' cells.")] = CELLS,
-) -> None:
-    """Print each arm's figures, its differences from the base arm by pair, and what the rule says."""
-    if not cells.is_dir():
-        raise typer.BadParameter(f"{cells} is not there; run some arms first.")
-    stored = {folder.name: read_stored_cells(folder) for folder in sorted(cells.iterdir()) if folder.is_dir()}
-    figures = Table(title="Judged tasks, mean in %", title_justify="left")
-    for column in ("arm", "order", "seed", "learned", "end", "re-centred", "NLL", "perplexity", "minutes"):
-        figures.add_column(column, justify="left" if column == "arm" else "right")
-    for name, arm in stored.items():
-        for cell in arm:
-            ends, perplexity = ends_of(cell), cell["perplexity"]
-            seconds = sum(sum(version.get("seconds", {}).values()) for version in cell["versions"])
-            figures.add_row(
+    """Print the figures of every cell; first score what is trained and not scored, if folders are given."""
+    if data is not None and work is not None:
+        disable_progress_bars()
+        tasks, base = read_tasks(data), lend_base(identify_base(DEFAULT_BASE))
+        for path in sorted(work.glob("*/settings.json")):
+            settings, trained = json.loads(path.read_text()), versions_of(path.parent)
+            if trained and trained[-1].name == str(len(ORDERS[settings["order"]]) - 1):
+                finish(base, tasks, path.parent, settings, out)
+    table = Table(title="Judged tasks, mean in %", title_justify="left")
+    for column in (
+        "cell",
+        "rows",
+        "learned",
+        "end",
+        "re-centred",
+        "TB",
+        "newest",
+        "perplexity",
+        "minutes",
+        "processor",
+    ):
+        table.add_column(column, justify="left" if column in ("cell", "processor") else "right")
+    for name, cell in read_cells(out):
+        if (figures := figures_of(cell, part or ("dev", "unused"))) is not None:
+            table.add_row(
                 name,
-                name_of(tuple(cell["settings"]["tasks"]))[1],
-                str(cell["settings"]["seed"]),
-                f"{fmean(ends.learned.values()):.1f}" if ends.learned else "–",
-                f"{fmean(ends.end.values()):.1f}",
-                f"{fmean(ends.recentred.values()):.1f}",
-                f"{fmean(ends.nll.values()):.3f}",
-                f"{perplexity['adapted'] / perplexity['base']:.2f}",
-                f"{seconds / 60:.0f}",
+                str(figures.num_rows),
+                f"{figures.learned:.1f}" if figures.learned is not None else "–",
+                f"{figures.end:.1f}",
+                f"{figures.recentred:.1f}",
+                f"{figures.tb:.3f}",
+                f"{figures.newest:.1f}",
+                f"{figures.perplexity:.2f}" if figures.perplexity is not None else "–",
+                f"{sum(version['seconds'] for version in cell['versions']) / 60:.0f}",
+                kind_of_processor(cell),
             )
-    console = Console()
-    console.print(figures)
-    differences = Table(title=f"Differences from {base}", title_justify="left")
-    for column in ("arm", "pairs", "learned", "end", "re-centred", "NLL", "rule"):
-        differences.add_column(column)
-    for name, arm in stored.items():
-        is_bound = any(version["task"] is None for cell in arm for version in cell["versions"])
-        if name == base or is_bound:
-            continue
-        if pairs := list(pairs_of(arm, stored.get(base, []))):
-            means = [
-                f"{fmean(getattr(pair, figure) for pair in pairs):+.{digits}f}"
-                for figure, digits in (("learned", 1), ("end", 1), ("recentred", 1), ("nll", 3))
-            ]
-            differences.add_row(name, str(len(pairs)), *means, verdict(pairs))
-    console.print(differences)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":
