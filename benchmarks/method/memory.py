@@ -156,7 +156,7 @@ def read_tasks(data: Path) -> dict[str, Task]:
         rows = {
             file: [
                 {"input": row["text"].strip(), "output": row["label"].strip()}
-                for row in map(json.loads, (data / f"{name}.{file}.jsonl").read_text(encoding="utf-8").splitlines())
+                for row in map(json.loads, (data / f"{name}.{file}.jsonl").open(encoding="utf-8"))
             ]
             for file in ("train", "test")
         }
