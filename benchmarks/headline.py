@@ -18,7 +18,7 @@ least FEWEST_PAIRS pairs does not hold 0. Otherwise no difference was found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -33,14 +33,15 @@ from matplotlib.lines import Line2D
 from scipy.stats import t as student_t
 
 from benchmarks.cells import benchmark_cell
-from benchmarks.method.memory import Ends, Pair, ends_of, pairs_of
 from benchmarks.output import RESULTS, templates
+from benchmarks.stored_cells import unpack_answers
 from benchmarks.tables import JUDGED, matched
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.benchmark.suites import order_of
+from deal_core.benchmark.suites import name_of, order_of
 from deal_core.benchmark.summary import CellJson, accuracy, final_scores, interval_over_rows, read_cells, row_scores
 from deal_core.benchmark.summary import order_of as order_of_cell
 from deal_core.evaluation.accuracy_matrix import PairedInterval
+from deal_core.evaluation.label_scores import recentred_hits
 from deal_core.method_config import MethodConfig, RehearsalConfig
 from infra.report.figures import COLOURS, MUTED, new_figure, save_png, tidy
 from tasks.adaptation.run import identify_base
@@ -71,6 +72,73 @@ KEEPS = {
 """Arm → what it keeps of an old task's data."""
 NUM_RESAMPLES, CONFIDENCE, FEWEST_PAIRS = 2000, 0.95, 3
 app = typer.Typer(invoke_without_command=True, help=__doc__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """The figures of one cell, in percent, by judged task.
+
+    Attributes:
+        learned: Accuracy right after the task was learned, on its test rows.
+        end: Accuracy of the last version, on the same rows.
+        recentred: The same after subtracting a bias per label.
+        nll: Negative log-likelihood of the right label, in nats, of the last version.
+    """
+
+    learned: Mapping[str, float]
+    end: Mapping[str, float]
+    recentred: Mapping[str, float]
+    nll: Mapping[str, float]
+
+
+def ends_of(cell: CellJson) -> Ends:
+    """Return the figures of a cell over the judged tasks."""
+    learned = {
+        version["task"]: 100 * fmean(row_scores(version["scores"][version["task"]]))
+        for version in cell["versions"]
+        if version["task"] in JUDGED
+    }
+    end, recentred, nll = {}, {}, {}
+    for name in JUDGED:
+        score = final_scores(cell)[name]
+        answers = unpack_answers(score)
+        assert answers is not None, "judged tasks have labels"
+        end[name] = 100 * accuracy(score)
+        recentred[name] = 100 * float(np.mean(recentred_hits(answers.log_probs_NL, answers.targets_N)))
+        nll[name] = float(-answers.log_probs_NL[np.arange(len(answers.targets_N)), answers.targets_N].mean())
+    return Ends(learned=learned, end=end, recentred=recentred, nll=nll)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two cells of one order, seed and kind of processor, and the differences of their figures: arm minus base."""
+
+    order: str
+    seed: int
+    learned: float
+    end: float
+    recentred: float
+    nll: float
+    by_task: Mapping[str, float]
+
+
+def pairs_of(arm: Sequence[CellJson], base: Sequence[CellJson]) -> Iterator[Pair]:
+    """Yield the pairs of two arms; cells of different kinds of processors make none."""
+    for cell, other in matched(arm, base):
+        ours, theirs = ends_of(cell), ends_of(other)
+
+        def difference(name: str, ours: Ends = ours, theirs: Ends = theirs) -> float:
+            return fmean(getattr(ours, name).values()) - fmean(getattr(theirs, name).values())
+
+        yield Pair(
+            order=name_of(tuple(cell["settings"]["tasks"]))[1],
+            seed=cell["settings"]["seed"],
+            learned=difference("learned"),
+            end=difference("end"),
+            recentred=difference("recentred"),
+            nll=difference("nll"),
+            by_task={name: ours.end[name] - theirs.end[name] for name in ours.end},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

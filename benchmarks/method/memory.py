@@ -28,17 +28,17 @@ multiple of the base model's. Two cells are compared only if they ran on one kin
 Stages and rules, written before the first run. Seeds begin with 102.
 
 E, first: `deal` and `replay` with 10 kept rows, full chains of orders 1 and 2. Replay with no kept rows is plain LoRA.
-    The other numbers, 0, 5, 20 and 38, are forks of the last task, with the arms `deal`, `deal-labels`, `free`,
-    `free-labels` and `replay`. A fork starts from the chain of its own method and, for a pair on one parent, from the
-    other's. Rule: the default is the fewest rows at which `deal` is within 1.0 points of itself with 38 rows and ahead
-    of replay of the same rows.
+    The other numbers, 0, 5, 20 and 38, are forks of the last task, with the arms `deal`, `deal-labels`, `free` and
+    `replay`. (A free core with labels alone was to be a fifth arm. It is replay, byte for byte.) A fork starts from the
+    chain of its own method and, for a pair on one parent, from the other's. Rule: the default is the fewest rows at
+    which `deal` is within 1.0 points of itself with 38 rows and ahead of replay of the same rows.
 F, second: three tasks of SuperNI with free answers: `deal`, `free`, replay of the parent's own answers that pass the
     metric, and `replay`. Rule: the best in the end is the default for free text, if its perplexity stays below 1.5.
 A: replay chains of both orders with their versions kept, for slow published weights at 0.9 alone. Rule: they go on only
     if they gain 0.5 points and 0.007 nats of TB on both orders.
 C: forks of the last task from both parents: the same arm with two other seeds (A/A), then one fork a parent of `free`,
-    `free-labels`, `replay-slow`, closing steps, labels in turn, the new task's loss over its own labels, stopping
-    early, one task a step, and two rehearsed rows a step. Rules: with a standard deviation of A/A above 1.2 points,
+    `replay-slow`, closing steps, labels in turn, the new task's loss over its own labels, stopping early, one task a
+    step, and two rehearsed rows a step. Rules: with a standard deviation of A/A above 1.2 points,
     forks say nothing. If `deal` and `replay-slow` learn alike, with alike likelihood and perplexity, the core is a step
     size. The best of the others goes on if its TB is better by 0.007 on both parents.
 B: five pairs of chains, order and seed (2, 5), (1, 6), (2, 6), (1, 7) and (2, 7), of the winner and replay at the
@@ -123,7 +123,6 @@ ARMS = {
     "deal": Arm(strategy="deal"),
     "deal-labels": Arm(strategy="deal_labels"),  # β 1: the right labels alone, in place of halves
     "free": Arm(strategy="deal", core=DealConfig(core="free")),
-    "free-labels": Arm(strategy="deal_labels", core=DealConfig(core="free")),
     "replay-slow": Arm(strategy="replay", learning_rate=6e-4),
 }
 

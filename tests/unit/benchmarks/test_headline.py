@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from benchmarks import headline
 from benchmarks.headline import app, claim, difference_of, figures_of, kept_figure, share_of, t_interval
-from benchmarks.method import memory
 from benchmarks.tables import matched
 from deal_core.benchmark.cell import Cell, pack_answers
 from deal_core.benchmark.summary import CellJson
@@ -26,8 +25,7 @@ LABELS = ("up", "down")
 
 @pytest.fixture(autouse=True)
 def two_judged_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (headline, memory):
-        monkeypatch.setattr(module, "JUDGED", ("yahoo", "agnews"))
+    monkeypatch.setattr(headline, "JUDGED", ("yahoo", "agnews"))
 
 
 def answered(bits: str) -> dict[str, Any]:

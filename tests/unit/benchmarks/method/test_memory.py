@@ -1,151 +1,172 @@
-"""Arms of the memory: they differ in what they say they differ in, and the rule decides as it was written."""
+"""Chains and forks: nothing is trained twice, a fork has its chain's rows, and the figures are what they say."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.method import memory
-from benchmarks.method.memory import ARMS, Pair, ends_of, pairs_of, verdict
-from benchmarks.method.one_memory import MemoryOptions, StagedRehearsal, rows_of_steps
+from benchmarks.method.memory import ORDERS, PARTS, Arm, app, figures_of, give_kept_rows, read_tasks, tempered_nll
+from benchmarks.tiny_tasks import write_tasks
 from deal_core.adapter.files import WEIGHTS_FILE
-from deal_core.base_model.load import load_base
-from deal_core.benchmark import run as benchmark_run
-from deal_core.benchmark.cell import make_cell
-from deal_core.benchmark.run import CellRun, run_cell
-from deal_core.benchmark.suites import load_suite
-from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.errors import ConfigError
-from deal_core.method_config import MethodConfig
-from deal_core.strategies.rehearsal import RehearsedRow
+from deal_core.adapter.state import load_method_state
+from deal_core.base_model.load import BaseModel, load_base
+from deal_core.method_config import DealConfig
+from deal_core.strategies.kept_rows import rows_name, unpack
 
-pytestmark = pytest.mark.nightly
-
-TASKS = ("dbpedia", "agnews")
-NUM_DEV, NUM_UNUSED = 4, 6
-"""Of 12 test rows 40 % are for development; of 40 training rows 24 are learned and 10 may be rehearsed."""
-Learn = Callable[..., tuple[str, dict[str, Any]]]
+NAMES = ("colours", "sizes", "shapes")
+LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "shapes": ("round", "flat")}
+Run = Callable[..., str]
 
 
 @pytest.fixture
-def learn(tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Learn:
-    """Run a cell of two tasks; return the digest of its last adapter, and the cell."""
+def small(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BaseModel:
+    """Three tasks of 24 training rows, two of them judged, for a tiny base model."""
     base = load_base(str(tiny_base), tmp_path / "cache")
-    monkeypatch.setattr(benchmark_run, "NUM_FURTHER_ROWS", 10)
-
-    def learn(strategy: str, method: MethodConfig) -> tuple[str, dict[str, Any]]:
-        cell = make_cell(
-            strategy,
-            TASKS,
-            method=method,
-            seed=3,
-            train=TrainConfig(num_epochs=1, learning_rate=0.01, max_prompt_tokens=64, checkpoint_steps=0, seed=3),
-            rows=24,
-            part="dev",
-            max_test_rows=None,
-            scored="ends",
-            scoring="likeliest",
-            scores_unused=True,
-            adapter=AdapterConfig(rank=4),
-            base="tiny",
-            data="d",
-        )
-        folder = tmp_path / cell.file_name
-        run = CellRun(
-            base=base,
-            cell=cell,
-            tasks=load_suite(data, TASKS),
-            method=method,
-            work=folder / "work",
-            shared=tmp_path / "shared",
-            keep=folder / "kept",
-            on_progress=lambda *_: None,
-        )
-        result = {"settings": cell.to_json(), **run_cell(run)}
-        return hashlib.sha256((folder / "kept" / "1" / WEIGHTS_FILE).read_bytes()).hexdigest(), result
-
-    return learn
+    monkeypatch.setattr(memory, "ORDERS", {"1": NAMES})
+    monkeypatch.setattr(memory, "JUDGED", NAMES[:2])
+    monkeypatch.setattr(memory, "NUM_ROWS", 24)
+    monkeypatch.setattr(memory, "PARTS", {"dev": ("test", 0, 6), "unused": ("train", 24, 32)})
+    monkeypatch.setattr(memory, "identify_base", lambda source: None)
+    monkeypatch.setattr(memory, "lend_base", lambda reference: base)
+    write_tasks(tmp_path, LABELS, num_train=40, num_test=12)
+    return base
 
 
-def options(**given: Any) -> MethodConfig:
-    return MethodConfig(strategy_options=given)
+@pytest.fixture
+def run(small: BaseModel, tmp_path: Path) -> Run:
+    """Run one of the commands; return what it printed."""
+
+    def run(command: str, **options: Any) -> str:
+        given = {"work": tmp_path / "work", "out": tmp_path / "cells", "data": tmp_path / "data", **options}
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        result = CliRunner().invoke(app, [command, *words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return run
 
 
-def test_answers_alone_are_the_earlier_default(learn: Learn) -> None:
-    default, _ = learn("deal_asked", options(texts="own"))
-    answers, cell = learn(*ARMS["answers"])
-    assert answers == default, "the same rows, targets, order and steps"
-    assert learn(*ARMS["learned-answers"])[0] != answers, "other rows"
-    assert cell["settings"]["method"]["strategy_options.beta"] == 0.0, "the cell says the options that were not given"
+def weights(tmp_path: Path, *place: str) -> bytes:
+    return tmp_path.joinpath("work", *place, WEIGHTS_FILE).read_bytes()
 
 
-def test_labels_and_answers_in_halves_are_todays_default_and_every_option_changes_what_is_learned(learn: Learn) -> None:
-    default, _ = learn("deal", MethodConfig())
-    assert learn(*ARMS["learned-both"])[0] == default, "the same rows, targets, order and steps"
-    changed = [{"beta": 1.0}, {"per_step": 2}, {"ramp": True}, {"closing_steps": 2}]
-    digests = [learn("one_memory", options(**{"beta": 0.5, **option}))[0] for option in changed]
-    assert len({default, *digests}) == 1 + len(changed)
-
-
-def test_kept_rows_of_replay_have_a_weight(learn: Learn) -> None:
-    plain, light, same = (
-        learn(*method)[0]
-        for method in (ARMS["replay-4"], ARMS["replay-4-half"], ("weighted_replay", options(weight=1.0)))
+def test_a_second_call_trains_and_scores_only_what_is_missing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("chain", arm="replay", kept=2)
+    name, home = "chain-1-102-replay-2", tmp_path / "work" / "chain-1-102-replay-2"
+    cell, last = (tmp_path / "cells" / f"{name}.json").read_bytes(), weights(tmp_path, name, "2")
+    (home / "2" / memory.VERSION_FILE).unlink()  # as after a stop in the last training
+    (home / "2" / "scores" / "sizes-unused.json").unlink()
+    learned, answered = [], []
+    train, label_scores = memory.train_adapter, memory.label_scores
+    monkeypatch.setattr(
+        memory, "train_adapter", lambda *given, **rest: (learned.append(given[2].task.name), train(*given, **rest))[1]
     )
-    assert plain == same != light
-
-
-def test_options_are_checked(learn: Learn) -> None:
-    with pytest.raises(ConfigError, match=r"strategy_options\.beta is 2"):
-        learn("one_memory", options(beta=2.0))
-    with pytest.raises(ConfigError, match="Strategy 'seq_lora' has no option 'beta'; it takes none"):
-        learn("seq_lora", options(beta=0.5))
-
-
-def test_a_ramp_has_as_many_rows_as_equal_steps() -> None:
-    for num_steps in (1, 7, 57):
-        ramp = rows_of_steps(MemoryOptions(ramp=True), num_steps, 3)
-        assert sum(ramp) == 4 * num_steps
-    assert (ramp[0], ramp[len(ramp) // 2], ramp[-1]) == (2, 4, 6), "a few rows at first, more at the end"
-    assert rows_of_steps(MemoryOptions(), 2, 3) == [4, 4]
-    assert rows_of_steps(MemoryOptions(late_per_step=8), 2, 6) == [4, 4]
-    assert rows_of_steps(MemoryOptions(late_per_step=8), 2, 7) == [8, 8]
-
-
-def test_a_staged_rehearsal_draws_every_row_in_turn() -> None:
-    sets = [[RehearsedRow([task, number], [0]) for number in range(3)] for task in range(2)]
-    staged = StagedRehearsal(sets, None, [1, 2, 3], weight=1.0, seed=0)
-    drawn = [staged.draw(step) for step in range(3)]
-    assert [len(rows) for rows in drawn] == [1, 2, 3]
-    assert len({tuple(row.prompt_ids) for rows in drawn for row in rows}) == 6
-
-
-def pair(end: float, nll: float = 0.0, learned: float = 0.0, worst: float = 0.0) -> Pair:
-    return Pair(
-        order="1", seed=1, learned=learned, end=end, recentred=end, nll=nll, by_task={"yelp": end, "IMDB": worst}
+    monkeypatch.setattr(
+        memory,
+        "label_scores",
+        lambda *given, **rest: (answered.append(given[2].name), label_scores(*given, **rest))[1],
     )
+    run("chain", arm="replay", kept=2)
+    assert (learned, answered) == (["shapes"], ["sizes"])
+    assert weights(tmp_path, name, "2") == last, "the same bytes"
+    again = json.loads((tmp_path / "cells" / f"{name}.json").read_text())
+    first = json.loads(cell)
+    for version in (*first["versions"], *again["versions"]):
+        del version["seconds"], version["rows_per_second"]
+        version["scores"] = {key: score["log_probs"] for key, score in version["scores"].items()}
+    assert again == first
 
 
-def test_the_rule_decides_as_it_was_written() -> None:
-    assert verdict([pair(-1.0, nll=0.1)]).startswith("give up")
-    assert verdict([pair(-1.0, nll=-0.1)]) == "go on: 1 of 3 pairs"
-    assert verdict([pair(1.4), pair(1.5), pair(1.6)]).startswith("adopt: gain +1.5")
-    assert verdict([pair(0.8), pair(0.9), pair(0.8)]).startswith("not adopted: gain +0.8")
-    assert verdict([pair(8.0), pair(-3.0), pair(0.0)]).startswith("not adopted: gain +1.7, 80 % interval from -")
-    assert verdict([pair(1.5, learned=-0.6)] * 2 + [pair(1.6, learned=-0.6)]) == "not adopted: it learns -0.6 points"
-    assert verdict([pair(1.5, worst=-4.1)] * 2 + [pair(1.6, worst=-4.1)]) == "not adopted: IMDB ends -4.1 points"
+def test_a_fork_with_its_chains_settings_is_the_chains_last_version(run: Run, tmp_path: Path) -> None:
+    run("chain", arm="deal", kept=2)
+    chain = "chain-1-102-deal-2"
+    run("fork", chain=chain, arm="deal", kept=2)
+    last = weights(tmp_path, chain, "2")
+    assert weights(tmp_path, "fork-1-102-deal-2-of-102-deal-2", "2") == last
+    others = [("deal", 2, 103), ("deal", 0, 102), ("deal", 4, 102), ("deal-labels", 2, 102)]
+    others += [("free", 2, 102), ("replay", 2, 102), ("replay-slow", 2, 102)]
+    forks = {last: ["the chain"]}
+    for arm, kept, seed in others:
+        run("fork", chain=chain, arm=arm, kept=kept, seed=seed)
+        name = f"fork-1-{seed}-{arm}-{kept}-of-102-deal-2"
+        forks.setdefault(weights(tmp_path, name, "2"), []).append(name)
+    assert [names for names in forks.values() if len(names) > 1] == []
+    cell = json.loads((tmp_path / "cells" / "fork-1-103-deal-2-of-102-deal-2.json").read_text())
+    assert cell["settings"]["parent"]["seed"] == 102 and cell["settings"]["seed"] == 103
+    assert (figures := figures_of(cell)) is not None and figures.learned is None
+    assert "fork-1-103-deal-2-of-102-deal-2" in run("score")
 
 
-def test_only_cells_of_one_kind_of_processor_make_a_pair(learn: Learn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "JUDGED", TASKS)
-    _, cell = learn(*ARMS["plain"])
-    other = {**cell, "perplexity": {**cell["perplexity"], "base": cell["perplexity"]["base"] + 0.1}}
-    (same,) = pairs_of([cell], [cell])
-    assert same.end == same.nll == same.learned == 0 and set(same.by_task) == set(TASKS)
-    assert not list(pairs_of([cell], [other]))
-    hits = ends_of(cell).hits
-    assert {name: len(each) for name, each in hits.items()} == dict.fromkeys(TASKS, NUM_DEV + NUM_UNUSED)
+def test_with_a_free_core_and_labels_alone_deal_is_replay(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_labels = Arm(strategy="deal_labels", core=DealConfig(core="free"))
+    monkeypatch.setitem(memory.ARMS, "free-labels", free_labels)
+    run("chain", arm="replay", kept=2)
+    run("chain", arm="free-labels", kept=2)
+    assert weights(tmp_path, "chain-1-102-free-labels-2", "2") == weights(tmp_path, "chain-1-102-replay-2", "2")
+
+
+def test_kept_rows_that_are_given_are_those_of_the_chain_and_fewer_are_the_first_of_more(
+    run: Run, small: BaseModel, tmp_path: Path
+) -> None:
+    run("chain", arm="replay", kept=4)
+    tasks, parent = read_tasks(tmp_path / "data"), tmp_path / "work" / "chain-1-102-replay-4" / "1"
+    kept = {}
+    for number in (0, 2, 4, 6):
+        folder = tmp_path / "given"
+        give_kept_rows(small, tasks, parent, NAMES[:2], number, 102, folder)
+        assert (folder / WEIGHTS_FILE).read_bytes() == (parent / WEIGHTS_FILE).read_bytes()
+        kept[number] = {name: tensor.tolist() for name, tensor in load_method_state(folder).tensors.items()}
+    own = {name: tensor.tolist() for name, tensor in load_method_state(parent).tensors.items()}
+    assert kept[4] == own
+    assert kept[0] == {}
+    name = rows_name("colours")
+    assert kept[6][name][: len(kept[2][name])] == kept[2][name]
+    assert len(unpack(load_method_state(folder).tensors[name])) == 6
+
+
+def test_figures_are_over_the_judged_tasks_and_the_parts_that_are_asked_for(run: Run, tmp_path: Path) -> None:
+    run("chain", arm="replay", kept=0)
+    cell = json.loads((tmp_path / "cells" / "chain-1-102-replay-0.json").read_text())
+    assert {version["stores"] for version in cell["versions"]} == {"nothing"}
+    both, dev = figures_of(cell), figures_of(cell, ["dev"])
+    assert both is not None and dev is not None
+    assert (both.num_rows, dev.num_rows) == (2 * (6 + 8), 2 * 6)
+    last = cell["versions"][-1]["scores"]
+    assert {key for key in last if key.startswith("shapes")} == {"shapes-dev"}, "it is not judged"
+    hits = [last[f"{name}-{part}"]["hits"] for name in NAMES[:2] for part in ("dev", "unused")]
+    right = [[*map(int, "".join(hits[:2]))], [*map(int, "".join(hits[2:]))]]
+    assert both.end == pytest.approx(100 * np.mean([np.mean(row) for row in right]))
+    assert both.newest == pytest.approx(100 * np.mean(right[1]))
+    assert both.perplexity == pytest.approx(cell["perplexity"]["adapted"] / cell["perplexity"]["base"])
+    del last["colours-unused"]
+    assert figures_of(cell) is None and figures_of(cell, ["dev"]) is not None
+
+
+def test_a_temperature_and_a_bias_per_label_do_not_change_what_is_known() -> None:
+    generator = np.random.default_rng(0)
+    targets_N = generator.integers(0, 3, 400)
+    scores_NL = generator.normal(size=(400, 3)) + 1.5 * np.eye(3)[targets_N]
+    log_probs_NL = scores_NL - np.log(np.exp(scores_NL).sum(1, keepdims=True))
+    known = tempered_nll(log_probs_NL, targets_N)
+    assert tempered_nll(3 * log_probs_NL + [0.0, 2.0, -1.0], targets_N) == pytest.approx(known, abs=0.01)
+    assert tempered_nll(np.zeros((400, 3)), targets_N) == pytest.approx(np.log(3), abs=0.02)
+    rare_N = np.where(np.arange(400) == 1, 2, targets_N % 2)
+    assert np.isfinite(tempered_nll(log_probs_NL, rare_N)), "a label that only one half has"
+
+
+def test_scored_rows_are_never_learned_and_the_parts_share_none() -> None:
+    for _, first, last in (place for place in PARTS.values() if place[0] == "train"):
+        assert memory.NUM_ROWS <= first < last
+    assert PARTS["unused"][2] <= PARTS["fresh"][1]
+    assert all(sorted(order) == sorted(ORDERS["1"]) for order in ORDERS.values())
