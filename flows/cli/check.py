@@ -162,7 +162,7 @@ def check(
         Option("--probe/--no-probe", help="With --plan: time three training steps, if the base model is here."),
     ] = True,
 ) -> CommandResult[CheckedRows]:
-    """Check rows as a run would, and whether their labels agree with the champion; with --plan, what the run takes.
+    """Check rows as a run would; with --plan, also what the run takes.
 
     Nothing is stored, and no weights are fetched.
     """

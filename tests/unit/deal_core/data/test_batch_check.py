@@ -63,7 +63,7 @@ def check_of(kind: str, **unread: Any) -> FileCheck:
 
 def json_rows(rows: list[dict[str, Any]]) -> JsonRows:
     """Rows as the process that reads a text sends them."""
-    frame = [[number, values, number, None, None] for number, values in enumerate(rows, start=1)]
+    frame = [[number, values, number, None, None, None] for number, values in enumerate(rows, start=1)]
     return JsonRows(json.dumps(frame, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 

@@ -28,7 +28,7 @@ def test_nothing_that_is_shown_reaches_the_terminal_raw(capsys: pytest.CaptureFi
     screen.result({}, escape(EVIL), table)
     screen.said(EVIL)
     screen.stage_finished("train", 1.0, EVIL)
-    screen.error(EVIL)
+    screen.error(EVIL, "error")
     found = capsys.readouterr()
     out, err = ("".join(text.split()) for text in found)  # a long line is folded
     assert (out.count("".join(SHOWN.split())), err.count("".join(SHOWN.split()))) == (3, 3)
@@ -38,9 +38,9 @@ def test_nothing_that_is_shown_reaches_the_terminal_raw(capsys: pytest.CaptureFi
 def test_json_says_the_same_and_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     screen = Screen(as_json=True)
     screen.result({"label": EVIL})
-    screen.error(EVIL)
+    screen.error(EVIL, "error")
     found = capsys.readouterr()
-    assert json.loads(found.out) == {"label": EVIL} and json.loads(found.err) == {"error": EVIL}
+    assert json.loads(found.out) == {"label": EVIL} and json.loads(found.err) == {"error": EVIL, "code": "error"}
     assert not {"\x1b", "\x9b", "\u202e", "\x07", "\ud800"} & {*found.out, *found.err}
 
 
