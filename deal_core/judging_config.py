@@ -74,6 +74,11 @@ class GateConfig:
     """Largest norm ‖ΔW‖ of the adapter, as a multiple of the parent's. The inverse is the smallest."""
     confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
     """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
+    arrival: Literal["hold", "warn", "off"] = "warn"
+    """What happens to an arrival whose labels disagree with the champion, which is sure of its answers. hold: the
+    arrival waits for `deal data release`. warn: a note says so, and the arrival is learned. off: nothing is said."""
+    arrival_drop_points: AtLeastZero = 15.0
+    """Points that the champion's score on an arrival may be below its score on the task's other rows."""
     approval: Approval = "automatic"
     """automatic: a version that passes is promoted. manual: it waits until a person promotes it."""
     rollout: Literal["none", "shadow", "canary"] = "none"

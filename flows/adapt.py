@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+import shlex
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+import pyarrow as pa
 from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
+from deal_core.evaluation.arrival_check import ArrivalScore
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
 from infra.run_journal import Run, RunJournal
 from infra.versions import Version, Versions
 from tasks.adaptation import run as runs
-from tasks.adaptation.evaluate import evaluate_version, score_arrival
+from tasks.adaptation.arrival import remark_on, score_arrival, score_landed
+from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.gate import judge_version
 from tasks.adaptation.general import require_suites
 from tasks.adaptation.ingest import ingest_arrival
@@ -33,18 +37,19 @@ from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
-from tasks.lineage.datasets import drop_training_rows
+from tasks.lineage.datasets import drop_held_rows, drop_training_rows
+from tasks.lineage.held import end_hold, hold, is_released
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.retrain import AT_ONCE, RetrainPolicy
 from tasks.lineage.settings import AskedSpec
 from tasks.mlflow_mirror import end_failed, sync_lineage
-from tasks.notices import announce_failure, announce_version
+from tasks.notices import announce_failure, announce_held, announce_version
 from tasks.progress import Interrupted, Stages, reporter
-from tasks.references import ArrivalScore, DatasetRef, TrainSummary
+from tasks.references import Contradiction, DatasetRef, ScoredArrival, TrainSummary
 from tasks.spec import AdaptSpec
 
 logger = logging.getLogger(__name__)
-Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "remade"]
+Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat", "skipped", "held", "remade"]
 
 
 class Scores(BaseModel, frozen=True):
@@ -70,7 +75,8 @@ class AdaptResult(BaseModel, frozen=True):
 
     status: Status
     """promoted: the version is champion. repeat: an earlier version has learned the arrival. skipped: nothing was
-    trained, since the champion answers the rows well enough. remade: the version is one of a branch."""
+    trained, since the champion answers the rows well enough. held: nothing was trained, since the labels disagree with
+    the champion. remade: the version is one of a branch."""
     rejected: bool
     """Whether the gate rejected the version, in this run or in the run that this run repeats."""
     message: str
@@ -78,16 +84,19 @@ class AdaptResult(BaseModel, frozen=True):
     lineage: str
     task: str
     version: str
-    """Number of the version; of the champion if the arrival was skipped."""
+    """Number of the version; of the champion if the arrival was skipped or held."""
     parent_version: str | None
     """The version that it continues; None: it starts from the base model."""
     reasons: tuple[str, ...]
-    """Why the gate rejected the version."""
+    """Why the gate rejected the version, or why the arrival is held."""
     dataset: DatasetRef
     run_key: str
     """Key of the adaptation."""
-    arrival_accuracy: float | None = None
-    """The champion's accuracy on the arrival's rows before anything was trained; None: it was not asked."""
+    arrival: ArrivalScore | None = None
+    """What the champion scored on the arrival before anything was trained; None: the task was new, or no row could be
+    asked."""
+    contradictions: tuple[Contradiction, ...] = ()
+    """Of an arrival that is held: the rows whose label the champion contradicts most surely."""
     accuracies: dict[str, float] = {}
     """Task → accuracy of the version on the task's test rows; empty if nothing was trained."""
     scores: Scores | None = None
@@ -127,7 +136,7 @@ async def adapt_locked(spec: AdaptSpec, retrain: RetrainPolicy = AT_ONCE) -> Ada
 
 
 class NothingToLearnError(DealError):
-    """An arrival needs no training: a version has learned it, or the champion answers it well enough."""
+    """Nothing is trained: a version has learned the arrival, the champion answers it well enough, or it is held."""
 
     code = "nothing-to-learn"
 
@@ -156,8 +165,20 @@ async def learn_arrival(
                 spec, stages, again=again, retrain=retrain, requeued_sha256=requeued_sha256, remake=remake
             )
         except NothingToLearnError as nothing:
-            drop_training_rows(current_store(), nothing.result.dataset.uri)
-            return nothing.result
+            result, store = nothing.result, current_store()
+            if result.status == "held":
+                drop_held_rows(store, spec.lineage, result.dataset)
+                await asyncio.to_thread(
+                    announce_held,
+                    spec.lineage,
+                    spec.task.name,
+                    result.reasons[0],
+                    champion=result.version,
+                    arrival=result.dataset.landed_sha256,
+                )
+            else:
+                drop_training_rows(store, result.dataset.uri)
+            return result
         return await finish(adaptation, stages)
 
 
@@ -190,7 +211,7 @@ async def begin(
     `stages` gets the times of the stages. For the other arguments and errors see `adapt` and `learn_arrival`.
 
     Raises:
-        NothingToLearnError: A version has learned the arrival, or it is skipped.
+        NothingToLearnError: A version has learned the arrival, or it is skipped or held.
     """
     stages, store = stages or Stages(), current_store()
     parent = await stages.run("parent", find_parent, spec.lineage, remake)
@@ -234,12 +255,18 @@ async def begin(
     # By the key a run that was interrupted goes on.
     if version := await stages.run("repeat", Versions(store).with_run_key, spec.lineage, inputs.run_key):
         raise NothingToLearnError(repeated(version, dataset))
-    # The champion may answer the new rows well enough already.
-    if retrain.test_first and parent is not None and record is not None:
+    # The version before answers the rows of a task that it knows. They may be answered well enough already, or their
+    # labels may be wrong. What a person has asked to learn again is scored only.
+    if parent is not None and record is not None and record.task(dataset.task) is not None:
         tested = await stages.run("test", score_arrival, inputs, parent, record)
-        stages.done("test", "a new task" if tested is None else tested.describe())
-        if tested is not None and retrain.skips(tested.accuracy, brings_labels=bool(dataset.new_labels)):
-            raise NothingToLearnError(skipped(parent, dataset, tested, stages.seconds))
+        stages.done("test", "no new row can be asked" if tested is None else tested.sentence)
+        if tested is not None and remake is None and requeued_sha256 is None:
+            if retrain.skips(tested.score.accuracy, brings_labels=bool(dataset.new_labels)):
+                raise NothingToLearnError(skipped(parent, dataset, tested, stages.seconds))
+            if is_released(store, spec.lineage, spec.task, dataset):
+                tested = tested.model_copy(update={"score": replace(tested.score, is_released=True)})
+            elif tested.score.verdict == "labels disagree" and spec.gate.arrival == "hold":
+                raise NothingToLearnError(held(parent, spec, dataset, tested, stages.seconds))
         inputs = replace(inputs, tested=tested)
     run = await stages.run("start", runs.start_run, inputs)
     async with failing(run):
@@ -258,6 +285,7 @@ async def finish(adaptation: AdaptationRun, stages: Stages) -> AdaptResult:
     await asyncio.to_thread(announce_version, version, evaluation=findings.evaluation)
     runs.remove_work(run)
     drop_training_rows(store, adaptation.dataset.uri)
+    end_hold(store, run.lineage, adaptation.spec.task)
     if is_reported:  # last: a run that has not ended is completed by the lineage's next run
         RunJournal(store).end(run, "finished")
     synced = await stages.run("mlflow", sync_lineage, store, run.lineage)
@@ -281,7 +309,7 @@ async def _train_to_promotion(adaptation: AdaptationRun, stages: Stages) -> tupl
     """Run the stages from training to promotion."""
     notes = changed_since(adaptation.parent, adaptation.spec) if adaptation.parent else ()
     if adaptation.tested is not None:
-        notes += (f"before the training the {adaptation.tested.describe()}",)
+        notes += (remark_on(adaptation.tested),)
     _say(notes)
     trained = await stages.run("train", train_version, adaptation)
     stages.done("train", _describe_training(trained.summary))
@@ -345,6 +373,11 @@ def _describe_training(summary: TrainSummary) -> str:
     return f"{summary.num_steps} steps, {summary.rows_per_second:.1f} rows/s{course}{resumed}"
 
 
+def check_arrival(spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
+    """Judge good rows that have not landed as `begin` would, for `deal check`; see `score_landed`."""
+    return score_landed(spec, rows)
+
+
 def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
     """Return the result of a run whose arrival an earlier version has learned."""
     number, option = version.version, f" --lineage {version.lineage}"
@@ -365,12 +398,29 @@ def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
     return result_of(version, dataset, status="repeat", message=message)
 
 
-def skipped(champion: Version, dataset: DatasetRef, tested: ArrivalScore, seconds: dict[str, float]) -> AdaptResult:
+def skipped(champion: Version, dataset: DatasetRef, tested: ScoredArrival, seconds: dict[str, float]) -> AdaptResult:
     """Return the result of a run that trained nothing, because the champion answers the new rows well enough."""
-    message = f"Nothing to learn: the {tested.describe()}. Version {champion.version} stays champion."
-    return result_of(
-        champion, dataset, status="skipped", message=message, arrival_accuracy=tested.accuracy, seconds=seconds
+    message = f"Nothing to learn: {tested.sentence}. Version {champion.version} stays champion."
+    return result_of(champion, dataset, status="skipped", message=message, arrival=tested.score, seconds=seconds)
+
+
+def held(
+    champion: Version, spec: AdaptSpec, dataset: DatasetRef, tested: ScoredArrival, seconds: dict[str, float]
+) -> AdaptResult:
+    """Hold an arrival whose labels disagree with the champion; return the result of the run, which trained nothing."""
+    noted = hold(current_store(), spec.lineage, spec.task, dataset, remark_on(tested))
+    shown = spec.data.include_texts
+    release = shlex.join(["deal", "data", "release", *noted.names, "--lineage", spec.lineage])
+    result = result_of(
+        champion,
+        dataset,
+        status="held",
+        message=f"Nothing was learned: {noted.why} If they are right, let the arrival go on with: {release}",
+        arrival=tested.score,
+        contradictions=tuple(each if shown else each.without_texts for each in tested.contradictions),
+        seconds=seconds,
     )
+    return result.model_copy(update={"rejected": False, "reasons": (noted.why,)})
 
 
 def adapted(version: Version, findings: Findings, seconds: dict[str, float]) -> AdaptResult:
@@ -391,7 +441,7 @@ def adapted(version: Version, findings: Findings, seconds: dict[str, float]) -> 
         findings.dataset,
         status=status,
         message=f"Version {version.version} of {version.lineage} {verdict}.",
-        arrival_accuracy=version.arrival_accuracy,
+        arrival=version.arrival,
         accuracies=dict(report.accuracies),
         scores=Scores.of(report.matrix),
         matrix=report.matrix.to_json(),

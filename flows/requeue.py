@@ -25,7 +25,7 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
 
     Versions are learned in the given order, with the settings of their runs. An arrival that the champion has learned
     in the meantime is reported as a repeat. Without versions and without arrivals, all versions that were left behind
-    are learned again, oldest first, and all held arrivals go on.
+    are learned again, oldest first, and all arrivals go on whose run was cancelled.
 
     Args:
         lineage: The lineage.
@@ -39,7 +39,7 @@ async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence
         ForgottenRowsError: Rows of an arrival were forgotten.
     """
     store = current_store()
-    released = release(store, lineage, arrivals) if arrivals or not versions else ()
+    released = release(store, lineage, arrivals, checked=False) if arrivals or not versions else ()
     if released and not versions and (arrivals or not Versions(store).all(lineage)):
         return []
     async with lock_lineage(lineage):

@@ -87,8 +87,8 @@ class WatchResult(BaseModel, frozen=True):
 
     @property
     def num_rejected(self) -> int:
-        """Number of files whose version the gate rejected."""
-        return sum(seen.outcome == "rejected" for seen in self.files)
+        """Number of files whose version the gate rejected, or that are held because their labels disagree."""
+        return sum(seen.outcome in ("rejected", "held") for seen in self.files)
 
 
 @flow(name="watch", flow_run_name="watch-{spec.lineage}")
@@ -321,7 +321,7 @@ class InboxWorker:
                 learned.outcome,
                 learned.message,
                 now=datetime.now(UTC),
-                version=run.version if run and run.status != "skipped" else None,
+                version=run.version if run and run.status not in ("skipped", "held") else None,
                 is_final=learned.is_final,
                 has_killed_reader=learned.has_killed_reader,
             )
@@ -391,4 +391,7 @@ async def _adapt_to(store: ObjectStore, spec: WatchedLineage, files: Sequence[Ar
         reporter().said(f"Failed: {message}")
         return Learned("failed", message, is_final=is_final)
     assert run.status != "remade", "a watch makes no branch"
+    if run.status == "held":
+        reporter().said(f"Held: {run.message}")
+        return Learned("held", run.reasons[0], run)
     return Learned(run.status, run.message, run)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deal_core.adapter.files import Recorded
 from deal_core.errors import RegistryError, StoreError
+from deal_core.evaluation.arrival_check import ArrivalScore
 from deal_core.judging_config import RolloutTerms
 from deal_core.safe_text import without_secrets
 from infra.promotions import UNTIL_THEN, Move, PromotionLog, rollout_of
@@ -115,8 +116,9 @@ class VersionFacts(BaseModel, frozen=True):
     """Mean of what the earlier tasks have gained since they were learned."""
     forward_transfer: float | None
     """Mean of what a task had gained over the base model before it was learned."""
-    arrival_accuracy: float | None = None
-    """The champion's accuracy on the arrival's rows before anything was trained on them; None: it was not asked."""
+    arrival: ArrivalScore | None = None
+    """What the version before it scored on the arrival before anything was trained on it; None: the task was new, or no
+    row could be asked."""
     general: Mapping[str, float] = {}
     """Its score on each suite of general ability that is on, 0 to 1."""
     debts: Mapping[str, float] = {}

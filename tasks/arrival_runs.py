@@ -1,5 +1,7 @@
 """The runs that a Prefect server starts for arrivals: an event announces each arrival, and a cancelled run holds it.
 
+`release` lets go on what is held, for whatever reason.
+
 A person cancels a run of the deployment `adapt` on Prefect's page, by its command or by its API. All arrivals that the
 run had still to learn are then held until `deal data release`. The server's states are read before anything else is
 learned or announced, so the hold does not depend on the run's process, which may have been killed.
@@ -26,8 +28,9 @@ from pydantic import BaseModel, ValidationError
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.keys import landed_key, task_of
+from infra.store.keys import INBOX, landed_key, task_of
 from tasks.inbox import Arrival, HeldArrival, growing_pause, look, read_state, write_state
+from tasks.lineage.held import held_by_check, let_go, name_of
 from tasks.progress import patient, reporter
 
 ARRIVAL_LANDED = "deal.arrival.landed"
@@ -170,7 +173,9 @@ async def hold_cancelled(
         write_state(store, lineage, state)
     for arrival in held:
         drop_announcement(store, lineage, arrival)
-        reporter().said(HeldArrival(key=arrival.key, why=state.files[arrival.key].message).line(lineage))
+        reporter().said(
+            HeldArrival(key=arrival.key, task=task_of(arrival.key), why=state.files[arrival.key].message).line(lineage)
+        )
     return tuple(arrival.key for arrival in held)
 
 
@@ -208,28 +213,39 @@ async def cancelled_runs(lineage: str, since: datetime) -> list[CancelledRun]:
     return sorted(cancelled, key=lambda run: run.at, reverse=True)
 
 
-def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tuple[str, ...]:
-    """Let held arrivals go on, all of them if none is named; return their keys.
+def release(store: ObjectStore, lineage: str, named: Sequence[str] = (), *, checked: bool = True) -> tuple[str, ...]:
+    """Let held arrivals go on, all of them if none is named; return what they are called.
 
-    A watch learns them at its next look; a server announces them at once.
+    A watch learns those of the inbox at its next look; a server announces them at once. Another file is learned by the
+    command that was held. Without `checked`, arrivals stay held whose labels disagree with the champion.
 
     Raises:
         ConfigError: A named arrival is not held.
     """
     state = read_state(store, lineage)
-    held = {arrival.key: arrival for arrival in look(store).arrivals if state.noted_as(arrival, "held")}
-    for key in named:
-        if key not in held:
+    disagreeing = {name: held for held in held_by_check(store, lineage) for name in held.names}
+    waiting = {arrival.key: arrival for arrival in look(store).arrivals if state.noted_as(arrival, "held")}
+    elsewhere = {name for name in disagreeing if not name.startswith(f"{INBOX}/")}
+    held = [*waiting, *sorted(elsewhere)]
+    if not checked:
+        held = [name for name in held if name not in disagreeing]
+    wanted = [name_of(store, name) for name in named] or held
+    for name in wanted:
+        if name not in held:
             which = f"held are: {', '.join(held)}" if held else "none is held"
-            raise ConfigError(f"{key} is not held for lineage '{lineage}'; {which}.")
-    released = [arrival for key, arrival in held.items() if not named or key in named]
-    for arrival in released:
-        run = state.files[arrival.key].cancelled_run
-        state.record(arrival, "requeued", "Asked for again.", now=datetime.now(UTC), cancelled_run=run)
-    keys = tuple(arrival.key for arrival in released)
-    if keys:
+            raise ConfigError(f"{name} is not held for lineage '{lineage}'; {which}.")
+    # the files of one arrival go on together
+    for arrival in {name: disagreeing[name] for name in wanted if name in disagreeing}.values():
+        wanted += [name for name in arrival.names if name not in wanted]
+        let_go(store, lineage, arrival)
+    released = [waiting[name] for name in wanted if name in waiting]
+    for info in released:
+        run = state.files[info.key].cancelled_run
+        state.record(info, "requeued", "Asked for again.", now=datetime.now(UTC), cancelled_run=run)
+    if released:
         write_state(store, lineage, state)
-        for arrival in released:
-            drop_announcement(store, lineage, arrival)
-        reporter().said(f"{listed(keys)}: held no longer; the next look of a watch learns this.")
-    return keys
+        for info in released:
+            drop_announcement(store, lineage, info)
+        keys = listed([info.key for info in released])
+        reporter().said(f"{keys}: held no longer; the next look of a watch learns this.")
+    return tuple(wanted)

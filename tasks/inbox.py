@@ -26,6 +26,7 @@ from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
 from infra.store.keys import INBOX, SUCCESS_FILE, TASK_FILE, task_file_of, task_of
 from infra.store.stored import Stored, read_stored, write_stored
+from tasks.lineage.held import held_by_check
 from tasks.spec import TaskFields, TaskSpec, parse, reading_the_task
 
 PAUSE = timedelta(seconds=60)
@@ -356,10 +357,11 @@ def settle(
 
 
 class HeldArrival(BaseModel, frozen=True):
-    """An arrival that waits for `deal data release`, because its run was cancelled."""
+    """An arrival that waits for `deal data release`: a run was cancelled, or labels disagree with the champion."""
 
     key: str
-    """The arrival, as inbox/TASK/FILE."""
+    """The arrival, as inbox/TASK/FILE; the address of a file that was learned from elsewhere."""
+    task: str
     why: str
 
     def line(self, lineage: str) -> str:
@@ -371,15 +373,24 @@ class HeldArrival(BaseModel, frozen=True):
 def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Collection[str] = ()) -> tuple[HeldArrival, ...]:
     """Return the arrivals of these tasks that are held, oldest first; without tasks: all of them."""
     notes = ((arrival.key, state.noted_as(arrival, "held")) for arrival in inbox.of(tasks))
-    return tuple(HeldArrival(key=key, why=note.message) for key, note in notes if note)
+    return tuple(HeldArrival(key=key, task=task_of(key), why=note.message) for key, note in notes if note)
 
 
 def find_held(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
-    """Return all held arrivals of a lineage, oldest first."""
+    """Return all held arrivals of a lineage: those of the inbox, then files from elsewhere, each oldest first."""
     state = read_state(store, lineage)
-    if not any(note.outcome == "held" for note in state.files.values()):
-        return ()
-    return held_arrivals(look(store), state)
+    is_held = any(note.outcome == "held" for note in state.files.values())
+    return (*(held_arrivals(look(store), state) if is_held else ()), *held_elsewhere(store, lineage))
+
+
+def held_elsewhere(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
+    """Return the held arrivals whose files are not in the inbox, oldest first."""
+    return tuple(
+        HeldArrival(key=name, task=held.task, why=held.why)
+        for held in held_by_check(store, lineage)
+        for name in held.names
+        if not name.startswith(f"{INBOX}/")
+    )
 
 
 def task_spec(store: ObjectStore, *arrivals: str) -> TaskSpec:

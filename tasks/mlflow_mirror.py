@@ -253,7 +253,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
     shown = scores | {f"accuracy/{name}": value for name, value in version.accuracies.items()}
     shown |= {f"general/{name.replace(':', '/')}": value for name, value in version.general.items()}
     shown |= {f"debt/{name}": points for name, points in version.debts.items()}
-    tracked.log_metrics({**shown, "arrival_accuracy": version.arrival_accuracy})
+    tracked.log_metrics({**shown, **_arrival_metrics(version)})
     described: dict[str, Any] = {
         "name": f"{version.lineage}-{version.task}",
         "sha256": version.adapter_sha256,
@@ -295,6 +295,15 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
     )
     tracked.set_tags({"deal.version": version.version, "deal.gate": gate})
     tracked.end("FINISHED")
+
+
+def _arrival_metrics(version: Version) -> dict[str, float]:
+    """What the version before scored on the arrival, with its interval and its number of rows."""
+    if version.arrival is None:
+        return {}
+    names = ("accuracy", "low", "high", "num_rows", "reference", "estimate")
+    values = {f"arrival/{name}": getattr(version.arrival, name) for name in names}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def _write_report(store: ObjectStore, tracker: Tracker, version: Version) -> None:

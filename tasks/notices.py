@@ -37,6 +37,7 @@ Kind = Literal[
     "rollout",
     "rolled-back",
     "alias-set-back",
+    "held",
     "failed",
     "drift",
     "quality",
@@ -49,6 +50,7 @@ EVENTS: dict[Kind, str] = {
     "rollout": "deal.version.rollout",
     "rolled-back": "deal.version.rolled-back",
     "alias-set-back": "deal.alias.set-back",
+    "held": "deal.arrival.held",
     "failed": "deal.adaptation.failed",
     "drift": "deal.drift.detected",
     "quality": "deal.quality.dropped",
@@ -74,8 +76,8 @@ class Notice(BaseModel, frozen=True, extra="forbid"):
     parent_version: str | None = None
     """The version that this version continues; None: it starts from the base model."""
     reasons: tuple[str, ...] = ()
-    """Why the gate or a person rejected the version, why a person moved the champion, or what has changed in the live
-    traffic."""
+    """Why the gate or a person rejected the version, why a person moved the champion, why an arrival is held, or what
+    has changed in the live traffic."""
     who: str | None = None
     """The person who decided."""
     accuracies: dict[str, float] = {}
@@ -158,6 +160,11 @@ def announce_version(version: Version, *, evaluation: EvaluationReport) -> None:
         forgetting=version.forgetting,
     )
     announce(version.outcome, notice, once=version.run_key)
+
+
+def announce_held(lineage: str, task: str, why: str, *, champion: str, arrival: str) -> None:
+    """Announce that the labels of an arrival disagree with the champion. `arrival` is the digest of its rows."""
+    announce("held", Notice(lineage=lineage, task=task, version=champion, reasons=(why,)), once=arrival)
 
 
 def announce_failure(lineage: str, task: str | None, error: Exception) -> None:

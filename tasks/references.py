@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from deal_core.config import Quantize
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.arrival_check import ArrivalScore
 from infra.report.run_report import Training
 
 
@@ -56,20 +58,48 @@ class DatasetRef(Reference):
         return schema.with_labels(self.new_labels) if schema.name == self.task else schema
 
 
-class ArrivalScore(Reference):
-    """The champion's accuracy on the rows of an arrival, before anything was trained on them."""
+class Contradiction(Reference):
+    """A row of an arrival that the champion answers otherwise, and is sure of its answer."""
 
-    accuracy: float
-    """Mean score of the rows by the task's metric, 0 to 1."""
-    num_rows: int
-    """Rows that were asked."""
-    of_rows: int
-    """Training rows of the arrival."""
+    sha256: str
+    """Digest of the row."""
+    file: str | None = None
+    row: int | None = None
+    """Number of the row in its file, from 1, without a CSV's header; None: the file is gone."""
+    text: str | None = None
+    """None: texts may not be shown."""
+    label: str | None = None
+    """The right answer, as the row says."""
+    answer: str | None = None
+    """The champion's answer."""
 
-    def describe(self) -> str:
-        """Return it in a few words."""
-        asked = f"{self.num_rows}" if self.num_rows == self.of_rows else f"{self.num_rows} of {self.of_rows}"
-        return f"champion scored {100 * self.accuracy:.1f} % on {asked} new rows"
+    @property
+    def place(self) -> str:
+        """Where it stands."""
+        return f"row {self.row} of {self.file}"
+
+    @property
+    def without_texts(self) -> Self:
+        """The row by its place alone."""
+        return self.model_copy(update={"text": None, "label": None, "answer": None})
+
+
+class ScoredArrival(Reference):
+    """What the champion answered to an arrival before anything was trained on it."""
+
+    version: str
+    """Number of the champion."""
+    score: ArrivalScore
+    scores: tuple[float, ...] = Field(exclude=True, repr=False)
+    """The score of each row that was asked."""
+    has_labels: bool
+    contradictions: tuple[Contradiction, ...] = ()
+    """If the labels disagree: the rows whose label the champion contradicts most surely."""
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in a sentence."""
+        return self.score.sentence(self.version, has_labels=self.has_labels)
 
 
 class TrainSummary(Training):

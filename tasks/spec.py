@@ -226,7 +226,7 @@ class AdaptSpec(LineageSpec):
                 "monitor": True,
                 "task": {"name", "data", "test_data", "columns"},
                 "data": {"retain_training_rows", "include_texts"},
-                "gate": {"rollout", "rollout_share", "rollout_rows"},
+                "gate": {"arrival", "arrival_drop_points", "rollout", "rollout_share", "rollout_rows"},
             },
         )
         settings |= {"train": self.train.deciding()}

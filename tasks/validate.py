@@ -149,6 +149,12 @@ def spec_to_check(
     return asked.model_copy(update={"task": arrival.model_copy(update=files)}), task_file
 
 
+def is_known_task(spec: AdaptSpec) -> bool:
+    """Return whether the champion of a spec's lineage has learned its task."""
+    champion = Versions(current_store()).champion(spec.lineage)
+    return champion is not None and read_record(current_store(), champion).task(spec.task.name) is not None
+
+
 def validate(
     spec: AdaptSpec,
     task_file: Path | None = None,
@@ -156,6 +162,7 @@ def validate(
     with_model: bool = False,
     on_progress: Callable[[int], None] | None = None,
     on_model: Callable[[int, int], None] = lambda done, total: None,
+    on_rows: Callable[[pa.RecordBatch], None] = lambda rows: None,
 ) -> ValidateResult:
     """Check rows as ingest would, with the labels and test rows that the lineage has for the task.
 
@@ -167,6 +174,7 @@ def validate(
         with_model: Check the labels with the base model, which is fetched if it is not on this machine.
         on_progress: Called now and then with the number of rows read.
         on_model: Called with the number of rows that the model has read, and that of all that it reads.
+        on_rows: Called with the good training rows (see GOOD_ROWS), a part at a time.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
@@ -179,7 +187,12 @@ def validate(
     schema, config = choose_schema(store, arrival, record), replace(spec.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
         kept = _TrainingRows()
-        report = validate_file(landing, kept.add)
+
+        def keep(rows: pa.RecordBatch) -> None:
+            kept.add(rows)
+            on_rows(rows)
+
+        report = validate_file(landing, keep)
     manifest, refusal = report.manifest, report.refusal
     schema = manifest.task  # the file has completed it
     if refusal is None:

@@ -23,6 +23,8 @@ _GROUP_BYTES = 2**24
 class DatasetFiles:
     """Writes train.parquet and test.parquet in row groups, quarantine.jsonl, and at the end manifest.json.
 
+    train.inputs has the digests of the training rows' inputs, 32 bytes each.
+
     A line of quarantine.jsonl has file, row, line, reason, value, why, more problems if any, and the raw row. If the
     context ends without `publish`, only quarantine.jsonl remains: an unfinished dataset never looks finished.
     """
@@ -30,12 +32,14 @@ class DatasetFiles:
     def __init__(self, folder: Path, task: TaskSchema) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        for name in ("manifest.json", "train.parquet", "test.parquet"):
+        for name in ("manifest.json", "train.parquet", "test.parquet", "train.inputs"):
             (folder / name).unlink(missing_ok=True)
         self._tables: dict[Split, _RowWriter] = {
             "train": _RowWriter(folder / "train.parquet.part", stored_columns(task, "train")),
             "test": _RowWriter(folder / "test.parquet.part", stored_columns(task, "test")),
         }
+        self._inputs_path = folder / "train.inputs.part"
+        self._inputs = self._inputs_path.open("wb")
         self.quarantine_path = folder / "quarantine.jsonl"
         # A lone surrogate (a byte that was not UTF-8) becomes its JSON escape.
         self._quarantine = self.quarantine_path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
@@ -45,6 +49,8 @@ class DatasetFiles:
 
     def __exit__(self, *error: object) -> None:
         self._quarantine.close()
+        self._inputs.close()
+        self._inputs_path.unlink(missing_ok=True)
         for table in self._tables.values():
             table.close()
             table.path.unlink(missing_ok=True)
@@ -52,6 +58,8 @@ class DatasetFiles:
     def add(self, rows: pa.RecordBatch, split: Split) -> None:
         """Write good rows, see GOOD_ROWS."""
         self._tables[split].add(rows)
+        if split == "train":
+            self._inputs.write(digests_in(rows, "input_digest").tobytes())
 
     def reject(self, bad: BadRow, raw: object) -> None:
         """Write one bad row to quarantine.jsonl."""
@@ -66,6 +74,8 @@ class DatasetFiles:
         for split, table in self._tables.items():
             table.close()
             os.replace(table.path, self._folder / f"{split}.parquet")
+        self._inputs.close()
+        os.replace(self._inputs_path, self._folder / "train.inputs")
         manifest = replace(manifest, test_sha256=sha256_of_file(self._folder / "test.parquet"))
         with complete_file(self._folder / "manifest.json") as part:
             part.write_text(json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

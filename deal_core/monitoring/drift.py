@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from deal_core.evaluation.estimate import above_threshold
+from deal_core.evaluation.interval import wilson_interval
 from deal_core.judging_config import DriftLimits
 from deal_core.monitoring import two_samples
 from deal_core.monitoring.report import NUM_BINS, Alarm, DriftReport, DriftTest, LiveAccuracy, TaskDrift, TestName
@@ -163,15 +165,7 @@ def hits(scores: pd.Series) -> Hits | None:
 
 
 def estimated_accuracy(reference: pd.DataFrame, live: pd.DataFrame) -> LiveAccuracy | None:
-    """Estimate the accuracy of live rows without labels, by Average Thresholded Confidence (ATC, arXiv 2201.04234).
-
-    A threshold is chosen so that the share of reference rows with a lower confidence is the error rate there. The
-    estimate is the reference's accuracy minus the drop in the share of rows at or above the threshold. Without ties
-    this is the share itself, which is ATC.
-
-    Limits: it sees only errors that lower the confidence. A model that is confidently wrong on new inputs, or labels
-    whose meaning has changed, leave it unchanged. If all confidences fall alike, it falls further than the accuracy. No
-    estimate of this kind is right for every shift.
+    """Estimate the accuracy of live rows without labels from their confidences, see `above_threshold`.
 
     None: the scores are graded, no reference answer is right, or a confidence is missing on one side.
     """
@@ -179,9 +173,8 @@ def estimated_accuracy(reference: pd.DataFrame, live: pd.DataFrame) -> LiveAccur
     right, confidences = hits(reference["score"]), live["confidence"].dropna()
     if right is None or not right.num_right or confidences.empty:
         return None
-    threshold = reference["confidence"].sort_values().iloc[right.num_rows - right.num_right]
-    above = Hits(int((reference["confidence"] >= threshold).sum()), right.num_rows)
-    live_above = Hits(int((confidences >= threshold).sum()), len(confidences))
+    counts = above_threshold(reference["confidence"].to_list(), right.num_right, confidences.to_list())
+    above, live_above = Hits(counts.num_reference, right.num_rows), Hits(counts.num_live, len(confidences))
     shift = right.num_right / right.num_rows - above.num_right / above.num_rows
     return _against(live_above, above, shift)
 
@@ -204,7 +197,7 @@ def measured_accuracy(
 
 def _against(live: Hits, reference: Hits | None, shift: float) -> LiveAccuracy:
     """Compare two shares; `shift` is added to both, and to the ends of the interval."""
-    ends = (live.num_right / live.num_rows, *two_samples.wilson(live.num_right, live.num_rows))
+    ends = (live.num_right / live.num_rows, *wilson_interval(live.num_right / live.num_rows, live.num_rows))
     accuracy, low, high = (float(np.clip(end + shift, 0.0, 1.0)) for end in ends)
     measured = LiveAccuracy(accuracy=accuracy, low=low, high=high, num_rows=live.num_rows)
     if reference is None:

@@ -148,9 +148,3 @@ def _auc(first: Floats, second: Floats, axis: int = -1) -> Floats:
     pairs = first.shape[axis] * second.shape[axis]
     areas: Floats = stats.mannwhitneyu(first, second, axis=axis, method="asymptotic").statistic / pairs
     return areas
-
-
-def wilson(num_right: int, num_rows: int) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share."""
-    interval = stats.binomtest(num_right, num_rows).proportion_ci(INTERVAL, method="wilson")
-    return float(interval.low), float(interval.high)

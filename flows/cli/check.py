@@ -16,15 +16,21 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed, shorten
-from flows.cli.console import heading, home_option, new_table
+from flows.cli.console import heading, home_option, new_table, show_contradictions
 from flows.cli.session import CommandResult, Session, Settings, SpecLineage, command, main_app
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from tasks.planning import PlanResult
+    from tasks.references import ScoredArrival
+    from tasks.spec import AdaptSpec
     from tasks.validate import ShownRow, ValidateResult
 
 _SHOWN_CHARS = 1000
 _SHOWN_LABELS = 20
+_SCORED_ROWS = 20_000
+"""Rows of a file from which those are chosen that the champion answers; of more, the first ones."""
 _SPEC = """\
 # Check it with `deal check {out} --plan`, learn it with `deal adapt {out}`.
 # Every other setting has a default: docs/settings.md.
@@ -55,6 +61,8 @@ class CheckedRows:
     """The checks of the rows."""
     plan: PlanResult | None
     """What a run takes; None: --plan was not given, or the rows are refused."""
+    arrival: ScoredArrival | None = None
+    """What the champion answers to the training rows; None: it does not know the task, or --no-score was given."""
 
 
 @command(
@@ -136,6 +144,10 @@ def check(
     with_model: Annotated[
         bool, Option("--with-model", help="Also let the base model look for wrong labels; takes time.")
     ] = False,
+    score: Annotated[
+        bool,
+        Option("--score/--no-score", help="Let the champion answer the rows, if it knows the task; takes time."),
+    ] = True,
     plan: Annotated[
         bool, Option("--plan", help="Also say what a run takes (memory, steps, time) and whether it fits.")
     ] = False,
@@ -150,7 +162,7 @@ def check(
         Option("--probe/--no-probe", help="With --plan: time three training steps, if the base model is here."),
     ] = True,
 ) -> CommandResult[CheckedRows]:
-    """Check rows as a run would; with --plan, what the run takes.
+    """Check rows as a run would, and whether their labels agree with the champion; with --plan, what the run takes.
 
     Nothing is stored, and no weights are fetched.
     """
@@ -169,16 +181,25 @@ def check(
         asked, task_file = spec_to_check(
             file, spec=spec, task=task, lineage=lineage, test_data=test_data, settings=settings or ()
         )
+        rows: list[pa.RecordBatch] = []
+
+        def keep(batch: pa.RecordBatch) -> None:
+            if sum(map(len, rows)) < _SCORED_ROWS:
+                rows.append(batch)
+
         data = validate(
             asked,
             task_file,
             with_model=with_model,
             on_progress=lambda done: deal.screen.advanced("checking", done, None),
             on_model=lambda done, total: deal.screen.advanced("labels", done, total),
+            on_rows=keep,
         )
+        arrival = _score_arrival(deal, asked, rows) if score and data.accepted else None
+        shown = [*show_validation(data), *(show_arrival(arrival) if arrival else [])]
         if not plan or not data.accepted:
-            checked = CheckedRows(data=data, plan=None)
-            return CommandResult(checked, show_validation(data), failed=not data.accepted)
+            checked = CheckedRows(data=data, plan=None, arrival=arrival)
+            return CommandResult(checked, shown, failed=not data.accepted)
         from flows.server.embedded import calm_libraries
         from tasks.planning import plan as plan_run
 
@@ -190,8 +211,30 @@ def check(
             probe=probe,
             on_progress=deal.screen.stage_started,
         )
-    shown = [*show_validation(data), heading("What a run takes"), *_show_plan(planned)]
-    return CommandResult(CheckedRows(data=data, plan=planned), shown, failed=planned.refused)
+    shown += [heading("What a run takes"), *_show_plan(planned)]
+    return CommandResult(CheckedRows(data=data, plan=planned, arrival=arrival), shown, failed=planned.refused)
+
+
+def _score_arrival(deal: Session, asked: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
+    """Let the champion answer the rows, if it knows their task and its base model is here."""
+    from tasks.validate import is_known_task
+
+    if not is_known_task(asked):  # torch loads slowly
+        return None
+    from flows.adapt import check_arrival
+    from flows.server.embedded import calm_libraries
+    from tasks.progress import reporting_to
+
+    calm_libraries()
+    with reporting_to(deal.screen):
+        return check_arrival(asked, rows)
+
+
+def show_arrival(arrival: ScoredArrival) -> Sequence[RenderableType]:
+    """What the champion answers to rows that it has not learned."""
+    colour = "green" if arrival.score.verdict == "as expected" else "yellow"
+    sentence = arrival.sentence[0].upper() + arrival.sentence[1:]
+    return [f"[{colour}]{escape(sentence)}[/]", *show_contradictions(arrival.contradictions)]
 
 
 _VERDICTS = {

@@ -26,6 +26,7 @@ from deal_core.safe_text import printable, printable_json, without_known_secrets
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult, Scores
     from tasks.inbox import HeldArrival
+    from tasks.references import Contradiction
 
 WIDTH = 120
 """The width of tables in a file or a pipe."""
@@ -228,7 +229,7 @@ def new_table(*columns: str, right: Sequence[str] = (), spare: Sequence[str] = (
 
 
 def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableType]:
-    """Arrivals whose run was cancelled, and how each goes on."""
+    """Arrivals that are held, and how each goes on."""
     return [f"  [yellow]•[/] {escape(arrival.line(lineage))}" for arrival in held]
 
 
@@ -260,8 +261,18 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
         if told := scored_otherwise(run.metrics):
             shown.append(escape(told))
     shown.append(f"[bold {color}]{escape(run.message)}[/]")
+    if run.status == "held":  # the message says why
+        return [*shown, *show_contradictions(run.contradictions)]
     shown += [f"  • {escape(reason)}" for reason in run.reasons]
     return shown
+
+
+def show_contradictions(rows: Sequence[Contradiction]) -> Sequence[RenderableType]:
+    """Rows of an arrival that the champion contradicts; with their texts, where they may be shown."""
+    table = new_table("row", "text", "label", "champion", right=["row"])
+    for row in rows:
+        table.add_row(escape(row.place), *(escape(text or "–") for text in (row.text, row.label, row.answer)))
+    return [table] if any(row.text for row in rows) else [f"  • {escape(row.place)}" for row in rows]
 
 
 def named_scores(scores: Scores) -> dict[str, str]:

@@ -54,7 +54,7 @@ class ReleasedArrivals:
 
     lineage: str
     released: tuple[str, ...]
-    """Their keys, as inbox/TASK/FILE."""
+    """As inbox/TASK/FILE, or the address of a file from elsewhere."""
 
 
 @command(
@@ -63,18 +63,23 @@ class ReleasedArrivals:
 def release(
     deal: Session,
     arrivals: Annotated[
-        list[str] | None, Argument(help="Held arrivals, as inbox/TASK/FILE.", show_default=False)
+        list[str] | None, Argument(help="Held arrivals, as inbox/TASK/FILE or a path.", show_default=False)
     ] = None,
     all_: Annotated[bool, Option("--all", help="Release every held arrival of the lineage.")] = False,
     lineage: Lineage = "",
 ) -> CommandResult[ReleasedArrivals]:
-    """Let arrivals go on that are held because their run was cancelled."""
+    """Let arrivals go on that are held: their run was cancelled, or their labels disagree with the champion."""
     from tasks.arrival_runs import release as release_arrivals
 
     if all_ == bool(arrivals):
         raise ConfigError("Name the held arrivals (deal status lists them), or give --all.")
     released = ReleasedArrivals(lineage=lineage, released=release_arrivals(deal.store, lineage, arrivals or []))
-    shown = [f"{key} goes on: a watch learns it at its next look." for key in released.released]
+    shown = [
+        f"{name} goes on: a watch learns it at its next look."
+        if name.startswith("inbox/")
+        else f"{name} goes on: give the command that learns it again."
+        for name in released.released
+    ]
     return CommandResult(released, [*map(escape, shown or ["Nothing is held."])])
 
 

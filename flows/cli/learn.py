@@ -143,7 +143,7 @@ def adapt(
         return adapt_flow(adapt_spec, again=force)
 
     outcome = deal.run(start, trains=True)
-    return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
+    return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected or outcome.status == "held")
 
 
 def show_watch(result: WatchResult) -> Sequence[RenderableType]:

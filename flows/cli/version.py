@@ -127,7 +127,7 @@ _APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "
 
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
     """The versions of a lineage."""
-    is_tested = any(entry.arrival_accuracy is not None for entry in entries)
+    is_tested = any(entry.arrival is not None for entry in entries)
     has_debts = any(lost > 0 for entry in entries for lost in entry.debts.values())
     numbers = ["version", "parent", "accuracy", "forgetting"]
     numbers += [*(["debt"] if has_debts else []), *(["on arrival"] if is_tested else [])]
@@ -145,7 +145,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
             percent(entry.average_accuracy),
             percent(entry.forgetting),
             *([points(max(entry.debts.values(), default=None))] if has_debts else []),
-            *([percent(entry.arrival_accuracy)] if is_tested else []),
+            *([entry.arrival.figure.replace(" %", "") if entry.arrival else "–"] if is_tested else []),
             entry.lesson,
             entry.strategy,
             gate,
@@ -210,6 +210,7 @@ def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]
         "average accuracy, %": percent(entry.average_accuracy),
         "forgetting, points": percent(entry.forgetting),
         **{f"{name}, %": percent(score) for name, score in entry.general.items()},
+        "version before, on the arrival": entry.arrival.figure if entry.arrival else "–",
         "lost since it was learned, points": escape(
             ", ".join(f"{task} {lost:.1f}" for task, lost in entry.debts.items()) or "–"
         ),
@@ -319,7 +320,8 @@ def requeue(
     deal: Session,
     versions: Annotated[list[str] | None, Argument(help="Versions to learn again.", show_default=False)] = None,
     all_: Annotated[
-        bool, Option("--all", help="Learn all arrivals that were left behind, and let all held ones go on.")
+        bool,
+        Option("--all", help="Learn all arrivals that were left behind, and let those go on whose run was cancelled."),
     ] = False,
     lineage: Lineage = "",
 ) -> CommandResult[list[LeftBehind] | Annotated[list[AdaptResult], "with versions or --all"]]:

@@ -55,6 +55,7 @@ TITLES: dict[Kind, str] = {
     "rollout": "version {{ event.payload.version }} is tried on live traffic",
     "rolled-back": "version {{ event.payload.version }} is champion again",
     "alias-set-back": "a move of the alias in MLflow was set back",
+    "held": "labels of {{ event.payload.task }} disagree with version {{ event.payload.version }}",
     "failed": "an adaptation failed",
     "drift": "live traffic of {{ event.payload.task }} has changed",
     "quality": "live accuracy of {{ event.payload.task }} has dropped",

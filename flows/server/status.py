@@ -28,7 +28,7 @@ from infra.store.keys import INBOX
 from infra.versions import Version, Versions, champion_of
 from tasks.context import current_store
 from tasks.housekeeping.damage import find_damage
-from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, look, read_state
+from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, held_elsewhere, look, read_state
 from tasks.lineage.consolidation import why_due
 from tasks.lineage.history import known_lineages
 from tasks.lineage.record import LineageRecord, read_record
@@ -94,7 +94,7 @@ class LineageStatus(BaseModel):
     held: str | None = None
     """Why the lineage learns nothing that lands; None: it learns."""
     held_arrivals: tuple[HeldArrival, ...] = ()
-    """Arrivals whose run was cancelled; they wait for `deal data release`."""
+    """Arrivals that wait for `deal data release`: a run was cancelled, or labels disagree with the champion."""
     debts: dict[str, float] = {}
     """Points that each task of the champion has lost since it was learned; below 0: gained."""
     budget_points: float | None = None
@@ -222,6 +222,8 @@ def _lineage(
         newest = versions[-1]
         why = "A person refused it." if newest.accepted else " ".join(newest.reasons)
         status.rejected = f"version {newest.version} ({newest.task}) was rejected: {why}"
+    with noting_damage():
+        status.held_arrivals = held_elsewhere(store, name)
     if watched is not None:
         with noting_damage():
             state = read_state(store, name)
@@ -235,7 +237,7 @@ def _lineage(
                 # otherwise another file is there, or this one is to be tried with other test rows
                 and (handled.etag, handled.beside) == (info.etag, info.stamp)
             )
-            status.held_arrivals = held_arrivals(inbox, state, watched.tasks)
+            status.held_arrivals += held_arrivals(inbox, state, watched.tasks)
             if watched.held is None:
                 status.waiting = plan(store, watched, inbox, state, still_open, datetime.now(UTC)).waiting
     # several of the looks above may find the same damage

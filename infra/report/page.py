@@ -179,8 +179,8 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
     scores = [(f"average of {count(num_tasks, 'task')}", f"{percent(matrix.average_accuracy)} %")]
     if not evaluation.is_consolidation:
         scores.insert(0, (f"{task}, before → now", f"{percent(start)} → {percent(evaluation.accuracies[task])} %"))
-    if report.arrival_accuracy is not None:
-        scores.append(("champion on the new rows, before", f"{percent(report.arrival_accuracy)} %"))
+    if report.arrival is not None:
+        scores.append(("champion on the new rows, before", report.arrival.figure))
     if matrix.forgetting is not None:
         scores.append(("forgetting", f"{points(matrix.forgetting)} points"))
     if matrix.relative_forgetting is not None and len({evaluation.metric_name(name) for name in matrix.tasks}) > 1:

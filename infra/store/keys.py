@@ -23,6 +23,7 @@
     labels/LINEAGE/TASK.json                  labels that were added by command
     renewals/LINEAGE/TASK.json                a request for new test rows
     watch/LINEAGE.json                        arrivals that a watch has handled
+    held/LINEAGE/TASK/DIGEST.json             an arrival that the arrival check holds, or that was let go on
     landed/LINEAGE/DIGEST.json                announcements of an arrival to the lineage
     batches/LINEAGE/TASK.json                 the files that are learned together now
     counts/TASK.json                          the numbers of rows of files that wait in the inbox
@@ -55,6 +56,7 @@ VERSIONS = "versions"
 PROMOTIONS = "promotions"
 LINEAGES = "lineages"
 WATCH = "watch"
+HELD = "held"
 FORGOTTEN = "forgotten"
 DELETED_INPUTS = "deleted_inputs"
 PREDICTIONS = "predictions"
@@ -69,6 +71,8 @@ SUCCESS_FILE = "_SUCCESS"
 MANIFEST_FILE = "manifest.json"
 TRAIN_FILE = "train.parquet"
 TEST_FILE = "test.parquet"
+INPUTS_FILE = "train.inputs"
+"""The digests of the training rows' inputs, one after another: they stay when the rows are deleted."""
 BATCH_TIME = "%Y%m%dT%H%M%S"
 """Form of the time (UTC) that the name of a log's batch begins with."""
 BATCH_NAME = re.compile(r"\d{8}T\d{6}-.+\.parquet")
@@ -133,6 +137,9 @@ renewal_key: OfLineageAndTask = "renewals/{}/{}.json".format
 watch_key: OfLineage = "watch/{}.json".format
 landed_key: Callable[[str, str], str] = "landed/{}/{:.32}.json".format
 """The announcement of an arrival, from the lineage and the digest of the arrival's key, content and companions."""
+held_folder: OfLineage = "held/{}".format
+held_key: Callable[[str, str, str], str] = "held/{}/{}/{:.32}.json".format
+"""From the lineage, the task and the digest of the names of its files."""
 batch_folder: OfLineage = "batches/{}".format
 batch_key: OfLineageAndTask = "batches/{}/{}.json".format
 
@@ -159,7 +166,7 @@ def file_name(key: str) -> str:
 
 
 def lineage_of(key: str) -> str:
-    """Return the lineage of a key in `adapters/`, `runs/`, `versions/` or `promotions/`."""
+    """Return the lineage of a key in `adapters/`, `runs/`, `versions/`, `promotions/` or `held/`."""
     return key.split("/")[1]
 
 

@@ -13,11 +13,11 @@ from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import AdapterFacts, Debt, EvaluationReport, Scores
 from deal_core.evaluation.significance import PairedDrop
 from deal_core.safe_text import listed
-from infra.store.base import ObjectStore, temporary_folder
+from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from infra.versions import Version, Versions, descent
 from tasks.adaptation.general import measure_general
-from tasks.adaptation.run import STAGE, AdaptationRun, RunInputs, jobs_of
+from tasks.adaptation.run import STAGE, AdaptationRun, jobs_of
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import (
@@ -25,28 +25,22 @@ from tasks.lineage.frozen_rows import (
     KeptAnswers,
     TestSet,
     answered_rows,
-    arrival_rows,
     keep_answers,
     load_test_set,
     read_answers,
     within_budget,
 )
-from tasks.lineage.record import KnownTask, LineageRecord, read_record
+from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.monitoring.rows import has_reference, write_reference
-from tasks.references import ArrivalScore, DatasetRef, TrainedAdapter, VersionScores
+from tasks.references import DatasetRef, TrainedAdapter, VersionScores
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from tasks.adaptation.scorer import Scored, Scorer
-
-
-MAX_TESTED_ROWS = 1000
-"""Rows of an arrival on which the champion is scored before the training, at most: the score is then within 3 points of
-that of all rows, with 95 % confidence."""
 
 
 @task(name="evaluate", **STAGE)
@@ -331,30 +325,6 @@ def _scores_of(test_set: TestSet, rows: Dataset, answers: Mapping[str, str]) -> 
     """The score of each of a task's rows, by the answers to them."""
     in_order = [answers[digest] for digest in rows["sha256"]]
     return score_answers(test_set.schema.metric, in_order, right_answers(rows))
-
-
-def score_arrival(inputs: RunInputs, champion: Version, record: LineageRecord) -> ArrivalScore | None:
-    """Score the champion, which has the record, on a run's training rows, before anything is trained on them.
-
-    It is asked as it serves: with the labels that it knows. Of more than MAX_TESTED_ROWS rows, those with the smallest
-    digests are asked.
-
-    Returns:
-        The score; None: the task is new, or its test rows were forgotten and the arrival brings new ones.
-    """
-    from tasks.adaptation.scorer import Processes, Scorer
-
-    store, dataset = current_store(), inputs.dataset
-    known = record.task(dataset.task)
-    if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is not None:
-        return None
-    rows = arrival_rows(store, known, dataset.uri, MAX_TESTED_ROWS)
-    with temporary_folder() as folder, borrowed_adapter(store, champion) as adapter_folder:
-        processes = Processes(inputs.spec.train.num_processes, jobs_of(inputs), folder)
-        scorer = Scorer(inputs.base, stage="test", processes=processes)
-        scorer.expect([rows])
-        scored = scorer.score(adapter_folder, [rows])
-    return ArrivalScore(accuracy=scored.accuracies[dataset.task], num_rows=len(rows.rows), of_rows=dataset.num_train)
 
 
 def score_version(version: Version) -> VersionScores:

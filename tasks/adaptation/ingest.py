@@ -16,7 +16,7 @@ from deal_core.data.schema import DatasetManifest
 from deal_core.data.source_files import digests_of
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
-from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
+from infra.store.keys import INPUTS_FILE, MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
 from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.landing import choose_schema, landing_of
@@ -107,7 +107,8 @@ def _publish(
     except ObjectNotFoundError:
         store.upload_folder(folder, uri, marker=MANIFEST_FILE)
     else:
-        store.upload_file(folder / TRAIN_FILE, f"{uri}/{TRAIN_FILE}")
+        for name in (TRAIN_FILE, INPUTS_FILE):
+            store.upload_file(folder / name, f"{uri}/{name}")
         merged = replace(
             manifest,
             retain_training_rows=manifest.retain_training_rows or before.retain_training_rows,

@@ -14,6 +14,7 @@ from deal_core.evaluation.report import EvaluationReport, mean_score
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.versions import SCORES, Version, Versions
+from tasks.adaptation.arrival import keep_scores
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.context import current_store
 from tasks.lineage.record import RECORD_FILE, LineageRecord, write_record
@@ -42,6 +43,8 @@ def register_version(
         matrix=report.matrix,
         slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
     )
+    if adaptation.tested is not None:
+        keep_scores(store, trained.uri, adaptation.tested.scores)
     store.delete(keys.jobs_folder(trained.uri))  # of a try on Ray that was killed; this one may be local
     record_sha256 = write_record(store, trained.uri, record)
     served = json.dumps(served_version(record).to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
@@ -75,7 +78,7 @@ def register_version(
         ),
         needs_approval=spec.gate.approval == "manual" and remake is None,
         rollout=spec.gate.rollout_terms if decision.accepted and parent and remake is None else None,
-        arrival_accuracy=None if adaptation.tested is None else adaptation.tested.accuracy,
+        arrival=adaptation.tested and adaptation.tested.score,
         train_seconds=trained.summary.seconds,
         launch=trained.summary.launch,
         shard=trained.summary.shard,

@@ -31,7 +31,7 @@ from tasks.lineage.record import KnownTask, LineageRecord, choose_task
 from tasks.lineage.requests import AskedFor, Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
 from tasks.progress import Interrupted
-from tasks.references import ArrivalScore, BaseRef, DatasetRef
+from tasks.references import BaseRef, DatasetRef, ScoredArrival
 from tasks.spec import AdaptSpec
 
 RETRY_SECONDS = [5, 30, 120]
@@ -107,8 +107,8 @@ class RunInputs:
     """What is learned together; None: one arrival is learned. Then `dataset` stands for all of its rows."""
     remake: Remake | None = None
     """The step of a branch; None: the version continues the champion."""
-    tested: ArrivalScore | None = None
-    """The champion's score on the arrival's rows; None: it was not asked."""
+    tested: ScoredArrival | None = None
+    """What the version before scored on the arrival's rows; None: it was not asked."""
 
     @property
     def lineage(self) -> str:

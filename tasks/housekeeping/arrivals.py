@@ -297,12 +297,11 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
                 state=tombstone.said if tombstone else "learned" if versions else "stored",
             )
         )
-    watched = {keys.lineage_of_watch(info.key) for info in store.list(keys.WATCH)}
+    holding = {keys.lineage_of_watch(info.key) for info in store.list(keys.WATCH)}
+    holding |= {keys.lineage_of(info.key) for info in store.list(keys.HELD)}
     held = {
-        arrival.key: f"held for {lineage}: {arrival.why}"
-        for lineage in sorted(watched)
+        arrival.key: ListedArrival(name=arrival.key, task=arrival.task, state=f"held for {lineage}: {arrival.why}")
+        for lineage in sorted(holding)
         for arrival in find_held(store, lineage)
     }
-    return arrivals + [
-        ListedArrival(name=key, task=keys.task_of(key), state=state) for key, state in sorted(held.items())
-    ]
+    return arrivals + [held[key] for key in sorted(held)]

@@ -23,7 +23,7 @@ from deal_core.regular_file import sha256_of_file
 from deal_core.schema_version import require_schema_version
 from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
-from infra.store.keys import TEST_FILE, TRAIN_FILE, task_and_digest
+from infra.store.keys import TEST_FILE, task_and_digest
 from infra.store.stored import reading_stored
 from infra.versions import Version
 from tasks.lineage.datasets import read_manifest
@@ -61,23 +61,13 @@ def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
         ObjectNotFoundError: The file of the rows is missing.
         StoreError: The file of the rows is damaged, or was altered after its dataset was made.
     """
-    require_test_rows(store, known.schema.name, known.dataset_uri)
-    return _test_set(store, known, known.dataset_uri, TEST_FILE)
-
-
-def arrival_rows(store: ObjectStore, known: KnownTask, dataset_uri: str, max_rows: int) -> TestSet:
-    """Load the training rows of an arrival of a known task, at most `max_rows` of them, as rows that are asked."""
-    test_set = _test_set(store, known, dataset_uri, TRAIN_FILE)
-    return replace(test_set, rows=first_rows(test_set.rows, max_rows))
-
-
-def _test_set(store: ObjectStore, known: KnownTask, dataset_uri: str, file: str) -> TestSet:
     from datasets import Dataset
 
+    require_test_rows(store, known.schema.name, known.dataset_uri)
     columns = (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)
     return TestSet(
         schema=known.schema,
-        rows=Dataset(read_test_rows(store, dataset_uri, columns, file=file)),
+        rows=Dataset(read_test_rows(store, known.dataset_uri, columns)),
         max_prompt_tokens=known.max_prompt_tokens,
         max_new_tokens=known.max_new_tokens,
     )

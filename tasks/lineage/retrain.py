@@ -55,10 +55,11 @@ class RetrainPolicy(BaseModel, frozen=True, extra="forbid"):
     max_wait_days: Positive | None = None
     """Days after which a task is trained anyway: with fewer rows, and between the times of a schedule."""
     test_first: Flag = False
-    """Score the champion on the new rows before anything is trained. A new task has no such score."""
+    """Without effect: the champion answers every arrival of a task that it knows before anything is trained."""
     skip_if_accuracy: ShareAboveZero | None = None
     """The champion's accuracy on the new rows, 0 to 1, from which on there is nothing to learn. The arrival is then
-    `skipped`: nothing is trained, and test rows stay as they are. An arrival with new labels is trained."""
+    `skipped`: nothing is trained, and test rows stay as they are. An arrival with new labels is trained. None: nothing
+    is skipped."""
     budget_hours: Positive | None = None
     """Hours of finished trainings of the lineage in a calendar month. When they are used up, what lands waits for the
     next month. The training that exceeds them ends."""
@@ -73,8 +74,6 @@ class RetrainPolicy(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 "retrain.max_wait_days needs retrain.when: schedule or retrain.min_rows; without them nothing waits"
             )
-        if self.skip_if_accuracy is not None and not self.test_first:
-            raise ValueError("retrain.skip_if_accuracy needs retrain.test_first: true")
         return self
 
     @property

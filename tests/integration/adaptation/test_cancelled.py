@@ -255,7 +255,7 @@ def test_a_hold_hides_no_lost_registry(home: Path, lineages: None) -> None:
 
 
 def test_the_remedy_is_a_command_for_a_shell() -> None:
-    held = HeldArrival(key="inbox/parcels/may 2.jsonl", why="x")
+    held = HeldArrival(key="inbox/parcels/may 2.jsonl", task="parcels", why="x")
     assert shlex.split(held.line("l").partition("Let it go on with: ")[2]) == [
         "deal",
         "data",

@@ -119,7 +119,7 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     dataset, adapter = result.dataset.uri, f"adapters/l/{result.run_key[:16]}"
     assert dataset.startswith(f"datasets/bank/{result.dataset.sha256}/l/")
     kept = {info.key.removeprefix(f"{dataset}/") for info in store.list(dataset)}
-    assert kept == {"test.parquet", "manifest.json"}, "training rows are deleted after the training"
+    assert kept == {"test.parquet", "train.inputs", "manifest.json"}, "training rows are deleted after the training"
     names = {info.key.removeprefix(f"{adapter}/") for info in store.list(adapter)}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "method.json", "record.json"}
     assert names >= {"findings.json", "answers.json", "README.md", "deal.json"}

@@ -178,11 +178,11 @@ def test_after_the_longest_wait_fewer_rows_are_learned(tiny_base: Path, home: Pa
 
 
 def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_base: Path, home: Path) -> None:
-    add(tiny_base, test_first=True, skip_if_accuracy=ALWAYS)
+    add(tiny_base, skip_if_accuracy=ALWAYS)
     land(home, "parcels/task.yaml", [b"metric: loss\n"])
     land(home, "parcels/1.jsonl", ROWS[:40])
     assert learn(now()) == [("parcels/1.jsonl", "promoted", "1")], "a new task has no champion's score"
-    assert versions()[0].arrival_accuracy is None
+    assert versions()[0].arrival is None
     tests = {info.key: info.etag for info in current_store().list("datasets") if info.key.endswith("test.parquet")}
     land(home, "parcels/2.jsonl", ROWS[40:60])
     assert learn(now()) == [("parcels/2.jsonl", "skipped", None)]
@@ -191,18 +191,18 @@ def test_a_champion_that_answers_the_new_rows_well_enough_learns_nothing(tiny_ba
     assert not [key for key in left if key.endswith("train.parquet")], "the pipeline keeps no training rows"
     assert tests.items() <= {info.key: info.etag for info in current_store().list("datasets")}.items()
 
-    add(tiny_base, test_first=True, skip_if_accuracy=1.0)
+    add(tiny_base, skip_if_accuracy=1.0)
     land(home, "parcels/3.jsonl", ROWS[60:])
     assert learn(now()) == [("parcels/3.jsonl", "promoted", "2")]
-    (accuracy,) = [entry.arrival_accuracy for entry in read_history("l", 1)]
-    assert accuracy is not None and 0 < accuracy < 1
+    (score,) = [entry.arrival for entry in read_history("l", 1)]
+    assert score is not None and 0 < score.accuracy < 1 and score.num_rows == NUM_LEFT
     newest = versions()[-1]
-    assert mlflow_run("l", newest.run_key).data.metrics["arrival_accuracy"] == accuracy
+    assert mlflow_run("l", newest.run_key).data.metrics["arrival/accuracy"] == score.accuracy
     report, page = read_page(current_store(), newest)
-    assert report.arrival_accuracy == accuracy and f"{100 * accuracy:.1f} %" in page
+    assert report.arrival == score and score.figure in page
     with put_back():
         shown = CliRunner().invoke(app, ["version", "list", "--lineage", "l"]).output
-    assert "on arrival" in shown and f"{100 * accuracy:.1f}" in shown
+    assert "on arrival" in shown and f"{100 * score.accuracy:.1f}" in shown
 
 
 @pytest.mark.nightly
@@ -217,12 +217,12 @@ def test_several_processes_score_the_champion_on_the_new_rows_as_one_does(
 
     monkeypatch.setattr(scorer, "launch_job", launch)
     land(home, "parcels/task.yaml", [b"metric: loss\n"])
-    add(tiny_base, test_first=True, skip_if_accuracy=ALWAYS)
+    add(tiny_base, skip_if_accuracy=ALWAYS)
     land(home, "parcels/1.jsonl", ROWS[:40])
     learn(now())
     said = []
     for number in (1, 2):
-        add(tiny_base, num_processes=number, test_first=True, skip_if_accuracy=ALWAYS)
+        add(tiny_base, num_processes=number, skip_if_accuracy=ALWAYS)
         land(home, f"parcels/of-{number}.jsonl", ROWS[40:61])
         with deciding(now()):
             (seen,) = asyncio.run(adapt_landed("l", settle_seconds=0.01)).files
@@ -233,7 +233,7 @@ def test_several_processes_score_the_champion_on_the_new_rows_as_one_does(
 
 
 def test_new_labels_are_learned_however_well_the_champion_answers_the_other_rows(tiny_base: Path, home: Path) -> None:
-    add(tiny_base, test_first=True, skip_if_accuracy=ALWAYS)
+    add(tiny_base, skip_if_accuracy=ALWAYS)
     land(home, "parcels/task.yaml", [b"metric: loss\n"])
     land(home, "parcels/1.jsonl", ROWS[:40])
     learn(now())

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from deal_core.errors import RegistryError, StoreError
+from deal_core.evaluation.arrival_check import ArrivalScore
 from deal_core.judging_config import RolloutTerms
 from infra.promotions import Move, PromotionLog
 from infra.store import keys
@@ -58,7 +59,7 @@ def test_a_registered_version_comes_back_whole_under_the_next_number(store: File
         failed_checks=({"kind": "drop", "task": "bank", "value": 12.5, "limit": None},),
         rollout=TERMS,
         files_sha256={"method.json": ("a", "b")},
-        arrival_accuracy=0.5,
+        arrival=ArrivalScore(accuracy=0.5, low=0.3, high=0.7, num_rows=20),
         average_accuracy=0.75,
         forgetting=-0.1,
         accuracies={"bank": 0.75},

@@ -79,8 +79,11 @@ def test_good_rows_are_stored_and_counted(tmp_path: Path) -> None:
         "manifest.json",
         "quarantine.jsonl",
         "test.parquet",
+        "train.inputs",
         "train.parquet",
     ]
+    inputs = [stored_input_digest("labelled", row["input"]) for row in rows_of(tmp_path, "train")]
+    assert (tmp_path / "dataset" / "train.inputs").read_bytes() == b"".join(inputs)
 
 
 LONG = "x" * 101

@@ -24,7 +24,7 @@ from deal_core.data.source_files import files_at
 from deal_core.errors import ConfigError, ReaderDiedError
 
 TASK = TaskSchema(name="pets", labels=("Dog", "cat"))
-FILES = ("manifest.json", "quarantine.jsonl", "train.parquet", "test.parquet")
+FILES = ("manifest.json", "quarantine.jsonl", "train.parquet", "train.inputs", "test.parquet")
 
 
 def rows(start: int, count: int) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def test_nothing_waits_without_files() -> None:
 
 def test_by_default_what_lands_is_due_at_once() -> None:
     assert decide({}, SUNDAY, (SUNDAY, 1)).is_due
-    assert not policy().may_wait and not policy(test_first=True, skip_if_accuracy=0.9).may_wait
+    assert not policy().may_wait and not policy(skip_if_accuracy=0.9).may_wait
     assert all(policy(**each).may_wait for each in (WEEKLY, {"min_rows": 2}, {"budget_hours": 1.0}))
 
 
@@ -124,8 +124,7 @@ def test_what_a_person_asks_for_waits_for_nothing() -> None:
         ({"timezone": "../etc/passwd"}, "no time zone has this name"),
         ({"timezone": "Europe"}, "no time zone has this name"),
         ({"max_wait_days": 7}, "retrain.max_wait_days needs"),
-        ({"skip_if_accuracy": 0.9}, "retrain.skip_if_accuracy needs retrain.test_first"),
-        ({"test_first": True, "skip_if_accuracy": 1.5}, "skip_if_accuracy.*at most 1"),
+        ({"skip_if_accuracy": 1.5}, "skip_if_accuracy.*at most 1"),
         ({"min_rows": 0}, "min_rows.*at least 1"),
         ({"budget_hours": 0}, "budget_hours.*more than 0"),
         ({"min_row": 5}, "unknown key 'retrain.min_row'; remove it, or give one of when, cron"),
