@@ -18,6 +18,7 @@ from infra.serving.version_files import SERVED_FILES, fetch_version
 from infra.versions import Version, Versions
 from tasks.context import current_store
 from tasks.lineage.promotion import roll_back
+from tasks.lineage.record import RECORD_FILE
 from tasks.predict import predict, predict_file
 from tests.adapting import BANK, run
 
@@ -106,6 +107,6 @@ def test_what_is_fetched_to_be_served_is_compared_too(champion: Version, home: P
 
 
 def test_a_version_has_the_digest_of_each_file(champion: Version, home: Path) -> None:
-    found = digests_of(folder_of(home, champion), (*ADAPTER_FILES, SERVED_FILE))
+    found = digests_of(folder_of(home, champion), (*ADAPTER_FILES, SERVED_FILE, RECORD_FILE))
     assert set(found) >= {"adapter_config.json", WEIGHTS, "method.json", "deal.json"}
     assert champion.files_sha256 == {name: (digest,) for name, digest in found.items()}
