@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -113,10 +113,10 @@ def with_every_split(store: ObjectStore, arrival: KnownArrival) -> KnownArrival:
     return arrival.model_copy(update={"files": tuple(files), "splits": others, "landed": tuple(sorted(landed))})
 
 
-def quarantine_of(store: ObjectStore, arrival: KnownArrival) -> Iterator[ObjectInfo]:
-    """Yield the files with the arrival's bad rows, also those of refused arrivals that had one of its files."""
+def quarantine_of(store: ObjectStore, arrival: KnownArrival, sha256s: Collection[str]) -> Iterator[ObjectInfo]:
+    """Yield the files with the bad rows of datasets, and those of refused arrivals that had a file of the arrival."""
     listing = list(store.list(f"{keys.QUARANTINE}/{arrival.task}"))
-    own = {*arrival.sha256s, *arrival.files}
+    own = {*sha256s, *arrival.files}
     for info in listing:
         if info.key.endswith(keys.REFUSED_FILES) and own & set(json.loads(store.get_bytes(info.key))):
             own.add(keys.task_and_digest(info.key)[1])

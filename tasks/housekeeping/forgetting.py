@@ -132,19 +132,23 @@ def plan_forgetting(store: ObjectStore, arrival: KnownArrival) -> ForgetPlan:
     inbox_files, manifests = arrival.inbox_files(store), [*manifests_of(store, arrival.task)]
     inbox_keys = [info.key for info in inbox_files]
 
+    # A run that was killed while it stored a dataset left it without a manifest: nobody knows of which arrival it is.
+    listed = {keys.dataset_sha256(info.key) for info in store.list(f"{keys.DATASETS}/{arrival.task}")}
+    sha256s = {*arrival.sha256s, *(listed - {sha256 for sha256, _ in manifests})}
+
     row_files: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
     held = [
         _file(row_files[name], info)
-        for sha256 in arrival.sha256s
+        for sha256 in sorted(sha256s)
         for info in store.list(keys.dataset_folder(arrival.task, sha256))
         if (name := keys.file_name(info.key)) in row_files
     ]
     held += [  # of a killed process: no run that works on the arrival's lineages goes on when they are removed
         _file("unfinished upload", upload)
-        for sha256 in arrival.sha256s
+        for sha256 in sorted(sha256s)
         for upload in store.uploads(keys.dataset_folder(arrival.task, sha256))
     ]
-    held += [_file("quarantine", info) for info in quarantine_of(store, arrival)]
+    held += [_file("quarantine", info) for info in quarantine_of(store, arrival, sha256s)]
     held += [_file("inbox file", info) for info in inbox_files]
     held += [  # a killed process may have left rows of any arrival
         RowsPlace(kind="temporary files", address=folder.address, num_bytes=folder.num_bytes)

@@ -88,7 +88,7 @@ def holding(home: Path, text: str) -> list[str]:
         if not path.is_file():
             continue
         content = path.read_bytes()
-        if path.suffix == ".parquet":
+        if content[:4] == content[-4:] == b"PAR1":  # a Parquet file, also one without its name yet
             content = json.dumps(pq.read_table(path).to_pylist()).encode()
         if text.encode() in content:
             found.append(str(path))

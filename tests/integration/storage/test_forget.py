@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +39,7 @@ from tasks.lineage.version_files import borrowed_adapter
 from tasks.mlflow_mirror import sync_lineage
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, CLINIC, record_of, run
-from tests.integration.storage.conftest import SECRET, holding, holding_row, keys, land, logged, logging
+from tests.integration.storage.conftest import SECRET, collect, holding, holding_row, keys, land, logged, logging
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -53,6 +56,39 @@ def test_nothing_is_forgotten_while_a_version_is_damaged(first: AdaptResult, hom
     store.put_bytes(entry, whole)
     asyncio.run(forget(first.dataset.sha256))
     assert holding(home, SECRET) == []
+
+
+KILLED = f"""
+import os, signal
+import pyarrow.parquet as pq
+from flows.cli.app import main
+
+SECRET = {SECRET!r}
+
+def fsync(number):
+    path = os.readlink(f"/proc/self/fd/{{number}}")
+    if "/.incoming/" in path and open(path, "rb").read(4) == b"PAR1":
+        if SECRET in str(pq.read_table(path).to_pylist()):  # its rows are complete and have no name yet
+            os.kill(os.getpid(), signal.SIGKILL)
+
+os.fsync = fsync
+main()
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("way", ["delete", "gc"])
+def test_rows_that_a_killed_watch_was_storing_are_gone(tiny_base: Path, home: Path, tmp_path: Path, way: str) -> None:
+    task = {name: value for name, value in land().items() if "data" not in name}
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"lineage": "l", "base_model": str(tiny_base), "task": task}))
+    command = [sys.executable, "-c", KILLED, "adapt", str(spec), "--watch", "--once", "--home", str(home)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    incoming = str(home / "store" / ".incoming")
+    assert any(place.startswith(incoming) for place in holding(home, SECRET))
+    asyncio.run(forget("inbox/bank/may.jsonl")) if way == "delete" else collect()
+    left = holding(home, SECRET)
+    assert left == [] if way == "delete" else not any(place.startswith(incoming) for place in left)
 
 
 @pytest.mark.parametrize("damage", [lambda rows: b"PAR1 cut", lambda rows: rows[:-40], lambda rows: rows[9:]])
