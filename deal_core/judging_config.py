@@ -81,6 +81,10 @@ class GateConfig:
     """Points that the champion's score on an arrival may be below its score on the task's other rows."""
     approval: Approval = "automatic"
     """automatic: a version that passes is promoted. manual: it waits until a person promotes it."""
+    unsure: Literal["promote", "approve"] = "promote"
+    """What happens to a version that passes, although an old task has too few test rows to see a drop of
+    max_drop_points. promote: nothing but a note. approve: it waits until a person promotes it. A branch does not
+    wait."""
     rollout: Literal["none", "shadow", "canary"] = "none"
     """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
     answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,

@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+import pyarrow as pa
 from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.evaluation.arrival_check import ArrivalScore
+from deal_core.evaluation.interval import score_text
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
 from infra.run_journal import Run, RunJournal
 from infra.versions import Version, Versions
 from tasks.adaptation import run as runs
+from tasks.adaptation.arrival import remark_on, score_arrival, score_landed
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.gate import judge_version
 from tasks.adaptation.general import require_suites
@@ -32,7 +35,6 @@ from tasks.adaptation.report import Findings, report_version
 from tasks.adaptation.resume import changed_since, find_parent, keep_findings
 from tasks.adaptation.run import AdaptationRun, Remake, RunInputs, prepare
 from tasks.adaptation.train import train_version
-from tasks.arrival_check import remark_on, score_arrival
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
@@ -88,6 +90,8 @@ class AdaptResult(BaseModel, frozen=True):
     """The version that it continues; None: it starts from the base model."""
     reasons: tuple[str, ...]
     """Why the gate rejected the version, or why the arrival is held."""
+    unsure: tuple[str, ...] = ()
+    """If the gate accepted the version: the tasks on which it could not have seen a drop of gate.max_drop_points."""
     dataset: DatasetRef
     run_key: str
     """Key of the adaptation."""
@@ -257,7 +261,7 @@ async def begin(
     # The version before answers the rows of a task that it knows. They may be answered well enough already, or their
     # labels may be wrong. What a person has asked to learn again is scored only.
     if parent is not None and record is not None and record.task(dataset.task) is not None:
-        tested = await stages.run("test", score_arrival, spec, dataset, parent, record, runs.jobs_of(inputs))
+        tested = await stages.run("test", score_arrival, inputs, parent, record)
         stages.done("test", "no new row can be asked" if tested is None else tested.sentence)
         if tested is not None and remake is None and requeued_sha256 is None:
             if retrain.skips(tested.score.accuracy, brings_labels=bool(dataset.new_labels)):
@@ -315,7 +319,8 @@ async def _train_to_promotion(adaptation: AdaptationRun, stages: Stages) -> tupl
     _say(trained.summary.notes)
     notes += trained.summary.notes
     report = await stages.run("evaluate", evaluate_version, adaptation, trained, notes)
-    stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
+    scores = [f"{name} {score_text(share, report.num_rows.get(name))}" for name, share in report.accuracies.items()]
+    stages.done("evaluate", f"in %: {'; '.join(scores)}")
     _say(report.notes[len(notes) :])
     decision = await stages.run("gate", judge_version, adaptation, report)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
@@ -370,6 +375,11 @@ def _describe_training(summary: TrainSummary) -> str:
     losses = [loss for _, loss in summary.losses]
     course = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
     return f"{summary.num_steps} steps, {summary.rows_per_second:.1f} rows/s{course}{resumed}"
+
+
+def check_arrival(spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
+    """Judge good rows that have not landed as `begin` would, for `deal check`; see `score_landed`."""
+    return score_landed(spec, rows)
 
 
 def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:
@@ -464,6 +474,7 @@ def result_of(version: Version, dataset: DatasetRef, **fields: Any) -> AdaptResu
         version=version.version,
         parent_version=version.parent_version,
         reasons=version.reasons,
+        unsure=version.unsure,
         dataset=dataset,
         run_key=version.run_key,
         **fields,

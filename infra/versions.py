@@ -144,6 +144,9 @@ class VersionFacts(BaseModel, frozen=True):
     """Whether its gate accepted it."""
     reasons: tuple[str, ...] = ()
     """Why the gate rejected it."""
+    unsure: tuple[str, ...] = ()
+    """If its gate accepted it: the tasks on which the gate could not have seen a drop of gate.max_drop_points, and
+    what it could have seen."""
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
     dataset_sha256: str
     """Digest of the dataset that it learned."""

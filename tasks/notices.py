@@ -22,6 +22,7 @@ from prefect.utilities.urls import url_for
 from pydantic import BaseModel
 
 from deal_core.errors import DealError
+from deal_core.evaluation.interval import SURE_ROWS, wilson_interval
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import without_secrets
 from infra.versions import Version
@@ -76,12 +77,16 @@ class Notice(BaseModel, frozen=True, extra="forbid"):
     parent_version: str | None = None
     """The version that this version continues; None: it starts from the base model."""
     reasons: tuple[str, ...] = ()
-    """Why the gate or a person rejected the version, why a person moved the champion, why an arrival is held, or what
-    has changed in the live traffic."""
+    """Why the gate or a person rejected the version, what drops the gate that passed it could not have seen, why a
+    person moved the champion, why an arrival is held, or what has changed in the live traffic."""
     who: str | None = None
     """The person who decided."""
     accuracies: dict[str, float] = {}
     """Accuracy of the version by task, 0 to 1."""
+    intervals: dict[str, tuple[float, float]] = {}
+    """The 95 % interval of each accuracy, 0 to 1; only below 400 test rows."""
+    num_rows: dict[str, int] = {}
+    """Test rows of each accuracy."""
     average_accuracy: float | None = None
     forgetting: float | None = None
     error: str | None = None
@@ -154,8 +159,14 @@ def announce_version(version: Version, *, evaluation: EvaluationReport) -> None:
         return
     notice = Notice.of(
         version,
-        reasons=version.reasons,
+        reasons=(*version.reasons, *version.unsure),
         accuracies=dict(evaluation.accuracies),
+        intervals={
+            name: wilson_interval(score, evaluation.num_rows[name])
+            for name, score in evaluation.accuracies.items()
+            if evaluation.num_rows.get(name, SURE_ROWS) < SURE_ROWS
+        },
+        num_rows=dict(evaluation.num_rows),
         average_accuracy=version.average_accuracy,
         forgetting=version.forgetting,
     )

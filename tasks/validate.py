@@ -18,7 +18,7 @@ from deal_core.data.row_warnings import balance_warning, data_warnings
 from deal_core.data.rows import Row
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.evaluation.significance import what_hits_tell
+from deal_core.evaluation.significance import rows_to_see
 from deal_core.judging_config import GateConfig
 from infra.settings import HomeSettings
 from infra.store.keys import TASK_FILE
@@ -149,6 +149,12 @@ def spec_to_check(
     return asked.model_copy(update={"task": arrival.model_copy(update=files)}), task_file
 
 
+def is_known_task(spec: AdaptSpec) -> bool:
+    """Return whether the champion of a spec's lineage has learned its task."""
+    champion = Versions(current_store()).champion(spec.lineage)
+    return champion is not None and read_record(current_store(), champion).task(spec.task.name) is not None
+
+
 def validate(
     spec: AdaptSpec,
     task_file: Path | None = None,
@@ -244,16 +250,14 @@ def validate(
 
 
 def _few_tests_warning(manifest: DatasetManifest, gate: GateConfig) -> tuple[str, ...]:
-    """Warn of test rows that cannot tell a drop of twice the gate's limit from noise; for tasks with labels."""
-    num_test = manifest.num_test
-    if not manifest.task.labels or not num_test:
+    """Warn of test rows that cannot show a drop of twice the gate's limit; for tasks with labels."""
+    num_test, limit = manifest.num_test, gate.max_drop_points
+    if not manifest.task.labels or not num_test or not limit or num_test >= rows_to_see(2 * limit, gate.confidence):
         return ()
-    told = what_hits_tell(num_test, 2 * gate.max_drop_points, gate.confidence)
-    if told is None:
-        return ()
+    enough = float(f"{rows_to_see(limit, gate.confidence):.1g}")  # 200 rather than 207
     return (
-        f"{num_test} test rows can tell {told}, and one answer is {100 / num_test:.1f} points. They "
-        "stay the test rows of this task; give more with --test-data or a column split.",
+        f"With {num_test} test rows a drop of {2 * limit:g} points cannot be seen reliably; give {enough:g} with "
+        "--test-data.",
     )
 
 

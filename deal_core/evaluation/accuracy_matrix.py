@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy
 from numpy.typing import NDArray
@@ -14,6 +14,18 @@ from deal_core.schema_version import JsonOf, Kept, VersionedJson
 
 CONSOLIDATED = "(consolidation)"
 """What stands for the task of a row whose version learned all tasks together. No task has such a name."""
+
+
+Value = TypeVar("Value")
+
+
+class CellScore(NamedTuple):
+    """A score of one version on one task."""
+
+    share: float | None
+    """None: not measured."""
+    num_rows: int | None
+    """Its test rows; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,9 @@ class AccuracyMatrix(VersionedJson):
     rows: tuple[tuple[float | None, ...], ...] = ()
     base: tuple[float | None, ...] = ()
     """Accuracy of the untouched base model on each task."""
+    num_rows: tuple[tuple[int | None, ...], ...] = ()
+    """Test rows behind each cell: first those of `base`, then those of `rows`. Empty: they are not known, as for a
+    benchmark."""
     slices: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Column with earlier test rows of a task → the task. Averages, forgetting and transfer leave these columns out."""
     measured_from: Mapping[str, int] = field(default_factory=dict, hash=False)
@@ -54,6 +69,8 @@ class AccuracyMatrix(VersionedJson):
         for values in (*self.rows, self.base):
             if len(values) != len(self.tasks) or any(value is not None and not 0 <= value <= 1 for value in values):
                 raise ValueError(f"The matrix has {values} for {len(self.tasks)} tasks; give shares from 0 to 1.")
+        if self.num_rows and [*map(len, self.num_rows)] != [len(self.tasks)] * (len(self.rows) + 1):
+            raise ValueError("The matrix has other cells than numbers of test rows; give one number a cell.")
         for column, first in enumerate(self.first_versions()):
             is_slice = self.tasks[column] in self.slices  # its rows may be forgotten
             if not is_slice and (self.rows[first][column] is None or self.rows[-1][column] is None):
@@ -63,39 +80,62 @@ class AccuracyMatrix(VersionedJson):
                 )
 
     def with_row(
-        self, task: str, accuracies: Mapping[str, float], *, base_accuracy: float | None, parent_accuracy: float | None
+        self,
+        task: str,
+        accuracies: Mapping[str, float],
+        *,
+        base_accuracy: float | None,
+        parent_accuracy: float | None,
+        num_rows: Mapping[str, int] | None = None,
     ) -> AccuracyMatrix:
         """A new matrix with one more version, trained on `task`, which is new to the lineage or not.
 
         `accuracies` are the new version's on every task so far, including `task`. On a new task, `base_accuracy` is the
-        untouched base model's, and `parent_accuracy` the parent's before training.
+        untouched base model's, and `parent_accuracy` the parent's before training. `num_rows` are the test rows of each
+        accuracy; None: they are not known. Base model and parent answered those of a new task too.
 
         Raises:
             ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
         """
         tasks, rows, base = self.tasks, self.rows, self.base
+        sizes = self.num_rows or ((None,) * len(tasks),) * (len(rows) + 1)
         if task not in tasks:
             before = [None] * max(len(rows) - 1, 0) + [parent_accuracy] * min(len(rows), 1)
             rows = tuple((*row, cell) for row, cell in zip(rows, before, strict=True))
             tasks, base = (*tasks, task), (*base, base_accuracy)
+            asked = [None if cell is None else (num_rows or {}).get(task) for cell in (base_accuracy, *before)]
+            sizes = tuple((*row, size) for row, size in zip(sizes, asked, strict=True))
         if set(accuracies) - set(self.slices) != set(tasks) - set(self.slices):
             raise ValueError(f"The new version has accuracies of {sorted(accuracies)}; give those of {sorted(tasks)}.")
         new_row = tuple(None if (value := accuracies.get(name)) is None else float(value) for name in tasks)
-        return replace(self, tasks=tasks, trained=(*self.trained, task), rows=(*rows, new_row), base=base)
+        is_known = bool(self.num_rows) or (num_rows is not None and not self.rows)
+        sizes = (*sizes, tuple((num_rows or {}).get(name) if name in accuracies else None for name in tasks))
+        return replace(
+            self,
+            tasks=tasks,
+            trained=(*self.trained, task),
+            rows=(*rows, new_row),
+            base=base,
+            num_rows=sizes if is_known else (),
+        )
 
-    def remeasured(self, task: str, *, base_accuracy: float, last_accuracy: float) -> AccuracyMatrix:
-        """The matrix after a task got other test rows, with new accuracies of the base and the last version.
+    def remeasured(
+        self, task: str, *, base_accuracy: float, last_accuracy: float, num_rows: int | None = None
+    ) -> AccuracyMatrix:
+        """The matrix after a task got `num_rows` other test rows, with new accuracies of the base and the last version.
 
         Cells of earlier versions stay: they are accuracies on the previous test rows.
         """
         column = self.tasks.index(task)
 
-        def put(row: tuple[float | None, ...], value: float) -> tuple[float | None, ...]:
+        def put(row: tuple[Value | None, ...], value: Value | None) -> tuple[Value | None, ...]:
             return (*row[:column], value, *row[column + 1 :])
 
-        rows = (*self.rows[:-1], put(self.rows[-1], last_accuracy))
+        rows, sizes = (*self.rows[:-1], put(self.rows[-1], last_accuracy)), self.num_rows
+        if sizes:
+            sizes = (put(sizes[0], num_rows), *sizes[1:-1], put(sizes[-1], num_rows))
         since = {**self.measured_from, task: len(rows) - 1}
-        return replace(self, rows=rows, base=put(self.base, base_accuracy), measured_from=since)
+        return replace(self, rows=rows, base=put(self.base, base_accuracy), measured_from=since, num_rows=sizes)
 
     def with_slice(self, task: str, name: str) -> AccuracyMatrix:
         """The matrix with the present test rows of a task as the slice `name`: a copy of the task's column."""
@@ -105,13 +145,24 @@ class AccuracyMatrix(VersionedJson):
             tasks=(*self.tasks, name),
             rows=tuple((*row, row[column]) for row in self.rows),
             base=(*self.base, self.base[column]),
+            num_rows=tuple((*row, row[column]) for row in self.num_rows),
             slices={**self.slices, name: task},
         )
 
-    def with_consolidation(self, accuracies: Mapping[str, float]) -> AccuracyMatrix:
-        """A new matrix with a version more that learned all tasks together; `accuracies` as for `with_row`."""
-        grown = self.with_row(self.trained[-1], accuracies, base_accuracy=None, parent_accuracy=None)
+    def with_consolidation(
+        self, accuracies: Mapping[str, float], num_rows: Mapping[str, int] | None = None
+    ) -> AccuracyMatrix:
+        """A new matrix with a version more that learned all tasks together; the arguments are those of `with_row`."""
+        task = self.trained[-1]
+        grown = self.with_row(task, accuracies, base_accuracy=None, parent_accuracy=None, num_rows=num_rows)
         return replace(grown, consolidated=(*self.consolidated, len(self.rows)))
+
+    @property
+    def cells(self) -> tuple[tuple[CellScore, ...], ...]:
+        """The scores and their numbers of test rows: a row for the base model, then one for each version."""
+        shares = (self.base, *self.rows)
+        sizes = self.num_rows or ((None,) * len(self.tasks),) * len(shares)
+        return tuple(tuple(map(CellScore, *pair)) for pair in zip(shares, sizes, strict=True))
 
     @property
     def learned(self) -> tuple[str, ...]:

@@ -38,6 +38,8 @@ class GateDecision:
     failed_checks: tuple[FailedCheck, ...]
     notes: tuple[str, ...] = ()
     """Tasks and suites with too few rows to judge, and losses over a limit that noise explains."""
+    unsure: tuple[str, ...] = ()
+    """Of the notes, those about old tasks on which a drop of max_drop_points could not have been seen."""
 
     @property
     def accepted(self) -> bool:
@@ -71,13 +73,16 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
         *_too_large(of_suites, config.max_general_drop_points, "general_ability"),
         *_adapter(report, config),
     ]
+    unsure = [*_unseen(drops, config.max_drop_points, config.confidence)]
     notes = [
-        *_notes(drops, config.max_drop_points, config.confidence),
-        *_notes(of_suites, config.max_general_drop_points, config.confidence),
+        *unsure,
+        *_within_noise(drops, config.max_drop_points),
+        *_unseen(of_suites, config.max_general_drop_points, config.confidence),
+        *_within_noise(of_suites, config.max_general_drop_points),
         *_budget_notes(report, config),
     ]
     # a suite is compared twice, with the base model and with the champion, and too few rows are noted once
-    return GateDecision(tuple(failed_checks), tuple(dict.fromkeys(notes)))
+    return GateDecision(tuple(failed_checks), tuple(dict.fromkeys(notes)), tuple(unsure))
 
 
 def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[FailedCheck]:
@@ -243,25 +248,30 @@ def _of_adapter(message: str, value: float | None = None, limit: float | None = 
     return FailedCheck(kind="adapter", task=None, value=value, limit=limit, message=message)
 
 
-def _notes(drops: list[_Drop], max_points: float | None, confidence: float) -> Iterator[str]:
-    if max_points is None:
-        return
+def _unseen(drops: list[_Drop], max_points: float | None, confidence: float) -> Iterator[str]:
+    """What too few rows could have seen, for each loss of which they could not have seen the limit."""
     for drop in drops:
-        if drop.paired is None:
-            yield f"{drop.task}: the champion's answers were not kept; its drop is judged without allowing for noise."
+        if max_points is None or drop.paired is None:
             continue
         limit = max(max_points, 100 / drop.paired.num_rows) + 100 * _SLACK
-        if drop.paired.are_hits:
-            told = what_hits_tell(drop.paired.num_rows, limit, confidence)
-        else:  # what graded scores can distinguish depends on the scores that changed
-            noise = drop.paired.noise(confidence)
-            told = f"a drop only from about {noise:.1f} points on" if noise > limit else None
+        told = what_hits_tell(drop.paired.num_rows, limit, confidence) if drop.paired.are_hits else None
+        noise = drop.paired.noise(confidence)  # of answers that changed both ways, or of graded scores
+        if told is None and noise > limit:
+            told = f"a drop only from about {noise:.1f} points on"
         if told:
             yield (
                 f"{drop.task}: too few test rows to judge: {drop.paired.num_rows} can tell {told}; the limit is "
                 f"{max_points:.1f}."
             )
-        if drop.points > max_points + 100 * _SLACK and not drop.is_clear:
+
+
+def _within_noise(drops: list[_Drop], max_points: float | None) -> Iterator[str]:
+    for drop in drops:
+        if max_points is None:
+            continue
+        if drop.paired is None:
+            yield f"{drop.task}: the champion's answers were not kept; its drop is judged without allowing for noise."
+        elif drop.points > max_points + 100 * _SLACK and not drop.is_clear:
             yield f"{drop.sentence}: over the limit, but within the noise of {drop.paired.num_rows} test rows."
 
 

@@ -9,6 +9,10 @@ CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
+SURE_ROWS = 400
+"""From this number of rows on, a score is shown without its interval: the interval is at most ±5 points."""
+
+
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """Return the 95 % interval of Wilson (1927) of a share, 0 to 1, that was measured on n rows.
 
@@ -20,3 +24,27 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * (share * (1 - share) / n + _Z**2 / (4 * n**2)) ** 0.5 / (1 + _Z**2 / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def score_text(share: float | None, n: int | None) -> str:
+    """Return a score in per cent with its interval and its number of rows; a dash if it was not measured.
+
+    From SURE_ROWS rows on, and without a number of rows (None), the score stands alone.
+
+    Example:
+        >>> score_text(0.85, 20)
+        '85.0, 64–95, n 20'
+    """
+    return "–" if share is None else ", ".join([f"{100 * share:.1f}", *_sureness(share, n)])
+
+
+def sureness_text(share: float | None, n: int | None) -> str:
+    """Return what `score_text` adds to a score; empty if the score stands alone."""
+    return "" if share is None else ", ".join(_sureness(share, n))
+
+
+def _sureness(share: float, n: int | None) -> list[str]:
+    if n is None or n >= SURE_ROWS:
+        return []
+    low, high = wilson_interval(share, n)
+    return [f"{100 * low:.0f}–{100 * high:.0f}", f"n {n}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from statistics import NormalDist
 
 SAME = 1e-9
@@ -95,6 +96,15 @@ def what_hits_tell(num_rows: int, limit: float, confidence: float) -> str | None
     if clear is None:
         return "no drop"
     return f"a drop only from {clear:.1f} points on" if clear > limit else None
+
+
+def rows_to_see(points: float, confidence: float) -> int:
+    """The test rows with which four of five drops of so many points are told from noise: n = (q + q₈₀)²·s/d².
+
+    s = 1/3 is the share of the rows that change their answer, q the one-sided quantile of the gate's confidence.
+    """
+    quantiles = NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(0.8)
+    return ceil(quantiles**2 / 3 / (points / 100) ** 2)
 
 
 def smallest_clear_drop(num_rows: int, confidence: float) -> float | None:

@@ -217,18 +217,17 @@ def check(
 
 def _score_arrival(deal: Session, asked: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
     """Let the champion answer the rows, if it knows their task and its base model is here."""
-    from tasks.arrival_check import find_landed, score_rows
+    from tasks.validate import is_known_task
 
-    arrival = find_landed(asked, rows)
-    if arrival is None:
+    if not is_known_task(asked):  # torch loads slowly
         return None
-    import tasks.scorer  # noqa: F401 - torch loads slowly
+    from flows.adapt import check_arrival
     from flows.server.embedded import calm_libraries
     from tasks.progress import reporting_to
 
     calm_libraries()
     with reporting_to(deal.screen):
-        return score_rows(arrival)
+        return check_arrival(asked, rows)
 
 
 def show_arrival(arrival: ScoredArrival) -> Sequence[RenderableType]:

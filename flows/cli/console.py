@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.table import Column, Table
 from rich.text import Text
 
+from deal_core.evaluation.interval import score_text
 from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.safe_text import printable, printable_json, without_known_secrets_inside, without_secrets
 
@@ -235,25 +236,23 @@ def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableT
 
 def matrix_table(matrix: Mapping[str, Any]) -> Table:
     """The accuracy matrix (its JSON): one row per version, one column per task, the untouched base model first."""
-    from deal_core.evaluation.accuracy_matrix import CONSOLIDATED  # numpy loads slowly
+    from deal_core.evaluation.accuracy_matrix import AccuracyMatrix  # numpy loads slowly
 
-    table = new_table("after learning", *matrix["tasks"], right=matrix["tasks"])
-    table.add_row("(base model)", *(percent(value) for value in matrix["base"]), style="dim")
-    for number, (trained, row) in enumerate(zip(matrix["trained"], matrix["rows"], strict=True)):
-        if number in matrix["consolidated"]:
-            table.add_row(CONSOLIDATED, *map(percent, row))
-            continue
-        cells = [
-            f"[bold]{percent(value)}[/]" if task == trained else percent(value)
-            for task, value in zip(matrix["tasks"], row, strict=True)
-        ]
-        table.add_row(trained, *cells)
+    scores = AccuracyMatrix.from_json(matrix)
+    table = new_table("after learning", *scores.tasks, right=scores.tasks)
+    base, *versions = ([score_text(*cell) for cell in row] for row in scores.cells)
+    table.add_row("(base model)", *base, style="dim")
+    for learned, row in zip(scores.learned, versions, strict=True):
+        cells = [f"[bold]{cell}[/]" if task == learned else cell for task, cell in zip(scores.tasks, row, strict=True)]
+        table.add_row(learned, *cells)
     return table
 
 
 def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     """The end of one adaptation."""
     color = {"promoted": "green", "rejected": "red"}.get(run.status, "yellow")
+    if run.unsure and color == "green":
+        color = "yellow"
     shown: list[RenderableType] = []
     if run.matrix is not None and run.scores is not None:
         scores = "   ".join(f"{name} [bold]{value}[/]" for name, value in named_scores(run.scores).items())
@@ -264,6 +263,7 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     if run.status == "held":  # the message says why
         return [*shown, *show_contradictions(run.contradictions)]
     shown += [f"  • {escape(reason)}" for reason in run.reasons]
+    shown += [f"  [yellow]•[/] {escape(sentence)}" for sentence in run.unsure]
     return shown
 
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
+from deal_core.evaluation.interval import score_text
 from deal_core.safe_text import brief
 from flows.cli.console import heading, matrix_table, new_table, percent, points, show_adaptation, show_held
 from flows.cli.session import CommandResult, Lineage, Reason, Session, command, reason_option
@@ -125,6 +126,12 @@ def _time(text: str) -> tuple[datetime, str]:
 _APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}
 
 
+def _verdict(entry: HistoryEntry) -> str:
+    """What the gate and a person decided; yellow if the gate could not have seen a drop."""
+    colour = "red" if not entry.accepted else "yellow" if entry.unsure else "green"
+    return f"[{colour}]{'accepted' if entry.accepted else 'rejected'}[/]" + _APPROVAL[entry.approval]
+
+
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
     """The versions of a lineage."""
     is_tested = any(entry.arrival is not None for entry in entries)
@@ -134,7 +141,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
     columns = (*numbers, "task", "strategy", "gate", "alias", "when")
     table = new_table(*columns, right=numbers, spare=("debt", "strategy", "when"))
     for entry in entries:
-        gate = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
+        gate = _verdict(entry)
         if "rollout" in entry.aliases:
             gate += ", in rollout"
         if entry.branch is not None:
@@ -157,7 +164,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
     reasons = [
         f"Version {entry.version}: {escape(reason)}"
         for entry in entries
-        for reason in (*entry.reasons, *([entry.rolled_back.describe()] if entry.rolled_back else []))
+        for reason in (*entry.reasons, *entry.unsure, *([entry.rolled_back.describe()] if entry.rolled_back else []))
     ]
     return [heading(f"Lineage {lineage}"), table, *reasons]
 
@@ -206,12 +213,11 @@ def show(
 
 
 def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]:
-    verdict = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
     table = new_table("what", "value")
     for name, value in {
         "task": escape(entry.lesson),
         "parent": f"version {entry.parent_version}" if entry.parent_version else "the base model",
-        "gate": verdict,
+        "gate": _verdict(entry),
         **({"rollback": f"[yellow]{escape(entry.rolled_back.describe())}[/]"} if entry.rolled_back else {}),
         "aliases": " ".join(entry.aliases) or "–",
         "average accuracy, %": percent(entry.average_accuracy),
@@ -226,7 +232,7 @@ def _show_version(lineage: str, entry: HistoryEntry) -> Sequence[RenderableType]
         "learned": f"{entry.created.astimezone():%Y-%m-%d %H:%M}",
     }.items():
         table.add_row(name, value)
-    reasons = [f"  • {escape(reason)}" for reason in entry.reasons]
+    reasons = [f"  • {escape(reason)}" for reason in (*entry.reasons, *entry.unsure)]
     return [heading(f"Version {entry.version} of {lineage}"), table, *reasons]
 
 
@@ -247,7 +253,8 @@ def evaluate(
     numbers = ["now", "at its run", "test rows"]
     table = new_table("task", *numbers, right=numbers)
     for task, accuracy in scores.accuracies.items():
-        table.add_row(task, percent(accuracy), percent(scores.recorded.get(task)), str(scores.num_rows[task]))
+        num_rows = scores.num_rows[task]
+        table.add_row(task, score_text(accuracy, num_rows), percent(scores.recorded.get(task)), str(num_rows))
     unjudged = [f"[yellow]{escape(why)}[/]" for why in scores.unjudged.values()]
     title = heading(f"Accuracy of {scores.lineage}, version {scores.version}, %")
     return CommandResult(scores, [title, table, *unjudged])

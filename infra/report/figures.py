@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.interval import score_text, sureness_text
 from deal_core.safe_text import shorten
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
@@ -106,7 +107,8 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
     for column, end, height in zip(shown, ends, (height + beyond for height in heights), strict=True):
         beside, name = axes.get_yaxis_transform(), shorten(matrix.tasks[column], MAX_NAME)
         _mark(axes, column, [1.03], [height], transform=beside)
-        axes.text(1.05, height, f"{end:.1f}  {name}", transform=beside, va="center", fontsize=9, color="#333333")
+        told = score_text(end / 100, matrix.cells[-1][column].num_rows)
+        axes.text(1.05, height, f"{told}  {name}", transform=beside, va="center", fontsize=9, color="#333333")
     axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("accuracy, %", color=MUTED)
@@ -202,7 +204,12 @@ def _draw_heatmap(axes: Axes, matrix: AccuracyMatrix, name: str) -> None:
         place = DARK_FROM + (1 - DARK_FROM) * (value - 50) / 50 if is_dark else LIGHT_TO * value / 50
         cell.set_facecolor(COLOUR_MAP(place))
         colour = "white" if is_dark else "black"
-        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
+        at: dict[str, Any] = {"x": column + 0.5, "y": tops[row] + 0.5, "ha": "center", "color": colour}
+        if told := sureness_text(*matrix.cells[row][column]):
+            axes.text(s=f"{value:.1f}", va="bottom", fontsize=10, **at)
+            axes.text(s=told, va="top", fontsize=6.5, **at)
+        else:
+            axes.text(s=f"{value:.1f}", va="center", fontsize=10, **at)
     for version, task in enumerate(matrix.learned, start=1):
         is_one = task in matrix.tasks  # a consolidation learned all tasks, so its frame is around the row
         corner = (matrix.tasks.index(task) if is_one else 0, version)

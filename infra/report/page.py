@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.interval import sureness_text
 from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.evaluation.report import Debt, EvaluationReport, mean_score
 from deal_core.monitoring.report import LiveLook
@@ -23,6 +24,8 @@ class MatrixCell(NamedTuple):
     """A cell of the accuracy matrix."""
 
     text: str
+    sureness: str
+    """Its interval and its number of test rows; empty if there are many."""
     shade: int | None
     """None: not measured."""
     is_trained: bool
@@ -98,10 +101,15 @@ def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixR
     """Return the base model's row, then a row for each version with its number in the lineage."""
     rows = []
     names, learned_by = ("base", *versions), ("", *matrix.learned)
-    for name, learned, shares in zip(names, learned_by, (matrix.base, *matrix.rows), strict=True):
+    for name, learned, row in zip(names, learned_by, matrix.cells, strict=True):
         cells = tuple(
-            MatrixCell(percent(share), None if share is None else round(share * (NUM_SHADES - 1)), task == learned)
-            for task, share in zip(matrix.tasks, shares, strict=True)
+            MatrixCell(
+                percent(cell.share),
+                sureness_text(*cell),
+                None if cell.share is None else round(cell.share * (NUM_SHADES - 1)),
+                task == learned,
+            )
+            for task, cell in zip(matrix.tasks, row, strict=True)
         )
         rows.append(MatrixRow(name, learned, cells))
     return rows
@@ -182,11 +190,13 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
     """Return the main results, each with its name."""
     matrix, task = evaluation.matrix, evaluation.task
     before = evaluation.parent_accuracy_new_task
-    start = evaluation.base_accuracy if before is None else before
+    start, now = evaluation.base_accuracy if before is None else before, evaluation.accuracies[task]
     num_tasks = len(matrix.tasks) - len(matrix.slices)
     scores = [(f"average of {count(num_tasks, 'task')}", f"{percent(matrix.average_accuracy)} %")]
     if not evaluation.is_consolidation:
-        scores.insert(0, (f"{task}, before → now", f"{percent(start)} → {percent(evaluation.accuracies[task])} %"))
+        sureness = sureness_text(now, evaluation.num_rows.get(task))
+        shown = f"{percent(start)} → {percent(now)} %" + (f" ({sureness})" if sureness else "")
+        scores.insert(0, (f"{task}, before → now", shown))
     if report.arrival is not None:
         scores.append(("champion on the new rows, before", report.arrival.figure))
     if matrix.forgetting is not None:

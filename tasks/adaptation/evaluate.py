@@ -40,7 +40,7 @@ from tasks.references import DatasetRef, TrainedAdapter, VersionScores
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from tasks.scorer import Scored, Scorer
+    from tasks.adaptation.scorer import Scored, Scorer
 
 
 @task(name="evaluate", **STAGE)
@@ -58,7 +58,7 @@ def evaluate_version(
     slice. If a task gains labels, the new version is asked with the new labels and the parent without them, as each of
     them serves.
     """
-    from tasks.scorer import Processes, Scorer, collapse_notes
+    from tasks.adaptation.scorer import Processes, Scorer, collapse_notes
 
     store = current_store()
     processes = Processes(adaptation.spec.train.num_processes, jobs_of(adaptation), adaptation.folder / "answers")
@@ -199,7 +199,7 @@ class _Scores:
 
 def _score(scorer: Scorer, asked: _Asked, adaptation: AdaptationRun, trained: TrainedAdapter) -> _Scores:
     from deal_core.adapter.state import adapter_norm
-    from tasks.scorer import Scored
+    from tasks.adaptation.scorer import Scored
 
     answered, before = asked.answered, adaptation.parent_folder
     new = asked.new if before else []
@@ -265,12 +265,19 @@ def _report(
         notes = (*notes, renewal.note(adaptation.dataset))
         if renewal.new_slice is not None:
             matrix = matrix.with_slice(learned, renewal.new_slice)
-        matrix = matrix.remeasured(learned, base_accuracy=base_accuracy, last_accuracy=on_parent.accuracies[learned])
+        matrix = matrix.remeasured(
+            learned,
+            base_accuracy=base_accuracy,
+            last_accuracy=on_parent.accuracies[learned],
+            num_rows=num_rows[learned],
+        )
     now_known = {**carried, **now.accuracies}
     if adaptation.consolidation is not None:
-        matrix = matrix.with_consolidation(now_known)
+        matrix = matrix.with_consolidation(now_known, num_rows)
     else:
-        matrix = matrix.with_row(learned, now_known, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy)
+        matrix = matrix.with_row(
+            learned, now_known, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy, num_rows=num_rows
+        )
     return EvaluationReport(
         task=learned,
         num_rows=num_rows,
@@ -332,7 +339,7 @@ def score_version(version: Version) -> VersionScores:
 
     A version without a reference for its live traffic gets one.
     """
-    from tasks.scorer import Scorer
+    from tasks.adaptation.scorer import Scorer
 
     store = current_store()
     record, answered = read_record(store, version), read_answers(store, version.adapter_uri).now

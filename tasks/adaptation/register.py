@@ -14,8 +14,8 @@ from deal_core.evaluation.report import EvaluationReport, mean_score
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.versions import SCORES, Version, Versions
+from tasks.adaptation.arrival import keep_scores
 from tasks.adaptation.run import STAGE, AdaptationRun
-from tasks.arrival_check import keep_scores
 from tasks.context import current_store
 from tasks.lineage.record import RECORD_FILE, LineageRecord, write_record
 from tasks.lineage.version_files import CARD_FILE
@@ -76,7 +76,9 @@ def register_version(
         failed_checks=tuple(
             {name: getattr(check, name) for name in FIELDS_OF_CHECK} for check in decision.failed_checks
         ),
-        needs_approval=spec.gate.approval == "manual" and remake is None,
+        unsure=decision.unsure if decision.accepted else (),
+        needs_approval=remake is None
+        and (spec.gate.approval == "manual" or (spec.gate.unsure == "approve" and bool(decision.unsure))),
         rollout=spec.gate.rollout_terms if decision.accepted and parent and remake is None else None,
         arrival=adaptation.tested and adaptation.tested.score,
         train_seconds=trained.summary.seconds,

@@ -202,7 +202,7 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
     quality = report.quality
     lines = [
         f"# {words.verdict_of(report)}",
-        *(f"- {reason}" for reason in report.reasons),
+        *(f"- {reason}" for reason in (*report.reasons, *report.unsure)),
         "",
         "; ".join(f"{name}: **{value}**" for name, value in words.scores_of(report, evaluation)) + ".",
         f"{'Judged against' if evaluation.is_consolidation else 'Continues'} {words.origin_of(report)}.",

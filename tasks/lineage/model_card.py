@@ -6,6 +6,7 @@ import json
 
 from deal_core.base_model.sources import hub_address
 from deal_core.evaluation.answering import ServedTask, ServedVersion
+from deal_core.evaluation.interval import score_text
 from deal_core.evaluation.metrics import scored_otherwise
 from infra.report import page as words
 from infra.store.keys import dataset_sha256
@@ -71,10 +72,8 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         )
         for task in record.tasks
     ]
-    accuracies = [("base model", *map(words.percent, matrix.base))]
-    accuracies += [
-        (f"after {name}", *map(words.percent, row)) for name, row in zip(matrix.learned, matrix.rows, strict=True)
-    ]
+    names = ("base model", *(f"after {name}" for name in matrix.learned))
+    accuracies = [(name, *(score_text(*cell) for cell in row)) for name, row in zip(names, matrix.cells, strict=True)]
     scores = {name.replace("_", " "): getattr(version, name) for name in SCORES}
     lines = [
         "---",
@@ -114,7 +113,8 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         "",
         "## Accuracy",
         "",
-        "Share of exact matches in % on the tasks' frozen test rows: a row for each version, a column for each task.",
+        "Share of exact matches in % on the tasks' frozen test rows: a row for each version, a column for each task. "
+        "Below 400 rows (n) with the 95 % interval.",
         *([metrics] if metrics else ()),
         "",
         *words.markdown_table(("", *matrix.tasks), accuracies),

@@ -23,6 +23,7 @@ from prefect.settings import get_current_settings
 
 from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
 from flows.forget import forget
@@ -200,6 +201,22 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     findings = json.loads(current_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
     assert findings["evaluation"]["notes"][0] == "rehearsed 18 rows of one old task, 4 a step"
     assert second.scores is not None and second.scores.forgetting is not None
+
+
+def test_a_version_that_few_rows_judged_says_so_and_waits_if_it_is_asked_to(
+    tiny_base: Path, first: AdaptResult
+) -> None:
+    assert first.unsure == (), "a first version has no old task"
+    gate = {**PASS, "max_drop_points": 1.0}
+    second = run(tiny_base, CLINIC, gate={**gate, "unsure": "approve"})
+    (unsure,) = second.unsure
+    assert unsure.startswith("bank: too few test rows to judge") and version_of(second).unsure == second.unsure
+    assert second.status == "awaiting approval"
+    third = run(tiny_base, CLINIC, again=True, gate=gate)
+    assert third.status == "promoted" and third.unsure, "without being asked, it only says so"
+    sizes = [[cell.num_rows for cell in row] for row in AccuracyMatrix.from_json(third.matrix).cells]
+    tests = {name: len(outcome) for name, outcome in evaluation_of(third)["outcomes"].items()}
+    assert sizes == [[tests["bank"], tests["clinic"]]] * 3
 
 
 @pytest.mark.nightly

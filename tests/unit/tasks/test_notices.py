@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
+import pytest
 from prefect.server.utilities.user_templates import render_user_template_sync
 
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.report import EvaluationReport
 from flows.server.automations import BODY, notifications
 from infra.versions import LearnedArrival
+from tasks import notices
 from tasks.notices import EVENTS, Kind, Notice
 from tests.stored_versions import version
 
@@ -21,6 +25,28 @@ def test_every_kind_of_notice_has_an_event_an_automation_and_a_line_of_the_page(
     assert {*EVENTS.values()} <= expected
     page = PAGE.read_text()
     assert not [event for event in EVENTS.values() if f"`{event}`" not in page]
+
+
+def test_a_notice_has_the_intervals_of_scores_of_few_rows_and_what_the_gate_could_not_have_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Notice] = []
+    monkeypatch.setattr(notices, "announce", lambda kind, notice, **_: told.append(notice))
+    report = EvaluationReport(
+        task="bank",
+        accuracies={"bank": 0.85, "clinic": 0.5},
+        parent_accuracies={},
+        base_accuracy=0.0,
+        parent_accuracy_new_task=None,
+        num_rows={"bank": 20, "clinic": 400},
+        matrix=AccuracyMatrix(),
+    )
+    notices.announce_version(version(1, accepted=True, unsure=("few rows",)), evaluation=report)
+    (notice,) = told
+    assert {name: tuple(round(end, 2) for end in ends) for name, ends in notice.intervals.items()} == {
+        "bank": (0.64, 0.95)
+    }
+    assert notice.num_rows == {"bank": 20, "clinic": 400} and notice.reasons == ("few rows",)
 
 
 def test_a_notice_about_a_consolidation_names_the_number_of_its_arrivals_and_no_task() -> None:

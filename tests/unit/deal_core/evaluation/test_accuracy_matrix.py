@@ -55,6 +55,24 @@ def test_with_row_places_base_and_parent_of_a_new_task() -> None:
     assert matrix == THREE
 
 
+def test_each_cell_has_its_number_of_test_rows() -> None:
+    matrix = AccuracyMatrix().with_row("a", {"a": 0.8}, base_accuracy=0.1, parent_accuracy=None, num_rows={"a": 20})
+    matrix = matrix.with_row(
+        "b", {"a": 0.9, "b": 0.7}, base_accuracy=0.2, parent_accuracy=0.3, num_rows={"a": 12, "b": 30}
+    )
+    assert matrix.cells == (((0.1, 20), (0.2, 30)), ((0.8, 20), (0.3, 30)), ((0.9, 12), (0.7, 30)))
+    renewed = matrix.with_slice("b", "b.old-1").remeasured("b", base_accuracy=0.1, last_accuracy=0.4, num_rows=50)
+    assert [row[1:] for row in renewed.cells] == [
+        ((0.1, 50), (0.2, 30)),
+        ((0.3, 30), (0.3, 30)),
+        ((0.4, 50), (0.7, 30)),
+    ]
+    third = renewed.with_consolidation({"a": 0.9, "b": 0.5}, {"a": 20, "b": 50})
+    assert third.cells[-1] == ((0.9, 20), (0.5, 50), (None, None))
+    assert AccuracyMatrix.from_json(third.to_json()) == third
+    assert THREE.cells[1] == ((0.8, None), (0.3, None), (None, None)), "of a benchmark they are not known"
+
+
 def test_a_task_that_arrives_again_keeps_its_column_and_its_first_accuracy() -> None:
     matrix = THREE.with_row("a", {"a": 0.95, "b": 0.4, "c": 0.5}, base_accuracy=None, parent_accuracy=None)
     assert matrix.tasks == ("a", "b", "c") and matrix.trained[-1] == "a" and matrix.base == THREE.base

@@ -149,7 +149,14 @@ def test_confidence_decides_how_much_noise_is_believed() -> None:
 def test_too_few_rows_to_judge_are_said() -> None:
     (note,) = decide(paired(36), GateConfig(max_drop_points=5)).notes
     assert note.startswith("old: too few test rows") and "36 can tell" in note and "11.1 points" in note
+    assert decide(paired(36), GateConfig(max_drop_points=5)).unsure == (note,)
     assert decide(paired(36), GateConfig(max_drop_points=15)).notes == ()
+
+
+def test_answers_that_changed_both_ways_hide_a_drop_that_as_many_rows_could_show() -> None:
+    assert decide(paired(100), GateConfig()).unsure == ()
+    (unsure,) = decide(paired(100, lost=25, gained=25), GateConfig()).unsure
+    assert unsure.startswith("old: too few test rows") and "100 can tell a drop only from about 11." in unsure
 
 
 def test_a_parent_whose_answers_were_not_kept_is_judged_as_measured_and_it_is_said() -> None:
@@ -220,7 +227,8 @@ def test_a_suites_loss_that_noise_explains_is_told_and_passes() -> None:
     before, after = outcomes(60, lost=20, gained=13)
     decision = decide(with_suite(before, None, after), GateConfig())
     assert decision.accepted
-    (note,) = [note for note in decision.notes if "json" in note]
+    unseen, note = (note for note in decision.notes if "json" in note)
+    assert unseen.startswith("json: too few test rows") and decision.unsure == (), "it is no old task"
     assert note.startswith("General ability: json fell by 11.7 points against the base model") and "noise of 60" in note
     silent = decide(with_suite(before, None, after), GateConfig(max_general_drop_points=None))
     assert not any("json" in note for note in silent.notes)

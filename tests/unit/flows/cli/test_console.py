@@ -87,6 +87,14 @@ def test_the_matrix_has_base_and_versions_in_rows_and_a_dash_where_nothing_was_m
     ]
 
 
+def test_a_score_of_few_test_rows_stands_with_its_interval() -> None:
+    found = AccuracyMatrix().with_row(
+        "bank", {"bank": 0.85}, base_accuracy=0.25, parent_accuracy=None, num_rows={"bank": 20}
+    )
+    shown = text(matrix_table(found.to_json()))
+    assert "25.0, 11–47, n 20" in shown and "85.0, 64–95, n 20" in shown
+
+
 def test_an_undefined_score_is_a_dash_and_zero_is_zero() -> None:
     assert (percent(None), percent(0.0), percent(0.125)) == ("–", "0.0", "12.5")
 

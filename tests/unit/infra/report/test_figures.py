@@ -60,6 +60,12 @@ def test_the_heat_map_shows_every_known_cell_and_hatches_the_others() -> None:
     assert "average 75.0" in said and "forgetting 7.5" in said
 
 
+def test_below_each_score_of_few_rows_stands_its_interval() -> None:
+    matrix = AccuracyMatrix().with_row("t", {"t": 0.85}, base_accuracy=0.25, parent_accuracy=None, num_rows={"t": 20})
+    assert texts(result_figure(matrix).axes[0])[:4] == ["25.0", "11–47, n 20", "85.0", "64–95, n 20"]
+    assert texts(accuracy_over_versions(matrix).axes[0]) == ["85.0, 64–95, n 20  t"]
+
+
 def test_the_heat_map_frames_the_task_that_each_version_learned() -> None:
     axes = result_figure(make_matrix("bank", "clinic", "bank")).axes[0]
     frames = [patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle) and not patch.get_fill()]

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 import infra.report
 from deal_core.errors import RegistryError
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.judging_config import DriftLimits
 from deal_core.monitoring.drift import compare
@@ -187,6 +188,20 @@ def test_rows_of_the_matrix_have_the_numbers_of_their_versions() -> None:
     assert rows[1].cells[2].shade is None and rows[1].cells[0].shade == 9
     unknown = sample_report(lineage_so_far=())
     assert versions_of(unknown, evaluation) == ["row 1", "row 2", "row 3"], "no number instead of a wrong number"
+
+
+def test_a_score_of_few_rows_has_its_interval_and_a_version_that_few_rows_judged_is_yellow() -> None:
+    evaluation, few = sample_evaluation(), AccuracyMatrix()
+    few = few.with_row("bank", {"bank": 0.85}, base_accuracy=0.25, parent_accuracy=None, num_rows={"bank": 20})
+    (base, first) = matrix_rows(few, ["1"])
+    assert [cell.sureness for cell in (*base.cells, *first.cells)] == ["11–47, n 20", "64–95, n 20"]
+    assert not any(cell.sureness for row in matrix_rows(evaluation.matrix, list("124")) for cell in row.cells)
+    sure, unsure = (
+        render(verdict="promoted", reasons=()),
+        render(verdict="promoted", reasons=(), unsure=("<few rows>",)),
+    )
+    assert 'class="verdict promoted"' in sure and 'class="verdict unsure"' in unsure
+    assert "&lt;few rows&gt;" in unsure
 
 
 def test_what_is_not_known_is_said() -> None:
