@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
-import pyarrow as pa
 from prefect import flow
 from pydantic import BaseModel
 
@@ -24,7 +23,6 @@ from infra.disk import disk_full
 from infra.run_journal import Run, RunJournal
 from infra.versions import Version, Versions
 from tasks.adaptation import run as runs
-from tasks.adaptation.arrival import remark_on, score_arrival, score_landed
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.gate import judge_version
 from tasks.adaptation.general import require_suites
@@ -35,6 +33,7 @@ from tasks.adaptation.report import Findings, report_version
 from tasks.adaptation.resume import changed_since, find_parent, keep_findings
 from tasks.adaptation.run import AdaptationRun, Remake, RunInputs, prepare
 from tasks.adaptation.train import train_version
+from tasks.arrival_check import remark_on, score_arrival
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
@@ -261,7 +260,7 @@ async def begin(
     # The version before answers the rows of a task that it knows. They may be answered well enough already, or their
     # labels may be wrong. What a person has asked to learn again is scored only.
     if parent is not None and record is not None and record.task(dataset.task) is not None:
-        tested = await stages.run("test", score_arrival, inputs, parent, record)
+        tested = await stages.run("test", score_arrival, spec, dataset, parent, record, runs.jobs_of(inputs))
         stages.done("test", "no new row can be asked" if tested is None else tested.sentence)
         if tested is not None and remake is None and requeued_sha256 is None:
             if retrain.skips(tested.score.accuracy, brings_labels=bool(dataset.new_labels)):
@@ -375,11 +374,6 @@ def _describe_training(summary: TrainSummary) -> str:
     losses = [loss for _, loss in summary.losses]
     course = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
     return f"{summary.num_steps} steps, {summary.rows_per_second:.1f} rows/s{course}{resumed}"
-
-
-def check_arrival(spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
-    """Judge good rows that have not landed as `begin` would, for `deal check`; see `score_landed`."""
-    return score_landed(spec, rows)
 
 
 def repeated(version: Version, dataset: DatasetRef) -> AdaptResult:

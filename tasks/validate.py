@@ -149,12 +149,6 @@ def spec_to_check(
     return asked.model_copy(update={"task": arrival.model_copy(update=files)}), task_file
 
 
-def is_known_task(spec: AdaptSpec) -> bool:
-    """Return whether the champion of a spec's lineage has learned its task."""
-    champion = Versions(current_store()).champion(spec.lineage)
-    return champion is not None and read_record(current_store(), champion).task(spec.task.name) is not None
-
-
 def validate(
     spec: AdaptSpec,
     task_file: Path | None = None,

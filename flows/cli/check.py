@@ -217,17 +217,18 @@ def check(
 
 def _score_arrival(deal: Session, asked: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
     """Let the champion answer the rows, if it knows their task and its base model is here."""
-    from tasks.validate import is_known_task
+    from tasks.arrival_check import find_landed, score_rows
 
-    if not is_known_task(asked):  # torch loads slowly
+    arrival = find_landed(asked, rows)
+    if arrival is None:
         return None
-    from flows.adapt import check_arrival
+    import tasks.scorer  # noqa: F401 - torch loads slowly
     from flows.server.embedded import calm_libraries
     from tasks.progress import reporting_to
 
     calm_libraries()
     with reporting_to(deal.screen):
-        return check_arrival(asked, rows)
+        return score_rows(arrival)
 
 
 def show_arrival(arrival: ScoredArrival) -> Sequence[RenderableType]:

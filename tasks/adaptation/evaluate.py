@@ -40,7 +40,7 @@ from tasks.references import DatasetRef, TrainedAdapter, VersionScores
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from tasks.adaptation.scorer import Scored, Scorer
+    from tasks.scorer import Scored, Scorer
 
 
 @task(name="evaluate", **STAGE)
@@ -58,7 +58,7 @@ def evaluate_version(
     slice. If a task gains labels, the new version is asked with the new labels and the parent without them, as each of
     them serves.
     """
-    from tasks.adaptation.scorer import Processes, Scorer, collapse_notes
+    from tasks.scorer import Processes, Scorer, collapse_notes
 
     store = current_store()
     processes = Processes(adaptation.spec.train.num_processes, jobs_of(adaptation), adaptation.folder / "answers")
@@ -199,7 +199,7 @@ class _Scores:
 
 def _score(scorer: Scorer, asked: _Asked, adaptation: AdaptationRun, trained: TrainedAdapter) -> _Scores:
     from deal_core.adapter.state import adapter_norm
-    from tasks.adaptation.scorer import Scored
+    from tasks.scorer import Scored
 
     answered, before = asked.answered, adaptation.parent_folder
     new = asked.new if before else []
@@ -339,7 +339,7 @@ def score_version(version: Version) -> VersionScores:
 
     A version without a reference for its live traffic gets one.
     """
-    from tasks.adaptation.scorer import Scorer
+    from tasks.scorer import Scorer
 
     store = current_store()
     record, answered = read_record(store, version), read_answers(store, version.adapter_uri).now

@@ -17,7 +17,7 @@ from tasks.context import current_store
 from tasks.references import TrainedAdapter
 
 if TYPE_CHECKING:
-    from tasks.adaptation.scorer import Scorer
+    from tasks.scorer import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from deal_core.evaluation.report import EvaluationReport, mean_score
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.versions import SCORES, Version, Versions
-from tasks.adaptation.arrival import keep_scores
 from tasks.adaptation.run import STAGE, AdaptationRun
+from tasks.arrival_check import keep_scores
 from tasks.context import current_store
 from tasks.lineage.record import RECORD_FILE, LineageRecord, write_record
 from tasks.lineage.version_files import CARD_FILE

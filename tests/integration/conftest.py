@@ -14,7 +14,7 @@ import pytest
 from mlflow.tracking._tracking_service import utils as mlflow_utils
 
 from infra.report import charts
-from tasks.adaptation.scorer import Scorer
+from tasks.scorer import Scorer
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 from tests.conftest import MakeOnce
 from tests.s3 import ThreadedMotoServer

@@ -24,7 +24,7 @@ from flows.forget import forget
 from flows.requeue import requeue
 from flows.watch import WatchResult, watch
 from infra.versions import Version, Versions
-from tasks.adaptation.arrival import read_scores
+from tasks.arrival_check import read_scores
 from tasks.arrival_runs import release
 from tasks.context import current_store
 from tasks.inbox import find_held

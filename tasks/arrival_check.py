@@ -1,7 +1,7 @@
 """The champion answers an arrival of a task that it knows, before anything is trained on it.
 
 `deal_core.evaluation.arrival_check` judges the answers. This module finds the rows: those of the arrival that the line
-has not learned, and those of the reference.
+has not learned, and those of the reference. torch is imported when there is a row to ask.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -33,7 +33,6 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE
 from infra.versions import Version, Versions, descent
-from tasks.adaptation.run import RunInputs, jobs_of
 from tasks.context import current_store
 from tasks.data_files import local_files
 from tasks.landing import choose_schema, frozen_tests
@@ -43,11 +42,11 @@ from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import find_tombstone, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, reading_beside
 from tasks.monitoring.rows import read_reference
-from tasks.references import Contradiction, ScoredArrival
+from tasks.references import Contradiction, DatasetRef, ScoredArrival
 from tasks.spec import AdaptSpec, TaskSpec
 
 if TYPE_CHECKING:
-    from tasks.adaptation.scorer import Processes
+    from tasks.scorer import Processes
 
 MAX_ASKED_ROWS = 1000
 """Rows of an arrival that the champion answers, at most: the score is then within 3 points of that of all rows, with
@@ -57,60 +56,79 @@ SCORES_FILE = "arrival.json"
 """A file next to the adapter: what the champion before it scored on each row of its arrival. It names no row."""
 
 
-def score_arrival(inputs: RunInputs, champion: Version, record: LineageRecord) -> ScoredArrival | None:
+@dataclass(frozen=True, kw_only=True)
+class AskedArrival:
+    """An arrival of a task that the champion knows, with rows to ask."""
+
+    spec: AdaptSpec
+    champion: Version
+    record: LineageRecord
+    """The champion's."""
+    known: KnownTask
+    """The task as the champion has learned it."""
+    line: Sequence[Version]
+    """The champion and the versions that it descends from, the newest first."""
+    schema: TaskSchema
+    """The task's, with the names of the file's columns."""
+    rows: pa.Table
+    """The rows that can be asked."""
+    num_rows: int
+    """All rows of the arrival."""
+    num_learned: int
+    """Those that the line has learned."""
+
+
+def score_arrival(
+    spec: AdaptSpec, dataset: DatasetRef, champion: Version, record: LineageRecord, jobs_folder: str
+) -> ScoredArrival | None:
     """Score the version that a run continues, which has the record, on the rows of the run's arrival.
 
     None: the task is new, its test rows were forgotten and the arrival brings others, or no row can be asked.
+    `jobs_folder` is the folder in the store for the jobs of several processes.
     """
-    from tasks.adaptation.scorer import Processes
-
-    store, dataset = current_store(), inputs.dataset
+    store = current_store()
     files = [TRAIN_FILE, *([TEST_FILE] if dataset.num_test else [])]
     columns = (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)
     tables = [read_test_rows(store, dataset.uri, columns, file=file) for file in files]
-    schema = read_manifest(store, dataset.uri).task  # with the names of the file's columns
+    rows = pa.concat_tables(tables, promote_options="default")
+    arrival = _ask(store, spec, champion, record, read_manifest(store, dataset.uri).task, rows)
+    if arrival is None:
+        return None
+    from tasks.scorer import Processes
+
     with temporary_folder() as folder:
-        processes = Processes(inputs.spec.train.num_processes, jobs_of(inputs), folder)
-        rows = pa.concat_tables(tables, promote_options="default")
-        return _score(store, inputs.spec, champion, record, schema, rows, processes)
+        return score_rows(arrival, Processes(spec.train.num_processes, jobs_folder, folder))
 
 
-def score_landed(spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> ScoredArrival | None:
-    """Do the same for good rows (GOOD_ROWS) that are not stored, as answered by the lineage's champion.
+def find_landed(spec: AdaptSpec, rows: Sequence[pa.RecordBatch]) -> AskedArrival | None:
+    """Find what the lineage's champion would be asked of good rows (GOOD_ROWS) that are not stored.
 
     None: it does not know the task, no row can be asked, or its base model is not on this machine.
     """
-    from deal_core.base_model.load import find_config
-
     store = current_store()
     champion = Versions(store).champion(spec.lineage)
     if champion is None or not rows:
         return None
-    record = read_record(store, champion)
-    if record.task(spec.task.name) is None:
-        return None
-    if find_config(record.base.source, HomeSettings().cache_dir).folder is None:
-        return None
-    table = pa.Table.from_batches(rows)
+    record, table = read_record(store, champion), pa.Table.from_batches(rows)
     digests = pa.array([digest.hex() for digest in table["digest"].to_pylist()])
     table = table.append_column("sha256", digests).select([*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name])
-    schema = choose_schema(store, spec.task, record)
-    return _score(store, spec, champion, record, schema, table, None)
+    arrival = _ask(store, spec, champion, record, choose_schema(store, spec.task, record), table)
+    if arrival is None:
+        return None
+    from deal_core.base_model.load import find_config
+
+    is_here = find_config(record.base.source, HomeSettings().cache_dir).folder is not None
+    return arrival if is_here else None
 
 
-def _score(
+def _ask(
     store: ObjectStore,
     spec: AdaptSpec,
     champion: Version,
     record: LineageRecord,
     schema: TaskSchema,
     table: pa.Table,
-    processes: Processes | None,
-) -> ScoredArrival | None:
-    from datasets import Dataset
-
-    from tasks.adaptation.scorer import Scorer
-
+) -> AskedArrival | None:
     name = spec.task.name
     known, line = record.task(name), descent(Versions(store).all(record.lineage), champion)
     if known is None or forgotten_tests(store, name, known.dataset_uri) is not None:
@@ -123,9 +141,29 @@ def _score(
         digest not in learned and digest not in tests and (not labels or label_key(output) in labels)
         for digest, output in zip(digests, table["output"].to_pylist(), strict=True)
     ]
-    rows = first_rows(Dataset(table.filter(pa.array(is_asked, pa.bool_()))), MAX_ASKED_ROWS)
-    if not len(rows):
+    if not any(is_asked):
         return None
+    return AskedArrival(
+        spec=spec,
+        champion=champion,
+        record=record,
+        known=known,
+        line=line,
+        schema=schema,
+        rows=table.filter(pa.array(is_asked)),
+        num_rows=len(table),
+        num_learned=sum(digest in learned for digest in digests),
+    )
+
+
+def score_rows(arrival: AskedArrival, processes: Processes | None = None) -> ScoredArrival:
+    """Let the champion answer the rows that are asked, and judge its answers."""
+    from datasets import Dataset
+
+    from tasks.scorer import Scorer
+
+    store, known, gate = current_store(), arrival.known, arrival.spec.gate
+    rows = first_rows(Dataset(arrival.rows), MAX_ASKED_ROWS)
     # It is asked as it serves: with the labels that it knows.
     asked = TestSet(
         schema=known.schema,
@@ -133,25 +171,23 @@ def _score(
         max_prompt_tokens=known.max_prompt_tokens,
         max_new_tokens=known.max_new_tokens,
     )
-    with borrowed_adapter(store, champion) as folder:
-        scorer = Scorer(record.base, stage="test", processes=processes)
+    with borrowed_adapter(store, arrival.champion) as folder:
+        scorer = Scorer(arrival.record.base, stage="test", processes=processes)
         scorer.expect([asked])
-        evaluation = scorer.score(folder, [asked]).evaluations[name]
-    arrival = AnsweredRows(
+        evaluation = scorer.score(folder, [asked]).evaluations[known.schema.name]
+    answered = AnsweredRows(
         scores=evaluation.outcomes, confidences=tuple(each.confidence for each in evaluation.confidences)
     )
-    calibration = _test_rows(store, champion, known)
+    calibration = _test_rows(store, arrival.champion, known)
     reference = [*calibration.scores]
-    reference += _newest_arrivals(store, line, name, MAX_REFERENCE - len(reference))
-    score = judge_arrival(
-        arrival, reference=reference, calibration=calibration, drop_points=spec.gate.arrival_drop_points
-    )
-    if spec.gate.arrival == "off":
+    reference += _newest_arrivals(store, arrival.line, known.schema.name, MAX_REFERENCE - len(reference))
+    score = judge_arrival(answered, reference=reference, calibration=calibration, drop_points=gate.arrival_drop_points)
+    if gate.arrival == "off":
         score = replace(score, verdict="as expected")
-    score = replace(score, of_rows=len(table), num_learned=sum(digest in learned for digest in digests))
+    score = replace(score, of_rows=arrival.num_rows, num_learned=arrival.num_learned)
     contradictions: tuple[Contradiction, ...] = ()
     if score.verdict == "labels disagree":
-        places = surest_contradictions(arrival, NUM_CONTRADICTIONS)
+        places = surest_contradictions(answered, NUM_CONTRADICTIONS)
         shown = [
             Contradiction(
                 sha256=rows[place]["sha256"],
@@ -161,12 +197,12 @@ def _score(
             )
             for place in places
         ]
-        contradictions = _with_places(store, spec.task, schema, shown)
+        contradictions = _with_places(store, arrival.spec.task, arrival.schema, shown)
     return ScoredArrival(
-        version=champion.version,
+        version=arrival.champion.version,
         score=score,
-        scores=tuple(arrival.scores),
-        has_labels=bool(labels),
+        scores=tuple(answered.scores),
+        has_labels=bool(known.schema.labels),
         contradictions=contradictions,
     )
 

@@ -12,9 +12,9 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import LabelFigures
 from deal_core.evaluation.score import Given, TaskEvaluation
 from deal_core.training.jobs import AnswerResult
-from tasks.adaptation.scorer import Processes, Scored, Scorer, collapse_notes
 from tasks.lineage.frozen_rows import TestSet
 from tasks.references import BaseRef
+from tasks.scorer import Processes, Scored, Scorer, collapse_notes
 
 
 @pytest.mark.parametrize(("recentred", "is_gain"), [(0.5, False), (0.54, False), (0.75, True)])
@@ -51,7 +51,7 @@ def test_the_base_model_is_not_loaded_where_other_processes_answer(
         return AnswerResult(answers=((Given("lost", None), Given("late", None)),), perplexity=None)
 
     monkeypatch.setattr("tasks.base.load", refuse)
-    monkeypatch.setattr("tasks.adaptation.scorer.launch_job", launch)
+    monkeypatch.setattr("tasks.scorer.launch_job", launch)
     base = BaseRef(source=str(tiny_base), name="tiny", sha256="b" * 64)
     scorer = Scorer(base, processes=Processes(number=2, jobs_folder="jobs", folder=tmp_path))
     rows = Dataset.from_dict({"input": ["a", "b"], "output": ["lost", "lost"], "sha256": ["1", "2"]})
