@@ -1,7 +1,7 @@
 """A webhook: signed JSON to one address, sent again until the receiver accepts it or the attempts end.
 
 Headers and signature are those of Standard Webhooks (https://www.standardwebhooks.com). A receiver can check the sender
-and the time, and can recognise a repeated notice; see docs/notifications.md.
+and the time, and can recognise a repeated notice; see docs/retrain.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Notices about adaptations and live traffic: events for the Prefect server and signed JSON for a webhook.
 
-The event's resource is `deal.lineage.NAME`. Its payload is a `Notice`; docs/notifications.md describes both. A notice
+The event's resource is `deal.lineage.NAME`. Its payload is a `Notice`; docs/retrain.md describes both. A notice
 contains no text of a row, unless an error quotes one and the run may show texts.
 """
 

@@ -196,7 +196,7 @@ def _notifying(
     """Return an automation that sends one kind of event through the block."""
     return _automation(
         f"tell of {what}",
-        f"Sends {event} through a notification block; see docs/notifications.md.",
+        f"Sends {event} through a notification block; see docs/retrain.md.",
         SendNotification(block_document_id=block_id, subject=subject, body=body) if block_id else DoNothing(),
         enabled=False,
         match=match,
@@ -226,5 +226,5 @@ async def _find_block(client: PrefectClient, name: str | None) -> UUID | None:
     except ObjectNotFound:
         raise ConfigError(
             f"The Prefect server has no block {name}, which DEAL_NOTIFICATION_BLOCK names; make it first, in the "
-            "server's pages under Blocks or as docs/notifications.md says."
+            "server's pages under Blocks or as docs/retrain.md says."
         ) from None

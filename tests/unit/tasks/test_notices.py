@@ -16,7 +16,7 @@ from tasks import notices
 from tasks.notices import EVENTS, Kind, Notice
 from tests.stored_versions import version
 
-PAGE = Path(__file__).parents[3] / "docs" / "notifications.md"
+PAGE = Path(__file__).parents[3] / "docs" / "retrain.md"
 
 
 def test_every_kind_of_notice_has_an_event_an_automation_and_a_line_of_the_page() -> None:
