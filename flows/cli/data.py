@@ -293,4 +293,4 @@ def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
             f"forget them too (deal data delete KEY) if the texts have to go: {', '.join(plan.harvested)}"
         )
     yield from _unknown(plan.unknown)
-    yield "A copy of the file outside the inbox, backups and log files are not looked at: see docs/housekeeping.md."
+    yield "A copy of the file outside the inbox, backups and log files are not looked at: see docs/delete.md."
