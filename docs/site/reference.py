@@ -1,7 +1,4 @@
-"""Pages that are generated from the code: settings, environment variables, commands, and what --json prints of them.
-
-python -m docs.site.reference    # writes settings.md and environment.md; the site's build makes the others
-"""
+"""What the site's build makes from the code: settings, environment variables, commands, and what --json prints."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import typer.main
@@ -68,7 +64,6 @@ def settings_page() -> str:
         "# Settings of a spec",
         "",
         "The fields of a spec and of a lineage's file, with their defaults. The [guide](guide.md) has an example.",
-        "`python -m docs.site.reference` writes this page from the code.",
         "",
         "## At the top",
         "",
@@ -91,7 +86,7 @@ def environment_page() -> str:
         "# Environment variables",
         "",
         "Where things are, and how this machine works, is set in the environment. What is learned is set in a",
-        "[spec](settings.md). `python -m docs.site.reference` writes this page from the code.",
+        "[spec](settings.md).",
     ]
     for kind in vars(environment).values():
         if not (isinstance(kind, type) and kind.__module__ == environment.__name__ and kind.__doc__):
@@ -144,10 +139,13 @@ def commands_page() -> str:
     return re.sub(r"[ \t]+$", "", page, flags=re.MULTILINE).rstrip() + "\n"
 
 
-PAGES = {"settings.md": settings_page, "environment.md": environment_page}
-"""The generated files of docs/."""
-SITE_PAGES = {"commands.md": commands_page, "json_schemas.json": json_schemas}
-"""What is on the site alone."""
+SITE_PAGES = {
+    "settings.md": settings_page,
+    "environment.md": environment_page,
+    "commands.md": commands_page,
+    "json_schemas.json": json_schemas,
+}
+"""File of the site → what makes its content. No such file is stored."""
 
 
 def _table(kind: type, properties: Mapping[str, Any]) -> Iterator[str]:
@@ -185,8 +183,3 @@ def _class_of(name: str) -> type | None:
     annotation = AdaptSpec.model_fields[name].annotation
     choices = [annotation, *getattr(annotation, "__args__", ())]
     return next((each for each in choices if dataclasses.is_dataclass(each) or hasattr(each, "model_fields")), None)
-
-
-if __name__ == "__main__":
-    for name, page in PAGES.items():
-        (Path(__file__).parents[1] / name).write_text(page(), encoding="utf-8")

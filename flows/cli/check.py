@@ -33,7 +33,7 @@ _SCORED_ROWS = 20_000
 """Rows of a file from which those are chosen that the champion answers; of more, the first ones."""
 _SPEC = """\
 # Check it with `deal check {out} --plan`, learn it with `deal adapt {out}`.
-# Every other setting has a default: docs/settings.md.
+# Every other setting has a default: after the first run, `deal lineage show NAME` prints all of them.
 {values}# What more a task can say:
 #   test_data: test.jsonl    # without it, a part of the rows becomes test rows
 #   instruction: {instruction}

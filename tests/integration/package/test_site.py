@@ -88,6 +88,14 @@ def test_every_setting_has_its_line_with_its_meaning(site: Path) -> None:
     assert "at least 0. Default <code>0.001</code>" in page, "limits and defaults come from the fields"
 
 
+def test_every_variable_has_its_line_with_its_meaning(site: Path) -> None:
+    page = (site / "environment" / "index.html").read_text()
+    rows = dict(re.findall(r"<tr>\s*<td><code>(\w+)</code></td>\s*<td>.*?</td>\s*<td>(.*?)</td>", page, re.DOTALL))
+    named = set(re.findall(r"\bDEAL_[A-Z0-9_]*[A-Z0-9]\b", (ROOT / "infra" / "settings.py").read_text()))
+    assert named <= rows.keys()
+    assert [name for name, meaning in rows.items() if not meaning.strip()] == []
+
+
 def shown_commands() -> list[tuple[str, list[str]]]:
     """Every `deal` command in a block of the pages."""
     found = []
