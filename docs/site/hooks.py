@@ -27,6 +27,7 @@ PAGES = {
     "docs/quickstart.ipynb": "quickstart.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "benchmarks/arrival_check.md": "arrival_check_figures.md",
     "benchmarks/cells.md": "cells.md",
     "benchmarks/earlier.md": "earlier.md",
     "benchmarks/scaling.md": "scaling.md",

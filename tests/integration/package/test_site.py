@@ -93,6 +93,7 @@ def test_every_variable_has_its_line_with_its_meaning(site: Path) -> None:
     rows = dict(re.findall(r"<tr>\s*<td><code>(\w+)</code></td>\s*<td>.*?</td>\s*<td>(.*?)</td>", page, re.DOTALL))
     named = set(re.findall(r"\bDEAL_[A-Z0-9_]*[A-Z0-9]\b", (ROOT / "infra" / "settings.py").read_text()))
     assert named <= rows.keys()
+    assert set(re.findall(r"`(DEAL_\w+)`", (ROOT / "docs" / "operate.md").read_text())) <= rows.keys()
     assert [name for name, meaning in rows.items() if not meaning.strip()] == []
 
 
