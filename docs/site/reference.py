@@ -63,7 +63,8 @@ def settings_page() -> str:
     lines = [
         "# Settings of a spec",
         "",
-        "The fields of a spec and of a lineage's file, with their defaults. The [guide](guide.md) has an example.",
+        "The fields of a spec and of a lineage's file, with their defaults. [data.md](data.md) has an example.",
+        "`python -m docs.site.reference` writes this page from the code.",
         "",
         "## At the top",
         "",
