@@ -1,4 +1,4 @@
-"""Write docs/base_models.md: what a later arrival takes with some public base models, as `deal check --plan` counts it.
+"""Write docs/model.md: what a later arrival takes with some public base models, as `deal check --plan` counts it.
 
     python -m benchmarks.speed.base_models
 
@@ -127,10 +127,10 @@ def describe(name: str, licence: str, config: Any) -> dict[str, Any]:
     }
 
 
-def main(page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/base_models.md")) -> None:
+def main(page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/model.md")) -> None:
     """Fill the page."""
     lines = [describe(name, licence, config) for name, (licence, config) in MODELS.items()]
-    page.write_text(templates().get_template("base_models.md.j2").render(lines=lines, long=BATCH, short=SHORT))
+    page.write_text(templates().get_template("model.md.j2").render(lines=lines, long=BATCH, short=SHORT))
     typer.echo(f"{page} written")
 
 
