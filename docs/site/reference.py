@@ -64,7 +64,6 @@ def settings_page() -> str:
         "# Settings of a spec",
         "",
         "The fields of a spec and of a lineage's file, with their defaults. [data.md](data.md) has an example.",
-        "`python -m docs.site.reference` writes this page from the code.",
         "",
         "## At the top",
         "",
