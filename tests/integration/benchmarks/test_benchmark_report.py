@@ -11,6 +11,7 @@ from typer import BadParameter
 
 from benchmarks import headline, performance
 from benchmarks.report import main
+from benchmarks.speed import base_models
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,6 +54,11 @@ def test_a_result_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_the_page_of_performance_is_the_one_that_the_stored_results_give(tmp_path: Path) -> None:
     performance.main(results=RESULTS, page=tmp_path / "performance.md")
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_page_of_models_is_the_one_that_their_shapes_give(tmp_path: Path) -> None:
+    base_models.main(page=tmp_path / "model.md")
+    assert (tmp_path / "model.md").read_text() == (ROOT / "docs" / "model.md").read_text()
 
 
 def test_the_page_of_performance_names_the_options_that_were_not_the_defaults() -> None:
