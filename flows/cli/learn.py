@@ -61,6 +61,8 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         for run in outcome.runs:
             if run.rejected:
                 shown += [f"[red]{escape(run.message)}[/]", *(f"  • {escape(reason)}" for reason in run.reasons)]
+            if run.status == "held":
+                shown += [heading(f"One more month of {run.task}, with wrong labels"), *show_adaptation(run)]
     if result.picture is not None:
         shown.append(f"Picture:      {escape(str(result.picture))}")
     option, first = home_option(home), result.outcomes[0].lineage

@@ -27,7 +27,7 @@ def test_the_first_domain_passes_the_gate(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly(minutes=10)
-def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None:
+def test_three_domains_arrive_one_adapter_keeps_them_and_wrong_labels_are_held(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (outcome,) = deal(home, "demo")["outcomes"]
 
@@ -36,8 +36,12 @@ def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None
         ("bank", "promoted"),
         ("clinic", "promoted"),
         ("parcels", "promoted"),
+        ("bank", "held"),
     ]
-    assert [run["num_steps"] for run in outcome["runs"]] == [39, 39, 39]
+    assert [run["num_steps"] for run in outcome["runs"]] == [39, 39, 39, 0]
+    held = outcome["runs"][-1]
+    assert held["arrival"]["verdict"] == "labels disagree" and held["arrival"]["accuracy"] < 0.3
+    assert [row["label"] != row["answer"] for row in held["contradictions"]] == [True] * 3
     matrix = outcome["matrix"]
     last = dict(zip(matrix["tasks"], matrix["rows"][-1], strict=True))
     for task, base in zip(matrix["tasks"], matrix["base"], strict=True):

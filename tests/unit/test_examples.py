@@ -70,8 +70,12 @@ def load_rows(domain: str) -> list[Row]:
     return rows
 
 
+def month_of_bank(file: str) -> list[Row]:
+    return [Row("bank", file, row["text"], row["label"]) for row in read_records(EXAMPLES / "bank" / file)]
+
+
 def all_rows() -> list[Row]:
-    return [row for domain in DOMAINS for row in load_rows(domain)]
+    return [*(row for domain in DOMAINS for row in load_rows(domain)), *month_of_bank("july.jsonl")]
 
 
 def words(text: str) -> frozenset[str]:
@@ -113,6 +117,14 @@ def test_labels_are_balanced_in_both_splits(domain: str) -> None:
     assert Counter((row.split, row.label) for row in load_rows(domain)) == expected
 
 
+def test_a_month_of_bank_comes_with_its_labels_and_with_labels_that_slipped_by_one_row() -> None:
+    month, slipped = month_of_bank("july.jsonl"), month_of_bank("july_slipped.jsonl")
+    assert Counter(row.label for row in month) == dict.fromkeys(load_spec("bank")["task"]["labels"], 6)
+    assert [row.text for row in slipped] == [row.text for row in month]
+    assert [row.label for row in slipped] == [row.label for row in [month[-1], *month[:-1]]]
+    assert sum(a.label == b.label for a, b in zip(month, slipped, strict=True)) == 4
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_defaults_keep_as_many_rows_as_the_readme_says(domain: str) -> None:
     num_train = sum(row.split == "train" for row in load_rows(domain))
@@ -142,7 +154,7 @@ def test_rows_are_of_one_to_two_sentences() -> None:
 
 def test_no_two_rows_are_alike() -> None:
     bags = [(row, words(row.text)) for row in all_rows()]
-    assert len(bags) == 3 * 6 * sum(NUM_PER_LABEL.values())
+    assert len(bags) == 3 * 6 * sum(NUM_PER_LABEL.values()) + 6 * 6
     alike = [
         (round(similarity(a_words, b_words), 2), a.text, b.text)
         for (a, a_words), (b, b_words) in combinations(bags, 2)
