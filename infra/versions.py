@@ -439,7 +439,7 @@ def _since(versions: Sequence[Version], moves: Sequence[Move], removed: Mapping[
             (promoted if move.action == "promoted" else rolled_out)[move.version] = move.number
             if move.run is None and move.branch is None:  # a person decided
                 approval[move.version] = "given"
-        if move.action in ENDING:
+        if move.action == "rolled back" or (move.action in ENDING and rolled_back):
             line = {version.version for version in descent(versions, by_number.get(move.champion or ""))}
             if move.action == "rolled back":
                 before = {version.version for version in descent(versions, by_number.get(move.before or ""))}
