@@ -49,9 +49,11 @@ $(ENGINE)/.stamp:
 	(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")'
 	touch $@
 
-lint: $(VENV)/.stamp-dev ## check style; `make format` mends most of it
+lint: $(VENV)/.stamp-dev ## check style, which way imports go, and dependencies; `make format` mends most of it
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
 
 format: $(VENV)/.stamp-dev ## format the code
 	$(BIN)/ruff format .
