@@ -69,9 +69,11 @@ class BranchResult(BaseModel, frozen=True):
     attestation: Attestation | None = None
     """None: no rows were deleted, or it is not over."""
     before: dict[str, float] = {}
-    """With a new base model: accuracy of the champion before, by task; empty: it was not compared."""
+    """Accuracy of the champion that is replaced, by task; empty: it was not compared."""
     accuracies: dict[str, float] = {}
-    """Accuracy on the new base model, by task, on the same test rows."""
+    """Accuracy of the last version that was made, by task, on the same test rows."""
+    num_rows: dict[str, int] = {}
+    """These test rows, by task."""
 
 
 def plan_steps(
@@ -265,10 +267,16 @@ def stopped(branch: Branch, why: str, **compared: Any) -> BranchResult:
 
 
 def swapped(
-    branch: Branch, tip: Version, who: str, message: str, attestation: Attestation | None = None, **compared: Any
+    branch: Branch,
+    tip: Version,
+    who: str,
+    message: str,
+    attestation: Attestation | None = None,
+    **compared: Any,
 ) -> BranchResult:
     """Store that a branch was swapped in, and return it."""
-    end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=remade_by(branch), attestation=attestation)
+    made = remade_by(branch)
+    end = BranchEnd(outcome="swapped", who=who, tip=tip.version, made=made, attestation=attestation)
     Branches(current_store()).end(branch, end)
     champion = Versions(current_store()).champion(branch.lineage)  # a person may have gone back since
     number = champion.version if champion else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from prefect import flow
 
@@ -107,7 +108,11 @@ async def rebase(
         reasons = [*judged.decision.reasons]
         if judged.missing and not accept_lost:
             reasons.append(f"It knows {listed(judged.missing)} no longer (--accept-lost).")
-        figures = {"before": judged.before, "accuracies": judged.accuracies}
+        figures: dict[str, Any] = {
+            "before": judged.before,
+            "accuracies": judged.accuracies,
+            "num_rows": judged.num_rows,
+        }
         if reasons:
             worse = f"version {tip.version} is worse than version {old.version}. {' '.join(reasons)}"
             return stopped(branch, worse, **figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import get_args
+from typing import Any, get_args
 
 from prefect import flow
 
@@ -11,10 +11,11 @@ from deal_core.errors import ConfigError
 from flows.branch import BranchPlan, BranchResult, begin, grow, plan_steps, require_quiet, stopped, swapped
 from flows.forget import forget
 from flows.lock import lock_lineage
-from infra.branches import Attestation, Branch, Branches, DeletedRows
+from infra.branches import Attestation, Branch, Branches, DeletedRows, Judgement
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.versions import Versions, champion_of, descent
+from infra.versions import Version, Versions, champion_of, descent
+from tasks.adaptation.gate import judge_against
 from tasks.adaptation.resume import FINDINGS_FILE
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import KnownArrival, find_arrival
@@ -96,8 +97,10 @@ async def relearn(
     """Delete an arrival, and make every version that learned from it again. A call that was killed is repeated.
 
     The order: the branch is stored, so that new arrivals wait. The rows are removed everywhere. The later arrivals are
-    learned again on the last version that never saw the rows. One move of the promotion log makes the last of the new
-    versions champion. The versions that saw the rows lose their adapters, and an attestation is stored.
+    learned again on the last version that never saw the rows. The result is judged against the champion. If it is worse
+    beyond the limits, the call ends here until a person has accepted the result. One move of the promotion log makes
+    the last of the new versions champion. The versions that saw the rows lose their adapters, and an attestation is
+    stored.
 
     Args:
         lineage: The lineage.
@@ -125,7 +128,15 @@ async def relearn(
         tip = await grow(branch, skip_rejected=skip_rejected)
         if isinstance(tip, str):
             return stopped(branch, tip)
-        swap_in(store, branch, tip, who)
+        judgement = await _judge(store, branch, tip)
+        figures: dict[str, Any] = (
+            judgement.model_dump(include={"before", "accuracies", "num_rows"}) if judgement else {}
+        )
+        if judgement and judgement.waits:
+            worse = f"version {tip.version} is worse than version {branch.champion}. {' '.join(judgement.reasons)}"
+            accept = f"Accept it with: deal lineage branch {lineage} --accept --reason REASON"
+            return stopped(branch, f"{worse} {accept}", **figures)
+        swap_in(store, branch, tip, who, judgement.accepted.why if judgement and judgement.accepted else "")
         reporter().said(f"Version {tip.version} is champion; the versions that saw the rows lose their adapters.")
         _remove_adapters(store, branch)
         exports = remove_exports(store, lineage, branch.deleted.versions)
@@ -141,10 +152,35 @@ async def relearn(
         num_inputs=len(again.plan.inputs),
         unknown=again.plan.unknown,
         waits_for_mlflow=synced.problem is not None or lineage in again.waits_for_mlflow,
+        judgement=judgement,
     )
     champion = find_version(store, lineage, None)  # a person may have gone back to the root since
     never = f"It never saw arrival {branch.deleted.sha256[:12]} of {branch.deleted.task}."
-    return swapped(branch, tip, who, f"Version {champion.version} of {lineage} is champion. {never}", attestation)
+    message = f"Version {champion.version} of {lineage} is champion. {never}"
+    return swapped(branch, tip, who, message, attestation, **figures)
+
+
+async def _judge(store: ObjectStore, branch: Branch, tip: Version) -> Judgement | None:
+    """Return how a branch's last version compares with the champion that it replaces; None: that never saw the rows.
+
+    What was judged once is stored: after the swap the adapter of the old champion is gone.
+    """
+    branches = Branches(store)
+    judgement = branches.judgement(branch)
+    if tip.version == branch.champion or (judgement is not None and judgement.tip == tip.version):
+        return judgement
+    old = find_version(store, branch.lineage, branch.champion)
+    judged = await to_the_end(judge_against, store, tip, old)
+    judgement = Judgement(
+        tip=tip.version,
+        before=judged.before,
+        accuracies=judged.accuracies,
+        num_rows=judged.num_rows,
+        unjudged=judged.unjudged,
+        reasons=judged.decision.reasons,
+    )
+    branches.judge(branch, judgement)
+    return judgement
 
 
 def _open_branch(store: ObjectStore, lineage: str, arrival: KnownArrival) -> Branch | None:

@@ -1,6 +1,7 @@
 """Branches of a lineage: versions that are made again, which continue no champion until one move swaps the last one in.
 
     branches/LINEAGE/NUMBER.json      what is made again, from which version on; written once, before anything else
+    branches/LINEAGE/NUMBER.judged.json  how its result compares with the champion that it replaces
     branches/LINEAGE/NUMBER.end.json  how the branch ended
 
 The versions of a branch name it and the version whose arrival they learn again. So what is done is read from the
@@ -21,10 +22,10 @@ from infra.deleted_inputs import UnknownRows
 from infra.promotions import Move
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.stored import Stored, parse_stored, read_folder, reading_stored, write_stored
+from infra.store.stored import Stored, parse_stored, read_folder, read_stored, reading_stored, write_stored
 from infra.versions import ArrivalDigests, Version
 
-_END = ".end.json"
+_JUDGED, _END = ".judged.json", ".end.json"
 _REMEDY = "Restore it from a backup of the store. Until then nothing is learned; a server that runs serves on."
 
 
@@ -123,6 +124,37 @@ class Remade(_Part):
     """Digest of all files of its adapter together."""
 
 
+class Acceptance(_Part):
+    """That a person accepts a result which is worse than the champion."""
+
+    who: str
+    why: str
+
+
+class Judgement(Stored):
+    """How the last version of a branch compares with the champion that it replaces, on the rows that test both."""
+
+    tip: str
+    """The last version."""
+    before: dict[str, float]
+    """Accuracy of the champion that is replaced, by task, 0 to 1."""
+    accuracies: dict[str, float]
+    """Accuracy of the last version, by the same tasks."""
+    num_rows: dict[str, int]
+    """Test rows that both answered, by the same tasks."""
+    unjudged: tuple[str, ...] = ()
+    """Tasks that both know, and of which no test row judges both."""
+    reasons: tuple[str, ...] = ()
+    """The drops beyond the limits of the version's gate."""
+    accepted: Acceptance | None = None
+    """None: nobody had to accept it, or nobody has."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a person has to accept the result, or give the branch up."""
+        return bool(self.reasons) and self.accepted is None
+
+
 class Attestation(_Part):
     """What is certain after the rows of `Branch.deleted` were deleted and what had learned from them was made again."""
 
@@ -140,6 +172,8 @@ class Attestation(_Part):
     """The rows whose inputs could not be known. Logged answers to them may be left."""
     waits_for_mlflow: bool
     """Whether MLflow did not answer. Then its copies are removed by the next run or `deal server sync`."""
+    judgement: Judgement | None = None
+    """What the deletion cost. None: the champion of before never saw the rows, and stays."""
 
 
 class BranchEnd(Stored):
@@ -159,6 +193,8 @@ class KnownBranch(BaseModel, frozen=True):
     """A branch, and its end if it has ended."""
 
     branch: Branch
+    judgement: Judgement | None = None
+    """None: it was not compared yet, or nothing was made."""
     end: BranchEnd | None = None
 
 
@@ -171,29 +207,35 @@ class Branches:
     def all(self, lineage: str) -> tuple[KnownBranch, ...]:
         """Return the branches of a lineage, oldest first. StoreError: one is damaged, or another release wrote it."""
         branches: dict[str, Branch] = {}
+        judgements: dict[str, Judgement] = {}
         ends: dict[str, BranchEnd] = {}
         for key, content in read_folder(self.store, keys.branch_folder(lineage)).items():
             with reading_stored(self.store, key, f"a branch of '{lineage}'", _REMEDY):
                 number = keys.version_number(key)
                 if key.endswith(_END):
                     ends[number] = parse_stored(content, BranchEnd)
+                elif key.endswith(_JUDGED):
+                    judgements[number] = parse_stored(content, Judgement)
                 else:
                     branches[number] = parse_stored(content, Branch)
-        return tuple(KnownBranch(branch=branch, end=ends.get(number)) for number, branch in branches.items())
+        return tuple(
+            KnownBranch(branch=branch, judgement=judgements.get(number), end=ends.get(number))
+            for number, branch in branches.items()
+        )
 
     def open(self, lineage: str) -> Branch | None:
         """Return the branch that has not ended, if there is one. Only this one is read: servers look every second."""
         keys_of = self._keys(lineage)
         ended = {keys.version_number(key) for key in keys_of if key.endswith(_END)}
         for key in keys_of:
-            if not key.endswith(_END) and keys.version_number(key) not in ended:
+            if not key.endswith((_JUDGED, _END)) and keys.version_number(key) not in ended:
                 with reading_stored(self.store, key, f"a branch of '{lineage}'", _REMEDY):
                     return parse_stored(self.store.get_bytes(key), Branch)
         return None
 
     def next_number(self, lineage: str) -> int:
         """Return the number of the lineage's next branch."""
-        return sum(not key.endswith(_END) for key in self._keys(lineage)) + 1
+        return sum(not key.endswith((_JUDGED, _END)) for key in self._keys(lineage)) + 1
 
     def _keys(self, lineage: str) -> list[str]:
         return sorted(info.key for info in self.store.list(keys.branch_folder(lineage)))
@@ -201,6 +243,15 @@ class Branches:
     def begin(self, branch: Branch) -> bool:
         """Store a branch with the lineage's next number; False: another writer was faster, and nothing was stored."""
         return write_stored(self.store, keys.branch_key(branch.lineage, branch.number), branch, if_absent=True)
+
+    def judgement(self, branch: Branch) -> Judgement | None:
+        """Return the stored judgement of a branch, if there is one."""
+        key = keys.branch_judged_key(branch.lineage, branch.number)
+        return read_stored(self.store, key, Judgement, what="the judgement of a branch", remedy=_REMEDY)
+
+    def judge(self, branch: Branch, judgement: Judgement) -> None:
+        """Store how the result of a branch compares, in place of an earlier judgement."""
+        write_stored(self.store, keys.branch_judged_key(branch.lineage, branch.number), judgement)
 
     def end(self, branch: Branch, end: BranchEnd) -> bool:
         """Store how a branch ended; False: it had ended before."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import RenderableType
 from rich.markup import escape
 from typer import Option
 
+from deal_core.evaluation.interval import score_text
+from deal_core.safe_text import listed
 from flows.cli.console import heading, new_table
 
 if TYPE_CHECKING:
@@ -57,12 +59,33 @@ def show_made(made: Sequence[Remade]) -> Iterable[RenderableType]:
     yield table
 
 
+def show_compared(
+    before: Mapping[str, float], accuracies: Mapping[str, float], num_rows: Mapping[str, int]
+) -> Iterable[RenderableType]:
+    """What a branch made against the champion that it replaces, by task; `num_rows` are the rows that both answered."""
+    if not accuracies:
+        return
+    table = new_table("task", "before", "now", right=["before", "now"])
+    for task, now in accuracies.items():
+        table.add_row(escape(task), *(score_text(share, num_rows.get(task)) for share in (before.get(task), now)))
+    yield heading("Accuracy against the champion, %")
+    yield table
+
+
 def show_branch(known: KnownBranch) -> Iterable[RenderableType]:
     """A branch, and how it ended."""
     branch, end = known.branch, known.end
     began = f"{branch.began.astimezone():%Y-%m-%d %H:%M}"
     yield heading(f"Branch {branch.number} of {branch.lineage}: {branch.what}")
     yield f"Begun on {began} by {escape(branch.who)}, to replace version {branch.champion}."
+    if (judgement := known.judgement) is not None:
+        yield from show_compared(judgement.before, judgement.accuracies, judgement.num_rows)
+        if judgement.unjudged:
+            yield f"Not compared, because no test row judges both versions: {escape(listed(judgement.unjudged))}."
+        if judgement.reasons:
+            by = judgement.accepted
+            what = f"accepted by {by.who}: {by.why}" if by else "nobody has accepted it"
+            yield f"[yellow]{escape(' '.join(judgement.reasons))}[/] ({escape(what)})"
     if end is None:
         yield f"[yellow]It is open: new arrivals wait.[/] Go on with: {escape(branch.command)}"
         return

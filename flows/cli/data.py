@@ -15,7 +15,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from flows.cli.branch import AcceptLost, SkipRejected, show_branch_plan, show_made
+from flows.cli.branch import AcceptLost, SkipRejected, show_branch_plan, show_compared, show_made
 from flows.cli.console import heading, new_table
 from flows.cli.session import CommandResult, Lineage, Session, command, reason_option
 
@@ -201,7 +201,12 @@ def _relearn(
     done = deal.run(lambda: relearn_flow(name, arrival, who=deal.account, **options), "looking", trains=True)
     return CommandResult(
         done,
-        [*show_made(done.made), f"[bold]{escape(done.message)}[/]", *_attested(done)],
+        [
+            *show_made(done.made),
+            *show_compared(done.before, done.accuracies, done.num_rows),
+            f"[bold]{escape(done.message)}[/]",
+            *_attested(done),
+        ],
         rejected=done.status == "stopped",
     )
 

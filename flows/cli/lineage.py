@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,9 +12,10 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
+from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
-from flows.cli.branch import AcceptLost, SkipRejected, show_branch, show_branch_plan, show_made
-from flows.cli.console import heading, new_table, percent, show_adaptation
+from flows.cli.branch import AcceptLost, SkipRejected, show_branch, show_branch_plan, show_compared, show_made
+from flows.cli.console import heading, new_table, show_adaptation
 from flows.cli.data import confirm
 from flows.cli.session import CommandResult, Lineage, Session, command, reason_option
 
@@ -159,18 +160,9 @@ def rebase(
         "looking",
         trains=True,
     )
-    lines = [*show_made(done.made), *_compared(done), f"[bold]{escape(done.message)}[/]"]
+    compared = show_compared(done.before, done.accuracies, done.num_rows)
+    lines = [*show_made(done.made), *compared, f"[bold]{escape(done.message)}[/]"]
     return CommandResult(done, lines, rejected=done.status == "stopped")
-
-
-def _compared(done: BranchResult) -> Iterable[RenderableType]:
-    if not done.accuracies:
-        return
-    table = new_table("task", "before", "now", right=["before", "now"])
-    for task, now in done.accuracies.items():
-        table.add_row(escape(task), percent(done.before.get(task)), percent(now))
-    yield heading("Accuracy against the champion, %")
-    yield table
 
 
 @command(
@@ -179,15 +171,34 @@ def _compared(done: BranchResult) -> Iterable[RenderableType]:
     "deal lineage branch support",
     "deal lineage branch support --json",
     "deal lineage branch support --give-up",
+    'deal lineage branch support --accept --reason "the rows had to go"',
 )
 def branch(
     deal: Session,
     lineage: LineageName,
     give_up: Annotated[bool, Option("--give-up", help="End the open branch: its champion of before stays.")] = False,
+    accept: Annotated[
+        bool, Option("--accept", help="Go on with --relearn although the result is worse than the champion.")
+    ] = False,
+    reason: Annotated[str, reason_option("the promotion log, with --accept")] = "",
 ) -> CommandResult[list[KnownBranch]]:
-    """Show what was made again in a lineage, with the attestations of deleted rows; or give an open branch up."""
+    """Show what was made again, with the attestations of deleted rows; or accept an open branch, or give it up."""
     from infra.branches import Branches
 
+    if accept != bool(reason) or (accept and give_up):
+        raise ConfigError("Give --accept together with --reason, and without --give-up.", code="accept-reason")
+    if accept:
+        from flows.relearn import relearn as relearn_flow
+        from tasks.lineage.branch import accept_result
+
+        named = accept_result(deal.store, lineage, who=deal.account, why=reason)
+        # The result may have been made with --skip-rejected. Another result would be judged anew.
+        done = deal.run(
+            lambda: relearn_flow(lineage, named, skip_rejected=True, who=deal.account), "ending", trains=True
+        )
+        known = Branches(deal.store).all(lineage)[-1]
+        shown = [*show_branch(known), f"[bold]{escape(done.message)}[/]"]
+        return CommandResult([known], shown, rejected=done.status == "stopped")
     if give_up:
         from flows.branch import give_up as give_up_flow
 

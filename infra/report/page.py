@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
-from deal_core.evaluation.interval import sureness_text
+from deal_core.evaluation.interval import score_text, sureness_text
 from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.evaluation.report import Debt, EvaluationReport, mean_score
 from deal_core.monitoring.report import LiveLook
+from deal_core.safe_text import listed
+from infra.branches import KnownBranch
 from infra.report.run_report import Changed, RunReport
 from infra.versions import Rollback
 
@@ -44,12 +46,14 @@ def render_page(
     evaluation: EvaluationReport,
     live: LiveLook | None = None,
     rolled_back: Rollback | None = None,
+    remade: KnownBranch | None = None,
 ) -> str:
     """Return the page of a run, from its `report.json` and its `evaluation.json`.
 
     `live` is the last look at the version's live traffic; without it, the page has no section about it. `rolled_back`
-    is the rollback of the version, if there was one. Where matplotlib is not installed, as on a worker, the page says
-    so in place of its charts.
+    is the rollback of the version, if there was one. `remade` is the branch whose last version it is, if the branch was
+    judged against the champion. Where matplotlib is not installed, as on a worker, the page says so in place of its
+    charts.
     """
     versions = versions_of(report, evaluation)
     try:
@@ -78,6 +82,7 @@ def render_page(
         "otherwise": scored_otherwise(evaluation.metrics),
         "live": live,
         "rolled_back": rolled_back and rolled_back.describe(),
+        "compared": judgement_of(remade) if remade else (),
     }
     return _environment().get_template("page.html.j2").render(context)
 
@@ -164,6 +169,28 @@ def verdict_of(report: RunReport) -> str:
         "remade": f"was put on branch {report.branch}, whose newest version becomes champion in one swap",
     }
     return f"{version} has learned {report.lesson}, passed the gate and {became[report.verdict]}."
+
+
+def judgement_of(remade: KnownBranch) -> tuple[str, ...]:
+    """Return how the last version of a branch compares with the champion that it replaces, in sentences."""
+    branch, judgement = remade.branch, remade.judgement
+    if judgement is None:
+        return ()
+    compared = [
+        f"{task} {score_text(before, num_rows)} → {score_text(judgement.accuracies[task], num_rows)} %"
+        for task, before in judgement.before.items()
+        for num_rows in [judgement.num_rows.get(task)]
+    ]
+    against = f"Against version {branch.champion}, which branch {branch.number} replaces"
+    said = [f"{against}: {'; '.join(compared) or 'not compared'}."]
+    if judgement.unjudged:
+        said.append(f"No test row judges both versions on {listed(judgement.unjudged)}.")
+    if judgement.accepted:
+        said.append(f"It was accepted by {judgement.accepted.who}: {judgement.accepted.why}")
+    elif judgement.reasons:
+        ended = "" if remade.end else " It waits until a person accepts it, or gives the branch up."
+        said.append(f"Nobody has accepted it.{ended}")
+    return (*said[:1], *judgement.reasons, *said[1:])
 
 
 def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:

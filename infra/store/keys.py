@@ -12,7 +12,7 @@
     reports/LINEAGE/RUN/FILE                  the report of a run, as values; pages are made from it
     versions/LINEAGE/NUMBER.json              a version; beside it, what later replaced or removed its files
     promotions/LINEAGE/NUMBER.json            the promotion log
-    branches/LINEAGE/NUMBER.json              what is made anew; NUMBER.end.json says how that ended
+    branches/LINEAGE/NUMBER.json              what is made anew; NUMBER.judged.json and .end.json say how that went
     exports/LINEAGE/NUMBER/DIGEST.json        an export of a version
     index/FOLDER.json                         the content of a folder's objects, which saves requests
     base_models/SHA256.QUANTIZE.json          what the base model answers to a few texts, see `infra.fingerprints`
@@ -123,6 +123,7 @@ promotion_folder: OfLineage = "promotions/{}".format
 promotion_key: OfNumber = "promotions/{}/{:08d}.json".format
 branch_folder: OfLineage = "branches/{}".format
 branch_key: OfNumber = "branches/{}/{:08d}.json".format
+branch_judged_key: OfNumber = "branches/{}/{:08d}.judged.json".format
 branch_end_key: OfNumber = "branches/{}/{:08d}.end.json".format
 export_folder: OfLineage = "exports/{}".format
 export_key: Callable[[str, str, str], str] = "exports/{}/{}/{:.32}.json".format

@@ -334,6 +334,28 @@ def _scores_of(test_set: TestSet, rows: Dataset, answers: Mapping[str, str]) -> 
     return score_answers(test_set.schema.metric, in_order, right_answers(rows))
 
 
+def answer_again(version: Version, wanted: Answers) -> KeptAnswers:
+    """Let a registered version answer those of its own test rows that another version has answered (`wanted`)."""
+    from tasks.scorer import Scorer
+
+    store = current_store()
+    record = read_record(store, version)
+    sets = []
+    for known in record.tasks:
+        answered = wanted.get(known.schema.name, {})
+        if answered and forgotten_tests(store, known.schema.name, known.dataset_uri) is None:
+            test_set = load_test_set(store, known)
+            places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in answered]
+            if places:
+                sets.append(replace(test_set, rows=test_set.rows.select(places)))
+    if not sets:
+        return KeptAnswers({}, {})
+    scorer = Scorer(record.base)
+    scorer.expect(sets)
+    with borrowed_adapter(store, version) as folder:
+        return KeptAnswers(scorer.score(folder, sets).answers, {}, answerer=scorer.answerer)
+
+
 def score_version(version: Version) -> VersionScores:
     """Score a registered version again on the frozen test rows of its own evaluation.
 

@@ -11,7 +11,9 @@ from deal_core.evaluation.gate import GateDecision, decide
 from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import EvaluationReport, Scores
 from infra.store.base import ObjectStore
+from infra.store.keys import dataset_sha256
 from infra.versions import Version
+from tasks.adaptation.evaluate import answer_again
 from tasks.adaptation.resume import read_findings
 from tasks.adaptation.run import STAGE, AdaptationRun
 from tasks.lineage.frozen_rows import load_test_set, read_answers
@@ -33,21 +35,29 @@ class Judged(NamedTuple):
     before: dict[str, float]
     """Accuracy of the other version by task, on the rows that both answered."""
     accuracies: dict[str, float]
+    num_rows: dict[str, int]
+    """Rows of each of these tasks."""
     missing: tuple[str, ...]
     """Tasks that only the other version knows."""
+    unjudged: tuple[str, ...]
+    """Tasks that both know, and of which no test row judges both."""
 
 
 def judge_against(store: ObjectStore, version: Version, other: Version) -> Judged:
     """Judge a version against one that it does not continue, on every task of that one, by the version's own limits.
 
-    The answers of both were stored by their evaluations: their test rows are the same, and nothing is asked again.
-    Without stored answers of the same rows, the recorded accuracies are compared, and every loss counts.
+    The answers of both were stored by their evaluations. The other version is asked the rows that judge both again if
+    its answers went with deleted rows, or if something else gave them on the same base model. Without answers of the
+    same rows, the recorded accuracies are compared if they are of the same rows, and every loss counts.
     """
     findings = read_findings(version.adapter_uri)
     new, old = read_record(store, version), read_record(store, other)
     now, then = read_answers(store, version.adapter_uri), read_answers(store, other.adapter_uri)
     # Two base models end their turns at tokens of their own. Answers of one base model end at the same tokens.
-    is_comparable = version.base_sha256 != other.base_sha256 or now.answerer == then.answerer
+    has_own_base = version.base_sha256 != other.base_sha256
+    if not then.now or not (has_own_base or now.answerer == then.answerer):
+        then = answer_again(other, now.now)
+    is_comparable = has_own_base or now.answerer == then.answerer
     report = findings.evaluation
     before: dict[str, float] = {}
     accuracies, outcomes, parent_outcomes = dict(report.accuracies), dict(report.outcomes), dict[str, Scores]()
@@ -69,7 +79,8 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
                 accuracies[name], before[name] = (sum(each) / len(each) for each in marks)
                 num_rows[name] = len(rows)
                 continue
-        if name in old.accuracies() and name in accuracies:
+        is_same = dataset_sha256(known.dataset_uri) == dataset_sha256(learned.dataset_uri)
+        if is_same and name in old.accuracies() and name in accuracies:
             before[name] = old.accuracies()[name]
     compared = replace(
         report,
@@ -81,5 +92,12 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
         parent_accuracy_new_task=None,
     )
     gate = parse(AdaptSpec, findings.spec, f"version {version.version}").gate
-    missing = tuple(known.schema.name for known in old.tasks if new.task(known.schema.name) is None)
-    return Judged(decide(compared, gate), before, {name: accuracies[name] for name in before}, missing)
+    names = [known.schema.name for known in old.tasks]
+    return Judged(
+        decision=decide(compared, gate),
+        before=before,
+        accuracies={name: accuracies[name] for name in before},
+        num_rows={name: num_rows[name] for name in before if name in num_rows},
+        missing=tuple(name for name in names if new.task(name) is None),
+        unjudged=tuple(name for name in names if new.task(name) is not None and name not in before),
+    )

@@ -7,7 +7,7 @@ the branch is then not swapped in, because it would bring back what the person h
 from __future__ import annotations
 
 from deal_core.errors import RegistryError
-from infra.branches import Branch, Branches
+from infra.branches import Acceptance, Branch, Branches
 from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectStore
 from infra.versions import Version
@@ -76,8 +76,32 @@ def stop_serving(store: ObjectStore, branch: Branch) -> None:
         raise ChampionMovedError(branch, last.champion)
 
 
-def swap_in(store: ObjectStore, branch: Branch, tip: Version, who: str) -> None:
+def accept_result(store: ObjectStore, lineage: str, *, who: str, why: str) -> str:
+    """Write down that a person accepts what `deal data delete --relearn` made, although it is worse than the champion.
+
+    Returns:
+        The digest that names the deleted arrival: `flows.relearn` goes on with it.
+
+    Raises:
+        RegistryError: No result of the lineage waits for a person.
+    """
+    branches = Branches(store)
+    branch = branches.open(lineage)
+    judgement = branches.judgement(branch) if branch else None
+    if branch is None or branch.deleted is None or judgement is None or not judgement.reasons:
+        raise RegistryError(
+            f"No result of deal data delete --relearn waits to be accepted in lineage '{lineage}'. See: deal lineage "
+            f"branch {lineage}",
+            code="nothing-to-accept",
+        )
+    branches.judge(branch, judgement.model_copy(update={"accepted": Acceptance(who=who, why=why)}))
+    return branch.deleted.sha256
+
+
+def swap_in(store: ObjectStore, branch: Branch, tip: Version, who: str, accepted: str = "") -> None:
     """Make the tip of a branch champion, by one move that names the branch. The call can be repeated.
+
+    `accepted` says why a person accepted it although it is worse.
 
     Raises:
         ChampionMovedError: A person has moved the champion since the branch began.
@@ -87,7 +111,7 @@ def swap_in(store: ObjectStore, branch: Branch, tip: Version, who: str) -> None:
         return
     require_unmoved(store, branch)
     is_old = tip.version == branch.root
-    why = f"made again {branch.what}"
+    why = f"made again {branch.what}" + (f"; accepted although it is worse: {accepted}" if accepted else "")
     move_champion(
         store,
         tip,

@@ -12,6 +12,7 @@ from deal_core.errors import ConfigError, RegistryError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
 from deal_core.regular_file import complete_file
+from infra.branches import Branches
 from infra.report import page as words
 from infra.report.page import render_page
 from infra.report.run_report import EVALUATION_FILE, LIVE_FILE, REPORT_FILE, RunReport
@@ -61,7 +62,9 @@ def read_page(store: ObjectStore, version: Version) -> tuple[RunReport, str]:
         ) from None
     has_live = store.exists(report_key(version.lineage, version.run_key, LIVE_FILE))
     live = LiveLook.from_json(read_report(store, version, LIVE_FILE)) if has_live else None
-    return report, render_page(report, evaluation, live, version.since.rolled_back)
+    branches = Branches(store).all(version.lineage)
+    remade = next((known for known in branches if known.judgement and known.judgement.tip == version.version), None)
+    return report, render_page(report, evaluation, live, version.since.rolled_back, remade)
 
 
 class WrittenReport(BaseModel, frozen=True):

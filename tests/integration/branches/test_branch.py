@@ -30,10 +30,13 @@ from infra.promotions import PromotionLog
 from infra.run_journal import RunJournal
 from infra.settings import EngineSettings
 from infra.versions import Versions
+from tasks.adaptation.gate import judge_against
 from tasks.context import current_store
-from tasks.lineage.branch import BranchOpenError, ChampionMovedError
+from tasks.lineage.branch import BranchOpenError, ChampionMovedError, accept_result
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import find_left_behind, promote_to, roll_back
+from tasks.lineage.record import read_record
+from tasks.lineage.reports import read_page
 from tasks.lineage.settings import WatchedLineage
 from tasks.serving.publish import publish
 from tests.adapting import run
@@ -68,6 +71,13 @@ def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: Callable
         patch.setattr(owner, name, die)
         with pytest.raises(KilledError, match=name):
             call()
+
+
+def accept(reason: str) -> None:
+    """Accept what a branch made, by command."""
+    command = ["lineage", "branch", "l", "--accept", "--reason", reason, "--json"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
 
 
 def reject(monkeypatch: pytest.MonkeyPatch, task: str) -> None:
@@ -197,6 +207,44 @@ def test_a_person_who_goes_back_right_after_the_swap_keeps_the_adapter_that_serv
         delete("beds")
     roll_back("l", "4", who="tester", why="version 4 is not bad")
     assert delete("beds").champion == champion().version == "4"
+
+
+def test_a_result_that_is_worse_than_the_champion_waits_for_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is judged on the rows that test both. The old champion answers them again: its answers went with the rows."""
+    store, before = current_store(), read_record(current_store(), champion()).accuracies()
+
+    def judge(*arguments: Any) -> Any:
+        judged = judge_against(*arguments)
+        assert judged.before == {name: pytest.approx(before[name]) for name in ("taps", "cars")}
+        check = FailedCheck(kind="drop", task="taps", value=50.0, limit=5.0, message="taps fell.")
+        return judged._replace(decision=GateDecision((check,)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.relearn, "judge_against", judge)
+        result = delete("beds")
+    assert (result.status, champion().version, result.attestation) == ("stopped", "3", None)
+    assert result.before.keys() == result.accuracies.keys() == {"taps", "cars"}
+    again = delete("beds")
+    assert (again.status, again.before, again.accuracies) == ("stopped", result.before, result.accuracies)
+    assert store.exists(f"{find_uri('3')}/adapter_model.safetensors"), "it serves on"
+
+    waiting = read_page(store, find_version(store, "l", "4"))[1]
+    assert "Against version 3" in waiting and "taps fell." in waiting and "Nobody has accepted it" in waiting
+
+    without_reason = CliRunner().invoke(app, ["lineage", "branch", "l", "--accept"])
+    assert without_reason.exit_code == 2 and champion().version == "3"
+    dying(monkeypatch, flows.relearn, "_remove_adapters", lambda: accept("it had to go"))
+    assert champion().version == "4" and delete("beds").status == "swapped", "a killed command goes on without a person"
+    (known,) = Branches(store).all("l")
+    assert known.end is not None and known.end.attestation is not None and known.judgement is not None
+    assert known.end.attestation.judgement == known.judgement and known.end.tip == known.judgement.tip == "4"
+    assert (known.judgement.before, known.judgement.reasons) == (result.before, ("taps fell.",))
+    assert known.judgement.accepted is not None and known.judgement.accepted.why == "it had to go"
+    assert "it had to go" in read_page(store, champion())[1] and champion().approval is None
+    assert "it had to go" in PromotionLog(store).moves("l")[-1].why
+    with pytest.raises(RegistryError) as nothing:
+        accept_result(store, "l", who="tester", why="a test")
+    assert nothing.value.code == "nothing-to-accept"
 
 
 @pytest.mark.parametrize("is_given_up", [False, True])
