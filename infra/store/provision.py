@@ -2,7 +2,7 @@
 
 `python -m infra.store.provision` makes them; compose.yaml begins with it. DEAL_S3_* name the server and its
 administrator, and STORE_USER_ACCESS_KEY and STORE_USER_SECRET_KEY the keys of each user. On servers other than RustFS
-users are made by hand; `python -m infra.store.provision USER` prints the policy of one.
+and MinIO users are made by hand; `python -m infra.store.provision USER` prints the policy of one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ ROWS = (keys.INBOX, keys.DATASETS, keys.QUARANTINE)
 """Folders with the rows of arrivals, which the front may not read."""
 LOGS = (keys.PREDICTIONS, keys.FEEDBACK)
 """Folders in which the front writes, and removes what is too old."""
-ADMIN_API = "/rustfs/admin/v3/"
+RUSTFS, MINIO = "/rustfs/admin/v3/", "/minio/admin/v3/"
+"""Where the servers have their administration. RustFS took over MinIO's, without its encryption."""
 
 
 def policy_of(user: str) -> dict[str, Any]:
@@ -43,8 +44,7 @@ def policy_of(user: str) -> dict[str, Any]:
         objects = [f"{bucket}/{folder}/*" for folder in folders] or [f"{bucket}/*"]
         return {"Effect": effect, "Action": [f"s3:{action}" for action in actions], "Resource": objects}
 
-    listing = {"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetBucketLocation"], "Resource": [bucket]}
-    writing = ["PutObject", "AbortMultipartUpload", "ListMultipartUploadParts"]
+    listing = ["s3:ListBucket", "s3:GetBucketLocation"]
     if user == "front":
         statements = [
             statement("Allow", ["GetObject"]),
@@ -53,8 +53,11 @@ def policy_of(user: str) -> dict[str, Any]:
             statement("Allow", ["DeleteObject"], *LOGS),
         ]
     else:
-        statements = [statement("Allow", ["GetObject", "DeleteObject", *writing])]
-    return {"Version": "2012-10-17", "Statement": [listing, *statements]}
+        listing.append("s3:ListBucketMultipartUploads")  # of killed processes, which `deal data gc` ends
+        uploading = ["AbortMultipartUpload", "ListMultipartUploadParts"]
+        statements = [statement("Allow", ["GetObject", "PutObject", "DeleteObject", *uploading])]
+    statements.insert(0, {"Effect": "Allow", "Action": listing, "Resource": [bucket]})
+    return {"Version": "2012-10-17", "Statement": statements}
 
 
 def provision(settings: StoreSettings, environment: Mapping[str, str]) -> None:
@@ -82,19 +85,9 @@ def _variables(user: str) -> tuple[str, str]:
 
 
 def _make_user(settings: StoreSettings, user: str, access_key: str, secret_key: str) -> None:
-    requests: list[tuple[str, dict[str, str], dict[str, Any]]] = [
-        ("add-user", {"accessKey": access_key}, {"secretKey": secret_key, "status": "enabled"}),
-        ("add-canned-policy", {"name": f"deal-{user}"}, policy_of(user)),
-        ("set-user-or-group-policy", {"policyName": f"deal-{user}", "userOrGroup": access_key, "isGroup": "false"}, {}),
-    ]
-    for name, query, content in requests:
-        status = _ask(
-            settings, f"{ADMIN_API}{name}?{urlencode(query)}", json.dumps(content).encode() if content else b""
-        )
-        if status in (404, 405, 501):
-            break  # not RustFS: somebody makes the users
-        if status >= 300:
-            raise StoreError(f"The store answered {status} to {name} for the user {user}; see its log.")
+    for administration in (RUSTFS, MINIO):
+        if _asked_to_make_user(settings, administration, user, access_key, secret_key):
+            break
     own = settings.model_copy(
         update={"s3_access_key_id": SecretStr(access_key), "s3_secret_access_key": SecretStr(secret_key)}
     )
@@ -103,20 +96,53 @@ def _make_user(settings: StoreSettings, user: str, access_key: str, secret_key: 
     except ClientError as error:
         raise StoreError(
             f"The store refuses the user {user} with {_variables(user)[0]}: {error}. On a server other than RustFS "
-            f"make the user there; its rights: python -m infra.store.provision {user}",
+            f"and MinIO make the user there; its rights: python -m infra.store.provision {user}",
             code="store-user",
         ) from error
 
 
+def _asked_to_make_user(
+    settings: StoreSettings, administration: str, user: str, access_key: str, secret_key: str
+) -> bool:
+    """Ask one kind of administration for a user with its policy; return whether the server has it."""
+    requests: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+        ("add-user", {"accessKey": access_key}, {"secretKey": secret_key, "status": "enabled"}),
+        ("add-canned-policy", {"name": f"deal-{user}"}, policy_of(user)),
+        ("set-user-or-group-policy", {"policyName": f"deal-{user}", "userOrGroup": access_key, "isGroup": "false"}, {}),
+    ]
+    for name, query, values in requests:
+        content = json.dumps(values).encode() if values else b""
+        if administration == MINIO and name == "add-user":
+            content = _encrypted(settings, content)
+        status = _ask(settings, f"{administration}{name}?{urlencode(query)}", content)
+        if status in (404, 405, 501):
+            return False
+        if status >= 300:
+            raise StoreError(f"The store answered {status} to {name} for the user {user}; see its log.")
+    return True
+
+
+def _encrypted(settings: StoreSettings, content: bytes) -> bytes:
+    """Encrypt by the administrator's secret key, as MinIO demands of keys."""
+    try:
+        from minio.crypto import encrypt
+    except ImportError:
+        raise ConfigError("MinIO's administration needs the extra `minio`: pip install '.[minio]'.") from None
+    return encrypt(content, str(_administrator(settings).secret_key))
+
+
+def _administrator(settings: StoreSettings) -> Credentials:
+    key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
+    if key and secret:
+        return Credentials(key.get_secret_value(), secret.get_secret_value())
+    return make_client(settings)._get_credentials()
+
+
 def _ask(settings: StoreSettings, path: str, content: bytes) -> int:
-    """Put a request of RustFS's administrator; return the status."""
+    """Put a request of the administrator; return the status."""
     client = make_client(settings)
     request = AWSRequest("PUT", client.meta.endpoint_url + path, data=content)
-    key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
-    credentials = (
-        Credentials(key.get_secret_value(), secret.get_secret_value()) if key and secret else client._get_credentials()
-    )
-    S3SigV4Auth(credentials, "s3", client.meta.region_name).add_auth(request)
+    S3SigV4Auth(_administrator(settings), "s3", client.meta.region_name).add_auth(request)
     return int(URLLib3Session().send(request.prepare()).status_code)
 
 

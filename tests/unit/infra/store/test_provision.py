@@ -1,7 +1,8 @@
-"""Buckets and users of a new store, with an S3 server that has no users and one with RustFS's administration."""
+"""Buckets and users of a new store, on servers with no users, with RustFS's and with MinIO's administration."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,12 +12,14 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import urllib3
 import yaml
+from minio.crypto import decrypt
 
 from deal_core.errors import ConfigError, StoreError
 from infra.settings import StoreSettings
 from infra.store.keys import DATASETS, FEEDBACK, INBOX, LINEAGES, PREDICTIONS, PROMOTIONS, VERSIONS
-from infra.store.provision import BUCKETS, policy_of, provision
+from infra.store.provision import BUCKETS, MINIO, RUSTFS, policy_of, provision
 from infra.store.s3 import make_client
 from tests.s3 import ThreadedMotoServer
 
@@ -50,9 +53,10 @@ def test_the_buckets_are_made_once_where_the_server_has_no_users() -> None:
         server.stop()
 
 
-class RustFs(BaseHTTPRequestHandler):
-    """What `provision` asks of RustFS: lists are empty, and requests of the administrator are kept."""
+class Administered(BaseHTTPRequestHandler):
+    """What `provision` asks of RustFS and MinIO: lists are empty, and requests of the administrator are kept."""
 
+    administration: str
     asked: list[tuple[str, dict[str, list[str]], Any]]
     refused: str
 
@@ -63,9 +67,15 @@ class RustFs(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         address = urlsplit(self.path)
-        if address.path.startswith("/rustfs/"):
+        if address.path.count("/") > 1:
+            if not address.path.startswith(self.administration):
+                self.answer(404, b"<Error><Code>NoSuchBucket</Code></Error>")
+                return
             assert "Credential=admin/" in self.headers["Authorization"]
-            self.asked.append((address.path, parse_qs(address.query), json.loads(body) if body else None))
+            if self.administration == MINIO and address.path.endswith("add-user"):
+                body = decrypt(urllib3.HTTPResponse(io.BytesIO(body), preload_content=False), "secret")
+            content = json.loads(body) if body else None
+            self.asked.append((address.path.removeprefix(self.administration), parse_qs(address.query), content))
         self.answer(200, b"")
 
     def answer(self, status: int, body: bytes) -> None:
@@ -78,17 +88,19 @@ class RustFs(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def rustfs() -> Iterator[tuple[StoreSettings, type[RustFs]]]:
-    handler = type("Handler", (RustFs,), {"asked": [], "refused": ""})
+@pytest.fixture(params=[RUSTFS, MINIO])
+def administered(request: pytest.FixtureRequest) -> Iterator[tuple[StoreSettings, type[Administered]]]:
+    handler = type("Handler", (Administered,), {"administration": request.param, "asked": [], "refused": ""})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield settings_for(f"http://127.0.0.1:{server.server_port}"), handler
         server.shutdown()
 
 
-def test_rustfs_gets_a_user_and_a_policy_for_each_part(rustfs: tuple[StoreSettings, type[RustFs]]) -> None:
-    settings, server = rustfs
+def test_the_server_gets_a_user_and_a_policy_for_each_part(
+    administered: tuple[StoreSettings, type[Administered]],
+) -> None:
+    settings, server = administered
     provision(settings, KEYS)
     expected = [
         request
@@ -103,11 +115,13 @@ def test_rustfs_gets_a_user_and_a_policy_for_each_part(rustfs: tuple[StoreSettin
             ),
         )
     ]
-    assert server.asked == [(f"/rustfs/admin/v3/{name}", query, content) for name, query, content in expected]
+    assert server.asked == expected
 
 
-def test_a_user_whom_the_server_does_not_know_is_named(rustfs: tuple[StoreSettings, type[RustFs]]) -> None:
-    settings, server = rustfs
+def test_a_user_whom_the_server_does_not_know_is_named(
+    administered: tuple[StoreSettings, type[Administered]],
+) -> None:
+    settings, server = administered
     server.refused = "front-ACCESS"
     with pytest.raises(StoreError, match="STORE_FRONT_ACCESS_KEY") as raised:
         provision(settings, KEYS)
@@ -146,5 +160,6 @@ def test_the_front_writes_logs_alone_and_reads_no_rows() -> None:
         assert not allowed("front", "PutObject", f"{deal}/{folder}/x")
     for folder in (PREDICTIONS, FEEDBACK):
         assert all(allowed("front", f"{action}Object", f"{deal}/{folder}/x") for action in ("Get", "Put", "Delete"))
+    assert allowed("worker", "ListBucketMultipartUploads", deal), "uploads of killed processes are found"
     assert not any(allowed(user, "GetObject", "arn:aws:s3:::mlflow/x") for user in ("front", "worker"))
     assert not allowed("mlflow", "GetObject", f"{deal}/versions/x")
