@@ -10,7 +10,7 @@ packages+=,libncursesw6,libgdbm6t64,libuuid1,libexpat1,libdb5.3t64,libnsl2,libti
 debootstrap --variant=minbase --include="$packages" trixie "$root"
 rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
 home=$("$python" -c 'import sys; print(sys.base_prefix)')
-tar -C "$home" --exclude=lib/python3.11/site-packages --exclude=lib/python3.11/test --exclude=__pycache__ -c \
+tar -C "$home" --exclude=lib/python3.11/site-packages --exclude=lib/python3.11/test -c \
   bin/python3.11 lib/python3.11 include/python3.11 $(cd "$home" && ls -d lib/libpython* 2>/dev/null) | tar -C "$root/usr/local" -x
 mkdir -p "$root/usr/local/lib/python3.11/site-packages" "$root/opt/wheels"
 ln -sf python3.11 "$root/usr/local/bin/python3"

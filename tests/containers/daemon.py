@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ STAND_INS = {
     "prefect": "prefecthq/prefect:3.9.1-python3.11",
     "rustfs": "rustfs/rustfs:1.0.1",
 }
+ENGINE = {"vllm": "vllm/vllm-openai:v0.32.0"}
 PACKAGES = "apt-get install docker.io docker-cli docker-compose docker-buildx iptables debootstrap"
 
 
@@ -44,8 +45,9 @@ def answers() -> bool:
 
 
 @contextmanager
-def docker() -> Iterator[None]:
+def docker(*, with_engine: bool) -> Iterator[None]:
     """A Docker with all images. DOCKER_HOST names it meanwhile. The test is skipped where there can be none."""
+    images = {**STAND_INS, **(ENGINE if with_engine else {})}
     if any(shutil.which(program) is None for program in ("docker", "debootstrap")) or sys.version_info[:2] != (3, 11):
         pytest.skip(f"needs Docker on Debian, and Python 3.11 ({PACKAGES})")
     if subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
@@ -53,7 +55,7 @@ def docker() -> Iterator[None]:
     if answers():
         if run("docker", "ps", "--all", "--quiet", "--filter", "label=com.docker.compose.project=deal"):
             pytest.skip("a stack of the project `deal` runs in this Docker")
-        make_images(is_ours=False)
+        make_images(images, is_ours=False)
         yield
         return
     if os.geteuid() != 0 or shutil.which("dockerd") is None:
@@ -78,7 +80,7 @@ def docker() -> Iterator[None]:
             if not answers():
                 lines = log.read_text().splitlines() or ["no reason"]
                 pytest.skip(f"Docker does not start here: {lines[-1]}")
-            make_images(is_ours=True)
+            make_images(images, is_ours=True)
             yield
         finally:
             daemon.terminate()
@@ -90,10 +92,10 @@ def has_image(name: str) -> bool:
     return subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode == 0
 
 
-def make_images(*, is_ours: bool) -> None:
+def make_images(images: Mapping[str, str], *, is_ours: bool) -> None:
     """Make the base image and the stand-ins. In another one's Docker images that are there stay as they are."""
     if not has_image(BASE):
         run("bash", str(HERE / "base.sh"), str(CACHE / "rootfs"), sys.executable)
-    for folder, name in STAND_INS.items():
+    for folder, name in images.items():
         if is_ours or not has_image(name):
             run("docker", "build", "--tag", name, str(HERE / folder))

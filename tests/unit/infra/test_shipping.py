@@ -143,6 +143,13 @@ def test_no_service_of_compose_logs_without_end() -> None:
     assert [name for name, service in services.items() if "max-size" not in service["logging"]["options"]] == []
 
 
+def test_no_service_of_compose_has_failed_while_a_slow_machine_starts_it() -> None:
+    """Compose gives up `up` when a service that others wait for is unhealthy."""
+    services = [service for file in (COMPOSE, COMPOSE_GPU) for service in services_of(file).values()]
+    checks = [service["healthcheck"] for service in services if "healthcheck" in service]
+    assert len(checks) == 6 and all(int(check["start_period"].removesuffix("m")) >= 15 for check in checks)
+
+
 def test_compose_publishes_on_loopback_and_names_every_secret() -> None:
     text = COMPOSE.read_text() + COMPOSE_GPU.read_text()
     services = [*services_of(COMPOSE).values(), *services_of(COMPOSE_GPU).values()]
