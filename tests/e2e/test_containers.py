@@ -166,8 +166,8 @@ def ports_and_times() -> str:
 
     One thread each, because threads that wait for each other on a busy machine take a hundred times as long.
     """
-    own = "environment: " + json.dumps({"DEAL_LEASE_SECONDS": "60", "OMP_NUM_THREADS": "1"})
-    parts = {name: [own] for name in ("worker-cpu", "worker-gpu", "front")}
+    own = {"DEAL_LEASE_SECONDS": "60", "OMP_NUM_THREADS": "1", "DEAL_SERVING_PRECISION": "fp32"}  # as vLLM's below
+    parts = {name: [f"environment: {json.dumps(own)}"] for name in ("worker-cpu", "worker-gpu", "front")}
     for name, port in {"store": 9000, "prefect": 4200, "mlflow": 5000, "front": 5001}.items():
         parts.setdefault(name, []).append(f'ports: !override ["127.0.0.1::{port}"]')
     return "\n".join(["services:", *(f"  {name}: {{{', '.join(values)}}}" for name, values in parts.items()), ""])
