@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, ClassVar, Self, cast
 
 from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, ValidationError
 from pydantic.json_schema import JsonSchemaValue
+
+REMEDY = "use the release that wrote it"
 
 
 def require_schema_version(
@@ -14,7 +17,7 @@ def require_schema_version(
     version: int,
     what: str,
     error: type[Exception],
-    remedy: str = "use the release that wrote it",
+    remedy: str = REMEDY,
 ) -> dict[str, Any]:
     """Check the schema version of a JSON object, and return its other values.
 
@@ -40,43 +43,42 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
-class Kept(NamedTuple):
-    """Name and version of a class's stored JSON; the fields are explained in `require_schema_version`."""
-
-    what: str
-    error: type[Exception]
-    version: int
-    remedy: str = "use the release that wrote it"
-
-
 class VersionedJson:
-    """Base of frozen dataclasses that are stored as JSON with a schema version."""
+    """Base of frozen dataclasses that are stored as JSON with a schema version.
 
-    kept: ClassVar[Kept]
+    A class is made with the keywords `what`, `error`, `version` and `remedy` of `require_schema_version`.
+    """
+
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    _what: ClassVar[str]
+    _version: ClassVar[int]
+    _fields_of: ClassVar[Callable[[Any], dict[str, Any]]]
+
+    def __init_subclass__(cls, *, what: str, error: type[Exception], version: int, remedy: str = REMEDY) -> None:
+        cls._what, cls._version = what, version
+        cls._fields_of = partial(require_schema_version, version=version, what=what, error=error, remedy=remedy)
 
     def to_json(self) -> dict[str, Any]:
         """Values for `json.dumps`; `from_json` reads them back."""
         fields: dict[str, Any] = self._adapter().dump_python(self, mode="json")
-        return fields if "schema_version" in fields else {"schema_version": self.kept.version, **fields}
+        return fields if "schema_version" in fields else {"schema_version": self._version, **fields}
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
         """Read the result of `to_json`.
 
         Raises:
-            Exception: `kept.error`: the schema version is not known.
+            Exception: `error` of the class: the schema version is not known.
             ValueError: A field is damaged. The message has no values, because they may be texts of rows.
         """
-        kept = cls.kept
-        fields = require_schema_version(values, kept.version, kept.what, kept.error, kept.remedy)
+        fields = cls._fields_of(values)
         try:
             return cast(Self, cls._adapter().validate_python(fields))
         except ValidationError as error:
             own = error.errors(include_url=False)[0].get("ctx", {}).get("error")  # raised by the class itself
             if isinstance(own, ValueError):
                 raise own from None
-            raise ValueError(f"{kept.what} is damaged: {first_problem(error)}") from None
+            raise ValueError(f"{cls._what} is damaged: {first_problem(error)}") from None
 
     @classmethod
     @cache
@@ -93,7 +95,7 @@ class JsonOf:
     def __get_pydantic_json_schema__(self, _: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema of the class, with the version that `to_json` writes first."""
         schema = handler(self.kind._adapter().core_schema)
-        version = {"const": self.kind.kept.version, "type": "integer"}
+        version = {"const": self.kind._version, "type": "integer"}
         schema["properties"] = {"schema_version": version, **schema["properties"]}
         schema["required"] = ["schema_version", *schema.get("required", ())]
         return schema

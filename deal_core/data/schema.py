@@ -16,7 +16,7 @@ import pyarrow as pa
 from deal_core.config import FORBID_UNKNOWN, check_metric
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.safe_text import brief, listed
-from deal_core.schema_version import Kept, VersionedJson
+from deal_core.schema_version import VersionedJson
 
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]
@@ -261,15 +261,14 @@ class RowsInDoubt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetManifest(VersionedJson):
+class DatasetManifest(
+    VersionedJson,
+    what="The manifest",
+    error=DataValidationError,
+    version=SCHEMA_VERSION,
+    remedy="build the dataset again from its file",
+):
     """The record of one dataset: its source, its rows and its bad rows."""
-
-    kept: ClassVar[Kept] = Kept(
-        "The manifest",
-        DataValidationError,
-        version=SCHEMA_VERSION,
-        remedy="build the dataset again from its file",
-    )
 
     task: TaskSchema
     """The task with its format and labels filled in."""

@@ -10,7 +10,7 @@ import numpy
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
-from deal_core.schema_version import JsonOf, Kept, VersionedJson
+from deal_core.schema_version import JsonOf, VersionedJson
 
 CONSOLIDATED = "(consolidation)"
 """What stands for the task of a row whose version learned all tasks together. No task has such a name."""
@@ -29,14 +29,13 @@ class CellScore(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AccuracyMatrix(VersionedJson):
+class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError, version=1):
     """R[t][i]: accuracy of version t on task i. Rows are versions, columns tasks in order of first arrival.
 
     Accuracies are shares, 0 to 1. A cell is None for versions before the task was learned, except the version directly
     before it (needed for forward transfer). A benchmark may fill only the first and last cells after that.
     """
 
-    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1)
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     tasks: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from deal_core.config import Quantize
 from deal_core.data.chats import ROLES, as_messages, normal_calls, role_of
@@ -19,7 +19,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.limits import MAX_ASKED_CHARS, MAX_ASKED_MESSAGES
 from deal_core.safe_text import brief
-from deal_core.schema_version import Kept, VersionedJson
+from deal_core.schema_version import VersionedJson
 
 SERVED_FILE = "deal.json"
 
@@ -74,10 +74,8 @@ class ServedTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedVersion(VersionedJson):
+class ServedVersion(VersionedJson, what=SERVED_FILE, error=AdapterStateError, version=1):
     """The content of `deal.json`."""
-
-    kept: ClassVar[Kept] = Kept(SERVED_FILE, AdapterStateError, version=1)
 
     lineage: str
     base_source: str

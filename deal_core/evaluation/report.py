@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer
 
 from deal_core.evaluation.accuracy_matrix import KeptMatrix
 from deal_core.evaluation.metrics import LabelFigures, metric_name
 from deal_core.evaluation.significance import PairedDrop
-from deal_core.schema_version import Kept, VersionedJson
+from deal_core.schema_version import VersionedJson
 
 
 def outcome_text(scores: Sequence[float]) -> str | list[float]:
@@ -71,13 +71,11 @@ class Debt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationReport(VersionedJson):
+class EvaluationReport(VersionedJson, what="The evaluation report", error=ValueError, version=4):
     """Scores of one version, its parent and the untouched base.
 
     An accuracy is the mean score of a task's test rows by the task's metric, 0 to 1.
     """
-
-    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=4)
 
     task: str
     """The task that the version was trained on; of a consolidation the task that its parent learned last."""

@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deal_core.evaluation.metrics import contains, same_json
+from jsonschema import Draft202012Validator
+
+from deal_core.evaluation.metrics import contains, plain_answer, same_json
 
 _NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\d[\d,]*(?:\.\d+)?")
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
@@ -84,65 +86,33 @@ _NOTHING = object()
 
 
 def _read_json(answer: str) -> Any:
-    """Return the value of an answer that is JSON, or is one block of code with JSON; _NOTHING if it is neither."""
+    """Return the plain value of an answer that is JSON, or is one block of code with JSON; else _NOTHING."""
     blocks = _FENCED.findall(answer)
     try:
-        return json.loads(blocks[0] if len(blocks) == 1 and answer.startswith("```") else answer)
+        return _plain(json.loads(blocks[0] if len(blocks) == 1 and answer.startswith("```") else answer))
     except (ValueError, RecursionError):
         return _NOTHING
 
 
 def _fits(answer: str, schema: Mapping[str, Any]) -> bool:
+    """The answer is JSON that fits a JSON Schema, whose names are lower case."""
     value = _read_json(answer)
-    return value is not _NOTHING and fits_schema(value, schema)
+    return value is not _NOTHING and Draft202012Validator(_plain(schema)).is_valid(value)
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value with texts as answers are compared: lower case, without outer blanks. Keys of objects stay."""
+    if isinstance(value, str):
+        return plain_answer(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _calls(answer: str, wanted: Mapping[str, Any]) -> bool:
     """The answer calls the function with exactly these arguments."""
     call = _read_json(answer)
     return isinstance(call, dict) and call.keys() == wanted.keys() and same_json(call, wanted)
-
-
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "number": (int, float),
-    "integer": int,
-    "boolean": bool,
-    "null": type(None),
-}
-
-
-def fits_schema(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Return whether a value fits a JSON Schema.
-
-    The keywords are those of the suites: type, const, enum, properties, required, additionalProperties (false), items,
-    minItems and maxItems. Texts are equal without regard to case and outer blanks.
-    """
-    if "type" in schema and not _is_type(value, schema["type"]):
-        return False
-    if "const" in schema and not same_json(value, schema["const"]):
-        return False
-    if "enum" in schema and not any(same_json(value, allowed) for allowed in schema["enum"]):
-        return False
-    if isinstance(value, dict):
-        properties = schema.get("properties", {})
-        is_closed = schema.get("additionalProperties", True) is False
-        return (
-            {*schema.get("required", ())} <= value.keys()
-            and not (is_closed and value.keys() - properties.keys())
-            and all(fits_schema(value[name], part) for name, part in properties.items() if name in value)
-        )
-    if isinstance(value, list):
-        return schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)) and all(
-            fits_schema(item, schema.get("items", {})) for item in value
-        )
-    return True
-
-
-def _is_type(value: Any, name: str) -> bool:
-    return isinstance(value, _TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
 
 
 CHECKS: dict[str, Callable[[str, Any], bool]] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from deal_core.errors import RegistryError
-from deal_core.schema_version import Kept, VersionedJson
+from deal_core.schema_version import VersionedJson
 
 Status = Literal["compared", "too few rows", "no reference"]
 AlarmKind = Literal["drift", "quality", "decayed"]
@@ -137,10 +137,8 @@ class DriftReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiveLook(VersionedJson):
+class LiveLook(VersionedJson, what="The look at live traffic", error=RegistryError, version=1):
     """One look at the live traffic of a version."""
-
-    kept: ClassVar[Kept] = Kept("The look at live traffic", RegistryError, version=1)
 
     lineage: str
     version: str

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from datasets import Dataset
@@ -30,7 +29,7 @@ from deal_core.evaluation.likelihood import measure
 from deal_core.method_config import SelectionConfig
 from deal_core.regular_file import complete_file
 from deal_core.safe_text import listed
-from deal_core.schema_version import Kept, VersionedJson
+from deal_core.schema_version import VersionedJson
 from deal_core.selection import score_class
 from deal_core.selection.label_noise import LabelCheck, check_labels
 from deal_core.selection.score import Candidates, RandomScore
@@ -47,10 +46,8 @@ MAX_NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChosenRows(VersionedJson):
+class ChosenRows(VersionedJson, what="selection.json", error=AdapterStateError, version=1):
     """The rows that are trained on. A file keeps them, so a resumed run trains on the same rows."""
-
-    kept: ClassVar[Kept] = Kept("selection.json", AdapterStateError, version=1)
 
     key: str
     """Digest of all that decides the choice: settings, seed, number of rows, task and parent."""

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings
 from typer.cli import get_docs_for_click
 
 from deal_core.evaluation import metrics
-from deal_core.general import harness
+from deal_core.general import suites
 from docs.site.docstrings import docstring_of, docstring_of_constant
 from docs.site.printed import json_schemas
 from flows.cli.app import app
@@ -46,7 +46,7 @@ COMMON_TEXT = (
     "(print JSON and nothing else), `--debug` (show tracebacks) and `-h`. They are left out below."
 )
 """Options of every command."""
-OWN_CODE = {metrics: "MODULES_VARIABLE", harness: "FOLDER_VARIABLE"}
+OWN_CODE = {metrics: "MODULES_VARIABLE", suites: "FOLDER_VARIABLE"}
 """Constants with the names of variables that let a worker run code of one's own. `infra.settings` has no such."""
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.report import GeneralScores, Scores, mean_score
-from deal_core.general.suites import Suite, suite_of
+from deal_core.general.suites import Suite
 from infra.general_scores import keep_scores, read_scores
 from infra.store.keys import adapter_scores_key, base_scores_key
 from tasks.adaptation.run import AdaptationRun
@@ -36,7 +36,7 @@ def require_suites(config: EvaluateConfig) -> None:
         ConfigError: lm-evaluation-harness is not installed or does not know a task.
     """
     for name in config.general:
-        suite_of(name)
+        Suite(name)
 
 
 def measure_general(scorer: Scorer, adaptation: AdaptationRun, trained: TrainedAdapter) -> MeasuredAbility:
@@ -49,7 +49,7 @@ def measure_general(scorer: Scorer, adaptation: AdaptationRun, trained: TrainedA
     if not config.general:
         return MeasuredAbility(scores={}, notes=())
 
-    suites = [suite_of(name) for name in config.general]
+    suites = [Suite(name) for name in config.general]
     asked = _Asked(scorer, scorer.answerer)
     sha256 = adaptation.base.sha256
     base = asked.scores(base_scores_key(sha256), sha256, None, suites)

@@ -18,7 +18,7 @@ from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.accuracy_matrix import KeptMatrix
-from deal_core.schema_version import Kept, VersionedJson
+from deal_core.schema_version import VersionedJson
 from infra.store.base import ObjectStore
 from infra.versions import Version
 from tasks.lineage.version_files import reading_beside, require_recorded
@@ -56,10 +56,9 @@ class KnownSlice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LineageRecord(VersionedJson):
+class LineageRecord(VersionedJson, what=f"The lineage's {RECORD_FILE}", error=StoreError, version=1):
     """The record of a lineage at one version."""
 
-    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1)
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     lineage: str

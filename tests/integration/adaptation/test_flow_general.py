@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.general.suites import CheckedSuite, read_suite
+from deal_core.general.suites import Suite, read_rows
 from infra.general_scores import SuiteScores, keep_scores, read_scores
 from infra.settings import TrackingSettings
 from infra.store.keys import adapter_scores_key, base_scores_key
@@ -18,7 +19,7 @@ from tasks.context import current_store
 from tasks.lineage.history import read_history
 from tests.adapting import BANK, CLINIC, PASS, evaluation_of, page_of, run, version_of
 
-ROWS = len(read_suite("json"))
+ROWS = len(read_rows("json"))
 
 
 class Abilities:
@@ -29,7 +30,7 @@ class Abilities:
         self.of_base: dict[str, float] = {}
         self.of_adapters: dict[str, float] = {}
 
-    def score(self, suite: CheckedSuite, model: Any, *_: Any, **__: Any) -> tuple[float, ...]:
+    def score(self, suite: Suite, model: Any, *_: Any, **__: Any) -> tuple[float, ...]:
         is_adapted = isinstance(model, PeftModel)
         self.asked.append(f"{'adapter' if is_adapted else 'base'}: {suite.name}")
         share = (self.of_adapters if is_adapted else self.of_base)[suite.name]
@@ -44,7 +45,7 @@ class Abilities:
 @pytest.fixture
 def abilities(monkeypatch: pytest.MonkeyPatch) -> Abilities:
     found = Abilities()
-    monkeypatch.setattr(CheckedSuite, "score", lambda suite, *args, **more: found.score(suite, *args, **more))
+    monkeypatch.setattr(Suite, "score", lambda suite, *args, **more: found.score(suite, *args, **more))
     return found
 
 
@@ -74,7 +75,7 @@ def test_suites_are_asked_once_judged_and_shown(
 
     # the scores of another answerer neither displace these nor count for this one
     none, sha256 = (0.0,) * ROWS, version.base_sha256
-    keep_scores(store, base_scores_key(sha256), sha256, "vllm 0.32.0", {read_suite("json").identity: none})
+    keep_scores(store, base_scores_key(sha256), sha256, "vllm 0.32.0", {Suite("json").identity: none})
 
     # a small loss passes, a large one does not; base model and champion are not asked again
     abilities.of_adapters = {"json": 0.5}
@@ -107,3 +108,20 @@ def test_without_suites_nobody_is_asked(prefect_api: None, home: Path, tiny_base
     result = run(tiny_base, BANK)
     assert abilities.asked == [] and version_of(result).general == {}
     assert not current_store().exists(base_scores_key(version_of(result).base_sha256))
+
+
+@pytest.mark.parametrize(
+    "base", ["tiny", pytest.param(DEFAULT_BASE, marks=[pytest.mark.base_model, pytest.mark.nightly(minutes=4)])]
+)
+def test_the_gate_judges_what_the_harness_measures_without_a_network(
+    prefect_api: None, home: Path, tiny_base: Path, base: str
+) -> None:
+    del prefect_api, home
+    evaluate = {"general": ["refusal"], "min_general_accuracy": 0.0}
+    result = run(
+        tiny_base if base == "tiny" else base, BANK, gate={**PASS, "max_general_drop_points": 0.0}, evaluate=evaluate
+    )
+    report = EvaluationReport.from_json(evaluation_of(result))
+    rows = len(read_rows("refusal"))
+    assert [len(scores) for scores in (report.general["refusal"].base, report.general["refusal"].now)] == [rows, rows]
+    assert version_of(result).general == {"refusal": sum(report.general["refusal"].now) / rows}

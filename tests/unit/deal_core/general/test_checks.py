@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from deal_core.general.checks import CHECKS, fits_schema, passes
+from deal_core.general.checks import CHECKS, passes
 
 PASS: list[tuple[str, dict[str, Any]]] = [
     ("17 + 25 = 42.", {"number": 42}),
@@ -76,22 +77,15 @@ def test_all_checks_of_a_row_count() -> None:
 @pytest.mark.parametrize(
     ("value", "schema", "fits"),
     [
-        (1, {"type": "integer"}, True),
         (True, {"type": "integer"}, False),
-        (1.5, {"type": "number"}, True),
-        (1.5, {"type": "integer"}, False),
-        (None, {"type": "null"}, True),
         (" LIMA ", {"const": "Lima"}, True),
         (1, {"const": True}, False),
-        (["a", "b"], {"const": ["b", "a"]}, False),
-        ("c", {"enum": ["a", "b"]}, False),
-        ({"a": 1}, {"type": "object", "required": ["a", "b"]}, False),
-        ({"a": 1, "b": 2}, {"properties": {"a": {}}, "additionalProperties": False}, False),
-        ({"a": {"b": "x"}}, {"properties": {"a": {"properties": {"b": {"type": "integer"}}}}}, False),
-        ([1], {"type": "array", "minItems": 2}, False),
-        ([1, 2, 3], {"type": "array", "maxItems": 2}, False),
-        ([1, "2"], {"type": "array", "items": {"type": "integer"}}, False),
+        ("c", {"enum": ["A", "b"]}, False),
+        ({"a": {"b": "X "}}, {"properties": {"a": {"properties": {"b": {"const": "x"}}}}}, True),
+        ({"A": 1}, {"required": ["a"]}, False),
     ],
 )
-def test_a_value_fits_its_schema(value: Any, schema: dict[str, Any], fits: bool) -> None:
-    assert fits_schema(value, schema) is fits
+def test_texts_fit_a_schema_without_regard_to_case_and_names_do_not(
+    value: Any, schema: dict[str, Any], fits: bool
+) -> None:
+    assert passes(json.dumps(value), {"json": schema}) is fits

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,27 +13,33 @@ from deal_core.base_model.load import load_base
 from deal_core.config import SUITES, EvaluateConfig
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import Confidence, GivenAnswer
-from deal_core.general.suites import MAX_NEW_TOKENS, ROWS_FOLDER, VERSIONS, read_suite, suite_of
+from deal_core.general import suites
+from deal_core.general.checks import passes
+from deal_core.general.suites import MAX_NEW_TOKENS, ROWS_FOLDER, VERSIONS, Suite, read_rows
 
 CONSTANTS = ("", "yes", "0", "1", "{}", "[]", "null", "card lost", "The answer is not known.")
 """Answers of a model that has collapsed."""
 
 
-@pytest.mark.parametrize("name", SUITES)
+def scores(name: str, answers: list[str]) -> list[bool]:
+    return [passes(answer, row["checks"]) for answer, row in zip(answers, read_rows(name), strict=True)]
+
+
+def examples(name: str) -> list[str]:
+    return [row["answer"] for row in read_rows(name)]
+
+
+@pytest.mark.parametrize("name", MAX_NEW_TOKENS)
 def test_every_row_can_be_passed_and_no_constant_answer_passes_many(name: str) -> None:
-    suite = read_suite(name)
-    assert 50 <= len(suite) <= 100
-    assert len({*suite.prompts}) == len(suite)
-    assert set(suite.scores_of(suite.examples)) == {1.0}
-    for answer in (*CONSTANTS, *suite.examples[:3] * (name != "refusal")):
-        assert sum(suite.scores_of([answer] * len(suite))) <= 0.05 * len(suite), answer
-
-
-@pytest.mark.parametrize("name", sorted({*SUITES} - {"refusal"}))
-def test_the_examples_of_other_rows_do_not_pass(name: str) -> None:
-    suite = read_suite(name)
-    others = (*suite.examples[1:], suite.examples[0])
-    assert sum(suite.scores_of(others)) <= 0.15 * len(suite)
+    rows = read_rows(name)
+    assert 50 <= len(rows) <= 100
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert all(scores(name, examples(name)))
+    for answer in (*CONSTANTS, *examples(name)[:3] * (name != "refusal")):
+        assert sum(scores(name, [answer] * len(rows))) <= 0.05 * len(rows), answer
+    first, *others = examples(name)
+    if name != "refusal":
+        assert sum(scores(name, [*others, first])) <= 0.15 * len(rows), "the examples of other rows"
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -42,7 +48,7 @@ def test_the_files_are_what_the_templates_give(name: str) -> None:
 
 
 def test_there_is_a_file_for_each_name() -> None:
-    assert {path.stem for path in ROWS_FOLDER.iterdir()} == {*SUITES} == MAX_NEW_TOKENS.keys()
+    assert {path.stem for path in ROWS_FOLDER.iterdir()} == {*SUITES} == VERSIONS.keys()
 
 
 SCORED = {
@@ -55,39 +61,46 @@ SCORED = {
 """Digest of what each suite asks, and of how its rows score the examples of all suites, in the versions of today."""
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", SCORED)
 def test_a_suite_that_scores_otherwise_has_another_version(name: str) -> None:
     """If this fails, raise the suite's number in VERSIONS, and write the new digest here."""
-    suite = read_suite(name)
-    assert suite.identity == f"{name} {VERSIONS[name]}"
-    answers = [*CONSTANTS, *(example for other in SUITES for example in read_suite(other).examples[::3])]
-    scores = [suite.scores_of([answer] * len(suite)) for answer in answers]
-    of_all = repr((VERSIONS[name], suite.prompts, MAX_NEW_TOKENS[name], scores))
+    rows = read_rows(name)
+    answers = [*CONSTANTS, *(example for other in SUITES for example in examples(other)[::3])]
+    of_answers = [tuple(map(float, scores(name, [answer] * len(rows)))) for answer in answers]
+    of_all = repr((VERSIONS[name], tuple(row["prompt"] for row in rows), MAX_NEW_TOKENS[name], of_answers))
     assert hashlib.sha256(of_all.encode()).hexdigest()[:12] == SCORED[name]
 
 
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each suite has its first three rows alone."""
+    suites._load.cache_clear()
+    monkeypatch.setattr(suites, "read_rows", lambda name: read_rows(name)[:3])
+    yield
+    suites._load.cache_clear()
+
+
+@pytest.mark.usefixtures("few_rows")
 def test_a_model_is_asked_by_its_chat_template_or_without_one(tiny_base: Path, tmp_path: Path) -> None:
-    base = load_base(str(tiny_base), tmp_path)
-    suite = read_suite("arithmetic")
-    few = replace(suite, prompts=suite.prompts[:2], checks=suite.checks[:2])
-    seen = []
-    assert {*few.score(base.model, base.tokenizer, on_progress=seen.append)} <= {0.0, 1.0}
-    assert sum(seen) == 2
-    assert few.asked(base.tokenizer).schema.uses_chat_template
+    base, suite, seen = load_base(str(tiny_base), tmp_path), Suite("arithmetic"), []
+    assert {*suite.score(base.model, base.tokenizer, on_progress=seen.append)} <= {0.0, 1.0}
+    assert sum(seen) == len(suite) == 3
+    assert suite.asked(base.tokenizer).schema.uses_chat_template
     base.tokenizer.chat_template = None
-    task = few.asked(base.tokenizer)
+    task = suite.asked(base.tokenizer)
     assert not task.schema.uses_chat_template and task.schema.template == "{text}\nAnswer:"
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_an_engine_answers_in_the_models_place(tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), tmp_path)
-    suite = read_suite("tools")
+    right, wrong, _ = examples("tools")[:3]
 
-    def answer(task, inputs, on_progress):
-        assert (task.max_new_tokens, tuple(inputs)) == (96, suite.prompts)
-        return [GivenAnswer(text, Confidence(1.0, None), False) for text in suite.examples]
+    def answer(task: Any, inputs: Any, on_progress: Any) -> list[GivenAnswer]:
+        assert (task.max_new_tokens, list(inputs)) == (96, [row["prompt"] for row in read_rows("tools")[:3]])
+        return [GivenAnswer(text, Confidence(1.0, None), False) for text in (right, right, "no")]
 
-    assert suite.score(None, base.tokenizer, answer) == (1.0,) * len(suite)
+    assert right != wrong and Suite("tools").score(base.model, base.tokenizer, answer) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["maths", "lm_eval:", "json,tools"])
@@ -101,7 +114,17 @@ def test_a_suite_is_named_once() -> None:
         EvaluateConfig(general=("json", "json"))
 
 
-def test_without_the_harness_its_tasks_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["json", "lm_eval:missing-task"])
+def test_without_the_harness_no_suite_can_be_asked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    suites._load.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"lm_eval:missing-task, which needs .* pip install '\.\[harness\]'"):
-        suite_of("lm_eval:missing-task")
+    with pytest.raises(ConfigError) as error:
+        Suite(name)
+    assert error.value.code == "harness-missing"
+    suites._load.cache_clear()
+
+
+def test_a_task_that_the_harness_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as error:
+        Suite("lm_eval:missing-task")
+    assert error.value.code == "harness-task"
