@@ -107,7 +107,7 @@ def test_half_a_year_of_a_lineage_with_few_rows_a_month(tmp_path: Path) -> None:
     # July's rows go. What that costs is said: the scores of the champion and of what replaces it, on the same rows.
     gone = deal(home, "data", "delete", "july.csv", "--relearn", "--lineage", "desk", "--yes", expect=(0, 3))
     assert gone["before"].keys() == gone["accuracies"].keys() == {"bank", "clinic"}
-    assert gone["before"]["clinic"] == pytest.approx(after)
+    assert gone["before"]["clinic"] == pytest.approx(after) and gone["num_rows"]["clinic"] == NUM_TEST
     (known,) = deal(home, "lineage", "branch", "desk")
     assert known["judgement"]["before"] == gone["before"]
     assert (gone["status"] == "stopped") is bool(known["judgement"]["reasons"])
