@@ -1,11 +1,15 @@
 """Does the arrival check tell wrong labels from new texts? Champions of the built-in base model have answered.
 
     python -m benchmarks.arrival_check run --data CL_BENCHMARK
+    python -m benchmarks.arrival_check ask --data CL_BENCHMARK --chains WORK
     python -m benchmarks.arrival_check table
 
 run: champions for other domains. Each learns one task of few rows, and answers a pool of rows that it has not learned,
 and rows of another domain as rows of its task. Answers and confidences are stored, one file a champion; a second call
 goes on.
+
+ask: the same questions to versions of the chains that `benchmarks/method/memory.py` trains. Each answers test rows of
+the task that it has just learned, and rows of another domain as rows of this task. Nothing is trained.
 
 table: references and arrivals are drawn from stored answers. Good arrivals, wrong labels (each of the others alike) and
 months whose rows are harder by a known number of points are those of the stored cells of the benchmark: each version
@@ -17,12 +21,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -32,9 +36,13 @@ from scipy.special import softmax
 from benchmarks.output import RESULTS, Out, read, templates, write_result
 from benchmarks.stored_cells import read_stored_cells, unpack_answers
 from deal_core.data.reading.readers import read_rows
+from deal_core.data.schema import label_key
 from deal_core.evaluation.arrival_check import AnsweredRows, Verdict, judge_arrival
 from deal_core.judging_config import GateConfig
 from deal_core.regular_file import complete_file
+
+if TYPE_CHECKING:
+    from deal_core.evaluation.score import TaskEvaluation
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -138,6 +146,80 @@ CASES = {
 is good enough for a gate."""
 
 
+STARS = {label: label for label in ("very negative", "negative", "neutral", "positive", "very positive")}
+REVIEWS = {"Good": "Good", "Bad": "Bad"}
+TURNED = {
+    "yelp": Domain("amazon", STARS),
+    "amazon": Domain("yelp", STARS),
+    "IMDB": Domain("SST-2", REVIEWS),
+    "SST-2": Domain("IMDB", REVIEWS),
+    "agnews": CASES["agnews"].other,
+    "yahoo": Domain("agnews", {"World": "politics and government", "Sports": "sports", "Business": "business"}),
+}
+"""Task of a chain → rows of another domain that land as rows of it."""
+
+
+@app.command()
+def ask(
+    data: Annotated[Path, typer.Option(help="Folder that benchmarks/cl_benchmark.py writes.")],
+    chains: Annotated[Path, typer.Option(help="Folder of the chains of benchmarks/method/memory.py.")],
+    pool: Annotated[int, typer.Option(help="Test rows of its task that a version answers.")] = SHOWN[0],
+    others: Annotated[int, typer.Option(help="Rows of another domain that it answers.")] = 2 * SHOWN[1],
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.", show_default="all cores")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the answers.")] = ANSWERS,
+) -> None:
+    """Let versions of chains answer, and store the answers that are missing."""
+    import torch
+    from datasets import Dataset
+
+    from deal_core.adapter.state import adapter_on
+    from deal_core.base_model.device import describe_machine
+    from deal_core.base_model.load import load_base
+    from deal_core.base_model.sources import DEFAULT_BASE
+    from deal_core.benchmark.suites import load_suite
+    from deal_core.config import TrainConfig
+    from deal_core.evaluation.answering import ServedTask
+    from deal_core.evaluation.score import evaluate_task
+    from infra.settings import HomeSettings
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    base, train = load_base(DEFAULT_BASE, HomeSettings().cache_dir), TrainConfig(max_prompt_tokens=160)
+    tasks = load_suite(data, tuple(TURNED))
+    out.mkdir(parents=True, exist_ok=True)
+    for version in sorted(chains.glob("chain-*/*/version.json")):
+        name, chain = json.loads(version.read_text())["task"], version.parent.parent.name
+        file = out / f"{chain}-{name}.json"
+        if name not in TURNED or file.is_file():
+            continue
+        schema, seed = tasks[name].schema, int(chain.split("-")[2])
+        numbers = {label_key(label): number for number, label in enumerate(schema.labels)}
+        asked = ServedTask(
+            schema=schema,
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_new_tokens=train.answer_tokens(schema.labels),
+        )
+        own = Domain(name, {label: label for label in schema.labels})
+        result: dict[str, Any] = {"title": f"{name} → {TURNED[name].file}", "seed": seed, "labels": len(schema.labels)}
+        with adapter_on(base.model, version.parent) as model:
+            for part, domain, number in (("own", own, pool), ("other", TURNED[name], others)):
+                rows = _rows_of(data, domain, seed, parts=("test",))[:number]
+                found = evaluate_task(model, base.tokenizer, asked, Dataset.from_list(rows))
+                result[part] = _answers(rows, found, numbers)
+                typer.echo(f"{file.stem}: {part} {100 * found.accuracy:.1f} % of {len(rows)}")
+        with complete_file(file) as part_file:
+            part_file.write_text(json.dumps({**result, "machine": describe_machine()}) + "\n")
+
+
+def _answers(rows: list[dict[str, str]], found: TaskEvaluation, numbers: Mapping[str, int]) -> dict[str, list[float]]:
+    """Right answers and given ones as numbers of labels, -1 for none, and confidences."""
+    return {
+        "right": [numbers[label_key(row["output"])] for row in rows],
+        "answers": [numbers.get(label_key(answer), -1) for answer in found.answers],
+        "confidences": [round(each.confidence, 6) for each in found.confidences],
+    }
+
+
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="Folder that benchmarks/cl_benchmark.py writes.")],
@@ -159,7 +241,7 @@ def run(
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
     from deal_core.config import AdapterConfig, TrainConfig
-    from deal_core.data.schema import TaskSchema, label_key
+    from deal_core.data.schema import TaskSchema
     from deal_core.evaluation.answering import ServedTask
     from deal_core.evaluation.score import evaluate_task
     from deal_core.method_config import MethodConfig
@@ -184,7 +266,12 @@ def run(
             )
             numbers = {label_key(label): number for number, label in enumerate(case.labels)}
             asked = ServedTask(schema=task, max_prompt_tokens=longest, max_new_tokens=train.answer_tokens(case.labels))
-            result: dict[str, Any] = {"case": name, "seed": seed, "labels": len(case.labels), "rows": len(learned)}
+            result: dict[str, Any] = {
+                "title": case.title,
+                "seed": seed,
+                "labels": len(case.labels),
+                "rows": len(learned),
+            }
             with TemporaryDirectory() as work:
                 adapter = Path(work) / "adapter"
                 trained = train_adapter(
@@ -199,19 +286,15 @@ def run(
                 with adapter_on(base.model, adapter) as model:
                     for part, part_rows in (("own", unused), ("other", _rows_of(data, case.other, seed)[:others])):
                         found = evaluate_task(model, base.tokenizer, asked, Dataset.from_list(part_rows))
-                        result[part] = {
-                            "right": [numbers[label_key(row["output"])] for row in part_rows],
-                            "answers": [numbers.get(label_key(answer), -1) for answer in found.answers],
-                            "confidences": [round(each.confidence, 6) for each in found.confidences],
-                        }
+                        result[part] = _answers(part_rows, found, numbers)
                         typer.echo(f"{file.stem}: {part} {100 * found.accuracy:.1f} % of {len(part_rows)}")
             with complete_file(file) as part_file:
                 part_file.write_text(json.dumps({**result, "machine": describe_machine()}) + "\n")
 
 
-def _rows_of(data: Path, domain: Domain, seed: int) -> list[dict[str, str]]:
-    """The rows of a domain, training and test rows together, in an order of this seed."""
-    files = [data / f"{domain.file}.{part}.jsonl" for part in ("train", "test")]
+def _rows_of(data: Path, domain: Domain, seed: int, parts: Sequence[str] = ("train", "test")) -> list[dict[str, str]]:
+    """The rows of a domain, by default training and test rows together, in an order of this seed."""
+    files = [data / f"{domain.file}.{part}.jsonl" for part in parts]
     rows = [row.values for file in files for row in read_rows(file)]
     found = [
         {"input": row["text"], "output": domain.labels[row["label"]]} for row in rows if row["label"] in domain.labels
@@ -299,7 +382,7 @@ def read_champions(folder: Path) -> list[Champion]:
             )
             for part in ("own", "other")
         ]
-        champions.append(Champion(CASES[stored["case"]].title, *parts))
+        champions.append(Champion(stored["title"], *parts))
     return champions
 
 
@@ -436,6 +519,8 @@ def table(
         for num_reference, num_rows in product(SIZES, SIZES)
     ]
     good = [each for each in champions if each.own.hits.mean() >= GOOD]
+    turned = [each for each in champions if each.other is not None]
+    of_turned = [each for each in found if each.kind == OTHER and (each.num_reference, each.num_rows) == SHOWN]
     result = {
         "champions": len(champions),
         "good": len(good),
@@ -445,6 +530,12 @@ def table(
         "kinds": [*KINDS],
         "tasks": sorted(tasks, key=lambda task: (task["labels"], task["task"])),
         "sizes": sizes,
+        "turned": len(turned),
+        "turned_good": sum(each.own.hits.mean() >= GOOD for each in turned),
+        "turned_of_40": {
+            name: round(40 * sum(each.verdict == verdict for each in of_turned) / max(1, len(of_turned)), 1)
+            for name, verdict in (("held", "labels disagree"), ("new", "texts are new"))
+        },
     }
     write_result(out, result)
     page.write_text(templates().get_template("arrival_check.md.j2").render(result))

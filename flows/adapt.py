@@ -36,6 +36,7 @@ from tasks.adaptation.train import train_version
 from tasks.arrival_check import remark_on, score_arrival
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
+from tasks.lineage.branch import require_no_branch
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy
 from tasks.lineage.datasets import drop_held_rows, drop_training_rows
 from tasks.lineage.held import end_hold, hold, is_released
@@ -124,9 +125,11 @@ async def adapt(spec: AskedSpec, again: bool = False) -> AdaptResult:
         again: Train even if the lineage has learned this arrival. A run that restarts does not train twice.
 
     Raises:
+        BranchOpenError: Versions of the lineage are being made again.
         ConfigError: The spec contradicts the lineage.
         DataValidationError: The whole file is refused.
     """
+    await asyncio.to_thread(require_no_branch, current_store(), spec.lineage)  # its run may hold the lineage for long
     async with lock_lineage(spec.lineage):
         return await learn_arrival(spec, again)
 

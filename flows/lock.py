@@ -14,7 +14,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from deal_core.errors import DealError
-from infra.settings import HomeSettings, LockSettings
+from infra.settings import LockSettings
+from tasks.context import lineage_lock
 from tasks.progress import patient, raise_if_stopped, reporter
 
 LOOK_SECONDS = 0.5
@@ -56,7 +57,7 @@ async def is_locked_on_server(lineage: str) -> bool:
 
 @asynccontextmanager
 async def _hold_in_home(lineage: str, wait: bool) -> AsyncIterator[None]:
-    path = HomeSettings().home / "locks" / f"{lineage}.lock"
+    path = lineage_lock(lineage)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
 

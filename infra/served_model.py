@@ -4,6 +4,7 @@
 
 The folder contains no pickle and no code. The model takes rows of `input` and optionally `task`, and returns rows of
 `output`, `task`, `version` and `lineage`. In `deal serve` with a prediction log, rows have `id` and `confidence` too.
+If an answer is no label of its task, the rows have `problem`, which is null for all other answers.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class ServedModel:
             answered = self.ask(rows)
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
+        asked = [answered.served.task(row.task) for row in rows]
         table = pd.DataFrame(
             {
                 "output": answered.answers,
@@ -82,6 +84,9 @@ class ServedModel:
         )
         if answered.ids:
             table["id"], table["confidence"] = list(answered.ids), [sure.confidence for sure in answered.confidences]
+        problems = [task and task.problem_of(text) for task, text in zip(asked, answered.answers, strict=True)]
+        if any(problems):
+            table["problem"] = pd.Series(problems, dtype=object)  # else pandas writes None as NaN
         table.attrs[VERSION] = answered.version  # so that a table without rows names the version too
         return table
 

@@ -294,6 +294,7 @@ def _write_version(store: ObjectStore, tracker: Tracker, run: Run | None, versio
         description=f"Learned **{version.lesson}** with {version.strategy}; {version.origin}. Gate: {verdict}",
     )
     tracked.set_tags({"deal.version": version.version, "deal.gate": gate})
+    tracked.rename(f"{version.task}-v{version.version}")  # while it trained, it had no number
     tracked.end("FINISHED")
 
 

@@ -45,6 +45,8 @@ class Answer(BaseModel, frozen=True):
     """A text and its answer."""
 
     answer: str
+    problem: str | None
+    """What is wrong with it: it is no label of its task; None: nothing is."""
     first_token_logits: dict[str, float]
     """The most likely first tokens of the answer and their logits. A plain PEFT load gives the same."""
     prompt: str
@@ -84,6 +86,7 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
     return Answer(
         answer=answer.text,
+        problem=served.problem_of(answer.text),
         prompt=render_prompt(schema, text, base.tokenizer),
         base_model=str(resolve_base(asked.record.base.source, HomeSettings().cache_dir)),
         adapter=store.uri_of(asked.info.adapter_uri),
@@ -105,6 +108,8 @@ class FileAnswers(BaseModel, frozen=True):
     num_rows: int
     num_bad: int
     """Rows without an answer. The column `problem` has the reason."""
+    num_no_label: int
+    """Rows whose answer is no label of the task, as their column `problem` says."""
     columns: dict[str, str]
     """The name of each added column in the output."""
     task: str
@@ -177,20 +182,23 @@ def predict_file(
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
     names = own_names(survey.types)
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
-    num_bad = num_done = 0
+    served = served_task(asked.known)
+    num_bad = num_no_label = num_done = 0
     with _alone(output), writing_answers(output, survey.types, names) as write, answering(asked) as answer:
         for rows in in_chunks(read_rows(data), CHUNK_ROWS):
             checked = [checker.check_input(row) for row in rows]  # a text, or the problems of the row
             texts = [text for text in checked if isinstance(text, str)]
-            answers = iter(answer(texts, counting(on_progress, survey.num_rows, num_done)))
+            answers = [given.text for given in answer(texts, counting(on_progress, survey.num_rows, num_done))]
+            answered = iter([{"answer": text, "problem": served.problem_of(text), **who} for text in answers])
             own = [
-                {"answer": next(answers).text, **who}
+                next(answered)
                 if isinstance(text, str)
                 else {"problem": "; ".join(f"{reason}: {value}" for reason, value, _ in text), **who}
                 for text in checked
             ]
             write([row.values for row in rows], own)
             num_bad += len(rows) - len(texts)
+            num_no_label += sum(served.problem_of(text) is not None for text in answers)
             num_done += len(rows)
             on_progress(num_done, survey.num_rows)
     return FileAnswers(
@@ -198,6 +206,7 @@ def predict_file(
         out=str(output),
         num_rows=num_done,
         num_bad=num_bad,
+        num_no_label=num_no_label,
         columns=names,
         **who,
         seconds=time.perf_counter() - started,

@@ -324,6 +324,9 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
                 "(0 keeps none), and rehearsal.per_step"
             )
         known = _known_keys(model, problem["loc"][:-1])
+        places = [f"'{part}.{where}'" for part in known if len(location) == 1 and where in _known_keys(model, (part,))]
+        if places:
+            return f"unknown key '{where}'; write it as {' or '.join(places)}"
         return f"unknown key '{where}'; remove it" + (f", or give one of {', '.join(known)}" if known else "")
     if problem["type"] == "missing":
         return f"key '{where}' is missing; add it"

@@ -31,6 +31,8 @@ class Reparametrization(nn.Module):
         """Core slots of every module, by name."""
         self.full_modules: tuple[str, ...] = ()
         """Names of the modules whose core was cut to leave the free share."""
+        self._energy = torch.zeros(2, dtype=torch.float64)
+        """‖ΔW‖²_F of the cores and of the whole adapter, over all modules."""
         self._pairs = [self.networks_of(stack, config, generator) for stack in self._stacks]
         self.sides = nn.ModuleList(nn.ModuleList(pair) for pair in self._pairs)
 
@@ -46,6 +48,8 @@ class Reparametrization(nn.Module):
         self.num_core_slots.update(zip(names, count_M.tolist(), strict=True))
         self.full_modules += tuple(n for n, c, w in zip(names, count_M, wanted_M, strict=True) if c < w)
         core_MR = torch.arange(rank, device=count_M.device).unsqueeze(0) < count_M.unsqueeze(1)
+        energy_MR = sigma_MR.double() ** 2
+        self._energy += torch.stack([(energy_MR * core_MR).sum(), energy_MR.sum()]).cpu()
         # recycling: free slots of B become zero, those of A get the seeds of a new LoRA, scaled
         y_A, y_B = spectrum.factors()
         core_M1R = core_MR.unsqueeze(1)
@@ -57,6 +61,12 @@ class Reparametrization(nn.Module):
             SpectralFactor(y_A, sigma_MR, core_MR, config, guarded),
             SpectralFactor(y_B, sigma_MR, core_MR, config, None),
         )
+
+    @property
+    def kept_energy(self) -> float:
+        """The share of the adapter's ‖ΔW‖²_F that its cores hold."""
+        core, whole = self._energy.tolist()
+        return core / whole if whole else 1.0
 
     @torch.no_grad()
     def materialise(self) -> None:

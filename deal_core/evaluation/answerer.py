@@ -214,6 +214,10 @@ class Answerer:
             version.number,
             [answer.confidence for answer in answers],
             is_cut=[answer.is_cut for answer in answers],
+            usage={
+                "prompt_tokens": request.num_prompt_tokens,
+                "completion_tokens": sum(answer.num_tokens for answer in answers),
+            },
         )
 
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
@@ -326,6 +330,7 @@ class Answerer:
                     continue  # another version answers now, and asks in its own way
                 request.version, request.asked = version, asked
                 request.prompts += prompts
+                request.num_prompt_tokens += sum(map(len, prompts))
                 request.is_done = not asked
                 if not any(other is request for other in self._waiting):
                     self._waiting.append(request)
@@ -465,6 +470,8 @@ class _Request:
     """The rows in the form that the version is asked; empty before the first prompt."""
     prompts: list[list[int]] = field(default_factory=list)
     """Token ids of the prompts of the rows after the answered ones, for two or three batches at most."""
+    num_prompt_tokens: int = 0
+    """Tokens of the prompts that were prepared."""
     answers: list[GivenAnswer] = field(default_factory=list)
     """Answers to the first rows."""
     error: Exception | None = None
@@ -498,6 +505,7 @@ class _Request:
         """Drop the answers so far: another version answers now."""
         if not self.is_done:
             self.version, self.asked, self.prompts, self.answers = None, [], [], []
+            self.num_prompt_tokens = 0
 
 
 _Part = tuple[_Request, Sequence[tuple[ServedTask, list[int]]]]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from deal_core.config import Quantize
 from deal_core.data.chats import ROLES, as_messages, normal_calls, role_of
 from deal_core.data.check import normal_input
-from deal_core.data.schema import TaskSchema
+from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.limits import MAX_ASKED_CHARS, MAX_ASKED_MESSAGES
 from deal_core.safe_text import brief
@@ -59,6 +59,12 @@ class ServedTask:
         except UnicodeEncodeError:
             raise ConfigError(f"{place} has half of a surrogate pair, which is no character.") from None
         return stored
+
+    def problem_of(self, answer: str) -> str | None:
+        """Say that an answer is no label of the task; None: it is one, or the task has no labels."""
+        if not self.schema.labels or label_key(answer) in set(map(label_key, self.schema.labels)):
+            return None
+        return f"the answer is no label of {self.schema.name}"
 
     def _check_chat(self, messages: Sequence[Mapping[str, Any]], place: str) -> None:
         require_few_messages(len(messages), place)

@@ -142,6 +142,8 @@ class GivenAnswer(NamedTuple):
     confidence: Confidence
     is_cut: bool
     """Whether the answer reached its longest length before its end."""
+    num_tokens: int = 0
+    """Its tokens, with the end token; 0: not counted."""
 
 
 def answer_inputs(
@@ -176,7 +178,8 @@ def answer_prompts(
         own = [new[:length] for new, length in zip(tokens, lengths, strict=True)]
         texts = [text.strip() for text in tokenizer.batch_decode(own, skip_special_tokens=True)]
         is_cut = [length is None for length in lengths]
-        of_batch = map(GivenAnswer, texts, recorder.confidences(tokens, texts), is_cut)
+        counts = [len(new) if length is None else length + 1 for new, length in zip(tokens, lengths, strict=True)]
+        of_batch = map(GivenAnswer, texts, recorder.confidences(tokens, texts), is_cut, counts)
         answers.update(zip(batch, of_batch, strict=True))
         if on_progress is not None:
             on_progress(len(batch))

@@ -120,7 +120,7 @@ class Deal(KeepsRows):
             self.network.materialise()
 
     def notes(self) -> tuple[str, ...]:
-        """Describe the rehearsal, and say whether the adapter is full."""
+        """Describe the rehearsal, and say what it costs if the adapter is full."""
         from deal_core.strategies.old_tasks import not_rehearsed
 
         notes, network = list(super().notes()), self.network
@@ -129,9 +129,12 @@ class Deal(KeepsRows):
                 f"not rehearsed, because no rows are kept and the new task has the same prompt or rows of another "
                 f"format: {names}"
             )
-        if network is not None and network.full_modules:
+        energy = self.config.deal.energy
+        if network is not None and network.full_modules and network.kept_energy < energy:
             notes.append(
-                f"the adapter is full in {len(network.full_modules)} of {len(network.num_core_slots)} modules: their "
-                "core was cut to leave free slots; a larger adapter.rank in a new lineage gives more room"
+                f"the adapter is full in {len(network.full_modules)} of {len(network.num_core_slots)} modules: to "
+                f"leave free slots, {100 * (1 - network.kept_energy):.1f} % of what it had learned was dropped (of "
+                f"‖ΔW‖²_F; deal.energy allows {100 * (1 - energy):.1f} %); a larger adapter.rank in a new lineage "
+                "gives more room"
             )
         return tuple(notes)

@@ -51,6 +51,8 @@ def predict(
         calm_libraries()
         if text is not None:
             answer = predict_answer(text, lineage=lineage, task=task, version=version)
+            if answer.problem:
+                deal.screen.said(answer.problem)
             return CommandResult(answer, [escape(answer.answer)])
         assert data is not None
         outcome = predict_file(
@@ -72,6 +74,8 @@ def _about_file(result: FileAnswers) -> list[str]:
     ]
     if result.num_bad:
         shown.append(f"{result.num_bad} rows have no answer; the column {result.columns['problem']} says why.")
+    if result.num_no_label:
+        shown.append(f"{result.num_no_label} answers are no label of {result.task}, as that column says.")
     renamed = [name for name, column in result.columns.items() if name != column]
     if renamed:
         shown.append(f"The file has columns of these names already, so ours are called deal_…: {', '.join(renamed)}")

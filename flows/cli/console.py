@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ STAGES = "DEAL_STAGES"
 """With this environment variable, a command with --json prints stages and remarks to stderr, as lines of JSON."""
 
 
+PROGRESS_SECONDS = 30.0
+"""Time between two lines of progress where no bars are drawn."""
 LONG_WORD = 20
 """A longer word, such as a path, may be broken on a narrow screen."""
 
@@ -80,8 +83,8 @@ class _Terminal(Console):
 class Screen:
     """The terminal of one command. Results go to stdout; progress, remarks and errors to stderr.
 
-    Bars are drawn only if stdout and stderr are terminals. With `as_json` only the result is printed, or stages and
-    remarks too, if STAGES is set.
+    Bars are drawn only if stdout and stderr are terminals; else a line tells the progress now and then. With `as_json`
+    only the result is printed, or stages and remarks too, if STAGES is set.
     It is a `tasks.progress.Reporter`, so a flow can report to it.
     """
 
@@ -93,6 +96,8 @@ class Screen:
         self.draws = not as_json and sys.stdout.isatty() and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
+        self._told = time.monotonic()
+        """When the last line of progress was printed."""
 
     # --- reporter of a run ---
 
@@ -105,7 +110,11 @@ class Screen:
         self._bar = self._progress.add_task(printable(stage), total=None, detail="")
 
     def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
-        """Move the bar."""
+        """Move the bar. Without bars, print a line every PROGRESS_SECONDS."""
+        if not self.draws and time.monotonic() - self._told >= PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            share = f"{done:g}" if total is None else f"{done:g} of {total:g}"
+            self._line(escape(f"    {stage:<9} {share} {without_secrets(detail)}".rstrip()))
         if self._progress is not None and self._bar is not None:
             self._progress.update(
                 self._bar, description=printable(stage), completed=done, total=total, detail=printable(detail)

@@ -38,11 +38,15 @@ def list_data(deal: Session) -> CommandResult[list[ListedArrival]]:
 
     arrivals = list_arrivals(deal.store)
     numbers = ["training rows", "test rows"]
-    table = new_table("arrival", "task", *numbers, "learned by", "state", right=numbers)
+    columns = ("arrival", "file", "landed", "task", *numbers, "learned by", "state")
+    table = new_table(*columns, right=numbers, spare=["landed"])
     for arrival in arrivals:
         learned = ", ".join(arrival.learned_by) or "–"
         counts = ("–" if number is None else str(number) for number in (arrival.num_train, arrival.num_test))
-        table.add_row(escape(arrival.name), escape(arrival.task), *counts, escape(learned), escape(arrival.state))
+        landed = "–" if arrival.landed is None else f"{arrival.landed.astimezone():%Y-%m-%d %H:%M}"
+        file = "–" if arrival.file is None else escape(arrival.file)
+        cells = (escape(arrival.name), file, landed, escape(arrival.task), *counts, escape(learned))
+        table.add_row(*cells, escape(arrival.state))
     if not arrivals:
         return CommandResult(arrivals, ["No arrival has been learned or is held. What waits in the inbox: deal status"])
     return CommandResult(arrivals, [heading("Arrivals"), table])
@@ -114,13 +118,13 @@ def _show_gc(result: GcResult) -> Sequence[RenderableType]:
 @command(
     data_app,
     None,
-    "deal data delete 3fa9c1 --dry-run",
+    "deal data delete july.csv --dry-run",
     "deal data delete inbox/bank/may.csv --yes",
     "deal data delete 3fa9c1 --relearn --lineage support",
 )
 def delete(
     deal: Session,
-    arrival: Annotated[str, Argument(help="Digest of the dataset, its first characters, or its key inbox/TASK/FILE.")],
+    arrival: Annotated[str, Argument(help="Name of its file, key inbox/TASK/FILE, or digest of the dataset.")],
     reason: Annotated[str, reason_option("the history. Quote no rows")] = "",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,

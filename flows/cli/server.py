@@ -192,6 +192,7 @@ def _show_status(status: Status) -> Sequence[RenderableType]:
         num_open = "–" if each.num_open is None else str(each.num_open)
         lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (paused)" if each.held else num_open)
     shown += [heading("Lineages"), lineages]
+    shown += [f"  {escape(f'{each.lineage}: {each.run}')}" for each in status.lineages if each.run]
     shown += [f"  {escape(f'{each.lineage} {line.line()}')}" for each in status.lineages for line in each.waiting]
     shown += [f"  {escape(line)}" for each in status.lineages if (line := _debts(each))]
     shown += [f"  {escape(f'{each.lineage} live: {each.monitor}')}" for each in status.lineages if each.monitor]

@@ -376,6 +376,7 @@ def _remedy(lineage: str) -> str:
     version_app,
     "exporting",
     "deal version export 3 --format merged --out model",
+    "deal version export 3 --format peft --out adapter",
     "deal version export 3 --format hub --out OWNER/NAME",
     "deal version export 3 --format vllm --out /mnt/adapters",
 )
@@ -386,8 +387,8 @@ def export(
         str,
         Option(
             "--format",
-            help="merged: a transformers folder. hub: the PEFT folder, on the Hub. vllm: a folder that vLLM's "
-            "filesystem resolver finds.",
+            help="merged: a transformers folder. peft: the PEFT folder, without rows. hub: the same, on the Hub. vllm: "
+            "a folder that vLLM's filesystem resolver finds.",
         ),
     ],
     out: Annotated[
@@ -405,7 +406,7 @@ def export(
         ),
     ] = None,
 ) -> CommandResult[Exported | Annotated[Published, "with --format vllm"]]:
-    """Export a version for other programs. Logits of merged and hub are compared with the served version's."""
+    """Export a version for other programs. All but vllm are compared with the served version."""
     from tasks.serving.export import Target, export_version
 
     formats = (*get_args(Target), "vllm")

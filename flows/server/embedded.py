@@ -67,7 +67,7 @@ COMMAND_PID = "DEAL_COMMAND_PID"
 API_MARK = "prefect.server.api.server:create_app"
 """Part of the command line of an API's process."""
 PAGES_SECONDS = 60
-"""Longest wait for MLflow's pages."""
+"""Longest wait for MLflow's pages, and for their server's end."""
 CHECK_SECONDS = 1.0
 """Longest check of Prefect's database."""
 STEPS_OF_CHECK = 1000
@@ -292,16 +292,27 @@ def ui_address(port: int) -> UiAddress:
 
 
 def open_ui(address: UiAddress) -> int:
-    """Open the address in a browser; start the server first if none runs. Return the server's exit code."""
+    """Open the address in a browser; start the server first if none runs. Return the server's exit code.
+
+    The server has processes of its own. All of them end with this one, unless it is killed.
+    """
     if not address.command:
         webbrowser.open(address.url)
         return 0
     threading.Thread(target=_open_when_ready, args=(address.url,), daemon=True).start()
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, frame: sys.exit(128 + number))
+    environment = {**os.environ, **address.environment}
+    server = subprocess.Popen([sys.executable, "-m", *address.command], env=environment, start_new_session=True)
     try:
-        environment = {**os.environ, **address.environment}
-        return subprocess.run([sys.executable, "-m", *address.command], env=environment, check=False).returncode
+        return server.wait()
     except KeyboardInterrupt:
         return 0
+    finally:
+        for ending in (signal.SIGTERM, signal.SIGKILL):  # to the whole group
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(server.pid, ending)
+                server.wait(PAGES_SECONDS)
 
 
 def _open_when_ready(url: str) -> None:

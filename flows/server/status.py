@@ -23,10 +23,11 @@ from flows.server.local_processes import read_stack
 from infra.branches import Branches
 from infra.mirror_note import waiting as missing_in_mlflow
 from infra.promotions import PromotionLog
+from infra.run_journal import RunJournal
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.versions import Version, Versions, champion_of
-from tasks.context import current_store
+from tasks.context import current_store, lineages_at_work
 from tasks.housekeeping.damage import find_damage
 from tasks.inbox import Handled, HeldArrival, InboxLook, held_arrivals, held_elsewhere, look, read_state
 from tasks.lineage.consolidation import why_due
@@ -87,6 +88,8 @@ class LineageStatus(BaseModel):
     lineage: str
     champion: str | None = None
     """The version that serves; None: no version does."""
+    run: str | None = None
+    """The run that works on it in this home, a command's or a worker's, in one line; None: no run does."""
     num_open: int | None = None
     """Number of arrivals to learn; None: the lineage does not learn from the inbox automatically."""
     failed: tuple[str, ...] = ()
@@ -159,7 +162,7 @@ def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
     watched = {lineage.lineage: lineage for lineage in lineages.good}
     return [
         _lineage(store, name, watched.get(name), inbox, damaged)
-        for name in [*watched, *(name for name in known if name not in watched)]
+        for name in dict.fromkeys((*watched, *known, *lineages_at_work()))
     ]
 
 
@@ -206,6 +209,8 @@ def _lineage(
     with noting_damage():
         problems += find_damage(store, name, record)
     with noting_damage():
+        status.run = _run_of(store, name)
+    with noting_damage():
         status.mlflow_waiting = missing_in_mlflow(store, name)
     with noting_damage():
         looked = read_monitor_state(store, name)
@@ -245,6 +250,16 @@ def _lineage(
     # several of the looks above may find the same damage
     damaged += [f"Lineage {name}: {problem}" for problem in dict.fromkeys(problems)]
     return status
+
+
+def _run_of(store: ObjectStore, lineage: str) -> str | None:
+    """Return what the run learns that holds a lineage in this home. A run that was killed holds it no more."""
+    if lineage not in lineages_at_work():
+        return None
+    run = next((run for run in reversed(RunJournal(store).all(lineage)) if run.state == "running"), None)
+    if run is None:  # it reads its rows, or it makes no version
+        return "a run works on it"
+    return f"a run learns {run.task} ({run.num_rows['train']} training rows) since {run.started:%Y-%m-%d %H:%M} UTC"
 
 
 def _reason(handled: Handled) -> str:

@@ -27,7 +27,7 @@ from deal_core.data.chats import ROLES, normal_calls, role_of
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, Choice, GivenUpError, Sampling
-from deal_core.evaluation.answering import InputRow, ServedVersion, require_few_messages
+from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, require_few_messages
 from deal_core.monitoring.feedback import read_entry
 from deal_core.safe_text import brief
 from infra.served_model import SIGNATURE, VERSION, ServedModel
@@ -144,7 +144,7 @@ def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -
         )
     require_version(answered.version)  # the champion may have moved
     kind = "text/event-stream" if is_stream else "application/json"
-    text = stream.end(answered) if stream else _written(answered, is_chat, is_stream=is_stream)
+    text = stream.end(answered) if stream else _written(answered, task, is_chat, is_stream=is_stream)
     return HttpAnswer(text, answered.version, kind)
 
 
@@ -328,8 +328,11 @@ def _usage(answered: Answered) -> dict[str, int] | None:
     return {**answered.usage, "total_tokens": sum(answered.usage.values())}
 
 
-def _written(answered: Answered, is_chat: bool, *, is_stream: bool) -> str:
-    """Return the body of an answer as JSON, or as server-sent events, each answer as one piece."""
+def _written(answered: Answered, task: ServedTask, is_chat: bool, *, is_stream: bool) -> str:
+    """Return the body of an answer as JSON, or as server-sent events, each answer as one piece.
+
+    A choice has `problem` if it is no label of the task.
+    """
     answers = answered.choices
     if not answers:  # of the model in this process
         is_cut = answered.is_cut or [False] * len(answered.answers)
@@ -342,6 +345,8 @@ def _written(answered: Answered, is_chat: bool, *, is_stream: bool) -> str:
     for answer in answers:
         stripped = answer._replace(text=answer.text.strip())
         choice = _choice(stripped, answered.ids, num_answers, is_chat, is_stream=is_stream)
+        if problem := task.problem_of(stripped.text):
+            choice["problem"] = problem
         if is_chat and is_stream:  # the end of a chat is a piece of its own
             choice["delta"] = {"role": "assistant", **choice["delta"]}
             choices += [{**choice, "finish_reason": None}, {**choice, "delta": {}}]

@@ -17,7 +17,7 @@ SERVED_FILES = (*PEFT_FILES, SERVED_FILE)
 
 
 def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
-    """Write the adapter of a version and its `deal.json` into a new folder.
+    """Write the adapter of a version and its `deal.json` into an empty or new folder.
 
     Raises:
         IntegrityError: A file is missing, or its bytes differ from the recorded ones.
@@ -25,7 +25,7 @@ def fetch_version(store: ObjectStore, version: Version, folder: Path) -> None:
         StoreError: The store does not answer.
     """
     require_adapter(version)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in SERVED_FILES:
         with suppress(ObjectNotFoundError):  # the comparison below names the file
             store.download_file(f"{version.adapter_uri}/{name}", folder / name)

@@ -174,6 +174,11 @@ class TrackedRun:
             if kept.get(key, value) != value:
                 logger.warning("Run %s keeps %s = %s; now it is %s.", self.run_id, key, kept[key], value)
 
+    def rename(self, name: str) -> None:
+        """Let MLflow's pages show another name."""
+        with self._report_errors("rename a run"):
+            self.client.update_run(self.run_id, name=name)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, or replace their values."""
         with self._report_errors("set tags"):

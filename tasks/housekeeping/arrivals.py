@@ -9,6 +9,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -63,9 +64,10 @@ class KnownArrival(ArrivalDigests, frozen=True):
 
 
 def find_arrival(store: ObjectStore, named: str) -> KnownArrival:
-    """Find an arrival by the digest of its dataset, the digest's first characters, or a key or uri in the inbox.
+    """Find an arrival by its dataset's digest, the first characters of it, a key or uri in the inbox, or a name.
 
-    The key may be that of a file, of a folder, or of a file in a folder: its arrival is the whole folder.
+    The key may be that of a file, of a folder, or of a file in a folder: its arrival is the whole folder. The name is
+    that of the file or folder which landed, without its place.
 
     Raises:
         ConfigError: There is no such arrival, or several arrivals have this name.
@@ -75,10 +77,7 @@ def find_arrival(store: ObjectStore, named: str) -> KnownArrival:
     if key.startswith(f"{keys.INBOX}/"):
         return _by_key(store, key)
     if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", named):
-        raise ConfigError(
-            f"{named!r} is neither a digest (or {MIN_PREFIX} and more of its first characters) nor a key such as "
-            f"{keys.INBOX}/TASK/FILE; deal data list shows the arrivals."
-        )
+        return _by_name(store, named)
     matches = sorted({(task, sha256) for task, sha256 in _known_digests(store) if sha256.startswith(named)})
     if not matches:
         raise ConfigError(f"No arrival has a digest that begins with {named}; deal data list shows the arrivals.")
@@ -155,6 +154,32 @@ def _by_key(store: ObjectStore, key: str) -> KnownArrival:
             "digest to forget that arrival. The present file was not learned: delete it, if it must go."
         )
     return known.model_copy(update={"key": arrival, "files": tuple(dict.fromkeys((*known.files, *whole)))})
+
+
+def _by_name(store: ObjectStore, name: str) -> KnownArrival:
+    learned = {
+        (manifest.task.name, manifest.landed_sha256): sha256
+        for sha256, manifest in manifests_of(store)
+        if manifest.source == name
+    }  # one for all splits of the same rows
+    found = {f"{sha256[:12]} ({task})": _by_digest(store, task, sha256) for (task, _), sha256 in learned.items()}
+    files = {file for arrival in found.values() for file in arrival.files}
+    for key in sorted({keys.arrival_of(info.key) or info.key for info in store.list(keys.INBOX)}):
+        if keys.file_name(key) == name and not _digests_below(store, key).keys() <= files:  # it was not learned
+            found[key] = _by_key(store, key)
+    if not found:
+        raise ConfigError(
+            f"No arrival is called {name!r}: it is neither a digest (or {MIN_PREFIX} and more of its first "
+            f"characters), nor a key such as {keys.INBOX}/TASK/FILE, nor the name of a file that landed; deal data "
+            "list shows the arrivals.",
+            code="unknown-arrival",
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"{len(found)} arrivals are called {name!r}: {', '.join(found)}; give the digest or the key of one.",
+            code="ambiguous-arrival",
+        )
+    return found.popitem()[1]
 
 
 def _by_digest(store: ObjectStore, task: str, sha256: str) -> KnownArrival:
@@ -266,6 +291,10 @@ class ListedArrival(BaseModel, frozen=True):
 
     name: str
     """What other commands call it: the first characters of its dataset's digest, or inbox/TASK/FILE."""
+    file: str | None = None
+    """Name of the file or folder that landed; None: it is not known any more."""
+    landed: datetime | None = None
+    """When its rows were stored first; None: it is held and has no dataset yet, or it is not known any more."""
     task: str
     dataset_sha256: str | None = None
     """None: it is held and has no dataset yet."""
@@ -286,6 +315,11 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
             for learned in version.trained_on:
                 learned_by[learned.task, learned.dataset_sha256].append(version)
     manifests = {(manifest.task.name, sha256): manifest for sha256, manifest in manifests_of(store)}
+    landed: dict[tuple[str, str], datetime] = {}
+    for info in store.list(keys.DATASETS):
+        if keys.file_name(info.key) == keys.MANIFEST_FILE:
+            named = keys.task_and_digest(info.key)
+            landed[named] = min(info.modified, landed.get(named, info.modified))
     forgotten = {info.key for info in store.list(keys.FORGOTTEN)}  # one listing instead of a request for each arrival
     arrivals = []
     for task, sha256 in sorted({*learned_by, *manifests}):
@@ -298,6 +332,8 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
         arrivals.append(
             ListedArrival(
                 name=sha256[:12],
+                file=manifest and manifest.source,
+                landed=landed.get((task, sha256)),
                 task=task,
                 dataset_sha256=sha256,
                 num_train=manifest and manifest.num_train,
@@ -309,7 +345,12 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
     holding = {keys.lineage_of_watch(info.key) for info in store.list(keys.WATCH)}
     holding |= {keys.lineage_of(info.key) for info in store.list(keys.HELD)}
     held = {
-        arrival.key: ListedArrival(name=arrival.key, task=arrival.task, state=f"held for {lineage}: {arrival.why}")
+        arrival.key: ListedArrival(
+            name=arrival.key,
+            file=keys.file_name(arrival.key),
+            task=arrival.task,
+            state=f"held for {lineage}: {arrival.why}",
+        )
         for lineage in sorted(holding)
         for arrival in find_held(store, lineage)
     }

@@ -1,4 +1,4 @@
-"""Export a version: the base model with the adapter merged into it, or the PEFT folder to the Hub.
+"""Export a version: the base model with the adapter merged into it, or the PEFT folder, here or to the Hub.
 
 Before an export counts, it is loaded and asked prompts of its own tasks. Its logits must be those of the version that
 is served, computed in the same precision. A merged model is computed and written in fp32: rounding the merged weights
@@ -11,7 +11,7 @@ import gc
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +39,7 @@ from tasks.serving.exports import note_export
 if TYPE_CHECKING:
     from torch import Tensor
 
-Target = Literal["merged", "hub"]
+Target = Literal["merged", "peft", "hub"]
 ROWS_PER_TASK = 4
 MAX_PROMPTS = 32
 TOLERANCE = 1e-3
@@ -72,8 +72,9 @@ def export_version(lineage: str, version: str, to: Target, target: str) -> Expor
     Args:
         lineage: Its lineage.
         version: Its number.
-        to: merged: a transformers folder with base model and adapter in one. hub: a repository on the Hub with the PEFT
-            folder and its model card. A new repository is made private; one that is there must be private.
+        to: merged: a transformers folder with base model and adapter in one. peft: the PEFT folder with its model card.
+            hub: the same as a repository on the Hub. A new repository is made private; one that is there must be
+            private.
         target: The new folder, or the repository OWNER/NAME.
 
     Raises:
@@ -86,8 +87,15 @@ def export_version(lineage: str, version: str, to: Target, target: str) -> Expor
     info = find_version(store, lineage, version)
     require_exportable(store, info)
     record = read_record(store, info)
-    export = _export_merged if to == "merged" else _export_to_hub
-    return export(store, info, record, _prompts(store, record), target)
+    if to == "merged" and record.base.quantize != "none":
+        raise ConfigError(
+            f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
+            "another one than the served version. Export the adapter with --format peft or hub."
+        )
+    prompts = _prompts(store, record)
+    if to == "hub":
+        return _export_to_hub(store, info, record, prompts, target)
+    return _export_to_folder(store, info, record, prompts, target, _merge if to == "merged" else _write_peft)
 
 
 def require_exportable(store: ObjectStore, info: Version) -> None:
@@ -131,15 +139,15 @@ def _prompts(store: ObjectStore, record: LineageRecord) -> list[Prompt]:
     return prompts
 
 
-def _export_merged(
-    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], address: str
+def _export_to_folder(
+    store: ObjectStore,
+    info: Version,
+    record: LineageRecord,
+    prompts: Sequence[Prompt],
+    address: str,
+    write: Callable[[ObjectStore, Version, LineageRecord, Sequence[Prompt], Path, str], Exported],
 ) -> Exported:
-    if record.base.quantize != "none":
-        raise ConfigError(
-            f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
-            "another one than the served version. Export the adapter with --format hub, or copy its folder "
-            "(deal version list)."
-        )
+    """Make a new folder, which appears at once and complete."""
     target = Path(address).absolute()  # "." has no name
     part = target.with_name(f".{target.name}.part")
     try:  # before the model is merged, which takes long
@@ -153,7 +161,7 @@ def _export_merged(
     if is_there:
         raise ConfigError(f"{target} is there already; name a new folder.")
     try:
-        exported = _merge(store, info, record, prompts, part, str(target))
+        exported = write(store, info, record, prompts, part, str(target))
         note_export(store, info.lineage, info.version, str(target), part)  # first: no export is unknown
         if target.is_dir():
             target.rmdir()
@@ -202,25 +210,12 @@ def _export_to_hub(
     """Compare the PEFT folder with the served version, and upload it to a private repository."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from peft import PeftModel
-
-    from deal_core.adapter.state import adapter_on
 
     if not REPOSITORY.fullmatch(target):
         raise ConfigError(f"{target!r} is not the name of a repository of the Hub; give OWNER/NAME.")
     with temporary_folder() as temporary:
         folder = temporary / "version"
-        hub_folder(store, info, folder)
-        base = lend_base(record.base)
-        with borrowed_adapter(store, info) as adapter, adapter_on(base.model, adapter) as model:
-            served = _logits(model, base.tokenizer, prompts)
-        # what goes to the Hub, loaded by PEFT alone
-        plain = PeftModel.from_pretrained(base.model, folder)
-        try:
-            logits = _logits(plain, base.tokenizer, prompts)
-        finally:
-            plain.unload()
-        exported = _compared(info, "hub", target, str(base.model.dtype).removeprefix("torch."), served, logits)
+        exported = _write_peft(store, info, record, prompts, folder, target).model_copy(update={"to": "hub"})
         api = HfApi()
         try:
             url = api.create_repo(target, private=True, exist_ok=True)
@@ -241,8 +236,28 @@ def _export_to_hub(
     return exported.model_copy(update={"address": str(url)})
 
 
-def hub_folder(store: ObjectStore, info: Version, folder: Path) -> None:
-    """Fetch a version as it goes to the Hub: the PEFT files, the model card, and how each task is asked. No rows.
+def _write_peft(
+    store: ObjectStore, info: Version, record: LineageRecord, prompts: Sequence[Prompt], folder: Path, address: str
+) -> Exported:
+    """Write the PEFT folder, load it with PEFT alone, and compare it."""
+    from peft import PeftModel
+
+    from deal_core.adapter.state import adapter_on
+
+    peft_folder(store, info, folder)
+    base = lend_base(record.base)
+    with borrowed_adapter(store, info) as adapter, adapter_on(base.model, adapter) as model:
+        served = _logits(model, base.tokenizer, prompts)
+    plain = PeftModel.from_pretrained(base.model, folder)
+    try:
+        logits = _logits(plain, base.tokenizer, prompts)
+    finally:
+        plain.unload()
+    return _compared(info, "peft", address, str(base.model.dtype).removeprefix("torch."), served, logits)
+
+
+def peft_folder(store: ObjectStore, info: Version, folder: Path) -> None:
+    """Fetch a version for other programs: the PEFT files, the model card, and how each task is asked. No rows.
 
     Where the base model's source is a path of this machine, deal.json has the base model's name instead.
 

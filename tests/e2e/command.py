@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ def command(home: Path, *arguments: str) -> list[str]:
     return [*DEAL, *arguments, "--home", str(home), "--json"]
 
 
-def deal(home: Path, *arguments: str, expect: int = 0, **more: str) -> Any:
-    """Run a command in a home, with `more` in its environment, and give what it prints as JSON."""
+def deal(home: Path, *arguments: str, expect: int | Sequence[int] = 0, **more: str) -> Any:
+    """Run a command in a home, with `more` in its environment, and give what it prints as JSON.
+
+    `expect` is its exit code, or those that it may have.
+    """
     done = subprocess.run(
         command(home, *arguments),
         cwd=home.parent,
@@ -37,7 +41,7 @@ def deal(home: Path, *arguments: str, expect: int = 0, **more: str) -> Any:
         text=True,
         check=False,
     )
-    assert done.returncode == expect, done.stdout + done.stderr
+    assert done.returncode in ((expect,) if isinstance(expect, int) else expect), done.stdout + done.stderr
     printed = json.loads(done.stdout)
     require_described(command_of(arguments), printed)
     return printed

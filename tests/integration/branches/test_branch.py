@@ -20,6 +20,7 @@ from deal_core.errors import ConfigError, RegistryError
 from deal_core.evaluation.gate import FailedCheck, GateDecision
 from flows.branch import give_up
 from flows.cli.app import app
+from flows.lock import lock_lineage
 from flows.relearn import plan_relearn
 from flows.requeue import requeue
 from flows.watch import watch
@@ -39,6 +40,7 @@ from tasks.lineage.record import read_record
 from tasks.lineage.reports import read_page
 from tasks.lineage.settings import WatchedLineage
 from tasks.serving.publish import publish
+from tasks.spec import AdaptSpec, parse
 from tests.adapting import run
 from tests.in_process import KilledError, put_back
 from tests.integration.branches.conftest import champion, delete, small_task
@@ -128,6 +130,19 @@ def test_it_goes_on_wherever_it_was_killed_and_learns_nothing_twice(monkeypatch:
         True,
     ]
     assert delete("beds").branch.steps == (), "the present champion never saw the rows"
+
+
+def test_an_arrival_is_refused_at_once_while_the_branch_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever holds the lineage: the run that makes versions again takes long."""
+    dying(monkeypatch, flows.relearn, "grow", lambda: delete("beds"))
+
+    async def ask() -> None:
+        async with lock_lineage("l"), asyncio.timeout(120):
+            spec = {"lineage": "l", "task": {"name": "taps", "data": "no-file"}}
+            await flows.adapt.adapt(parse(AdaptSpec, spec, "test"))
+
+    with pytest.raises(BranchOpenError):
+        asyncio.run(ask())
 
 
 def find_uri(number: str) -> str:

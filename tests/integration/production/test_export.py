@@ -28,7 +28,7 @@ from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.predict import Answer, predict
-from tasks.serving.export import Exported, _compared, _merged_card, export_version, hub_folder
+from tasks.serving.export import Exported, _compared, _merged_card, export_version
 from tasks.serving.publish import publish
 from tests.in_process import put_back
 from tests.loopback import Loopback
@@ -161,11 +161,14 @@ def test_a_licence_with_a_colon_makes_a_valid_card() -> None:
     assert yaml.safe_load(head)["license"] == "other: see LICENSE"
 
 
-def test_what_goes_to_the_hub_is_a_plain_peft_folder_with_its_card(
+def test_a_peft_folder_has_its_card_and_no_rows(
     home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "hub"
-    hub_folder(current_store(), version("3"), folder)
+    folder = tmp_path / "peft"
+    found = export_version("l", "3", "peft", str(folder))
+    assert found.to == "peft" and found.max_difference <= found.tolerance and len(exports()) == 1
+    with pytest.raises(ConfigError, match="is there already; name a new folder"):
+        export_version("l", "3", "peft", str(folder))
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "adapter_config.json",

@@ -416,7 +416,7 @@ def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
     assert keys("datasets/bank") == kept
 
 
-@pytest.mark.parametrize("named", ["0123456789", "inbox/bank/june.jsonl", "may.jsonl", "abc"])
+@pytest.mark.parametrize("named", ["0123456789", "inbox/bank/june.jsonl", "june.jsonl", "abc"])
 def test_what_names_no_arrival_is_refused(first: AdaptResult, named: str) -> None:
     with pytest.raises(ConfigError):
         find_arrival(current_store(), named)

@@ -77,6 +77,7 @@ def test_mlflow_gets_runs_models_versions_and_aliases(copied_home: Path) -> None
     }
     for version in Versions(current_store()).all("l"):
         of_run = mlflow_run("l", version.run_key)
+        assert of_run.info.run_name == f"{version.task}-v{version.version}"
         assert of_run.info.status == "FINISHED" and of_run.data.tags["deal.version"] == version.version
         assert of_run.data.metrics["average_accuracy"] == version.average_accuracy
         assert of_run.data.params["train.max_steps"] == "3" and of_run.data.params["strategy"] == "deal"

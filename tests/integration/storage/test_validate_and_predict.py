@@ -81,7 +81,13 @@ def test_a_file_is_answered_and_a_call_that_was_cut_short_leaves_none(
     assert [row["id"] for row in rows] == [str(number) for number in range(11)]
     assert rows[10]["answer"] is None and rows[10]["problem"] == "empty text: text is empty"
     assert {(row["task"], row["lineage"], row["version"]) for row in rows} == {("bank", "l", "1")}
-    assert rows[3]["answer"] == predict(rows[3]["text"], lineage="l", task=None, version=None).answer
+    alone = predict(rows[3]["text"], lineage="l", task=None, version=None)
+    assert (rows[3]["answer"], rows[3]["problem"]) == (alone.answer, alone.problem)
+    labels = {row["label"] for row in map(json.loads, Path(BANK["data"]).read_text().splitlines())}
+    no_label = [row for row in rows[:10] if row["answer"] not in labels]
+    assert {row["problem"] for row in no_label} <= {"the answer is no label of bank"}
+    assert [row["problem"] for row in rows[:10] if row not in no_label] == [None] * (10 - len(no_label))
+    assert result.num_no_label == len(no_label)
 
     with pytest.raises(ConfigError, match=r"whole\.jsonl exists already"):
         answer(questions, tmp_path / "whole.jsonl")
@@ -116,6 +122,9 @@ def test_the_commands_do_what_their_functions_do(
     (arrival,) = deal("data", "list")
     assert arrival["name"] == first.dataset.sha256[:12] and arrival["state"] == "learned"
     assert (arrival["task"], arrival["learned_by"]) == ("bank", ["l/1"])
+    version = deal("version", "show", "1")["version"]
+    assert arrival["file"] == "may.jsonl" and arrival["landed"] < version["created"]
+    assert deal("data", "delete", arrival["file"], "--dry-run")["sha256"] == first.dataset.sha256
     assert (arrival["num_train"], arrival["num_test"]) == (first.dataset.num_train, first.dataset.num_test)
     shown = deal("version", "show", "1")
     assert (shown["version"]["version"], shown["version"]["task"], shown["page"]) == ("1", "bank", None)

@@ -66,6 +66,8 @@ def test_a_base_that_is_no_path_stays_a_name(tmp_path: Path) -> None:
             "task: {name: t, data: x, lables: [a]}",
             "unknown key 'task.lables'; remove it, or give one of format, labels",
         ),
+        ("instruction: x\ntask: {name: t, data: x}", "unknown key 'instruction'; write it as 'task.instruction'"),
+        ("num_epochs: 2\ntask: {name: t, data: x}", "unknown key 'num_epochs'; write it as 'train.num_epochs'"),
         ("task: {name: t}", "key 'task.data' is missing"),
         ("task: {name: ../t, data: x}", "'task.name' is '../t'"),
         ("lineage: a/b\ntask: {name: t, data: x}", "'lineage' is 'a/b'"),

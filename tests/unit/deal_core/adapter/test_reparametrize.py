@@ -114,8 +114,9 @@ def test_free_share_cuts_the_core_and_says_so():
     network, _ = network_of(DealConfig(energy=1.0, free_share=0.5))
     assert set(network.num_core_slots.values()) == {4}
     assert network.full_modules == ("m0", "m1", "m2")
+    assert 0 < network.kept_energy < 1
     network, _ = network_of(DealConfig(energy=0.95, free_share=0.5))
-    assert network.full_modules == ()
+    assert network.full_modules == () and network.kept_energy >= 0.95
 
 
 @pytest.mark.parametrize("name", SETTINGS)

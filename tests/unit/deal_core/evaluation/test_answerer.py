@@ -504,3 +504,20 @@ def test_rows_in_the_background_give_way_to_all_others(
         assert asked.result(WAIT_SECONDS).version == "1"
         assert (copy.result(WAIT_SECONDS).answers, copy.result().version) == (wanted, "2")
     assert [len(batch) for batch in held.batches] == [len(TEXTS), 1, len(TEXTS)], "it was interrupted, and began again"
+
+
+def test_the_tokens_of_prompts_and_answers_are_counted(
+    answerer: Answerer, base: BaseModel, served_version: ServedVersion
+) -> None:
+    task = served_version.tasks[1]
+    texts = [text.strip() for text in TEXTS]
+    prompts = [encode_prompt(base.tokenizer, task.schema, text, task.max_prompt_tokens) for text in texts]
+    found = answerer.ask([InputRow(text, "colours") for text in texts])
+    given = answer_prompts(answerer._model, base.tokenizer, task, prompts)
+    assert found.usage == {
+        "prompt_tokens": sum(map(len, prompts)),
+        "completion_tokens": sum(answer.num_tokens for answer in given),
+    }
+    longest = generation.answer_limit(base.tokenizer, task.schema, task.max_new_tokens)
+    assert all(0 < answer.num_tokens <= longest for answer in given)
+    assert all(answer.num_tokens == longest for answer in given if answer.is_cut)

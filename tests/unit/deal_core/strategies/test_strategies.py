@@ -136,6 +136,8 @@ def test_rank_beyond_a_module_is_refused(train):
 
 def test_notes_say_how_full_the_adapter_is(parent, train):
     notes = train("deal", parent, deal=DealConfig(energy=1.0, free_share=0.5)).result.notes
-    assert any("the adapter is full in 4 of 4 modules" in note for note in notes)
+    assert any("the adapter is full in 4 of 4 modules" in note and "% of what it had learned" in note for note in notes)
+    fits = train("deal", parent, deal=DealConfig(energy=0.1, free_share=0.5)).result.notes
+    assert not any("full" in note for note in fits)
     roomy = train("deal", parent, deal=DealConfig(energy=0.1)).result.notes
     assert not any("full" in note for note in roomy), "a core that leaves its share of free slots is no remark"

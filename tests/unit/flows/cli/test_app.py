@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,11 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
+import tenacity
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from flows.cli.app import TOPICS, app
+from flows.server.embedded import ui_address
 from tests.in_process import put_back
 
 ROOT = Path(__file__).parents[4]
@@ -321,20 +328,30 @@ def test_ui_shows_no_password(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> No
             assert "secret" not in result.output and ".example" in result.output
 
 
-def test_ui_starts_the_server_with_no_password_among_the_arguments(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ui_starts_the_server_with_no_password_among_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db.example/mlflow")
-    started: list[Any] = []
+    address = ui_address(5000)
+    assert "secret" not in " ".join(address.command)
+    assert address.environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:secret@db.example/mlflow"
 
-    def start(command: list[str], *, check: bool, **options: Any) -> Any:
-        started.append((command, options["env"]))
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("flows.server.embedded.subprocess.run", start)
-    monkeypatch.setattr("flows.server.embedded._open_when_ready", lambda url: None)
-    assert deal("ui", "--open").exit_code == 0
-    ((command, environment),) = started
-    assert "secret" not in " ".join(command)
-    assert environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:secret@db.example/mlflow"
+def test_ui_that_is_told_to_end_leaves_no_server(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from flows.cli.app import main; main()", "ui", "--open", "--port", str(port)]
+    ui = psutil.Popen([*command, "--home", str(home)], env={**os.environ, "BROWSER": "true"}, stdout=subprocess.DEVNULL)
+    try:
+        for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(300)):
+            with attempt:
+                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+        servers = ui.children(recursive=True)
+        assert servers
+        ui.send_signal(signal.SIGTERM)
+        assert ui.wait(120) == 128 + signal.SIGTERM
+        assert psutil.wait_procs(servers, timeout=120)[1] == []
+    finally:
+        for process in (ui, *ui.children(recursive=True)) if ui.is_running() else ():
+            process.kill()
 
 
 def test_home_option_wins_over_the_environment(deal: Deal, tmp_path: Path) -> None:

@@ -61,6 +61,20 @@ def test_a_flow_inside_a_command_goes_on_with_the_bar_of_the_command() -> None:
     assert screen._progress is None
 
 
+def test_without_a_terminal_a_line_tells_the_progress_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("flows.cli.console.time.monotonic", lambda: now)
+    screens = [Screen(), Screen(as_json=True)]
+    for second in range(101):
+        now = float(second)
+        for screen in screens:
+            screen.advanced("train", second, 400, "loss 0.5")
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert lines == [["train", str(done), "of", "400", "loss", "0.5"] for done in (30, 60, 90)]
+
+
 def text(*shown: RenderableType) -> str:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for renderable in shown:

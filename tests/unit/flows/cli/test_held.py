@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from flows.cli.app import app
 from tasks.context import current_store
+from tasks.housekeeping.arrivals import find_arrival
 from tasks.inbox import find_held, look, read_state, write_state
 from tests.in_process import put_back
 
@@ -44,6 +45,7 @@ def found(result: Result) -> Any:
 def test_programs_find_a_held_arrival_beside_those_that_have_a_dataset(deal: Deal) -> None:
     (held,) = found(deal("data", "list", "--json"))
     assert (held["name"], held["task"], held["dataset_sha256"]) == (KEY, "parcels", None)
+    assert (held["file"], held["landed"]) == (KEY.rpartition("/")[2], None)
     assert held["state"] == f"held for l: {WHY}"
 
 
@@ -65,3 +67,14 @@ def test_it_must_be_clear_which_arrivals_are_released(deal: Deal, words: list[st
     assert result.exit_code == 2 and result.stdout == ""
     assert "Name the held arrivals" in result.stderr
     assert [arrival.key for arrival in find_held(current_store(), "l")] == [KEY], "it is still held"
+
+
+def test_an_arrival_that_was_not_learned_is_found_by_the_name_of_its_file(deal: Deal, home: Path) -> None:
+    name = KEY.rpartition("/")[2]
+    assert find_arrival(current_store(), name).key == KEY
+    other = home / "store" / "inbox" / "bank" / name
+    other.parent.mkdir()
+    other.write_text("other rows\n")
+    for words, code in (([name], "ambiguous-arrival"), (["june.csv"], "unknown-arrival")):
+        refused = deal("data", "delete", *words, "--dry-run", "--json")
+        assert refused.exit_code == 2 and json.loads(refused.stderr)["code"] == code

@@ -8,14 +8,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 import flows.server.status
 from flows.cli.app import app
 from flows.server.status import _reason, _unusable_files, may_name_a_server, read_status
+from infra.run_journal import Run, RunJournal
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.local import open_store
-from tasks.context import current_store
+from tasks.context import current_store, lineage_lock
 from tasks.inbox import Arrival, InboxState, look
 from tests.in_process import put_back
 from tests.stored_versions import move, store_version
@@ -123,3 +125,33 @@ def test_what_mlflow_lacks_is_said_in_one_line_and_by_name(home: Path) -> None:
     assert "l: MLflow lacks 3 entries; the next run or deal server sync writes what is missing" in " ".join(
         said.split()
     )
+
+
+def test_a_run_of_a_command_is_shown_without_a_server_while_it_works(home: Path) -> None:
+    started = datetime(2030, 1, 1, 12, tzinfo=UTC)
+    run = Run(
+        lineage="l",
+        task="bank",
+        run_key="a" * 64,
+        dataset_uri="datasets/bank",
+        dataset_sha256="d" * 64,
+        num_rows={"train": 102, "test": 20, "rejected": 0},
+        base_sha256="b" * 64,
+        parent_version=None,
+        params={},
+        started=started,
+    )
+
+    def shown() -> str | None:
+        return next(lineage.run for lineage in asyncio.run(read_status(home)).lineages if lineage.lineage == "l")
+
+    lineage_lock("l").parent.mkdir()
+    with FileLock(lineage_lock("l")):
+        assert shown() == "a run works on it", "the lineage has no version yet"
+        RunJournal(current_store()).start(run)
+        assert shown() == "a run learns bank (102 training rows) since 2030-01-01 12:00 UTC"
+        with put_back():
+            said = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
+        assert "l: a run learns bank (102 training rows)" in said
+    store_version(current_store(), {})
+    assert shown() is None, "the run was killed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -120,6 +121,24 @@ def test_an_answer_that_was_cut_says_so(client: openai.OpenAI) -> None:
     assert chat.choices[0].finish_reason == "length"
     stream = client.chat.completions.create(model="l", messages=[message], stream=True)  # type: ignore[list-item]
     assert [piece.choices[0].finish_reason for piece in stream] == [None, "length"]
+
+
+def test_an_answer_that_is_no_label_of_its_task_has_a_problem(port: int) -> None:
+    head = {"Authorization": f"Bearer {KEY}"}
+
+    def ask(path: str, **body: object) -> dict[str, Any]:
+        found = httpx.post(f"http://127.0.0.1:{port}{path}", json=body, headers=head)
+        assert found.status_code == 200
+        return dict(found.json())
+
+    one, two = ask("/v1/completions", model="l", prompt=["a", "other"])["choices"]
+    assert "problem" not in one and two["problem"] == "the answer is no label of bank"
+    chat = ask("/v1/chat/completions", model="l/talk", messages=[USER])["choices"][0]
+    assert "problem" not in chat, "the task has no labels"
+    rows = [{"input": "a"}, {"input": "other"}]
+    found = ask("/invocations", dataframe_records=rows)["predictions"]
+    assert [row["problem"] for row in found] == [None, "the answer is no label of bank"]
+    assert all("problem" not in row for row in ask("/invocations", dataframe_records=rows[:1])["predictions"])
 
 
 def test_models_are_the_champion_its_version_and_its_tasks(client: openai.OpenAI) -> None:

@@ -72,7 +72,8 @@ def read_until_closed(connection: socket.socket) -> bytes:
 def test_rows_are_answered_in_each_of_mlflows_forms(port: int, body: Any) -> None:
     found = ask(port, body)
     assert found.status_code == 200, found.text
-    assert found.json() == {"predictions": [{"output": "A TEXT", "task": "bank", "version": "3", "lineage": "l"}]}
+    row = {"output": "A TEXT", "task": "bank", "version": "3", "lineage": "l"}
+    assert found.json() == {"predictions": [{**row, "problem": "the answer is no label of bank"}]}
     assert (found.headers["X-Deal-Version"], found.headers["X-Deal-Lineage"]) == ("3", "l")
 
 
