@@ -66,7 +66,7 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
         name = known.schema.name
         if (learned := new.task(name)) is None:
             continue
-        if is_comparable and forgotten_tests(store, name, learned.dataset_uri) is None:
+        if is_comparable and forgotten_tests(store, name, learned.test_uris) is None:
             rows = load_test_set(store, learned).rows
             both = now.now.get(name, {}).keys() & then.now.get(name, {}).keys()
             rows = rows.select([place for place, digest in enumerate(rows["sha256"]) if digest in both])
@@ -79,7 +79,7 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
                 accuracies[name], before[name] = (sum(each) / len(each) for each in marks)
                 num_rows[name] = len(rows)
                 continue
-        is_same = dataset_sha256(known.dataset_uri) == dataset_sha256(learned.dataset_uri)
+        is_same = [*map(dataset_sha256, known.test_uris)] == [*map(dataset_sha256, learned.test_uris)]
         if is_same and name in old.accuracies() and name in accuracies:
             before[name] = old.accuracies()[name]
     compared = replace(
