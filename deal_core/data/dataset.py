@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -225,7 +225,7 @@ class ArrivalReader:
             num_several=num_several,
         )
 
-    def _checked_batches(self) -> Iterator[tuple[_File, RowBatch, Checked]]:
+    def _checked_batches(self) -> Generator[tuple[_File, RowBatch, Checked]]:
         """The batches of all files, and what was found in each."""
         for counts in self._counts.values():
             counts.num_read = 0

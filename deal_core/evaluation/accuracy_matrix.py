@@ -48,7 +48,7 @@ class AccuracyMatrix(VersionedJson):
     num_rows: tuple[tuple[int | None, ...], ...] = ()
     """Test rows behind each cell: first those of `base`, then those of `rows`. Empty: they are not known, as for a
     benchmark."""
-    on_fewer: Mapping[str, tuple[Cell, ...]] = field(default_factory=dict, hash=False)
+    on_fewer: Mapping[str, tuple[CellScore, ...]] = field(default_factory=dict, hash=False)
     """For each task whose test rows have grown: the last version's scores on the rows of before each growth. A version
     of that time is compared with these: what was forgotten is told by the rows that both answered."""
     slices: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -90,7 +90,7 @@ class AccuracyMatrix(VersionedJson):
         base_accuracy: float | None,
         parent_accuracy: float | None,
         num_rows: Mapping[str, int] | None = None,
-        on_fewer: Mapping[str, tuple[Cell, ...]] | None = None,
+        on_fewer: Mapping[str, tuple[CellScore, ...]] | None = None,
     ) -> AccuracyMatrix:
         """A new matrix with one more version, trained on `task`, which is new to the lineage or not.
 
@@ -159,7 +159,7 @@ class AccuracyMatrix(VersionedJson):
         self,
         accuracies: Mapping[str, float],
         num_rows: Mapping[str, int] | None = None,
-        on_fewer: Mapping[str, tuple[Cell, ...]] | None = None,
+        on_fewer: Mapping[str, tuple[CellScore, ...]] | None = None,
     ) -> AccuracyMatrix:
         """A new matrix with a version more that learned all tasks together; the arguments are those of `with_row`."""
         task = self.trained[-1]

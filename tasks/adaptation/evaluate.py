@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, Cell
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, CellScore
 from deal_core.evaluation.interval import score_text
 from deal_core.evaluation.metrics import right_answers, score_answers
 from deal_core.evaluation.report import AdapterFacts, AddedRows, Debt, EvaluationReport, Scores, mean_score
@@ -355,12 +355,12 @@ def _report(
     )
 
 
-def _on_fewer(task: KnownTask, outcomes: Scores) -> tuple[Cell, ...]:
+def _on_fewer(task: KnownTask, outcomes: Scores) -> tuple[CellScore, ...]:
     """The version's scores on the test rows that the task had before each growth; none if not all rows were asked."""
     if len(outcomes) != task.num_test:
         return ()
     sizes = list(accumulate(part.num_rows for part in task.tests[:-1]))
-    return tuple(Cell(mean_score(outcomes[:size]), size) for size in sizes if size)
+    return tuple(CellScore(mean_score(outcomes[:size]), size) for size in sizes if size)
 
 
 def _debts(

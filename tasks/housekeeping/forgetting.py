@@ -221,16 +221,16 @@ def _look_at(
         staying = {
             name: [uri for uri in uris if dataset_sha256(uri) not in arrival.sha256s] for name, uris in tests.items()
         }
-        left = {name: frozenset(chain.from_iterable(map(digests_of_tests, uris))) for name, uris in staying.items()}
+        digests = {name: frozenset(chain.from_iterable(map(digests_of_tests, uris))) for name, uris in staying.items()}
         if "champion" in version.aliases and tests.get(arrival.task):
             is_unjudged = not any(store.exists(f"{uri}/{TEST_FILE}") for uri in staying[arrival.task])
         key, number = f"{version.adapter_uri}/{REFERENCE_FILE}", version.version
-        if holds_others(store, key, arrival.task, left.get(arrival.task, ())):
-            places.append(RowsPlace(kind="reference rows", address=key, lineage=lineage, version=number, left=left))
+        if holds_others(store, key, arrival.task, digests.get(arrival.task, ())):
+            places.append(RowsPlace(kind="reference rows", address=key, lineage=lineage, version=number, left=digests))
         answers = store.find(f"{version.adapter_uri}/{ANSWERS_FILE}")
-        if answers and has_others(store, version.adapter_uri, left):
+        if answers and has_others(store, version.adapter_uri, digests):
             place = _file("answers", answers, lineage=lineage, version=number)
-            places.append(place.model_copy(update={"left": left}))
+            places.append(place.model_copy(update={"left": digests}))
 
     # Runs without a version that learned from the arrival or continue an affected version left folders.
     registered = {version.run_key for version in versions}

@@ -93,7 +93,16 @@ def test_test_rows_grow_by_accepted_versions_and_judge_from_the_next_one_on(tiny
     outcome = evaluation["outcomes"]["colours"]
     assert share == sum(map(int, outcome[:20])) / 20
 
-    # May is deleted: its test rows go, and the answers to them alone. The task lacks test rows again.
+
+@pytest.mark.nightly(minutes=4)
+def test_deleted_test_rows_go_with_the_answers_to_them_and_the_task_lacks_some_again(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    first, may, july = (
+        learn(tiny_base, tmp_path, month, rows_of(month, number))
+        for month, number in (("april", 60), ("may", 80), ("july", 60))
+    )
+    assert [answered(each) for each in (first, may, july)] == [20, 36, AIM]
     plan = asyncio.run(forget(may.dataset.sha256)).plan
     assert plan.unjudged == () and [answered(each) for each in (first, may, july)] == [20, 20, AIM - 16]
     assert asyncio.run(forget(may.dataset.sha256)).plan.held == (), "nothing is left to delete"

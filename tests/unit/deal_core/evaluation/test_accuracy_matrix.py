@@ -9,7 +9,7 @@ import json
 import numpy
 import pytest
 
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, Cell, paired_interval
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, CellScore, paired_interval
 
 THREE = AccuracyMatrix(
     tasks=("a", "b", "c"),
@@ -83,7 +83,7 @@ def test_what_was_forgotten_is_told_by_the_rows_that_both_versions_answered() ->
         base_accuracy=0.0,
         parent_accuracy=0.0,
         num_rows={"a": 30, "b": 9},
-        on_fewer={"a": (Cell(0.6, 10),)},
+        on_fewer={"a": (CellScore(0.6, 10),)},
     )
     assert [row[0] for row in grown.cells] == [(0.1, 10), (0.6, 10), (0.7, 10), (0.3, 30)]
     assert grown.forgetting == pytest.approx(0.1) and grown.backward_transfer == 0.0
@@ -101,7 +101,7 @@ def test_what_was_forgotten_is_told_by_the_rows_that_both_versions_answered() ->
         base_accuracy=None,
         parent_accuracy=None,
         num_rows={"a": 30, "b": 9},
-        on_fewer={"a": (Cell(0.6, 10),)},
+        on_fewer={"a": (CellScore(0.6, 10),)},
     )
     assert on_ten.forgetting_by_task["a"] == pytest.approx(0.1), "as much was lost on the thirty rows as on the ten"
 
