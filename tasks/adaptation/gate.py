@@ -41,6 +41,13 @@ class Judged(NamedTuple):
     """Tasks that only the other version knows."""
     unjudged: tuple[str, ...]
     """Tasks that both know, and of which no test row judges both."""
+    waits_if_unsure: bool
+    """Whether the version's gate says `unsure: approve`."""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why a person has to accept the version in place of the other one; empty: nobody has to."""
+        return (*self.decision.reasons, *(self.decision.unsure if self.waits_if_unsure else ()))
 
 
 def judge_against(store: ObjectStore, version: Version, other: Version) -> Judged:
@@ -100,4 +107,5 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
         num_rows={name: num_rows[name] for name in before if name in num_rows},
         missing=tuple(name for name in names if new.task(name) is None),
         unjudged=tuple(name for name in names if new.task(name) is not None and name not in before),
+        waits_if_unsure=gate.unsure == "approve",
     )
