@@ -217,7 +217,11 @@ class DataConfig:
     """Limits for a landed file, and the settings of its split."""
 
     test_share: Annotated[Positive, Field(lt=1)] = 0.2
-    """Share of rows held out as test rows, chosen by hash. A split in the file replaces it."""
+    """Share of a first arrival's rows held out as test rows, chosen by hash: at least 30, or a third of fewer than 90
+    rows. A split in the file replaces it."""
+    test_rows: CountOrZero = 100
+    """Test rows that a task aims at. Until it has them, each accepted version adds test_share of its new rows to those
+    of its task. Test rows that the user chose stay as they are."""
     max_bad_share: Share = 0.2
     """A file with a larger share of bad rows is refused as a whole."""
     max_text_chars: Count = 20_000

@@ -83,8 +83,8 @@ class GateConfig:
     """automatic: a version that passes is promoted. manual: it waits until a person promotes it."""
     unsure: Literal["promote", "approve"] = "promote"
     """What happens to a version that passes, although an old task has too few test rows to see a drop of
-    max_drop_points. promote: nothing but a note. approve: it waits until a person promotes it. A branch does not
-    wait."""
+    max_drop_points. promote: nothing but a note. approve: it waits until a person promotes it. Of the versions
+    that deal data delete --relearn makes, the last one alone waits: deal lineage branch accepts it."""
     rollout: Literal["none", "shadow", "canary"] = "none"
     """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
     answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,

@@ -17,6 +17,7 @@ from deal_core.errors import DealError, in_one_line
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, MatrixJson
 from deal_core.evaluation.arrival_check import ArrivalScore
 from deal_core.evaluation.interval import score_text
+from deal_core.evaluation.report import AddedRows
 from deal_core.safe_text import listed
 from flows.lock import lock_lineage
 from infra.disk import disk_full
@@ -102,6 +103,8 @@ class AdaptResult(BaseModel, frozen=True):
     """Of an arrival that is held: the rows whose label the champion contradicts most surely."""
     accuracies: dict[str, float] = {}
     """Task → accuracy of the version on the task's test rows; empty if nothing was trained."""
+    added: AddedRows | None = None
+    """The test rows that the version adds to those of its task, and the scores on them."""
     scores: Scores | None = None
     """None: nothing was trained."""
     matrix: MatrixJson | None = None
@@ -229,7 +232,9 @@ async def begin(
     dataset = remake.dataset if remake else None
     if dataset is None:
         asked = remake.asked if remake else None
-        dataset = await stages.run("ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again, asked)
+        dataset = await stages.run(
+            "ingest", ingest_arrival, spec.task, spec.data, record, spec.lineage, again, asked, parent
+        )
         stages.done("ingest", _describe_dataset(dataset))
     _say(dataset.warnings)
     # Before the base model is loaded: most repeats are known by their rows alone. A branch repeats on purpose.
@@ -444,6 +449,7 @@ def adapted(version: Version, findings: Findings, seconds: dict[str, float]) -> 
         message=f"Version {version.version} of {version.lineage} {verdict}.",
         arrival=version.arrival,
         accuracies=dict(report.accuracies),
+        added=report.added,
         scores=Scores.of(report.matrix),
         matrix=report.matrix.to_json(),
         metrics=dict(report.metrics),

@@ -225,7 +225,8 @@ def _kept_dataset(store: ObjectStore, step: Step, version: Version, parent: Vers
     dataset = read_findings(version.adapter_uri).dataset
     known = read_record(store, parent).task(step.task) if parent else None
     new = [label for label in step.labels if known is not None and label not in known.schema.labels]
-    return dataset.model_copy(update={"new_labels": tuple(new)})
+    # it adds no test rows: their texts may have been learned in the branch
+    return dataset.model_copy(update={"new_labels": tuple(new), "num_added": 0})
 
 
 def _spec_of(store: ObjectStore, branch: Branch, step: Step, version: Version) -> AdaptSpec:

@@ -133,7 +133,7 @@ async def relearn(
             judgement.model_dump(include={"before", "accuracies", "num_rows"}) if judgement else {}
         )
         if judgement and judgement.waits:
-            worse = f"version {tip.version} is worse than version {branch.champion}. {' '.join(judgement.reasons)}"
+            worse = f"version {tip.version} may be worse than version {branch.champion}. {' '.join(judgement.reasons)}"
             accept = f"Accept it with: deal lineage branch {lineage} --accept --reason REASON"
             return stopped(branch, f"{worse} {accept}", **figures)
         swap_in(store, branch, tip, who, judgement.accepted.why if judgement and judgement.accepted else "")
@@ -177,7 +177,7 @@ async def _judge(store: ObjectStore, branch: Branch, tip: Version) -> Judgement 
         accuracies=judged.accuracies,
         num_rows=judged.num_rows,
         unjudged=judged.unjudged,
-        reasons=judged.decision.reasons,
+        reasons=judged.reasons,
     )
     branches.judge(branch, judgement)
     return judgement

@@ -131,7 +131,7 @@ def _ask(
 ) -> AskedArrival | None:
     name = spec.task.name
     known, line = record.task(name), descent(Versions(store).all(record.lineage), champion)
-    if known is None or forgotten_tests(store, name, known.dataset_uri) is not None:
+    if known is None or forgotten_tests(store, name, known.test_uris) is not None:
         return None
     kind, labels = known.schema.format, {label_key(label) for label in known.schema.labels}
     assert kind != "auto", "a task that was learned has a format"

@@ -19,8 +19,10 @@ from deal_core.evaluation.metrics import require_metric
 from deal_core.safe_text import brief
 from infra.settings import IngestSettings
 from infra.store.base import ObjectStore
+from infra.versions import Version, Versions, descent
 from tasks.data_files import local_files
-from tasks.lineage.frozen_rows import read_test_rows
+from tasks.lineage.datasets import learned_inputs, read_manifest
+from tasks.lineage.frozen_rows import parts_left, read_test_rows
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import AskedFor, added_labels, is_renewal_asked
 from tasks.lineage.tombstones import forgotten_tests
@@ -39,11 +41,13 @@ def landing_of(
     config: DataConfig,
     on_progress: Callable[[int], None] | None = None,
     *,
+    parent: Version | None = None,
     asked: AskedFor | None = None,
 ) -> Iterator[Landing]:
     """Yield the arrival's files on this machine, with all that its rows are checked by.
 
-    `asked` is what was asked for the task when the arrival was learned before; None: what is asked today counts.
+    `parent` is the version with the record; None: the arrival adds no test rows to those of a known task. `asked` is
+    what was asked for the task when the arrival was learned before; None: what is asked today counts.
 
     Raises:
         DataValidationError: There is no such file.
@@ -51,6 +55,9 @@ def landing_of(
     """
     known = record.task(task.name) if record else None
     frozen = frozen_tests(store, record, known) if record and known else FrozenTests()
+    num_lacking, learned = 0, frozenset[bytes]()
+    if known and parent and (num_lacking := _num_lacking(store, known, config)):
+        learned = learned_inputs(store, descent(Versions(store).all(parent.lineage), parent), task.name)
     with local_files(store, task.data) as sources, local_files(store, task.test_data or ()) as test_sources:
         yield Landing(
             sources=sources,
@@ -59,6 +66,8 @@ def landing_of(
             test_sources=test_sources,
             frozen_test_inputs=frozen.inputs,
             frozen_likeness=frozen.likeness,
+            num_lacking=num_lacking,
+            learned_inputs=learned,
             renews_tests=bool(
                 record and known and (asked.renews_tests if asked else is_renewal_asked(store, record.lineage, known))
             ),
@@ -66,6 +75,14 @@ def landing_of(
             check=checked_on_ray if IngestSettings().ingest == "ray" else checked_here,
             new_label_remedy=_new_label_remedy(task.name, record),
         )
+
+
+def _num_lacking(store: ObjectStore, known: KnownTask, config: DataConfig) -> int:
+    """The number of test rows that a task lacks. Test rows that the user chose never lack any."""
+    parts = parts_left(store, known.grown())
+    if not parts or read_manifest(store, parts[0].dataset_uri).split == "given":
+        return 0
+    return max(0, config.test_rows - sum(part.num_rows for part in parts))
 
 
 def _new_label_remedy(task: str, record: LineageRecord | None) -> str:
@@ -138,13 +155,14 @@ def frozen_tests(store: ObjectStore, record: LineageRecord, known: KnownTask) ->
     The result is empty for a task whose test rows were forgotten: the arrival brings the test rows.
     """
     name, kind = known.schema.name, known.schema.format
-    if forgotten_tests(store, name, known.dataset_uri):
+    present = known.grown().test_uris
+    if forgotten_tests(store, name, present):
         return FrozenTests()
     assert kind != "auto", "a task that was learned has a format"
-    datasets = [known.dataset_uri, *(earlier.dataset_uri for earlier in record.slices if earlier.of == name)]
+    earlier = [uri for part in record.slices if part.of == name for uri in part.test_uris]
     inputs, alike = set[bytes](), set[int]()
-    for uri in datasets:
-        if not forgotten_tests(store, name, uri):
+    for uri in (*present, *earlier):
+        if not forgotten_tests(store, name, [uri]):
             texts = read_test_rows(store, uri, ["input"]).column("input").combine_chunks()
             inputs.update(stored_input_digest(kind, text) for text in texts.to_pylist())
             alike.update(likeness(kind, texts))

@@ -172,7 +172,8 @@ def plan(
     num_versions = len(record.matrix.trained) if record else 0
     on_progress("reading the file")
     with temporary_folder() as folder:
-        with landing_of(store, spec.task, choose_schema(store, spec.task, record), record, spec.data) as landing:
+        schema = choose_schema(store, spec.task, record)
+        with landing_of(store, spec.task, schema, record, spec.data, parent=champion) as landing:
             try:
                 manifest = build_dataset(landing, folder / "dataset")  # by the rules of ingest
             except ArrivalRefusedError as error:

@@ -40,6 +40,8 @@ class DatasetRef(Reference):
     sha256: str
     num_train: int
     num_test: int
+    num_added: int = 0
+    """Test rows with new texts, which are added to those of a known task."""
     num_rejected: int
     """Bad rows, which were left out."""
     quarantine: str | None = None

@@ -179,7 +179,7 @@ def validate(
     record = read_record(store, champion) if champion else None
     base = choose_base(spec, record)
     schema, config = choose_schema(store, arrival, record), replace(spec.data, include_texts=True)
-    with landing_of(store, arrival, schema, record, config, on_progress) as landing:
+    with landing_of(store, arrival, schema, record, config, on_progress, parent=champion) as landing:
         kept = _TrainingRows()
 
         def keep(rows: pa.RecordBatch) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,10 @@ from deal_core.errors import DataValidationError
 from deal_core.safe_text import listed, shorten
 
 MAX_INFERRED_LABELS = 64
+MIN_TESTS = 30
+"""Test rows that a first arrival gives at least, or a third of its rows where a third is fewer."""
+MANY_TEXTS = 1000
+"""From this number of texts on, a threshold of the digests draws a share that is near enough."""
 MIN_DRAWN = 0.5
 """Rows drawn at random become new test rows if they are at least this part of the usual share of test rows."""
 
@@ -82,6 +87,11 @@ class Landing:
     are bad rows. If the file names no split, only rows with these texts are test rows."""
     frozen_likeness: Collection[int] = ()
     """The `likeness` of these texts. Training rows that are like them are named."""
+    num_lacking: int = 0
+    """Test rows that the task lacks. So many new rows at most, and `test_share` of them, are added to the permanent
+    ones, unless the file names a split."""
+    learned_inputs: Collection[bytes] = ()
+    """If test rows are lacking: digests of the texts that the lineage has been trained on, which never test it."""
     renews_tests: bool = False
     """Whether the file brings new test rows in place of the permanent ones: they are decided as for a new task."""
     new_label_remedy: str = "A label that is new is added to the task's labels: task.labels."
@@ -90,7 +100,8 @@ class Landing:
     """Checks the rows of the files, in this process or elsewhere."""
     on_progress: Callable[[int], None] | None = None
     """Called after each batch with the number of rows read. The files are read twice if they name their split, or if
-    the labels are taken from them."""
+    the labels are taken from them, or if test rows are lacking. Their first rows are read twice if digests choose the
+    test rows of a new task."""
 
     @property
     def name(self) -> str:
@@ -101,11 +112,12 @@ class Landing:
 def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     """Check a landed file and write the dataset: train.parquet, test.parquet, manifest.json and quarantine.jsonl.
 
-    Test rows are decided by a test file, else by the column "split", else by the digests of the rows' texts. A text's
-    digest puts it on the same side in every file, with any answer. New test rows of a known task are those drawn at
+    Test rows are decided by a test file, else by the column "split", else by the digests of the rows' texts: those with
+    the smallest digests are test rows, whatever their answer is and whatever the order of the rows is. They are
+    `test_share` of the rows, and at least MIN_TESTS or a third. New test rows of a known task are those drawn at
     random, if the file says it (`is_random`) and they are enough: the others were chosen as uncertain, so they say
-    nothing about the usual text. Files of an earlier call are replaced. The manifest has the task's format and labels
-    filled in.
+    nothing about the usual text. A known task that lacks test rows gets them by the digests of new texts too. Files of
+    an earlier call are replaced. The manifest has the task's format and labels filled in.
 
     Raises:
         ArrivalRefusedError: There are too many bad rows, no training row or no test row; quarantine.jsonl is written.
@@ -178,14 +190,19 @@ class ArrivalReader:
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
         self._turns, self._beginnings = DigestSet(), DigestSet()
+        self._grows = bool(self._frozen) and not landing.renews_tests and not self._is_split_given
+        self._grows &= landing.num_lacking > 0
+        self._learned_set = DigestSet(landing.learned_inputs)
+        self._largest_test_word = -1 if self._grows else math.ceil(self._config.test_share * 2**32) - 1
+        self._num_added = 0
 
     def validate(self, keep: Keep, reject: Callable[[BadRow, object], None]) -> ValidationReport:
         """Check every row in order; pass it to `keep` or to `reject`."""
         infers_labels = self.task.format == "labelled" and not self.task.labels
-        if infers_labels or self._names_split:
+        if infers_labels or self._names_split or self._chooses_tests:
             self._survey(infers_labels)
         self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
-        brings_tests = not self._frozen or self._landing.renews_tests
+        brings_tests = not self._frozen or self._landing.renews_tests or self._grows
         self._doubts = DoubtFinder(self.task, self._landing.frozen_likeness, brings_tests=brings_tests)
         num_several = 0
         for file, batch, checked in self._checked_batches():
@@ -208,7 +225,7 @@ class ArrivalReader:
             num_several=num_several,
         )
 
-    def _checked_batches(self) -> Iterator[tuple[_File, RowBatch, Checked]]:
+    def _checked_batches(self) -> Generator[tuple[_File, RowBatch, Checked]]:
         """The batches of all files, and what was found in each."""
         for counts in self._counts.values():
             counts.num_read = 0
@@ -232,36 +249,60 @@ class ArrivalReader:
     def _is_test_text(self, input_digests: Digests) -> npt.NDArray[np.bool_]:
         """Which texts are test rows' by their digests.
 
-        If the task has frozen test rows and does not renew them, only rows with their texts are test rows; all other
-        rows can be learned.
+        If the task has frozen test rows and does not renew them, rows with their texts are test rows, and those that
+        are added. All other rows can be learned.
         """
-        if self._frozen and not self._landing.renews_tests:
-            return self._frozen_set.contains(input_digests)
-        first_words = np.ascontiguousarray(input_digests).view(">u4")[::8]
-        return np.asarray(first_words / 2**32 < self._config.test_share)
+        if not self._frozen or self._landing.renews_tests:
+            return _first_words(input_digests) <= self._largest_test_word
+        is_test = self._frozen_set.contains(input_digests)
+        if self._grows:
+            is_small = _first_words(input_digests) <= self._largest_test_word
+            is_test |= is_small & ~self._learned_set.contains(input_digests)
+        return is_test
+
+    @property
+    def _chooses_tests(self) -> bool:
+        """Whether digests choose new test rows."""
+        is_new = not self._frozen or self._landing.renews_tests
+        return self._grows or (is_new and not self._is_split_given)
 
     def _survey(self, infers_labels: bool) -> None:
         """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
         num_good = num_test = 0
+        words = np.zeros(0, np.int64)  # of the texts' digests, each once; only the smallest can become test rows
+        share, lacking = self._config.test_share, self._landing.num_lacking
+        num_words = math.ceil(lacking / share) if self._grows else None
         is_drawn = self._files[0].columns.splitting == "is_random"
-        for file, _, (good, _) in self._checked_batches():
-            is_test = self._is_test(good, file)
-            num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
-            if self._is_split_given:
-                self._test_inputs.add(digests_in(good, "input_digest")[is_test])
-            if infers_labels:
-                for found in good.column("output").value_counts().to_pylist():
-                    label = found["values"]
-                    spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
-                if len(spellings) > MAX_INFERRED_LABELS:
-                    shown = spellings if self._config.include_texts else ()
-                    raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
+        with closing(self._checked_batches()) as batches:
+            for file, _, (good, _) in batches:
+                is_test = self._is_test(good, file)
+                num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
+                if self._is_split_given:
+                    self._test_inputs.add(digests_in(good, "input_digest")[is_test])
+                if self._grows or len(words) <= MANY_TEXTS:
+                    inputs = digests_in(good, "input_digest")
+                    if self._grows:
+                        inputs = inputs[~(self._frozen_set.contains(inputs) | self._learned_set.contains(inputs))]
+                    words = np.unique(np.concatenate([words, _first_words(inputs)]))[:num_words]
+                elif not (infers_labels or self._names_split):
+                    break
+                if infers_labels:
+                    for found in good.column("output").value_counts().to_pylist():
+                        label = found["values"]
+                        spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
+                    if len(spellings) > MAX_INFERRED_LABELS:
+                        shown = spellings if self._config.include_texts else ()
+                        raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
         # Rows that were drawn at random judge only if they are enough, and leave rows to learn.
-        if is_drawn and not MIN_DRAWN * self._config.test_share * num_good <= num_test < num_good:
+        if is_drawn and not MIN_DRAWN * share * num_good <= num_test < num_good:
             self._files = [file.without("is_random") for file in self._files]
             self._is_split_given = False
             self._test_inputs = DigestSet(self._frozen)
+        if self._grows or (self._chooses_tests and len(words) <= MANY_TEXTS):
+            usual = round(share * len(words))
+            number = min(usual, lacking) if self._grows else max(usual, min(MIN_TESTS, len(words) // 3))
+            self._largest_test_word = int(words[number - 1]) if number else -1
         if infers_labels:
             # The commonest label comes first, in its commonest spelling.
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
@@ -287,6 +328,8 @@ class ArrivalReader:
         is_new = self._kept[split].add(digests_in(rows, "digest"))
         new = chosen(rows, is_new)
         keep(new, split)
+        if self._grows and split == "test":
+            self._num_added += int((~self._frozen_set.contains(digests_in(new, "input_digest"))).sum())
         self._contradictions.add(new, split)
         self._doubts.keep(batch, new, split)
         if self._learns_every_turn and split == "train":
@@ -332,6 +375,7 @@ class ArrivalReader:
             num_read=sum(side.num_read for side in counts),
             num_train=len(self._kept["train"]),
             num_test=len(self._kept["test"]),
+            num_added=self._num_added,
             num_rejected=sum(side.num_bad for side in counts),
             num_turns=len(self._turns) - len(self._beginnings),
             problems=dict(problems.most_common()),
@@ -391,6 +435,11 @@ def _alike(files: list[_File]) -> list[_File]:
             "arrival have one; give all of them this column, or none."
         )
     return [file.without("is_random") for file in files] if len(ways) > 1 else files
+
+
+def _first_words(digests: Digests) -> npt.NDArray[np.int64]:
+    """The first 32 bits of each digest, as numbers in the digests' order."""
+    return np.ascontiguousarray(digests).view(">u4")[::8].astype(np.int64)
 
 
 def _as_bad(batches: Sequence[pa.RecordBatch], reason: Reason) -> BadRows:

@@ -278,6 +278,8 @@ class DatasetManifest(
     num_read: int
     num_train: int
     num_test: int
+    num_added: int = 0
+    """Test rows with new texts, which are added to those of a known task."""
     num_rejected: int
     """Bad rows; num_read + num_turns = num_train + num_test + num_rejected."""
     problems: Mapping[str, int] = field(hash=False)

@@ -47,6 +47,9 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
     num_rows: tuple[tuple[int | None, ...], ...] = ()
     """Test rows behind each cell: first those of `base`, then those of `rows`. Empty: they are not known, as for a
     benchmark."""
+    on_fewer: Mapping[str, tuple[CellScore, ...]] = field(default_factory=dict, hash=False)
+    """For each task whose test rows have grown: the last version's scores on the rows of before each growth. A version
+    of that time is compared with these: what was forgotten is told by the rows that both answered."""
     slices: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Column with earlier test rows of a task → the task. Averages, forgetting and transfer leave these columns out."""
     measured_from: Mapping[str, int] = field(default_factory=dict, hash=False)
@@ -86,12 +89,14 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
         base_accuracy: float | None,
         parent_accuracy: float | None,
         num_rows: Mapping[str, int] | None = None,
+        on_fewer: Mapping[str, tuple[CellScore, ...]] | None = None,
     ) -> AccuracyMatrix:
         """A new matrix with one more version, trained on `task`, which is new to the lineage or not.
 
         `accuracies` are the new version's on every task so far, including `task`. On a new task, `base_accuracy` is the
         untouched base model's, and `parent_accuracy` the parent's before training. `num_rows` are the test rows of each
-        accuracy; None: they are not known. Base model and parent answered those of a new task too.
+        accuracy; None: they are not known. Base model and parent answered those of a new task too. `on_fewer` is of the
+        new version, see the field.
 
         Raises:
             ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
@@ -116,6 +121,7 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
             rows=(*rows, new_row),
             base=base,
             num_rows=sizes if is_known else (),
+            on_fewer=dict(on_fewer or {}),
         )
 
     def remeasured(
@@ -149,11 +155,16 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
         )
 
     def with_consolidation(
-        self, accuracies: Mapping[str, float], num_rows: Mapping[str, int] | None = None
+        self,
+        accuracies: Mapping[str, float],
+        num_rows: Mapping[str, int] | None = None,
+        on_fewer: Mapping[str, tuple[CellScore, ...]] | None = None,
     ) -> AccuracyMatrix:
         """A new matrix with a version more that learned all tasks together; the arguments are those of `with_row`."""
         task = self.trained[-1]
-        grown = self.with_row(task, accuracies, base_accuracy=None, parent_accuracy=None, num_rows=num_rows)
+        grown = self.with_row(
+            task, accuracies, base_accuracy=None, parent_accuracy=None, num_rows=num_rows, on_fewer=on_fewer
+        )
         return replace(grown, consolidated=(*self.consolidated, len(self.rows)))
 
     @property
@@ -179,7 +190,7 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
             first = self.measured_from.get(name, 0)
             rows = [row for row, task in enumerate(self.learned[:-1]) if task == name and row >= first]
             if rows:  # none: only the last version learned it, or it is a slice
-                best[name] = max(rows, key=lambda row: (self.rows[row][column] or 0.0, row))
+                best[name] = max(rows, key=lambda row: (self._lost_since(row, column), row))
         return best
 
     @property
@@ -190,13 +201,13 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
 
     @property
     def forgetting_by_task(self) -> dict[str, float]:
-        """Forgetting_i = max over i ≤ t < T of R[t][i], minus R[T][i], for every task learned before the last version.
+        """Forgetting_i = max over i ≤ t < T of R[t][i] − R[T][i], for every task learned before the last version.
 
-        The maximum starts at the first version trained on the task, or at the first one that was measured on the task's
-        present test rows. Versions that were not evaluated on the task do not count. A negative value is a gain. The
-        dict is empty with one task.
+        Both are of the test rows that version t answered. The maximum starts at the first version trained on the task,
+        or at the first one that was measured on the task's present test rows. Versions that were not evaluated on the
+        task do not count. A negative value is a gain. The dict is empty with one task.
         """
-        return {task.name: task.best - task.last for task in self._old_tasks()}
+        return {task.name: task.lost for task in self._old_tasks()}
 
     @property
     def forgetting(self) -> float | None:
@@ -210,8 +221,7 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
         It compares tasks with different metrics. None with one task, or if a task's best version is not above the base.
         """
         return mean_of_all(
-            (task.best - task.last) / (task.best - task.base) if task.best > task.base else None
-            for task in self._old_tasks()
+            task.lost / (task.best - task.base) if task.best > task.base else None for task in self._old_tasks()
         )
 
     @property
@@ -220,7 +230,7 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
 
         R[i][i] is of the first version trained on task i, or the first one measured on the task's present test rows.
         """
-        return mean_of_all(task.last - task.first for task in self._old_tasks())
+        return mean_of_all(task.gained for task in self._old_tasks())
 
     @property
     def forward_transfer(self) -> float | None:
@@ -248,21 +258,31 @@ class AccuracyMatrix(VersionedJson, what="The accuracy matrix", error=ValueError
         for column, (name, learned) in enumerate(zip(self.tasks, self.first_versions(), strict=True)):
             first = max(learned, self.measured_from.get(name, 0))
             if first < len(self.rows) - 1 and name not in self.slices:
-                values = [row[column] or 0.0 for row in self.rows[first:]]
-                old_tasks.append(_OldTask(name, self.base[column] or 0.0, values[0], max(values[:-1]), values[-1]))
+                lost = {row: self._lost_since(row, column) for row in range(first, len(self.rows) - 1)}
+                worst = max(lost, key=lost.__getitem__)
+                best = self.rows[worst][column] or 0.0
+                old_tasks.append(_OldTask(name, self.base[column] or 0.0, best, lost[worst], -lost[first]))
         return old_tasks
+
+    def _lost_since(self, row: int, column: int) -> float:
+        """What the last version has lost against the version of a row, on the test rows that both answered."""
+        last = self.rows[-1][column]
+        if fewer := self.on_fewer.get(self.tasks[column]):
+            last = {cell.num_rows: cell.share for cell in fewer}.get(self.num_rows[row + 1][column], last)
+        return (self.rows[row][column] or 0.0) - (last or 0.0)
 
 
 class _OldTask(NamedTuple):
-    """A task that was learned before the last version, and its accuracies on its present test rows."""
+    """A task that was learned before the last version."""
 
     name: str
     base: float
-    first: float
-    """Of the first version that was trained or measured on it."""
     best: float
-    """Without the last version."""
-    last: float
+    """Accuracy of the version against which the last one has lost most."""
+    lost: float
+    """What it has lost."""
+    gained: float
+    """What the last version has gained since the first one that was trained or measured on the task."""
 
 
 KeptMatrix = Annotated[

@@ -71,6 +71,19 @@ class Debt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AddedRows:
+    """The test rows that a version adds to those of its task, and its score on them, 0 to 1.
+
+    They judge from the next version on: wrong labels cannot judge the version that learned them.
+    """
+
+    num_rows: int
+    accuracy: float
+    parent_accuracy: float
+    base_accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationReport(VersionedJson, what="The evaluation report", error=ValueError, version=4):
     """Scores of one version, its parent and the untouched base.
 
@@ -115,6 +128,8 @@ class EvaluationReport(VersionedJson, what="The evaluation report", error=ValueE
     """Per labelled task, the new version's recall and share of answers of each label."""
     debts: Mapping[str, Debt] = field(default_factory=dict)
     """For each task that an ancestor learned, what it has lost since."""
+    added: AddedRows | None = None
+    """Test rows that the version adds to those of `task`; no other figure is of them."""
     is_consolidation: bool = False
     """Whether the version learned all tasks together, so that no task is its own."""
 
@@ -122,6 +137,11 @@ class EvaluationReport(VersionedJson, what="The evaluation report", error=ValueE
         missing = ({self.task} | set(self.parent_accuracies)) - set(self.accuracies)
         if missing:
             raise ValueError(f"The report of {self.task!r} has no accuracy of {sorted(missing)}; evaluate every task.")
+
+    @property
+    def base_accuracy_on_new_rows(self) -> float:
+        """The untouched base model's accuracy on the newest test rows of the task."""
+        return self.base_accuracy if self.added is None else self.added.base_accuracy
 
     def metric_name(self, task: str) -> str:
         """Name of a task's metric for people."""

@@ -27,10 +27,10 @@ from tasks.context import current_store
 from tasks.landing import choose_schema, frozen_tests, landing_of
 from tasks.lineage.consolidation import ConsolidationPlan, LearnedRows, Source, Start
 from tasks.lineage.datasets import retains_training_rows
-from tasks.lineage.frozen_rows import read_test_rows, require_unaltered
+from tasks.lineage.frozen_rows import read_test_rows, require_tests
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import AskedFor
-from tasks.lineage.tombstones import find_tombstone, refuse_forgotten, require_test_rows
+from tasks.lineage.tombstones import find_tombstone, refuse_forgotten
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.progress import advance
 from tasks.spec import AdaptSpec, parse
@@ -62,8 +62,7 @@ def plan_consolidation(
             "tasks; it cannot be consolidated."
         )
     for task in record.tasks:  # fail before the training, not after it
-        require_test_rows(store, task.schema.name, task.dataset_uri)
-        require_unaltered(store, task.dataset_uri)
+        require_tests(store, task.grown())
     kept = _kept_rows(store, champion, record)
     line = reversed(descent(Versions(store).all(lineage), champion))
     parts = [_part(store, version, kept) for version in line if not version.is_consolidation]

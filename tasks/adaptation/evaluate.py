@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prefect import task
 
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, CellScore
+from deal_core.evaluation.interval import score_text
 from deal_core.evaluation.metrics import right_answers, score_answers
-from deal_core.evaluation.report import AdapterFacts, Debt, EvaluationReport, Scores
+from deal_core.evaluation.report import AdapterFacts, AddedRows, Debt, EvaluationReport, Scores, mean_score
 from deal_core.evaluation.significance import PairedDrop
 from deal_core.safe_text import listed
 from infra.store.base import ObjectStore
@@ -26,6 +28,7 @@ from tasks.lineage.frozen_rows import (
     TestSet,
     answered_rows,
     keep_answers,
+    load_added,
     load_test_set,
     read_answers,
     within_budget,
@@ -51,7 +54,8 @@ def evaluate_version(
 
     A known task keeps its first prompts and lengths; `train.max_answer_tokens` applies to new tasks only. The rows of a
     known task are frozen, so the base's accuracies come from the record and the parent's answers from the store. The
-    parent is asked only rows without a stored answer.
+    parent is asked only rows without a stored answer. Test rows that the version adds to its task are asked of all
+    three, and scored apart.
 
     If a task's test rows were forgotten, the arrival's test rows replace them. Other tasks whose test rows were
     forgotten are then not judged, and keep the parent's figure. If test rows are renewed, the rows before stay as a
@@ -68,7 +72,7 @@ def evaluate_version(
     # Store the answers for the next version's comparison, and the reference for live traffic.
     before = scores.on_parent.answers if adaptation.record else scores.on_base.answers
     completed = {test_set.schema.name: scores.answered[test_set.schema.name] for test_set in asked.unanswered}
-    answers = KeptAnswers(now=scores.now.answers, before=before | completed, answerer=scorer.answerer)
+    answers = KeptAnswers(now=scores.now_answers, before=before | completed, answerer=scorer.answerer)
     keep_answers(store, trained.uri, answers)
     judging = [test_set for test_set in asked.all if test_set.schema.name not in asked.slices]
     write_reference(store, trained.uri, adaptation.lineage, judging, scores.now.evaluations)
@@ -92,6 +96,8 @@ class _Asked:
     """The rows of `old` without one."""
     all: list[TestSet]
     """As the new version is asked: with the labels that its task gains."""
+    added: TestSet | None
+    """The rows that the new version adds to those of its task."""
     slices: dict[str, str]
     """For each slice its task."""
     unjudged: tuple[str, ...]
@@ -105,7 +111,7 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, scorer: Scorer) 
     notes: list[str] = []
 
     def is_lost(task: KnownTask) -> bool:
-        return forgotten_tests(store, task.schema.name, task.dataset_uri) is not None
+        return forgotten_tests(store, task.schema.name, task.grown().test_uris) is not None
 
     # Only an arrival that replaces forgotten test rows of its own task may leave other tasks unjudged.
     unjudged: list[str] = []
@@ -114,14 +120,15 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, scorer: Scorer) 
     old: list[TestSet] = []
     if record:
         judged = [task for task in record.tasks if task != renewal.known and task.schema.name not in unjudged]
-        old = [load_test_set(store, task) for task in judged]
+        old = [load_test_set(store, task.grown()) for task in judged]
         for part in renewal.slices:  # asked as their tasks are; those whose rows were forgotten are left out
             whole = record.task(part.of)
             assert whole is not None, "a slice is of a task that was learned"
-            if forgotten_tests(store, part.of, part.dataset_uri) is None:
-                test_set = load_test_set(store, replace(whole, dataset_uri=part.dataset_uri))
+            if forgotten_tests(store, part.of, part.test_uris) is None:
+                test_set = load_test_set(store, replace(whole, tests=part.tests))
                 old.append(replace(test_set, schema=replace(test_set.schema, name=part.name)))
 
+    added = [load_added(store, task) for task in adaptation.tasks if task.added is not None]
     new: list[TestSet] = []
     if renewal.known is not None:
         new = [_widened(load_test_set(store, renewal.known.judged_by(dataset)), dataset, slices)]
@@ -154,6 +161,7 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, scorer: Scorer) 
         answered=answered,
         unanswered=unanswered,
         all=[*(_widened(test_set, dataset, slices) for test_set in old), *new],
+        added=added[0] if added else None,
         slices=slices,
         unjudged=tuple(unjudged),
         notes=tuple(notes),
@@ -162,11 +170,11 @@ def _rows_to_ask(store: ObjectStore, adaptation: AdaptationRun, scorer: Scorer) 
 
 def _notes_on_known_task(store: ObjectStore, lineage: str, known: KnownTask, dataset: DatasetRef) -> Iterator[str]:
     """Notes about unused test rows of an arrival, and about labels that came after the test rows were frozen."""
-    is_frozen = dataset_sha256(known.dataset_uri) == dataset.sha256
+    is_frozen = dataset.sha256 in map(dataset_sha256, known.grown().test_uris)
     if dataset.num_test and not is_frozen and read_manifest(store, dataset.uri).split == "given":
         yield (
-            f"{dataset.task} stays judged by the {known.num_test} test rows of its first arrival; the "
-            f"{dataset.num_test} test rows of this arrival are neither learned nor asked"
+            f"{dataset.task} stays judged by its {known.grown().num_test} test rows; the {dataset.num_test} test rows "
+            "of this arrival are neither learned nor asked"
         )
     if not dataset.num_test and is_renewal_asked(store, lineage, known):
         yield f"new test rows of {dataset.task} were asked for, but this arrival has none; the next one may bring them"
@@ -192,8 +200,12 @@ class _Scores:
     on_parent: Scored
     """On the new rows; empty without a parent."""
     now: Scored
+    now_answers: Answers
+    """The new version's answers, to the rows that are added too."""
     answered: Answers
     """The parent's answers to all of the old rows."""
+    added: AddedRows | None
+    """On the rows that are added."""
     facts: AdapterFacts
 
 
@@ -203,7 +215,18 @@ def _score(scorer: Scorer, asked: _Asked, adaptation: AdaptationRun, trained: Tr
 
     answered, before = asked.answered, adaptation.parent_folder
     new = asked.new if before else []
-    scorer.expect(asked.new, new, asked.unanswered, asked.all)
+    scorer.expect(asked.new, new, asked.unanswered, asked.all, *[[asked.added]] * 3 if asked.added else [])
+    added, answers_to_added = None, Answers()
+    if asked.added is not None:  # first, as the numbers of rows are those of the last rows that were asked
+        name = asked.added.schema.name
+        base, parent, own = (scorer.score(folder, [asked.added]) for folder in (None, before, trained.folder))
+        answers_to_added = own.answers
+        added = AddedRows(
+            num_rows=len(asked.added.rows),
+            accuracy=own.accuracies[name],
+            parent_accuracy=parent.accuracies[name],
+            base_accuracy=base.accuracies[name],
+        )
     on_base = scorer.score(None, asked.new, general=True)
     of_parent = [*new, *asked.unanswered]
     given = scorer.score(before, of_parent) if of_parent else Scored({}, {}, None)
@@ -215,7 +238,15 @@ def _score(scorer: Scorer, asked: _Asked, adaptation: AdaptationRun, trained: Tr
         parent_norm=adapter_norm(before) if before else None,
         is_changed=adaptation.parent is None or adaptation.parent.adapter_sha256 != trained.sha256,
     )
-    return _Scores(on_base=on_base, on_parent=given.only(new), now=now, answered=answered, facts=facts)
+    return _Scores(
+        on_base=on_base,
+        on_parent=given.only(new),
+        now=now,
+        now_answers=now.answers | {name: now.answers[name] | more for name, more in answers_to_added.items()},
+        answered=answered,
+        added=added,
+        facts=facts,
+    )
 
 
 def _length_notes(scorer: Scorer, asked: _Asked, dataset: DatasetRef) -> Iterator[str]:
@@ -257,7 +288,11 @@ def _report(
         parent_accuracies.pop(name, None)
     carried = {name: parent_accuracies.pop(name) for name in asked.unjudged}
 
-    base_accuracy = ((record.base_accuracies() if record else {}) | scores.on_base.accuracies)[learned]
+    (known,) = (task for task in adaptation.tasks if task.schema.name == learned)
+    base_accuracy = scores.on_base.accuracies.get(learned, known.base_accuracy)
+    if base_accuracy is None:
+        assert record is not None, "a new task was asked of the base model"
+        base_accuracy = record.base_accuracies()[learned]
     parent_accuracy = (parent_accuracies | on_parent.accuracies).get(learned)
     matrix = record.matrix if record else AccuracyMatrix()
     if renewal.known is not None:
@@ -272,11 +307,29 @@ def _report(
             num_rows=num_rows[learned],
         )
     now_known = {**carried, **now.accuracies}
+    on_fewer = {
+        task.schema.name: cells
+        for task in adaptation.tasks
+        if (cells := _on_fewer(task, now.outcomes.get(task.schema.name, ())))
+    }
     if adaptation.consolidation is not None:
-        matrix = matrix.with_consolidation(now_known, num_rows)
+        matrix = matrix.with_consolidation(now_known, num_rows, on_fewer)
     else:
         matrix = matrix.with_row(
-            learned, now_known, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy, num_rows=num_rows
+            learned,
+            now_known,
+            base_accuracy=base_accuracy,
+            parent_accuracy=parent_accuracy,
+            num_rows=num_rows,
+            on_fewer=on_fewer,
+        )
+    if (added := scores.added) is not None:
+        figures = (added.accuracy, added.parent_accuracy, added.base_accuracy)
+        own, parent, base = (score_text(share, added.num_rows) for share in figures)
+        notes = (
+            *notes,
+            f"{learned} gains {added.num_rows} test rows, which judge from the next version on: this version {own}; "
+            f"the version before {parent}; the base model {base}",
         )
     return EvaluationReport(
         task=learned,
@@ -292,6 +345,7 @@ def _report(
         parent_accuracy_new_task=parent_accuracy,
         matrix=matrix,
         debts=_debts(adaptation, asked, now.answers, matrix, answerer),
+        added=added,
         is_consolidation=adaptation.consolidation is not None,
         adapter=scores.facts,
         majority_rate=now.evaluations[learned].majority_rate,
@@ -299,6 +353,14 @@ def _report(
         slices=asked.slices,
         labels={name: evaluation.labels for name, evaluation in now.evaluations.items() if evaluation.labels},
     )
+
+
+def _on_fewer(task: KnownTask, outcomes: Scores) -> tuple[CellScore, ...]:
+    """The version's scores on the test rows that the task had before each growth; none if not all rows were asked."""
+    if len(outcomes) != task.num_test:
+        return ()
+    sizes = list(accumulate(part.num_rows for part in task.tests[:-1]))
+    return tuple(CellScore(mean_score(outcomes[:size]), size) for size in sizes if size)
 
 
 def _debts(
@@ -343,7 +405,7 @@ def answer_again(version: Version, wanted: Answers) -> KeptAnswers:
     sets = []
     for known in record.tasks:
         answered = wanted.get(known.schema.name, {})
-        if answered and forgotten_tests(store, known.schema.name, known.dataset_uri) is None:
+        if answered and forgotten_tests(store, known.schema.name, known.test_uris) is None:
             test_set = load_test_set(store, known)
             places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in answered]
             if places:

@@ -41,6 +41,13 @@ class Judged(NamedTuple):
     """Tasks that only the other version knows."""
     unjudged: tuple[str, ...]
     """Tasks that both know, and of which no test row judges both."""
+    waits_if_unsure: bool
+    """Whether the version's gate says `unsure: approve`."""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why a person has to accept the version in place of the other one; empty: nobody has to."""
+        return (*self.decision.reasons, *(self.decision.unsure if self.waits_if_unsure else ()))
 
 
 def judge_against(store: ObjectStore, version: Version, other: Version) -> Judged:
@@ -66,7 +73,7 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
         name = known.schema.name
         if (learned := new.task(name)) is None:
             continue
-        if is_comparable and forgotten_tests(store, name, learned.dataset_uri) is None:
+        if is_comparable and forgotten_tests(store, name, learned.test_uris) is None:
             rows = load_test_set(store, learned).rows
             both = now.now.get(name, {}).keys() & then.now.get(name, {}).keys()
             rows = rows.select([place for place, digest in enumerate(rows["sha256"]) if digest in both])
@@ -79,7 +86,7 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
                 accuracies[name], before[name] = (sum(each) / len(each) for each in marks)
                 num_rows[name] = len(rows)
                 continue
-        is_same = dataset_sha256(known.dataset_uri) == dataset_sha256(learned.dataset_uri)
+        is_same = [*map(dataset_sha256, known.test_uris)] == [*map(dataset_sha256, learned.test_uris)]
         if is_same and name in old.accuracies() and name in accuracies:
             before[name] = old.accuracies()[name]
     compared = replace(
@@ -100,4 +107,5 @@ def judge_against(store: ObjectStore, version: Version, other: Version) -> Judge
         num_rows={name: num_rows[name] for name in before if name in num_rows},
         missing=tuple(name for name in names if new.task(name) is None),
         unjudged=tuple(name for name in names if new.task(name) is not None and name not in before),
+        waits_if_unsure=gate.unsure == "approve",
     )

@@ -17,14 +17,15 @@ from deal_core.data.source_files import digests_of
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import INPUTS_FILE, MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
+from infra.versions import Version
 from tasks.adaptation.run import STAGE
 from tasks.context import current_store
 from tasks.landing import choose_schema, landing_of
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.frozen_rows import require_unaltered
+from tasks.lineage.frozen_rows import require_tests
 from tasks.lineage.record import LineageRecord
 from tasks.lineage.requests import AskedFor
-from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
+from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten
 from tasks.progress import advance
 from tasks.references import DatasetRef
 from tasks.spec import TaskSpec, reading_the_task
@@ -40,11 +41,13 @@ def ingest_arrival(
     lineage: str,
     again: bool = False,
     asked: AskedFor | None = None,
+    parent: Version | None = None,
 ) -> DatasetRef:
     """Check an arrival and store its dataset. Bad rows go to quarantine.
 
-    The parent's record knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
-    delete. With `again`, forgotten rows are accepted. For `asked` see `landing_of`.
+    The record of the parent knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
+    delete. With `again`, forgotten rows are accepted. For `asked` and `parent` see
+    `landing_of`.
 
     Raises:
         DataValidationError: The whole file is refused. The quarantine has the bad rows.
@@ -55,13 +58,14 @@ def ingest_arrival(
     with reading_the_task():
         schema = choose_schema(store, arrival, record, asked=asked)
     before = record.task(arrival.name) if record else None
-    brings_lost_tests = before is not None and forgotten_tests(store, arrival.name, before.dataset_uri) is not None
+    brings_lost_tests = (
+        before is not None and forgotten_tests(store, arrival.name, before.grown().test_uris) is not None
+    )
     for known in record.tasks if record and not brings_lost_tests else ():  # fail before the training, not after it
         if known.schema.name != arrival.name:
-            require_test_rows(store, known.schema.name, known.dataset_uri)
-            require_unaltered(store, known.dataset_uri)
+            require_tests(store, known.grown())
     with (
-        landing_of(store, arrival, schema, record, config, advance("ingest"), asked=asked) as landing,
+        landing_of(store, arrival, schema, record, config, advance("ingest"), parent=parent, asked=asked) as landing,
         temporary_folder() as temporary,
     ):
         folder = temporary / "dataset"
@@ -123,6 +127,7 @@ def _publish(
         sha256=manifest.sha256,
         num_train=manifest.num_train,
         num_test=manifest.num_test,
+        num_added=manifest.num_added,
         num_rejected=manifest.num_rejected,
         quarantine=quarantine,
         landed_sha256=manifest.landed_sha256,

@@ -39,7 +39,10 @@ def register_version(
         base=adaptation.base,
         strategy=adaptation.strategy,
         adapter=adaptation.adapter,
-        tasks=adaptation.tasks,
+        tasks=tuple(
+            task.with_base_accuracy(report.base_accuracy_on_new_rows) if task.schema.name == report.task else task
+            for task in adaptation.tasks
+        ),
         matrix=report.matrix,
         slices=tuple(part for part in adaptation.renewal.slices if part.name in report.slices),
     )

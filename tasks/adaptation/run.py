@@ -19,6 +19,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
 from infra.run_journal import Run, RunJournal
 from infra.store import keys
+from infra.store.base import ObjectStore
 from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.base import lend_base, load
@@ -26,8 +27,8 @@ from tasks.context import current_store, work_folder
 from tasks.lineage.choices import settings_of
 from tasks.lineage.consolidation import ConsolidationPlan
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.frozen_rows import KeptAnswers, read_answers
-from tasks.lineage.record import KnownTask, LineageRecord, choose_task
+from tasks.lineage.frozen_rows import KeptAnswers, parts_left, read_answers
+from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord, choose_task
 from tasks.lineage.requests import AskedFor, Renewal, find_renewal
 from tasks.lineage.version_files import fetch_adapter
 from tasks.progress import Interrupted
@@ -243,12 +244,17 @@ def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
         shutil.rmtree(parent_folder, ignore_errors=True)  # of an earlier try, which may be incomplete or damaged
         fetch_adapter(store, parent, parent_folder)
     # The parent's tasks, of which the arrival may replace the test rows, and a task that is new.
-    tasks = [task.judged_by(dataset) if task == renewal.known else task for task in (record.tasks if record else ())]
+    tasks = [
+        task.judged_by(dataset) if task == renewal.known else _as_judged_next(store, task)
+        for task in (record.tasks if record else ())
+    ]
+    if renewal.known is None and dataset.num_added:
+        added = FrozenRows(dataset_uri=dataset.uri, num_rows=dataset.num_added)
+        tasks = [replace(task, added=added) if task.schema.name == dataset.task else task for task in tasks]
     if all(task.schema.name != dataset.task for task in tasks):
         new = KnownTask(
             schema=schema,
-            dataset_uri=dataset.uri,
-            num_test=dataset.num_test,
+            tests=(FrozenRows(dataset_uri=dataset.uri, num_rows=dataset.num_test),),
             max_prompt_tokens=inputs.spec.train.max_prompt_tokens,
             max_new_tokens=inputs.spec.train.answer_tokens(schema.labels),
         )
@@ -262,6 +268,12 @@ def prepare(inputs: RunInputs, run: Run) -> AdaptationRun:
         tasks=tuple(replace(task, schema=dataset.widen(task.schema)) for task in tasks),
         renewal=renewal,
     )
+
+
+def _as_judged_next(store: ObjectStore, task: KnownTask) -> KnownTask:
+    """The task with all of its test rows that were not forgotten; if all of them were, as it is."""
+    grown = task.grown()
+    return replace(grown, tests=parts_left(store, grown) or grown.tests)
 
 
 def jobs_of(inputs: RunInputs) -> str:

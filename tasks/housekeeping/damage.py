@@ -53,12 +53,12 @@ def find_damage(store: ObjectStore, lineage: str, record: LineageRecord | None) 
             checks.append(partial(check_manifest, info.key.removesuffix(f"/{keys.MANIFEST_FILE}")))
 
     def check_tests(task: str, dataset_uri: str) -> None:
-        if forgotten_tests(store, task, dataset_uri) is None:
+        if forgotten_tests(store, task, [dataset_uri]) is None:
             require_unaltered(store, dataset_uri)
 
     if record is not None:
-        tests = {task.dataset_uri: task.schema.name for task in record.tasks}
-        tests |= {piece.dataset_uri: piece.of for piece in record.slices}
+        tests = {uri: task.schema.name for task in record.tasks for uri in task.grown().test_uris}
+        tests |= {uri: piece.of for piece in record.slices for uri in piece.test_uris}
         checks += [partial(check_tests, name, uri) for uri, name in tests.items()]
     # a damaged manifest is one damage, also if the test rows need it
     with ThreadPoolExecutor(_READERS) as readers:

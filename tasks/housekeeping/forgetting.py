@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import groupby
+from functools import cache, partial
+from itertools import chain, groupby
 from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
+from deal_core.errors import StoreError
 from infra.deleted_inputs import UnknownRows, read_deleted
 from infra.predictions import answers_to, forget_answers
 from infra.report.run_report import EVALUATION_FILE, LIVE_FILE
@@ -34,12 +36,12 @@ from tasks.housekeeping.garbage import (
     remove_local,
 )
 from tasks.inbox import read_state, write_state
-from tasks.lineage.frozen_rows import ANSWERS_FILE
-from tasks.lineage.record import RECORD_FILE, read_record
+from tasks.lineage.frozen_rows import ANSWERS_FILE, forget_answers_to_tests, has_others, read_test_rows
+from tasks.lineage.record import RECORD_FILE, LineageRecord, read_record
 from tasks.lineage.tombstones import find_tombstone
 from tasks.lineage.version_files import download_files, replacing
 from tasks.monitoring.harvest import harvested_from
-from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_task
+from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_others
 
 Kind = Literal[
     "report",
@@ -74,6 +76,8 @@ class RowsPlace(BaseModel, frozen=True):
     """The run of a report, whose copy in MLflow has to go too."""
     lineage: str | None = None
     version: str | None = None
+    left: Mapping[str, frozenset[str]] = Field(default={}, exclude=True, repr=False)
+    """Of answers and reference rows: the digests of the test rows whose answers stay, by task and slice."""
 
 
 class AffectedVersion(BaseModel, frozen=True):
@@ -199,29 +203,34 @@ def _look_at(
 ) -> tuple[tuple[AffectedVersion, ...], bool, list[RowsPlace]]:
     """Return the affected versions of a lineage, whether its champion is judged by the arrival, and the places."""
     versions, runs = Versions(store).all(lineage), RunJournal(store).all(lineage)
+    digests_of_tests = cache(partial(_digests_of_tests, store))
     affected = affected_versions(versions, arrival.sha256s)
     numbers = {version.version for version in affected}
     own_runs = [run for run in runs if run.dataset_sha256 in arrival.sha256s]
     places: list[RowsPlace] = []
 
-    # Versions that the arrival's test rows judge, and versions that answered them, also as a slice.
-    judged, asked = [], []
+    # Versions that answered the arrival's test rows: those that judge them, those that they add, and slices.
+    asked, is_unjudged = [], False
     for version in versions:
         if not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
             continue
-        record = read_record(store, version)
-        known = record.task(arrival.task)
-        slices = [part.dataset_uri for part in record.slices if part.of == arrival.task]
-        is_judged = known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s
-        if is_judged:
-            judged.append(version)
-            key = f"{version.adapter_uri}/{REFERENCE_FILE}"
-            if holds_task(store, key, arrival.task):
-                places.append(RowsPlace(kind="reference rows", address=key, lineage=lineage, version=version.version))
-        if is_judged or any(dataset_sha256(uri) in arrival.sha256s for uri in slices):
-            asked.append(version)
-            if answers := store.find(f"{version.adapter_uri}/{ANSWERS_FILE}"):
-                places.append(_file("answers", answers, lineage=lineage, version=version.version))
+        tests = _tests_of(read_record(store, version), arrival.task)
+        if not any(dataset_sha256(uri) in arrival.sha256s for uris in tests.values() for uri in uris):
+            continue
+        asked.append(version)
+        staying = {
+            name: [uri for uri in uris if dataset_sha256(uri) not in arrival.sha256s] for name, uris in tests.items()
+        }
+        digests = {name: frozenset(chain.from_iterable(map(digests_of_tests, uris))) for name, uris in staying.items()}
+        if "champion" in version.aliases and tests.get(arrival.task):
+            is_unjudged = not any(store.exists(f"{uri}/{TEST_FILE}") for uri in staying[arrival.task])
+        key, number = f"{version.adapter_uri}/{REFERENCE_FILE}", version.version
+        if holds_others(store, key, arrival.task, digests.get(arrival.task, ())):
+            places.append(RowsPlace(kind="reference rows", address=key, lineage=lineage, version=number, left=digests))
+        answers = store.find(f"{version.adapter_uri}/{ANSWERS_FILE}")
+        if answers and has_others(store, version.adapter_uri, digests):
+            place = _file("answers", answers, lineage=lineage, version=number)
+            places.append(place.model_copy(update={"left": digests}))
 
     # Runs without a version that learned from the arrival or continue an affected version left folders.
     registered = {version.run_key for version in versions}
@@ -270,7 +279,22 @@ def _look_at(
         for version in concerned
         if tensors[version.version]
     ]
-    return affected, any("champion" in version.aliases for version in judged), places
+    return affected, is_unjudged, places
+
+
+def _tests_of(record: LineageRecord, task: str) -> dict[str, tuple[str, ...]]:
+    """The datasets with the test rows that a version has answered, for a task and for each of its slices."""
+    known = record.task(task)
+    present = {} if known is None else {task: known.grown().test_uris}
+    return present | {part.name: part.test_uris for part in record.slices if part.of == task}
+
+
+def _digests_of_tests(store: ObjectStore, dataset_uri: str) -> frozenset[str]:
+    """The digests of a dataset's test rows; none if the rows are gone or damaged."""
+    try:
+        return frozenset(read_test_rows(store, dataset_uri, ["sha256"]).column("sha256").to_pylist())
+    except StoreError:
+        return frozenset()
 
 
 def _file(
@@ -304,7 +328,9 @@ def forget_held(store: ObjectStore, plan: ForgetPlan) -> None:
                 for upload in store.uploads(place.address.rpartition("/")[0]):
                     store.abort_upload(upload)
             case "reference rows":
-                forget_reference(store, place.address, plan.task)
+                forget_reference(store, place.address, plan.task, place.left.get(plan.task, ()))
+            case "answers":
+                forget_answers_to_tests(store, place.address.rpartition("/")[0], place.left)
             case "logged answers":
                 assert place.lineage is not None
                 forget_answers(store, place.lineage, plan.inputs)

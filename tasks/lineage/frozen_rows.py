@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, DatasetManifest, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answering import ServedTask
@@ -27,8 +28,8 @@ from infra.store.keys import TEST_FILE, task_and_digest
 from infra.store.stored import reading_stored
 from infra.versions import Version
 from tasks.lineage.datasets import read_manifest
-from tasks.lineage.record import KnownTask, read_record
-from tasks.lineage.tombstones import require_test_rows
+from tasks.lineage.record import FrozenRows, KnownTask, read_record
+from tasks.lineage.tombstones import forgotten_tests, require_test_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,23 +55,68 @@ class TestSet(ServedTask):
 
 
 def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
-    """Load the test rows that judge a task.
+    """Load the test rows that judge a task, without those that were forgotten.
 
     Raises:
-        TestRowsForgottenError: The rows were forgotten.
-        ObjectNotFoundError: The file of the rows is missing.
-        StoreError: The file of the rows is damaged, or was altered after its dataset was made.
+        TestRowsForgottenError: All of them were forgotten.
+        ObjectNotFoundError: A file of the rows is missing.
+        StoreError: A file of the rows is damaged, or was altered after its dataset was made.
     """
     from datasets import Dataset
 
-    require_test_rows(store, known.schema.name, known.dataset_uri)
+    require_test_rows(store, known.schema.name, known.test_uris)
     columns = (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)
     return TestSet(
         schema=known.schema,
-        rows=Dataset(read_test_rows(store, known.dataset_uri, columns)),
+        rows=Dataset(read_tests(store, known, columns)),
         max_prompt_tokens=known.max_prompt_tokens,
         max_new_tokens=known.max_new_tokens,
     )
+
+
+def load_added(store: ObjectStore, known: KnownTask) -> TestSet:
+    """Load the test rows that a version adds to a task; the errors are those of `load_test_set`."""
+    judging, grown = load_test_set(store, known), load_test_set(store, known.grown())
+    return replace(grown, rows=grown.rows.select(range(len(judging.rows), len(grown.rows))))
+
+
+def parts_left(store: ObjectStore, known: KnownTask) -> tuple[FrozenRows, ...]:
+    """Return those of a task's test rows that were not forgotten."""
+    return tuple(part for part in known.tests if forgotten_tests(store, known.schema.name, [part.dataset_uri]) is None)
+
+
+def read_tests(store: ObjectStore, known: KnownTask, columns: Sequence[str]) -> pa.Table:
+    """Read columns, "input" among them, of the test rows that judge a task and were not forgotten.
+
+    Rows with a text of an earlier arrival are left out: a later arrival may have repeated it.
+
+    Raises:
+        ObjectNotFoundError: A file of the rows is missing.
+        StoreError: A file of the rows is damaged, or was altered after its dataset was made.
+    """
+    kind, tables, texts = known.schema.format, list[pa.Table](), set[bytes]()
+    assert kind != "auto", "a task that was learned has a format"
+    for part in parts_left(store, known):
+        table = read_test_rows(store, part.dataset_uri, columns)
+        if len(known.tests) > 1:
+            digests = [stored_input_digest(kind, text) for text in table.column("input").to_pylist()]
+            table = table.filter(pa.array([digest not in texts for digest in digests], pa.bool_()))
+            texts.update(digests)
+        tables.append(table)
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def require_tests(store: ObjectStore, known: KnownTask) -> None:
+    """Require that a task has test rows, and that they are those that its datasets were made with.
+
+    Raises:
+        TestRowsForgottenError: All of them were forgotten.
+        ObjectNotFoundError: A file of the rows is missing.
+        StoreError: A file of the rows was altered.
+    """
+    require_test_rows(store, known.schema.name, known.test_uris)
+    for part in parts_left(store, known):
+        require_unaltered(store, part.dataset_uri)
 
 
 def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str], *, file: str = TEST_FILE) -> pa.Table:
@@ -203,6 +249,39 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers:
         return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]), answerer=values["answerer"])
 
 
+def has_others(store: ObjectStore, adapter_uri: str, left: Mapping[str, Collection[str]]) -> bool:
+    """Return whether there are answers to test rows with other digests than `left` has for their task or slice."""
+    try:
+        answers = read_answers(store, adapter_uri)
+    except StoreError:
+        return True
+    return _only(answers, left) != answers
+
+
+def forget_answers_to_tests(store: ObjectStore, adapter_uri: str, left: Mapping[str, Collection[str]]) -> None:
+    """Delete the answers to test rows with other digests than `left` has. Answers that are damaged go as a whole."""
+    try:
+        answers = _only(read_answers(store, adapter_uri), left)
+    except StoreError:
+        answers = KeptAnswers({}, {})
+    if any(answers.now.values()):
+        keep_answers(store, adapter_uri, answers)
+    else:
+        store.delete(f"{adapter_uri}/{ANSWERS_FILE}")
+
+
+def _only(answers: KeptAnswers, left: Mapping[str, Collection[str]]) -> KeptAnswers:
+    """The answers to rows with the digests `left`, and those of tasks that it does not name."""
+
+    def stay(of_tasks: Answers) -> Answers:
+        return {
+            name: {digest: answer for digest, answer in of_rows.items() if name not in left or digest in left[name]}
+            for name, of_rows in of_tasks.items()
+        }
+
+    return replace(answers, now=stay(answers.now), before=stay(answers.before))
+
+
 def compare_answers(
     store: ObjectStore, version: Version, of_parent: Answers, *, include_texts: bool
 ) -> tuple[Changed, ...]:
@@ -216,8 +295,8 @@ def compare_answers(
     for known in read_record(store, version).tasks:
         name = known.schema.name
         before, now = kept.before.get(name) or of_parent.get(name), kept.now.get(name)
-        if before and now is not None:
-            rows = read_test_rows(store, known.dataset_uri, ("input", "output", "sha256", REFERENCES.name)).to_pylist()
+        if before and now:
+            rows = read_tests(store, known, ("input", "output", "sha256", REFERENCES.name)).to_pylist()
             compared.append(_compare(known.schema, rows, before, now, include_texts))
     return tuple(compared)
 

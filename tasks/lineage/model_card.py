@@ -67,7 +67,7 @@ def write_card(record: LineageRecord, version: Version, licence: str | None, tas
         (
             task.schema.name,
             task.schema.format,
-            f"`{dataset_sha256(task.dataset_uri)}`",
+            ", ".join(f"`{dataset_sha256(uri)}`" for uri in task.test_uris),
             str(task.num_test),
         )
         for task in record.tasks

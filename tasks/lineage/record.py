@@ -28,20 +28,66 @@ RECORD_FILE = "record.json"
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrozenRows:
+    """Test rows of a task that one arrival brought."""
+
+    dataset_uri: str
+    num_rows: int
+    base_accuracy: float | None = None
+    """The untouched base model's accuracy on them; None: the run that brings them has not registered its version."""
+
+
+def _uris(parts: Sequence[FrozenRows]) -> tuple[str, ...]:
+    return tuple(part.dataset_uri for part in parts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KnownTask:
-    """A task that the lineage has learned. The test rows of `dataset_uri` judge the versions of today."""
+    """A task that the lineage has learned."""
 
     schema: TaskSchema
-    dataset_uri: str
-    num_test: int
+    tests: tuple[FrozenRows, ...]
+    """The test rows that judge the version: those of the task's first arrival, then those that were added."""
+    added: FrozenRows | None = None
+    """Test rows that the version itself adds. They judge from the next version on."""
     max_prompt_tokens: int
     """Longest prompt in evaluation and serving. Later arrivals do not change it."""
     max_new_tokens: int
     """Longest answer in evaluation and serving."""
 
+    @property
+    def num_test(self) -> int:
+        """The test rows that judge the version."""
+        return sum(part.num_rows for part in self.tests)
+
+    @property
+    def test_uris(self) -> tuple[str, ...]:
+        """The datasets of these rows."""
+        return _uris(self.tests)
+
+    @property
+    def base_accuracy(self) -> float | None:
+        """The untouched base model's accuracy on these rows; None: it is not known."""
+        right = [None if part.base_accuracy is None else part.base_accuracy * part.num_rows for part in self.tests]
+        known = [number for number in right if number is not None]
+        return sum(known) / self.num_test if self.num_test and len(known) == len(right) else None
+
+    def grown(self) -> KnownTask:
+        """Return the task with the test rows that judge the next version."""
+        return self if self.added is None else replace(self, tests=(*self.tests, self.added), added=None)
+
     def judged_by(self, dataset: DatasetRef) -> KnownTask:
         """Return the task with the test rows of another dataset."""
-        return replace(self, dataset_uri=dataset.uri, num_test=dataset.num_test)
+        return replace(self, tests=(FrozenRows(dataset_uri=dataset.uri, num_rows=dataset.num_test),), added=None)
+
+    def with_base_accuracy(self, accuracy: float) -> KnownTask:
+        """Return the task with the base model's accuracy on the newest of its test rows, if it was not known."""
+        if self.added is not None:
+            return replace(self, added=replace(self.added, base_accuracy=accuracy))
+        *earlier, newest = self.tests
+        if newest.base_accuracy is not None:
+            return self
+        return replace(self, tests=(*earlier, replace(newest, base_accuracy=accuracy)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +97,17 @@ class KnownSlice:
     name: str
     of: str
     """Name of the task."""
-    dataset_uri: str
-    num_test: int
+    tests: tuple[FrozenRows, ...]
+
+    @property
+    def num_test(self) -> int:
+        """The number of the rows."""
+        return sum(part.num_rows for part in self.tests)
+
+    @property
+    def test_uris(self) -> tuple[str, ...]:
+        """The datasets of the rows."""
+        return _uris(self.tests)
 
 
 @dataclass(frozen=True, kw_only=True)

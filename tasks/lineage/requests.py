@@ -100,6 +100,7 @@ class RenewalRequest(Stored):
     """The test rows that the next arrival is to replace."""
 
     dataset_uri: str
+    """The dataset of the first of them: rows that are added are no renewal."""
 
 
 class RenewalResult(BaseModel, frozen=True):
@@ -127,8 +128,8 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
     known = choose_task(record, task)
     _next_slice(record, task)  # it raises now rather than after a training
     was_asked = is_renewal_asked(store, lineage, known)
-    write_stored(store, renewal_key(lineage, task), RenewalRequest(dataset_uri=known.dataset_uri))
-    return RenewalResult(lineage=lineage, task=task, num_test=known.num_test, was_asked=was_asked)
+    write_stored(store, renewal_key(lineage, task), RenewalRequest(dataset_uri=known.test_uris[0]))
+    return RenewalResult(lineage=lineage, task=task, num_test=known.grown().num_test, was_asked=was_asked)
 
 
 def is_renewal_asked(store: ObjectStore, lineage: str, known: KnownTask) -> bool:
@@ -141,7 +142,7 @@ def is_renewal_asked(store: ObjectStore, lineage: str, known: KnownTask) -> bool
         what=f"the request for new test rows of task '{name}'",
         remedy="Delete it, and ask again with: deal task renew-tests.",
     )
-    return request is not None and request.dataset_uri == known.dataset_uri
+    return request is not None and request.dataset_uri == known.test_uris[0]
 
 
 class Renewal(NamedTuple):
@@ -159,9 +160,8 @@ class Renewal(NamedTuple):
         assert self.known is not None
         why = "the old rows were forgotten"
         if self.new_slice is not None:
-            why = (
-                f"deal task renew-tests asked for them; the {self.known.num_test} rows before stay as {self.new_slice}"
-            )
+            num_before = self.known.grown().num_test
+            why = f"deal task renew-tests asked for them; the {num_before} rows before stay as {self.new_slice}"
         return (
             f"{dataset.task} is judged on {dataset.num_test} new test rows, because {why}; its figures of versions "
             "before the parent are of the old rows"
@@ -177,13 +177,13 @@ def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: Data
     known = record.task(dataset.task) if record else None
     if record is None or known is None:
         return Renewal(None, record.slices if record else (), None)
-    if forgotten_tests(store, dataset.task, known.dataset_uri) is not None:
+    if forgotten_tests(store, dataset.task, known.grown().test_uris) is not None:
         return Renewal(known, record.slices, None)
-    has_others = dataset.num_test > 0 and known.dataset_uri != dataset.uri
+    has_others = dataset.num_test > 0 and dataset.uri not in known.test_uris
     if not has_others or not dataset.renews_tests:
         return Renewal(None, record.slices, None)
     name = _next_slice(record, dataset.task)
-    new = KnownSlice(name=name, of=dataset.task, dataset_uri=known.dataset_uri, num_test=known.num_test)
+    new = KnownSlice(name=name, of=dataset.task, tests=known.grown().tests)
     return Renewal(known, (*record.slices, new), name)
 
 

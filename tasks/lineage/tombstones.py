@@ -6,7 +6,7 @@ they landed, and of the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from deal_core.errors import DataValidationError, StoreError
@@ -91,16 +91,21 @@ def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows
         )
 
 
-def forgotten_tests(store: ObjectStore, task: str, dataset_uri: str) -> Tombstone | None:
-    """Return the tombstone of a task's test rows, or None if the test rows are there."""
-    if store.exists(f"{dataset_uri}/{keys.TEST_FILE}"):
-        return None
-    return find_tombstone(store, task, [dataset_sha256(dataset_uri)])
+def forgotten_tests(store: ObjectStore, task: str, dataset_uris: Sequence[str]) -> Tombstone | None:
+    """Return the tombstone of a task's test rows, or None if those of one of the datasets were not forgotten."""
+    tombstone = None
+    for uri in dataset_uris:
+        if store.exists(f"{uri}/{keys.TEST_FILE}"):
+            return None
+        tombstone = find_tombstone(store, task, [dataset_sha256(uri)])
+        if tombstone is None:  # the rows are lost, and nobody has asked for it
+            return None
+    return tombstone
 
 
-def require_test_rows(store: ObjectStore, task: str, dataset_uri: str) -> None:
-    """Raise TestRowsForgottenError if the test rows of a task were forgotten."""
-    tombstone = forgotten_tests(store, task, dataset_uri)
+def require_test_rows(store: ObjectStore, task: str, dataset_uris: Sequence[str]) -> None:
+    """Raise TestRowsForgottenError if all test rows of a task were forgotten."""
+    tombstone = forgotten_tests(store, task, dataset_uris)
     if tombstone is not None:
         raise TestRowsForgottenError(
             f"The test rows of task '{task}' were {tombstone.said}, so that no version can be judged on it. First "

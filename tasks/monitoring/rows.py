@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,27 +94,30 @@ def write_frame(store: ObjectStore, key: str, frame: pd.DataFrame) -> None:
     store.put_bytes(key, content.getvalue())
 
 
-def forget_reference(store: ObjectStore, key: str, task: str) -> None:
-    """Remove a task's rows from a reference. All of them are test rows of one arrival. Can be repeated."""
+def forget_reference(store: ObjectStore, key: str, task: str, left: Collection[str]) -> None:
+    """Remove a task's rows from a reference, except those with the digests `left`. Can be repeated."""
     frame = _read(store, key)
-    left = frame[frame["task"] != task]
-    if left.empty:
+    staying = frame[(frame["task"] != task) | frame["id"].isin(left)]
+    if staying.empty:
         store.delete(key)
-    elif len(left) < len(frame):
-        write_frame(store, key, left)
+    elif len(staying) < len(frame):
+        write_frame(store, key, staying)
 
 
-def holds_task(store: ObjectStore, key: str, task: str) -> bool:
-    """Whether a reference has rows of a task."""
-    return store.exists(key) and bool((_read(store, key)["task"] == task).any())
+def holds_others(store: ObjectStore, key: str, task: str, left: Collection[str]) -> bool:
+    """Whether a reference has rows of a task with other digests than these."""
+    if not store.exists(key):
+        return False
+    frame = _read(store, key)
+    return bool(((frame["task"] == task) & ~frame["id"].isin(left)).any())
 
 
 def with_texts(store: ObjectStore, record: LineageRecord, reference: pd.DataFrame) -> pd.DataFrame:
     """Return the reference with the texts of the test rows, where the store still has them."""
     texts: dict[str, str] = {}
-    for known in record.tasks:
-        if store.exists(f"{known.dataset_uri}/{TEST_FILE}"):
-            rows = read_test_rows(store, known.dataset_uri, ("sha256", "input"))
+    for uri in (uri for known in record.tasks for uri in known.test_uris):
+        if store.exists(f"{uri}/{TEST_FILE}"):
+            rows = read_test_rows(store, uri, ("sha256", "input"))
             texts |= zip(rows["sha256"].to_pylist(), rows["input"].to_pylist(), strict=True)
     return reference.assign(input=reference["id"].map(texts))
 

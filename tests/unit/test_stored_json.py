@@ -22,7 +22,7 @@ from infra.store.local import FileStore
 from infra.store.stored import Stored, read_stored, write_stored
 from infra.versions import Version
 from tasks.lineage.model_card import served_version
-from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord
 from tasks.references import BaseRef
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "json"
@@ -78,7 +78,10 @@ RECORD = LineageRecord(
     adapter=AdapterConfig(rank=8, alpha=4, target_modules=("q_proj", "v_proj")),
     tasks=tuple(
         KnownTask(
-            schema=task, dataset_uri=f"datasets/{task.name}/x", num_test=3, max_prompt_tokens=256, max_new_tokens=7
+            schema=task,
+            tests=(FrozenRows(dataset_uri=f"datasets/{task.name}/x", num_rows=3),),
+            max_prompt_tokens=256,
+            max_new_tokens=7,
         )
         for task in TASKS
     ),

@@ -197,7 +197,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     assert matrix.rows[0][0] == first.accuracies["bank"]
     assert matrix.rows[0][1] is not None, "the parent is measured on the new task before training"
     assert None not in matrix.base
-    assert record.tasks[0].dataset_uri == first.dataset.uri
+    assert record.tasks[0].test_uris[0] == first.dataset.uri
     findings = json.loads(current_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
     assert findings["evaluation"]["notes"][0] == "rehearsed 18 rows of one old task, 4 a step"
     assert second.scores is not None and second.scores.forgetting is not None
@@ -366,7 +366,7 @@ def test_a_task_that_arrives_again_is_judged_on_its_first_test_rows(
     assert (second.status, second.dataset.num_rejected) == ("promoted", 3)
     assert [bad["reason"] for bad in quarantined(second)].count("empty text") == 1
     record = record_of(second)
-    assert [known.dataset_uri for known in record.tasks] == [first.dataset.uri]
+    assert [known.test_uris[0] for known in record.tasks] == [first.dataset.uri]
     assert record.tasks[0].schema.instruction == BANK["instruction"]
     assert record.matrix.trained == ("bank", "bank") and record.matrix.tasks == ("bank",)
 

@@ -262,6 +262,22 @@ def test_a_result_that_is_worse_than_the_champion_waits_for_a_person(monkeypatch
     assert nothing.value.code == "nothing-to-accept"
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_result_that_few_rows_judged_waits_if_its_gate_says_so(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    decision = GateDecision((), unsure=("taps: too few test rows.",))
+
+    def judge(*arguments: Any) -> Any:
+        judged = judge_against(*arguments)
+        assert not judged.waits_if_unsure, "the default"
+        return judged._replace(decision=decision, waits_if_unsure=waits)
+
+    monkeypatch.setattr(flows.relearn, "judge_against", judge)
+    result = delete("beds")
+    assert (result.status, champion().version) == (("stopped", "3") if waits else ("swapped", "4"))
+    (known,) = Branches(current_store()).all("l")
+    assert known.judgement is not None and known.judgement.reasons == (decision.unsure if waits else ())
+
+
 @pytest.mark.parametrize("is_given_up", [False, True])
 def test_answers_that_are_logged_while_a_branch_is_open_are_deleted_at_its_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_given_up: bool

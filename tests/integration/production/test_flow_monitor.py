@@ -83,7 +83,7 @@ def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
     assert {*found["task"]} == {"bank", "clinic"}
     for known in record.tasks:
         rows = found[found["task"] == known.schema.name]
-        tests = pd.read_parquet(lineage / "store" / known.dataset_uri / "test.parquet").set_index("sha256")
+        tests = pd.read_parquet(lineage / "store" / known.test_uris[0] / "test.parquet").set_index("sha256")
         tests = tests.loc[rows["id"]]
         assert rows["score"].mean() == pytest.approx(record.accuracies()[known.schema.name])
         assert [*rows["input_sha256"]] == [stored_input_digest("labelled", text).hex() for text in tests["input"]]
@@ -272,7 +272,7 @@ def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
     store = current_store()
     bank = read_record(store, find_version(current_store(), "l", "3")).task("bank")
     assert bank is not None
-    done = asyncio.run(forget(bank.dataset_uri.split("/")[2]))
+    done = asyncio.run(forget(bank.test_uris[0].split("/")[2]))
     assert {each.version for each in done.plan.held if each.kind == "reference rows"} == {"1", "2", "3"}
     for version in ("2", "3"):
         assert {*reference_of(version)["task"]} == {"clinic"}

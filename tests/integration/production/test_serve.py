@@ -397,7 +397,7 @@ def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expecte
     }
     card = (folder / "README.md").read_text()
     record = read_record(current_store(), info)
-    digests = [known.dataset_uri.split("/")[2] for known in record.tasks]
+    digests = [known.test_uris[0].split("/")[2] for known in record.tasks]
     assert all(len(digest) == 64 for digest in digests) and info.dataset_sha256 in digests
     facts = (info.base_sha256, info.dataset_sha256, "continues version 1", "| bank | clinic |", "- licence: ")
     for fact in (*digests, *facts):

@@ -123,7 +123,7 @@ def swap_answers(path: Path) -> None:
 def datasets(copied_home: Path) -> dict[str, Path]:
     """The folders of the datasets that judge the champion, by task."""
     record = read_record(current_store(), Versions(current_store()).all("l")[-1])
-    return {known.schema.name: copied_home / "store" / known.dataset_uri for known in record.tasks}
+    return {known.schema.name: copied_home / "store" / known.test_uris[0] for known in record.tasks}
 
 
 def test_the_status_notices_changed_bytes_of_the_champion_its_entries_its_manifests_and_its_test_rows(

@@ -244,7 +244,7 @@ def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult, unjudged:
     third = run(tiny_base, {"name": "bank", "data": str(arrival)})
     assert (third.status, third.parent_version, third.dataset.num_test) == ("promoted", "2", 4)
     record = record_of(third)
-    assert (record.tasks[0].dataset_uri, record.tasks[0].num_test) == (third.dataset.uri, 4)
+    assert (record.tasks[0].test_uris[0], record.tasks[0].num_test) == (third.dataset.uri, 4)
     assert before.matrix is not None
     assert record.matrix.rows[0] == tuple(before.matrix["rows"][0]), "figures of before the parent stay"
     renewed = (record.matrix.rows[1][0], record.matrix.base[0])
@@ -395,7 +395,9 @@ def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
     split = run(tiny_base, {"name": "bank", "data": str(june)}, lineage="m", data=retained)
     shares = run(tiny_base, {"name": "bank", "data": str(june)}, lineage="n", data={**retained, "test_share": 0.5})
     digests = {each.dataset.sha256 for each in (named, split, shares)}
-    assert len(digests) == 3 and split.dataset.num_test == 0, "the same rows, split in three ways"
+    assert len(digests) == 3 and split.dataset.num_test == split.dataset.num_added == 4, (
+        "the same rows, split in three ways"
+    )
     assert len(holding(home, SECRET)) >= 5
 
     plan = plan_forget(named.dataset.sha256)

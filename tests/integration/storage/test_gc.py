@@ -53,7 +53,7 @@ def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_ba
     store = current_store()
     asked = [read_manifest(store, result.dataset.uri).task.instruction for result in (first, other)]
     assert asked == ["What is it about?", "Which one?"]
-    uris = [record_of(result).tasks[0].dataset_uri for result in (first, other)]
+    uris = [record_of(result).tasks[0].test_uris[0] for result in (first, other)]
     assert uris == [first.dataset.uri, other.dataset.uri]
 
 

@@ -321,10 +321,56 @@ def test_the_share_of_test_rows_is_the_one_asked_for(tmp_path: Path) -> None:
 
 def test_the_rule_of_the_split_is_written_in_the_text(tmp_path: Path) -> None:
     build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
+    smallest = sorted(row_digest(row["text"]) for row in GOOD)[:30]
     for split in ("train", "test"):
         for row in rows_of(tmp_path, split):
             assert row["sha256"] == row_digest(row["input"], row["output"].casefold()).hex()
-            assert (int.from_bytes(row_digest(row["input"])[:4]) / 2**32 < 0.2) == (split == "test")
+            assert (row_digest(row["input"]) in smallest) == (split == "test")
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_test"), [(2, 0), (3, 1), (60, 20), (89, 29), (90, 30), (149, 30), (151, 30), (600, 120)]
+)
+def test_a_first_arrival_gives_a_fifth_and_at_least_thirty_or_a_third(
+    tmp_path: Path, num_rows: int, num_test: int
+) -> None:
+    rows = [{"text": f"t{index}", "label": "cat"} for index in range(num_rows)]
+    source = write_jsonl(tmp_path / "pets.jsonl", rows)
+    if not num_test:
+        with pytest.raises(ArrivalRefusedError, match="no row to test with"):
+            build(source)
+        return
+    manifest = build(source)
+    assert (manifest.num_train, manifest.num_test) == (num_rows - num_test, num_test)
+    assert build(write_jsonl(tmp_path / "other.jsonl", rows[::-1])).sha256 == manifest.sha256
+    half = build(source, config=DataConfig(test_share=0.5))
+    assert half.num_test == pytest.approx(num_rows / 2, abs=0.5)
+
+
+@pytest.mark.parametrize(("num_lacking", "num_added"), [(100, 14), (14, 14), (3, 3), (0, 0)])
+def test_a_known_task_that_lacks_test_rows_gets_a_fifth_of_the_new_texts(
+    tmp_path: Path, num_lacking: int, num_added: int
+) -> None:
+    rows = [{"text": f"t{index}", "label": "cat"} for index in range(100)]
+    frozen, learned = ({row_digest(row["text"]) for row in part} for part in (rows[:10], rows[10:30]))
+    known = {"frozen_test_inputs": frozen, "learned_inputs": learned, "num_lacking": num_lacking}
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", rows), **known)
+    assert (manifest.num_added, manifest.num_test, manifest.split) == (num_added, 10 + num_added, "hash")
+    tests = {row_digest(row["input"]) for row in rows_of(tmp_path, "test")}
+    assert tests > frozen or not num_added
+    assert not tests & learned, "what the lineage has been trained on never tests it"
+    new = sorted(row_digest(row["text"]) for row in rows[30:])
+    assert tests - frozen == set(new[:num_added]), "by the digests, in any order of the rows"
+    assert build(write_jsonl(tmp_path / "other.jsonl", rows[::-1]), **known).sha256 == manifest.sha256
+
+
+def test_a_file_that_names_its_test_rows_and_a_renewal_add_none(tmp_path: Path) -> None:
+    rows = [{"text": f"t{index}", "label": "cat"} for index in range(100)]
+    known = {"frozen_test_inputs": {row_digest(row["text"]) for row in rows[:10]}, "num_lacking": 50}
+    split = [{**row, "split": "train" if index % 4 else "test"} for index, row in enumerate(rows)]
+    assert build(write_jsonl(tmp_path / "split.jsonl", split), **known).num_added == 0
+    renewed = build(write_jsonl(tmp_path / "pets.jsonl", rows), **known, renews_tests=True)
+    assert (renewed.num_added, renewed.num_test) == (0, 30)
 
 
 def test_a_split_column_wins_and_a_training_row_never_equals_a_test_row(tmp_path: Path) -> None:

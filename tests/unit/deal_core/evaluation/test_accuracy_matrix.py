@@ -9,7 +9,7 @@ import json
 import numpy
 import pytest
 
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, paired_interval
+from deal_core.evaluation.accuracy_matrix import AccuracyMatrix, CellScore, paired_interval
 
 THREE = AccuracyMatrix(
     tasks=("a", "b", "c"),
@@ -71,6 +71,39 @@ def test_each_cell_has_its_number_of_test_rows() -> None:
     assert third.cells[-1] == ((0.9, 20), (0.5, 50), (None, None))
     assert AccuracyMatrix.from_json(third.to_json()) == third
     assert THREE.cells[1] == ((0.8, None), (0.3, None), (None, None)), "of a benchmark they are not known"
+
+
+def test_what_was_forgotten_is_told_by_the_rows_that_both_versions_answered() -> None:
+    """Of the ten rows of the first version six are right in the end, as before; the twenty later rows are harder."""
+    matrix = AccuracyMatrix().with_row("a", {"a": 0.6}, base_accuracy=0.1, parent_accuracy=None, num_rows={"a": 10})
+    matrix = matrix.with_row("a", {"a": 0.7}, base_accuracy=None, parent_accuracy=None, num_rows={"a": 10})
+    grown = matrix.with_row(
+        "b",
+        {"a": 0.3, "b": 1.0},
+        base_accuracy=0.0,
+        parent_accuracy=0.0,
+        num_rows={"a": 30, "b": 9},
+        on_fewer={"a": (CellScore(0.6, 10),)},
+    )
+    assert [row[0] for row in grown.cells] == [(0.1, 10), (0.6, 10), (0.7, 10), (0.3, 30)]
+    assert grown.forgetting == pytest.approx(0.1) and grown.backward_transfer == 0.0
+    assert grown.relative_forgetting == pytest.approx(0.1 / 0.6)
+    assert grown.average_accuracy == pytest.approx(0.65), "of all rows of today"
+    assert AccuracyMatrix.from_json(grown.to_json()) == grown
+    later = grown.with_row(
+        "b", {"a": 0.2, "b": 1.0}, base_accuracy=None, parent_accuracy=None, num_rows={"a": 30, "b": 9}
+    )
+    assert later.on_fewer == {}, "they are of the last version alone"
+    assert later.learned_best()["a"] == 1
+    on_ten = grown.with_row(
+        "b",
+        {"a": 0.2, "b": 1.0},
+        base_accuracy=None,
+        parent_accuracy=None,
+        num_rows={"a": 30, "b": 9},
+        on_fewer={"a": (CellScore(0.6, 10),)},
+    )
+    assert on_ten.forgetting_by_task["a"] == pytest.approx(0.1), "as much was lost on the thirty rows as on the ten"
 
 
 def test_a_task_that_arrives_again_keeps_its_column_and_its_first_accuracy() -> None:

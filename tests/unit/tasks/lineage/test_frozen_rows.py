@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,15 +30,20 @@ from tasks.lineage.frozen_rows import (
     KeptAnswers,
     TestSet,
     compare_answers,
+    forget_answers_to_tests,
+    has_others,
     keep_answers,
+    load_added,
     load_test_set,
+    parts_left,
     read_answers,
     read_test_rows,
     require_unaltered,
     share_rows,
     within_budget,
 )
-from tasks.lineage.record import RECORD_FILE, KnownTask, LineageRecord, write_record
+from tasks.lineage.record import RECORD_FILE, FrozenRows, KnownTask, LineageRecord, write_record
+from tasks.lineage.tombstones import Tombstone, put_tombstone
 from tasks.references import BaseRef
 from tests.stored_versions import version
 
@@ -54,11 +60,11 @@ def answers(right: range) -> dict[str, str]:
     return {digest(number): " YES " if number in right else "no" for number in range(NUM_ROWS)}
 
 
-def land(store: ObjectStore, rows: Path, task: str) -> None:
+def land(store: ObjectStore, rows: Path, task: str, sha256: str = "77") -> None:
     """Store a dataset of these test rows."""
     manifest = DatasetManifest(
         task=TaskSchema(name=task),
-        sha256="77",
+        sha256=sha256,
         source="rows.jsonl",
         num_read=NUM_ROWS,
         num_train=0,
@@ -69,8 +75,8 @@ def land(store: ObjectStore, rows: Path, task: str) -> None:
         landed_sha256="88",
         test_sha256=hashlib.sha256(rows.read_bytes()).hexdigest(),
     )
-    store.upload_file(rows, f"datasets/{task}/77/test.parquet")
-    store.put_bytes(f"datasets/{task}/77/manifest.json", json.dumps(manifest.to_json()).encode())
+    store.upload_file(rows, f"datasets/{task}/{sha256}/test.parquet")
+    store.put_bytes(f"datasets/{task}/{sha256}/manifest.json", json.dumps(manifest.to_json()).encode())
 
 
 @pytest.fixture
@@ -87,8 +93,7 @@ def store(tmp_path: Path) -> ObjectStore:
     tasks = tuple(
         KnownTask(
             schema=TaskSchema(name=task),
-            dataset_uri=f"datasets/{task}/77",
-            num_test=NUM_ROWS,
+            tests=(FrozenRows(dataset_uri=f"datasets/{task}/77", num_rows=NUM_ROWS),),
             max_prompt_tokens=64,
             max_new_tokens=4,
         )
@@ -143,10 +148,50 @@ def test_a_row_with_several_right_answers_is_compared_by_the_best(store: ObjectS
     (new,) = compare_answers(store, child(store), {}, include_texts=True)
     assert (new.num_lost, new.lost[0].row, new.lost[0].expected) == (1, digest(0), "yes")
     known = KnownTask(
-        schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
+        schema=TaskSchema(name="new"),
+        tests=(FrozenRows(dataset_uri="datasets/new/77", num_rows=9),),
+        max_prompt_tokens=9,
+        max_new_tokens=9,
     )
     test_set = load_test_set(store, known)
     assert right_answers(test_set.rows) == ["yes", *([both] * (NUM_ROWS - 1))]
+
+
+def test_rows_that_were_added_follow_without_the_texts_of_before_and_go_when_they_are_forgotten(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    rows = [{"input": f"more {number}", "output": "yes", "sha256": digest(100 + number)} for number in range(5)]
+    repeated = {"input": "text 3  " + "x" * MAX_CHARS, "output": "no", "sha256": digest(99)}  # blanks do not count
+    pq.write_table(pa.Table.from_pylist([repeated, *rows], schema=ROW_SCHEMA), tmp_path / "more.parquet")
+    land(store, tmp_path / "more.parquet", "new", "78")
+    first, added = (
+        FrozenRows(dataset_uri=f"datasets/new/{sha256}", num_rows=number, base_accuracy=base)
+        for sha256, number, base in (("77", NUM_ROWS, 0.2), ("78", 5, 0.9))
+    )
+    known = KnownTask(schema=TaskSchema(name="new"), tests=(first,), added=added, max_prompt_tokens=9, max_new_tokens=9)
+    assert (known.num_test, known.grown().num_test, known.base_accuracy) == (NUM_ROWS, NUM_ROWS + 5, 0.2)
+    assert known.grown().base_accuracy == pytest.approx(10.5 / 35), "of 30 rows six, of five rows 4.5"
+    assert len(load_test_set(store, known).rows) == NUM_ROWS
+    assert load_added(store, known).rows["sha256"][:] == [row["sha256"] for row in rows]
+    assert len(load_test_set(store, known.grown()).rows) == NUM_ROWS + 5
+
+    now = {**answers(range(3)), **{row["sha256"]: "yes" for row in rows}}
+    keep_answers(store, "adapters/child", KeptAnswers({"old": answers(range(2)), "new": now}, {"new": now}))
+    tombstone = Tombstone(task="new", sha256="78", reason="", at=datetime.now(UTC))
+    put_tombstone(store, tombstone)
+    store.delete("datasets/new/78")
+    assert parts_left(store, known.grown()) == (first,)
+    assert len(load_test_set(store, known.grown()).rows) == NUM_ROWS
+    left = {"new": {digest(number) for number in range(NUM_ROWS)}}
+    assert has_others(store, "adapters/child", left)
+    forget_answers_to_tests(store, "adapters/child", left)
+    assert not has_others(store, "adapters/child", left)
+    kept = read_answers(store, "adapters/child")
+    assert kept.now == {"old": answers(range(2)), "new": answers(range(3))} and kept.before["new"] == answers(range(3))
+    store.put_bytes(f"adapters/child/{ANSWERS_FILE}", b"{}")
+    assert has_others(store, "adapters/child", left), "nobody knows what is in it"
+    forget_answers_to_tests(store, "adapters/child", left)
+    assert not store.exists(f"adapters/child/{ANSWERS_FILE}")
 
 
 ALTERED: dict[str, Callable[[pa.Table], pa.Table]] = {
@@ -161,18 +206,21 @@ ALTERED: dict[str, Callable[[pa.Table], pa.Table]] = {
 @pytest.mark.parametrize("name", ALTERED)
 def test_test_rows_that_were_altered_are_refused_by_every_reader(store: ObjectStore, tmp_path: Path, name: str) -> None:
     known = KnownTask(
-        schema=TaskSchema(name="new"), dataset_uri="datasets/new/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
+        schema=TaskSchema(name="new"),
+        tests=(FrozenRows(dataset_uri="datasets/new/77", num_rows=9),),
+        max_prompt_tokens=9,
+        max_new_tokens=9,
     )
     assert len(load_test_set(store, known).rows) == NUM_ROWS
-    require_unaltered(store, known.dataset_uri)
+    require_unaltered(store, known.test_uris[0])
     keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})
     altered = ALTERED[name](pq.read_table(tmp_path / "rows.parquet"))
     pq.write_table(altered, tmp_path / "altered.parquet")
     store.upload_file(tmp_path / "altered.parquet", "datasets/new/77/test.parquet")
     for read in (
         lambda: load_test_set(store, known),
-        lambda: read_test_rows(store, known.dataset_uri, ["input"]),
-        lambda: require_unaltered(store, known.dataset_uri),
+        lambda: read_test_rows(store, known.test_uris[0], ["input"]),
+        lambda: require_unaltered(store, known.test_uris[0]),
         lambda: compare_answers(store, child(store), {}, include_texts=True),
     ):
         with pytest.raises(

@@ -8,6 +8,7 @@ import pytest
 
 from deal_core.base_model.sources import DEFAULT_BASE
 from tasks.lineage.model_card import write_card
+from tasks.lineage.record import FrozenRows
 from tests.stored_versions import VERSION
 from tests.unit.test_stored_json import RECORD
 
@@ -34,7 +35,10 @@ def test_the_base_model_is_named_as_the_hub_does(source: str, front: str, loaded
 def test_all_test_rows_are_counted_and_few_are_named(num_test: int) -> None:
     digest = "e" * 64
     tasks = tuple(
-        replace(known, num_test=num_test, dataset_uri=f"datasets/{known.schema.name}/{digest}/support/s")
+        replace(
+            known,
+            tests=(FrozenRows(dataset_uri=f"datasets/{known.schema.name}/{digest}/support/s", num_rows=num_test),),
+        )
         for known in RECORD.tasks
     )
     card = write_card(replace(RECORD, tasks=tasks), VERSION, "mit", "CAUSAL_LM")

@@ -91,6 +91,7 @@ def test_a_version_that_waits_names_the_commands_that_decide() -> None:
     dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0, landed_sha256="x")
     figures: Any = SimpleNamespace(
         accuracies={},
+        added=None,
         metrics={},
         num_steps=1,
         resumed_from_step=None,

@@ -17,7 +17,7 @@ from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from infra.store.local import FileStore
 from tasks.adaptation.run import RunInputs
 from tasks.landing import _new_label_remedy, choose_schema
-from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.lineage.record import FrozenRows, KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, find_renewal, keep_labels
 from tasks.references import BaseRef, DatasetRef
 from tasks.spec import TaskSpec
@@ -34,7 +34,9 @@ def store(tmp_path: Path) -> FileStore:
 
 def schema(store: FileStore, known: TaskSchema = BANK, **given: Any) -> TaskSchema:
     """What an arrival of task `bank` is checked by, in lineage `l` that knows it."""
-    task = KnownTask(schema=known, dataset_uri="d", num_test=1, max_prompt_tokens=9, max_new_tokens=9)
+    task = KnownTask(
+        schema=known, tests=(FrozenRows(dataset_uri="d", num_rows=1),), max_prompt_tokens=9, max_new_tokens=9
+    )
     record = LineageRecord(
         lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
     )
@@ -117,7 +119,9 @@ def test_a_request_for_new_test_rows_that_comes_during_a_run_is_for_the_next_arr
     store: FileStore, was_asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.lineage.requests.is_renewal_asked", lambda *_: True)
-    task = KnownTask(schema=BANK, dataset_uri="old", num_test=9, max_prompt_tokens=9, max_new_tokens=9)
+    task = KnownTask(
+        schema=BANK, tests=(FrozenRows(dataset_uri="old", num_rows=9),), max_prompt_tokens=9, max_new_tokens=9
+    )
     record = LineageRecord(
         lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
     )
@@ -127,7 +131,9 @@ def test_a_request_for_new_test_rows_that_comes_during_a_run_is_for_the_next_arr
 
 
 def test_a_file_with_a_new_label_is_told_how_the_label_is_added() -> None:
-    task = KnownTask(schema=BANK, dataset_uri="d", num_test=1, max_prompt_tokens=9, max_new_tokens=9)
+    task = KnownTask(
+        schema=BANK, tests=(FrozenRows(dataset_uri="d", num_rows=1),), max_prompt_tokens=9, max_new_tokens=9
+    )
     record = LineageRecord(
         lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
     )

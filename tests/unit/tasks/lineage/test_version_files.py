@@ -27,7 +27,7 @@ from tasks.context import current_store
 from tasks.inbox import read_state
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.frozen_rows import load_test_set, read_answers
-from tasks.lineage.record import KnownTask, read_record
+from tasks.lineage.record import FrozenRows, KnownTask, read_record
 from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_adapter
@@ -37,7 +37,10 @@ ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
 THIRD = version(3, adapter_uri=ADAPTER)
 BANK = KnownTask(
-    schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9, max_new_tokens=9
+    schema=TaskSchema(name="bank"),
+    tests=(FrozenRows(dataset_uri="datasets/bank/77", num_rows=9),),
+    max_prompt_tokens=9,
+    max_new_tokens=9,
 )
 MANIFEST = DatasetManifest(
     task=BANK.schema,
