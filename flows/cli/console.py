@@ -244,12 +244,22 @@ def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableT
 
 
 def matrix_table(matrix: Mapping[str, Any]) -> Table:
-    """The accuracy matrix (its JSON): one row per version, one column per task, the untouched base model first."""
+    """The accuracy matrix (its JSON): one row per version, one column per task, the untouched base model first.
+
+    A number of test rows that all cells of a task share stands in the task's title.
+    """
     from deal_core.evaluation.accuracy_matrix import AccuracyMatrix  # numpy loads slowly
 
     scores = AccuracyMatrix.from_json(matrix)
-    table = new_table("after learning", *scores.tasks, right=scores.tasks)
-    base, *versions = ([score_text(*cell) for cell in row] for row in scores.cells)
+    titles, columns = [], []
+    for task, column in zip(scores.tasks, zip(*scores.cells, strict=True), strict=True):
+        texts, sizes = [score_text(*cell) for cell in column], {n for share, n in column if share is not None}
+        shared = f", n {next(iter(sizes))}" if len(sizes) == 1 else ", n"
+        is_shared = all(text == "–" or text.endswith(shared) for text in texts)
+        titles.append(f"{task}{shared}" if is_shared else task)
+        columns.append([text.removesuffix(shared) for text in texts] if is_shared else texts)
+    table = new_table("after learning", *titles, right=titles)
+    base, *versions = zip(*columns, strict=True)
     table.add_row("(base model)", *base, style="dim")
     for learned, row in zip(scores.learned, versions, strict=True):
         cells = [f"[bold]{cell}[/]" if task == learned else cell for task, cell in zip(scores.tasks, row, strict=True)]
