@@ -281,6 +281,10 @@ def _with_places(
 
 def remark_on(tested: ScoredArrival) -> str:
     """Say what was found, and which rows contradict the champion, without a text of a row."""
-    rows = [each.place for each in tested.contradictions if each.row is not None]
-    look = f" Look at {' and '.join(filter(None, (', '.join(rows[:-1]), rows[-1])))}." if rows else ""
+    rows: dict[str | None, list[str]] = {}
+    for row in tested.contradictions:
+        if row.row is not None:
+            rows.setdefault(row.file, []).append(str(row.row))
+    places = [f"{'rows' if numbers[1:] else 'row'} {', '.join(numbers)} of {file}" for file, numbers in rows.items()]
+    look = f" Look at {' and '.join(places)}." if places else ""
     return f"{tested.sentence}{look}"
