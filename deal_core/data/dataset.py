@@ -274,26 +274,31 @@ class ArrivalReader:
         share, lacking = self._config.test_share, self._landing.num_lacking
         num_words = math.ceil(lacking / share) if self._grows else None
         is_drawn = self._files[0].columns.splitting == "is_random"
-        with closing(self._checked_batches()) as batches:
-            for file, _, (good, _) in batches:
-                is_test = self._is_test(good, file)
-                num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
-                if self._is_split_given:
-                    self._test_inputs.add(digests_in(good, "input_digest")[is_test])
-                if self._grows or len(words) <= MANY_TEXTS:
-                    inputs = digests_in(good, "input_digest")
-                    if self._grows:
-                        inputs = inputs[~(self._frozen_set.contains(inputs) | self._learned_set.contains(inputs))]
-                    words = np.unique(np.concatenate([words, _first_words(inputs)]))[:num_words]
-                elif not (infers_labels or self._names_split):
-                    break
-                if infers_labels:
-                    for found in good.column("output").value_counts().to_pylist():
-                        label = found["values"]
-                        spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
-                    if len(spellings) > MAX_INFERRED_LABELS:
-                        shown = spellings if self._config.include_texts else ()
-                        raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
+        try:
+            with closing(self._checked_batches()) as batches:
+                for file, _, (good, _) in batches:
+                    is_test = self._is_test(good, file)
+                    num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
+                    if self._is_split_given:
+                        self._test_inputs.add(digests_in(good, "input_digest")[is_test])
+                    if self._grows or len(words) <= MANY_TEXTS:
+                        inputs = digests_in(good, "input_digest")
+                        if self._grows:
+                            inputs = inputs[~(self._frozen_set.contains(inputs) | self._learned_set.contains(inputs))]
+                        words = np.unique(np.concatenate([words, _first_words(inputs)]))[:num_words]
+                    elif not (infers_labels or self._names_split):
+                        break
+                    if infers_labels:
+                        for found in good.column("output").value_counts().to_pylist():
+                            label = found["values"]
+                            spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
+                        if len(spellings) > MAX_INFERRED_LABELS:
+                            shown = spellings if self._config.include_texts else ()
+                            raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
+        except DataValidationError:
+            if infers_labels or self._names_split:
+                raise
+            # Only test rows were to be chosen. The second reading meets the same fault, and keeps the bad rows.
         # Rows that were drawn at random judge only if they are enough, and leave rows to learn.
         if is_drawn and not MIN_DRAWN * share * num_good <= num_test < num_good:
             self._files = [file.without("is_random") for file in self._files]

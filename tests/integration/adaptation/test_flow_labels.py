@@ -17,7 +17,7 @@ from flows.cli.app import app
 from flows.forget import forget
 from flows.requeue import requeue
 from infra.versions import Versions
-from tasks.adaptation import scorer
+from tasks import scorer
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import find_version

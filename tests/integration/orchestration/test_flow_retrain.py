@@ -31,7 +31,7 @@ from flows.watch import WatchResult, adapt_landed, watch
 from infra.launch import launch_job
 from infra.store.base import ObjectStore
 from infra.versions import Version, Versions
-from tasks.adaptation import scorer
+from tasks import scorer
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import read_history

@@ -385,7 +385,7 @@ def test_version_list_shows_the_newest_versions_and_programs_get_all(
 
     values = dict.fromkeys(HistoryEntry.model_fields) | {"accepted": True, "reasons": (), "aliases": ()}
     values |= dict.fromkeys(("lesson", "task", "strategy", "dataset_sha256", "run_key", "adapter"), "x")
-    values |= {"debts": {}, "general": {}, "kind": "adaptation"}
+    values |= {"debts": {}, "general": {}, "kind": "adaptation", "unsure": ()}
     values["created"] = datetime.now(UTC)
     entries = [HistoryEntry.model_validate({**values, "version": str(number)}) for number in range(1, 41)]
 

@@ -82,12 +82,12 @@ def test_forgetting_again_adds_to_what_is_known(tmp_path: Path) -> None:
 def test_only_forgotten_test_rows_are_said_to_be_forgotten(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     uri = f"datasets/t/{'d' * 64}/l/s"
-    require_test_rows(store, "t", uri)  # missing, and nobody forgot them: whoever reads them says so
+    require_test_rows(store, "t", [uri])  # missing, and nobody forgot them: whoever reads them says so
     put_tombstone(store, tombstone())
     with pytest.raises(TestRowsForgottenError, match="arrival of 't' with test rows"):
-        require_test_rows(store, "t", uri)
+        require_test_rows(store, "t", [uri])
     store.put_bytes(f"{uri}/test.parquet", b"rows")
-    require_test_rows(store, "t", uri)
+    require_test_rows(store, "t", [uri])
 
 
 FORGOTTEN = "d" * 64
