@@ -35,11 +35,12 @@ from scipy.special import softmax
 
 from benchmarks.output import RESULTS, Out, read, templates, write_result
 from benchmarks.stored_cells import read_stored_cells, unpack_answers
+from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import label_key
 from deal_core.evaluation.arrival_check import AnsweredRows, Verdict, judge_arrival
 from deal_core.judging_config import GateConfig
-from deal_core.regular_file import complete_file
+from deal_core.regular_file import complete_file, sha256_of_file
 
 if TYPE_CHECKING:
     from deal_core.evaluation.score import TaskEvaluation
@@ -98,7 +99,7 @@ SENTIMENT = "What is the sentiment of the following paragraph? Choose one from t
 TOPIC = "What is the topic of the following paragraph? Choose one from the option."
 NEWS = {label: label for label in ("World", "Sports", "Business", "Science or Technology")}
 CASES = {
-    "yelp": Case("yelp → amazon", SENTIMENT, Domain("yelp", POLARITY), Domain("amazon", POLARITY)),
+    "yelp": Case("yelp → amazon, two labels", SENTIMENT, Domain("yelp", POLARITY), Domain("amazon", POLARITY)),
     "IMDB": Case(
         "IMDB → SST-2",
         SENTIMENT,
@@ -187,11 +188,14 @@ def ask(
     base, train = load_base(DEFAULT_BASE, HomeSettings().cache_dir), TrainConfig(max_prompt_tokens=160)
     tasks = load_suite(data, tuple(TURNED))
     out.mkdir(parents=True, exist_ok=True)
+    seen = set[str]()
     for version in sorted(chains.glob("chain-*/*/version.json")):
         name, chain = json.loads(version.read_text())["task"], version.parent.parent.name
-        file = out / f"{chain}-{name}.json"
-        if name not in TURNED or file.is_file():
+        file, digest = out / f"{chain}-{name}.json", sha256_of_file(version.parent / WEIGHTS_FILE)
+        if name not in TURNED or file.is_file() or digest in seen:  # two methods learn a first task alike
+            seen.add(digest)
             continue
+        seen.add(digest)
         schema, seed = tasks[name].schema, int(chain.split("-")[2])
         numbers = {label_key(label): number for number, label in enumerate(schema.labels)}
         asked = ServedTask(
@@ -473,7 +477,7 @@ def table(
     page: Annotated[Path, typer.Option(help="The page.")] = PAGE,
 ) -> None:
     """Judge arrivals that are drawn from the stored answers; write the figures and the page."""
-    champions = [*champions_of_cells(), *read_champions(folder)]
+    champions, drop_points = [*champions_of_cells(), *read_champions(folder)], GateConfig().arrival_drop_points
     found = list(outcomes(champions, draws))
 
     def shares(chosen: list[Outcome]) -> dict[str, dict[str, float] | None]:
@@ -521,6 +525,7 @@ def table(
     good = [each for each in champions if each.own.hits.mean() >= GOOD]
     turned = [each for each in champions if each.other is not None]
     of_turned = [each for each in found if each.kind == OTHER and (each.num_reference, each.num_rows) == SHOWN]
+    worst = max((task for task in tasks if task["other"] is not None), key=lambda task: task["shares"][OTHER]["held"])
     result = {
         "champions": len(champions),
         "good": len(good),
@@ -531,7 +536,14 @@ def table(
         "tasks": sorted(tasks, key=lambda task: (task["labels"], task["task"])),
         "sizes": sizes,
         "turned": len(turned),
-        "turned_good": sum(each.own.hits.mean() >= GOOD for each in turned),
+        "turned_good": sum(bool(each.own.hits.mean() >= GOOD) for each in turned),
+        "fell": sorted(
+            round(100 * float(each.own.hits.mean() - each.other.hits.mean()), 1)
+            for each in turned
+            if each.other is not None and each.own.hits.mean() - each.other.hits.mean() >= drop_points / 100
+        ),
+        "drop_points": round(drop_points),
+        "worst": {name: worst[name] for name in ("task", "score", "other")} | worst["shares"][OTHER],
         "turned_of_40": {
             name: round(40 * sum(each.verdict == verdict for each in of_turned) / max(1, len(of_turned)), 1)
             for name, verdict in (("held", "labels disagree"), ("new", "texts are new"))
