@@ -240,16 +240,13 @@ def run(
     import torch
     from datasets import Dataset
 
+    from benchmarks.champions import champion_of
     from deal_core.adapter.state import adapter_on
     from deal_core.base_model.device import describe_machine
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
-    from deal_core.config import AdapterConfig, TrainConfig
-    from deal_core.data.schema import TaskSchema
-    from deal_core.evaluation.answering import ServedTask
     from deal_core.evaluation.score import evaluate_task
-    from deal_core.method_config import MethodConfig
-    from deal_core.training.train import TrainingSetup, train_adapter
+    from deal_core.training.train import train_adapter
     from infra.settings import HomeSettings
 
     if threads is not None:
@@ -263,13 +260,8 @@ def run(
                 continue
             own = _rows_of(data, case.learned, seed)
             learned, unused = own[:rows], own[rows : rows + pool]
-            task = TaskSchema(name=name, labels=case.labels, instruction=case.instruction)
-            train = TrainConfig(num_epochs=epochs, max_prompt_tokens=longest, checkpoint_steps=0, seed=seed)
-            setup = TrainingSetup(
-                task=task, strategy="deal", adapter=AdapterConfig(), method=MethodConfig(), train=train
-            )
+            setup, asked = champion_of(name, case.labels, case.instruction, epochs=epochs, longest=longest, seed=seed)
             numbers = {label_key(label): number for number, label in enumerate(case.labels)}
-            asked = ServedTask(schema=task, max_prompt_tokens=longest, max_new_tokens=train.answer_tokens(case.labels))
             result: dict[str, Any] = {
                 "title": case.title,
                 "seed": seed,

@@ -76,16 +76,14 @@ def run(
     import torch
     from datasets import Dataset
 
+    from benchmarks.champions import champion_of
     from deal_core.adapter.state import adapter_on
     from deal_core.base_model.device import describe_machine
     from deal_core.base_model.load import load_base
     from deal_core.base_model.sources import DEFAULT_BASE
-    from deal_core.config import AdapterConfig, TrainConfig
-    from deal_core.data.schema import TaskSchema, label_key
-    from deal_core.evaluation.answering import ServedTask
+    from deal_core.data.schema import label_key
     from deal_core.evaluation.score import evaluate_task
-    from deal_core.method_config import MethodConfig
-    from deal_core.training.train import TrainingSetup, train_adapter
+    from deal_core.training.train import train_adapter
     from infra.settings import HomeSettings
 
     if threads is not None:
@@ -102,12 +100,7 @@ def run(
             rows, generator = _rows_of(data / name, case, seed), random.Random(seed)
             num_learned = sum(number for number, _ in ARRIVALS)
             pool = Dataset.from_list(rows[num_learned : num_learned + NUM_UNUSED + max(SIZES)])
-            task = TaskSchema(name=name, labels=labels, instruction=case.instruction)
-            train = TrainConfig(num_epochs=epochs, max_prompt_tokens=longest, checkpoint_steps=0, seed=seed)
-            setup = TrainingSetup(
-                task=task, strategy="deal", adapter=AdapterConfig(), method=MethodConfig(), train=train
-            )
-            asked = ServedTask(schema=task, max_prompt_tokens=longest, max_new_tokens=train.answer_tokens(labels))
+            setup, asked = champion_of(name, labels, case.instruction, epochs=epochs, longest=longest, seed=seed)
             answers: list[list[int]] = []
             parent: Path | None = None
             with TemporaryDirectory() as work:

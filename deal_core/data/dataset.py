@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -190,8 +190,8 @@ class ArrivalReader:
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
         self._turns, self._beginnings = DigestSet(), DigestSet()
-        self._grows = bool(self._frozen) and not landing.renews_tests and not self._is_split_given
-        self._grows &= landing.num_lacking > 0
+        self._is_new = not self._frozen or landing.renews_tests  # the test rows are decided as for a new task
+        self._grows = not self._is_new and not self._is_split_given and landing.num_lacking > 0
         self._learned_set = DigestSet(landing.learned_inputs)
         self._largest_test_word = -1 if self._grows else math.ceil(self._config.test_share * 2**32) - 1
         self._num_added = 0
@@ -199,10 +199,13 @@ class ArrivalReader:
     def validate(self, keep: Keep, reject: Callable[[BadRow, object], None]) -> ValidationReport:
         """Check every row in order; pass it to `keep` or to `reject`."""
         infers_labels = self.task.format == "labelled" and not self.task.labels
-        if infers_labels or self._names_split or self._chooses_tests:
+        if infers_labels or self._names_split:
             self._survey(infers_labels)
+        elif self._chooses_tests:
+            with suppress(DataValidationError):  # the second reading meets the same fault, and keeps the bad rows
+                self._survey(infers_labels)
         self._contradictions = ContradictionFinder(self.task, self._kept, include_texts=self._config.include_texts)
-        brings_tests = not self._frozen or self._landing.renews_tests or self._grows
+        brings_tests = self._is_new or self._grows
         self._doubts = DoubtFinder(self.task, self._landing.frozen_likeness, brings_tests=brings_tests)
         num_several = 0
         for file, batch, checked in self._checked_batches():
@@ -252,7 +255,7 @@ class ArrivalReader:
         If the task has frozen test rows and does not renew them, rows with their texts are test rows, and those that
         are added. All other rows can be learned.
         """
-        if not self._frozen or self._landing.renews_tests:
+        if self._is_new:
             return _first_words(input_digests) <= self._largest_test_word
         is_test = self._frozen_set.contains(input_digests)
         if self._grows:
@@ -263,8 +266,7 @@ class ArrivalReader:
     @property
     def _chooses_tests(self) -> bool:
         """Whether digests choose new test rows."""
-        is_new = not self._frozen or self._landing.renews_tests
-        return self._grows or (is_new and not self._is_split_given)
+        return self._grows or (self._is_new and not self._is_split_given)
 
     def _survey(self, infers_labels: bool) -> None:
         """Read the files a first time to collect the texts of test rows and the labels."""
@@ -274,31 +276,26 @@ class ArrivalReader:
         share, lacking = self._config.test_share, self._landing.num_lacking
         num_words = math.ceil(lacking / share) if self._grows else None
         is_drawn = self._files[0].columns.splitting == "is_random"
-        try:
-            with closing(self._checked_batches()) as batches:
-                for file, _, (good, _) in batches:
-                    is_test = self._is_test(good, file)
-                    num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
-                    if self._is_split_given:
-                        self._test_inputs.add(digests_in(good, "input_digest")[is_test])
-                    if self._grows or len(words) <= MANY_TEXTS:
-                        inputs = digests_in(good, "input_digest")
-                        if self._grows:
-                            inputs = inputs[~(self._frozen_set.contains(inputs) | self._learned_set.contains(inputs))]
-                        words = np.unique(np.concatenate([words, _first_words(inputs)]))[:num_words]
-                    elif not (infers_labels or self._names_split):
-                        break
-                    if infers_labels:
-                        for found in good.column("output").value_counts().to_pylist():
-                            label = found["values"]
-                            spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
-                        if len(spellings) > MAX_INFERRED_LABELS:
-                            shown = spellings if self._config.include_texts else ()
-                            raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
-        except DataValidationError:
-            if infers_labels or self._names_split:
-                raise
-            # Only test rows were to be chosen. The second reading meets the same fault, and keeps the bad rows.
+        with closing(self._checked_batches()) as batches:
+            for file, _, (good, _) in batches:
+                is_test = self._is_test(good, file)
+                num_good, num_test = num_good + good.num_rows, num_test + int(is_test.sum())
+                if self._is_split_given:
+                    self._test_inputs.add(digests_in(good, "input_digest")[is_test])
+                if self._grows or len(words) <= MANY_TEXTS:
+                    inputs = digests_in(good, "input_digest")
+                    if self._grows:
+                        inputs = inputs[~(self._frozen_set.contains(inputs) | self._learned_set.contains(inputs))]
+                    words = np.unique(np.concatenate([words, _first_words(inputs)]))[:num_words]
+                elif not (infers_labels or self._names_split):
+                    break
+                if infers_labels:
+                    for found in good.column("output").value_counts().to_pylist():
+                        label = found["values"]
+                        spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
+                    if len(spellings) > MAX_INFERRED_LABELS:
+                        shown = spellings if self._config.include_texts else ()
+                        raise DataValidationError(too_many_labels(self._landing.name, shown, MAX_INFERRED_LABELS))
         # Rows that were drawn at random judge only if they are enough, and leave rows to learn.
         if is_drawn and not MIN_DRAWN * share * num_good <= num_test < num_good:
             self._files = [file.without("is_random") for file in self._files]

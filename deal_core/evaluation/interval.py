@@ -26,16 +26,17 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def score_text(share: float | None, n: int | None) -> str:
+def score_text(share: float | None, n: int | None, *, names_n: bool = True) -> str:
     """Return a score in per cent with its interval and its number of rows; a dash if it was not measured.
 
-    From SURE_ROWS rows on, and without a number of rows (None), the score stands alone.
+    From SURE_ROWS rows on, and without a number of rows (None), the score stands alone. Without `names_n` the number is
+    left out: it stands elsewhere.
 
     Example:
         >>> score_text(0.85, 20)
         '85.0, 64–95, n 20'
     """
-    return "–" if share is None else ", ".join([f"{100 * share:.1f}", *_sureness(share, n)])
+    return "–" if share is None else ", ".join([f"{100 * share:.1f}", *_sureness(share, n)[: None if names_n else 1]])
 
 
 def sureness_text(share: float | None, n: int | None) -> str:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.table import Column, Table
 from rich.text import Text
 
-from deal_core.evaluation.interval import score_text
+from deal_core.evaluation.interval import SURE_ROWS, score_text
 from deal_core.evaluation.metrics import scored_otherwise
 from deal_core.safe_text import printable, printable_json, without_known_secrets_inside, without_secrets
 
@@ -96,7 +96,7 @@ class Screen:
         self.draws = not as_json and sys.stdout.isatty() and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
-        self._told = time.monotonic()
+        self._last_line = time.monotonic()
         """When the last line of progress was printed."""
 
     # --- reporter of a run ---
@@ -111,8 +111,8 @@ class Screen:
 
     def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
         """Move the bar. Without bars, print a line every PROGRESS_SECONDS."""
-        if not self.draws and time.monotonic() - self._told >= PROGRESS_SECONDS:
-            self._told = time.monotonic()
+        if not self.draws and time.monotonic() - self._last_line >= PROGRESS_SECONDS:
+            self._last_line = time.monotonic()
             share = f"{done:g}" if total is None else f"{done:g} of {total:g}"
             self._line(escape(f"    {stage:<9} {share} {without_secrets(detail)}".rstrip()))
         if self._progress is not None and self._bar is not None:
@@ -253,11 +253,11 @@ def matrix_table(matrix: Mapping[str, Any]) -> Table:
     scores = AccuracyMatrix.from_json(matrix)
     titles, columns = [], []
     for task, column in zip(scores.tasks, zip(*scores.cells, strict=True), strict=True):
-        texts, sizes = [score_text(*cell) for cell in column], {n for share, n in column if share is not None}
-        shared = f", n {next(iter(sizes))}" if len(sizes) == 1 else ", n"
-        is_shared = all(text == "–" or text.endswith(shared) for text in texts)
-        titles.append(f"{task}{shared}" if is_shared else task)
-        columns.append([text.removesuffix(shared) for text in texts] if is_shared else texts)
+        sizes = {cell.num_rows for cell in column if cell.share is not None}
+        shared = sizes.pop() if len(sizes) == 1 else None
+        is_shared = shared is not None and shared < SURE_ROWS
+        titles.append(f"{task}, n {shared}" if is_shared else task)
+        columns.append([score_text(*cell, names_n=not is_shared) for cell in column])
     table = new_table("after learning", *titles, right=titles)
     base, *versions = zip(*columns, strict=True)
     table.add_row("(base model)", *base, style="dim")

@@ -160,9 +160,10 @@ def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
         return []
     problems += [f"Lineage {name} is left out: {why}" for name, why in lineages.problems.items()]
     watched = {lineage.lineage: lineage for lineage in lineages.good}
+    at_work = lineages_at_work()
     return [
-        _lineage(store, name, watched.get(name), inbox, damaged)
-        for name in dict.fromkeys((*watched, *known, *lineages_at_work()))
+        _lineage(store, name, watched.get(name), inbox, damaged, is_at_work=name in at_work)
+        for name in dict.fromkeys((*watched, *known, *at_work))
     ]
 
 
@@ -176,7 +177,13 @@ def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
 
 
 def _lineage(
-    store: ObjectStore, name: str, watched: WatchedLineage | None, inbox: InboxLook, damaged: list[str]
+    store: ObjectStore,
+    name: str,
+    watched: WatchedLineage | None,
+    inbox: InboxLook,
+    damaged: list[str],
+    *,
+    is_at_work: bool,
 ) -> LineageStatus:
     """Return the state of a lineage; append its damage to `damaged`. A damaged part leaves the other parts readable."""
     problems: list[str] = []
@@ -208,8 +215,9 @@ def _lineage(
             require_undamaged_adapter(store, champion)
     with noting_damage():
         problems += find_damage(store, name, record)
-    with noting_damage():
-        status.run = _run_of(store, name)
+    if is_at_work:
+        with noting_damage():
+            status.run = _run_of(store, name)
     with noting_damage():
         status.mlflow_waiting = missing_in_mlflow(store, name)
     with noting_damage():
@@ -252,10 +260,8 @@ def _lineage(
     return status
 
 
-def _run_of(store: ObjectStore, lineage: str) -> str | None:
-    """Return what the run learns that holds a lineage in this home. A run that was killed holds it no more."""
-    if lineage not in lineages_at_work():
-        return None
+def _run_of(store: ObjectStore, lineage: str) -> str:
+    """Return what the run learns that works on a lineage in this home."""
     run = next((run for run in reversed(RunJournal(store).all(lineage)) if run.state == "running"), None)
     if run is None:  # it reads its rows, or it makes no version
         return "a run works on it"

@@ -215,11 +215,12 @@ def _score(scorer: Scorer, asked: _Asked, adaptation: AdaptationRun, trained: Tr
 
     answered, before = asked.answered, adaptation.parent_folder
     new = asked.new if before else []
-    scorer.expect(asked.new, new, asked.unanswered, asked.all, *[[asked.added]] * 3 if asked.added else [])
+    to_added = [asked.added] if asked.added else []  # asked of the base model, the parent and the new version
+    scorer.expect(asked.new, new, asked.unanswered, asked.all, to_added, to_added, to_added)
     added, answers_to_added = None, Answers()
     if asked.added is not None:  # first, as the numbers of rows are those of the last rows that were asked
         name = asked.added.schema.name
-        base, parent, own = (scorer.score(folder, [asked.added]) for folder in (None, before, trained.folder))
+        base, parent, own = (scorer.score(folder, to_added) for folder in (None, before, trained.folder))
         answers_to_added = own.answers
         added = AddedRows(
             num_rows=len(asked.added.rows),

@@ -124,10 +124,17 @@ def quarantine_of(store: ObjectStore, arrival: KnownArrival, sha256s: Collection
 
 def manifests_of(store: ObjectStore, task: str | None = None) -> Iterator[tuple[str, DatasetManifest]]:
     """Yield the digest and the manifest of every dataset, of one task or of all, once for each lineage with it."""
-    for info in store.list(keys.DATASETS if task is None else f"{keys.DATASETS}/{task}"):
-        folder, _, name = info.key.rpartition("/")
-        if name == keys.MANIFEST_FILE:
-            yield keys.dataset_sha256(folder), read_manifest(store, folder)
+    for info in _manifest_files(store, task):
+        yield keys.dataset_sha256(info.key), _manifest_at(store, info)
+
+
+def _manifest_files(store: ObjectStore, task: str | None = None) -> Iterator[ObjectInfo]:
+    listing = store.list(keys.DATASETS if task is None else f"{keys.DATASETS}/{task}")
+    return (info for info in listing if keys.file_name(info.key) == keys.MANIFEST_FILE)
+
+
+def _manifest_at(store: ObjectStore, info: ObjectInfo) -> DatasetManifest:
+    return read_manifest(store, info.key.removesuffix(f"/{keys.MANIFEST_FILE}"))
 
 
 def _by_key(store: ObjectStore, key: str) -> KnownArrival:
@@ -314,16 +321,17 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
         for version in Versions(store).all(lineage):
             for learned in version.trained_on:
                 learned_by[learned.task, learned.dataset_sha256].append(version)
-    manifests = {(manifest.task.name, sha256): manifest for sha256, manifest in manifests_of(store)}
+    manifests: dict[tuple[str, str], DatasetManifest] = {}
     landed: dict[tuple[str, str], datetime] = {}
-    for info in store.list(keys.DATASETS):
-        if keys.file_name(info.key) == keys.MANIFEST_FILE:
-            named = keys.task_and_digest(info.key)
-            landed[named] = min(info.modified, landed.get(named, info.modified))
+    for info in _manifest_files(store):
+        manifest = _manifest_at(store, info)
+        named = manifest.task.name, keys.dataset_sha256(info.key)
+        manifests[named] = manifest
+        landed[named] = min(info.modified, landed.get(named, info.modified))
     forgotten = {info.key for info in store.list(keys.FORGOTTEN)}  # one listing instead of a request for each arrival
     arrivals = []
     for task, sha256 in sorted({*learned_by, *manifests}):
-        manifest, versions = manifests.get((task, sha256)), learned_by.get((task, sha256), [])
+        known, versions = manifests.get((task, sha256)), learned_by.get((task, sha256), [])
         tombstone = find_tombstone(store, task, [sha256]) if keys.tombstone_key(task, sha256) in forgotten else None
         rollbacks = [version.since.rolled_back for version in versions if version.since.rolled_back]
         state = "learned" if versions else "stored"
@@ -332,12 +340,12 @@ def list_data(store: ObjectStore) -> list[ListedArrival]:
         arrivals.append(
             ListedArrival(
                 name=sha256[:12],
-                file=manifest and manifest.source,
+                file=known and known.source,
                 landed=landed.get((task, sha256)),
                 task=task,
                 dataset_sha256=sha256,
-                num_train=manifest and manifest.num_train,
-                num_test=manifest and manifest.num_test,
+                num_train=known and known.num_train,
+                num_test=known and known.num_test,
                 learned_by=tuple(f"{version.lineage}/{version.version}" for version in versions),
                 state=tombstone.said if tombstone else state,
             )

@@ -37,12 +37,24 @@ class FrozenRows:
     """The untouched base model's accuracy on them; None: the run that brings them has not registered its version."""
 
 
-def _uris(parts: Sequence[FrozenRows]) -> tuple[str, ...]:
-    return tuple(part.dataset_uri for part in parts)
+class _WithTests:
+    """What has frozen test rows."""
+
+    tests: tuple[FrozenRows, ...]
+
+    @property
+    def num_test(self) -> int:
+        """The number of these rows."""
+        return sum(part.num_rows for part in self.tests)
+
+    @property
+    def test_uris(self) -> tuple[str, ...]:
+        """The datasets of these rows."""
+        return tuple(part.dataset_uri for part in self.tests)
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownTask:
+class KnownTask(_WithTests):
     """A task that the lineage has learned."""
 
     schema: TaskSchema
@@ -54,16 +66,6 @@ class KnownTask:
     """Longest prompt in evaluation and serving. Later arrivals do not change it."""
     max_new_tokens: int
     """Longest answer in evaluation and serving."""
-
-    @property
-    def num_test(self) -> int:
-        """The test rows that judge the version."""
-        return sum(part.num_rows for part in self.tests)
-
-    @property
-    def test_uris(self) -> tuple[str, ...]:
-        """The datasets of these rows."""
-        return _uris(self.tests)
 
     @property
     def base_accuracy(self) -> float | None:
@@ -91,23 +93,13 @@ class KnownTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownSlice:
+class KnownSlice(_WithTests):
     """Earlier test rows of a task whose test rows were renewed: measured and shown, but they do not judge the task."""
 
     name: str
     of: str
     """Name of the task."""
     tests: tuple[FrozenRows, ...]
-
-    @property
-    def num_test(self) -> int:
-        """The number of the rows."""
-        return sum(part.num_rows for part in self.tests)
-
-    @property
-    def test_uris(self) -> tuple[str, ...]:
-        """The datasets of the rows."""
-        return _uris(self.tests)
 
 
 @dataclass(frozen=True, kw_only=True)
