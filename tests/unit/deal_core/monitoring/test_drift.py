@@ -125,6 +125,16 @@ def test_an_alarm_needs_significance_and_size() -> None:
     assert any(test.effect >= test.limit for test in found.tests)
 
 
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_change_of_precision_is_no_drift_and_a_small_change_of_every_answer_is(direction: int) -> None:
+    sure = np.random.default_rng(0).uniform(0.85, 0.90, 300)  # a model that is sure of all its answers
+    reference = logged_rows(300, 1, confidence=sure, label_mass=sure)
+    for moved, names in ((0.01, set()), (0.06, {"confidence", "label mass"})):
+        live = logged_rows(300, 2, confidence=sure + direction * moved, label_mass=sure + direction * moved)
+        found = look(live, reference)
+        assert {test.name for test in found.tests if test.is_alarm} == names
+
+
 def test_too_few_rows_are_said_and_not_compared() -> None:
     live = logged_rows(99, 1, shares={"fraud": 1.0})
     found = look(live)
