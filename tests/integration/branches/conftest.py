@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.integration.conftest import NO_MLFLOW
 
 LABELS = ("warm", "cold")
 TASKS = ("taps", "beds", "cars")
+SETTINGS: dict[str, Any] = {"strategy": "deal", "rehearsal": {"rows": 50}}
 
 
 def small_task(folder: Path, name: str, part: str = "") -> dict[str, Any]:
@@ -60,19 +61,18 @@ def delete(task: str, **options: Any) -> BranchResult:
     return asyncio.run(relearn("l", arrival.dataset_sha256, who="tester", **options))
 
 
-def learn_three(folder: Path, base: Path, **settings: Any) -> None:
-    """Let lineage `l` of the home in a folder learn three tasks."""
+def learn_tasks(folder: Path, base: Path, tasks: Sequence[str] = TASKS, **settings: Any) -> None:
+    """Let lineage `l` of the home in a folder learn tasks; its settings are those of `three_tasks` otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", NO_MLFLOW)
-        for name in TASKS:
-            assert run(base, small_task(folder, name), **settings).status == "promoted"
+        for name in tasks:
+            assert run(base, small_task(folder, name), **{**SETTINGS, **settings}).status == "promoted"
 
 
 @pytest.fixture(scope="session")
 def three_tasks(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage `l` has learned taps, beds and cars, from files in its folder."""
-    settings = {"strategy": "deal", "rehearsal": {"rows": 50}}
-    return home_made_once("three-tasks-deal-50", lambda folder: learn_three(folder, tiny_base, **settings))
+    return home_made_once("three-tasks-deal-50", lambda folder: learn_tasks(folder, tiny_base))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tasks.lineage.record import read_record
 from tasks.lineage.requests import add_labels, renew_tests
 from tests.adapting import run
 from tests.conftest import MakeOnce
-from tests.integration.branches.conftest import TASKS, adapter, champion, delete, learn_three, small_task
+from tests.integration.branches.conftest import TASKS, adapter, champion, delete, learn_tasks, small_task
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "without_mlflow")
 
@@ -38,7 +38,7 @@ def test_the_result_is_that_of_a_lineage_that_never_saw_the_arrival(
 ) -> None:
     settings: dict[str, Any] = {"strategy": strategy, "rehearsal": {"rows": rows}}
     original = home_made_once(
-        f"three-tasks-{strategy}-{rows}", lambda folder: learn_three(folder, tiny_base, **settings)
+        f"three-tasks-{strategy}-{rows}", lambda folder: learn_tasks(folder, tiny_base, **settings)
     )
     home = copy_to_home(original)
     before = adapter(champion())
