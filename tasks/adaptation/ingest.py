@@ -77,7 +77,7 @@ def ingest_arrival(
         except ArrivalRefusedError as error:
             # named by the digest of the first file: all datasets without a good row have the same digest
             refused = error.report.manifest
-            kept = _publish_quarantine(store, folder, arrival.name, refused.files[0], refused.files)
+            kept = _publish_quarantine(store, folder / QUARANTINE_FILE, arrival.name, refused.files[0], refused.files)
             if kept and refused.num_training_files > 1:  # `deal data delete` may be given any of its files
                 store.put_bytes(keys.refused_files_key(kept), json.dumps(refused.training_files).encode())
             if not again:
@@ -104,7 +104,9 @@ def _publish(
 
     Present test rows stay as they are: they are frozen, and equal digests do not mean equal bytes.
     """
-    quarantine = _publish_quarantine(store, folder, manifest.task.name, manifest.sha256, manifest.files)
+    bad_rows = folder.with_name(QUARANTINE_FILE)
+    if (folder / QUARANTINE_FILE).exists():
+        (folder / QUARANTINE_FILE).rename(bad_rows)
     uri = keys.dataset_uri(manifest.task.name, manifest.sha256, lineage, manifest.task.sha256)
     try:
         before = read_manifest(store, uri)
@@ -121,6 +123,8 @@ def _publish(
             num_training_files=before.num_training_files,
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
+    # The bad rows come last: if this process is killed here, `deal data delete` finds whatever is stored by the dataset.
+    quarantine = _publish_quarantine(store, bad_rows, manifest.task.name, manifest.sha256, manifest.files)
     return DatasetRef(
         task=manifest.task.name,
         uri=uri,
@@ -137,14 +141,13 @@ def _publish(
 
 
 def _publish_quarantine(
-    store: ObjectStore, folder: Path, task_name: str, sha256: str, files: Sequence[str]
+    store: ObjectStore, rows: Path, task_name: str, sha256: str, files: Sequence[str]
 ) -> str | None:
-    """Move the bad rows from the dataset's folder to the store; return their key, or None without bad rows."""
-    rows = folder / QUARANTINE_FILE
-    key = quarantine_key(task_name, sha256, files) if rows.is_file() and rows.stat().st_size else None
-    if key is not None:
-        store.upload_file(rows, key)
-    rows.unlink(missing_ok=True)
+    """Store the file with the bad rows of a dataset; return its key, or None without bad rows."""
+    if not rows.is_file() or not rows.stat().st_size:
+        return None
+    key = quarantine_key(task_name, sha256, files)
+    store.upload_file(rows, key)
     return key
 
 
