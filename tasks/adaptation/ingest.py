@@ -123,7 +123,7 @@ def _publish(
             num_training_files=before.num_training_files,
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
-    # The bad rows come last: if this process is killed here, `deal data delete` finds whatever is stored by the dataset.
+    # The bad rows come last. If this process is killed, `deal data delete` finds what is stored by the dataset.
     quarantine = _publish_quarantine(store, bad_rows, manifest.task.name, manifest.sha256, manifest.files)
     return DatasetRef(
         task=manifest.task.name,
