@@ -3,12 +3,13 @@
     python -m benchmarks.method.memory chain --data TASKS --order 1 --seed 102 --arm deal --kept 10
     python -m benchmarks.method.memory fork --data TASKS --chain chain-1-102-deal-10 --arm replay --kept 5
     python -m benchmarks.method.memory score
+    python -m benchmarks.method.memory page
 
 A chain learns the nine tasks of suite 9 one after another. It keeps every version in a folder, and a second call goes
 on where the first one stopped. A fork learns the last task again from the second last version of a chain, with another
 arm, another seed or another number of kept rows. Both score their versions and write one JSON file, a cell, of right
 and wrong answers and of the labels' log-probabilities. `score` makes the table from the cells; with --work it first
-scores what is trained and not yet scored.
+scores what is trained and not yet scored. `page` writes benchmarks/few_rows.md and its picture from the cells.
 
 Protocol: 150 training rows a task, three passes, rank 16. The answer is the likeliest label. The mean is over the seven
 tasks that this small model can learn (JUDGED). Kept rows of a task are nested: the ten that a chain keeps are the first
@@ -69,6 +70,7 @@ import numpy as np
 import typer
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -76,7 +78,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 import benchmarks
-from benchmarks.output import RESULTS
+from benchmarks.output import RESULTS, templates
 from benchmarks.tables import JUDGED
 from deal_core.adapter.files import ADAPTER_FILES, METHOD_TENSORS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
@@ -93,10 +95,12 @@ from deal_core.regular_file import complete_file
 from deal_core.strategies.kept_rows import choose_rows, pack, rows_name
 from deal_core.strategies.rehearsal import RehearsedRow
 from deal_core.training.train import TrainingSetup, train_adapter
+from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 from tasks.adaptation.run import identify_base
 from tasks.base import lend_base
 
 CELLS = RESULTS / "memory"
+PAGE, PICTURE = Path("benchmarks/few_rows.md"), Path("docs/img/few_rows.png")
 ORDERS = {
     "1": ("yelp", "amazon", "MNLI", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo", "BoolQA"),
     "2": ("BoolQA", "yahoo", "agnews", "dbpedia", "SST-2", "IMDB", "MNLI", "amazon", "yelp"),
@@ -544,6 +548,81 @@ def score_command(
                 kind_of_processor(cell),
             )
     Console(width=160).print(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """The cells of one arm that learned the last task from one parent, with one number of kept rows.
+
+    Attributes:
+        parent: The arm of the chain that made the parent.
+        figures: Of every cell, by seed.
+    """
+
+    parent: str
+    arm: str
+    kept: int
+    figures: Sequence[Figures]
+
+    def mean(self, name: str) -> float:
+        """The mean of one figure over the cells."""
+        return fmean(getattr(figures, name) for figures in self.figures)
+
+
+def points_of(cells: Iterator[tuple[str, Mapping[str, Any]]]) -> list[Point]:
+    """Return the forks by parent, arm and number of kept rows. A chain is a fork of its own parent."""
+    points: dict[tuple[str, str, int], list[Figures]] = {}
+    for _, cell in cells:
+        if (figures := figures_of(cell)) is not None:
+            settings = cell["settings"]
+            parent = (settings["parent"] or settings)["arm"]
+            points.setdefault((parent, settings["arm"], settings["kept"]), []).append(figures)
+    return [Point(parent=key[0], arm=key[1], kept=key[2], figures=points[key]) for key in sorted(points)]
+
+
+def kept_figure(points: Sequence[Point], parent: str) -> Figure:
+    """Accuracy in the end over the number of kept rows, one line an arm and one dot a cell."""
+    figure, shown = new_figure(7.0, 3.6), [point for point in points if point.parent == parent]
+    axes = figure.subplots()
+    numbers = sorted({point.kept for point in shown})
+    for arm, colour, marker in zip(sorted({point.arm for point in shown}), COLOURS, MARKERS, strict=False):
+        of_arm = [point for point in shown if point.arm == arm]
+        axes.plot(
+            [numbers.index(point.kept) for point in of_arm],
+            [point.mean("end") for point in of_arm],
+            color=colour,
+            linewidth=1.8,
+            marker=marker,
+            label=arm,
+        )
+        for point in of_arm:
+            ends = [figures.end for figures in point.figures]
+            axes.plot([numbers.index(point.kept)] * len(ends), ends, marker, color=colour, markersize=4, alpha=0.5)
+    tidy(axes)
+    axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
+    axes.set_xlabel("kept rows of each old task", color=MUTED)
+    axes.set_ylabel("accuracy in the end, %", color=MUTED)
+    axes.legend(frameon=False)
+    return figure
+
+
+@app.command()
+def page(out: Cells = CELLS) -> None:
+    """Write the page and its picture from the cells."""
+    points = points_of(read_cells(out))
+    chains = {
+        (
+            cell["settings"]["order"],
+            cell["settings"]["seed"],
+            cell["settings"]["arm"],
+            cell["settings"]["kept"],
+        ): figures
+        for _, cell in read_cells(out)
+        if cell["settings"]["design"] == "chain" and (figures := figures_of(cell)) is not None
+    }
+    content = templates().get_template(f"{PAGE.name}.j2").render(points=points, chains=chains, rows=NUM_ROWS)
+    PAGE.write_text(content, encoding="utf-8")
+    save_png(kept_figure(points, "deal"), PICTURE)
 
 
 if __name__ == "__main__":

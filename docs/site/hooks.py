@@ -28,6 +28,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/arrival_check.md": "arrival_check_figures.md",
+    "benchmarks/few_rows.md": "few_rows.md",
     "benchmarks/cells.md": "cells.md",
     "benchmarks/earlier.md": "earlier.md",
     "benchmarks/scaling.md": "scaling.md",
