@@ -360,6 +360,7 @@ def main(
         "kinds": by_kind(long),
         "spread": spread_of_seeds(cells),
         "coverage": read(results / "paired_coverage.json"),
+        "few_tests": read(results / "test_rows.json"),
         "beside": seconds_beside_steps([cell for cell in todays_cells if len(cell["settings"]["tasks"]) == 15]),
     }
     page.write_text(pages.get_template("earlier.md.j2").render(page_values))
