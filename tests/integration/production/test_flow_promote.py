@@ -187,12 +187,14 @@ def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, 
 def test_an_arrival_that_is_now_the_first_of_its_task_is_learned_again_once(tiny_base: Path, lineage: None) -> None:
     learn(tiny_base, "clinic")
     before = learn(tiny_base, "clinic, more")
-    assert (before.version, before.dataset.num_test) == ("4", 0), "the file before it had the test rows"
+    assert (before.version, before.dataset.num_test, before.dataset.num_added) == ("4", 7, 7), "a fifth of its rows"
     roll_back("l", "2", **BY)
     assert "deal version requeue 4 --lineage l" in learn(tiny_base, "clinic, more").message
     (after,) = asyncio.run(requeue("l", ["4"]))
     assert (after.status, after.version, after.parent_version) == ("promoted", "5", "2")
-    assert after.dataset.num_test > 0 and after.dataset.sha256 != before.dataset.sha256
+    assert after.dataset.num_test == 12 and after.dataset.sha256 != before.dataset.sha256, (
+        "a third, as of any first file"
+    )
     assert [left.version for left in find_left_behind("l")] == ["3"]
     (named,) = asyncio.run(requeue("l", ["4"]))
     for repeat in (named, learn(tiny_base, "clinic, more")):
