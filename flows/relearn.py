@@ -193,7 +193,10 @@ def _open_branch(store: ObjectStore, lineage: str, arrival: KnownArrival) -> Bra
 
 
 def _remove_adapters(store: ObjectStore, branch: Branch) -> None:
-    """Remove the adapters of the versions that saw the rows. The notes are written first: then nobody goes back to one.
+    """Remove the adapters of the versions that saw the rows.
+
+    The notes are written first: then nobody goes back to such a version. Who went back just before keeps it, and its
+    files are left.
 
     Findings have figures and settings, and no rows. Those of another arrival stay, so that it can be requeued.
 
@@ -203,10 +206,12 @@ def _remove_adapters(store: ObjectStore, branch: Branch) -> None:
     assert branch.deleted is not None
     versions, day = Versions(store), f"{datetime.now(UTC):%Y-%m-%d}"
     affected = [version for version in versions.all(branch.lineage) if version.version in branch.deleted.versions]
-    if (champion := champion_of(affected)) is not None:
+    noted = [each for each in affected if versions.note_removed(branch.lineage, each.version, day)]
+    champion = champion_of(versions.all(branch.lineage))
+    if champion is not None and champion.version in branch.deleted.versions:
+        for version in noted:
+            versions.keep_after_all(branch.lineage, version.version)
         raise ChampionMovedError(branch, champion.version)
-    for version in affected:
-        versions.note_removed(branch.lineage, version.version, day)
     deleted = {branch.deleted.sha256, *branch.deleted.splits}
     for version in affected:
         for info in list(store.list(version.adapter_uri)):

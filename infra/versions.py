@@ -376,10 +376,18 @@ class Versions:
         key = keys.version_note_key(version.lineage, int(version.version), "files")
         write_stored(self.store, key, _Files(files_sha256=files_sha256))
 
-    def note_removed(self, lineage: str, version: str, day: str) -> None:
-        """Write down that a version's adapter was removed. The version stays in the history."""
+    def note_removed(self, lineage: str, version: str, day: str) -> bool:
+        """Write down that a version's adapter is removed; False: it is known. The version stays in the history.
+
+        The note comes before the files go. Who makes a version champion looks for its note after the move, so of a
+        removal and a move at once one sees the other.
+        """
         key = keys.version_note_key(lineage, int(version), "removed")
-        write_stored(self.store, key, _Removed(day=day), if_absent=True)
+        return write_stored(self.store, key, _Removed(day=day), if_absent=True)
+
+    def keep_after_all(self, lineage: str, version: str) -> None:
+        """Take back the note that a version's adapter is removed. Its files must all be there."""
+        self.store.delete(keys.version_note_key(lineage, int(version), "removed"))
 
 
 def champion_of(versions: Sequence[Version]) -> Version | None:

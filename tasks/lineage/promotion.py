@@ -16,7 +16,7 @@ from deal_core.errors import RegistryError
 from infra.branches import Branches
 from infra.promotions import Action, Change, Decision, LeftBehind, PromotionLog
 from infra.store.base import ObjectStore
-from infra.versions import Version, Versions, descent
+from infra.versions import Version, Versions, descent, require_adapter
 from tasks.context import current_store
 from tasks.lineage.history import (
     NoVersionError,
@@ -99,7 +99,8 @@ def move_champion(
     the adaptation run if its gate or its rollout decided. `branch` is the branch that the move swaps in.
 
     Raises:
-        RegistryError: The champion has changed since, or a person has rejected the version.
+        RegistryError: The champion has changed since, a person has rejected the version, or its adapter is being
+            removed: then the champion of before is champion again.
     """
     log, lineage, own = PromotionLog(store), version.lineage, version.version
     last = log.last(lineage)
@@ -127,7 +128,16 @@ def move_champion(
         rollout=kind,
         branch=branch,
     )
-    if before == expected and log.add(last, change) is not None:
+    if before == expected and (move := log.add(last, change)) is not None:
+        removed = Versions(store).find(lineage, own)
+        if action != "rollout" and removed is not None and removed.since.adapter_removed:  # a deletion was faster
+            back: Action = "stopped" if before is None else "rolled back"
+            why = "its adapter was removed just now"
+            undone = Change(
+                action=back, lineage=lineage, version=before or own, before=own, champion=before, who=who, why=why
+            )
+            log.add(move, undone)
+            require_adapter(removed)
         return
     winner = log.last(lineage)
     by = f" by {winner.who} ({winner.why})" if winner else ""

@@ -14,6 +14,7 @@ from deal_core.errors import RegistryError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt import adapted, repeated
 from infra.branches import Branch, BranchEnd, Branches
+from infra.promotions import Move, PromotionLog
 from infra.store.format import write_format
 from infra.versions import Version, Versions
 from tasks.adaptation.report import Findings
@@ -146,6 +147,25 @@ def test_an_arrival_stays_left_behind_when_its_adapter_is_gone_and_drops_out_whe
     assert left_behind() == []
     move(store, "1", "rolled back")
     assert left_behind() == ["4"], "it has been swapped in, so it may come back"
+
+
+def test_who_goes_back_to_a_version_whose_adapter_goes_meanwhile_is_refused_and_the_champion_stays(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, add = current_store(), PromotionLog.add
+    for number in (1, 2):
+        put(number, number - 1 or None)
+        move(store, str(number))
+
+    def add_after_a_note(log: PromotionLog, *arguments: Any) -> Move | None:
+        Versions(store).note_removed("l", "1", "2030-01-01")
+        return add(log, *arguments)
+
+    monkeypatch.setattr(PromotionLog, "add", add_after_a_note)
+    with pytest.raises(RegistryError):
+        roll_back("l", "1", who="tester", why="a test")
+    champion = Versions(store).champion("l")
+    assert champion is not None and champion.version == "2"
 
 
 def test_an_arrival_whose_version_is_tried_on_live_traffic_is_not_left_behind(home: Path) -> None:
