@@ -7,12 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-import typer
 
 from deal_core.errors import DiskFullError, RegistryError, StoreError
-from flows.cli.session import FAILED, session
 from infra.disk import disk_full, disk_full_unexpected, require_room
-from tests.in_process import put_back
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/srv/store/x")
 
@@ -39,12 +36,8 @@ def test_a_full_disk_is_known_in_every_form(error: Exception) -> None:
 
 
 @pytest.mark.usefixtures("home")
-def test_the_place_is_the_file_that_could_not_be_written() -> None:
+def test_the_place_is_the_file_that_could_not_be_written_and_other_failures_stay_what_they_are() -> None:
     assert "/srv/store/x" in str(disk_full(FULL))
-
-
-@pytest.mark.usefixtures("home")
-def test_other_failures_stay_what_they_are() -> None:
     for error in (OSError(errno.EACCES, "Permission denied"), RegistryError("MLflow is away"), ValueError("28")):
         assert disk_full(error) is None and disk_full_unexpected(error) is None
 
@@ -60,21 +53,6 @@ def test_a_folder_without_room_is_said_before_anything_begins(tmp_path: Path) ->
     require_room(tmp_path / "not yet there", 1)
     with pytest.raises(DiskFullError, match=r"The disk of .* is full: [\d.]+ MB are free; at least \d+ MB"):
         require_room(tmp_path, 1 << 60)
-
-
-def fail_like_a_library() -> None:
-    try:
-        raise FULL
-    except OSError as error:
-        raise RuntimeError("a library's own words") from error
-
-
-def test_a_command_ends_with_one_line_and_code_one(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with put_back(), pytest.raises(typer.Exit) as ended, session(home, as_json=False, debug=False):
-        fail_like_a_library()
-    shown = capsys.readouterr().err
-    assert ended.value.exit_code == FAILED
-    assert shown.count("\n") == 1 and "/srv/store/x is full" in shown and "not expected" not in shown
 
 
 @pytest.mark.usefixtures("home")

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from deal_core.errors import StoreError
-from infra import log_batches
 from infra.log_batches import Log, merge_batches, put_rows, read_log, remove_rows
 from infra.predictions import forget_answers, prediction_log
 from infra.store.keys import batch_day, log_key
@@ -53,19 +52,6 @@ def test_the_batches_of_each_day_are_joined(store: FileStore) -> None:
     merge_batches(store, LOG)
     assert LOG.batches(store) == batches, "what is joined is left alone"
     assert store.exists("predictions/l/aside/notes.parquet")
-
-
-def test_large_batches_are_not_joined(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(9):
-        put_on(store, TODAY, f"{number}")
-    size = LOG.batches(store)[0].size
-    monkeypatch.setattr(log_batches, "MERGED_BYTES", 3 * size)
-    merge_batches(store, LOG)
-    assert 1 < len(LOG.batches(store)) < 9 and sorted(read_ids(store)) == [f"{number}" for number in range(9)]
-    monkeypatch.setattr(log_batches, "MERGED_BYTES", 1)
-    before = LOG.batches(store)
-    merge_batches(store, LOG)
-    assert LOG.batches(store) == before
 
 
 def test_a_kill_while_batches_are_joined_loses_no_row_and_doubles_none(

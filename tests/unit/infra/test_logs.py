@@ -27,15 +27,6 @@ def test_a_log_that_has_grown_makes_room_for_the_next(tmp_path: Path, monkeypatc
     assert {path.name: path.read_text() for path in log.parent.iterdir()} == {"x.log": "three", "x.log.1": "onetwo"}
 
 
-def test_a_log_holds_nothing_that_a_terminal_acts_on(tmp_path: Path) -> None:
-    handler = logging.FileHandler(tmp_path / "x.log")
-    handler.setFormatter(logs.PlainFormatter("%(message)s"))
-    record = logging.makeLogRecord({"msg": "label %s", "args": ("\x1b]0;title\x07\u202e",), "levelno": 30})
-    handler.handle(record)
-    handler.close()
-    assert (tmp_path / "x.log").read_text() == r"label \x1b]0;title\x07\u202e" + "\n"
-
-
 def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.server.embedded import FAILURES, enter_home
 

@@ -80,16 +80,8 @@ def test_a_rollout_is_open_until_the_champion_moves_or_its_version_is_rejected(l
     assert log.open_rollout("l") is None
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"{}", "schema version None"),
-        (b"[", "is damaged"),
-        (b'{"schema_version": 1}', "is damaged"),
-        (b'{"schema_version": 2}', "schema version 2"),
-    ],
-)
-def test_a_move_that_is_damaged_or_of_another_release_is_named(log: PromotionLog, content: bytes, says: str) -> None:
-    log.store.put_bytes("promotions/l/00000001.json", content)
-    with pytest.raises(StoreError, match=rf"00000001\.json, an entry of the promotion log, .*{says}"):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_move_that_lacks_fields_or_is_of_another_release_is_named(log: PromotionLog, number: int) -> None:
+    log.store.put_bytes("promotions/l/00000001.json", f'{{"schema_version": {number}}}'.encode())
+    with pytest.raises(StoreError, match=r"00000001\.json, an entry of the promotion log"):
         log.last("l")

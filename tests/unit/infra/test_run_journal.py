@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.errors import StoreError
 from infra.run_journal import RunJournal
 from infra.store.local import FileStore
 from tests.stored_versions import CREATED, run, run_key
@@ -45,13 +44,3 @@ def test_a_loss_that_is_no_number_does_not_damage_the_journal(journal: RunJourna
     lost, endless, last = (value for _, value in found.curve["loss"])
     assert math.isnan(lost) and (endless, last) == (math.inf, 1.0)
     assert b'"NaN"' in journal.store.get_bytes(f"runs/l/{run_key(1)[:16]}.json"), "other readers of JSON read it too"
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"schema_version": 1}', b'{"schema_version": 2}'])
-def test_a_damaged_journal_is_named_with_what_to_do(journal: RunJournal, content: bytes) -> None:
-    journal.store.put_bytes(f"runs/l/{run_key(1)[:16]}.json", content)
-    for read in (lambda: journal.all("l"), lambda: journal.find("l", run_key(1))):
-        with pytest.raises(
-            StoreError, match=r"0001\.json, the journal of a run, .*Restore it from a backup, or delete"
-        ):
-            read()

@@ -221,19 +221,6 @@ def test_no_secret_of_the_example_looks_as_if_it_could_stay() -> None:
     assert len(set(values.values())) == len(values)
 
 
-def test_workers_wait_for_the_pool_that_the_deploy_makes() -> None:
-    commands = [
-        container["args"]
-        for each in documents("base/deal.yaml")
-        if each["kind"] == "Deployment"
-        for container in each["spec"]["template"]["spec"]["containers"]
-    ]
-    commands.append(json.loads((INFRA / "docker" / "Dockerfile").read_text().partition("CMD")[2]))
-    commands.append(services_of(COMPOSE)["worker-cpu"]["command"].split())
-    assert [words[words.index("--pool") + 1] for words in commands] == ["deal-gpu", "deal-cpu"] * 2
-    assert all("--no-create-pool-if-not-found" in command for command in commands)
-
-
 def test_images_are_pinned_and_run_as_nobody_special() -> None:
     for path in sorted((INFRA / "docker").glob("*ockerfile")):
         text = path.read_text()
@@ -269,16 +256,6 @@ def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) 
     }
     del environment["MLFLOW_BACKEND_STORE_URI"]
     assert start(environment).returncode != 0, "MLflow would take a file of its own"
-
-
-def test_no_image_of_compose_is_one_that_is_gone() -> None:
-    services = compose_services().values()
-    pulled = {service["image"] for service in services} - {each["image"] for each in services if "build" in each}
-    for path in (INFRA / "docker").glob("*ockerfile"):
-        pulled |= set(re.findall(r"^FROM (\S+)", path.read_text(), re.MULTILINE))
-    assert not [image for image in pulled if image.startswith("minio/")]
-    pages = "".join(path.read_text() for path in (INFRA.parent / "docs").glob("*.md"))
-    assert [image for image in sorted(pulled) if f"| `{image}` |" not in pages] == [], "a page says when it was seen"
 
 
 def test_the_store_has_no_key_that_all_know_and_keeps_its_rows() -> None:
@@ -398,21 +375,6 @@ def test_a_front_without_an_engine_answers_itself() -> None:
     assert "--engine" not in services_of(COMPOSE)["front"]["command"] and "engine" not in services_of(COMPOSE)
 
 
-def test_a_stack_without_the_profile_starts_as_before() -> None:
-    """Compose wants a value for ${NAME:?} of every service, whatever the profile."""
-    services = compose_services()
-    serving = {name: service for name, service in services.items() if "profiles" in service}
-    assert {name: service["profiles"] for name, service in serving.items()} == {
-        "front": ["serve"],
-        "engine": ["serve"],
-    }
-    others = [service for name, service in services.items() if name not in serving]
-    assert not [service for service in others if serving.keys() & service.get("depends_on", {}).keys()]
-    required = re.compile(r"(?<!\$)\$\{(\w+):\?")
-    needed = set(required.findall(json.dumps(list(serving.values()))))
-    assert needed <= set(required.findall(json.dumps(others)))
-
-
 def test_only_the_front_reaches_the_engine_of_compose() -> None:
     services = compose_services()
     engine, front = services["engine"], services["front"]
@@ -430,22 +392,6 @@ def test_only_the_front_reaches_the_engine_of_compose() -> None:
         "engine",
         "store",
     }, "the front reaches the store and the engine alone"
-
-
-def test_the_engine_of_compose_reads_adapters_where_the_front_writes_them() -> None:
-    services = compose_services()
-    (home,) = services["worker-gpu"]["volumes"]
-    source, _, target = home.partition(":")
-    dockerfile = (INFRA / "docker" / "Dockerfile").read_text()
-    assert f"DEAL_HOME={target} DEAL_CACHE_DIR={target}/cache" in dockerfile
-    made = re.findall(r"^.*install --directory.*$", dockerfile, re.MULTILINE)[0].split()
-    for name in ("front", "engine"):
-        mounts = {mount["target"]: mount for mount in services[name]["volumes"] if isinstance(mount, dict)}
-        assert set(mounts) == {f"{target}/engine-adapters", f"{target}/cache"}, "the default of DEAL_ENGINE_ADAPTER_DIR"
-        for path, mount in mounts.items():
-            assert (mount["source"], mount.get("read_only", False)) == (source, name == "engine")
-            assert f"{target}/{mount['volume']['subpath']}" == path and path in made, "a missing part is no mount"
-    assert "front" in services["engine"]["depends_on"], "the image of the front makes these folders"
 
 
 def start_engine(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -524,15 +470,6 @@ def test_the_engines_of_kubernetes_read_adapters_where_the_front_writes_them(tmp
     assert made["PersistentVolumeClaim", "engine-adapters"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-def test_front_and_engine_of_kubernetes_answer_their_probes() -> None:
-    (engine,) = named("engine/engine.yaml")["StatefulSet", "engine"]["spec"]["template"]["spec"]["containers"]
-    (front,) = named("front/front.yaml")["Deployment", "front"]["spec"]["template"]["spec"]["containers"]
-    for name in ("startupProbe", "livenessProbe", "readinessProbe"):
-        asked = front[name]["httpGet"]
-        assert asked["path"] == "/health" and asked["httpHeaders"] == [{"name": "Host", "value": "localhost"}]
-        assert engine[name]["httpGet"]["path"] == "/health"
-
-
 @needs_kustomize
 def test_the_lines_of_the_overlay_add_front_and_engines(tmp_path: Path) -> None:
     folder = tmp_path / "kubernetes"
@@ -550,16 +487,3 @@ def test_the_lines_of_the_overlay_add_front_and_engines(tmp_path: Path) -> None:
     replicas = made["StatefulSet", "engine"]["spec"]["replicas"]
     addresses = [f"http://engine-{number}.engine:8000" for number in range(replicas)]
     assert replicas == 2 and made["ConfigMap", "deal-engine"]["data"]["DEAL_ENGINE_URL"].split() == addresses
-
-
-def test_docker_and_kubernetes_start_one_release_of_vllm_with_the_same_options() -> None:
-    ours = compose_services()["engine"]
-    (theirs,) = named("engine/engine.yaml")["StatefulSet", "engine"]["spec"]["template"]["spec"]["containers"]
-    assert ours["image"] == theirs["image"]
-    assert ours["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
-    assert {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "True"} in theirs["env"]
-
-    def fixed(options: list[str]) -> list[str]:
-        return [option for option in options if "$" not in option]
-
-    assert fixed(ours["command"]) == fixed(theirs["args"])

@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
 from deal_core.training.jobs import TrainingJob, read_result
 from deal_core.training.train import TrainingSetup
-from infra.launch import launch_job
 from infra.stored_job import download_result, upload_job, work_on
 from tests.unit.deal_core.conftest import TASK, make_rows
 
@@ -82,13 +80,3 @@ def test_a_second_try_goes_on_from_the_stored_checkpoint_with_the_same_result(jo
     first, second = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("out", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert asdict(whole)["num_steps"] == 7
-
-
-def test_ray_is_an_extra(job, tmp_path, monkeypatch) -> None:
-    from tasks.context import current_store
-
-    monkeypatch.setenv("DEAL_LAUNCH", "ray")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"):
-        launch_job(current_store(), job, "adapters/l/run/jobs", tmp_path / "ranks", lambda _: None)
-    assert not list(current_store().list("adapters"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from infra.promotions import Move, PromotionLog
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
-from infra.versions import Version, Versions, descent, require_adapter
+from infra.versions import Versions, descent, require_adapter
 from tests.stored_versions import move, put_version, run_key, unregistered, version
 
 TERMS = RolloutTerms("canary", 0.1, 200, 10.0, 0.95)
@@ -76,12 +75,6 @@ def test_a_registered_version_comes_back_whole_under_the_next_number(store: File
     assert versions.lineages() == ("l",)
 
 
-def test_a_lineage_of_more_than_nine_versions_stays_in_order(store: FileStore) -> None:
-    for number in range(1, 13):
-        Versions(store).register(unregistered(number))
-    assert [each.version for each in Versions(store).all("l")] == [str(number) for number in range(1, 13)]
-
-
 def test_a_run_has_one_version_however_often_it_is_registered(store: FileStore) -> None:
     versions = Versions(store)
     first = versions.register(unregistered(7, average_accuracy=0.5))
@@ -117,15 +110,6 @@ def test_two_processes_get_different_numbers_and_one_version_of_the_same_run(sto
     registered = {each.run_key: each.version for each in Versions(store).all("l")}
     assert registered == {**own, **shared[0]}
     assert sorted(map(int, registered.values())) == list(range(1, 25))
-
-
-def test_writers_at_once_get_different_numbers(store: FileStore) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda number: Versions(store).register(unregistered(number)), range(1, 17)))
-    assert {each.run_key: each.version for each in Versions(store).all("l")} == {
-        each.run_key: each.version for each in made
-    }
-    assert sorted(int(each.version) for each in made) == list(range(1, 17))
 
 
 def test_later_notes_are_read_with_the_version_and_do_not_change_it(store: FileStore) -> None:
@@ -301,10 +285,6 @@ def test_a_version_descends_from_its_parents() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is damaged"),
-        (b"{", "is damaged"),
-        (b"[]", "cannot be used: the file has schema version None"),
-        (b"\xff\xfe", "is damaged"),
         (b'{"schema_version": 1}', "is damaged"),
         (b'{"schema_version": 2}', "schema version 2, this release reads 1"),
         (version(3).model_dump_json().encode(), "is damaged .*it is that of version 3 of 'l'"),
@@ -341,9 +321,3 @@ def test_a_promoted_version_that_is_missing_is_said(store: FileStore) -> None:
         with pytest.raises(StoreError, match="Restore it from a backup"):
             Versions(store).register(unregistered(9))
         put_version(store, version(number, accepted=True))
-
-
-def test_the_stored_version_has_nothing_of_what_became_of_it(store: FileStore) -> None:
-    Versions(store).register(unregistered(1, accepted=True, aliases=("champion",)))
-    values = json.loads(stored(store, 1))
-    assert "since" not in values and Version.model_validate(values).aliases == ()

@@ -10,7 +10,6 @@ from typing import Any
 import kubernetes_validate
 import pytest
 from jsonschema import Draft202012Validator
-from prefect.blocks.system import Secret
 from prefect.client.schemas.objects import FlowRun
 from prefect.workers.process import ProcessJobConfiguration
 from prefect_docker.worker import DockerWorkerJobConfiguration
@@ -64,19 +63,6 @@ def test_a_new_template_keeps_what_a_person_has_set_in_the_pool() -> None:
     expected["variables"]["properties"]["gpu_count"]["default"] = 4
     assert made == expected
     assert with_defaults_of({}, expected) == expected, "a pool without a template"
-
-
-@pytest.mark.parametrize("secret", ["s3cr3t{{ }}", "0123456789", "null"])
-def test_a_pool_names_the_block_and_the_container_gets_its_secret(secret: str) -> None:
-    Secret(value=secret).save("mlflow-tracking-password", overwrite=True)
-    reference = "{{ prefect.blocks.secret.mlflow-tracking-password }}"  # as docs/compose.md has it
-    pool = pool_template("docker")
-    pool["variables"]["properties"]["env"]["default"] = {"MLFLOW_TRACKING_PASSWORD": reference}
-    pool = with_defaults_of(pool, pool_template("docker"))
-    assert reference in json.dumps(pool), "a later deploy keeps it"
-    deployed = {"env": {"DO_NOT_TRACK": "true"}}
-    made = asyncio.run(DockerWorkerJobConfiguration.from_template_and_values(pool, deployed))
-    assert made.env == {"MLFLOW_TRACKING_PASSWORD": secret, "DO_NOT_TRACK": "true"}
 
 
 def test_kubernetes_takes_the_job() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,18 +66,3 @@ def test_a_damaged_format_is_named(store: FileStore, content: bytes) -> None:
     store.put_bytes("format.json", content)
     with pytest.raises(StoreError, match=r"format\.json, the format of the store, is damaged .*from a backup"):
         require_format(store)
-
-
-def test_a_process_reads_the_format_of_a_store_once(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_format(store)
-    read: list[str] = []
-    get_bytes = FileStore.get_bytes
-
-    def count(self: FileStore, key: str, **options: Any) -> bytes:
-        read.append(key)
-        return get_bytes(self, key, **options)
-
-    monkeypatch.setattr(FileStore, "get_bytes", count)
-    for _ in range(3):
-        current_store()
-    assert read == ["format.json"]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -18,13 +15,6 @@ from infra.store import base
 from infra.store.base import UnusableObjectError
 from infra.store.local import FileStore, open_store
 from tasks.data_files import local_files
-
-
-def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
-    store = open_store((tmp_path / "store").as_uri())
-    assert list(store.list()) == []
-    assert not store.exists("a")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_uris_and_paths_name_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,24 +83,6 @@ def test_an_upload_that_breaks_leaves_the_old_object_and_no_litter(tmp_path: Pat
     assert list((tmp_path / "store" / base.RESERVED).iterdir()) == []
 
 
-@pytest.mark.parametrize("write", ["put_bytes('inbox/b', b'rows')", "upload_file(Path(__file__), 'inbox/b')"])
-def test_a_killed_writer_leaves_its_unfinished_file_in_one_place_alone(tmp_path: Path, write: str) -> None:
-    store = FileStore(tmp_path)
-    store.put_bytes("inbox/a", b"old")
-    script = tmp_path.parent / "writer.py"
-    script.write_text(
-        "import os, signal\nfrom pathlib import Path\nfrom infra.store.local import FileStore\n"
-        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"  # the file is complete and has no name yet
-        f"FileStore(Path({str(tmp_path)!r})).{write}\n"
-    )
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, str(script)], env=paths, check=False).returncode == -signal.SIGKILL
-    assert [info.key for info in store.list()] == ["inbox/a"] and not store.exists("inbox/b")
-    (left,) = (path for path in tmp_path.rglob("*") if path.is_file() and path != tmp_path / "inbox" / "a")
-    assert left.parent == tmp_path / base.RESERVED, "the place where gc and forget search"
-    assert store.put_bytes("inbox/b", b"new", if_absent=True)
-
-
 @pytest.mark.parametrize("if_absent", [False, True])
 def test_a_key_cannot_be_the_folder_of_another(tmp_path: Path, if_absent: bool) -> None:
     store = FileStore(tmp_path)
@@ -120,24 +92,6 @@ def test_a_key_cannot_be_the_folder_of_another(tmp_path: Path, if_absent: bool) 
     with pytest.raises(StoreError, match="Cannot write 'a/b/c'"):
         store.put_bytes("a/b/c", b"x", if_absent=if_absent)
     assert [info.key for info in store.list()] == ["a/b"]
-
-
-def test_writers_and_a_deleter_do_not_trip_over_each_other(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
-    done = threading.Event()
-
-    def delete() -> None:
-        while not done.is_set():
-            store.delete("deep")
-
-    deleter = threading.Thread(target=delete)
-    deleter.start()
-    try:
-        for number in range(200):
-            store.put_bytes(f"deep/down/{number}", b"x", if_absent=number % 2 == 0)
-    finally:
-        done.set()
-        deleter.join()
 
 
 @pytest.mark.parametrize("if_absent", [False, True])
@@ -202,12 +156,6 @@ def test_a_folder_that_cannot_be_read_is_said_rather_than_left_out(
 def test_the_reserved_folder_is_nobodys_key(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="keeps for itself"):
         FileStore(tmp_path).put_bytes(f"{base.RESERVED}/x", b"x")
-
-
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"Cannot write 'a' in file://.*check the folder"):
-        FileStore(tmp_path / "file" / "store").put_bytes("a", b"x")
 
 
 def test_downloaded_files_have_the_users_usual_permissions(tmp_path: Path) -> None:

@@ -89,13 +89,6 @@ def test_a_damaged_index_changes_no_result_and_is_written_again(store: CountingS
     assert store.get_bytes(INDEX) == whole
 
 
-def test_a_deleted_index_changes_no_result_and_is_written_again(store: CountingStore) -> None:
-    whole = store.get_bytes(INDEX)
-    store.delete(INDEX)
-    assert read_folder(store, "versions/l") == contents(store)
-    assert store.get_bytes(INDEX) == whole
-
-
 def test_who_may_not_write_reads_without_an_index(store: CountingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **options: object) -> bool:
         raise StoreError("AccessDenied")
