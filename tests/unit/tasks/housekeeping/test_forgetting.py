@@ -12,7 +12,6 @@ from torch import Tensor
 
 from deal_core.adapter.files import METHOD_FILE, METHOD_TENSORS_FILE, as_recorded, digests_of
 from deal_core.adapter.state import kept_of_tasks
-from deal_core.errors import StoreError
 from deal_core.strategies.kept_rows import pack, rows_name
 from deal_core.strategies.rehearsal import RehearsedRow
 from infra.run_journal import RunJournal
@@ -185,16 +184,6 @@ def test_what_jobs_have_read_goes_and_the_checkpoints_of_other_runs_stay(store: 
         ("m/0000000000000003", "inputs/adapter/method.json"),
         ("m/0000000000000003", "inputs/rows-0.parquet"),
     ]
-
-
-@pytest.mark.parametrize("key", ["versions/l/00000001.json", f"runs/l/{run_key(3)[:16]}.json"])
-def test_a_damaged_entry_stops_a_forgetting_before_it_changes_anything(store: FileStore, key: str) -> None:
-    arrival = arrival_of(store)
-    store.put_bytes(key, b"{")
-    before = [(info.key, info.etag) for info in store.list("")]
-    with pytest.raises(StoreError, match="Restore it from a backup"):
-        plan_forgetting(store, arrival)
-    assert [(info.key, info.etag) for info in store.list("")] == before
 
 
 ROWS = pack([RehearsedRow([1, 2, 3], [4]), RehearsedRow([5], [6, 7])])

@@ -221,6 +221,7 @@ def test_an_unfinished_file_of_the_store_is_left_once_its_writer_is_dead(
     assert Path(left.address).read_bytes() == b"rows"
     remove_local(left.address)
     assert find_leftovers(store, later(0)) == [] and [*store.list()] == []
+    assert store.put_bytes("inbox/b", b"rows", if_absent=True)
 
 
 def test_what_was_left_for_a_day_is_found_and_removed_and_the_store_is_whole(store: FileStore, tmp_path: Path) -> None:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
-from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
-from flows.adapt import adapted, repeated
 from infra.branches import Branch, BranchEnd, Branches
 from infra.promotions import Move, PromotionLog
 from infra.store.format import write_format
 from infra.versions import Version, Versions
-from tasks.adaptation.report import Findings
 from tasks.context import current_store
-from tasks.lineage.history import rejected_by_person
 from tasks.lineage.promotion import find_left_behind, promote_to, reject_version, roll_back
 from tasks.lineage.promotion import left_behind as left_behind_by
 from tasks.lineage.tombstones import Tombstone, put_tombstone
-from tasks.references import DatasetRef
 from tests.stored_versions import move, put_version, version
 
 
@@ -52,6 +46,7 @@ def versions(home: Path) -> None:
     [
         (promote_to, "1", "deal version rollback 1 --lineage l."),
         (promote_to, "3", "deal version requeue 3 --lineage l, which"),
+        (promote_to, "2", "champion already"),
         (roll_back, "3", "deal version promote 3 --lineage l; see: deal version list --lineage l"),
         (reject_version, "2", "deal version rollback --lineage l"),
     ],
@@ -60,16 +55,6 @@ def test_what_does_not_fit_is_refused_with_a_command_for_its_lineage(decide: Any
     with pytest.raises(RegistryError) as refused:
         decide("l", version, who="tester", why="a test")
     assert remedy in str(refused.value)
-
-
-@pytest.mark.usefixtures("versions")
-def test_a_version_that_was_rejected_before_tells_by_whom_and_why() -> None:
-    put(4, 1, accepted=False, reasons=("It forgot bank.",))
-    for number, who, why in (("3", "anna", "labels look wrong"), ("2", "ben", "another reason")):
-        move(current_store(), number, "rejected", who=who, why=why, run=None)
-    for number, told in (("4", "by its gate: It forgot bank."), ("3", "by anna: labels look wrong")):
-        with pytest.raises(RegistryError, match=f"rejected already, {told}"):
-            reject_version("l", number, who="tester", why="a test")
 
 
 @pytest.mark.usefixtures("versions")
@@ -85,33 +70,6 @@ def test_a_version_of_an_open_branch_is_not_rejected() -> None:
     assert refused.value.code == "branch-open" and "deal lineage branch l --give-up" in str(refused.value)
     branches.end(branch, BranchEnd(outcome="given up", who="Ada"))
     assert reject_version("l", "4", who="tester", why="a test").action == "rejected"
-
-
-def test_a_version_that_waits_names_the_commands_that_decide() -> None:
-    waiting = version(3, accepted=True, approval="awaiting", standing="awaiting approval")
-    dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0, landed_sha256="x")
-    figures: Any = SimpleNamespace(
-        accuracies={},
-        added=None,
-        metrics={},
-        num_steps=1,
-        resumed_from_step=None,
-        matrix=AccuracyMatrix().with_row("bank", {"bank": 0.5}, base_accuracy=0.25, parent_accuracy=None),
-    )
-    found = Findings(spec={}, dataset=dataset, evaluation=figures, training=figures)
-    for result in (repeated(waiting, dataset), adapted(waiting, found, {})):
-        which = "3 --lineage l"
-        assert (
-            f"awaits approval: deal version promote {which}, or deal version reject {which} --reason REASON."
-            in result.message
-        )
-
-
-def test_a_version_that_a_person_rejected_can_be_requeued() -> None:
-    rejected = version(3, 1, accepted=True, approval="refused", refused_by="anna")
-    assert rejected_by_person(rejected).endswith(
-        "was rejected by a person; learn its arrival again with: deal version requeue 3 --lineage l"
-    )
 
 
 def left_behind() -> list[str]:

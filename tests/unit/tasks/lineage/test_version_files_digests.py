@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from tasks.references import BaseRef
 from tests.stored_versions import put_version, version
 
 CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
-ROOT = Path(__file__).resolve().parents[4]
 WEIGHTS, STATE = "adapter_model.safetensors", "method.safetensors"
 
 
@@ -158,16 +156,3 @@ def test_damage_is_not_washed_away_by_emptying_rows(store: FileStore, info: Vers
         store.upload_folder(emptied, info.adapter_uri)
     with pytest.raises(IntegrityError, match=name), borrowed_adapter(store, now(store), with_method=True):
         pytest.fail("it was lent")
-
-
-def test_no_module_copies_folders_of_adapters_out_of_the_store() -> None:
-    """Only an arrival of several files is such a folder; `data_files` reads no adapters."""
-    found = set()
-    for package in ("flows", "tasks"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            nodes = list(ast.walk(ast.parse(path.read_text())))
-            names = {node.id for node in nodes if isinstance(node, ast.Name)}
-            names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-            if "download_folder" in names:
-                found.add(path.stem)
-    assert found == {"data_files"}
