@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -45,7 +44,7 @@ def deal(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deal]:
         yield invoke
 
 
-def test_help_loads_nothing_heavy_and_names_every_command() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from flows.cli.app import app\n"
         "try: app(['--help'])\n"
@@ -55,29 +54,7 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in (
-        "demo",
-        "init",
-        "check",
-        "adapt",
-        "predict",
-        "version",
-        "data",
-        "model",
-        "ui",
-    ):
-        assert name in done.stdout
-
-
-def test_the_programs_version_is_that_of_the_package(deal: Deal) -> None:
-    assert deal("--version").stdout == f"deal-pipeline {importlib.metadata.version('deal-pipeline')}\n"
-
-
-def test_a_shell_can_complete_commands(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # whatever shell runs the tests
-    monkeypatch.setattr("typer.testing._get_command", get_command)  # the tests' one tree was made without the variable
-    shown = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="deal")
-    assert shown.exit_code == 0 and "_DEAL_COMPLETE=complete_bash" in shown.stdout
+    assert "adapt" in done.stdout
 
 
 def test_the_help_has_every_command_under_a_topic() -> None:
@@ -112,16 +89,11 @@ def test_help_shows_every_text_that_is_declared(path: tuple[str, ...], command: 
     ("path", "command"),
     [pytest.param(*found, id=" ".join(found[0])) for found in commands() if not hasattr(found[1], "commands")],
 )
-def test_every_command_has_the_common_options_last(path: tuple[str, ...], command: Any) -> None:
+def test_every_command_has_the_common_options_and_two_examples_that_can_be_given(
+    path: tuple[str, ...], command: Any
+) -> None:
     options = [parameter.opts for parameter in command.params if parameter.name != "help"]
     assert options[-3:] == [["--home"], ["--json"], ["--debug"]]
-
-
-@pytest.mark.parametrize(
-    ("path", "command"),
-    [pytest.param(*found, id=" ".join(found[0])) for found in commands() if not hasattr(found[1], "commands")],
-)
-def test_every_command_ends_with_two_examples_that_can_be_given(path: tuple[str, ...], command: Any) -> None:
     examples = command.epilog.removeprefix("Examples:").split("\n\n")[1:]
     assert len(examples) >= 2
     for example in examples:
@@ -131,44 +103,23 @@ def test_every_command_ends_with_two_examples_that_can_be_given(path: tuple[str,
         command.make_context("deal", words[len(path) :])  # raises UsageError
 
 
-def test_the_first_help_has_at_most_twenty_commands_each_on_one_line() -> None:
-    screen = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
-    top = next(command for path, command in commands() if not path)
-    assert len(top.commands) <= 20
-    for name, command in top.commands.items():
-        first = (command.help or "").split("\n\n")[0]
-        assert re.search(rf"│ {name} +{re.escape(first)} +│", screen), name
-
-
-def test_the_package_is_cheap_to_import_and_has_the_entry_point() -> None:
-    code = "import sys, flows.cli; assert 'typer' not in sys.modules; flows.cli.main()"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "adapt" in done.stdout, done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["adapt"], "--task NAME and --data FILE"),
         (["adapt", "none.yaml"], "There is no file none.yaml"),
         (["adapt", "--task", "t"], "--task NAME and --data FILE"),
         (["adapt", "--task", "t", "--data", "x.csv", "--set", "strategy=magic"], "strategy is 'magic'; give deal"),
-        (["adapt", "none.yaml", "--watch", "--once"], "There is no file none.yaml"),
         (["check", str(EXAMPLES / "bank" / "train.jsonl"), "--task", "my task"], "'task.name' is 'my task'"),
         (["model", "fetch", "no such model!"], "no such model!"),
         (["task", "add-label", "bank"], "labels"),
         (["check", "x.csv", "--no-probe"], "go with --plan"),
-        (["check", "x.csv", "--precision", "fp32"], "go with --plan"),
         (["check", "x.csv", "--plan"], "--plan needs the task"),
         (["check", "s.yaml", "--task", "t"], "s.yaml is a spec"),
         (["adapt", "--task", "t", "--data", "x.csv", "--poll", "1"], "go with --watch"),
-        (["adapt", "--task", "t", "--task", "u", "--data", "x.csv"], "go with --watch"),
-        (["adapt", "--watch", "--data", "x.csv"], "goes without --data"),
         (["adapt", "--watch", "--force"], "goes without --data, --test-data and --force"),
         (["version", "show", "1", "--out", "page.html"], "give --report too"),
         (["version", "requeue", "2", "--all"], "either versions or --all"),
         (["adapt", "--nonsense"], "--nonsense"),
-        (["nonsense"], "nonsense"),
     ],
 )
 def test_wrong_use_exits_2_with_one_clear_line(deal: Deal, arguments: list[str], message: str) -> None:
@@ -212,39 +163,6 @@ def test_check_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path: Pa
     assert not told["accepted"] and told["bad_rows"][0]["row"] == 1
 
 
-def test_check_tells_the_shape_and_shows_a_row_as_the_model_sees_it(deal: Deal, tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"instruction": f"Do {i}", "input": f"it {i}", "output": "done"} for i in range(30)]))
-    told = json.loads(deal("check", str(path), "--json").stdout)["data"]
-    assert told["shape"] == "Alpaca rows (instruction with input under it, output)"
-    number = told["example"]["prompt"].split()[1]
-    assert told["example"] == {"prompt": f"Do {number}\nit {number}", "answer": " done", "rejected": None, "note": None}
-    shown = deal("check", str(path)).stdout
-    assert "recognised as Alpaca rows" in shown and f"it {number} done" in shown
-
-
-def test_check_shows_a_chat_even_without_its_base_model(deal: Deal, tmp_path: Path) -> None:
-    path, spec = tmp_path / "rows.jsonl", tmp_path / "spec.yaml"
-    turns = [{"role": role, "content": f"[b]{role}"} for role in ("user", "assistant", "user")]
-    chats = [[*turns, {"role": "assistant", "content": f"end {number}"}] for number in range(30)]
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    spec.write_text("base_model: nobody/nothing\ntask: {name: t, data: x}\n")
-    shown = deal("check", str(path), "--spec", str(spec)).stdout
-    assert "user: [b]user" in shown and "without the base model's chat template" in shown and "end " in shown
-
-
-def test_check_shows_what_stands_where_the_columns_names_should(deal: Deal, tmp_path: Path) -> None:
-    path = tmp_path / "bare.csv"
-    path.write_text("My card is lost,lost_card\nWhere is it?,card_arrival\n")
-    result = deal("check", str(path))
-    assert result.exit_code != 0 and "'lost_card'" in result.stderr, "who holds the file may see it"
-
-
-def test_check_of_a_missing_file_says_so(deal: Deal) -> None:
-    result = deal("check", "none.csv")
-    assert result.exit_code in (1, 2) and "none.csv" in result.stderr and "Traceback" not in result.output
-
-
 @pytest.mark.parametrize(("rejected", "code"), [(True, 3), (False, 0)])
 def test_requeue_exits_3_where_the_gate_rejects(
     deal: Deal, monkeypatch: pytest.MonkeyPatch, rejected: bool, code: int
@@ -283,28 +201,6 @@ def test_a_variable_names_the_lineage_and_the_option_wins(deal: Deal, monkeypatc
     assert "'other' has no champion" in deal("version", "list").stderr
 
 
-@pytest.mark.usefixtures("other")
-@pytest.mark.parametrize("arguments", [["version", "list"], ["predict", "text"], ["task", "add-label", "bank", "late"]])
-def test_an_unknown_lineage_says_what_to_do(deal: Deal, arguments: list[str]) -> None:
-    result = deal(*arguments, "--lineage", "nobody")
-    assert result.exit_code == 1
-    assert "'nobody' has no champion" in result.stderr and "deal adapt" in result.stderr
-
-
-def test_a_server_tells_its_events_as_lines(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
-    def serve(store: object, lineage: str, home: Path, *, say: Any, ready: Any, **options: object) -> bool:
-        ready("http://127.0.0.1:8000", "3")
-        say("Version 4 answers now.")
-        return True
-
-    monkeypatch.setattr("infra.serving.run.serve", serve)
-    told = [json.loads(line) for line in deal("serve", "--lineage", "l", "--json").stdout.splitlines()]
-    ready = {"url": "http://127.0.0.1:8000", "lineage": "l", "version": "3"}
-    assert told == [ready, {"event": "Version 4 answers now."}]
-    shown = deal("serve", "--lineage", "l").stdout
-    assert shown == "l answers at http://127.0.0.1:8000/invocations. Ctrl-C ends it.\nVersion 4 answers now.\n"
-
-
 def test_ui_names_the_database_and_the_command(deal: Deal, home: Path) -> None:
     told = json.loads(deal("ui", "--json", "--port", "5123").stdout)
     assert told["tracking_uri"] == f"sqlite:///{home / 'mlflow.db'}"
@@ -326,13 +222,7 @@ def test_ui_shows_no_password(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         for result in (deal("ui"), deal("ui", "--json")):
             assert "secret" not in result.output and ".example" in result.output
-
-
-def test_ui_starts_the_server_with_no_password_among_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db.example/mlflow")
-    address = ui_address(5000)
-    assert "secret" not in " ".join(address.command)
-    assert address.environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:secret@db.example/mlflow"
+        assert "secret" not in " ".join(ui_address(5000).command), "every user of the machine can read arguments"
 
 
 def test_ui_that_is_told_to_end_leaves_no_server(home: Path) -> None:
@@ -354,11 +244,6 @@ def test_ui_that_is_told_to_end_leaves_no_server(home: Path) -> None:
             process.kill()
 
 
-def test_home_option_wins_over_the_environment(deal: Deal, tmp_path: Path) -> None:
-    told = json.loads(deal("ui", "--json", "--home", str(tmp_path / "other")).stdout)
-    assert told["tracking_uri"] == f"sqlite:///{tmp_path / 'other' / 'mlflow.db'}"
-
-
 def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
     deal: Deal, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,8 +260,7 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
 
 
 @pytest.mark.parametrize(
-    ("options", "num_shown"),
-    [((), 30), (("--newest", "3"), 3), (("--newest", "40"), 40), (("--newest", "0"), 40), (("--json",), None)],
+    ("options", "num_shown"), [((), 30), (("--newest", "3"), 3), (("--newest", "0"), 40), (("--json",), None)]
 )
 def test_version_list_shows_the_newest_versions_and_programs_get_all(
     deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], num_shown: int | None
@@ -455,10 +339,8 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ("2026-01-01", "At 2026-01-01T00:00:00+01:00 (local time, CET), no"),
         ("2026-07-01T09:30", "At 2026-07-01T09:30:00+02:00 (local time, CEST), no"),
-        ("2026-01-01T09:30:15Z", "At 2026-01-01T09:30:15+00:00, no"),
         ("2026-01-01T09:30-05:00", "At 2026-01-01T09:30:00-05:00, no"),
         ("0001-01-01T00:00+14:00", "At 0001-01-01T00:00:00+14:00, no"),
-        ("9999-12-31T23:59-14:00", "At 9999-12-31T23:59:00-14:00, no"),
     ],
 )
 def test_the_champion_at_a_time_is_asked_for_with_a_zone_or_in_the_local_one(deal: Deal, at: str, shown: str) -> None:
@@ -469,31 +351,10 @@ def test_the_champion_at_a_time_is_asked_for_with_a_zone_or_in_the_local_one(dea
 
 
 @pytest.mark.usefixtures("berlin")
-@pytest.mark.parametrize(
-    ("at", "said"),
-    [
-        ("0001-01-01", "--at is '0001-01-01'; give a time such as"),
-        ("yesterday", "--at is 'yesterday'; give a time such as"),
-        ("9" * 5000, "give a time such as"),
-    ],
-)
-def test_a_time_that_is_none_is_wrong_use(deal: Deal, at: str, said: str) -> None:
+@pytest.mark.parametrize("at", ["0001-01-01", "yesterday", "9" * 5000])
+def test_a_time_that_is_none_is_wrong_use(deal: Deal, at: str) -> None:
     result = deal("version", "list", "--at", at)
-    assert result.exit_code == 2 and said in " ".join(result.stderr.split())
-    assert "not expected" not in result.stderr
-
-
-def test_a_time_zone_that_there_is_not_is_said_before_anything_else(
-    deal: Deal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TZ", "UTC+99")
-    time.tzset()
-    try:
-        result = deal("version", "list")
-    finally:
-        monkeypatch.undo()
-        time.tzset()
-    assert result.exit_code == 2 and "TZ is 'UTC+99', which is no time zone" in result.stderr
+    assert result.exit_code == 2 and "not expected" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
@@ -11,11 +10,7 @@ from rich.markup import escape
 
 from deal_core.errors import MAX_ERROR_CHARS, DealError, in_one_line
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
-from flows.adapt import Scores
-from flows.cli.console import Screen, home_option, matrix_table, new_table, percent
-from flows.cli.demo import DemoResult, LineageOutcome
-from flows.cli.learn import show_demo, show_watch
-from flows.watch import Seen, WatchResult
+from flows.cli.console import Screen, matrix_table, new_table, percent
 
 EVIL = "\x1b[31m[red]a\x9b31m\u202e[/]\x07\ud800 [link=http://x]b"
 SHOWN = r"\x1b[31m[red]a\x9b31m\u202e[/]\x07\ud800 [link=http://x]b"
@@ -47,18 +42,6 @@ def test_json_says_the_same_and_does_nothing(capsys: pytest.CaptureFixture[str])
 def test_an_error_takes_one_line_and_no_more_than_a_screen() -> None:
     assert in_one_line(DealError(f"a\n{EVIL}")) == f"a {SHOWN}"
     assert len(in_one_line(DealError("x " * 10**6))) == MAX_ERROR_CHARS
-
-
-def test_a_flow_inside_a_command_goes_on_with_the_bar_of_the_command() -> None:
-    screen = Screen()
-    screen.draws = True
-    with screen.working("starting"):
-        drawn = screen._progress
-        assert drawn is not None
-        with screen.working("looking"):
-            assert screen._progress is drawn and [task.description for task in drawn.tasks] == ["looking"]
-        assert screen._progress is drawn
-    assert screen._progress is None
 
 
 def test_without_a_terminal_a_line_tells_the_progress_now_and_then(
@@ -111,72 +94,3 @@ def test_a_score_of_few_test_rows_stands_with_its_interval() -> None:
 
 def test_an_undefined_score_is_a_dash_and_zero_is_zero() -> None:
     assert (percent(None), percent(0.0), percent(0.125)) == ("–", "0.0", "12.5")
-
-
-def outcome(lineage: str, **changes: object) -> LineageOutcome:
-    found = matrix()
-    values = {
-        "lineage": lineage,
-        "strategy": "deal",
-        "champion": "3",
-        "matrix": found.to_json(),
-        "scores": Scores.of(found),
-        "runs": (),
-        **changes,
-    }
-    return LineageOutcome.model_validate(values)
-
-
-def test_the_demo_ends_with_scores_side_by_side_and_where_to_look(tmp_path: Path) -> None:
-    nothing = outcome("rival", champion=None, matrix=None, scores=None)
-    result = DemoResult(outcomes=(outcome("demo"), nothing, outcome("third", champion=None)))
-    shown = text(*show_demo(result, tmp_path))
-    lines = [line.split() for line in shown.splitlines()]
-    assert ["demo", "deal", "70.8", "6.2", "version", "3"] in lines
-    assert "No version of rival has passed the gate" in shown and "No version of third has passed the gate" in shown
-    assert ["third", "deal", "70.8", "6.2", "none"] in lines
-    assert f"deal version list --lineage demo --home {tmp_path}" in shown.replace("\n", "")
-
-
-def test_foreign_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    seen = Seen(key="inbox/bank/[red]x[/].csv", outcome="refused", message="[/]", version=None)
-    Screen().result({}, *show_watch(WatchResult(lineage="l", files=(seen,), runs=())), escape("[bold]a :smile:[/b]"))
-    shown = capsys.readouterr().out
-    assert "[red]x[/].csv" in shown and "[bold]a :smile:[/b]" in shown
-
-
-def test_home_is_named_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert home_option(tmp_path / "deal-home") == ""
-    assert home_option(tmp_path / "my home") == " --home 'my home'"
-    assert home_option(Path("/elsewhere")) == " --home /elsewhere"
-
-
-def drawn(table: RenderableType, width: int) -> list[str]:
-    console = Console(width=width)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().splitlines()
-
-
-def test_a_narrow_screen_breaks_no_word_and_leaves_spare_columns_out() -> None:
-    columns = ("version", "task", "strategy", "gate", "alias", "when")
-    table = new_table(*columns, right=["version"], spare=("strategy", "when"))
-    table.add_row("12", "parcels", "deal", "accepted, approved", "challenger champion", "12-01 01:47")
-    words = [
-        word for column in ("parcels", "deal", "accepted, approved", "challenger champion") for word in column.split()
-    ]
-    for width, left_out in ((100, ()), (60, ("strategy",)), (48, ("strategy", "when"))):
-        lines = drawn(table, width)
-        assert max(map(len, lines)) <= width
-        assert [name for name in columns if name not in lines[1].split()] == list(left_out)
-        shown = " ".join(lines).split()
-        assert [word for word in words if word not in shown and not (word == "deal" and left_out)] == []
-
-
-def test_words_are_broken_where_nothing_else_fits() -> None:
-    table = new_table("first column", "second column")
-    table.add_row("a" * 30, "b" * 30)
-    lines = drawn(table, 20)
-    assert max(map(len, lines)) <= 20
-    assert "".join(lines).count("a") == 30

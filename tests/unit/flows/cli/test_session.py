@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -84,25 +81,6 @@ def test_events_are_told_as_lines(app: typer.Typer) -> None:
         assert CliRunner().invoke(app, ["follow"]).stdout == "one\ntwo and three\n"
         told = [json.loads(line) for line in CliRunner().invoke(app, ["follow", "--json"]).stdout.splitlines()]
     assert told == [{"number": 1}, {"first": {"number": 2}, "others": [{"number": 3}]}]
-
-
-@pytest.mark.parametrize(
-    ("trains", "is_up", "imports"), [(True, False, True), (True, True, False), (False, False, False)]
-)
-def test_what_trains_is_imported_while_the_api_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: bool, is_up: bool, imports: bool
-) -> None:
-    """The import is made to fail. An API that is up leaves nothing to wait for."""
-
-    async def flow() -> str:
-        return "learned"
-
-    api = SimpleNamespace(done=lambda: is_up, result=lambda timeout: None)
-    monkeypatch.setattr("flows.server.embedded.start_api", lambda: api)
-    monkeypatch.setitem(sys.modules, "deal_core.training.train", None)
-    session = Session(home=tmp_path, screen=Screen(as_json=True))
-    with pytest.raises(ModuleNotFoundError) if imports else nullcontext():
-        assert session.run(flow, trains=trains) == "learned"
 
 
 def test_an_api_that_never_starts_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
