@@ -31,18 +31,6 @@ def test_the_built_in_model_is_fetched_once_converted_and_answers(tmp_path: Path
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, tokenize=False
     )
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    # the model's own tokenizer splits digits, and keeps a leading space with its word
-    assert tokenizer.convert_ids_to_tokens(tokenizer("in 2024 a fee")["input_ids"]) == [
-        "in",
-        "Ġ",
-        "2",
-        "0",
-        "2",
-        "4",
-        "Ġa",
-        "Ġfee",
-    ]
-
     inputs = tokenizer(prompt, return_tensors="pt").to(base.model.device)
     with torch.inference_mode():
         answer = base.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]

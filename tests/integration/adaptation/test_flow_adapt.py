@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -18,27 +14,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.settings import get_current_settings
 
-from deal_core.adapter.state import kept_of_tasks
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.accuracy_matrix import AccuracyMatrix
 from flows.adapt import AdaptResult
 from flows.champions import evaluate
-from flows.forget import forget
 from infra.promotions import Move, PromotionLog
 from infra.run_journal import Run, RunJournal
 from infra.versions import UNREGISTERED, Version, Versions
 from tasks.adaptation.resume import find_parent
-from tasks.adaptation.run import AdaptationRun
 from tasks.context import current_store
 from tasks.lineage.promotion import move_champion
-from tasks.lineage.record import read_record
-from tasks.lineage.reports import read_page
-from tasks.lineage.version_files import borrowed_adapter
 from tasks.predict import predict
-from tasks.spec import AdaptSpec
 from tests.adapting import BANK, CLINIC, FAIL, PASS, evaluation_of, page_of, record_of, run, version_of
 from tests.conftest import MakeOnce
 from tests.receiver import Receiver
@@ -48,26 +35,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
 RESULT = "result.json"
-
-
-ROOT = Path(__file__).parents[3]
-KILLED_AFTER_STEP_4 = """
-import json, os, signal, sys
-from pathlib import Path
-
-from deal_core.training import trainer
-from tests.adapting import CLINIC, run
-
-rotate = trainer.rotate_checkpoints
-
-def die(folder, **given):
-    rotate(folder, **given)
-    if Path(folder, "checkpoint-4", trainer.COMPLETE).exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-trainer.rotate_checkpoints = die
-run(Path(sys.argv[1]), CLINIC, train=json.loads(sys.argv[2]))
-"""
 
 
 class Killed(BaseException):
@@ -125,6 +92,9 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "method.json", "record.json"}
     assert names >= {"findings.json", "answers.json", "README.md", "deal.json"}
 
+    tests = pq.read_table(BytesIO(store.get_bytes(f"{dataset}/test.parquet"))).column("input").to_pylist()
+    assert set(tests) == {json.loads(line)["text"] for line in Path(BANK["test_data"]).read_text().splitlines()}
+
     record = record_of(result)
     assert [known.schema.name for known in record.tasks] == ["bank"]
     assert len(record.tasks[0].schema.labels) == 6
@@ -135,58 +105,11 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert not list((home / "work").rglob("*.*")), "checkpoints were not deleted"
 
 
-def test_a_lineage_supplies_what_the_next_spec_leaves_open(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tiny_base, BANK, strategy="replay", adapter={"rank": 4})
-    second = run(tiny_base, CLINIC, base_model=None)
-    store, versions = current_store(), Versions(current_store()).all("l")
-    records = [read_record(store, info) for info in versions]
-    assert [info.strategy for info in versions] == ["replay", "replay"]
-    assert (second.version, records[1].adapter.rank, records[1].base.source) == ("2", 4, str(tiny_base))
-    with borrowed_adapter(store, versions[-1], with_method=True) as folder:
-        assert len(kept_of_tasks(folder)) == 2, "of both arrivals"
-    asked: list[AdaptSpec] = []
-
-    async def stop(adaptation: AdaptationRun, stages: object) -> None:
-        asked.append(adaptation.spec)
-        raise Killed
-
-    monkeypatch.setattr("flows.adapt._train_to_promotion", stop)
-    with pytest.raises(Killed):
-        run(tiny_base, CLINIC, again=True, strategy="deal")
-    assert asked[0].strategy == "deal"
-
-
-def test_mlflow_holds_the_whole_run(first: AdaptResult) -> None:
-    result = first
-    tracked = in_mlflow("l", result.run_key)
-    client, found = tracked.client, mlflow_run("l", result.run_key)
-
-    assert found.info.status == "FINISHED"
-    assert found.data.params["train.max_steps"] == "3"
-    assert found.data.params["strategy"] == "deal"
-    metrics = found.data.metrics
-    assert metrics["accuracy/bank"] == result.accuracies["bank"]
-    assert "average_accuracy" in metrics and "base_accuracy" in metrics
-    assert "forgetting" not in metrics, "one task forgets nothing: undefined, not zero"
-    stages = ("ingest", "base", "train", "evaluate", "gate", "register", "promote")
-    assert {f"seconds/{stage}" for stage in stages} <= set(metrics)
-    assert metrics["rows_per_second/train"] > 0 and metrics["rows_per_second/evaluate"] > 0
-    assert [entry.dataset.name for entry in found.inputs.dataset_inputs] == ["bank"]
-    assert found.inputs.dataset_inputs[0].dataset.digest == result.dataset.sha256[:36]
-
-    assert losses_in_mlflow(result) == [1, 2, 3]
-    files = {entry.path for entry in client.list_artifacts(tracked.run_id)}
-    assert {"evaluation.json", "report.json", "report.html"} <= files
-    tags = client.get_model_version("l", "1").tags
-    assert tags["deal.dataset_sha256"] == result.dataset.sha256
-    assert tags["deal.task"] == "bank" and tags["deal.gate"] == "accepted" and tags["deal.version"] == "1"
-
-
 def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     tiny_base: Path, tmp_path: Path, first: AdaptResult
 ) -> None:
     moved = shutil.copytree(tiny_base, tmp_path / tiny_base.name)  # the same base model at another place
-    second = run(moved, CLINIC)
+    second = run(moved, CLINIC, gate={**PASS, "max_drop_points": 1.0})
 
     assert (second.status, second.version, second.parent_version) == ("promoted", "2", "1")
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
@@ -201,22 +124,18 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
     findings = json.loads(current_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
     assert findings["evaluation"]["notes"][0] == "rehearsed 18 rows of one old task, 4 a step"
     assert second.scores is not None and second.scores.forgetting is not None
-
-
-def test_a_version_that_few_rows_judged_says_so_and_waits_if_it_is_asked_to(
-    tiny_base: Path, first: AdaptResult
-) -> None:
     assert first.unsure == (), "a first version has no old task"
-    gate = {**PASS, "max_drop_points": 1.0}
-    second = run(tiny_base, CLINIC, gate={**gate, "unsure": "approve"})
+    assert second.unsure, "too few rows judged bank for this limit; without being asked, the version only says so"
+    sizes = [[cell.num_rows for cell in row] for row in AccuracyMatrix.from_json(second.matrix).cells]
+    tests = {name: len(outcome) for name, outcome in evaluation_of(second)["outcomes"].items()}
+    assert sizes == [[tests["bank"], tests["clinic"]]] * 3
+
+
+def test_a_version_that_few_rows_judged_waits_if_it_is_asked_to(tiny_base: Path, first: AdaptResult) -> None:
+    second = run(tiny_base, CLINIC, gate={**PASS, "max_drop_points": 1.0, "unsure": "approve"})
     (unsure,) = second.unsure
     assert unsure.startswith("bank: too few test rows to judge") and version_of(second).unsure == second.unsure
     assert second.status == "awaiting approval"
-    third = run(tiny_base, CLINIC, again=True, gate=gate)
-    assert third.status == "promoted" and third.unsure, "without being asked, it only says so"
-    sizes = [[cell.num_rows for cell in row] for row in AccuracyMatrix.from_json(third.matrix).cells]
-    tests = {name: len(outcome) for name, outcome in evaluation_of(third)["outcomes"].items()}
-    assert sizes == [[tests["bank"], tests["clinic"]]] * 3
 
 
 @pytest.mark.nightly
@@ -267,35 +186,6 @@ def test_two_processes_train_and_answer_and_one_version_is_registered(
     assert set(result.accuracies) == {"bank", "clinic"} and alone.accuracies == alone.recorded == result.accuracies
 
 
-async def end_lock_of_killed() -> None:
-    """A killed run holds its lineage on the server until its lease of five minutes ends."""
-    async with get_client() as client:
-        await client.delete_global_concurrency_limit_by_name("lineage-l")
-
-
-def test_a_run_killed_by_kill_9_goes_on_from_its_checkpoint_and_makes_one_version(
-    tiny_base: Path, home: Path, first: AdaptResult
-) -> None:
-    train = {"max_steps": 6, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 2}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AFTER_STEP_4, str(tiny_base), json.dumps(train)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": str(get_current_settings().api.url)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(versions()) == 1
-    asyncio.run(end_lock_of_killed())
-    result = run(tiny_base, CLINIC, train=train)
-    assert (result.status, result.version, result.parent_version) == ("promoted", "2", "1")
-    assert (result.resumed_from_step, result.num_steps) == (4, 6)
-    assert losses_in_mlflow(result) == [1, 2, 3, 4, 5, 6], "none is lost, none is logged twice"
-    assert [step for step, _ in journal_of(result).curve["train/loss"]] == [1, 2, 3, 4, 5, 6]
-    assert [version for version, *_ in versions()] == ["1", "2"] and not list((home / "work").rglob("*.*"))
-
-
 def test_the_same_rows_in_another_file_train_nothing(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:
     rows = [json.loads(line) for line in Path(BANK["data"]).read_text().splitlines()]
     other = tmp_path / "other name.csv"
@@ -319,15 +209,6 @@ def test_other_settings_do_not_make_an_adapted_arrival_new(
     assert tasks == ["ingest"], "Prefect knows the stages of a run as tasks"
 
 
-@pytest.mark.nightly
-def test_again_trains_anew_each_time(tiny_base: Path, first: AdaptResult) -> None:
-    second = run(tiny_base, BANK, again=True)
-    third = run(tiny_base, BANK, again=True)
-    assert [(second.status, second.version), (third.status, third.version)] == [("promoted", "2"), ("promoted", "3")]
-    assert third.matrix is not None and third.matrix["trained"] == ["bank", "bank", "bank"]
-    assert third.matrix["tasks"] == ["bank"]
-
-
 def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, first: AdaptResult) -> None:
     rejected = run(tiny_base, CLINIC, gate=FAIL)
 
@@ -344,31 +225,6 @@ def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, first
     assert len(versions()) == 2
     parent = find_parent("l")
     assert parent is not None and parent.version == "1"
-
-
-@pytest.mark.nightly
-def test_again_retries_what_was_rejected(tiny_base: Path) -> None:
-    run(tiny_base, BANK, gate=FAIL)
-    retried = run(tiny_base, BANK, gate=FAIL, again=True)
-    assert (retried.status, retried.version, retried.parent_version) == ("rejected", "2", None)
-
-
-def test_a_task_that_arrives_again_is_judged_on_its_first_test_rows(
-    tiny_base: Path, tmp_path: Path, first: AdaptResult
-) -> None:
-    rows = [json.loads(line) for line in Path(BANK["test_data"]).read_text().splitlines()[:2]]
-    rows += [{"text": f"A new message number {number} about my card.", "label": "lost card"} for number in range(20)]
-    arrival = tmp_path / "more.jsonl"
-    rows += [{"text": "", "label": "lost card"}]
-    arrival.write_text("\n".join(json.dumps({**row, "split": "train"}) for row in rows))
-    second = run(tiny_base, {"name": "bank", "data": str(arrival)})
-
-    assert (second.status, second.dataset.num_rejected) == ("promoted", 3)
-    assert [bad["reason"] for bad in quarantined(second)].count("empty text") == 1
-    record = record_of(second)
-    assert [known.test_uris[0] for known in record.tasks] == [first.dataset.uri]
-    assert record.tasks[0].schema.instruction == BANK["instruction"]
-    assert record.matrix.trained == ("bank", "bank") and record.matrix.tasks == ("bank",)
 
 
 @pytest.mark.nightly
@@ -420,24 +276,9 @@ def test_another_base_model_needs_another_lineage(tiny_base: Path, tmp_path: Pat
     assert len(versions()) == 1
 
 
-@pytest.mark.parametrize(
-    ("task", "settings", "message"),
-    [
-        (CLINIC, {"adapter": {"rank": 4}}, "shape"),
-        ({**BANK, "instruction": "Another one"}, {}, r"task\.instruction of 'bank'"),
-        ({**BANK, "labels": ["a", "b"]}, {}, r"task\.labels of 'bank'"),
-    ],
-)
-def test_what_contradicts_the_lineage_is_refused(
-    tiny_base: Path, first: AdaptResult, task: dict[str, Any], settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run(tiny_base, task, **settings)
-
-
 @pytest.mark.parametrize("is_written", [False, True])
 def test_a_promotion_cut_short_is_completed_by_the_next_run(
-    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, is_written: bool
+    tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, is_written: bool
 ) -> None:
     whole = PromotionLog.add
 
@@ -455,71 +296,13 @@ def test_a_promotion_cut_short_is_completed_by_the_next_run(
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "2")
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
     assert len(PromotionLog(current_store()).moves("l")) == 2, "no move is written twice"
+    assert journal_of(repeat).state == "finished" and page_of(repeat)[0].version == "2"
+    assert not list((home / "work").rglob("*.*")), "nothing of the killed run is left"
+    assert not list((home / "store" / "datasets").rglob("train.parquet")), "the rows are learned"
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("gate", [PASS, FAIL])
-def test_a_report_cut_short_is_completed_by_the_next_run(
-    tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, gate: dict[str, Any]
-) -> None:
-    def die(*args: Any, **kwargs: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("flows.adapt.report_version", die)
-        patch.setattr(RunJournal, "end", die)  # a crashed machine: the run stays as it was
-        with pytest.raises(Killed):
-            run(tiny_base, CLINIC, gate=gate)
-    version = Versions(current_store()).all("l")[1]
-    assert mlflow_run("l", version.run_key).info.status == "RUNNING" and list((home / "work").rglob("training.json"))
-    repeat = run(tiny_base, CLINIC, gate=gate)
-
-    assert (repeat.status, repeat.version, journal_of(repeat).state) == ("repeat", "2", "finished")
-    assert page_of(repeat)[0].version == "2"
-    done, tracked = mlflow_run("l", repeat.run_key), in_mlflow("l", repeat.run_key)
-    assert done.info.status == "FINISHED" and "accuracy/clinic" in done.data.metrics
-    assert "report.html" in {entry.path for entry in tracked.client.list_artifacts(tracked.run_id)}
-    assert not list((home / "work").rglob("*.*"))
-    assert not list((home / "store" / "datasets").rglob("train.parquet")), "they are learned"
-
-
-@pytest.mark.nightly
-def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
-    tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def die(*args: Any, **kwargs: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("flows.adapt.report_version", die)
-        with pytest.raises(Killed):
-            run(tiny_base, CLINIC)
-    store = current_store()
-    version = Versions(store).all("l")[1]
-    num_train = json.loads(store.get_bytes(f"{version.adapter_uri}/findings.json"))["dataset"]["num_train"]
-    answers = f"{version.adapter_uri}/answers.json"
-    whole = store.get_bytes(answers)
-    store.put_bytes(answers, b"{")
-    told: list[str | None] = []
-    monkeypatch.setattr("tasks.notices.announce", lambda kind, notice, once: told.append(notice.version))
-    parent = find_parent("l")
-    assert parent is not None and parent.version == "2"
-    assert "Cannot write its report, version 2 of 'l': StoreError" in caplog.text and told == ["2"]
-    assert not list((home / "work").rglob("*.*")) and not list((home / "store" / "datasets").rglob("train.parquet"))
-
-    store.put_bytes(answers, whole)
-    asyncio.run(forget(version.dataset_sha256))
-    parent = find_parent("l")
-    assert parent is not None and parent.version == "2"
-    journal = RunJournal(store).find("l", version.run_key)
-    assert journal is not None and journal.state == "finished", "the second attempt can write the report"
-    report, page = read_page(store, parent)
-    assert (report.quality.num_train, report.quality.source) == (num_train, None)
-    assert "A file that was forgotten since" in page
-
-
-def test_a_report_that_fails_after_a_promotion_fails_no_run_and_the_next_run_writes_it(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, receiver: Receiver
+def test_a_report_that_fails_after_a_promotion_fails_no_run_and_a_later_run_writes_it(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch, receiver: Receiver
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise StoreError("the store is away")
@@ -527,10 +310,12 @@ def test_a_report_that_fails_after_a_promotion_fails_no_run_and_the_next_run_wri
     with monkeypatch.context() as patch:
         patch.setattr("tasks.adaptation.report.gather_report", refuse)
         learned = run(tiny_base, BANK)
-    assert (learned.status, journal_of(learned).state) == ("promoted", "running")
-    assert [notice["event"] for notice in receiver.told()] == ["deal.version.promoted"], "no failure"
-    with pytest.raises(RegistryError):
-        page_of(learned)
+        assert (learned.status, journal_of(learned).state) == ("promoted", "running")
+        assert not list((home / "work").rglob("*.*")) and not list((home / "store").rglob("train.parquet"))
+        assert [notice["event"] for notice in receiver.told()] == ["deal.version.promoted"], "no failure"
+        with pytest.raises(RegistryError):
+            page_of(learned)
+        assert find_parent("l") == version_of(learned), "the lineage goes on without the report"
 
     assert find_parent("l") == version_of(learned)
     assert journal_of(learned).state == "finished" and page_of(learned)[0].version == learned.version
@@ -607,36 +392,6 @@ def test_a_version_that_another_has_overtaken_is_not_promoted(
     overtaken_version = Versions(current_store()).all("l")[2]
     assert overtaken_version.accepted and overtaken_version.since.promoted is None, "it does not continue the champion"
     assert run(tiny_base, CLINIC).parent_version == "2", "the same command starts from the present champion"
-
-
-def test_a_run_that_died_after_training_is_marked_failed_and_not_trained_again(
-    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*args: Any, **kwargs: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Versions, "register", die)
-        with pytest.raises(Killed):
-            run(tiny_base, BANK)
-    assert [found.state for found in RunJournal(current_store()).all("l")] == ["failed"]
-
-    summary = next((home / "work").rglob("training.json"))
-    summary.write_bytes(summary.read_bytes().replace(b'"num_steps":3', b'"num_steps":99'))
-    result = run(tiny_base, BANK)
-    assert (result.status, result.version, result.num_steps) == ("promoted", "1", 99)
-    assert [found.state for found in RunJournal(current_store()).all("l")] == ["finished"], "continued, not doubled"
-    tracked = in_mlflow("l", result.run_key)
-    found = tracked.client.get_run(tracked.run_id)
-    (only,) = tracked.client.search_runs([found.info.experiment_id])
-    assert (only.info.run_id, only.info.status) == (tracked.run_id, "FINISHED")
-
-
-def test_the_frozen_test_rows_are_those_of_the_file(first: AdaptResult, tmp_path: Path) -> None:
-    path = tmp_path / "test.parquet"
-    current_store().download_file(f"{first.dataset.uri}/test.parquet", path)
-    wanted = {json.loads(line)["text"] for line in Path(BANK["test_data"]).read_text().splitlines()}
-    assert set(pq.read_table(path).column("input").to_pylist()) == wanted
 
 
 @pytest.mark.recentred

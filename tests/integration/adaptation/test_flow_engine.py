@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from deal_core.evaluation.answering import InputRow
 from infra.serving.version_files import fetch_version
 from infra.settings import HomeSettings
 from infra.store.keys import fingerprint_key
-from tasks.base import release_base
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import load_test_set, read_answers
 from tasks.lineage.record import read_record
@@ -58,19 +55,3 @@ def test_the_engine_answers_the_test_rows_and_only_answers_of_one_engine_are_com
     kept = read_answers(store, third.adapter_uri)
     assert kept.answerer == "this project, quantize none, stops 2"
     assert kept.before.keys() >= {"bank", "clinic"}, "the parent was asked again, by the process"
-
-
-def test_answers_that_ended_at_other_tokens_are_not_compared(
-    prefect_api: None, home: Path, tiny_base: Path, tmp_path: Path
-) -> None:
-    del prefect_api, home
-    store, base = current_store(), shutil.copytree(tiny_base, tmp_path / "base")
-    first = version_of(run(base, BANK))
-    file = base / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [1, 2]}))
-    release_base()  # as another process would read the model
-    second = version_of(run(base, CLINIC))
-    assert second.base_sha256 == first.base_sha256
-    kept = read_answers(store, second.adapter_uri)
-    assert kept.answerer == "this project, quantize none, stops 1 2"
-    assert kept.before.keys() == {"bank", "clinic"}, "the parent was asked again"

@@ -17,7 +17,7 @@ from infra.versions import Versions
 from tasks.context import current_store
 from tasks.lineage.datasets import learned_inputs
 from tasks.lineage.frozen_rows import load_added, read_answers
-from tests.adapting import FAIL, PASS, evaluation_of, page_of, record_of, run, version_of
+from tests.adapting import FAIL, evaluation_of, page_of, record_of, run, version_of
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
 
@@ -116,12 +116,3 @@ def test_deleted_test_rows_go_with_the_answers_to_them_and_the_task_lacks_some_a
     again = learn(tiny_base, tmp_path, "october", rows_of("october", 60))
     assert (again.added, again.dataset.num_test) == (None, 0), "the aim is reached"
     assert evaluation_of(again)["num_rows"] == {"colours": AIM}
-
-
-@pytest.mark.nightly
-def test_the_test_file_of_a_user_stays_what_it_is(tiny_base: Path, tmp_path: Path) -> None:
-    tests = tmp_path / "tests.jsonl"
-    tests.write_text("".join(json.dumps(row) + "\n" for row in rows_of("tests", 10)))
-    learn(tiny_base, tmp_path, "april", rows_of("april", 60), task={"test_data": str(tests)}, gate=PASS)
-    may = learn(tiny_base, tmp_path, "may", rows_of("may", 60))
-    assert (may.status, may.added, may.dataset.num_test) == ("promoted", None, 0)

@@ -15,13 +15,11 @@ from typer.testing import CliRunner
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli.app import app
 from flows.forget import forget
-from flows.requeue import requeue
 from infra.versions import Versions
 from tasks import scorer
 from tasks.context import current_store
 from tasks.lineage.datasets import read_manifest
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import find_left_behind, roll_back
 from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, run
@@ -87,6 +85,7 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
     assert (added["added"], added["present"], added["labels"]) == ([NEW], ["Lost  card"], [*LABELS, NEW])
     assert deal("task", "add-label", "bank", NEW)["added"] == [], "a repeated command finds the label"
     assert labels_of(2) == LABELS, "a version does not change"
+    assert "knows no task 'bnak'; it knows bank." in deal("task", "add-label", "bnak", NEW)["error"]
     assert deal("check", str(more), "--task", "bank")["data"]["num_rejected"] == 0
 
     store = current_store()
@@ -146,24 +145,3 @@ def test_test_rows_that_replace_forgotten_ones_may_have_the_new_label(
     second = run(tiny_base, {"name": "bank", "data": str(path)})
     assert (second.status, second.dataset.num_test, labels_of(2)) == ("promoted", 8, [*LABELS, NEW])
     assert asked == [("bank", True, 8)] * 3, "the base model, the parent and the new version, on the same questions"
-
-
-@pytest.mark.nightly
-def test_a_requeue_learns_the_rows_of_a_gained_label_too_and_once(deal: Deal, tiny_base: Path, more: Path) -> None:
-    """The new version replaces the version that was left behind, whose dataset is different."""
-    run(tiny_base, {**BANK, "labels": LABELS})
-    assert run(tiny_base, {"name": "bank", "data": str(more)}).dataset.num_rejected == 3
-    roll_back("l", "1", who="someone", why="test")
-    deal("task", "add-label", "bank", NEW)
-    (third,) = asyncio.run(requeue("l"))
-    assert (third.status, third.version, third.dataset.num_rejected) == ("promoted", "3", 0)
-    assert find_left_behind("l") == ()
-    (again,) = asyncio.run(requeue("l", ["2"]))
-    assert again.message.startswith("Nothing to do: version 3 has learned")
-
-
-def test_a_task_that_the_lineage_does_not_know_gains_nothing(deal: Deal, tiny_base: Path) -> None:
-    run(tiny_base, BANK)
-    assert "knows no task 'bnak'; it knows bank." in deal("task", "add-label", "bnak", NEW)["error"]
-    assert "a label is one line and not empty" in deal("task", "add-label", "bank", " ")["error"]
-    assert not list(current_store().list("labels"))

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.errors import DataValidationError
-from flows.cli.check import show_validation
-from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, PASS, page_of, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "without_mlflow")
@@ -50,19 +47,3 @@ def test_preferences_are_learned_kept_and_judged_by_their_numbers(tiny_base: Pat
     # without rehearsal: the pairs that were kept would hold it to the first preferences
     worse = run(tiny_base, opposite, strategy="seq_lora", train=train, gate=strict)
     assert worse.rejected and "tone: preferred answers" in worse.reasons[0]
-
-
-def test_a_file_is_shown_as_what_it_is(tmp_path: Path) -> None:
-    found = validate(*spec_to_check(write(tmp_path / "tone.jsonl"), task="tone"))
-    text = " ".join("\n".join(map(str, show_validation(found))).split())
-    assert "preferences (prompt, chosen over rejected)" in text
-    assert found.example is not None
-    assert found.example.answer == " A late parcel."
-    assert "rather than:[red] It is about a late parcel, no doubt." in text
-
-
-def test_what_does_not_fit_preferences_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text("".join(json.dumps({"prompt": f"q {i}", "completion": "a"}) + "\n" for i in range(20)))
-    with pytest.raises(DataValidationError, match="no columns chosen and rejected"):
-        run(tiny_base, {"name": "tone", "data": str(answers), "metric": "preference"})

@@ -6,15 +6,13 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from deal_core.adapter.files import METHOD_TENSORS_FILE, WEIGHTS_FILE, MethodState
+from deal_core.adapter.files import METHOD_TENSORS_FILE, MethodState
 from deal_core.adapter.state import load_method_state
 from deal_core.strategies.kept_rows import rows_name, unpack
 from flows.adapt import AdaptResult
@@ -23,7 +21,6 @@ from tasks.adaptation.resume import read_findings
 from tasks.context import current_store
 from tasks.lineage.frozen_rows import ANSWERS_FILE, read_answers
 from tasks.lineage.history import find_version
-from tasks.lineage.promotion import roll_back
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.planning import plan
 from tasks.spec import AdaptSpec, parse
@@ -57,28 +54,6 @@ def num_kept(number: str, *tasks: str) -> list[int]:
 def notes_of(result: AdaptResult) -> list[str]:
     """The notes of a version's training, the rehearsal's first."""
     return list(read_findings(version_of(result).adapter_uri).training.notes)
-
-
-def factors_of(number: str) -> Tensor:
-    """All numbers of a version's adapter."""
-    store = current_store()
-    with borrowed_adapter(store, find_version(store, "l", number)) as folder:
-        return torch.cat([factor.flatten() for _, factor in sorted(load_file(folder / WEIGHTS_FILE).items())])
-
-
-def small_file(folder: Path, name: str, num_rows: int) -> dict[str, Any]:
-    """A task of so many rows with two labels, every fifth a test row."""
-    file = folder / f"{name}.jsonl"
-    rows = [
-        {
-            "text": f"{name} {n}: the {('red', 'blue')[n % 2]} tap",
-            "label": ("warm", "cold")[n % 2],
-            "split": "train" if n % 5 else "test",
-        }
-        for n in range(num_rows)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"name": name, "data": str(file), "instruction": "Which tap?"}
 
 
 @pytest.mark.usefixtures("copied_home")
@@ -120,16 +95,6 @@ def test_every_test_row_judges() -> None:
     assert score_version(version).num_rows == {"bank": 36, "clinic": 36}
 
 
-def test_a_small_file_has_the_same_defaults_and_no_note(tiny_base: Path, tmp_path: Path) -> None:
-    first = run(tiny_base, small_file(tmp_path, "taps", 80))
-    assert (first.dataset.num_train, first.dataset.num_test) == (64, 16)
-    assert num_kept("1", "taps") == [16] and notes_of(first) == []
-    second = run(tiny_base, CLINIC)
-    assert num_kept("2", "taps", "clinic") == [16, 18]
-    assert notes_of(second)[0] == "rehearsed 16 rows of one old task, 4 a step"
-    assert evaluation_of(second)["num_rows"] == {"taps": 16, "clinic": 36}
-
-
 @pytest.mark.usefixtures("copied_home")
 def test_a_task_that_returns_keeps_rows_of_both_arrivals(tiny_base: Path, tmp_path: Path) -> None:
     """Its kept rows are rehearsed as those of any old task."""
@@ -148,21 +113,13 @@ def test_a_task_that_returns_keeps_rows_of_both_arrivals(tiny_base: Path, tmp_pa
     assert 0 < sum(prompt in old for prompt in kept) < len(kept)
 
 
-def test_without_kept_rows_nothing_is_stored_and_old_tasks_are_rehearsed_on_the_new_texts(tiny_base: Path) -> None:
-    none = {"rows": 0}
-    first, second = run(tiny_base, BANK, rehearsal=none), run(tiny_base, CLINIC, rehearsal=none)
-    store = current_store()
-    assert not [info.key for info in store.list("adapters") if info.key.endswith(METHOD_TENSORS_FILE)]
-    assert [state_of(number).stores for number in ("1", "2")] == ["nothing", "nothing"]
-    assert notes_of(first) == [] and notes_of(second)[0] == "rehearsed 12 rows of one old task, 4 a step"
-    assert not [note for note in notes_of(second) if "gone" in note]
-    assert evaluation_of(second)["num_rows"] == {"bank": 36, "clinic": 36}
-
-
 @pytest.mark.usefixtures("copied_home")
 def test_kept_rows_that_a_setting_drops_are_rehearsed_once_more_and_then_gone(tiny_base: Path) -> None:
     result = run(tiny_base, WARDS, rehearsal={"rows": 0})
     assert notes_of(result)[0] == "rehearsed 36 rows of 2 old tasks, 4 a step" and kept_by("4") == {}
+    assert state_of("4").stores == "nothing"
+    files = current_store().list(version_of(result).adapter_uri)
+    assert not [info.key for info in files if info.key.endswith(METHOD_TENSORS_FILE)], "no row is stored"
     (note,) = (note for note in notes_of(result) if "gone" in note)
     assert note == "kept rows of 2 tasks are gone: rehearsal.rows is 0, or the strategy keeps none"
     assert "settings that differ from version 3's: rehearsal.rows 0 (before: 50)" in evaluation_of(result)["notes"]
@@ -177,17 +134,3 @@ def test_a_plan_counts_the_rows_that_are_rehearsed(tiny_base: Path) -> None:
     spec = parse(AdaptSpec, {**settings, "task": WARDS, "rehearsal": {"rows": 9, "per_step": 2}}, "test")
     fewer = plan(spec, probe=False)
     assert (fewer.rehearsed_per_step, fewer.num_kept) == (2, 9)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("copied_home")
-def test_several_processes_rehearse_and_keep_the_same_rows(tiny_base: Path) -> None:
-    """Version 3 was learned by one process, from version 1 too."""
-    roll_back("l", "1", who="tester", why="a test")
-    two = run(tiny_base, CLINIC, again=True, train={**TRAIN, "num_processes": 2})
-    assert (two.status, two.version, two.parent_version) == ("promoted", "4", "1")
-    assert notes_of(two)[0] == "rehearsed 18 rows of one old task, 4 a step"
-    kept, of_one = kept_by("4"), kept_by("3")
-    assert kept.keys() == of_one.keys() and all(torch.equal(kept[name], rows) for name, rows in of_one.items())
-    start, by_one, by_two = map(factors_of, ("1", "3", "4"))
-    assert (by_two - by_one).norm() < 1e-3 * (by_one - start).norm(), "each rehearsed row counts once"

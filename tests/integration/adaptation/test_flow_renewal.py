@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from deal_core.errors import ConfigError
 from flows.adapt import AdaptResult
 from flows.cli.app import app
 from flows.forget import forget
@@ -82,30 +81,6 @@ def test_a_limit_for_earlier_rows_can_be_set(home: Path, tiny_base: Path, tmp_pa
     assert limited.rejected
     (reason,) = limited.reasons
     assert reason.startswith("colours.old-1: accuracy fell by") and reason.endswith("; the limit is 50.0 points.")
-
-
-@pytest.mark.nightly
-def test_an_arrival_cannot_take_the_name_of_earlier_rows(home: Path, tiny_base: Path, tmp_path: Path) -> None:
-    january, june = (file_of(tmp_path, name, "warm", "cold") for name in ("january", "june"))
-    learn(tiny_base, january)
-    renew(home)
-    assert learn(tiny_base, june, min_gain_points=-100.0).status == "promoted"
-    with pytest.raises(ConfigError, match="names earlier test rows"):
-        run(tiny_base, {**january, "name": "colours.old-1"})
-
-
-@pytest.mark.nightly
-def test_a_file_without_a_split_renews_by_the_digests_of_its_rows(home: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """Old test texts in it are neither learned nor the only ones that judge."""
-    january, june = (file_of(tmp_path, name, "warm", "cold") for name in ("january", "june"))
-    learn(tiny_base, january)
-    rows = [json.loads(line) for name in (june, january) for line in Path(name["data"]).read_text().splitlines()]
-    path = tmp_path / "mixed.jsonl"
-    path.write_text("".join(json.dumps({"text": row["text"], "label": row["label"]}) + "\n" for row in rows))
-    renew(home)
-    now = learn(tiny_base, {**june, "data": str(path)}, min_gain_points=-100.0, min_gain_over_champion_points=None)
-    assert "colours.old-1" in now.accuracies
-    assert now.dataset.num_test > 3, "a share of all rows"
 
 
 @pytest.mark.nightly

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import runpy
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,7 @@ from botocore.exceptions import EndpointConnectionError
 
 import tasks.adaptation.ingest as ingest_stage
 import tasks.adaptation.train as train_stage
-from deal_core.adapter.files import ADAPTER_FILES
 from deal_core.errors import DataValidationError, StoreError
-from flows.adapt import AdaptResult
 from infra.store.local import FileStore
 from infra.versions import Versions
 from tasks.adaptation.evaluate import evaluate_version
@@ -29,7 +24,7 @@ from tasks.adaptation.report import report_version
 from tasks.adaptation.train import train_version
 from tasks.context import current_store
 from tasks.spec import AdaptSpec, parse
-from tests.adapting import BANK, CLINIC, run, version_of
+from tests.adapting import BANK, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 QUICK = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0}
@@ -121,58 +116,3 @@ def test_a_mistake_in_the_data_is_not_tried_again(
     with pytest.raises(DataValidationError):
         run(tiny_base, {"name": "bank", "data": str(bad)})
     assert len(tries) == 1
-
-
-READ_AGAIN = {
-    r"versions/|promotions/|index/": "another process may have moved the champion since",
-    r"forgotten/": "a tombstone is looked for before rows are stored and after: `deal data delete` may run meanwhile",
-    r"adapters/.*/(record|answers)\.json": "those of the new version, by its report and by the mirror in MLflow",
-    r"reports/": "the report of the new version, by the mirror in MLflow",
-    r"runs/": "the journal of the run itself, which each change of it reads",
-    r"mlflow/": "the note about what MLflow has, before and after the run",
-    r"datasets/.*\.json": "a manifest of one page says how to read the rows beside it",
-    r"datasets/.*/test\.parquet": "frozen rows: each stage that needs them compares them with their digest",
-}
-"""Keys that a run reads more than once, each with the reason."""
-
-
-def test_nothing_of_the_parent_is_read_or_downloaded_twice_in_one_run(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = run(tiny_base, BANK)
-    reads = count_reads(monkeypatch)
-    second = run(tiny_base, CLINIC)
-    assert (second.status, second.parent_version) == ("promoted", "1")
-
-    of_parent = read_of(reads, first)
-    trained = set(ADAPTER_FILES) & version_of(first).files_sha256.keys()
-    assert of_parent.keys() == {*trained, "record.json", "answers.json", "findings.json"}
-    assert set(of_parent.values()) == {1}, of_parent
-    twice = {key: number for key, number in reads.items() if number > 1 and not is_read_again(key)}
-    assert twice == {}
-
-
-def read_of(reads: Counter[str], result: AdaptResult) -> dict[str, int]:
-    """How often each file of a version's adapter was read."""
-    folder = version_of(result).adapter_uri + "/"
-    return {key.removeprefix(folder): number for key, number in reads.items() if key.startswith(folder)}
-
-
-def is_read_again(key: str) -> bool:
-    return any(re.match(pattern, key) for pattern in READ_AGAIN)
-
-
-def count_reads(patch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each key is read from now on, by any of a store's ways to read."""
-    reads: Counter[str] = Counter()
-
-    def counting(read: Callable[..., Any]) -> Callable[..., Any]:
-        def read_counted(store: FileStore, key: str, *args: Any, **options: Any) -> Any:
-            reads[key] += 1
-            return read(store, key, *args, **options)
-
-        return read_counted
-
-    for name in ("get_bytes", "download_file"):  # a folder is downloaded file by file
-        patch.setattr(FileStore, name, counting(getattr(FileStore, name)))
-    return reads
