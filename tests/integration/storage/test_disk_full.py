@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from benchmarks.tiny_base import NO_LIMITS
-from flows.cli.app import app
-from infra.versions import Versions
-from tasks.context import current_store
 from tests.adapting import BANK
-from tests.in_process import put_back
 from tests.printed import require_described
-
-LARGEST = 4 << 20
-"""Bytes of the largest file that may be written; databases are smaller."""
 
 
 def spec_of(folder: Path, base: Path, **changes: Any) -> Path:
@@ -34,44 +22,6 @@ def spec_of(folder: Path, base: Path, **changes: Any) -> Path:
     train = {"max_steps": 2, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 1}
     path.write_text(json.dumps({"base_model": str(base), "task": BANK, "gate": NO_LIMITS, "train": train, **changes}))
     return path
-
-
-@contextmanager
-def small_files() -> Iterator[None]:
-    """Limit the size of files. On every machine the system's error is that of a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("prefect_api")
-def test_rows_that_find_no_room_leave_one_message_and_the_next_run_learns_them(
-    tiny_base: Path, home: Path, tmp_path: Path
-) -> None:
-    words = random.Random(1)
-    data = tmp_path / "large.jsonl"
-    with data.open("w") as file:
-        for number in range(3000):
-            text = f"My card {number} " + words.randbytes(1500).hex()
-            file.write(json.dumps({"text": text, "label": "lost card" if number % 2 else "card fee"}) + "\n")
-    spec = spec_of(tmp_path, tiny_base, task={**BANK, "data": str(data)})
-    command = ["adapt", str(spec), "--home", str(home)]
-    with put_back(), small_files():
-        found = CliRunner().invoke(app, command)
-    assert found.exit_code == 1, found.output
-    told = [line for line in found.stderr.splitlines() if "✓" not in line]
-    assert len(told) == 1 and "is full" in told[0] and "MB are free" in told[0], found.stderr
-    assert str(home) in told[0] and "not expected" not in told[0]
-    assert Versions(current_store()).all("default") == () and not list(home.joinpath("store").rglob("*.parquet"))
-    assert not [path for path in home.joinpath("tmp").iterdir() if path.is_dir()]
-    with put_back():
-        again = CliRunner().invoke(app, command)
-    assert again.exit_code == 0, again.output
-    assert [version.accepted for version in Versions(current_store()).all("default")] == [True]
 
 
 COMMANDS = """

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,69 +23,33 @@ from flows.requeue import requeue
 from infra.deleted_inputs import UnknownRows
 from infra.log_batches import BATCH_SECONDS
 from infra.predictions import read_feedback, read_predictions
-from infra.run_journal import RunJournal
-from infra.store.keys import mlflow_forget_key, report_key
-from infra.store.local import FileStore
-from infra.versions import Versions
+from infra.store.keys import report_key
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.lineage.history import find_version
 from tasks.lineage.promotion import roll_back
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
 from tasks.lineage.version_files import borrowed_adapter
-from tasks.mlflow_mirror import sync_lineage
 from tasks.validate import spec_to_check, validate
 from tests.adapting import BANK, CLINIC, record_of, run
-from tests.integration.storage.conftest import SECRET, collect, holding, holding_row, keys, land, logged, logging
+from tests.integration.storage.conftest import SECRET, holding, holding_row, keys, land, logged, logging
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
-def test_nothing_is_forgotten_while_a_version_is_damaged(first: AdaptResult, home: Path) -> None:
+def test_nothing_is_forgotten_while_a_version_or_a_journal_is_damaged(first: AdaptResult, home: Path) -> None:
     """Not even the tombstone is written: it would refuse rows that nobody has forgotten."""
-    store, entry = current_store(), "versions/l/00000001.json"
-    whole = store.get_bytes(entry)
-    store.put_bytes(entry, whole[:-20])
-    before = keys("")
-    with pytest.raises(StoreError, match=r"00000001\.json, the entry of version 1 of 'l', is damaged"):
-        asyncio.run(forget(first.dataset.sha256))
-    assert keys("") == before
-    store.put_bytes(entry, whole)
+    store = current_store()
+    for entry in ("versions/l/00000001.json", f"runs/l/{first.run_key[:16]}.json"):
+        whole = store.get_bytes(entry)
+        store.put_bytes(entry, whole[:-20])
+        before = keys("")
+        with pytest.raises(StoreError, match=r"is damaged.*Restore it from a backup"):
+            asyncio.run(forget(first.dataset.sha256))
+        assert keys("") == before
+        store.put_bytes(entry, whole)
     asyncio.run(forget(first.dataset.sha256))
     assert holding(home, SECRET) == []
-
-
-KILLED = f"""
-import os, signal
-import pyarrow.parquet as pq
-from flows.cli.app import main
-
-SECRET = {SECRET!r}
-
-def fsync(number):
-    path = os.readlink(f"/proc/self/fd/{{number}}")
-    if "/.incoming/" in path and open(path, "rb").read(4) == b"PAR1":
-        if SECRET in str(pq.read_table(path).to_pylist()):  # its rows are complete and have no name yet
-            os.kill(os.getpid(), signal.SIGKILL)
-
-os.fsync = fsync
-main()
-"""
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("way", ["delete", "gc"])
-def test_rows_that_a_killed_watch_was_storing_are_gone(tiny_base: Path, home: Path, tmp_path: Path, way: str) -> None:
-    task = {name: value for name, value in land().items() if "data" not in name}
-    spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps({"lineage": "l", "base_model": str(tiny_base), "task": task}))
-    command = [sys.executable, "-c", KILLED, "adapt", str(spec), "--watch", "--once", "--home", str(home)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    incoming = str(home / "store" / ".incoming")
-    assert any(place.startswith(incoming) for place in holding(home, SECRET))
-    asyncio.run(forget("inbox/bank/may.jsonl")) if way == "delete" else collect()
-    left = holding(home, SECRET)
-    assert left == [] if way == "delete" else not any(place.startswith(incoming) for place in left)
 
 
 @pytest.mark.parametrize("damage", [lambda rows: b"PAR1 cut", lambda rows: rows[:-40], lambda rows: rows[9:]])
@@ -125,46 +86,6 @@ def test_a_second_deletion_names_the_arrival_by_its_key_and_finds_what_was_logge
     assert again.tombstone.sha256 == first.dataset.sha256
 
 
-@pytest.mark.nightly
-def test_a_forgetting_that_was_cut_short_can_be_repeated(
-    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file in the inbox goes last, as it finds the arrival."""
-    delete = FileStore.delete
-
-    def refuse(store: FileStore, key: str) -> None:
-        if key.startswith("quarantine/"):
-            raise StoreError("the store is away")
-        delete(store, key)
-
-    run(tiny_base, land())
-    with monkeypatch.context() as patch:
-        patch.setattr(FileStore, "delete", refuse)
-        with pytest.raises(StoreError):
-            asyncio.run(forget("inbox/bank/may.jsonl"))
-    assert keys("quarantine")
-    asyncio.run(forget("inbox/bank/may.jsonl"))
-    assert holding(home, SECRET) == [] == [*keys("inbox/bank"), *keys("quarantine")]
-
-
-def test_a_run_that_dies_before_it_ends_leaves_no_training_rows(
-    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*_: object) -> None:
-        raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunJournal, "end", die)
-        with pytest.raises(RuntimeError, match="killed"):
-            run(tiny_base, BANK)
-    assert not [key for key in keys("datasets") if key.endswith("train.parquet")]
-    assert not list((home / "work" / "l").glob("*"))
-    version, journal = Versions(current_store()).champion("l"), RunJournal(current_store())
-    assert version is not None and [each.state for each in journal.all("l")] == ["running"]
-    assert run(tiny_base, BANK).status == "repeat"
-    assert [each.state for each in journal.all("l")] == ["finished"]
-
-
 def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     tiny_base: Path, home: Path, tmp_path: Path
 ) -> None:
@@ -178,9 +99,10 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     for uri in (f"adapters/l/{result.run_key[:16]}" for result in (first, second)):
         store.put_bytes(f"{uri}/answers.json", b"{}")
     store.put_bytes(report_key("l", second.run_key, "report.json"), json.dumps({"lost": [SECRET]}).encode())
-    left = home / "tmp" / "left by a killed process"
-    left.write_text(SECRET)
-    os.utime(left, (0, 0))
+    for left in (home / "tmp" / "left by a killed process", home / "store" / ".incoming" / "an unfinished file"):
+        left.parent.mkdir(exist_ok=True)
+        left.write_text(SECRET)
+        os.utime(left, (0, 0))
     texts = home / "work" / "l" / second.run_key[:16] / "texts" / "0.jsonl"  # its run died after it had registered
     texts.parent.mkdir(parents=True)
     texts.write_text(SECRET)
@@ -268,24 +190,6 @@ def test_two_tasks_without_test_rows_are_judged_again_one_after_the_other(
     _judged_anew(tiny_base, tmp_path, second, unjudged={"clinic"})
     repaired = run(tiny_base, CLINIC, again=True)
     assert repaired.status == "promoted" and asyncio.run(evaluate("l")).unjudged == {}
-
-
-def test_a_forgetting_while_mlflow_is_away_leaves_an_order_for_each_report(
-    first: AdaptResult, home: Path, monkeypatch: pytest.MonkeyPatch, free_port: int
-) -> None:
-    """Once MLflow is back, its copies go."""
-    copies = [*home.joinpath("mlflow-artifacts").rglob("report.*")]
-    assert copies and keys(f"reports/l/{first.run_key[:16]}")
-    with monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")  # nothing listens there
-        done = asyncio.run(forget(first.dataset.sha256))
-    assert done.waits_for_mlflow == ("l",) and all(copy.exists() for copy in copies)
-    order = mlflow_forget_key("l", first.run_key)
-    assert [key for key in keys("mlflow") if key.endswith(".forget")] == [order]
-    assert current_store().get_bytes(order).decode() == first.run_key
-    assert not [key for key in keys("reports") if key.endswith("report.json")]
-    sync_lineage(current_store(), "l")
-    assert not any(copy.exists() for copy in copies) and not current_store().exists(order)
 
 
 def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first: AdaptResult) -> None:

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from deal_core.errors import RegistryError
 from infra.settings import TrackingSettings
 from infra.tracking.client import require_answer
-from infra.tracking.models import REMOVED, Entry
+from infra.tracking.models import Entry
 from infra.tracking.tracker import TrackedRun, Tracker
 
 
@@ -76,61 +76,6 @@ def points(run: TrackedRun, key: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in run.client.get_metric_history(run.run_id, key)]
 
 
-def test_all_that_a_run_logs_is_found_in_mlflow(tracker: Tracker, settings: TrackingSettings, adapter: Path) -> None:
-    params = {"strategy": "deal", "train": {"learning_rate": 5e-4, "nested": {"x": None}}, "empty": {}}
-    run = tracker.start("all", "k", name="billing", params=params, tags={"deal.parent_version": "3"})
-    for step in range(1, 6):
-        run.log(step, {"train/loss": 1 / step, "train/grad_norm": 2.0})
-    run.log_metrics({"average_accuracy": 0.5, "accuracy/bank.v-2_x": 0.25, "forgetting": None})
-    run.log_stage("train", 4.0, num_rows=100)
-    run.log_stage("gate", 0.5)
-    run.log_dataset("billing", "f" * 64, "s3://bucket/datasets/billing", {"num_train": 3, "num_test": 1})
-    run.log_json("evaluation.json", {"task": "Rückfragen", "value": None})
-    model_id = log_adapter(run, adapter, name="billing.v1/x")
-    run.end()
-
-    found = tracker.client.get_run(run.run_id)
-    assert found.info.status == "FINISHED" and found.info.end_time is not None and found.info.run_name == "billing"
-    assert tracker.client.get_experiment(found.info.experiment_id).name == "deal/all"
-    assert found.data.params == {
-        "strategy": "deal",
-        "train.learning_rate": "0.0005",
-        "train.nested.x": "None",
-        "empty": "{}",
-    }
-    assert found.data.tags["deal.run_key"] == "k" and found.data.tags["deal.parent_version"] == "3"
-    assert found.data.metrics == {
-        "train/loss": 0.2,
-        "train/grad_norm": 2.0,
-        "average_accuracy": 0.75,
-        "accuracy/bank.v-2_x": 0.25,
-        "seconds/train": 4.0,
-        "rows_per_second/train": 25.0,
-        "seconds/gate": 0.5,
-    }
-    assert points(run, "train/loss") == [(step, 1 / step) for step in range(1, 6)]
-    (dataset,) = found.inputs.dataset_inputs
-    assert dataset.dataset.digest == "f" * 36
-    assert json.loads(dataset.dataset.source) == {"uri": "s3://bucket/datasets/billing"}
-    assert {tag.key: tag.value for tag in dataset.tags}["deal.dataset_sha256"] == "f" * 64
-    assert json.loads(dataset.dataset.profile) == {"num_train": 3, "num_test": 1}
-
-    assert found.info.artifact_uri.startswith(settings.artifact_uri)
-    folder = Path(tracker.client.download_artifacts(run.run_id, "", str(adapter.parent)))
-    assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["task"] == "Rückfragen"
-    model = tracker.client.get_logged_model(model_id)
-    assert (str(model.status), model.model_type) == ("READY", "lora-adapter")
-    assert model.params == {"strategy": "deal", "train.learning_rate": "0.0005"}
-    assert [(metric.key, metric.value, metric.dataset_name, metric.dataset_digest) for metric in model.metrics] == [
-        ("average_accuracy", 0.75, "billing", "f" * 36)
-    ]
-    assert {item.path for item in tracker.client.list_logged_model_artifacts(model_id)} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    assert [output.model_id for output in found.outputs.model_outputs] == [model_id]
-
-
 def test_a_killed_run_is_continued_and_nothing_is_doubled(tracker: Tracker, settings: TrackingSettings) -> None:
     killed = tracker.start("killed", "k", name="billing", params={"a": 1, "b": 2})
     for step in (1, 2, 3):
@@ -154,34 +99,6 @@ def test_a_killed_run_is_continued_and_nothing_is_doubled(tracker: Tracker, sett
     assert len(found.inputs.dataset_inputs) == 1
     assert found.info.status == "FINISHED"
     other.end()
-
-
-def test_a_finished_run_that_goes_on_is_running_again(tracker: Tracker) -> None:
-    tracker.start("again", "k", name="x").end("FAILED")
-    run = tracker.start("again", "k", name="x")
-    assert tracker.client.get_run(run.run_id).info.status == "RUNNING"
-    run.end("FINISHED")
-    assert tracker.client.get_run(run.run_id).info.status == "FINISHED"
-
-
-def test_the_curve_waits_while_mlflow_is_away(
-    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = tracker.start("away", "k", name="x")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise MlflowException("the server is away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.client, "log_batch", refuse)
-        for step in range(3):
-            run.log(step, {"loss": float(step)})
-        assert "the server is away" in caplog.text
-        with pytest.raises(RegistryError, match=r"log metrics of run.*the server is away"):
-            run.flush()
-    assert points(run, "loss") == []
-    run.end()
-    assert points(run, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
 def test_a_dead_mlflow_takes_ever_less_of_the_training_and_no_point_is_lost(
@@ -325,20 +242,6 @@ def test_all_entries_come_however_many_there_are(
         entry_of(tracker, run, adapter, "pages", str(number))
     run.end()
     assert sorted(tracker.models.read("pages").entries, key=int) == [str(number) for number in range(1, 12)]
-
-
-def test_files_of_a_run_and_of_a_model_are_removed_once_and_for_all(tracker: Tracker, adapter: Path) -> None:
-    run = tracker.start("removed", "k", name="x")
-    run.log_text("report.html", "a row")
-    run.log_json("evaluation.json", {})
-    entry = entry_of(tracker, run, adapter, "removed", "1")
-    run.end()
-    for _ in range(2):
-        run.remove_files(["report.html", "report.json"])
-        tracker.models.remove_files("removed", entry, "2026-03-01")
-    assert [entry.path for entry in tracker.client.list_artifacts(run.run_id)] == ["evaluation.json"]
-    assert tracker.client.list_logged_model_artifacts(entry.model_id) == []
-    assert tracker.client.get_logged_model(entry.model_id).tags[REMOVED] == "2026-03-01"
 
 
 def test_a_server_that_does_not_answer_is_known_at_once(free_port: int) -> None:

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from infra.store.base import ObjectStore
 from infra.store.format import FORMAT, FormatError
-from infra.store.local import FileStore, open_store
-from infra.store.s3 import S3Store
+from infra.store.local import FileStore
 from tasks.context import current_store
 from tests.adapting import BANK, run
 from tests.in_process import put_back
@@ -30,12 +29,9 @@ OLD = {
 }
 COMMANDS = {
     "status": ["status"],
-    "version list": ["version", "list", "--lineage", "desk"],
     "adapt": ["adapt", "--task", "bank", "--data", BANK["data"], "--lineage", "desk"],
     "adapt --watch": ["adapt", "--watch", "--once", "--lineage", "desk"],
-    "lineage pause": ["lineage", "pause", "desk"],
     "serve": ["serve", "--lineage", "desk"],
-    "ui": ["ui"],
     "data gc": ["data", "gc"],
     "up": ["server", "up"],
     "down": ["server", "down"],
@@ -82,36 +78,6 @@ def test_a_run_of_a_worker_changes_nothing_of_the_store(old_home: Path, tiny_bas
     with pytest.raises(FormatError):
         run(tiny_base, BANK)
     assert files_of(old_home / "store") == before
-
-
-@pytest.fixture
-def bucket(home: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, tuple[bytes, str]]]:
-    """Gives the content and the time of every object of a store of 0.3 in a bucket that the environment names."""
-    settings = {"STORE_URI": "s3://bucket/deal", "S3_ENDPOINT_URL": s3_server, "S3_REGION": "us-east-1"}
-    for name, value in {**settings, "S3_ACCESS_KEY_ID": "a", "S3_SECRET_ACCESS_KEY": "b"}.items():
-        monkeypatch.setenv(f"DEAL_{name}", value)
-    store = open_store("s3://bucket/deal")
-    assert isinstance(store, S3Store)
-    store.client.create_bucket(Bucket="bucket")
-    for key, content in OLD.items():
-        store.put_bytes(key, content)
-
-    def objects() -> dict[str, tuple[bytes, str]]:
-        listed = store.client.list_objects_v2(Bucket="bucket")["Contents"]
-        bodies = {item["Key"]: store.client.get_object(Bucket="bucket", Key=item["Key"])["Body"] for item in listed}
-        return {item["Key"]: (bodies[item["Key"]].read(), str(item["LastModified"])) for item in listed}
-
-    return objects
-
-
-@pytest.mark.parametrize("name", ["status", "adapt", "up"])
-def test_a_bucket_of_0_3_is_refused_and_stays_as_it_is(
-    home: Path, bucket: Callable[[], dict[str, tuple[bytes, str]]], name: str
-) -> None:
-    before, local = bucket(), files_of(home)
-    code, said = deal(*COMMANDS[name])
-    assert code == 2 and "s3://bucket/deal was made by release 0.3" in said
-    assert (bucket(), files_of(home)) == (before, local)
 
 
 def formats(store: ObjectStore) -> dict[str, object]:

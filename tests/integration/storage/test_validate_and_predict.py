@@ -43,6 +43,16 @@ def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: P
     assert (told.num_test, told.problems) == (1, {"text of a test row": 1})
 
 
+def test_a_checked_file_shows_the_prompt_that_is_asked_for(tiny_base: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        f"base_model: {tiny_base}\ntask: {{name: bank, data: {BANK['data']}, instruction: Which one, prompt: chat}}\n"
+    )
+    found = validate(*spec_to_check(BANK["data"], spec=spec))
+    assert found.example is not None and found.example.prompt.startswith("<|im_start|>user\nWhich one\nOption: ")
+    assert not found.example.answer.startswith(" ") and found.example.note is None
+
+
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
     file = tmp_path / "questions.csv"
