@@ -40,8 +40,8 @@ READING = [
     (["check", str(BANK / "train.jsonl")], SERVICES | LEARNING),
     # the champion knows the task, but it has learned these rows, so none is to be answered
     (["check", str(BANK / "train.jsonl"), "--task", "bank"], SERVICES | LEARNING),
+    (["rollout", "status", "--lineage", "l"], {"prefect", "sklearn"}),
 ]
-ROLLOUT = [(["rollout", "status", "--lineage", "l"], {"prefect", "sklearn"})]
 ANSWERING = [
     (["predict", "I lost my card.", "--lineage", "l"], SERVICES | TABLES | {"sklearn"}),
     (["predict", "--data", str(BANK / "test.jsonl"), "--out", "OUT", "--lineage", "l"], SERVICES | TABLES),
@@ -49,7 +49,7 @@ ANSWERING = [
 ]
 
 
-@pytest.mark.parametrize("commands", [READING, ANSWERING, ROLLOUT], ids=["reading", "answering", "rollout"])
+@pytest.mark.parametrize("commands", [READING, ANSWERING], ids=["reading", "answering"])
 def test_a_command_imports_only_what_it_needs(
     copied_home: Path, tmp_path: Path, commands: list[tuple[list[str], set[str]]]
 ) -> None:

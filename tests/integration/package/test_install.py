@@ -107,18 +107,6 @@ def test_the_citation_is_of_this_version() -> None:
     assert (cited["version"], cited["license"]) == (PROJECT["version"], PROJECT["license"])
 
 
-def test_the_notes_of_a_release_are_its_section_of_the_changelog(tmp_path: Path) -> None:
-    (tmp_path / "CHANGELOG.md").write_text("# Changes\n\n## [0.2.0] - soon\n\n- new\n\n## [0.1.0] - before\n\n- old\n")
-
-    def notes(*options: str) -> subprocess.CompletedProcess[str]:
-        command = ["make", "--silent", "--file", str(ROOT / "Makefile"), "release-notes", *options]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    assert notes("VERSION=0.2.0").stdout.strip() == "- new"
-    assert notes("VERSION=0.1.0").stdout.strip() == "- old"
-    assert notes().returncode != 0 and "no section ## [Unreleased]" in notes().stderr
-
-
 def test_the_constraints_pin_every_dependency_to_a_release_that_anyone_can_get() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}

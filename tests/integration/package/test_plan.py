@@ -55,46 +55,6 @@ def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) 
     assert not left, "a plan stores nothing"
 
 
-def test_a_plan_counts_the_chosen_rows_and_says_what_choosing_costs(plan: Plan) -> None:
-    parts = {"selection": {"keep": 0.25, "noise": "name"}}
-    found = json.loads(plan("--json", num_epochs=2, max_steps=None, parts=parts).stdout)["plan"]
-    assert (found["num_train"], found["num_chosen"], found["num_steps"]) == (72, 18, 2 * 3)
-    assert any(
-        "a model reads 72 texts before the training, about" in note and "not counted" in note for note in found["notes"]
-    )
-    text = plan("--no-probe", parts={"selection": {"keep": 0.25}}).stdout
-    assert "72 training (18 chosen)" in text and "before the training" not in text  # random needs no model
-
-
-def test_a_plan_says_how_many_rows_are_kept_and_rehearsed(plan: Plan) -> None:
-    """The first arrival of a lineage rehearses none."""
-
-    def shown(**parts: object) -> str:
-        return " ".join(plan("--no-probe", parts=parts).stdout.split())
-
-    assert "72 training, 36 test, 0 bad; 8 a step; 18 are kept for later arrivals" in shown()
-    assert "72 training (16 chosen), 36 test, 0 bad; 8 a step; 4 are kept" in shown(selection={"keep": 16})
-    for parts in ({"rehearsal": {"rows": 0}}, {"strategy": "seq_lora"}):
-        assert "8 a step" in shown(**parts) and "kept for later" not in shown(**parts)
-
-
-def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:
-    found = json.loads(plan("--json", num_processes=2).stdout)["plan"]
-    assert found["seconds_per_step"] > 0 and any("2 share it" in note for note in found["notes"])
-
-
-def test_a_base_model_that_processes_share_takes_less_and_no_step_is_timed(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    base = config_only(tmp_path / "model", hidden_size=32, intermediate_size=64, num_hidden_layers=8)
-    whole = json.loads(plan("--json", base=base, num_processes=4).stdout)["plan"]["memory"]["weights"]
-    monkeypatch.setenv("DEAL_SHARD", "base")
-    assert json.loads(plan("--json", base=base, num_processes=4).stdout)["plan"]["memory"]["weights"] < whole
-    assert json.loads(plan("--json", base=base).stdout)["plan"]["memory"]["weights"] == whole, "one process"
-    found = json.loads(plan("--json", num_processes=2).stdout)["plan"]
-    assert found["seconds_per_step"] is None and any("no step was timed" in note for note in found["notes"])
-
-
 def test_what_does_not_fit_is_refused_with_what_to_change(plan: Plan) -> None:
     whole = json.loads(plan("--json", "--no-probe", batch_size=32).stdout)["plan"]
     less = f"{0.8 * whole['total_bytes'] / 2**20}MiB"

@@ -71,38 +71,6 @@ def test_a_table_is_learned_and_answered_from_a_running_event_loop(
     assert any(line.startswith("train") for line in shown), "every stage is told"
 
 
-@pytest.mark.nightly
-def test_two_arrivals_are_looked_back_at_and_one_is_taken_back(home: Path, tiny_base: Path) -> None:
-    lineage = Lineage("api", home=home, show=None)
-    lineage.adapt(COLOURS, task="colours", base=str(tiny_base), settings=SETTINGS)
-    shapes = COLOURS.assign(label=COLOURS["label"].map({"red": "round", "green": "square"}))
-    second = lineage.adapt(shapes, task="shapes", settings=SETTINGS)
-    assert second.version == "2" == lineage.champion
-    history, matrix = lineage.history(), lineage.matrix()
-    assert list(history["task"]) == ["colours", "shapes"]
-    assert list(matrix.columns) == list(matrix.index) == ["colours", "shapes"]
-    assert matrix.loc["shapes", "shapes"] == second.scores["shapes"]
-    lineage.rollback("1")
-    assert lineage.champion == "1"
-    assert list(lineage.evaluate().index) == ["colours"]
-
-
-@pytest.mark.nightly
-def test_a_lineage_without_a_version_is_empty_and_has_no_answers(home: Path) -> None:
-    lineage = Lineage("api", home=home, show=None)
-    assert lineage.champion is None and lineage.history().empty
-    with pytest.raises(CommandError, match="Nothing is learned here yet; learn a file with"):
-        lineage.predict("Number 3 is red.")
-
-
-@pytest.mark.nightly
-def test_a_mistake_is_one_clear_message(with_server: dict[str, str], home: Path, tmp_path: Path) -> None:
-    lineage = Lineage("api", home=home, show=None, environment=with_server)
-    with pytest.raises(CommandError, match=r"no_such\.csv") as error:
-        lineage.adapt(tmp_path / "no_such.csv", task="colours")
-    assert "Traceback" not in str(error.value)
-
-
 def test_settings_reach_the_command_whatever_characters_they_hold(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

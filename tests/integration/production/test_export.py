@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -26,9 +25,8 @@ from infra.store.keys import export_folder
 from infra.versions import Version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.record import read_record
 from tasks.predict import Answer, predict
-from tasks.serving.export import Exported, _compared, _merged_card, export_version
+from tasks.serving.export import _compared, export_version
 from tasks.serving.publish import publish
 from tests.in_process import put_back
 from tests.loopback import Loopback
@@ -120,14 +118,6 @@ def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, act: str) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process whose folder is gone cannot import what it still needs."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(ConfigError, match="is there already; name a new folder"):
-        export_version("l", "3", "merged", ".")
-
-
 def test_a_folder_that_cannot_be_made_is_refused_before_the_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,23 +132,6 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_merge(
         with pytest.raises(ConfigError, match=rf"cannot be made \({why}\); name a new folder"):
             export_version("l", "3", "merged", str(target))
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
-
-
-def test_a_licence_with_a_colon_makes_a_valid_card() -> None:
-    info = version("3")
-    found = Exported(
-        lineage="l",
-        version="3",
-        to="merged",
-        address="x",
-        num_prompts=1,
-        max_difference=0.0,
-        tolerance=0.001,
-        precision="fp32",
-    )
-    record = read_record(current_store(), info)
-    head = _merged_card(record, info, "other: see LICENSE", found).split("---")[1]
-    assert yaml.safe_load(head)["license"] == "other: see LICENSE"
 
 
 def test_a_peft_folder_has_its_card_and_no_rows(

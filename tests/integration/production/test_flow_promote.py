@@ -214,13 +214,6 @@ def test_nothing_is_learned_again_where_another_file_lies_by_now(tmp_path: Path)
     assert len(Versions(current_store()).all("l")) == 2
 
 
-@pytest.mark.usefixtures("lineage")
-def test_a_version_that_was_rolled_back_can_be_promoted_again() -> None:
-    roll_back("l", "1", **BY)
-    done = promote_to("l", "2", **BY)
-    assert (done.before, done.champion, aliases()["champion"]) == ("1", "2", "2")
-
-
 def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, waiting: None) -> None:
     assert aliases() == {"champion": "2", "previous": "1", "challenger": "3"}
     repeat = learn(tiny_base, "clinic", approval="manual")
@@ -272,24 +265,6 @@ def test_an_arrival_that_was_promoted_and_then_rejected_is_learned_with_other_se
     same = learn(tiny_base, "parcels")
     assert (same.status, same.version) == ("repeat", "2") and "change the settings" in same.message
     assert learn(tiny_base, "parcels", max_drop_points=99).status == "promoted"
-
-
-@pytest.mark.usefixtures("waiting")
-def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remedy() -> None:
-    roll_back("l", "1", **BY)
-    with pytest.raises(
-        RegistryError, match=r"version 2, but version 1 is champion.*deal version requeue 3 --lineage l"
-    ):
-        promote_to("l", "3", **BY)
-    promote_to("l", "2", **BY)
-    with pytest.raises(RegistryError, match=r"deal version rollback 1 --lineage l"):
-        promote_to("l", "1", **BY)
-    with pytest.raises(RegistryError, match="was never champion"):
-        roll_back("l", "3", **BY)
-    with pytest.raises(RegistryError, match="champion already"):
-        promote_to("l", "2", **BY)
-    with pytest.raises(RegistryError, match="go back first"):
-        reject_version("l", "2", **BY)
 
 
 @pytest.mark.usefixtures("lineage")

@@ -33,8 +33,9 @@ from tasks.inbox import task_spec
 from tasks.monitoring import harvest as harvesting
 from tasks.monitoring.feedback import row_columns, take_feedback_file
 from tasks.monitoring.harvest import harvest_feedback
-from tasks.monitoring.select import _answered_texts, select_to_label
+from tasks.monitoring.select import select_to_label
 from tasks.predict import predict_file
+from tasks.validate import spec_to_check, validate
 from tests.adapting import CLINIC, run
 from tests.in_process import put_back
 
@@ -100,62 +101,20 @@ def write_csv(path: Path, *rows: dict[str, str]) -> Path:
     return path
 
 
+def deal(home: Path, *words: str) -> Any:
+    """Run a command on lineage l, and return its JSON."""
+    with put_back():
+        found = CliRunner().invoke(app, [*words, "--lineage", "l", "--home", str(home), "--json"])
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout)
+
+
 def landed(key: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in current_store().get_bytes(key).decode().splitlines()]
 
 
 def clinic(labels: tuple[str, ...]) -> TaskSchema:
     return TaskSchema(name="clinic", labels=labels)
-
-
-@pytest.mark.nightly
-def test_what_a_person_has_corrected_lands_once_and_is_learned(
-    tiny_base: Path, home: Path, tmp_path: Path, labels: tuple[str, ...]
-) -> None:
-    first, second, *_ = labels
-    texts = {**dict.fromkeys(FINDINGS, first), "Not reviewed.": second, "Only a thumb.": second}
-    cough, knee, unreviewed, thumb = log_answers(texts, clinic(labels))
-    say(
-        {"id": unreviewed, "label": first},
-        {"id": thumb, "is_right": True, "reviewer": "Jo"},
-        {"id": knee, "label": second, "reviewer": "Jo"},
-    )
-    file = write_csv(
-        tmp_path / "reviewed.csv",
-        {"id": cough, "text": "not read", "label": second.upper()},
-        {"id": unreviewed, "text": "left blank"},
-        {"id": "f" * 32, "label": first},
-    )
-    command = ["feedback", "add", str(file), "--lineage", "l", "--home", str(home), "--json"]
-    with put_back():
-        found = CliRunner().invoke(app, command)
-    assert found.exit_code == 0, found.output
-    taken = json.loads(found.stdout)
-    assert (taken["num_taken"], taken["num_blank"], taken["num_unknown"]) == (2, 1, 1)
-
-    with put_back():
-        found = CliRunner().invoke(
-            app, ["feedback", "export", "clinic", "--lineage", "l", "--home", str(home), "--json"]
-        )
-    assert found.exit_code == 0, found.output
-    done = json.loads(found.stdout)
-    assert done["num_rows"] == 2 and done["skipped"] == {harvesting.NOT_REVIEWED: 1, harvesting.NOT_IN_LOG: 1}, done
-    rows = landed(done["key"])
-    assert {(row["note"], row["finding"], row["answer_id"], row["reviewed_by"]) for row in rows} == {
-        (FINDINGS[0], second, cough, "command"),
-        (FINDINGS[1], second, knee, "Jo"),
-    }
-    assert {row["answered_by"] for row in rows} == {"l@1"}
-
-    take_feedback_file(file, "l")
-    again = harvest_feedback("clinic", "l")
-    assert (again.key, again.num_rows, again.skipped[harvesting.KNOWN]) == (None, 0, 2)
-    assert len([*current_store().list("inbox/clinic")]) == 1
-
-    spec = task_spec(current_store(), done["key"])
-    second_run = run(tiny_base, {"name": "clinic", "data": spec.data})
-    assert (second_run.dataset.num_train, second_run.dataset.num_rejected) == (2, 0), "ingest takes the file as it is"
-    assert second_run.status == "promoted"
 
 
 def test_the_newest_answer_to_a_text_counts(labels: tuple[str, ...]) -> None:
@@ -245,24 +204,8 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
     *_, told = log_answers(dict.fromkeys(texts, first), clinic(labels), sureness=sureness)
     say({"id": told, "is_right": False})
     file = tmp_path / "new" / "to-label.csv"
-    command = [
-        "feedback",
-        "sample",
-        "clinic",
-        "--lineage",
-        "l",
-        "--number",
-        "4",
-        "--out",
-        str(file),
-        "--home",
-        str(home),
-        "--json",
-    ]
-    with put_back():
-        found = CliRunner().invoke(app, command)
-    assert found.exit_code == 0, found.output
-    done = json.loads(found.stdout)
+    sample = ("feedback", "sample", "clinic", "--number", "4", "--out", str(file))
+    done = deal(home, *sample)
     assert (done["num_rows"], done["num_random"], done["num_inputs"], done["num_known"]) == (4, 1, 14, 2), done
     rows = [row.values for row in read_rows(file)]
     assert [*rows[0]] == ["id", "note", "finding", "champion_answer", "confidence", "is_random"]
@@ -271,35 +214,35 @@ def test_the_least_certain_texts_are_filled_in_and_learned(
     assert {row["note"] for row in rows} == {*drawn, *least} and len(drawn) == 1
     assert {(row["finding"], row["champion_answer"]) for row in rows} == {("", first)}
     with put_back():
-        again = CliRunner().invoke(app, command)
+        again = CliRunner().invoke(app, [*sample, "--lineage", "l", "--home", str(home)])
     assert again.exit_code == 2 and "exists already" in again.output and next(read_rows(file)).values == rows[0]
 
     filled = [{**row, "finding": second if row["note"] in (*drawn, least[0]) else ""} for row in rows]
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [*rows[0]])
         writer.writeheader()
-        writer.writerows(filled)
-    taken = take_feedback_file(file, "l")
-    assert (taken.num_taken, taken.num_blank, taken.num_unknown) == (2, 2, 0)
+        writer.writerows([*filled, {"id": "f" * 32, "finding": second, "is_random": "false"}])
+    taken = deal(home, "feedback", "add", str(file))
+    assert (taken["num_taken"], taken["num_blank"], taken["num_unknown"]) == (3, 2, 1)
     stored = read_feedback(current_store(), "l")
     assert stored[stored["label"] == second]["is_random"].tolist().count(True) == 1
-    harvested = harvest_feedback("clinic", "l")
-    assert {(row["note"], row["finding"]) for row in landed(harvested.key or "")} == {
-        (text, second) for text in (*drawn, least[0])
-    }
+    harvested = deal(home, "feedback", "export", "clinic")
+    rows = landed(harvested["key"])
+    assert {(row["note"], row["finding"]) for row in rows} == {(text, second) for text in (*drawn, least[0])}
+    assert {(row["reviewed_by"], row["answered_by"]) for row in rows} == {("command", "l@1")}
+    again = harvest_feedback("clinic", "l")
+    assert (again.key, again.num_rows, again.skipped[harvesting.KNOWN]) == (None, 0, 2)
     for log in ("predictions", "feedback"):
         for info in [*current_store().list(f"{log}/l")]:
             current_store().delete(info.key)
     log_answers(dict.fromkeys(new, first), clinic(labels))
     left = select_to_label("clinic", "l", out=tmp_path / "more.jsonl", number=99)
     assert (left.num_rows, left.num_known) == (10, 2), "what has landed is not chosen"
-    learned = run(tiny_base, {"name": "clinic", "data": task_spec(current_store(), harvested.key or "").data})
+    learned = run(tiny_base, {"name": "clinic", "data": task_spec(current_store(), harvested["key"]).data})
     assert (learned.dataset.num_train, learned.dataset.num_rejected) == (2, 0)
 
 
-def test_unlabelled_texts_of_a_file_are_answered_chosen_and_learned(
-    tiny_base: Path, tmp_path: Path, labels: tuple[str, ...]
-) -> None:
+def test_unlabelled_texts_of_a_file_are_answered_chosen_and_learned(tmp_path: Path, labels: tuple[str, ...]) -> None:
     frozen = next(read_rows(Path(CLINIC["test_data"]))).values["note"]
     texts = [f"Finding {number}, {'very ' * number}sore." for number in range(8)]
     data = tmp_path / "new.jsonl"
@@ -331,16 +274,10 @@ def test_unlabelled_texts_of_a_file_are_answered_chosen_and_learned(
         writer = csv.DictWriter(stream, [*rows[0]])
         writer.writeheader()
         writer.writerows({**row, "finding": labels[0]} for row in rows)
-    learned = run(tiny_base, {"name": "clinic", "data": str(tmp_path / "filled.csv")})
-    assert (learned.dataset.num_train, learned.dataset.num_rejected) == (4, 0)
+    checked = validate(*spec_to_check(tmp_path / "filled.csv", task="clinic", lineage="l"))
+    assert (checked.num_train, checked.num_rejected) == (4, 0), "the file is learned as it is"
     with pytest.raises(DataValidationError, match="Row 1 has no id of an answer"):
         take_feedback_file(tmp_path / "filled.csv", "l")
-
-
-def test_texts_of_a_file_get_no_pairs_of_answers(tmp_path: Path) -> None:
-    tone = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
-    with pytest.raises(ConfigError, match="a row needs two answers"):
-        _answered_texts(tmp_path / "new.csv", None, tone, None, frozenset(), lambda done, total: None)  # type: ignore[arg-type]
 
 
 def test_without_texts_there_is_nothing_to_select(tmp_path: Path, labels: tuple[str, ...]) -> None:
